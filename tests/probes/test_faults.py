@@ -22,14 +22,24 @@ STEPS = {  # command -> files it writes, in this order
     "explore": ["report/explorer.html"],
     "report": ["report/index.html", "report/results.json"],
 }
-SHARES = {"fit": 0.3, "knockout": 0.2, "report": 0.15, "explore": 0.1, "starvation": 0.1, "umap": 0.1, "maps": 0.05}
+SHARES = {
+    "fit": 0.3,
+    "knockout": 0.2,
+    "report": 0.15,
+    "explore": 0.1,
+    "starvation": 0.1,
+    "umap": 0.1,
+    "maps": 0.05,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
     """Give the server the import path of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}/helpers")
+        patch.setenv(
+            "PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}/helpers"
+        )
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling UMAP would take ten seconds
         yield
@@ -43,29 +53,70 @@ class Study:
         self.log = out.parent / "log"
 
     def command(self, step: str, mask: str = "causal") -> list[str]:
-        causal, other = str(self.out / "causal"), str(self.out / "bidirectional")
+        causal = str(self.out / "causal")
+        other = str(self.out / "bidirectional")
         return {
-            "fit": ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "2", "--ckpt_path", "last"]
-            + ["--model.mllm", str(self.checkpoints[mask]), "--data.root", str(self.data), "--data.batch_size", "3"]
+            "fit": [
+                "fit",
+                "-c",
+                "configs/demo/probes.yaml",
+                "--trainer.max_epochs",
+                "2",
+                "--ckpt_path",
+                "last",
+            ]
+            + [
+                "--model.mllm",
+                str(self.checkpoints[mask]),
+                "--data.root",
+                str(self.data),
+                "--data.batch_size",
+                "3",
+            ]
             + ["--out", str(self.out / mask)],
-            "knockout": ["knockout", "--probes", causal, "--classes", "sky", "wall", "road", "--batch-size", "2"]
+            "knockout": [
+                "knockout",
+                "--probes",
+                causal,
+                "--classes",
+                "sky",
+                "wall",
+                "road",
+                "--batch-size",
+                "2",
+            ]
             + ["--layer-windows", "2"],
             "starvation": ["starvation", "--probes", causal, other, "--flip", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],
-            "explore": ["explore", causal, other, "--images", "0", "1", "--out", f"{causal}/report"],
+            "explore": [
+                "explore",
+                causal,
+                other,
+                "--images",
+                "0",
+                "1",
+                "--out",
+                f"{causal}/report",
+            ],
             "report": ["report", causal, other, "--out", f"{causal}/report"],
         }[step]
 
-    def run(self, step: str, *fault, mask: str = "causal", kill_after_s: float | None = None) -> int:
-        return fault_server.process(self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s)
+    def run(
+        self, step: str, *fault, mask: str = "causal", kill_after_s: float | None = None
+    ) -> int:
+        return fault_server.process(
+            self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s
+        )
 
     def files(self) -> dict[str, bytes]:
         """All results byte by byte, without checkpoints, events, and config.yaml, which contains its command."""
         contents = {}
         for path in sorted(self.out.rglob("*")):
             name = str(path.relative_to(self.out))
-            if path.is_file() and not any(part in name for part in ("/checkpoints/", "events.out", "config.yaml")):
+            if path.is_file() and not any(
+                part in name for part in ("/checkpoints/", "events.out", "config.yaml")
+            ):
                 contents[name] = path.read_bytes()
         return contents
 
@@ -128,7 +179,10 @@ def test_killed_before_a_change_on_the_disk_it_ends_as_undisturbed(step, study, 
 def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
     """FAULTS=100 kills a hundred times over all commands; each command is repeated until it ends."""
     wanted = max(1, round(SHARES[step] * float(os.environ.get("FAULTS", 7))))
-    expected, generator, kills, survived = restore(study, after(step, stages)), random.Random(step), 0, 0
+    expected = restore(study, after(step, stages))
+    generator = random.Random(step)
+    kills = 0
+    survived = 0
     restore(study, stages[step])
     start = time.perf_counter()
     assert study.run(step) == 0
@@ -144,7 +198,9 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
         assert study.run(step) == 0, study.log.read_text()[-3000:]
         assert study.files() == expected
         survived += 1
-    print(f"{step}: {kills} kills within {duration_s:.1f} s, {survived} runs, all equal to the undisturbed run")
+    print(
+        f"{step}: {kills} kills within {duration_s:.1f} s, {survived} runs, all equal to the undisturbed run"
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -159,7 +215,9 @@ def test_full_disk_is_named_and_loses_nothing(step, study, stages):
         study.log.write_text("")
         assert study.run(step) == 1
         said = study.log.read_text()
-        assert "cannot write " in (last := said.splitlines()[-1]) and "No space left" in last, said[-3000:]
+        assert "cannot write " in (last := said.splitlines()[-1]) and "No space left" in last, said[
+            -3000:
+        ]
         filler.unlink()
         left = study.files()
         assert {name: left[name] for name in before} == before
@@ -187,7 +245,10 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study,
 
 def test_run_started_again_and_killed_does_not_count_as_finished(study, stages):
     expected = restore(study, stages["knockout"])
-    command = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")] + ["--overwrite", "true"]
+    command = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")] + [
+        "--overwrite",
+        "true",
+    ]
     last = study.out / "causal/checkpoints/last.ckpt"
     written = last.stat().st_mtime_ns
     for at in range(4, 200, 4):  # until it has saved a new checkpoint
@@ -200,4 +261,5 @@ def test_run_started_again_and_killed_does_not_count_as_finished(study, stages):
     assert not (last.parents[1] / "metrics.json").exists()
     study.log.write_text("")
     assert study.run("fit") == 0
-    assert "resuming" in study.log.read_text() and study.files() == expected
+    assert "resuming" in study.log.read_text()
+    assert study.files() == expected

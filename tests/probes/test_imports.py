@@ -13,13 +13,17 @@ import probes
     ("code", "unwanted"),
     [
         ("import probes", {"torch", "transformers", "numpy"}),
-        ("import probes; probes.FrozenMLLM", {"lightning", "sklearn", "umap", "deepspeed", "matplotlib"}),
+        (
+            "import probes; probes.FrozenMLLM",
+            {"lightning", "sklearn", "umap", "deepspeed", "matplotlib"},
+        ),
     ],
 )
 def test_imports_wait_until_they_are_needed(code, unwanted):
     command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert "probes" in loaded and not unwanted & set(loaded)
+    assert "probes" in loaded
+    assert not unwanted & set(loaded)
 
 
 def test_public_names_have_docstrings():

@@ -18,18 +18,35 @@ CAMVID = Path(os.environ["LLAVA_BIDIR_TEST_DATA"]) / "camvid"
 def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
     more = ["--data.name", "camvid", "--data.cache_features", "true", "--save_predictions", "true"]
     run = probe_runs.fit(checkpoints["bidirectional"], CAMVID, tmp_path, *more)
-    targets = [np.asarray(Image.open(path)) for path in sorted((CAMVID / "annotations/validation").glob("*.png"))]
-    assert run.metrics["images"] == len(targets) == 51 and len(run.metrics["classes"]) == 11
+    targets = [
+        np.asarray(Image.open(path))
+        for path in sorted((CAMVID / "annotations/validation").glob("*.png"))
+    ]
+    assert run.metrics["images"] == len(targets) == 51
+    assert len(run.metrics["classes"]) == 11
     for site in run.metrics["sites"]:
         saved = sorted((tmp_path / "predictions" / site["site"]).glob("*.png"))
         predictions = [np.asarray(Image.open(path)) for path in saved]
         miou, pacc, iou = reference.scores(predictions, targets, 11)
-        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+        assert site["miou"] == pytest.approx(miou)
+        assert site["pacc"] == pytest.approx(pacc)
         assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
     photos = sorted((CAMVID / "images/validation").iterdir())[:2]
-    main(["segment", "--probes", str(tmp_path), *map(str, photos), "--out", str(tmp_path / "segment")])
+    main(
+        [
+            "segment",
+            "--probes",
+            str(tmp_path),
+            *map(str, photos),
+            "--out",
+            str(tmp_path / "segment"),
+        ]
+    )
     for photo in photos:
-        assert Image.open(tmp_path / f"segment/{photo.stem}_overlay.png").size == Image.open(photo).size
+        assert (
+            Image.open(tmp_path / f"segment/{photo.stem}_overlay.png").size
+            == Image.open(photo).size
+        )
     main(["maps", "--probes", str(tmp_path), "--image", "0", "25"])
     main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     assert (tmp_path / "report/index.html").stat().st_size > 50_000

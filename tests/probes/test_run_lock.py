@@ -28,9 +28,12 @@ COMMANDS = {  # command -> the result it locks
 @pytest.fixture
 def paths(tmp_path) -> dict[str, str]:
     """Runs without a model: a rejected command has not loaded one."""
-    root, quality = tiny_models.write_segmentation(tmp_path / "data"), [0.5, 0.4, 0.5, 0.6, 0.6]
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    quality = [0.5, 0.4, 0.5, 0.6, 0.6]
     run = probe_runs.write_run(tmp_path / "run", quality, root=root, images=5)
-    other = probe_runs.write_run(tmp_path / "other", quality, root=root, images=5, mask="bidirectional")
+    other = probe_runs.write_run(
+        tmp_path / "other", quality, root=root, images=5, mask="bidirectional"
+    )
     image = root / "images/validation/000.png"
     return {"RUN": str(run), "OTHER": str(other), "DATA": str(root), "IMAGE": str(image)}
 
@@ -47,7 +50,8 @@ def test_second_writer_is_told_who_the_first_is(command, paths):
     with processes.inside(exclusive_run_lock(run, COMMANDS[command])) as holder:
         before = set(run.rglob("*"))
         with pytest.raises(
-            SystemExit, match=rf"{run / COMMANDS[command]} is in use by process {holder} on \S+ since 20"
+            SystemExit,
+            match=rf"{run / COMMANDS[command]} is in use by process {holder} on \S+ since 20",
         ):
             main(argv(command, paths))
         assert set(run.rglob("*")) == before

@@ -29,7 +29,9 @@ def record(image: str, *regions: tuple[list[float], str] | None) -> dict:
         picture = "" if turns else "<image>\n"
         turns += [{"from": "human", "value": f"{picture}name the wall {'of this road' * number}"}]
         turns += [{"from": "gpt", "value": "a wall" if region is None else region[1]}]
-    listed = [None if region is None else {"box": region[0], "class": region[1]} for region in regions]
+    listed = [
+        None if region is None else {"box": region[0], "class": region[1]} for region in regions
+    ]
     return {"id": image, "image": image, "conversations": turns, "regions": listed}
 
 
@@ -57,25 +59,42 @@ def asked(request, runs, questions, tmp_path_factory):
     """A run, its answers.json and its answers.safetensors."""
     out = tmp_path_factory.mktemp("answers")
     main(arguments(runs[request.param], questions, out))
-    return runs[request.param], json.loads((out / "answers.json").read_text()), load_file(out / "answers.safetensors")
+    return (
+        runs[request.param],
+        json.loads((out / "answers.json").read_text()),
+        load_file(out / "answers.safetensors"),
+    )
 
 
 def test_answers_and_probes_equal_a_loop(asked, questions):
     """Question by question, condition by condition, with the sets read off the adapter's probe."""
     run, _, tensors = asked
-    file, mllm, probes = read_questions(questions[0], CLASSES), run.mllm(), run.probes()
+    file = read_questions(questions[0], CLASSES)
+    mllm = run.mllm()
+    probes = run.probes()
     for i, question in enumerate(file.questions):
         pixels = mllm.preprocess([Image.open(questions[1] + "/" + file.images[question.image])])
-        place = [int(row * 2 + column) for row in range(2) for column in range(2) if inside(question.box, row, column)]
-        logits = {site: probe(mllm.states(pixels, [site])[site])[0] for site, probe in probes.items()}
+        place = [
+            int(row * 2 + column)
+            for row in range(2)
+            for column in range(2)
+            if inside(question.box, row, column)
+        ]
+        logits = {
+            site: probe(mllm.states(pixels, [site])[site])[0] for site, probe in probes.items()
+        }
         for site, values in logits.items():
             expected = values[place].mean(0).log_softmax(-1)
             torch.testing.assert_close(tensors[f"probe:{site}"][i], expected, rtol=1e-3, atol=1e-3)
-        predicted, at_place = logits["adapter"].argmax(-1), logits["adapter"][place].mean(0).tolist()
+        predicted = logits["adapter"].argmax(-1)
+        at_place = logits["adapter"][place].mean(0).tolist()
         wrong = max((k for k in range(3) if k != question.right), key=lambda k: at_place[k])
-        assert tensors["wrong"][i] == wrong and tensors["right"][i] == question.right
+        assert tensors["wrong"][i] == wrong
+        assert tensors["right"][i] == question.right
         for name, k in (("none", -1), ("incorrect", wrong), ("correct", question.right)):
-            scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, Knockout((predicted == k)[None]))[0, 0]
+            scores = mllm.answer_log_probs(
+                pixels, [question.text], CLASSES, Knockout((predicted == k)[None])
+            )[0, 0]
             expected = scores.log_softmax(-1)[question.right]
             torch.testing.assert_close(tensors[f"right:{name}"][i], expected, rtol=1e-4, atol=1e-4)
             if k >= 0:
@@ -83,19 +102,25 @@ def test_answers_and_probes_equal_a_loop(asked, questions):
 
 
 def inside(box, row: int, column: int) -> bool:
-    x, y = (column + 0.5) / 2, (row + 0.5) / 2
+    x = (column + 0.5) / 2
+    y = (row + 0.5) / 2
     return box[0] <= x < box[2] and box[1] <= y < box[3]
 
 
 def test_accuracies_are_shares_of_questions(asked):
     run, results, tensors = asked
-    right = [int(row.argmax() == k) for row, k in zip(tensors["answer"], tensors["right"], strict=True)]
-    assert results["questions"] == 9 and results["images"] == 8
+    right = [
+        int(row.argmax() == k) for row, k in zip(tensors["answer"], tensors["right"], strict=True)
+    ]
+    assert results["questions"] == 9
+    assert results["images"] == 8
     assert results["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert [entry["site"] for entry in results["sites"]] == run.sites
     for entry in results["sites"]:
         read = tensors[f"probe:{entry['site']}"].argmax(-1)
-        assert entry["accuracy"]["value"] == pytest.approx((read == tensors["right"]).double().mean().item())
+        assert entry["accuracy"]["value"] == pytest.approx(
+            (read == tensors["right"]).double().mean().item()
+        )
         assert entry["agreement"]["value"] == pytest.approx(
             (read == tensors["answer"].argmax(-1)).double().mean().item()
         )
@@ -114,12 +139,21 @@ def test_a_knockout_without_effect_is_an_error(asked):
     [
         ("[]", "has no question with an entry in 'regions'"),
         ("{}", "Input should be a valid"),
-        ([record("a.png", (BOXES[0], "sea"))], "record 0: class 'sea' is none of the probes': sky, wall, road"),
+        (
+            [record("a.png", (BOXES[0], "sea"))],
+            "record 0: class 'sea' is none of the probes': sky, wall, road",
+        ),
         ([record("a.png", (BOXES[0], "sky")) | {"regions": []}], "has no question with an entry"),
-        ([record("a.png", None, None) | {"regions": [None]}], "record 0: 1 regions for 2 questions"),
+        (
+            [record("a.png", None, None) | {"regions": [None]}],
+            "record 0: 1 regions for 2 questions",
+        ),
         ([record("a.png", ([0, 0, 2, 1], "sky"))], "less than or equal to 1"),
         ([record("a.png", ([0, 0, 1], "sky"))], "at least 4 items"),
-        ([record("a.png", ([0.5, 0.5, 0.25, 0.25], "sky"))], "record 0: the box .* ends before it starts"),
+        (
+            [record("a.png", ([0.5, 0.5, 0.25, 0.25], "sky"))],
+            "record 0: the box .* ends before it starts",
+        ),
     ],
 )
 def test_invalid_questions_are_errors_that_name_file_and_record(tmp_path, content, message):
@@ -143,9 +177,13 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
 
 
 @pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
-@pytest.mark.parametrize("box", [*BOXES, [0.4, 0.4, 0.41, 0.41], [0.0, 0.0, 1.0, 1.0], [0.99, 0.0, 1.0, 0.01]])
+@pytest.mark.parametrize(
+    "box", [*BOXES, [0.4, 0.4, 0.41, 0.41], [0.0, 0.0, 1.0, 1.0], [0.99, 0.0, 1.0, 0.01]]
+)
 def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
-    height, width, geometry = 60, 90, Geometry((4, 4), 32, 32, resize)
+    height = 60
+    width = 90
+    geometry = Geometry((4, 4), 32, 32, resize)
     view = geometry.view((height, width))
     points = [
         (
@@ -161,17 +199,26 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
         assert found.tolist() == expected
     else:  # the nearest one on each axis
         middle = (box[1] + box[3]) / 2 * height, (box[0] + box[2]) / 2 * width
-        nearest = min(range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], middle, strict=True)))
+        nearest = min(
+            range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], middle, strict=True))
+        )
         assert found[nearest]
 
 
 def simulate(images: int, effect: float, seed: int, skill: float = 0.5) -> dict[str, torch.Tensor]:
     """Return answers.safetensors of two questions per image; hiding the right class changes its answer by `effect`."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
     right = torch.randint(3, (2 * images,), generator=generator)
     of_image = draw(images).repeat_interleave(2)  # questions about an image resemble each other
-    tensors = {"image": torch.arange(images).repeat_interleave(2), "right": right, "wrong": (right + 1) % 3}
+    tensors = {
+        "image": torch.arange(images).repeat_interleave(2),
+        "right": right,
+        "wrong": (right + 1) % 3,
+    }
     for reader in ("answer", "probe:adapter", "probe:layer_01"):
         logits = draw(2 * images, 3)
         logits[torch.arange(2 * images), right] += skill
@@ -190,7 +237,11 @@ def test_a_simulated_effect_is_found_where_it_is():
         assert all(row["p_holm"] < 0.05 and row["value"] < -0.2 for row in effect["classes"])
         assert effect["mean"]["ci95"][0] < -0.4 < effect["mean"]["ci95"][1] < 0
     assert all(row["p_holm"] > 0.05 for row in effects["incorrect", "none"]["classes"])
-    assert effects["incorrect", "none"]["mean"]["ci95"][0] < 0 < effects["incorrect", "none"]["mean"]["ci95"][1]
+    assert (
+        effects["incorrect", "none"]["mean"]["ci95"][0]
+        < 0
+        < effects["incorrect", "none"]["mean"]["ci95"][1]
+    )
 
 
 def test_intervals_resample_images_with_all_their_questions():
@@ -198,7 +249,8 @@ def test_intervals_resample_images_with_all_their_questions():
     tensors = simulate(30, -0.2, 3)
     copies = {key: value.repeat_interleave(10, 0) for key, value in tensors.items()}
     once, often = (answer_statistics(found, ["adapter"], CLASSES, 0) for found in (tensors, copies))
-    assert often["questions"] == 10 * once["questions"] and often["images"] == once["images"]
+    assert often["questions"] == 10 * once["questions"]
+    assert often["images"] == once["images"]
     assert often["accuracy"]["ci95"] == pytest.approx(once["accuracy"]["ci95"])
     difference = [found["sites"][0]["difference"]["ci95"] for found in (once, often)]
     assert difference[0] == pytest.approx(difference[1])
@@ -214,16 +266,24 @@ def test_beyond_random_is_the_paired_difference(runs, tmp_path):
         tensors |= {"right": simulate(60, 0, 0)["right"]}  # the same questions
         statistics = answer_statistics(tensors, ["adapter"], CLASSES, 0)
         header = {"runs": [run.fingerprint], "classes": CLASSES, "seed": 0, "questions_sha256": "x"}
-        write_files({run.path / "answers.safetensors": tensors, run.path / "answers.json": header | statistics})
+        write_files(
+            {
+                run.path / "answers.safetensors": tensors,
+                run.path / "answers.json": header | statistics,
+            }
+        )
         copies.append(run)
     trained, *draws = copies
     found = beyond_random(trained, draws)
     accuracy = [run.analysis("answers.json")["accuracy"]["value"] for run in copies]
-    assert found["draws"] == 2 and found["accuracy"]["value"] == pytest.approx(accuracy[0] - np.mean(accuracy[1:]))
+    assert found["draws"] == 2
+    assert found["accuracy"]["value"] == pytest.approx(accuracy[0] - np.mean(accuracy[1:]))
     values = [run.analysis("answers.json")["effects"][2]["mean"]["value"] for run in copies]
     assert found["effects"][2]["mean"]["value"] == pytest.approx(values[0] - np.mean(values[1:]))
     assert beyond_random(trained, []) is None
     tensors = read_tensors(draws[0].path / "answers.safetensors")
-    write_files({draws[0].path / "answers.safetensors": tensors | {"image": tensors["image"].flip(0)}})
+    write_files(
+        {draws[0].path / "answers.safetensors": tensors | {"image": tensors["image"].flip(0)}}
+    )
     with pytest.raises(UserError, match="were asked different questions"):
         beyond_random(trained, draws)

@@ -15,11 +15,16 @@ def test_the_table_of_the_readme_is_that_of_the_list():
 
 
 def test_every_folder_is_in_the_list():
-    assert {file.parent.name for file in README.parent.glob("*/__init__.py")} == set(NAMES) == set(ANALYSES)
+    assert (
+        {file.parent.name for file in README.parent.glob("*/__init__.py")}
+        == set(NAMES)
+        == set(ANALYSES)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_has_its_command_document_and_section(name):
-    assert callable(function_of(name, "run")) and (README.parent / name / "README.md").is_file()
+    assert callable(function_of(name, "run"))
+    assert (README.parent / name / "README.md").is_file()
     assert bool(ANALYSES[name].title) == Path(README.parent / name / "section.py").is_file()
     assert not ANALYSES[name].title or callable(function_of(name, "section"))

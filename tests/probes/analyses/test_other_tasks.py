@@ -15,32 +15,47 @@ TASKS = ("depth", "normals", "boundaries")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(task, task_runs, tmp_path):
+def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(
+    task, task_runs, tmp_path
+):
     run = TaskRun(shutil.copytree(task_runs[task].path, tmp_path / "run"))
     main(["maps", "--probes", str(run.path), "--image", "1", "3"])
-    tensors, index = load_file(run.path / "maps.safetensors"), run.analysis("maps.json")
+    tensors = load_file(run.path / "maps.safetensors")
+    index = run.analysis("maps.json")
     dataset = run.dataset()
-    assert index["sites"] == run.sites and index["knockout"] == []
+    assert index["sites"] == run.sites
+    assert index["knockout"] == []
     for image in index["images"]:
         name = dataset.names[image["index"]]
-        saved = np.stack([np.load(run.path / "predictions" / site / f"{name}.npy") for site in run.sites])
-        np.testing.assert_allclose(tensors[f"image/{image['index']}"].numpy(), saved, atol=2e-3, rtol=2e-3)
+        saved = np.stack(
+            [np.load(run.path / "predictions" / site / f"{name}.npy") for site in run.sites]
+        )
+        np.testing.assert_allclose(
+            tensors[f"image/{image['index']}"].numpy(), saved, atol=2e-3, rtol=2e-3
+        )
     axes = task_maps(run).figure.axes
     titles = [ax.get_title() for ax in axes if ax.get_title()]
-    assert titles[:4] == ["image", "target", "encoder", "adapter"] and len(axes) == 2 * len(titles)
+    assert titles[:4] == ["image", "target", "encoder", "adapter"]
+    assert len(axes) == 2 * len(titles)
     target = run.task.truth(torch.from_numpy(dataset[3]["target"])[None])[0].numpy()
-    predicted = [tensors["image/3"].numpy()[run.sites.index(title.replace(" ", "_"))] for title in titles[2:]]
+    predicted = [
+        tensors["image/3"].numpy()[run.sites.index(title.replace(" ", "_"))] for title in titles[2:]
+    ]
     shown = np.concatenate([target, *predicted])
     drawn = np.concatenate([ax.images[0].get_array() for ax in axes[len(titles) + 1 :]])
     np.testing.assert_array_equal(drawn, run.task.colorize(shown))
-    assert (drawn[: len(target)][~np.isfinite(target).reshape(*target.shape[:2], -1).all(-1)] == 0).all()
+    assert (
+        drawn[: len(target)][~np.isfinite(target).reshape(*target.shape[:2], -1).all(-1)] == 0
+    ).all()
 
 
 def test_report_has_the_maps(task_runs, runs, tmp_path):
     run = shutil.copytree(task_runs["depth"].path, tmp_path / "run")
     main(["maps", "--probes", str(run), "--image", "0"])
     main(["report", str(runs["causal"].path), "--tasks", str(run), "--out", str(tmp_path / "out")])
-    assert "Predictions by layer, depth, causal, seed 0" in (tmp_path / "out/index.html").read_text()
+    assert (
+        "Predictions by layer, depth, causal, seed 0" in (tmp_path / "out/index.html").read_text()
+    )
     assert (tmp_path / "out/tasks_maps_0.png").is_file()
 
 
@@ -60,6 +75,9 @@ ABOUT_CLASSES = {
 def test_what_is_about_classes_names_the_task(command, task_runs, tmp_path):
     paths = {"RUN": str(task_runs["normals"].path), "OUT": str(tmp_path / "out")}
     options = [paths.get(word, word) for word in ABOUT_CLASSES[command]]
-    with pytest.raises(SystemExit, match="^probes: .*probes of the task normals, but .* about .*classes") as stop:
+    with pytest.raises(
+        SystemExit, match="^probes: .*probes of the task normals, but .* about .*classes"
+    ) as stop:
         main([command, *options])
-    assert "\n" not in str(stop.value.code) and not (tmp_path / "out").exists()
+    assert "\n" not in str(stop.value.code)
+    assert not (tmp_path / "out").exists()

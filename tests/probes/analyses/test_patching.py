@@ -15,20 +15,29 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
-from probes.analyses.patching.run import NO_EFFECT, Plan, check_effects, patch_states, random_tokens_outside
+from probes.analyses.patching.run import (
+    NO_EFFECT,
+    Plan,
+    check_effects,
+    patch_states,
+    random_tokens_outside,
+)
 from probes.cli import main
 
 READ_OUT = "layer_02"
 
 
 def plan(mask: str, **changes) -> Plan:
-    return Plan(**{"site": READ_OUT, "mask": mask, "layers": (0, 1), "draws": 2, "batch_size": 4} | changes)
+    return Plan(
+        **{"site": READ_OUT, "mask": mask, "layers": (0, 1), "draws": 2, "batch_size": 4} | changes
+    )
 
 
 @pytest.fixture(scope="module")
 def pairs(runs, tmp_path_factory) -> Path:
     """Nine pairs: the validation images of the runs, with a bright square in one quarter and without."""
-    root, out = Path(runs["causal"].manifest["data"]["root"]), tmp_path_factory.mktemp("pairs")
+    root = Path(runs["causal"].manifest["data"]["root"])
+    out = tmp_path_factory.mktemp("pairs")
     for split in ("with", "without"):
         for part in ("images", "annotations"):
             shutil.copytree(root / part / "validation", out / part / split)
@@ -45,24 +54,47 @@ def pairs(runs, tmp_path_factory) -> Path:
 def patched(request, runs, pairs, tmp_path_factory):
     """A run, patching.json and patching.safetensors."""
     out = tmp_path_factory.mktemp("patching")
-    options = ["--site", READ_OUT, "--pairs", str(pairs), "--draws", "2", "--batch-size", "4", "--out", str(out)]
+    options = [
+        "--site",
+        READ_OUT,
+        "--pairs",
+        str(pairs),
+        "--draws",
+        "2",
+        "--batch-size",
+        "4",
+        "--out",
+        str(out),
+    ]
     main(["patching", "--probes", str(runs[request.param].path), *options])
-    return runs[request.param], json.loads((out / "patching.json").read_text()), load_file(out / "patching.safetensors")
+    return (
+        runs[request.param],
+        json.loads((out / "patching.json").read_text()),
+        load_file(out / "patching.safetensors"),
+    )
 
 
-def forward_by_hand(mllm, pixels, mask: str, layer: int = 0, tokens=None, new=None) -> list[torch.Tensor]:
+def forward_by_hand(
+    mllm, pixels, mask: str, layer: int = 0, tokens=None, new=None
+) -> list[torch.Tensor]:
     """Return the input of the LLM and the output of each layer, f[N, d], of a full forward of one image.
 
     The outputs of `tokens` bool[N] at a layer are replaced by `new` f[N, d]. The mask is written out.
     """
-    ids, image = mllm.ids, mllm.is_image
-    states, positions = [], torch.arange(ids.shape[1])
+    ids = mllm.ids
+    image = mllm.is_image
+    states = []
+    positions = torch.arange(ids.shape[1])
     allowed = positions[None] <= positions[:, None]
     if mask == "bidirectional":
         allowed = allowed | (image[:, None] & image[None])
 
     def put(value):
-        value = value if tokens is None or len(states) != layer else torch.where(tokens[:, None], new, value[0])[None]
+        value = (
+            value
+            if tokens is None or len(states) != layer
+            else torch.where(tokens[:, None], new, value[0])[None]
+        )
         states.append(value[0].clone())
         return value
 
@@ -72,11 +104,18 @@ def forward_by_hand(mllm, pixels, mask: str, layer: int = 0, tokens=None, new=No
             return (put(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": put(kwargs["hidden_states"])}
 
-    layers, handles = mllm.decoder.layers, []
-    masked = lambda _, args, kwargs: (args, kwargs | {"attention_mask": allowed[None, None]})
+    layers = mllm.decoder.layers
+    handles = []
+
+    def masked(_, args, kwargs):
+        return (args, kwargs | {"attention_mask": allowed[None, None]})
+
     handles.append(layers[0].register_forward_pre_hook(before, with_kwargs=True))
     handles += [each.register_forward_pre_hook(masked, with_kwargs=True) for each in layers[1:]]
-    after = lambda _, args, out: put(out) if torch.is_tensor(out) else (put(out[0]), *out[1:])
+
+    def after(_, args, out):
+        return put(out) if torch.is_tensor(out) else (put(out[0]), *out[1:])
+
     handles += [each.register_forward_hook(after) for each in layers]
     with torch.no_grad():
         mllm.model.model(input_ids=ids, pixel_values=pixels, use_cache=False)
@@ -88,10 +127,14 @@ def forward_by_hand(mllm, pixels, mask: str, layer: int = 0, tokens=None, new=No
 def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
     """Image by image and layer by layer, with the mask written out and no prefix cache."""
     run, results, tensors = patched
-    mllm, probe, classes = run.mllm(), run.probes()[READ_OUT], len(run.metrics["classes"])
-    own, other = run.metrics["image_attention"], results["mask"]
+    mllm = run.mllm()
+    probe = run.probes()[READ_OUT]
+    classes = len(run.metrics["classes"])
+    own = run.metrics["image_attention"]
+    other = results["mask"]
     assert {own, other} == {"causal", "bidirectional"}
-    dataset, listed = run.dataset(), Pairs(pairs, run.metrics["classes"])
+    dataset = run.dataset()
+    listed = Pairs(pairs, run.metrics["classes"])
 
     def odds(states, truth):
         p = probe(states[mllm.is_image][None].float())[0].softmax(-1)
@@ -102,7 +145,8 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
         for i in (0, 5, 8):
             read, mask = (mask_batch, other) if name == "mask" else (pair_batch, own)
             batch = read(mllm, dataset if name == "mask" else listed, [i], classes)
-            truth, labelled = batch.truth[0], batch.truth[0] >= 0
+            truth = batch.truth[0]
+            labelled = batch.truth[0] >= 0
             donor = forward_by_hand(mllm, batch.donor_pixels, mask)
             plain = odds(forward_by_hand(mllm, batch.pixels, own)[2], truth)
             for set_name, tokens in batch.sets.items():
@@ -114,12 +158,16 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
                     for group, patches in (("patched", tokens[0]), ("others", ~tokens[0])):
                         expected = change[labelled & patches].mean()  # NaN of no patch, too
                         found = tensors[f"{name}/{set_name}/{group}"][i, layer]
-                        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, equal_nan=True)
+                        torch.testing.assert_close(
+                            found, expected, rtol=2e-3, atol=2e-4, equal_nan=True
+                        )
 
 
 def test_the_cue_is_under_the_pixels_that_differ(runs, pairs):
     run = runs["causal"]
-    batch = pair_batch(run.mllm(), Pairs(pairs, run.metrics["classes"]), [0, 1], len(run.metrics["classes"]))
+    batch = pair_batch(
+        run.mllm(), Pairs(pairs, run.metrics["classes"]), [0, 1], len(run.metrics["classes"])
+    )
     assert batch.sets["cue"].view(2, 2, 2).tolist() == [
         [[True, False], [False, False]],
         [[False, True], [False, False]],
@@ -130,7 +178,10 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
     from probes.models.frozen_mllm import FrozenMLLM
 
     states = FrozenMLLM.states
-    ignore = lambda self, pixels, sites=None, rows=None, hooks=None, known=None: states(self, pixels, sites, rows=rows)
+
+    def ignore(self, pixels, sites=None, rows=None, hooks=None, known=None):
+        return states(self, pixels, sites, rows=rows)
+
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
     with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
         patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)
@@ -138,21 +189,40 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
 
 def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
     root = runs["causal"].manifest["data"]["root"]
-    run = probe_runs.fit(checkpoints["causal"], root, tmp_path, "--model.sites", "[adapter,layer_02,final_norm]")
+    run = probe_runs.fit(
+        checkpoints["causal"], root, tmp_path, "--model.sites", "[adapter,layer_02,final_norm]"
+    )
     for site, layers in (("layer_02", [0, 1]), ("final_norm", [0, 1, 2, 3])):
         out = tmp_path / site
-        main(["patching", "--probes", str(run.path), "--site", site, "--limit", "2", "--out", str(out)])
+        main(
+            [
+                "patching",
+                "--probes",
+                str(run.path),
+                "--site",
+                site,
+                "--limit",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
         assert json.loads((out / "patching.json").read_text())["layers"] == layers
 
 
 def test_a_mask_leaves_what_enters_the_llm_alone(runs, tmp_path):
-    results = patch_states(runs["causal"], plan("bidirectional", layers=(0,), limit=2), None, tmp_path)
-    values = [place["value"] for entry in results["experiments"][0]["sets"] for place in entry["patched"]]
+    results = patch_states(
+        runs["causal"], plan("bidirectional", layers=(0,), limit=2), None, tmp_path
+    )
+    values = [
+        place["value"] for entry in results["experiments"][0]["sets"] for place in entry["patched"]
+    ]
     assert max(map(abs, values)) < NO_EFFECT
 
 
 def test_a_set_without_labelled_patches_has_no_effect_and_no_error():
-    nothing, zero = torch.full((2, 1), torch.nan), torch.zeros(2, 1)
+    nothing = torch.full((2, 1), torch.nan)
+    zero = torch.zeros(2, 1)
     check_effects({"mask/last_row/patched": nothing, "mask/last_row/others": zero}, "mask")
     with pytest.raises(RuntimeError, match="'last_row' of the experiment 'mask' changed nothing"):
         check_effects({"mask/last_row/patched": zero, "mask/last_row/others": zero}, "mask")
@@ -162,8 +232,11 @@ def test_random_tokens_are_outside_of_the_set_and_as_many():
     tokens = torch.zeros(3, 16, dtype=torch.bool)
     tokens[0, :4] = tokens[1, 5] = tokens[2, :12] = True
     drawn = random_tokens_outside(tokens, 200, [[0, i] for i in range(3)])
-    assert not (drawn & tokens).any() and drawn.sum(-1).unique(dim=0).tolist() == [[4, 1, 4]]
-    assert (drawn[:, 0, 4:].float().mean(0) - 1 / 3).abs().max() < 0.12, "each of the others equally often"
+    assert not (drawn & tokens).any()
+    assert drawn.sum(-1).unique(dim=0).tolist() == [[4, 1, 4]]
+    assert (drawn[:, 0, 4:].float().mean(0) - 1 / 3).abs().max() < 0.12, (
+        "each of the others equally often"
+    )
 
 
 def test_means_leave_out_images_without_patches_and_intervals_hold_together():
@@ -174,16 +247,29 @@ def test_means_leave_out_images_without_patches_and_intervals_hold_together():
     mean, resampled = nan_mean(torch.tensor(values), torch.tensor(weights))
     np.testing.assert_allclose(mean, np.nanmean(values, 0))
     for r in (0, 99):
-        rows = [values[i, 1] for i in range(40) if not np.isnan(values[i, 1]) for _ in range(int(weights[r, i]))]
+        rows = [
+            values[i, 1]
+            for i in range(40)
+            if not np.isnan(values[i, 1])
+            for _ in range(int(weights[r, i]))
+        ]
         np.testing.assert_allclose(resampled[r, 1], np.mean(rows))
-    held, draws = 0, 200
+    held = 0
+    draws = 200
     for _ in range(draws):
         values = torch.tensor(generator.normal(0.0, 1.0, (60, 6)))
-        tensors = {"mask/total": values[:, 0]} | {f"mask/all/{name}": values for name in ("patched", "others")}
-        tensors |= {f"mask/all/{name}": torch.full_like(values, torch.nan) for name in ("random", "difference")}
+        tensors = {"mask/total": values[:, 0]} | {
+            f"mask/all/{name}": values for name in ("patched", "others")
+        }
+        tensors |= {
+            f"mask/all/{name}": torch.full_like(values, torch.nan)
+            for name in ("random", "difference")
+        }
         experiment = patching_effects(tensors, range(6), seed=0)["experiments"][0]
         assert set(experiment["sets"][0]) == {"set", "patched", "others"}
-        held += all(place["ci95"][0] <= 0 <= place["ci95"][1] for place in experiment["sets"][0]["patched"])
+        held += all(
+            place["ci95"][0] <= 0 <= place["ci95"][1] for place in experiment["sets"][0]["patched"]
+        )
     assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"
 
 
@@ -205,7 +291,16 @@ def test_bad_options_are_errors(runs, tmp_path, options, message, capsys):
     if "--site" not in options:
         options = [*options, "--site", READ_OUT]
     with pytest.raises(SystemExit) as error:
-        main(["patching", "--probes", str(runs["causal"].path), "--out", str(tmp_path / "out"), *options])
+        main(
+            [
+                "patching",
+                "--probes",
+                str(runs["causal"].path),
+                "--out",
+                str(tmp_path / "out"),
+                *options,
+            ]
+        )
     assert message in str(error.value) + capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
@@ -217,7 +312,9 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
     with pytest.raises(UserError, match="1 files have no image, e.g. .*annotations/with/003.png"):
         Pairs(tmp_path / "odd", classes)
     (tmp_path / "odd/annotations/with/003.png").unlink()
-    with pytest.raises(UserError, match="003 is in one of images/with and images/without; expected pairs"):
+    with pytest.raises(
+        UserError, match="003 is in one of images/with and images/without; expected pairs"
+    ):
         Pairs(tmp_path / "odd", classes)
     with pytest.raises(UserError, match="the classes are not those of the probes"):
         Pairs(pairs, classes[:2])
@@ -225,12 +322,21 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
     for part, mode in (("images", "RGB"), ("annotations", "L")):
         Image.new(mode, (9, 9)).save(next((tmp_path / "sizes" / part / "with").iterdir()))
     with pytest.raises(UserError, match="with and without .* differ in size"):
-        pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "sizes", classes), list(range(9)), len(classes))
+        pair_batch(
+            runs["causal"].mllm(), Pairs(tmp_path / "sizes", classes), list(range(9)), len(classes)
+        )
     shutil.copytree(pairs, tmp_path / "compressed")
     picture = next((tmp_path / "compressed/images/with").iterdir())
     ImageOps.invert(Image.open(picture)).save(picture)
-    with pytest.raises(UserError, match="differ in all patches; expected a cue in some, and equal pixels elsewhere"):
-        pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "compressed", classes), list(range(9)), len(classes))
+    with pytest.raises(
+        UserError, match="differ in all patches; expected a cue in some, and equal pixels elsewhere"
+    ):
+        pair_batch(
+            runs["causal"].mllm(),
+            Pairs(tmp_path / "compressed", classes),
+            list(range(9)),
+            len(classes),
+        )
 
 
 def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):
@@ -239,14 +345,19 @@ def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):
     (tmp_path / "run/patching.json").write_text(json.dumps(results))
     main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
     mask = run.metrics["image_attention"]
-    assert json.loads((tmp_path / "report/results.json").read_text())["masks"][mask]["patching"] == results
+    assert (
+        json.loads((tmp_path / "report/results.json").read_text())["masks"][mask]["patching"]
+        == results
+    )
     with open(tmp_path / f"report/patching_{mask}.csv") as file:
         rows = {
-            tuple(row[key] for key in ("experiment", "set", "patches", "layer")): row for row in csv.DictReader(file)
+            tuple(row[key] for key in ("experiment", "set", "patches", "layer")): row
+            for row in csv.DictReader(file)
         }
     for (experiment, tokens, group, layer), row in rows.items():
         values = tensors[f"{experiment}/{tokens}/{group}"][:, int(layer)].double().numpy()
         assert float(row["value"]) == pytest.approx(np.nanmean(values))
     assert {"cue", "class", "first_row"} <= {key[1] for key in rows}
     page = (tmp_path / "report/index.html").read_text()
-    assert "Activation patching" in page and "Exploratory: the paper makes no claim" in page
+    assert "Activation patching" in page
+    assert "Exploratory: the paper makes no claim" in page

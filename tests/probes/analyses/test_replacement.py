@@ -8,7 +8,11 @@ from probes.cli import main
 
 ANALYSES = {
     "knockout": (["--classes", "sky", "wall"], ["--classes", "sky"], 'classes ["sky", "wall"]'),
-    "patching": (["--site", "layer_02", "--limit", "4", "--draws", "1"], ["--layers", "1"], "layers [0, 1]"),
+    "patching": (
+        ["--site", "layer_02", "--limit", "4", "--draws", "1"],
+        ["--layers", "1"],
+        "layers [0, 1]",
+    ),
     "starvation": (["--site", "layer_02"], ["--by-class"], '"by_class": false'),
     "answers": (["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1"),
     "umap": (["--image", "1", "--sites", "adapter"], ["--sites", "layer_02"], 'sites ["adapter"]'),
@@ -21,11 +25,21 @@ def call(request, runs, tmp_path):
     """A function that runs an analysis into a folder, its result, and what an error says of other options."""
     first, other, made = ANALYSES[request.param]
     paths = [str(runs[mask].path) for mask in ("causal", "bidirectional")]
-    start = [request.param, "--probes", *(paths if request.param == "starvation" else paths[:1]), *first]
+    start = [
+        request.param,
+        "--probes",
+        *(paths if request.param == "starvation" else paths[:1]),
+        *first,
+    ]
     if request.param == "answers":
         start += ["--questions", str(probe_runs.write_questions(runs["causal"], tmp_path))]
     out = tmp_path / "out"
-    return lambda *more: main([*start, "--out", str(out), *more]), out / f"{request.param}.json", other, made
+    return (
+        lambda *more: main([*start, "--out", str(out), *more]),
+        out / f"{request.param}.json",
+        other,
+        made,
+    )
 
 
 def test_other_options_do_not_replace_a_result_unless_asked_to(call):
@@ -36,7 +50,8 @@ def test_other_options_do_not_replace_a_result_unless_asked_to(call):
     assert result.read_bytes() == before, "the same command can be run again"
     with pytest.raises(SystemExit) as error:
         run(*other)
-    assert f"{result} is finished and was made with" in str(error.value) and made in str(error.value)
+    assert f"{result} is finished and was made with" in str(error.value)
+    assert made in str(error.value)
     assert "--overwrite true replaces it, --out DIR writes elsewhere" in str(error.value)
     assert result.read_bytes() == before
     run(*other, "--overwrite", "true")
@@ -51,7 +66,8 @@ def test_result_of_another_run_is_not_replaced(runs, tmp_path):
 
 
 def test_states_replace_no_file(checkpoints, tmp_path):
-    out, photo = tmp_path / "model.safetensors", tmp_path / "a.png"
+    out = tmp_path / "model.safetensors"
+    photo = tmp_path / "a.png"
     out.write_bytes(b"weights")
     Image.new("RGB", (40, 30)).save(photo)
     command = ["states", str(checkpoints["causal"]), str(photo), "--out", str(out)]

@@ -26,19 +26,23 @@ def photos(tmp_path) -> list:
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 4), np.uint8)
     pictures = {"odd.jpg": noise[..., :3], "grey.png": noise[:11, :, 0], "rgba.png": noise[:, :9]}
     for name, array in pictures.items():
-        Image.fromarray(array).resize((array.shape[1] * 3, array.shape[0] * 3)).save(tmp_path / name)
+        Image.fromarray(array).resize((array.shape[1] * 3, array.shape[0] * 3)).save(
+            tmp_path / name
+        )
     return [tmp_path / name for name in pictures]
 
 
 def expected_map(run: ProbeRun, photo, site: str) -> np.ndarray:
     """Own forward; under "pad" the map of the padded square is cropped to the photo."""
-    mllm, image = run.mllm(), Image.open(photo).convert("RGB")
+    mllm = run.mllm()
+    image = Image.open(photo).convert("RGB")
     states = mllm.states(mllm.preprocess([image]), [site])[site]
     logits = run.probes()[site](states).transpose(1, 2).unflatten(-1, mllm.grid)
     (width, height), side = image.size, max(image.size)
     if mllm.geometry.resize == "squash":
         return F.interpolate(logits, (height, width), mode="bilinear")[0].argmax(0).numpy()
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     square = F.interpolate(logits, (side, side), mode="bilinear")[0].argmax(0)
     return square[top : top + height, left : left + width].numpy()
 
@@ -49,22 +53,33 @@ def segment(run, photos, out, *more: str) -> None:
 
 @pytest.mark.parametrize("site", [None, "adapter"])
 def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(site, run, photos, tmp_path):
-    out, best = tmp_path / "out", run.metrics["summary"]["peak_site"]
+    out = tmp_path / "out"
+    best = run.metrics["summary"]["peak_site"]
     segment(run, photos, out, *([] if site is None else ["--site", site]))
-    palette, maps = palette_of(run.dataset()), []
+    palette = palette_of(run.dataset())
+    maps = []
     for photo in photos:
         written = Image.open(out / f"{photo.stem}.png")
-        assert written.mode == "P" and written.getpalette()[:9] == palette.ravel().tolist()
+        assert written.mode == "P"
+        assert written.getpalette()[:9] == palette.ravel().tolist()
         maps.append(np.asarray(written))
         assert (maps[-1] == expected_map(run, photo, site or best)).mean() > 0.999, "up to ties"
-        assert (run.predict(Image.open(photo), site) == maps[-1]).all() and maps[-1].dtype == np.uint8
-        blend = (np.asarray(Image.open(photo).convert("RGB")).astype(int) + colorize(maps[-1], palette)) / 2
+        assert (run.predict(Image.open(photo), site) == maps[-1]).all()
+        assert maps[-1].dtype == np.uint8
+        blend = (
+            np.asarray(Image.open(photo).convert("RGB")).astype(int) + colorize(maps[-1], palette)
+        ) / 2
         assert np.abs(np.asarray(Image.open(out / f"{photo.stem}_overlay.png")) - blend).max() <= 1
     legend = json.loads((out / "legend.json").read_text())
-    assert legend["site"] == (site or best) and legend["runs"] == [run.fingerprint]
+    assert legend["site"] == (site or best)
+    assert legend["runs"] == [run.fingerprint]
     pixels = np.bincount(np.concatenate([x.ravel() for x in maps]), minlength=3)
     for k, row in enumerate(legend["classes"]):
-        assert (row["index"], row["class"], row["colour"]) == (k, run.metrics["classes"][k], palette[k].tolist())
+        assert (row["index"], row["class"], row["colour"]) == (
+            k,
+            run.metrics["classes"][k],
+            palette[k].tolist(),
+        )
         assert row["share"] == pytest.approx(pixels[k] / pixels.sum())
     assert Image.open(out / "legend.png").height == 20 * (pixels > 0).sum()
 
@@ -73,14 +88,18 @@ def test_own_files_are_replaced_and_others_are_not(run, photos, tmp_path):
     segment(run, photos[:1], tmp_path / "out", "--site", "encoder")
     segment(run, photos[1:], tmp_path / "out")
     segment(run, photos, tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"grey.png exists and was not written by `probes segment`; choose another"):
+    with pytest.raises(
+        SystemExit, match=r"grey.png exists and was not written by `probes segment`; choose another"
+    ):
         segment(run, photos, photos[0].parent)
     (tmp_path / "out/legend.json").write_text("{}")
     with pytest.raises(SystemExit, match="legend.json exists and was not written by"):
         segment(run, photos, tmp_path / "out")
 
 
-def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(run, photos, tmp_path, monkeypatch):
+def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(
+    run, photos, tmp_path, monkeypatch
+):
     monkeypatch.setattr("probes.models.load.load", None)
     (tmp_path / "other").mkdir()
     same_stem = shutil.copy(photos[0], tmp_path / "other/odd.png")
@@ -88,13 +107,17 @@ def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(run, photo
     out = tmp_path / "out"
     for arguments, message in (
         ([[tmp_path / "nothing.jpg"], out], "nothing.jpg is not a file; expected a photo"),
-        ([photos, out, "--site", "layer_99"], r"has no site 'layer_99'; it has encoder, adapter, [^\n]*"),
+        (
+            [photos, out, "--site", "layer_99"],
+            r"has no site 'layer_99'; it has encoder, adapter, [^\n]*",
+        ),
         ([[photos[0], same_stem], out], "two outputs would be .*out/odd.png; rename a photo"),
         ([[legend], out], "two outputs would be .*out/legend.png; rename a photo"),
     ):
         with pytest.raises(SystemExit, match=f"^probes: .*{message}") as stop:
             segment(run, *arguments)
-        assert "\n" not in str(stop.value.code) and not out.exists()
+        assert "\n" not in str(stop.value.code)
+        assert not out.exists()
 
 
 def test_dataset_may_be_missing(run, photos, tmp_path, monkeypatch):

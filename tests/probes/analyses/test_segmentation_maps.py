@@ -32,7 +32,9 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
     (name,) = confused_classes(run, 1)
     plan = Plan([name], **PLANS[request.param])
     knockout(run, plan, run.path)
-    reader, tokens, classes = PatchReader(run), {}, run.metrics["classes"]
+    reader = PatchReader(run)
+    tokens = {}
+    classes = run.metrics["classes"]
     for image, sample in enumerate(run.dataset()):
         truth = true_classes(torch.from_numpy(sample["target"])[None], 3, reader.mllm)
         predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
@@ -47,25 +49,33 @@ def test_maps_are_those_of_the_runs_knockout(blocked):
     assert Plan.of_run(run) == replace(plan, controls=[])
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
-    assert entry["how"] == plan.describe() and bool(plan.describe()) == (plan != Plan(plan.classes))
+    assert entry["how"] == plan.describe()
+    assert bool(plan.describe()) == (plan != Plan(plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
-    reader, sample = PatchReader(run), run.dataset()[entry["image"]]
+    reader = PatchReader(run)
+    sample = run.dataset()[entry["image"]]
     for i, condition in enumerate(("incorrect", "correct"), 1):
-        expected = predict_maps(reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers)
+        expected = predict_maps(
+            reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers
+        )
         assert torch.equal(maps[i], expected), condition
 
 
 @torch.no_grad()
 def test_the_explorer_shows_the_runs_knockout(blocked):
     run, plan, tokens = blocked
-    explored, mllm = explore(run, list(tokens), classes=plan.classes), run.mllm()
+    explored = explore(run, list(tokens), classes=plan.classes)
+    mllm = run.mllm()
     assert explored.how == plan.describe()
     for image in explored.images:
         pixels = mllm.preprocess([run.dataset()[image.image]["image"]])
         for condition in ("incorrect", "correct"):
-            reading, expected = image.readings[condition], tokens[image.image][condition]
+            reading = image.readings[condition]
+            expected = tokens[image.image][condition]
             assert torch.equal(reading.blocked, expected)
-            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))["layer_03"]
+            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))[
+                "layer_03"
+            ]
             probabilities = run.probes()["layer_03"](states.float())[0].softmax(-1).max(1).values
             site = explored.sites.index("layer_03")
             torch.testing.assert_close(reading.class_probabilities[0, site], probabilities)

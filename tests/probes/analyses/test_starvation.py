@@ -10,7 +10,12 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation import flipped
 from probes.analyses.starvation.by_class import standardised_gap
-from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions
+from probes.analyses.starvation.flipped import (
+    FLIP_AXES,
+    FlippedDataset,
+    flip_results,
+    flipped_positions,
+)
 from probes.analyses.starvation.patch_accuracy import (
     PatchCounts,
     count_run_patches,
@@ -19,15 +24,23 @@ from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
-N, T, K = 80, 16, 3
+N = 80
+T = 16
+K = 3
 
 
 def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
     """Counts of 100 pixels per patch in which bidirectional is better by `gap`, f[T] or f[N, T]."""
     generator = torch.Generator().manual_seed(seed)
     valid = torch.full((N, T), 100.0, dtype=torch.double)
-    noise = lambda: torch.randn(N, T, generator=generator, dtype=torch.double)
-    return {"causal": PatchCounts(50 + noise(), valid), "bidirectional": PatchCounts(50 + 100 * gap + noise(), valid)}
+
+    def noise():
+        return torch.randn(N, T, generator=generator, dtype=torch.double)
+
+    return {
+        "causal": PatchCounts(50 + noise(), valid),
+        "bidirectional": PatchCounts(50 + 100 * gap + noise(), valid),
+    }
 
 
 def test_frozen_probe_on_upright_images_equals_the_counts_of_the_run(runs):
@@ -40,25 +53,41 @@ def test_frozen_probe_on_upright_images_equals_the_counts_of_the_run(runs):
 
 @pytest.mark.parametrize("flip", FLIP_AXES)
 def test_flipped_patches_are_at_their_flipped_positions(runs, flip):
-    upright, positions = runs["causal"].dataset(), flipped_positions((2, 2), flip)
-    once, before = FlippedDataset(upright, flip), upright[3]
-    cells = lambda mask: [half for part in np.array_split(mask, 2) for half in np.array_split(part, 2, axis=1)]
+    upright = runs["causal"].dataset()
+    positions = flipped_positions((2, 2), flip)
+    once = FlippedDataset(upright, flip)
+    before = upright[3]
+
+    def cells(mask):
+        return [
+            half for part in np.array_split(mask, 2) for half in np.array_split(part, 2, axis=1)
+        ]
+
     after = cells(once[3]["target"])
     for patch, pixels in enumerate(cells(before["target"])):
         assert np.array_equal(np.sort(pixels.ravel()), np.sort(after[positions[patch]].ravel()))
     twice = FlippedDataset(once, flip)[3]
-    assert np.array_equal(twice["image"], before["image"]) and np.array_equal(twice["target"], before["target"])
-    assert not np.array_equal(once[3]["image"], before["image"]) and once[3]["name"] == before["name"]
+    assert np.array_equal(twice["image"], before["image"])
+    assert np.array_equal(twice["target"], before["target"])
+    assert not np.array_equal(once[3]["image"], before["image"])
+    assert once[3]["name"] == before["name"]
 
 
-def flip_with_gaps(runs, monkeypatch, flip: str, upright: torch.Tensor, transformed: torch.Tensor) -> dict:
+def flip_with_gaps(
+    runs, monkeypatch, flip: str, upright: torch.Tensor, transformed: torch.Tensor
+) -> dict:
     """Results of a flip if the masks differ by these accuracies, by patch."""
     counts = random_counts(transformed, seed=1)
-    count = lambda run, *more: counts[run.metrics["image_attention"]]
+
+    def count(run, *more):
+        return counts[run.metrics["image_attention"]]
+
     monkeypatch.setattr(flipped, "count_run_patches", count)
     for run in runs.values():
         monkeypatch.setitem(run.metrics, "grid", [4, 4])
-    return flip_results(runs, "layer_02", flip, random_counts(upright), bootstrap_weights(N, 500).double())
+    return flip_results(
+        runs, "layer_02", flip, random_counts(upright), bootstrap_weights(N, 500).double()
+    )
 
 
 @pytest.mark.parametrize("flip", ["horizontal", "rotate"])
@@ -71,7 +100,9 @@ def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
     moved[flipped_positions((4, 4), flip)] = early
     gap = {"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows]
     result = flip_with_gaps(runs, monkeypatch, flip, upright=early, transformed=gap)
-    assert result["follows"] == follows and result["flip"] == flip and result["upright"]["gap"] > 0.04
+    assert result["follows"] == follows
+    assert result["flip"] == flip
+    assert result["upright"]["gap"] > 0.04
     if follows != "undecided":
         other = {"position": "content", "content": "position"}[follows]
         assert result[follows]["gap"] > result[other]["gap"] + 0.04
@@ -83,17 +114,23 @@ def test_flip_without_a_gap_upright_follows_nothing(runs, monkeypatch):
     early = torch.zeros(T, dtype=torch.double)
     early[:4] = 0.1
     result = flip_with_gaps(runs, monkeypatch, "rotate", upright=-early, transformed=early)
-    assert result["moved_ci95"][0] > 0 and result["follows"] == "no gap"
+    assert result["moved_ci95"][0] > 0
+    assert result["follows"] == "no gap"
 
 
 def standardised_by_loop(counts, labels, share, patch: int) -> dict[str, float]:
     expected = {}
     for mask, (right, valid) in counts.items():
-        accuracy, mix = 0.0, 0.0
+        accuracy = 0.0
+        mix = 0.0
         for k in range(K):
             images = [n for n in range(N) if labels[n, patch] == k]
             if images:
-                accuracy += share[k] * sum(right[n, patch] for n in images) / sum(valid[n, patch] for n in images)
+                accuracy += (
+                    share[k]
+                    * sum(right[n, patch] for n in images)
+                    / sum(valid[n, patch] for n in images)
+                )
                 mix += share[k]
         expected[mask] = float(accuracy / mix)
     return expected
@@ -104,7 +141,10 @@ def test_standardised_gap_equals_a_loop():
     labels = torch.randint(-1, K, (N, T), generator=generator)
     labels[:, 5] = 1  # two of the classes never occur at this patch
     valid = torch.randint(1, 100, (N, T), generator=generator).double()
-    right = lambda: (valid * torch.rand(N, T, generator=generator)).floor()
+
+    def right():
+        return (valid * torch.rand(N, T, generator=generator)).floor()
+
     counts = {mask: PatchCounts(right(), valid) for mask in ("causal", "bidirectional")}
     share = torch.tensor([0.6, 0.3, 0.1], dtype=torch.double)
     result = standardised_gap(counts, labels, share, bootstrap_weights(N, 50).double())
@@ -122,22 +162,32 @@ def test_estimates_are_those_of_the_results(runs):
         ("starvation", results["gap"][0], results["gap_ci95"][0]),
         ("starvation_first_row", row["gap"], row["gap_ci95"]),
     ):
-        assert estimates[name][0] == pytest.approx(value) and interval(*estimates[name]) == pytest.approx(ci95)
+        assert estimates[name][0] == pytest.approx(value)
+        assert interval(*estimates[name]) == pytest.approx(ci95)
 
 
 def test_command_writes_every_part(runs, tmp_path, capsys):
-    argv = ["starvation", "--probes", *(str(runs[mask].path) for mask in ("causal", "bidirectional"))]
+    argv = [
+        "starvation",
+        "--probes",
+        *(str(runs[mask].path) for mask in ("causal", "bidirectional")),
+    ]
     main([*argv, "--site", "layer_01", "--by-class", "--flip", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "starvation.json").read_text())
     plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
-    assert results.pop("options") == plain.pop("options") | {"by_class": True, "flips": list(FLIP_AXES)}
+    assert results.pop("options") == plain.pop("options") | {
+        "by_class": True,
+        "flips": list(FLIP_AXES),
+    }
     assert {key: results[key] for key in plain} == plain
     assert set(results) - set(plain) == {"by_class", "flips"}
     assert [flip["flip"] for flip in results["flips"]] == list(FLIP_AXES)
-    assert len(results["flips"][2]["gap"]) == 4 and results["flips"][2]["patches"] == [0, 1]
+    assert len(results["flips"][2]["gap"]) == 4
+    assert results["flips"][2]["patches"] == [0, 1]
     assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
-    assert "; position or content: " in out and "first row, frequent classes" in out
+    assert "; position or content: " in out
+    assert "first row, frequent classes" in out
     accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
     assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out
 
@@ -145,7 +195,10 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probe": {"feature_norm": "layernorm"}}, "their probes differ in feature_norm, .* and 'layernorm'"),
+        (
+            {"probe": {"feature_norm": "layernorm"}},
+            "their probes differ in feature_norm, .* and 'layernorm'",
+        ),
         ({"probe": {"solved": "optimum"}}, "their probes differ in solved, None and 'optimum'"),
         ({"match": "update"}, "differ in match: 'none' and 'update'"),
         ({"draw": 1}, "differ in draw: 0 and 1"),
@@ -161,13 +214,17 @@ def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message
 
 def test_without_layers_the_site_must_be_named(runs, monkeypatch):
     monkeypatch.setattr(ProbeRun, "peak_layer", None)
-    with pytest.raises(UserError, match="has no decoder layer, and so no best one; choose a site by --site"):
+    with pytest.raises(
+        UserError, match="has no decoder layer, and so no best one; choose a site by --site"
+    ):
         starvation(runs["causal"], runs["bidirectional"])
     assert starvation(runs["causal"], runs["bidirectional"], "adapter")["site"] == "adapter"
 
 
 def test_wrong_runs_and_sites_are_errors(runs):
-    with pytest.raises(ValueError, match="has image attention 'bidirectional'; --probes takes the causal run, then"):
+    with pytest.raises(
+        ValueError, match="has image attention 'bidirectional'; --probes takes the causal run, then"
+    ):
         starvation(runs["bidirectional"], runs["causal"])
     with pytest.raises(ValueError, match="has no site 'layer_77'"):
         starvation(runs["causal"], runs["bidirectional"], "layer_77")

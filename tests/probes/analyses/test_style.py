@@ -14,7 +14,10 @@ def layers(*numbers: int) -> list[str]:
     ("sites", "labels"),
     [
         (["encoder", "adapter", *layers(1, 2, 3)], ["enc.", "adapt.", "1", "2", "3"]),
-        (["encoder", "adapter", *layers(1, 10, 20, 30)], ["enc.", "1", "10", "20", "30"]),  # else they overlap
+        (
+            ["encoder", "adapter", *layers(1, 10, 20, 30)],
+            ["enc.", "1", "10", "20", "30"],
+        ),  # else they overlap
         (["adapter", *layers(*range(1, 33))], [str(number) for number in range(4, 33, 4)]),
     ],
 )

@@ -15,47 +15,75 @@ def purity_by_loop(x: np.ndarray, labels: list[int], neighbours: int) -> float:
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     shares = []
     for i in range(len(x)):
-        order = sorted((j for j in range(len(x)) if j != i), key=lambda j: -float(unit[i] @ unit[j]))[:neighbours]
+        order = sorted(
+            (j for j in range(len(x)) if j != i), key=lambda j: -float(unit[i] @ unit[j])
+        )[:neighbours]
         shares.append(np.mean([labels[j] == labels[i] for j in order]))
     return float(np.mean(shares))
 
 
 def test_purity_leaves_out_unlabelled_patches():
     generator = torch.Generator().manual_seed(0)
-    x, labels = torch.randn(40, 8, generator=generator), torch.randint(-1, 3, (40,), generator=generator)
+    x = torch.randn(40, 8, generator=generator)
+    labels = torch.randint(-1, 3, (40,), generator=generator)
     threads = torch.get_num_threads()
-    result, known = embed(x, labels, 0), labels >= 0
-    assert result["knn_purity"] == pytest.approx(purity_by_loop(x[known].numpy(), labels[known].tolist(), 10))
-    assert np.array(result["xy"]).shape == (40, 2) and -1 <= result["silhouette"] <= 1
+    result = embed(x, labels, 0)
+    known = labels >= 0
+    assert result["knn_purity"] == pytest.approx(
+        purity_by_loop(x[known].numpy(), labels[known].tolist(), 10)
+    )
+    assert np.array(result["xy"]).shape == (40, 2)
+    assert -1 <= result["silhouette"] <= 1
     assert embed(x, labels.clamp(0, 0), 0)["silhouette"] is None, "one class"
     assert embed(x[:10], labels[:10], 0)["knn_purity"] is None, "too few patches"
-    assert torch.get_num_threads() == threads, "other threads, other last bits of whatever this process computes next"
+    assert torch.get_num_threads() == threads, (
+        "other threads, other last bits of whatever this process computes next"
+    )
 
 
 def test_same_seed_gives_the_same_file(runs, tmp_path, capsys):
-    argv = ["umap", "--probes", str(runs["causal"].path), "--image", "1", "3", "--sites", "encoder", "layer_02"]
+    argv = [
+        "umap",
+        "--probes",
+        str(runs["causal"].path),
+        "--image",
+        "1",
+        "3",
+        "--sites",
+        "encoder",
+        "layer_02",
+    ]
     for folder in ("a", "b"):
         main([*argv, "--out", str(tmp_path / folder)])
     assert (tmp_path / "a/umap.json").read_bytes() == (tmp_path / "b/umap.json").read_bytes()
     results = json.loads((tmp_path / "a/umap.json").read_text())
-    assert [image["image"] for image in results["images"]] == [1, 3] and results["grid"] == [2, 2]
+    assert [image["image"] for image in results["images"]] == [1, 3]
+    assert results["grid"] == [2, 2]
     for image in results["images"]:
         assert [site["site"] for site in image["sites"]] == ["encoder", "layer_02"]
-        assert all(np.isfinite(site["xy"]).all() and len(site["xy"]) == 4 for site in image["sites"])
+        assert all(
+            np.isfinite(site["xy"]).all() and len(site["xy"]) == 4 for site in image["sites"]
+        )
     assert "knn_purity" in capsys.readouterr().out
 
 
 def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path):
     one, none = (
-        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / sites, "--model.sites", sites)
+        probe_runs.fit(
+            checkpoints["causal"], segmentation, tmp_path / sites, "--model.sites", sites
+        )
         for sites in ("[layer_02]", "[encoder,adapter]")
     )
     (image,) = umap_of_images(one, [0])["images"]
     assert [site["site"] for site in image["sites"]] == ["adapter", "layer_02"]
-    with pytest.raises(SystemExit, match="^probes: .* has no decoder layer, and so no best one; choose --sites"):
+    with pytest.raises(
+        SystemExit, match="^probes: .* has no decoder layer, and so no best one; choose --sites"
+    ):
         main(["umap", "--probes", str(none.path), "--image", "0"])
 
 
 def test_unknown_image_is_an_error(runs):
-    with pytest.raises(SystemExit, match=r"^probes: image 9 is out of range; the split has images 0..8"):
+    with pytest.raises(
+        SystemExit, match=r"^probes: image 9 is out of range; the split has images 0..8"
+    ):
         main(["umap", "--probes", str(runs["causal"].path), "--image", "9"])

@@ -16,13 +16,18 @@ from probes.cli import main
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> list[str]:
     """A causal and a bidirectional run on images whose upper left quarter is never labelled: patch 0 of 2 x 2."""
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5)
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5
+    )
     for file in root.glob("annotations/*/*.png"):
         mask = np.array(Image.open(file))
         mask[: mask.shape[0] // 2, : mask.shape[1] // 2] = 255
         Image.fromarray(mask).save(file)
     masks = ("causal", "bidirectional")
-    return [str(probe_runs.fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask)).path) for mask in masks]
+    return [
+        str(probe_runs.fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask)).path)
+        for mask in masks
+    ]
 
 
 def read_strictly(path: Path) -> dict:
@@ -36,17 +41,21 @@ def read_strictly(path: Path) -> dict:
 
 def test_it_has_no_accuracy(runs, tmp_path, capsys):
     main(["starvation", "--probes", *runs, "--by-class", "--flip"])
-    assert "patch 0: no labelled pixel" in (printed := capsys.readouterr().out) and "nan" not in printed
+    assert "patch 0: no labelled pixel" in (printed := capsys.readouterr().out)
+    assert "nan" not in printed
     result = read_strictly(Path(runs[1]) / "starvation.json")
     for patches in (result, result["by_class"]):
-        assert patches["gap"][0] is None and patches["gap_ci95"][0] == [None, None]
+        assert patches["gap"][0] is None
+        assert patches["gap_ci95"][0] == [None, None]
         assert all(math.isfinite(gap) for gap in patches["gap"][1:])
     for flip, position in zip(result["flips"], (1, 2, 3), strict=True):
         assert [i for i, gap in enumerate(flip["gap"]) if gap is None] == [position], flip["flip"]
 
     main(["report", *runs, "--out", str(tmp_path)])
     claims = [entry["claim"] for entry in read_strictly(tmp_path / "results.json")["claims"]]
-    assert "starvation_first_row" in claims and "starvation" not in claims
+    assert "starvation_first_row" in claims
+    assert "starvation" not in claims
     assert "nan" not in capsys.readouterr().out
     page = (tmp_path / "index.html").read_text()
-    assert "Accuracy gap with equal class frequencies" in page and ">nan" not in page
+    assert "Accuracy gap with equal class frequencies" in page
+    assert ">nan" not in page

@@ -11,13 +11,19 @@ from probes.data.available_memory import available_memory
 GB = 10**9
 
 
-def write_group(folder: Path, version: int, limit: int | str, use: int = 0, cached: int = 0) -> None:
+def write_group(
+    folder: Path, version: int, limit: int | str, use: int = 0, cached: int = 0
+) -> None:
     """Write the files of a control group, as the kernel does."""
     names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in zip(names, (limit, use), strict=True):
         (folder / f"memory.{name}").write_text(f"{value}\n")
-    own = f"inactive_file {cached}\n" if version == 2 else f"inactive_file 0\ntotal_inactive_file {cached}\n"
+    own = (
+        f"inactive_file {cached}\n"
+        if version == 2
+        else f"inactive_file 0\ntotal_inactive_file {cached}\n"
+    )
     (folder / "memory.stat").write_text(f"anon {use - cached}\n{own}")
 
 
@@ -28,11 +34,17 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("own", "root", "version"),
-    [("0::/slurm/job_1\n", "", 2), ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_1\n0::/\n", "memory", 1)],
+    [
+        ("0::/slurm/job_1\n", "", 2),
+        ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_1\n0::/\n", "memory", 1),
+    ],
 )
 def test_limits_of_all_groups_count_and_cached_files_do_not(own, root, version, machine, tmp_path):
     (tmp_path / "own").write_text(own)
-    available = lambda: available_memory(tmp_path / "own", tmp_path / "mount")
+
+    def available():
+        return available_memory(tmp_path / "own", tmp_path / "mount")
+
     assert available() == 100 * GB, "the files of the groups are not visible"
     unlimited = "max" if version == 2 else 2**63 - 4096
     group = tmp_path / "mount" / root / "slurm"

@@ -27,7 +27,9 @@ def root(tmp_path):
 def image_of(root, name="000.png"):
     """Where another first image goes, its own one removed."""
     (root / "images/validation/000.png").unlink()
-    (root / "annotations/validation/000.png").rename(root / f"annotations/validation/{name.rpartition('.')[0]}.png")
+    (root / "annotations/validation/000.png").rename(
+        root / f"annotations/validation/{name.rpartition('.')[0]}.png"
+    )
     return root / "images/validation" / name
 
 
@@ -43,7 +45,9 @@ def check_refused(root, path, message):
     with pytest.raises(BadFile, match=message) as error:
         dataset[0]
     assert str(path) in str(error.value)
-    assert find_bad_files(dataset, "", [0], 0, progress=False) == [(error.value.kind, str(error.value))]
+    assert find_bad_files(dataset, "", [0], 0, progress=False) == [
+        (error.value.kind, str(error.value))
+    ]
 
 
 @pytest.mark.parametrize("name", ["bomb_below_the_limit_of_pil.png", "text.png"])
@@ -51,12 +55,17 @@ def check_refused(root, path, message):
 def test_hostile_file_is_an_error_that_names_it(root, which, name):
     path = which(root)
     path.write_bytes(hostile_images.REJECTED[name][0])
-    check_refused(root, path, "decompression bomb" if "bomb" in name else "cannot be read as an image")
+    check_refused(
+        root, path, "decompression bomb" if "bomb" in name else "cannot be read as an image"
+    )
 
 
 @pytest.mark.parametrize("name", hostile_images.DEEP)
 def test_image_or_mask_of_more_than_8_bits_is_an_error(root, name):
-    for which, message in ((image_of, "more than 8 bits"), (mask_of, "has mode '|cannot be read as an image")):
+    for which, message in (
+        (image_of, "more than 8 bits"),
+        (mask_of, "has mode '|cannot be read as an image"),
+    ):
         path = which(root)
         path.write_bytes(hostile_images.DEEP[name])
         check_refused(root, path, message)
@@ -101,8 +110,14 @@ masks = arrays.arrays(
 )
 
 
-@given(st.sampled_from(["images", "annotations"]), st.binary(max_size=100) | st.sampled_from(whole), st.lists(mutation))
-def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(segmentation_of_one, kind, content, changes):
+@given(
+    st.sampled_from(["images", "annotations"]),
+    st.binary(max_size=100) | st.sampled_from(whole),
+    st.lists(mutation),
+)
+def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(
+    segmentation_of_one, kind, content, changes
+):
     for place, new in changes:
         place %= max(len(content), 1)
         content = content[:place] + new + content[place + len(new) :]
@@ -110,12 +125,18 @@ def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(segmentation_of_
 
 
 @given(masks, st.sampled_from([np.uint8, np.uint16, np.bool_]))
-def test_any_small_array_is_a_mask_or_an_error_that_names_the_file(segmentation_of_one, array, dtype):
+def test_any_small_array_is_a_mask_or_an_error_that_names_the_file(
+    segmentation_of_one, array, dtype
+):
     if array.ndim == 2:
         array = array.astype(dtype)
-    target = check_any(segmentation_of_one, "annotations", hostile_images.encoded(Image.fromarray(array), "PNG"))
+    target = check_any(
+        segmentation_of_one, "annotations", hostile_images.encoded(Image.fromarray(array), "PNG")
+    )
     fits = (
-        array.dtype == np.uint8 and array.shape == hostile_images.SIZE[::-1] and set(np.unique(array)) <= {0, 1, 2, 255}
+        array.dtype == np.uint8
+        and array.shape == hostile_images.SIZE[::-1]
+        and set(np.unique(array)) <= {0, 1, 2, 255}
     )
     assert (target is not None) == fits
     assert not fits or (target == array).all()
@@ -123,7 +144,9 @@ def test_any_small_array_is_a_mask_or_an_error_that_names_the_file(segmentation_
 
 @pytest.fixture(scope="module")
 def segmentation_of_one(tmp_path_factory):
-    return tiny_models.write_segmentation(tmp_path_factory.mktemp("one"), 1, 1, size=hostile_images.SIZE[::-1])
+    return tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("one"), 1, 1, size=hostile_images.SIZE[::-1]
+    )
 
 
 def check_any(root, kind, content):
@@ -134,11 +157,13 @@ def check_any(root, kind, content):
         path.write_bytes(content)
         sample = FolderDataset(root, "validation")[0]
     except BadFile as error:
-        assert str(path) in str(error) and error.kind
+        assert str(path) in str(error)
+        assert error.kind
     else:
         height, width = sample["target"].shape
         assert (sample["image"].mode, sample["image"].size) == ("RGB", (width, height))
-        assert sample["target"].dtype == np.uint8 and set(np.unique(sample["target"])) <= {0, 1, 2, 255}
+        assert sample["target"].dtype == np.uint8
+        assert set(np.unique(sample["target"])) <= {0, 1, 2, 255}
         return sample["target"]
     finally:
         path.write_bytes(before)

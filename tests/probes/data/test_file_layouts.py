@@ -13,7 +13,26 @@ from probes.data.palette import palette_of
 from probes.data.registry import open_dataset
 
 # cityscapesScripts' labels.py: trainId of each id from 0 to 33
-TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, 16, 17, 18]
+TRAIN_IDS = [255] * 7 + [
+    0,
+    1,
+    255,
+    255,
+    2,
+    3,
+    4,
+    255,
+    255,
+    255,
+    5,
+    255,
+    *range(6, 16),
+    255,
+    255,
+    16,
+    17,
+    18,
+]
 
 
 @pytest.fixture
@@ -41,11 +60,14 @@ def expected(raw, table):
 
 
 def test_ade20k_has_150_classes_from_label_1_on(ade):
-    training, data = (open_dataset("ade20k", str(ade), split) for split in ("training", "validation"))
+    training, data = (
+        open_dataset("ade20k", str(ade), split) for split in ("training", "validation")
+    )
     assert (len(training), len(data), len(data.classes)) == (3, 2, 150)
     for i, name in enumerate(("ADE_val_00000001", "ADE_val_00000002")):
         labels = raw(ade / f"annotations/validation/{name}.png")
-        assert data[i]["name"] == name and {0, 1, 2, 150} <= set(labels.flat)
+        assert data[i]["name"] == name
+        assert {0, 1, 2, 150} <= set(labels.flat)
         assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
 
 
@@ -54,27 +76,44 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
     root = str(voc / above)
     training, data = (open_dataset("voc2012", root, split) for split in ("training", "validation"))
     assert training.names == ["2007_000032", "2007_000039", "2008_000002"], "sorted"
-    assert data.names == ["2007_000033", "2007_000042"] and len(data.classes) == 20
-    assert data.classes[0] == "aeroplane" and data.classes[-1] == "tvmonitor" and len(data.palette) == 20
+    assert data.names == ["2007_000033", "2007_000042"]
+    assert len(data.classes) == 20
+    assert data.classes[0] == "aeroplane"
+    assert data.classes[-1] == "tvmonitor"
+    assert len(data.palette) == 20
     table = {k: k - 1 for k in range(1, 21)}
-    assert (data[0]["target"] == expected(raw(voc / "SegmentationClass/2007_000033.png"), table)).all()
-    own, augmented = training[0]["target"], training[2]["target"]
-    assert (own == expected(raw(voc / "SegmentationClass/2007_000032.png"), table)).all(), "VOC's own mask, not SBD's"
+    assert (
+        data[0]["target"] == expected(raw(voc / "SegmentationClass/2007_000033.png"), table)
+    ).all()
+    own = training[0]["target"]
+    augmented = training[2]["target"]
+    assert (own == expected(raw(voc / "SegmentationClass/2007_000032.png"), table)).all(), (
+        "VOC's own mask, not SBD's"
+    )
     assert (augmented == expected(raw(voc / "SegmentationClassAug/2008_000002.png"), table)).all()
 
 
 def test_voc2012_with_background_has_21_classes(voc):
     data = open_dataset("voc2012", str(voc), "validation", {"background": "class"})
-    assert len(data.classes) == 21 and data.classes[0] == "background" and data.palette[0] == [0, 0, 0]
+    assert len(data.classes) == 21
+    assert data.classes[0] == "background"
+    assert data.palette[0] == [0, 0, 0]
     labels = raw(voc / "SegmentationClass/2007_000033.png")
-    assert (data[0]["target"] == labels).all() and {0, 20, 255} <= set(labels.flat)
+    assert (data[0]["target"] == labels).all()
+    assert {0, 20, 255} <= set(labels.flat)
 
 
 def test_voc2012_lists_come_in_several_forms(voc):
     lists = voc / "ImageSets/Segmentation"
     (lists / "trainaug.txt").unlink()
-    (lists / "aug.txt").write_text("/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n")
-    assert open_dataset("voc2012", str(voc), "training").names == ["2007_000032", "2007_000039", "2008_000002"]
+    (lists / "aug.txt").write_text(
+        "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n"
+    )
+    assert open_dataset("voc2012", str(voc), "training").names == [
+        "2007_000032",
+        "2007_000039",
+        "2008_000002",
+    ]
     plain = open_dataset("voc2012", str(voc), "training", {"train_list": "train"})
     assert plain.names == ["2007_000032", "2007_000039"]
 
@@ -82,7 +121,9 @@ def test_voc2012_lists_come_in_several_forms(voc):
 @pytest.mark.parametrize("part", ["SegmentationClassAug", "ImageSets/Segmentation/trainaug.txt"])
 def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
     shutil.rmtree(voc / part) if (voc / part).is_dir() else (voc / part).unlink()
-    with pytest.raises(ValueError, match=f"lacks {part}.*masks of SBD.*data.options.train_list: train"):
+    with pytest.raises(
+        ValueError, match=f"lacks {part}.*masks of SBD.*data.options.train_list: train"
+    ):
         open_dataset("voc2012", str(voc), "training")
 
 
@@ -90,7 +131,10 @@ def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
     ("content", "message"),
     [
         (b"\xff\xfe2\0", "val.txt is not UTF-8"),
-        (b"2007_000033\n../2007\0_000042\n", r"val.txt lists '2007\\x00_000042', which is not the name of an image"),
+        (
+            b"2007_000033\n../2007\0_000042\n",
+            r"val.txt lists '2007\\x00_000042', which is not the name of an image",
+        ),
         (b"x" * 5000, "val.txt lists 'xxx.*not the name of an image"),
         (b"\0" * 10_000_001, "val.txt has more than 10,000,000 characters"),
         (b"", "val.txt lists no images"),
@@ -104,7 +148,9 @@ def test_voc2012_lists_that_are_none_are_named(voc, content, message):
 
 def test_voc2012_list_cannot_name_what_lies_elsewhere(voc):
     """Of a path, the name alone counts, as converters write the whole one."""
-    (voc / "ImageSets/Segmentation/val.txt").write_text("../../../etc/2007_000033\n/2007_000042.jpg\n..\n")
+    (voc / "ImageSets/Segmentation/val.txt").write_text(
+        "../../../etc/2007_000033\n/2007_000042.jpg\n..\n"
+    )
     data = open_dataset("voc2012", str(voc), "validation")
     assert [image.parent for image, _ in data._files] == [voc / "JPEGImages"] * 3
     assert data[1]["name"] == "2007_000033"
@@ -119,37 +165,56 @@ def test_voc2012_training_list_with_validation_images_is_refused(voc):
 
 
 def test_cityscapes_has_19_classes_and_cities(city):
-    training, data = (open_dataset("cityscapes", str(city), split) for split in ("training", "validation"))
-    assert training.groups == ["aachen", "aachen", "ulm"] and data.groups == ["munster"] * 2
-    assert len(data.classes) == 19 and data.classes[10] == "sky" and data.classes[18] == "bicycle"
+    training, data = (
+        open_dataset("cityscapes", str(city), split) for split in ("training", "validation")
+    )
+    assert training.groups == ["aachen", "aachen", "ulm"]
+    assert data.groups == ["munster"] * 2
+    assert len(data.classes) == 19
+    assert data.classes[10] == "sky"
+    assert data.classes[18] == "bicycle"
     for i in range(2):
         ids = raw(city / f"gtFine/val/munster/munster_{i:06d}_000019_gtFine_labelIds.png")
         assert (data[i]["target"] == expected(ids, dict(enumerate(TRAIN_IDS)))).all()
         assert set(range(19)) | {255} == set(data[i]["target"].flat)
     path = city / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png"
     Image.fromarray(dataset_layouts.labels(0, [*range(19), 255])).save(path)
-    with pytest.raises(ValueError, match="has label 255, but there are 19 classes and the labels 0 to 33"):
+    with pytest.raises(
+        ValueError, match="has label 255, but there are 19 classes and the labels 0 to 33"
+    ):
         data[0]
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
 def test_wrong_root_says_what_was_expected_and_what_is_there(layout, tmp_path, ade, voc, city):
     root = {"ade20k": ade, "voc2012": voc, "cityscapes": city}[layout]
-    inside = root / {"ade20k": "images", "voc2012": "JPEGImages", "cityscapes": "leftImg8bit"}[layout]
-    with pytest.raises(ValueError, match=rf"{inside} lacks .*it contains .*; did you mean {root}\?"):
+    inside = (
+        root / {"ade20k": "images", "voc2012": "JPEGImages", "cityscapes": "leftImg8bit"}[layout]
+    )
+    with pytest.raises(
+        ValueError, match=rf"{inside} lacks .*it contains .*; did you mean {root}\?"
+    ):
         open_dataset(layout, str(inside), "training")  # one level too low
     (tmp_path / "odd").mkdir()
     root.rename(tmp_path / "odd/mine")
-    with pytest.raises(ValueError, match=r"odd lacks .*it contains mine; did you mean .*odd/mine\?"):
-        open_dataset(layout, str(tmp_path / "odd"), "training")  # one too high, under a name of its own
+    with pytest.raises(
+        ValueError, match=r"odd lacks .*it contains mine; did you mean .*odd/mine\?"
+    ):
+        open_dataset(
+            layout, str(tmp_path / "odd"), "training"
+        )  # one too high, under a name of its own
     with pytest.raises(ValueError, match="no folder .*nowhere; expected the dataset's"):
         open_dataset(layout, str(tmp_path / "nowhere"), "training")
 
 
 def test_options_are_those_of_the_layout(segmentation):
-    with pytest.raises(ValueError, match="'voc2012' has no option 'backgound'; expected train_list, background"):
+    with pytest.raises(
+        ValueError, match="'voc2012' has no option 'backgound'; expected train_list, background"
+    ):
         open_dataset("voc2012", "anywhere", "training", {"backgound": "class"})
-    with pytest.raises(ValueError, match="data.options.background is 'Class'; expected one of ignore, class"):
+    with pytest.raises(
+        ValueError, match="data.options.background is 'Class'; expected one of ignore, class"
+    ):
         open_dataset("voc2012", "anywhere", "training", {"background": "Class"})
     with pytest.raises(ValueError, match="'folder' has no option 'labels'; expected none"):
         open_dataset("folder", str(segmentation), "training", {"labels": "labelIds"})
@@ -160,8 +225,18 @@ def test_class_names_and_colours_are_the_official_ones():
         assert len(set(module.CLASSES)) == len(module.CLASSES) == len(module.PALETTE) == count
         assert all(len(colour) == 3 for colour in module.PALETTE)
     assert len(set(voc2012.CLASSES)) == 21
-    known = {"wall": (120, 120, 120), "building": (180, 120, 120), "sky": (6, 230, 230), "bed": (204, 5, 255)}
-    known |= {"person": (150, 5, 61), "car": (0, 102, 200), "television": (0, 255, 194), "flag": (92, 0, 255)}
+    known = {
+        "wall": (120, 120, 120),
+        "building": (180, 120, 120),
+        "sky": (6, 230, 230),
+        "bed": (204, 5, 255),
+    }
+    known |= {
+        "person": (150, 5, 61),
+        "car": (0, 102, 200),
+        "television": (0, 255, 194),
+        "flag": (92, 0, 255),
+    }
     assert {name: tuple(ade20k.PALETTE[ade20k.CLASSES.index(name)]) for name in known} == known
     assert [ade20k.CLASSES[i] for i in (7, 8, 58, 130, 141)] == [
         "bed",
@@ -170,8 +245,15 @@ def test_class_names_and_colours_are_the_official_ones():
         "screen",
         "crt screen",
     ]
-    known = {"road": (128, 64, 128), "sky": (70, 130, 180), "car": (0, 0, 142), "bicycle": (119, 11, 32)}
-    assert {name: tuple(cityscapes.PALETTE[cityscapes.CLASSES.index(name)]) for name in known} == known
+    known = {
+        "road": (128, 64, 128),
+        "sky": (70, 130, 180),
+        "car": (0, 0, 142),
+        "bicycle": (119, 11, 32),
+    }
+    assert {
+        name: tuple(cityscapes.PALETTE[cityscapes.CLASSES.index(name)]) for name in known
+    } == known
 
 
 def test_voc_colours_are_the_devkits(voc):
@@ -186,9 +268,12 @@ def test_voc_colours_are_the_devkits(voc):
             blue |= (bits >> 2 & 1) << bit
             bits >>= 3
         assert palette[label].tolist() == [red, green, blue]
-    assert palette[15].tolist() == [192, 128, 128] and palette[20].tolist() == [0, 64, 128]
+    assert palette[15].tolist() == [192, 128, 128]
+    assert palette[20].tolist() == [0, 64, 128]
 
 
 def test_folders_of_our_own_have_no_groups_and_no_official_size(segmentation):
     data = open_dataset("folder", str(segmentation), "training")
-    assert data.groups is None and data.official_size is None and data.classes == tiny_models.CLASSES
+    assert data.groups is None
+    assert data.official_size is None
+    assert data.classes == tiny_models.CLASSES

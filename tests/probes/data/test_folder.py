@@ -40,10 +40,17 @@ def facts(**kwargs):
 
 def png_of_4_bits(height: int, width: int) -> bytes:
     """Return a greyscale file with label 1 everywhere, as writers that do not scale values make it."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
     rows = zlib.compress((b"\0" + b"\x11" * (width // 2)) * height)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 def save(root, array, mode=None):
@@ -53,20 +60,30 @@ def save(root, array, mode=None):
 def test_image_and_mask_come_back_as_written(root):
     data = FolderDataset(root, "validation")
     sample = data[0]
-    assert len(data) == 5 and sample["name"] == "000" and data.classes == tiny_models.CLASSES
-    assert sample["image"].mode == "RGB" and sample["target"].dtype == np.uint8
+    assert len(data) == 5
+    assert sample["name"] == "000"
+    assert data.classes == tiny_models.CLASSES
+    assert sample["image"].mode == "RGB"
+    assert sample["target"].dtype == np.uint8
     assert (sample["target"] == np.asarray(Image.open(mask_path(root)))).all()
     assert (sample["target"][0, :2] == 255).all()
 
 
 def test_reduce_zero_label_ignores_zero_and_shifts_the_rest(root):
-    (root / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "reduce_zero_label": True}))
-    raw, target = np.asarray(Image.open(mask_path(root))), FolderDataset(root, "validation")[0]["target"]
-    assert (target[raw == 0] == 255).all() and (target[raw == 1] == 0).all() and (target[raw == 2] == 1).all()
+    (root / "classes.json").write_text(
+        json.dumps({"classes": ["a", "b"], "reduce_zero_label": True})
+    )
+    raw = np.asarray(Image.open(mask_path(root)))
+    target = FolderDataset(root, "validation")[0]["target"]
+    assert (target[raw == 0] == 255).all()
+    assert (target[raw == 1] == 0).all()
+    assert (target[raw == 2] == 1).all()
 
 
 def test_byte_order_mark_is_let_through(root):
-    (root / "classes.json").write_bytes(b"\xef\xbb\xbf" + facts(classes=["größe", "b", "c"]).encode())
+    (root / "classes.json").write_bytes(
+        b"\xef\xbb\xbf" + facts(classes=["größe", "b", "c"]).encode()
+    )
     assert FolderDataset(root, "validation").classes[0] == "größe"
 
 
@@ -76,7 +93,8 @@ any_facts = any_json | st.fixed_dictionaries(
     optional={
         "ignore_index": st.integers(-1, 256) | any_json,
         "reduce_zero_label": st.booleans() | any_json,
-        "palette": st.lists(st.lists(st.integers(0, 256), min_size=2, max_size=3), max_size=4) | any_json,
+        "palette": st.lists(st.lists(st.integers(0, 256), min_size=2, max_size=3), max_size=4)
+        | any_json,
     },
 )
 
@@ -90,7 +108,8 @@ def test_any_classes_json_is_a_dataset_or_an_error_that_names_it(segmentation, f
     except ValueError as error:
         assert str(segmentation / "classes.json") in str(error)
     else:
-        assert data.classes == facts["classes"] and len(data.palette or data.classes) == len(data.classes)
+        assert data.classes == facts["classes"]
+        assert len(data.palette or data.classes) == len(data.classes)
     finally:
         (segmentation / "classes.json").write_text(before)
 
@@ -104,12 +123,16 @@ def turned_photo(root, orientation, size=(24, 20)):
     (root / "images/validation/000.png").unlink()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "images/validation/000.jpg", exif=exif)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(
+        root / "images/validation/000.jpg", exif=exif
+    )
 
 
 def test_masks_of_less_than_8_bits_are_an_error(root):
     mask_path(root).write_bytes(png_of_4_bits(24, 20))
-    with pytest.raises(ValueError, match=r"000.png has 4 bits per pixel, .* multiples of 17; save it as 8-bit PNG"):
+    with pytest.raises(
+        ValueError, match=r"000.png has 4 bits per pixel, .* multiples of 17; save it as 8-bit PNG"
+    ):
         FolderDataset(root, "validation")[0]
 
 
@@ -125,36 +148,82 @@ def test_palette_png_is_read_by_index(root):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: (root / "classes.json").unlink(), "classes.json is missing; expected the names of the classes"),
-        (lambda root: (root / "classes.json").write_text("{"), "classes.json is not JSON"),
-        (lambda root: (root / "classes.json").write_text("{}"), "needs a list of names under 'classes'"),
-        (lambda root: (root / "annotations").rename(root / "masks"), "no folder .*annotations/validation"),
-        (lambda root: mask_path(root).unlink(), "1 files have no mask, .*images/validation/000.png"),
-        (lambda root: (root / "images/validation/000.png").unlink(), "have no image, .*annotations/validation/000.png"),
         (
-            lambda root: shutil.copy(root / "images/validation/000.png", root / "images/validation/000.jpg"),
+            lambda root: (root / "classes.json").unlink(),
+            "classes.json is missing; expected the names of the classes",
+        ),
+        (lambda root: (root / "classes.json").write_text("{"), "classes.json is not JSON"),
+        (
+            lambda root: (root / "classes.json").write_text("{}"),
+            "needs a list of names under 'classes'",
+        ),
+        (
+            lambda root: (root / "annotations").rename(root / "masks"),
+            "no folder .*annotations/validation",
+        ),
+        (
+            lambda root: mask_path(root).unlink(),
+            "1 files have no mask, .*images/validation/000.png",
+        ),
+        (
+            lambda root: (root / "images/validation/000.png").unlink(),
+            "have no image, .*annotations/validation/000.png",
+        ),
+        (
+            lambda root: shutil.copy(
+                root / "images/validation/000.png", root / "images/validation/000.jpg"
+            ),
             "000.jpg and .*000.png have the same name",
         ),
         (lambda root: [p.unlink() for p in root.glob("*/validation/*")], "validation: no images"),
         (
-            lambda root: mask_path(root).rename(os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")),
+            lambda root: mask_path(root).rename(
+                os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")
+            ),
             r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
         ),
-        (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index is 256; expected"),
+        (
+            lambda root: (root / "classes.json").write_text(facts(ignore_index=256)),
+            "ignore_index is 256; expected",
+        ),
         (
             lambda root: (root / "classes.json").write_text(
                 facts(classes=[str(i) for i in range(255)], reduce_zero_label=True)
             ),
             "classes.json has 255 classes; an 8-bit mask allows at most 254",
         ),
-        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
-        (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),
-        (lambda root: (root / "classes.json").write_text('{"classes": ["a"]}'), "classes.json has one class, which is"),
-        (lambda root: (root / "classes.json").write_text("[" * 100_000), "classes.json is not JSON: .*recursion"),
-        (lambda root: (root / "classes.json").write_text(" " * 10_000_001), "has more than 10,000,000 characters"),
-        (lambda root: no_file(root / "classes.json", Path.mkdir), "classes.json is not a regular file"),
-        (lambda root: no_file(root / "classes.json", os.mkfifo), "classes.json is not a regular file"),
-        (lambda root: (root / "classes.json").write_text(facts(classes=["a", "a"])), "has the class 'a' twice"),
+        (
+            lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])),
+            "1 colours .* for 2 classes",
+        ),
+        (
+            lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'),
+            "classes.json is not UTF-8",
+        ),
+        (
+            lambda root: (root / "classes.json").write_text('{"classes": ["a"]}'),
+            "classes.json has one class, which is",
+        ),
+        (
+            lambda root: (root / "classes.json").write_text("[" * 100_000),
+            "classes.json is not JSON: .*recursion",
+        ),
+        (
+            lambda root: (root / "classes.json").write_text(" " * 10_000_001),
+            "has more than 10,000,000 characters",
+        ),
+        (
+            lambda root: no_file(root / "classes.json", Path.mkdir),
+            "classes.json is not a regular file",
+        ),
+        (
+            lambda root: no_file(root / "classes.json", os.mkfifo),
+            "classes.json is not a regular file",
+        ),
+        (
+            lambda root: (root / "classes.json").write_text(facts(classes=["a", "a"])),
+            "has the class 'a' twice",
+        ),
     ],
 )
 def test_missing_parts_are_named_before_any_work(root, break_it, message):
@@ -170,20 +239,38 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
             lambda root: save(root, np.full((24, 20), 7)),
             "000.png has label 7, but there are 3 classes and the labels 0 to 2, 255",
         ),
-        (lambda root: save(root, np.zeros((24, 20, 3))), "000.png has mode 'RGB', .* convert them to class indices"),
-        (lambda root: Image.fromarray(np.zeros((24, 20), np.uint16)).save(mask_path(root)), "'I;16', .* with 8 bits"),
+        (
+            lambda root: save(root, np.zeros((24, 20, 3))),
+            "000.png has mode 'RGB', .* convert them to class indices",
+        ),
+        (
+            lambda root: Image.fromarray(np.zeros((24, 20), np.uint16)).save(mask_path(root)),
+            "'I;16', .* with 8 bits",
+        ),
         (lambda root: Image.new("1", (20, 24)).save(mask_path(root)), "has mode '1'"),
-        (lambda root: save(root, np.zeros((20, 24))), "000.png is 24 x 20 px, its image .* 20 x 24 px"),
+        (
+            lambda root: save(root, np.zeros((20, 24))),
+            "000.png is 24 x 20 px, its image .* 20 x 24 px",
+        ),
         (lambda root: mask_path(root).write_bytes(b"x"), "000.png cannot be read as an image"),
-        (lambda root: (root / "images/validation/000.png").write_bytes(b"x"), "cannot be read as an image"),
-        (lambda root: cut_off(root / "images/validation/000.png"), "000.png cannot be read as an image: .*truncated"),
+        (
+            lambda root: (root / "images/validation/000.png").write_bytes(b"x"),
+            "cannot be read as an image",
+        ),
+        (
+            lambda root: cut_off(root / "images/validation/000.png"),
+            "000.png cannot be read as an image: .*truncated",
+        ),
         # a mask of the turned picture's size
         (
             lambda root: turned_photo(root, 6, size=(20, 24)),
             r"000.jpg has EXIF orientation 6.*000.png has the size of the",
         ),
         # nothing in the sizes tells what the mask was drawn on
-        (lambda root: turned_photo(root, 3), r"000.jpg has EXIF orientation 3.* may have been drawn on"),
+        (
+            lambda root: turned_photo(root, 3),
+            r"000.jpg has EXIF orientation 3.* may have been drawn on",
+        ),
     ],
 )
 def test_broken_pictures_are_named(root, break_it, message):
@@ -195,12 +282,14 @@ def test_broken_pictures_are_named(root, break_it, message):
 def test_photo_whose_mask_fits_only_the_stored_pixels_is_read_as_stored(root):
     turned_photo(root, 6)
     sample = FolderDataset(root, "validation")[0]
-    assert sample["image"].size == (20, 24) and sample["target"].shape == (24, 20)
+    assert sample["image"].size == (20, 24)
+    assert sample["target"].shape == (24, 20)
 
 
 def test_unknown_layout_and_split_are_errors(root):
     with pytest.raises(
-        ValueError, match="unknown data.dataset 'coco'; expected one of folder, ade20k, voc2012, cityscapes"
+        ValueError,
+        match="unknown data.dataset 'coco'; expected one of folder, ade20k, voc2012, cityscapes",
     ):
         SegmentationData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):

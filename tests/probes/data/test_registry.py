@@ -16,7 +16,9 @@ class Unfinished(SegmentationDataset):
 
 
 def test_layout_whose_parts_do_not_match_is_an_error():
-    with pytest.raises(ValueError, match="Unfinished: the lookup contains class 2, but there are 2 classes, from 0"):
+    with pytest.raises(
+        ValueError, match="Unfinished: the lookup contains class 2, but there are 2 classes, from 0"
+    ):
         Unfinished("", "training", lookup=lookup(3))
     with pytest.raises(ValueError, match="Unfinished: 3 colours in the palette for 2 classes"):
         Unfinished("", "training", palette=[[0, 0, 0]] * 3)

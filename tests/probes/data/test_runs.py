@@ -21,13 +21,22 @@ def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tm
     root = dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
     config = ["-c", "configs/probes/voc2012.yaml", "--data.root", str(root.parent), "--model.mllm"]
     more = ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    more += ["--data.options.background", "class", "--model.sites", "[adapter]", "--out", str(tmp_path / "run")]
+    more += [
+        "--data.options.background",
+        "class",
+        "--model.sites",
+        "[adapter]",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     main(["fit", *config, str(checkpoints["causal"]), *more])
     run = ProbeRun(tmp_path / "run")
-    assert run.metrics["dataset"] == "voc2012" and len(run.metrics["classes"]) == 21
+    assert run.metrics["dataset"] == "voc2012"
+    assert len(run.metrics["classes"]) == 21
     assert run.manifest["data"]["options"] == {"background": "class", "train_list": "trainaug"}
     validation = run.dataset()
-    assert validation.classes == run.metrics["classes"] and validation.names == ["2007_000033", "2007_000042"]
+    assert validation.classes == run.metrics["classes"]
+    assert validation.names == ["2007_000033", "2007_000042"]
     labelled = [np.bincount(sample["target"].ravel(), minlength=256)[:21] for sample in validation]
     assert (run.counts.labelled.numpy() == labelled).all()
     json.dumps(run.manifest)
@@ -36,7 +45,9 @@ def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tm
 @pytest.fixture
 def prepared(checkpoints, segmentation):
     mllm = probes.load(str(checkpoints["causal"]), device="cpu", dtype=torch.bfloat16)
-    return mllm, PreprocessedDataset(open_dataset("folder", str(segmentation), "validation"), mllm.preprocess)
+    return mllm, PreprocessedDataset(
+        open_dataset("folder", str(segmentation), "validation"), mllm.preprocess
+    )
 
 
 def test_cached_states_are_the_models_in_its_dtype(prepared):
@@ -46,11 +57,15 @@ def test_cached_states_are_the_models_in_its_dtype(prepared):
     pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
     assert batch["index"].tolist() == [3, 0]
     for site, states in mllm.states(pixels, ["adapter", "layer_02"]).items():
-        assert batch["states"][site].dtype == torch.bfloat16 and batch["states"][site].device.type == "cpu"
-        torch.testing.assert_close(batch["states"][site], states, rtol=0.02, atol=0.02)  # bf16 in other batches
+        assert batch["states"][site].dtype == torch.bfloat16
+        assert batch["states"][site].device.type == "cpu"
+        torch.testing.assert_close(
+            batch["states"][site], states, rtol=0.02, atol=0.02
+        )  # bf16 in other batches
     assert (batch["target"][0] == images[3]["target"]).all()
     nothing = cached.__getitems__([PAD_INDEX])
-    assert (nothing["target"][0] == 255).all() and nothing["index"].tolist() == [PAD_INDEX]
+    assert (nothing["target"][0] == 255).all()
+    assert nothing["index"].tolist() == [PAD_INDEX]
 
 
 def test_memory_that_caches_files_is_available(prepared, monkeypatch):
@@ -64,6 +79,7 @@ def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     size = 5 * (4 * 32 * 2 + images[0]["target"].nbytes)  # images, tokens, width, bytes
     copies = 10**15 // size
     with pytest.raises(
-        ValueError, match=rf"{copies} x 5 images x 1 sites and targets = {copies * size / 1e9:.2f} GB .*choose fewer"
+        ValueError,
+        match=rf"{copies} x 5 images x 1 sites and targets = {copies * size / 1e9:.2f} GB .*choose fewer",
     ):
         CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)

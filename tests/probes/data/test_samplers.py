@@ -4,9 +4,20 @@ import pytest
 from torch.utils.data import DistributedSampler
 
 from llava_bidir.common.errors import UserError
-from probes.data.samplers import PAD_INDEX, TrainingBatches, assign_folds, fold_batches, validation_batches
+from probes.data.samplers import (
+    PAD_INDEX,
+    TrainingBatches,
+    assign_folds,
+    fold_batches,
+    validation_batches,
+)
 
-CASES = [(images, batch, ranks) for images in (8, 9, 17) for batch in (1, 3, 4, 16) for ranks in (1, 2, 3)]
+CASES = [
+    (images, batch, ranks)
+    for images in (8, 9, 17)
+    for batch in (1, 3, 4, 16)
+    for ranks in (1, 2, 3)
+]
 
 
 @pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
@@ -16,10 +27,16 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, rank
     for epoch in range(2):
         for sampler in (one, *many):
             sampler.set_epoch(epoch)
-        alone, together = list(one), list(zip(*many, strict=True))
-        assert [sorted(b) for b in alone] == [sorted(i for b in step for i in b if i != PAD_INDEX) for step in together]
-        assert sorted(sum(alone, [])) == list(range(images)) and len(alone) == len(one)
-        assert all(mine for step in together for mine in step), "a rank without a batch would hold up the others"
+        alone = list(one)
+        together = list(zip(*many, strict=True))
+        assert [sorted(b) for b in alone] == [
+            sorted(i for b in step for i in b if i != PAD_INDEX) for step in together
+        ]
+        assert sorted(sum(alone, [])) == list(range(images))
+        assert len(alone) == len(one)
+        assert all(mine for step in together for mine in step), (
+            "a rank without a batch would hold up the others"
+        )
 
 
 def test_order_of_one_rank_is_that_of_torchs_sampler():
@@ -35,7 +52,8 @@ def test_skip_leaves_out_what_was_trained_once():
     sampler = TrainingBatches(10, 3)
     whole = list(sampler)
     sampler.skip(2)
-    assert list(sampler) == whole[2:] and list(sampler) == whole
+    assert list(sampler) == whole[2:]
+    assert list(sampler) == whole
 
 
 @pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
@@ -51,11 +69,15 @@ def test_more_devices_than_validation_images_is_an_error():
         validation_batches(2, 4, 0, 3)
 
 
-@pytest.mark.parametrize(("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 9), (9, 3, 2), (40, 3, 8)])
+@pytest.mark.parametrize(
+    ("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 9), (9, 3, 2), (40, 3, 8)]
+)
 def test_a_pass_has_each_image_once_in_batches_of_one_fold(images, folds, ranks):
     fold_of = assign_folds(images, folds)
     by_rank = [fold_batches(fold_of, 2, rank, ranks) for rank in range(ranks)]
-    assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(range(images))
+    assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(
+        range(images)
+    )
     assert all(len(set(fold_of[batch].tolist())) == 1 for batches in by_rank for batch in batches)
 
 
@@ -63,9 +85,12 @@ def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():
     fold_of = assign_folds(100, 4)
     assert fold_of.bincount().tolist() == [25] * 4
     assert (fold_of.diff() != 0).sum() == 19, "20 blocks of 5 neighbours"
-    assert assign_folds(1000, 4)[:16].tolist() == [0] * 8 + [1] * 8, "long blocks would leave out kinds of scenes"
+    assert assign_folds(1000, 4)[:16].tolist() == [0] * 8 + [1] * 8, (
+        "long blocks would leave out kinds of scenes"
+    )
     groups = [f"video{i // 10}" for i in range(100)]
     by_group = [set(assign_folds(100, 4, groups)[i : i + 10].tolist()) for i in range(0, 100, 10)]
-    assert all(len(folds) == 1 for folds in by_group) and set.union(*by_group) == {0, 1, 2, 3}
+    assert all(len(folds) == 1 for folds in by_group)
+    assert set.union(*by_group) == {0, 1, 2, 3}
     with pytest.raises(UserError, match="3 training groups for 4 folds"):
         assign_folds(6, 4, ["a", "a", "b", "b", "c", "c"])

@@ -17,7 +17,14 @@ from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.boundaries import find_boundaries
 from probes.data.datamodule import SegmentationData
-from probes.data.registry import DATASETS, TASK_DATASETS, TASKS, open_dataset, register_dataset, split_identity
+from probes.data.registry import (
+    DATASETS,
+    TASK_DATASETS,
+    TASKS,
+    open_dataset,
+    register_dataset,
+    split_identity,
+)
 from probes.data.samplers import PAD_INDEX
 
 SIZE = (6, 9)
@@ -38,23 +45,33 @@ def raw(path) -> np.ndarray:
 
 def test_depth_is_value_times_scale_and_nan_for_zero(root):
     data = opened(root, "depth")
-    sample, stored = data[0], raw(root / "depth/validation/0.png")
-    assert data.task == "depth" and data.classes == [] and len(data) == 1
-    assert sample["target"].dtype == np.float32 and sample["target"].shape == SIZE
-    expected = [[np.nan if value == 0 else value / 1000 for value in row] for row in stored.tolist()]
+    sample = data[0]
+    stored = raw(root / "depth/validation/0.png")
+    assert data.task == "depth"
+    assert data.classes == []
+    assert len(data) == 1
+    assert sample["target"].dtype == np.float32
+    assert sample["target"].shape == SIZE
+    expected = [
+        [np.nan if value == 0 else value / 1000 for value in row] for row in stored.tolist()
+    ]
     np.testing.assert_allclose(sample["target"], expected, rtol=1e-6)
     assert np.isnan(sample["target"]).sum() == 1
 
 
 def test_depth_beyond_the_limit_is_no_value(root):
     (root / "targets.json").write_text('{"depth_scale": 0.001, "max_depth": 5}')
-    target, stored = opened(root, "depth")[0]["target"], raw(root / "depth/validation/0.png")
-    assert (np.isnan(target) == ((stored > 5000) | (stored == 0))).all() and np.isnan(target).mean() > 0.2
+    target = opened(root, "depth")[0]["target"]
+    stored = raw(root / "depth/validation/0.png")
+    assert (np.isnan(target) == ((stored > 5000) | (stored == 0))).all()
+    assert np.isnan(target).mean() > 0.2
 
 
 def test_normals_are_unit_vectors_and_nan_where_black(root):
-    target, stored = opened(root, "normals")[0]["target"], raw(root / "normals/validation/0.png")
-    assert target.dtype == np.float32 and target.shape == (*SIZE, 3)
+    target = opened(root, "normals")[0]["target"]
+    stored = raw(root / "normals/validation/0.png")
+    assert target.dtype == np.float32
+    assert target.shape == (*SIZE, 3)
     vectors = 2 * stored / 255 - 1
     vectors /= np.sqrt((vectors**2).sum(-1, keepdims=True))
     vectors[0, 0] = np.nan
@@ -65,7 +82,9 @@ def test_truncated_normals_are_accepted(root):
     vectors = np.random.default_rng(0).standard_normal((*SIZE, 3))
     vectors[..., 2] = abs(vectors[..., 2])
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    Image.fromarray(((vectors + 1) * 127.5).astype(np.uint8)).save(root / "normals/validation/0.png")
+    Image.fromarray(((vectors + 1) * 127.5).astype(np.uint8)).save(
+        root / "normals/validation/0.png"
+    )
     cosines = (opened(root, "normals")[0]["target"] * vectors).sum(-1)
     assert cosines.min() > np.cos(np.radians(1.0))
 
@@ -91,7 +110,9 @@ def test_boundaries_equal_those_of_a_loop(dtype):
         ids = (rng.random((7, 8)) < 0.3).cumsum(1).astype(dtype) * 200  # beyond 255 in 16 bits
         ignored = rng.random((7, 8)) < 0.1
         np.testing.assert_array_equal(find_boundaries(ids, ignored), loop_boundaries(ids, ignored))
-        np.testing.assert_array_equal(find_boundaries(ids), loop_boundaries(ids, np.zeros((7, 8), bool)))
+        np.testing.assert_array_equal(
+            find_boundaries(ids), loop_boundaries(ids, np.zeros((7, 8), bool))
+        )
     example = np.array([[1, 1, 2], [1, 1, 2], [3, 3, 3]], dtype)
     assert find_boundaries(example).tolist() == [[0, 1, 0], [1, 1, 1], [0, 0, 0]]
 
@@ -103,17 +124,21 @@ def test_boundaries_are_of_instances_or_else_of_classes(root):
     assert data[0]["target"].dtype == np.uint8
     np.testing.assert_array_equal(data[0]["target"], loop_boundaries(ids, ids < 0))
     shutil.rmtree(root / "instances")
-    data, labels = opened(root, "boundaries"), raw(root / "annotations/validation/0.png")
+    data = opened(root, "boundaries")
+    labels = raw(root / "annotations/validation/0.png")
     assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
     np.testing.assert_array_equal(data[0]["target"], loop_boundaries(labels, labels == 255))
-    assert set(np.unique(data[0]["target"])) <= {0, 1, 255} and 255 in data[0]["target"]
+    assert set(np.unique(data[0]["target"])) <= {0, 1, 255}
+    assert 255 in data[0]["target"]
 
 
 def test_any_segmentation_layout_has_boundaries(tmp_path):
     city = str(dataset_layouts.write_cityscapes(tmp_path))
     data = open_dataset("cityscapes", city, "training", task="boundaries")
     masks = open_dataset("cityscapes", city, "training")
-    assert data.groups == masks.groups and data.names == masks.names and data.official_size == 2975
+    assert data.groups == masks.groups
+    assert data.names == masks.names
+    assert data.official_size == 2975
     labels = masks[1]["target"]
     np.testing.assert_array_equal(data[1]["target"], loop_boundaries(labels, labels == 255))
 
@@ -121,29 +146,42 @@ def test_any_segmentation_layout_has_boundaries(tmp_path):
 def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path):
     city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
     data = open_dataset("cityscapes", str(city), "training", task="depth")
-    assert data.groups == ["aachen", "aachen", "ulm"] and data.official_size == 2975
+    assert data.groups == ["aachen", "aachen", "ulm"]
+    assert data.official_size == 2975
     for sample in data:
         values = raw(next(city.glob(f"disparity/train/*/{sample['name']}_disparity.png")))
-        camera = json.loads(next(city.glob(f"camera/train/*/{sample['name']}_camera.json")).read_text())
+        camera = json.loads(
+            next(city.glob(f"camera/train/*/{sample['name']}_camera.json")).read_text()
+        )
         focal = camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"]
         for value, depth in zip(values.ravel(), sample["target"].ravel(), strict=True):
             expected = focal / ((value - 1) / 256) if value > 1 else np.inf
             assert np.isnan(depth) if expected > 80 else depth == pytest.approx(expected, rel=1e-5)
-    assert np.isnan(sample["target"]).sum() >= 2 and np.isfinite(sample["target"]).any()
+    assert np.isnan(sample["target"]).sum() >= 2
+    assert np.isfinite(sample["target"]).any()
 
 
 def test_nyuv2_is_the_official_split_with_depth_up_to_10_m(tmp_path):
     root = dataset_layouts.write_nyuv2(tmp_path / "official_splits", size=(480, 640))
-    training, data = (open_dataset("nyuv2", str(tmp_path), split, task="depth") for split in ("training", "validation"))
+    training, data = (
+        open_dataset("nyuv2", str(tmp_path), split, task="depth")
+        for split in ("training", "validation")
+    )
     assert (training.official_size, data.official_size) == (795, 654)
-    assert training.names == ["00002", "00005", "00006"] and data.names == ["00000", "00001"]
-    stored, target = raw(root / "test/kitchen/sync_depth_00001.png"), data[1]["target"]
+    assert training.names == ["00002", "00005", "00006"]
+    assert data.names == ["00000", "00001"]
+    stored = raw(root / "test/kitchen/sync_depth_00001.png")
+    target = data[1]["target"]
     assert (np.isnan(target) == ((stored == 0) | (stored > 10_000))).all()
-    np.testing.assert_allclose(target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6)
+    np.testing.assert_allclose(
+        target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6
+    )
 
 
 def test_batches_keep_targets_and_pad_with_no_value(root):
-    preprocess = lambda images: torch.zeros(len(images), 3, 4, 4)
+    def preprocess(images):
+        return torch.zeros(len(images), 3, 4, 4)
+
     for task, shape, dtype in (
         ("depth", SIZE, torch.float32),
         ("normals", (*SIZE, 3), torch.float32),
@@ -152,7 +190,8 @@ def test_batches_keep_targets_and_pad_with_no_value(root):
         data = opened(root, task, "training")
         images = PreprocessedDataset(data, preprocess)
         batch = collate([images[0], images[PAD_INDEX]])
-        assert batch["target"].shape == (2, *shape) and batch["target"].dtype == dtype
+        assert batch["target"].shape == (2, *shape)
+        assert batch["target"].dtype == dtype
         np.testing.assert_array_equal(batch["target"][0], data[0]["target"])
         padding = batch["target"][1]
         assert padding.isnan().all() if dtype.is_floating_point else (padding == 255).all()
@@ -166,7 +205,9 @@ def test_identity_changes_with_the_targets_and_how_they_are_read(root):
         array = np.asarray(Image.open(path)).copy()
         array[3, 3] = array[4, 4]
         Image.fromarray(array).save(path)
-    changed = {task for task in TASKS if split_identity("validation", opened(root, task)) != before[task]}
+    changed = {
+        task for task in TASKS if split_identity("validation", opened(root, task)) != before[task]
+    }
     assert changed == {"depth", "normals", "boundaries"}
     depth = split_identity("validation", opened(root, "depth"))
     (root / "targets.json").write_text('{"depth_scale": 0.002}')
@@ -175,16 +216,22 @@ def test_identity_changes_with_the_targets_and_how_they_are_read(root):
 
 def test_tasks_and_layouts_that_do_not_exist_are_errors(root, monkeypatch):
     with pytest.raises(
-        UserError, match="unknown data.task 'flow'; expected one of segmentation, depth, normals, bound"
+        UserError,
+        match="unknown data.task 'flow'; expected one of segmentation, depth, normals, bound",
     ):
         opened(root, "flow")
     with pytest.raises(
-        UserError, match="data.dataset 'voc2012' has no depth; expected one of folder, nyuv2, cityscapes"
+        UserError,
+        match="data.dataset 'voc2012' has no depth; expected one of folder, nyuv2, cityscapes",
     ):
         open_dataset("voc2012", str(root), "training", task="depth")
-    with pytest.raises(UserError, match="data.dataset 'nyuv2' has no boundaries; expected one of folder, ade20k"):
+    with pytest.raises(
+        UserError, match="data.dataset 'nyuv2' has no boundaries; expected one of folder, ade20k"
+    ):
         open_dataset("nyuv2", str(root), "training", task="boundaries")
-    with pytest.raises(UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"):
+    with pytest.raises(
+        UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"
+    ):
         SegmentationData(str(root), dataset="nyuv2")
     monkeypatch.setitem(TASK_DATASETS, "normals", dict(TASK_DATASETS["normals"]))
 
@@ -223,8 +270,16 @@ def grey_normals(value: int) -> np.ndarray:
 DEPTH, NORMALS, IDS = (f"{kind}/validation/0.png" for kind in ("depth", "normals", "instances"))
 BAD_FILES = {
     "8-bit depth": ("depth", saves(DEPTH, np.ones(SIZE), np.uint8), "0.png has mode 'L'.*uint16"),
-    "depth in colour": ("depth", saves(DEPTH, dataset_layouts.photo(0)), "mode 'RGB'.*these are colours"),
-    "depth of zeros": ("depth", saves(DEPTH, np.zeros(SIZE), np.uint16), "0.png has no value in any pixel"),
+    "depth in colour": (
+        "depth",
+        saves(DEPTH, dataset_layouts.photo(0)),
+        "mode 'RGB'.*these are colours",
+    ),
+    "depth of zeros": (
+        "depth",
+        saves(DEPTH, np.zeros(SIZE), np.uint16),
+        "0.png has no value in any pixel",
+    ),
     "depth in another unit": (
         "depth",
         settings('{"depth_scale": 100, "max_depth": 10}'),
@@ -235,14 +290,26 @@ BAD_FILES = {
         saves(DEPTH, np.ones((9, 6)), np.uint16),
         r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
     ),
-    "empty depth": ("depth", lambda r: (r / DEPTH).write_bytes(b""), "0.png cannot be read as an image"),
+    "empty depth": (
+        "depth",
+        lambda r: (r / DEPTH).write_bytes(b""),
+        "0.png cannot be read as an image",
+    ),
     "JPEG depth": (
         "depth",
         lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
         "0.png cannot be read as an image: it is not PNG",
     ),
-    "grey normals": ("normals", saves(NORMALS, grey_normals(128)), r"\[128, 128, 128\] in row 2.* 0.007, exp"),
-    "normals not of unit length": ("normals", saves(NORMALS, grey_normals(255)), "vector of length 1.732"),
+    "grey normals": (
+        "normals",
+        saves(NORMALS, grey_normals(128)),
+        r"\[128, 128, 128\] in row 2.* 0.007, exp",
+    ),
+    "normals not of unit length": (
+        "normals",
+        saves(NORMALS, grey_normals(255)),
+        "vector of length 1.732",
+    ),
     "black normals": ("normals", saves(NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
     "normals away from the viewer": (
         "normals",
@@ -254,7 +321,11 @@ BAD_FILES = {
         saves(NORMALS, dataset_layouts.unit_normals(0, (6, 8))),
         "0.png is 8 x 6 px, its image",
     ),
-    "instances in colour": ("boundaries", saves(IDS, dataset_layouts.photo(0)), "mode 'RGB'.*colours to ids"),
+    "instances in colour": (
+        "boundaries",
+        saves(IDS, dataset_layouts.photo(0)),
+        "mode 'RGB'.*colours to ids",
+    ),
     "missing at access": ("depth", None, "depth/validation/0.png is missing"),
 }
 
@@ -284,8 +355,14 @@ BAD_LAYOUTS = {
     "limit 0": (settings('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
     "unknown key": (settings('{"scale": 1}'), "unknown key 'scale'; expected depth_scale"),
     "settings that are a list": (settings("[1]"), "targets.json needs an object"),
-    "missing file": (lambda r: (r / DEPTH).unlink(), "1 files have no depth map, e.g. .*images/validation/0.png"),
-    "extra file": (lambda r: shutil.copy(r / DEPTH, r / "depth/validation/9.png"), "no image, e.g. .*depth/val.*9.png"),
+    "missing file": (
+        lambda r: (r / DEPTH).unlink(),
+        "1 files have no depth map, e.g. .*images/validation/0.png",
+    ),
+    "extra file": (
+        lambda r: shutil.copy(r / DEPTH, r / "depth/validation/9.png"),
+        "no image, e.g. .*depth/val.*9.png",
+    ),
     "no folder": (lambda r: shutil.rmtree(r / "depth"), "no folder .*depth/validation"),
 }
 
@@ -308,7 +385,10 @@ def test_bad_layout_is_an_error_before_any_work(root, name):
             '{"extrinsic": {"baseline": 0}, "intrinsic": {"fx": 2262}}',
             "focal length is 0.0; expected a positive number",
         ),
-        ('{"extrinsic": {"baseline": "a"}, "intrinsic": {"fx": 2.5}}', "has no extrinsic.baseline and intrinsic.fx"),
+        (
+            '{"extrinsic": {"baseline": "a"}, "intrinsic": {"fx": 2.5}}',
+            "has no extrinsic.baseline and intrinsic.fx",
+        ),
     ],
 )
 def test_bad_camera_is_an_error_that_names_it(tmp_path, content, message):
@@ -324,11 +404,22 @@ def test_bad_camera_is_an_error_that_names_it(tmp_path, content, message):
 
 
 def test_verify_data_checks_the_targets_of_the_task(root, capsys):
-    config = ["verify-data", "--workers", "0", "-c", "configs/probes/folder.yaml", "--data.root", str(root)]
+    config = [
+        "verify-data",
+        "--workers",
+        "0",
+        "-c",
+        "configs/probes/folder.yaml",
+        "--data.root",
+        str(root),
+    ]
     for task in TASKS:
         main([*config, "--data.task", task])
         targets = task if task in ("depth", "normals") else "2 classes"
-        assert f"2 training images, 1 validation images, {targets}, all readable" in capsys.readouterr().out
+        assert (
+            f"2 training images, 1 validation images, {targets}, all readable"
+            in capsys.readouterr().out
+        )
     save(root / NORMALS, grey_normals(128))
     save(root / "normals/training/1.png", np.ones(SIZE), np.uint8)
     main([*config, "--data.task", "depth"])
@@ -336,7 +427,8 @@ def test_verify_data_checks_the_targets_of_the_task(root, capsys):
         main([*config, "--data.task", "normals"])
     message = str(stop.value.code)
     assert "2 of 3 images cannot be used" in message
-    assert "1 x normals that are not unit vectors" in message and "1 x file that is not 8-bit RGB" in message
+    assert "1 x normals that are not unit vectors" in message
+    assert "1 x file that is not 8-bit RGB" in message
 
 
 def test_targets_of_the_toy_world_are_read_as_they_were_drawn(tmp_path):
@@ -344,13 +436,19 @@ def test_targets_of_the_toy_world_are_read_as_they_were_drawn(tmp_path):
     scenes = assets._draw_chunk(tmp_path, assets.VALIDATION, 0, 5, 0, None)
     assets._write_classes(folder)
     (folder / "targets.json").write_text(json.dumps({"depth_scale": assets.DEPTH_SCALE}))
-    depth, normals, boundaries = (opened(folder, task) for task in ("depth", "normals", "boundaries"))
+    depth, normals, boundaries = (
+        opened(folder, task) for task in ("depth", "normals", "boundaries")
+    )
     for i, scene in enumerate(scenes):
         exact = scene.surfaces.depth()
-        np.testing.assert_allclose(depth[i]["target"], exact, atol=0.0005 + 1e-6)  # half a millimetre
+        np.testing.assert_allclose(
+            depth[i]["target"], exact, atol=0.0005 + 1e-6
+        )  # half a millimetre
         cosines = (normals[i]["target"] * scene.surfaces.normals()).sum(-1)
         assert (np.isnan(cosines) == np.isnan(exact)).all()
         assert np.nanmin(cosines) > np.cos(np.radians(0.5))  # 8 bits
         objects = scene.surfaces.instance_ids()
-        np.testing.assert_array_equal(boundaries[i]["target"], loop_boundaries(objects, objects < 0))
+        np.testing.assert_array_equal(
+            boundaries[i]["target"], loop_boundaries(objects, objects < 0)
+        )
     assert depth.names == [f"{i:05d}" for i in range(5)]

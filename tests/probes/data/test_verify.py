@@ -34,16 +34,23 @@ def fit(root, out, *more):
     main(["fit", *config, "--model.mllm", "/no/such/model", *more])
 
 
-def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, checkpoints, tmp_path, monkeypatch):
+def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(
+    broken, checkpoints, tmp_path, monkeypatch
+):
     monkeypatch.delattr("probes.training.frozen_probes.load")
     with pytest.raises(SystemExit) as stop:
         fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
     message = str(stop.value.code)
     assert "5 of 11 images cannot be used" in message
-    assert "2 x label out of range" in message and "000.png has label 9" in message and "label 77" in message
-    assert "1 x mask that is not 8-bit indices" in message and "002.png has mode 'RGB'" in message
-    assert "1 x image and mask of different size" in message and "003.png is 21 x 24 px" in message
-    assert "1 x cannot be read" in message and "images/validation/004.png" in message
+    assert "2 x label out of range" in message
+    assert "000.png has label 9" in message
+    assert "label 77" in message
+    assert "1 x mask that is not 8-bit indices" in message
+    assert "002.png has mode 'RGB'" in message
+    assert "1 x image and mask of different size" in message
+    assert "003.png is 21 x 24 px" in message
+    assert "1 x cannot be read" in message
+    assert "images/validation/004.png" in message
 
 
 def test_a_split_without_a_boundary_is_an_error(checkpoints, tmp_path):
@@ -54,9 +61,17 @@ def test_a_split_without_a_boundary_is_an_error(checkpoints, tmp_path):
     for file in (root / "annotations/validation").iterdir():
         Image.fromarray(mask).save(file)
     with pytest.raises(
-        SystemExit, match="(?s)5 x no labelled pixel in any mask of .* validation.*no pixel is a boundary"
+        SystemExit,
+        match="(?s)5 x no labelled pixel in any mask of .* validation.*no pixel is a boundary",
     ):
-        fit(root, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]), "--data.task", "boundaries")
+        fit(
+            root,
+            tmp_path / "run",
+            "--model.mllm",
+            str(checkpoints["causal"]),
+            "--data.task",
+            "boundaries",
+        )
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
@@ -67,8 +82,12 @@ def test_a_split_without_a_labelled_pixel_is_an_error(split, checkpoints, tmp_pa
     for number, file in enumerate(masks, 1):
         Image.fromarray(np.full((24, 20), 255, np.uint8)).save(file)
         if number + 1 == len(masks):
-            assert not SegmentationData(str(root)).check_files(SegmentationData(str(root)).find_bad_files(0))
-    with pytest.raises(SystemExit, match=f"{len(masks)} x no labelled pixel in any mask of .* {split}"):
+            assert not SegmentationData(str(root)).check_files(
+                SegmentationData(str(root)).find_bad_files(0)
+            )
+    with pytest.raises(
+        SystemExit, match=f"{len(masks)} x no labelled pixel in any mask of .* {split}"
+    ):
         fit(root, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
 
 
@@ -80,20 +99,32 @@ def test_good_files_are_accepted(segmentation, tmp_path):
 def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys):
     config = ["verify-data", "--workers", "0", "-c", "configs/demo/probes.yaml", "--data.root"]
     main([*config, str(segmentation)])
-    assert "6 training images, 5 validation images, 3 classes, all readable" in capsys.readouterr().out
+    assert (
+        "6 training images, 5 validation images, 3 classes, all readable" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="5 of 11 images cannot be used"):
         main([*config, str(broken)])
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers, checkpoints, tmp_path):
+def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(
+    workers, checkpoints, tmp_path
+):
     root = tiny_models.write_segmentation(tmp_path / "data")
-    config = ["-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--data.root", str(root)]
+    config = [
+        "-c",
+        "configs/demo/probes.yaml",
+        "--out",
+        str(tmp_path / "run"),
+        "--data.root",
+        str(root),
+    ]
     config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
     config += ["--model.sites", "[adapter]", "--data.cache_features", "false"]
     (root / "images/validation/001.png").write_bytes(b"no picture")
     with pytest.raises(
-        SystemExit, match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is not[^\n]*$"
+        SystemExit,
+        match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is not[^\n]*$",
     ):
         main(["validate", *config])
 
@@ -101,10 +132,15 @@ def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers
 def test_workers_find_what_one_process_finds(tmp_path):
     root = tiny_models.write_segmentation(tmp_path, training=80)
     for i in (3, 40, 79):
-        Image.fromarray(np.full((24, 20), 100 + i, np.uint8)).save(root / f"annotations/training/{i:03d}.png")
+        Image.fromarray(np.full((24, 20), 100 + i, np.uint8)).save(
+            root / f"annotations/training/{i:03d}.png"
+        )
     dataset = open_dataset("folder", str(root), "training")
-    alone, together = (find_bad_files(dataset, "", range(80), workers, progress=False) for workers in (0, 2))
-    assert sorted(alone) == sorted(together) and len(alone) == 3
+    alone, together = (
+        find_bad_files(dataset, "", range(80), workers, progress=False) for workers in (0, 2)
+    )
+    assert sorted(alone) == sorted(together)
+    assert len(alone) == 3
     assert len(find_bad_files(dataset, "", range(0, 80, 2), 0, progress=False)) == 1, "a share"
 
 

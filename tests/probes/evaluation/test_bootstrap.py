@@ -16,7 +16,9 @@ def random_counts(seed: int, images: int = 30, classes: int = 4, sites: int = 2)
     labelled = rng.multinomial(100, [0.6, 0.25, 0.1, 0.05], images)
     intersection = rng.binomial(labelled, [0.8, 0.6, 0.4, 0.3], (sites, images, classes))
     wrong = labelled.sum(-1) - intersection.sum(-1)
-    predicted = intersection + np.stack([[rng.multinomial(n, [0.25] * 4) for n in site] for site in wrong])
+    predicted = intersection + np.stack(
+        [[rng.multinomial(n, [0.25] * 4) for n in site] for site in wrong]
+    )
     tensors = [torch.from_numpy(x) for x in (intersection, predicted, labelled)]
     return Counts(*tensors, torch.zeros(sites, images, 1), torch.zeros(images, 1))
 
@@ -42,21 +44,31 @@ def test_interval_of_miou_is_not_biased_by_rare_classes():
 
 
 def test_swapped_scores_equal_a_loop_over_swapped_images():
-    a, b, swaps = random_counts(0), random_counts(1), random_swaps(30, 20, seed=5)
+    a = random_counts(0)
+    b = random_counts(1)
+    swaps = random_swaps(30, 20, seed=5)
     b = b._replace(labelled=a.labelled)
     ours = swapped_scores(a, b, swaps)
     for r in range(21):
         mixed = []
         for first, second in ((a, b), (b, a)):
-            pick = lambda x, y, r=r: torch.stack([(y if swaps[r, n] else x)[:, n] for n in range(30)], 1)
-            fields = (pick(first.intersection, second.intersection), pick(first.predicted, second.predicted))
+
+            def pick(x, y, r=r):
+                return torch.stack([(y if swaps[r, n] else x)[:, n] for n in range(30)], 1)
+
+            fields = (
+                pick(first.intersection, second.intersection),
+                pick(first.predicted, second.predicted),
+            )
             mixed.append(dataset_scores(Counts(*fields, a.labelled, *a[3:])))
         for scored, expected in zip(ours, mixed, strict=True):
             torch.testing.assert_close(scored.miou[r], expected.miou)
             torch.testing.assert_close(scored.pacc[r], expected.pacc)
 
 
-def pair_of_counts(rng, images: int = 40, sites: int = 5, gain: float = 0.0) -> tuple[Counts, Counts]:
+def pair_of_counts(
+    rng, images: int = 40, sites: int = 5, gain: float = 0.0
+) -> tuple[Counts, Counts]:
     """Return two conditions that are exchangeable by image, except for a gain of the second; sites are correlated."""
     labelled = rng.multinomial(200, [0.5, 0.3, 0.2], images)
     ease = rng.normal(0, 0.1, (images, 3))
@@ -74,12 +86,17 @@ def test_a_true_gain_is_found_at_every_site():
     a, b = pair_of_counts(np.random.default_rng(0), gain=0.1)
     swapped = swapped_scores(a, b, random_swaps(40, 500))
     raw, corrected = p_values(swapped[1].miou - swapped[0].miou)
-    assert (raw < 0.01).all() and (corrected < 0.02).all()
+    assert (raw < 0.01).all()
+    assert (corrected < 0.02).all()
 
 
 def test_rejection_rate_without_a_difference_is_nominal():
     """600 studies without an effect at alpha 0.1: one site, and any of five after correction, reject in 6% to 14%."""
-    rng, studies, one, any_raw, any_corrected = np.random.default_rng(1), 600, 0, 0, 0
+    rng = np.random.default_rng(1)
+    studies = 600
+    one = 0
+    any_raw = 0
+    any_corrected = 0
     for i in range(studies):
         a, b = pair_of_counts(rng)
         swapped = swapped_scores(a, b, random_swaps(40, 199, seed=i))
@@ -87,5 +104,6 @@ def test_rejection_rate_without_a_difference_is_nominal():
         one += bool(raw[0] <= 0.1)
         any_raw += bool((raw <= 0.1).any())
         any_corrected += bool((corrected <= 0.1).any())
-    assert 0.06 < one / studies < 0.14 and 0.06 < any_corrected / studies < 0.14
+    assert 0.06 < one / studies < 0.14
+    assert 0.06 < any_corrected / studies < 0.14
     assert any_raw > any_corrected

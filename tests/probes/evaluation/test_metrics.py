@@ -18,7 +18,8 @@ from probes.ops.geometry import Geometry
 
 pytestmark = pytest.mark.numerics
 
-CLASSES, GRID = 5, (2, 3)
+CLASSES = 5
+GRID = (2, 3)
 GEOMETRY = Geometry(GRID, 12, 12)
 
 
@@ -54,7 +55,9 @@ def test_score_is_of_the_dataset_not_the_mean_of_images():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 2, 1, 1)
     score = dataset_scores(count(logits, target))
     assert score.iou[0].tolist() == [pytest.approx(10 / 12), pytest.approx(8 / 10)]
-    assert score.miou.item() == pytest.approx((10 / 12 + 8 / 10) / 2)  # the mean of images would be 0.7
+    assert score.miou.item() == pytest.approx(
+        (10 / 12 + 8 / 10) / 2
+    )  # the mean of images would be 0.7
     assert score.pacc.item() == pytest.approx(18 / 20)
 
 
@@ -67,7 +70,9 @@ def test_counts_by_chunk_equal_a_loop_over_pixels(at_once):
     for site in range(2):
         pairs = np.zeros((3, CLASSES, CLASSES), dtype=int)
         for n in range(3):
-            for label, found in zip(target[n].flatten().tolist(), predicted[site, n].flatten().tolist(), strict=True):
+            for label, found in zip(
+                target[n].flatten().tolist(), predicted[site, n].flatten().tolist(), strict=True
+            ):
                 if label != 255:
                     pairs[n, label, found] += 1
         assert counts.predicted[site].tolist() == pairs.sum(1).tolist()
@@ -77,7 +82,8 @@ def test_counts_by_chunk_equal_a_loop_over_pixels(at_once):
 
 def test_an_image_may_be_one_cell():
     logits, target = random_batch(7)
-    by_token, whole = count(logits, target), count(logits, target, by_token=False)
+    by_token = count(logits, target)
+    whole = count(logits, target, by_token=False)
     assert torch.equal(whole.patch_right, by_token.patch_right.sum(-1, keepdim=True))
     assert torch.equal(whole.patch_valid, by_token.patch_valid.sum(-1, keepdim=True))
     assert torch.equal(whole.intersection, by_token.intersection)
@@ -86,7 +92,10 @@ def test_an_image_may_be_one_cell():
 def test_image_seen_twice_is_an_error():
     """And so is one that is not seen."""
     logits, target = random_batch(2)
-    for order, message in (([2, 0, 1, 2], "saw image 2 more than once"), ([0, 2], "saw 2 of 3 images")):
+    for order, message in (
+        ([2, 0, 1, 2], "saw image 2 more than once"),
+        ([0, 2], "saw 2 of 3 images"),
+    ):
         metric = SegmentationMetric(3, GEOMETRY)
         metric.update(logits[:, order], target[order], torch.tensor(order))
         with pytest.raises(RuntimeError, match=message):
@@ -101,7 +110,9 @@ def test_patch_counts_equal_a_loop(size):
     for n in range(3):
         for t in range(6):
             rows = [y for y in range(size[0]) if int((y + 0.5) * GRID[0] / size[0]) == t // GRID[1]]
-            columns = [x for x in range(size[1]) if int((x + 0.5) * GRID[1] / size[1]) == t % GRID[1]]
+            columns = [
+                x for x in range(size[1]) if int((x + 0.5) * GRID[1] / size[1]) == t % GRID[1]
+            ]
             cell = np.ix_(rows, columns)
             truth = target[n].numpy()[cell]
             assert counts.patch_valid[n, t] == (truth != 255).sum()

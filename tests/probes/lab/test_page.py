@@ -40,12 +40,17 @@ def shown_numbers(tab) -> list[dict]:
 def check_numbers(session, tab, views: list[View]) -> None:
     """Compare the numbers of each panel with the exported code's, to the last bit."""
     rows = shown_numbers(tab)
-    sites, names, grid = session.models[0].sites, session.models[0].classes, session.models[0].mllm.grid
+    sites = session.models[0].sites
+    names = session.models[0].classes
+    grid = session.models[0].mllm.grid
     cells = len(sites) * grid[0] * grid[1]
     assert len(rows) == len(views) * cells
     for i, view in enumerate(views):
-        best, first = probabilities(session, view).topk(3), i * cells
-        expected = zip(best.indices.flatten(0, 1).tolist(), best.values.flatten(0, 1).tolist(), strict=True)
+        best = probabilities(session, view).topk(3)
+        first = i * cells
+        expected = zip(
+            best.indices.flatten(0, 1).tolist(), best.values.flatten(0, 1).tolist(), strict=True
+        )
         for row, (ids, shares) in zip(rows[first : first + cells], expected, strict=True):
             assert [row[f"class_{k}"] for k in (1, 2, 3)] == [names[j] for j in ids]
             assert [float(row[f"probability_{k}"]) for k in (1, 2, 3)] == shares
@@ -71,10 +76,16 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     tab.get_by_label("in layers").fill("2")
     tab.get_by_label("in layers").press("Enter")
     settle(tab)
-    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3))))
+    check_numbers(
+        session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3)))
+    )
     tab.get_by_role("radio", name="replace by the mean").check()
     settle(tab)
-    check_numbers(session, tab, views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")))
+    check_numbers(
+        session,
+        tab,
+        views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")),
+    )
     tab.get_by_role("radio", name="replace by the other mask's").check()
     settle(tab)
     change = Replace(kind="replace", patches=(0, 1), site="adapter", by="other_mask")
@@ -89,12 +100,17 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
 def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp_path, monkeypatch):
     tab = open_tab()
     monkeypatch.chdir(tmp_path)  # where the exported code opens it
-    content = encode(Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8)), "PNG")
+    content = encode(
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8)), "PNG"
+    )
     (tmp_path / HOSTILE).write_bytes(content)
-    tab.locator("#file").set_input_files({"name": HOSTILE, "mimeType": "image/png", "buffer": content})
+    tab.locator("#file").set_input_files(
+        {"name": HOSTILE, "mimeType": "image/png", "buffer": content}
+    )
     tab.wait_for_selector("img.picture[src*=upload]")
     settle(tab)
-    assert tab.evaluate("window.hacked") is None and tab.evaluate("photo.name") == HOSTILE
+    assert tab.evaluate("window.hacked") is None
+    assert tab.evaluate("photo.name") == HOSTILE
     key = address(tab)["photo"]
     check_numbers(session, tab, views_of(key))
     tab.get_by_role("slider", name="Site").fill("3")
@@ -103,7 +119,8 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp
     tab.get_by_label("as the model sees it").check()
     settle(tab)
     other = open_tab(tab.evaluate("location.hash"))
-    assert address(other) == address(tab) and address(tab)["patch"] == "2"
+    assert address(other) == address(tab)
+    assert address(tab)["patch"] == "2"
     for selector in ("#description", "#patch", "tbody", "#site-name b"):
         assert other.inner_text(selector) == tab.inner_text(selector)
     tab.reload()
@@ -122,7 +139,9 @@ def test_answers_side_by_side(open_tab, session):
         expected += [result["answer"], result["blocked"]["answer"]]
     assert shown == expected
     change = result["blocked"]["log_probability"] - result["log_probability"]
-    assert f"changes by {'−' if change < 0 else '+'}{abs(change):.2f} nats" in tab.inner_text("#answers")
+    assert f"changes by {'−' if change < 0 else '+'}{abs(change):.2f} nats" in tab.inner_text(
+        "#answers"
+    )
 
 
 def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
@@ -131,18 +150,28 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     words = tab.locator("#answers .answer").nth(2).locator(".word")
-    answer, number = tab.locator("#answers .answer").nth(2).inner_text(), int(words.nth(1).get_attribute("value"))
+    answer, number = (
+        tab.locator("#answers .answer").nth(2).inner_text(),
+        int(words.nth(1).get_attribute("value")),
+    )
     words.nth(0).focus()
     tab.keyboard.press("ArrowRight")
     tab.keyboard.press("Enter")
     settle(tab)
-    assert words.nth(1).get_attribute("aria-pressed") == "true" and address(tab)["word"] == str(number)
+    assert words.nth(1).get_attribute("aria-pressed") == "true"
+    assert address(tab)["word"] == str(number)
     assert f"“{words.nth(1).inner_text().strip()}”" in tab.inner_text("#note")
     tab.locator("#head").select_option("2")
     settle(tab)
-    for i, view in enumerate(views_of("split:1", Block(kind="block", patches=(0, 1)))):  # the same words in each panel
-        knockout = Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
-        weights = session.models[view.model].mllm.answer_attention(session._pixels(view), "Sky?", answer, [2], knockout)
+    for i, view in enumerate(
+        views_of("split:1", Block(kind="block", patches=(0, 1)))
+    ):  # the same words in each panel
+        knockout = (
+            Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
+        )
+        weights = session.models[view.model].mllm.answer_attention(
+            session._pixels(view), "Sky?", answer, [2], knockout
+        )
         assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
     best = tab.evaluate("Array.from(selected().weights)")
     t = max(range(4), key=best.__getitem__)
@@ -150,13 +179,20 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     assert f"Strongest attention: {place}; " in tab.inner_text("#description")
     again = open_tab(tab.evaluate("location.hash"))
     for i in range(4):
-        assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(f"Array.from(panels[{i}].weights)")
+        assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(
+            f"Array.from(panels[{i}].weights)"
+        )
     tab.get_by_role("button", name="Python").click()
     tab.wait_for_selector("#code:not([hidden])")
-    assert f"answer_attention(pixels, 'Sky?', {answer!r}, [2])[0, :, {number}]" in tab.inner_text("#code")
+    assert f"answer_attention(pixels, 'Sky?', {answer!r}, [2])[0, :, {number}]" in tab.inner_text(
+        "#code"
+    )
     tab.mouse.click(*point(tab, 2))
     settle(tab)
-    assert tab.input_value("#direction") == "to" and tab.locator(".word[aria-pressed=true]").count() == 0
+    assert (
+        tab.input_value("#direction") == "to"
+        and tab.locator(".word[aria-pressed=true]").count() == 0
+    )
 
 
 def test_print_is_one_page_with_maps_legend_and_address(open_tab):
@@ -201,7 +237,9 @@ def test_a_cancelled_view_has_no_numbers_of_the_last_one(open_tab, session, monk
     settle(tab)
     monkeypatch.undo()
     assert tab.evaluate("panels.map(({ readout }) => readout)") == 4 * [None]
-    assert tab.inner_text("#legend") == "" and " change" not in tab.inner_text("figcaption >> nth=1")
+    assert tab.inner_text("#legend") == "" and " change" not in tab.inner_text(
+        "figcaption >> nth=1"
+    )
     tab.get_by_role("button", name="Numbers (CSV)").click()
     assert "do not show this view yet" in tab.inner_text("#failure")
     tab.get_by_role("slider", name="Site").fill("2")
@@ -216,7 +254,9 @@ def test_a_photo_that_arrives_late_does_not_replace_the_next_one(open_tab):
     tab.wait_for_selector("img.picture[src*='split%3A2']")
     settle(tab)
     held[0].continue_()
-    arrived = (tab.evaluate("opened.has('split:1')") or tab.wait_for_timeout(50) for _ in range(200))
+    arrived = (
+        tab.evaluate("opened.has('split:1')") or tab.wait_for_timeout(50) for _ in range(200)
+    )
     assert any(arrived)
     assert tab.evaluate("photo.key") == "split:2"
     assert {row["photo"] for row in shown_numbers(tab)} == {tab.evaluate("opened.get('split:2')")}
@@ -226,7 +266,9 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
     tab, asked, more = open_tab("#photo=split:1&patches=1"), [], threading.Event()
     ask = session.ask
     monkeypatch.setattr(
-        session, "ask", lambda request, job: (asked.append(request.photo), more.wait(20), ask(request, job))[-1]
+        session,
+        "ask",
+        lambda request, job: (asked.append(request.photo), more.wait(20), ask(request, job))[-1],
     )
     tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
@@ -235,7 +277,8 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.wait_for_selector("#cancel", state="hidden")
     assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
-    assert address(settle(tab))["photo"] == "split:3" and address(tab)["patches"] == "1"
+    assert address(settle(tab))["photo"] == "split:3"
+    assert address(tab)["patches"] == "1"
     tab.locator(".word").first.click()
     assert address(settle(tab))["photo"] == "split:1"
 
@@ -243,7 +286,13 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
 def test_everything_works_by_keyboard(open_tab):
     tab = open_tab("#photo=split:0")
     tab.locator(".stage").first.focus()
-    for key, patch in (("ArrowRight", "1"), ("ArrowDown", "3"), ("Home", "2"), ("ArrowUp", "0"), ("End", "1")):
+    for key, patch in (
+        ("ArrowRight", "1"),
+        ("ArrowDown", "3"),
+        ("Home", "2"),
+        ("ArrowUp", "0"),
+        ("End", "1"),
+    ):
         tab.keyboard.press(key)
         assert address(settle(tab))["patch"] == patch
     tab.keyboard.press("PageDown")
@@ -251,7 +300,8 @@ def test_everything_works_by_keyboard(open_tab):
     tab.keyboard.press(" ")
     assert address(settle(tab))["patches"] == "1"
     assert tab.inner_text("#description").startswith("Row 1, column 2 at adapter: ")
-    stops, active = set(), "document.activeElement"
+    stops = set()
+    active = "document.activeElement"
     tab.evaluate(f"{active}.blur()")
     for _ in range(60):
         tab.keyboard.press("Tab")
@@ -271,11 +321,14 @@ def test_slider_and_panels_are_above_the_fold_and_nothing_is_cut_off(open_tab, w
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     for selector in ("#play", "#site", ".stage"):
         box = tab.locator(selector).first.bounding_box()
-        assert box["y"] >= 0 and box["y"] + box["height"] <= height
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= height
 
 
 def test_a_finger_selects_and_paints(open_tab):
-    tab = open_tab("#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    tab = open_tab(
+        "#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
     tab.touchscreen.tap(*point(tab, 3))
     assert address(settle(tab))["patch"] == "3"
     tab.get_by_role("radio", name="paint").check()
@@ -288,7 +341,8 @@ def test_picture_and_code(open_tab, session):
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Picture (PNG)").click()
     picture = Image.open(download.value.path())
-    assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    assert picture.width > 800
+    assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
     tab.get_by_role("button", name="Python").click()
     tab.wait_for_selector("#code:not([hidden])")
     request = Export(photo="split:1", model=0, intervention=Block(kind="block", patches=(1,)))
@@ -299,5 +353,12 @@ def test_hostile_addresses_show_defaults(open_tab):
     numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
     tab = open_tab(numbers + "&head=<script>&colours=x&kind=y&direction=word&word=9")
     assert tab.evaluate("[view.direction, view.word]") == ["to", 9]
-    assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == ["split:0", 0, 0, 1, 3]
-    assert tab.evaluate("[...view.patches]") == [0, 1, 2, 3] and tab.evaluate("window.hacked") is None
+    assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == [
+        "split:0",
+        0,
+        0,
+        1,
+        3,
+    ]
+    assert tab.evaluate("[...view.patches]") == [0, 1, 2, 3]
+    assert tab.evaluate("window.hacked") is None

@@ -60,21 +60,28 @@ def test_each_operation_answers_in_lines_of_json(port, operation):
 
 def test_page_has_a_policy_that_allows_this_server_only(port):
     status, page = send(port, "GET", "/")
-    assert status == 200 and not re.search(rb"https?://|@import|url\(", page)
+    assert status == 200
+    assert not re.search(rb"https?://|@import|url\(", page)
     connection = labs.http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/", headers={"Cookie": f"lab-{port}={TOKEN}"})
     policy = connection.getresponse().headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; connect-src 'self'") and "unsafe" not in policy
-    assert re.search(r"script-src 'nonce-([\w-]+)'", policy)[1] not in page.decode(), "a nonce is used once"
+    assert policy.startswith("default-src 'none'; connect-src 'self'")
+    assert "unsafe" not in policy
+    assert re.search(r"script-src 'nonce-([\w-]+)'", policy)[1] not in page.decode(), (
+        "a nonce is used once"
+    )
 
 
 def test_token_sets_a_cookie_that_other_sites_cannot_use(port):
     connection = labs.http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", f"/?token={TOKEN}")
     response = connection.getresponse()
-    assert response.status == 303 and response.headers["Location"] == "/"
+    assert response.status == 303
+    assert response.headers["Location"] == "/"
     cookie = response.headers["Set-Cookie"]
-    assert f"lab-{port}={TOKEN}" in cookie and "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert f"lab-{port}={TOKEN}" in cookie
+    assert "HttpOnly" in cookie
+    assert "SameSite=strict" in cookie
 
 
 FOREIGN = {
@@ -92,16 +99,23 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-@pytest.mark.parametrize(("method", "path"), [("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")]
+)
 def test_foreign_requests_are_refused(port, still_serves, case, method, path):
     headers = {k: v and v.replace("{port}", str(port)) for k, v in FOREIGN[case].items()}
-    status, body = send(port, method, path, json.dumps(VIEW) if method == "POST" else None, **headers)
-    assert status in (400, 403) and b"classes" not in body
+    status, body = send(
+        port, method, path, json.dumps(VIEW) if method == "POST" else None, **headers
+    )
+    assert status in (400, 403)
+    assert b"classes" not in body
 
 
 def test_own_origin_and_names_are_accepted(port):
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
-        status, _ = send(port, "POST", "/run/read", json.dumps(VIEW), Host=host, Origin=f"http://{host}")
+        status, _ = send(
+            port, "POST", "/run/read", json.dumps(VIEW), Host=host, Origin=f"http://{host}"
+        )
         assert status == 200
 
 
@@ -115,7 +129,8 @@ def test_pictures_are_neither_kept_for_a_later_lab_at_the_port_nor_shown_by_othe
     connection = labs.http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/picture?photo=split:0", headers={"Cookie": f"lab-{port}={TOKEN}"})
     headers = connection.getresponse().headers
-    assert headers["Cache-Control"] == "no-store" and headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
 @pytest.mark.parametrize("path", ["/picture?photo=split:0", "/"])
@@ -155,7 +170,9 @@ BODIES = {
     "key with a line break": json.dumps(VIEW | {"photo": "split:0\n"}).encode(),
     "other digits": json.dumps(VIEW | {"photo": "split:٣"}).encode(),
     "no patches": json.dumps(VIEW | {"intervention": BLOCK | {"patches": []}}).encode(),
-    "too many patches": json.dumps(VIEW | {"intervention": BLOCK | {"patches": [0] * 20_000}}).encode(),
+    "too many patches": json.dumps(
+        VIEW | {"intervention": BLOCK | {"patches": [0] * 20_000}}
+    ).encode(),
     "unknown kind": json.dumps(VIEW | {"intervention": {"kind": "exec", "patches": [0]}}).encode(),
     "layer 0": json.dumps(VIEW | {"intervention": BLOCK | {"layers": [0]}}).encode(),
     "a concept without a name": painted(concepts=["", "sky"]),
@@ -168,7 +185,9 @@ BODIES = {
     "a path to paint": painted([{"photo": "../x", "patches": [[0], [1]]}]),
     "a photo twice": painted([{"photo": "split:0", "patches": [[0], [1]]}] * 2),
     "too many photos": painted([{"photo": f"split:{i}", "patches": [[0], [1]]} for i in range(33)]),
-    "too much paint": painted([{"photo": f"split:{i}", "patches": [list(range(6000)), []]} for i in range(2)]),
+    "too much paint": painted(
+        [{"photo": f"split:{i}", "patches": [list(range(6000)), []]} for i in range(2)]
+    ),
     "too long": b" " * (1 << 20) + json.dumps(VIEW).encode(),
 }
 
@@ -176,29 +195,40 @@ BODIES = {
 @pytest.mark.parametrize("case", BODIES)
 def test_invalid_json_is_refused(port, still_serves, case):
     status, body = send(port, "POST", "/run/read", BODIES[case])
-    assert status == (413 if case == "too long" else 400) and json.loads(body)["error"]
+    assert status == (413 if case == "too long" else 400)
+    assert json.loads(body)["error"]
 
 
 @pytest.mark.parametrize(
     ("photos", "message"),
     [
         ([{"photo": "split:0", "patches": [[4], [1]]}], "patch 4 does not exist; the grid has 4"),
-        ([{"photo": "split:9", "patches": [[0], [1]]}], "photo 9 of the validation split does not exist"),
+        (
+            [{"photo": "split:9", "patches": [[0], [1]]}],
+            "photo 9 of the validation split does not exist",
+        ),
         ([{"photo": "split:0", "patches": [[0], []]}], "concept 2 of 2 has no patch"),
         ([{"photo": "upload:" + 64 * "0", "patches": [[0], [1]]}], "drop the same file again"),
     ],
 )
 @pytest.mark.parametrize("operation", ["read", "teach", "save", "snippet"])
-def test_paint_that_is_on_no_photo_is_named(port, still_serves, session, operation, photos, message):
+def test_paint_that_is_on_no_photo_is_named(
+    port, still_serves, session, operation, photos, message
+):
     before = sorted(session.saved.glob("*"))
-    assert message in run(port, operation, VIEW | {"painting": PAINTING | {"photos": photos}})["error"]
+    assert (
+        message in run(port, operation, VIEW | {"painting": PAINTING | {"photos": photos}})["error"]
+    )
     assert sorted(session.saved.glob("*")) == before
 
 
-@pytest.mark.parametrize("folder", ["..", "../saved", "/etc", "001/..", ".hidden", "x" * 101, "", "a\nb", "%2e%2e"])
+@pytest.mark.parametrize(
+    "folder", ["..", "../saved", "/etc", "001/..", ".hidden", "x" * 101, "", "a\nb", "%2e%2e"]
+)
 def test_folders_elsewhere_are_not_opened(port, still_serves, folder):
     status, body = send(port, "POST", "/run/open", json.dumps(VIEW | {"folder": folder}))
-    assert status == 400 and json.loads(body)["error"].startswith("folder: ")
+    assert status == 400
+    assert json.loads(body)["error"].startswith("folder: ")
 
 
 def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
@@ -210,7 +240,8 @@ def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
 def test_hostile_images_are_refused(port, still_serves, name):
     content, _ = hostile_images.REJECTED[name]
     status, body = send(port, "POST", f"/photo?name={name}", content)
-    assert status == 400 and name in json.loads(body)["error"]
+    assert status == 400
+    assert name in json.loads(body)["error"]
 
 
 def test_valid_images_are_read_whatever_they_are_called(port):
@@ -228,7 +259,11 @@ def test_valid_images_are_read_whatever_they_are_called(port):
         ("GET", "/picture?photo=../../etc/passwd", 400),
         ("GET", "/picture?photo=split:0&model=-1", 400),
         ("GET", "/picture?photo=split:0&model=%C2%B2", 400),
-        ("GET", "/picture?photo=split:0&square=1&model=" + 5000 * "0", 400),  # more digits than int() reads
+        (
+            "GET",
+            "/picture?photo=split:0&square=1&model=" + 5000 * "0",
+            400,
+        ),  # more digits than int() reads
         ("GET", "/picture", 400),
         ("GET", "/run/read", 405),
         ("POST", "/run/__init__", 404),
@@ -249,7 +284,12 @@ def raw(port: int, data: bytes) -> socket.socket:
 
 
 def head(port: int, path: str, *lines: str) -> bytes:
-    start = [f"POST {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Cookie: lab-{port}={TOKEN}", *lines]
+    start = [
+        f"POST {path} HTTP/1.1",
+        f"Host: 127.0.0.1:{port}",
+        f"Cookie: lab-{port}={TOKEN}",
+        *lines,
+    ]
     return "\r\n".join([*start, "", ""]).encode()
 
 
@@ -257,8 +297,12 @@ def test_huge_uploads_are_refused_before_and_while_they_arrive(port, still_serve
     connection = raw(port, head(port, "/photo", f"Content-Length: {10**15}"))
     assert b" 413 " in connection.recv(100)
     monkeypatch.setattr("probes.lab.server.MAX_PHOTO_BYTES", 100_000)
-    chunk, last = b"%x\r\n%s\r\n" % (50_000, bytes(50_000)), b"1\r\nx\r\n"
-    for chunks in (3 * chunk + b"0\r\n\r\n", 8 * chunk + last):  # a bit too long, and one that does not end
+    chunk = b"%x\r\n%s\r\n" % (50_000, bytes(50_000))
+    last = b"1\r\nx\r\n"
+    for chunks in (
+        3 * chunk + b"0\r\n\r\n",
+        8 * chunk + last,
+    ):  # a bit too long, and one that does not end
         connection = raw(port, head(port, "/photo", "Transfer-Encoding: chunked") + chunks)
         assert b" 413 " in connection.recv(100)
 
@@ -269,7 +313,8 @@ def test_a_client_whose_body_is_too_long_gets_the_answer(port, still_serves, mon
         monkeypatch.setattr(f"probes.lab.server.{limit}", 4 << 20)
     for _ in range(5):  # 16 MB do not fit into the socket's buffers
         status, body = send(port, "POST", f"/{name}", bytes(16 << 20))
-        assert status == 413 and "more than 4 MiB" in json.loads(body)["error"]
+        assert status == 413
+        assert "more than 4 MiB" in json.loads(body)["error"]
 
 
 def test_cut_and_broken_requests_are_dropped(port, still_serves):
@@ -302,9 +347,13 @@ def test_half_open_requests_leave_room_for_those_with_the_token(port, still_serv
 
 
 @pytest.mark.parametrize("kept_alive", [False, True])
-def test_headers_have_a_deadline_that_further_bytes_do_not_extend(port, still_serves, monkeypatch, kept_alive):
+def test_headers_have_a_deadline_that_further_bytes_do_not_extend(
+    port, still_serves, monkeypatch, kept_alive
+):
     monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
-    connection = raw(port, head(port, "/photo?key=split:0", "Content-Length: 0") if kept_alive else b"")
+    connection = raw(
+        port, head(port, "/photo?key=split:0", "Content-Length: 0") if kept_alive else b""
+    )
     if kept_alive:
         assert b" 200 " in connection.recv(10_000)
     connection.sendall(b"GET / HTTP/1.1\r\n")
@@ -312,7 +361,9 @@ def test_headers_have_a_deadline_that_further_bytes_do_not_extend(port, still_se
 
 
 def test_a_refused_client_holds_no_connection(port, still_serves):
-    connection = raw(port, b"POST /photo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n")
+    connection = raw(
+        port, b"POST /photo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
+    )
     assert b" 403 " in connection.recv(10_000)
     assert ends(connection, b"x")
 
@@ -351,31 +402,46 @@ def test_many_at_once_are_answered_or_refused(port, still_serves):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(results) == 100 and {status for status, _ in results} <= {200, 503}
-    assert all(answered == (status == 200) for status, answered in results) and any(answered for _, answered in results)
+    assert len(results) == 100
+    assert {status for status, _ in results} <= {200, 503}
+    assert all(answered == (status == 200) for status, answered in results)
+    assert any(answered for _, answered in results)
 
 
 def test_a_flood_of_strokes_leaves_the_lab_answering(port, still_serves):
     """Each stroke is sent and given up at once, as the page does when the next one follows."""
     for i in range(120):
-        photos = [{"photo": f"split:{j}", "patches": [[i % 4], [(i + 1) % 4]]} for j in range(1 + i % 5)]
-        body = json.dumps(VIEW | {"painting": PAINTING | {"photos": photos, "concepts": ["road", str(i)]}})
-        head = f"POST /run/teach HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: lab-{port}={TOKEN}\r\n"
+        photos = [
+            {"photo": f"split:{j}", "patches": [[i % 4], [(i + 1) % 4]]} for j in range(1 + i % 5)
+        ]
+        body = json.dumps(
+            VIEW | {"painting": PAINTING | {"photos": photos, "concepts": ["road", str(i)]}}
+        )
+        head = (
+            f"POST /run/teach HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: lab-{port}={TOKEN}\r\n"
+        )
         raw(port, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()).close()
-    deadline, status = time.monotonic() + 30, 503
-    while status == 503 and time.monotonic() < deadline:  # until the server has seen that the clients left
+    deadline = time.monotonic() + 30
+    status = 503
+    while (
+        status == 503 and time.monotonic() < deadline
+    ):  # until the server has seen that the clients left
         status, body = send(port, "POST", "/run/teach", json.dumps(VIEW | {"painting": PAINTING}))
-    assert status == 200 and b'"result"' in body
+    assert status == 200
+    assert b'"result"' in body
     assert time.monotonic() < deadline, "strokes that nobody waits for are not solved"
 
 
 def test_requests_whose_clients_have_left_make_room_for_others():
     async def fill_and_leave() -> dict:
-        worker, started, go = Worker(), threading.Event(), threading.Event()
+        worker = Worker()
+        started = threading.Event()
+        go = threading.Event()
         running = worker.submit(lambda job: started.set() or {"waited": go.wait(60)})
         started.wait(60)
         left = [worker.submit(lambda job: {}) for _ in range(MAX_WAITING)]
-        assert all(left) and worker.submit(lambda job: {}) is None
+        assert all(left)
+        assert worker.submit(lambda job: {}) is None
         for job in left:
             job.cancelled.set()
         job = worker.submit(lambda job: {"done": True})
@@ -388,7 +454,8 @@ def test_requests_whose_clients_have_left_make_room_for_others():
 
 
 def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):
-    entered, cancelled = threading.Event(), threading.Event()
+    entered = threading.Event()
+    cancelled = threading.Event()
 
     def wait(request, job):
         entered.set()
@@ -407,7 +474,8 @@ def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, m
 
 
 def test_a_cancelled_forward_stops_at_its_next_layer(session):
-    mllm, ran = session.models[0].mllm, []
+    mllm = session.models[0].mllm
+    ran = []
     pixels = mllm.preprocess([session.photos.get("split:0").squares[0]])
 
     async def forward():
@@ -431,19 +499,30 @@ def test_a_cancelled_forward_stops_at_its_next_layer(session):
 def test_words_are_sent_before_the_next_one_is_computed_and_a_client_that_leaves_ends_the_answer(
     port, still_serves, session, monkeypatch, request, leaves
 ):
-    shown, forwards, jobs, stock = threading.Event(), [], [], session.ask
-    monkeypatch.setattr(session, "ask", lambda question, job: (jobs.append(job), stock(question, job))[1])
+    shown = threading.Event()
+    forwards = []
+    jobs = []
+    stock = session.ask
+    monkeypatch.setattr(
+        session, "ask", lambda question, job: (jobs.append(job), stock(question, job))[1]
+    )
 
     def wait(*_) -> None:
         forwards.append(1)
         assert len(forwards) == 1 or shown.wait(20), "the first word was not sent"
 
-    request.addfinalizer(session.models[0].mllm.decoder.layers[0].mlp.register_forward_hook(wait).remove)
+    request.addfinalizer(
+        session.models[0].mllm.decoder.layers[0].mlp.register_forward_hook(wait).remove
+    )
     connection = labs.http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/run/ask", json.dumps(REQUESTS["ask"]), {"Cookie": f"lab-{port}={TOKEN}"})
+    connection.request(
+        "POST", "/run/ask", json.dumps(REQUESTS["ask"]), {"Cookie": f"lab-{port}={TOKEN}"}
+    )
     response = connection.getresponse()
     first = next(event for event in map(json.loads, response) if "text" in event)
-    assert first["text"] and first["blocked"] is False and len(forwards) <= 2
+    assert first["text"]
+    assert first["blocked"] is False
+    assert len(forwards) <= 2
     if leaves:
         response.close()
         connection.close()
@@ -454,7 +533,8 @@ def test_words_are_sent_before_the_next_one_is_computed_and_a_client_that_leaves
     else:
         shown.set()
         events = [json.loads(line) for line in response]
-        assert events[-1]["result"]["answer"].startswith(first["text"]) and len(forwards) > 6
+        assert events[-1]["result"]["answer"].startswith(first["text"])
+        assert len(forwards) > 6
 
 
 def test_a_crash_ends_one_request(port, still_serves, session, monkeypatch, capfd):
@@ -462,10 +542,13 @@ def test_a_crash_ends_one_request(port, still_serves, session, monkeypatch, capf
         raise RuntimeError("a secret detail")
 
     monkeypatch.setattr(session, "read", crash)
-    assert run(port, "read", VIEW) == {"error": "RuntimeError; the terminal of `probes lab` has details"}
+    assert run(port, "read", VIEW) == {
+        "error": "RuntimeError; the terminal of `probes lab` has details"
+    }
     monkeypatch.setattr(session.photos, "get", crash)
     status, body = send(port, "GET", "/picture?photo=split:0")
-    assert status == 500 and b"secret" not in body
+    assert status == 500
+    assert b"secret" not in body
     monkeypatch.undo()
     assert "a secret detail" in capfd.readouterr().err
 
@@ -478,13 +561,19 @@ def test_command_needs_runs_or_a_checkpoint(arguments):
 
 
 def test_a_port_in_use_is_an_error_before_models_are_loaded(port):
-    with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1, port {port} .*choose another --port"):
+    with pytest.raises(
+        SystemExit, match=f"cannot listen at 127.0.0.1, port {port} .*choose another --port"
+    ):
         main(["lab", "no such run", "--port", str(port)])
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("probes.lab.command.find_spec", lambda name: None if name == "uvicorn" else True)
-    with pytest.raises(SystemExit, match=r"uvicorn is not installed; run: pip install 'llava-bidir\[lab\]'"):
+    monkeypatch.setattr(
+        "probes.lab.command.find_spec", lambda name: None if name == "uvicorn" else True
+    )
+    with pytest.raises(
+        SystemExit, match=r"uvicorn is not installed; run: pip install 'llava-bidir\[lab\]'"
+    ):
         main(["lab", "run"])
 
 
@@ -500,10 +589,21 @@ def heed_interrupts():
 @pytest.mark.slow
 @pytest.mark.parametrize("prepare", [heed_interrupts, ignore_interrupts])
 def test_command_prints_its_address_and_ends_at_once(checkpoints, prepare):
-    command = [sys.executable, "-m", "probes", "lab", "--mllm", str(checkpoints["causal"]), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "probes",
+        "lab",
+        "--mllm",
+        str(checkpoints["causal"]),
+        "--port",
+        "0",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, preexec_fn=prepare, **pipes)
-    address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})\n", process.stdout.readline())
+    address = re.fullmatch(
+        r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})\n", process.stdout.readline()
+    )
     port = int(address[1])
     body = json.dumps({"photo": "upload:" + 64 * "0", "model": 0, "question": "x"}).encode()
     cookie = f"lab-{port}={address[2]}"
@@ -511,6 +611,7 @@ def test_command_prints_its_address_and_ends_at_once(checkpoints, prepare):
     held = raw(port, head(port, "/photo", "Content-Length: 100"))
     start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130 and time.monotonic() - start < 3
+    assert process.wait(30) == 130
+    assert time.monotonic() - start < 3
     assert process.stderr.read().splitlines()[-1] == "probes: the lab has ended"
     held.close()

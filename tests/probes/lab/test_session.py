@@ -63,8 +63,11 @@ def numbers(text: str, kind: str, *shape: int) -> np.ndarray:
 
 def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     """Return classes and probabilities as the page receives them."""
-    result, sites = session.read(request, labs.JOB), len(session.models[request.model].sites)
-    return numbers(result["classes"], "u1", 3, sites, 4), numbers(result["probabilities"], "<f4", 3, sites, 4)
+    result = session.read(request, labs.JOB)
+    sites = len(session.models[request.model].sites)
+    return numbers(result["classes"], "u1", 3, sites, 4), numbers(
+        result["probabilities"], "<f4", 3, sites, 4
+    )
 
 
 def execute(session: Session, request: Export) -> dict:
@@ -85,10 +88,13 @@ def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_exported_code_opens_an_uploaded_photo_and_asks(session, tmp_path, monkeypatch, orientation):
+def test_exported_code_opens_an_uploaded_photo_and_asks(
+    session, tmp_path, monkeypatch, orientation
+):
     """A phone's photo is turned by its EXIF tag, as viewers show it."""
     monkeypatch.chdir(tmp_path)
-    image, file = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)), io.BytesIO()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
+    file = io.BytesIO()
     image.getexif()[0x0112] = orientation
     image.save(file, "PNG", exif=image.getexif())
     content = file.getvalue()
@@ -99,11 +105,17 @@ def test_exported_code_opens_an_uploaded_photo_and_asks(session, tmp_path, monke
     names = execute(session, Export(**view, question="What is 'it'?"))
     _, shares = read(session, View(**view))
     assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()
-    assert names["answer"] == session.ask(Question(**view, question="What is 'it'?"), labs.JOB)["blocked"]["answer"]
+    assert (
+        names["answer"]
+        == session.ask(Question(**view, question="What is 'it'?"), labs.JOB)["blocked"]["answer"]
+    )
 
 
 def test_interventions_change_what_is_read(session):
-    shares = [read(session, View(photo="split:1", model=1, intervention=change))[1] for change in CHANGES.values()]
+    shares = [
+        read(session, View(photo="split:1", model=1, intervention=change))[1]
+        for change in CHANGES.values()
+    ]
     assert len({x.tobytes() for x in shares}) == len(CHANGES)
 
 
@@ -130,12 +142,16 @@ def test_words_of_a_patch_are_those_of_the_map(session):
 @pytest.mark.parametrize("model", [0, 1])
 def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, checkpoints, model):
     """The causal model takes the bidirectional one's, and the other way round."""
-    other = probes.load(str(checkpoints[("causal", "bidirectional")[model]]), ("bidirectional", "causal")[model])
-    view, mllm = View(photo="split:1", model=model, intervention=CHANGES["other mask"]), session.models[model].mllm
+    other = probes.load(
+        str(checkpoints[("causal", "bidirectional")[model]]), ("bidirectional", "causal")[model]
+    )
+    view = View(photo="split:1", model=model, intervention=CHANGES["other mask"])
+    mllm = session.models[model].mllm
     pixels = session._pixels(view)
     patch = other.states(pixels, ["layer_01"])["layer_01"][:, 1:3]
     expected = mllm.states(
-        pixels, hooks={"layer_01": lambda states: torch.cat([states[:, :1], patch, states[:, 3:]], 1)}
+        pixels,
+        hooks={"layer_01": lambda states: torch.cat([states[:, :1], patch, states[:, 3:]], 1)},
     )
     states = session._read_states(view, labs.JOB)
     assert all(torch.equal(states[site], expected[site]) for site in session.models[model].sites)
@@ -167,10 +183,13 @@ def test_the_parts_of_an_answer_are_one_per_token_and_join_to_it(session, answer
 def test_answers_are_reported_while_they_grow(session):
     events = []
     job = SimpleNamespace(watched=labs.JOB.watched, report=events.append)
-    result = session.ask(Question(photo="split:0", model=1, question="Sky?", intervention=BLOCK), job)
+    result = session.ask(
+        Question(photo="split:0", model=1, question="Sky?", intervention=BLOCK), job
+    )
     for blocked, answer in ((False, result), (True, result["blocked"])):
         shown = [event["text"] for event in events if event["blocked"] is blocked]
-        assert shown[-1] == answer["answer"] == "".join(answer["tokens"]) and len(shown) > 1
+        assert shown[-1] == answer["answer"] == "".join(answer["tokens"])
+        assert len(shown) > 1
         assert sorted(shown, key=len) == shown
 
 
@@ -188,7 +207,9 @@ UNKNOWN = {
     "this lab has 2": {"model": 2},
     "patch 4 does not exist": {"intervention": block(4)},
     "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
-    "hook at 'final_norm'": {"intervention": Replace(kind="replace", patches=(1,), site="final_norm", by="mean")},
+    "hook at 'final_norm'": {
+        "intervention": Replace(kind="replace", patches=(1,), site="final_norm", by="mean")
+    },
 }
 
 
@@ -212,12 +233,17 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
     key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
     facts = session.describe()
-    assert facts["images"] == 0 and facts["classes"] == [] and facts["models"][0]["cannot_answer"] is None
+    assert facts["images"] == 0
+    assert facts["classes"] == []
+    assert facts["models"][0]["cannot_answer"] is None
     assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
     words = session.words_of_patch(PatchWords(photo=key, model=0, patch=1), labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
-    code = session.snippet(Export(photo=key, model=0, intervention=CHANGES["mean"]), labs.JOB)["python"]
-    assert "probes.load(" in code and "states.mean(1, keepdim=True)" in code
+    code = session.snippet(Export(photo=key, model=0, intervention=CHANGES["mean"]), labs.JOB)[
+        "python"
+    ]
+    assert "probes.load(" in code
+    assert "states.mean(1, keepdim=True)" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
         session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)
 
@@ -230,7 +256,8 @@ def test_a_run_of_the_encoder_only_has_no_words(session, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")]
+    "change",
+    [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")],
 )
 def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, monkeypatch):
     view = {"photo": "split:4", "model": 1}
@@ -241,7 +268,8 @@ def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, mo
     ran = []
     layers = session.models[1].mllm.decoder.layers
     hooks = [
-        layer.mlp.register_forward_hook(lambda *_, number=i: ran.append(number)) for i, layer in enumerate(layers, 1)
+        layer.mlp.register_forward_hook(lambda *_, number=i: ran.append(number))
+        for i, layer in enumerate(layers, 1)
     ]
     again = read(session, View(**view, intervention=change))
     [hook.remove() for hook in hooks]
@@ -255,7 +283,9 @@ def painting(*photos: tuple, rest: bool = False) -> Painting:
     names = tuple(f"split:{i}" for i in range(5))
     pairs = zip(names, photos, strict=False)
     return Painting(
-        concepts=("road", "it's"), photos=tuple(PaintedPhoto(photo=k, patches=p) for k, p in pairs), rest=rest
+        concepts=("road", "it's"),
+        photos=tuple(PaintedPhoto(photo=k, patches=p) for k, p in pairs),
+        rest=rest,
     )
 
 
@@ -272,9 +302,12 @@ def test_exported_code_teaches_what_the_page_shows(session, change, rest):
     assert taught.concepts == ["road", "it's", *["background"] * rest]
     curve = taught.curve(change and hidden(*change.patches))
     scores = session.teach(Teach(**view), labs.JOB)
-    assert scores["chance"] == curve.chance[0] and scores["patches"] == len(taught.paint.patch)
+    assert scores["chance"] == curve.chance[0]
+    assert scores["patches"] == len(taught.paint.patch)
     shown = np.array(scores["scores"], dtype=float)
-    np.testing.assert_allclose(shown, curve[["score", "low", "high"]].to_numpy(), atol=0.15)  # one patch in 13 may flip
+    np.testing.assert_allclose(
+        shown, curve[["score", "low", "high"]].to_numpy(), atol=0.15
+    )  # one patch in 13 may flip
 
 
 @contextmanager
@@ -294,9 +327,13 @@ def cancelled(mllm):
 def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session):
     request = {"photo": "split:0", "model": 1, "painting": painting()}
     view = View(photo="split:0", model=1, intervention=BLOCK)
-    trained, before = session.teach(Teach(**request), labs.JOB), read(session, view)
+    trained = session.teach(Teach(**request), labs.JOB)
+    before = read(session, view)
     with pytest.raises(InterruptedError):
-        session.teach(Teach(**request, random=True), SimpleNamespace(**vars(labs.JOB) | {"watched": cancelled}))
+        session.teach(
+            Teach(**request, random=True),
+            SimpleNamespace(**vars(labs.JOB) | {"watched": cancelled}),
+        )
     for random in (False, True):
         scores = random and session.teach(Teach(**request, random=True), labs.JOB)["scores"]
         session._states.pop(view)
@@ -309,21 +346,33 @@ def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_pat
     monkeypatch.setattr(session, "saved", tmp_path / "saved")
     request = painting()
     result = session.save(Save(photo="split:0", model=0, painting=request), labs.JOB)
-    assert result["folder"] == str(tmp_path / "saved/001") and "probes study" in result["command"]
+    assert result["folder"] == str(tmp_path / "saved/001")
+    assert "probes study" in result["command"]
     splits = [FolderDataset(result["folder"], split) for split in ("training", "validation")]
-    assert [len(split) for split in splits] == [3, 2] and splits[0].classes == ["road", "it's"]
-    target = splits[0][0]["target"]  # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
-    assert (target[:12, :10] == 0).all() and (target[12:, 10:] == 1).all()
-    assert (target[:12, 10:] == 255).all() and (target[12:, :10] == 255).all()
+    assert [len(split) for split in splits] == [3, 2]
+    assert splits[0].classes == ["road", "it's"]
+    target = splits[0][0][
+        "target"
+    ]  # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
+    assert (target[:12, :10] == 0).all()
+    assert (target[12:, 10:] == 1).all()
+    assert (target[:12, 10:] == 255).all()
+    assert (target[12:, :10] == 255).all()
     content = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*.*")}
     rest = painting(rest=True)
-    assert session.save(Save(photo="split:0", model=0, painting=rest), labs.JOB)["folders"][0] == "002"
-    assert all(file.read_bytes() == before for file, before in content.items()), "nothing saved is replaced"
+    assert (
+        session.save(Save(photo="split:0", model=0, painting=rest), labs.JOB)["folders"][0] == "002"
+    )
+    assert all(file.read_bytes() == before for file, before in content.items()), (
+        "nothing saved is replaced"
+    )
     assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"][:12, 10:] == 2).all()
     opened = session.open(Open(photo="split:0", model=0, folder="001"), labs.JOB)
     assert opened["concepts"] == ["road", "it's"]
     patches = {name: patches for _, name, patches in opened["photos"]}
-    assert patches == {f"{i:02d}.png": [*map(list, photo.patches)] for i, photo in enumerate(request.photos, 1)}
+    assert patches == {
+        f"{i:02d}.png": [*map(list, photo.patches)] for i, photo in enumerate(request.photos, 1)
+    }
     for key, _, _ in opened["photos"]:
         assert session.photos.get(key).preview.size == (20, 24)
 
@@ -334,9 +383,17 @@ def test_folders_that_the_lab_cannot_paint_are_named(session, tmp_path, monkeypa
         for kind in ("images", "annotations"):
             (tmp_path / name / kind / "training").mkdir(parents=True)
             for i in range(images):
-                Image.new("RGB" if kind == "images" else "L", (8, 8)).save(tmp_path / name / kind / f"training/{i}.png")
-        (tmp_path / name / "classes.json").write_text(json.dumps({"classes": [str(k) for k in range(classes)]}))
-    for name, message in (("many", "has 33 pictures"), ("classes", "has 21 classes"), ("empty", "no images")):
+                Image.new("RGB" if kind == "images" else "L", (8, 8)).save(
+                    tmp_path / name / kind / f"training/{i}.png"
+                )
+        (tmp_path / name / "classes.json").write_text(
+            json.dumps({"classes": [str(k) for k in range(classes)]})
+        )
+    for name, message in (
+        ("many", "has 33 pictures"),
+        ("classes", "has 21 classes"),
+        ("empty", "no images"),
+    ):
         with pytest.raises(UserError, match=message):
             session.open(Open(photo="split:0", model=0, folder=name), labs.JOB)
 
@@ -347,19 +404,29 @@ def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
         keys.append(session.photos.add(encode(Image.fromarray(pixels), "PNG"), f"{i}.png"))
-    paint = Painting(concepts=("a", "b"), photos=tuple(PaintedPhoto(photo=k, patches=((0,), (3,))) for k in keys))
+    paint = Painting(
+        concepts=("a", "b"), photos=tuple(PaintedPhoto(photo=k, patches=((0,), (3,))) for k in keys)
+    )
     result = session.read(View(photo=keys[0], model=0, painting=paint), labs.JOB)
     assert numbers(result["classes"], "u1", 2, 6, 4).max() == 1
-    assert "2 photos are too few" in session.teach(Teach(photo=keys[0], model=0, painting=paint), labs.JOB)["note"]
+    assert (
+        "2 photos are too few"
+        in session.teach(Teach(photo=keys[0], model=0, painting=paint), labs.JOB)["note"]
+    )
 
 
 def test_questions_of_the_data_set_are_offered(session, lab_runs, tmp_path, monkeypatch):
     model = session.models[0]
     assert example_questions(model) == []
-    record = lambda text: {"conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
+
+    def record(text):
+        return {"conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
+
     root = tmp_path / "data"
     monkeypatch.setitem(model.run.manifest["data"], "root", str(root))
-    (tmp_path / "questions.json").write_text(json.dumps([record(t) for t in ("a?", "a?", "b?", "c?", "d?")]))
+    (tmp_path / "questions.json").write_text(
+        json.dumps([record(t) for t in ("a?", "a?", "b?", "c?", "d?")])
+    )
     assert example_questions(model) == ["a?", "b?", "c?"]
     for broken in ("{", "[1]", '{"a": 1}', "[]"):
         (tmp_path / "questions.json").write_text(broken)

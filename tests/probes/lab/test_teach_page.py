@@ -43,7 +43,9 @@ def show(tab, image: int):
 def painting(*photos: tuple[int, tuple, tuple], rest: bool = False) -> Painting:
     return Painting(
         concepts=("concept 1", "concept 2"),
-        photos=tuple(PaintedPhoto(photo=f"split:{i}", patches=tuple(patches)) for i, *patches in photos),
+        photos=tuple(
+            PaintedPhoto(photo=f"split:{i}", patches=tuple(patches)) for i, *patches in photos
+        ),
         rest=rest,
     )
 
@@ -55,7 +57,9 @@ def curve_of(session, paint: Painting, **more) -> list[float]:
 
 def drawn(tab, curve: str) -> list[float]:
     """Return the scores at the heights of a curve's points."""
-    heights = tab.evaluate(f"[...document.querySelectorAll('#curve circle.{curve}')].map((c) => c.cy.baseVal.value)")
+    heights = tab.evaluate(
+        f"[...document.querySelectorAll('#curve circle.{curve}')].map((c) => c.cy.baseVal.value)"
+    )
     return [pytest.approx(1 - (y - 8) / (190 - 8 - 24), abs=1e-6) for y in heights]
 
 
@@ -70,12 +74,17 @@ def test_two_concepts_are_taught_on_one_photo_and_read_on_others(open_tab, sessi
     show(tab, 0)
     stroke(tab, "1", 0, 1)
     solved(tab)
-    assert "Paint a second concept" in tab.inner_text("#taught-note") and not tab.locator("#curve").is_visible()
+    assert (
+        "Paint a second concept" in tab.inner_text("#taught-note")
+        and not tab.locator("#curve").is_visible()
+    )
     assert tab.evaluate("DATA.classes") == session.models[0].classes, "one concept shows no map yet"
     stroke(tab, "2", 2, 3)
     solved(tab)
     paint = painting((0, (0, 1), (2, 3)))
-    assert json.loads(tab.evaluate("JSON.stringify(painting())")) == json.loads(paint.model_dump_json())
+    assert json.loads(tab.evaluate("JSON.stringify(painting())")) == json.loads(
+        paint.model_dump_json()
+    )
     assert drawn(tab, "plain") == curve_of(session, paint)
     assert "There is one photo" in tab.inner_text("#taught-note")
     assert strip(tab) == ["split:0", "split:2", "split:1"]
@@ -87,7 +96,9 @@ def test_two_concepts_are_taught_on_one_photo_and_read_on_others(open_tab, sessi
         result = session.read(view, labs.JOB)
         s = session.models[0].sites.index("layer_02")
         assert shown == list(b64decode(result["classes"]))[4 * s : 4 * s + 4]
-    assert set(tab.locator("#legend li").all_inner_texts()) <= {f"concept {k} {n}" for k in (1, 2) for n in range(1, 5)}
+    assert set(tab.locator("#legend li").all_inner_texts()) <= {
+        f"concept {k} {n}" for k in (1, 2) for n in range(1, 5)
+    }
 
 
 def test_curve_under_a_knockout_of_a_random_llm_and_with_the_slider(open_tab, session):
@@ -97,7 +108,8 @@ def test_curve_under_a_knockout_of_a_random_llm_and_with_the_slider(open_tab, se
         stroke(tab, "1", 0)
         stroke(tab, "2", other)
         solved(tab)
-    paint, change = painting((0, (0,), (3,)), (1, (0,), (2,)), (3, (0,), (3,))), Block(kind="block", patches=(1,))
+    paint = painting((0, (0,), (3,)), (1, (0,), (2,)), (3, (0,), (3,)))
+    change = Block(kind="block", patches=(1,))
     assert drawn(tab, "plain") == curve_of(session, paint)
     assert drawn(tab, "blocked") == curve_of(session, paint, intervention=change)
     assert "3 photos are too few" in tab.inner_text("#taught-note")
@@ -107,7 +119,9 @@ def test_curve_under_a_knockout_of_a_random_llm_and_with_the_slider(open_tab, se
     assert drawn(tab, "random") == curve_of(session, paint, random=True)
     tab.get_by_role("slider", name="Site").fill("3")
     settle(tab)
-    assert tab.inner_text("#score").startswith("layer 02: ") and "random LLM" in tab.inner_text("#score")
+    assert tab.inner_text("#score").startswith("layer 02: ") and "random LLM" in tab.inner_text(
+        "#score"
+    )
     tab.locator("#curve").click(position={"x": 45, "y": 60})
     assert address(settle(tab))["site"] == "encoder"
 
@@ -118,7 +132,8 @@ def test_rest_is_background_and_maps_can_be_put_away(open_tab, session):
     tab.get_by_label("the rest of painted photos is background").check()
     solved(tab)
     assert tab.evaluate("DATA.classes") == ["concept 1", "background"]
-    assert tab.evaluate("painting().rest") and drawn(tab, "plain")
+    assert tab.evaluate("painting().rest")
+    assert drawn(tab, "plain")
     tab.get_by_label("show their maps").uncheck()
     solved(tab)
     assert tab.evaluate("DATA.classes") == session.models[0].classes
@@ -140,12 +155,14 @@ def test_paint_survives_a_reload_is_saved_and_opened(open_tab, session):
     tab.reload()
     tab.wait_for_selector("html[data-ready]")
     settle(tab)
-    assert tab.evaluate("JSON.stringify(painting())") == before and drawn(tab, "plain")
+    assert tab.evaluate("JSON.stringify(painting())") == before
+    assert drawn(tab, "plain")
     tab.get_by_role("button", name="Save as data folder").click()
     tab.get_by_text("Saved to").wait_for()
     folder = re.search(r"Saved to (\S+)\. Next: probes study", tab.inner_text("#saved"))[1]
     data = FolderDataset(folder, "training")
-    assert data.classes == ["<b>road</b>", "concept 2"] and set(data[0]["target"].flat) == {0, 1, 255}
+    assert data.classes == ["<b>road</b>", "concept 2"]
+    assert set(data[0]["target"].flat) == {0, 1, 255}
     tab.get_by_role("button", name="Remove paint").click()
     solved(tab)
     assert tab.evaluate("painting()") is None and tab.locator("#strip button").count() == 0
@@ -153,7 +170,8 @@ def test_paint_survives_a_reload_is_saved_and_opened(open_tab, session):
     tab.wait_for_selector("#curve circle.plain")
     solved(tab)
     opened = tab.evaluate("painting().photos.map(({ patches }) => patches)")
-    assert opened == [[[0], [2, 3]]] * 2 and address(tab)["photo"].startswith("upload:")
+    assert opened == [[[0], [2, 3]]] * 2
+    assert address(tab)["photo"].startswith("upload:")
 
 
 def test_paint_by_keyboard_and_undo(open_tab):
@@ -180,7 +198,9 @@ def test_paint_by_keyboard_and_undo(open_tab):
 
 
 def test_paint_by_finger(open_tab):
-    tab = open_tab("#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    tab = open_tab(
+        "#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
     tab.get_by_role("radio", name="Teach concept 2").tap()
     tab.touchscreen.tap(*point(tab, 2))
     solved(tab)
@@ -190,7 +210,9 @@ def test_paint_by_finger(open_tab):
 
 def test_only_the_last_of_quick_strokes_is_solved(open_tab):
     tab, sent = open_tab("#photo=split:0"), []
-    tab.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/run/teach") else None)
+    tab.on(
+        "request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/run/teach") else None
+    )
     tab.evaluate("""for (const [t, k] of [[0, 0], [1, 1], [2, 0], [3, 1]]) {
         const grid = gridOf("split:0").slice(); grid[t] = k; view.photo = "split:0"; stroke(grid);
     }""")
@@ -208,13 +230,20 @@ def test_fast_strokes_have_no_gaps(open_tab):
 
 def test_names_of_concepts_are_checked(open_tab):
     tab = open_tab("#photo=split:0")
-    for text, message in (("concept 2", "already"), ("background", "already"), (" ", "needs a name")):
+    for text, message in (
+        ("concept 2", "already"),
+        ("background", "already"),
+        (" ", "needs a name"),
+    ):
         tab.get_by_label("Name of concept 1").fill(text)
         tab.get_by_label("Name of concept 1").press("Enter")
         assert message in tab.inner_text("#failure")
     tab.get_by_role("button", name="Add concept").click()
     settle(tab)
-    assert tab.evaluate("[paint.concepts, view.concept]") == [["concept 1", "concept 2", "concept 3"], 2]
+    assert tab.evaluate("[paint.concepts, view.concept]") == [
+        ["concept 1", "concept 2", "concept 3"],
+        2,
+    ]
 
 
 def test_the_hint_goes_away_and_stays_away(open_tab):
@@ -223,13 +252,17 @@ def test_the_hint_goes_away_and_stays_away(open_tab):
     before = tab.locator(".stage").first.bounding_box()
     stroke(tab, "1", 0)
     assert not tab.get_by_text("New here?").is_visible()
-    assert tab.locator(".stage").first.bounding_box() == before, "a stroke does not move what is painted on"
+    assert tab.locator(".stage").first.bounding_box() == before, (
+        "a stroke does not move what is painted on"
+    )
     tab.reload()
     settle(tab)
     assert not tab.get_by_text("New here?").is_visible()
 
 
-def test_title_names_the_models_and_questions_of_the_data_can_be_asked(chromium, session, lab_runs, monkeypatch):
+def test_title_names_the_models_and_questions_of_the_data_can_be_asked(
+    chromium, session, lab_runs, monkeypatch
+):
     with labs.serve(session) as port, labs.browser_tabs(chromium, port) as open_tab:
         facts = session.describe() | {"questions": ["Sky?"]}
         monkeypatch.setattr(session, "describe", lambda: facts)

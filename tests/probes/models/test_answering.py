@@ -41,13 +41,16 @@ def mllm(request, checkpoints):
 
 @pytest.fixture(scope="module")
 def picture():
-    pixels = torch.randint(0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return Image.fromarray(pixels.numpy())
 
 
 def written_out_masks(mllm, length: int, knockout: Knockout | None) -> list[torch.Tensor]:
     """Masks of prefix, image and text by a loop over pairs, bool[1, N, N] per layer."""
-    prefix, masks = mllm.prefix_ids.shape[1], []
+    prefix = mllm.prefix_ids.shape[1]
+    masks = []
     is_image = [prefix <= i < prefix + tiny_models.TOKENS for i in range(length)]
     for layer in range(1, len(mllm.decoder.layers) + 1):
         mask = torch.zeros(1, length, length, dtype=torch.bool)
@@ -73,8 +76,11 @@ def stock_processor(mllm):
     return AutoProcessor.from_pretrained(mllm.model.name_or_path)
 
 
-def answer_by_loop(mllm, pixels, question: str, knockout: Knockout | None, max_new_tokens: int) -> str:
-    ids, tokens = mllm.chat.question_ids(question), []
+def answer_by_loop(
+    mllm, pixels, question: str, knockout: Knockout | None, max_new_tokens: int
+) -> str:
+    ids = mllm.chat.question_ids(question)
+    tokens = []
     while len(tokens) < max_new_tokens:
         token = int(next_logits(mllm, pixels, ids + tokens, knockout).argmax())
         if token == mllm.model.generation_config.eos_token_id:
@@ -84,19 +90,26 @@ def answer_by_loop(mllm, pixels, question: str, knockout: Knockout | None, max_n
 
 
 def test_generation_equals_uncached_forwards_with_the_mask_written_out(mllm, picture):
-    pixels, answers = mllm.preprocess([picture]), {}
+    pixels = mllm.preprocess([picture])
+    answers = {}
     for name, knockout in KNOCKOUTS.items():
-        answers[name] = [mllm.answer(picture, question, knockout, max_new_tokens=4) for question in QUESTIONS]
-        assert answers[name] == [answer_by_loop(mllm, pixels, question, knockout, 4) for question in QUESTIONS]
+        answers[name] = [
+            mllm.answer(picture, question, knockout, max_new_tokens=4) for question in QUESTIONS
+        ]
+        assert answers[name] == [
+            answer_by_loop(mllm, pixels, question, knockout, 4) for question in QUESTIONS
+        ]
     assert answers["all layers"] != answers["none"]
 
 
 @pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
 def test_log_probs_equal_a_loop_over_forwards_with_the_mask_written_out(mllm, picture, knockout):
     pixels = mllm.preprocess([picture])
-    scores, expected = mllm.answer_log_probs(pixels, QUESTIONS[:2], ANSWERS, knockout), []
+    scores = mllm.answer_log_probs(pixels, QUESTIONS[:2], ANSWERS, knockout)
+    expected = []
     for question, answer in itertools.product(QUESTIONS[:2], ANSWERS):
-        text, total = mllm.chat.question_ids(question), torch.zeros(())
+        text = mllm.chat.question_ids(question)
+        total = torch.zeros(())
         for token in mllm.chat.answer_ids([answer])[0]:
             total += next_logits(mllm, pixels, text, knockout).log_softmax(-1)[token]
             text = [*text, token]
@@ -107,7 +120,10 @@ def test_log_probs_equal_a_loop_over_forwards_with_the_mask_written_out(mllm, pi
 
 def test_a_knockout_changes_answers_beyond_the_tolerance(mllm, picture):
     pixels = mllm.preprocess([picture])
-    scores = [mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, knockout) for knockout in KNOCKOUTS.values()]
+    scores = [
+        mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, knockout)
+        for knockout in KNOCKOUTS.values()
+    ]
     tolerance = rounding(scores[0], len(mllm.decoder.layers))["atol"]
     assert all((a - b).abs().max() > 3 * tolerance for a, b in itertools.combinations(scores, 2))
 
@@ -115,35 +131,46 @@ def test_a_knockout_changes_answers_beyond_the_tolerance(mllm, picture):
 @pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
 def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, picture, knockout):
     """A token's weights are those of the position that predicts it, in the stock decoder's own output."""
-    pixels, prefix = mllm.preprocess([picture]), mllm.prefix_ids.shape[1]
+    pixels = mllm.preprocess([picture])
+    prefix = mllm.prefix_ids.shape[1]
     weights = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], knockout=knockout)
     question, (answer,) = mllm.chat.question_ids(QUESTIONS[0]), mllm.chat.answer_ids([ANSWERS[2]])
     decoder = copy.deepcopy(mllm.decoder)
     decoder.config._attn_implementation = "eager"
-    embed, image = decoder.embed_tokens, mllm.states(pixels, ["adapter"])["adapter"]
+    embed = decoder.embed_tokens
+    image = mllm.states(pixels, ["adapter"])["adapter"]
     inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([question + answer]))], 1)
     masks = [mask[None] for mask in written_out_masks(mllm, inputs.shape[1], knockout)]
     for layer, mask in zip(decoder.layers, masks, strict=True):
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs, added=added: (args, kwargs | {"attention_mask": added}), with_kwargs=True
+            lambda _, args, kwargs, added=added: (args, kwargs | {"attention_mask": added}),
+            with_kwargs=True,
         )
     with torch.no_grad():
         full = decoder(inputs_embeds=inputs, output_attentions=True, use_cache=False).attentions
     first = prefix + tiny_models.TOKENS + len(question) - 1
-    expected = torch.cat(full)[:, :, first : first + len(answer), prefix : prefix + tiny_models.TOKENS]
+    expected = torch.cat(full)[
+        :, :, first : first + len(answer), prefix : prefix + tiny_models.TOKENS
+    ]
     torch.testing.assert_close(weights, expected, **rounding(expected, len(mllm.decoder.layers)))
     last = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], [3], knockout)
-    assert torch.equal(last, weights[2:]) and len(answer) > 3
-    assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().amax((1, 3)).min() > 1e-3, "tokens differ"
+    assert torch.equal(last, weights[2:])
+    assert len(answer) > 3
+    assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().amax((1, 3)).min() > 1e-3, (
+        "tokens differ"
+    )
 
 
 @pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
 def test_tokens_are_reported_while_the_answer_grows(mllm, picture, knockout):
     shown = []
     answer = mllm.answer(picture, QUESTIONS[1], knockout, 5, on_token=shown.append)
-    assert shown == [mllm.answer(picture, QUESTIONS[1], knockout, n) for n in range(1, len(shown) + 1)]
-    assert shown[-1] == answer and len(shown) > 1
+    assert shown == [
+        mllm.answer(picture, QUESTIONS[1], knockout, n) for n in range(1, len(shown) + 1)
+    ]
+    assert shown[-1] == answer
+    assert len(shown) > 1
 
     def stop(_: str) -> None:
         raise KeyboardInterrupt
@@ -154,15 +181,22 @@ def test_tokens_are_reported_while_the_answer_grows(mllm, picture, knockout):
 
 
 def test_a_batch_of_knockouts_equals_each_alone(mllm, picture):
-    pixels, blocked = mllm.preprocess([picture]), torch.cat([BLOCKED, ~BLOCKED, BLOCKED & False])
-    batch = mllm.answer_log_probs(pixels.expand(3, -1, -1, -1), QUESTIONS, ANSWERS, Knockout(blocked))
-    alone = [mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, Knockout(row[None])) for row in blocked[:2]]
+    pixels = mllm.preprocess([picture])
+    blocked = torch.cat([BLOCKED, ~BLOCKED, BLOCKED & False])
+    batch = mllm.answer_log_probs(
+        pixels.expand(3, -1, -1, -1), QUESTIONS, ANSWERS, Knockout(blocked)
+    )
+    alone = [
+        mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, Knockout(row[None]))
+        for row in blocked[:2]
+    ]
     alone = torch.cat([*alone, mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS)])
     torch.testing.assert_close(batch, alone, **rounding(alone, len(mllm.decoder.layers)))
 
 
 def test_generation_equals_that_of_transformers(mllm, picture):
-    processor, model = stock_processor(mllm), mllm.model
+    processor = stock_processor(mllm)
+    model = mllm.model
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}],
         add_generation_prompt=True,
@@ -170,18 +204,29 @@ def test_generation_equals_that_of_transformers(mllm, picture):
     inputs = processor(text=prompt, images=picture, return_tensors="pt")
     inputs["pixel_values"] = mllm.preprocess([picture])
     if mllm.image_attention == "causal":  # transformers' own class
-        settings = {key: getattr(model.config, key) for key in ("vision_config", "text_config", "image_seq_length")}
+        settings = {
+            key: getattr(model.config, key)
+            for key in ("vision_config", "text_config", "image_seq_length")
+        }
         settings |= {"image_token_id": model.config.image_token_id, "vision_feature_layer": -1}
         model = LlavaForConditionalGeneration(LlavaConfig(**settings)).eval()
         model.load_state_dict(mllm.model.state_dict())
     assert mllm.image_attention == "causal" or isinstance(model, LlavaBidirForConditionalGeneration)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-    assert mllm.answer(picture, QUESTIONS[0], max_new_tokens=8) == processor.decode(ids[0], skip_special_tokens=True)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[
+        :, inputs["input_ids"].shape[1] :
+    ]
+    assert mllm.answer(picture, QUESTIONS[0], max_new_tokens=8) == processor.decode(
+        ids[0], skip_special_tokens=True
+    )
 
 
 def test_text_has_the_ids_of_training(mllm):
-    tokenizer, image_id = mllm.chat.tokenizer, mllm.model.config.image_token_id
-    turns = [{"from": "human", "value": "<image>\nname the sky"}, {"from": "gpt", "value": "a wall"}]
+    tokenizer = mllm.chat.tokenizer
+    image_id = mllm.model.config.image_token_id
+    turns = [
+        {"from": "human", "value": "<image>\nname the sky"},
+        {"from": "gpt", "value": "a wall"},
+    ]
     ids, labels = encode(turns, tokenizer, "vicuna_v1", 1, image_id)
     answer = [label for label in labels if label >= 0][:-1]  # without the eos
     assert mllm.chat.answer_ids(["a wall"]) == [answer]
@@ -192,9 +237,10 @@ def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatc
     """Else a knockout that changes nothing would look like a null result."""
     layer = mllm.decoder.layers[1]
     stock = type(layer).forward
-    copy = lambda self, *args, attention_mask=None, **kwargs: stock(
-        self, *args, attention_mask=attention_mask.clone(), **kwargs
-    )
+
+    def copy(self, *args, attention_mask=None, **kwargs):
+        return stock(self, *args, attention_mask=attention_mask.clone(), **kwargs)
+
     monkeypatch.setattr(layer, "forward", copy.__get__(layer))
     with pytest.raises(RuntimeError, match="layer 2 runs with another mask"):
         mllm.answer(picture, QUESTIONS[0], KNOCKOUTS["all layers"])
@@ -204,7 +250,12 @@ def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
     pixels = mllm.preprocess([picture])
     with pytest.raises(UserError, match="pixels of 2 images; expected one"):
         mllm.answer_attention(pixels[[0, 0]], QUESTIONS[0], ANSWERS[0])
-    for questions, answers in (([], ANSWERS), (QUESTIONS, []), (QUESTIONS, [""]), (QUESTIONS[0], ANSWERS)):
+    for questions, answers in (
+        ([], ANSWERS),
+        (QUESTIONS, []),
+        (QUESTIONS, [""]),
+        (QUESTIONS[0], ANSWERS),
+    ):
         with pytest.raises(UserError, match="no question or answer, or an empty one"):
             mllm.answer_log_probs(pixels, questions, answers)
     with pytest.raises(UserError, match="contains the image's placeholder"):
@@ -216,7 +267,9 @@ def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
         eager.answer(picture, QUESTIONS[0])
 
 
-@pytest.mark.parametrize("name", ["llava_next", "internvl", "qwen2_vl", "paligemma", "mistral3", "gemma3", "janus"])
+@pytest.mark.parametrize(
+    "name", ["llava_next", "internvl", "qwen2_vl", "paligemma", "mistral3", "gemma3", "janus"]
+)
 def test_families_whose_template_lacks_text_after_the_image_are_refused(name, tmp_path):
     mllm = probes.load(str(tiny_families.write(name, tmp_path)))
     with pytest.raises(UserError, match=f"answers of {name} are not supported"):
@@ -225,14 +278,18 @@ def test_families_whose_template_lacks_text_after_the_image_are_refused(name, tm
 
 @pytest.mark.parametrize("name", ["llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid"])
 def test_other_families_equal_their_own_full_forward(name, tmp_path):
-    path, stock = tiny_families.write(name, tmp_path), tiny_families.STOCK[name]
+    path = tiny_families.write(name, tmp_path)
+    stock = tiny_families.STOCK[name]
     tokenizer = tiny_families.tokenizer()
     template = "{{ bos_token }}hello" + stock.placeholder
     template += "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
     tokenizer.chat_template = template
     tokenizer.save_pretrained(path)
-    mllm, side = probes.load(str(path)), stock.image_px
-    pixels = torch.randint(0, 255, (side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    mllm = probes.load(str(path))
+    side = stock.image_px
+    pixels = torch.randint(
+        0, 255, (side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     images = [Image.fromarray(pixels.numpy())]
     hello = mllm.chat.tokenizer.get_vocab()["hello"]
     prompt = mllm.ids[0].tolist() + [hello, hello]
@@ -244,7 +301,9 @@ def test_other_families_equal_their_own_full_forward(name, tmp_path):
         logits = mllm.model(input_ids=torch.tensor([prompt + ids]), **inputs).logits[0]
         for i, token in enumerate(ids, len(prompt) - 1):
             expected += logits[i].log_softmax(-1)[token]
-        answer = mllm.model.generate(input_ids=torch.tensor([prompt]), **inputs, do_sample=False, max_new_tokens=5)
+        answer = mllm.model.generate(
+            input_ids=torch.tensor([prompt]), **inputs, do_sample=False, max_new_tokens=5
+        )
     torch.testing.assert_close(score.squeeze(), expected, **rounding(logits, 10))
     expected = mllm.chat.tokenizer.decode(answer[0, -5:], skip_special_tokens=True).strip()
     assert mllm.answer(images[0], "hello", max_new_tokens=5) == expected

@@ -12,15 +12,23 @@ from probes import Knockout
 
 pytestmark = pytest.mark.numerics
 
-QUERIES = [(0, torch.tensor([True, False, False, True])), (1, torch.tensor([False, True, True, True]))]
+QUERIES = [
+    (0, torch.tensor([True, False, False, True])),
+    (1, torch.tensor([False, True, True, True])),
+]
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 def test_weights_equal_eager_attention(checkpoints, name):
-    mllm, pixels = probes.load(str(checkpoints[name])), tiny_models.pixels(2)
+    mllm = probes.load(str(checkpoints[name]))
+    pixels = tiny_models.pixels(2)
     start = mllm.prefix_ids.shape[1]
-    eager = torch.stack(reference.eager_attention(mllm, pixels), 1)[..., start:, start:]  # [B, L, A, T, T]
-    for weights, (image, tokens) in zip(mllm.attention(pixels, queries=QUERIES), QUERIES, strict=True):
+    eager = torch.stack(reference.eager_attention(mllm, pixels), 1)[
+        ..., start:, start:
+    ]  # [B, L, A, T, T]
+    for weights, (image, tokens) in zip(
+        mllm.attention(pixels, queries=QUERIES), QUERIES, strict=True
+    ):
         torch.testing.assert_close(weights, eager[image].mean(1)[:, tokens], **rounding(eager, 3))
     by_head = torch.stack(mllm.attention(pixels, layers=[3, 1], average_heads=False))
     torch.testing.assert_close(by_head, eager[:, [2, 0]], **rounding(eager, 3))
@@ -28,7 +36,9 @@ def test_weights_equal_eager_attention(checkpoints, name):
 
 def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
     """From queries and keys in bf16; products in bf16 would be off by 1% and more."""
-    mllm, pixels, expected = probes.load(str(checkpoints["causal"]), dtype="bfloat16"), tiny_models.pixels(1), []
+    mllm = probes.load(str(checkpoints["causal"]), dtype="bfloat16")
+    pixels = tiny_models.pixels(1)
+    expected = []
     with torch.no_grad():
         for layer in mllm.decoder.layers:
             layer.self_attn.q_proj.weight *= 8  # attention that is not uniform
@@ -50,14 +60,20 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
 
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):
-    mllm, pixels = probes.load(str(checkpoints["bidirectional"])), tiny_models.pixels(1)
-    (weights,) = mllm.attention(pixels, knockout=Knockout(torch.tensor([[False, True, False, False]]), layers=[2]))
-    assert weights[[0, 2], :, 1].all() and not weights[1, :, 1].any()
+    mllm = probes.load(str(checkpoints["bidirectional"]))
+    pixels = tiny_models.pixels(1)
+    (weights,) = mllm.attention(
+        pixels, knockout=Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
+    )
+    assert weights[[0, 2], :, 1].all()
+    assert not weights[1, :, 1].any()
 
 
 def test_outputs_and_the_registry_do_not_change(checkpoints, monkeypatch):
-    mllm, pixels = probes.load(str(checkpoints["causal"])), tiny_models.pixels(2)
-    before, stock = mllm.states(pixels), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mllm = probes.load(str(checkpoints["causal"]))
+    pixels = tiny_models.pixels(2)
+    before = mllm.states(pixels)
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     mllm.attention(pixels, queries=QUERIES)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
     assert all(torch.equal(before[site], state) for site, state in mllm.states(pixels).items())

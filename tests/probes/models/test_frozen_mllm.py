@@ -40,24 +40,36 @@ def full_forward(mllm, pixels, suffix: int = 0):
 
 def test_states_equal_those_of_the_full_forward(mllm, pictures):
     pixels = mllm.preprocess(pictures)
-    states, whole = mllm(pixels), full_forward(mllm, pixels)
-    assert torch.equal(states["adapter"], whole[0]), "the adapter site is the LLM's input, bit for bit"
+    states = mllm(pixels)
+    whole = full_forward(mllm, pixels)
+    assert torch.equal(states["adapter"], whole[0]), (
+        "the adapter site is the LLM's input, bit for bit"
+    )
     for i in (1, 2):
         torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
     torch.testing.assert_close(states["final_norm"], whole[3], **rounding(whole[3], 4))
     norm = mllm.model.model.language_model.norm
-    torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"]), "layer 3 is read before the norm"
-    assert torch.equal(mllm.to_grid(states["layer_03"])[:, 1, 0], states["layer_03"][:, tiny_models.GRID[1]])
+    (
+        torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"]),
+        "layer 3 is read before the norm",
+    )
+    assert torch.equal(
+        mllm.to_grid(states["layer_03"])[:, 1, 0], states["layer_03"][:, tiny_models.GRID[1]]
+    )
     tower = mllm.model.model.vision_tower(pixels, output_hidden_states=True)
     assert torch.equal(states["encoder"], tower.hidden_states[-1][:, 1:])
 
 
 def test_states_follow_another_prefix(mllm, checkpoints, pictures):
-    other, pixels = probes.load(str(checkpoints[mllm.image_attention])), mllm.preprocess(pictures)
-    before, ids = other(pixels), other.prefix_ids[0].tolist()  # keys and values of the first prefix are cached
+    other = probes.load(str(checkpoints[mllm.image_attention]))
+    pixels = mllm.preprocess(pictures)
+    before = other(pixels)
+    ids = other.prefix_ids[0].tolist()  # keys and values of the first prefix are cached
     other.set_prefix(ids + [5, 6, 7])
-    states, whole = other(pixels), full_forward(other, pixels)
-    assert other.prefix_ids[0].tolist() == ids + [5, 6, 7] and int(other.is_image.nonzero()[0]) == len(ids) + 3
+    states = other(pixels)
+    whole = full_forward(other, pixels)
+    assert other.prefix_ids[0].tolist() == ids + [5, 6, 7]
+    assert int(other.is_image.nonzero()[0]) == len(ids) + 3
     for i in (1, 2):
         torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
         assert not torch.allclose(states[f"layer_{i:02d}"], before[f"layer_{i:02d}"], atol=1e-3)
@@ -66,24 +78,33 @@ def test_states_follow_another_prefix(mllm, checkpoints, pictures):
 
 
 def test_another_prefix_of_a_model_under_another_mask_is_its_own(mllm, checkpoints, pictures):
-    own, pixels = probes.load(str(checkpoints[mllm.image_attention])), mllm.preprocess(pictures)
-    before, ids = own(pixels), own.prefix_ids[0].tolist()
+    own = probes.load(str(checkpoints[mllm.image_attention]))
+    pixels = mllm.preprocess(pictures)
+    before = own(pixels)
+    ids = own.prefix_ids[0].tolist()
     other = own.with_attention("causal")
     other.set_prefix(ids + [5, 6, 7])
-    assert other.prefix_ids.shape[1] == len(ids) + 3 and own.prefix_ids[0].tolist() == ids
+    assert other.prefix_ids.shape[1] == len(ids) + 3
+    assert own.prefix_ids[0].tolist() == ids
     own.clear_prefix_cache()
     assert all(torch.equal(x, before[site]) for site, x in own(pixels).items())
 
 
 def test_the_cached_prefix_has_the_models_mask(checkpoints, pictures, monkeypatch):
     """Under a mask that gives the text before the image a block of its own, too."""
-    before_image = lambda is_image: is_image.flip(-1).cumsum(-1).flip(-1) > 0
-    blocks = lambda is_image: torch.where(is_image, 0, torch.where(before_image(is_image), 1, -1))
+
+    def before_image(is_image):
+        return is_image.flip(-1).cumsum(-1).flip(-1) > 0
+
+    def blocks(is_image):
+        return torch.where(is_image, 0, torch.where(before_image(is_image), 1, -1))
+
     monkeypatch.setitem(IMAGE_ATTENTION, "two_blocks", blocks)
     mllm = probes.load(str(checkpoints["causal"]), image_attention="two_blocks")
     mllm.model.config.image_attention = "two_blocks"  # of the full forward
     pixels = mllm.preprocess(pictures)
-    states, whole = mllm.states(pixels), full_forward(mllm, pixels)
+    states = mllm.states(pixels)
+    whole = full_forward(mllm, pixels)
     assert mllm.prefix_is_shared
     for i in (1, 2):
         torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
@@ -93,7 +114,8 @@ def test_the_cached_prefix_has_the_models_mask(checkpoints, pictures, monkeypatc
 
 def test_the_cached_prefix_has_the_precision_of_the_forward(checkpoints, pictures):
     mllm = probes.load(str(checkpoints["causal"]))
-    pixels, full = mllm.preprocess(pictures), mllm.states(mllm.preprocess(pictures))
+    pixels = mllm.preprocess(pictures)
+    full = mllm.states(mllm.preprocess(pictures))
     mllm.clear_prefix_cache()
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(mllm.states(pixels)["layer_03"], full["layer_03"])
@@ -103,21 +125,31 @@ def test_the_cached_prefix_has_the_precision_of_the_forward(checkpoints, picture
 def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
     mllm = probes.load(str(checkpoints["causal"]), dtype="bfloat16")
     states = mllm.states(mllm.preprocess(pictures))["layer_02"]
-    assert torch.equal(mllm.logit_lens(states.float(), "layer_02"), mllm.logit_lens(states, "layer_02"))
+    assert torch.equal(
+        mllm.logit_lens(states.float(), "layer_02"), mllm.logit_lens(states, "layer_02")
+    )
 
 
 def test_prefix_is_the_one_of_training(mllm, checkpoints):
     processor = AutoProcessor.from_pretrained(checkpoints[mllm.image_attention])
     ids, _ = encode(
-        [{"from": "human", "value": "<image>"}], processor.tokenizer, "vicuna_v1", 1, processor.image_token_id
+        [{"from": "human", "value": "<image>"}],
+        processor.tokenizer,
+        "vicuna_v1",
+        1,
+        processor.image_token_id,
     )
     assert mllm.prefix_ids[0].tolist() == ids[: ids.index(processor.image_token_id)]
 
 
 def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
     pixels = mllm.preprocess(pictures)
-    states, ran = mllm.states(pixels), []
-    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm.decoder.layers)]
+    states = mllm.states(pixels)
+    ran = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(mllm.decoder.layers)
+    ]
     try:
         some = mllm.states(pixels, ["adapter", "layer_02"])
         assert ran == [0, 1]
@@ -126,7 +158,8 @@ def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
         assert ran == []
     finally:
         [hook.remove() for hook in hooks]
-    assert list(some) == ["adapter", "layer_02"] and all(torch.equal(some[site], states[site]) for site in some)
+    assert list(some) == ["adapter", "layer_02"]
+    assert all(torch.equal(some[site], states[site]) for site in some)
 
 
 @torch.no_grad()
@@ -148,35 +181,47 @@ def test_cached_prefix_follows_edits_of_the_model(edit, checkpoints, pictures):
     pixels = used.preprocess(pictures)
     before = used.states(pixels)
     edit(used), edit(fresh)
-    after, expected = used.states(pixels), fresh.states(pixels)
+    after = used.states(pixels)
+    expected = fresh.states(pixels)
     assert all(torch.equal(after[site], expected[site]) for site in used.sites)
     assert not torch.equal(before["layer_03"], after["layer_03"])
 
 
 def test_device_map_and_attention_backends_go_to_transformers(mllm, checkpoints, pictures):
-    path, pixels = str(checkpoints[mllm.image_attention]), mllm.preprocess(pictures)
+    path = str(checkpoints[mllm.image_attention])
+    pixels = mllm.preprocess(pictures)
     expected = mllm.states(pixels)
-    spread, eager = probes.load(path, device_map={"": "cpu"}), probes.load(path, attn_implementation="eager")
+    spread = probes.load(path, device_map={"": "cpu"})
+    eager = probes.load(path, attn_implementation="eager")
     for depth, site in enumerate(mllm.sites, ENCODER_LAYERS):
         assert torch.equal(spread.states(pixels)[site], expected[site])
-        torch.testing.assert_close(eager.states(pixels)[site], expected[site], **rounding(expected[site], depth))
+        torch.testing.assert_close(
+            eager.states(pixels)[site], expected[site], **rounding(expected[site], depth)
+        )
     with pytest.raises(ValueError, match="device and device_map exclude each other"):
         probes.load(path, device="cpu", device_map="auto")
     with pytest.raises(ValueError, match="'flash_attention_2' ignores masks"):
         probes.load(path, attn_implementation="flash_attention_2")
-    with pytest.raises(ValueError, match="'flex_attention' has no mask as a tensor; use 'sdpa' or 'eager'"):
+    with pytest.raises(
+        ValueError, match="'flex_attention' has no mask as a tensor; use 'sdpa' or 'eager'"
+    ):
         probes.load(path, attn_implementation="flex_attention")
 
 
 def test_revision_of_a_hub_id_is_resolved_and_recorded(checkpoints, tmp_path, monkeypatch):
     """A hub cache with two commits of a repository, of which `main` is one."""
-    folder, commits = tmp_path / "models--lab--llava", {"main": "a" * 40, "old": "b" * 40}
+    folder = tmp_path / "models--lab--llava"
+    commits = {"main": "a" * 40, "old": "b" * 40}
     for (name, commit), attention in zip(commits.items(), ("causal", "prefix"), strict=True):
         shutil.copytree(checkpoints[attention], folder / "snapshots" / commit)
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / name).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for revision, commit, attention in ((None, "a", "causal"), ("old", "b", "prefix"), ("b" * 40, "b", "prefix")):
+    for revision, commit, attention in (
+        (None, "a", "causal"),
+        ("old", "b", "prefix"),
+        ("b" * 40, "b", "prefix"),
+    ):
         mllm = probes.load("lab/llava", revision=revision)
         assert (mllm.revision, mllm.image_attention) == (commit * 40, attention)
     assert probes.load(str(checkpoints["causal"])).revision is None
@@ -190,7 +235,12 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
         assert probes.load(str(tmp_path / "ours")).geometry.resize == resize
     assert probes.load(str(tmp_path / "ours"), image_resize="squash").geometry.resize == "squash"
     for do_pad, do_center_crop, resize in ((1, 1, "pad"), (0, 1, "center_crop"), (0, 0, "squash")):
-        settings = {"do_pad": do_pad, "do_center_crop": do_center_crop, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        settings = {
+            "do_pad": do_pad,
+            "do_center_crop": do_center_crop,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         assert read_image_processors(str(tmp_path), FAMILIES["llava"])[1] == resize
         assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1] == "squash"
@@ -199,15 +249,22 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
 def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path, pictures):
     shutil.copytree(checkpoints["causal"], tmp_path / "hf")
     (tmp_path / "hf/training.json").write_text('{"adapter_init_scale": 4.0}')
-    one, four = (probes.load(str(path), untrained=["adapter"]) for path in (checkpoints["causal"], tmp_path / "hf"))
+    one, four = (
+        probes.load(str(path), untrained=["adapter"])
+        for path in (checkpoints["causal"], tmp_path / "hf")
+    )
     one, four = (mllm.model.model.multi_modal_projector.linear_2.weight for mllm in (one, four))
     assert torch.equal(4 * one, four)
 
 
 def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
-    load = lambda **kwargs: probes.load(str(checkpoints["causal"]), **kwargs)
-    trained, control = load(), load(untrained=["adapter", "llm"])
-    again, other = load(untrained=["adapter", "llm"]), load(untrained=["adapter", "llm"], seed=1)
+    def load(**kwargs):
+        return probes.load(str(checkpoints["causal"]), **kwargs)
+
+    trained = load()
+    control = load(untrained=["adapter", "llm"])
+    again = load(untrained=["adapter", "llm"])
+    other = load(untrained=["adapter", "llm"], seed=1)
     pixels = trained.preprocess(pictures)
     states = [m.states(pixels) for m in (trained, control, again, other)]
     assert torch.equal(states[0]["encoder"], states[1]["encoder"]), "the encoder is what it was"
@@ -215,14 +272,19 @@ def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
     assert all(torch.equal(states[1][site], states[2][site]) for site in trained.sites)
     assert not torch.allclose(states[1]["layer_03"], states[3]["layer_03"])
     spread = control.model.model.language_model.layers[0].self_attn.q_proj.weight.std().item()
-    assert spread == pytest.approx(control.model.config.get_text_config().initializer_range, rel=0.1)
-    with pytest.raises(ValueError, match="unknown part 'encoder' in untrained; expected adapter, llm"):
+    assert spread == pytest.approx(
+        control.model.config.get_text_config().initializer_range, rel=0.1
+    )
+    with pytest.raises(
+        ValueError, match="unknown part 'encoder' in untrained; expected adapter, llm"
+    ):
         load(untrained=["encoder"])
 
 
 def test_stays_frozen_and_in_eval_mode(mllm):
     mllm.train()
-    assert not mllm.training and not any(module.training for module in mllm.modules())
+    assert not mllm.training
+    assert not any(module.training for module in mllm.modules())
     assert not any(parameter.requires_grad for parameter in mllm.parameters())
 
 
@@ -238,9 +300,16 @@ def test_unknown_site_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
 
 
 def test_bad_arguments_are_errors(mllm, pictures):
-    pixels, image = mllm.preprocess(pictures), mllm.model.config.image_token_id
-    for wrong, got in ((pixels[:, :, :4], r"\[3, 3, 4, 8\]"), (pixels[0], r"\[3, 8, 8\]"), (pixels.numpy(), "ndarray")):
-        with pytest.raises(ValueError, match=rf"pixels must be a tensor f\[images, 3, 8, 8\], got {got}"):
+    pixels = mllm.preprocess(pictures)
+    image = mllm.model.config.image_token_id
+    for wrong, got in (
+        (pixels[:, :, :4], r"\[3, 3, 4, 8\]"),
+        (pixels[0], r"\[3, 8, 8\]"),
+        (pixels.numpy(), "ndarray"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"pixels must be a tensor f\[images, 3, 8, 8\], got {got}"
+        ):
             mllm.states(wrong)
     with pytest.raises(ValueError, match="pixels must be"):
         mllm.states(pixels[:0])
@@ -256,6 +325,11 @@ def test_bad_arguments_are_errors(mllm, pictures):
 
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):
     broken = probes.load(str(checkpoints["causal"]))
-    broken.model.config.vision_feature_select_strategy = "full"  # keeps the CLS token: 5 tokens for 4 patches
-    with pytest.raises(ValueError, match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)"):
+    broken.model.config.vision_feature_select_strategy = (
+        "full"  # keeps the CLS token: 5 tokens for 4 patches
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)",
+    ):
         broken.states(broken.preprocess(pictures))

@@ -14,10 +14,14 @@ from probes import Knockout
 pytestmark = pytest.mark.numerics
 
 
-BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False, False, False, False]])
+BLOCKED = torch.tensor(
+    [[False, True, False, True], [True, False, False, False], [False, False, False, False]]
+)
 
 
-BY_ROW = torch.tensor([[True, False, True], [False, True, True], [True, True, True]])  # row of the batch, layer
+BY_ROW = torch.tensor(
+    [[True, False, True], [False, True, True], [True, True, True]]
+)  # row of the batch, layer
 
 
 CUTS = {  # knockout: whether no image token may attend to image token k of image b in layer i
@@ -25,7 +29,10 @@ CUTS = {  # knockout: whether no image token may attend to image token k of imag
     "one layer": (Knockout(BLOCKED, [2]), lambda b, i, k: i == 2 and BLOCKED[b, k]),
     "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, k: i in (2, 3) and BLOCKED[b, k]),
     "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, k: i in (1, 3) and BLOCKED[b, k]),
-    "layers by row": (Knockout(BLOCKED, BY_ROW), lambda b, i, k: BY_ROW[b, i - 1] and BLOCKED[b, k]),
+    "layers by row": (
+        Knockout(BLOCKED, BY_ROW),
+        lambda b, i, k: BY_ROW[b, i - 1] and BLOCKED[b, k],
+    ),
 }
 
 
@@ -33,7 +40,8 @@ def masks_by_loop(mllm, images: int, cut) -> list[torch.Tensor]:
     """bool[B, N, N] by layer: who attends to whom, by a loop over pairs, with the pairs in `cut` taken out."""
     prefix = mllm.prefix_ids.shape[1]
     is_image = [False] * prefix + [True] * tiny_models.TOKENS
-    length, masks = len(is_image), []
+    length = len(is_image)
+    masks = []
     for layer in range(1, 4):
         mask = torch.zeros(images, length, length, dtype=torch.bool)
         for b, q, k in itertools.product(range(images), range(length), range(length)):
@@ -47,7 +55,8 @@ def masks_by_loop(mllm, images: int, cut) -> list[torch.Tensor]:
 def reference_states(mllm, pixels, cut):
     """States at image positions after each layer, by an attention written out."""
     prefix = mllm.decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1)
-    inputs, masks = torch.cat([prefix, mllm.states(pixels, ["adapter"])["adapter"]], 1), masks_by_loop(mllm, 3, cut)
+    inputs = torch.cat([prefix, mllm.states(pixels, ["adapter"])["adapter"]], 1)
+    masks = masks_by_loop(mllm, 3, cut)
     states = reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
     return [state[:, mllm.prefix_ids.shape[1] :] for state in states]
 
@@ -60,12 +69,15 @@ def test_equals_an_attention_written_out(mllm, pixels, name):
         torch.testing.assert_close(states[f"layer_{i:02d}"], expected, **rounding(expected, i))
 
 
-@pytest.mark.parametrize("is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"])
+@pytest.mark.parametrize(
+    "is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"]
+)
 @pytest.mark.parametrize("prefix_runs_along", [False, True])
 def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
     """Rows of the prefix (where it sees the image) and of what ends a row of the image stay as they are, bit by bit."""
     is_image = [flag == "1" for flag in is_image]
-    first, tokens = is_image.index(True), len(is_image)
+    first = is_image.index(True)
+    tokens = len(is_image)
     queries = tokens if prefix_runs_along else tokens - first
     mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(0)) < 0.7
     mask[..., first] = True
@@ -73,7 +85,9 @@ def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
     cut = Knockout(blocked).cut(mask, torch.tensor(is_image))
     for b, q, k in itertools.product(range(2), range(queries), range(tokens)):
         pair = is_image[tokens - queries + q] and is_image[k]
-        assert cut[b, 0, q, k] == (mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])]))
+        assert cut[b, 0, q, k] == (
+            mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])])
+        )
 
 
 def test_blocking_nothing_changes_nothing(mllm, pixels):
@@ -114,19 +128,26 @@ def test_eager_attention_is_cut_alike(mllm, pixels, checkpoints, name):
     """Its masks are added to the scores: False, written into one, would be 0 and allow."""
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
     knockout, _ = CUTS[name]
-    expected, states = mllm.states(pixels, knockout=knockout), eager.states(pixels, knockout=knockout)
+    expected = mllm.states(pixels, knockout=knockout)
+    states = eager.states(pixels, knockout=knockout)
     for i in (1, 2, 3):
         site = f"layer_{i:02d}"
         torch.testing.assert_close(states[site], expected[site], **rounding(expected[site], i))
     with pytest.raises(ValueError, match="leaves image token 0 of image 1"):
-        additive = torch.zeros(2, 1, 3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float).min)
-        Knockout(torch.tensor([[False] * 3, [True, False, False]])).cut(additive, torch.ones(3, dtype=torch.bool))
+        additive = torch.zeros(2, 1, 3, 3).masked_fill(
+            torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float).min
+        )
+        Knockout(torch.tensor([[False] * 3, [True, False, False]])).cut(
+            additive, torch.ones(3, dtype=torch.bool)
+        )
 
 
 def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):
     """A model that stops handing masks to its layers makes the knockout a no-op; that must not pass."""
     layer = type(mllm.decoder.layers[0])
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw))
+    monkeypatch.setattr(
+        layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw)
+    )
     with pytest.raises(RuntimeError, match="runs with another mask"):
         mllm.states(pixels, knockout=Knockout(BLOCKED))

@@ -36,7 +36,8 @@ def reference_updates(mllm, pixels):
     """Relative updates from the stock forward's own hidden states, in a loop over tokens."""
     tokens = mllm.grid[0] * mllm.grid[1]
     image = torch.full((len(pixels), tokens), mllm.model.config.image_token_id)
-    ids, seen = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image], 1), []
+    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image], 1)
+    seen = []
     hooks = [
         layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
         for layer in mllm.decoder.layers
@@ -46,8 +47,11 @@ def reference_updates(mllm, pixels):
         hook.remove()
     updates = []
     for x, y in seen:
-        x, y = x[:, -tokens:].flatten(0, 1), y[:, -tokens:].flatten(0, 1)
-        updates.append(sum(float((b - a).norm() / a.norm()) for a, b in zip(x, y, strict=True)) / len(x))
+        x = x[:, -tokens:].flatten(0, 1)
+        y = y[:, -tokens:].flatten(0, 1)
+        updates.append(
+            sum(float((b - a).norm() / a.norm()) for a, b in zip(x, y, strict=True)) / len(x)
+        )
     return updates
 
 
@@ -69,7 +73,10 @@ def deep(checkpoints, tmp_path_factory):
     folder = shutil.copytree(checkpoints["bidirectional"], tmp_path_factory.mktemp("deep") / "hf")
     text = LlavaBidirConfig.from_pretrained(folder).text_config
     text.num_hidden_layers = 6
-    config = {"text_config": text, "image_token_index": probes.load(str(folder)).model.config.image_token_id}
+    config = {
+        "text_config": text,
+        "image_token_index": probes.load(str(folder)).model.config.image_token_id,
+    }
     tiny_models.model("bidirectional", **config).save_pretrained(folder)
     return str(folder)
 
@@ -78,13 +85,16 @@ def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures
     trained = probes.load(deep)
     pixels = trained.preprocess(pictures)
     control = probes.load(deep, **LLM, match="update", match_images=pictures)
-    same_draw = probes.load(deep, **LLM, match="update", update_scales=[1.0] * len(control.decoder.layers))
+    same_draw = probes.load(
+        deep, **LLM, match="update", update_scales=[1.0] * len(control.decoder.layers)
+    )
     expected = matched_from_the_first_layer(same_draw, pixels, reference_updates(trained, pixels))
     assert control.update_scales == pytest.approx(expected, rel=1e-4)
 
 
 def test_no_layer_runs_again_for_the_layers_after_it(deep, pictures, monkeypatch):
-    calls, original = Counter(), LlamaDecoderLayer.forward
+    calls = Counter()
+    original = LlamaDecoderLayer.forward
 
     def counted(layer, *args, **kwargs):
         calls[layer.self_attn.layer_idx] += 1
@@ -100,9 +110,11 @@ def test_no_layer_runs_again_for_the_layers_after_it(deep, pictures, monkeypatch
 def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path, pictures):
     images = pictures if match == "update" else ()
     mllm = probes.load(path)
-    other, pixels = mllm.with_attention("prefix"), mllm.preprocess(pictures)
+    other = mllm.with_attention("prefix")
+    pixels = mllm.preprocess(pictures)
     weights = {name: tensor.clone() for name, tensor in mllm.state_dict().items()}
-    states, of_other = mllm.states(pixels), other.states(pixels)
+    states = mllm.states(pixels)
+    of_other = other.states(pixels)
     drawn = []
     for draw in (0, 2):
         loaded = probes.load(path, **LLM, match=match, draw=draw, match_images=images)
@@ -111,7 +123,8 @@ def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path,
             assert mllm.update_scales == loaded.update_scales
             for site, expected in loaded.states(pixels).items():
                 assert torch.equal(mllm.states(pixels, [site])[site], expected), site
-    assert mllm.update_scales is None and not torch.allclose(*drawn, rtol=0.01)
+    assert mllm.update_scales is None
+    assert not torch.allclose(*drawn, rtol=0.01)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in mllm.state_dict().items())
     for model, before in ((mllm, states), (other, of_other)):
         assert all(torch.equal(state, before[site]) for site, state in model.states(pixels).items())
@@ -123,28 +136,41 @@ def test_a_draw_in_place_that_fails_gives_the_weights_back(path, pictures, monke
     pixels = mllm.preprocess(pictures)
     states = mllm.states(pixels)
     with pytest.raises(RuntimeError, match="inside"), random_layers(mllm, match_images=pictures):
-        with pytest.raises(ValueError, match="random layers already"), random_layers(mllm, "permuted"):
+        with (
+            pytest.raises(ValueError, match="random layers already"),
+            random_layers(mllm, "permuted"),
+        ):
             pass
         raise RuntimeError("inside")
     monkeypatch.setattr("probes.models.matched_updates.STEPS", 1)
-    with pytest.raises(ValueError, match="cannot be matched"), random_layers(mllm, match_images=pictures):
+    with (
+        pytest.raises(ValueError, match="cannot be matched"),
+        random_layers(mllm, match_images=pictures),
+    ):
         pass
     assert mllm.update_scales is None
     assert all(torch.equal(state, states[site]) for site, state in mllm.states(pixels).items())
 
 
 def test_permuted_weights_keep_the_values_of_each_matrix(path):
-    trained, control = probes.load(path), probes.load(path, **LLM, match="permuted")
-    for (name, before), after in zip(trained.model.named_parameters(), control.model.parameters(), strict=True):
+    trained = probes.load(path)
+    control = probes.load(path, **LLM, match="permuted")
+    for (name, before), after in zip(
+        trained.model.named_parameters(), control.model.parameters(), strict=True
+    ):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
         moved = "language_model.layers." in name and before.ndim == 2
         assert torch.equal(before, after) != moved, name
 
 
 def test_what_does_not_describe_a_control_is_an_error(path, pictures):
-    with pytest.raises(ValueError, match="match 'update' describes a random LLM; add llm to untrained"):
+    with pytest.raises(
+        ValueError, match="match 'update' describes a random LLM; add llm to untrained"
+    ):
         probes.load(path, untrained=["adapter"], match="update", match_images=pictures)
-    with pytest.raises(ValueError, match="unknown match 'updates'; expected none, update, permuted"):
+    with pytest.raises(
+        ValueError, match="unknown match 'updates'; expected none, update, permuted"
+    ):
         probes.load(path, **LLM, match="updates")
     with pytest.raises(ValueError, match="needs images to measure updates on; pass match_images"):
         probes.load(path, **LLM, match="update")
@@ -153,11 +179,17 @@ def test_what_does_not_describe_a_control_is_an_error(path, pictures):
 def test_analyses_of_a_run_read_the_same_random_model(checkpoints, segmentation, tmp_path):
     control = ["-c", "configs/probes/matched.yaml", "--model.draw", "2"]
     run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *control)
-    assert (run.metrics["match"], run.metrics["draw"], run.metrics["untrained"]) == ("update", 2, ["llm"])
-    mllm, images = run.mllm(), [run.dataset()[i]["image"] for i in range(len(run.dataset()))]
+    assert (run.metrics["match"], run.metrics["draw"], run.metrics["untrained"]) == (
+        "update",
+        2,
+        ["llm"],
+    )
+    mllm = run.mllm()
+    images = [run.dataset()[i]["image"] for i in range(len(run.dataset()))]
     assert mllm.update_scales == run.manifest["config"]["update_scales"]
     # the saved counts are those of the probes on the states of this model
-    site, right = run.sites.index("layer_02"), 0
+    site = run.sites.index("layer_02")
+    right = 0
     for i, image in enumerate(images):
         target = torch.from_numpy(run.dataset()[i]["target"])
         right += int((torch.from_numpy(run.predict(image, "layer_02")) == target).sum())

@@ -32,7 +32,10 @@ def test_the_named_template_default_is_used(llava, where):
     if where == "tokenizer_config.json":
         (llava / "chat_template.jinja").unlink(missing_ok=True)
         settings = json.loads((llava / where).read_text())
-        settings["chat_template"] = [{"name": "tool_use", "template": other}, {"name": "default", "template": TEMPLATE}]
+        settings["chat_template"] = [
+            {"name": "tool_use", "template": other},
+            {"name": "default", "template": TEMPLATE},
+        ]
         (llava / where).write_text(json.dumps(settings))
         assert read_prefix_ids(str(llava), FAMILIES["llava"]) == [1, HELLO]
     else:
@@ -42,7 +45,9 @@ def test_the_named_template_default_is_used(llava, where):
 
 
 def test_a_template_with_the_date_of_the_day_gives_the_same_prefix_every_day(llava):
-    dated = "{% if strftime_now('%Y') == 'YEAR' %}hello{% endif %}".replace("YEAR", str(PROMPT_DATE.year))
+    dated = "{% if strftime_now('%Y') == 'YEAR' %}hello{% endif %}".replace(
+        "YEAR", str(PROMPT_DATE.year)
+    )
     assert prefix_ids(llava, dated + TEMPLATE.replace("{{ bos_token }}", "")) == [HELLO, HELLO]
 
 
@@ -60,7 +65,11 @@ def test_bos_comes_from_the_template_or_the_tokenizer_alone(llava):
         "special_tokens": tokens,
     }
     (llava / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert prefix_ids(llava, TEMPLATE.replace("{{ bos_token }}", "")) == prefix_ids(llava, TEMPLATE) == [1, HELLO]
+    assert (
+        prefix_ids(llava, TEMPLATE.replace("{{ bos_token }}", ""))
+        == prefix_ids(llava, TEMPLATE)
+        == [1, HELLO]
+    )
 
 
 def test_a_llava_with_a_pixtral_encoder_is_rejected(llava):
@@ -76,15 +85,41 @@ def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentat
     """A checkpoint without a chat template is probed with the text that the error asks for."""
     model = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
     (model / "chat_template.jinja").unlink()
-    command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--model.mllm", str(model)]
-    command += ["--data.root", str(segmentation), "--data.num_workers", "0", "--out", str(tmp_path / "run")]
+    command = [
+        "fit",
+        "-c",
+        "configs/demo/probes.yaml",
+        "--trainer.max_epochs",
+        "1",
+        "--model.mllm",
+        str(model),
+    ]
+    command += [
+        "--data.root",
+        str(segmentation),
+        "--data.num_workers",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(SystemExit, match="has no chat template.* `probes fit --model.prefix`"):
         main(command)
     main([*command, "--model.prefix", "USER: sky"])
     run = ProbeRun(tmp_path / "run")
     with_text = run.mllm().prefix_ids
-    assert run.manifest["identity"]["settings"]["model.prefix"] == "USER: sky" and with_text.shape[1] > 1
+    assert run.manifest["identity"]["settings"]["model.prefix"] == "USER: sky"
+    assert with_text.shape[1] > 1
     image = str(next((segmentation / "images/validation").iterdir()))
-    main(["states", str(model), image, "--prefix", "USER: sky", "--out", str(tmp_path / "states.safetensors")])
+    main(
+        [
+            "states",
+            str(model),
+            image,
+            "--prefix",
+            "USER: sky",
+            "--out",
+            str(tmp_path / "states.safetensors"),
+        ]
+    )
     with pytest.raises(SystemExit, match="`probes states --prefix`"):
         main(["states", str(model), image, "--out", str(tmp_path / "other.safetensors")])

@@ -25,13 +25,21 @@ PUBLISHED = yaml.safe_load((Path(__file__).parent / "published_families.yaml").r
 MODELS = PUBLISHED["models"]
 WITHOUT_MASKS = ("qwen3_5", "qwen3_5_moe")  # linear attention
 LAYERS = 3  # that run at least: Qwen3-VL adds features of three encoder layers after as many decoder layers
-PREFIX, SEPARATOR, IMAGES = [1, 2, 3, 4, 5], 12, 2
-FAST = ("llava-hf/llava-interleave-qwen-0.5b-hf", "google/paligemma2-3b-pt-224")  # what was wrong once
+PREFIX = [1, 2, 3, 4, 5]
+SEPARATOR = 12
+IMAGES = 2
+FAST = (
+    "llava-hf/llava-interleave-qwen-0.5b-hf",
+    "google/paligemma2-3b-pt-224",
+)  # what was wrong once
 
 
 def config_of(entry: dict) -> PreTrainedConfig:
-    encoder, llm = PUBLISHED["encoders"][entry["encoder"]], PUBLISHED["llms"][entry["llm"]]
-    vision, text, further = dict(encoder["config"]), dict(llm["config"]), entry.get("config", {})
+    encoder = PUBLISHED["encoders"][entry["encoder"]]
+    llm = PUBLISHED["llms"][entry["llm"]]
+    vision = dict(encoder["config"])
+    text = dict(llm["config"])
+    further = entry.get("config", {})
     if "period" in llm:
         text["layer_types"] = llm["period"] * (text["num_hidden_layers"] // len(llm["period"]))
         further = {"audio_config": None}
@@ -40,7 +48,8 @@ def config_of(entry: dict) -> PreTrainedConfig:
 
 def cut_layers(config: PreTrainedConfig) -> None:
     """Leave LLM layers of each kind, and a few encoder layers unless the config names some by their number."""
-    text, vision = config.get_text_config(), config.vision_config
+    text = config.get_text_config()
+    vision = config.vision_config
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     layers = max(LAYERS, max(kinds.index(kind) for kind in kinds) + 1)
     if getattr(text, "num_kv_shared_layers", 0):  # the later half uses keys of the earlier one
@@ -57,14 +66,19 @@ def cut_layers(config: PreTrainedConfig) -> None:
 @contextmanager
 def load(entry: dict, image_attention: str | None = None) -> Iterator[FrozenMLLM]:
     """A model as `probes.load` makes it; in the context, weights and what is computed from them have no values."""
-    config, weights = config_of(entry), FakeWeights()
+    config = config_of(entry)
+    weights = FakeWeights()
     cut_layers(config)
-    family, backend = family_of(config), mask_backend(config.get_text_config())
+    family = family_of(config)
+    backend = mask_backend(config.get_text_config())
     with weights.fake, no_init_weights():
-        model = family.model_cls._from_config(config, attn_implementation=backend, dtype=torch.bfloat16)
+        model = family.model_cls._from_config(
+            config, attn_implementation=backend, dtype=torch.bfloat16
+        )
     assert all(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     processors = [CLIPImageProcessorPil()] * len(family.normalisations)
-    prefix, separator = PREFIX if family.placeholder else [], SEPARATOR if family.row_separator else None
+    prefix = PREFIX if family.placeholder else []
+    separator = SEPARATOR if family.row_separator else None
     with weights:
         attention = image_attention or own_image_attention(config)
         yield FrozenMLLM(model, family, processors, prefix, attention, separator_id=separator)
@@ -75,12 +89,15 @@ def pixels_for(mllm: FrozenMLLM) -> torch.Tensor:
     return torch.ones(IMAGES, 3 * len(mllm.image_processors), side, side)
 
 
-def run(mllm: FrozenMLLM, knockout: Knockout | None = None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+def run(
+    mllm: FrozenMLLM, knockout: Knockout | None = None
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The states at all sites, and bool[B, T, T] by layer, the attention among image tokens that the layer received."""
     received: dict[int, torch.Tensor] = {}
     hooks = [
         layer.self_attn.register_forward_hook(  # after the forward, when the knockout has replaced the mask
-            lambda _, args, kwargs, output, i=i: received.__setitem__(i, kwargs["attention_mask"]), with_kwargs=True
+            lambda _, args, kwargs, output, i=i: received.__setitem__(i, kwargs["attention_mask"]),
+            with_kwargs=True,
         )
         for i, layer in enumerate(mllm.decoder.layers)
         if hasattr(layer, "self_attn")
@@ -88,7 +105,9 @@ def run(mllm: FrozenMLLM, knockout: Knockout | None = None) -> tuple[dict[str, t
     states = mllm.states(pixels_for(mllm), knockout=knockout)
     [hook.remove() for hook in hooks]
     masks = [is_allowed(mask) for _, mask in sorted(received.items()) if mask is not None]
-    return states, [mask[:, 0, mllm.is_image[-mask.shape[2] :]][:, :, mllm.is_image] for mask in masks]
+    return states, [
+        mask[:, 0, mllm.is_image[-mask.shape[2] :]][:, :, mllm.is_image] for mask in masks
+    ]
 
 
 def test_every_family_and_each_number_has_a_source():
@@ -96,7 +115,10 @@ def test_every_family_and_each_number_has_a_source():
     for part in ("encoders", "llms", "refused"):
         assert all(entry["source"] for entry in PUBLISHED[part].values())
         used = {
-            entry[part[:-1]] for key in ("models", "refused") for entry in PUBLISHED[key].values() if part != "refused"
+            entry[part[:-1]]
+            for key in ("models", "refused")
+            for entry in PUBLISHED[key].values()
+            if part != "refused"
         }
         assert part == "refused" or used == set(PUBLISHED[part])
 
@@ -104,16 +126,24 @@ def test_every_family_and_each_number_has_a_source():
 @pytest.mark.parametrize("name", MODELS)
 def test_numbers_of_a_config(name):
     """At the published depth, without a model."""
-    entry, config = MODELS[name], config_of(MODELS[name])
+    entry = MODELS[name]
+    config = config_of(MODELS[name])
     family = family_of(config)
     check_numbers(name, family, config)
-    assert (family.grid(config), family.image_px(config)) == ((entry["side"],) * 2, entry["image_px"])
+    assert (family.grid(config), family.image_px(config)) == (
+        (entry["side"],) * 2,
+        entry["image_px"],
+    )
     assert family.encoder_width(config) == entry["encoder_width"]
     assert family.covered_px(config) == entry.get("covered_px", entry["image_px"])
     assert own_image_attention(config) == entry.get("image_attention", "causal")
     published = PUBLISHED["llms"][entry["llm"]]["config"]
     text = config.get_text_config()
-    assert all(getattr(text, key) == published[key] for key in ("hidden_size", "num_hidden_layers") if key in published)
+    assert all(
+        getattr(text, key) == published[key]
+        for key in ("hidden_size", "num_hidden_layers")
+        if key in published
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED["refused"])
@@ -125,11 +155,13 @@ def test_unreadable_configs_are_refused(name):
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_states_knockout_and_mask_override(name):
     entry = MODELS[name]
-    tokens, own = entry["side"] ** 2, entry.get("image_attention", "causal")
+    tokens = entry["side"] ** 2
+    own = entry.get("image_attention", "causal")
     with load(entry) as mllm:
         states, plain = run(mllm)
         width = mllm.model.config.get_text_config().hidden_size
@@ -137,18 +169,25 @@ def test_states_knockout_and_mask_override(name):
             "encoder": (IMAGES, tokens, entry["encoder_width"])
         }
         assert {site: tuple(state.shape) for site, state in states.items()} == expected
-        assert int(mllm.is_image.sum()) == tokens and mllm.prefix_is_shared == mllm.family.shared_prefix
+        assert int(mllm.is_image.sum()) == tokens
+        assert mllm.prefix_is_shared == mllm.family.shared_prefix
         blocked = torch.zeros(IMAGES, tokens, dtype=torch.bool)
         blocked[:, tokens // 2] = True
         if entry["family"] in WITHOUT_MASKS:
-            with pytest.raises(ValueError, match="knockouts are not supported by linear_attention layers"):
+            with pytest.raises(
+                ValueError, match="knockouts are not supported by linear_attention layers"
+            ):
                 run(mllm, Knockout(blocked))
             return
         _, cut = run(mllm, Knockout(blocked, [2]))
-        assert torch.equal(cut[1], plain[1] & ~blocked[:, None]) and plain[1][:, -1, tokens // 2].all()
-        assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, cut, strict=True)) if i != 1)
+        assert torch.equal(cut[1], plain[1] & ~blocked[:, None])
+        assert plain[1][:, -1, tokens // 2].all()
+        assert all(
+            torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, cut, strict=True)) if i != 1
+        )
         assert any(mask[:, 0, -1].all() for mask in plain) == (own != "causal")
     other = "bidirectional" if own == "causal" else "causal"
     with load(entry, other) as mllm:
         for mask in run(mllm)[1]:
-            assert mask[:, 0, -1].all() == (other != "causal") and mask[:, -1, 0].all()
+            assert mask[:, 0, -1].all() == (other != "causal")
+            assert mask[:, -1, 0].all()

@@ -15,12 +15,16 @@ LAYERS = 3
 WINDOWS = [[], [1], [2], [3], [1, 2], [2, 3], [1, 3], [1, 2, 3]]  # all sets of layers
 BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False] * 4])
 # image, blocked tokens and layers of each row: two kinds of cuts, and none, on three images in mixed order
-ROWS = [(image, blocked, window) for window in WINDOWS for blocked in range(3) for image in (2, 0, 1)]
+ROWS = [
+    (image, blocked, window) for window in WINDOWS for blocked in range(3) for image in (2, 0, 1)
+]
 IMAGES = [image for image, _, _ in ROWS]
 
 
 def knockout_of(rows: list[tuple]) -> Knockout:
-    layers = torch.tensor([[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows])
+    layers = torch.tensor(
+        [[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows]
+    )
     return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers)
 
 
@@ -30,19 +34,30 @@ def test_rows_equal_a_forward_each(mllm, pixels):
     for i, row in enumerate(ROWS):
         alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row]))
         for depth, site in enumerate(mllm.sites):
-            torch.testing.assert_close(together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1)))
+            torch.testing.assert_close(
+                together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1))
+            )
 
 
 def test_each_layer_runs_only_what_differs(mllm, pixels):
     """A row begins at its first cut that no other row of its image has; a row that blocks nothing has none."""
     ran: dict[int, int] = {}
     layers = mllm.decoder.layers
-    count = lambda i: lambda _, args, out: ran.__setitem__(i, len(out[0] if isinstance(out, tuple) else out))
+
+    def count(i):
+        return lambda _, args, out: ran.__setitem__(
+            i, len(out[0] if isinstance(out, tuple) else out)
+        )
+
     hooks = [layer.register_forward_hook(count(i)) for i, layer in enumerate(layers, 1)]
-    encoded = mllm.model.model.vision_tower.register_forward_hook(lambda _, args, out: ran.__setitem__(0, len(args[0])))
+    encoded = mllm.model.model.vision_tower.register_forward_hook(
+        lambda _, args, out: ran.__setitem__(0, len(args[0]))
+    )
     mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
     [hook.remove() for hook in (*hooks, encoded)]
-    histories = [3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)]  # uncut, and each way to be cut so far
+    histories = [
+        3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)
+    ]  # uncut, and each way to be cut so far
     assert ran == dict(enumerate([3, *histories]))
 
 
@@ -53,7 +68,9 @@ def test_rows_without_a_knockout_are_copies(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED[[2, 2]]), rows=[2, 0]),
     ):
         for depth, site in enumerate(mllm.sites):
-            torch.testing.assert_close(states[site], plain[site][[2, 0]], **rounding(plain[site], max(depth, 1)))
+            torch.testing.assert_close(
+                states[site], plain[site][[2, 0]], **rounding(plain[site], max(depth, 1))
+            )
 
 
 def steer(states: torch.Tensor) -> torch.Tensor:
@@ -61,8 +78,15 @@ def steer(states: torch.Tensor) -> torch.Tensor:
 
 
 CHANGES = {
-    **{f"layers {window}": {"knockout": Knockout(BLOCKED[[0, 1, 0]], window)} for window in WINDOWS[1:]},
-    "by row": {"knockout": Knockout(BLOCKED, torch.tensor([[False, False, True], [False, True, False], [True] * 3]))},
+    **{
+        f"layers {window}": {"knockout": Knockout(BLOCKED[[0, 1, 0]], window)}
+        for window in WINDOWS[1:]
+    },
+    "by row": {
+        "knockout": Knockout(
+            BLOCKED, torch.tensor([[False, False, True], [False, True, False], [True] * 3])
+        )
+    },
     "nothing": {"knockout": Knockout(BLOCKED[[2, 2, 2]])},
     **{site: {"hooks": {site: steer}} for site in ("adapter", "layer_01", "layer_02", "layer_03")},
     "both": {"hooks": {"layer_02": steer}, "knockout": Knockout(BLOCKED, [3])},
@@ -71,22 +95,28 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("sites", [None, ["adapter", "layer_02"], ["layer_01", "layer_03", "final_norm"]])
+@pytest.mark.parametrize(
+    "sites", [None, ["adapter", "layer_02"], ["layer_01", "layer_03", "final_norm"]]
+)
 def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change, sites):
     """To the last bit: the layers that run, run the same kernels on the same shapes."""
-    full, plain = mllm.states(pixels, sites, **CHANGES[change]), mllm.states(pixels, sites)
+    full = mllm.states(pixels, sites, **CHANGES[change])
+    plain = mllm.states(pixels, sites)
     states = mllm.states(pixels, sites, known=plain, **CHANGES[change])
-    assert list(states) == list(full) and all(torch.equal(states[site], full[site]) for site in full)
-    assert all(torch.equal(state, plain[site]) for site, state in mllm.states(pixels, sites).items()), (
-        "layers come back"
-    )
+    assert list(states) == list(full)
+    assert all(torch.equal(states[site], full[site]) for site in full)
+    assert all(
+        torch.equal(state, plain[site]) for site, state in mllm.states(pixels, sites).items()
+    ), "layers come back"
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3]), ("rows", [2, 3])]
+    ("change", "expected"),
+    [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3]), ("rows", [2, 3])],
 )
 def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, expected):
-    mllm, ran = probes.load(str(checkpoints["bidirectional"])), []
+    mllm = probes.load(str(checkpoints["bidirectional"]))
+    ran = []
     plain = mllm.states(pixels)
     for number, layer in enumerate(mllm.decoder.layers, 1):
         layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -105,31 +135,48 @@ def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_
     mllm.states(pixels)  # fills the cache of the prefix
     plain = count_device_reads(mllm, pixels, ["layer_03"])
     assert plain == count_device_reads(mllm, pixels, None)
-    assert plain == count_device_reads(mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer})
-    cut = lambda layers: count_device_reads(mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers))
+    assert plain == count_device_reads(
+        mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer}
+    )
+
+    def cut(layers):
+        return count_device_reads(
+            mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers)
+        )
+
     assert cut([1]) == cut([1, 2, 3])
 
 
 def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
     mllm = probes.load(str(checkpoints["bidirectional"]))
     plain = mllm.states(pixels, ["layer_01"])
-    with pytest.raises(ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"
+    ):
         mllm.states(pixels, ["adapter", "layer_01"], known=plain)
     with pytest.raises(ValueError, match=r"have \[3, 4, 32\] at 'layer_01'; expected \[2, 4, 32\]"):
         mllm.states(pixels[:2], ["layer_01"], known=plain)
 
 
-@pytest.mark.parametrize(("own", "other"), [("causal", "bidirectional"), ("bidirectional", "causal")])
+@pytest.mark.parametrize(
+    ("own", "other"), [("causal", "bidirectional"), ("bidirectional", "causal")]
+)
 def test_known_states_of_another_forward_are_an_error(checkpoints, pixels, own, other):
-    mllm, block = probes.load(str(checkpoints[own])), Knockout(BLOCKED, [3])
+    mllm = probes.load(str(checkpoints[own]))
+    block = Knockout(BLOCKED, [3])
     plain = mllm.states(pixels)
     changed = [mllm.states(pixels, knockout=block), mllm.states(pixels, hooks={"adapter": steer})]
     for known in (mllm.states(pixels.flip(0)), mllm.states(pixels, rows=[0, 1, 2]), *changed):
-        with pytest.raises(ValueError, match="known states are of other pixels, or of a changed forward"):
+        with pytest.raises(
+            ValueError, match="known states are of other pixels, or of a changed forward"
+        ):
             mllm.states(pixels, knockout=block, known=known)
-    with pytest.raises(ValueError, match=f"another mask among image tokens: {own}, but the model's is {other}"):
+    with pytest.raises(
+        ValueError, match=f"another mask among image tokens: {own}, but the model's is {other}"
+    ):
         mllm.with_attention(other).states(pixels, knockout=block, known=plain)
-    full, states = mllm.states(pixels, knockout=block), mllm.states(pixels.clone(), knockout=block, known=plain)
+    full = mllm.states(pixels, knockout=block)
+    states = mllm.states(pixels.clone(), knockout=block, known=plain)
     assert all(torch.equal(states[site], full[site]) for site in full)
 
 
@@ -146,7 +193,8 @@ EDITS = {
 
 @pytest.mark.parametrize("message", EDITS)
 def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, message):
-    mllm, pixels = probes.load(str(checkpoints["causal"])), pixels.clone()
+    mllm = probes.load(str(checkpoints["causal"]))
+    pixels = pixels.clone()
     plain = mllm.states(pixels)
     with torch.no_grad():
         EDITS[message](mllm, pixels)
@@ -155,8 +203,10 @@ def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, mess
 
 
 def test_rows_may_be_numbers_of_numpy(mllm, pixels):
-    rows, block = np.array([2, 0]), Knockout(BLOCKED[[0, 1]], np.array([2, 3]))
-    states, expected = mllm.states(pixels, None, block, rows), mllm.states(pixels, None, block, [2, 0])
+    rows = np.array([2, 0])
+    block = Knockout(BLOCKED[[0, 1]], np.array([2, 3]))
+    states = mllm.states(pixels, None, block, rows)
+    expected = mllm.states(pixels, None, block, [2, 0])
     assert all(torch.equal(states[site], expected[site]) for site in expected)
 
 

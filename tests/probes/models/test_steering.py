@@ -9,7 +9,9 @@ import probes
 from probes import Knockout
 
 
-@pytest.fixture(scope="module", params=["causal", "bidirectional"])  # a prefix that sees the image would differ, too
+@pytest.fixture(
+    scope="module", params=["causal", "bidirectional"]
+)  # a prefix that sees the image would differ, too
 def mllm(request, checkpoints):
     return probes.load(str(checkpoints[request.param]))
 
@@ -35,40 +37,67 @@ def stock_states(mllm, pixels, site):
         handle = layers[int(site[-2:]) - 1].register_forward_hook(lambda _, args, out: replace(out))
     ids = torch.cat([mllm.ids, torch.tensor([[5, 6, 7]])], 1).expand(len(pixels), -1)
     with torch.no_grad():
-        states = mllm.model(input_ids=ids, pixel_values=pixels, output_hidden_states=True).hidden_states
+        states = mllm.model(
+            input_ids=ids, pixel_values=pixels, output_hidden_states=True
+        ).hidden_states
     handle.remove()
-    return dict(zip(["adapter", "layer_01", "layer_02", "final_norm"], [s[:, image] for s in states], strict=True))
+    return dict(
+        zip(
+            ["adapter", "layer_01", "layer_02", "final_norm"],
+            [s[:, image] for s in states],
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("site", ["adapter", "layer_01", "layer_02", "layer_03"])
 def test_equals_a_hook_on_the_stock_model(mllm, pixels, site):
-    steered, plain = mllm.states(pixels, hooks={site: steer}), mllm.states(pixels)
+    steered = mllm.states(pixels, hooks={site: steer})
+    plain = mllm.states(pixels)
     expected = stock_states(mllm, pixels, site)
     for depth, name in enumerate(mllm.sites):
         if mllm.sites.index(name) < mllm.sites.index(site):
             assert torch.equal(steered[name], plain[name])
-        elif name in expected and name != site:  # transformers reads a layer's output before the plain hook changes it
-            torch.testing.assert_close(steered[name], expected[name], **rounding(expected[name], depth + 1))
+        elif (
+            name in expected and name != site
+        ):  # transformers reads a layer's output before the plain hook changes it
+            torch.testing.assert_close(
+                steered[name], expected[name], **rounding(expected[name], depth + 1)
+            )
             assert not torch.allclose(steered[name], plain[name], atol=1e-2)
     torch.testing.assert_close(steered[site], steer(plain[site]))
-    assert all(torch.equal(a, plain[name]) for name, a in mllm.states(pixels).items()), "hooks are removed"
+    assert all(torch.equal(a, plain[name]) for name, a in mllm.states(pixels).items()), (
+        "hooks are removed"
+    )
 
 
 def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
     blocked = torch.tensor([[False, True, False, False]] * 2)
     together = mllm.states(
-        pixels, ["layer_03"], Knockout(blocked, [3]), rows=[0, 2], hooks={"layer_02": lambda s: 2 * s}
+        pixels,
+        ["layer_03"],
+        Knockout(blocked, [3]),
+        rows=[0, 2],
+        hooks={"layer_02": lambda s: 2 * s},
     )
-    alone = mllm.states(pixels[[0, 2]], ["layer_03"], Knockout(blocked, [3]), hooks={"layer_02": lambda s: 2 * s})
+    alone = mllm.states(
+        pixels[[0, 2]], ["layer_03"], Knockout(blocked, [3]), hooks={"layer_02": lambda s: 2 * s}
+    )
     torch.testing.assert_close(together["layer_03"], alone["layer_03"])
 
 
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
-        ({"layer_9": lambda s: s}, "hook at 'layer_9': expected adapter or layer_01, layer_02, layer_03"),
+        (
+            {"layer_9": lambda s: s},
+            "hook at 'layer_9': expected adapter or layer_01, layer_02, layer_03",
+        ),
         ({"encoder": lambda s: s}, "hook at 'encoder': expected adapter or layer_01"),
-        ({"layer_01": lambda s: s[:, :2]}, r"hook at 'layer_01' returned \[3, 2, 32\]; expected \[3, 4, 32\]"),
+        (
+            {"layer_01": lambda s: s[:, :2]},
+            r"hook at 'layer_01' returned \[3, 2, 32\]; expected \[3, 4, 32\]",
+        ),
         ({"layer_01": lambda s: None}, r"hook at 'layer_01' returned NoneType"),
     ],
 )

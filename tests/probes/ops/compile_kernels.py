@@ -16,12 +16,17 @@ from probes.ops.kernels.grid_cells import PIXELS
 
 TYPES = {"target": "*u8", "out": "*u8"}
 TYPES |= dict.fromkeys(("logits", "row_fraction", "column_fraction"), "*fp32")
-TYPES |= dict.fromkeys(("row_start", "column_start", "intersection", "predicted", "patch_right"), "*i32")
+TYPES |= dict.fromkeys(
+    ("row_start", "column_start", "intersection", "predicted", "patch_right"), "*i32"
+)
 
 
 def resources(kernel, **constants) -> dict[str, int]:
     constants |= {"K": 256, "X": PIXELS}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, "i32")
+        for name in kernel.arg_names
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
     with tempfile.TemporaryDirectory() as folder:
@@ -30,8 +35,14 @@ def resources(kernel, **constants) -> dict[str, int]:
         assembler = Path(nvidia).parent / "bin" / "ptxas"
         command = [assembler, "-v", "-arch=sm_90a", ptx, "-o", Path(folder) / "kernel.cubin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    number = lambda pattern: int(re.search(pattern, said).group(1))
-    return {"registers": number(r"Used (\d+) registers"), "spilled_bytes": number(r"(\d+) bytes spill stores")}
+
+    def number(pattern):
+        return int(re.search(pattern, said).group(1))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spilled_bytes": number(r"(\d+) bytes spill stores"),
+    }
 
 
 print(

@@ -30,7 +30,9 @@ def test_weights_equal_interpolate_at_any_ratio(n_in, n_out):
     expected = interpolate(identity, (n_out, 1))[:, 0, :, 0].T
     weights = bilinear_weights(n_in, n_out, dtype=torch.float64)
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-13)
-    torch.testing.assert_close(weights.sum(1), torch.ones(n_out, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        weights.sum(1), torch.ones(n_out, dtype=torch.float64), rtol=0, atol=1e-15
+    )
 
 
 def test_weights_refuse_an_empty_axis():
@@ -48,26 +50,34 @@ def test_weights_refuse_an_empty_axis():
     seed=st.integers(0, 1000),
 )
 def test_argmax_equals_torch_but_for_ties(leading, classes, grid, size, numel, seed):
-    logits = torch.randn(*leading, classes, *grid, generator=torch.Generator().manual_seed(seed)) * 5
+    logits = (
+        torch.randn(*leading, classes, *grid, generator=torch.Generator().manual_seed(seed)) * 5
+    )
     make_plan.cache_clear()
     with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):
         predicted = upsampled_argmax(logits, size)
     make_plan.cache_clear()
     up = interpolate(logits[None], size)[0]
-    assert predicted.dtype == torch.uint8 and predicted.shape == (*leading, *size)
+    assert predicted.dtype == torch.uint8
+    assert predicted.shape == (*leading, *size)
     chosen = up.gather(-3, predicted.long().unsqueeze(-3)).squeeze(-3)
-    assert (up.amax(-3) - chosen).max() < 1e-5  # elsewhere than at a tie a wrong class is visibly worse
+    assert (
+        up.amax(-3) - chosen
+    ).max() < 1e-5  # elsewhere than at a tie a wrong class is visibly worse
     clear = up.topk(min(2, classes), -3).values.diff(dim=-3).abs().squeeze(-3) > 1e-5
     if classes > 1:
         assert torch.equal(predicted[clear].long(), up.argmax(-3)[clear])
 
 
-@pytest.mark.parametrize(("classes", "dtype"), [(255, torch.uint8), (256, torch.int16), (300, torch.int16)])
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(255, torch.uint8), (256, torch.int16), (300, torch.int16)]
+)
 def test_argmax_reaches_the_last_class(classes, dtype):
     logits = torch.zeros(classes, 2, 2)
     logits[-1] = 1
     predicted = upsampled_argmax(logits, (3, 5))
-    assert predicted.dtype == dtype and (predicted == classes - 1).all()
+    assert predicted.dtype == dtype
+    assert (predicted == classes - 1).all()
 
 
 def test_argmax_of_a_tie_is_the_first_class():

@@ -22,19 +22,32 @@ pytestmark = pytest.mark.numerics
 
 def torch_losses(logits, target, ignore_index=IGNORED):
     """The definition, probe by probe, f[P]."""
-    ups = [F.interpolate(z, target.shape[-2:], mode="bilinear", align_corners=False) for z in logits]
-    return torch.stack([F.cross_entropy(up, target.long(), ignore_index=ignore_index) for up in ups])
+    ups = [
+        F.interpolate(z, target.shape[-2:], mode="bilinear", align_corners=False) for z in logits
+    ]
+    return torch.stack(
+        [F.cross_entropy(up, target.long(), ignore_index=ignore_index) for up in ups]
+    )
 
 
 def assert_equals_torch(logits, target, *, double: bool, scale: float, **options) -> None:
     """Value and gradient of all probes, which differ in what comes from upstream."""
-    weights = torch.randn(len(logits), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected, expected_gradient = value_and_gradient(lambda z: torch_losses(z, target), logits, weights)
+    weights = torch.randn(
+        len(logits), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    expected, expected_gradient = value_and_gradient(
+        lambda z: torch_losses(z, target), logits, weights
+    )
     dtype, tolerance = (torch.float64, 1e-10) if double else (torch.float32, 2e-5)
-    loss = lambda z: upsampled_cross_entropy(z, target, **options)
+
+    def loss(z):
+        return upsampled_cross_entropy(z, target, **options)
+
     losses, gradient = value_and_gradient(loss, logits.to(dtype), weights)
     assert losses.dtype == gradient.dtype == dtype
-    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance * scale / 10)
+    torch.testing.assert_close(
+        losses.double(), expected, rtol=tolerance, atol=tolerance * scale / 10
+    )
     size_of_gradient = expected_gradient.abs().max().item() + 0.01 * weights.abs().max().item()
     atol = tolerance * size_of_gradient * scale / 3  # logits of 300 are themselves rounded to 1e-5
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=atol)
@@ -54,12 +67,20 @@ SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7)))
 )
 def test_with_all_pixels_as_nodes_it_is_exact(shape, size, scale, numel, double, seed):
     logits, target = make_case(shape, size, scale=scale, seed=seed)
-    with mock.patch.dict(loss_module.CHUNK_NUMEL, cpu=numel):  # small chunks: of rows, images and probes
+    with mock.patch.dict(
+        loss_module.CHUNK_NUMEL, cpu=numel
+    ):  # small chunks: of rows, images and probes
         assert_equals_torch(logits, target, double=double, scale=scale, nodes=None)
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
-@given(shape=SHAPE, nodes=st.integers(2, 5), double=st.booleans(), seed=st.integers(0, 1000), data=st.data())
+@given(
+    shape=SHAPE,
+    nodes=st.integers(2, 5),
+    double=st.booleans(),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
 def test_masks_with_few_pixels_use_them_as_nodes(shape, nodes, double, seed, data):
     sides = [st.integers(1, 2 + nodes * (tokens - 1)) for tokens in shape[-2:]]
     logits, target = make_case(shape, data.draw(st.tuples(*sides)), scale=300.0, seed=seed)
@@ -70,7 +91,9 @@ def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
     """200 columns, of which a grid of 8 tokens covers 20: their positions fit into 2 + 3 * 7 nodes."""
     view = GridPlacement(AxisExtent(0.0, 20.0), AxisExtent(90.0, 20.0))
     logits, target = make_case((1, 2, 5, 8, 8), (20, 200), scale=30.0)
-    exact, few = (upsampled_cross_entropy(logits, target, nodes=nodes, view=view) for nodes in (None, 3))
+    exact, few = (
+        upsampled_cross_entropy(logits, target, nodes=nodes, view=view) for nodes in (None, 3)
+    )
     torch.testing.assert_close(few, exact, rtol=1e-12, atol=0)
 
 
@@ -84,13 +107,17 @@ def smooth_case(noise: float, ignored: float = 0.0) -> tuple[torch.Tensor, torch
     return (2 * F.interpolate(low, (12, 12), mode="bilinear") + noise * fine)[None], target
 
 
-@pytest.mark.parametrize(("noise", "most"), [(0.7, [1e-3, 1e-4, 1e-5, 1e-6]), (3.0, [5e-2, 5e-3, 1e-3, 2e-4])])
+@pytest.mark.parametrize(
+    ("noise", "most"), [(0.7, [1e-3, 1e-4, 1e-5, 1e-6]), (3.0, [5e-2, 5e-3, 1e-3, 2e-4])]
+)
 def test_the_error_falls_with_the_number_of_nodes(noise, most):
     logits, target = smooth_case(noise)
     expected = torch_losses(logits, target)
     errors = []
     for nodes, limit in zip((2, 3, 4, 5), most, strict=True):
-        found = upsampled_cross_entropy(logits, prepare_masks(target, 12, (12, 12), nodes, dtype=torch.float64))
+        found = upsampled_cross_entropy(
+            logits, prepare_masks(target, 12, (12, 12), nodes, dtype=torch.float64)
+        )
         errors.append((found - expected).abs().item())
         assert errors[-1] < limit, nodes
         assert quadrature_error(logits, target, nodes).item() < 3 * limit
@@ -106,12 +133,19 @@ def test_the_default_is_within_1e_5_nats_on_noise(scale):
 
 def test_joined_masks_of_different_sizes_equal_each_alone():
     logits, _ = make_case((2, 3, 4, 5, 5), (9, 9))
-    targets = [make_case((1, 1, 4, 5, 5), size, seed=i)[1] for i, size in enumerate([(60, 80), (7, 90), (60, 80)])]
+    targets = [
+        make_case((1, 1, 4, 5, 5), size, seed=i)[1]
+        for i, size in enumerate([(60, 80), (7, 90), (60, 80)])
+    ]
     alone = [prepare_masks(target, 4, (5, 5), dtype=torch.float64) for target in targets]
     masks = join_masks(alone)
     assert len(masks) == 3 and len(masks.rules) == 2, "few rows have a rule of their own"
-    expected = [upsampled_cross_entropy(logits[:, [i]], alone[i], reduction="sum") for i in range(3)]
-    torch.testing.assert_close(upsampled_cross_entropy(logits, masks, reduction="sum"), sum(expected))
+    expected = [
+        upsampled_cross_entropy(logits[:, [i]], alone[i], reduction="sum") for i in range(3)
+    ]
+    torch.testing.assert_close(
+        upsampled_cross_entropy(logits, masks, reduction="sum"), sum(expected)
+    )
     by_image, _ = loss_module.loss_and_gradient(logits, masks)
     torch.testing.assert_close(by_image, torch.stack(expected, 1))
     for images in (slice(1, 3), [2, 0]):
@@ -135,7 +169,8 @@ def test_an_ignored_batch_gives_zero_and_no_gradient(reduction, scale):
     losses, gradient = value_and_gradient(
         lambda z: upsampled_cross_entropy(z, target, reduction=reduction), logits, 1.0
     )
-    assert losses.tolist() == [0, 0] and not gradient.any()
+    assert losses.tolist() == [0, 0]
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("ignore_index", [0, 3, -100])
@@ -143,7 +178,9 @@ def test_ignore_index_may_be_a_class_or_negative(ignore_index):
     logits, target = make_case((2, 2, 5, 3, 3), (9, 11), ignored=0)
     target[:, :4] = ignore_index
     expected = value_and_gradient(lambda z: torch_losses(z, target, ignore_index), logits, 1.0)
-    found = value_and_gradient(lambda z: upsampled_cross_entropy(z, target, ignore_index), logits, 1.0)
+    found = value_and_gradient(
+        lambda z: upsampled_cross_entropy(z, target, ignore_index), logits, 1.0
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -170,7 +207,8 @@ def test_half_precision_is_computed_in_float32(dtype):
     logits, target = make_case((2, 2, 5, 3, 3), (19, 21), dtype=dtype)
     expected, gradient = value_and_gradient(lambda z: torch_losses(z, target), logits.float(), 1.0)
     losses, found = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits, 1.0)
-    assert losses.dtype == torch.float32 and found.dtype == dtype
+    assert losses.dtype == torch.float32
+    assert found.dtype == dtype
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(found, gradient.to(dtype), rtol=0.02, atol=1e-6)
 
@@ -192,8 +230,11 @@ def test_no_gradient_no_work():
             quiet = upsampled_cross_entropy(leaf, target)
         frozen = upsampled_cross_entropy(logits, target)
     assert [call.args[-1] for call in inner.call_args_list] == [True, False, False]
-    assert expected.requires_grad and not quiet.requires_grad and not frozen.requires_grad
-    assert torch.equal(quiet, expected) and torch.equal(frozen, expected)
+    assert expected.requires_grad
+    assert not quiet.requires_grad
+    assert not frozen.requires_grad
+    assert torch.equal(quiet, expected)
+    assert torch.equal(frozen, expected)
 
 
 def test_training_after_validation_in_inference_mode():
@@ -203,7 +244,8 @@ def test_training_after_validation_in_inference_mode():
     with torch.inference_mode():
         expected = upsampled_cross_entropy(logits, target).clone()
     losses, gradient = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits, 1.0)
-    assert torch.equal(losses, expected) and gradient.any()
+    assert torch.equal(losses, expected)
+    assert gradient.any()
 
 
 def test_full_resolution_logits_never_exist():
@@ -227,10 +269,13 @@ def test_off_the_cpu_no_value_is_read():
     """Reading one stalls a GPU. Meta tensors, which have none, refuse it, and refuse to meet tensors on the CPU."""
     logits = torch.empty(3, 2, 5, 3, 3, device="meta", requires_grad=True)
     target = torch.empty(2, 40, 23, device="meta", dtype=torch.long)
-    with mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()):  # knows no meta device
+    with mock.patch.object(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    ):  # knows no meta device
         upsampled_cross_entropy(logits, target).sum().backward()
         predicted = bilinear.upsampled_argmax(logits, (40, 23))
-    assert logits.grad.shape == logits.shape and predicted.shape == (3, 2, 40, 23)
+    assert logits.grad.shape == logits.shape
+    assert predicted.shape == (3, 2, 40, 23)
 
 
 @pytest.mark.parametrize("label", [-1, 5, 254])
@@ -244,7 +289,9 @@ def test_a_label_that_is_no_class_is_named(label):
 def test_what_does_not_fit_is_refused():
     logits, target = make_case((1, 2, 5, 3, 3), (9, 11))
     for bad_logits in (logits[0, 0], logits[:, :0], logits.long()):
-        with pytest.raises(ValueError, match=r"expected logits f\[B, K, h, w\] or f\[P, B, K, h, w\], got"):
+        with pytest.raises(
+            ValueError, match=r"expected logits f\[B, K, h, w\] or f\[P, B, K, h, w\], got"
+        ):
             upsampled_cross_entropy(bad_logits, target)
     for bad_target in (target[:1], target[0]):
         with pytest.raises(ValueError, match=r"expected a target \[B=2, H, W\]"):
@@ -259,6 +306,9 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match="masks were prepared for"):
             upsampled_cross_entropy(logits, masks)
-    for options, message in (({"nodes": 1}, "nodes must be at least 2"), ({"reduction": "none"}, "got 'none'")):
+    for options, message in (
+        ({"nodes": 1}, "nodes must be at least 2"),
+        ({"reduction": "none"}, "got 'none'"),
+    ):
         with pytest.raises(ValueError, match=message):
             upsampled_cross_entropy(logits, target, **options)

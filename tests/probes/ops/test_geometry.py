@@ -35,7 +35,8 @@ def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> 
     tokens = square.reshape(geometry.grid[0], patch, geometry.grid[1], patch, 3).mean((1, 3)) / 255
     rows = bilinear_weights(geometry.grid[0], height, view.rows, dtype=torch.float64).numpy()
     cols = bilinear_weights(geometry.grid[1], width, view.cols, dtype=torch.float64).numpy()
-    x, y = rows @ tokens[..., 0] @ cols.T * width, rows @ tokens[..., 1] @ cols.T * height
+    x = rows @ tokens[..., 0] @ cols.T * width
+    y = rows @ tokens[..., 1] @ cols.T * height
     margin = int(0.1 * max(size))  # the clamped rim, and tokens that mix in padding
     distance = np.hypot(x - (np.arange(width) + 0.5), y - (np.arange(height) + 0.5)[:, None])
     inside = [
@@ -57,16 +58,26 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
     """The logits at each pixel by torch's grid_sample, which knows nothing of views."""
 
     def fraction(length: int) -> torch.Tensor:  # of the square's side, at each pixel
-        pixels, side, px = torch.arange(length, dtype=torch.float64) + 0.5, max(size), geometry.image_px
+        pixels = torch.arange(length, dtype=torch.float64) + 0.5
+        side = max(size)
+        px = geometry.image_px
         if geometry.resize == "center_crop":
             resized = px * length // min(size)
             return (pixels / length * resized - (resized - px) // 2) / px
-        return pixels / length if geometry.resize == "squash" else (pixels + (side - length) // 2) / side
+        return (
+            pixels / length
+            if geometry.resize == "squash"
+            else (pixels + (side - length) // 2) / side
+        )
 
     y, x = (2 * fraction(length) * geometry.image_px / geometry.covered_px - 1 for length in size)
     where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
     return F.grid_sample(
-        logits, where.expand(len(logits), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+        logits,
+        where.expand(len(logits), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
     )
 
 
@@ -93,8 +104,13 @@ def test_tokens_own_the_pixels_that_they_see():
     """A 2 x 4 image, padded to 4 x 4, under a 4 x 4 grid: its rows are the grid's rows 1 and 2."""
     view = Geometry((4, 4), 56, 56, "pad").view((2, 4))
     target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
-    padding, rows = [-1] * 4, [[0, 1, 2, -1], [1, 1, 2, 0]]
-    assert patch_labels(target, 3, (4, 4), view=view)[0].view(4, 4).tolist() == [padding, *rows, padding]
+    padding = [-1] * 4
+    rows = [[0, 1, 2, -1], [1, 1, 2, 0]]
+    assert patch_labels(target, 3, (4, 4), view=view)[0].view(4, 4).tolist() == [
+        padding,
+        *rows,
+        padding,
+    ]
     counts = count(torch.zeros(1, 1, 3, 4, 4), target, view)
     assert counts.patch_valid[0].view(4, 4).tolist() == [[0] * 4, [1, 1, 1, 0], [1] * 4, [0] * 4]
 
@@ -104,7 +120,8 @@ def test_pixels_that_no_token_sees_count_for_the_image_alone():
     view = Geometry((3, 3), 4, 3).view((4, 4))
     target = torch.zeros(1, 4, 4, dtype=torch.uint8)
     counts = count(torch.zeros(1, 1, 1, 3, 3), target, view)
-    assert counts.patch_valid.tolist() == [[1] * 9] and counts.labelled.tolist() == [[16]]
+    assert counts.patch_valid.tolist() == [[1] * 9]
+    assert counts.labelled.tolist() == [[16]]
 
 
 @pytest.mark.parametrize("size", SIZES + [(101, 64), (64, 101)])
@@ -115,9 +132,13 @@ def test_squares_equal_those_of_the_stock_processors(size, resize):
     kind = LlavaImageProcessorPil if resize == "pad" else CLIPImageProcessorPil
     processor = kind(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, **pad)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-    theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")[
+        "pixel_values"
+    ][0]
     padding = tuple(int(255 * x) for x in processor.image_mean)
-    ours = np.asarray(Geometry(**CLIP, resize=resize, padding=padding).place(image)).transpose(2, 0, 1)
+    ours = np.asarray(Geometry(**CLIP, resize=resize, padding=padding).place(image)).transpose(
+        2, 0, 1
+    )
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
@@ -130,5 +151,7 @@ def test_pixels_that_were_cropped_take_the_nearest_token_and_belong_to_none():
 
 
 def test_unknown_resize_is_rejected():
-    with pytest.raises(ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"):
+    with pytest.raises(
+        ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"
+    ):
         Geometry(**CLIP, resize="crop")

@@ -35,7 +35,10 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(autouse=True, scope="module")
 def through_triton():
     """Everything goes to the kernels, save what is in float64: that is the reference."""
-    choose = lambda logits: logits.dtype != torch.float64
+
+    def choose(logits):
+        return logits.dtype != torch.float64
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (bilinear, metrics):
             patch.setattr(module, "use_triton", choose)
@@ -65,7 +68,8 @@ VIEWS = [
 
 
 @pytest.mark.parametrize(
-    ("view", "size"), [VIEWS[0], *(pytest.param(*view, marks=pytest.mark.slow) for view in VIEWS[1:])]
+    ("view", "size"),
+    [VIEWS[0], *(pytest.param(*view, marks=pytest.mark.slow) for view in VIEWS[1:])],
 )
 def test_grids_that_do_not_lie_flush_with_the_mask(view, size):
     logits, target = make_case((1, 2, 4, 2, 3), size)
@@ -77,7 +81,9 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
     logits = logits.bfloat16().double()
     classes_last = logits.movedim(2, -1).contiguous().movedim(-1, 2)
     assert_same_counts(classes_last, target)
-    assert torch.equal(upsampled_argmax(logits[0].bfloat16(), (5, 6)), upsampled_argmax(logits[0], (5, 6)))
+    assert torch.equal(
+        upsampled_argmax(logits[0].bfloat16(), (5, 6)), upsampled_argmax(logits[0], (5, 6))
+    )
 
 
 def assert_same_counts(logits, target, view=None):
@@ -86,7 +92,8 @@ def assert_same_counts(logits, target, view=None):
     for name, a, b in zip(found._fields, found, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     maps = [upsampled_argmax(z, target.shape[1:], view) for z in (logits.float(), logits)]
-    assert maps[0].dtype == maps[1].dtype == torch.uint8 and torch.equal(*maps)
+    assert maps[0].dtype == maps[1].dtype == torch.uint8
+    assert torch.equal(*maps)
 
 
 @pytest.mark.slow
@@ -107,10 +114,13 @@ def test_argmax_of_a_tie_is_the_first_class():
 
 
 def test_kernels_are_for_gpus_float32_and_as_many_classes_as_labels_can_name():
-    logits = lambda **kind: types.SimpleNamespace(
-        **({"is_cuda": True, "dtype": torch.float32, "shape": (5, 3, 3)} | kind)
-    )
-    assert kernels.use_triton(logits()) and kernels.use_triton(logits(dtype=torch.bfloat16, shape=(2, 255, 3, 3)))
+    def logits(**kind):
+        return types.SimpleNamespace(
+            **({"is_cuda": True, "dtype": torch.float32, "shape": (5, 3, 3)} | kind)
+        )
+
+    assert kernels.use_triton(logits())
+    assert kernels.use_triton(logits(dtype=torch.bfloat16, shape=(2, 255, 3, 3)))
     for kind in ({"is_cuda": False}, {"dtype": torch.float64}, {"shape": (256, 3, 3)}):
         assert not kernels.use_triton(logits(**kind))
 
@@ -121,29 +131,41 @@ def test_without_triton_a_gpu_gets_the_chunked_form_and_one_warning(monkeypatch)
     logits = types.SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(5, 3, 3))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert not kernels.use_triton(logits) and not kernels.use_triton(logits)
+        assert not kernels.use_triton(logits)
+        assert not kernels.use_triton(logits)
     kernels._installed.cache_clear()
-    assert len(caught) == 1 and "triton is not installed" in str(caught[0].message)
+    assert len(caught) == 1
+    assert "triton is not installed" in str(caught[0].message)
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     """What the interpreter runs need not compile. For H100 and H200, K = 150: no register may spill."""
     command = [sys.executable, Path(__file__).parent / "compile_kernels.py"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANGING_S
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert set(found) == {"count_cell", "argmax_cell"}
-    assert all(kernel["spilled_bytes"] == 0 and kernel["registers"] > 0 for kernel in found.values())
+    assert all(
+        kernel["spilled_bytes"] == 0 and kernel["registers"] > 0 for kernel in found.values()
+    )
 
 
 @pytest.mark.gpu
 def test_real_size_on_the_gpu_equals_float64_repeats_bit_by_bit_and_is_fast():
     logits, target = make_case((4, 2, 150, 24, 24), (512, 683))
     masks = prepare_masks(target, 150, (24, 24))
-    expected = upsampled_cross_entropy(logits, prepare_masks(target, 150, (24, 24), dtype=torch.float64))
-    torch.testing.assert_close(upsampled_cross_entropy(logits.float(), masks).double(), expected, rtol=2e-5, atol=1e-5)
+    expected = upsampled_cross_entropy(
+        logits, prepare_masks(target, 150, (24, 24), dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        upsampled_cross_entropy(logits.float(), masks).double(), expected, rtol=2e-5, atol=1e-5
+    )
     logits = logits.float().requires_grad_()
     runs = []
     for _ in range(3):
@@ -161,8 +183,11 @@ def test_real_size_on_the_gpu_equals_float64_repeats_bit_by_bit_and_is_fast():
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu():
     logits, target = make_case((2, 2, 5, 3, 3), (9, 11))
-    logits, masks = logits.float().requires_grad_(), prepare_masks(target, 5, (3, 3))
-    upsampled_cross_entropy(logits, masks).sum().backward()  # compiles, and fills the caches of tables
+    logits = logits.float().requires_grad_()
+    masks = prepare_masks(target, 5, (3, 3))
+    upsampled_cross_entropy(
+        logits, masks
+    ).sum().backward()  # compiles, and fills the caches of tables
     count(logits, target)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -10,7 +10,9 @@ def write(tmp_path):
     """Write a run by name; solved ones have the same accuracies at all strengths, unless `curves` says otherwise."""
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
-    def write(name, quality, number=0, *, mask="causal", solved=False, curves=None, images=40, **metrics) -> str:
+    def write(
+        name, quality, number=0, *, mask="causal", solved=False, curves=None, images=40, **metrics
+    ) -> str:
         path = tmp_path / f"{mask}_{name}"
         options = {"root": root, "mask": mask, "seed": number, "metrics": metrics, "images": images}
         if solved:

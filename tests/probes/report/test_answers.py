@@ -18,26 +18,41 @@ QUESTIONS = 90
 
 def write_answers(run: ProbeRun, skill: float, seed: int, sha256: str = "x") -> None:
     """Write answers to the same questions; the right answer is `skill` logits above the others."""
-    classes, generator = run.metrics["classes"], torch.Generator().manual_seed(seed)
+    classes = run.metrics["classes"]
+    generator = torch.Generator().manual_seed(seed)
     right = torch.arange(QUESTIONS) % len(classes)
-    tensors = {"image": torch.arange(QUESTIONS) // 2, "right": right, "wrong": (right + 1) % len(classes)}
+    tensors = {
+        "image": torch.arange(QUESTIONS) // 2,
+        "right": right,
+        "wrong": (right + 1) % len(classes),
+    }
     for reader in ("answer", *(f"probe:{site}" for site in run.sites)):
         logits = torch.randn(QUESTIONS, len(classes), generator=generator)
         logits[torch.arange(QUESTIONS), right] += skill
         tensors[reader] = logits.log_softmax(-1)
     for condition in CONDITIONS:
-        tensors[f"right:{condition}"] = torch.randn(QUESTIONS, generator=generator) - (condition == "correct") * skill
+        tensors[f"right:{condition}"] = (
+            torch.randn(QUESTIONS, generator=generator) - (condition == "correct") * skill
+        )
     header = {"runs": [run.fingerprint], "classes": classes, "seed": 0, "questions_sha256": sha256}
     statistics = answer_statistics(tensors, run.sites, classes, 0)
-    write_files({run.path / "answers.safetensors": tensors, run.path / "answers.json": header | statistics})
+    write_files(
+        {run.path / "answers.safetensors": tensors, run.path / "answers.json": header | statistics}
+    )
 
 
 @pytest.fixture
 def runs(tmp_path, segmentation) -> list[ProbeRun]:
     """A trained run and two draws of a random LLM."""
-    write = lambda name, **kwargs: ProbeRun(probe_runs.write_run(tmp_path / name, QUALITY, root=segmentation, **kwargs))
+
+    def write(name, **kwargs):
+        return ProbeRun(probe_runs.write_run(tmp_path / name, QUALITY, root=segmentation, **kwargs))
+
     random = [{"untrained": ["llm"], "match": "update", "draw": draw} for draw in (0, 1)]
-    return [write("trained"), *(write(f"random{i}", metrics=metrics) for i, metrics in enumerate(random))]
+    return [
+        write("trained"),
+        *(write(f"random{i}", metrics=metrics) for i, metrics in enumerate(random)),
+    ]
 
 
 def report(runs, out) -> tuple[dict, str]:
@@ -47,25 +62,38 @@ def report(runs, out) -> tuple[dict, str]:
 
 def test_runs_without_answers_report_as_before(runs, tmp_path):
     results, page = report(runs, tmp_path / "report")
-    assert results["masks"]["causal"]["answers"] is None and ">Answers<" not in page
+    assert results["masks"]["causal"]["answers"] is None
+    assert ">Answers<" not in page
     assert not list((tmp_path / "report").glob("answers*"))
 
 
 def test_answers_are_reported_beside_random_llms_and_outside_of_the_claims(runs, tmp_path):
     before, _ = report(runs, tmp_path / "before")
-    for skill, seed, run in zip((2.0, 0.0), (0, 1), runs[:2], strict=True):  # as in the demo: one draw was asked
+    for skill, seed, run in zip(
+        (2.0, 0.0), (0, 1), runs[:2], strict=True
+    ):  # as in the demo: one draw was asked
         write_answers(run, skill, seed)
     results, page = report(runs, tmp_path / "report")
     assert results["claims"] == before["claims"], "exploratory: no claim, no verdict"
-    answers, own = results["masks"]["causal"]["answers"], [run.analysis("answers.json") for run in runs[:2]]
-    assert answers["accuracy"] == own[0]["accuracy"] and answers["sites"] == own[0]["sites"]
-    assert [(entry["draw"], entry["accuracy"]) for entry in answers["random"]] == [(0, own[1]["accuracy"])]
+    answers = results["masks"]["causal"]["answers"]
+    own = [run.analysis("answers.json") for run in runs[:2]]
+    assert answers["accuracy"] == own[0]["accuracy"]
+    assert answers["sites"] == own[0]["sites"]
+    assert [(entry["draw"], entry["accuracy"]) for entry in answers["random"]] == [
+        (0, own[1]["accuracy"])
+    ]
     difference = own[0]["accuracy"]["value"] - own[1]["accuracy"]["value"]
-    assert answers["beyond_random"]["accuracy"]["value"] == pytest.approx(difference) and difference > 0.2
-    assert "<h2>Answers</h2>" in page and f"of {QUESTIONS} questions, the right class" in page
+    assert answers["beyond_random"]["accuracy"]["value"] == pytest.approx(difference)
+    assert difference > 0.2
+    assert "<h2>Answers</h2>" in page
+    assert f"of {QUESTIONS} questions, the right class" in page
     rows = list(csv.DictReader((tmp_path / "report/answers.csv").open()))
     models = {(row["model"], row["class"]) for row in rows}
-    assert {("trained", "mean over classes"), ("beyond random", "mean over classes"), ("trained", "sky")} <= models
+    assert {
+        ("trained", "mean over classes"),
+        ("beyond random", "mean over classes"),
+        ("trained", "sky"),
+    } <= models
     accuracies = list(csv.DictReader((tmp_path / "report/answer_accuracy.csv").open()))
     assert len(accuracies) == 2 * (1 + len(runs[0].sites))
     assert float(accuracies[0]["accuracy"]) == own[0]["accuracy"]["value"]

@@ -18,7 +18,8 @@ from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 
-IMAGES, STRENGTHS = 40, [1.0, 1e-1, 1e-3, 1e-5]
+IMAGES = 40
+STRENGTHS = [1.0, 1e-1, 1e-3, 1e-5]
 RMSE = [0.5, 0.8, 0.7, 0.55, 0.56]
 
 
@@ -32,8 +33,11 @@ def write_task_run(
     **more,
 ):
     """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
-    probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more)
-    sites, task = site_names(len(rmse) - 3), TASKS["depth"]
+    probe_runs.write_run(
+        path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more
+    )
+    sites = site_names(len(rmse) - 3)
+    task = TASKS["depth"]
     noise = torch.rand(len(rmse), IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
     sums = torch.cat([torch.ones(len(rmse), IMAGES, 1), noise], -1)
     sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
@@ -41,7 +45,10 @@ def write_task_run(
     metrics = json.loads((path / "metrics.json").read_text())
     for key in ("classes", "baseline"):
         del metrics[key]
-    metrics |= {"task": "depth", "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()}}
+    metrics |= {
+        "task": "depth",
+        "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
+    }
     metrics["sites"] = [
         {"site": site, "dim": 8, "best_epoch": None, "history": []}
         | {name: scores[name][i] for name in scores}
@@ -51,7 +58,10 @@ def write_task_run(
     metrics["summary"] = task_summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
     along_path = {name: [1.0] * len(STRENGTHS) for name in ("cv_loss", *scores)}
     choice = {"strengths": STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
-    metrics["path"] = {"passes": 1, "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]}}
+    metrics["path"] = {
+        "passes": 1,
+        "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]},
+    }
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")
     return path
@@ -60,38 +70,54 @@ def write_task_run(
 @pytest.fixture
 def folders(segmentation, tmp_path) -> dict[str, str]:
     trained = write_task_run(tmp_path / "depth", RMSE, segmentation)
-    control = write_task_run(tmp_path / "random", [0.5, 1.0, 1.1, 0.95, 0.96], segmentation, untrained=True, seed=1)
-    classes = probe_runs.write_run(tmp_path / "classes", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation)
+    control = write_task_run(
+        tmp_path / "random", [0.5, 1.0, 1.1, 0.95, 0.96], segmentation, untrained=True, seed=1
+    )
+    classes = probe_runs.write_run(
+        tmp_path / "classes", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation
+    )
     return {"depth": str(trained), "random": str(control), "classes": str(classes)}
 
 
 def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
     """Lower is better, so that drop and recovery are positive where RMSE rises and falls."""
     run = TaskRun(folders["depth"])
-    ours, rmse = effects(run), run.sums[..., 1].double().numpy()
+    ours = effects(run)
+    rmse = run.sums[..., 1].double().numpy()
     weights = bootstrap_weights(IMAGES).double().numpy()
     best = 3 if "layer_02" == run.sites[3] else None
     for name, (a, b) in {"adapter_drop": (1, 0), "recovery": (1, best)}.items():
         value, resampled = ours[name]
-        assert value == pytest.approx(rmse[a].mean() - rmse[b].mean()) and value > 0
+        assert value == pytest.approx(rmse[a].mean() - rmse[b].mean())
+        assert value > 0
         expected = weights @ (rmse[a] - rmse[b]) / weights.sum(1)
         np.testing.assert_allclose(resampled.numpy(), expected, rtol=1e-6)
 
 
 def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, caplog):
-    depth, untrained = TaskRun(folders["depth"]), TaskRun(folders["random"])
+    depth = TaskRun(folders["depth"])
+    untrained = TaskRun(folders["random"])
     (entry,) = task_results([depth, untrained])
     expected = effects(depth)["recovery"][0] - effects(untrained)["recovery"][0]
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
-    rmse, metrics = [0.5, 1.0, 1.1, 0.95, 0.96], {"untrained": ["llm"], "match": "update", "draw": 0}
+    rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
+    metrics = {"untrained": ["llm"], "match": "update", "draw": 0}
     matched = TaskRun(write_task_run(tmp_path / "matched", rmse, segmentation, metrics=metrics))
-    assert [task_results([depth, x])[0]["control_is"] for x in (matched, untrained)] == ["random", "untrained"]
-    other = TaskRun(write_task_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True))
-    assert len(task_results([depth, other])) == 1 and f"{other.path} is left out" in caplog.text
+    assert [task_results([depth, x])[0]["control_is"] for x in (matched, untrained)] == [
+        "random",
+        "untrained",
+    ]
+    other = TaskRun(
+        write_task_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True)
+    )
+    assert len(task_results([depth, other])) == 1
+    assert f"{other.path} is left out" in caplog.text
 
 
 def test_runs_of_tasks_can_be_told_their_model(folders, tmp_path):
-    runs = read_task_runs([f"ours={folders['depth']}", f"theirs={folders['depth']}", f"ours={folders['random']}"])
+    runs = read_task_runs(
+        [f"ours={folders['depth']}", f"theirs={folders['depth']}", f"ours={folders['random']}"]
+    )
     assert [(entry["model"], entry["control"] is None) for entry in task_results(runs)] == [
         ("ours", False),
         ("theirs", True),
@@ -104,10 +130,16 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
         for model in ("ours", "theirs")
         for mask in ("causal", "bidirectional")
     ]
-    tasks, models = task_results(read_task_runs(runs)), ["ours", "theirs"]
+    tasks = task_results(read_task_runs(runs))
+    models = ["ours", "theirs"]
     figure, rows = tasks_by_site(tasks)
-    assert [ax.get_title() for ax in figure.axes] == [f"depth\n{model}, toy world" for model in models]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["causal", "bidirectional"]
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"depth\n{model}, toy world" for model in models
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "causal",
+        "bidirectional",
+    ]
     for table in (rows, task_table(tasks, {"depth": {"rmse": "RMSE"}})):
         assert list(dict.fromkeys(row["model"] for row in table)) == models
 
@@ -115,7 +147,8 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
 def test_scores_are_in_units_of_the_encoders(folders):
     (entry,) = task_results([TaskRun(folders["depth"])])
     rows = relative_scores(entry, "sites")
-    assert rows[0]["value"] == 1 and rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
+    assert rows[0]["value"] == 1
+    assert rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
     assert all(low <= row["value"] <= high for row in rows for low, high in [row["ci95"]])
     assert relative_scores(entry, "control") == []
 
@@ -125,7 +158,9 @@ def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
     entry["sites"][1] |= {"value": 0.25, "ci95": [-0.1, 0.4]}
     entry["sites"][2] |= {"value": 0.25, "ci95": [0.0, 0.4]}
     encoder, *rows = relative_scores(entry, "sites")[:3]
-    assert [row["ci95"] for row in rows] == [[pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]] * 2
+    assert [row["ci95"] for row in rows] == [
+        [pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]
+    ] * 2
     tasks_by_site([entry]).figure.draw_without_rendering()
 
 
@@ -134,17 +169,35 @@ def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):
     assert "Beyond classes" not in (tmp_path / "without/index.html").read_text()
     assert "tasks" not in json.loads((tmp_path / "without/results.json").read_text())
     out = tmp_path / "with"
-    main(["report", folders["classes"], "--out", str(out), "--tasks", folders["depth"], folders["random"]])
+    main(
+        [
+            "report",
+            folders["classes"],
+            "--out",
+            str(out),
+            "--tasks",
+            folders["depth"],
+            folders["random"],
+        ]
+    )
     page = (out / "index.html").read_text()
-    assert "<h2>Beyond classes</h2>" in page and "Exploratory" in page and "RMSE (m), lower is better" in page
+    assert "<h2>Beyond classes</h2>" in page
+    assert "Exploratory" in page
+    assert "RMSE (m), lower is better" in page
     assert json.loads((out / "results.json").read_text())["tasks"][0]["task"] == "depth"
-    assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {file.name for file in out.iterdir()}
+    assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {
+        file.name for file in out.iterdir()
+    }
 
 
 def test_seeds_are_rows_of_their_own_with_their_controls(folders, segmentation, tmp_path):
     more = {"seed": 1, "metrics": {"seed": 1}}
     again = [write_task_run(tmp_path / "d1", [0.5, 0.9, 0.8, 0.5, 0.5], segmentation, **more)]
-    again.append(write_task_run(tmp_path / "r1", [0.5, 0.9, 0.9, 0.7, 0.7], segmentation, untrained=True, **more))
+    again.append(
+        write_task_run(
+            tmp_path / "r1", [0.5, 0.9, 0.9, 0.7, 0.7], segmentation, untrained=True, **more
+        )
+    )
     tasks = [folders["depth"], folders["random"], *map(str, again)]
     main(["report", folders["classes"], "--tasks", *tasks, "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
@@ -152,15 +205,23 @@ def test_seeds_are_rows_of_their_own_with_their_controls(folders, segmentation, 
     for trained, control, entry in zip(tasks[::2], tasks[1::2], results, strict=True):
         assert json.loads(json.dumps(task_results([TaskRun(trained), TaskRun(control)]))) == [entry]
     rows = list(csv.DictReader((tmp_path / "out/tasks.csv").open()))
-    assert [row["seed"] for row in rows if row["site"] == "adapter" and row["weights"] == "trained"] == ["0", "1"]
+    assert [
+        row["seed"] for row in rows if row["site"] == "adapter" and row["weights"] == "trained"
+    ] == ["0", "1"]
 
 
 @pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])
-def test_runs_without_the_causal_best_layer_are_reported_without_starvation(without, segmentation, tmp_path):
+def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
+    without, segmentation, tmp_path
+):
     """Memory may have room for encoder and adapter only."""
     runs = []
     for mask in ("causal", "bidirectional"):
-        runs.append(probe_runs.write_run(tmp_path / mask, [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, mask=mask))
+        runs.append(
+            probe_runs.write_run(
+                tmp_path / mask, [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, mask=mask
+            )
+        )
         if mask in without:
             probe_runs.remove_layers(runs[-1])
     main(["report", *map(str, runs), "--out", str(tmp_path / "out")])
@@ -183,16 +244,38 @@ def test_trained_probes_are_not_compared_with_solved_ones(other, folders, segmen
     metrics = json.loads((trained / "metrics.json").read_text())
     del metrics["path"]
     (trained / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(SystemExit, match="depth and .*trained cannot be compared: .* solved, .* trained"):
-        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", folders["depth"], str(trained)])
+    with pytest.raises(
+        SystemExit, match="depth and .*trained cannot be compared: .* solved, .* trained"
+    ):
+        main(
+            [
+                "report",
+                folders["classes"],
+                "--out",
+                str(tmp_path / "r"),
+                "--tasks",
+                folders["depth"],
+                str(trained),
+            ]
+        )
 
 
 @pytest.mark.parametrize(
-    ("runs", "message"), [(["depth", "depth"], "pass one"), (["classes"], "is a run of segmentation")]
+    ("runs", "message"),
+    [(["depth", "depth"], "pass one"), (["classes"], "is a run of segmentation")],
 )
 def test_rejects_runs_that_do_not_fit(runs, message, folders, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", *(folders[run] for run in runs)])
+        main(
+            [
+                "report",
+                folders["classes"],
+                "--out",
+                str(tmp_path / "r"),
+                "--tasks",
+                *(folders[run] for run in runs),
+            ]
+        )
 
 
 def test_damaged_sums_are_named(folders):

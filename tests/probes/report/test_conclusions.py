@@ -25,7 +25,8 @@ def draws(write):
     """Write matched random LLMs, solved, one for each curve."""
     llm = {"untrained": ["llm"], "match": "update"}
     return lambda *curves, mask="causal", first=20: [
-        write(f"r{i}", curve, first + i, mask=mask, solved=True, **llm, draw=i) for i, curve in enumerate(curves)
+        write(f"r{i}", curve, first + i, mask=mask, solved=True, **llm, draw=i)
+        for i, curve in enumerate(curves)
     ]
 
 
@@ -43,14 +44,22 @@ def test_few_images_are_said_to_tell_next_to_nothing(write):
 
 
 def test_trained_probes_are_judged_however_far_from_the_optimum(write):
-    trained, solved = write("sgd", LOW), write("solved", CURVE, 1, solved=True)
+    trained = write("sgd", LOW)
+    solved = write("solved", CURVE, 1, solved=True)
     paper = claims_of([trained, solved])["recovery"]["verdicts"]["paper"]
     assert (paper["verdict"], paper["probes"]) == ("holds", "trained")
     assert "reason" not in paper
-    ours, best = (drop_and_recovery(r.sites, r.counts, r.weights)["recovery"] for r in map(ProbeRun, (trained, solved)))
+    ours, best = (
+        drop_and_recovery(r.sites, r.counts, r.weights)["recovery"]
+        for r in map(ProbeRun, (trained, solved))
+    )
     below = paper["below_optimum"]
-    assert below["value"] == pytest.approx(best[0] - ours[0]), "the distance of the effect, not of the scores"
-    assert below["ci95"] == pytest.approx(interval(best[0] - ours[0], best[1] - ours[1])), "paired over images"
+    assert below["value"] == pytest.approx(best[0] - ours[0]), (
+        "the distance of the effect, not of the scores"
+    )
+    assert below["ci95"] == pytest.approx(interval(best[0] - ours[0], best[1] - ours[1])), (
+        "paired over images"
+    )
     assert claims_of([trained])["recovery"]["verdicts"]["paper"]["below_optimum"] is None
 
 
@@ -58,9 +67,13 @@ def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, 
     runs = [write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
     for paths in ([write("sgd", LOW), *runs], runs):
         recovery = claims_of(paths)["recovery"]
-        assert recovery["supported"] and recovery["conclusion"] == "supported"
+        assert recovery["supported"]
+        assert recovery["conclusion"] == "supported"
     assert claims_of(runs)["recovery"]["verdicts"]["paper"]["verdict"] == "untested"
-    assert "`probes fit -c folder --model.mllm some/hf" in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
+    assert (
+        "`probes fit -c folder --model.mllm some/hf"
+        in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,32 +91,45 @@ def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, 
 def test_conclusions(trained, solved, random, conclusion, write, draws):
     runs = [write("sgd", trained)] + ([write("solved", solved, 1, solved=True)] if solved else [])
     recovery = claims_of(runs + (draws(random, random) if random else []))["recovery"]
-    assert recovery["conclusion"] == conclusion and recovery["supported"] is (
-        None if conclusion == "untested" else False
-    )
+    assert recovery["conclusion"] == conclusion
+    assert recovery["supported"] is (None if conclusion == "untested" else False)
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
         missing = "-c matched --model.draw 0" if solved else "`probes solve -c folder --model.mllm"
-        assert missing in recovery["reason"] and "--model.image_attention causal" in recovery["reason"]
-        assert recovery["p"] is None and recovery["p_holm"] is None
+        assert missing in recovery["reason"]
+        assert "--model.image_attention causal" in recovery["reason"]
+        assert recovery["p"] is None
+        assert recovery["p_holm"] is None
 
 
 def test_one_draw_is_not_enough_and_the_reason_names_the_next(write, draws):
-    beyond = claims_of([write("solved", CURVE, 1, solved=True), *draws(FLAT)])["recovery"]["verdicts"]["beyond_random"]
-    assert beyond["verdict"] == "untested" and beyond["value"] is None
-    assert "draws of a random llm: 1, two are needed" in beyond["reason"] and "--model.draw 1" in beyond["reason"]
+    beyond = claims_of([write("solved", CURVE, 1, solved=True), *draws(FLAT)])["recovery"][
+        "verdicts"
+    ]["beyond_random"]
+    assert beyond["verdict"] == "untested"
+    assert beyond["value"] is None
+    assert "draws of a random llm: 1, two are needed" in beyond["reason"]
+    assert "--model.draw 1" in beyond["reason"]
 
 
 def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, draws):
     """With this standard error, 80% of studies of an effect of this size exclude zero and reach the margin."""
-    claims = claims_of([write("sgd", FLAT), write("solved", FLAT, 1, solved=True), *draws(FLAT, FLAT, FLAT)])
+    claims = claims_of(
+        [write("sgd", FLAT), write("solved", FLAT, 1, solved=True), *draws(FLAT, FLAT, FLAT)]
+    )
     for name, margin in (("paper", 0.0), ("optimum", 0.01), ("beyond_random", 0.01)):
         entry = claims["recovery"]["verdicts"][name]
         assert entry["verdict"] == "does not hold"
         half = (entry["ci95"][1] - entry["ci95"][0]) / 2
-        estimates = scipy.stats.norm.rvs(entry["detectable"], half / 1.96, size=20_000, random_state=0)
+        estimates = scipy.stats.norm.rvs(
+            entry["detectable"], half / 1.96, size=20_000, random_state=0
+        )
         assert np.mean((estimates > half) & (estimates >= margin)) == pytest.approx(0.8, abs=0.01)
-    assert all("detectable" not in x for x in claims["adapter_drop"]["verdicts"].values() if x["verdict"] == "holds")
+    assert all(
+        "detectable" not in x
+        for x in claims["adapter_drop"]["verdicts"].values()
+        if x["verdict"] == "holds"
+    )
 
 
 def test_recovery_trained_does_not_repeat_the_column_beyond_random(write, draws):
@@ -113,10 +139,13 @@ def test_recovery_trained_does_not_repeat_the_column_beyond_random(write, draws)
     trained = claims["recovery_trained"]["verdicts"]
     assert trained["optimum"]["verdict"] == claims["recovery_trained"]["conclusion"] == "untested"
     assert "--model.untrained '[adapter, llm]'" in trained["optimum"]["reason"]
-    assert trained["beyond_random"] == claims["recovery"]["verdicts"]["beyond_random"] | {"same_as": "recovery"}
+    assert trained["beyond_random"] == claims["recovery"]["verdicts"]["beyond_random"] | {
+        "same_as": "recovery"
+    }
     claims = claims_of([*runs, write("su", FLAT, 3, solved=True, untrained=["adapter", "llm"])])
     trained = claims["recovery_trained"]["verdicts"]
-    assert trained["optimum"]["verdict"] == "holds" and trained["paper"]["below_optimum"]["value"] is not None
+    assert trained["optimum"]["verdict"] == "holds"
+    assert trained["paper"]["below_optimum"]["value"] is not None
     assert trained["optimum"]["value"] != trained["beyond_random"]["value"]
 
 
@@ -125,22 +154,39 @@ def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
     for seed, mask in enumerate(("causal", "bidirectional")):
         runs.append(write("solved", CURVE, seed, mask=mask, solved=True))
         for i in (0, 1):
-            runs.append(write(f"a{i}", FLAT, 30 + i, mask=mask, solved=True, untrained=["adapter"], draw=i))
+            runs.append(
+                write(f"a{i}", FLAT, 30 + i, mask=mask, solved=True, untrained=["adapter"], draw=i)
+            )
     claims = write_report(runs, tmp_path / "report")["claims"]
-    drops = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == "adapter_drop"}
-    assert "same_draws_as" not in drops["causal"] and drops["bidirectional"]["same_draws_as"] == "causal"
-    assert [drops[mask]["df_of_draws"] for mask in drops] == [1, 1], "the same draws cannot be counted twice"
-    assert "Random adapters are the same under both masks: one" in (tmp_path / "report/index.html").read_text()
+    drops = {
+        c["image_attention"]: c["verdicts"]["beyond_random"]
+        for c in claims
+        if c["claim"] == "adapter_drop"
+    }
+    assert "same_draws_as" not in drops["causal"]
+    assert drops["bidirectional"]["same_draws_as"] == "causal"
+    assert [drops[mask]["df_of_draws"] for mask in drops] == [1, 1], (
+        "the same draws cannot be counted twice"
+    )
+    assert (
+        "Random adapters are the same under both masks: one"
+        in (tmp_path / "report/index.html").read_text()
+    )
 
 
 def test_the_spread_of_draws_is_pooled_over_masks(write, draws):
     """Two draws a mask: Student's t with two degrees of freedom, never with less spread than the mask's own."""
-    runs, spreads = [], {"causal": 0.004, "bidirectional": 0.02}
+    runs = []
+    spreads = {"causal": 0.004, "bidirectional": 0.02}
     for mask, spread in spreads.items():
         curves = [[0.5, 0.4, 0.4, 0.4, 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
         runs += [write("solved", CURVE, 1, mask=mask, solved=True), *draws(*curves, mask=mask)]
     claims = evaluate_claims(*read_studies(runs))
-    beyond = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == "recovery"}
+    beyond = {
+        c["image_attention"]: c["verdicts"]["beyond_random"]
+        for c in claims
+        if c["claim"] == "recovery"
+    }
     variances = {mask: np.var(entry["by_draw"], ddof=1) for mask, entry in beyond.items()}
     for mask, entry in beyond.items():
         assert entry["df_of_draws"] == 2
@@ -149,28 +195,41 @@ def test_the_spread_of_draws_is_pooled_over_masks(write, draws):
         low, high = (abs(bound - entry["value"]) for bound in entry["ci95_without_draws"])
         expected = [entry["value"] - np.hypot(half, low), entry["value"] + np.hypot(half, high)]
         assert entry["ci95"] == pytest.approx(expected)
-    assert variances["causal"] < variances["bidirectional"] / 2, "one has its own spread, the other the pooled one"
+    assert variances["causal"] < variances["bidirectional"] / 2, (
+        "one has its own spread, the other the pooled one"
+    )
 
 
 def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
     """The p of a claim is that of the weaker of the two columns that it needs."""
     runs = []
     for mask, seed in (("causal", 1), ("bidirectional", 2)):
-        runs += [write("solved", CURVE, seed, mask=mask, solved=True), *draws(FLAT, CURVE, FLAT, mask=mask, first=20)]
+        runs += [
+            write("solved", CURVE, seed, mask=mask, solved=True),
+            *draws(FLAT, CURVE, FLAT, mask=mask, first=20),
+        ]
     results = write_report(runs, tmp_path / "report")
     tested = [claim for claim in results["claims"] if claim["p"] is not None]
-    assert {claim["claim"] for claim in tested} >= {"recovery"} and len(tested) < len(results["claims"])
+    assert {claim["claim"] for claim in tested} >= {"recovery"}
+    assert len(tested) < len(results["claims"])
     assert [claim["p_holm"] for claim in tested] == holm([claim["p"] for claim in tested])
     for claim in tested:
         needed = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
         assert claim["p"] == max(entry["p"] for entry in needed)
         for entry in needed:
             excludes_zero = entry["ci95"][0] > 0
-            assert (entry["p"] < 0.05) == excludes_zero or abs(entry["p"] - 0.05) < 0.02  # bootstraps are not symmetric
-    assert f"not corrected for the {len(tested)} claims" in (tmp_path / "report/index.html").read_text()
+            assert (entry["p"] < 0.05) == excludes_zero or abs(
+                entry["p"] - 0.05
+            ) < 0.02  # bootstraps are not symmetric
+    assert (
+        f"not corrected for the {len(tested)} claims"
+        in (tmp_path / "report/index.html").read_text()
+    )
 
 
-def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, draws, tmp_path, capsys):
+def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
+    write, draws, tmp_path, capsys
+):
     """Seed 2 has no trained probes and one random LLM only."""
     runs = []
     for seed in (0, 1, 2):
@@ -184,7 +243,8 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, d
     results = json.loads((tmp_path / "report/results.json").read_text())
     (joint,) = results["joint"]
     recovery = next(claim for claim in joint["claims"] if claim["claim"] == "recovery")
-    assert recovery["conclusion"] == "supported" and recovery["n"] == {"seeds": 3}
+    assert recovery["conclusion"] == "supported"
+    assert recovery["n"] == {"seeds": 3}
     columns = recovery["verdicts"]
     assert {name: list(x.get("left_out", {})) for name, x in columns.items()} == {
         "paper": ["2"],
@@ -193,7 +253,8 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, d
     }
     by_seed = columns["beyond_random"]["by_seed"]
     assert columns["beyond_random"]["value"] == pytest.approx((by_seed["0"] + by_seed["1"]) / 2)
-    assert by_seed["2"] is None and columns["paper"]["below_optimum"]["value"] > 0
+    assert by_seed["2"] is None
+    assert columns["paper"]["below_optimum"]["value"] > 0
     assert "Beyond random: without seed 2, draws of a random llm: 1" in capsys.readouterr().out
     assert recovery["p_holm"] >= recovery["p"] > 0
 
@@ -201,11 +262,14 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, d
 def test_the_table_for_the_terminal_and_the_page_name_conclusions(write, draws, tmp_path, capsys):
     runs = [write("sgd", LOW), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
     main(["report", *runs, "--out", str(tmp_path / "report")])
-    text, page = capsys.readouterr().out, (tmp_path / "report/index.html").read_text()
+    text = capsys.readouterr().out
+    page = (tmp_path / "report/index.html").read_text()
     summary = "1 of 1 tested claims are supported: recovery (causal). Untested, so neither supported nor not: 1 of 2."
-    assert summary in page and "below the optimum by" in page
+    assert summary in page
+    assert "below the optimum by" in page
     row = next(line for line in text.splitlines() if line.startswith("recovery "))
-    assert row.split("  ")[-2].strip() == "supported" and "an effect counts from 1 point" in text
+    assert row.split("  ")[-2].strip() == "supported"
+    assert "an effect counts from 1 point" in text
     assert "supported" in (tmp_path / "report/tables.tex").read_text()
     header = (tmp_path / "report/claims.csv").read_text().splitlines()[0].split(",")
     assert {"conclusion", "p", "p_holm", "below_optimum", "optimum_detectable"} <= set(header)

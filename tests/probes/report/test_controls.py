@@ -42,17 +42,22 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write):
         runs.append(write("trained", peaks["trained"], mask=mask))
         random = {"untrained": ["llm"], "match": "update"}
         solved = [write("solved", peaks["solved"], 5, mask=mask, solved=True)]
-        solved += [write(f"r{i}", peaks["solved"], 7 + i, mask=mask, solved=True, **random, draw=i) for i in (0, 1)]
+        solved += [
+            write(f"r{i}", peaks["solved"], 7 + i, mask=mask, solved=True, **random, draw=i)
+            for i in (0, 1)
+        ]
         for run in solved:
             gap = [0, 0, 0.1, 0.3, 0, 0] if mask == "bidirectional" else [0] * 6
             set_accuracy_of_patch_0(run, [0.3 + x for x in gap])
         runs += solved
     (study,) = read_studies(runs)
-    assert study.trained["causal"].peak_layer == "layer_02" and study.solved["causal"].peak_layer == "layer_01"
+    assert study.trained["causal"].peak_layer == "layer_02"
+    assert study.solved["causal"].peak_layer == "layer_01"
     (claim,) = [claim for claim in evaluate_claims(study) if claim["claim"] == "starvation"]
     assert claim["verdicts"]["optimum"]["value"] == pytest.approx(0.1, abs=0.01)
     beyond = claim["verdicts"]["beyond_random"]
-    assert beyond["value"] == pytest.approx(0, abs=1e-9) and beyond["verdict"] == "does not hold"
+    assert beyond["value"] == pytest.approx(0, abs=1e-9)
+    assert beyond["verdict"] == "does not hold"
 
 
 @pytest.mark.parametrize("part", ["llm", "adapter"])
@@ -61,30 +66,48 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
     control = {"untrained": [part], "match": "update" if part == "llm" else "none"}
     trained = [write("trained", CURVE, mask=mask) for mask in MASKS]
     draws = {"causal": (0, 2, 1), "bidirectional": (1, 2)}
-    random = [write(f"r{i}", FLAT, 3 + i, mask=mask, **control, draw=i) for mask in MASKS for i in draws[mask]]
+    random = [
+        write(f"r{i}", FLAT, 3 + i, mask=mask, **control, draw=i)
+        for mask in MASKS
+        for i in draws[mask]
+    ]
     expected = [{"causal"}, {"causal", "bidirectional"}, {"causal", "bidirectional"}]
     for order in (trained + random, trained + random[::-1]):
         (study,) = read_studies(order)
         found = study.random_draws(part, solved=False)
         assert [set(runs) for runs in found] == expected
-        assert all({run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found))
+        assert all(
+            {run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found)
+        )
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
         read_studies([*order, write("again", FLAT, 9, **control, draw=1)])
     claims = write_report(order, tmp_path / "report")["claims"]
     compared = "recovery" if part == "llm" else "adapter_drop"
-    by_mask = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == compared}
-    assert {mask: column["draws"] for mask, column in by_mask.items()} == {"causal": 3, "bidirectional": 2}
+    by_mask = {
+        c["image_attention"]: c["verdicts"]["beyond_random"]
+        for c in claims
+        if c["claim"] == compared
+    }
+    assert {mask: column["draws"] for mask, column in by_mask.items()} == {
+        "causal": 3,
+        "bidirectional": 2,
+    }
 
 
 def test_the_untrained_model_is_the_same_control_in_any_order(write):
     """A trained LLM behind a random adapter is none, nor is a second draw."""
-    runs = [write("trained", CURVE), write("untrained", FLAT, 1, untrained=["adapter", "llm"], draw=0)]
+    runs = [
+        write("trained", CURVE),
+        write("untrained", FLAT, 1, untrained=["adapter", "llm"], draw=0),
+    ]
     runs += [write("again", FLAT, 2, untrained=["adapter", "llm"], draw=1)]
     runs += [write(f"adapter{i}", CURVE, 3 + i, untrained=["adapter"], draw=i) for i in (0, 2)]
     for order in permutations(runs):
         (study,) = read_studies(order)
         assert study.control("causal").path == Path(runs[1])
-        draws = [draw["causal"].metrics["draw"] for draw in study.random_draws("adapter", solved=False)]
+        draws = [
+            draw["causal"].metrics["draw"] for draw in study.random_draws("adapter", solved=False)
+        ]
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
         read_studies([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
@@ -103,21 +126,27 @@ def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
         with (tmp_path / f"report/{name}.csv").open() as file:
             assert {row["probes"] for row in csv.DictReader(file)} == {kind}
     table = (tmp_path / "report/tables.tex").read_text()
-    assert "causal, trained probes" in table and "causal, untrained, solved probes" in table
+    assert "causal, trained probes" in table
+    assert "causal, untrained, solved probes" in table
 
 
 def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
-    causal, other = write("trained", CURVE), write("other", CURVE, 4)
+    causal = write("trained", CURVE)
+    other = write("other", CURVE, 4)
     bidirectional = write("trained", CURVE, mask="bidirectional")
     for run in (causal, other, bidirectional):
         save_file({run: torch.zeros(1)}, f"{run}/probes.safetensors")  # part of the fingerprint
     main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
     (study,) = read_studies([causal, bidirectional])
     figure = figures_of(study)["starvation"]
-    assert further_analyses(*study.pair())["site"] == "layer_01" and "at layer 03" in figure.caption
+    assert further_analyses(*study.pair())["site"] == "layer_01"
+    assert "at layer 03" in figure.caption
     (study,) = read_studies([other, bidirectional])
     assert further_analyses(*study.pair()) is None
-    assert f"starvation.json is left out, since it compares with another run than {other}" in caplog.text
+    assert (
+        f"starvation.json is left out, since it compares with another run than {other}"
+        in caplog.text
+    )
 
 
 def test_a_report_without_maps_does_not_need_the_dataset(write, tmp_path):
@@ -128,36 +157,51 @@ def test_a_report_without_maps_does_not_need_the_dataset(write, tmp_path):
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):
     """Others in its folder stay, the explorer's among them."""
-    runs, out = [write("trained", CURVE, mask=mask) for mask in MASKS], tmp_path / "report"
+    runs = [write("trained", CURVE, mask=mask) for mask in MASKS]
+    out = tmp_path / "report"
     write_report([f"a={runs[0]}", f"b={runs[1]}"], out)
     assert (out / "a_toy_world/claims.csv").is_file()
     (out / "explorer.html").write_text("kept")
     write_report(runs, out)
-    assert (out / "starvation.csv").is_file() and not (out / "a_toy_world").exists()
+    assert (out / "starvation.csv").is_file()
+    assert not (out / "a_toy_world").exists()
     write_report(runs[:1], out)
-    expected = {"index.html", "results.json", "explorer.html", *read_json(out / "results.json")["files"]}
+    expected = {
+        "index.html",
+        "results.json",
+        "explorer.html",
+        *read_json(out / "results.json")["files"],
+    }
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == expected
 
 
 def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write, tmp_path):
     run = write("solved", CURVE, solved=True)
     file = tmp_path / "causal_solved/metrics.json"
-    optimum = lambda: next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")["verdicts"][
-        "optimum"
-    ]
-    assert unconverged([ProbeRun(run)], "recovery") is None and optimum()["verdict"] == "holds"
+
+    def optimum():
+        return next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")[
+            "verdicts"
+        ]["optimum"]
+
+    assert unconverged([ProbeRun(run)], "recovery") is None
+    assert optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
     assert "have not converged at the chosen strength" in unconverged([ProbeRun(run)], "recovery")
-    assert optimum()["verdict"] == "untested" and "run `probes solve` again" in optimum()["reason"]
+    assert optimum()["verdict"] == "untested"
+    assert "run `probes solve` again" in optimum()["reason"]
 
 
 def test_the_figure_of_masks_shows_the_pair_where_another_mask_was_trained(write, tmp_path):
     """Trained probes of two masks, of which one is not the paper's, and solved ones of both."""
     runs = [write("trained", CURVE, mask=mask) for mask in ("causal", "prefix")]
     runs += [write("solved", CURVE, 5, mask=mask, solved=True) for mask in MASKS]
-    results = write_report([*(f"a={run}" for run in runs), f"b={write('other', CURVE)}"], tmp_path / "report")
-    assert len(results["studies"]) == 2 and (tmp_path / "report/masks.csv").is_file()
+    results = write_report(
+        [*(f"a={run}" for run in runs), f"b={write('other', CURVE)}"], tmp_path / "report"
+    )
+    assert len(results["studies"]) == 2
+    assert (tmp_path / "report/masks.csv").is_file()

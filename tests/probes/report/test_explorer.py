@@ -27,18 +27,26 @@ NAME = "<img src=x onerror=window.hacked=1>"
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
     """A causal and a bidirectional run on images with hostile names."""
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5)
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5
+    )
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES, "ignore_index": 255}))
     for kind in ("images", "annotations"):
         (root / kind / "validation/002.png").rename(root / kind / "validation" / f"002{NAME}.png")
-    fit = lambda mask: probe_runs.fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), "--data.batch_size", "2")
+
+    def fit(mask):
+        return probe_runs.fit(
+            checkpoints[mask], root, tmp_path_factory.mktemp(mask), "--data.batch_size", "2"
+        )
+
     return [fit(mask) for mask in ("causal", "bidirectional")]
 
 
 @pytest.fixture(scope="module")
 def explored(runs) -> list[RunReadout]:
     """Both runs, with a vocabulary of hostile words, more than one byte can count."""
-    readouts, rng = [explore(run, IMAGES) for run in runs], torch.Generator().manual_seed(0)
+    readouts = [explore(run, IMAGES) for run in runs]
+    rng = torch.Generator().manual_seed(0)
     for i, run in enumerate(readouts):
         words = [readout.words for image in run.images for readout in image.readings.values()]
         for ids in words:
@@ -59,47 +67,90 @@ def other_page(explored, tmp_path_factory):
     first, second = explored
     run = copy(second.run)
     run.metrics = run.metrics | {"grid": [4, 4]}
-    finer = lambda x: x.unflatten(-1, (2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2).flatten(-2)
-    refine = lambda readout: PatchReadout(*(finer(getattr(readout, field.name)) for field in fields(readout)))
+
+    def finer(x):
+        return x.unflatten(-1, (2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2).flatten(-2)
+
+    def refine(readout):
+        return PatchReadout(*(finer(getattr(readout, field.name)) for field in fields(readout)))
+
     images = [
-        replace(image, truth=finer(image.truth), readings={c: refine(r) for c, r in image.readings.items()})
+        replace(
+            image,
+            truth=finer(image.truth),
+            readings={c: refine(r) for c, r in image.readings.items()},
+        )
         for image in second.images
     ]
-    return write_page([first, replace(second, run=run, images=images)], tmp_path_factory.mktemp("other"))
+    return write_page(
+        [first, replace(second, run=run, images=images)], tmp_path_factory.mktemp("other")
+    )
 
 
 # ------------------------------------------------------------------------------------------------- bytes
 def test_blocks_hold_the_readouts_to_half_of_1_in_255(explored, page):
     html = page.read_text()
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
-    blocks = dict(re.findall(r'<script type="text/plain" id="block-([\d-]+)">([A-Za-z0-9+/=]*)</script>', html))
+    data = json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1]
+    )
+    blocks = dict(
+        re.findall(
+            r'<script type="text/plain" id="block-([\d-]+)">([A-Za-z0-9+/=]*)</script>', html
+        )
+    )
     assert len(blocks) == sum(len(image.readings) for run in explored for image in run.images)
-    assert data["classes"] == CLASSES and data["planes"] == 2
+    assert data["classes"] == CLASSES
+    assert data["planes"] == 2
     for r, run in enumerate(explored):
-        sites, word_sites = len(run.sites), len(run.word_sites)
+        sites = len(run.sites)
+        word_sites = len(run.word_sites)
         for i, image in enumerate(run.images):
-            assert [c["name"] for c in data["runs"][r]["images"][i]["conditions"]] == list(image.readings)
+            assert [c["name"] for c in data["runs"][r]["images"][i]["conditions"]] == list(
+                image.readings
+            )
             for c, readout in enumerate(image.readings.values()):
-                raw = np.frombuffer(zlib.decompress(base64.b64decode(blocks[f"{r}-{i}-{c}"])), np.uint8)
-                sizes = [4, 4, 3 * sites * 4, 3 * sites * 4, 2 * 3 * word_sites * 4, 3 * word_sites * 4]
-                truth, blocked, classes, shares, words, word_shares = np.split(raw, np.cumsum(sizes)[:-1])
+                raw = np.frombuffer(
+                    zlib.decompress(base64.b64decode(blocks[f"{r}-{i}-{c}"])), np.uint8
+                )
+                sizes = [
+                    4,
+                    4,
+                    3 * sites * 4,
+                    3 * sites * 4,
+                    2 * 3 * word_sites * 4,
+                    3 * word_sites * 4,
+                ]
+                truth, blocked, classes, shares, words, word_shares = np.split(
+                    raw, np.cumsum(sizes)[:-1]
+                )
                 assert len(word_shares) == sizes[-1]
                 assert truth.tolist() == [255 if k < 0 else k for k in image.truth.tolist()]
                 assert blocked.tolist() == readout.blocked.int().tolist()
                 assert (classes.reshape(3, sites, 4) == readout.classes.numpy()).all()
-                assert abs(shares.reshape(3, sites, 4) / 255 - readout.class_probabilities.numpy()).max() <= 0.5 / 255
+                assert (
+                    abs(
+                        shares.reshape(3, sites, 4) / 255 - readout.class_probabilities.numpy()
+                    ).max()
+                    <= 0.5 / 255
+                )
                 low, high = words.reshape(2, 3, word_sites, 4).astype(int)
                 texts = np.vectorize(data["words"].__getitem__)(low + 256 * high)
-                assert (texts == np.vectorize(run.vocabulary.__getitem__)(readout.words.numpy())).all()
-                error = word_shares.reshape(3, word_sites, 4) / 255 - readout.word_probabilities.numpy()
+                assert (
+                    texts == np.vectorize(run.vocabulary.__getitem__)(readout.words.numpy())
+                ).all()
+                error = (
+                    word_shares.reshape(3, word_sites, 4) / 255 - readout.word_probabilities.numpy()
+                )
                 assert abs(error).max() <= 0.5 / 255
 
 
 def test_page_is_self_contained_escaped_and_reproducible(explored, page, tmp_path):
     html = page.read_text()
-    assert "http" not in html.replace("http-equiv", "") and "default-src 'none'" in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert "default-src 'none'" in html
     assert not re.search(r"<(link|script|img|iframe|object)\b[^>]*(src|href)=|@import|url\(", html)
-    assert "<script>window.hacked" not in html and "<img src=x" not in html
+    assert "<script>window.hacked" not in html
+    assert "<img src=x" not in html
     assert html.count("</script>") == len(re.findall(r"<script[ >]", html))
     assert write_page(explored, tmp_path).read_bytes() == page.read_bytes()
 
@@ -113,13 +164,19 @@ def test_labels_name_runs_and_blocked_classes(explored):
         for image, image_data in zip(run.images, run_data["images"], strict=True):
             assert image_data["conditions"][0] == {"name": "none", "label": "no blocking"}
             for condition in image_data["conditions"][1:]:
-                wrong, correct = CLASSES[image.case.wrong_class], CLASSES[image.case.correct_class]
-                assert (wrong if condition["name"] == "incorrect" else correct) in condition["label"]
-                assert wrong in condition["note"] and f": {image.case.patches};" in condition["note"]
+                wrong = CLASSES[image.case.wrong_class]
+                correct = CLASSES[image.case.correct_class]
+                assert (wrong if condition["name"] == "incorrect" else correct) in condition[
+                    "label"
+                ]
+                assert wrong in condition["note"]
+                assert f": {image.case.patches};" in condition["note"]
 
 
 def test_command_writes_the_page_and_prints_its_size(runs, tmp_path, capsys):
-    main(["explore", *(str(run.path) for run in runs), "--images", "1", "3", "--out", str(tmp_path)])
+    main(
+        ["explore", *(str(run.path) for run in runs), "--images", "1", "3", "--out", str(tmp_path)]
+    )
     assert re.search(r"explorer.html: 2 images, 0.0 MB\n$", capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["explorer.html"]
 
@@ -135,22 +192,44 @@ def test_report_links_to_an_explorer_in_its_folder(runs, tmp_path):
 
 def test_runs_on_other_images_are_rejected(runs, checkpoints, segmentation, tmp_path):
     probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"^probes: .* were scored on different images .*; explore them separately$"):
-        main(["explore", str(runs[0].path), str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "out")])
+    with pytest.raises(
+        SystemExit,
+        match=r"^probes: .* were scored on different images .*; explore them separately$",
+    ):
+        main(
+            [
+                "explore",
+                str(runs[0].path),
+                str(tmp_path / "run"),
+                "--images",
+                "0",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
 
 
 # ------------------------------------------------------------------------------------------------- browser
 @pytest.fixture
 def open_page(chromium, page):
     """Open the page at a fragment; any other request, or an error in the page, fails the test."""
-    contexts, errors = [], []
+    contexts = []
+    errors = []
 
     def open_tab(fragment: str = "", path=page, **settings):
-        contexts.append(chromium.new_context(**({"viewport": {"width": 1440, "height": 900}} | settings)))
+        contexts.append(
+            chromium.new_context(**({"viewport": {"width": 1440, "height": 900}} | settings))
+        )
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith(("data:", path.as_uri())) else errors.append(r.url))
+        tab.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
+        tab.on(
+            "request",
+            lambda r: None if r.url.startswith(("data:", path.as_uri())) else errors.append(r.url),
+        )
         tab.goto(path.as_uri() + fragment)
         tab.wait_for_selector("html[data-ready]")
         return tab
@@ -166,15 +245,20 @@ def percent(probability: float) -> str:
     return "<1" if 0 < share < 3 else str(int(share / 2.55 + 0.5))
 
 
-def expected_rows(run: RunReadout, image: int, condition: str, patch: int) -> list[list[tuple[str, str]]]:
+def expected_rows(
+    run: RunReadout, image: int, condition: str, patch: int
+) -> list[list[tuple[str, str]]]:
     """Return (text, percent) of classes and words per site, from the readout."""
-    readout, rows = run.images[image].readings[condition], []
+    readout = run.images[image].readings[condition]
+    rows = []
     for s, site in enumerate(run.sites):
-        ids, shares = readout.classes[:, s, patch].tolist(), readout.class_probabilities[:, s, patch].tolist()
+        ids = readout.classes[:, s, patch].tolist()
+        shares = readout.class_probabilities[:, s, patch].tolist()
         row = [(CLASSES[k], percent(p)) for k, p in zip(ids, shares, strict=True)]
         if site in run.word_sites:
             w = run.word_sites.index(site)
-            ids, shares = readout.words[:, w, patch].tolist(), readout.word_probabilities[:, w, patch].tolist()
+            ids = readout.words[:, w, patch].tolist()
+            shares = readout.word_probabilities[:, w, patch].tolist()
             row += [(run.vocabulary[i], percent(p)) for i, p in zip(ids, shares, strict=True)]
         rows.append([(text, p) for text, p in row if p != "0"])
     return rows
@@ -199,7 +283,9 @@ def shown_rows(tab) -> list[list[tuple[str, str]]]:
 def centre(tab, patch: int) -> tuple[float, float]:
     """Return the screen position of the centre of a patch of the 2 x 2 grid."""
     box = tab.locator("canvas").bounding_box()
-    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)
+    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (
+        0.25 + patch // 2 / 2
+    )
 
 
 @pytest.mark.slow
@@ -222,14 +308,17 @@ def test_every_choice_shows_its_own_readout(open_page, explored):
 
 @pytest.mark.slow
 def test_everything_works_by_keyboard_with_visible_focus(open_page, explored):
-    tab, stops = open_page(), []
+    tab = open_page()
+    stops = []
     focus = """() => { const active = document.activeElement, outlined = [active, active.nextElementSibling]
          .filter(Boolean).map(getComputedStyle).some(style => style.outlineStyle === "solid" && style.opacity > 0);
          return [active.name || active.id || active.tagName.toLowerCase(), outlined]; }"""
     for _ in range(8):
         tab.keyboard.press("Tab")
         stops.append(tab.evaluate(focus))
-    assert stops == [[name, True] for name in "summary images runs conditions colours play site stage".split()]
+    assert stops == [
+        [name, True] for name in "summary images runs conditions colours play site stage".split()
+    ]
     tab.locator("#images input:checked").focus()
     tab.keyboard.press("ArrowRight")
     tab.locator("#runs input:checked").focus()
@@ -238,20 +327,33 @@ def test_everything_works_by_keyboard_with_visible_focus(open_page, explored):
     assert tab.inner_text("caption").startswith("bidirectional")
     assert tab.evaluate("document.activeElement.name") == "runs", "the focus moved"
     tab.locator("#stage").focus()
-    for key, patch in (("ArrowRight", 1), ("ArrowRight", 1), ("ArrowDown", 3), ("Home", 2), ("ArrowUp", 0), ("End", 1)):
+    for key, patch in (
+        ("ArrowRight", 1),
+        ("ArrowRight", 1),
+        ("ArrowDown", 3),
+        ("Home", 2),
+        ("ArrowUp", 0),
+        ("End", 1),
+    ):
         tab.keyboard.press(key)
         assert shown_rows(tab) == expected_rows(explored[1], 1, "none", patch)
     tab.keyboard.press("PageDown")
     settle(tab)
     assert tab.inner_text("#site-name b") == "adapter"
-    assert tab.inner_text("#description").startswith("Row 1, column 2 at adapter")  # text for screen readers
+    assert tab.inner_text("#description").startswith(
+        "Row 1, column 2 at adapter"
+    )  # text for screen readers
 
 
 @pytest.mark.slow
 def test_canvas_has_the_colour_of_each_predicted_class(open_page, explored):
     tab, (data, _) = open_page("#site=layer_02&image=4"), page_data(explored)
-    s, image = explored[0].sites.index("layer_02"), explored[0].images[2]
-    for choice, classes in (("predicted", image.readings["none"].classes[0, s]), ("true", image.truth)):
+    s = explored[0].sites.index("layer_02")
+    image = explored[0].images[2]
+    for choice, classes in (
+        ("predicted", image.readings["none"].classes[0, s]),
+        ("true", image.truth),
+    ):
         tab.locator("#colours").get_by_role("radio", name=choice).check()
         settle(tab)
         for t, k in enumerate(classes.tolist()):
@@ -261,7 +363,8 @@ def test_canvas_has_the_colour_of_each_predicted_class(open_page, explored):
                      return [...pen.getImageData(x, y, 1, 1).data]; }""",
                 t,
             )
-            assert pixel[3] == pytest.approx(128, abs=1) and pixel[:3] == pytest.approx(data["palette"][k], abs=2)
+            assert pixel[3] == pytest.approx(128, abs=1)
+            assert pixel[:3] == pytest.approx(data["palette"][k], abs=2)
 
 
 @pytest.mark.slow
@@ -269,7 +372,8 @@ def test_hostile_names_are_text(open_page):
     tab = open_page(f"#image=2&condition={HOSTILE}&site=<b>&patch=99&run=-1")
     assert tab.evaluate("window.hacked") is None
     assert tab.get_attribute("#picture", "alt") == f"Image 2, 002{NAME}"
-    assert HOSTILE in tab.inner_text("tbody") and "<script>" in tab.inner_text("tbody")
+    assert HOSTILE in tab.inner_text("tbody")
+    assert "<script>" in tab.inner_text("tbody")
     assert tab.evaluate("[view.run, view.condition, view.site, view.patch]") == [0, "none", 0, 0]
 
 
@@ -293,4 +397,6 @@ def test_another_grid_keeps_the_position(open_page, other_page, explored):
     assert shown_rows(tab) == expected_rows(explored[1], 0, "none", 3)
     assert "row 4, column 4" in tab.inner_text("#patch")
     assert tab.evaluate("[0, 1, 2, 3].map(t => patchInGrid(t, [2, 2], [4, 6]))") == [7, 10, 19, 22]
-    assert tab.evaluate("[...Array(24).keys()].map(t => patchInGrid(t, [4, 6], [4, 6]))") == list(range(24))
+    assert tab.evaluate("[...Array(24).keys()].map(t => patchInGrid(t, [4, 6], [4, 6]))") == list(
+        range(24)
+    )

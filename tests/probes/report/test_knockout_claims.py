@@ -19,7 +19,8 @@ from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
-ANCHORS, NONE = (-0.4, 0.4), (0.0, 0.0)  # what hiding the wrong and the correct class does to the share left wrong
+ANCHORS = (-0.4, 0.4)
+NONE = (0.0, 0.0)  # what hiding the wrong and the correct class does to the share left wrong
 KNOCKOUTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 
@@ -30,14 +31,23 @@ def write(tmp_path):
     root.mkdir()
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
 
-    def write(name, effects, number, *, solved=False, still_wrong=None, classes=CLASSES, **metrics) -> str:
-        path, options = tmp_path / name, {"root": root, "seed": number, "images": N, "metrics": metrics}
+    def write(
+        name, effects, number, *, solved=False, still_wrong=None, classes=CLASSES, **metrics
+    ) -> str:
+        path = tmp_path / name
+        options = {"root": root, "seed": number, "images": N, "metrics": metrics}
         curves = [CURVE] * 3 if solved else CURVE
-        run = ProbeRun((probe_runs.write_solved if solved else probe_runs.write_run)(path, curves, **options))
+        run = ProbeRun(
+            (probe_runs.write_solved if solved else probe_runs.write_run)(path, curves, **options)
+        )
         if effects is None:
             return str(run.path)
-        of = lambda pair: simulate(np.random.default_rng(number), dict.fromkeys(classes, pair), CONDITIONS)
-        tensors, other = of(effects), of(still_wrong or effects)
+
+        def of(pair):
+            return simulate(np.random.default_rng(number), dict.fromkeys(classes, pair), CONDITIONS)
+
+        tensors = of(effects)
+        other = of(still_wrong or effects)
         write_knockout(run, tensors | {key: x for key, x in other.items() if "still_wrong:" in key})
         return str(run.path)
 
@@ -47,7 +57,9 @@ def write(tmp_path):
 @pytest.fixture
 def draws(write):
     llm = {"untrained": ["llm"], "match": "update", "solved": True}
-    return lambda *effects: [write(f"r{i}", x, 20 + i, **llm, draw=i) for i, x in enumerate(effects)]
+    return lambda *effects: [
+        write(f"r{i}", x, 20 + i, **llm, draw=i) for i, x in enumerate(effects)
+    ]
 
 
 def claims_of(paths) -> dict[str, dict]:
@@ -64,7 +76,10 @@ def claims_of(paths) -> dict[str, dict]:
     ],
 )
 def test_conclusions(trained, still_wrong, random, conclusion, write, draws):
-    runs = [write("sgd", trained, 1), write("solved", trained, 2, solved=True, still_wrong=still_wrong)]
+    runs = [
+        write("sgd", trained, 1),
+        write("solved", trained, 2, solved=True, still_wrong=still_wrong),
+    ]
     claims = claims_of([*runs, *draws(random, random, random)])
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
 
@@ -77,24 +92,48 @@ def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
             continue
         paper, optimum, beyond = claim["verdicts"].values()
         rate, rate_at_optimum = (rate_effects(run)[name] for run in (ours, best))
-        assert (claim["value"], claim["ci95"]) == (paper["value"], paper["ci95"]) == (rate[0], interval(*rate))
+        assert (
+            (claim["value"], claim["ci95"])
+            == (paper["value"], paper["ci95"])
+            == (rate[0], interval(*rate))
+        )
         below = rate_at_optimum[0] - rate[0], rate_at_optimum[1] - rate[1]
-        assert paper["below_optimum"] == {"value": pytest.approx(below[0]), "ci95": pytest.approx(interval(*below))}
+        assert paper["below_optimum"] == {
+            "value": pytest.approx(below[0]),
+            "ci95": pytest.approx(interval(*below)),
+        }
         contrast = patch_contrasts(best, "random")[name]
-        assert (optimum["value"], optimum["ci95"]) == (contrast.estimate[0], interval(*contrast.estimate))
-        assert optimum["over_pairs"]["units"] == 3 and optimum["tokens"] == "random"
-        of_draws = [patch_contrasts(ProbeRun(path), "random")[name].estimate[0] for path in paths[2:]]
-        assert beyond["by_draw"] == of_draws and beyond["trained"] == optimum["value"]
-        assert claim["n"]["images"] == N and claim["n"]["pairs"] == 3 and claim["n"]["patches"] > 6 * N
+        assert (optimum["value"], optimum["ci95"]) == (
+            contrast.estimate[0],
+            interval(*contrast.estimate),
+        )
+        assert optimum["over_pairs"]["units"] == 3
+        assert optimum["tokens"] == "random"
+        of_draws = [
+            patch_contrasts(ProbeRun(path), "random")[name].estimate[0] for path in paths[2:]
+        ]
+        assert beyond["by_draw"] == of_draws
+        assert beyond["trained"] == optimum["value"]
+        assert claim["n"]["images"] == N
+        assert claim["n"]["pairs"] == 3
+        assert claim["n"]["patches"] > 6 * N
 
 
 def test_one_class_of_a_pair_is_untested_and_says_what_to_block(write, draws):
-    paths = [write("sgd", ANCHORS, 1, classes=["sky"]), write("solved", ANCHORS, 2, solved=True, classes=["sky"])]
+    paths = [
+        write("sgd", ANCHORS, 1, classes=["sky"]),
+        write("solved", ANCHORS, 2, solved=True, classes=["sky"]),
+    ]
     claim = claims_of([*paths, *draws(NONE, NONE)])["knockout_correct"]
     paper, optimum, beyond = claim["verdicts"].values()
-    assert paper["verdict"] == "holds" and optimum["verdict"] == beyond["verdict"] == "untested"
-    assert claim["supported"] is None and claim["conclusion"] == "untested"
-    assert f"`probes knockout --probes {paths[1]} --classes` with both classes of a pair" in claim["reason"]
+    assert paper["verdict"] == "holds"
+    assert optimum["verdict"] == beyond["verdict"] == "untested"
+    assert claim["supported"] is None
+    assert claim["conclusion"] == "untested"
+    assert (
+        f"`probes knockout --probes {paths[1]} --classes` with both classes of a pair"
+        in claim["reason"]
+    )
 
 
 def test_random_probes_that_have_not_converged_are_no_control(write, draws):
@@ -108,8 +147,10 @@ def test_random_probes_that_have_not_converged_are_no_control(write, draws):
     for claim in claims_of(runs).values():
         if claim["claim"] != "adapter_drop":
             beyond = claim["verdicts"]["beyond_random"]
-            assert beyond["verdict"] == claim["conclusion"] == "untested" and claim["supported"] is None
-            assert f"probes of {runs[1]} have not converged" in beyond["reason"] and beyond["value"] is not None
+            assert beyond["verdict"] == claim["conclusion"] == "untested"
+            assert claim["supported"] is None
+            assert f"probes of {runs[1]} have not converged" in beyond["reason"]
+            assert beyond["value"] is not None
 
 
 def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path, capsys):
@@ -120,18 +161,30 @@ def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path,
     of_data = {"adapter_drop": "absent", "recovery": "absent", "depth": "planted"}
     (tmp_path / "data/truth.json").write_text(json.dumps(of_data))
     manifest = Path(runs[0]) / "manifest.json"
-    of_model = {"truth": {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}}
+    of_model = {
+        "truth": {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}
+    }
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"mllm_training": of_model}))
     main(["report", *runs, "--out", str(tmp_path / "out")])
     claims = json.loads((tmp_path / "out/results.json").read_text())["claims"]
     found = {claim["claim"]: claim["truth"] for claim in claims if "truth" in claim}
     assert found == {"adapter_drop": "absent", "recovery": "planted"}
-    rows = truth_rows([{"study": SimpleNamespace(title="the model"), "results": {"claims": claims}}] * 2)
-    assert [row["claim"] for row in rows] == ["adapter drop", "recovery"] * 2 and rows[1]["truth"] == "planted"
+    rows = truth_rows(
+        [{"study": SimpleNamespace(title="the model"), "results": {"claims": claims}}] * 2
+    )
+    assert [row["claim"] for row in rows] == ["adapter drop", "recovery"] * 2
+    assert rows[1]["truth"] == "planted"
     conclusion = next(claim["conclusion"] for claim in claims if claim["claim"] == "recovery")
-    assert rows[1]["found"] == conclusion and rows[1]["model"] == "the model"
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recovery "))
-    assert [cell.strip() for cell in line.split("  ") if cell][-3:] == ["planted", conclusion, f"({N} images)"]
+    assert rows[1]["found"] == conclusion
+    assert rows[1]["model"] == "the model"
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("recovery ")
+    )
+    assert [cell.strip() for cell in line.split("  ") if cell][-3:] == [
+        "planted",
+        conclusion,
+        f"({N} images)",
+    ]
     assert f"planted & {conclusion}" in (tmp_path / "out/tables.tex").read_text()
     assert 'data-column="truth">planted' in (tmp_path / "out/index.html").read_text()
     with (tmp_path / "out/claims.csv").open() as file:

@@ -38,12 +38,19 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
     """Trained runs and solved ones, trained and untrained; the drop-off vanishes at the strongest row."""
     folder = tmp_path_factory.mktemp("paths")
     curves = [[0.4, *CURVE[1:]], CURVE, CURVE]
-    unconverged = lambda row, site: (row, site) != ("weaker", "encoder")
+
+    def unconverged(row, site):
+        return (row, site) != ("weaker", "encoder")
+
     return {
         "sgd": str(write_run(folder / "sgd", CURVE, root=root)),
-        "sgd_untrained": str(write_run(folder / "sgd_untrained", FLAT, root=root, untrained=True, seed=3)),
+        "sgd_untrained": str(
+            write_run(folder / "sgd_untrained", FLAT, root=root, untrained=True, seed=3)
+        ),
         "solved": write_solved(folder / "solved", curves, root=root, converged=unconverged, seed=5),
-        "solved_untrained": write_solved(folder / "su", [FLAT] * 3, root=root, untrained=True, seed=6),
+        "solved_untrained": write_solved(
+            folder / "su", [FLAT] * 3, root=root, untrained=True, seed=6
+        ),
     }
 
 
@@ -51,7 +58,9 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
 def numpy_miou(right, predicted, labelled, weights=None) -> float:
     """mIoU of one site from counts [N, K]; `weights` are the multiplicities of the images."""
     weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
-    right, predicted, labelled = (weights @ np.asarray(x, dtype=float) for x in (right, predicted, labelled))
+    right, predicted, labelled = (
+        weights @ np.asarray(x, dtype=float) for x in (right, predicted, labelled)
+    )
     union = predicted + labelled - right
     return np.mean(right[union > 0] / union[union > 0])
 
@@ -59,10 +68,13 @@ def numpy_miou(right, predicted, labelled, weights=None) -> float:
 def numpy_layers(sites, counts: Counts, fold) -> list[int]:
     """Index of the best layer on the other folds, per image."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
-    layers, chosen = [i for i, site in enumerate(sites) if site.startswith("layer_")], []
+    layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
+    chosen = []
     for image in range(len(labelled)):
         others = [other for other in range(len(labelled)) if fold[other] != fold[image]]
-        score = [numpy_miou(right[i][others], predicted[i][others], labelled[others]) for i in layers]
+        score = [
+            numpy_miou(right[i][others], predicted[i][others], labelled[others]) for i in layers
+        ]
         chosen.append(layers[int(np.argmax(score))])
     return chosen
 
@@ -71,10 +83,19 @@ def numpy_values(counts: Counts, sites, fold, weights=None) -> dict[str, float]:
     """Drop-off and recovery."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
     images = np.arange(len(labelled))
-    at = {"encoder": [sites.index("encoder")] * len(images), "adapter": [sites.index("adapter")] * len(images)}
+    at = {
+        "encoder": [sites.index("encoder")] * len(images),
+        "adapter": [sites.index("adapter")] * len(images),
+    }
     at["best"] = numpy_layers(sites, counts, fold)
-    miou = {k: numpy_miou(right[i, images], predicted[i, images], labelled, weights) for k, i in at.items()}
-    return {"adapter_drop": miou["encoder"] - miou["adapter"], "recovery": miou["best"] - miou["adapter"]}
+    miou = {
+        k: numpy_miou(right[i, images], predicted[i, images], labelled, weights)
+        for k, i in at.items()
+    }
+    return {
+        "adapter_drop": miou["encoder"] - miou["adapter"],
+        "recovery": miou["best"] - miou["adapter"],
+    }
 
 
 def close_layers(images=23, classes=4, seed=1) -> Counts:
@@ -88,7 +109,9 @@ SITES = ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
 # ------------------------------------------------------------------------------------------------ numbers
 def test_band_equals_a_loop_and_covers_all_values_together():
     torch.manual_seed(0)
-    resampled = (torch.randn(400, 1) + torch.randn(400, 5)) * torch.tensor([1.0, 2.0, 0.5, 3.0, 0.0]) + 1
+    resampled = (torch.randn(400, 1) + torch.randn(400, 5)) * torch.tensor(
+        [1.0, 2.0, 0.5, 3.0, 0.0]
+    ) + 1
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     low, high = simultaneous_band(values, resampled)
     x = resampled.double().numpy()
@@ -97,7 +120,8 @@ def test_band_equals_a_loop_and_covers_all_values_together():
     half = np.quantile(largest, 0.95) * np.array(sd)
     np.testing.assert_allclose(high - values, half, rtol=1e-6)
     np.testing.assert_allclose(values - low, half, rtol=1e-6)
-    assert half[4] == 0 and (half[:4] > 2.05 * np.array(sd[:4])).all()  # wider than one value's own interval
+    assert half[4] == 0
+    assert (half[:4] > 2.05 * np.array(sd[:4])).all()  # wider than one value's own interval
     inside = (np.abs(x - x.mean(0)) <= half + 1e-12).all(1).mean()
     assert 0.945 <= inside <= 0.955
 
@@ -106,14 +130,19 @@ def test_band_leaves_out_resamplings_without_a_value():
     resampled = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
     with_nan = torch.cat([resampled, torch.tensor([[0.0, float("nan"), 50.0]])])
     expected, got = (simultaneous_band(torch.zeros(3), x) for x in (resampled, with_nan))
-    assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
+    assert torch.equal(expected[0], got[0])
+    assert torch.equal(expected[1], got[1])
 
 
 def test_folds_keep_groups_together_and_are_even():
     assert torch.bincount(image_folds(25)).tolist() == [3] * 5 + [2] * 5
     groups = torch.tensor([7, 7, 3, 9, 3, 9, 9])
     assert image_folds(7, groups).tolist() == [1, 1, 0, 2, 0, 2, 2]
-    assert image_folds(3, torch.tensor([4, 4, 4])).tolist() == [0, 1, 2]  # one group: as without groups
+    assert image_folds(3, torch.tensor([4, 4, 4])).tolist() == [
+        0,
+        1,
+        2,
+    ]  # one group: as without groups
 
 
 @pytest.mark.parametrize("groups", [None, torch.arange(23) % 4])
@@ -129,13 +158,20 @@ def test_cross_validation_of_pure_noise_finds_no_recovery():
     gains = {"plain": [], "cross-validated": []}
     for seed in range(20):
         counts = random_counts([0.5] * 12, 20, 4, seed)
-        sites, images = ["adapter", *(f"layer_{i:02d}" for i in range(1, 12))], torch.arange(20)
-        miou = [numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled) for i in range(12)]
+        sites = ["adapter", *(f"layer_{i:02d}" for i in range(1, 12))]
+        images = torch.arange(20)
+        miou = [
+            numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled)
+            for i in range(12)
+        ]
         best = cross_validated_layers(sites, counts)
-        picked = numpy_miou(counts.intersection[best, images], counts.predicted[best, images], counts.labelled)
+        picked = numpy_miou(
+            counts.intersection[best, images], counts.predicted[best, images], counts.labelled
+        )
         gains["plain"].append(max(miou[1:]) - miou[0])
         gains["cross-validated"].append(picked - np.mean(miou[1:]))
-    assert np.mean(gains["plain"]) > 0.005 and abs(np.mean(gains["cross-validated"])) < 0.003
+    assert np.mean(gains["plain"]) > 0.005
+    assert abs(np.mean(gains["cross-validated"])) < 0.003
 
 
 def test_without_layers_or_with_one_image():
@@ -146,22 +182,30 @@ def test_without_layers_or_with_one_image():
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
-    run, control = study.solved["causal"], study.solved_untrained["causal"]
+    run = study.solved["causal"]
+    control = study.solved_untrained["causal"]
     run.weights = control.weights = run.weights[:60]
     rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
-    fold, path, untrained = np.arange(40) % 10, run.path_counts(), control.path_counts()
+    fold = np.arange(40) % 10
+    path = run.path_counts()
+    untrained = control.path_counts()
     for i, name in enumerate(ROWS):
         values, others = (numpy_values(p[i], run.sites, fold) for p in (path, untrained))
         values["recovery_trained"] = values["recovery"] - others["recovery"]
         assert {effect: rows[effect, name]["value"] for effect in values} == pytest.approx(values)
     assert len(rows) == 3 * 3
-    drop = [[numpy_values(x, run.sites, fold, w)["adapter_drop"] for w in run.weights.numpy()] for x in path]
+    drop = [
+        [numpy_values(x, run.sites, fold, w)["adapter_drop"] for w in run.weights.numpy()]
+        for x in path
+    ]
     drop = np.array(drop)
     sd = drop.std(1, ddof=1, keepdims=True)
     quantile = np.quantile((np.abs(drop - drop.mean(1, keepdims=True)) / sd).max(0), 0.95)
     for name, s in zip(ROWS, sd[:, 0], strict=True):
         row = rows["adapter_drop", name]
-        assert [row["high"] - row["value"], row["value"] - row["low"]] == pytest.approx([quantile * s] * 2, rel=1e-5)
+        assert [row["high"] - row["value"], row["value"] - row["low"]] == pytest.approx(
+            [quantile * s] * 2, rel=1e-5
+        )
 
 
 def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, float]) -> ProbeRun:
@@ -169,7 +213,9 @@ def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, floa
     metrics = json.loads((path / "metrics.json").read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         own = strengths.get(entry["site"], strengths["others"])
-        entry |= dict.fromkeys(("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(own))
+        entry |= dict.fromkeys(
+            ("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(own)
+        )
         entry |= {"strengths": own, "certificates": [{"converged": True}] * len(own)}
         entry |= dict.fromkeys(("chosen", "lowest"), chosen.get(entry["site"], chosen["others"]))
     (path / "metrics.json").write_text(json.dumps(metrics))
@@ -179,37 +225,61 @@ def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, floa
 def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     """Of listed strengths all are solved; a site whose choice is at an end keeps it where it has no neighbour."""
     path = Path(write_solved(tmp_path / "run", [CURVE] * 3, root=root))
-    run = choose(path, {"encoder": [3.0, 0.3, 0.03], "others": [1.0, 0.1, 0.01]}, {"encoder": 0.3, "others": 0.01})
+    run = choose(
+        path,
+        {"encoder": [3.0, 0.3, 0.03], "others": [1.0, 0.1, 0.01]},
+        {"encoder": 0.3, "others": 0.01},
+    )
     rows = {name: row.tolist() for name, row in neighbours(run).items()}
-    assert rows == {"stronger": [0, 1, 1, 1, 1, 1], "chosen": [1, 2, 2, 2, 2, 2], "weaker": [2, 2, 2, 2, 2, 2]}
+    assert rows == {
+        "stronger": [0, 1, 1, 1, 1, 1],
+        "chosen": [1, 2, 2, 2, 2, 2],
+        "weaker": [2, 2, 2, 2, 2, 2],
+    }
     assert sites_at_edge(run) == run.sites[1:]
     rows = path_rows(*read_studies([str(path)]))
     values = {row["row"]: row["value"] for row in rows if row["effect"] == "adapter_drop"}
-    score = lambda r, site: numpy_miou(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
+
+    def score(r, site):
+        return numpy_miou(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
+
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
     assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
     run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
     assert list(neighbours(run)) == ["chosen", "weaker"], "no site has a stronger one"
     solved = ProbeRun(paths["solved"])
-    assert solved.solved_strengths == [[1, 2, 3]] * 6 and sites_at_edge(solved) == []
+    assert solved.solved_strengths == [[1, 2, 3]] * 6
+    assert sites_at_edge(solved) == []
 
 
 def converged_rows(paths) -> dict[tuple[str, str], bool]:
-    return {(row["effect"], row["row"]): row["converged"] for row in path_rows(*read_studies(paths))}
+    return {
+        (row["effect"], row["row"]): row["converged"] for row in path_rows(*read_studies(paths))
+    }
 
 
 def test_rows_count_if_the_sites_that_they_read_have_converged(paths, root, tmp_path):
     """The encoder has not converged at the weaker strength; the best layer is layer 3."""
     found = converged_rows([paths["solved"]])
-    assert [effect for effect, converged in found.items() if not converged] == [("adapter_drop", "weaker")]
+    assert [effect for effect, converged in found.items() if not converged] == [
+        ("adapter_drop", "weaker")
+    ]
     for site, missing in (("layer_01", 0), ("layer_03", 3)):
-        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=lambda row, name: name != site)  # noqa: B023
+
+        def converged(row, name, unconverged=site):
+            return name != unconverged
+
+        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=converged)
         assert list(converged_rows([path]).values()).count(False) == missing
 
 
 def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
-    converged = lambda row, site: (row, site) != ("weaker", "adapter")
-    control = write_solved(tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged)
+    def converged(row, site):
+        return (row, site) != ("weaker", "adapter")
+
+    control = write_solved(
+        tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged
+    )
     found = converged_rows([paths["solved"], control])
     missing = [key for key, converged in found.items() if not converged]
     assert missing == [("adapter_drop", "weaker"), ("recovery_trained", "weaker")]
@@ -218,7 +288,8 @@ def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
 def test_a_choice_at_an_end_of_the_path_is_said():
     assert edge_notes({"causal": [], "bidirectional": []}) == []
     (note,) = edge_notes({"causal": ["encoder", "layer_02"], "bidirectional": []})
-    assert "causal" in note and "lowest at an end of the path at encoder, layer_02" in note
+    assert "causal" in note
+    assert "lowest at an end of the path at encoder, layer_02" in note
 
 
 # ------------------------------------------------------------------------------------------------ studies
@@ -238,7 +309,8 @@ def test_the_order_of_the_runs_does_not_matter(paths):
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
-    assert study.untrained == study.solved_untrained and study.control("causal") is None
+    assert study.untrained == study.solved_untrained
+    assert study.control("causal") is None
     assert "recovery_trained" not in {claim["claim"] for claim in evaluate_claims(study)}
     (study,) = read_studies([paths["solved"], paths["sgd_untrained"]])
     assert study.control("causal") is None
@@ -246,7 +318,8 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     assert str(study.control("causal").path) == paths["solved_untrained"]
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
     (study,) = read_studies([other, paths["sgd"]])
-    assert list(study.trained) == ["causal"] and study.pair() is None
+    assert list(study.trained) == ["causal"]
+    assert study.pair() is None
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
 
@@ -258,30 +331,45 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     main(["report", paths["solved"], paths["solved_untrained"], "--out", str(tmp_path)])
-    results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    html = (tmp_path / "index.html").read_text()
     text = capsys.readouterr().out
-    assert "As the paper measures it: untested, the number is that of solved probes: run `probes fit" in text
+    assert (
+        "As the paper measures it: untested, the number is that of solved probes: run `probes fit"
+        in text
+    )
     assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"untested"}
     assert {claim["conclusion"] for claim in results["claims"]} == {"untested", "does not hold"}
-    assert "solved instead of\ntrained" in html and "AdamW" not in html
+    assert "solved instead of\ntrained" in html
+    assert "AdamW" not in html
     assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
 
 
 def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
     assert "run `probes fit" not in capsys.readouterr().out
-    results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    html = (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
-    assert "Solved probes: one linear head" in html and all(path in html for path in paths.values())
+    assert "Solved probes: one linear head" in html
+    assert all(path in html for path in paths.values())
 
 
 def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
-    path = write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.6, 0.6, 0.6], root=root, seed=2, groups=torch.arange(40) % 7)
+    path = write_run(
+        tmp_path / "run",
+        [0.6, 0.5, 0.6, 0.6, 0.6, 0.6],
+        root=root,
+        seed=2,
+        groups=torch.arange(40) % 7,
+    )
     run, (study,) = ProbeRun(path), read_studies([str(path)])
     claim = next(claim for claim in evaluate_claims(study) if claim["claim"] == "recovery")
     expected = numpy_values(run.counts, run.sites, np.arange(40) % 7)["recovery"]
     assert claim["value"] == pytest.approx(expected)
-    assert claim["value"] < run.metrics["summary"]["recovery"] - 1e-6  # the paper's plain maximum stays in the tables
+    assert (
+        claim["value"] < run.metrics["summary"]["recovery"] - 1e-6
+    )  # the paper's plain maximum stays in the tables
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
@@ -292,15 +380,29 @@ def damage(name, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage("optimum/intersection", lambda x: x[:1]), r"optimum/intersection is torch.int32 \[1, 6, 40, 3\]"),
-        (damage("optimum/predicted", lambda x: -x), "optimum/predicted is .*expected non-negative integers"),
-        (damage("optimum/cross_entropy", lambda x: x / 0), "cross_entropy is .*expected non-negative finite numbers"),
-        (lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"}, "has no optimum/predicted"),
+        (
+            damage("optimum/intersection", lambda x: x[:1]),
+            r"optimum/intersection is torch.int32 \[1, 6, 40, 3\]",
+        ),
+        (
+            damage("optimum/predicted", lambda x: -x),
+            "optimum/predicted is .*expected non-negative integers",
+        ),
+        (
+            damage("optimum/cross_entropy", lambda x: x / 0),
+            "cross_entropy is .*expected non-negative finite numbers",
+        ),
+        (
+            lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"},
+            "has no optimum/predicted",
+        ),
     ],
 )
 def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
     shutil.copytree(paths["solved"], tmp_path / "run")
-    save_file(change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors")
+    save_file(
+        change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors"
+    )
     with pytest.raises(ValueError, match=f"path.safetensors.*{message}"):
         ProbeRun(tmp_path / "run").path_counts()
     assert len(ProbeRun(paths["solved"]).path_counts()) == 3
@@ -309,17 +411,38 @@ def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path | {"optimum": {"strengths": [1], "sites": [{"site": "encoder", "chosen": 1}]}}, "strengths"),
-        (lambda path: {k: x for k, x in path.items() if k != "optimum"}, "path does not have the sites of the run"),
-        (lambda path: path["optimum"]["sites"][1]["strengths"].reverse() or path, "'adapter' are not in order"),
-        (lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path, "not solved at the chosen strength 1.0"),
-        (lambda path: path["optimum"]["sites"][1]["miou"].__setitem__(0, 0.5) or path, r"numbers of .*\[3, 4\]"),
+        (
+            lambda path: (
+                path | {"optimum": {"strengths": [1], "sites": [{"site": "encoder", "chosen": 1}]}}
+            ),
+            "strengths",
+        ),
+        (
+            lambda path: {k: x for k, x in path.items() if k != "optimum"},
+            "path does not have the sites of the run",
+        ),
+        (
+            lambda path: path["optimum"]["sites"][1]["strengths"].reverse() or path,
+            "'adapter' are not in order",
+        ),
+        (
+            lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path,
+            "not solved at the chosen strength 1.0",
+        ),
+        (
+            lambda path: path["optimum"]["sites"][1]["miou"].__setitem__(0, 0.5) or path,
+            r"numbers of .*\[3, 4\]",
+        ),
     ],
 )
-def test_a_path_of_an_earlier_version_or_with_other_lists_is_named(paths, tmp_path, change, message):
+def test_a_path_of_an_earlier_version_or_with_other_lists_is_named(
+    paths, tmp_path, change, message
+):
     shutil.copytree(paths["solved"], tmp_path / "run")
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    (tmp_path / "run/metrics.json").write_text(json.dumps(metrics | {"path": change(metrics["path"])}))
+    (tmp_path / "run/metrics.json").write_text(
+        json.dumps(metrics | {"path": change(metrics["path"])})
+    )
     with pytest.raises(ValueError, match=f"metrics.json.*{message}.*; make the run again"):
         ProbeRun(tmp_path / "run")
 
@@ -329,7 +452,9 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
     (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
         path_rows(*read_studies([str(tmp_path / "run")]))
-    with pytest.raises(ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"):
+    with pytest.raises(
+        ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"
+    ):
         ProbeRun(paths["sgd"]).path_counts()
 
 
@@ -341,10 +466,12 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
         for i, mask in enumerate(("causal", "bidirectional"))
     ]
     (study,) = read_studies([sgd, *solved])
-    assert study.trained == study.solved and list(study.trained) == ["causal", "bidirectional"]
+    assert study.trained == study.solved
+    assert list(study.trained) == ["causal", "bidirectional"]
     assert f"{sgd} is left out" in caplog.text
     (study,) = read_studies([sgd, solved[1]])
-    assert list(study.trained) == ["causal"] and f"{solved[1]} is left out" in caplog.text
+    assert list(study.trained) == ["causal"]
+    assert f"{solved[1]} is left out" in caplog.text
 
 
 def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
@@ -359,7 +486,10 @@ def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
     titles = [ax.get_title() for ax in figures["masks"].data.figure.axes]
     assert titles == ["one\ntoy world, trained probes", "two\ntoy world, solved probes"]
     for figure in figures.values():
-        assert {(row["model"], row["probes"]) for row in figure.data.rows} == {("one", "trained"), ("two", "solved")}
+        assert {(row["model"], row["probes"]) for row in figure.data.rows} == {
+            ("one", "trained"),
+            ("two", "solved"),
+        }
         assert "heights cannot be compared" in figure.caption
     (alone, *_) = overview_figures(read_studies(runs[::2]))
     assert [text.get_text() for text in alone.data.figure.legends[0].get_texts()] == ["one"]
@@ -368,11 +498,19 @@ def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
 def test_overviews_compare_solved_probes_if_all_models_have_them(root, tmp_path):
     runs = []
     for name, mask in (("one", "bidirectional"), ("two", "bidirectional"), ("two", "causal")):
-        runs.append(f"{name}={write_run(tmp_path / f'sgd_{name}_{mask}', CURVE, root=root, mask=mask)}")
-        runs.append(f"{name}={write_solved(tmp_path / f'{name}_{mask}', [CURVE] * 3, root=root, mask=mask)}")
+        runs.append(
+            f"{name}={write_run(tmp_path / f'sgd_{name}_{mask}', CURVE, root=root, mask=mask)}"
+        )
+        runs.append(
+            f"{name}={write_solved(tmp_path / f'{name}_{mask}', [CURVE] * 3, root=root, mask=mask)}"
+        )
     figures = {x.name: x for x in overview_figures(read_studies(runs))}
     assert next(iter(figures)) == "models_bidirectional", "the mask of most models is first"
     for figure in figures.values():
-        assert {row["probes"] for row in figure.data.rows} == {"solved"} and "heights" not in figure.caption
-    labels = [text.get_text() for text in figures["models_bidirectional"].data.figure.legends[0].get_texts()]
+        assert {row["probes"] for row in figure.data.rows} == {"solved"}
+        assert "heights" not in figure.caption
+    labels = [
+        text.get_text()
+        for text in figures["models_bidirectional"].data.figure.legends[0].get_texts()
+    ]
     assert labels == ["one", "two"]

@@ -24,7 +24,8 @@ MASKS = ("causal", "bidirectional")
 @pytest.fixture(scope="module")
 def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
     """Trained and untrained runs under both masks, and maps of one of them."""
-    root, paths = tmp_path_factory.mktemp("study"), []
+    root = tmp_path_factory.mktemp("study")
+    paths = []
     for mask in MASKS:
         for kind, more in (("probes", []), ("untrained", ["--model.untrained", "[adapter, llm]"])):
             out = root / mask / kind
@@ -37,22 +38,30 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    out, log = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("log") / "timings"
+    out = tmp_path_factory.mktemp("report")
+    log = tmp_path_factory.mktemp("log") / "timings"
     log.write_text("100 110 a\n105 120 b\n130 131 c\n")
     main(["report", *runs, "--out", str(out), "--timings", str(log)])
     return out
 
 
 def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
-    targets = [np.asarray(Image.open(p)) for p in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    targets = [
+        np.asarray(Image.open(p))
+        for p in sorted((segmentation / "annotations/validation").glob("*.png"))
+    ]
 
     def miou(run, site):
-        predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions" / site).glob("*.png"))]
+        predictions = [
+            np.asarray(Image.open(p))
+            for p in sorted((run.path / "predictions" / site).glob("*.png"))
+        ]
         return reference.scores(predictions, targets, 3)[0]
 
     claims = {(c["claim"], c["image_attention"]): c for c in evaluate_claims(*read_studies(runs))}
     for i, mask in enumerate(MASKS):
-        trained, control = ProbeRun(runs[2 * i]), ProbeRun(runs[2 * i + 1])
+        trained = ProbeRun(runs[2 * i])
+        control = ProbeRun(runs[2 * i + 1])
         drop = miou(trained, "encoder") - miou(trained, "adapter")
         gains = [
             max(miou(run, f"layer_{layer:02d}") for layer in (1, 2, 3)) - miou(run, "adapter")
@@ -67,20 +76,30 @@ def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
 def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
     site = "layer_02"
     result = starvation(ProbeRun(runs[0]), ProbeRun(runs[2]), site)
-    targets = [np.asarray(Image.open(p)) for p in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    targets = [
+        np.asarray(Image.open(p))
+        for p in sorted((segmentation / "annotations/validation").glob("*.png"))
+    ]
     for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
         saved = sorted((ProbeRun(path).path / "predictions" / site).glob("*.png"))
         right = np.zeros(4)
         valid = np.zeros(4)
-        for target, prediction in zip(targets, (np.asarray(Image.open(p)) for p in saved), strict=True):
+        for target, prediction in zip(
+            targets, (np.asarray(Image.open(p)) for p in saved), strict=True
+        ):
             for t, (rows, columns) in enumerate((r, c) for r in range(2) for c in range(2)):
                 cell = np.s_[rows * 12 : rows * 12 + 12, columns * 10 : columns * 10 + 10]
                 right[t] += ((prediction[cell] == target[cell]) & (target[cell] != 255)).sum()
                 valid[t] += (target[cell] != 255).sum()
         np.testing.assert_allclose(result[mask], right / valid)
         assert result["first_row"][mask] == pytest.approx(right[:2].sum() / valid[:2].sum())
-    assert result["gap"] == pytest.approx(np.subtract(result["bidirectional"], result["causal"]).tolist())
-    assert all(low <= gap <= high for gap, (low, high) in zip(result["gap"], result["gap_ci95"], strict=True))
+    assert result["gap"] == pytest.approx(
+        np.subtract(result["bidirectional"], result["causal"]).tolist()
+    )
+    assert all(
+        low <= gap <= high
+        for gap, (low, high) in zip(result["gap"], result["gap_ci95"], strict=True)
+    )
 
 
 def test_holds_follows_from_the_interval_alone(runs):
@@ -91,14 +110,19 @@ def test_holds_follows_from_the_interval_alone(runs):
 
 def test_results_follow_the_contract(page, runs):
     results = json.loads((page / "results.json").read_text())
-    assert results["seed"] == 0 and results["wall_s"] == 21.0
+    assert results["seed"] == 0
+    assert results["wall_s"] == 21.0
     assert list(results["masks"]) == list(MASKS)
     for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
         entry = results["masks"][mask]
-        assert entry["probing"] == ProbeRun(path).metrics and entry["answer_accuracy"] == 0.5
+        assert entry["probing"] == ProbeRun(path).metrics
+        assert entry["answer_accuracy"] == 0.5
         assert results["controls"]["untrained"][mask]["probing"]["untrained"] == ["adapter", "llm"]
     assert len(results["starvation"]["causal"]) == 4
-    assert all({"claim", "image_attention", "value", "ci95", "holds"} <= set(claim) for claim in results["claims"])
+    assert all(
+        {"claim", "image_attention", "value", "ci95", "holds"} <= set(claim)
+        for claim in results["claims"]
+    )
 
 
 def test_page_is_self_contained_and_every_figure_has_a_caption(page):
@@ -107,16 +131,25 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     tested = [claim["supported"] for claim in claims if claim["conclusion"] != "untested"]
     assert f"{sum(tested)} of {len(tested)} tested claims are supported" in html
     assert "hidden" not in re.sub(r"overflow: hidden|[Hh]idden.states?", "", html)
-    assert not re.search(r"src=\"(?!data:)", html) and "http" not in html
+    assert not re.search(r"src=\"(?!data:)", html)
+    assert "http" not in html
     linked = re.findall(r"href=\"(?!#)(.*?)\" download", html)
-    assert len(linked) >= 10 and all((page / name).is_file() for name in linked), "downloads lie beside the page"
-    assert len(re.findall(r"href=\"", html)) == len(linked) + len(anchors := re.findall(r"href=\"#(.*?)\"", html))
+    assert len(linked) >= 10 and all((page / name).is_file() for name in linked), (
+        "downloads lie beside the page"
+    )
+    assert len(re.findall(r"href=\"", html)) == len(linked) + len(
+        anchors := re.findall(r"href=\"#(.*?)\"", html)
+    )
     ids = re.findall(r" id=\"(.*?)\"", html)
-    assert {*anchors} <= {*ids} and len(ids) == len({*ids})
+    assert {*anchors} <= {*ids}
+    assert len(ids) == len({*ids})
     assert html.count("<figure") == html.count("<figcaption>") == html.count("<img") >= 4
-    assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
+    assert all(
+        len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S)
+    )
     for name in ("layers", "starvation", "maps_causal"):
-        assert (page / f"{name}.png").stat().st_size > 1000 and (page / f"{name}.pdf").is_file()
+        assert (page / f"{name}.png").stat().st_size > 1000
+        assert (page / f"{name}.pdf").is_file()
 
 
 @pytest.mark.slow
@@ -124,13 +157,18 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
 def test_the_page_is_folded_fits_its_screen_and_prints_everything(chromium, page, width):
     tab = chromium.new_page(viewport={"width": width, "height": 900})
     tab.goto((page / "index.html").as_uri())
-    folded = lambda: tab.locator("details:not([open])").count()
+
+    def folded():
+        return tab.locator("details:not([open])").count()
+
     parts = folded()
-    assert parts > 5 and tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert parts > 5
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator(".conclusions").bounding_box()["y"] < 500, "on the first screen"
     assert width < 1280 or tab.locator("img").first.bounding_box()["y"] < 400
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert not folded() and tab.locator("img >> visible=true").count() == tab.locator("img").count()
+    assert not folded()
+    assert tab.locator("img >> visible=true").count() == tab.locator("img").count()
     tab.evaluate("dispatchEvent(new Event('afterprint'))")
     assert folded() == parts
     tab.close()
@@ -139,10 +177,17 @@ def test_the_page_is_folded_fits_its_screen_and_prints_everything(chromium, page
 def test_numbers_are_in_csv_as_fractions(page, runs):
     rows = list(csv.DictReader((page / "layers.csv").open()))
     entry = ProbeRun(runs[0]).metrics["sites"][1]
-    (row,) = [r for r in rows if (r["image_attention"], r["untrained"], r["site"]) == ("causal", "False", "adapter")]
-    assert float(row["miou"]) == pytest.approx(entry["miou"]) and float(row["pacc"]) == pytest.approx(entry["pacc"])
+    (row,) = [
+        r
+        for r in rows
+        if (r["image_attention"], r["untrained"], r["site"]) == ("causal", "False", "adapter")
+    ]
+    assert float(row["miou"]) == pytest.approx(entry["miou"])
+    assert float(row["pacc"]) == pytest.approx(entry["pacc"])
     table = list(csv.DictReader((page / "table2.csv").open()))
-    assert [r for r in table if r["model"].startswith("paper, siglip")][1]["recovery"] == "0.08869999999999999"
+    assert [r for r in table if r["model"].startswith("paper, siglip")][1][
+        "recovery"
+    ] == "0.08869999999999999"
 
 
 def test_figures_have_fonts_that_journals_accept(page):
@@ -152,7 +197,8 @@ def test_figures_have_fonts_that_journals_accept(page):
 
 def test_latex_tables_have_the_scores_in_percent_with_intervals(page, runs):
     scores, claims = (page / "tables.tex").read_text().split(r"\end{tabular}")[:2]
-    assert scores.count(r"\toprule") == 1 and "site & causal & bidirectional & causal, untrained &" in scores
+    assert scores.count(r"\toprule") == 1
+    assert "site & causal & bidirectional & causal, untrained &" in scores
     entry = ProbeRun(runs[0]).metrics["sites"][2]
     miou, low, high = (f"{100 * x:.1f}" for x in (entry["miou"], *entry["miou_ci95"]))
     assert f"\nlayer\\_01 & {miou} {{[}}{low}, {high}] & " in scores
@@ -165,7 +211,8 @@ def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
     main(["report", runs[0], "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert {claim["claim"] for claim in results["claims"]} == {"adapter_drop", "recovery"}
-    assert results["starvation"] is None and (tmp_path / "index.html").is_file()
+    assert results["starvation"] is None
+    assert (tmp_path / "index.html").is_file()
 
 
 @pytest.mark.parametrize("text", [None, "a b c", "1"])

@@ -25,7 +25,8 @@ def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
     narrow = [(value, [value - 0.001, value + 0.001]) for value in values]
     value, ci95 = mean_over_seeds(narrow, shared_images=False)
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
-    assert value == pytest.approx(np.mean(values)) and ci95 == pytest.approx([low, high])
+    assert value == pytest.approx(np.mean(values))
+    assert ci95 == pytest.approx([low, high])
     same = [(0.2, [0.1, 0.3])] * 4
     assert mean_over_seeds(same, shared_images=True)[1] == pytest.approx([0.1, 0.3])
     assert mean_over_seeds(same, shared_images=False)[1] == pytest.approx([0.15, 0.25])
@@ -38,13 +39,19 @@ def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
 def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     """Hierarchical data: seeds differ by `spread`, images by 0.5; five seeds of 50 images."""
-    generator, covered = torch.Generator().manual_seed(0), 0
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
     for _ in range(STUDIES):
         images = 0.5 * (draw(1, 50) if shared_images else draw(5, 50))
         data = spread * draw(5, 1) + images + 0.1 * draw(5, 50)
         halves = 1.96 * data.std(1) / 50**0.5
-        estimates = [(m, [m - h, m + h]) for m, h in zip(data.mean(1).tolist(), halves.tolist(), strict=True)]
+        estimates = [
+            (m, [m - h, m + h]) for m, h in zip(data.mean(1).tolist(), halves.tolist(), strict=True)
+        ]
         low, high = mean_over_seeds(estimates, shared_images)[1]
         covered += low <= 0 <= high
     assert covered >= 0.93 * STUDIES
@@ -52,14 +59,26 @@ def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
 
 @pytest.mark.parametrize(("seeds", "spread"), [(3, 0.3), (5, 0.1)])
 @pytest.mark.parametrize("shared_images", [True, False])
-def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds, spread, shared_images):
+def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
+    seeds, spread, shared_images
+):
     """Each seed has two random draws of its own, which differ by `spread`; images differ by 0.5."""
-    generator, covered, lengths = torch.Generator().manual_seed(0), 0, []
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    lengths = []
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
     weights = bootstrap_weights(50, 400)
-    effect = lambda x: (x.mean().item(), weights @ x / weights.sum(1))
+
+    def effect(x):
+        return (x.mean().item(), weights @ x / weights.sum(1))
+
     for _ in range(STUDIES):
-        images = [0.5 * draw(50)] * seeds if shared_images else [0.5 * draw(50) for _ in range(seeds)]
+        images = (
+            [0.5 * draw(50)] * seeds if shared_images else [0.5 * draw(50) for _ in range(seeds)]
+        )
         columns = {}
         for seed, noise in enumerate(images):
             trained = effect(0.03 * draw(1) + noise + 0.1 * draw(50))
@@ -67,57 +86,90 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds
             columns[seed] = judge_draws(1, compare_to_draws(trained, draws))
         low, high = join_column(1, columns, shared_images)["ci95"]
         covered += low <= 0 <= high
-        lengths.append((high - low) / np.mean([b - a for a, b in (entry["ci95"] for entry in columns.values())]))
+        lengths.append(
+            (high - low)
+            / np.mean([b - a for a, b in (entry["ci95"] for entry in columns.values())])
+        )
     assert covered >= 0.93 * STUDIES
     assert np.median(lengths) < 1, "several seeds say more than one of them"
 
 
 def write(folder, root, seed, mask="causal", quality=CURVE, **options):
-    images = {"seed": seed, "dataset": "toy world", "images": 40 + seed}  # each seed has images of its own
-    return str(probe_runs.write_run(folder, quality, root=root, mask=mask, metrics={"seed": seed}, **images | options))
+    images = {
+        "seed": seed,
+        "dataset": "toy world",
+        "images": 40 + seed,
+    }  # each seed has images of its own
+    return str(
+        probe_runs.write_run(
+            folder, quality, root=root, mask=mask, metrics={"seed": seed}, **images | options
+        )
+    )
 
 
 def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     runs = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]
-    controls = [write(tmp_path / f"control{seed}", root, seed, untrained=True) for seed in (0, 1, 2)]
-    assert [(study.seed, len(study.untrained)) for study in read_studies(runs + controls)] == [(0, 1), (1, 1), (2, 1)]
+    controls = [
+        write(tmp_path / f"control{seed}", root, seed, untrained=True) for seed in (0, 1, 2)
+    ]
+    assert [(study.seed, len(study.untrained)) for study in read_studies(runs + controls)] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]
     assert [study.seed for study in read_studies(runs[:1])] == [None], "one seed is not named"
     main(["report", *runs, *controls, "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out/results.json").read_text())
     (joint,) = results["joint"]
-    assert joint["seeds"] == [0, 1, 2] and len(results["studies"]) == 3
+    assert joint["seeds"] == [0, 1, 2]
+    assert len(results["studies"]) == 3
     for entry in joint["claims"]:
         own = [
-            next(claim for claim in study["claims"] if claim["claim"] == entry["claim"]) for study in results["studies"]
+            next(claim for claim in study["claims"] if claim["claim"] == entry["claim"])
+            for study in results["studies"]
         ]
         assert entry["value"] == pytest.approx(np.mean([claim["value"] for claim in own]))
-        assert list(entry["verdicts"]["paper"]["by_seed"].values()) == [claim["value"] for claim in own]
+        assert list(entry["verdicts"]["paper"]["by_seed"].values()) == [
+            claim["value"] for claim in own
+        ]
         judged = "does not hold" if entry["claim"] == "recovery_trained" else "holds"
-        assert entry["verdicts"]["paper"]["verdict"] == judged and entry["conclusion"] == "untested"
+        assert entry["verdicts"]["paper"]["verdict"] == judged
+        assert entry["conclusion"] == "untested"
         assert "seed 0: no solved probes: run `probes solve" in entry["reason"]
     assert "seeds 0, 1, 2 jointly" in capsys.readouterr().out
     page = (tmp_path / "out/index.html").read_text()
-    assert "seeds 0, 1, 2 jointly" in page and "0 of 0 tested claims are supported" in page
+    assert "seeds 0, 1, 2 jointly" in page
+    assert "0 of 0 tested claims are supported" in page
 
 
 @pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])
 def test_studies_of_one_folder_are_an_error(names, tmp_path):
     """One would be shown with the claims, figures and tables of the other."""
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    runs = [f"{name}={write(tmp_path / str(seed), root, seed, images=40)}" for seed, name in enumerate(names)]
+    runs = [
+        f"{name}={write(tmp_path / str(seed), root, seed, images=40)}"
+        for seed, name in enumerate(names)
+    ]
     with pytest.raises(SystemExit, match="would be written to the same folder, .*NAME=RUN"):
         main(["report", *runs, "--out", str(tmp_path / "out")])
 
 
 def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others():
-    paper = lambda value, below: (
-        {"value": value, "ci95": [value - 0.01, value + 0.01], "verdict": "holds"}
-        | {
+    def paper(value, below):
+        return {"value": value, "ci95": [value - 0.01, value + 0.01], "verdict": "holds"} | {
             "probes": "trained",
             "below_optimum": below and {"value": below, "ci95": [below - 0.01, below + 0.01]},
         }
+
+    joint = join_column(
+        1, {0: paper(0.1, 0.03), 1: paper(0.2, None), 2: paper(0.3, 0.05)}, shared_images=False
     )
-    joint = join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None), 2: paper(0.3, 0.05)}, shared_images=False)
-    assert joint["value"] == pytest.approx(0.2) and joint["below_optimum"]["value"] == pytest.approx(0.04)
-    assert join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None)}, shared_images=False)["below_optimum"] is None
+    assert joint["value"] == pytest.approx(0.2)
+    assert joint["below_optimum"]["value"] == pytest.approx(0.04)
+    assert (
+        join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None)}, shared_images=False)[
+            "below_optimum"
+        ]
+        is None
+    )

@@ -10,7 +10,14 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.figures.claims import claim_values
-from probes.report.verdicts import MARGIN, compare_to_draws, judge, judge_draws, p_value, path_column
+from probes.report.verdicts import (
+    MARGIN,
+    compare_to_draws,
+    judge,
+    judge_draws,
+    p_value,
+    path_column,
+)
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -20,19 +27,30 @@ STUDIES = 500
 
 def test_judge():
     intervals = ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1])
-    verdicts = lambda sign: [judge(sign, sum(x) / 2, x) for x in intervals]
+
+    def verdicts(sign):
+        return [judge(sign, sum(x) / 2, x) for x in intervals]
+
     assert verdicts(1) == ["holds", "does not hold", "reversed"]
     assert verdicts(-1) == ["reversed", "does not hold", "holds"]
     assert judge(1, 0.1, [0.0, 0.2]) == "does not hold", "zero is not on the claimed side"
-    small = lambda sign, value: judge(sign, value, [value - 0.001, value + 0.001], MARGIN)
+
+    def small(sign, value):
+        return judge(sign, value, [value - 0.001, value + 0.001], MARGIN)
+
     assert [small(sign, 0.0099) for sign in (1, -1)] == ["does not hold"] * 2
     assert [small(sign, 0.01) for sign in (1, -1)] == ["holds", "reversed"]
 
 
 def test_p_values_are_those_of_t_and_invert_the_interval():
-    se, df = 0.3, 4
-    assert p_value(1, 0.9, [(se, df)]) == pytest.approx(2 * scipy.stats.t.sf(0.9 / se, df), rel=1e-6)
-    assert p_value(-1, -0.9, [(se, math.inf)]) == pytest.approx(2 * scipy.stats.norm.sf(3), rel=1e-6)
+    se = 0.3
+    df = 4
+    assert p_value(1, 0.9, [(se, df)]) == pytest.approx(
+        2 * scipy.stats.t.sf(0.9 / se, df), rel=1e-6
+    )
+    assert p_value(-1, -0.9, [(se, math.inf)]) == pytest.approx(
+        2 * scipy.stats.norm.sf(3), rel=1e-6
+    )
     assert p_value(1, -0.9, [(se, df)]) == 1
     parts = [(0.2, math.inf), (0.3, 2)]
     half = math.hypot(0.2 * scipy.stats.norm.ppf(0.975), 0.3 * scipy.stats.t.ppf(0.975, 2))
@@ -41,38 +59,66 @@ def test_p_values_are_those_of_t_and_invert_the_interval():
 
 
 def row(name, low, high, converged=True):
-    return {"row": name, "value": (low + high) / 2, "low": low, "high": high, "converged": converged}
+    return {
+        "row": name,
+        "value": (low + high) / 2,
+        "low": low,
+        "high": high,
+        "converged": converged,
+    }
 
 
 def test_the_path_is_judged_where_the_claim_fares_worst():
     rows = [row("stronger", 0.04, 0.06), row("chosen", 0.015, 0.03), row("weaker", -0.01, 0.02)]
     entry = path_column(1, rows, "")
-    assert (entry["verdict"], entry["row"], entry["ci95"]) == ("does not hold", "weaker", [-0.01, 0.02])
-    assert path_column(1, rows[:2], "")["verdict"] == "holds" and path_column(1, rows[:2], "")["row"] == "chosen"
-    assert path_column(-1, rows[:2], "")["verdict"] == "reversed" and path_column(-1, rows[:2], "")["row"] == "chosen"
+    assert (entry["verdict"], entry["row"], entry["ci95"]) == (
+        "does not hold",
+        "weaker",
+        [-0.01, 0.02],
+    )
+    assert path_column(1, rows[:2], "")["verdict"] == "holds"
+    assert path_column(1, rows[:2], "")["row"] == "chosen"
+    assert path_column(-1, rows[:2], "")["verdict"] == "reversed"
+    assert path_column(-1, rows[:2], "")["row"] == "chosen"
     turned = path_column(1, [row("stronger", -0.04, -0.02), rows[1]], "")
-    assert turned["verdict"] == "does not hold" and turned["detectable"] > 0.01, "holds at one, reversed at the other"
+    assert turned["verdict"] == "does not hold" and turned["detectable"] > 0.01, (
+        "holds at one, reversed at the other"
+    )
     unsolved = [row("stronger", -0.04, -0.02, converged=False), rows[1]]
-    assert path_column(1, unsolved, "")["verdict"] == "holds", "a neighbour that has not converged says nothing"
+    assert path_column(1, unsolved, "")["verdict"] == "holds", (
+        "a neighbour that has not converged says nothing"
+    )
     counted = path_column(1, unsolved, "")
-    assert (counted["converged"], counted["strengths"]) == (1, 2), "but the column says how many strengths count"
-    without = path_column(1, [rows[0], row("chosen", 0.01, 0.03, converged=False)], "has not converged")
+    assert (counted["converged"], counted["strengths"]) == (1, 2), (
+        "but the column says how many strengths count"
+    )
+    without = path_column(
+        1, [rows[0], row("chosen", 0.01, 0.03, converged=False)], "has not converged"
+    )
     assert (without["verdict"], without["reason"]) == ("untested", "has not converged")
     below = [row("chosen", 0.004, 0.006), row("weaker", 0.02, 0.03)]
-    assert path_column(1, below, "")["verdict"] == "does not hold", "below the margin at one of them"
+    assert path_column(1, below, "")["verdict"] == "does not hold", (
+        "below the margin at one of them"
+    )
 
 
 def beyond_draws(trained, draws, others=()):
-    entry = judge_draws(1, compare_to_draws(trained, draws), [compare_to_draws(*other) for other in others])
+    entry = judge_draws(
+        1, compare_to_draws(trained, draws), [compare_to_draws(*other) for other in others]
+    )
     return entry["value"], entry["ci95"]
 
 
 def simulated(truth, spread, draws, images, generator):
     """A trained model's estimate and those of random draws: means over images whose difficulty they share."""
     shared = torch.randn(images, generator=generator)
-    weights = bootstrap_weights(images, 400, seed=int(torch.randint(1 << 30, (1,), generator=generator)))
+    weights = bootstrap_weights(
+        images, 400, seed=int(torch.randint(1 << 30, (1,), generator=generator))
+    )
     means = [truth, *(spread * torch.randn(draws, generator=generator)).tolist()]
-    samples = [mean + 0.5 * shared + 0.3 * torch.randn(images, generator=generator) for mean in means]
+    samples = [
+        mean + 0.5 * shared + 0.3 * torch.randn(images, generator=generator) for mean in means
+    ]
     trained, *draws = [(x.mean().item(), weights @ x / weights.sum(1)) for x in samples]
     return trained, draws
 
@@ -81,12 +127,16 @@ def simulated(truth, spread, draws, images, generator):
 @pytest.mark.parametrize(("spread", "draws"), [(0.0, 3), (0.05, 2), (0.05, 4), (0.3, 2), (0.3, 5)])
 def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
     """Judged alone, and with the draws under another mask; tests/bench/draws.py has more cases."""
-    generator, truth, covered = torch.Generator().manual_seed(draws), 0.1, 0
+    generator = torch.Generator().manual_seed(draws)
+    truth = 0.1
+    covered = 0
     for _ in range(STUDIES):
         first, *others = [simulated(truth, spread, draws, 50, generator) for _ in range(masks)]
         _, (low, high) = beyond_draws(*first, others)
         covered += low <= truth <= high
-    assert covered >= 0.93 * STUDIES, f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"
+    assert covered >= 0.93 * STUDIES, (
+        f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"
+    )
 
 
 def cross_validated_recovery(run):
@@ -94,17 +144,27 @@ def cross_validated_recovery(run):
 
 
 def test_figure_of_claims_has_a_diamond_for_each_draw_and_the_trained_model(write, tmp_path):
-    draws = [write(f"r{i}", TRAINED, 30 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
+    draws = [
+        write(f"r{i}", TRAINED, 30 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)
+    ]
     claims = evaluate_claims(read_studies([write("trained", TRAINED, 1), *draws])[0])
     figure, rows = claim_values(claims)
     (recovery,) = [i for i, claim in enumerate(claims) if claim["claim"] == "recovery"]
-    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())]
+    diamonds = [
+        line for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())
+    ]
     (line,) = [x for x in diamonds if round(x.get_ydata()[0]) == recovery]
     by_draw = claims[recovery]["verdicts"]["beyond_random"]["by_draw"]
     assert line.get_xdata().tolist() == pytest.approx([100 * x for x in by_draw])
-    (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "d" and round(x.get_ydata()[0]) == recovery]
+    (line,) = [
+        x
+        for x in figure.axes[0].lines
+        if x.get_marker() == "d" and round(x.get_ydata()[0]) == recovery
+    ]
     trained = cross_validated_recovery(ProbeRun(tmp_path / "causal_trained"))
-    assert line.get_xdata().tolist() == pytest.approx([100 * trained]), "the trained model by the same probes"
+    assert line.get_xdata().tolist() == pytest.approx([100 * trained]), (
+        "the trained model by the same probes"
+    )
     found = {row["of"]: row["value"] for row in rows if row["claim"] == "recovery"}
     assert found["trained_like_random"] == pytest.approx(trained)
     assert [found["random_0"], found["random_1"]] == by_draw

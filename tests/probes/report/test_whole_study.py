@@ -43,12 +43,15 @@ def pair(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def several(root, tmp_path_factory):
     """Two models on two datasets under both masks."""
-    folder, paths = tmp_path_factory.mktemp("several"), []
+    folder = tmp_path_factory.mktemp("several")
+    paths = []
     for dataset in ("ade20k", "voc2012"):
         for encoder in ("clip", "siglip"):
             for mask in ("causal", "bidirectional"):
                 out = folder / f"{dataset}-{encoder}-{mask}"
-                paths.append(write_run(out, CURVE, root=root, mask=mask, dataset=dataset, encoder=encoder))
+                paths.append(
+                    write_run(out, CURVE, root=root, mask=mask, dataset=dataset, encoder=encoder)
+                )
     return list(map(str, paths))
 
 
@@ -56,9 +59,15 @@ def miou(run: ProbeRun, weights=None) -> np.ndarray:
     """mIoU by site in numpy; `weights` are the multiplicities of the images."""
     right, predicted, labelled = (np.asarray(x) for x in run.counts[:3])
     weights = np.ones(len(labelled)) if weights is None else np.asarray(weights)
-    total = lambda x: np.tensordot(weights, x, 1)
+
+    def total(x):
+        return np.tensordot(weights, x, 1)
+
     return np.array(
-        [np.mean(total(i) / (total(p) + total(labelled) - total(i))) for i, p in zip(right, predicted, strict=True)]
+        [
+            np.mean(total(i) / (total(p) + total(labelled) - total(i)))
+            for i, p in zip(right, predicted, strict=True)
+        ]
     )
 
 
@@ -68,7 +77,8 @@ def test_paired_differences_and_intervals_equal_numpy(pair):
     difference = miou(bidirectional) - miou(causal)
     resampled = np.array([miou(bidirectional, w) - miou(causal, w) for w in causal.weights[:400]])
     for i, entry in enumerate(comparison["sites"]):
-        assert entry["site"] == causal.sites[i] and entry["difference"] == pytest.approx(difference[i])
+        assert entry["site"] == causal.sites[i]
+        assert entry["difference"] == pytest.approx(difference[i])
         expected = interval(difference[i], torch.from_numpy(resampled[:, i]))
         assert entry["ci95"] == pytest.approx(expected, abs=0.25 * (expected[1] - expected[0]))
     effects = {entry["effect"]: entry["difference"] for entry in comparison["effects"]}
@@ -80,22 +90,34 @@ def test_paired_differences_and_intervals_equal_numpy(pair):
 def test_paired_tests_find_the_layers_that_differ(pair):
     comparison = compare_masks(read_studies(pair)[0])
     p = {entry["site"]: entry["p_corrected"] for entry in comparison["sites"]}
-    assert "final_norm" not in p and p["layer_02"] < 0.01 and p["layer_03"] < 0.01
-    assert p["encoder"] > 0.05 and p["adapter"] > 0.05
+    assert "final_norm" not in p
+    assert p["layer_02"] < 0.01
+    assert p["layer_03"] < 0.01
+    assert p["encoder"] > 0.05
+    assert p["adapter"] > 0.05
     p = {entry["effect"]: entry["p"] for entry in comparison["effects"]}
-    assert p["adapter_drop"] > 0.01 and p["recovery"] < 0.01
-    assert comparison["smallest_p"] == 1 / 2001 and comparison["groups"] is None
+    assert p["adapter_drop"] > 0.01
+    assert p["recovery"] < 0.01
+    assert comparison["smallest_p"] == 1 / 2001
+    assert comparison["groups"] is None
 
 
 def test_paired_tests_use_groups(root, tmp_path, pair):
     groups = torch.arange(40) % 3
     paths = [
-        str(write_run(tmp_path / mask, [q + shift for q in CURVE], root=root, mask=mask, groups=groups))
+        str(
+            write_run(
+                tmp_path / mask, [q + shift for q in CURVE], root=root, mask=mask, groups=groups
+            )
+        )
         for mask, shift in (("causal", 0.0), ("bidirectional", 0.05))
     ]
     comparison = compare_masks(read_studies(paths)[0])
-    assert comparison["groups"] == 3 and comparison["smallest_p"] == 0.25
-    assert all(entry["p"] > 0.2 for entry in comparison["sites"])  # a clear gain, but three groups are too few
+    assert comparison["groups"] == 3
+    assert comparison["smallest_p"] == 0.25
+    assert all(
+        entry["p"] > 0.2 for entry in comparison["sites"]
+    )  # a clear gain, but three groups are too few
     main(["report", *paths, "--out", str(tmp_path / "report")])
     assert "no p-value can be smaller than 0.250" in (tmp_path / "report/index.html").read_text()
 
@@ -103,7 +125,9 @@ def test_paired_tests_use_groups(root, tmp_path, pair):
 def test_runs_are_sorted_by_model_and_dataset(several):
     studies = read_studies(several)
     assert [(study.model, study.dataset) for study in studies] == [
-        (f"{encoder} + vicuna-7b-v1.5", dataset) for dataset in ("ade20k", "voc2012") for encoder in ("clip", "siglip")
+        (f"{encoder} + vicuna-7b-v1.5", dataset)
+        for dataset in ("ade20k", "voc2012")
+        for encoder in ("clip", "siglip")
     ]
     assert all(list(study.trained) == ["causal", "bidirectional"] for study in studies)
 
@@ -114,20 +138,32 @@ def test_a_run_can_be_told_its_model(pair):
 
 
 def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
-    probe = json.loads((ProbeRun(pair[1]).path / "metrics.json").read_text())["probe"] | {"feature_norm": "batchnorm"}
-    other = write_run(tmp_path / "run", CURVE, root=root, mask="bidirectional", metrics={"probe": probe})
-    with pytest.raises(ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"):
+    probe = json.loads((ProbeRun(pair[1]).path / "metrics.json").read_text())["probe"] | {
+        "feature_norm": "batchnorm"
+    }
+    other = write_run(
+        tmp_path / "run", CURVE, root=root, mask="bidirectional", metrics={"probe": probe}
+    )
+    with pytest.raises(
+        ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"
+    ):
         read_studies([pair[0], str(other)])
     with pytest.raises(ValueError, match="were scored on different images"):
-        read_studies([*pair, f"another={write_run(tmp_path / 'images', CURVE, root=root, images=30)}"])
+        read_studies(
+            [*pair, f"another={write_run(tmp_path / 'images', CURVE, root=root, images=30)}"]
+        )
 
 
 def test_labels_of_models_with_the_same_best_layer_do_not_overlap(root, tmp_path):
-    runs = [f"{i}={write_run(tmp_path / str(i), [x + i / 500 for x in CURVE], root=root)}" for i in range(3)]
+    runs = [
+        f"{i}={write_run(tmp_path / str(i), [x + i / 500 for x in CURVE], root=root)}"
+        for i in range(3)
+    ]
     figure, _ = models_by_dataset(read_studies(runs), "causal")
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_only_masks_have_the_colours_of_masks():
@@ -137,29 +173,41 @@ def test_only_masks_have_the_colours_of_masks():
 @pytest.mark.slow
 def test_report_over_several_models_and_datasets(several, tmp_path):
     main(["report", *several, "--out", str(tmp_path)])
-    html, results = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "results.json").read_text())
+    html = (tmp_path / "index.html").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
     studies = read_studies(several)
     assert html.count('<details class="study"') == 4
     outside = re.findall(r"(?:src|href)=\"(?!data:|#)(.*?)\"", html)
-    assert outside and all((tmp_path / link).is_file() for link in outside)  # only downloads beside the page
-    assert [(s["model"], s["dataset"]) for s in results["studies"]] == [(s.model, s.dataset) for s in studies]
+    assert outside
+    assert all((tmp_path / link).is_file() for link in outside)  # only downloads beside the page
+    assert [(s["model"], s["dataset"]) for s in results["studies"]] == [
+        (s.model, s.dataset) for s in studies
+    ]
     for name in ("models_causal", "models_bidirectional", "over_adapter_causal", "masks"):
         assert all((tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "pdf", "csv"))
     for study in studies:
-        assert (tmp_path / study.slug / "paired.csv").is_file() and f'id="{study.slug}"' in html
+        assert (tmp_path / study.slug / "paired.csv").is_file()
+        assert f'id="{study.slug}"' in html
     rows = list(csv.DictReader((tmp_path / "over_adapter_causal.csv").open()))
-    (row,) = [r for r in rows if r["site"] == "layer_03" and r["dataset"] == "ade20k" and r["model"].startswith("clip")]
+    (row,) = [
+        r
+        for r in rows
+        if r["site"] == "layer_03" and r["dataset"] == "ade20k" and r["model"].startswith("clip")
+    ]
     scores = miou(studies[0].trained["causal"])
     assert float(row["over_adapter"]) == pytest.approx(scores[4] - scores[1])
     assert len(list(csv.DictReader((tmp_path / "table2.csv").open()))) == 8 + 6
     assert set(PAPER["read_from"]) - {"plots"} == set(PAPER) - {"source", "read_from"}
     html = unescape(html)
-    assert PAPER["read_from"]["plots"] in html and PAPER["read_from"]["table2_ade20k_miou"] in html
+    assert PAPER["read_from"]["plots"] in html
+    assert PAPER["read_from"]["table2_ade20k_miou"] in html
     assert "must not be subtracted" in html
 
 
 def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
-    captions = lambda study: {name: figure.caption for name, figure in figures_of(study).items()}
+    def captions(study):
+        return {name: figure.caption for name, figure in figures_of(study).items()}
+
     (study,) = read_studies(pair)
     assert "Dashed: the best layer" in captions(study)["layers"]
     assert "Dotted" not in captions(study)["layers"]
@@ -170,7 +218,14 @@ def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
 
 def test_page_notes_a_mask_that_the_model_was_not_trained_with(root, tmp_path):
     own = write_run(tmp_path / "a", CURVE, root=root, metrics={"own_image_attention": "causal"})
-    other = write_run(tmp_path / "b", CURVE, root=root, mask="bidirectional", metrics={"own_image_attention": "causal"})
+    other = write_run(
+        tmp_path / "b",
+        CURVE,
+        root=root,
+        mask="bidirectional",
+        metrics={"own_image_attention": "causal"},
+    )
     main(["report", str(own), str(other), "--out", str(tmp_path / "report")])
     html = (tmp_path / "report/index.html").read_text()
-    assert html.count('class="note"') == 1 and "The bidirectional run evaluates a model that was trained under" in html
+    assert html.count('class="note"') == 1
+    assert "The bidirectional run evaluates a model that was trained under" in html

@@ -20,7 +20,8 @@ COMMANDS = {"report": ["report"], "starvation": ["starvation", "--site", "layer_
 @pytest.fixture(scope="module")
 def study(checkpoints, tmp_path_factory):
     """A folder with two runs, and their data elsewhere: the folder and the data."""
-    root, folder = tiny_models.write_segmentation(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs")
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"))
+    folder = tmp_path_factory.mktemp("runs")
     for mask in MASKS:
         probe_runs.fit(checkpoints[mask], root, folder / mask)
     return folder, root
@@ -35,7 +36,14 @@ def test_commands_that_read_scores_only_warn_of_changed_masks(command, study, tm
     before = file.read_bytes()
     try:
         Image.fromarray(1 - np.asarray(Image.open(file)).clip(0, 1)).save(file)
-        main([*COMMANDS[command], *(str(folder / mask) for mask in MASKS), "--out", str(tmp_path / "out")])
+        main(
+            [
+                *COMMANDS[command],
+                *(str(folder / mask) for mask in MASKS),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     finally:
         file.write_bytes(before)
     assert "belongs to a run with data.validation_masks='5, sha256" in caplog.text

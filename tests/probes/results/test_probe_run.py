@@ -65,7 +65,12 @@ WRONG = [
     ),
     ("metrics.json", ["sites", 2, "miou"], 40.5, r"sites\[2\].miou: .*from 0 to 1, got '40.5'"),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
-    ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
+    (
+        "manifest.json",
+        ["mllm_training", "encoder"],
+        "clip",
+        "mllm_training: encoder: .*valid dictionary",
+    ),
 ]
 
 
@@ -77,7 +82,9 @@ def test_json_of_another_shape_is_named(file, keys, value, message, run):
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"3", b'{"a":' + b"[" * 100_000, None])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b"3", b'{"a":' + b"[" * 100_000, None]
+)
 def test_damaged_or_missing_json_is_named(file, content, run):
     (run / file).unlink() if content is None else (run / file).write_bytes(content)
     with pytest.raises(ValueError, match=file):
@@ -88,7 +95,10 @@ def test_damaged_or_missing_json_is_named(file, content, run):
     ("change", "message"),
     [
         (lambda t: t.pop("labelled"), "counts.safetensors has no labelled"),
-        (lambda t: t.update(labelled=t["labelled"][:3].clone()), r"labelled is torch.int64 \[3, 3\]; .* \[40, 3\]"),
+        (
+            lambda t: t.update(labelled=t["labelled"][:3].clone()),
+            r"labelled is torch.int64 \[3, 3\]; .* \[40, 3\]",
+        ),
         (lambda t: t.update(labelled=t["labelled"].float()), "labelled is torch.float32"),
         (lambda t: t["predicted"].sub_(10**6), "expected non-negative integers"),
         (lambda t: t["intersection"].add_(1000), "are not counts of the same pixels"),
@@ -123,7 +133,10 @@ def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tm
     main(["report", str(run), "--out", str(tmp_path / "report")])
     probes["layer_02.head.weight"][1, 1] = torch.nan
     save_file(probes, run / "probes.safetensors")
-    with pytest.raises(ValueError, match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again"):
+    with pytest.raises(
+        ValueError,
+        match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again",
+    ):
         ProbeRun(run).probes()
     with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):
         main(["report", str(run), "--out", str(tmp_path / "again")])
@@ -182,15 +195,26 @@ def scripts(page: Path) -> list[str]:
 def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
     """Of classes, the dataset, the model, and the mask; and none is a path to write to."""
     for keys in (["classes", 0], ["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
-        rewrite(run / "metrics.json", *keys, value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL)
-    for facts in (["mllm_training", "encoder", "name"], ["mllm_training", "llm"], ["versions", "torch"]):
+        rewrite(
+            run / "metrics.json",
+            *keys,
+            value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL,
+        )
+    for facts in (
+        ["mllm_training", "encoder", "name"],
+        ["mllm_training", "llm"],
+        ["versions", "torch"],
+    ):
         rewrite(run / "manifest.json", *facts, value=EVIL)
     main(["report", str(whole), "--out", str(tmp_path / "plain")])
     before = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     main(["report", str(run), "--out", str(tmp_path / "evil")])
     html = (tmp_path / "evil/index.html").read_text()
-    assert "alert(1)" in html and "<script>alert" not in html and "<img src=x" not in html
-    assert "{{ 7*7 }}" in html and scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
+    assert "alert(1)" in html
+    assert "<script>alert" not in html
+    assert "<img src=x" not in html
+    assert "{{ 7*7 }}" in html
+    assert scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
     after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
 
@@ -201,8 +225,16 @@ JSON = json_values(st.integers(-(10**12), 10**12) | st.floats(), st.text(max_siz
 
 def places(value, path=()) -> list[tuple]:
     """The path of each value inside of a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, inner in inside for place in places(inner, (*path, key))]
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        place for key, inner in inside for place in places(inner, (*path, key))
+    ]
 
 
 def changed(facts, data) -> dict:
@@ -230,15 +262,21 @@ def test_run_with_any_value_anywhere_is_read_or_named(file, whole, tmp_path_fact
         (run / file).write_text(json.dumps(changed(facts, data)))
         try:
             read = ProbeRun(run)
-            assert read.counts.labelled.shape == (read.metrics["images"], len(read.metrics["classes"]))
-            assert read.training is not None and read.layers is not None
+            assert read.counts.labelled.shape == (
+                read.metrics["images"],
+                len(read.metrics["classes"]),
+            )
+            assert read.training is not None
+            assert read.layers is not None
         except ValueError as error:
             assert str(run) in str(error)  # names the file
 
     check()
 
 
-def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(checkpoints, tmp_path_factory):
+def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
+    checkpoints, tmp_path_factory
+):
     """As `probes sites` reads it."""
     import argparse
 
@@ -254,17 +292,27 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(check
         try:
             print_sites(argparse.Namespace(mllm=str(folder)))
         except ValueError as error:
-            assert str(folder) in str(error) or "no MLLM family" in str(error) or "cannot be probed" in str(error)
+            assert (
+                str(folder) in str(error)
+                or "no MLLM family" in str(error)
+                or "cannot be probed" in str(error)
+            )
 
     check()
 
 
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
     """As after another training in the same folder."""
-    run = ProbeRun(probe_runs.write_run(tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation))
+    run = ProbeRun(
+        probe_runs.write_run(
+            tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation
+        )
+    )
     assert run.analysis("umap.json") is None
     (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
     assert run.analysis("umap.json")
     save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
-    with pytest.raises(ValueError, match="umap.json was made from other probes than .* run `probes umap` again"):
+    with pytest.raises(
+        ValueError, match="umap.json was made from other probes than .* run `probes umap` again"
+    ):
         ProbeRun(run.path).analysis("umap.json")

@@ -40,17 +40,25 @@ def test_counts_are_those_of_a_loop_and_untested_counts_neither_way():
     for row in rows:
         yes = of = 0
         for entry in entries:
-            if (entry["study"], entry["claim"]) == (row["study"], row["claim"]) and entry[row["column"]] is not None:
-                yes, of = yes + entry[row["column"]], of + 1
-        assert (row["yes"], row["of"]) == (yes, of) and row["low"] <= yes / of <= row["high"]
+            if (entry["study"], entry["claim"]) == (row["study"], row["claim"]) and entry[
+                row["column"]
+            ] is not None:
+                yes = yes + entry[row["column"]]
+                of = of + 1
+        assert (row["yes"], row["of"]) == (yes, of)
+        assert row["low"] <= yes / of <= row["high"]
     assert {row["of"] for row in rows if row["column"] == "paper"} == {6}
 
 
-@pytest.mark.parametrize(("yes", "low", "high"), [(0, 0.0, 0.3085), (10, 0.6915, 1.0), (5, 0.1871, 0.8129)])
+@pytest.mark.parametrize(
+    ("yes", "low", "high"), [(0, 0.0, 0.3085), (10, 0.6915, 1.0), (5, 0.1871, 0.8129)]
+)
 def test_intervals_are_those_of_clopper_and_pearson(yes, low, high):
     """Ten seeds; from the tables of the binomial distribution."""
     entries = [dict.fromkeys(COLUMNS, i < yes) | {"beyond_random_value": 0.1} for i in range(10)]
-    rows = count_verdicts([{"study": "planted", "claim": "recovery", "truth": "planted"} | e for e in entries])
+    rows = count_verdicts(
+        [{"study": "planted", "claim": "recovery", "truth": "planted"} | e for e in entries]
+    )
     assert all(abs(row["low"] - low) < 1e-4 and abs(row["high"] - high) < 1e-4 for row in rows)
 
 
@@ -62,30 +70,45 @@ def test_finished_seeds_are_kept_and_counted_with_new_ones(tmp_path, monkeypatch
         folder.mkdir(exist_ok=True)
 
     monkeypatch.setattr(calibrate, "_make_models", make)
-    monkeypatch.setattr(calibrate, "_study", lambda folder, name, seed: [claims(1)[0] | {"study": name}])
+    monkeypatch.setattr(
+        calibrate, "_study", lambda folder, name, seed: [claims(1)[0] | {"study": name}]
+    )
     for seeds in ([0, 1], [1, 2]):
         calibrate.calibrate(tmp_path, seeds)
     assert made == ["seed0", "seed1", "seed2"]
     table = pd.read_csv(tmp_path / "calibration.csv").query("column == 'supported'")
-    assert set(table["study"]) == set(DESIGNS) and set(table["of"]) == {3}
+    assert set(table["study"]) == set(DESIGNS)
+    assert set(table["of"]) == {3}
     assert json.loads((tmp_path / "seed0/claims.json").read_text())["claims"]
 
 
 def test_studies_can_be_added_to_a_seed(tmp_path, monkeypatch):
-    planned, studied = [], []
+    planned = []
+    studied = []
 
     def study(_, name, __) -> list[dict]:
         studied.append(name)
         return [claims(1)[0] | {"study": name}]
 
-    monkeypatch.setattr(calibrate, "run_missing", lambda *words: planned.append([path for path, *_ in words[2]]))
+    monkeypatch.setattr(
+        calibrate, "run_missing", lambda *words: planned.append([path for path, *_ in words[2]])
+    )
     monkeypatch.setattr(calibrate, "_study", study)
     for studies in (["merged0"], ["merged0", "random"]):
         calibrate.calibrate(tmp_path, [0], studies=studies)
     assert studied == ["merged0", "random"]
-    first, second = ([str(Path(*path.parts[-4:-2])) for path in paths] for paths in planned[1::2])  # after each world
-    assert first == ["causal/stage1", "bidirectional/stage1", "bidirectional/planted", "bidirectional/merged0"]
-    assert second == [f"{mask}/{name}" for mask in MASKS for name in ("stage1", "planted", "random")]
+    first, second = (
+        [str(Path(*path.parts[-4:-2])) for path in paths] for paths in planned[1::2]
+    )  # after each world
+    assert first == [
+        "causal/stage1",
+        "bidirectional/stage1",
+        "bidirectional/planted",
+        "bidirectional/merged0",
+    ]
+    assert second == [
+        f"{mask}/{name}" for mask in MASKS for name in ("stage1", "planted", "random")
+    ]
     assert build_parser().parse_args(["calibrate", "--studies", *DESIGNS]).studies == list(DESIGNS)
 
 
@@ -103,22 +126,43 @@ def test_every_studied_model_is_planted_after_its_source():
 def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     """The smallest world and two steps: what is planted is too weak to be found, but each claim has its truth."""
     few = {"recovery": ("--steps", "2")}
-    short = {name: model._replace(options=few.get(model.what, model.options)) for name, model in MODELS.items()}
+    short = {
+        name: model._replace(options=few.get(model.what, model.options))
+        for name, model in MODELS.items()
+    }
     monkeypatch.setattr(calibrate, "MODELS", short)
     some = {name: DESIGNS[name] for name in ("planted", "random", "merged0", "merged1")}
     monkeypatch.setattr(calibrate, "DESIGNS", some)
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     rows = pd.read_csv(tmp_path / "calibration.csv")
-    assert set(rows["study"]) == set(some) and set(rows["of"]) == {1} and set(rows["column"]) == set(COLUMNS)
+    assert set(rows["study"]) == set(some)
+    assert set(rows["of"]) == {1}
+    assert set(rows["column"]) == set(COLUMNS)
     truth = rows.groupby(["study", "truth"]).claim.unique().apply(sorted).to_dict()
     recovery = ["recovery (bidirectional)", "recovery (causal)"]
-    assert truth["planted", "planted"] == truth["random", "absent"] == recovery + ["starvation", "starvation_first_row"]
+    assert (
+        truth["planted", "planted"]
+        == truth["random", "absent"]
+        == recovery + ["starvation", "starvation_first_row"]
+    )
     assert truth["merged0", "absent"] == truth["merged1", "planted"] == ["adapter_drop"]
     before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before
-    power = [sys.executable, ROOT / "tests/bench/power.py", "--out", tmp_path, "--seeds", "3", "--draws", "2"]
+    power = [
+        sys.executable,
+        ROOT / "tests/bench/power.py",
+        "--out",
+        tmp_path,
+        "--seeds",
+        "3",
+        "--draws",
+        "2",
+    ]
     done = subprocess.run(power, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
-    assert [row.split()[:2] for row in rows[:2]] == [["recovery", "(causal)"], ["recovery", "(bidirectional)"]]
+    assert [row.split()[:2] for row in rows[:2]] == [
+        ["recovery", "(causal)"],
+        ["recovery", "(bidirectional)"],
+    ]

@@ -11,15 +11,22 @@ from probes.studies.estimate import TOY_WORLD, Spread, detectable_effect, own_sp
 STUDIES = 1000
 
 
-@pytest.mark.parametrize(("images", "draws", "masks"), [(60, 3, 1), (600, 3, 2), (600, 2, 2), (60, 5, 2)])
+@pytest.mark.parametrize(
+    ("images", "draws", "masks"), [(60, 3, 1), (600, 3, 2), (600, 2, 2), (60, 5, 2)]
+)
 def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
     """As reports judge it, with draws under each mask; the toy world's spread."""
-    rng, found = np.random.default_rng(images + draws), 0
-    effect, se = detectable_effect(images, draws, masks, TOY_WORLD), TOY_WORLD.images / images**0.5
+    rng = np.random.default_rng(images + draws)
+    found = 0
+    effect = detectable_effect(images, draws, masks, TOY_WORLD)
+    se = TOY_WORLD.images / images**0.5
     for _ in range(STUDIES):
         of_masks = rng.normal(0, TOY_WORLD.draws, (masks, draws))
         value = effect + rng.normal(0, se) - of_masks[0].mean()
-        own, *others = [Comparison(value, [value - 1.96 * se, value + 1.96 * se], 0.0, x) for x in of_masks.tolist()]
+        own, *others = [
+            Comparison(value, [value - 1.96 * se, value + 1.96 * se], 0.0, x)
+            for x in of_masks.tolist()
+        ]
         found += judge_draws(1, own, others)["verdict"] == "holds"
     assert 0.76 <= found / STUDIES <= 0.84
     assert detectable_effect(images, 1, masks, TOY_WORLD) is None
@@ -28,15 +35,29 @@ def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
 def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     """The mean variance of recovery over masks and seeds; other claims and those without two draws do not count."""
     assert own_spread(tmp_path) is None
-    column = lambda half, by_draw: {"beyond_random": {"ci95_without_draws": [-half, half], "by_draw": by_draw}}
-    claim = lambda name, verdicts: {"claim": name, "n": {"images": 100}, "verdicts": verdicts}
-    first = [claim("recovery", column(0.0196, [0.01, 0.03])), claim("starvation", column(0.5, [0.5, 0.1]))]
-    second = [claim("recovery", column(0.0392, [0.02, 0.02])), claim("recovery", {"beyond_random": {}})]
+
+    def column(half, by_draw):
+        return {"beyond_random": {"ci95_without_draws": [-half, half], "by_draw": by_draw}}
+
+    def claim(name, verdicts):
+        return {"claim": name, "n": {"images": 100}, "verdicts": verdicts}
+
+    first = [
+        claim("recovery", column(0.0196, [0.01, 0.03])),
+        claim("starvation", column(0.5, [0.5, 0.1])),
+    ]
+    second = [
+        claim("recovery", column(0.0392, [0.02, 0.02])),
+        claim("recovery", {"beyond_random": {}}),
+    ]
     (tmp_path / "report").mkdir()
     file = tmp_path / "report/results.json"
     file.write_text(json.dumps({"claims": second[1:]}))
     assert own_spread(tmp_path) is None
     file.write_text(json.dumps({"studies": [{"claims": first}, {"claims": second}]}))
-    of_images, of_draws = (0.1**2 + 0.2**2) / 2, (0.0002 + 0.0) / 2
+    of_images = (0.1**2 + 0.2**2) / 2
+    of_draws = (0.0002 + 0.0) / 2
     found = own_spread(tmp_path)
-    assert found == Spread(pytest.approx(of_images**0.5), pytest.approx(of_draws**0.5), f"the study in {tmp_path}")
+    assert found == Spread(
+        pytest.approx(of_images**0.5), pytest.approx(of_draws**0.5), f"the study in {tmp_path}"
+    )

@@ -23,7 +23,17 @@ from probes.studies.command import label_models
 from probes.studies.plan import Settings, Step, make_plan
 from probes.studies.run import _command
 
-OPTIONS = ["-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2", "--strengths", "1e-3", "1e-1"]
+OPTIONS = [
+    "-c",
+    "configs/demo/probes.yaml",
+    "--data.batch_size",
+    "2",
+    "--folds",
+    "2",
+    "--strengths",
+    "1e-3",
+    "1e-1",
+]
 PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
 
 
@@ -48,14 +58,25 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
             assert (finished / mask / arm / "metrics.json").is_file()
         assert (finished / mask / "trained/knockout.json").is_file()
         classes = [
-            [entry["class"] for entry in json.loads((finished / mask / arm / "knockout.json").read_text())["classes"]]
+            [
+                entry["class"]
+                for entry in json.loads((finished / mask / arm / "knockout.json").read_text())[
+                    "classes"
+                ]
+            ]
             for arm in ("trained", "random0", "random1")
         ]
-        assert classes[0] and classes[0] == classes[1] == classes[2], "controls block the classes of the trained model"
+        assert classes[0] and classes[0] == classes[1] == classes[2], (
+            "controls block the classes of the trained model"
+        )
     assert (finished / "bidirectional/trained/starvation.json").is_file()
     found = json.loads((finished / "report/results.json").read_text())
     claims = {claim["claim"]: claim["verdicts"] for claim in found["claims"]}
-    assert claims["recovery"]["beyond_random"]["draws"] == claims["adapter_drop"]["beyond_random"]["draws"] == 2
+    assert (
+        claims["recovery"]["beyond_random"]["draws"]
+        == claims["adapter_drop"]["beyond_random"]["draws"]
+        == 2
+    )
     assert pd.read_parquet(finished / "table.parquet").equals(probes.Study(finished).table())
     assert len(pd.read_csv(finished / "table.csv")) == len(probes.Study(finished).table())
 
@@ -67,7 +88,12 @@ def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, 
     sites = ["--model.sites", "[adapter, layer_01, layer_02, layer_03, final_norm]"]
     for arm, more in {"trained": [], "random1": [*draw, *sites]}.items():
         main([*solve, str(checkpoints["bidirectional"]), *more, "--out", str(tmp_path / arm)])
-        for name in ("metrics.json", "counts.safetensors", "path.safetensors", "probes.safetensors"):
+        for name in (
+            "metrics.json",
+            "counts.safetensors",
+            "path.safetensors",
+            "probes.safetensors",
+        ):
             made = (finished / "bidirectional" / arm / name).read_bytes()
             assert made == (tmp_path / arm / name).read_bytes(), (arm, name)
 
@@ -75,29 +101,44 @@ def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, 
 def test_the_table_answers_questions_in_one_line(finished):
     table = probes.Study(finished).table()
     causal = json.loads((finished / "causal/trained/metrics.json").read_text())
-    miou = table.query("metric == 'miou' and mask == 'causal' and weights == 'trained'").set_index("site")
+    miou = table.query("metric == 'miou' and mask == 'causal' and weights == 'trained'").set_index(
+        "site"
+    )
     for site in causal["sites"]:
         row = miou.loc[site["site"]]
         assert [row.value, row.low, row.high] == [site["miou"], *site["miou_ci95"]]
     random = table.query("metric == 'miou' and weights == 'random'")
-    assert set(random.draw) == {0, 1} and "encoder" not in set(random.site)
-    assert set(table.query("metric == 'wrong_patches_left'").condition) >= {"none", "incorrect", "correct"}
+    assert set(random.draw) == {0, 1}
+    assert "encoder" not in set(random.site)
+    assert set(table.query("metric == 'wrong_patches_left'").condition) >= {
+        "none",
+        "incorrect",
+        "correct",
+    }
     claims = probes.Study(finished).claims()
     assert {"claim", "conclusion", "paper", "optimum", "beyond_random"} <= set(claims.columns)
     assert "adapter_drop" in probes.Study(finished)._repr_html_()
     assert len(probes.Study(finished).plot().axes[0].lines) == 2 * 5
 
 
-def test_a_second_call_does_nothing_and_a_new_draw_no_more(finished, checkpoints, segmentation, tmp_path, capsys):
+def test_a_second_call_does_nothing_and_a_new_draw_no_more(
+    finished, checkpoints, segmentation, tmp_path, capsys
+):
     out = tmp_path / "study"
     shutil.copytree(finished, out)
-    for file in out.rglob("*.json"):  # commands in records name the folder, and so can reasons in results
+    for file in out.rglob(
+        "*.json"
+    ):  # commands in records name the folder, and so can reasons in results
         file.write_text(file.read_text().replace(str(finished), str(out)))
-    record, results = out / "steps/report.json", (out / "report/results.json").read_bytes()
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"result": hashlib.sha256(results).hexdigest()}))
+    record = out / "steps/report.json"
+    results = (out / "report/results.json").read_bytes()
+    record.write_text(
+        json.dumps(json.loads(record.read_text()) | {"result": hashlib.sha256(results).hexdigest()})
+    )
     before = run_bytes(out)
     main(arguments(both(checkpoints), segmentation, out))
-    assert "nothing to do" in capsys.readouterr().out and run_bytes(out) == before
+    assert "nothing to do" in capsys.readouterr().out
+    assert run_bytes(out) == before
     main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
     after = run_bytes(out)
     assert {"causal/random2/metrics.json", "bidirectional/adapter2/metrics.json"} <= after.keys()
@@ -106,13 +147,16 @@ def test_a_second_call_does_nothing_and_a_new_draw_no_more(finished, checkpoints
     assert set(probes.Study(out).table().query("weights == 'random'").draw) == {0, 1, 2}
     (out / "causal/random0/knockout.json").unlink()
     main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
-    assert "causal/random0/knockout" in (said := capsys.readouterr().out) and "causal/random1/knockout" not in said
+    assert "causal/random0/knockout" in (said := capsys.readouterr().out)
+    assert "causal/random1/knockout" not in said
 
 
 def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
-    assert "random1/knockout" in said and "points beyond 2 random draws" in said and "MB" in said
+    assert "random1/knockout" in said
+    assert "points beyond 2 random draws" in said
+    assert "MB" in said
     assert not (tmp_path / "study").exists()
 
 
@@ -122,9 +166,15 @@ BAD = {
     "a model that cannot be read": (["nowhere", "DATA"], "nowhere"),
     "an unknown arm": (["MODEL", "DATA", "--arms", "trained", "random"], "no arm 'random'"),
     "an unknown analysis": (["MODEL", "DATA", "--add", "knockouts"], "no analysis 'knockouts'"),
-    "an analysis option without a value": (["MODEL", "DATA", "--add", "knockout.classes"], "knockout.classes"),
+    "an analysis option without a value": (
+        ["MODEL", "DATA", "--add", "knockout.classes"],
+        "knockout.classes",
+    ),
     "an unknown step": (["MODEL", "DATA", "--only", "slove"], "no step 'slove'"),
-    "a class that does not exist": (["MODEL", "DATA", "--add", "knockout.classes=wall,unicorn"], "no class 'unicorn'"),
+    "a class that does not exist": (
+        ["MODEL", "DATA", "--add", "knockout.classes=wall,unicorn"],
+        "no class 'unicorn'",
+    ),
     "a split without images": (["MODEL", "EMPTY"], "validation"),
     "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
     "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "both models"),
@@ -137,7 +187,10 @@ def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation,
     words, expected = BAD[what]
     shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
     places = {"MODEL": checkpoints["causal"], "DATA": segmentation, "EMPTY": tmp_path / "empty"}
-    in_place = lambda label, equals, name: f"{label}{equals}{places.get(name, name)}"
+
+    def in_place(label, equals, name):
+        return f"{label}{equals}{places.get(name, name)}"
+
     given = [in_place(*word.rpartition("=")) for word in words]
     out = tmp_path / "study"
     with pytest.raises(SystemExit, match=expected):
@@ -146,9 +199,12 @@ def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation,
 
 
 def test_changed_masks_end_the_study(finished, checkpoints, segmentation, tmp_path):
-    data, out = tmp_path / "data", tmp_path / "study"
+    data = tmp_path / "data"
+    out = tmp_path / "study"
     shutil.copytree(segmentation, data)
-    command = arguments([str(checkpoints["causal"])], data, out, "--arms", "trained", "--only", "solve")
+    command = arguments(
+        [str(checkpoints["causal"])], data, out, "--arms", "trained", "--only", "solve"
+    )
     main(command)
     mask = next((data / "annotations/training").iterdir())
     mask.write_bytes(sorted((data / "annotations/validation").iterdir())[0].read_bytes())
@@ -157,21 +213,31 @@ def test_changed_masks_end_the_study(finished, checkpoints, segmentation, tmp_pa
 
 
 def test_models_are_named_by_label_or_mask(checkpoints):
-    causal, bidirectional = str(checkpoints["causal"]), str(checkpoints["bidirectional"])
+    causal = str(checkpoints["causal"])
+    bidirectional = str(checkpoints["bidirectional"])
     assert label_models([causal]) == {"": causal}
-    assert label_models([causal, bidirectional]) == {"causal": causal, "bidirectional": bidirectional}
+    assert label_models([causal, bidirectional]) == {
+        "causal": causal,
+        "bidirectional": bidirectional,
+    }
     assert label_models([f"a={causal}", f"b={causal}"]) == {"a": causal, "b": causal}
 
 
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
     models = {mask: str(checkpoints[mask]) for mask in ("causal", "bidirectional")}
-    tasks, add = ("boundaries",), ("maps", "umap", "patching.draws=2")
+    tasks = ("boundaries",)
+    add = ("maps", "umap", "patching.draws=2")
     steps = make_plan(Settings(models, str(segmentation), tmp_path, fit=True, tasks=tasks, add=add))
     names = [step.name for step in steps]
-    assert len(set(names)) == len(names) and names[-1] == "report"
+    assert len(set(names)) == len(names)
+    assert names[-1] == "report"
     for step in steps:
         assert all(names.index(need) < names.index(step.name) for need in step.needs)
-    assert {"causal/probes/maps", "causal/boundaries_random0", "bidirectional/probes/starvation"} <= set(names)
+    assert {
+        "causal/probes/maps",
+        "causal/boundaries_random0",
+        "bidirectional/probes/starvation",
+    } <= set(names)
 
 
 @pytest.mark.slow
@@ -188,7 +254,13 @@ def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-2000:]
     for file in finished.rglob("*"):
-        if file.name in ("probes.safetensors", "path.safetensors", "metrics.json", "knockout.json", "starvation.json"):
+        if file.name in (
+            "probes.safetensors",
+            "path.safetensors",
+            "metrics.json",
+            "knockout.json",
+            "starvation.json",
+        ):
             assert file.read_bytes() == (out / file.relative_to(finished)).read_bytes(), file
 
 
@@ -201,16 +273,27 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_analysis_without_a_case_is_left_out_with_its_controls(checkpoints, segmentation, tmp_path, capsys):
+def test_an_analysis_without_a_case_is_left_out_with_its_controls(
+    checkpoints, segmentation, tmp_path, capsys
+):
     """As of few photos painted in the lab, of which the probes are right everywhere."""
-    more = {"only": ["solve", "knockout", "report"], "add": ["knockout.min-patches=99"], "options": OPTIONS}
+    more = {
+        "only": ["solve", "knockout", "report"],
+        "add": ["knockout.min-patches=99"],
+        "options": OPTIONS,
+    }
     study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, draws=1, **more)
     said = capsys.readouterr().out
-    assert said.count("left out: ") == 1 and "no image has 99 or more patches wrongly predicted" in said
-    assert "random0/knockout" not in said and len(study.claims()) and not list(tmp_path.rglob("knockout.json"))
+    assert said.count("left out: ") == 1
+    assert "no image has 99 or more patches wrongly predicted" in said
+    assert "random0/knockout" not in said
+    assert len(study.claims())
+    assert not list(tmp_path.rglob("knockout.json"))
 
 
-def test_a_control_without_a_case_leaves_out_no_other(checkpoints, segmentation, tmp_path, monkeypatch):
+def test_a_control_without_a_case_leaves_out_no_other(
+    checkpoints, segmentation, tmp_path, monkeypatch
+):
     ran = []
 
     def run_step(step: Step, *_) -> None:
@@ -221,22 +304,40 @@ def test_a_control_without_a_case_leaves_out_no_other(checkpoints, segmentation,
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(run, "_command", lambda step, *_: step.command)
     models = {"": str(checkpoints["causal"])}
-    run.run_study(Settings(models, str(segmentation), tmp_path, draws=2, only=("solve", "knockout")))
+    run.run_study(
+        Settings(models, str(segmentation), tmp_path, draws=2, only=("solve", "knockout"))
+    )
     assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
-    given = ("-c", "configs/demo/probes.yaml", "--strengths", "0.1", "1", "--data.batch_size", "2", "--passes", "2")
-    settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given)
+    given = (
+        "-c",
+        "configs/demo/probes.yaml",
+        "--strengths",
+        "0.1",
+        "1",
+        "--data.batch_size",
+        "2",
+        "--passes",
+        "2",
+    )
+    settings = Settings(
+        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
+    )
     commands = {step.name: step.command for step in make_plan(settings)}
     assert commands["trained"][1 : len(given) + 1] == given
     assert commands["probes"][1:5] == ("-c", "configs/demo/probes.yaml", "--data.batch_size", "2")
     assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
 
 
-def test_answers_are_asked_for_if_there_are_questions_about_places(checkpoints, segmentation, tmp_path):
+def test_answers_are_asked_for_if_there_are_questions_about_places(
+    checkpoints, segmentation, tmp_path
+):
     shutil.copytree(segmentation, tmp_path / "data")
-    settings = Settings({"": str(checkpoints["causal"])}, str(tmp_path / "data"), tmp_path / "study", draws=0)
+    settings = Settings(
+        {"": str(checkpoints["causal"])}, str(tmp_path / "data"), tmp_path / "study", draws=0
+    )
     for content, asked in (("[]", False), ('[{"regions": []}]', True)):
         (tmp_path / "questions.json").write_text(content)
         assert any(step.kind == "answers" for step in make_plan(settings)) == asked
@@ -254,8 +355,20 @@ def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmenta
     arms = ("trained", "random0", "adapter0")
     steps = make_plan(
         Settings(
-            {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, arms=arms, only=("solve",), options=options
+            {"": str(checkpoints["causal"])},
+            str(segmentation),
+            tmp_path,
+            arms=arms,
+            only=("solve",),
+            options=options,
         )
     )
-    sites = {step.name: step.command[::-1][step.command[::-1].index("--model.sites") - 1] for step in steps}
-    assert sites == {"trained": options[1], "random0": "[adapter, layer_02]", "adapter0": "[encoder, adapter]"}
+    sites = {
+        step.name: step.command[::-1][step.command[::-1].index("--model.sites") - 1]
+        for step in steps
+    }
+    assert sites == {
+        "trained": options[1],
+        "random0": "[adapter, layer_02]",
+        "adapter0": "[encoder, adapter]",
+    }

@@ -18,15 +18,26 @@ def draw(seed: int = 0, size: tuple[int, int] = (30, 41)) -> tuple[torch.Tensor,
     target[4:28, rng.integers(8, 35)] = 1
     target[-2:, :9] = IGNORED
     noise = rng.uniform(size=(2, *size))
-    return torch.from_numpy(np.clip(0.4 * (target == 1) + 0.6 * noise, 0, 1)).float(), torch.from_numpy(target)
+    return torch.from_numpy(
+        np.clip(0.4 * (target == 1) + 0.6 * noise, 0, 1)
+    ).float(), torch.from_numpy(target)
 
 
-def counts_of(probability: np.ndarray, target: np.ndarray, threshold: float, radius: float) -> tuple[int, int, int]:
+def counts_of(
+    probability: np.ndarray, target: np.ndarray, threshold: float, radius: float
+) -> tuple[int, int, int]:
     """Return pixels predicted, right ones, and boundary pixels found, by looping over pixels."""
     predicted = [tuple(p) for p in np.argwhere((probability >= threshold) & (target != IGNORED))]
     truth = [tuple(p) for p in np.argwhere(target == 1)]
-    close = lambda p, points: any(math.dist(p, q) <= radius for q in points)
-    return len(predicted), sum(close(p, truth) for p in predicted), sum(close(q, predicted) for q in truth)
+
+    def close(p, points):
+        return any(math.dist(p, q) <= radius for q in points)
+
+    return (
+        len(predicted),
+        sum(close(p, truth) for p in predicted),
+        sum(close(q, predicted) for q in truth),
+    )
 
 
 @pytest.mark.parametrize("radius", [0.0, 1.0, 1.5, 3.3])
@@ -41,13 +52,16 @@ def test_dilation_is_by_a_disc(radius):
 def test_scores_equal_loops_over_pixels_of_two_images(monkeypatch):
     """F at the best threshold and average precision of the sums over the images, at a tolerance of a few pixels."""
     monkeypatch.setattr("probes.tasks.boundaries.TOLERANCE", 0.03)
-    task, images = Boundaries(), [draw(seed) for seed in (0, 1)]
+    task = Boundaries()
+    images = [draw(seed) for seed in (0, 1)]
     sums = sum(task.image_sums(*image) for image in images)
     ours = task.dataset_scores(sums)
     boundaries = sum(int((target == 1).sum()) for _, target in images)
     radius = 0.03 * math.hypot(30, 41)
     for probe in range(2):
-        best, area, before = 0.0, 0.0, 0.0
+        best = 0.0
+        area = 0.0
+        before = 0.0
         for step in range(THRESHOLDS, 0, -4):  # the loops are slow: every fourth threshold
             threshold = np.float32(step / (THRESHOLDS + 1))
             parts = [counts_of(p[probe].numpy(), t.numpy(), threshold, radius) for p, t in images]
@@ -55,9 +69,11 @@ def test_scores_equal_loops_over_pixels_of_two_images(monkeypatch):
             tail = slice(step - 1, None)
             split = sums[probe].split([THRESHOLDS] * 3 + [1])
             assert [int(x[tail].sum()) for x in split[:3]] == [predicted, right, found]
-            precision, recall = right / max(predicted, 1), found / boundaries
+            precision = right / max(predicted, 1)
+            recall = found / boundaries
             best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
-            area, before = area + precision * (recall - before), recall
+            area = area + precision * (recall - before)
+            before = recall
         assert best <= ours["f"][probe] <= best + 0.05
         assert ours["ap"][probe] == pytest.approx(area, abs=0.03)
 
@@ -68,7 +84,8 @@ def test_a_perfect_prediction_has_score_1_and_a_shift_within_the_tolerance_chang
     perfect = (target == 1).float()[None] * 0.9
     for prediction in (perfect, perfect.roll(1, 2)):
         scores = task.dataset_scores(task.image_sums(prediction, target))
-        assert scores["f"].item() == pytest.approx(1) and scores["ap"].item() == pytest.approx(1)
+        assert scores["f"].item() == pytest.approx(1)
+        assert scores["ap"].item() == pytest.approx(1)
     far = task.dataset_scores(task.image_sums(perfect.roll((0, 9), (1, 2)), target))
     assert far["f"] < 0.9
 
@@ -77,7 +94,9 @@ def test_loss_weighs_both_classes_alike():
     (_, target), task = draw(), Boundaries()
     maps = torch.randn(3, 1, 2, 30, 41, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([(target == k).sum() for k in (0, 1)])
-    expected = [F.cross_entropy(z, target[None].long(), 1 / counts, ignore_index=IGNORED) for z in maps]
+    expected = [
+        F.cross_entropy(z, target[None].long(), 1 / counts, ignore_index=IGNORED) for z in maps
+    ]
     torch.testing.assert_close(task.image_losses(maps, target[None])[:, 0], torch.stack(expected))
     empty = task.image_losses(maps, torch.full_like(target, IGNORED)[None])
     assert (empty == 0).all()

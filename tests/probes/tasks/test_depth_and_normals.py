@@ -19,7 +19,9 @@ def test_depth_loss_is_the_scale_invariant_log_loss_of_each_image():
         g = maps[p, b, 0][valid] - target[b][valid].log()
         torch.testing.assert_close(ours[p, b], (g.var(correction=0) + 0.15 * g.mean() ** 2).sqrt())
     (gradient,) = torch.autograd.grad(ours.sum(), maps)
-    assert gradient.isfinite().all() and (gradient[:, 0, :, :3] == 0).all() and (gradient[:, 1] != 0).any()
+    assert gradient.isfinite().all()
+    assert (gradient[:, 0, :, :3] == 0).all()
+    assert (gradient[:, 1] != 0).any()
 
 
 def test_depth_loss_without_a_value_or_an_error_has_no_gradient():
@@ -27,7 +29,8 @@ def test_depth_loss_without_a_value_or_an_error_has_no_gradient():
     target = torch.stack([torch.full((4, 4), torch.nan), torch.ones(4, 4)])
     loss = Depth().image_losses(maps, target)
     (gradient,) = torch.autograd.grad(loss.sum(), maps)
-    assert (loss == 0).all() and (gradient == 0).all()
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
 
 
 def test_depth_of_a_bad_probe_is_finite():

@@ -14,9 +14,11 @@ def test_float32_sums_or_a_missing_pivot_lose_small_variances():
     noise = 0.05 * torch.randn(200, 2_000, 1, generator=generator, dtype=torch.float64)
     batches = (1000 + noise).float()
     variance = batches.double().var(correction=0).item()
-    plain_first, plain_second = torch.zeros(1), torch.zeros(1, 1)
+    plain_first = torch.zeros(1)
+    plain_second = torch.zeros(1, 1)
     for x in batches:
-        plain_first, plain_second = plain_first + x.sum(0), plain_second + x.T @ x
+        plain_first = plain_first + x.sum(0)
+        plain_second = plain_second + x.T @ x
     space = SiteSpace.of(batches, torch.ones(200, 1, 40, 50))
     tokens = batches[..., 0].numel()
     plain = (plain_second / tokens - (plain_first / tokens) ** 2).item()
@@ -31,7 +33,8 @@ def test_moments_stored_in_blocks_equal_whole_matrices(monkeypatch):
     x = torch.randn(80, 13, generator=generator) + 3
     labels = torch.nn.functional.one_hot(torch.randint(3, (80,), generator=generator), 3).double()
     pivot = x[:40].mean(0)
-    one, other = Moments.zeros(pivot, 2, 3), Moments.zeros(pivot + 1, 2, 3)
+    one = Moments.zeros(pivot, 2, 3)
+    other = Moments.zeros(pivot + 1, 2, 3)
     assert one.second.shape == (2, 5 * 13 + 5 * 8 + 3 * 3)
     one.update(x[:30], labels[:30], 0)
     one.update(x[30:40], labels[30:40], 1)
@@ -52,5 +55,7 @@ def test_constant_channels_and_absent_classes_have_finite_coordinates():
     soft = torch.zeros(4, 3, 2, 3)
     soft[:, 0, 0], soft[:, 1, 1] = 1, 1  # the third class does not occur
     space = SiteSpace.of(states, soft)
-    assert space.scale[2] == 0 and (space.scale > 0).sum() == 4
-    assert space.coordinates(states).isfinite().all() and space.log_prior.isfinite().all()
+    assert space.scale[2] == 0
+    assert (space.scale > 0).sum() == 4
+    assert space.coordinates(states).isfinite().all()
+    assert space.log_prior.isfinite().all()

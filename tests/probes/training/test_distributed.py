@@ -22,7 +22,10 @@ from probes.cli import main
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
-DEATHS = {"a step after a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 4)}
+DEATHS = {
+    "a step after a checkpoint": ("on_train_batch_end", 5, 4),
+    "validation": ("on_validation_start", 6, 4),
+}
 KILLER = """
 import os, signal
 from lightning import Callback
@@ -54,21 +57,34 @@ def uneven(tmp_path_factory) -> Path:
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
-    three = ["--trainer.max_epochs", "3", "--data.batch_size", "3", "--data.cache_features", "false"]
+    three = [
+        "--trainer.max_epochs",
+        "3",
+        "--data.batch_size",
+        "3",
+        "--data.cache_features",
+        "false",
+    ]
     three += ["--model.feature_norm", "batchnorm", "--model.head", "conv"]
     return probe_runs.arguments(checkpoint, root, out, *three, *more)
 
 
-def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
+def processes(
+    arguments: list[str], fails: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "probes", *arguments]
-    one_thread = {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the number of threads
+    one_thread = {
+        "OMP_NUM_THREADS": "1"
+    }  # as in this process: sums depend on the number of threads
     env = os.environ | one_thread | environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S, env=env)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 
 
-def killed(run: list[str], folder: Path, hook: str, step: int, rank: int = 0) -> subprocess.CompletedProcess:
+def killed(
+    run: list[str], folder: Path, hook: str, step: int, rank: int = 0
+) -> subprocess.CompletedProcess:
     """The run, in which a rank is killed; checkpoints are saved on the way."""
     (folder / "killer.py").write_text(KILLER.format(hook=hook, step=step, rank=rank))
     (folder / "killing.yaml").write_text(KILLING)
@@ -87,10 +103,14 @@ def one(checkpoints, uneven, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
     """Masks differ in labelled area, and in the last batch one rank has no image."""
-    processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache_features", cache))
+    processes(
+        arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache_features", cache)
+    )
     same_probes(one, tmp_path, rtol=1e-3, atol=1e-4)
-    alone, together = metrics(one), metrics(tmp_path)
-    assert together["images"] == 5 and alone["probe"] == together["probe"]
+    alone = metrics(one)
+    together = metrics(tmp_path)
+    assert together["images"] == 5
+    assert alone["probe"] == together["probe"]
     for a, b in zip(alone["sites"], together["sites"], strict=True):
         assert a["history"] == pytest.approx(b["history"], abs=0.005)
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
@@ -102,7 +122,8 @@ def test_the_first_process_decides_for_both_what_is_resumed(one, checkpoints, un
     shutil.copytree(one, tmp_path / "run")
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO, "--ckpt_path", "last")
     log = processes(run).stderr
-    assert log.count("resuming ") == 1 and log.count("this run is finished; nothing to do") == 1
+    assert log.count("resuming ") == 1
+    assert log.count("this run is finished; nothing to do") == 1
     log = processes([*run, "--model.learning_rate", "0.5"], fails=True).stderr
     assert log.count("metrics.json belongs to a run with model.learning_rate=0.01") == 2
 
@@ -121,32 +142,46 @@ def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tm
     """Five images: the batches of three and of two processes differ. All integers, and what is made of them alone."""
     run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *PROCESSES[who]]
     processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
-    assert (tmp_path / "counts.safetensors").read_bytes() == (one / "counts.safetensors").read_bytes()
-    assert (tmp_path / "probes.safetensors").read_bytes() == (one / "probes.safetensors").read_bytes()
+    assert (tmp_path / "counts.safetensors").read_bytes() == (
+        one / "counts.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "probes.safetensors").read_bytes() == (
+        one / "probes.safetensors"
+    ).read_bytes()
     assert metrics(tmp_path)["sites"] == metrics(one)["sites"]
 
 
 @pytest.mark.distributed
 def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(checkpoints, tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data")
-    Image.fromarray(np.full((24, 20), 9, np.uint8)).save(root / "annotations/training/003.png")  # the second rank's
-    message = processes(arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True).stderr
+    Image.fromarray(np.full((24, 20), 9, np.uint8)).save(
+        root / "annotations/training/003.png"
+    )  # the second rank's
+    message = processes(
+        arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True
+    ).stderr
     assert "003.png has label 9" in message
     assert message.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, checkpoints, uneven, tmp_path):
+def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
+    rank, checkpoints, uneven, tmp_path
+):
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
-    killed(run, tmp_path, "on_train_batch_start", 5, rank)  # both have ended; DDP's timeout is longer than the wait
+    killed(
+        run, tmp_path, "on_train_batch_start", 5, rank
+    )  # both have ended; DDP's timeout is longer than the wait
     assert not (tmp_path / "run/metrics.json").exists()
     assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("death", DEATHS)
-def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(death, one, checkpoints, uneven, tmp_path):
+def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(
+    death, one, checkpoints, uneven, tmp_path
+):
     hook, step, saved_step = DEATHS[death]
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
     done = killed(run, tmp_path, hook, step)
@@ -167,4 +202,6 @@ def same_probes(a: Path, b: Path, **tolerance) -> None:
     ours, theirs = (load_file(out / "probes.safetensors") for out in (a, b))
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            theirs[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -16,14 +16,21 @@ from probes.training.least_squares import LeastSquaresMoments, solve_least_squar
 
 pytestmark = pytest.mark.numerics
 
-GRIDS, SIZES, RESIZES = ((3, 4), (1, 5), (6, 6)), ((20, 30), (4, 5), (33, 17)), ("squash", "pad", "center_crop")
-WIDTH, CHANNELS, IMAGES = 7, 3, 4
+GRIDS = ((3, 4), (1, 5), (6, 6))
+SIZES = ((20, 30), (4, 5), (33, 17))
+RESIZES = ("squash", "pad", "center_crop")
+WIDTH = 7
+CHANNELS = 3
+IMAGES = 4
 
 
 def draw(grid, size, seed: int = 0, images: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
     """Return states f64[B, T, d] with correlated channels, and targets f64[B, H, W, K] of which a third is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     states = new(images, grid[0] * grid[1], WIDTH) @ new(WIDTH, WIDTH) + 5
     target = new(images, *size, CHANNELS)
     target[torch.rand(images, *size, generator=generator) < 1 / 3] = torch.nan
@@ -33,7 +40,10 @@ def draw(grid, size, seed: int = 0, images: int = IMAGES) -> tuple[torch.Tensor,
 
 def dense(grid, size, view) -> torch.Tensor:
     """Return U f64[pixels, T], written out."""
-    axes = (bilinear_weights(n, m, extent, dtype=torch.float64) for n, m, extent in zip(grid, size, view, strict=True))
+    axes = (
+        bilinear_weights(n, m, extent, dtype=torch.float64)
+        for n, m, extent in zip(grid, size, view, strict=True)
+    )
     return torch.einsum("yi,xj->yxij", *axes).reshape(size[0] * size[1], -1)
 
 
@@ -57,7 +67,8 @@ def moments_of(states, target, grid, view, folds: int = 2) -> LeastSquaresMoment
 def test_normal_equations_equal_explicit_matrices(grid, size, resize):
     view = Geometry(grid, 48, 42, resize).view(size)
     states, target = draw(grid, size)
-    up, labelled = dense(grid, size, view), target.isfinite().all(-1).flatten(1).double()
+    up = dense(grid, size, view)
+    labelled = target.isfinite().all(-1).flatten(1).double()
     equations = normal_equations(target, grid, view)
     gram = torch.einsum("pi,bp,pj->bij", up, labelled, up)
     torch.testing.assert_close(apply_gram(equations.couplings, states, grid), gram @ states)
@@ -74,26 +85,37 @@ def test_equals_lstsq_on_upsampled_states(grid, size, resize):
     states, target = draw(grid, size)
     solved = solve_least_squares(moments_of(states, target, grid, view), (0.0,))
     x, y = pixels(states, target, dense(grid, size, view))
-    weights = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y, driver="gelsd").solution
-    torch.testing.assert_close((x - solved.mean) @ solved.weights[0].T + solved.bias[0], x @ weights[:-1] + weights[-1])
+    weights = torch.linalg.lstsq(
+        torch.cat([x, torch.ones_like(x[:, :1])], 1), y, driver="gelsd"
+    ).solution
+    torch.testing.assert_close(
+        (x - solved.mean) @ solved.weights[0].T + solved.bias[0], x @ weights[:-1] + weights[-1]
+    )
 
 
 def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions():
-    grid, size = GRIDS[0], SIZES[0]
+    grid = GRIDS[0]
+    size = SIZES[0]
     view = Geometry(grid, 48, 42, "pad").view(size)
     states, target = draw(grid, size)
     solved = solve_least_squares(moments_of(states, target, grid, view), STRENGTHS)
     up = dense(grid, size, view)
 
-    def ridge(chosen: list[int], strength: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def ridge(
+        chosen: list[int], strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, y = pixels(states[chosen], target[chosen], up)
-        covariance, cross = torch.cov(x.T, correction=0), (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
+        covariance = torch.cov(x.T, correction=0)
+        cross = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
         ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
 
-    error, count = torch.zeros(len(STRENGTHS), dtype=torch.float64), 0
+    error = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+    count = 0
     for fold in range(2):
-        held_out, others = ([i for i in range(IMAGES) if (i % 2 == fold) == left] for left in (True, False))
+        held_out, others = (
+            [i for i in range(IMAGES) if (i % 2 == fold) == left] for left in (True, False)
+        )
         x, y = pixels(states[held_out], target[held_out], up)
         count += len(x)
         for r, strength in enumerate(STRENGTHS):
@@ -107,7 +129,8 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
 
 
 def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
-    grid, size = GRIDS[2], SIZES[0]
+    grid = GRIDS[2]
+    size = SIZES[0]
     view = Geometry(grid, 48, 42, "squash").view(size)
     states, target = draw(grid, size)
     states[..., 0] += 3000
@@ -122,7 +145,8 @@ def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
 
 def test_weights_are_exact_at_the_weakest_strength():
     """States whose variances span six decades in every direction, as those of an LLM do, in float32."""
-    grid, size = GRIDS[2], SIZES[0]
+    grid = GRIDS[2]
+    size = SIZES[0]
     view = Geometry(grid, 48, 42, "squash").view(size)
     states, target = draw(grid, size)
     generator = torch.Generator().manual_seed(0)
@@ -135,11 +159,13 @@ def test_weights_are_exact_at_the_weakest_strength():
 
 
 def test_parts_of_the_images_added_up_give_the_moments_of_all():
-    grid, size = GRIDS[0], SIZES[0]
+    grid = GRIDS[0]
+    size = SIZES[0]
     view = Geometry(grid, 48, 42, "squash").view(size)
     states, target = draw(grid, size)
     whole = moments_of(states, target, grid, view)
-    part, other = moments_of(states[:2], target[:2], grid, view), moments_of(states[2:], target[2:], grid, view)
+    part = moments_of(states[:2], target[:2], grid, view)
+    other = moments_of(states[2:], target[2:], grid, view)
     other.shift(states[3].mean(0))
     part.add(other)
     for name, total in part.sums().items():

@@ -34,47 +34,81 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("run")
     # a high rate, so that the last epoch is not the best at some site
-    more = ["--save_predictions", "true", "--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    more = [
+        "--save_predictions",
+        "true",
+        "--model.learning_rate",
+        "0.3",
+        "--trainer.max_epochs",
+        "6",
+    ]
     main(arguments(checkpoints["causal"], segmentation, out, *more))
     return ProbeRun(out)
 
 
 def test_run_writes_all_files(run):
-    for name in ("config.yaml", "checkpoints", "probes.safetensors", "manifest.json", "metrics.json"):
+    for name in (
+        "config.yaml",
+        "checkpoints",
+        "probes.safetensors",
+        "manifest.json",
+        "metrics.json",
+    ):
         assert (run.path / name).exists(), name
-    assert list(run.path.glob("events.out.tfevents.*")) and not list(run.path.glob("*.partial"))
+    assert list(run.path.glob("events.out.tfevents.*"))
+    assert not list(run.path.glob("*.partial"))
     metrics = run.metrics
-    assert metrics["image_attention"] == "causal" and metrics["images"] == 5 and metrics["seed"] == 0
+    assert metrics["image_attention"] == "causal"
+    assert metrics["images"] == 5
+    assert metrics["seed"] == 0
     assert [site["site"] for site in metrics["sites"]] == run.sites
     assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
     for site in metrics["sites"]:
         low, high = site["miou_ci95"]
-        assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 6
-        assert site["history"][site["best_epoch"] - 1] == max(site["history"]) == pytest.approx(site["miou"])
-    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), "else the test cannot distinguish best from last"
-    summary, miou = metrics["summary"], {site["site"]: site["miou"] for site in metrics["sites"]}
+        assert low <= site["miou"] <= high
+        assert len(site["iou_per_class"]) == 3
+        assert len(site["history"]) == 6
+        assert (
+            site["history"][site["best_epoch"] - 1]
+            == max(site["history"])
+            == pytest.approx(site["miou"])
+        )
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), (
+        "else the test cannot distinguish best from last"
+    )
+    summary = metrics["summary"]
+    miou = {site["site"]: site["miou"] for site in metrics["sites"]}
     assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
-    assert run.manifest["data"]["root"] and run.manifest["versions"]["torch"] == version("torch")
+    assert run.manifest["data"]["root"]
+    assert run.manifest["versions"]["torch"] == version("torch")
 
 
 def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
-    targets = [np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    targets = [
+        np.asarray(Image.open(path))
+        for path in sorted((segmentation / "annotations/validation").glob("*.png"))
+    ]
     for site in run.metrics["sites"]:
         folder = run.path / "predictions" / site["site"]
         predictions = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
         miou, pacc, iou = reference.scores(predictions, targets, 3)
-        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+        assert site["miou"] == pytest.approx(miou)
+        assert site["pacc"] == pytest.approx(pacc)
         assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
 
 
 def test_baseline_is_the_most_frequent_class(run, segmentation):
     targets = np.concatenate(
-        [np.asarray(Image.open(p)).ravel() for p in (segmentation / "annotations/validation").glob("*.png")]
+        [
+            np.asarray(Image.open(p)).ravel()
+            for p in (segmentation / "annotations/validation").glob("*.png")
+        ]
     )
     shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
     baseline = run.metrics["baseline"]
-    assert baseline["class"] == tiny_models.CLASSES[shares.argmax()] and baseline["pacc"] == pytest.approx(shares.max())
+    assert baseline["class"] == tiny_models.CLASSES[shares.argmax()]
+    assert baseline["pacc"] == pytest.approx(shares.max())
     assert baseline["miou"] == pytest.approx(shares.max() / 3)
 
 
@@ -84,21 +118,38 @@ def test_saved_probes_give_the_saved_predictions(run):
     for i in range(len(dataset)):
         sample = dataset[i]
         for site in run.sites:
-            saved = np.asarray(Image.open(run.path / "predictions" / site / f"{sample['name']}.png"))
+            saved = np.asarray(
+                Image.open(run.path / "predictions" / site / f"{sample['name']}.png")
+            )
             assert (run.predict(sample["image"], site) != saved).mean() < 0.01, "up to ties"
 
 
-def test_probes_trained_together_equal_probes_trained_alone(run, checkpoints, segmentation, tmp_path):
+def test_probes_trained_together_equal_probes_trained_alone(
+    run, checkpoints, segmentation, tmp_path
+):
     more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", "[layer_02]", *more))
-    alone, together = ProbeRun(tmp_path).probes()["layer_02"], run.probes()["layer_02"]
-    for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
+    main(
+        arguments(
+            checkpoints["causal"], segmentation, tmp_path, "--model.sites", "[layer_02]", *more
+        )
+    )
+    alone = ProbeRun(tmp_path).probes()["layer_02"]
+    together = run.probes()["layer_02"]
+    for (name, a), b in zip(
+        alone.state_dict().items(), together.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, **rounding(b, STEPS), msg=name)
 
 
-def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):
+def test_cached_states_train_the_same_probes_as_recomputed_ones(
+    run, checkpoints, segmentation, tmp_path
+):
     more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache_features", "false", *more))
+    main(
+        arguments(
+            checkpoints["causal"], segmentation, tmp_path, "--data.cache_features", "false", *more
+        )
+    )
     for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
         assert site["history"] == pytest.approx(entry["history"], abs=0.02)
 
@@ -113,25 +164,47 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     main(arguments(checkpoints["causal"], root, tmp_path / "run", "--save_predictions", "true"))
     run = ProbeRun(tmp_path / "run")
     assert Image.open(run.path / "predictions/adapter/000.png").size == (31, 17)
-    targets = [np.asarray(Image.open(path)) for path in sorted((root / "annotations/validation").glob("*.png"))]
-    predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))]
-    assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
+    targets = [
+        np.asarray(Image.open(path))
+        for path in sorted((root / "annotations/validation").glob("*.png"))
+    ]
+    predictions = [
+        np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))
+    ]
+    assert run.metrics["sites"][1]["miou"] == pytest.approx(
+        reference.scores(predictions, targets, 3)[0]
+    )
 
 
 def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):
     """Under "pad" the maps equal logits upsampled to the padded square, cropped to the image."""
-    more = ["--model.image_resize", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
+    more = [
+        "--model.image_resize",
+        "pad",
+        "--model.sites",
+        "[adapter]",
+        "--save_predictions",
+        "true",
+    ]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     run = ProbeRun(tmp_path)
     assert run.metrics["image_resize"] == run.mllm().geometry.resize == "pad"
-    mllm, head = run.mllm(), run.probes()["adapter"]
+    mllm = run.mllm()
+    head = run.probes()["adapter"]
     for sample in run.dataset():
         height, width = sample["target"].shape
         side = max(height, width)
-        logits = head(mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]).transpose(1, 2)
-        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[0].argmax(0)
-        top, left = (side - height) // 2, (side - width) // 2
-        saved = np.asarray(Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png"))
+        logits = head(
+            mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]
+        ).transpose(1, 2)
+        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[
+            0
+        ].argmax(0)
+        top = (side - height) // 2
+        left = (side - width) // 2
+        saved = np.asarray(
+            Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png")
+        )
         assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
 
 
@@ -144,19 +217,35 @@ def test_model_in_bfloat16_has_probes_in_float32(checkpoints, segmentation, tmp_
 
 def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentation, tmp_path):
     """configs/probes/folder.yaml: few images make many short epochs; validations and the rate follow the steps."""
-    more = ["-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"]), "--data.num_workers", "0"]
-    more += ["--data.root", str(segmentation), "--trainer.max_steps", "12", "--trainer.val_check_interval", "4"]
+    more = [
+        "-c",
+        "configs/probes/folder.yaml",
+        "--model.mllm",
+        str(checkpoints["causal"]),
+        "--data.num_workers",
+        "0",
+    ]
+    more += [
+        "--data.root",
+        str(segmentation),
+        "--trainer.max_steps",
+        "12",
+        "--trainer.val_check_interval",
+        "4",
+    ]
     more += ["--trainer.accelerator", "cpu", "--out", str(tmp_path)]
     main(["fit", *more])
     run = ProbeRun(tmp_path)
     images = len(run.dataset("training"))
     probe = run.metrics["probe"]
-    assert (probe["steps"], probe["validated_at"]) == (12, [4, 8, 12]) and images <= 64
+    assert (probe["steps"], probe["validated_at"]) == (12, [4, 8, 12])
+    assert images <= 64
     assert probe["epochs"] == 12, "one batch holds all images"
     assert all(len(entry["history"]) == 3 for entry in run.metrics["sites"])
     events = EventAccumulator(str(tmp_path)).Reload()
     rates = [event.value for event in events.Scalars("lr-AdamW")]
-    assert rates[0] == pytest.approx(1e-3, rel=0.2) and min(rates) < 2e-4
+    assert rates[0] == pytest.approx(1e-3, rel=0.2)
+    assert min(rates) < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -172,7 +261,9 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
 def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
     option, found, checkpoints, segmentation, tmp_path
 ):
-    with pytest.raises(SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"):
+    with pytest.raises(
+        SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"
+    ):
         main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *option))
     assert not (tmp_path / "out").exists()
 
@@ -191,23 +282,36 @@ def test_resumed_run_equals_an_uninterrupted_one(head, checkpoints, segmentation
     more = ["--trainer.max_epochs", "3", "--model.head", head]
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(save), *more))
     (first,) = (tmp_path / "a/checkpoints").glob("epoch=0-*.ckpt")
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", *more, "--ckpt_path", str(first)))
+    main(
+        arguments(
+            checkpoints["causal"], segmentation, tmp_path / "b", *more, "--ckpt_path", str(first)
+        )
+    )
     whole, resumed = (ProbeRun(tmp_path / name) for name in "ab")
-    assert whole.metrics == resumed.metrics and len(whole.metrics["sites"][0]["history"]) == 3
+    assert whole.metrics == resumed.metrics
+    assert len(whole.metrics["sites"][0]["history"]) == 3
     tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
 
 
 def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, tmp_path):
     """Six images in batches of two are three steps; a validation after each."""
-    more = ["--data.batch_size", "2", "--trainer.val_check_interval", "1", "--model.learning_rate", "0.5"]
+    more = [
+        "--data.batch_size",
+        "2",
+        "--trainer.val_check_interval",
+        "1",
+        "--model.learning_rate",
+        "0.5",
+    ]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     metrics = ProbeRun(tmp_path).metrics
     steps = metrics["probe"]["validated_at"]
     assert steps == [1, 2, 3, 4, 5, 6]
     for site in metrics["sites"]:
         best = site["history"].index(max(site["history"]))
-        assert site["best_epoch"] == pytest.approx(steps[best] / 3) and site["miou"] == max(site["history"])
+        assert site["best_epoch"] == pytest.approx(steps[best] / 3)
+        assert site["miou"] == max(site["history"])
     found = [site["best_epoch"] for site in metrics["sites"]]
     assert any(isinstance(epoch, float) for epoch in found), "else no probe is best within an epoch"
 

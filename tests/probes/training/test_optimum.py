@@ -20,7 +20,12 @@ from probes.training.optimum import (
 
 pytestmark = pytest.mark.numerics
 
-GRID, SIZE, CLASSES, WIDTH, IMAGES, FOLDS = (3, 3), (48, 48), 3, 5, 24, 3
+GRID = (3, 3)
+SIZE = (48, 48)
+CLASSES = 3
+WIDTH = 5
+IMAGES = 24
+FOLDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +44,32 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def problem(data, images: slice = slice(None)) -> SiteProblem:
     states, target = (x[images] for x in data)
-    loose, tight = (prepare_masks(target, CLASSES, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES))
+    loose, tight = (
+        prepare_masks(target, CLASSES, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES)
+    )
     return SiteProblem(states, loose, tight, torch.arange(len(states)) // 2 % FOLDS)
 
 
-def objective(data, at: SiteProblem, strength: float, point: torch.Tensor, images=slice(None)) -> torch.Tensor:
+def objective(
+    data, at: SiteProblem, strength: float, point: torch.Tensor, images=slice(None)
+) -> torch.Tensor:
     """Return the objective with F.interpolate and F.cross_entropy, in float64."""
-    states, target = data[0][images], data[1][images]
-    weights, bias = at.space.to_states(point[:, :-1]), point[:, -1]
+    states = data[0][images]
+    target = data[1][images]
+    weights = at.space.to_states(point[:, :-1])
+    bias = point[:, -1]
     logits = (states.double() - at.space.mean) @ weights.T + bias
     up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
     variance = torch.where(at.space.scale > 0, at.space.scale**-2, 0)
-    return F.cross_entropy(up, target.long(), ignore_index=255) + strength / 2 * (weights**2 * variance).sum()
+    return (
+        F.cross_entropy(up, target.long(), ignore_index=255)
+        + strength / 2 * (weights**2 * variance).sum()
+    )
 
 
-def scipy_optimum(data, at: SiteProblem, strength: float, images=slice(None)) -> tuple[float, torch.Tensor]:
+def scipy_optimum(
+    data, at: SiteProblem, strength: float, images=slice(None)
+) -> tuple[float, torch.Tensor]:
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x).view_as(at.start).requires_grad_()
         value = objective(data, at, strength, point, images)
@@ -74,7 +90,8 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data):
     at = problem(data)
     path, refinement = solve_site(at, (1.0, 1e-2, 1e-4))
     refinement.solve_in_memory()
-    assert refinement.converged and path.solved == [0, 1, 2]
+    assert refinement.converged
+    assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, refinement.points, strict=True):
         found = objective(data, at, strength, point).item()
         assert found == pytest.approx(scipy_optimum(data, at, strength)[0], abs=1e-5)
@@ -96,8 +113,10 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
 
 def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
     path, refinement = solve_site(problem(data))
-    assert path.strengths == sorted(path.strengths, reverse=True) and len(path.strengths) < len(optimum.STRENGTHS)
-    assert path.loss[path.chosen] == min(path.loss) and path.solved == [path.chosen + i for i in (-1, 0, 1)]
+    assert path.strengths == sorted(path.strengths, reverse=True)
+    assert len(path.strengths) < len(optimum.STRENGTHS)
+    assert path.loss[path.chosen] == min(path.loss)
+    assert path.solved == [path.chosen + i for i in (-1, 0, 1)]
     assert min(path.loss[-2:]) > path.loss[path.chosen], "risen twice"
     ratio = np.divide(path.strengths[:-1], path.strengths[1:])
     np.testing.assert_allclose(ratio, 10**0.5, rtol=1e-6)
@@ -113,7 +132,8 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
 
 def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:
     """Return value and gradient on all images, as a pass gives them."""
-    values, gradients = [], []
+    values = []
+    gradients = []
     for strength, point in zip(refinement.strengths.tolist(), refinement.points, strict=True):
         x = point.clone().requires_grad_()
         value = objective(data, at, strength, x)
@@ -128,7 +148,10 @@ def test_passes_on_a_sample_reach_the_optimum_of_all_images(data):
     at = problem(data, slice(0, 12))
     _, refinement = solve_site(at, (1e-1, 1e-2))
     refinement.proximal.fill_(optimum.PROXIMAL)
-    on_sample = [objective(data, at, r, x).item() for r, x in zip((1e-1, 1e-2), refinement.points, strict=True)]
+    on_sample = [
+        objective(data, at, r, x).item()
+        for r, x in zip((1e-1, 1e-2), refinement.points, strict=True)
+    ]
     for _ in range(8):
         refinement.accept(*exact(data, at, refinement))
         refinement.step()
@@ -137,7 +160,9 @@ def test_passes_on_a_sample_reach_the_optimum_of_all_images(data):
     assert refinement.converged
     for i, strength in enumerate((1e-1, 1e-2)):
         best = scipy_optimum(data, at, strength)[0]
-        assert objective(data, at, strength, refinement.kept[0][i]).item() == pytest.approx(best, abs=2e-4)
+        assert objective(data, at, strength, refinement.kept[0][i]).item() == pytest.approx(
+            best, abs=2e-4
+        )
         assert on_sample[i] > best + 1e-3, "else the passes would not be needed"
 
 
@@ -145,12 +170,14 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     at = problem(data)
     _, refinement = solve_site(at, (1e-1, 1e-2))
     refinement.proximal.fill_(1e-3)
-    start, gradient = refinement.points, torch.zeros_like(refinement.points)
+    start = refinement.points
+    gradient = torch.zeros_like(refinement.points)
     refinement.accept(torch.tensor([0.5, 0.5], dtype=torch.float64), gradient)
     refinement.points = start + 100
     refinement.accept(torch.tensor([0.4, 0.6], dtype=torch.float64), gradient + 1)
     assert torch.equal(refinement.points, torch.stack([start[0] + 100, start[1]]))
-    assert refinement.kept[1].tolist() == [0.4, 0.5] and not refinement.kept[2][1].any()
+    assert refinement.kept[1].tolist() == [0.4, 0.5]
+    assert not refinement.kept[2][1].any()
     assert refinement.proximal.tolist() == pytest.approx([1e-3 / 16, 1e-2])
 
 
@@ -159,11 +186,13 @@ def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
     at = problem(data)
     refinement = Refinement(at, torch.tensor([1e-3]).double(), at.start[None] + 1)
     refinement.solve_in_memory()
-    assert not refinement.converged and refinement.certificates[0].decrease > 1e-2
+    assert not refinement.converged
+    assert refinement.certificates[0].decrease > 1e-2
 
 
 def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
-    tokens, masks = torch.randn(IMAGES, 9, 4), prepare_masks(data[1], CLASSES, GRID)
+    tokens = torch.randn(IMAGES, 9, 4)
+    masks = prepare_masks(data[1], CLASSES, GRID)
     points = torch.randn(2, CLASSES, 4, dtype=torch.float64)
     whole = loss_sums(tokens, masks, points)
     monkeypatch.setattr(optimum, "CHUNK_NUMEL", 1)  # one image at a time

@@ -15,11 +15,27 @@ from safetensors.torch import load_file, save_file
 from probes.cli import main
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
-SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]", "--trainer.max_epochs", "1"]
+SETTINGS += [
+    "--trainer.enable_progress_bar",
+    "false",
+    "--model.sites",
+    "[adapter]",
+    "--trainer.max_epochs",
+    "1",
+]
 
 
 def arguments(mllm, root, out) -> list[str]:
-    return ["fit", *SETTINGS, "--model.mllm", str(mllm), "--data.root", str(root), "--out", str(out)]
+    return [
+        "fit",
+        *SETTINGS,
+        "--model.mllm",
+        str(mllm),
+        "--data.root",
+        str(root),
+        "--out",
+        str(out),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +61,11 @@ def unfinished(finished, tmp_path):
 def replace_weights(folder: Path) -> None:
     file = folder / "hf/model.safetensors"
     weights = load_file(file)
-    save_file({name: tensor + (name == min(weights)) for name, tensor in weights.items()}, file, {"format": "pt"})
+    save_file(
+        {name: tensor + (name == min(weights)) for name, tensor in weights.items()},
+        file,
+        {"format": "pt"},
+    )
 
 
 def replace_config(folder: Path) -> None:
@@ -71,15 +91,24 @@ def rename_class(folder: Path) -> None:
 
 
 CHANGES = {
-    "mask": (["--model.image_attention", "bidirectional"], r"model.image_attention=None.* 'bidirectional'"),
+    "mask": (
+        ["--model.image_attention", "bidirectional"],
+        r"model.image_attention=None.* 'bidirectional'",
+    ),
     "rate": (["--model.learning_rate", "0.5"], r"model.learning_rate=0.001.* 0.5"),
     "head": (["--model.head", "conv"], r"model.head='linear'.* 'conv'"),
     "batch": (["--data.batch_size", "3"], r"data.batch_size=4.* 3"),
     "seed": (["--seed_everything", "7"], r"data.seed=0.* 7"),
     "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
-    "precision": (["--trainer.precision", "bf16-mixed"], r"trainer.precision='32-true'.* 'bf16-mixed'"),
+    "precision": (
+        ["--trainer.precision", "bf16-mixed"],
+        r"trainer.precision='32-true'.* 'bf16-mixed'",
+    ),
     "clipping": (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val=None.* 1"),
-    "validation": (["--trainer.val_check_interval", "0.5"], r"trainer.val_check_interval=1.0.* 0.5"),
+    "validation": (
+        ["--trainer.val_check_interval", "0.5"],
+        r"trainer.val_check_interval=1.0.* 0.5",
+    ),
     "weights": (replace_weights, r"model.mllm/model.safetensors='\w{16}'.* '\w{16}'"),
     "config": (replace_config, r"model.mllm/config.json='\w{16}'.* '\w{16}'"),
     "image": (replace_image, r"data.validation_images='5, sha256 \w{16}'.*'5, sha256 \w{16}'"),
@@ -105,23 +134,33 @@ def changed(request, finished):
         (folder / f"{part}_before").rename(folder / part)
 
 
-def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finished, unfinished, changed):
+def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
+    finished, unfinished, changed
+):
     (run, command), (options, message) = finished, changed
     before = run_bytes(run)
-    with pytest.raises(SystemExit, match=rf"^probes: \S*metrics.json belongs to a run with {message}"):
+    with pytest.raises(
+        SystemExit, match=rf"^probes: \S*metrics.json belongs to a run with {message}"
+    ):
         main([*command, *options, "--ckpt_path", "last"])
     folder, command = unfinished
     for path in ("last", str(folder / "checkpoints/last.ckpt")):
-        with pytest.raises(SystemExit, match=rf"^probes: the checkpoint belongs to a run with {message}"):
+        with pytest.raises(
+            SystemExit, match=rf"^probes: the checkpoint belongs to a run with {message}"
+        ):
             main([*command, *options, "--ckpt_path", path])
-    assert not (folder / "config.yaml").exists() and not (folder / "metrics.json").exists()
+    assert not (folder / "config.yaml").exists()
+    assert not (folder / "metrics.json").exists()
     assert run_bytes(run) == before
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], r"run holds a finished run \(metrics.json\); add `--ckpt_path last`.*--overwrite true"),
+        (
+            [],
+            r"run holds a finished run \(metrics.json\); add `--ckpt_path last`.*--overwrite true",
+        ),
         (["--trainer.max_epochs", "9"], "run holds a finished run"),
         (["--model.sites", "[layer_77]"], "run holds a finished run"),
         (["--ckpt_path", "{run}/checkpoints/last.ckpt"], "run holds a finished run"),
@@ -144,14 +183,25 @@ def test_config_replaces_a_link_and_not_the_file_that_it_names(finished, tmp_pat
     (tmp_path / "run/config.yaml").symlink_to(tmp_path / "victim.yaml")
     main([*command, "--out", str(tmp_path / "run")])
     assert (tmp_path / "victim.yaml").read_text() == "kept"
-    ours, theirs = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (tmp_path / "run", run))
-    assert not (tmp_path / "run/config.yaml").is_symlink() and ours["data"] == theirs["data"] and ours["trainer"]
+    ours, theirs = (
+        yaml.safe_load((folder / "config.yaml").read_text()) for folder in (tmp_path / "run", run)
+    )
+    assert not (tmp_path / "run/config.yaml").is_symlink()
+    assert ours["data"] == theirs["data"]
+    assert ours["trainer"]
 
 
 def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path):
     run, command = finished
     before = run_bytes(run)
-    harmless = ["--data.num_workers", "1", "--data.name", "other", "--trainer.log_every_n_steps", "1"]
+    harmless = [
+        "--data.num_workers",
+        "1",
+        "--data.name",
+        "other",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
     main([*command, *harmless, "--ckpt_path", "last"])  # nothing to do
     with pytest.raises(SystemExit, match="metrics.json exists"):
         main(["test", *command[1:], "--ckpt_path", "last"])
@@ -162,7 +212,8 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
     main([*command, "--out", str(copy), "--overwrite", "true", "--trainer.max_epochs", "2"])
     assert json.loads((copy / "metrics.json").read_text())["probe"]["epochs"] == 2
     assert [path.name for path in (copy / "checkpoints").iterdir()].count("last.ckpt") == 1
-    assert not (copy / "predictions").exists() and len(list((copy / "checkpoints").iterdir())) <= 2
+    assert not (copy / "predictions").exists()
+    assert len(list((copy / "checkpoints").iterdir())) <= 2
     assert len(list(copy.glob("events*"))) == 1, "the earlier run's events are gone"
 
 
@@ -177,8 +228,18 @@ def test_test_without_a_checkpoint_is_an_error(given, finished, tmp_path):
 
 def test_the_checkpoint_of_another_head_is_not_scored(unfinished):
     folder, command = unfinished
-    command = ["test", *command[1:], "--model.head", "conv", "--ckpt_path", str(folder / "checkpoints/last.ckpt")]
-    with pytest.raises(SystemExit, match=r"differ in 4 tensors, e.g. heads.adapter.head.bias; use the model.sites and"):
+    command = [
+        "test",
+        *command[1:],
+        "--model.head",
+        "conv",
+        "--ckpt_path",
+        str(folder / "checkpoints/last.ckpt"),
+    ]
+    with pytest.raises(
+        SystemExit,
+        match=r"differ in 4 tensors, e.g. heads.adapter.head.bias; use the model.sites and",
+    ):
         main(command)
 
 
@@ -198,11 +259,26 @@ def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
     """Worlds of two seeds have the same file names; a padded and a squashed image are not the same input either."""
     run, command = finished
     other = tiny_models.write_segmentation(tmp_path / "data", seed=1)
-    changes = {"images": ["--data.root", str(other)], "image_resize": ["--model.image_resize", "pad"]}
+    changes = {
+        "images": ["--data.root", str(other)],
+        "image_resize": ["--model.image_resize", "pad"],
+    }
     changes["dtype"] = ["--model.dtype", "bfloat16"]
     for name, options in changes.items():
         out = tmp_path / name
-        main([*command, "--model.mllm", str(checkpoints["bidirectional"]), *options, "--out", str(out)])
-        for analysis in (["starvation", "--probes", str(run), str(out)], ["report", str(run), str(out)]):
+        main(
+            [
+                *command,
+                "--model.mllm",
+                str(checkpoints["bidirectional"]),
+                *options,
+                "--out",
+                str(out),
+            ]
+        )
+        for analysis in (
+            ["starvation", "--probes", str(run), str(out)],
+            ["report", str(run), str(out)],
+        ):
             with pytest.raises(SystemExit, match=f"scored (on different|with {name}) "):
                 main([*analysis, "--out", str(tmp_path / "report")])

@@ -31,12 +31,23 @@ SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "5", "--passes", "3"
 BYTES = ("probes.safetensors", "path.safetensors", "counts.safetensors")
 
 
-def arguments(checkpoint, root, out, *more: str, strengths: tuple[str, ...] = STRENGTHS) -> list[str]:
+def arguments(
+    checkpoint, root, out, *more: str, strengths: tuple[str, ...] = STRENGTHS
+) -> list[str]:
     """Return a command that solves two strengths at three sites, with batches of two."""
     demo = ["solve", "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2"]
     demo += ["--model.sites", "[encoder, adapter, layer_02]"]
     demo += ["--strengths", *strengths] if strengths else []
-    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+    return [
+        *demo,
+        "--model.mllm",
+        str(checkpoint),
+        "--data.root",
+        str(root),
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -44,7 +55,11 @@ def solve(checkpoints, segmentation, tmp_path):
     """Run a command in a folder of the test and return the run."""
 
     def run(*more: str, out: str = "run", strengths: tuple[str, ...] = STRENGTHS) -> ProbeRun:
-        main(arguments(checkpoints["causal"], segmentation, tmp_path / out, *more, strengths=strengths))
+        main(
+            arguments(
+                checkpoints["causal"], segmentation, tmp_path / out, *more, strengths=strengths
+            )
+        )
         return ProbeRun(tmp_path / out)
 
     return run
@@ -66,15 +81,25 @@ def sampled(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
 
 
 def masks(segmentation) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    return [
+        np.asarray(Image.open(path))
+        for path in sorted((segmentation / "annotations/validation").glob("*.png"))
+    ]
 
 
 def test_writes_the_files_of_a_fit_and_the_path(run):
-    files = ("config.yaml", "probes.safetensors", "manifest.json", "metrics.json", "counts.safetensors")
+    files = (
+        "config.yaml",
+        "probes.safetensors",
+        "manifest.json",
+        "metrics.json",
+        "counts.safetensors",
+    )
     for name in (*files, "path.safetensors"):
         assert (run.path / name).is_file(), name
     path = run.metrics["path"]
-    assert path["passes"] == 1 and path["sample_images"] == 6
+    assert path["passes"] == 1
+    assert path["sample_images"] == 6
     assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
     for entry in path["optimum"]["sites"]:
         assert entry["strengths"] == [0.1, 0.01]
@@ -94,7 +119,8 @@ def test_manifest_has_the_hashes_of_the_files(run, tmp_path):
     assert changed.path_counts()
     tensors = load_file(changed.path / "path.safetensors")
     save_file(
-        tensors | {"optimum/cross_entropy": 0.9 * tensors["optimum/cross_entropy"]}, changed.path / "path.safetensors"
+        tensors | {"optimum/cross_entropy": 0.9 * tensors["optimum/cross_entropy"]},
+        changed.path / "path.safetensors",
     )
     with pytest.raises(UserError, match="path.safetensors is not the file that the run wrote"):
         changed.path_counts()
@@ -103,9 +129,14 @@ def test_manifest_has_the_hashes_of_the_files(run, tmp_path):
 def test_path_counts_of_more_pixels_than_are_labelled_are_an_error(run, tmp_path):
     """Also in runs of earlier versions, without hashes."""
     old = shutil.copytree(run.path, tmp_path / "run")
-    (old / "manifest.json").write_text(json.dumps({k: v for k, v in run.manifest.items() if k != "files"}))
+    (old / "manifest.json").write_text(
+        json.dumps({k: v for k, v in run.manifest.items() if k != "files"})
+    )
     tensors = load_file(old / "path.safetensors")
-    save_file(tensors | {"optimum/predicted": tensors["optimum/predicted"] + 1000}, old / "path.safetensors")
+    save_file(
+        tensors | {"optimum/predicted": tensors["optimum/predicted"] + 1000},
+        old / "path.safetensors",
+    )
     with pytest.raises(UserError, match="path.safetensors: .* are not counts of the same pixels"):
         ProbeRun(old).path_counts()
 
@@ -116,25 +147,38 @@ def test_by_default_the_best_strength_and_its_neighbours_are_solved(solve):
         chosen = entry["strengths"].index(entry["chosen"])
         scored = [i for i, value in enumerate(entry["miou"]) if value is not None]
         assert scored == [chosen - 1, chosen, chosen + 1]
-        assert all((entry["certificates"][i] is not None) == (i in scored) for i in range(len(entry["strengths"])))
+        assert all(
+            (entry["certificates"][i] is not None) == (i in scored)
+            for i in range(len(entry["strengths"]))
+        )
 
 
 def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
     """The chosen probe is counted apart from the others, which must not be mixed up."""
-    tensors, sites = load_file(run.path / "path.safetensors"), [0, 2]
+    tensors = load_file(run.path / "path.safetensors")
+    sites = [0, 2]
     for row, strength in enumerate(STRENGTHS):
         ours = solve("--model.sites", "[encoder, layer_02]", out=strength, strengths=(strength,))
         alone = load_file(ours.path / "path.safetensors")
         for name in ("intersection", "predicted"):
             expected = tensors[f"optimum/{name}"][row, sites]
-            assert (alone[f"optimum/{name}"][0] - expected).abs().sum() <= 0.01 * expected.sum(), (strength, name)
+            assert (alone[f"optimum/{name}"][0] - expected).abs().sum() <= 0.01 * expected.sum(), (
+                strength,
+                name,
+            )
         expected = tensors["optimum/cross_entropy"][row, sites]
-        torch.testing.assert_close(alone["optimum/cross_entropy"][0], expected, rtol=1e-2, atol=1e-1)
+        torch.testing.assert_close(
+            alone["optimum/cross_entropy"][0], expected, rtol=1e-2, atol=1e-1
+        )
 
 
 def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
-    mllm, probes = run.mllm(), run.probes()
-    images = [Image.open(path).convert("RGB") for path in sorted((segmentation / "images/validation").glob("*"))]
+    mllm = run.mllm()
+    probes = run.probes()
+    images = [
+        Image.open(path).convert("RGB")
+        for path in sorted((segmentation / "images/validation").glob("*"))
+    ]
     states = mllm.states(mllm.preprocess(images))
     for i, site in enumerate(run.sites):
         entry = run.metrics["path"]["optimum"]["sites"][i]
@@ -152,12 +196,15 @@ def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
 def test_passes_with_a_small_sample_end_near_the_optimum(run, solve):
     """Five of six images in memory. The result is stated as not converged unless a certificate says so."""
     path = solve(*SAMPLED[:-1], "25").metrics["path"]
-    assert 1 < path["passes"] <= 25 and path["sample_images"] == 5
+    assert 1 < path["passes"] <= 25
+    assert path["sample_images"] == 5
     whole = run.metrics["path"]["optimum"]["sites"][1]
     (ours,) = path["optimum"]["sites"]
     assert ours["cross_entropy"][0] == pytest.approx(whole["cross_entropy"][0], abs=0.01)
     for certificate in ours["certificates"]:
-        assert certificate["converged"] == (certificate["gradient"] < 1e-3 and certificate["decrease"] < 1e-4)
+        assert certificate["converged"] == (
+            certificate["gradient"] < 1e-3 and certificate["decrease"] < 1e-4
+        )
 
 
 SLOW_REFINEMENT = """
@@ -174,11 +221,14 @@ main(sys.argv[1:])
 @pytest.mark.slow
 def test_sigterm_ends_a_run_at_once(checkpoints, segmentation, tmp_path):
     command = arguments(checkpoints["causal"], segmentation, tmp_path / "run")
-    process = subprocess.Popen([sys.executable, "-c", SLOW_REFINEMENT, str(tmp_path / "started"), *command])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_REFINEMENT, str(tmp_path / "started"), *command]
+    )
     try:
         deadline = time.monotonic() + HANGING_S
         while not (tmp_path / "started").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.2)
         process.terminate()
         assert process.wait(timeout=30) == -signal.SIGTERM
@@ -200,9 +250,12 @@ KILLS = {  # method of the solver, the number of calls after which it is killed,
 
 
 @pytest.mark.parametrize("when", KILLS)
-def test_a_killed_run_resumes_to_the_same_bytes(when, run, sampled, checkpoints, segmentation, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bytes(
+    when, run, sampled, checkpoints, segmentation, tmp_path, monkeypatch
+):
     method, calls, part = KILLS[when]
-    original, count = getattr(OptimumSolver, method), []
+    original = getattr(OptimumSolver, method)
+    count = []
 
     def stop(self, *args) -> object:
         count.append(1)
@@ -218,7 +271,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(when, run, sampled, checkpoints,
             main(killed)
     main([*killed, "--ckpt_path", "last"])
     for name in BYTES:
-        assert (tmp_path / name).read_bytes() == ((sampled if part else run).path / name).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (
+            (sampled if part else run).path / name
+        ).read_bytes(), name
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -254,9 +309,21 @@ def test_rejects_bad_options(option, message, checkpoints, task_root, tmp_path):
 
 def test_moments_that_do_not_fit_are_an_error(checkpoints, task_root, tmp_path, monkeypatch):
     monkeypatch.setattr("probes.training.least_squares_solver.available_memory", lambda: 80_000)
-    message = "moments of 6 sites in 2 folds: .* GB are available; choose fewer --folds or --model.sites"
+    message = (
+        "moments of 6 sites in 2 folds: .* GB are available; choose fewer --folds or --model.sites"
+    )
     with pytest.raises(SystemExit, match=message):
-        main(arguments(checkpoints["causal"], task_root, tmp_path, "--data.task", "depth", "--model.sites", "null"))
+        main(
+            arguments(
+                checkpoints["causal"],
+                task_root,
+                tmp_path,
+                "--data.task",
+                "depth",
+                "--model.sites",
+                "null",
+            )
+        )
 
 
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
@@ -275,7 +342,16 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         return loss_and_gradient(*args, **kwargs)
 
     monkeypatch.setattr("probes.training.optimum.loss_and_gradient", record)
-    solve("--trainer.precision", "bf16-mixed", "--model.sites", "[adapter]", "--sample-images", "4", "--passes", "2")
+    solve(
+        "--trainer.precision",
+        "bf16-mixed",
+        "--model.sites",
+        "[adapter]",
+        "--sample-images",
+        "4",
+        "--passes",
+        "2",
+    )
     assert seen == {False}
 
 
@@ -292,7 +368,9 @@ def test_sites_solved_on_one_thread_and_on_two_are_equal(run, solve):
         torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_dry_run_measures_and_writes_nothing(checkpoints, segmentation, tmp_path, caplog, monkeypatch):
+def test_dry_run_measures_and_writes_nothing(
+    checkpoints, segmentation, tmp_path, caplog, monkeypatch
+):
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
     assert "images/s; a pass over 6 training images" in caplog.text
     assert not (tmp_path / "out").exists()
@@ -303,7 +381,10 @@ def test_two_processes_give_the_probes_of_one(run, checkpoints, segmentation, tm
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = arguments(checkpoints["causal"], segmentation, tmp_path, *two)
     subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
-    ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(run.path / "path.safetensors")
-    torch.testing.assert_close(ours["optimum/cross_entropy"], theirs["optimum/cross_entropy"], rtol=1e-2, atol=1e-1)
+    ours = load_file(tmp_path / "path.safetensors")
+    theirs = load_file(run.path / "path.safetensors")
+    torch.testing.assert_close(
+        ours["optimum/cross_entropy"], theirs["optimum/cross_entropy"], rtol=1e-2, atol=1e-1
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["images"] == 5

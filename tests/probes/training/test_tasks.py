@@ -40,7 +40,11 @@ def fitted(checkpoints, task_root, tmp_path_factory) -> dict[str, TaskRun]:
     runs = {}
     for task in (*TASKS, "boundaries"):
         out = tmp_path_factory.mktemp(f"fitted_{task}")
-        main(arguments("fit", task, checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"))
+        main(
+            arguments(
+                "fit", task, checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"
+            )
+        )
         runs[task] = TaskRun(out)
     return runs
 
@@ -51,12 +55,15 @@ def targets(root, task) -> list[np.ndarray]:
         depths = [np.asarray(Image.open(file)).astype(np.float64) / 1000 for file in files]
         return [np.where(depth > 0, depth, np.nan) for depth in depths]
     arrays = [np.asarray(Image.open(file)).astype(np.float64) for file in files]
-    vectors = [np.where(array.any(-1, keepdims=True), array / 127.5 - 1, np.nan) for array in arrays]
+    vectors = [
+        np.where(array.any(-1, keepdims=True), array / 127.5 - 1, np.nan) for array in arrays
+    ]
     return [vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in vectors]
 
 
 def depth_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    p, t = prediction[np.isfinite(target)], target[np.isfinite(target)]
+    p = prediction[np.isfinite(target)]
+    t = target[np.isfinite(target)]
     ratio = np.maximum(p / t, t / p)
     scores = {"rmse": np.sqrt(((p - t) ** 2).mean()), "abs_rel": (np.abs(p - t) / t).mean()}
     scores["log10"] = np.abs(np.log10(p) - np.log10(t)).mean()
@@ -81,7 +88,9 @@ def test_scores_equal_numpy_on_the_saved_predictions(task, command, runs, fitted
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
         truth = targets(root, run.task_name)
-        per_image = [SCORES[run.task_name](np.load(f), t) for f, t in zip(files, truth, strict=True)]
+        per_image = [
+            SCORES[run.task_name](np.load(f), t) for f, t in zip(files, truth, strict=True)
+        ]
         for name in run.metrics["scores"]:
             mean = np.mean([scores[name] for scores in per_image])
             assert site[name] == pytest.approx(mean, rel=1e-4, abs=1e-3), (site["site"], name)
@@ -94,23 +103,34 @@ def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
     """The probe of every strength from an explicit ridge regression over all labelled pixels, in float64."""
     run = runs[task]
     mllm = run.mllm()
-    size, tensors = (24, 20), load_file(run.path / "probes.safetensors")
-    up = torch.einsum("yi,xj->yxij", *(bilinear_weights(n, m) for n, m in zip(mllm.grid, size, strict=True)))
+    size = (24, 20)
+    tensors = load_file(run.path / "probes.safetensors")
+    up = torch.einsum(
+        "yi,xj->yxij", *(bilinear_weights(n, m) for n, m in zip(mllm.grid, size, strict=True))
+    )
     up = up.reshape(size[0] * size[1], -1).double()
     images = [Image.open(f).convert("RGB") for f in sorted((root / "images/training").glob("*"))]
     states = mllm.states(mllm.preprocess(images))
     dataset = run.dataset("training")
-    y = run.task.values(torch.stack([torch.from_numpy(dataset[i]["target"]) for i in range(len(dataset))])).double()
+    y = run.task.values(
+        torch.stack([torch.from_numpy(dataset[i]["target"]) for i in range(len(dataset))])
+    ).double()
     y = y.flatten(0, 2)
     valid = y.isfinite().all(-1)
     for i, site in enumerate(run.sites):
-        x, path = (up @ states[site].double()).flatten(0, 1), run.metrics["path"]["closed_form"]["sites"][i]
-        strength, centred = path["chosen"], x[valid] - x[valid].mean(0)
+        x = (up @ states[site].double()).flatten(0, 1)
+        path = run.metrics["path"]["closed_form"]["sites"][i]
+        strength = path["chosen"]
+        centred = x[valid] - x[valid].mean(0)
         covariance = centred.T @ centred / len(centred)
         ridge = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         cross = centred.T @ (y[valid] - y[valid].mean(0)) / len(centred)
         expected = centred @ torch.linalg.solve(ridge, (1 - strength) * cross) + y[valid].mean(0)
-        norm = {k.removeprefix(f"{site}."): v.double() for k, v in tensors.items() if k.startswith(f"{site}.")}
+        norm = {
+            k.removeprefix(f"{site}."): v.double()
+            for k, v in tensors.items()
+            if k.startswith(f"{site}.")
+        }
         z = (x[valid] - norm["norm.running_mean"]) / (norm["norm.running_var"] + 1e-5).sqrt()
         ours = z @ norm["head.weight"].T + norm["head.bias"]
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
@@ -121,11 +141,15 @@ def test_files_and_path(task, runs):
     run = runs[task]
     path = run.metrics["path"]
     assert run.metrics["task"] == run.manifest["data"]["task"] == task
-    assert path["passes"] == 1 and path.get("optimum") is None
+    assert path["passes"] == 1
+    assert path.get("optimum") is None
     path_sums = load_file(run.path / "path.safetensors")["closed_form/sums"]
-    assert run.sums.shape[:2] == (6, 5) and path_sums.shape[:3] == (3, 6, 5)
+    assert run.sums.shape[:2] == (6, 5)
+    assert path_sums.shape[:3] == (3, 6, 5)
     score = run.task.score
-    for i, (site, entry) in enumerate(zip(run.metrics["sites"], path["closed_form"]["sites"], strict=True)):
+    for i, (site, entry) in enumerate(
+        zip(run.metrics["sites"], path["closed_form"]["sites"], strict=True)
+    ):
         assert entry["strengths"] == STRENGTHS
         chosen = STRENGTHS.index(entry["chosen"])
         assert chosen == int(np.argmin(entry["cv_loss"]))
@@ -135,7 +159,9 @@ def test_files_and_path(task, runs):
     best = min if run.task.sign < 0 else max
     layers = {s["site"]: s[score] for s in run.metrics["sites"] if s["site"].startswith("layer_")}
     assert summary["peak_llm"] == best(layers.values()) == layers[summary["peak_site"]]
-    assert summary["recovery"] == pytest.approx(run.task.sign * (summary["peak_llm"] - summary["adapter"]))
+    assert summary["recovery"] == pytest.approx(
+        run.task.sign * (summary["peak_llm"] - summary["adapter"])
+    )
 
 
 @pytest.mark.parametrize("command", ["solve", "fit"])
@@ -151,10 +177,13 @@ def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, f
         for step in range(99, 0, -1):
             predicted = (probability >= np.float32(step / 100)) & (truth != 255)
             right = (predicted & (truth == 1)).sum()
-            precision, recall = right / max(predicted.sum(), 1), right / (truth == 1).sum()
+            precision = right / max(predicted.sum(), 1)
+            recall = right / (truth == 1).sum()
             best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
-            area, before = area + precision * (recall - before), recall
-        assert site["f"] == pytest.approx(best, abs=1e-3) and site["ap"] == pytest.approx(area, abs=1e-3)
+            area = area + precision * (recall - before)
+            before = recall
+        assert site["f"] == pytest.approx(best, abs=1e-3)
+        assert site["ap"] == pytest.approx(area, abs=1e-3)
 
 
 @pytest.mark.parametrize("task", [*TASKS, "boundaries"])
@@ -163,16 +192,21 @@ def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
     best = max if run.task.scores[run.task.score] else min
     for site in run.metrics["sites"]:
         kept = site["history"][site["best_epoch"] - 1]
-        assert len(site["history"]) == 2 and kept == best(site["history"]) == pytest.approx(site[run.task.score])
+        assert len(site["history"]) == 2
+        assert kept == best(site["history"]) == pytest.approx(site[run.task.score])
     assert any(len(set(site["history"])) == 2 for site in run.metrics["sites"]), "the epochs differ"
-    assert run.metrics["probe"]["head"] == "linear" and "path" not in run.metrics
+    assert run.metrics["probe"]["head"] == "linear"
+    assert "path" not in run.metrics
 
 
 @pytest.mark.parametrize("batches", [2, 4])
-def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bytes(
+    batches, runs, checkpoints, root, tmp_path, monkeypatch
+):
     """Also when it had added all images, so that no batch is left."""
     monkeypatch.setattr("probes.training.least_squares_solver.SAVE_SECONDS", -1)
-    add, added = LeastSquaresSolver.add, []
+    add = LeastSquaresSolver.add
+    added = []
 
     def die(self, *args) -> None:
         add(self, *args)
@@ -189,21 +223,46 @@ def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root
         assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name
 
 
-def test_depth_is_lost_where_an_adapter_loses_its_direction_and_not_another_one(checkpoints, tmp_path):
+def test_depth_is_lost_where_an_adapter_loses_its_direction_and_not_another_one(
+    checkpoints, tmp_path
+):
     """Planted: without the direction along which the adapter's input varies with depth, probes find the mean depth."""
-    root = write_targets(tiny_models.write_segmentation(tmp_path / "pictures", 40, 20), tmp_path / "data")
+    root = write_targets(
+        tiny_models.write_segmentation(tmp_path / "pictures", 40, 20), tmp_path / "data"
+    )
 
     def solve(checkpoint: Path, name: str) -> TaskRun:
-        main(arguments("solve", "depth", checkpoint, root, tmp_path / name, "--model.sites", "[encoder, adapter]"))
+        main(
+            arguments(
+                "solve",
+                "depth",
+                checkpoint,
+                root,
+                tmp_path / name,
+                "--model.sites",
+                "[encoder, adapter]",
+            )
+        )
         return TaskRun(tmp_path / name)
 
     intact = solve(checkpoints["causal"], "intact")
-    mllm, dataset = intact.mllm(), intact.dataset("training")
-    images = [Image.open(file).convert("RGB") for file in sorted((root / "images/training").glob("*"))]
+    mllm = intact.mllm()
+    dataset = intact.dataset("training")
+    images = [
+        Image.open(file).convert("RGB") for file in sorted((root / "images/training").glob("*"))
+    ]
     x = mllm.states(mllm.preprocess(images), ["encoder"])["encoder"].double()
-    rows, columns = (bilinear_weights(nodes, pixels) for nodes, pixels in zip(mllm.grid, (24, 20), strict=True))
-    x = torch.einsum("yi,xj,nijd->nyxd", rows.double(), columns.double(), x.unflatten(1, mllm.grid)).flatten(0, 2)
-    y = torch.from_numpy(np.stack([dataset[i]["target"] for i in range(len(dataset))])).double().flatten()
+    rows, columns = (
+        bilinear_weights(nodes, pixels) for nodes, pixels in zip(mllm.grid, (24, 20), strict=True)
+    )
+    x = torch.einsum(
+        "yi,xj,nijd->nyxd", rows.double(), columns.double(), x.unflatten(1, mllm.grid)
+    ).flatten(0, 2)
+    y = (
+        torch.from_numpy(np.stack([dataset[i]["target"] for i in range(len(dataset))]))
+        .double()
+        .flatten()
+    )
     valid = y.isfinite()
     depth = F.normalize((y[valid] - y[valid].mean()) @ (x[valid] - x[valid].mean(0)), dim=0)
     other = torch.randn(len(depth), dtype=depth.dtype, generator=torch.Generator().manual_seed(0))
@@ -231,11 +290,15 @@ def test_predict_gives_the_saved_prediction(task, runs, root):
     run = runs[task]
     file = sorted((root / "images/validation").glob("*"))[0]
     ours = run.predict(Image.open(file).convert("RGB"), "adapter")
-    np.testing.assert_allclose(ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3)
+    np.testing.assert_allclose(
+        ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3
+    )
     assert run.task.colorize(ours).shape == (24, 20, 3)
 
 
-def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(runs, checkpoints, root, tmp_path):
+def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(
+    runs, checkpoints, root, tmp_path
+):
     shutil.copytree(runs["depth"].path, tmp_path / "run")
     before = run_bytes(tmp_path / "run")
     command = arguments("solve", "normals", checkpoints["causal"], root, tmp_path / "run")
@@ -249,13 +312,18 @@ def test_two_processes_give_the_probes_of_one(runs, checkpoints, root, tmp_path)
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = arguments("solve", "normals", checkpoints["causal"], root, tmp_path, *two)
     subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
-    ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(runs["normals"].path / "path.safetensors")
-    torch.testing.assert_close(ours["closed_form/sums"], theirs["closed_form/sums"], rtol=1e-2, atol=1e-2)
+    ours = load_file(tmp_path / "path.safetensors")
+    theirs = load_file(runs["normals"].path / "path.safetensors")
+    torch.testing.assert_close(
+        ours["closed_form/sums"], theirs["closed_form/sums"], rtol=1e-2, atol=1e-2
+    )
     torch.testing.assert_close(TaskRun(tmp_path).sums, runs["normals"].sums, rtol=1e-2, atol=1e-1)
 
 
 @pytest.mark.parametrize("command", ["solve", "fit"])
-def test_a_command_leaves_the_precision_of_products_to_the_next(command, checkpoints, root, tmp_path):
+def test_a_command_leaves_the_precision_of_products_to_the_next(
+    command, checkpoints, root, tmp_path
+):
     """Else a solve after a fit, in one study, would give other bits than alone."""
     before = torch.get_float32_matmul_precision()
     main(arguments(command, "depth", checkpoints["causal"], root, tmp_path))

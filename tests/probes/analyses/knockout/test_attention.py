@@ -16,7 +16,8 @@ LOOKING = [torch.tensor([True, False, False, True]), torch.tensor([False, True, 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 def test_equals_eager_attention(checkpoints, name):
-    mllm, pixels = probes.load(str(checkpoints[name])), tiny_models.pixels(2)
+    mllm = probes.load(str(checkpoints[name]))
+    pixels = tiny_models.pixels(2)
     prefix = mllm.prefix_ids.shape[1]
     paid, itself = attention_from(mllm, pixels, [(0, LOOKING[0]), (1, LOOKING[1]), (0, LOOKING[1])])
     eager = reference.eager_attention(mllm, pixels)
@@ -24,14 +25,17 @@ def test_equals_eager_attention(checkpoints, name):
         tokens = [prefix + t for t in range(4) if looking[t]]
         for layer in range(3):
             weights = eager[layer][row].mean(0)
-            torch.testing.assert_close(paid[case, layer], weights[tokens][:, prefix:].mean(0), **rounding(weights, 3))
+            torch.testing.assert_close(
+                paid[case, layer], weights[tokens][:, prefix:].mean(0), **rounding(weights, 3)
+            )
             own = torch.stack([weights[t, t] for t in tokens]).mean()
             torch.testing.assert_close(itself[case, layer], own, **rounding(weights, 3))
 
 
 def test_groups_partition_the_attention():
     attention = torch.tensor([[0.2, 0.3, 0.25, 0.15]])  # the remaining 0.1 goes to the prefix
-    correct, incorrect = torch.tensor([True, False, False, False]), torch.tensor([False, True, True, False])
+    correct = torch.tensor([True, False, False, False])
+    incorrect = torch.tensor([False, True, True, False])
     groups = sum_by_group(attention, torch.tensor([0.05]), correct, incorrect)
     torch.testing.assert_close(groups, torch.tensor([[0.05, 0.2, 0.5, 0.15, 0.1]]))
     assert groups.sum() == pytest.approx(1)

@@ -5,17 +5,27 @@ import pytest
 import torch
 
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
-from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition, matched_tokens, measure_balance
+from probes.analyses.knockout.conditions import (
+    MatchingFeatures,
+    blocked_by_condition,
+    matched_tokens,
+    measure_balance,
+)
 from probes.analyses.knockout.config import Plan
 
-GRID, T = (4, 6), 24
+GRID = (4, 6)
+T = 24
 CONTROLS = ["distance", "mass", "matched"]
 
 
 def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)) -> ConfusionCase:
-    mask = lambda tokens: torch.isin(torch.arange(T), torch.tensor(tokens))
+    def mask(tokens):
+        return torch.isin(torch.arange(T), torch.tensor(tokens))
+
     blocked = {"incorrect": mask(incorrect), "correct": mask(correct)}
-    return ConfusionCase(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.full((T,), 2), blocked)
+    return ConfusionCase(
+        5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.full((T,), 2), blocked
+    )
 
 
 def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
@@ -23,7 +33,9 @@ def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatur
     states = torch.ones(T, 8)
     states[list(high)] *= 10
     mass = torch.linspace(0, 1, T)
-    return MatchingFeatures.from_case(case, GRID, visible.tril() if causal else visible, states, mass)
+    return MatchingFeatures.from_case(
+        case, GRID, visible.tril() if causal else visible, states, mass
+    )
 
 
 def blocked_of(case, features, **kwargs) -> dict:
@@ -38,7 +50,9 @@ def test_features_equal_a_loop():
         y, x = divmod(token, 6)
         distance = min(np.hypot(y - q // 6, x - q % 6) for q in (7, 8, 13))
         assert features.distance[token] == pytest.approx(distance)
-        assert features.visibility[token] == pytest.approx(np.mean([token <= q for q in (7, 8, 13)]))
+        assert features.visibility[token] == pytest.approx(
+            np.mean([token <= q for q in (7, 8, 13)])
+        )
     assert features.high_norm.nonzero()[0].tolist() == [11]
 
 
@@ -47,9 +61,12 @@ def test_controls_block_as_many_tokens_none_of_high_norm_and_none_of_the_set_if_
     for name, draws in blocked_of(case, features_of(case)).items():
         kind, _, matched = name.rpartition("_")
         if kind:
-            assert len(draws) == 4 and len({tuple(draw.tolist()) for draw in draws}) > 1, "draws differ"
+            assert len(draws) == 4 and len({tuple(draw.tolist()) for draw in draws}) > 1, (
+                "draws differ"
+            )
             for draw in draws:
-                assert draw.sum() == case.blocked[matched].sum() and not draw[11]
+                assert draw.sum() == case.blocked[matched].sum()
+                assert not draw[11]
                 assert kind == "random" or not (draw & case.blocked[matched]).any()
 
 
@@ -58,8 +75,15 @@ def test_matched_in_distance_is_nearer_than_random_in_distance():
     case = case_of(wrong=(0,), incorrect=(0,), correct=(16, 17, 22, 23))
     features = features_of(case, high=())
     blocked = blocked_of(case, features, draws=200)
-    mean = lambda name: np.mean([features.distance[draw.numpy()].mean() for draw in blocked[name]])
-    assert abs(mean("distance_correct") - mean("correct")) < 0.8 < abs(mean("random_correct") - mean("correct"))
+
+    def mean(name):
+        return np.mean([features.distance[draw.numpy()].mean() for draw in blocked[name]])
+
+    assert (
+        abs(mean("distance_correct") - mean("correct"))
+        < 0.8
+        < abs(mean("random_correct") - mean("correct"))
+    )
 
 
 def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
@@ -67,33 +91,47 @@ def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
     case = case_of(wrong=(12, 13), incorrect=(12, 13), correct=(0, 1, 2, 3, 4))
     features = features_of(case, causal=True, high=())
     blocked = blocked_of(case, features, draws=100)
-    seen = lambda name: np.mean([features.visibility[draw.numpy()].mean() for draw in blocked[name]])
-    assert seen("correct") == 1 and seen("distance_correct") > 0.95 and seen("random_correct") < 0.7
+
+    def seen(name):
+        return np.mean([features.visibility[draw.numpy()].mean() for draw in blocked[name]])
+
+    assert seen("correct") == 1
+    assert seen("distance_correct") > 0.95
+    assert seen("random_correct") < 0.7
 
 
 def test_matched_in_mass_has_the_mass():
     case = case_of(correct=(4, 9, 14, 19))
     features = features_of(case)
-    mass = lambda draw: features.mass[draw.numpy()].sum()
+
+    def mass(draw):
+        return features.mass[draw.numpy()].sum()
+
     for draw in blocked_of(case, features)["mass_correct"]:
         assert abs(mass(draw) - mass(case.blocked["correct"])) < 0.4
 
 
 def test_matched_in_both_finds_the_tokens_that_match_in_both():
     """Tokens 2-7 are twins of the blocked 0 and 1; 8-13 match in distance only, 14-23 in mass only."""
-    distance, mass = np.full(T, 3.0), np.full(T, 0.001)
+    distance = np.full(T, 3.0)
+    mass = np.full(T, 0.001)
     distance[:14], mass[8:14] = 1, 0.9
     features = MatchingFeatures(distance, np.ones(T), mass, np.zeros(T, dtype=bool))
     case = case_of(wrong=(23,), incorrect=(0, 1), correct=(0, 1))
     blocked = blocked_of(case, features, controls=["distance", "mass", "matched"], draws=100)
-    drawn = {name: set(np.flatnonzero(torch.stack(draws).any(0))) for name, draws in blocked.items()}
+    drawn = {
+        name: set(np.flatnonzero(torch.stack(draws).any(0))) for name, draws in blocked.items()
+    }
     assert drawn["matched_correct"] == drawn["matched_incorrect"] == set(range(2, 8))
-    assert drawn["distance_correct"] - set(range(2, 8)) and drawn["mass_correct"] - set(range(2, 8))
+    assert drawn["distance_correct"] - set(range(2, 8))
+    assert drawn["mass_correct"] - set(range(2, 8))
 
 
 def test_avoided_tokens_come_before_the_blocked_ones_when_others_run_out():
-    features, rng = np.zeros((4, 1)), np.random.default_rng(0)
-    blocked, avoided = np.array([True, True, False, False]), np.array([False, False, False, True])
+    features = np.zeros((4, 1))
+    rng = np.random.default_rng(0)
+    blocked = np.array([True, True, False, False])
+    avoided = np.array([False, False, False, True])
     assert matched_tokens(features, blocked, avoided, rng).tolist() == [False, False, True, True]
     blocked = np.array([True, True, True, False])
     taken = matched_tokens(features, blocked, avoided, rng)
@@ -104,8 +142,12 @@ def test_a_condition_draws_by_itself():
     """The same seed draws the same tokens whatever else is asked for; another seed draws others."""
     case = case_of()
     features = features_of(case)
-    few, many = blocked_of(case, features, controls=[]), blocked_of(case, features)
-    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    few = blocked_of(case, features, controls=[])
+    many = blocked_of(case, features)
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
     assert all(same(draws, many[name]) for name, draws in few.items())
     assert not same(few["random_correct"], blocked_of(case, features, seed=1)["random_correct"])
     case.blocked["incorrect"] = case.blocked["correct"]  # the same set, but different draws
@@ -132,18 +174,29 @@ def test_cases_follow_the_paper():
     predicted = torch.tensor([[[1, 1, 1, 0], [0, 0, 0, 0]], [[1, 0, 0, 2], [1, 1, 1, 1]]])
     truth = torch.tensor([[0, 2, 1, 2], [0, 0, 0, 0]])
     (case,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1)
-    assert (case.image, case.patches, case.correct_class) == (7, 2, 0), "0 and 2 once each: the first"
-    assert case.blocked["incorrect"].tolist() == [True, True, True, False]  # also the patch that is correctly 1
-    assert case.blocked["correct"].tolist() == [False, False, False, True] and case.anchors == 1
+    assert (case.image, case.patches, case.correct_class) == (7, 2, 0), (
+        "0 and 2 once each: the first"
+    )
+    assert case.blocked["incorrect"].tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]  # also the patch that is correctly 1
+    assert case.blocked["correct"].tolist() == [False, False, False, True]
+    assert case.anchors == 1
     (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, block_layer=1)
-    assert later.blocked["incorrect"].tolist() == [True, False, False, False] and later.patches == 2
+    assert later.blocked["incorrect"].tolist() == [True, False, False, False]
+    assert later.patches == 2
     assert not find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, min_patches=3)
     outcomes = {name: values.tolist() for name, values in case.outcomes(predicted[:, 0]).items()}
     assert outcomes == {"rate": [1, 0.5], "still_wrong": [1, 0.5]}
 
 
 def test_new_mistakes_count_in_the_rate_only():
-    predicted, truth = torch.tensor([[[1, 0, 0, 0]], [[0, 1, 1, 0]]]), torch.tensor([[0, 0, 0, -1]])
+    predicted = torch.tensor([[[1, 0, 0, 0]], [[0, 1, 1, 0]]])
+    truth = torch.tensor([[0, 0, 0, -1]])
     (case,) = find_cases(predicted, truth, torch.tensor([7]), wrong_class=1)
     outcomes = case.outcomes(predicted[:, 0])
-    assert outcomes["rate"].tolist() == [1, 2] and outcomes["still_wrong"].tolist() == [1, 0]
+    assert outcomes["rate"].tolist() == [1, 2]
+    assert outcomes["still_wrong"].tolist() == [1, 0]

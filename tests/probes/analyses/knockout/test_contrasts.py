@@ -11,7 +11,13 @@ from bench.contrasts import study
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from probes.analyses.knockout.contrasts import EFFECTS, contrast_estimates, control_of, patch_contrasts, rate_effects
+from probes.analyses.knockout.contrasts import (
+    EFFECTS,
+    contrast_estimates,
+    control_of,
+    patch_contrasts,
+    rate_effects,
+)
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
@@ -24,17 +30,25 @@ def run(tmp_path) -> ProbeRun:
     root = tmp_path / "data"
     root.mkdir()
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
-    return ProbeRun(probe_runs.write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.5], root=root, images=N))
+    return ProbeRun(
+        probe_runs.write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.5], root=root, images=N)
+    )
 
 
 def mantel_haenszel(tensors, names, control, weights):
     """Return the three contrasts under image weights f[N], by a loop over patches' cases."""
-    total, share = np.zeros(3), 0.0
+    total = np.zeros(3)
+    share = 0.0
     for a, b in (names[i : i + 2] for i in range(0, len(names), 2)):
         kinds = []
         for name in (a, b):
-            left = lambda key, name=name: tensors[f"{name}/still_wrong:{key}"][:, 3:].double().mean(1).numpy()
-            incorrect, correct = (left(key) - left(f"{control}_{key}") for key in ("incorrect", "correct"))
+
+            def left(key, name=name):
+                return tensors[f"{name}/still_wrong:{key}"][:, 3:].double().mean(1).numpy()
+
+            incorrect, correct = (
+                left(key) - left(f"{control}_{key}") for key in ("incorrect", "correct")
+            )
             effects = np.stack([incorrect, correct, correct - incorrect], 1)
             w = weights[tensors[f"{name}/image"].numpy()] * tensors[f"{name}/patches"].numpy()
             kinds.append((w.sum(), (w[:, None] * effects).sum(0) / w.sum()))
@@ -49,44 +63,67 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(control, run
     conditions = (*CONDITIONS, "matched_incorrect", "matched_correct")
     effects = {name: (0.1 * i, 0.2 - 0.1 * i) for i, name in enumerate(CLASSES[:4])}
     tensors = simulate(np.random.default_rng(0), effects, conditions, cases=25)
-    tensors |= simulate(np.random.default_rng(1), {"wall": (5.0, 5.0)}, conditions)  # no building called wall
+    tensors |= simulate(
+        np.random.default_rng(1), {"wall": (5.0, 5.0)}, conditions
+    )  # no building called wall
     write_knockout(run, tensors)
     found = patch_contrasts(run, control)
     expected = mantel_haenszel(tensors, CLASSES[:4], control, np.ones(N))
     assert list(found) == list(EFFECTS)
     assert [x.estimate[0] for x in found.values()] == pytest.approx(expected.tolist(), abs=1e-6)
     patches = sum(int(tensors[f"{name}/patches"].sum()) for name in CLASSES[:4])
-    assert found["knockout_correct"].counts["patches"] == patches and found["knockout_correct"].counts["pairs"] == 2
+    assert found["knockout_correct"].counts["patches"] == patches
+    assert found["knockout_correct"].counts["pairs"] == 2
     wider = [(x.estimate[1][7].item() - x.estimate[0]) for x in found.values()]
     loop = mantel_haenszel(tensors, CLASSES[:4], control, run.weights[7].numpy()) - expected
-    assert np.allclose(np.divide(wider, loop), wider[0] / loop[0]) and 1 < wider[0] / loop[0] < 1.1, "Student's t"
+    assert (
+        np.allclose(np.divide(wider, loop), wider[0] / loop[0]) and 1 < wider[0] / loop[0] < 1.1
+    ), "Student's t"
     spread = found["knockout_correct"].over_pairs
     by_pair = [mantel_haenszel(tensors, CLASSES[i : i + 2], control, np.ones(N))[1] for i in (0, 2)]
-    assert (spread["value"], spread["sd"]) == pytest.approx((np.mean(by_pair), np.std(by_pair, ddof=1)), abs=1e-6)
+    assert (spread["value"], spread["sd"]) == pytest.approx(
+        (np.mean(by_pair), np.std(by_pair, ddof=1)), abs=1e-6
+    )
 
 
 def test_without_both_mistakes_or_enough_images_there_is_no_contrast(run):
     assert patch_contrasts(run, "random") == rate_effects(run) == {}
     one_sided = simulate(np.random.default_rng(0), {"sky": (0.1, 0.2), "road": (0.1, 0.2)})
     write_knockout(run, one_sided)
-    assert patch_contrasts(run, "random") == {} and set(rate_effects(run)) == set(EFFECTS)
-    write_knockout(run, simulate(np.random.default_rng(0), dict.fromkeys(CLASSES[:2], (0, 0)), cases=2))
+    assert patch_contrasts(run, "random") == {}
+    assert set(rate_effects(run)) == set(EFFECTS)
+    write_knockout(
+        run, simulate(np.random.default_rng(0), dict.fromkeys(CLASSES[:2], (0, 0)), cases=2)
+    )
     assert patch_contrasts(run, "random") == {}, "at most four images"
 
 
 def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(run):
     tensors = simulate(np.random.default_rng(0), {"sky": (-0.1, 0.2), "road": (0.3, 0.1)}, cases=25)
     write_knockout(run, tensors)
-    later = lambda key: torch.cat([tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")]).numpy()
+
+    def later(key):
+        return torch.cat(
+            [tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")]
+        ).numpy()
+
     found = rate_effects(run)
-    assert found["knockout_incorrect"][0] == pytest.approx((later("incorrect") - later("none")).mean(), abs=1e-6)
-    assert found["knockout_correct"][0] == pytest.approx((later("correct") - later("none")).mean(), abs=1e-6)
+    assert found["knockout_incorrect"][0] == pytest.approx(
+        (later("incorrect") - later("none")).mean(), abs=1e-6
+    )
+    assert found["knockout_correct"][0] == pytest.approx(
+        (later("correct") - later("none")).mean(), abs=1e-6
+    )
     low, high = interval(*found["knockout_correct"])
     assert low < found["knockout_correct"][0] < high
 
 
 def test_matched_tokens_are_the_control_if_all_runs_have_them(run, tmp_path):
-    other = ProbeRun(probe_runs.write_run(tmp_path / "other", [0.6, 0.5, 0.6, 0.5], root=tmp_path / "data", images=N))
+    other = ProbeRun(
+        probe_runs.write_run(
+            tmp_path / "other", [0.6, 0.5, 0.6, 0.5], root=tmp_path / "data", images=N
+        )
+    )
     matched = (*CONDITIONS, "matched_incorrect", "matched_correct")
     effects = dict.fromkeys(CLASSES[:2], (0, 0))
     write_knockout(run, simulate(np.random.default_rng(0), effects, matched))
@@ -99,7 +136,10 @@ def test_groups_of_images_are_the_units(tmp_path):
     """The same cases in few cities are worth less than in as many images."""
     weights = bootstrap_weights(60, 400)
     cases = simulate_cases(np.random.default_rng(0), 60, [0.05])
-    spread = lambda groups: contrast_estimates(cases, weights, groups)[0][0][1].std()
+
+    def spread(groups):
+        return contrast_estimates(cases, weights, groups)[0][0][1].std()
+
     assert spread(torch.arange(60)) == spread(None)
     assert spread(torch.arange(60) % 6) > 1.2 * spread(None)
 
@@ -109,6 +149,8 @@ def test_intervals_keep_their_level(images):
     """Two standard errors about the nominal 95% and 5%; pooled patches would take a criterion shift for an effect."""
     rng = np.random.default_rng(images)
     found = [study(rng, images) for _ in range(STUDIES)]
-    share = {key: np.mean([row[key] for row in found]) for key in ("covers", "shift", "pooled", "beyond")}
+    share = {
+        key: np.mean([row[key] for row in found]) for key in ("covers", "shift", "pooled", "beyond")
+    }
     assert share["covers"] >= 0.925 and share["beyond"] >= 0.925, share
     assert share["shift"] <= 0.075 < 0.12 < share["pooled"], share

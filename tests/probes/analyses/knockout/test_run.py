@@ -65,7 +65,8 @@ def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str
     """Outcomes by image, condition of the paper and name."""
     outcomes = {}
     for image in range(len(run.dataset())):
-        labels, true = predicted(run, reader, image), truth(run, image)
+        labels = predicted(run, reader, image)
+        true = truth(run, image)
         wrong = [t for t in range(4) if labels[0][t] == c and true[t] != c]
         if not wrong:
             continue
@@ -89,26 +90,33 @@ def test_equals_a_loop_over_images(run, classes, tmp_path, options):
     for entry in results["classes"]:
         name = entry["class"]
         expected = c1_by_loop(run, reader, tiny_models.CLASSES.index(name), **options)
-        assert tensors[f"{name}/image"].tolist() == list(expected) and entry["images"] == len(expected)
+        assert tensors[f"{name}/image"].tolist() == list(expected)
+        assert entry["images"] == len(expected)
         for condition in ("none", "incorrect", "correct"):
             for outcome in ("rate", "still_wrong"):
-                values = np.array([by_condition[condition][outcome] for by_condition in expected.values()])
+                values = np.array(
+                    [by_condition[condition][outcome] for by_condition in expected.values()]
+                )
                 found = tensors[f"{name}/{outcome_key(outcome, condition)}"].numpy()
                 np.testing.assert_allclose(found, values, atol=1e-6)
             rates = [by_condition[condition]["rate"] for by_condition in expected.values()]
             np.testing.assert_allclose(entry["remaining"][condition], np.mean(rates, 0), atol=1e-6)
             assert len(entry["ci95"][condition]) == L + 1
-        assert all(entry["remaining"][condition][0] == pytest.approx(1.0) for condition in CONDITIONS)
+        assert all(
+            entry["remaining"][condition][0] == pytest.approx(1.0) for condition in CONDITIONS
+        )
 
 
 @pytest.mark.slow
 def test_windows_equal_the_loop_too(run, classes, tmp_path):
     """In batches that mix them with all other conditions."""
-    reader, index = PatchReader(run), tiny_models.CLASSES.index
+    reader = PatchReader(run)
+    index = tiny_models.CLASSES.index
     knockout(run, Plan(classes, batch_size=7, layer_windows=2, draws=1), tmp_path)
     swept = json.loads((tmp_path / "knockout_windows.json").read_text())
     base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
-    pooled, cases = swept["classes"][0], [image for by_image in base.values() for image in by_image]
+    pooled = swept["classes"][0]
+    cases = [image for by_image in base.values() for image in by_image]
     assert (pooled["cases"], pooled["images"]) == (len(cases), len(set(cases)))
     for i, place in enumerate(swept["places"]):
         cut = {name: c1_by_loop(run, reader, index(name), place["layers"]) for name in classes}
@@ -118,18 +126,37 @@ def test_windows_equal_the_loop_too(run, classes, tmp_path):
                 for name in classes
                 for image, outcomes in cut[name].items()
             ]
-            np.testing.assert_allclose(pooled["change"][condition][i], np.mean(change, 0), atol=1e-6)
-            assert not any(pooled["change"][condition][i][: place["layers"][0]]), "layers before a window do not change"
+            np.testing.assert_allclose(
+                pooled["change"][condition][i], np.mean(change, 0), atol=1e-6
+            )
+            assert not any(pooled["change"][condition][i][: place["layers"][0]]), (
+                "layers before a window do not change"
+            )
 
 
 def test_locations_of_windows():
     places = cut_locations(2, 3)
-    layers = lambda kind: [place.layers for place in places if place.kind == kind]
-    assert layers("single") == [[1], [2], [3]] and layers("sliding") == [[1, 2], [2, 3]]
-    assert layers("from") == [[1, 2, 3], [2, 3], [3]] and layers("up_to") == [[1], [1, 2], [1, 2, 3]]
+
+    def layers(kind):
+        return [place.layers for place in places if place.kind == kind]
+
+    assert layers("single") == [[1], [2], [3]]
+    assert layers("sliding") == [[1, 2], [2, 3]]
+    assert layers("from") == [[1, 2, 3], [2, 3], [3]]
+    assert layers("up_to") == [[1], [1, 2], [1, 2, 3]]
 
 
-ALL = ["--controls", "distance", "mass", "matched", "--layer-windows", "3", "--attention", "--draws", "2"]
+ALL = [
+    "--controls",
+    "distance",
+    "mass",
+    "matched",
+    "--layer-windows",
+    "3",
+    "--attention",
+    "--draws",
+    "2",
+]
 
 
 def read_files(folder) -> dict[str, bytes]:
@@ -138,7 +165,8 @@ def read_files(folder) -> dict[str, bytes]:
 
 def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]]:
     """Record the images of each computed batch; interrupt the analysis at the batch after `stop_after`."""
-    batches, knock_out_batch = [], analysis.knock_out_batch
+    batches = []
+    knock_out_batch = analysis.knock_out_batch
 
     def spy(reader, plan, classes, batch):
         if len(batches) == stop_after:
@@ -152,7 +180,17 @@ def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]
 
 def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path, monkeypatch):
     """A run killed in its third batch and started again computes only that batch."""
-    argv = ["knockout", "--probes", str(run.path), "--classes", classes[0], "--batch-size", "4", *ALL, "--out"]
+    argv = [
+        "knockout",
+        "--probes",
+        str(run.path),
+        "--classes",
+        classes[0],
+        "--batch-size",
+        "4",
+        *ALL,
+        "--out",
+    ]
     main([*argv, str(tmp_path / "complete")])
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         record_batches(patch, stop_after=2)
@@ -162,11 +200,25 @@ def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path
     main([*argv, str(tmp_path / "killed")])
     assert again == [[8]], "two of the three batches are cached"
     assert read_files(tmp_path / "complete") == read_files(tmp_path / "killed")
-    assert set(read_files(tmp_path / "killed")) == {"knockout.json", "knockout.safetensors", "knockout_windows.json"}
+    assert set(read_files(tmp_path / "killed")) == {
+        "knockout.json",
+        "knockout.safetensors",
+        "knockout_windows.json",
+    }
 
 
 def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run, classes, tmp_path):
-    argv = ["knockout", "--probes", str(run.path), "--classes", classes[0], "--draws", "1", "--out", str(tmp_path)]
+    argv = [
+        "knockout",
+        "--probes",
+        str(run.path),
+        "--classes",
+        classes[0],
+        "--draws",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     main([*argv, "--layer-windows", "1"])
     main([*argv, "--overwrite", "true"])
     assert set(read_files(tmp_path)) == {"knockout.json", "knockout.safetensors"}
@@ -189,10 +241,14 @@ def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monk
         ("[layer_01, layer_02, layer_03]", "adapter"),
     ],
 )
-def test_a_run_without_all_layers_is_an_error_that_names_them(checkpoints, segmentation, tmp_path, sites, missing):
+def test_a_run_without_all_layers_is_an_error_that_names_them(
+    checkpoints, segmentation, tmp_path, sites, missing
+):
     """Layers are numbered by position, so another layer than the one of that number would be cut."""
     probe_runs.fit(checkpoints["causal"], segmentation, tmp_path, "--model.sites", sites)
-    with pytest.raises(SystemExit, match=rf"no probes at {missing}.*`--model.sites null` probes all"):
+    with pytest.raises(
+        SystemExit, match=rf"no probes at {missing}.*`--model.sites null` probes all"
+    ):
         main(["knockout", "--probes", str(tmp_path), "--classes", "sky"])
 
 
@@ -200,10 +256,13 @@ def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):
     site = run.sites.index("adapter")
     wrong = (run.counts.predicted - run.counts.intersection)[site].sum(0).tolist()
     ranked = sorted(tiny_models.CLASSES, key=lambda name: -wrong[tiny_models.CLASSES.index(name)])
-    assert confused_classes(run, 3) == ranked and len(set(wrong)) == 3
+    assert confused_classes(run, 3) == ranked
+    assert len(set(wrong)) == 3
     main(["knockout", "--probes", str(run.path), "--classes", "auto:2"])
     assert f"most often wrongly predicted: {', '.join(ranked[:2])}" in capsys.readouterr().out
-    assert [e["class"] for e in json.loads((run.path / "knockout.json").read_text())["classes"]] == ranked[:2]
+    assert [
+        e["class"] for e in json.loads((run.path / "knockout.json").read_text())["classes"]
+    ] == ranked[:2]
 
 
 @pytest.mark.parametrize(
@@ -212,10 +271,16 @@ def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):
         (["--classes", "moon"], "unknown class 'moon'; .* has sky, wall, road"),
         (["--classes", "sky", "wall", "sky"], "class 'sky' is named twice"),
         (["--classes", "sky", "--block-by", "layer_9"], "unknown block_by site 'layer_9'"),
-        (["--classes", "sky", "wall", "--min-patches", "5"], "no image has 5 or more patches wrongly .* sky or wall;"),
+        (
+            ["--classes", "sky", "wall", "--min-patches", "5"],
+            "no image has 5 or more patches wrongly .* sky or wall;",
+        ),
         (["--classes", "auto:9"], "--classes auto:9: expected N from 1 to 3"),
         (["--classes", "auto:1", "sky"], "--classes auto:1 sky: expected class names, or auto:N"),
-        (["--classes", "sky", "--layer-windows", "4"], "layer windows 4: the width must be from 1 to 3"),
+        (
+            ["--classes", "sky", "--layer-windows", "4"],
+            "layer windows 4: the width must be from 1 to 3",
+        ),
         (["--classes", "sky", "--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
         (["--classes", "sky", "--draws", "0"], "draws must be at least 1, got 0"),
     ],

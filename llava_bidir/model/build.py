@@ -167,9 +167,7 @@ def build_model(
     )
     config.text_config = language_model.config
     with no_zero3_partitioning():
-        vision_tower = load_weights(
-            "model.encoder.path", encoder.entry.model_class, encoder.path, dtype=dtypes["encoder"]
-        )
+        vision_tower = encoder.load_tower(dtype=dtypes["encoder"])
     with no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation

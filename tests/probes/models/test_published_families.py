@@ -156,7 +156,7 @@ def test_unreadable_configs_are_refused(name):
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.nightly) for name in MODELS],
 )
 def test_states_knockout_and_mask_override(name):
     entry = MODELS[name]

@@ -1,8 +1,25 @@
-"""Studies of random counts that the tests of the report write."""
+"""Studies of random counts that the tests of the report write, and reports that draw no pictures."""
+
+import base64
 
 import probe_runs
 import pytest
 import tiny_models
+from matplotlib.figure import Figure
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Save a grey pixel for each figure: drawing them is most of a report's time.
+
+    Modules with `DRAWS_PICTURES` look at the pictures.
+    """
+    if not getattr(request.module, "DRAWS_PICTURES", False):
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PIXEL))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
 MASKS = ("causal", "bidirectional")
+DRAWS_PICTURES = True
 
 
 @pytest.fixture(scope="module")

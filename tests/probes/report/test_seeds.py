@@ -35,8 +35,22 @@ def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
     assert (high - low) / 2 == pytest.approx(np.hypot(0.1, (ci95[1] - ci95[0]) / 2), rel=1e-6)
 
 
-@pytest.mark.parametrize("shared_images", [True, False])
-@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
+def nightly(*case):
+    """A case of the nightly job; the fast one has few seeds that differ most, on images that they share."""
+    return pytest.param(*case, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("spread", "shared_images"),
+    [
+        (0.3, True),
+        nightly(0.3, False),
+        nightly(0.1, True),
+        nightly(0.1, False),
+        nightly(0.0, True),
+        nightly(0.0, False),
+    ],
+)
 def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     """Hierarchical data: seeds differ by `spread`, images by 0.5; five seeds of 50 images."""
     generator = torch.Generator().manual_seed(0)
@@ -57,8 +71,10 @@ def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     assert covered >= 0.93 * STUDIES
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.3), (5, 0.1)])
-@pytest.mark.parametrize("shared_images", [True, False])
+@pytest.mark.parametrize(
+    ("seeds", "spread", "shared_images"),
+    [(3, 0.3, True), nightly(3, 0.3, False), nightly(5, 0.1, True), nightly(5, 0.1, False)],
+)
 def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
     seeds, spread, shared_images
 ):

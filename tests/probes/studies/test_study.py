@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
+from safetensors.torch import load_file
 
 import probes
 from llava_bidir.common.errors import NothingToMeasure, UserError
@@ -52,11 +54,15 @@ def finished(checkpoints, segmentation, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_study_has_arms_analyses_report_and_table(finished):
     for mask in ("causal", "bidirectional"):
         for arm in ("trained", "random0", "random1", "adapter0", "adapter1"):
             assert (finished / mask / arm / "metrics.json").is_file()
         assert (finished / mask / "trained/knockout.json").is_file()
+        for part in ("random", "adapter"):
+            draws = [load_file(finished / mask / f"{part}{i}/counts.safetensors") for i in (0, 1)]
+            assert not torch.equal(*(draw["intersection"] for draw in draws)), "draws differ"
         classes = [
             [
                 entry["class"]
@@ -81,6 +87,7 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
     assert len(pd.read_csv(finished / "table.csv")) == len(probes.Study(finished).table())
 
 
+@pytest.mark.slow
 def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, tmp_path):
     """Arms of one process must not leave anything to the next: random layers, hooks, seeds."""
     solve = ["solve", *OPTIONS, "--data.root", str(segmentation), "--model.mllm"]
@@ -98,6 +105,7 @@ def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, 
             assert made == (tmp_path / arm / name).read_bytes(), (arm, name)
 
 
+@pytest.mark.slow
 def test_the_table_answers_questions_in_one_line(finished):
     table = probes.Study(finished).table()
     causal = json.loads((finished / "causal/trained/metrics.json").read_text())
@@ -121,6 +129,7 @@ def test_the_table_answers_questions_in_one_line(finished):
     assert len(probes.Study(finished).plot().axes[0].lines) == 2 * 5
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     finished, checkpoints, segmentation, tmp_path, capsys
 ):
@@ -198,7 +207,8 @@ def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation,
     assert not out.exists() or not any(out.rglob("*.json"))
 
 
-def test_changed_masks_end_the_study(finished, checkpoints, segmentation, tmp_path):
+@pytest.mark.slow
+def test_changed_masks_end_the_study(checkpoints, segmentation, tmp_path):
     data = tmp_path / "data"
     out = tmp_path / "study"
     shutil.copytree(segmentation, data)
@@ -240,7 +250,7 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
     } <= set(names)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
     """kill -9 at five moments; then it is let finish."""
     out = tmp_path / "study"
@@ -308,6 +318,17 @@ def test_a_control_without_a_case_leaves_out_no_other(
         Settings(models, str(segmentation), tmp_path, draws=2, only=("solve", "knockout"))
     )
     assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
+
+
+def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tmp_path):
+    """Two draws of one number would be one model, counted twice."""
+    settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
+    drawn = {}
+    for step in make_plan(settings):
+        if "--model.draw" in step.command:
+            drawn[step.name] = step.command[step.command.index("--model.draw") + 1]
+    random = {f"random{i}": str(i) for i in range(3)}
+    assert drawn == random | {f"adapter{i}": str(i) for i in range(3)}
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):

@@ -144,7 +144,10 @@ def test_groups_of_images_are_the_units(tmp_path):
     assert spread(torch.arange(60) % 6) > 1.2 * spread(None)
 
 
-@pytest.mark.parametrize("images", [12, 25, 60])
+@pytest.mark.parametrize(
+    "images",
+    [12, pytest.param(25, marks=pytest.mark.nightly), pytest.param(60, marks=pytest.mark.nightly)],
+)
 def test_intervals_keep_their_level(images):
     """Two standard errors about the nominal 95% and 5%; pooled patches would take a criterion shift for an effect."""
     rng = np.random.default_rng(images)

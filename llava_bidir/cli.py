@@ -96,10 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file of an architecture that transformers reads")
     gguf.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
 
-    generate = command("generate", "llava_bidir.commands.generate:run", "answer questions about an image")
+    generate = command("generate", "llava_bidir.commands.generate:run", "answer questions about photos")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
-    generate.add_argument("image", type=Path, help="image file")
-    generate.add_argument("prompt", nargs="+", help="questions; the answer to a single question is streamed")
+    text = "photos, then questions about each of them; a single answer is streamed"
+    generate.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help=text)
     generate.add_argument("--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     generate.add_argument("--dtype", choices=dtypes, default="auto", help="dtype of the model; auto: the checkpoint's")

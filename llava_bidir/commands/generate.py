@@ -1,7 +1,8 @@
-"""`llava-bidir generate`: answer questions about an image."""
+"""`llava-bidir generate`: answer questions about photos."""
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,35 +17,80 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
-from llava_bidir.data.collate import pad
+from llava_bidir.common.image_io import is_photo, read_photo
+from llava_bidir.data.collate import pad, to_pixels
 from llava_bidir.data.conversation import IMAGE, encode
-from llava_bidir.data.image_folder import read_image
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 from llava_bidir.model.build import prompt_template
 
 
-def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256, dtype: str = "auto") -> list[str]:
-    """Return greedy answers to `prompts` about one image; a single answer is also streamed to the terminal.
+def generate(
+    model: str, photos: Sequence[Path], prompts: Sequence[str], max_new_tokens: int = 256, dtype: str = "auto"
+) -> Iterator[list[str]]:
+    """Return the greedy answers to all prompts about each photo, one photo at a time, as they are ready.
 
-    Answers that were cut are named on stderr. `dtype` is "bfloat16", "float16", "float32", or "auto" for that of the
-    checkpoint.
+    A single answer is also streamed to the terminal. Answers that were cut are named on stderr.
+
+    Args:
+        model: Directory or hub id of a checkpoint, ours or transformers' llava.
+        photos: Files of the photos. Each is asked about by itself, turned as its EXIF tag says.
+        prompts: Questions about each photo.
+        max_new_tokens: Maximum tokens per answer.
+        dtype: "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
 
     Raises:
-        BadImage: The image cannot be read.
+        UserError: A photo cannot be read; all are looked at before the model is loaded.
     """
-    images = [[read_image(image)]] * len(prompts)
+    check_is_list("photos", photos, "['a.jpg', 'b.jpg']")
+    check_is_list("prompts", prompts, "['What is it?']")
+    for photo in photos:
+        read_photo(photo)
+    return _answers_by_photo(model, photos, list(prompts), max_new_tokens, dtype)
+
+
+def _answers_by_photo(
+    model: str, photos: Sequence[Path], prompts: list[str], max_new_tokens: int, dtype: str
+) -> Iterator[list[str]]:
     loaded, processor = load(model, dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer = streamer if len(prompts) == 1 else None
-    answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
-    for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
-        if cut_at is not None:
-            limit = "--max-new-tokens" if cut_at == max_new_tokens else "the LLM has no positions left"
-            print(f"the answer to {prompt!r} was cut after {cut_at} tokens ({limit})", file=sys.stderr)
-    return [text for text, _ in answers]
+    streamer = None
+    if len(photos) == len(prompts) == 1:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for photo in photos:
+        images = [[read_photo(photo)]] * len(prompts)
+        answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
+        for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
+            if cut_at is not None:
+                limit = "--max-new-tokens" if cut_at == max_new_tokens else "the LLM has no positions left"
+                about = f" about {photo}" if len(photos) > 1 else ""
+                print(f"the answer to {prompt!r}{about} was cut after {cut_at} tokens ({limit})", file=sys.stderr)
+        yield [text for text, _ in answers]
+
+
+def photos_and_prompts(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the photos and the questions of a command line, `IMAGE ... PROMPT ...`.
+
+    The first word is a photo. So is each further one that is an existing picture, or has the suffix of one: a mistyped
+    name is an error and not a question.
+
+    Raises:
+        UserError: There is no question, or a photo follows a question.
+    """
+    photos = [Path(words[0])]
+    prompts: list[str] = []
+    for word in words[1:]:
+        if not is_photo(word):
+            prompts.append(word)
+        elif prompts:
+            raise UserError(f"photo {word!r} follows the question {prompts[-1]!r}; expected all photos before it")
+        else:
+            photos.append(Path(word))
+    if not prompts:
+        raise UserError(f"there is no question after {photos[-1]}; expected MODEL IMAGE ... PROMPT ...")
+    return photos, prompts
 
 
 def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
@@ -98,6 +144,7 @@ def answer_and_tell_cut(
     Raises:
         UserError: A prompt exceeds the LLM's positions.
     """
+    check_is_list("questions", questions, "['What is it?']")
     tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
     rows, template = [], prompt_template(processor)
     for text, own_images in zip(questions, images, strict=True):
@@ -115,8 +162,7 @@ def answer_and_tell_cut(
         "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
     }
     if all_images := [image for own_images in images for image in own_images]:
-        pixels = processor.image_processor(all_images, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.dtype)
+        inputs["pixel_values"] = to_pixels(processor, all_images).to(model.dtype)
     output = model.generate(
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         do_sample=False,
@@ -135,7 +181,12 @@ def answer_and_tell_cut(
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir generate`."""
-    answers = generate(args.model, args.image, args.prompt, args.max_new_tokens, args.dtype)
-    if len(args.prompt) > 1:
-        for prompt, answer in zip(args.prompt, answers, strict=True):
-            print(f"{prompt}\n    {answer}")
+    photos, prompts = photos_and_prompts(args.words)
+    answers = generate(args.model, photos, prompts, args.max_new_tokens, args.dtype)
+    for photo, own_answers in zip(photos, answers, strict=True):
+        if len(photos) == len(prompts) == 1:
+            continue  # streamed
+        if len(photos) > 1:
+            print(photo)
+        for prompt, text in zip(prompts, own_answers, strict=True):
+            print(f"{prompt}\n    {text}", flush=True)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import trim_strip
 
 from .conversation import CHAT, IGNORE_INDEX, encode
 
@@ -17,6 +19,14 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     width = max(len(row) for row in rows)
     fill = [[value] * (width - len(row)) for row in rows]
     return torch.tensor([row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)])
+
+
+def to_pixels(processor: LlavaProcessor, images: list[Image.Image]) -> Tensor:
+    """Return the pixels of images as the processor makes them, f[images, 3, H, W]."""
+    image_processor = processor.image_processor
+    if not image_processor.do_pad:  # it resizes whole images, also strips, and cuts out their middle
+        images = [trim_strip(image) for image in images]
+    return image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -118,7 +128,7 @@ class Collate:
             for sample, ids in zip(samples, rows, strict=True)
             for _ in range(ids.count(image_id) // self.image_tokens)
         ]
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+        return to_pixels(self.processor, images) if images else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """Return the prompt with each sample's first question, padded on the left for `generate`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import FORMATS, open_bounded
+from llava_bidir.common.image_io import FORMATS, as_stored, check_depth, open_bounded
 
 PATH_MAX = 4096  # characters, the limit of Linux
 
@@ -79,13 +79,13 @@ class ImageFolder:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return the image in mode RGB.
+    """Return the image in mode RGB, with the pixels as stored.
 
     Raises:
         BadImage: The image is missing, cannot be decoded, or is too large.
     """
     with _open_image(path) as image:
-        return image.convert("RGB")
+        return as_stored(image)
 
 
 def read_format(path: Path) -> str:
@@ -99,9 +99,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
     """Yield the opened image; convert all errors, also of the block, into `BadImage`."""
     try:
         with open_bounded(path) as image:
-            # Deviates: LLaVA's conversion clips such values at 255, which makes most images white.
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"mode {image.mode!r} has more than 8 bits and no defined white; save it with 8 bits")
+            check_depth(image)  # Deviates: LLaVA's conversion clips such values at 255, which makes most images white
             yield image
     except FileNotFoundError:
         raise BadImage(f"image {path} is missing", "missing") from None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import read_photos
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.data.base import read_photo
 from probes.models.families import family_of, own_image_attention
 from probes.models.load import load
 from probes.models.prompt_and_pixels import check_numbers, read_config
@@ -31,7 +31,7 @@ def write_states(args: argparse.Namespace) -> None:
     check_suffix(out, ".safetensors")
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists; --overwrite true replaces it")
-    images = [*map(read_photo, map(Path, args.image))]
+    images = read_photos(args.image)
     with exclusive_run_lock(out.parent, out.name):
         mllm = load(args.mllm, image_attention=args.image_attention, prefix=args.prefix)
         states = mllm.states(mllm.preprocess(images), args.sites)

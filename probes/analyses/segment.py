@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import read_photo
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.data.base import open_image, read_photo
+from probes.data.base import open_image
 from probes.data.palette import colorize, palette_of
 from probes.results.probe_run import ProbeRun
 

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe
-from llava_bidir.common.image_io import FORMATS, open_bounded
-from probes.ops.geometry import to_rgb
+from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded, orientation
 
 IGNORE_INDEX = 255
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
 
 class BadFile(UserError):
@@ -188,20 +186,10 @@ def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     return image
 
 
-def read_photo(file: File) -> Image.Image:
-    """Return a photo as RGB, turned as its EXIF tag says and viewers show it; images of datasets are read as stored.
-
-    Raises:
-        BadFile: As :func:`open_image` and :func:`read_rgb`.
-    """
-    image = open_image(file)
-    return read_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image), file)
-
-
 def read_rgb(image: Image.Image, file: File) -> Image.Image:
-    """Return the image as RGB with 8 bits per channel, or raise a BadFile that names `file`."""
+    """Return the image as stored, RGB with 8 bits per channel, or raise a BadFile that names `file`."""
     try:
-        return to_rgb(image)
+        return as_stored(image)
     except ValueError as error:
         raise BadFile(f"{file}: {error}", "cannot be read") from None
 
@@ -218,12 +206,12 @@ def check_sizes(
         target_file: File of the target.
         target_name: Name of the target in the message.
     """
-    orientation = _orientation(image)
-    rotated = image.size[::-1] if orientation in range(5, 9) else image.size
-    if orientation in range(2, 9) and size == rotated:
+    tag = orientation(image)
+    rotated = image.size[::-1] if tag in range(5, 9) else image.size
+    if tag in range(2, 9) and size == rotated:
         evidence = "has the size of" if rotated != image.size else "may have been drawn on"
         raise BadFile(
-            f"{image_file} has EXIF orientation {orientation}, and its {target_name} {target_file} {evidence} the "
+            f"{image_file} has EXIF orientation {tag}, and its {target_name} {target_file} {evidence} the "
             "rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
             f"{target_name} matches the rotated image, else remove the tag (`exiftool -Orientation=`)",
             "EXIF orientation",
@@ -234,14 +222,6 @@ def check_sizes(
             "expected the same size",
             f"image and {target_name} of different size",
         )
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if there is no readable tag."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # viewers cannot read it either
-        return 1
 
 
 def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[str]) -> ndarray:

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import read_photo
 from probes.analyses.explore.readout import grid_box
-from probes.data.base import EmbeddedFile, read_photo
+from probes.data.base import EmbeddedFile
 from probes.evaluation.metrics import patch_labels
 from probes.ops.geometry import Geometry
 

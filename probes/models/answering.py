@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks
@@ -137,8 +138,11 @@ def score_answers(
     mllm: nn.Module, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
-    is_text = lambda texts: not isinstance(texts, str) and texts and all(text.strip() for text in texts)
-    if not (is_text(questions) and is_text(answers)):
+    check_is_list("questions", questions, "['What is it?']")
+    check_is_list("answers", answers, "['cat', 'dog']")
+    for text in [*questions, *answers]:
+        check_is_text("each question and answer", text)
+    if not questions or not answers or not all(text.strip() for text in [*questions, *answers]):
         raise UserError("got no question or answer, or an empty one; expected lists of texts")
     text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers))
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
@@ -154,6 +158,8 @@ def attend_from_answer(
     mllm: nn.Module, pixels: Tensor, question: str, answer: str, layers: Sequence[int], knockout: Knockout | None
 ) -> Tensor:
     """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
+    check_is_text("question", question)
+    check_is_text("answer", answer)
     if not (question.strip() and answer.strip()):
         raise UserError("the question or the answer is empty; expected texts")
     if len(pixels) != 1:

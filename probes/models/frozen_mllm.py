@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from inspect import signature
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import PhotoLike, read_photos
 from probes.ops.geometry import Geometry
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
@@ -136,9 +139,17 @@ class FrozenMLLM(nn.Module):
         self.clear_prefix_cache()
         return super()._apply(*args, **kwargs)
 
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation."""
-        squares = [self.geometry.place(image) for image in images]
+    def preprocess(self, images: PhotoLike | Sequence[PhotoLike]) -> Tensor:
+        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation.
+
+        Args:
+            images: Path or PIL image, or a list of these. Photos are turned as their EXIF tag says; those of a data
+                set have none (common/image_io.py).
+
+        Raises:
+            UserError: There is no image, or one cannot be read.
+        """
+        squares = [self.geometry.place(image) for image in read_photos(images)]
         pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
         return torch.cat(pixels, dim=1)
 
@@ -256,20 +267,34 @@ class FrozenMLLM(nn.Module):
 
     def answer(
         self,
-        image: Image.Image,
+        image: PhotoLike | Sequence[PhotoLike],
         question: str,
         knockout: Knockout | None = None,
         max_new_tokens: int = 256,
         on_token: Callable[[str], None] | None = None,
-    ) -> str:
+    ) -> str | list[str]:
         """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
 
-        `on_token` is called after each token with the answer so far, to show it; an exception there ends the answer.
+        Args:
+            image: Path or PIL image. Of a list of these, each is asked about by itself.
+            question: Question, the first of its conversation.
+            knockout: Attention knockout among image tokens, bool[1, T] for each image.
+            max_new_tokens: Maximum tokens of an answer.
+            on_token: Called after each token with the answer so far, to show it; an exception there ends the answer.
+
+        Returns:
+            The answer; for a list of images, a list of their answers.
 
         Raises:
-            UserError: The model cannot be asked, the question is too long, or the knockout does not fit the model.
+            UserError: The model cannot be asked, an image cannot be read, the question is too long, or the knockout
+                does not fit the model.
         """
-        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens, on_token)
+        check_is_text("question", question)
+        images = self.preprocess(image)
+        answers = [
+            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token) for pixels in images.split(1)
+        ]
+        return answers[0] if isinstance(image, str | Path | Image.Image) else answers
 
     def answer_attention(
         self,
@@ -336,6 +361,8 @@ class FrozenMLLM(nn.Module):
 
     def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Return decoder layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
+        if layers is not None:
+            check_is_list("layers", layers, "[1, 2]")
         layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
         if not layers:
             raise UserError(f"got no layers; expected some of 1 to {len(self.decoder.layers)}, or None for all")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks, as_list, is_allowed
@@ -132,6 +133,7 @@ def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int)
             )
         return chosen
     chosen = range(1, count + 1) if chosen is None else chosen
+    check_is_list("layers of a knockout", chosen, "[1, 2]")
     for number in chosen:
         if isinstance(number, bool) or not 1 <= number <= count:
             raise UserError(f"knockout layer {number} is out of range; this model has layers 1..{count}")

@@ -69,6 +69,7 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
+    check_control(untrained, match, match_images, update_scales)
     hub = {"revision": resolve_revision(path, revision)}  # once, so that all files are of the same commit
     config = read_config(path, **hub)
     family = family_of(config)
@@ -76,7 +77,6 @@ def load(
     attention, text_config = image_attention or own_image_attention(config), config.get_text_config()
     backend = attn_implementation or mask_backend(text_config)
     check_masks(attention, text_config, backend)
-    check_control(untrained, match, match_images, update_scales)
     spread = {} if device_map is None else {"device_map": device_map}
     options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
     model = load_weights("MLLM", family.model_cls, path, **options, **hub)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 
@@ -33,6 +34,7 @@ DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neigh
 
 def check_control(parts: Sequence[str], match: str, images: Sequence, scales: Sequence[float] | None) -> None:
     """Raise a UserError unless `parts` and `match`, with images or factors to match updates, describe a control."""
+    check_is_list("untrained", parts, "['llm']")
     if unknown := set(parts) - {"adapter", "llm"}:
         raise UserError(f"unknown part {min(unknown)!r} in untrained; expected adapter, llm")
     if match not in MATCHES:

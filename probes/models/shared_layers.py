@@ -110,6 +110,10 @@ class States(dict[str, Tensor]):
         self.pixels_version = 0 if pixels is None else version(pixels)
         self.image_attention, self.prefix, self.weights = mllm.image_attention, mllm.prefix_ids, mllm.weights_key()
 
+    def __missing__(self, site: str) -> Tensor:
+        """Raise a KeyError that names the sites that were read."""
+        raise KeyError(f"no states of {site!r}; these are of {', '.join(self)}")
+
     def check(self, mllm: nn.Module, pixels: Tensor) -> None:
         """Raise a UserError unless a forward of `mllm` on `pixels` gives these states."""
         same = self.pixels is not None and version(self.pixels) == self.pixels_version

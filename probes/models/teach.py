@@ -16,7 +16,9 @@ from PIL import Image
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import PhotoLike, as_photo
 
 from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
 from .knockout import Knockout
@@ -29,7 +31,7 @@ BACKGROUND = "background"
 MOST_REST = 300  # patches that stand for the unpainted rest of all photos, evenly spaced
 FEWEST_PHOTOS = 5  # for an interval over photos
 
-Painted = Mapping[str, Sequence[tuple[Image.Image, np.ndarray | Tensor]]]
+Painted = Mapping[str, Sequence[tuple[PhotoLike, np.ndarray | Tensor]]]
 
 
 class Taught:
@@ -78,13 +80,13 @@ class Taught:
             states = self._read_states()
         return score_sites(solve_concepts(states, self.paint, self.probes.folds), states)
 
-    def map(self, image: Image.Image, site: str, knockout: Knockout | None = None) -> Tensor:
+    def map(self, image: PhotoLike, site: str, knockout: Knockout | None = None) -> Tensor:
         """Return the probability of each concept at each patch of any image, f32[K, h, w].
 
         Raises:
             UserError: The site is unknown, or the knockout does not fit the model.
         """
-        states = self.mllm.states(self.mllm.preprocess([image]), [site], knockout)[site]
+        states = self.mllm.states(self.mllm.preprocess(image), [site], knockout)[site]
         return self.probes.logits(states[0], site).softmax(-1).T.unflatten(1, self.mllm.grid).cpu()
 
     def _read_states(self, knockout: Knockout | None = None) -> dict[str, Tensor]:
@@ -189,14 +191,19 @@ def _read_painted(painted: Painted, grid: tuple[int, int]) -> tuple[list[str], l
     Raises:
         UserError: Something is not an image or not a grid of patches, or a patch is painted as two concepts.
     """
+    if not isinstance(painted, Mapping):
+        raise UserError(f"expected {{'road': [(image, patches), ...], ...}}, got {type(painted).__name__}")
     photos: dict[tuple, tuple[Image.Image, Tensor]] = {}
     for k, (name, pairs) in enumerate(painted.items()):
+        check_is_list(f"concept {name!r}", pairs, "[(image, patches), ...]")
         if not pairs:
             raise UserError(f"concept {name!r} has no photo; expected pairs of an image and its painted patches")
         for image, patches in pairs:
             patches = torch.as_tensor(patches)
-            if not isinstance(image, Image.Image):
-                raise UserError(f"concept {name!r}: expected a PIL image, got {type(image).__name__}")
+            if not isinstance(image, PhotoLike):
+                kind = type(image).__name__
+                raise UserError(f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}")
+            image = as_photo(image)
             if tuple(patches.shape) != tuple(grid) or patches.dtype != torch.bool:
                 got = f"{str(patches.dtype).removeprefix('torch.')}{list(patches.shape)}"
                 raise UserError(f"concept {name!r}: expected painted patches bool{list(grid)}, got {got}")

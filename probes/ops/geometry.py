@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import to_rgb, trim_strip
 
 RESIZES = ("squash", "pad", "center_crop")
 
@@ -96,6 +97,7 @@ class Geometry:
             square.paste(image, (left, top))
             image = square
         if self.resize == "center_crop":
+            image = trim_strip(image)
             width, height = (self._resized(length, min(image.size)) for length in image.size)
             left, top = (width - px) // 2, (height - px) // 2
             return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + px, top + px))
@@ -116,19 +118,6 @@ class Geometry:
     def _resized(self, length: int, shorter: int) -> int:
         """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""
         return int(self.image_px * length / shorter)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image as RGB without transparency.
-
-    Raises:
-        UserError: The image has more than 8 bits per channel. Its mode does not define white; PIL would clip at 255.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"mode {image.mode!r}, more than 8 bits per channel, does not define white; save the image with 8 bits"
-        )
-    return image.convert("RGB")
 
 
 def _padding(size: tuple[int, int]) -> tuple[int, int]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
+from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import ADAPTER
 from probes.tasks import SEGMENTATION, TASKS, Task, targets_of
@@ -303,31 +304,34 @@ class FinishedRun:
         return site
 
     @torch.no_grad()
-    def logits(self, image: Image.Image, sites: list[str]) -> torch.Tensor:
+    def logits(self, image: PhotoLike, sites: list[str]) -> torch.Tensor:
         """Return the probes' outputs on an image's token grid, f32[S, K, h, w]; the first call loads the model."""
         mllm, probes = self._loaded
-        states = mllm.states(mllm.preprocess([image]), sites)
+        states = mllm.states(mllm.preprocess(image), sites)
         outputs = torch.cat([probes[site](states[site].float()) for site in sites])
         return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
 
-    def predict(self, image: Image.Image, site: str | None = None) -> np.ndarray:
+    def predict(self, image: PhotoLike, site: str | None = None) -> np.ndarray:
         """Return the prediction for each pixel of an image: its class, uint8[H, W], or that of another task.
 
         Predictions of other tasks are f32[H, W] or f32[H, W, 3], in the format of the targets. The model is loaded on
         the first call.
 
         Args:
-            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
+            image: Path of a photo, or a PIL image of any size and 8-bit mode. It is turned as its EXIF tag says, so
+                that H and W are those that viewers show; images of data sets have no tag.
             site: Site of the probe; None for the best decoder layer.
 
         Raises:
-            UserError: If the run has no such site, or the image has more than 8 bits per channel.
+            UserError: If the run has no such site, or the image cannot be read or has more than 8 bits per channel.
         """
         return self.predict_sites(image, [self.check_site(site)])[0]
 
-    def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
+    def predict_sites(self, image: PhotoLike, sites: list[str]) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
-        logits, size = self.logits(image, sites), (image.height, image.width)
+        check_is_list("sites", sites, "['adapter']")
+        photo = as_photo(image)
+        logits, size = self.logits(photo, [*map(self.check_site, sites)]), (photo.height, photo.width)
         return predict_pixels(self.task, logits, size, self.geometry.view(size))
 
     @property

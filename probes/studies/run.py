@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
@@ -32,6 +33,14 @@ from probes.results.task_run import finished_runs, open_run
 from .plan import Settings, Step, check, make_plan
 from .table import Study, write_table
 
+# Settings that are lists, with an example for errors
+LISTS = {
+    "arms": "['trained', 'random0']",
+    "tasks": "['depth']",
+    "add": "['knockout.classes=sky']",
+    "only": "['solve', 'report']",
+    "options": "['--data.batch_size', '2']",
+}
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 
 
@@ -61,6 +70,11 @@ def study(
     Raises:
         UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
     """
+    for key, example in LISTS.items():
+        if settings.get(key) is not None:
+            check_is_list(key, settings[key], example)
+    if not isinstance(model, str | Path | dict):
+        raise UserError(f"model must be a directory, a hub id, or two by label as a dict, got {model!r}")
     models = {label: str(path) for label, path in model.items()} if isinstance(model, dict) else {"": str(model)}
     tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     run_study(Settings(models, str(data), Path(out), **tuples), overwrite)

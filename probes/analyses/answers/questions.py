@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.image_io import orientation
 from probes.data.base import open_image, read_rgb
 from probes.ops.geometry import Geometry
 
@@ -91,11 +92,20 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
 
 
 def read_question_image(folder: Path, name: str) -> Image.Image:
-    """Return an image of a question file as RGB; raise a UserError if it is unreadable or outside of the folder."""
+    """Return an image of a question file as RGB; raise a UserError if it is not usable.
+
+    It must be in the folder, readable, and upright as stored.
+    """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{name} leads out of {folder}; expected paths of images in it (--images)")
-    return read_rgb(open_image(path), path)
+    image = open_image(path)
+    if (tag := orientation(image)) != 1:
+        raise UserError(
+            f"{path} has EXIF orientation {tag}, so that its boxes may have been drawn on the stored or on the rotated "
+            "image; rotate it (`mogrify -auto-orient`) or remove the tag (`exiftool -Orientation=`)"
+        )
+    return read_rgb(image, path)
 
 
 def tokens_in_box(geometry: Geometry, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:

@@ -137,3 +137,49 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
         for p in (processor, padded, released)
     ]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_several_photos_are_each_asked_and_no_photo_is_a_question(
+    asked, tmp_path, capsys, monkeypatch
+):
+    """A second photo was asked as a question about the first one."""
+    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
+    photos = [tmp_path / "a.png", tmp_path / "b.png"]
+    for photo, picture in zip(photos, pictures(0, 3), strict=True):
+        picture.save(photo)
+    run = lambda *words: main(
+        ["generate", "no model is looked for", *map(str, words), "--max-new-tokens", "4"]
+    )
+    run(*photos, "name the sky", "wall")
+    told = capsys.readouterr().out.split("\n")[:-1]
+    expected = []
+    for photo, picture in zip(photos, pictures(0, 3), strict=True):
+        expected.append(str(photo))
+        for question in ("name the sky", "wall"):
+            expected += [question, f"    {answer(*asked, [question], [[picture]], 4)[0]}"]
+    assert told == expected
+
+    (tmp_path / "nameless").write_bytes(photos[1].read_bytes())
+    for words, message in {
+        (photos[0], photos[1]): "there is no question after .*b.png",
+        (photos[0], tmp_path / "nameless"): "there is no question after .*nameless",
+        (photos[0], "lost.JPG", "wall"): "lost.JPG is missing; expected a photo",
+        (photos[0], "wall", photos[1]): "photo '.*b.png' follows the question 'wall'",
+        ("what is it?", "wall"): "what is it[?] is missing",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run(*words)
+
+
+def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
+    seen = []
+    monkeypatch.setattr(
+        "llava_bidir.commands.generate.to_pixels", lambda _, images: seen.extend(images) or 1 / 0
+    )
+    stored = pictures(0)[0]
+    stored.getexif()[0x0112] = 6
+    stored.save(tmp_path / "a.png", exif=stored.getexif())
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", "none", str(tmp_path / "a.png"), "wall"])
+    assert np.array_equal(np.asarray(seen[0]), np.rot90(np.asarray(stored), -1))

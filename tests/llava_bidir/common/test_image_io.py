@@ -2,12 +2,17 @@
 
 import resource
 import time
+from types import SimpleNamespace
 
 import hostile_images
+import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_bidir.common.image_io import open_bounded
+from llava_bidir.common.image_io import open_bounded, trim_strip
+from llava_bidir.data.collate import to_pixels
+from probes.ops.geometry import Geometry
 
 
 @pytest.mark.parametrize("name", hostile_images.REJECTED)
@@ -46,3 +51,62 @@ def test_decompression_bomb_uses_no_memory_and_no_time(tmp_path):
         "KiB; its pixels need 562,500"
     )
     assert time.perf_counter() - start < 5
+
+
+PX = 24  # side of the model's square
+NOISE = np.random.default_rng(0)
+
+
+def middle_of_the_whole(image: Image.Image) -> Image.Image:
+    """CLIP's processor: the whole image is resized, then cut."""
+    width, height = (int(PX * length / min(image.size)) for length in image.size)
+    left, top = (width - PX) // 2, (height - PX) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop(
+        (left, top, left + PX, top + PX)
+    )
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 401), (803, 3), (700, 4), (40, 30), (479, 30)])
+def test_the_middle_of_a_strip_is_that_of_the_whole(size):
+    strip = Image.fromarray(NOISE.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = np.asarray(middle_of_the_whole(strip))
+    assert np.array_equal(np.asarray(middle_of_the_whole(trim_strip(strip))), expected)
+    assert (trim_strip(strip) is strip) == (max(size) < 18 * min(size))
+
+
+def test_a_strip_whose_resized_length_is_rounded_is_shifted_by_less_than_a_32nd_of_a_pixel():
+    """A wave with a period of 8 px rises by up to 23 levels in a pixel of the square."""
+    worst = []
+    for length in range(1990, 2004):
+        columns = 127 + 100 * np.sin(np.arange(length) * 2 * np.pi / 8)
+        strip = Image.fromarray(
+            np.broadcast_to(columns[None, :, None], (7, length, 3)).round().astype(np.uint8)
+        )
+        whole, trimmed = (
+            np.asarray(middle_of_the_whole(image)).astype(int)
+            for image in (strip, trim_strip(strip))
+        )
+        worst.append(np.abs(trimmed - whole).max())
+    assert max(worst) <= 2, "1/32 of 23 levels, and rounding"
+    assert max(worst) > 0
+
+
+@pytest.mark.parametrize("entrance", ["probes", "training and generate"])
+def test_no_entrance_makes_more_pixels_than_the_square_needs(entrance, monkeypatch):
+    """3,000 x 1 px became 3,000 x 336 x 336 px, 3.7 GB."""
+    made, resize = [], Image.Image.resize
+    record = lambda image, size, *args, **kwargs: (
+        made.append(size[0] * size[1]) or resize(image, size, *args, **kwargs)
+    )
+    monkeypatch.setattr(Image.Image, "resize", record)
+    strips = [Image.new("RGB", size) for size in ((3000, 1), (1, 3000), (9000, 2))]
+    crop = {"size": {"shortest_edge": PX}, "crop_size": {"height": PX, "width": PX}}
+    for strip in strips:
+        if entrance == "probes":
+            assert Geometry((2, 2), PX, PX, "center_crop").place(strip).size == (PX, PX)
+        else:
+            processor = SimpleNamespace(
+                image_processor=LlavaImageProcessorPil(do_pad=False, **crop)
+            )
+            assert to_pixels(processor, [strip]).shape == (1, 3, PX, PX)
+    assert len(made) == len(strips) and max(made) <= 18 * PX * PX

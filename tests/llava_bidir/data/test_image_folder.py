@@ -48,7 +48,7 @@ def check_rejected(ask, path, kind, message):
     with pytest.raises(ValueError, match=message):
         raise error
     with pytest.raises(ValueError, match=message):
-        generate("no model is looked for", path, ["what"])
+        generate("no model is looked for", [path], ["what"])
 
 
 @pytest.mark.parametrize(

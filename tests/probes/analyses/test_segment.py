@@ -127,3 +127,19 @@ def test_dataset_may_be_missing(run, photos, tmp_path, monkeypatch):
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     segment(ProbeRun(tmp_path / "run"), photos[:1], tmp_path / "out")
     assert len(json.loads((tmp_path / "out/legend.json").read_text())["classes"]) == 3
+
+
+def test_python_turns_a_photo_as_the_command_does(run, tmp_path):
+    """`predict` read the pixels of a phone's photo as stored, `probes segment` as viewers show them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(1).integers(0, 256, (37, 53, 3), np.uint8)
+    photo = tmp_path / "turned.png"
+    Image.fromarray(noise).resize((159, 111)).save(photo, exif=exif)
+    segment(run, [photo], tmp_path / "out", "--site", "adapter")
+    written = np.asarray(Image.open(tmp_path / "out/turned.png"))
+    assert written.shape == (159, 111)
+    for given in (photo, str(photo), Image.open(photo)):
+        assert np.array_equal(run.predict(given, "adapter"), written)
+    with pytest.raises(ValueError, match="has no site 'layer_31'"):
+        run.predict_sites(photo, ["layer_31"])

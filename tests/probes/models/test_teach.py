@@ -166,7 +166,7 @@ def test_the_rest_is_a_bounded_even_sample_of_all_photos():
         (lambda p, i: p.update(grass=[(i, patches("..", ".."))]), "'grass' has no painted patch"),
         (
             lambda p, i: p.update(grass=[("x.png", patches("x.", ".."))]),
-            "expected a PIL image, got str",
+            "x.png is missing; expected a photo",
         ),
         (
             lambda p, i: p.update(grass=[(i, patches("x.."))]),

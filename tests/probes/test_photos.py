@@ -1,0 +1,163 @@
+"""Photos and texts as arguments: paths, images and lists, turned as viewers show them; no text letter by letter."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import probes
+from llava_bidir.common.errors import UserError
+from llava_bidir.data.image_folder import read_image
+from probes.analyses.answers.questions import read_question_image
+from probes.data.base import open_image, read_rgb
+from probes.lab.photos import Photos
+
+
+@pytest.fixture(scope="module")
+def mllm(checkpoints):
+    return probes.load(str(checkpoints["bidirectional"]))
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory) -> Path:
+    """A photo that is wider as stored, and higher as viewers show it."""
+    file = tmp_path_factory.mktemp("photos") / "turned.png"
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(file, exif=exif)
+    return file
+
+
+def test_a_photo_is_a_path_an_image_or_a_list_of_these(mllm, turned):
+    upright = ImageOps.exif_transpose(Image.open(turned))
+    assert upright.size == (20, 30)
+    expected = mllm.geometry.place(upright.convert("RGB"))
+    pixels = mllm.image_processors[0]([expected], return_tensors="pt")["pixel_values"]
+    for given in (
+        turned,
+        str(turned),
+        Image.open(turned),
+        upright,
+        [turned],
+        (Image.open(turned),),
+    ):
+        assert torch.equal(mllm.preprocess(given), pixels)
+    assert torch.equal(mllm.preprocess([upright, str(turned)]), pixels.expand(2, -1, -1, -1))
+    alone = mllm.answer(upright, "wall", max_new_tokens=4)
+    assert mllm.answer(str(turned), "wall", max_new_tokens=4) == alone
+    assert mllm.answer([turned, Image.open(turned)], "wall", max_new_tokens=4) == [alone, alone]
+
+
+def test_taught_photos_are_turned_as_they_are_read(mllm, turned):
+    left = torch.tensor([[True, False], [True, False]])
+    given = {"a": [(turned, left)], "b": [(Image.open(turned), ~left)]}
+    with pytest.warns(UserWarning, match="There is one photo"):
+        taught = mllm.teach(given)
+    assert [photo.size for photo in taught.photos] == [(20, 30)]
+    expected = taught.map(ImageOps.exif_transpose(Image.open(turned)), "layer_01")
+    assert torch.equal(taught.map(turned, "layer_01"), expected)
+
+
+def test_an_uploaded_photo_of_the_lab_is_turned(mllm, turned):
+    photos = Photos([mllm.geometry])
+    photo = photos.get(photos.add(turned.read_bytes(), "x.png"))
+    assert photo.size == (20, 30)
+    again = mllm.preprocess(photo.squares[0])
+    assert torch.equal(again, mllm.preprocess(turned)), "a square is not turned again"
+
+
+def test_images_of_data_sets_are_read_as_stored_and_never_turned_later(mllm, turned):
+    stored = np.asarray(Image.open(turned))
+    for image in (read_image(turned), read_rgb(open_image(turned), turned)):
+        assert np.array_equal(np.asarray(image), stored)
+        assert torch.equal(mllm.preprocess(image), mllm.preprocess(Image.fromarray(stored)))
+
+
+def test_boxes_on_a_photo_with_an_orientation_are_ambiguous(turned):
+    with pytest.raises(
+        UserError,
+        match="turned.png has EXIF orientation 6, so that its boxes.*`mogrify -auto-orient`",
+    ):
+        read_question_image(turned.parent, turned.name)
+
+
+BLOCKED = torch.tensor([[True, False, False, False]])
+CALLS = {
+    "a missing photo": (
+        lambda m: m.answer("photo.jpg", "wall"),
+        "photo.jpg is missing; expected a photo",
+    ),
+    "an array": (
+        lambda m: m.preprocess(np.zeros((8, 8, 3), np.uint8)),
+        "a PIL image or a list of these, got ndarray",
+    ),
+    "arrays": (
+        lambda m: m.preprocess([np.zeros((8, 8, 3))]),
+        "or a PIL image, got ndarray; `Image.fromarray`",
+    ),
+    "no photo": (lambda m: m.preprocess([]), "empty list of photos"),
+    "questions": (
+        lambda m: m.answer(Image.new("RGB", (9, 9)), ["wall"]),
+        r"question must be one text, got \['wall'\]",
+    ),
+    "a site": (
+        lambda m: m.states(m.preprocess(Image.new("RGB", (9, 9))), "adapter"),
+        "sites must be a list of names",
+    ),
+    "a layer": (
+        lambda m: m.attention(m.preprocess(Image.new("RGB", (9, 9))), 2),
+        r"layers must be a list such as \[1",
+    ),
+    "a cut layer": (
+        lambda m: m.states(
+            m.preprocess(Image.new("RGB", (9, 9))), knockout=probes.Knockout(BLOCKED, 2)
+        ),
+        r"layers of a knockout must be a list such as \[1, 2\], got 2",
+    ),
+    "answers": (
+        lambda m: m.answer_log_probs(m.preprocess(Image.new("RGB", (9, 9))), ["wall"], "wall"),
+        "answers must be a list such as .*, got 'wall'",
+    ),
+    "an answer": (
+        lambda m: m.answer_attention(m.preprocess(Image.new("RGB", (9, 9))), "wall", ["wall"]),
+        r"answer must be one text, got \['wall'\]",
+    ),
+    "concepts": (lambda m: m.teach([("sky", [])]), "expected {'road': .*, got list"),
+    "a part": (
+        lambda m: probes.load("none", untrained="llm"),
+        r"untrained must be a list such as .*, got 'llm'",
+    ),
+    "an analysis": (
+        lambda m: probes.study("model", "data", out="out", add="knockout.classes=sky"),
+        "add must be a list such as .*, got 'knockout.classes=sky'",
+    ),
+    "options": (
+        lambda m: probes.study("model", "data", out="out", options="--data.batch_size 2"),
+        "options must be a list such as .*, got '--data.batch_size 2'",
+    ),
+    "a task": (
+        lambda m: probes.study("model", "data", out="out", tasks="depth"),
+        "tasks must be a list",
+    ),
+    "models": (
+        lambda m: probes.study(["a", "b"], "data", out="out"),
+        "model must be a directory, a hub id, or two by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_text_for_a_list_and_a_list_for_text_are_errors(name, mllm):
+    call, message = CALLS[name]
+    with pytest.raises(UserError, match=message):
+        call(mllm)
+
+
+def test_a_site_without_states_is_named_with_those_that_were_read(mllm):
+    states = mllm.states(mllm.preprocess(Image.new("RGB", (9, 9))), ["adapter"])
+    with pytest.raises(KeyError, match="no states of 'layer_31'; these are of adapter"):
+        states["layer_31"]
+    assert states.get("layer_31") is None and "layer_31" not in states

@@ -7,12 +7,13 @@ README.md     question, method, controls, limits
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_bidir.common.errors import UserError
+from probes.models.sites import ADAPTER
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from .style import ReportFigure
@@ -26,6 +27,30 @@ class Claim(NamedTuple):
     sign: int  # of the number if the claim holds
     text: str  # the statement, ":", and what the number is
     name: str  # in figures
+
+
+class PlannedRun(NamedTuple):
+    """A run of a study before it is made: what its config and options say."""
+
+    name: str
+    mask: str
+    sites: list[str]  # to be probed
+    model_sites: list[str]  # all sites of the model
+
+
+def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return "": an analysis that can be run on any run."""
+    return ""
+
+
+def lacks_layers(run: PlannedRun) -> str:
+    """Return which of the adapter and all decoder layers a run will have no probes at; "" if none."""
+    needed = [site for site in run.model_sites if site == ADAPTER or site.startswith("layer_")]
+    missing = [site for site in needed if site not in run.sites]
+    if not missing:
+        return ""
+    rest = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+    return f"no probes at {', '.join(missing[:2])}{rest}; it reads the adapter and every decoder layer (model.sites)"
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,8 @@ class Analysis:
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
+        lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
+            leaves it out before any work.
     """
 
     help: str
@@ -63,6 +90,7 @@ class Analysis:
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
+    lacks: Callable[[Sequence[PlannedRun], Mapping[str, str]], str] = lacks_nothing
 
 
 class Section(NamedTuple):

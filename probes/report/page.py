@@ -32,7 +32,9 @@ from probes.results import formatting
 from probes.results.finished_run import warn_of_changed_data
 from probes.results.formatting import Rows
 from probes.results.paper import PAPER
-from probes.results.study import Study, overridden_masks, read_studies
+from probes.results.probe_run import ProbeRun
+from probes.results.steps import describe_step, unfinished_steps
+from probes.results.study import Study, model_name, overridden_masks, read_studies
 from probes.results.task_run import TaskRun, finished_runs, open_run
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -87,6 +89,7 @@ def write_report(
     out: str | Path,
     timings: str | None = None,
     task_runs: Iterable[str] = (),
+    unfinished: Iterable[dict[str, str]] = (),
 ) -> dict[str, Any]:
     """Write the report of probe runs to the folder `out` and return the content of results.json.
 
@@ -94,15 +97,19 @@ def write_report(
         paths: See :func:`read_studies`.
         timings: A log of lines "start end step", for the total wall time.
         task_runs: Runs of other tasks than segmentation.
+        unfinished: Steps that have no result, see :func:`unfinished_steps`.
     """
     others = read_task_runs(task_runs)
     studies, out = read_studies(paths), Path(out)
     warn_of_changed_data([*(study.first for study in studies), *others])
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
-        return _write_files(studies, out, summary_text.total_wall_s(Path(timings)) if timings else None, others)
+        wall_s = summary_text.total_wall_s(Path(timings)) if timings else None
+        return _write_files(studies, out, wall_s, others, [*unfinished])
 
 
-def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_runs: list[TaskRun]) -> dict[str, Any]:
+def _write_files(
+    studies: list[Study], out: Path, wall_s: float | None, task_runs: list[TaskRun], unfinished: list[dict[str, str]]
+) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
@@ -125,10 +132,12 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
+        unfinished=[*map(describe_step, unfinished)],
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks} if tasks else {}
+    results |= {"unfinished": unfinished} if unfinished else {}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)
     write_files(files | {out / "index.html": page, out / "results.json": results})
@@ -188,7 +197,8 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
     runs, tasks = _expand_studies(args.runs)
-    results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks])
+    unfinished = [entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)]
+    results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
     print(f"{summary_text.format_results(results)}\n{Path(args.out) / 'index.html'}")
 
 
@@ -198,7 +208,24 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     tasks: list[str] = []
     for path in paths:
         is_run = "=" in path or (Path(path) / "metrics.json").is_file()
-        for run in [] if is_run else finished_runs(path):
-            (runs if open_run(run).task_name == SEGMENTATION else tasks).append(str(run))
-        runs += [path] if is_run or not finished_runs(path) else []  # which is then an error
+        opened = [] if is_run else [open_run(run) for run in finished_runs(path)]
+        labels = _labels_of_models(Path(path), opened)
+        for run in opened:
+            named = f"{labels[run.path]}={run.path}" if labels else str(run.path)
+            (runs if run.task_name == SEGMENTATION else tasks).append(named)
+        runs += [] if opened else [path]  # a folder without runs is then an error
     return runs, tasks
+
+
+def _labels_of_models(folder: Path, runs: list[ProbeRun | TaskRun]) -> dict[Path, str]:
+    """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
+
+    They do if two models have one name and one mask; else two labels are one model under two masks, and {} is returned.
+    """
+    labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
+    models: dict[tuple, str] = {}
+    for run in runs:
+        key = (model_name(run), run.metrics["image_attention"])
+        if run.path.parent != folder and models.setdefault(key, labels[run.path]) != labels[run.path]:
+            return labels
+    return {}

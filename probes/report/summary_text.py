@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_bidir.common.errors import error_context
 from probes.results.formatting import format_difference, format_interval, format_p, format_points
+from probes.results.steps import describe_step
 
 from .mask_comparison import ALPHA
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
@@ -141,7 +142,8 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
 
 def format_results(results: dict[str, Any]) -> str:
     """Return the verdicts of results.json as text."""
-    lines = []
+    lines = [describe_step(entry) for entry in results.get("unfinished", ())]
+    lines += [""] * bool(lines)
     for joint in results.get("joint", []):
         lines += [f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"]
         lines += [format_claims(joint["claims"]), ""]

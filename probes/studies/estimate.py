@@ -12,6 +12,7 @@ from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
 
 from .plan import Settings, check, make_plan, open_split
+from .run import RUNS, check_words
 
 
 class Spread(NamedTuple):
@@ -30,9 +31,11 @@ def print_estimate(settings: Settings) -> None:
     """Print the steps, the time of a pass over the images, disk space, and the effect that can be detected."""
     check(settings)
     steps = make_plan(settings)
+    check_words(steps)
     for step in steps:
-        print(f"  {step.name}")
-    runs = [step for step in steps if step.kind in ("solve", "fit")]
+        print(f"  {step.name}" + (f" is left out: {step.lacks}" if step.lacks else ""))
+    steps = [step for step in steps if not step.lacks]
+    runs = [step for step in steps if step.kind in RUNS]
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
@@ -42,7 +45,7 @@ def print_estimate(settings: Settings) -> None:
         f"{100 * effect:.1f} points beyond {settings.draws} random draws" if effect else "nothing beyond random draws"
     )
     print(f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}")
-    trained = next((step for step in runs if "--model.untrained" not in step.command), None)
+    trained = next((step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command), None)
     if trained:
         words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
         run_command([*words, "--dry-run"])

@@ -12,20 +12,21 @@ An arm is a model with trained or random weights. Its name says which:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
+from probes.analyses.base import PlannedRun
 from probes.data.registry import DATASETS, open_dataset
-from probes.models.families import family_of
+from probes.models.families import own_image_attention
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import site_names
 from probes.tasks import TASKS
+
+from .options import read_setting
 
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
 FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
@@ -87,6 +88,7 @@ class Step:
         result: The file that says that it is done.
         kind: "solve", "fit", "report", or the name of an analysis.
         needs: Names of the arms whose results it reads; the report reads all.
+        lacks: Why it is left out, known before any work; "" if it is run.
     """
 
     name: str
@@ -94,25 +96,30 @@ class Step:
     result: Path
     kind: str
     needs: tuple[str, ...] = field(default=())
+    lacks: str = ""
 
 
 def make_plan(settings: Settings) -> list[Step]:
-    """Return the steps of a study, each after those that it needs.
+    """Return the steps of a study, each after those that it needs, with those that are left out.
 
     Raises:
         UserError: A setting is invalid, or a model's config cannot be read.
     """
     arms, analyses, fitted = arm_names(settings), chosen_analyses(settings), ("probes",) if settings.fit else ()
     steps, report = [], settings.out / "report"
+    planned = planned_runs(settings, (*arms, *fitted))
     for label, model in settings.models.items():
-        steps += _runs(settings, label, model, arms)
+        steps += _runs(settings, label, model, arms, planned)
         for name, options in analyses.items():
             if ANALYSES[name].of == "run":
                 analysed = [arm for arm in (*arms, *fitted) if _kind(arm) in ANALYSES[name].arms]
-                steps += [_analysis(settings, label, arm, name, options) for arm in analysed]
+                runs = [planned[_join(label, arm)] for arm in analysed]
+                steps += [_analysis(settings, label, run, name, options) for run in runs]
     for name, options in analyses.items() if "trained" in arms else ():
         if ANALYSES[name].of == "pair" and len(settings.models) == 2:
-            steps += [_pair(settings, arm, name, options) for arm in ("trained", *fitted)]
+            for arm in ("trained", *fitted):
+                pair = [planned[_join(label, arm)] for label in settings.models]
+                steps.append(_pair(settings, pair, name, options))
         if ANALYSES[name].of == "page":
             runs = tuple(_join(label, "trained") for label in settings.models)
             words = (name, *(str(settings.out / run) for run in runs), *_words(options), "--out", str(report))
@@ -121,10 +128,28 @@ def make_plan(settings: Settings) -> list[Step]:
     return [step for step in steps if settings.only is None or step.kind in settings.only]
 
 
-def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> list[Step]:
+def planned_runs(settings: Settings, arms: Sequence[str]) -> dict[str, PlannedRun]:
+    """Return the probe runs of these arms of all models by name: their mask and sites."""
+    planned = {}
+    chosen = read_setting(settings.options, "model.sites")
+    for label, model in settings.models.items():
+        own_mask, sites = describe_model(model)
+        mask = read_setting(settings.options, "model.image_attention") or own_mask
+        for arm in arms:
+            compared = sites[ARMS["trained" if arm == "probes" else _kind(arm)].sites]
+            if unknown := [site for site in chosen or () if site not in sites]:
+                known = f"{', '.join(sites[:3])}, ..., {sites[-1]}"
+                raise UserError(f"{model} has no site {unknown[0]!r}; it has {known} (model.sites)")
+            if chosen:
+                compared = [site for site in compared if site in chosen]
+            planned[_join(label, arm)] = PlannedRun(_join(label, arm), mask, compared, sites)
+    return planned
+
+
+def _runs(
+    settings: Settings, label: str, model: str, arms: Sequence[str], planned: Mapping[str, PlannedRun]
+) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
-    sites = model_sites(model)
-    chosen = yaml.safe_load(_option(settings, "--model.sites") or "null") or sites
     given = {"solve": settings.options, "fit": _fit_options(settings)}
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
@@ -132,11 +157,12 @@ def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> li
         weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
         options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
         if weights.options:
-            compared = [site for site in sites[weights.sites] if site in chosen]
-            options += ["--model.sites", f"[{', '.join(compared)}]"]
+            options += ["--model.sites", f"[{', '.join(planned[_join(label, arm)].sites)}]"]
         out = settings.out / _join(label, name)
         command = (kind, *given[kind], *base, *options, "--out", str(out))
-        return Step(_join(label, name), command, out / "metrics.json", kind)
+        compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
+        lacks = "" if compared else f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
+        return Step(_join(label, name), command, out / "metrics.json", kind, lacks=lacks)
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
@@ -200,28 +226,22 @@ def data_root(settings: Settings) -> str:
     """Return the folder of the images, as far as this command knows it."""
     if settings.data not in DATASETS:
         return settings.data
-    if root := _option(settings, "--data.root"):
+    if root := read_setting(settings.options, "data.root"):
         return root
     raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
-
-
-def _option(settings: Settings, name: str) -> str | None:
-    """Return the value of an option of `probes solve`, None if it is not given."""
-    words = [word for option in settings.options for word in option.split("=", 1)]
-    return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def open_split(settings: Settings, split: str):
     """Return the dataset of a split; a UserError says if it has no images."""
     dataset = settings.data if settings.data in DATASETS else "folder"
-    return open_dataset(dataset, data_root(settings), split)
+    options = read_setting(settings.options, "data.options")
+    return open_dataset(dataset, data_root(settings), split, options)
 
 
-def model_sites(model: str) -> list[str]:
-    """Return the sites of a model, from its config."""
+def describe_model(model: str) -> tuple[str, list[str]]:
+    """Return the mask that a model was trained with, and its sites, from its config."""
     config = read_config(model)
-    family_of(config)
-    return site_names(config.get_text_config().num_hidden_layers)
+    return own_image_attention(config), site_names(config.get_text_config().num_hidden_layers)
 
 
 def check(settings: Settings) -> None:
@@ -235,6 +255,9 @@ def check(settings: Settings) -> None:
     for kind in settings.only or ():
         if kind not in kinds:
             raise UserError(f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)")
+    for key in ("model.untrained", "model.match", "model.draw"):
+        if read_setting(settings.options, key) not in (None, "none", 0):
+            raise UserError(f"{key} is given, but the arms of a study say which weights are random (--arms)")
     root = Path(data_root(settings))
     if settings.data not in DATASETS and not root.is_dir():
         layouts = ", ".join(DATASETS)
@@ -262,14 +285,20 @@ def _words(options: dict[str, str]) -> list[str]:
     return words
 
 
-def _analysis(settings: Settings, label: str, arm: str, name: str, options: dict[str, str]) -> Step:
-    run = settings.out / _join(label, arm)
+def _analysis(settings: Settings, label: str, planned: PlannedRun, name: str, options: dict[str, str]) -> Step:
+    """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
+    run = settings.out / planned.name
     command = (name, "--probes", str(run), *_words(options))
-    needs = tuple(_join(label, other) for other in dict.fromkeys((arm, "trained")))
-    return Step(f"{_join(label, arm)}/{name}", command, run / ANALYSES[name].result, name, needs)
+    own = planned.name == _join(label, "probes")  # its probes have mistakes of their own
+    needs = (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
+    lacks = ANALYSES[name].lacks([planned], options)
+    return Step(f"{planned.name}/{name}", command, run / ANALYSES[name].result, name, needs, lacks)
 
 
-def _pair(settings: Settings, arm: str, name: str, options: dict[str, str]) -> Step:
-    runs = [_join(label, arm) for label in settings.models]
+def _pair(settings: Settings, pair: Sequence[PlannedRun], name: str, options: dict[str, str]) -> Step:
+    """Return the step that compares two runs, the causal one first, whatever the order of the models."""
+    pair = sorted(pair, key=lambda run: run.mask != "causal")
+    runs = tuple(run.name for run in pair)
     command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
-    return Step(f"{runs[1]}/{name}", command, settings.out / runs[1] / ANALYSES[name].result, name, tuple(runs))
+    result = settings.out / runs[1] / ANALYSES[name].result
+    return Step(f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].lacks(pair, options))

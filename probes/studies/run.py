@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,15 @@ from typing import Any
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.identity import describe
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses import ANALYSES
-from probes.cli import run_command
+from probes.cli import build_parser, run_command
 from probes.report.summary_text import format_results
+from probes.results.steps import OUTCOMES, unfinished_steps
 from probes.results.task_run import finished_runs, open_run
 
+from .options import read_setting
 from .plan import Settings, Step, check, make_plan
 from .table import Study, write_table
 
@@ -82,28 +86,19 @@ def study(
 
 
 def run_study(settings: Settings, overwrite: bool = False) -> None:
-    """Run what is missing of a study, and print its verdicts."""
+    """Run what is missing of a study, and print its verdicts.
+
+    Raises:
+        UserError: The study cannot be run, or a step has failed. If that is an analysis, all others and the report are
+            made before.
+    """
     check(settings)
     steps, out = make_plan(settings), settings.out
+    check_words(steps)
     part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing, left_out = _missing(steps, out, _changed_models(steps, overwrite)), set()
-        for i, step in enumerate(missing):
-            if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
-                print("no report: the trained model is not solved yet")
-                continue
-            if (step.kind, *step.needs[-1:]) in left_out:  # of the trained model, which its controls are compared with
-                continue
-            left = _time_left(missing[i:], out)
-            print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
-            command, started = _command(step, out, overwrite), time.perf_counter()
-            try:
-                _run_step(step, command, settings)
-            except NothingToMeasure as error:
-                print(f"left out: {error}", flush=True)
-                left_out.add((step.kind, *step.needs[:1]))  # its own arm
-                continue
-            write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
+        missing = _missing(steps, out, _changed_models(steps, overwrite))
+        failed = _run_steps(missing, settings, overwrite)
         if any(step.kind == "report" for step in missing):
             write_table(out)  # like the report, by one job only
     if not missing:
@@ -111,14 +106,87 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     report = out / "report"
     if (report / "results.json").is_file():
         print(f"\n{format_results(read_json(report / 'results.json'))}\n{report / 'index.html'}")
+    if failed:
+        steps_have = "a step has" if len(failed) == 1 else f"{len(failed)} steps have"
+        raise UserError(
+            f"{steps_have} failed, and the report is without it: {'; '.join(failed)}. The same command tries again"
+        )
+
+
+def check_words(steps: list[Step]) -> None:
+    """End the command with a usage error if the command of an analysis is not one: `--add` can name any option."""
+    parser = build_parser()
+    for step in steps:
+        if step.kind in ANALYSES:
+            parser.parse_args(step.command)
+
+
+def _run_steps(missing: list[Step], settings: Settings, overwrite: bool) -> list[str]:
+    """Run steps, record what became of each, and return what those that failed have said."""
+    failed: list[str] = []
+    out = settings.out
+    for i, step in enumerate(missing):
+        if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
+            print("no report: the trained model is not solved yet")
+            continue
+        if step.lacks:
+            print(f"{step.name} is left out: {step.lacks}", flush=True)
+            _leave_out(step, out, step.lacks, overwrite)
+            continue
+        if outcome := _outcome_of_trained_arm(step, out):
+            if outcome == "left_out":  # of one that failed, the next call tries both
+                _leave_out(step, out, "so was that of the trained model, with which it is compared", overwrite)
+            continue
+        left = _time_left(missing[i:], out)
+        print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
+        started = time.perf_counter()
+        failure: dict[str, str] = {}
+        try:
+            _run_step(step, _command(step, out, overwrite), settings)
+        except NothingToMeasure as error:
+            print(f"left out: {error}", flush=True)
+            _leave_out(step, out, str(error), overwrite)
+            continue
+        except Exception as error:
+            if step.kind not in ANALYSES:
+                raise
+            failed.append(_describe_failure(step, error, settings))
+            print(f"failed: {failed[-1]}", flush=True)
+            failure = {"failed": failed[-1].removeprefix(f"{step.name}: ")}
+        _write_record(step, out, time.perf_counter() - started, failure)
+    return failed
+
+
+def _outcome_of_trained_arm(step: Step, out: Path) -> str | None:
+    """Return "left_out" or "failed" if the analysis of the trained model was, with which a control is compared."""
+    trained = f"{step.needs[-1]}/{step.kind}" if step.needs else step.name
+    record = _read_record(trained, out) if trained != step.name else {}
+    return next((key for key in OUTCOMES if record.get(key)), None)
+
+
+def _leave_out(step: Step, out: Path, reason: str, overwrite: bool) -> None:
+    """Record that a step was left out; a result of other probes than are there now would be none of the study."""
+    if overwrite:
+        step.result.unlink(missing_ok=True)
+    _write_record(step, out, 0.0, {"left_out": reason})
+
+
+def _describe_failure(step: Step, error: Exception, settings: Settings) -> str:
+    """Return what a step that failed has said; the traceback of a bug goes to the log of the study."""
+    if isinstance(error, UserError):
+        return str(error)
+    log_file = settings.out / "study.log"
+    with log_file.open("a") as stream:
+        traceback.print_exception(error, file=stream)
+    return f"{step.name}: {type(error).__name__}: {error} (traceback in {log_file})"
 
 
 # ---------------------------------------------------------------------------------------------------- what is done
-def _record_file(step: Step, out: Path) -> Path:
-    return out / "steps" / f"{step.name.replace('/', '.')}.json"
+def _record_file(step: str, out: Path) -> Path:
+    return out / "steps" / f"{step.replace('/', '.')}.json"
 
 
-def _read_record(step: Step, out: Path) -> dict[str, Any]:
+def _read_record(step: str, out: Path) -> dict[str, Any]:
     file = _record_file(step, out)
     return read_json(file) if file.is_file() else {}
 
@@ -133,14 +201,21 @@ def _inputs(step: Step, out: Path) -> dict[str, str | None]:
         return {name: _digest(out / name / "metrics.json") for name in step.needs}
     names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
     files = [run / name for run in finished_runs(out) for name in names]
-    return {str(file.relative_to(out)): _digest(file) for file in files if file.is_file()}
+    unfinished = unfinished_steps(out)
+    named = {"unfinished steps": describe(unfinished)} if unfinished else {}
+    return {str(file.relative_to(out)): _digest(file) for file in files if file.is_file()} | named
 
 
 def _is_done(step: Step, out: Path) -> bool:
-    """Return whether the step's result is there, and was made by this command from what is there now."""
-    record = _read_record(step, out)
+    """Return whether this command, from what is there now, has made the result or had none to make."""
+    record = _read_record(step.name, out)
+    if step.lacks:
+        return record.get("left_out") == step.lacks
+    if record.get("failed") or record.get("lacks"):
+        return False
     now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
-    return step.result.is_file() and all(record.get(key) == value for key, value in now.items())
+    is_there = step.result.is_file() or bool(record.get("left_out"))
+    return is_there and all(record.get(key) == value for key, value in now.items())
 
 
 def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
@@ -154,10 +229,13 @@ def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
     return missing
 
 
-def _record(step: Step, out: Path, seconds: float) -> dict[str, Any]:
+def _write_record(step: Step, out: Path, seconds: float, outcome: dict[str, str]) -> None:
+    """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
     now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
-    return {"kind": step.kind, **now, "seconds": round(seconds, 1), "peak_gb": round(peak_gb, 2)}
+    record = {"step": step.name, "kind": step.kind, **now, "seconds": round(seconds, 1), "peak_gb": round(peak_gb, 2)}
+    known_before = {"lacks": step.lacks} if step.lacks else {}
+    write_files({_record_file(step.name, out): record | known_before | outcome})
 
 
 def _changed_models(steps: list[Step], overwrite: bool) -> set[str]:
@@ -190,6 +268,8 @@ def _time_left(steps: list[Step], out: Path) -> str:
     seconds: dict[str, list[float]] = {}
     for file in (out / "steps").glob("*.json"):
         record = read_json(file)
+        if any(record.get(key) for key in OUTCOMES):
+            continue
         seconds.setdefault(record["kind"], []).append(record["seconds"])
     known = [sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds]
     return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
@@ -198,7 +278,7 @@ def _time_left(steps: list[Step], out: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- one step
 def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
     """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
-    words, record = list(step.command), _read_record(step, out)
+    words, record = list(step.command), _read_record(step.name, out)
     if step.kind == "report" or (step.kind in ANALYSES and ANALYSES[step.kind].of == "page"):
         return words  # pages replace their own earlier output
     outdated = record.get("command") == words and record["inputs"] != _inputs(step, out)
@@ -255,8 +335,7 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
 
 def uses_several_devices(settings: Settings) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    words = [word for option in settings.options for word in option.split("=", 1)]
-    given = words[words.index("--trainer.devices") + 1] if "--trainer.devices" in words else "auto"
+    given = str(read_setting(settings.options, "trainer.devices", "auto"))
     if given == "auto":
         import torch
 

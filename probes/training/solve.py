@@ -103,7 +103,11 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
 
 def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
-    trainer, solver = cli.trainer, cli.model
+    trainer, solver, data = cli.trainer, cli.model, cli.datamodule
+    training = len(data.splits["training"])
+    if training <= data.batch_size:  # known before the model is loaded
+        rank_zero_info(f"time: not measured, since {training} training images are one batch")
+        return
     trainer.callbacks, trainer.loggers, trainer.limit_test_batches = [], [], 1
     solver.on_test_start = lambda: print_estimate(solver, batches)
     solver.test_step, solver.on_test_epoch_end = lambda batch, batch_idx: None, lambda: None

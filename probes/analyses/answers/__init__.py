@@ -1,10 +1,11 @@
 """Answers of the MLLM beside its probes at the same place, and under knockouts."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from probes.analyses.base import Analysis, Row, add_out, add_run, add_seed, table_row
+from probes.analyses.base import Analysis, PlannedRun, Row, add_out, add_run, add_seed, table_row
+from probes.models.sites import ADAPTER
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,11 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
     yield table_row(None, "answer_accuracy", result["accuracy"]["value"], result["accuracy"]["ci95"])
 
 
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return "no probe at the adapter" if a planned run has none."""
+    return "" if ADAPTER in runs[0].sites else "no probe at the adapter, whose predictions it hides (model.sites)"
+
+
 ANALYSIS = Analysis(
     help="compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json",
     question="Does the model say what its probes read, and does hiding tokens change what it says?",
@@ -36,4 +42,5 @@ ANALYSIS = Analysis(
     default=True,
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     rows=rows,
+    lacks=lacks,
 )

@@ -1,10 +1,20 @@
 """Attention knockout of confused image patches: cases, blocked tokens, forwards, effects (Eq. 1, App. C.1)."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
+from probes.analyses.base import (
+    Analysis,
+    Claim,
+    PlannedRun,
+    Row,
+    add_out,
+    add_run,
+    add_seed,
+    lacks_layers,
+    table_row,
+)
 
 from .schema import CONTROLS
 
@@ -44,6 +54,11 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
                 yield table_row(site, "wrong_patches_left", value, interval, **of)
 
 
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return which layers a planned run has no probes at, "" if none is missing."""
+    return lacks_layers(runs[0])
+
+
 ANALYSIS = Analysis(
     help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
     question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
@@ -72,4 +87,5 @@ ANALYSIS = Analysis(
         ),
     },
     rows=rows,
+    lacks=lacks,
 )

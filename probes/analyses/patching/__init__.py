@@ -1,8 +1,10 @@
 """Activation patching: states replaced at one layer by those of another mask or picture."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 
-from probes.analyses.base import Analysis, add_out, add_run, add_seed
+from probes.analyses.base import Analysis, PlannedRun, add_out, add_run, add_seed
+from probes.models.sites import ADAPTER, ENCODER
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
 
 
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return "no probe after the adapter" if a planned run has none to read out; "" if it has."""
+    later = [site for site in runs[0].sites if site not in (ENCODER, ADAPTER)]
+    return "" if later else "no probe after the adapter, which is the read-out (model.sites)"
+
+
 ANALYSIS = Analysis(
     help="replace states at one layer by those of another mask or picture, and read what follows, into "
     "RUN/patching.json",
@@ -29,4 +37,5 @@ ANALYSIS = Analysis(
     add_options=add_options,
     result="patching.json",
     title="Activation patching",
+    lacks=lacks,
 )

@@ -1,8 +1,9 @@
 """Context starvation: accuracy by patch position under two masks."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 
-from probes.analyses.base import Analysis, Claim, add_out, add_seed
+from probes.analyses.base import Analysis, Claim, PlannedRun, add_out, add_seed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the bidirectional run's folder")
 
 
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return why two planned runs cannot be compared, the causal one first; "" if they can."""
+    masks = [run.mask for run in runs]
+    if masks != ["causal", "bidirectional"]:
+        return f"the masks of the two models are {' and '.join(masks)}; it compares causal with bidirectional"
+    if "site" not in options and not any(site.startswith("layer_") for site in runs[0].sites):
+        return "no probe at a decoder layer; choose another site by --add starvation.site=SITE"
+    if len(runs[0].model_sites) != len(runs[1].model_sites):
+        return "the two models differ in their number of layers"
+    return ""
+
+
 ANALYSIS = Analysis(
     help="compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json",
     question="Are early image tokens worse off under causal attention, since they attend to few others?",
@@ -29,6 +42,7 @@ ANALYSIS = Analysis(
     options={"by-class": "true"},
     arms=("trained", "probes"),
     default=True,
+    lacks=lacks,
     claims={
         "starvation": Claim(
             +1,

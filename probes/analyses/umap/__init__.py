@@ -1,8 +1,10 @@
 """The patches of images in two dimensions, site by site."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 
-from probes.analyses.base import Analysis, add_images, add_out, add_run, add_seed
+from probes.analyses.base import Analysis, PlannedRun, add_images, add_out, add_run, add_seed
+from probes.models.sites import ADAPTER
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +17,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
 
 
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    """Return which of the default sites a planned run has no probe at, "" if none is missing."""
+    sites = runs[0].sites
+    if "sites" in options or (ADAPTER in sites and any(site.startswith("layer_") for site in sites)):
+        return ""
+    return "no probes at the adapter and a decoder layer; choose others by --add umap.sites=SITE,SITE"
+
+
 ANALYSIS = Analysis(
     help="embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json",
     question="Do the patches of one class lie together, layer by layer? Illustrations, no evidence.",
@@ -23,4 +33,5 @@ ANALYSIS = Analysis(
     title="UMAP of patches",
     paper="Sec. 3.3, Fig. 5",
     arms=("trained", "probes"),
+    lacks=lacks,
 )

@@ -1,0 +1,223 @@
+"""Steps that a study leaves out, that fail, or that have nothing to measure; settings from words and from files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_bidir.common.errors import NothingToMeasure, UserError
+from probes.cli import main
+from probes.results.steps import unfinished_steps
+from probes.studies import run
+from probes.studies.options import read_setting
+from probes.studies.plan import Settings, Step, check, make_plan
+
+
+@pytest.fixture
+def settings(checkpoints, segmentation, tmp_path):
+    """Return a function that makes the settings of a study of models by label and mask."""
+
+    def make(models: dict[str, str], **more) -> Settings:
+        paths = {label: str(checkpoints[mask]) for label, mask in models.items()}
+        return Settings(paths, str(segmentation), tmp_path / "study", **{"draws": 1, **more})
+
+    return make
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Replace the commands of steps by files with their results; return the names of steps that ran.
+
+    `ran.failing` says which step raises which error.
+    """
+
+    class Ran(list):
+        failing: dict[str, Exception] = {}
+
+    names = Ran()
+    names.failing = {}
+
+    def run_step(step: Step, command: list[str], settings: Settings) -> None:
+        names.append(step.name)
+        if step.name in names.failing:
+            raise names.failing[step.name]
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        step.result.write_text(json.dumps({"classes": [{"class": "sky"}]}))
+
+    monkeypatch.setattr(run, "_run_step", run_step)
+    monkeypatch.setattr(run, "write_table", lambda out: None)
+    monkeypatch.setattr(run, "format_results", lambda results: "")
+    monkeypatch.setattr(run, "_changed_models", lambda *_: set())
+    return names
+
+
+def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
+    steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]")))
+    lacks = {step.name: step.lacks for step in steps if step.lacks}
+    assert lacks.keys() == {"trained/knockout", "random0/knockout"}
+    assert "layer_01" in lacks["trained/knockout"]
+    assert not any(step.lacks for step in make_plan(settings({"": "causal"})))
+
+
+def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settings):
+    steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder]")))
+    assert {step.name for step in steps if not step.lacks} == {"trained", "adapter0", "report"}
+
+
+def test_sites_in_a_file_are_those_of_every_arm(settings, tmp_path):
+    file = tmp_path / "sites.yaml"
+    file.write_text("model: {sites: [adapter, layer_01]}\n")
+    for words in (("-c", str(file)), (f"-c={file}",), (f"--config={file}",)):
+        steps = {step.name: step.command for step in make_plan(settings({"": "causal"}, options=words))}
+        sites = {name: read_setting(steps[name], "model.sites") for name in ("trained", "random0", "adapter0")}
+        assert sites == {
+            "trained": ["adapter", "layer_01"],
+            "random0": ["adapter", "layer_01"],
+            "adapter0": ["adapter"],
+        }
+
+
+def test_settings_are_merged_from_left_to_right(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("data: {options: {a: 1}, root: there}\nmodel: {sites: [encoder]}\n")
+    words = ["-c", str(file), "--data.options.b", "2", "--model.sites=[adapter]", "--trainer.devices"]
+    assert read_setting(words, "data.options") == {"a": 1, "b": 2}
+    assert read_setting(words, "model.sites") == ["adapter"]
+    assert read_setting(["--model.sites", "[adapter]", "-c", str(file)], "model.sites") == ["encoder"]
+    assert read_setting(words, "data.root") == "there"
+    assert read_setting(words, "trainer.devices", "auto") == "auto", "a word without a value is an error of the command"
+
+
+def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
+    from dataset_layouts import write_voc2012
+
+    root = write_voc2012(tmp_path / "voc")
+    options = ("--data.root", str(root), "--data.options.background", "class")
+    models = {"": str(checkpoints["causal"])}
+    add = ("knockout.classes=background",)
+    check(Settings(models, "voc2012", tmp_path / "out", add=add, options=options))
+    with pytest.raises(UserError, match="no class 'background'"):
+        check(Settings(models, "voc2012", tmp_path / "out", add=add, options=options[:2]))
+
+
+@pytest.mark.parametrize("order", [("causal", "bidirectional"), ("bidirectional", "causal")])
+def test_a_pair_is_ordered_by_its_masks(order, settings):
+    step = next(s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation")
+    assert step.name == "bidirectional/trained/starvation" and not step.lacks
+    assert [Path(word).parent.name for word in step.command[2:4]] == ["causal", "bidirectional"]
+
+
+def test_two_models_of_one_mask_have_no_starvation(settings):
+    step = next(s for s in make_plan(settings({"a": "causal", "b": "causal"})) if s.kind == "starvation")
+    assert "causal and causal" in step.lacks
+    both = settings({"a": "causal", "b": "bidirectional"}, options=("--model.image_attention", "causal"))
+    step = next(s for s in make_plan(both) if s.kind == "starvation")
+    assert "causal and causal" in step.lacks, "the mask is that of the option"
+
+
+def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
+    made = settings({"": "causal"}, add=("umap",))
+    ran.failing = {"trained/knockout": UserError("trained/knockout: broken"), "trained/umap": RuntimeError("a bug")}
+    with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
+        run.run_study(made)
+    assert ran == ["trained", "random0", "adapter0", "trained/knockout", "trained/umap", "report"]
+    reasons = {entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)}
+    assert reasons["trained/knockout"] == ("failed", "broken") and "a bug" in reasons["trained/umap"][1]
+    assert "a bug" in (made.out / "study.log").read_text()
+    ran.clear()
+    ran.failing = {}
+    run.run_study(made)
+    assert {"trained/knockout", "random0/knockout", "trained/umap", "report"} == set(ran)
+    assert not unfinished_steps(made.out)
+    ran.clear()
+    run.run_study(made)
+    assert not ran
+
+
+def test_a_failed_arm_ends_the_study(settings, ran):
+    ran.failing = {"random0": UserError("random0: no memory")}
+    with pytest.raises(UserError, match="no memory"):
+        run.run_study(settings({"": "causal"}))
+    assert ran == ["trained", "random0"]
+
+
+def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
+    made = settings({"": "causal"})
+    ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}
+    run.run_study(made)
+    assert ran[-2:] == ["trained/knockout", "report"]
+    ran.clear()
+    run.run_study(made)
+    assert not ran and "nothing to do" in capsys.readouterr().out
+    more = settings({"": "causal"}, draws=2)
+    run.run_study(more)
+    assert "random1" in ran and not any(name.endswith("knockout") for name in ran), "the new draw has no partner"
+    (made.out / "trained/metrics.json").write_text('{"classes": [1]}')
+    ran.failing = {}
+    ran.clear()
+    run.run_study(more)
+    assert {"trained/knockout", "random0/knockout", "random1/knockout"} <= set(ran), "other probes can have mistakes"
+
+
+def test_trained_probes_have_mistakes_of_their_own(settings, ran):
+    ran.failing = {"trained/knockout": NothingToMeasure("no image has a wrong patch")}
+    run.run_study(settings({"": "causal"}, fit=True))
+    assert "probes/knockout" in ran and "random0/knockout" not in ran
+
+
+def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
+    some = settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
+    run.run_study(some)
+    assert ran == ["trained", "random0", "adapter0", "report"]
+    assert "layer_01" in unfinished_steps(some.out)[1]["reason"]
+    ran.clear()
+    run.run_study(some)
+    assert not ran
+    run.run_study(settings({"": "causal"}))
+    assert {"trained/knockout", "random0/knockout", "report"} <= set(ran) and not unfinished_steps(some.out)
+
+
+@pytest.mark.parametrize("only", ["fit", "solve"])
+def test_a_dry_run_of_few_photos_ends_well(only, checkpoints, segmentation, tmp_path, capsys, caplog):
+    words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
+    with caplog.at_level("INFO"):
+        main(["study", str(checkpoints["causal"]), str(segmentation), "--out", str(tmp_path / "out"), *words])
+    assert f"{1 if only == 'fit' else 7} of them passes" in capsys.readouterr().out
+    assert ("one batch" in caplog.text) == (only == "solve")
+
+
+def test_an_option_without_its_value_is_an_error_before_any_work(checkpoints, segmentation, tmp_path):
+    words = ["--draws", "0", "--only", "report", "--trainer.devices"]
+    with pytest.raises(SystemExit):
+        main(["study", str(checkpoints["causal"]), str(segmentation), "--out", str(tmp_path / "out"), *words])
+
+
+def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
+    with pytest.raises(SystemExit):
+        run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))
+    assert not ran
+
+
+def test_weights_are_chosen_by_arms_alone(settings):
+    with pytest.raises(UserError, match=r"model\.untrained.*--arms"):
+        check(settings({"": "causal"}, options=("--model.untrained", "[llm]")))
+
+
+@pytest.mark.slow
+def test_two_models_of_one_mask_at_some_sites_end_with_a_page(checkpoints, segmentation, tmp_path, capsys):
+    out = tmp_path / "study"
+    words = ["-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2", "--draws", "0"]
+    words += ["--model.sites", "[encoder, adapter, layer_02]", "--strengths", "1e-3", "1e-1"]
+    path = checkpoints["causal"]
+    main(["study", f"a={path}", f"b={path}", str(segmentation), "--out", str(out), *words])
+    said = capsys.readouterr().out
+    assert "a/trained/knockout left out: no probes at layer_01, layer_03" in said
+    assert "b/trained/starvation left out: the masks of the two models are causal and causal" in said
+    found = json.loads((out / "report/results.json").read_text())
+    assert [study["model"] for study in found["studies"]] == ["a", "b"], "labels tell them apart"
+    assert {entry["step"] for entry in found["unfinished"]} == {
+        "a/trained/knockout",
+        "b/trained/knockout",
+        "b/trained/starvation",
+    }
+    assert "a/trained/knockout left out" in (out / "report/index.html").read_text()

@@ -52,7 +52,9 @@ def ran(monkeypatch):
 
 
 def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
-    steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]")))
+    steps = make_plan(
+        settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
+    )
     lacks = {step.name: step.lacks for step in steps if step.lacks}
     assert lacks.keys() == {"trained/knockout", "random0/knockout"}
     assert "layer_01" in lacks["trained/knockout"]
@@ -68,8 +70,13 @@ def test_sites_in_a_file_are_those_of_every_arm(settings, tmp_path):
     file = tmp_path / "sites.yaml"
     file.write_text("model: {sites: [adapter, layer_01]}\n")
     for words in (("-c", str(file)), (f"-c={file}",), (f"--config={file}",)):
-        steps = {step.name: step.command for step in make_plan(settings({"": "causal"}, options=words))}
-        sites = {name: read_setting(steps[name], "model.sites") for name in ("trained", "random0", "adapter0")}
+        steps = {
+            step.name: step.command for step in make_plan(settings({"": "causal"}, options=words))
+        }
+        sites = {
+            name: read_setting(steps[name], "model.sites")
+            for name in ("trained", "random0", "adapter0")
+        }
         assert sites == {
             "trained": ["adapter", "layer_01"],
             "random0": ["adapter", "layer_01"],
@@ -80,12 +87,23 @@ def test_sites_in_a_file_are_those_of_every_arm(settings, tmp_path):
 def test_settings_are_merged_from_left_to_right(tmp_path):
     file = tmp_path / "some.yaml"
     file.write_text("data: {options: {a: 1}, root: there}\nmodel: {sites: [encoder]}\n")
-    words = ["-c", str(file), "--data.options.b", "2", "--model.sites=[adapter]", "--trainer.devices"]
+    words = [
+        "-c",
+        str(file),
+        "--data.options.b",
+        "2",
+        "--model.sites=[adapter]",
+        "--trainer.devices",
+    ]
     assert read_setting(words, "data.options") == {"a": 1, "b": 2}
     assert read_setting(words, "model.sites") == ["adapter"]
-    assert read_setting(["--model.sites", "[adapter]", "-c", str(file)], "model.sites") == ["encoder"]
+    assert read_setting(["--model.sites", "[adapter]", "-c", str(file)], "model.sites") == [
+        "encoder"
+    ]
     assert read_setting(words, "data.root") == "there"
-    assert read_setting(words, "trainer.devices", "auto") == "auto", "a word without a value is an error of the command"
+    assert read_setting(words, "trainer.devices", "auto") == "auto", (
+        "a word without a value is an error of the command"
+    )
 
 
 def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
@@ -102,27 +120,41 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
 
 @pytest.mark.parametrize("order", [("causal", "bidirectional"), ("bidirectional", "causal")])
 def test_a_pair_is_ordered_by_its_masks(order, settings):
-    step = next(s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation")
+    step = next(
+        s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation"
+    )
     assert step.name == "bidirectional/trained/starvation" and not step.lacks
     assert [Path(word).parent.name for word in step.command[2:4]] == ["causal", "bidirectional"]
 
 
 def test_two_models_of_one_mask_have_no_starvation(settings):
-    step = next(s for s in make_plan(settings({"a": "causal", "b": "causal"})) if s.kind == "starvation")
+    step = next(
+        s for s in make_plan(settings({"a": "causal", "b": "causal"})) if s.kind == "starvation"
+    )
     assert "causal and causal" in step.lacks
-    both = settings({"a": "causal", "b": "bidirectional"}, options=("--model.image_attention", "causal"))
+    both = settings(
+        {"a": "causal", "b": "bidirectional"}, options=("--model.image_attention", "causal")
+    )
     step = next(s for s in make_plan(both) if s.kind == "starvation")
     assert "causal and causal" in step.lacks, "the mask is that of the option"
 
 
 def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     made = settings({"": "causal"}, add=("umap",))
-    ran.failing = {"trained/knockout": UserError("trained/knockout: broken"), "trained/umap": RuntimeError("a bug")}
+    ran.failing = {
+        "trained/knockout": UserError("trained/knockout: broken"),
+        "trained/umap": RuntimeError("a bug"),
+    }
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
     assert ran == ["trained", "random0", "adapter0", "trained/knockout", "trained/umap", "report"]
-    reasons = {entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)}
-    assert reasons["trained/knockout"] == ("failed", "broken") and "a bug" in reasons["trained/umap"][1]
+    reasons = {
+        entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
+    }
+    assert (
+        reasons["trained/knockout"] == ("failed", "broken")
+        and "a bug" in reasons["trained/umap"][1]
+    )
     assert "a bug" in (made.out / "study.log").read_text()
     ran.clear()
     ran.failing = {}
@@ -151,12 +183,16 @@ def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     assert not ran and "nothing to do" in capsys.readouterr().out
     more = settings({"": "causal"}, draws=2)
     run.run_study(more)
-    assert "random1" in ran and not any(name.endswith("knockout") for name in ran), "the new draw has no partner"
+    assert "random1" in ran and not any(name.endswith("knockout") for name in ran), (
+        "the new draw has no partner"
+    )
     (made.out / "trained/metrics.json").write_text('{"classes": [1]}')
     ran.failing = {}
     ran.clear()
     run.run_study(more)
-    assert {"trained/knockout", "random0/knockout", "random1/knockout"} <= set(ran), "other probes can have mistakes"
+    assert {"trained/knockout", "random0/knockout", "random1/knockout"} <= set(ran), (
+        "other probes can have mistakes"
+    )
 
 
 def test_trained_probes_have_mistakes_of_their_own(settings, ran):
@@ -174,22 +210,46 @@ def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(se
     run.run_study(some)
     assert not ran
     run.run_study(settings({"": "causal"}))
-    assert {"trained/knockout", "random0/knockout", "report"} <= set(ran) and not unfinished_steps(some.out)
+    assert {"trained/knockout", "random0/knockout", "report"} <= set(ran) and not unfinished_steps(
+        some.out
+    )
 
 
 @pytest.mark.parametrize("only", ["fit", "solve"])
-def test_a_dry_run_of_few_photos_ends_well(only, checkpoints, segmentation, tmp_path, capsys, caplog):
+def test_a_dry_run_of_few_photos_ends_well(
+    only, checkpoints, segmentation, tmp_path, capsys, caplog
+):
     words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
     with caplog.at_level("INFO"):
-        main(["study", str(checkpoints["causal"]), str(segmentation), "--out", str(tmp_path / "out"), *words])
+        main(
+            [
+                "study",
+                str(checkpoints["causal"]),
+                str(segmentation),
+                "--out",
+                str(tmp_path / "out"),
+                *words,
+            ]
+        )
     assert f"{1 if only == 'fit' else 7} of them passes" in capsys.readouterr().out
     assert ("one batch" in caplog.text) == (only == "solve")
 
 
-def test_an_option_without_its_value_is_an_error_before_any_work(checkpoints, segmentation, tmp_path):
+def test_an_option_without_its_value_is_an_error_before_any_work(
+    checkpoints, segmentation, tmp_path
+):
     words = ["--draws", "0", "--only", "report", "--trainer.devices"]
     with pytest.raises(SystemExit):
-        main(["study", str(checkpoints["causal"]), str(segmentation), "--out", str(tmp_path / "out"), *words])
+        main(
+            [
+                "study",
+                str(checkpoints["causal"]),
+                str(segmentation),
+                "--out",
+                str(tmp_path / "out"),
+                *words,
+            ]
+        )
 
 
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
@@ -204,15 +264,28 @@ def test_weights_are_chosen_by_arms_alone(settings):
 
 
 @pytest.mark.slow
-def test_two_models_of_one_mask_at_some_sites_end_with_a_page(checkpoints, segmentation, tmp_path, capsys):
+def test_two_models_of_one_mask_at_some_sites_end_with_a_page(
+    checkpoints, segmentation, tmp_path, capsys
+):
     out = tmp_path / "study"
-    words = ["-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2", "--draws", "0"]
+    words = [
+        "-c",
+        "configs/demo/probes.yaml",
+        "--data.batch_size",
+        "2",
+        "--folds",
+        "2",
+        "--draws",
+        "0",
+    ]
     words += ["--model.sites", "[encoder, adapter, layer_02]", "--strengths", "1e-3", "1e-1"]
     path = checkpoints["causal"]
     main(["study", f"a={path}", f"b={path}", str(segmentation), "--out", str(out), *words])
     said = capsys.readouterr().out
     assert "a/trained/knockout left out: no probes at layer_01, layer_03" in said
-    assert "b/trained/starvation left out: the masks of the two models are causal and causal" in said
+    assert (
+        "b/trained/starvation left out: the masks of the two models are causal and causal" in said
+    )
     found = json.loads((out / "report/results.json").read_text())
     assert [study["model"] for study in found["studies"]] == ["a", "b"], "labels tell them apart"
     assert {entry["step"] for entry in found["unfinished"]} == {

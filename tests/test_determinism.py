@@ -29,7 +29,7 @@ def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     """Both runs write into the same folder, for paths are in manifests."""
     first = everything(tmp_path / "run", "1")

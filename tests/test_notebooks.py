@@ -1,6 +1,6 @@
 """The notebooks: committed with outputs, and every cell runs on the demo's model.
 
-They read runs/demo; with DEMO=FOLDER, as in `.ci/run`, that one.
+They read runs/demo; with DEMO=FOLDER, as in `make test-nightly`, that one.
 """
 
 import os
@@ -48,7 +48,7 @@ def test_links_lead_to_files(name):
     assert links and not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_cell_runs(name, tmp_path, monkeypatch):
     """In a copy of the folder, which has nothing but a demo above it."""

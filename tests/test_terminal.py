@@ -70,6 +70,7 @@ def test_ctrl_c_ends_with_one_line_and_status_130(parts, conversations, tmp_path
         assert capsys.readouterr().err == f"probes: interrupted; run the same command again{option} to go on\n"
 
 
+@pytest.mark.slow
 def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, segmentation, tmp_path):
     """The DataLoader's, the logging interval's and the model table's messages were about our own settings."""
     command = ["fit", "-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"])]

@@ -1,4 +1,8 @@
-"""The wheel, built from the source archive and installed without the clone: it is whole, and enough to work with."""
+"""The wheel, built from the source archive and installed without the clone: it is complete, and enough to work with.
+
+With WHEEL=FOLDER, the tests use what `python tests/helpers/wheels.py FOLDER` has made, as `.ci/run` does. CI's demo is
+made by that wheel, and tests/test_demo.py looks at it.
+"""
 
 import json
 import os
@@ -6,109 +10,81 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import labs
 import pytest
 import tiny_models
+import wheels
 from processes import HANGING_S
 
 ROOT = Path(__file__).parents[1]
-BUILD = "import sys; from setuptools.build_meta import *; build_{}(sys.argv[1])"
 LEFT_OUT = (".lock", ".md", ".ipynb")  # for a checkout only
 
 pytestmark = pytest.mark.slow
 
 
-def files() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return listed.stdout.split()
-
-
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    """What git tracks, since building leaves its traces."""
-    folder = tmp_path_factory.mktemp("copy")
-    for name in files():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+def built(tmp_path_factory) -> Path:
+    """A folder with copy/, dist/ and environment/."""
+    if given := os.environ.get("WHEEL"):
+        return Path(given).absolute()
+    folder = tmp_path_factory.mktemp("wheel")
+    wheels.make(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def built(copy, tmp_path_factory) -> Path:
-    """The folder of source archive and wheel."""
-    out = tmp_path_factory.mktemp("dist")
-    build = lambda kind, folder: subprocess.run(
-        [sys.executable, "-c", BUILD.format(kind), out], cwd=folder, check=True, capture_output=True
-    )
-    build("sdist", copy)
-    (archive,) = out.glob("*.tar.gz")
-    shutil.unpack_archive(archive, out / "source", filter="data")
-    (source,) = (out / "source").iterdir()
-    build("wheel", source)
-    return out
+class Installed:
+    """Commands of the installed wheel, run in an empty folder."""
 
+    def __init__(self, environment: Path, folder: Path):
+        self.environment = environment
+        self.folder = folder
 
-@pytest.fixture(scope="module")
-def installed(built, tmp_path_factory):
-    """A function that runs a command of the installed wheel in an empty folder, which it returns with the output.
+    def start(self, program: str, *words: str, **options) -> subprocess.Popen:
+        command = [self.environment / "bin" / program, *words]
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        options |= {"cwd": self.folder, "env": variables, "text": True, "stdout": subprocess.PIPE}
+        return subprocess.Popen(command, **options)
 
-    The packages that ours needs are those of this environment; it has the clone by a .pth file, which is read in this
-    environment's own folder only.
-    """
-    environment, folder = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("empty")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    (wheel,) = built.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--isolated", "--python", environment / "bin/python", "install"]
-    subprocess.run([*pip, "-q", "--no-deps", "--no-index", wheel], check=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def start(*command: str, **options) -> subprocess.Popen:
-        program, *words = command
-        options |= {"cwd": folder, "env": variables, "text": True}
-        return subprocess.Popen([environment / "bin" / program, *words], stdout=subprocess.PIPE, **options)
-
-    def run(*command: str) -> str:
-        done = start(*command, stderr=subprocess.STDOUT)
-        said, _ = done.communicate(timeout=HANGING_S)
-        assert done.returncode == 0, said
+    def run(self, program: str, *words: str) -> str:
+        process = self.start(program, *words, stderr=subprocess.STDOUT)
+        said, _ = process.communicate(timeout=HANGING_S)
+        assert process.returncode == 0, said
         return said
 
-    run.start, run.folder = start, folder
-    where = run("python", "-c", "import llava_bidir, probes; print(llava_bidir.__file__, probes.__file__)")
-    assert all(path.startswith(str(packages)) for path in where.split()), where
-    return run
+
+@pytest.fixture
+def installed(built, tmp_path) -> Installed:
+    return Installed(built / "environment", tmp_path)
 
 
-def test_wheel_and_source_archive_hold_the_packages_whole(built):
+def test_wheel_and_source_archive_hold_all_of_the_packages(built):
     link = "llava_bidir/configs"
-    wanted = {name for name in files() if name.startswith(("llava_bidir/", "probes/")) and name != link}
-    wanted |= {f"llava_bidir/{name}" for name in files() if name.startswith("configs/") and name.endswith(".yaml")}
+    files = wheels.tracked_files()
+    wanted = {name for name in files if name.startswith(("llava_bidir/", "probes/")) and name != link}
+    wanted |= {f"llava_bidir/{name}" for name in files if name.startswith("configs/") and name.endswith(".yaml")}
     wanted = {name for name in wanted if not name.endswith(LEFT_OUT)}
-    (wheel,), (source,) = built.glob("*.whl"), (built / "source").iterdir()
+    (wheel,) = (built / "dist").glob("*.whl")
+    (source,) = (built / "dist/source").iterdir()
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == wanted
     inside = {str(path.relative_to(source)) for path in source.rglob("*")}
     assert wanted | {"pyproject.toml", "README.md", "LICENSE"} <= inside
 
 
 def test_configs_are_found_by_name(installed):
-    names = {line.split()[0] for line in installed("llava-bidir", "configs").splitlines()}
+    names = {line.split()[0] for line in installed.run("llava-bidir", "configs").splitlines()}
     known = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in (ROOT / "configs").rglob("*.yaml")}
     assert names == known
-    assert installed("llava-bidir", "configs", "zero3") == (ROOT / "configs/cluster/zero3.yaml").read_text()
-    installed("llava-bidir", "configs", "--copy", "mine")
+    text = installed.run("llava-bidir", "configs", "zero3")
+    assert text == (ROOT / "configs/cluster/zero3.yaml").read_text()
+    installed.run("llava-bidir", "configs", "--copy", "mine")
     assert len(list((installed.folder / "mine").rglob("*.yaml"))) == len(known)
 
 
-def test_configs_are_found_in_a_clone_on_a_system_without_links(copy, tmp_path):
-    shutil.copytree(copy, tmp_path / "clone", symlinks=True)
+def test_configs_are_found_in_a_clone_on_a_system_without_links(built, tmp_path):
+    shutil.copytree(built / "copy", tmp_path / "clone", symlinks=True)
     link = tmp_path / "clone/llava_bidir/configs"
     link.unlink()
     link.write_text("../configs")  # as git writes it there
@@ -118,12 +94,14 @@ def test_configs_are_found_in_a_clone_on_a_system_without_links(copy, tmp_path):
     assert "cluster/zero3" in said
 
 
+@pytest.mark.nightly
 def test_a_demo_a_study_of_own_pictures_and_the_lab_work_without_the_clone(installed):
-    installed("llava-bidir", "demo", "--scale", "0.01")
+    installed.run("llava-bidir", "demo", "--scale", "0.01")
     assert "adapter_drop" in (installed.folder / "runs/demo/report/results.json").read_text()
     tiny_models.write_segmentation(installed.folder / "pictures")
     model = "runs/demo/causal/stage2/hf"
-    said = installed("probes", "study", model, "pictures", "--out", "runs/mine", "--draws", "1", "-c", "demo/probes")
+    options = ["--out", "runs/mine", "--draws", "1", "-c", "demo/probes"]
+    said = installed.run("probes", "study", model, "pictures", *options)
     assert "runs/mine/report/index.html" in said
     assert (installed.folder / "runs/mine/report/index.html").stat().st_size > 100_000
 

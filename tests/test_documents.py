@@ -13,6 +13,7 @@ from itertools import dropwhile, groupby
 from pathlib import Path
 from string import Template
 
+import promises
 import pytest
 import yaml
 
@@ -30,7 +31,7 @@ MOST_LINES = {
     "CONTRIBUTING.md": 130,
     "probes/README.md": 130,
     "llava_bidir/README.md": 110,
-    "tests/README.md": 110,
+    "tests/README.md": 150,
     "configs/README.md": 40,
 }
 PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}
@@ -121,6 +122,16 @@ def test_every_folder_of_the_readme_has_a_readme():
 
 
 # ------------------------------------------------------------------------------------------------------ commands
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_targets_of_make_in_the_text_exist(name):
+    """Those in inline code; commands of code blocks have a test of their own."""
+    named = re.findall(r"`make ([a-z][\w-]*)", prose(TEXTS[name]))
+    assert set(named) <= set(TARGETS), f"{name} names a target that the Makefile does not have"
+
+
 def test_documents_have_commands():
     assert len(OF_PROGRAMS) > 20 and sum(command.startswith("make ") for _, command in COMMANDS) > 5
 
@@ -129,8 +140,7 @@ def test_documents_have_commands():
 def test_files_and_targets_of_commands_exist(name, command):
     program, *words = shlex.split(command)
     if program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-        assert all(word in targets for word in words if "=" not in word and not word.startswith("-"))
+        assert all(word in TARGETS for word in words if "=" not in word and not word.startswith("-"))
     files = [word for word in words if re.match(r"(configs|tests|slurm|llava_bidir|probes)/[\w./-]+$", word)]
     files += [program] if re.match(r"(slurm|configs|tests|\.ci)/", program) else []
     created = {file for diff, _ in EXAMPLES.values() for file in files_of(diff)}
@@ -207,11 +217,33 @@ def test_tools_have_the_same_versions_everywhere():
 
 
 # ------------------------------------------------------------------------------------------------------ promises
-def test_every_promise_names_tests_that_exist():
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", TEXTS["tests/README.md"])
-    assert len(named) > 40
-    for file, test in named:
-        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+def tiers(file: str) -> dict[str, bool]:
+    """Return {test: whether it runs in the nightly job only} of a file."""
+
+    def is_nightly(node: ast.expr) -> bool:
+        return any(isinstance(part, ast.Attribute) and part.attr == "nightly" for part in ast.walk(node))
+
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    marks = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    of_file = any(is_nightly(mark) for mark in marks)
+    return {
+        node.name: of_file or any(is_nightly(decorator) for decorator in node.decorator_list)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_every_promise_names_tests_that_exist_and_says_if_they_are_nightly_only():
+    assert len(promises.rows()) > 40
+    nightly = {test: tiers(test.partition("::")[0])[test.partition("::")[2]] for test in promises.rows()}
+    for row in set(promises.rows().values()):
+        of_row = [nightly[test] for test in nightly if f"`{test}`" in row]
+        assert ("(nightly)" in row) == all(of_row), row[:100]
+    assert promises.EXCUSED.keys() <= promises.rows().keys()
 
 
 # ------------------------------------------------------------------------------------------------------ examples

@@ -1,5 +1,6 @@
 """The supply chain: installed packages are pinned, hashed and declared."""
 
+import functools
 import hashlib
 import re
 import subprocess
@@ -110,6 +111,7 @@ def declared(*extras: str) -> set[str]:
     return {canonical(Requirement(line).name) for line in declared_lines(*extras)}
 
 
+@functools.cache
 def imported(*folders: str) -> dict[str, set[str]]:
     """{file: the packages it imports, by the names they are installed under}."""
     known = packages_distributions()

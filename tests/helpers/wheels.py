@@ -1,6 +1,6 @@
 """Build the wheel from the source archive of what git tracks, and install it into an environment without the clone.
 
-    python tests/helpers/wheels.py OUT     # OUT/dist/*.whl and OUT/environment/bin/{llava-bidir,probes}
+python tests/helpers/wheels.py OUT     # OUT/dist/*.whl and OUT/environment/bin/{llava-bidir,probes}
 """
 
 import os

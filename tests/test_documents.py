@@ -218,20 +218,12 @@ def test_tools_have_the_same_versions_everywhere():
 
 # ------------------------------------------------------------------------------------------------------ promises
 def tiers(file: str) -> dict[str, bool]:
-    """Return {test: whether it runs in the nightly job only} of a file."""
-
-    def is_nightly(node: ast.expr) -> bool:
-        return any(isinstance(part, ast.Attribute) and part.attr == "nightly" for part in ast.walk(node))
-
+    """Return {test: whether it runs in the nightly job only} of a file; cases with marks of their own do not count."""
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-    marks = [
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
-    ]
-    of_file = any(is_nightly(mark) for mark in marks)
+    of_file = [ast.unparse(node) for node in tree.body if ast.unparse(node).startswith("pytestmark = ")]
+    all_nightly = any("pytest.mark.nightly" in text for text in of_file)
     return {
-        node.name: of_file or any(is_nightly(decorator) for decorator in node.decorator_list)
+        node.name: all_nightly or "pytest.mark.nightly" in map(ast.unparse, node.decorator_list)
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
     }

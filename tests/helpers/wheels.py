@@ -17,7 +17,9 @@ BUILD = "import sys; from setuptools.build_meta import *; build_{}(sys.argv[1])"
 def tracked_files() -> list[str]:
     """Return the names of the files that git tracks; raise CalledProcessError outside of a checkout."""
     command = ["git", "ls-files"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def copy_tracked_files(folder: Path) -> None:
@@ -58,7 +60,9 @@ def install(wheel: Path, environment: Path) -> None:
     show = "import llava_bidir, probes; print(llava_bidir.__file__, probes.__file__)"
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [environment / "bin/python", "-c", show]
-    said = subprocess.run(command, cwd=environment, env=variables, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, cwd=environment, env=variables, capture_output=True, text=True, check=True
+    ).stdout
     if not all(Path(path).is_relative_to(packages) for path in said.split()):
         raise RuntimeError(f"the environment does not use the wheel: {said}")
 

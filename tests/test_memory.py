@@ -39,6 +39,7 @@ def peak_mb_of_probes(*arguments: str) -> float:
     return peak_mb_of("import sys; from probes.cli import main; main(sys.argv[1:])", *arguments)
 
 
+@pytest.mark.nightly
 def test_checks_and_epoch_hold_no_record():
     """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
     phases = json.loads(run("tests/bench/records.py", "--records", "4000", "--workers", "0"))
@@ -48,15 +49,26 @@ def test_checks_and_epoch_hold_no_record():
         assert held[-1] - held[0] < 40, phase
 
 
-@pytest.mark.parametrize("call", ["count(logits, target)", "patch_labels(target, 4, (24, 24))"])
-def test_large_masks_are_processed_a_few_at_a_time(call):
-    """Sixteen masks of 1024 x 2048 are 34 MB, and 270 MB as 64-bit integers."""
-    setup = (
-        "import torch; from probes.evaluation.metrics import count, patch_labels; torch.set_num_threads(1)\n"
-        "target = torch.randint(4, (16, 1024, 2048), dtype=torch.uint8); logits = torch.randn(1, 16, 4, 24, 24)\n"
-    )
-    small = "target = target[:, :64, :64]\n"
-    assert peak_mb_of(setup + call) - peak_mb_of(setup + small + call) < 400
+PEAKS = """
+import torch
+from memory import peak_mb
+from probes.evaluation.metrics import count, patch_labels
+
+torch.set_num_threads(1)
+target = torch.randint(4, (16, 1024, 2048), dtype=torch.uint8)
+logits = torch.randn(1, 16, 4, 24, 24)
+count(logits, target[:, :64, :64])
+print(peak_mb(lambda: count(logits, target)))
+patch_labels(target[:, :64, :64], 4, (24, 24))
+print(peak_mb(lambda: patch_labels(target, 4, (24, 24))))
+"""
+
+
+def test_large_masks_are_processed_a_few_at_a_time():
+    """Sixteen masks of 1024 x 2048 are 34 MB, 270 MB as 64-bit integers, and their logits 540 MB."""
+    of_counts, of_patches = map(float, run("-c", PEAKS).split())
+    assert of_counts < 400
+    assert of_patches < 400
 
 
 def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
@@ -72,6 +84,7 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
     assert peaks[1] - peaks[0] < 500
 
 
+@pytest.mark.nightly
 def test_report_does_not_grow_with_the_images(tmp_path):
     data = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     quality = [0.6, 0.5, 0.55, 0.6, 0.65, 0.7, 0.7]
@@ -107,7 +120,7 @@ print(peak, sum(p.nbytes for p in module.model.parameters()) / 2**20)
 """
 
 
-@pytest.mark.parametrize("stage", ["adapter", "lora"])
+@pytest.mark.parametrize("stage", ["adapter", pytest.param("lora", marks=pytest.mark.nightly)])
 def test_frozen_weights_are_held_once_while_they_are_read(stage, parts, tmp_path):
     """77 million weights are 150 MiB in bfloat16; when all were read in fp32 first, the peak was 2.15 times that.
 

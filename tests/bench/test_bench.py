@@ -10,7 +10,7 @@ import pytest
 from processes import HANGING_S
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def python(*words: object) -> str:

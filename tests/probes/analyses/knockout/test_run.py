@@ -6,12 +6,12 @@ import json
 import numpy as np
 import probe_runs
 import pytest
+import reference
 import tiny_models
 import torch
 from safetensors.torch import load_file
 
 import probes.analyses.knockout.run as analysis
-from probes import Knockout
 from probes.analyses.knockout.cases import PatchReader, confused_classes
 from probes.analyses.knockout.config import Plan
 from probes.analyses.knockout.effects import outcome_key
@@ -42,13 +42,36 @@ def classes(runs) -> list[str]:
     return names
 
 
+def masks_written_out(mllm, length: int, blocked, layers) -> list[torch.Tensor]:
+    """bool[1, N, N] by layer, without the pairs of image tokens whose key is blocked."""
+    prefix = mllm.prefix_ids.shape[1]
+    is_image = torch.arange(length) >= prefix
+    whole = reference.mask_by_loop(
+        mllm.image_attention, is_image[None], torch.ones(1, length, dtype=torch.bool)
+    )
+    masks = []
+    for layer in range(1, L + 1):
+        mask = whole.clone()
+        if blocked is not None and (layers is None or layer in layers):
+            mask[:, prefix:, prefix:][..., torch.tensor(blocked)] = False
+        masks.append(mask)
+    return masks
+
+
 def predicted(run, reader, image: int, blocked=None, layers=None) -> np.ndarray:
-    """[L + 1, T] predicted class of each patch of one image, computed alone, once."""
+    """[L + 1, T] predicted class of each patch of one image, by an attention written out, once."""
     key = (run.path, image, str(blocked), str(layers))
     if key not in PREDICTED:
-        knockout = None if blocked is None else Knockout(torch.tensor(blocked)[None], layers)
-        pixels = reader.mllm.preprocess([run.dataset()[image]["image"]])
-        PREDICTED[key] = reader.predict(pixels, knockout)[:, 0].numpy()
+        mllm = reader.mllm
+        adapter = mllm.states(mllm.preprocess([run.dataset()[image]["image"]]), ["adapter"])
+        inputs = torch.cat([mllm.decoder.embed_tokens(mllm.prefix_ids), adapter["adapter"]], 1)
+        masks = masks_written_out(mllm, inputs.shape[1], blocked, layers)
+        positions = torch.arange(inputs.shape[1])
+        states = reference.llama_states(mllm.decoder, inputs, masks, positions)
+        after = [adapter["adapter"], *(x[:, mllm.prefix_ids.shape[1] :] for x in states)]
+        probes = [reader.probes[site] for site in ("adapter", "layer_01", "layer_02", "layer_03")]
+        classes = [probe(x)[0].argmax(-1) for probe, x in zip(probes, after, strict=True)]
+        PREDICTED[key] = torch.stack(classes).numpy()
     return PREDICTED[key]
 
 
@@ -61,6 +84,7 @@ def truth(run, image: int) -> list[int]:
     return [int(np.bincount(cell[cell != 255], minlength=3).argmax()) for cell in cells]
 
 
+@torch.no_grad()
 def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str, list[float]]]]:
     """Outcomes by image, condition of the paper and name."""
     outcomes = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import probe_runs
@@ -9,7 +10,7 @@ import pytest
 import reference
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import probes.analyses.knockout.run as analysis
 from probes.analyses.knockout.cases import PatchReader, confused_classes
@@ -27,15 +28,24 @@ L = 3
 PREDICTED: dict[tuple, np.ndarray] = {}
 
 
-@pytest.fixture
-def run(runs) -> ProbeRun:
-    return runs["bidirectional"]
+@pytest.fixture(scope="module")
+def run(checkpoints, runs, tmp_path_factory) -> ProbeRun:
+    """A run of a model whose attention counts: a cut in any one layer changes the classes of patches."""
+    folder = tmp_path_factory.mktemp("listening")
+    model = shutil.copytree(checkpoints["bidirectional"], folder / "hf")
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if "language_model" in name and "o_proj" in name:
+            weights[name] = 64 * weights[name]
+    save_file(weights, file, {"format": "pt"})
+    root = runs["bidirectional"].manifest["data"]["root"]
+    return probe_runs.fit(model, root, folder / "run", "--data.batch_size", "2")
 
 
 @pytest.fixture(scope="module")
-def classes(runs) -> list[str]:
+def classes(run) -> list[str]:
     """Classes that patches of some image are wrongly predicted as."""
-    run = runs["bidirectional"]
     reader = PatchReader(run)
     names = [name for k, name in enumerate(tiny_models.CLASSES) if c1_by_loop(run, reader, k)]
     assert names, "the fixture must confuse something"
@@ -106,11 +116,21 @@ def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str
     return outcomes
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": [2, 3]}], ids=["paper", "layers"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layers": [1]}, {"layers": [2]}, {"layers": [3]}, {"layers": [2, 3]}],
+    ids=["paper", "1", "2", "3", "2 and 3"],
+)
 def test_equals_a_loop_over_images(run, classes, tmp_path, options):
     reader = PatchReader(run)
     results = knockout(run, Plan(classes, batch_size=2, **options), tmp_path)
     tensors = load_file(tmp_path / "knockout.safetensors")
+    changed = {
+        torch.equal(tensors[f"{name}/none"], tensors[f"{name}/{condition}"])
+        for name in classes
+        for condition in ("incorrect", "correct")
+    }
+    assert False in changed, "else a knockout that does nothing would pass"
     for entry in results["classes"]:
         name = entry["class"]
         expected = c1_by_loop(run, reader, tiny_models.CLASSES.index(name), **options)

@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import probe_runs
 import pytest
+import solving
+import task_runs as task_commands
 import tiny_models
 import torch
+import two_ranks
 from PIL import Image
 from processes import HANGING_S
 from safetensors.torch import load_file
 
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
+from probes import TaskRun
 from probes.cli import main
 
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
 DEATHS = {
     "a step after a checkpoint": ("on_train_batch_end", 5, 4),
@@ -99,77 +102,124 @@ def one(checkpoints, uneven, tmp_path_factory) -> Path:
     return out
 
 
+WORKERS = {"no data worker": "0", "two data workers": "2"}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """A data set with a bad mask, which the second rank reads."""
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("bad"))
+    mask = Image.fromarray(np.full((24, 20), 9, np.uint8))
+    mask.save(root / "annotations/training/003.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def together(one, bad, checkpoints, uneven, segmentation, task_root, tmp_path_factory):
+    """(Folder with a run per command on two processes, what both processes said of each)."""
+    folder = tmp_path_factory.mktemp("together")
+    model = checkpoints["causal"]
+    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
+    copy = arguments(model, uneven, shutil.copytree(one, folder / "copy"), "--ckpt_path", "last")
+    commands = {"finished": copy, "another rate": [*copy, "--model.learning_rate", "0.5"]}
+    for cache in ("true", "false"):
+        name = f"cache {cache}"
+        options = ["--data.cache_features", cache]
+        commands[name] = arguments(model, uneven, folder / name, *options)
+    for name, workers in WORKERS.items():
+        test = arguments(model, uneven, folder / name, "--data.num_workers", workers, *last)
+        commands[name] = ["test", *test[1:]]
+    commands["bad"] = arguments(model, bad, folder / "bad")
+    commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
+    commands["normals"] = task_commands.arguments(
+        "solve", "normals", model, task_root, folder / "normals"
+    )
+    commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
+    return folder, two_ranks.run(commands, folder, HANGING_S)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("cache", ["false", "true"])
-def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
+def test_two_processes_train_and_score_as_one(cache, one, together):
     """Masks differ in labelled area, and in the last batch one rank has no image."""
-    processes(
-        arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache_features", cache)
-    )
-    same_probes(one, tmp_path, rtol=1e-3, atol=1e-4)
-    alone = metrics(one)
-    together = metrics(tmp_path)
-    assert together["images"] == 5
-    assert alone["probe"] == together["probe"]
-    for a, b in zip(alone["sites"], together["sites"], strict=True):
+    run = together[0] / f"cache {cache}"
+    same_probes(one, run, rtol=1e-3, atol=1e-4)
+    assert metrics(run)["images"] == 5
+    assert metrics(one)["probe"] == metrics(run)["probe"]
+    for a, b in zip(metrics(one)["sites"], metrics(run)["sites"], strict=True):
         assert a["history"] == pytest.approx(b["history"], abs=0.005)
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
 
 
 @pytest.mark.distributed
-def test_the_first_process_decides_for_both_what_is_resumed(one, checkpoints, uneven, tmp_path):
+def test_the_first_process_decides_for_both_what_is_resumed(together):
     """Checksums are read once, and no process resumes another checkpoint than the first."""
-    shutil.copytree(one, tmp_path / "run")
-    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO, "--ckpt_path", "last")
-    log = processes(run).stderr
-    assert log.count("resuming ") == 1
-    assert log.count("this run is finished; nothing to do") == 1
-    log = processes([*run, "--model.learning_rate", "0.5"], fails=True).stderr
-    assert log.count("metrics.json belongs to a run with model.learning_rate=0.01") == 2
+    said = together[1]
+    assert said["finished"].count("resuming ") == 1
+    assert said["finished"].count("this run is finished; nothing to do") == 1
+    refusal = "metrics.json belongs to a run with model.learning_rate=0.01"
+    assert said["another rate"].count(refusal) == 2
 
 
-PROCESSES = {  # who opens images and who scores them
-    "one data worker": ["--data.num_workers", "1"],
-    "two data workers": ["--data.num_workers", "2"],
-    "two processes": TWO,
-    "two processes, two data workers each": [*TWO, "--data.num_workers", "2"],
-}
+def same_counts(one: Path, run: Path) -> None:
+    """All integers, and what is made of them alone."""
+    for name in ("counts.safetensors", "probes.safetensors"):
+        assert (run / name).read_bytes() == (one / name).read_bytes(), name
+    assert metrics(run)["sites"] == metrics(one)["sites"]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("who", PROCESSES)
-def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tmp_path):
-    """Five images: the batches of three and of two processes differ. All integers, and what is made of them alone."""
-    run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *PROCESSES[who]]
-    processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
-    assert (tmp_path / "counts.safetensors").read_bytes() == (
-        one / "counts.safetensors"
-    ).read_bytes()
-    assert (tmp_path / "probes.safetensors").read_bytes() == (
-        one / "probes.safetensors"
-    ).read_bytes()
-    assert metrics(tmp_path)["sites"] == metrics(one)["sites"]
+@pytest.mark.parametrize("who", WORKERS)
+def test_the_same_probes_count_the_same_pixels(who, one, together):
+    """Five images: the batches of three and of two processes differ."""
+    same_counts(one, together[0] / who)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_any_number_of_data_workers_counts_the_same_pixels(
+    workers, one, checkpoints, uneven, tmp_path
+):
+    last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
+    more = ["--data.num_workers", workers, *last]
+    main(["test", *arguments(checkpoints["causal"], uneven, tmp_path, *more)[1:]])
+    same_counts(one, tmp_path)
 
 
 @pytest.mark.distributed
-def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(checkpoints, tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data")
-    Image.fromarray(np.full((24, 20), 9, np.uint8)).save(
-        root / "annotations/training/003.png"
-    )  # the second rank's
-    message = processes(
-        arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True
-    ).stderr
-    assert "003.png has label 9" in message
-    assert message.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
+def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(together):
+    said = together[1]["bad"]
+    assert "003.png has label 9" in said
+    assert said.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_solve_the_probes_of_one(together, checkpoints, segmentation, tmp_path):
+    main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
+    ours, theirs = (
+        load_file(run / "path.safetensors")["optimum/cross_entropy"]
+        for run in (together[0] / "solve", tmp_path)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-1)
+    assert metrics(together[0] / "solve")["images"] == 5
+
+
+@pytest.mark.distributed
+def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
+    run = together[0] / "normals"
+    alone = task_runs["normals"]
+    ours, theirs = (
+        load_file(path / "path.safetensors")["closed_form/sums"] for path in (run, alone.path)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(TaskRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
     rank, checkpoints, uneven, tmp_path
 ):
-    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *two_ranks.TWO)
     killed(
         run, tmp_path, "on_train_batch_start", 5, rank
     )  # both have ended; DDP's timeout is longer than the wait

@@ -16,6 +16,7 @@ from PIL import Image
 from processes import HANGING_S
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
+from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
@@ -26,28 +27,8 @@ from probes.training.optimum_solver import OptimumSolver
 pytestmark = pytest.mark.numerics
 
 
-STRENGTHS = ("1e-1", "1e-2")
 SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "5", "--passes", "3"]
 BYTES = ("probes.safetensors", "path.safetensors", "counts.safetensors")
-
-
-def arguments(
-    checkpoint, root, out, *more: str, strengths: tuple[str, ...] = STRENGTHS
-) -> list[str]:
-    """Return a command that solves two strengths at three sites, with batches of two."""
-    demo = ["solve", "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2"]
-    demo += ["--model.sites", "[encoder, adapter, layer_02]"]
-    demo += ["--strengths", *strengths] if strengths else []
-    return [
-        *demo,
-        "--model.mllm",
-        str(checkpoint),
-        "--data.root",
-        str(root),
-        "--out",
-        str(out),
-        *more,
-    ]
 
 
 @pytest.fixture
@@ -374,17 +355,3 @@ def test_dry_run_measures_and_writes_nothing(
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
     assert "images/s; a pass over 6 training images" in caplog.text
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.distributed
-def test_two_processes_give_the_probes_of_one(run, checkpoints, segmentation, tmp_path):
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = arguments(checkpoints["causal"], segmentation, tmp_path, *two)
-    subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
-    ours = load_file(tmp_path / "path.safetensors")
-    theirs = load_file(run.path / "path.safetensors")
-    torch.testing.assert_close(
-        ours["optimum/cross_entropy"], theirs["optimum/cross_entropy"], rtol=1e-2, atol=1e-1
-    )
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["images"] == 5

@@ -13,7 +13,7 @@ from llava_bidir.common.bootstrap import Estimate
 from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import resampled_task_scores, task_scores
 from probes.results.formatting import Rows
-from probes.results.study import model_name, read_run, study_keys
+from probes.results.study import check_differ, model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimate_to_json, read_sites, sites_to_read, subtract
@@ -79,6 +79,10 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
     own, score = effects(run), run.task.score
     if control:
         run.check_same_images(control)
+        run.check_same_settings(control)
+        if control.arm != "adapter":
+            run.check_same_layers(control)
+            check_differ(run, control, control.sites[1:], "random weights have changed nothing")
         if "recovery" in own and (other := effects(control).get("recovery")):
             own["recovery_beyond_control"] = subtract(own["recovery"], other)
     return {

@@ -60,11 +60,17 @@ def _joint_claims(
         joint.append(
             {"claim": claim, "image_attention": mask, "text": text, "value": value, "ci95": ci95}
             | {"holds": value is not None and judge(sign, value, ci95) == HOLDS, "verdicts": verdicts}
-            | {**conclude(verdicts), "n": {"seeds": len(entries)}}
+            | {**conclude(verdicts), "n": _count_seeds(verdicts, len(entries))}
             | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
         )
     correct_for_claims(joint)
     return {"claims": joint, "left_out": left_out}
+
+
+def _count_seeds(verdicts: dict[str, dict[str, Any]], seeds: int) -> dict[str, int]:
+    """Return the seeds that every joint number of a claim is a mean over, "of" those that have the claim."""
+    joined = [entry["seeds"] for entry in verdicts.values() if entry.get("seeds")]
+    return {"seeds": min(joined, default=0), "of": seeds}
 
 
 def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bo
     entries = [*(judged if len(judged) > 1 else _same_probes(by_seed)).values()]
     if len(entries) < 2 or any(entry["value"] is None for entry in entries):
         return untested(reason, **more)
+    more["seeds"] = len(entries)
     # each seed has draws of its own, so that their spread is part of that between seeds
     value, ci95 = join([entry | {"ci95": entry.get("ci95_without_draws", entry["ci95"])} for entry in entries])
     if len(judged) < 2:

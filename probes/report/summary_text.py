@@ -20,8 +20,10 @@ EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 
 def format_count(n: dict[str, int]) -> str:
     """Return the number of seeds or images that a claim is a mean over."""
-    unit = "seeds" if "seeds" in n else "images"
-    return f"{n[unit]} {unit}"
+    if "seeds" not in n:
+        return f"{n['images']} images"
+    fewer = n["seeds"] < n.get("of", n["seeds"])
+    return f"{n['seeds']} of {n['of']} seeds" if fewer else f"{n['seeds']} seeds"
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:

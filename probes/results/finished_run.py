@@ -143,6 +143,18 @@ class FinishedRun:
         """All sites of the run, in the order of the forward."""
         return [site["site"] for site in self.metrics["sites"]]
 
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digest of the probe at each site; of what was counted there in a run without probes."""
+        path = self.path / "probes.safetensors"
+        if path.is_file():
+            tensors = self._read_probes()
+            of_site = {site: {k: x for k, x in tensors.items() if k.startswith(f"{site}.")} for site in self.sites}
+        else:
+            counted = {name: x for name, x in self._tensors.items() if len(x) == len(self.sites)}
+            of_site = {site: {k: x[i] for k, x in counted.items()} for i, site in enumerate(self.sites)}
+        return {site: _digest(parts) for site, parts in of_site.items()}
+
     @property
     def training(self) -> dict[str, Any]:
         """Content of the model's training.json, {} if there was none."""
@@ -200,6 +212,34 @@ class FinishedRun:
                 raise UserError(
                     f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
                 )
+
+    def check_same_settings(self, other: "FinishedRun") -> None:
+        """Raise a UserError unless both runs read their data with the same options, and the same text before the image.
+
+        A setting that an older run does not record is not compared.
+        """
+        runs = (self, other)
+        settings = {
+            "data.options": [run.manifest["data"].get("options") or {} for run in runs],
+            "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
+        }
+        recorded = all("options" in run.manifest["data"] for run in runs)
+        for key, (ours, theirs) in settings.items():
+            if recorded and ours != theirs:
+                raise UserError(
+                    f"{self.path} and {other.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
+                    "make both with the same settings"
+                )
+
+    def check_same_layers(self, other: "FinishedRun") -> None:
+        """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
+        ours, theirs = ([site for site in run.layers if site != ADAPTER] for run in (self, other))
+        if ours and theirs and ours != theirs:
+            raise UserError(
+                f"{self.path} and {other.path} cannot be compared: the first has probes at {_some(ours)}, the "
+                f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
+                "the same --model.sites"
+            )
 
     def check_same_probes(self, other: "FinishedRun") -> None:
         """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
@@ -338,6 +378,21 @@ class FinishedRun:
     def geometry(self) -> "Geometry":
         """Placement of the tokens on images; the first call loads the model."""
         return self._loaded[0].geometry
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(sites: list[str]) -> str:
+    """Return how many sites there are, and the first and the last of them."""
+    if len(sites) == 1:
+        return sites[0]
+    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"
 
 
 def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:

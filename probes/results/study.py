@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
+from probes.models.sites import ADAPTER
 
 from .finished_run import FinishedRun
 from .probe_run import ProbeRun
@@ -194,7 +195,59 @@ def read_studies(paths: Iterable[str]) -> list[Study]:
         first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
         for run in study.members:
             first.setdefault(run.is_solved, run).check_same_probes(run)
+            study.first.check_same_settings(run)
+            if run.arm != "adapter":  # random adapters are compared at the adapter
+                study.first.check_same_layers(run)
+        _check_draws_differ(study.members)
+    for of_model in _by_model(studies):
+        _check_seeds_differ(of_model)
     return studies
+
+
+def _by_model(studies: Iterable[Study]) -> list[list[Study]]:
+    """Return the studies of each model and dataset, one per seed."""
+    groups: dict[tuple[str, str], list[Study]] = {}
+    for study in studies:
+        groups.setdefault((study.name, study.dataset), []).append(study)
+    return list(groups.values())
+
+
+def check_differ(run: FinishedRun, other: FinishedRun, sites: Iterable[str], advice: str) -> None:
+    """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
+    shared = [site for site in sites if site in run.content and site in other.content]
+    if shared and all(run.content[site] == other.content[site] for site in shared):
+        raise UserError(f"{run.path} and {other.path} have the same probes at {', '.join(shared[:3])}: {advice}")
+
+
+def _check_draws_differ(members: list[ProbeRun]) -> None:
+    """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
+    for i, run in enumerate(members):
+        for other in members[:i]:
+            pair = {run.arm, other.arm}
+            same_kind = run.is_solved == other.is_solved and _mask(run) == _mask(other)
+            if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
+                continue
+            sites = [ADAPTER] if "adapter" in pair else [site for site in run.layers if site != ADAPTER]
+            advice = "these weights are not two draws; make one of them again with another --model.draw"
+            if "trained" in pair:
+                advice = "random weights have changed nothing; make the control again"
+            check_differ(other, run, sites, advice)
+
+
+def _check_seeds_differ(studies: list[Study]) -> None:
+    """Raise if the trained runs of two seeds are equal: the mean over seeds would count one training twice."""
+    for i, study in enumerate(studies):
+        for other in studies[:i]:
+            for mask in study.trained.keys() & other.trained.keys():
+                run = study.trained[mask]
+                same_kind = other.trained[mask].is_solved == run.is_solved
+                if same_kind and run.layers:
+                    advice = "these are not two trainings; pass one, or train the other with a seed of its own"
+                    check_differ(other.trained[mask], run, run.sites, advice)
+
+
+def _mask(run: FinishedRun) -> str:
+    return run.metrics["image_attention"]
 
 
 def _check_folders_differ(studies: Iterable[Study]) -> None:

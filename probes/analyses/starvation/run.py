@@ -108,6 +108,7 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
                 "same data, with the same weights replaced"
             )
     causal.check_same_probes(bidirectional)
+    causal.check_same_settings(bidirectional)
     causal.check_same_images(bidirectional)
 
 

@@ -51,7 +51,7 @@ def runs(tmp_path, segmentation) -> list[ProbeRun]:
     random = [{"untrained": ["llm"], "match": "update", "draw": draw} for draw in (0, 1)]
     return [
         write("trained"),
-        *(write(f"random{i}", metrics=metrics) for i, metrics in enumerate(random)),
+        *(write(f"random{i}", metrics=metrics, seed=1 + i) for i, metrics in enumerate(random)),
     ]
 
 

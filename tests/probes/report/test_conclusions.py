@@ -11,7 +11,7 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
-from probes.report.summary_text import claim_notes
+from probes.report.summary_text import claim_notes, format_results
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -244,7 +244,8 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     (joint,) = results["joint"]
     recovery = next(claim for claim in joint["claims"] if claim["claim"] == "recovery")
     assert recovery["conclusion"] == "supported"
-    assert recovery["n"] == {"seeds": 3}
+    assert recovery["n"] == {"seeds": 2, "of": 3}, "two columns have a number of two seeds"
+    assert "(2 of 3 seeds)" in format_results(results)
     columns = recovery["verdicts"]
     assert {name: list(x.get("left_out", {})) for name, x in columns.items()} == {
         "paper": ["2"],

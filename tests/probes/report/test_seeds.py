@@ -127,7 +127,14 @@ def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     runs = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]
     controls = [
-        write(tmp_path / f"control{seed}", root, seed, untrained=True) for seed in (0, 1, 2)
+        write(
+            tmp_path / f"control{seed}",
+            root,
+            seed,
+            quality=[0.5, 0.4, 0.52, 0.6, 0.7, 0.7],
+            untrained=True,
+        )
+        for seed in (0, 1, 2)
     ]
     assert [(study.seed, len(study.untrained)) for study in read_studies(runs + controls)] == [
         (0, 1),

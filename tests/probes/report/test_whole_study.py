@@ -209,7 +209,7 @@ def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
     (study,) = read_studies(pair)
     assert "Dashed: the best layer" in captions(study)["layers"]
     assert "Dotted" not in captions(study)["layers"]
-    untrained = write_run(tmp_path / "run", CURVE, root=root, untrained=True)
+    untrained = write_run(tmp_path / "run", CURVE, root=root, untrained=True, seed=5)
     (study,) = read_studies([*pair, str(untrained)])
     assert "Dotted: the untrained" in captions(study)["layers"]
 

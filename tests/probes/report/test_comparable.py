@@ -1,0 +1,126 @@
+"""Runs that a claim would compare although they differ in layers, data options or prefix, or are equal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_bidir.common.errors import UserError
+from probes.results.study import read_studies
+
+CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+RANDOM = {"untrained": ["llm"], "match": "update"}
+
+
+def keep_sites(run: str, kept: list[str]) -> None:
+    """Leave a solved run these sites only."""
+    path = Path(run)
+    metrics = json.loads((path / "metrics.json").read_text())
+    indices = [i for i, entry in enumerate(metrics["sites"]) if entry["site"] in kept]
+    for entry in (metrics, metrics["path"]["optimum"]):
+        entry["sites"] = [entry["sites"][i] for i in indices]
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    counts = load_file(path / "counts.safetensors")
+    for name in ("intersection", "predicted", "patch_right"):
+        counts[name] = counts[name][indices].contiguous()
+    save_file(counts, path / "counts.safetensors")
+    rows = load_file(path / "path.safetensors")
+    save_file({k: x[:, indices].contiguous() for k, x in rows.items()}, path / "path.safetensors")
+
+
+def edit_manifest(run: str, section: str, **values) -> None:
+    file = Path(run) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest[section] |= values
+    file.write_text(json.dumps(manifest))
+
+
+def test_controls_at_other_layers_are_refused(write):
+    trained = write("trained", CURVE, solved=True)
+    draws = [write(f"r{i}", FLAT, 7 + i, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    assert read_studies([trained, *draws])
+    keep_sites(trained, ["adapter", "layer_01"])
+    with pytest.raises(
+        UserError, match=r"layer_01, the second at 3 layers, layer_01 to layer_03.*--model.sites"
+    ):
+        read_studies([trained, *draws])
+    for draw in draws:
+        keep_sites(draw, ["adapter", "layer_01"])
+    assert read_studies([trained, *draws])
+
+
+def test_random_adapters_need_no_layers(write):
+    trained = write("trained", CURVE, solved=True)
+    adapter = write("a0", FLAT, 7, solved=True, untrained=["adapter"], draw=0)
+    keep_sites(adapter, ["encoder", "adapter"])
+    assert read_studies([trained, adapter])
+
+
+@pytest.mark.parametrize(
+    ("section", "ours", "theirs"),
+    [
+        ("config", {"prefix": None}, {"prefix": "USER: "}),
+        ("data", {"options": {}}, {"options": {"background": "class"}}),
+    ],
+)
+def test_other_prefixes_and_data_options_are_refused(section, ours, theirs, write):
+    trained = write("trained", CURVE, solved=True)
+    draw = write("r0", FLAT, 7, solved=True, **RANDOM, draw=0)
+    for run in (trained, draw):
+        edit_manifest(run, "data", options={})
+        edit_manifest(run, section, **ours)
+    assert read_studies([trained, draw])
+    edit_manifest(draw, section, **theirs)
+    with pytest.raises(
+        UserError, match=f"differ in (model.prefix|data.options), .*{next(iter(theirs.values()))}"
+    ):
+        read_studies([trained, draw])
+
+
+def test_two_equal_draws_are_refused(write, tmp_path):
+    """As if all seeds were one: two draws would seem to have no spread at all."""
+    trained = write("trained", CURVE, solved=True)
+    same = [write(f"r{i}", FLAT, 7, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    with pytest.raises(UserError, match="same probes at layer_01.*not two draws.*--model.draw"):
+        read_studies([trained, *same])
+    other = write("r2", FLAT, 8, solved=True, **RANDOM, draw=2)
+    assert read_studies([trained, same[0], other])
+    adapters = [write(f"a{i}", FLAT, 9, solved=True, untrained=["adapter"], draw=i) for i in (0, 1)]
+    with pytest.raises(UserError, match="same probes at adapter"):
+        read_studies([trained, *adapters])
+
+
+def test_equal_draws_are_known_by_their_probes(write):
+    """Few images can be predicted the same by probes of different weights."""
+    trained = write("trained", CURVE, solved=True)
+    draws = [write(f"r{i}", FLAT, 7, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    for i, run in enumerate(draws):
+        sites = [
+            entry["site"] for entry in json.loads((Path(run) / "metrics.json").read_text())["sites"]
+        ]
+        save_file(
+            {f"{site}.head.weight": torch.full((2, 2), float(i)) for site in sites},
+            Path(run) / "probes.safetensors",
+        )
+    assert read_studies([trained, *draws])
+    shutil.copy(Path(draws[0]) / "probes.safetensors", draws[1])
+    with pytest.raises(UserError, match="not two draws"):
+        read_studies([trained, *draws])
+
+
+def test_a_control_equal_to_the_trained_model_is_refused(write):
+    trained = write("trained", CURVE, 7, solved=True)
+    same = write("r0", CURVE, 7, solved=True, **RANDOM, draw=0)
+    with pytest.raises(UserError, match="random weights have changed nothing"):
+        read_studies([trained, same])
+
+
+def test_equal_trainings_are_not_two_seeds(write):
+    runs = [write(f"s{seed}", CURVE, 7, solved=True, seed=seed) for seed in (0, 1)]
+    with pytest.raises(UserError, match="not two trainings"):
+        read_studies(runs)
+    assert len(read_studies([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2

@@ -34,11 +34,8 @@ from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
-# Optimizer steps with checkpoints: inside the first epoch of three steps, and after the second
-MIDDLE, END = (
-    2,
-    6,
-)
+MIDDLE = 2  # optimizer step with a checkpoint, inside the first epoch of three steps
+END = 6  # after the second epoch
 TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 30)
 FAULTY = {MIDDLE: "fault/good.ckpt", END: "fault/bad.ckpt"}
 # 0 lets ZeRO-3 partition and release parameters of a model this small
@@ -165,27 +162,29 @@ def kill_self():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def faulty(strategy, precision, fault: Callback):
+    """Train with a checkpoint at MIDDLE and one at END, at which rank 1 has failed."""
+    callbacks = [fault, ExportModel()]
+    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=callbacks)
+
+
 def kill_in_save(strategy, precision):
     """Kill rank 1 while it writes its shard of the second checkpoint."""
-    return fit(
-        strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(kill_self)]
-    )
+    return faulty(strategy, precision, FaultInSave(kill_self))
 
 
 def disk_full_in_save(strategy, precision):
     """Limit rank 1 to a few bytes of its shard of the second checkpoint."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(limit)])
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    return faulty(strategy, precision, FaultInSave(limit))
 
 
 def kill_in_step(strategy, precision):
     """Kill rank 1 inside an epoch, while rank 0 trains a micro-batch."""
-    return fit(
-        strategy,
-        precision,
-        save={MIDDLE: FAULTY[MIDDLE]},
-        callbacks=[Fault(kill_self), ExportModel()],
-    )
+    return faulty(strategy, precision, Fault(kill_self))
 
 
 def stall_in_step(strategy, precision):
@@ -195,9 +194,7 @@ def stall_in_step(strategy, precision):
         while not (OUT / f"{strategy}:stall_in_step:{precision}.0.pt").exists():
             time.sleep(0.1)
 
-    return fit(
-        strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(stall), ExportModel()]
-    )
+    return faulty(strategy, precision, Fault(stall))
 
 
 class Fault(Callback):

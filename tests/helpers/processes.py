@@ -1,7 +1,9 @@
-"""Processes that tests start and kill; they are forked, which avoids importing torch again."""
+"""Processes that tests start and kill; most are forked, which avoids importing torch again."""
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -94,3 +96,42 @@ def inside(context) -> Iterator[int]:
             wait(child)
         except (ProcessLookupError, ChildProcessError):
             pass  # the test has killed it
+
+
+def run_ranks(command: list[str], folder: Path, processes: int = 2) -> tuple[list[int], str]:
+    """Run a command once per rank, as torchrun does.
+
+    Args:
+        command: The same words for every rank.
+        folder: Where the log of each rank is written.
+        processes: Number of ranks, on this machine.
+
+    Returns:
+        Exit code of each rank, negative for a signal, and the ends of their logs.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": 1,
+        "PYTHONWARNINGS": "ignore",
+    }
+    running = []
+    for rank in range(processes):
+        variables = group | {"RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {key: str(value) for key, value in variables.items()}
+        with (folder / f"{rank}.log").open("w") as log:
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=HANGING_S) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(processes)]
+    return codes, "\n".join(logs)

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from llava_bidir.toy_world.assets import demo_assets
 from llava_bidir.toy_world.binding import (
     CUE_CLASSES,
     CUES,
@@ -110,13 +109,6 @@ def test_position_alone_does_not_tell_look_alikes_apart():
     said = np.where(first[pair[150:], places] > 0, pair[150:], np.array(PAIR_OF)[pair[150:]])
     ambiguous = np.array(PAIR_OF)[seen] != seen
     assert 0.46 < (said == seen)[ambiguous].mean() < 0.54
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("world") / "assets"
-    demo_assets(out, seed=1, scale=0.01, world="binding", scenes=2)
-    return out
 
 
 def test_world_has_pictures_of_several_scenes_and_of_one_and_asks_about_look_alikes(world):

@@ -10,7 +10,6 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.toy_world.assets import demo_assets
 from llava_bidir.toy_world.plant import (
     MERGED,
     class_directions,
@@ -20,13 +19,6 @@ from llava_bidir.toy_world.plant import (
     plant_recovery,
     read_pictures,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("world") / "assets"
-    demo_assets(out, seed=1, scale=0.01, world="binding", scenes=2)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -11,44 +11,57 @@ from PIL import Image
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 
-import llava_bidir.cli
+from llava_bidir.cli import main
+from llava_bidir.common.identity import run_identity
+from llava_bidir.training.cli import build_cli
 from llava_bidir.training.module import LlavaTraining
+
+# Settings that change no result beyond rounding
+HARMLESS = {
+    "--model.max_new_tokens": "2",
+    "--model.attn_implementation": "eager",
+    "--data.num_workers": "1",
+}
+
+
+def copied_parts(folder: Path, parts, conversations) -> list[str]:
+    """Return the options of a run of one epoch on copies of its models and data, which a test may change."""
+    encoder, llm = parts
+    data = shutil.copytree(conversations, folder / "data")
+    return [
+        *tiny_models.training_arguments(parts, data),
+        *("--model.encoder.path", str(shutil.copytree(encoder.path, folder / "encoder"))),
+        *("--model.llm", str(shutil.copytree(llm, folder / "llm"))),
+        *("--trainer.max_epochs", "1", "--data.val_annotations", "null"),
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(parts, conversations, tmp_path_factory) -> tuple[Path, list[str]]:
-    """Folder of a finished run and its command; its parts and data are copies, which tests may change and restore."""
+    """Return the folder of a finished run and its command."""
     folder = tmp_path_factory.mktemp("finished")
-    encoder, llm = parts
-    copied = shutil.copytree(encoder.path, folder / "encoder")
-    data, llm = (
-        shutil.copytree(conversations, folder / "data"),
-        shutil.copytree(llm, folder / "llm"),
-    )
-    command = ["fit", *tiny_models.training_arguments(parts, data), "--out", str(folder / "run")]
-    command += [
-        "--model.encoder.path",
-        str(copied),
-        "--model.llm",
-        str(llm),
-        "--trainer.max_epochs",
-        "1",
-    ]
-    command += ["--data.val_annotations", "null"]
-    llava_bidir.cli.main(command)
+    options = copied_parts(folder, parts, conversations)
+    command = ["fit", *options, "--out", str(folder / "run")]
+    main(command)
     return folder / "run", command
 
 
 @pytest.fixture
-def unfinished(finished, tmp_path):
-    """A copy of the run without its export, and the command that resumes it."""
+def unfinished(finished, tmp_path) -> tuple[Path, list[str]]:
+    """Return a copy of the run without its export, and the command that resumes it."""
     run, command = finished
     shutil.copytree(run / "checkpoints", tmp_path / "run/checkpoints")
     return tmp_path / "run", [*command, "--out", str(tmp_path / "run")]
 
 
+def checkpoint(run: Path) -> str:
+    (file,) = (run / "checkpoints").iterdir()
+    return str(file)
+
+
+# ---------------------------------------------------------------------------------------------------- identity
 def replace_answers(folder: Path) -> None:
-    (file,) = (folder / "data").glob("*.json")
+    file = folder / "data/data.json"
     records = json.loads(file.read_text())
     records[0]["conversations"][1]["value"] = "another answer"
     file.write_text(json.dumps(records))
@@ -60,117 +73,118 @@ def replace_picture(folder: Path) -> None:
 
 
 def replace_encoder(folder: Path) -> None:
-    weights = load_file(folder / "encoder/model.safetensors")
-    save_file(
-        {k: v + 1 for k, v in weights.items()},
-        folder / "encoder/model.safetensors",
-        {"format": "pt"},
-    )
+    file = folder / "encoder/model.safetensors"
+    weights = {name: weight + 1 for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
 
 
 def replace_llm_config(folder: Path) -> None:
-    config = json.loads((folder / "llm/config.json").read_text())
-    (folder / "llm/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    file = folder / "llm/config.json"
+    config = json.loads(file.read_text()) | {"rms_norm_eps": 0.1}
+    file.write_text(json.dumps(config))
 
 
-CHANGES = {
-    "mask": (
-        ["--model.image_attention", "bidirectional"],
-        "model.image_attention='causal', .* 'bidirectional'",
-    ),
-    "rate": (
-        ["--model.adapter_learning_rate", "0.5"],
-        "model.adapter_learning_rate=.*, but this run has 0.5",
-    ),
-    "epochs": (["--trainer.max_epochs", "2"], "trainer.max_epochs=1, but this run has 2"),
-    "precision": (
-        ["--trainer.precision", "bf16-mixed"],
-        "trainer.precision='32-true', .* 'bf16-mixed'",
-    ),
-    "answers": (
-        replace_answers,
-        r"data.annotations='12 records, sha256 \w{16}', .*'12 records, sha256 \w{16}'",
-    ),
-    "pictures": (replace_picture, r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'"),
-    "encoder": (replace_encoder, r"model.encoder/model.safetensors='\w{16}', .* '\w{16}'"),
-    "llm": (replace_llm_config, r"model.llm/config.json='\w{16}', .* '\w{16}'"),
+CHANGES = {  # key of the identity that changes: options, or a change of files
+    "settings.model.image_attention": ["--model.image_attention", "bidirectional"],
+    "settings.model.adapter_learning_rate": ["--model.adapter_learning_rate", "0.5"],
+    "settings.trainer.max_epochs": ["--trainer.max_epochs", "2"],
+    "settings.trainer.precision": ["--trainer.precision", "bf16-mixed"],
+    "data.annotations": replace_answers,
+    "data.images": replace_picture,
+    "model.encoder/model.safetensors": replace_encoder,
+    "model.llm/config.json": replace_llm_config,
 }
 
 
-@pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
-def test_options_after_which_a_trial_would_count_as_finished_are_refused(
-    option, value, parts, conversations, tmp_path
+def identity(options: list[str]) -> dict[str, object]:
+    """Return the identity of a run with these options by "SECTION.KEY"."""
+    cli = build_cli(options, run=False)
+    found = run_identity(cli.trainer, cli.model, cli.datamodule)
+    return {
+        f"{section}.{key}": value
+        for section, entries in found.items()
+        for key, value in entries.items()
+    }
+
+
+def test_a_change_of_settings_data_or_models_changes_its_key_of_the_identity_and_no_other(
+    parts, conversations, tmp_path
 ):
-    command = [
-        "fit",
-        *tiny_models.training_arguments(parts, conversations),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    with pytest.raises(
-        SystemExit, match=f"trainer.{option} must be (False|0.0), got .*; for a trial, use"
-    ):
-        llava_bidir.cli.main([*command, f"--trainer.{option}", value])
-    assert not (tmp_path / "run").exists()
+    options = copied_parts(tmp_path, parts, conversations)
+    before = identity(options)
+    harmless = [word for pair in HARMLESS.items() for word in pair]
+    assert identity([*options, *harmless]) == before
+    for key, change in CHANGES.items():
+        if callable(change):
+            change(tmp_path)
+            after = identity(options)
+        else:
+            after = identity([*options, *change])
+        different = {name for name in before | after if before.get(name) != after.get(name)}
+        assert different == {key}
+        if callable(change):
+            before = after
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_without_a_checkpoint_there_is_nothing_to_validate(command, finished, tmp_path):
-    """The weights before training were validated as if they were the last ones."""
-    _, (_, *options) = finished
-    with pytest.raises(SystemExit, match="no valid checkpoint in .*run/checkpoints"):
-        llava_bidir.cli.main(
-            [command, *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"]
-        )
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("key", ["settings.model.image_attention", "data.images"])
 def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
-    finished, unfinished, change
+    key, finished, unfinished, parts, conversations, tmp_path
 ):
-    (run, command), (options, message) = finished, CHANGES[change]
-    before, folder = run_bytes(run), run.parent
-    if callable(options):
-        for part in ("data", "encoder", "llm"):
-            shutil.copytree(folder / part, folder / f"{part}_before")
-        options, change = [], options(folder)
+    run, command = finished
     copy, resuming = unfinished
-    path = "last" if options else str(next((copy / "checkpoints").iterdir()))
-    try:
-        with pytest.raises(
-            SystemExit, match=rf"^llava-bidir: \S*training.json belongs to a run with {message}"
-        ):
-            llava_bidir.cli.main([*command, *options, "--ckpt_path", "last"])
-        with pytest.raises(
-            SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}"
-        ):
-            llava_bidir.cli.main([*resuming, *options, "--ckpt_path", path])
-    finally:
-        for part in folder.glob("*_before"):
-            shutil.rmtree(folder / part.name.removesuffix("_before"))
-            part.rename(folder / part.name.removesuffix("_before"))
+    before = run_bytes(run)
+    change = CHANGES[key]
+    ckpt_path = "last"
+    if callable(change):
+        options = copied_parts(tmp_path / "copies", parts, conversations)
+        change(tmp_path / "copies")
+        ckpt_path = checkpoint(copy)
+    else:
+        options = change
+    message = {
+        "settings.model.image_attention": "model.image_attention='causal', .* 'bidirectional'",
+        "data.images": r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'",
+    }[key]
+    with pytest.raises(SystemExit, match=rf"^llava-bidir: \S*json belongs to a run with {message}"):
+        main([*command, *options, "--ckpt_path", "last"])
+    with pytest.raises(
+        SystemExit, match=f"^llava-bidir: the checkpoint belongs to a run with {message}"
+    ):
+        main([*resuming, *options, "--ckpt_path", ckpt_path])
     assert not (copy / "hf").exists() and not (copy / "config.yaml").exists()
     assert run_bytes(run) == before
 
 
 def test_settings_that_change_no_result_may_change(finished, unfinished, caplog):
-    changed = [
-        "--model.max_new_tokens",
-        "2",
-        "--model.attn_implementation",
-        "eager",
-        "--data.num_workers",
-        "1",
-    ]
+    run, command = finished
+    harmless = [word for pair in HARMLESS.items() for word in pair]
     with caplog.at_level("INFO"):
-        llava_bidir.cli.main([*finished[1], *changed, "--ckpt_path", "last"])
+        main([*command, *harmless, "--ckpt_path", "last"])
     assert "this run is finished; nothing to do" in caplog.text
-    folder, command = unfinished
-    llava_bidir.cli.main(
-        [*command, *changed, "--ckpt_path", str(next((folder / "checkpoints").iterdir()))]
-    )
-    weights = [load_file(run / "hf/model.safetensors") for run in (folder, finished[0])]
-    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+    copy, resuming = unfinished
+    main([*resuming, *harmless, "--ckpt_path", checkpoint(copy)])
+    weights = load_file(run / "hf/model.safetensors")
+    for name, weight in load_file(copy / "hf/model.safetensors").items():
+        assert weight.equal(weights[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
+def test_options_after_which_a_trial_would_count_as_finished_are_refused(
+    option, value, parts, conversations, tmp_path
+):
+    options = tiny_models.training_arguments(parts, conversations)
+    command = ["fit", *options, "--out", str(tmp_path / "run"), f"--trainer.{option}", value]
+    with pytest.raises(SystemExit, match=f"{option} must be (False|0.0), got .*; for a trial, use"):
+        main(command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
+    """The weights before training were validated as if they were the last ones."""
+    _, (_, *options) = finished
+    with pytest.raises(SystemExit, match="no valid checkpoint in .*run/checkpoints"):
+        main(["validate", *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
 
 
 @pytest.mark.parametrize(
@@ -178,9 +192,8 @@ def test_settings_that_change_no_result_may_change(finished, unfinished, caplog)
     [
         (
             [],
-            r"run holds a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`",
+            r"holds a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`",
         ),
-        (["--model.image_attention", "bidirectional"], "run holds a finished run"),
         (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
         (["--overwrite", "true", "--model.adapter", "/nowhere"], "/nowhere"),
     ],
@@ -189,7 +202,7 @@ def test_repeating_a_command_changes_no_byte_of_a_finished_run(finished, options
     run, command = finished
     before = run_bytes(run)
     with pytest.raises(SystemExit, match=message):
-        llava_bidir.cli.main([*command, *options])
+        main([*command, *options])
     assert run_bytes(run) == before
 
 
@@ -197,35 +210,41 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
     finished, unfinished, monkeypatch
 ):
     folder, command = unfinished
+    longer = [*command, "--trainer.max_epochs", "2"]
     with pytest.raises(SystemExit, match="run holds checkpoints of an unfinished run, e.g. "):
-        llava_bidir.cli.main(command)
+        main(command)
     for left in ("hf", "nonfinite"):
         shutil.copytree(finished[0] / "hf", folder / left)
     with monkeypatch.context() as patch:
-        patch.setattr("llava_bidir.training.callbacks.export_hf", lambda *args: sys.exit("killed"))
+        export = "llava_bidir.training.callbacks.export_hf"
+        patch.setattr(export, lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
-            llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--overwrite", "true"])
+            main([*longer, "--overwrite", "true"])
     assert not (folder / "hf").exists() and not (folder / "nonfinite").exists()
-    assert len(list((folder / "checkpoints").iterdir())) == 1
-    llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    steps = [
-        json.loads((run / "hf/training.json").read_text())["steps"] for run in (folder, finished[0])
-    ]
-    assert steps[0] == 2 * steps[1]
+    assert checkpoint(folder), "one of the new run, none of the other"
+    main([*longer, "--ckpt_path", "last"])
+    ours, replaced = (
+        json.loads((run / "hf/training.json").read_text()) for run in (folder, finished[0])
+    )
+    assert ours["steps"] == 2 * replaced["steps"]
 
 
-def test_the_checkpoint_of_a_killed_run_does_not_stay_beside_newer_ones(finished, tmp_path):
+def test_the_checkpoint_of_a_killed_run_does_not_stay_beside_newer_ones(
+    finished, tmp_path, monkeypatch
+):
     """Lightning keeps the one that a run was resumed from."""
     command = [*finished[1], "--out", str(tmp_path), "--trainer.max_epochs", "3"]
-    checkpoints = lambda: [file.name for file in (tmp_path / "checkpoints").iterdir()]
-    with pytest.MonkeyPatch.context() as patch:
-        start = LlavaTraining.on_train_batch_start
-        killed = lambda self, *batch: (
-            sys.exit("killed") if self.trainer.global_step == 7 else start(self, *batch)
-        )
+    start = LlavaTraining.on_train_batch_start
+
+    def killed(self, *batch):
+        if self.trainer.global_step == 7:
+            sys.exit("killed")
+        return start(self, *batch)
+
+    with monkeypatch.context() as patch:
         patch.setattr(LlavaTraining, "on_train_batch_start", killed)
         with pytest.raises(SystemExit, match="killed"):
-            llava_bidir.cli.main(command)
-    assert checkpoints() == ["epoch=1-step=6.ckpt"]
-    llava_bidir.cli.main([*command, "--ckpt_path", "last"])
-    assert checkpoints() == ["epoch=2-step=9.ckpt"]
+            main(command)
+    assert Path(checkpoint(tmp_path)).name == "epoch=1-step=6.ckpt"
+    main([*command, "--ckpt_path", "last"])
+    assert Path(checkpoint(tmp_path)).name == "epoch=2-step=9.ckpt"

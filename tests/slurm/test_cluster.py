@@ -21,7 +21,7 @@ VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
 JOBS = 2 * 3 + 1 + (3 if VQA_PYTHON.exists() else 0)  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch, other):
         cli.main([*inputs, "--size", "tiny", *other])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     command = [
         sys.executable,

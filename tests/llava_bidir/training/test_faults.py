@@ -1,6 +1,6 @@
 """`llava-bidir fit` killed at random moments until it finishes: its results equal an undisturbed run bit for bit.
 
-CI kills it a few times, `FAULTS=100 python -m pytest -s -m slow tests/llava_bidir/training/test_faults.py` a hundred.
+CI kills it once, the nightly job `FAULTS` times.
 """
 
 import json
@@ -16,11 +16,10 @@ import datasets
 import pytest
 import tiny_models
 import torch
-from processes import fork, kill_after, wait
+from processes import die, fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir import cli
-from llava_bidir.common.atomic_io import PARTIAL
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, latest_valid_checkpoint
 from llava_bidir.training.throughput import TIMING_METRICS
 
@@ -44,18 +43,13 @@ def train(parts, conversations):
         datasets.config.HF_DATASETS_CACHE = out / "cache"
         cli.main(
             [
-                *(
-                    "fit",
-                    *tiny_models.training_arguments(parts, conversations),
-                    "--data.micro_batch_size",
-                    "2",
-                ),
+                "fit",
+                *tiny_models.training_arguments(parts, conversations),
+                *("--data.micro_batch_size", "2"),
                 *("--trainer.max_epochs", "10", "--trainer.check_val_every_n_epoch", "4"),
                 *("--trainer.log_every_n_steps", "1", "--trainer.callbacks+=ModelCheckpoint"),
-                *(
-                    "--trainer.callbacks.save_last=true",
-                    "--trainer.callbacks.every_n_train_steps=1",
-                ),
+                "--trainer.callbacks.save_last=true",
+                "--trainer.callbacks.every_n_train_steps=1",
                 *("--out", str(out), "--ckpt_path", "last"),
             ]
         )
@@ -86,72 +80,66 @@ def saved_step(out: Path) -> int:
     return torch.load(newest, weights_only=True)["global_step"] if newest else 0
 
 
-def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
-    start, log = time.monotonic(), tmp_path / "log"
+@pytest.mark.parametrize("faults", [1, pytest.param(FAULTS, marks=pytest.mark.nightly)])
+def test_killed_runs_end_as_an_undisturbed_one(faults, train, tmp_path):
+    log = tmp_path / "log"
+    start = time.monotonic()
     assert wait(fork(lambda: train(tmp_path / "undisturbed"), log)) == 0, log.read_text()
     duration = time.monotonic() - start
-    expected, points = results(tmp_path / "undisturbed"), curves(tmp_path / "undisturbed")
+    expected = results(tmp_path / "undisturbed")
+    points = curves(tmp_path / "undisturbed")
 
-    moments, out = random.Random(FAULTS), tmp_path / "killed"
-    kills = runs = in_writing = 0
-    while kills < FAULTS or (out / "checkpoints").exists():
+    moments = random.Random(faults)
+    out = tmp_path / "killed"
+    kills = 0
+    while kills < faults or (out / "checkpoints").exists():
         before = saved_step(out)
         log.unlink(missing_ok=True)
-        child = fork(lambda: train(out), log)
-        status = kill_after(
-            moments.uniform(0, duration) if kills < FAULTS else 20 * duration, child
-        )
+        share = moments.random() if kills else 0.5  # the first kill hits between checkpoints
+        limit = share * duration if kills < faults else 20 * duration
+        status = kill_after(limit, fork(lambda: train(out), log))
         assert status in (-signal.SIGKILL, 0), log.read_text()
         assert saved_step(out) >= before, "a checkpoint is never lost"
         if status:
             kills += 1
-            in_writing += any(out.rglob("*" + PARTIAL))
             continue
-        runs += 1
         assert results(out) == expected
         for point, values in curves(out).items():
             assert values == points[point], point
         shutil.rmtree(out)
-    print(
-        f"\n{kills} kills, {in_writing} of them in the middle of a file; {runs} runs ended, all as the undisturbed one"
-    )
 
 
-@pytest.mark.parametrize("moment", ["validation", "export"])
+@pytest.mark.parametrize(
+    "function",
+    ["training.module.LlavaTraining.answer", "model.hf_export._compare_weights"],
+    ids=["validation", "export"],
+)
 def test_a_run_killed_after_its_last_step_is_validated_and_exported(
-    moment, parts, conversations, tmp_path, monkeypatch
+    function, parts, conversations, tmp_path, monkeypatch
 ):
     """It resumes from Lightning's checkpoint at the end of the epoch, after which no step is left.
 
     The export is then made from the checkpoint.
     """
+    log = tmp_path / "log"
+    options = [
+        *tiny_models.training_arguments(parts, conversations),
+        *("--trainer.log_every_n_steps", "1", "--ckpt_path", "last"),
+        *("--model.lora.r", "2", "--model.frozen_dtype", "bfloat16"),
+        *("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "null"),
+    ]
 
-    def train(out: Path, killed: bool = False) -> int:
-        def run():
-            if killed:
-                name = {
-                    "validation": "training.module.LlavaTraining.answer",
-                    "export": "model.hf_export._compare_weights",
-                }[moment]
-                monkeypatch.setattr(
-                    "llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-                )
-            arguments = tiny_models.training_arguments(parts, conversations)
-            more = ("--trainer.log_every_n_steps", "1", "--out", str(out), "--ckpt_path", "last")
-            light = (
-                "--model.lora.r=2",
-                "--model.frozen_dtype=bfloat16",
-                "--trainer.precision=bf16-mixed",
-            )
-            cli.main(["fit", *arguments, *more, *light, "--trainer.gradient_clip_val=null"])
+    def train(name: str) -> int:
+        return wait(fork(lambda: cli.main(["fit", *options, "--out", str(tmp_path / name)]), log))
 
-        return wait(fork(run, tmp_path / "log"))
-
-    assert train(tmp_path / "undisturbed") == 0, (tmp_path / "log").read_text()
-    assert train(tmp_path / "killed", killed=True) == -signal.SIGKILL
+    assert train("undisturbed") == 0, log.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llava_bidir.{function}", die)
+        assert train("killed") == -signal.SIGKILL
     assert not (tmp_path / "killed/hf").exists()
-    assert train(tmp_path / "killed") == 0, (tmp_path / "log").read_text()
-    undisturbed, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
+    assert train("killed") == 0, log.read_text()
+    undisturbed = results(tmp_path / "undisturbed")
+    resumed = results(tmp_path / "killed")
     resumed["training.json"].pop("checkpoint", None)  # the path it was exported from
     assert resumed == undisturbed and "val/answer_accuracy" in undisturbed["training.json"]
 

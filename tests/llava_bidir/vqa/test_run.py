@@ -17,7 +17,7 @@ from llava_bidir.vqa.benchmarks import TABLE1
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-vqa/bin/python"
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(
         not PYTHON.exists(), reason=".venv-vqa does not exist; create it with `make vqa-venv`"
     ),

@@ -21,8 +21,8 @@ from llava_bidir.common.loader_workers import usable_cores, worker_options
 from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, token_upper_bound
-from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
-from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, read_annotations
+from llava_bidir.data.image_folder import BadImage, ImageFolder, read_header, read_image
+from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, keys_like_image, read_annotations
 from llava_bidir.training.cli import build_data_cli
 
 # Kinds of findings, and what training does with such records.
@@ -34,14 +34,22 @@ KINDS = {
     "renamed": "the image format differs from the suffix: read by its content, the first frame of an animation",
     "too_long": "truncated to data.max_length",
     "unsupervised": "no token to train on: the sample does not count",
+    "unread_image": "the image is under a key that is not read: trained as text",
+    "placeholder_without_image": "there is no image: `<image>` is trained as ordinary text",
+    "image_without_placeholder": "no `<image>` in the text: the image is not shown",
+    "image_in_answer": "`<image>` in an answer: the image is shown there, too, as in LLaVA",
     "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
+}
+# What is worth knowing, but no fault: it does not change the exit status.
+NOTES = {
+    "rotated": "EXIF orientation: trained as stored, as in LLaVA, while viewers show it turned",
 }
 RECORDS_PER_BATCH = 256
 EXAMPLES = 3  # printed findings per kind; the JSON contains all
 
 
 class RecordFindings(Dataset):
-    """Findings per record: a list of {"index", "id", "kind", "detail"}.
+    """Findings and notes per record: a list of {"index", "id", "kind", "detail"}.
 
     Args:
         records: From :func:`llava_bidir.data.instruction_dataset.read_annotations`.
@@ -74,7 +82,7 @@ class RecordFindings(Dataset):
         """Return (kind, detail) of each finding about a record."""
         if record["problem"]:
             return [("broken", record["problem"])]
-        findings = self.check_tokens(record)
+        findings = self.check_tokens(record) + check_placeholders(record)
         if self.late_images and record[self.late_images]:
             findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
         if record["shown"]:  # training reads no other image
@@ -101,19 +109,36 @@ class RecordFindings(Dataset):
         return findings
 
 
+def check_placeholders(record: dict) -> list[tuple[str, str]]:
+    """Return findings about images and `<image>` in the text that do not belong to each other."""
+    if record["in_answers"]:
+        return [("image_in_answer", f"{record['in_answers']} answers")]
+    if record["shown"]:
+        return []
+    if record["image"]:
+        return [("image_without_placeholder", f"{record['image']!r}; {record['placeholders']} in another spelling")]
+    unread = keys_like_image(record)
+    if unread:
+        return [("unread_image", f"key {', '.join(map(repr, unread))}; expected 'image' with one path")]
+    if record["placeholders"]:
+        return [("placeholder_without_image", f"{record['placeholders']} turns")]
+    return []
+
+
 def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str, str]]:
     """Return the findings about an image file; `decode` also detects truncated files."""
     try:
         path = images.file(name)
-        actual = read_format(path)
+        actual, tag = read_header(path)
         if decode:
             read_image(path)
     except BadImage as error:
         return [(error.kind, str(error))]
+    found = [] if tag == 1 else [("rotated", f"{path}: orientation {tag}")]
     expected = _format_of_suffix(path.suffix.lower())
     if expected not in (None, actual) and (expected, actual) != ("JPEG", "MPO"):  # MPO: a JPEG with further images
-        return [("renamed", f"{path}: {actual}, not {expected}")]
-    return []
+        found.append(("renamed", f"{path}: {actual}, not {expected}"))
+    return found
 
 
 @functools.cache
@@ -135,11 +160,30 @@ def find_problems(dataset: RecordFindings, workers: int) -> list[dict[str, Any]]
 def format_result(result: dict) -> str:
     """Return the number of findings per kind and the first of each kind as text."""
     lines = [f"{result['file']['path']}: {result['records']:,} records"]
-    for kind in filter(result["counts"].get, KINDS):
-        lines.append(f"  {result['counts'][kind]:>9,} {kind}: {KINDS[kind]}")
+    for kind, meaning in (KINDS | NOTES).items():
+        if not result["counts"][kind]:
+            continue
+        lines.append(f"  {result['counts'][kind]:>9,} {kind}: {meaning}")
         examples = [finding for finding in result["findings"] if finding["kind"] == kind][:EXAMPLES]
         lines += [f"            record {f['index']} (id {f['id']!r}): {f['detail']}" for f in examples]
-    return "\n".join(lines if result["findings"] else [*lines, "  no findings"])
+    if result["unread"]:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in result["unread"].items())
+        lines.append(f"  keys that are not read: {keys}")
+    return "\n".join(lines if has_faults(result) else [*lines, "  no findings"])
+
+
+def has_faults(result: dict) -> bool:
+    """Return whether a file has findings; notes are none."""
+    return any(result["counts"][kind] for kind in KINDS)
+
+
+def unread_keys(records: datasets.Dataset) -> dict[str, int]:
+    """Return the number of records by key that is not read, most frequent first."""
+    counts: Counter[str] = Counter()
+    for value in records.data.column("unread").value_counts().to_pylist():
+        for key in value["values"].splitlines():
+            counts[key] += value["counts"]
+    return dict(counts.most_common())
 
 
 def main(argv: list[str]) -> None:
@@ -168,14 +212,16 @@ def main(argv: list[str]) -> None:
     for annotations in filter(None, (data.annotations, data.val_annotations)):
         trained = annotations == data.annotations
         mask = cli.model.hparams.image_attention if trained else "causal"
-        dataset = RecordFindings(read_annotations(annotations), images, data.collate, args.decode, mask)
+        records = read_annotations(annotations)
+        dataset = RecordFindings(records, images, data.collate, args.decode, mask)
         findings = find_problems(dataset, args.workers)
         kinds = Counter(finding["kind"] for finding in findings)
         results.append(
             {
                 "file": fingerprint(Path(annotations)),
                 "records": len(dataset),
-                "counts": {kind: kinds[kind] for kind in KINDS},
+                "counts": {kind: kinds[kind] for kind in KINDS | NOTES},
+                "unread": unread_keys(records),
                 "findings": findings,
             }
         )
@@ -183,5 +229,5 @@ def main(argv: list[str]) -> None:
     if args.json:
         write_files({args.json: {"files": results}})
         print(args.json)
-    if any(result["findings"] for result in results):
+    if any(map(has_faults, results)):
         raise SystemExit(1)

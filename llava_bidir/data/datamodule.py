@@ -88,6 +88,7 @@ class InstructionData(LightningDataModule):
             raise UserError("data.val_annotations is not set, so there are no questions to validate with")
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
+            self.train.check_trainable()
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import FORMATS, as_stored, check_depth, open_bounded
+from llava_bidir.common.image_io import FORMATS, as_stored, check_depth, open_bounded, orientation
 
 PATH_MAX = 4096  # characters, the limit of Linux
 
@@ -88,10 +88,14 @@ def read_image(path: Path) -> Image.Image:
         return as_stored(image)
 
 
-def read_format(path: Path) -> str:
-    """Return PIL's name of the format from the header; raises like :func:`read_image` but does not decode."""
+def read_header(path: Path) -> tuple[str, int]:
+    """Return PIL's name of the format, and the EXIF orientation; raises like :func:`read_image`, but does not decode.
+
+    A tag after the pixels of a PNG, where few programs write it, is not seen.
+    """
     with _open_image(path) as image:
-        return image.format
+        decodes = image.format == "PNG" and "exif" not in image.info  # PIL reads on to find it
+        return image.format, 1 if decodes else orientation(image)
 
 
 @contextmanager

@@ -14,12 +14,16 @@ As in LLaVA, these records are valid:
 - several `<image>` in a turn, which are merged
 - an image without `<image>`: only the text is used
 - `<image>` without an image: it is text
+- `<image>` in an answer: the image is shown there, too
+
+`llava-bidir verify-data` lists the last three, and keys such as `images`, which are not read. JSON Lines are read, too.
 
 Records that cannot be trained on keep a description of their `problem`, so that
 :mod:`llava_bidir.commands.verify_data` can report all of them at once.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from llava_bidir.common.errors import UserError
 
 from .conversation import IMAGE, check_turns
 from .image_folder import BadImage, ImageFolder, check_name, read_image
-from .json_stream import read_json_list
+from .json_stream import read_records
 
 FEATURES = datasets.Features(
     id=datasets.Value("string"),
@@ -43,13 +47,20 @@ FEATURES = datasets.Features(
     answers=datasets.Value("int32"),
     before_image=datasets.Value("int32"),
     between_images=datasets.Value("int32"),
+    placeholders=datasets.Value("int32"),
+    in_answers=datasets.Value("int32"),
+    unread=datasets.Value("string"),
     problem=datasets.Value("string"),
 )
 # By mask, the column of answers that tokens before them see: under `prefix`, all tokens up to the last image attend to
 # each other; under `bidirectional`, an image before the answer attends to one after it. Other masks are not checked.
 LATE_IMAGES = {"prefix": "before_image", "bidirectional": "between_images"}
+KEYS = ("id", "image", "conversations")  # of a record that are read
+LIKE_IMAGE = re.compile("image|img|photo|picture|video", re.IGNORECASE)  # in keys that were meant as `image`
+LIKE_PLACEHOLDER = re.compile(r"<\s*image\s*>", re.IGNORECASE)
 WRITER_BATCH_SIZE = 200  # records in memory during the conversion
-RULES = 3  # part of the cache key; increase it when the same file would be read differently
+COUNTS = ("words", "shown", "answers", "before_image", "between_images", "placeholders", "in_answers")
+RULES = 4  # part of the cache key; increase it when the same file would be read differently
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -65,6 +76,9 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - shown: number of turns with `<image>`, 0 for text-only records
         - answers: number of answers that are not empty; only these are trained
         - before_image, between_images: number of those before the last `<image>`, and of those after the first one, too
+        - placeholders: number of turns with `<image>`, also in other spellings such as `<Image>`
+        - in_answers: number of answers with `<image>` in records with an image
+        - unread: str, other keys of the record, one a line
         - problem: str, why the record cannot be trained on, "" if it can
 
     Raises:
@@ -93,13 +107,13 @@ def fingerprint(path: Path) -> dict[str, str | int]:
 
 
 def _records(path: str, size: int, modified: int, rules: int):
-    for record in read_json_list(Path(path)):
+    for record in read_records(Path(path)):
         try:
             yield _read_record(record)
         except (UserError, RecursionError) as error:  # deep nesting cannot be printed
             empty = {"image": "", "conversations": []}
-            empty |= dict.fromkeys(("words", "shown", "answers", "before_image", "between_images"), 0)
-            yield {**empty, "id": _record_id(record), "problem": str(error)}
+            empty |= dict.fromkeys(COUNTS, 0)
+            yield {**empty, "unread": "", "id": _record_id(record), "problem": str(error)}
 
 
 def _read_record(record: dict) -> dict:
@@ -127,6 +141,9 @@ def _read_record(record: dict) -> dict:
         "answers": answered(used),
         "before_image": answered(used[: shown[-1]]) if shown else 0,
         "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
+        "placeholders": sum(bool(LIKE_PLACEHOLDER.search(turn["value"])) for turn in used),
+        "in_answers": sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt") if image else 0,
+        "unread": "\n".join(" ".join(key.split())[:50] for key in record if key not in KEYS),
         "problem": "",
     }
 
@@ -134,6 +151,11 @@ def _read_record(record: dict) -> dict:
 def _record_id(record: Any) -> str:
     value = record.get("id") if isinstance(record, dict) else None
     return str(value)[:200] if isinstance(value, str | int | float) else ""
+
+
+def keys_like_image(record: dict) -> list[str]:
+    """Return the keys of a record that are not read, but were probably meant as `image`."""
+    return [key for key in record["unread"].splitlines() if LIKE_IMAGE.search(key)]
 
 
 class Instructions(Dataset):
@@ -188,6 +210,28 @@ class Instructions(Dataset):
                 f"record {without[0]} (id {name!r}); remove them from data.val_annotations"
             )
 
+    def check_trainable(self) -> None:
+        """Raise if no record has an answer to train on, or if all images that the text refers to are missing.
+
+        Raises:
+            UserError: Names the number of records and the first of them.
+        """
+        if not self._column("answers").any():
+            raise UserError(
+                f"{self.annotations}: none of {len(self)} records has an answer to train on; expected a turn from "
+                "'gpt' with text"
+            )
+        without = np.flatnonzero(self._column("placeholders"))
+        if len(without) and not self._column("shown").any():
+            first = self.records[int(without[0])]
+            keys = ", ".join(map(repr, keys_like_image(first))) or "no key for it"
+            raise UserError(
+                f"{self.annotations}: no record shows an image, but {len(without)} of {len(self)} have {IMAGE} in "
+                f"their text. Expected the key 'image' with one path, and {IMAGE} in a question; record {without[0]} "
+                f"(id {first['id']!r}) has {repr('image') if first['image'] else keys}. `llava-bidir verify-data` "
+                "lists all"
+            )
+
     def check_mask(self, image_attention: str) -> None:
         """Raise if tokens can see the answer that they predict, through an image after it (`LATE_IMAGES`).
 
@@ -224,9 +268,11 @@ class Instructions(Dataset):
     def summary(self, image_tokens: int, max_length: int) -> str:
         """Return one line about all records without tokenising; a text has at least as many tokens as words."""
         text_only, shown = self._text_only(), self._column("shown")
+        stray = ((self._column("placeholders") > 0) & (shown == 0)).sum()
         min_tokens = self._column("words") + shown * image_tokens
         return (
             f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
             f"image but no {IMAGE}, {(self._column('answers') == 0).sum():,} without an answer to train on, "
             f"at least {(min_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
+            + (f", {stray:,} with {IMAGE} in their text but no image that is shown" if stray else "")
         )

@@ -1,35 +1,70 @@
-"""Read a JSON list one element at a time, so that memory does not grow with the file."""
+"""Read records one at a time, so that memory does not grow with the file: a JSON list, or JSON Lines."""
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
 from llava_bidir.common.errors import UserError
 
+LONGEST_LINE = 64 * 2**20  # bytes of a record of JSON Lines
 
-def read_json_list(path: Path) -> Iterator[Any]:
-    r"""Yield the elements of the JSON list in a UTF-8 file, in order.
+
+def read_records(path: Path) -> Iterator[Any]:
+    r"""Yield the records of a UTF-8 file, in order: the elements of a JSON list, or of JSON Lines a record per line.
 
     Half of a surrogate pair, such as \ud83d alone, is read as "?". Integers must fit into 64 bits.
 
     Raises:
-        UserError: The file cannot be read or is not such a list; names the number of records before the error.
+        UserError: The file cannot be read or is neither of the two; names the number of records before the error.
     """
     count = 0
+    kind = "a JSON list of records"
     try:
         with path.open("rb") as file:
-            if file.read(len(BOM_UTF8)) != BOM_UTF8:
-                file.seek(0)
-            for element in ijson.items(file, "item", use_float=True):
-                yield element
+            begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+            file.seek(begin)
+            is_lines = _first_character(file) == b"{"  # a JSON list begins with "["
+            file.seek(begin)
+            if is_lines:
+                kind = "a JSON list of records, nor JSON Lines with one record per line"
+            for record in _read_lines(file) if is_lines else ijson.items(file, "item", use_float=True):
+                yield record
                 count += 1
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a JSON list of records (error after {count:,} records): {reason}") from None
+        raise UserError(f"{path} is not {kind} (error after {count:,} records): {_reason(error)}") from None
     if count == 0:
         raise UserError(f"{path} contains no records; expected a JSON list [{{...}}, ...]")
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    """Return the first byte that is no white space; b"" if there is none."""
+    while (character := file.read(1)).isspace():
+        pass
+    return character
+
+
+def _read_lines(file: BinaryIO) -> Iterator[Any]:
+    """Yield the records of JSON Lines; empty lines are skipped."""
+    while line := file.readline(LONGEST_LINE):
+        if not line.endswith(b"\n") and len(line) == LONGEST_LINE:
+            raise ijson.JSONError(f"a line is longer than {LONGEST_LINE:,} bytes")
+        if line.isspace():
+            continue
+        # as a list, since the parser does not notice what follows a complete value
+        records = list(ijson.items(BytesIO(b"[" + line + b"]"), "item", use_float=True))
+        if len(records) != 1:
+            raise ijson.JSONError(f"{len(records)} records on a line")
+        yield records[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of a parser on one line; ijson's has bytes."""
+    text = error.args[0] if len(error.args) == 1 else str(error)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+    return " ".join(text.split())[:200]

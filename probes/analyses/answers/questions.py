@@ -11,6 +11,7 @@ question is asked by itself, without the turns before it.
 """
 
 import hashlib
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, NamedTuple, NotRequired
 
@@ -64,7 +65,7 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
     """
     with error_context(path):
         content = path.read_bytes()
-        records = TypeAdapter(list[Record]).validate_json(content)
+        records = TypeAdapter(list[Record]).validate_json(_as_json_list(content))
     questions: list[Question] = []
     images: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -89,6 +90,14 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
     if not questions:
         raise UserError(f"{path} has no question with an entry in 'regions'; expected a box and a class for each")
     return QuestionFile(questions, list(images), hashlib.sha256(content).hexdigest()[:16])
+
+
+def _as_json_list(content: bytes) -> bytes:
+    """Return JSON Lines as a JSON list, and other contents without a byte order mark."""
+    content = content.removeprefix(BOM_UTF8)
+    if not content.lstrip().startswith(b"{"):
+        return content
+    return b"[" + b",".join(line for line in content.splitlines() if line.strip()) + b"]"
 
 
 def read_question_image(folder: Path, name: str) -> Image.Image:

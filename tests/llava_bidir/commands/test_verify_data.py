@@ -36,6 +36,13 @@ RECORDS = {
         "image": "a.png",
         "conversations": turns("name", "sky") + turns("<image>\nname", "wall"),
     },
+    "unread_image": {"images": ["a.png"], "conversations": turns("<image>\nname", "wall")},
+    "placeholder_without_image": {"conversations": turns("<Image>\nname", "wall")},
+    "image_without_placeholder": {"image": "a.png", "conversations": turns("<Image>\n", "wall")},
+    "image_in_answer": {
+        "image": "a.png",
+        "conversations": turns("<image>\nname", "The tag <image> is HTML."),
+    },
 }
 
 
@@ -84,7 +91,7 @@ def test_image_that_is_not_shown_is_not_read(folder, parts):
     """As in training, which does not open it either."""
     record = {"id": "h", "image": "none.png", "conversations": turns("name", "wall")}
     (folder / "hidden.json").write_text(json.dumps([record]))
-    assert kinds(folder, parts, name="hidden.json") == {}
+    assert kinds(folder, parts, name="hidden.json") == {"h": ["image_without_placeholder"]}
 
 
 def test_details_name_the_tokens_and_the_file(folder, parts):
@@ -166,7 +173,8 @@ def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
         json.loads((tmp_path / "r.json").read_text())["files"][0],
     )
     assert stop.value.code == 1 and all(f" 1 {kind}: " in text for kind in KINDS)
-    assert result["counts"] == dict.fromkeys(KINDS, 1) and result["records"] == len(RECORDS)
+    assert result["counts"] == dict.fromkeys(KINDS, 1) | {"rotated": 0}
+    assert result["records"] == len(RECORDS)
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))
 
 
@@ -174,3 +182,25 @@ def test_command_has_no_findings_in_valid_data(conversations, parts, tmp_path, c
     llava_bidir.cli.main(arguments(parts, conversations, tmp_path / "r.json"))
     assert "no findings" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
+
+
+def test_turned_photos_are_counted_and_are_no_fault(folder, parts, tmp_path, capsys):
+    """They are trained as stored, which is LLaVA's rule, but not what viewers show."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("jpg", "png", "tif", "webp"):
+        Image.new("RGB", (9, 7), "red").save(tmp_path / f"turned.{suffix}", exif=exif)
+    Image.new("RGB", (9, 7), "red").save(tmp_path / "upright.png")
+    names = [file.name for file in sorted(tmp_path.iterdir())]
+    asked = {"conversations": turns("<image>\nname", "wall"), "model": "", "height": 7}
+    records = [{"id": name, "image": name, **asked} for name in names]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    llava_bidir.cli.main(arguments(parts, tmp_path, tmp_path / "r.json"))
+    result = json.loads((tmp_path / "r.json").read_text())["files"][0]
+    assert result["counts"] == dict.fromkeys(KINDS, 0) | {"rotated": 4}
+    assert {f["id"] for f in result["findings"]} == {n for n in names if n.startswith("turned")}
+    told = capsys.readouterr().out
+    assert " 4 rotated: EXIF orientation: trained as stored" in told and "no findings" in told
+    assert "turned.jpg: orientation 6" in told
+    assert "keys that are not read: model (5), height (5)" in told
+    assert result["unread"] == {"model": 5, "height": 5}

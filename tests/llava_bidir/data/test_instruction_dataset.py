@@ -19,6 +19,7 @@ from PIL import Image
 from tiny_models import turns
 
 from llava_bidir.data.collate import Collate
+from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_model, build_processor
 
@@ -62,7 +63,7 @@ def test_edited_file_is_read_again(tmp_path):
     ("records", "message"),
     [
         ("{not json", "is not a JSON list of records"),
-        ({"a": 1}, "contains no records; expected a JSON list"),
+        ({"a": 1}, r"1 of 1 records .* expected an object with a list 'conversations'"),
         (
             [{"id": 1}],
             r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'",
@@ -311,3 +312,49 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     records, grown = map(int, run.stdout.split())
     assert records == count and grown < 80, f"MiB, for a file of {size >> 20}"
+
+
+ASKED = "<image>\nwhat"
+UNSHOWN = {
+    "a list": {"image": None, "images": ["a.png"], "conversations": turns(ASKED, "cat")},
+    "no key": {"image": None, "conversations": turns(ASKED, "cat")},
+    "another spelling": {"conversations": turns("<Image> what", "cat")},
+}
+
+
+@pytest.mark.parametrize("name", UNSHOWN)
+def test_placeholders_without_any_image_are_refused_before_training(name, tmp_path):
+    """All of eight records were trained as text with the literal `<image>`."""
+    unshown = record(**UNSHOWN[name])
+    text = record(image=None, conversations=turns("what", "a cat"))
+    data = Instructions(write(tmp_path / "data.json", [text, unshown]), tmp_path)
+    found = {
+        "a list": "has 'images'",
+        "no key": "has no key for it",
+        "another spelling": "has 'image'",
+    }
+    message = "no record shows an image, but 1 of 2 have <image> in their text.* record 1 "
+    with pytest.raises(ValueError, match=message + r"\(id '7'\) " + found[name]):
+        data.check_trainable()
+    with pytest.raises(ValueError, match="no record shows an image"):
+        InstructionData(str(tmp_path / "data.json"), str(tmp_path)).setup("fit")
+    assert "1 with <image> in their text but no image that is shown" in data.summary(4, 99)
+    shown = record(conversations=turns(ASKED, "cat"))
+    Instructions(write(tmp_path / "data.json", [shown, unshown]), tmp_path).check_trainable()
+    Instructions(write(tmp_path / "data.json", [text]), tmp_path).check_trainable()
+
+
+def test_records_without_any_answer_are_refused_before_training(tmp_path):
+    empty = record(conversations=turns(ASKED, ""))
+    data = Instructions(write(tmp_path / "data.json", [empty, empty]), tmp_path)
+    with pytest.raises(ValueError, match="none of 2 records has an answer to train on"):
+        data.check_trainable()
+    one = record(conversations=turns(ASKED, "", "again", "cat"))
+    Instructions(write(tmp_path / "data.json", [empty, one]), tmp_path).check_trainable()
+
+
+def test_json_lines_are_read_as_a_list(tmp_path):
+    records = [record(), record(conversations=turns("what", "é"))]
+    lines = "\n".join(json.dumps(line) for line in records)
+    found = read_annotations(write(tmp_path / "data.jsonl", lines))
+    assert found.to_list() == read_annotations(write(tmp_path / "data.json", records)).to_list()

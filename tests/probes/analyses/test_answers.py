@@ -287,3 +287,13 @@ def test_beyond_random_is_the_paired_difference(runs, tmp_path):
     )
     with pytest.raises(UserError, match="were asked different questions"):
         beyond_random(trained, draws)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_have_the_questions_of_a_list(mark, tmp_path):
+    records = [record("a.png", (BOXES[0], "sky")), record("b.png", (BOXES[1], "wall"))]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    lines = "\n\n".join(json.dumps(line) for line in records)
+    (tmp_path / "lines.json").write_bytes(mark + lines.encode())
+    found = [read_questions(tmp_path / name, CLASSES) for name in ("lines.json", "list.json")]
+    assert found[0][:2] == found[1][:2] and len(found[0].questions) == 2

@@ -19,13 +19,14 @@ venv: $(VENV)/installed ## .venv with the versions of requirements.lock (TORCH_I
 # $(call install,VENV,LOCK): the packages of LOCK, each file checked against its hash, then torch, then the project.
 # torch is not in the lock: the right build depends on the machine (GPUs: the default index, CPUs: TORCH_INDEX or a mirror).
 # setuptools is installed first, because source packages (deepspeed) are built with it and without network access.
+# --no-compile halves the time: Python compiles what is imported, once, when it is.
 TORCH := torch==2.13.0
 define install
 	$(PYTHON) -m venv $(1)
-	sed -n '/^setuptools==/,/[^\]$$/p' $(2) | $(1)/bin/python -m pip install -q --no-deps --require-hashes -r /dev/stdin
-	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation --require-hashes -r $(2)
-	$(1)/bin/python -m pip install -q --no-warn-conflicts $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	sed -n '/^setuptools==/,/[^\]$$/p' $(2) | $(1)/bin/python -m pip install -q --no-compile --no-deps --require-hashes -r /dev/stdin
+	$(1)/bin/python -m pip install -q --no-compile --no-deps --no-build-isolation --require-hashes -r $(2)
+	$(1)/bin/python -m pip install -q --no-compile --no-warn-conflicts $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(1)/bin/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 endef
 

@@ -19,6 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.greedy import greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import is_photo, read_photo
 from llava_bidir.data.collate import pad, to_pixels
@@ -102,6 +103,7 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     read_pretrained("MODEL", AutoConfig, model)  # whose errors say more than those of the weights
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
+    loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)
     images = processor.image_processor
     if images.do_pad is None:  # CLIP's processor has no such option
         names = ("size", "crop_size", "image_mean", "image_std", "resample")

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     LlavaProcessor,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.greedy import greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
 from llava_bidir.common.tokenizer import load_tokenizer
 
@@ -180,20 +179,8 @@ def build_model(
     if adapter is not None:
         load_adapter(model, adapter)
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = _greedy_settings(language_model.generation_config, tokenizer)
+    model.generation_config = greedy_config(language_model.generation_config, tokenizer)
     return model
-
-
-def _greedy_settings(llm: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the LLM's token ids; the token that ends the answers in training also ends generation.
-
-    No other settings: Vicuna's temperature without do_sample cannot be saved, and a repetition_penalty, as Qwen's,
-    changes greedy answers, too.
-    """
-    own = llm.eos_token_id if isinstance(llm.eos_token_id, list) else [llm.eos_token_id]
-    ends = sorted({*own, tokenizer.eos_token_id} - {None})
-    ids = {"bos_token_id": llm.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**ids, eos_token_id=ends[0] if len(ends) == 1 else ends)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.greedy import end_tokens
 
 from .attention_masks import Masks
 from .attention_weights import capture_attention
@@ -188,8 +189,7 @@ def generate_answer(
 ) -> str:
     """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
     cache, answer, ids = DynamicCache(), [], mllm.chat.question_ids(question)
-    ends = mllm.model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
     room = mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
     states = text_states(mllm, pixels, TextTree.from_ids([ids]), knockout, cache)
     for _ in range(min(max_new_tokens, room)):

@@ -1,6 +1,7 @@
 """Answers: batches, images that stock checkpoints would crop, and prompts that do not fit."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import probes
 from llava_bidir.cli import main
 from llava_bidir.commands.generate import answer, load
 
@@ -183,3 +185,36 @@ def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         main(["generate", "none", str(tmp_path / "a.png"), "wall"])
     assert np.array_equal(np.asarray(seen[0]), np.rot90(np.asarray(stored), -1))
+
+
+PENALTIES = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
+
+
+def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_path):
+    """`generate` obeyed it, `mllm.answer` did not; benchmarks load the model as `generate` does."""
+    path = shutil.copytree(checkpoints["bidirectional"], tmp_path / "hf")
+    settings = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(settings | PENALTIES))
+    given = (["wall"], [pictures(0)], 12)
+    expected = answer(*asked, *given)
+    model, processor = load(str(path))
+    assert answer(model, processor, *given) == expected
+    mllm = probes.load(str(path))
+    assert mllm.answer(pictures(0), "wall", max_new_tokens=12) == expected
+    for name in PENALTIES:
+        setattr(model.generation_config, name, PENALTIES[name])
+    assert answer(model, processor, *given) != expected, "else the test could not fail"
+
+
+def test_all_answers_end_at_the_same_tokens(asked, checkpoints, tmp_path, monkeypatch):
+    """Some checkpoints name only one of two tokens that end answers in their generation settings."""
+    path = shutil.copytree(checkpoints["bidirectional"], tmp_path / "hf")
+    settings = json.loads((path / "generation_config.json").read_text())
+    own = settings["eos_token_id"]
+    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    assert load(str(path))[0].generation_config.eos_token_id == sorted([7, own])
+    mllm = probes.load(str(path))
+    for end in (7, own):
+        logits = torch.nn.functional.one_hot(torch.tensor([end]), 200).float()
+        monkeypatch.setattr(type(mllm), "logit_lens", lambda *_, logits=logits: logits)
+        assert mllm.answer(pictures(0)[0], "wall", max_new_tokens=3) == ""

@@ -98,13 +98,13 @@ class ImageDataset(Dataset):
 
     def identity(self) -> dict[str, str]:
         """Return what the split is: number and digest of its images and of their targets, by name and content."""
-        identity = {}
-        for i, part in enumerate(self.parts):
-            files = [group[i] for group in self._files]
-            folder = os.path.commonpath([file.parent for file in files])
-            digests = checksums(folder, [os.path.relpath(file, folder) for file in files])
-            identity[part] = describe([self.names, list(digests.values())], len(files))
-        return identity
+        return {part: describe([self.names, self.digests(part)], len(self)) for part in self.parts}
+
+    def digests(self, part: str) -> list[str]:
+        """Return the checksum of each image's file of a part, such as "images"; "" of one that cannot be read."""
+        files = [group[self.parts.index(part)] for group in self._files]
+        folder = os.path.commonpath([file.parent for file in files])
+        return list(checksums(folder, [os.path.relpath(file, folder) for file in files]).values())
 
 
 class SegmentationDataset(ImageDataset):
@@ -141,6 +141,10 @@ class SegmentationDataset(ImageDataset):
             raise UserError(
                 f"{layout}: the lookup contains class {highest}, but there are {len(classes)} classes, from 0"
             )
+        if impossible := [name for i, name in enumerate(classes) if i not in lookup]:
+            raise UserError(
+                f"{type(self).__name__}: no label means the class {impossible[0]!r}; leave it out of the classes"
+            )
         super().__init__(files, classes, palette, groups)
         self._lookup = lookup
 
@@ -163,6 +167,13 @@ def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDE
     table[first : first + classes] = np.arange(classes)
     table[list(ignored)] = IGNORE_INDEX
     return table
+
+
+def shared_images(a: ImageDataset, b: ImageDataset) -> list[tuple[str, str]]:
+    """Return the names in both splits of the images that are the same byte for byte."""
+    names = {digest: name for name, digest in zip(a.names, a.digests("images"), strict=True) if digest}
+    found = zip(b.names, b.digests("images"), strict=True)
+    return [(names[digest], name) for name, digest in found if digest in names]
 
 
 def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:

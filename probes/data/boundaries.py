@@ -70,6 +70,10 @@ class ClassBoundaries(ImageDataset):
         """Return what the split is: its images and masks."""
         return self._dataset.identity()
 
+    def digests(self, part: str) -> list[str]:
+        """Return the checksums of its images or masks."""
+        return self._dataset.digests(part)
+
     def read_target(self, image: Image.Image, image_file: File, mask_file: File) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a BadFile that names the file."""
         labels = self._dataset.read_target(image, image_file, mask_file)

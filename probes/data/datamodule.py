@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.epoch_length import batches_per_epoch
@@ -14,7 +15,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import limit_workers, worker_options
 from probes.tasks import SEGMENTATION, TASKS, targets_of
 
+from .base import shared_images
 from .batches import CachedFeatures, PreprocessedDataset, collate
+from .label_counts import LabelCounts, add_counts, check_labels, join_counts, label_notes, shared_image_note
 from .registry import LAYOUTS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
@@ -59,6 +62,8 @@ class SegmentationData(LightningDataModule):
         self.batch_size, self.cache_features = batch_size, cache_features
         self.num_workers, self.seed = limit_workers(num_workers), seed
         self.trained_batches = 0
+        self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
+        self.shared_images: list[tuple[str, str]] = []
         self._sources: dict[str, Dataset] = {}
 
     @property
@@ -93,15 +98,26 @@ class SegmentationData(LightningDataModule):
         bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)
         if ranks > 1:
             shares: list = [None] * ranks
-            torch.distributed.all_gather_object(shares, bad_files)
-            bad_files = sum(shares, [])
+            torch.distributed.all_gather_object(shares, (bad_files, self.labels))
+            bad_files = sum((bad for bad, _ in shares), [])
+            self.labels = {split: join_counts([labels[split] for _, labels in shares]) for split in self.labels}
         self.check_files(bad_files)
+        self.shared_images = shared_images(self.splits["training"], self.splits["validation"])
+        for note in self.notes():
+            rank_zero_warn(f"{self.root}: {note}")
+
+    def notes(self) -> list[str]:
+        """Return what a reader of scores must know about labels and images, after the files were checked."""
+        notes = label_notes(self.classes, self.labels)
+        return notes + ([shared_image_note(self.shared_images)] if self.shared_images else [])
 
     def check_files(self, bad_files: list[tuple[str, str]]) -> None:
-        """Raise a UserError if some of the files cannot be used, or no pixel of a split is labelled."""
+        """Raise a UserError if some of the files cannot be used, or their labels are not those of the classes."""
         splits = {f"{self.name} {split}": dataset for split, dataset in self.splits.items()}
         if unusable := leave_out_unlabelled(bad_files, splits):
             raise UserError(f"{self.root}: {format_bad_files(unusable, sum(map(len, splits.values())))}")
+        if self.labels and self.task == SEGMENTATION:
+            check_labels(self.classes, self.labels, self.dataset == "folder", self.root)
 
     def find_bad_files(
         self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True
@@ -112,7 +128,9 @@ class SegmentationData(LightningDataModule):
             if (published := dataset.official_size) not in (None, len(dataset)):
                 rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published")
             share = range(rank, len(dataset), ranks)
-            bad_files += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress)
+            counts: list[ndarray] = []
+            bad_files += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress, counts)
+            self.labels[split] = add_counts(counts, len(dataset.classes))
         return bad_files
 
     def train_dataloader(self) -> DataLoader:

@@ -4,6 +4,7 @@
     ROOT/annotations/{training,validation}/NAME.png       8-bit, one class index per pixel
     ROOT/classes.json                                     {"classes": ["wall", ...], "ignore_index": 255}
 
+"ignore_index" can be a list of labels. A class whose label is ignored is none: no probe predicts it.
 With `"reduce_zero_label": true` in classes.json, label 0 is ignored and classes start at 1, as in the files of ADE20K.
 `"palette": [[r, g, b], ...]` sets the colours of the maps.
 """
@@ -31,13 +32,19 @@ class FolderDataset(SegmentationDataset):
     def __init__(self, root: str | Path, split: str):
         root = Path(root)
         settings = _read_classes_json(root / "classes.json")
-        zero_ignored = settings.get("reduce_zero_label", False)
-        ignored = (settings.get("ignore_index", IGNORE_INDEX), *([0] if zero_ignored else []))
+        names = settings["classes"]
+        first = int(settings.get("reduce_zero_label", False))
+        ignored = _ignored_labels(settings)
+        kept = [i for i in range(len(names)) if i + first not in ignored]
+        table = lookup(len(names), first, (*ignored, *range(first)))
+        for number, i in enumerate(kept):
+            table[i + first] = number
+        palette = settings.get("palette")
         super().__init__(
             image_and_annotation_folders(root, split),
-            settings["classes"],
-            lookup(len(settings["classes"]), first=int(zero_ignored), ignored=ignored),
-            settings.get("palette"),
+            [names[i] for i in kept],
+            table,
+            palette and [palette[i] for i in kept],
         )
 
 
@@ -60,15 +67,25 @@ def _read_classes_json(path: Path) -> dict:
         raise UserError(f"{path} has one class, which is right everywhere; name another one, such as the background")
     if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{path} has the class {duplicates[0]!r} twice")
-    ignored, zero_ignored = settings.get("ignore_index", IGNORE_INDEX), settings.get("reduce_zero_label", False)
-    if type(ignored) is not int or ignored not in range(256):
-        raise UserError(f"{path}: ignore_index is {ignored!r}; expected a label of an 8-bit mask (0 to 255)")
+    ignored, zero_ignored = _ignored_labels(settings), settings.get("reduce_zero_label", False)
+    for label in ignored:
+        if type(label) is not int or label not in range(256):
+            raise UserError(
+                f"{path}: ignore_index is {label!r}; expected a label of an 8-bit mask (0 to 255), or a list of them"
+            )
     if not isinstance(zero_ignored, bool):
         raise UserError(f"{path}: reduce_zero_label is {zero_ignored!r}; expected true or false")
     if len(names) > (most := IGNORE_INDEX - zero_ignored):
         raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {most}")
+    if len(names) - sum(i + zero_ignored in ignored for i in range(len(names))) < 2:
+        raise UserError(f"{path}: fewer than two classes have a label that is not ignored (ignore_index)")
     _check_palette(path, settings.get("palette"), len(names))
     return settings
+
+
+def _ignored_labels(settings: dict) -> list:
+    ignored = settings.get("ignore_index", IGNORE_INDEX)
+    return ignored if isinstance(ignored, list) else [ignored]
 
 
 def _check_palette(path: Path, palette: Any, classes: int) -> None:

@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_bidir.common.loader_workers import worker_options
 
 from .base import IGNORE_INDEX, BadFile, ImageDataset
+from .label_counts import count_labels
 
 BATCH_SIZE = 16
 FILES_PER_KIND = 3  # in the error message
@@ -17,7 +19,7 @@ UNLABELLED = "no labelled pixel in any {} of {}"  # target, split
 
 
 class _PairDefects(Dataset):
-    """The defect (kind, message) of each pair, or None; pairs are decoded as in training."""
+    """The defect (kind, message) of each pair, or None, and its labels; pairs are decoded as in training."""
 
     def __init__(self, dataset: ImageDataset, name: str):
         self.dataset, self.name = dataset, name
@@ -25,11 +27,14 @@ class _PairDefects(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[str, str] | None:
+    def __getitem__(self, index: int) -> tuple[tuple[str, str] | None, ndarray | None]:
         try:
             target = self.dataset[index]["target"]
         except BadFile as error:
-            return error.kind, str(error)
+            return (error.kind, str(error)), None
+        return self._defect(index, target), count_labels(target, len(self.dataset.classes))
+
+    def _defect(self, index: int, target: ndarray) -> tuple[str, str] | None:
         if not self.dataset.classes:
             return None
         kind, file = UNLABELLED.format(self.dataset.target_name, self.name), self.dataset.files(index)[-1]
@@ -41,7 +46,12 @@ class _PairDefects(Dataset):
 
 
 def find_bad_files(
-    dataset: ImageDataset, name: str, indices: Iterable[int], workers: int, progress: bool = True
+    dataset: ImageDataset,
+    name: str,
+    indices: Iterable[int],
+    workers: int,
+    progress: bool = True,
+    counts: list[ndarray] | None = None,
 ) -> list[tuple[str, str]]:
     """Return (kind, message) of each pair that cannot be used, also of targets without a labelled pixel.
 
@@ -51,6 +61,7 @@ def find_bad_files(
         indices: The pairs to read.
         workers: Processes; with 0, or for few images, the pairs are read in this process.
         progress: Show a progress bar.
+        counts: Takes the labels of each image that can be read, see :func:`count_labels`.
     """
     indices = list(indices)
     few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
@@ -66,7 +77,9 @@ def find_bad_files(
     with tqdm(total=len(indices), desc=f"checking {name}", unit=" images", mininterval=1, disable=not progress) as bar:
         for results in loader:
             bar.update(len(results))
-            defects += filter(None, results)
+            defects += [defect for defect, _ in results if defect]
+            if counts is not None:
+                counts += [labels for _, labels in results if labels is not None]
     return defects
 
 

@@ -28,6 +28,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.figures import effect_rows
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
+from probes.data.label_counts import notes_of_run
 from probes.results import formatting
 from probes.results.finished_run import warn_of_changed_data
 from probes.results.formatting import Rows
@@ -78,6 +79,7 @@ def study_results(study: Study, claims: list[dict[str, Any]], sections: list[Pag
             "random": {mask: [{"probing": run.metrics} for run in runs] for mask, runs in random.items() if runs},
         },
         "claims": claims,
+        "data_notes": notes_of_run(study.first.metrics["classes"], study.first.manifest["data"]),
     }
     for section in sections:
         results |= section.content.results
@@ -173,6 +175,7 @@ def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str,
         "first": drawn[0][1].pop(0),
         "sections": [(section, figures) for section, figures in drawn if figures],
         "overridden_masks": overridden_masks(study),
+        "data_notes": results["data_notes"],
     }
 
 

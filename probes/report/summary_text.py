@@ -151,7 +151,8 @@ def format_results(results: dict[str, Any]) -> str:
         lines += [format_claims(joint["claims"]), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
-        lines += [format_claims(study["claims"]), *edge_notes(study["path_at_edge"]), ""]
+        notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
+        lines += [format_claims(study["claims"]), *notes, ""]
     return "\n".join(lines)
 
 

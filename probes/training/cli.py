@@ -17,7 +17,9 @@ from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.usage_errors import ArgumentParser, natural
+from probes.data.base import shared_images
 from probes.data.datamodule import SegmentationData
+from probes.data.label_counts import format_labels
 
 from .module import ProbeModule
 from .run_schema import Manifest, read_metrics, read_run_file
@@ -163,6 +165,10 @@ def verify_data(argv: list[str]) -> None:
     data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule
     start = time.perf_counter()
     data.check_files(data.find_bad_files(args.workers))
+    data.shared_images = shared_images(data.splits["training"], data.splits["validation"])
+    print(format_labels(data.classes, data.labels))
+    for note in data.notes():
+        print(f"warning: {note}")
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     targets = f"{data.num_classes} classes" if data.classes else data.task
     print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

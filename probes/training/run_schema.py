@@ -52,6 +52,8 @@ class _Data(TypedDict):
     task: NotRequired[str]
     options: NotRequired[dict[str, Any] | None]
     fingerprint: str
+    labels: NotRequired[dict[str, dict[str, Any]]]  # by split, see probes/data/label_counts.py
+    shared_images: NotRequired[list[list[str]]]  # names in training and in validation
 
 
 # the part of Manifest.config that is needed to load the model

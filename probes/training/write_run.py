@@ -146,6 +146,7 @@ def manifest(module, data) -> Manifest:
             **({"task": data.task} if module.task else {}),
             "options": data.options,
             "fingerprint": describe(module.identity["data"]),
+            **_data_notes(data),
         },
         identity=module.identity,
         mllm_training=_read_training(Path(module.hparams.mllm) / "training.json"),
@@ -155,6 +156,14 @@ def manifest(module, data) -> Manifest:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     )
+
+
+def _data_notes(data) -> dict[str, Any]:
+    """Return the labels of both splits and the images that they share, if the files were checked in this process."""
+    if not data.labels:
+        return {}
+    labels = {split: counts._asdict() for split, counts in data.labels.items()}
+    return {"labels": labels, "shared_images": [list(pair) for pair in data.shared_images]}
 
 
 def _read_training(file: Path) -> dict[str, Any] | None:

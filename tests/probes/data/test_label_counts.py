@@ -1,0 +1,173 @@
+"""Labels that are counted while files are checked, classes that cannot be labelled, and images in both splits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.data.datamodule import SegmentationData
+from probes.data.folder import FolderDataset
+from probes.data.label_counts import (
+    LabelCounts,
+    add_counts,
+    check_labels,
+    count_labels,
+    join_counts,
+    label_notes,
+    notes_of_run,
+)
+from probes.report.page import write_report
+from probes.results.probe_run import ProbeRun
+from probes.training.solve import main as solve
+
+
+def masks(root: Path, split: str) -> list[Path]:
+    return sorted((root / "annotations" / split).iterdir())
+
+
+def relabel(root: Path, split: str, old: int, new: int) -> None:
+    for file in masks(root, split):
+        mask = np.asarray(Image.open(file)).copy()
+        mask[mask == old] = new
+        Image.fromarray(mask).save(file)
+
+
+def write_classes(root: Path, **settings) -> None:
+    (root / "classes.json").write_text(json.dumps(settings))
+
+
+def test_counts_equal_numpy_over_all_masks(segmentation):
+    data = SegmentationData(str(segmentation))
+    data.check_files(data.find_bad_files(0, progress=False))
+    for split, counts in data.labels.items():
+        found = np.stack([np.asarray(Image.open(file)) for file in masks(segmentation, split)])
+        assert counts.images == len(found)
+        assert counts.pixels == [int((found == k).sum()) for k in range(3)]
+        assert counts.images_of_class == [int((found == k).any((1, 2)).sum()) for k in range(3)]
+        assert counts.ignored == (found == 255).sum() > 0
+    assert data.notes() == []
+
+
+def test_parts_of_a_split_add_up():
+    target = np.array([[0, 1, 255], [1, 1, 255]], np.uint8)
+    a, b = count_labels(target, 3), count_labels(np.full((2, 3), 2, np.uint8), 3)
+    assert a.tolist() == [1, 3, 0, 2]
+    assert join_counts([add_counts([a], 3), add_counts([b], 3)]) == add_counts([a, b], 3)
+    assert add_counts([a, b], 3) == LabelCounts(2, [1, 3, 6], [1, 1, 1], 2)
+    depth = np.array([[1.0, np.nan]], np.float32)
+    assert add_counts([count_labels(depth, 0)], 0) == LabelCounts(1, [1], [1], 1)
+
+
+@pytest.mark.parametrize("command", ["verify-data", "fit", "solve"])
+def test_masks_of_one_label_are_an_error(command, tmp_path, checkpoints):
+    """0 and 255, where 255 was meant to be a class: each probe would be right everywhere."""
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    for split in ("training", "validation"):
+        relabel(root, split, 1, 0)
+        relabel(root, split, 2, 255)
+    words = [command, "-c", "configs/demo/probes.yaml", "--data.root", str(root)]
+    if command != "verify-data":
+        words += ["--model.mllm", str(checkpoints["causal"]), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="all labelled training pixels are of the class 'sky'"):
+        main(words)
+
+
+def test_a_listed_class_without_a_training_pixel_is_an_error_with_its_remedy(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", training=15)
+    relabel(root, "training", 2, 1)
+    names = json.loads((root / "classes.json").read_text())["classes"]
+    with pytest.raises(
+        SystemExit, match=f"labelled {names[2]}, which classes.json lists.*ignore_index"
+    ):
+        main(["verify-data", "-c", "folder", "--data.root", str(root)])
+    write_classes(root, classes=names, ignore_index=[2, 255])
+    main(["verify-data", "-c", "folder", "--data.root", str(root)])
+    assert SegmentationData(str(root)).classes == names[:2]
+
+
+def test_few_images_and_published_classes_may_lack_some():
+    classes = ["a", "b", "c"]
+    labels = {
+        "training": LabelCounts(15, [9, 9, 0], [5, 5, 0], 0),
+        "validation": LabelCounts(1, [1, 1, 1], [1] * 3, 0),
+    }
+    with pytest.raises(UserError, match="labelled c"):
+        check_labels(classes, labels, True, "data")
+    check_labels(classes, labels, False, "data")
+    check_labels(
+        classes, labels | {"training": labels["training"]._replace(images=14)}, True, "data"
+    )
+
+
+def test_notes_name_classes_and_shares():
+    labels = {
+        "training": LabelCounts(20, [9, 9, 9, 0, 0], [20, 4, 5, 0, 0], 14),
+        "validation": LabelCounts(20, [9, 9, 0, 9, 0], [20, 5, 0, 20, 0], 13),
+    }
+    assert label_notes(["sky", "road", "car", "bus", "bike"], labels) == [
+        "No training pixel is labelled bus, so that the IoU there is 0.",
+        "No validation pixel is labelled car, so that mIoU says nothing about it.",
+        "No pixel of either split is labelled bike.",
+        "In fewer than 5 training images: road (4).",
+        "34% of the training pixels are ignored or have no value.",
+    ]
+
+
+def test_an_ignored_class_has_no_logit(tmp_path):
+    """Else a pixel predicted as it would be a class of IoU 0, which no metric that ignores it counts."""
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    palette = [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
+    plain = np.stack([item["target"] for item in FolderDataset(root, "training")])
+    for ignored in range(3):
+        write_classes(root, classes=["x", "y", "z"], ignore_index=[ignored, 255], palette=palette)
+        dataset = FolderDataset(root, "training")
+        kept = [k for k in range(3) if k != ignored]
+        assert dataset.classes == ["xyz"[k] for k in kept]
+        assert dataset.palette == [palette[k] for k in kept]
+        target = np.stack([item["target"] for item in dataset])
+        for number, k in enumerate(kept):
+            assert ((target == number) == (plain == k)).all()
+        assert ((target == 255) == ((plain == 255) | (plain == ignored))).all()
+    write_classes(root, classes=["x", "y", "z"], ignore_index=[0, 1])
+    with pytest.raises(UserError, match="fewer than two classes"):
+        FolderDataset(root, "training")
+
+
+def test_images_in_both_splits_are_named_from_the_check_to_the_page(tmp_path, checkpoints, capsys):
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    for kind, suffix in (("images", ".png"), ("annotations", ".png")):
+        shutil.copy(
+            root / kind / "training" / f"002{suffix}", root / kind / "validation" / f"copy{suffix}"
+        )
+    main(["verify-data", "-c", "folder", "--data.root", str(root)])
+    said = capsys.readouterr().out
+    assert "warning: 1 image stands in training and in validation, byte for byte" in said
+    assert "002 = copy" in said
+    assert "wall" in said and "training pixels" in said, "the table of labels"
+    words = [
+        "-c",
+        "configs/demo/probes.yaml",
+        "--data.root",
+        str(root),
+        "--folds",
+        "2",
+        "--strengths",
+        "0.1",
+    ]
+    words += ["--model.sites", "[encoder]", "--model.mllm", str(checkpoints["causal"])]
+    with pytest.warns(UserWarning, match="002 = copy"):
+        solve(["solve", *words, "--out", str(tmp_path / "run")])
+    run = ProbeRun(tmp_path / "run")
+    assert run.manifest["data"]["shared_images"] == [["002", "copy"]]
+    assert any(
+        "002 = copy" in note for note in notes_of_run(run.metrics["classes"], run.manifest["data"])
+    )
+    results = write_report([str(tmp_path / "run")], tmp_path / "report")
+    assert "002 = copy" in (tmp_path / "report/index.html").read_text()
+    assert any("002 = copy" in note for note in results["data_notes"])

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LONGEST = 500  # characters of a library's error that are shown
+
 
 class UserError(ValueError):
     """Invalid input; the message names the file, sample or option, what was expected, and what to do."""
@@ -52,4 +54,7 @@ def error_context(subject: Any) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             lines = ["it requires code from the checkpoint, which is never executed"]
         kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{subject}: {kind}{' '.join(lines[:3])[:500]}") from error
+        text = " ".join(lines[:3])
+        if len(text) > LONGEST:
+            text = text[:LONGEST].rpartition(" ")[0] + " ..."
+        raise UserError(f"{subject}: {kind}{text}") from error

@@ -7,14 +7,18 @@ transformers or this package has the class of every supported model. The checks 
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import UserError, error_context
 
 if TYPE_CHECKING:  # seconds, which `probes report` and others do not need
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PARTS = ("vision_config", "text_config")
+AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type")  # in config.json of LLaVA's authors
+CONVERTED = "Use the checkpoint's conversion to transformers' format, for LLaVA those of llava-hf"
 
 
 def read_pretrained(key: str, reader: type, path: str, **kwargs):
@@ -34,9 +38,47 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
         raise UserError(f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf")
     subject = path if is_local else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
     with error_context(f"{key}: {subject}"):
+        if reader.__name__ == "AutoConfig":
+            return _read_config(path, **kwargs)
         loaded = reader.from_pretrained(path, trust_remote_code=False, **kwargs)
     _check_vocabulary(key, loaded, path)
     return loaded
+
+
+def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
+    """Return the config of a checkpoint, all parts of which are in its config.json.
+
+    Where a part is absent, transformers takes its defaults: LLaVA-1.5-13B of LLaVA's authors, whose config has other
+    keys, would be described as a model of 32 layers.
+
+    Raises:
+        UserError: transformers does not know the kind of model, or its config.json lacks the encoder's or the LLM's.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
+
+    given, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    kind = given.get("model_type")
+    of_authors = any(name in given for name in AUTHORS_KEYS)
+    if of_authors:
+        raise UserError(f"config.json is in the format of LLaVA's authors (model_type {kind!r}). {CONVERTED}")
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in given:
+        raise UserError(f"transformers {__version__} knows no model_type {kind!r}; a later version may")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
+    if missing := [name for name in PARTS if _is_default(name, config, given)]:
+        absent = " and no ".join(missing)
+        raise UserError(f"config.json has no {absent}, for which transformers would take its defaults. {CONVERTED}")
+    return config
+
+
+def _is_default(part: str, config: "PreTrainedConfig", given: dict[str, Any]) -> bool:
+    """Return whether transformers made a part of a config of its defaults, since config.json has nothing for it."""
+    made = getattr(config, part, None)
+    if part not in config.sub_configs or made is None:
+        return False
+    if isinstance(given.get(part), dict) or isinstance(given.get(f"{part}_dict"), dict):  # the latter of early CLIPs
+        return False
+    sizes = ("hidden_size", "num_hidden_layers")  # that early configs, as of Qwen2-VL, have beside the encoder's
+    return any(given.get(size) is None or given[size] != getattr(made, size, None) for size in sizes)
 
 
 def _check_vocabulary(key: str, loaded, path: str) -> None:

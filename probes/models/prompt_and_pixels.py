@@ -41,6 +41,8 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
     """Raise a UserError if a config describes no usable grid, encoder or LLM."""
     with error_context(f"config.json of {path}"):
         vision = getattr(config, "vision_config", None)
+        if vision is None and "vision_config" in config.sub_configs:
+            raise UserError("it has no vision_config: this is a language model without an encoder")
         if config.model_type == "llava" and vision.model_type == "pixtral":
             raise UserError("a llava with a Pixtral encoder has a token after each row of patches; it is not supported")
         # SigLIP has no CLS token, for which the other models of this class drop the first token.

@@ -8,6 +8,7 @@ import pytest
 import reference
 import tiny_models
 import torch
+from reference_llava import llava_logits
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -176,26 +177,24 @@ def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_packed_samples_equal_each_sample_alone(name, backend):
-    """Rows of samples with restarting positions, without padding, as padding-free fine-tuning makes them."""
+    """Rows of samples with restarting positions, without padding, as padding-free fine-tuning makes them.
+
+    Each sample alone is computed by attention that is written out.
+    """
     model = tiny_models.model(name, backend)
-    packs, images = (
-        (("tiiiitt", "tttt", "iiiiiiii"), ("tttt", "iiiit", "ttiiiitttt")),
-        ((1, 0, 2), (0, 1, 1)),
-    )
-    ids = torch.stack([torch.cat([tiny_models.ids(row)[0][0] for row in pack]) for pack in packs])
-    positions = torch.stack([torch.cat([torch.arange(len(row)) for row in pack]) for pack in packs])
+    packs = [  # samples of two rows of the same length, each with the number of its images
+        [("tiiiitt", 1), ("tttt", 0), ("iiiiiiii", 2)],
+        [("tttt", 0), ("iiiit", 1), ("ttiiiitttt", 1)],
+    ]
+    rows = [[tiny_models.ids(sample)[0][0] for sample, _ in pack] for pack in packs]
+    ids = torch.stack([torch.cat(row) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(len(x)) for x in row]) for row in rows])
     pixels = tiny_models.pixels(5)
-    packed = model(
-        input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False
-    ).logits
-    image = 0
-    for row, (pack, counts) in enumerate(zip(packs, images, strict=True)):
-        column = 0
-        for sample, count in zip(pack, counts, strict=True):
-            own = slice(column, column + len(sample))
-            views = pixels[image : image + count] if count else None
-            alone = model(
-                input_ids=ids[row : row + 1, own], pixel_values=views, use_cache=False
-            ).logits
-            torch.testing.assert_close(packed[row, own], alone[0], rtol=1e-4, atol=1e-4)
-            column, image = column + len(sample), image + count
+    packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False)
+    images = iter(pixels)
+    for row, pack in enumerate(packs):
+        found = packed.logits[row].split([len(sample) for sample, _ in pack])
+        for (_, count), sample, logits in zip(pack, rows[row], found, strict=True):
+            views = torch.stack([next(images) for _ in range(count)]) if count else None
+            expected = llava_logits(model, name, sample, views)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from device_reads import DeviceReads
 from PIL import Image
+from reference_llava import llava_logits
 
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.cli import main
@@ -63,15 +64,17 @@ def assert_equal(ours, expected) -> None:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_loss_is_that_of_each_sample_alone(name, parts):
-    """Without rows, padding, masks of ours and `predicts`."""
+    """By attention that is written out, without rows, padding, masks of ours and `predicts`."""
     module, collate = build(parts, name)
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for item in samples():
-        ids, labels = (torch.tensor([row]) for row in collate.encode(item))
-        pixels = collate.pixels([item], ids.tolist())
-        logits = module.model(input_ids=ids, pixel_values=pixels).logits[0, :-1]
-        total += F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
-        count += (labels[0, 1:] != -100).sum().item()
+        ids, labels = (torch.tensor(row) for row in collate.encode(item))
+        pixels = collate.pixels([item], [ids.tolist()])
+        logits = llava_logits(module.model, name, ids, pixels)[:-1]
+        loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+        total += loss.item()
+        count += int((labels[1:] != -100).sum())
     assert module.loss(collate(samples())).item() == pytest.approx(total / count, rel=1e-5)
 
 

@@ -236,7 +236,7 @@ def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
     assert "has no data folder 'linked'" in run(port, "open", VIEW | {"folder": "linked"})["error"]
 
 
-@pytest.mark.parametrize("name", hostile_images.REJECTED)
+@pytest.mark.parametrize("name", ["bomb.png", "page.jpg"])  # all: tests/test_hostile_images.py
 def test_hostile_images_are_refused(port, still_serves, name):
     content, _ = hostile_images.REJECTED[name]
     status, body = send(port, "POST", f"/photo?name={name}", content)

@@ -263,6 +263,8 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     run = tmp_path / "run"
     facts = json.loads((run / "hf/training.json").read_text())
     assert facts["stage"] == "adapter+llm" and facts["steps"] == 3 and 0 <= facts["val/answer_accuracy"] <= 1
+    assert facts["val/images_also_in_training"] == 10
+    assert "- val/images_also_in_training: 10" in (run / "hf/README.md").read_text()
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
     run_bytes.assert_same_export(run / "hf", tmp_path / "again")

@@ -22,7 +22,14 @@ from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_header, read_image
-from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, keys_like_image, read_annotations
+from llava_bidir.data.instruction_dataset import (
+    LATE_IMAGES,
+    fingerprint,
+    image_names,
+    keys_like_image,
+    read_annotations,
+)
+from llava_bidir.data.shared_images import describe_shared, shared_images
 from llava_bidir.training.cli import build_data_cli
 
 # Kinds of findings, and what training does with such records.
@@ -209,6 +216,7 @@ def main(argv: list[str]) -> None:
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
+    shown: list[set[str]] = []
     for annotations in filter(None, (data.annotations, data.val_annotations)):
         trained = annotations == data.annotations
         mask = cli.model.hparams.image_attention if trained else "causal"
@@ -226,8 +234,12 @@ def main(argv: list[str]) -> None:
             }
         )
         print(format_result(results[-1]))
+        shown.append(image_names(records))
+    shared = shared_images(*shown, images.path) if len(shown) == 2 else {}
+    if shared:
+        print(describe_shared(shared, len(shown[1])))
     if args.json:
-        write_files({args.json: {"files": results}})
+        write_files({args.json: {"files": results, "images_of_both": shared}})
         print(args.json)
     if any(map(has_faults, results)):
         raise SystemExit(1)

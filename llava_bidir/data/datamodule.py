@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
@@ -19,6 +19,7 @@ from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, check_turns
 from .instruction_dataset import Instructions, read_annotations
+from .shared_images import describe_shared, shared_images
 from .token_weighted_loader import StepLoader
 
 
@@ -73,6 +74,7 @@ class InstructionData(LightningDataModule):
         if template == "plain" and val_annotations:
             raise UserError("data.val_annotations must be null with data.template plain: a caption answers no question")
         self.trained_micro_batches = 0
+        self.shared_images: dict[str, str] = {}  # of validation and training, on the first rank
 
     def prepare_data(self) -> None:
         """Convert the annotations once per node, before the other ranks need them."""
@@ -89,6 +91,8 @@ class InstructionData(LightningDataModule):
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             self.train.check_trainable()
+            if self.val_annotations and self.trainer.is_global_zero:
+                self._compare_images()
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),
@@ -101,6 +105,13 @@ class InstructionData(LightningDataModule):
             )
             self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
+
+    def _compare_images(self) -> None:
+        """Warn of validation images that are trained on."""
+        asked = self.val.image_names()
+        self.shared_images = shared_images(self.train.image_names(), asked, Path(self.images))
+        if self.shared_images:
+            rank_zero_warn(describe_shared(self.shared_images, len(asked)))
 
     @property
     def micro_batches_per_epoch(self) -> int:

@@ -158,6 +158,12 @@ def keys_like_image(record: dict) -> list[str]:
     return [key for key in record["unread"].splitlines() if LIKE_IMAGE.search(key)]
 
 
+def image_names(records: datasets.Dataset) -> set[str]:
+    """Return the paths of all images that records show, relative to their folder."""
+    shown = pc.greater(records.data.column("shown"), 0)
+    return set(records.data.column("image").filter(shown).unique().to_pylist())
+
+
 class Instructions(Dataset):
     """Dataset of records with their image: {"id", "image": PIL or None, "conversations"}.
 
@@ -250,8 +256,7 @@ class Instructions(Dataset):
 
     def image_names(self) -> set[str]:
         """Return the paths of all images that are read, relative to the folder."""
-        names, shown = self.records.data.column("image"), self._column("shown") > 0
-        return set(names.filter(shown).unique().to_pylist())
+        return image_names(self.records)
 
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
         """Return a column, or a function of it, without creating Python objects."""

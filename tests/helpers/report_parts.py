@@ -1,9 +1,22 @@
-"""Parts of a report, without a page."""
+"""Parts of a report, without a page or without pictures."""
+
+import base64
+
+from matplotlib.figure import Figure
 
 from probes.analyses.style import ReportFigure
 from probes.report.claims import evaluate_claims
 from probes.report.sections import study_sections
 from probes.results.study import Study
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+def draw_no_pictures(monkeypatch) -> None:
+    """Save a grey pixel for each figure."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PIXEL))
 
 
 def figures_of(study: Study) -> dict[str, ReportFigure]:

@@ -5,9 +5,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import probe_runs
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from probes.models.sites import site_names
+from probes.tasks import TASKS
+from probes.training.write_run import task_summary
 
 STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak
+DEPTH_IMAGES = 40  # of written runs
+DEPTH_STRENGTHS = [1.0, 1e-1, 1e-3, 1e-5]
 
 
 def write_targets(segmentation: Path, root: Path) -> Path:
@@ -56,3 +65,55 @@ def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
         str(out),
         *more,
     ]
+
+
+def write_depth_run(
+    path,
+    rmse: list[float],
+    root,
+    mask: str = "causal",
+    untrained: bool = False,
+    seed: int = 0,
+    **more,
+):
+    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
+    probe_runs.write_run(
+        path,
+        [0.5] * len(rmse),
+        root=root,
+        mask=mask,
+        untrained=untrained,
+        images=DEPTH_IMAGES,
+        **more,
+    )
+    sites = site_names(len(rmse) - 3)
+    task = TASKS["depth"]
+    noise = (
+        torch.rand(len(rmse), DEPTH_IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
+    )
+    sums = torch.cat([torch.ones(len(rmse), DEPTH_IMAGES, 1), noise], -1)
+    sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
+    scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
+    metrics = json.loads((path / "metrics.json").read_text())
+    for key in ("classes", "baseline"):
+        del metrics[key]
+    metrics |= {
+        "task": "depth",
+        "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
+    }
+    metrics["sites"] = [
+        {"site": site, "dim": 8, "best_epoch": None, "history": []}
+        | {name: scores[name][i] for name in scores}
+        | {f"{name}_ci95": [scores[name][i] - 0.01, scores[name][i] + 0.01] for name in scores}
+        for i, site in enumerate(sites)
+    ]
+    metrics["summary"] = task_summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
+    along_path = {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
+    choice = {"strengths": DEPTH_STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
+    metrics["path"] = {
+        "passes": 1,
+        "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]},
+    }
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    save_file({"sums": sums}, path / "counts.safetensors")
+    return path

@@ -57,27 +57,3 @@ def test_report_has_the_maps(task_runs, runs, tmp_path):
         "Predictions by layer, depth, causal, seed 0" in (tmp_path / "out/index.html").read_text()
     )
     assert (tmp_path / "out/tasks_maps_0.png").is_file()
-
-
-ABOUT_CLASSES = {
-    "knockout": ["--probes", "RUN", "--classes", "auto:1"],
-    "answers": ["--probes", "RUN"],
-    "patching": ["--probes", "RUN"],
-    "umap": ["--probes", "RUN"],
-    "explore": ["RUN", "--images", "0", "--out", "OUT"],
-    "lab": ["RUN"],
-    "report": ["RUN", "--out", "OUT"],
-    "maps": ["--probes", "RUN", "--classes", "a"],
-}
-
-
-@pytest.mark.parametrize("command", ABOUT_CLASSES)
-def test_what_is_about_classes_names_the_task(command, task_runs, tmp_path):
-    paths = {"RUN": str(task_runs["normals"].path), "OUT": str(tmp_path / "out")}
-    options = [paths.get(word, word) for word in ABOUT_CLASSES[command]]
-    with pytest.raises(
-        SystemExit, match="^probes: .*probes of the task normals, but .* about .*classes"
-    ) as stop:
-        main([command, *options])
-    assert "\n" not in str(stop.value.code)
-    assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -273,38 +272,6 @@ def test_means_leave_out_images_without_patches_and_intervals_hold_together():
     assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--mask", "causal"], "--mask is causal, the mask of the run"),
-        (["--mask", "sideways"], "sideways"),
-        (["--layers", "2"], f"--layers 2 is not before the read-out {READ_OUT}; expected 0 to 1"),
-        (["--layers", "-1"], "--layers -1 is not before"),
-        (["--site", "layer_99"], "no site 'layer_99'"),
-        (["--site", "adapter"], "no layer is before the read-out adapter"),
-        (["--site", "encoder"], "no layer is before the read-out encoder"),
-        (["--draws", "0"], "draws must be at least 1, got 0"),
-        (["--pairs", "nowhere"], "no folder nowhere"),
-    ],
-)
-def test_bad_options_are_errors(runs, tmp_path, options, message, capsys):
-    if "--site" not in options:
-        options = [*options, "--site", READ_OUT]
-    with pytest.raises(SystemExit) as error:
-        main(
-            [
-                "patching",
-                "--probes",
-                str(runs["causal"].path),
-                "--out",
-                str(tmp_path / "out"),
-                *options,
-            ]
-        )
-    assert message in str(error.value) + capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
-
-
 def test_odd_pairs_are_errors(runs, pairs, tmp_path):
     shutil.copytree(pairs, tmp_path / "odd")
     (tmp_path / "odd/images/with/003.png").unlink()
@@ -337,27 +304,3 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
             list(range(9)),
             len(classes),
         )
-
-
-def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):
-    run, results, tensors = patched
-    shutil.copytree(run.path, tmp_path / "run")
-    (tmp_path / "run/patching.json").write_text(json.dumps(results))
-    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
-    mask = run.metrics["image_attention"]
-    assert (
-        json.loads((tmp_path / "report/results.json").read_text())["masks"][mask]["patching"]
-        == results
-    )
-    with open(tmp_path / f"report/patching_{mask}.csv") as file:
-        rows = {
-            tuple(row[key] for key in ("experiment", "set", "patches", "layer")): row
-            for row in csv.DictReader(file)
-        }
-    for (experiment, tokens, group, layer), row in rows.items():
-        values = tensors[f"{experiment}/{tokens}/{group}"][:, int(layer)].double().numpy()
-        assert float(row["value"]) == pytest.approx(np.nanmean(values))
-    assert {"cue", "class", "first_row"} <= {key[1] for key in rows}
-    page = (tmp_path / "report/index.html").read_text()
-    assert "Activation patching" in page
-    assert "Exploratory: the paper makes no claim" in page

@@ -1,7 +1,5 @@
 """UMAP of patches, and the numbers from the original space."""
 
-import json
-
 import numpy as np
 import probe_runs
 import pytest
@@ -41,32 +39,6 @@ def test_purity_leaves_out_unlabelled_patches():
     )
 
 
-def test_same_seed_gives_the_same_file(runs, tmp_path, capsys):
-    argv = [
-        "umap",
-        "--probes",
-        str(runs["causal"].path),
-        "--image",
-        "1",
-        "3",
-        "--sites",
-        "encoder",
-        "layer_02",
-    ]
-    for folder in ("a", "b"):
-        main([*argv, "--out", str(tmp_path / folder)])
-    assert (tmp_path / "a/umap.json").read_bytes() == (tmp_path / "b/umap.json").read_bytes()
-    results = json.loads((tmp_path / "a/umap.json").read_text())
-    assert [image["image"] for image in results["images"]] == [1, 3]
-    assert results["grid"] == [2, 2]
-    for image in results["images"]:
-        assert [site["site"] for site in image["sites"]] == ["encoder", "layer_02"]
-        assert all(
-            np.isfinite(site["xy"]).all() and len(site["xy"]) == 4 for site in image["sites"]
-        )
-    assert "knn_purity" in capsys.readouterr().out
-
-
 def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path):
     one, none = (
         probe_runs.fit(
@@ -80,10 +52,3 @@ def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path)
         SystemExit, match="^probes: .* has no decoder layer, and so no best one; choose --sites"
     ):
         main(["umap", "--probes", str(none.path), "--image", "0"])
-
-
-def test_unknown_image_is_an_error(runs):
-    with pytest.raises(
-        SystemExit, match=r"^probes: image 9 is out of range; the split has images 0..8"
-    ):
-        main(["umap", "--probes", str(runs["causal"].path), "--image", "9"])

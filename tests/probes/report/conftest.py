@@ -1,15 +1,9 @@
 """Studies of random counts that the tests of the report write, and reports that draw no pictures."""
 
-import base64
-
 import probe_runs
 import pytest
 import tiny_models
-from matplotlib.figure import Figure
-
-PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
+from report_parts import draw_no_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +13,7 @@ def no_pictures(request, monkeypatch):
     Modules with `DRAWS_PICTURES` look at the pictures.
     """
     if not getattr(request.module, "DRAWS_PICTURES", False):
-        monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PIXEL))
+        draw_no_pictures(monkeypatch)
 
 
 @pytest.fixture

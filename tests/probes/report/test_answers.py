@@ -60,13 +60,6 @@ def report(runs, out) -> tuple[dict, str]:
     return json.loads((out / "results.json").read_text()), (out / "index.html").read_text()
 
 
-def test_runs_without_answers_report_as_before(runs, tmp_path):
-    results, page = report(runs, tmp_path / "report")
-    assert results["masks"]["causal"]["answers"] is None
-    assert ">Answers<" not in page
-    assert not list((tmp_path / "report").glob("answers*"))
-
-
 def test_answers_are_reported_beside_random_llms_and_outside_of_the_claims(runs, tmp_path):
     before, _ = report(runs, tmp_path / "before")
     for skill, seed, run in zip(

@@ -1,6 +1,5 @@
 """The report's section on other tasks: effects against numpy, controls, the path, and what it shows."""
 
-import csv
 import json
 
 import numpy as np
@@ -8,69 +7,21 @@ import probe_runs
 import pytest
 import torch
 from safetensors.torch import save_file
+from task_runs import DEPTH_IMAGES, write_depth_run
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import TaskRun
 from probes.cli import main
-from probes.models.sites import site_names
 from probes.report.beyond_classes import effects, read_task_runs, task_results, task_table
 from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
-from probes.tasks import TASKS
-from probes.training.write_run import task_summary
 
-IMAGES = 40
-STRENGTHS = [1.0, 1e-1, 1e-3, 1e-5]
 RMSE = [0.5, 0.8, 0.7, 0.55, 0.56]
-
-
-def write_task_run(
-    path,
-    rmse: list[float],
-    root,
-    mask: str = "causal",
-    untrained: bool = False,
-    seed: int = 0,
-    **more,
-):
-    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
-    probe_runs.write_run(
-        path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more
-    )
-    sites = site_names(len(rmse) - 3)
-    task = TASKS["depth"]
-    noise = torch.rand(len(rmse), IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
-    sums = torch.cat([torch.ones(len(rmse), IMAGES, 1), noise], -1)
-    sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
-    scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
-    metrics = json.loads((path / "metrics.json").read_text())
-    for key in ("classes", "baseline"):
-        del metrics[key]
-    metrics |= {
-        "task": "depth",
-        "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
-    }
-    metrics["sites"] = [
-        {"site": site, "dim": 8, "best_epoch": None, "history": []}
-        | {name: scores[name][i] for name in scores}
-        | {f"{name}_ci95": [scores[name][i] - 0.01, scores[name][i] + 0.01] for name in scores}
-        for i, site in enumerate(sites)
-    ]
-    metrics["summary"] = task_summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
-    along_path = {name: [1.0] * len(STRENGTHS) for name in ("cv_loss", *scores)}
-    choice = {"strengths": STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
-    metrics["path"] = {
-        "passes": 1,
-        "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]},
-    }
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    save_file({"sums": sums}, path / "counts.safetensors")
-    return path
 
 
 @pytest.fixture
 def folders(segmentation, tmp_path) -> dict[str, str]:
-    trained = write_task_run(tmp_path / "depth", RMSE, segmentation)
-    control = write_task_run(
+    trained = write_depth_run(tmp_path / "depth", RMSE, segmentation)
+    control = write_depth_run(
         tmp_path / "random", [0.5, 1.0, 1.1, 0.95, 0.96], segmentation, untrained=True, seed=1
     )
     classes = probe_runs.write_run(
@@ -84,7 +35,7 @@ def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
     run = TaskRun(folders["depth"])
     ours = effects(run)
     rmse = run.sums[..., 1].double().numpy()
-    weights = bootstrap_weights(IMAGES).double().numpy()
+    weights = bootstrap_weights(DEPTH_IMAGES).double().numpy()
     best = 3 if "layer_02" == run.sites[3] else None
     for name, (a, b) in {"adapter_drop": (1, 0), "recovery": (1, best)}.items():
         value, resampled = ours[name]
@@ -102,13 +53,13 @@ def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, capl
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
     rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
     metrics = {"untrained": ["llm"], "match": "update", "draw": 0}
-    matched = TaskRun(write_task_run(tmp_path / "matched", rmse, segmentation, metrics=metrics))
+    matched = TaskRun(write_depth_run(tmp_path / "matched", rmse, segmentation, metrics=metrics))
     assert [task_results([depth, x])[0]["control_is"] for x in (matched, untrained)] == [
         "random",
         "untrained",
     ]
     other = TaskRun(
-        write_task_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True)
+        write_depth_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True)
     )
     assert len(task_results([depth, other])) == 1
     assert f"{other.path} is left out" in caplog.text
@@ -126,7 +77,7 @@ def test_runs_of_tasks_can_be_told_their_model(folders, tmp_path):
 
 def test_several_models_are_told_apart(segmentation, tmp_path):
     runs = [
-        f"{model}={write_task_run(tmp_path / f'{model}_{mask}', [0.5, 0.8, 0.7, 0.55, 0.56], segmentation, mask=mask)}"
+        f"{model}={write_depth_run(tmp_path / f'{model}_{mask}', [0.5, 0.8, 0.7, 0.55, 0.56], segmentation, mask=mask)}"
         for model in ("ours", "theirs")
         for mask in ("causal", "bidirectional")
     ]
@@ -164,52 +115,6 @@ def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
     tasks_by_site([entry]).figure.draw_without_rendering()
 
 
-def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):
-    main(["report", folders["classes"], "--out", str(tmp_path / "without")])
-    assert "Beyond classes" not in (tmp_path / "without/index.html").read_text()
-    assert "tasks" not in json.loads((tmp_path / "without/results.json").read_text())
-    out = tmp_path / "with"
-    main(
-        [
-            "report",
-            folders["classes"],
-            "--out",
-            str(out),
-            "--tasks",
-            folders["depth"],
-            folders["random"],
-        ]
-    )
-    page = (out / "index.html").read_text()
-    assert "<h2>Beyond classes</h2>" in page
-    assert "Exploratory" in page
-    assert "RMSE (m), lower is better" in page
-    assert json.loads((out / "results.json").read_text())["tasks"][0]["task"] == "depth"
-    assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {
-        file.name for file in out.iterdir()
-    }
-
-
-def test_seeds_are_rows_of_their_own_with_their_controls(folders, segmentation, tmp_path):
-    more = {"seed": 1, "metrics": {"seed": 1}}
-    again = [write_task_run(tmp_path / "d1", [0.5, 0.9, 0.8, 0.5, 0.5], segmentation, **more)]
-    again.append(
-        write_task_run(
-            tmp_path / "r1", [0.5, 0.9, 0.9, 0.7, 0.7], segmentation, untrained=True, **more
-        )
-    )
-    tasks = [folders["depth"], folders["random"], *map(str, again)]
-    main(["report", folders["classes"], "--tasks", *tasks, "--out", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
-    assert [entry["seed"] for entry in results] == [0, 1]
-    for trained, control, entry in zip(tasks[::2], tasks[1::2], results, strict=True):
-        assert json.loads(json.dumps(task_results([TaskRun(trained), TaskRun(control)]))) == [entry]
-    rows = list(csv.DictReader((tmp_path / "out/tasks.csv").open()))
-    assert [
-        row["seed"] for row in rows if row["site"] == "adapter" and row["weights"] == "trained"
-    ] == ["0", "1"]
-
-
 @pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])
 def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
     without, segmentation, tmp_path
@@ -231,7 +136,7 @@ def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
 def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
     """Recovery beyond control would be that of whichever is passed first: here +0.2 or 0.0."""
     more = {"untrained": True, "metrics": {"draw": 1}}
-    second = write_task_run(tmp_path / "draw1", [0.5, 1.0, 1.1, 0.75, 0.96], segmentation, **more)
+    second = write_depth_run(tmp_path / "draw1", [0.5, 1.0, 1.1, 0.75, 0.96], segmentation, **more)
     runs = [folders["depth"], folders["random"], str(second)]
     with pytest.raises(SystemExit, match="random and .*draw1 are .*; pass one"):
         main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", *runs])
@@ -240,7 +145,7 @@ def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
 @pytest.mark.parametrize("other", ["control", "mask"])
 def test_trained_probes_are_not_compared_with_solved_ones(other, folders, segmentation, tmp_path):
     more = {"untrained": True} if other == "control" else {"mask": "bidirectional"}
-    trained = write_task_run(tmp_path / "trained", RMSE, segmentation, **more)
+    trained = write_depth_run(tmp_path / "trained", RMSE, segmentation, **more)
     metrics = json.loads((trained / "metrics.json").read_text())
     del metrics["path"]
     (trained / "metrics.json").write_text(json.dumps(metrics))

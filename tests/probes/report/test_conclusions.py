@@ -11,7 +11,7 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
-from probes.report.summary_text import claim_notes, format_results
+from probes.report.summary_text import format_results
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -34,13 +34,6 @@ def claims_of(paths) -> dict[str, dict]:
     """Return the causal claims by name."""
     claims = evaluate_claims(*read_studies(paths))
     return {claim["claim"]: claim for claim in claims if claim["image_attention"] == "causal"}
-
-
-def test_few_images_are_said_to_tell_next_to_nothing(write):
-    claims = evaluate_claims(*read_studies([write("solved", CURVE, 1, solved=True)]))
-    assert not any("validation images" in note for note in claim_notes(claims))
-    claims[0]["n"] = {"images": 2}
-    assert any("2 validation images tell next to nothing" in note for note in claim_notes(claims))
 
 
 def test_trained_probes_are_judged_however_far_from_the_optimum(write):
@@ -258,19 +251,3 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     assert columns["paper"]["below_optimum"]["value"] > 0
     assert "Beyond random: without seed 2, draws of a random llm: 1" in capsys.readouterr().out
     assert recovery["p_holm"] >= recovery["p"] > 0
-
-
-def test_the_table_for_the_terminal_and_the_page_name_conclusions(write, draws, tmp_path, capsys):
-    runs = [write("sgd", LOW), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
-    main(["report", *runs, "--out", str(tmp_path / "report")])
-    text = capsys.readouterr().out
-    page = (tmp_path / "report/index.html").read_text()
-    summary = "1 of 1 tested claims are supported: recovery (causal). Untested, so neither supported nor not: 1 of 2."
-    assert summary in page
-    assert "below the optimum by" in page
-    row = next(line for line in text.splitlines() if line.startswith("recovery "))
-    assert row.split("  ")[-2].strip() == "supported"
-    assert "an effect counts from 1 point" in text
-    assert "supported" in (tmp_path / "report/tables.tex").read_text()
-    header = (tmp_path / "report/claims.csv").read_text().splitlines()[0].split(",")
-    assert {"conclusion", "p", "p_holm", "below_optimum", "optimum_detectable"} <= set(header)

@@ -194,14 +194,3 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     assert "have not converged at the chosen strength" in unconverged([ProbeRun(run)], "recovery")
     assert optimum()["verdict"] == "untested"
     assert "run `probes solve` again" in optimum()["reason"]
-
-
-def test_the_figure_of_masks_shows_the_pair_where_another_mask_was_trained(write, tmp_path):
-    """Trained probes of two masks, of which one is not the paper's, and solved ones of both."""
-    runs = [write("trained", CURVE, mask=mask) for mask in ("causal", "prefix")]
-    runs += [write("solved", CURVE, 5, mask=mask, solved=True) for mask in MASKS]
-    results = write_report(
-        [*(f"a={run}" for run in runs), f"b={write('other', CURVE)}"], tmp_path / "report"
-    )
-    assert len(results["studies"]) == 2
-    assert (tmp_path / "report/masks.csv").is_file()

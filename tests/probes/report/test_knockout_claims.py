@@ -1,9 +1,7 @@
 """Claims about knockouts: as the paper measures them, and per mistaken patch; and what is known to be true."""
 
-import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import probe_runs
@@ -12,9 +10,7 @@ from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.contrasts import patch_contrasts, rate_effects
-from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.summary_text import truth_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -153,42 +149,18 @@ def test_random_probes_that_have_not_converged_are_no_control(write, draws):
             assert beyond["value"] is not None
 
 
-def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path, capsys):
-    """The checkpoint's word counts more than that of the data; what neither knows has no truth."""
-    runs = [write("solved", None, 2, solved=True), *draws(None, None)]
-    main(["report", *runs, "--out", str(tmp_path / "unknown")])
-    assert "truth" not in capsys.readouterr().out + (tmp_path / "unknown/results.json").read_text()
+def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(write, tmp_path):
+    """What neither knows has no truth."""
+    run = write("solved", None, 2, solved=True)
+    assert not any("truth" in claim for claim in claims_of([run]).values())
     of_data = {"adapter_drop": "absent", "recovery": "absent", "depth": "planted"}
     (tmp_path / "data/truth.json").write_text(json.dumps(of_data))
-    manifest = Path(runs[0]) / "manifest.json"
-    of_model = {
-        "truth": {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}
-    }
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"mllm_training": of_model}))
-    main(["report", *runs, "--out", str(tmp_path / "out")])
-    claims = json.loads((tmp_path / "out/results.json").read_text())["claims"]
-    found = {claim["claim"]: claim["truth"] for claim in claims if "truth" in claim}
+    manifest = Path(run) / "manifest.json"
+    truth = {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}
+    of_model = {"mllm_training": {"truth": truth}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | of_model))
+    found = {name: claim["truth"] for name, claim in claims_of([run]).items() if "truth" in claim}
     assert found == {"adapter_drop": "absent", "recovery": "planted"}
-    rows = truth_rows(
-        [{"study": SimpleNamespace(title="the model"), "results": {"claims": claims}}] * 2
-    )
-    assert [row["claim"] for row in rows] == ["adapter drop", "recovery"] * 2
-    assert rows[1]["truth"] == "planted"
-    conclusion = next(claim["conclusion"] for claim in claims if claim["claim"] == "recovery")
-    assert rows[1]["found"] == conclusion
-    assert rows[1]["model"] == "the model"
-    line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("recovery ")
-    )
-    assert [cell.strip() for cell in line.split("  ") if cell][-3:] == [
-        "planted",
-        conclusion,
-        f"({N} images)",
-    ]
-    assert f"planted & {conclusion}" in (tmp_path / "out/tables.tex").read_text()
-    assert 'data-column="truth">planted' in (tmp_path / "out/index.html").read_text()
-    with (tmp_path / "out/claims.csv").open() as file:
-        assert {row["claim"]: row["truth"] for row in csv.DictReader(file) if row["truth"]} == found
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Effects of solved probes at three strengths, compared with loops in numpy; studies and reports with solved runs."""
 
-import csv
 import itertools
 import json
 import shutil
@@ -14,13 +13,11 @@ from probe_runs import ROWS, random_counts, write_run, write_solved
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
-from probes.cli import main
 from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.layer_curves import overview_figures
 from probes.report.path import neighbours, path_rows, sites_at_edge
-from probes.report.summary_text import edge_notes
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -285,13 +282,6 @@ def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
     assert missing == [("adapter_drop", "weaker"), ("recovery_trained", "weaker")]
 
 
-def test_a_choice_at_an_end_of_the_path_is_said():
-    assert edge_notes({"causal": [], "bidirectional": []}) == []
-    (note,) = edge_notes({"causal": ["encoder", "layer_02"], "bidirectional": []})
-    assert "causal" in note
-    assert "lowest at an end of the path at encoder, layer_02" in note
-
-
 # ------------------------------------------------------------------------------------------------ studies
 def test_the_order_of_the_runs_does_not_matter(paths):
     for order in itertools.permutations(paths.values()):
@@ -325,34 +315,6 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ pages
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open()))
-
-
-def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
-    main(["report", paths["solved"], paths["solved_untrained"], "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
-    html = (tmp_path / "index.html").read_text()
-    text = capsys.readouterr().out
-    assert (
-        "As the paper measures it: untested, the number is that of solved probes: run `probes fit"
-        in text
-    )
-    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"untested"}
-    assert {claim["conclusion"] for claim in results["claims"]} == {"untested", "does not hold"}
-    assert "solved instead of\ntrained" in html
-    assert "AdamW" not in html
-    assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
-
-
-def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
-    main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
-    assert "run `probes fit" not in capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
-    html = (tmp_path / "index.html").read_text()
-    assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
-    assert "Solved probes: one linear head" in html
-    assert all(path in html for path in paths.values())
 
 
 def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
@@ -472,27 +434,6 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     (study,) = read_studies([sgd, solved[1]])
     assert list(study.trained) == ["causal"]
     assert f"{solved[1]} is left out" in caplog.text
-
-
-def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
-    runs = []
-    for mask in ("causal", "bidirectional"):
-        runs.append(f"one={write_run(tmp_path / f'sgd_{mask}', CURVE, root=root, mask=mask)}")
-        runs.append(f"two={write_solved(tmp_path / mask, [CURVE] * 3, root=root, mask=mask)}")
-    figures = {x.name: x for x in overview_figures(read_studies(runs))}
-    for name in ("models_causal", "over_adapter_bidirectional"):
-        labels = [text.get_text() for text in figures[name].data.figure.legends[0].get_texts()]
-        assert labels == ["one, trained probes", "two, solved probes"]
-    titles = [ax.get_title() for ax in figures["masks"].data.figure.axes]
-    assert titles == ["one\ntoy world, trained probes", "two\ntoy world, solved probes"]
-    for figure in figures.values():
-        assert {(row["model"], row["probes"]) for row in figure.data.rows} == {
-            ("one", "trained"),
-            ("two", "solved"),
-        }
-        assert "heights cannot be compared" in figure.caption
-    (alone, *_) = overview_figures(read_studies(runs[::2]))
-    assert [text.get_text() for text in alone.data.figure.legends[0].get_texts()] == ["one"]
 
 
 def test_overviews_compare_solved_probes_if_all_models_have_them(root, tmp_path):

@@ -1,6 +1,5 @@
 """Compare claims with numpy, and build the page from tiny runs."""
 
-import csv
 import json
 import re
 
@@ -13,7 +12,7 @@ from PIL import Image
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
-from probes.report.claims import CLAIMS, evaluate_claims
+from probes.report.claims import evaluate_claims
 from probes.report.summary_text import total_wall_s
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -103,29 +102,6 @@ def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
     )
 
 
-def test_holds_follows_from_the_interval_alone(runs):
-    for claim in evaluate_claims(*read_studies(runs)):
-        sign, (low, high) = CLAIMS[claim["claim"]][0], claim["ci95"]
-        assert claim["holds"] == (low > 0 if sign > 0 else high < 0)
-
-
-def test_results_follow_the_contract(page, runs):
-    results = json.loads((page / "results.json").read_text())
-    assert results["seed"] == 0
-    assert results["wall_s"] == 21.0
-    assert list(results["masks"]) == list(MASKS)
-    for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
-        entry = results["masks"][mask]
-        assert entry["probing"] == ProbeRun(path).metrics
-        assert entry["answer_accuracy"] == 0.5
-        assert results["controls"]["untrained"][mask]["probing"]["untrained"] == ["adapter", "llm"]
-    assert len(results["starvation"]["causal"]) == 4
-    assert all(
-        {"claim", "image_attention", "value", "ci95", "holds"} <= set(claim)
-        for claim in results["claims"]
-    )
-
-
 def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     html = (page / "index.html").read_text()
     claims = json.loads((page / "results.json").read_text())["claims"]
@@ -175,37 +151,9 @@ def test_the_page_is_folded_fits_its_screen_and_prints_everything(chromium, page
     tab.close()
 
 
-def test_numbers_are_in_csv_as_fractions(page, runs):
-    rows = list(csv.DictReader((page / "layers.csv").open()))
-    entry = ProbeRun(runs[0]).metrics["sites"][1]
-    (row,) = [
-        r
-        for r in rows
-        if (r["image_attention"], r["untrained"], r["site"]) == ("causal", "False", "adapter")
-    ]
-    assert float(row["miou"]) == pytest.approx(entry["miou"])
-    assert float(row["pacc"]) == pytest.approx(entry["pacc"])
-    table = list(csv.DictReader((page / "table2.csv").open()))
-    assert [r for r in table if r["model"].startswith("paper, siglip")][1][
-        "recovery"
-    ] == "0.08869999999999999"
-
-
 def test_figures_have_fonts_that_journals_accept(page):
     for pdf in page.glob("*.pdf"):
         assert b"/Type3" not in pdf.read_bytes(), pdf.name
-
-
-def test_latex_tables_have_the_scores_in_percent_with_intervals(page, runs):
-    scores, claims = (page / "tables.tex").read_text().split(r"\end{tabular}")[:2]
-    assert scores.count(r"\toprule") == 1
-    assert "site & causal & bidirectional & causal, untrained &" in scores
-    entry = ProbeRun(runs[0]).metrics["sites"][2]
-    miou, low, high = (f"{100 * x:.1f}" for x in (entry["miou"], *entry["miou_ci95"]))
-    assert f"\nlayer\\_01 & {miou} {{[}}{low}, {high}] & " in scores
-    claim = json.loads((page / "results.json").read_text())["claims"][0]
-    sign = "$-$" if claim["value"] < 0 else "+"
-    assert f"\nadapter drop & causal & {sign}{abs(100 * claim['value']):.1f} {{[}}" in claims
 
 
 def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):

@@ -7,9 +7,6 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.claims import evaluate_claims
-from probes.report.effects import drop_and_recovery
-from probes.report.figures.claims import claim_values
 from probes.report.verdicts import (
     MARGIN,
     compare_to_draws,
@@ -18,10 +15,7 @@ from probes.report.verdicts import (
     p_value,
     path_column,
 )
-from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
 
-TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
 STUDIES = 500
 
 
@@ -148,35 +142,3 @@ def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
     assert covered >= 0.93 * STUDIES, (
         f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"
     )
-
-
-def cross_validated_recovery(run):
-    return drop_and_recovery(run.sites, run.counts, run.weights)["recovery"][0]
-
-
-def test_figure_of_claims_has_a_diamond_for_each_draw_and_the_trained_model(write, tmp_path):
-    draws = [
-        write(f"r{i}", TRAINED, 30 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)
-    ]
-    claims = evaluate_claims(read_studies([write("trained", TRAINED, 1), *draws])[0])
-    figure, rows = claim_values(claims)
-    (recovery,) = [i for i, claim in enumerate(claims) if claim["claim"] == "recovery"]
-    diamonds = [
-        line for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())
-    ]
-    (line,) = [x for x in diamonds if round(x.get_ydata()[0]) == recovery]
-    by_draw = claims[recovery]["verdicts"]["beyond_random"]["by_draw"]
-    assert line.get_xdata().tolist() == pytest.approx([100 * x for x in by_draw])
-    (line,) = [
-        x
-        for x in figure.axes[0].lines
-        if x.get_marker() == "d" and round(x.get_ydata()[0]) == recovery
-    ]
-    trained = cross_validated_recovery(ProbeRun(tmp_path / "causal_trained"))
-    assert line.get_xdata().tolist() == pytest.approx([100 * trained]), (
-        "the trained model by the same probes"
-    )
-    found = {row["of"]: row["value"] for row in rows if row["claim"] == "recovery"}
-    assert found["trained_like_random"] == pytest.approx(trained)
-    assert [found["random_0"], found["random_1"]] == by_draw
-    assert found["beyond_random"] == claims[recovery]["verdicts"]["beyond_random"]["value"]

@@ -1,23 +1,15 @@
 """Reports over models and datasets, and mask comparison, on runs without a model."""
 
-import csv
-import itertools
 import json
-import re
-from html import unescape
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from probe_runs import write_run
-from report_parts import figures_of
 
-from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
-from probes.report.figures.layer_curves import models_by_dataset
 from probes.report.mask_comparison import compare_masks
-from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -150,80 +142,3 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
         read_studies(
             [*pair, f"another={write_run(tmp_path / 'images', CURVE, root=root, images=30)}"]
         )
-
-
-def test_labels_of_models_with_the_same_best_layer_do_not_overlap(root, tmp_path):
-    runs = [
-        f"{i}={write_run(tmp_path / str(i), [x + i / 500 for x in CURVE], root=root)}"
-        for i in range(3)
-    ]
-    figure, _ = models_by_dataset(read_studies(runs), "causal")
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) == 3
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_only_masks_have_the_colours_of_masks():
-    assert not set(COLOURS) & set(MASK_COLOURS.values())
-
-
-@pytest.mark.slow
-def test_report_over_several_models_and_datasets(several, tmp_path):
-    main(["report", *several, "--out", str(tmp_path)])
-    html = (tmp_path / "index.html").read_text()
-    results = json.loads((tmp_path / "results.json").read_text())
-    studies = read_studies(several)
-    assert html.count('<details class="study"') == 4
-    outside = re.findall(r"(?:src|href)=\"(?!data:|#)(.*?)\"", html)
-    assert outside
-    assert all((tmp_path / link).is_file() for link in outside)  # only downloads beside the page
-    assert [(s["model"], s["dataset"]) for s in results["studies"]] == [
-        (s.model, s.dataset) for s in studies
-    ]
-    for name in ("models_causal", "models_bidirectional", "over_adapter_causal", "masks"):
-        assert all((tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "pdf", "csv"))
-    for study in studies:
-        assert (tmp_path / study.slug / "paired.csv").is_file()
-        assert f'id="{study.slug}"' in html
-    rows = list(csv.DictReader((tmp_path / "over_adapter_causal.csv").open()))
-    (row,) = [
-        r
-        for r in rows
-        if r["site"] == "layer_03" and r["dataset"] == "ade20k" and r["model"].startswith("clip")
-    ]
-    scores = miou(studies[0].trained["causal"])
-    assert float(row["over_adapter"]) == pytest.approx(scores[4] - scores[1])
-    assert len(list(csv.DictReader((tmp_path / "table2.csv").open()))) == 8 + 6
-    assert set(PAPER["read_from"]) - {"plots"} == set(PAPER) - {"source", "read_from"}
-    html = unescape(html)
-    assert PAPER["read_from"]["plots"] in html
-    assert PAPER["read_from"]["table2_ade20k_miou"] in html
-    assert "must not be subtracted" in html
-
-
-def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
-    def captions(study):
-        return {name: figure.caption for name, figure in figures_of(study).items()}
-
-    (study,) = read_studies(pair)
-    assert "Dashed: the best layer" in captions(study)["layers"]
-    assert "Dotted" not in captions(study)["layers"]
-    untrained = write_run(tmp_path / "run", CURVE, root=root, untrained=True, seed=5)
-    (study,) = read_studies([*pair, str(untrained)])
-    assert "Dotted: the untrained" in captions(study)["layers"]
-
-
-def test_page_notes_a_mask_that_the_model_was_not_trained_with(root, tmp_path):
-    own = write_run(tmp_path / "a", CURVE, root=root, metrics={"own_image_attention": "causal"})
-    other = write_run(
-        tmp_path / "b",
-        CURVE,
-        root=root,
-        mask="bidirectional",
-        metrics={"own_image_attention": "causal"},
-    )
-    main(["report", str(own), str(other), "--out", str(tmp_path / "report")])
-    html = (tmp_path / "report/index.html").read_text()
-    assert html.count('class="note"') == 1
-    assert "The bidirectional run evaluates a model that was trained under" in html

@@ -1,0 +1,250 @@
+"""What every analysis keeps: same seed, same bytes; replacement; errors in one line; its numbers in the report."""
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import probe_runs
+import pytest
+from PIL import Image
+from report_parts import draw_no_pictures
+
+from probes.analyses import ANALYSES, NAMES
+from probes.cli import main
+
+NUMBER = r"-?\d+\.\d+(e-?\d+)?"
+
+
+class Case(NamedTuple):
+    """Options of an analysis, others that make another result, and what an error says of the first."""
+
+    options: list[str]
+    others: list[str]
+    made: str
+    files: tuple[str, ...] = ()  # CSV files of the report whose numbers are those of the analysis
+
+
+KNOCKOUT = ["--classes", "sky", "wall", "--layer-windows", "2", "--attention", "--draws", "1"]
+CASES = {
+    "starvation": Case(
+        ["--site", "layer_02", "--flip"],
+        ["--by-class"],
+        '"by_class": false',
+        ("starvation", "starvation_rotate"),
+    ),
+    "knockout": Case(
+        [*KNOCKOUT, "--controls", "distance", "matched"],
+        ["--classes", "sky"],
+        'classes ["sky", "wall"]',
+        ("knockout_effects_causal", "knockout_windows_causal", "attention_causal"),
+    ),
+    "answers": Case(
+        ["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1", ("answer_accuracy",)
+    ),
+    "patching": Case(
+        ["--site", "layer_02", "--limit", "4", "--draws", "1"],
+        ["--layers", "1"],
+        "layers [0, 1]",
+        ("patching_causal",),
+    ),
+    "maps": Case(["--image", "1", "3"], ["--image", "2"], "image [1, 3]"),
+    "umap": Case(
+        ["--image", "1", "--sites", "adapter"],
+        ["--sites", "layer_02"],
+        'sites ["adapter"]',
+        ("umap_causal_1",),
+    ),
+}
+PAGES = ("explore",)  # a page is replaced by the next one
+
+
+def test_every_analysis_keeps_the_contract():
+    assert {*CASES, *PAGES} == set(NAMES)
+
+
+class Study:
+    """Copies of a causal and a bidirectional run, with every analysis of the causal one."""
+
+    def __init__(self, folder: Path, runs):
+        self.folder = folder
+        self.runs = [
+            shutil.copytree(runs[mask].path, folder / mask) for mask in ("causal", "bidirectional")
+        ]
+        self.questions = probe_runs.write_questions(runs["causal"], folder)
+
+    def result(self, name: str) -> Path:
+        """The result of an analysis; that of starvation is in the folder of the second run."""
+        return self.runs[name == "starvation"] / f"{name}.json"
+
+    def run(self, name: str, *more: str, of: int = 0) -> None:
+        probes = self.runs if name == "starvation" else [self.runs[of]]
+        command = [name, "--probes", *map(str, probes), *CASES[name].options]
+        if name == "answers":
+            command += ["--questions", str(self.questions)]
+        main([*command, *more])
+
+
+@pytest.fixture(scope="module")
+def study(runs, tmp_path_factory) -> Study:
+    made = Study(tmp_path_factory.mktemp("contract"), runs)
+    for name in CASES:
+        made.run(name)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_seed_gives_the_same_files(name, study, tmp_path):
+    study.run(name, "--out", str(tmp_path))
+    written = [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
+    assert study.result(name).name in {file.name for file in written}
+    for file in written:
+        assert file.read_bytes() == (study.result(name).parent / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_options_do_not_replace_a_result_unless_asked_to(name, study, tmp_path):
+    result = Path(shutil.copy(study.result(name), tmp_path))
+    before = result.read_bytes()
+    out = ["--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as error:
+        study.run(name, *out, *CASES[name].others)
+    said = str(error.value)
+    assert f"{result} is finished and was made with" in said
+    assert CASES[name].made in said
+    assert "--overwrite true replaces it, --out DIR writes elsewhere" in said
+    assert result.read_bytes() == before
+    study.run(name, *out, *CASES[name].others, "--overwrite", "true")
+    assert result.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "starvation"])
+def test_a_result_of_another_run_is_not_replaced(name, study, tmp_path):
+    shutil.copy(study.result(name), tmp_path)
+    with pytest.raises(SystemExit, match=rf"{name}.json is finished and was made from other runs"):
+        study.run(name, "--out", str(tmp_path), of=1)
+
+
+def numbers(value) -> Iterator[float]:
+    """All numbers of a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner)
+    elif isinstance(value, float):
+        yield float(f"{value:.9g}")
+
+
+@pytest.fixture(scope="module")
+def report(study) -> Path:
+    out = study.folder / "report"
+    with pytest.MonkeyPatch.context() as patch:
+        draw_no_pictures(patch)
+        main(["report", *map(str, study.runs), "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_shows_the_numbers_of_the_analysis(name, study, report):
+    made = json.loads(study.result(name).read_text())
+    if name == "knockout":
+        made["windows"] = json.loads((study.runs[0] / "knockout_windows.json").read_text())
+    results = json.loads((report / "results.json").read_text())
+    if name in results["masks"]["causal"]:
+        in_results = results["masks"]["causal"][name]
+        both = in_results.keys() & made.keys()
+        assert len(both) > 3
+        assert all(in_results[key] == made[key] for key in both)
+    assert ANALYSES[name].title in (report / "index.html").read_text()
+    known = set(numbers(made))
+    for file in CASES[name].files:
+        with (report / f"{file}.csv").open() as lines:
+            cells = [cell for row in csv.DictReader(lines) for cell in row.values()]
+        shown = {float(f"{float(cell):.9g}") for cell in cells if re.fullmatch(NUMBER, cell)}
+        assert shown, file
+        assert shown <= known, f"{file}: {sorted(shown - known)[:5]}"
+
+
+# ------------------------------------------------------------------------------------------ errors
+BAD = [
+    ("knockout", ["--classes", "moon"], "unknown class 'moon'; .* has sky, wall, road"),
+    ("knockout", ["--classes", "sky", "wall", "sky"], "class 'sky' is named twice"),
+    ("knockout", ["--classes", "sky", "--block-by", "layer_9"], "unknown block_by site 'layer_9'"),
+    (
+        "knockout",
+        ["--classes", "sky", "wall", "--min-patches", "5"],
+        "no image has 5 or more patches wrongly .* sky or wall;",
+    ),
+    ("knockout", ["--classes", "auto:9"], "--classes auto:9: expected N from 1 to 3"),
+    ("knockout", ["--classes", "auto:1", "sky"], "--classes auto:1 sky: expected class names, or"),
+    ("knockout", ["--layer-windows", "4"], "layer windows 4: the width must be from 1 to 3"),
+    ("knockout", ["--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
+    ("knockout", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("patching", ["--mask", "causal"], "--mask is causal, the mask of the run"),
+    ("patching", ["--layers", "2"], "--layers 2 is not before the read-out layer_02; expected 0"),
+    ("patching", ["--layers", "-1"], "--layers -1 is not before"),
+    ("patching", ["--site", "layer_99"], "no site 'layer_99'"),
+    ("patching", ["--site", "adapter"], "no layer is before the read-out adapter"),
+    ("patching", ["--site", "encoder"], "no layer is before the read-out encoder"),
+    ("patching", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("patching", ["--pairs", "nowhere"], "no folder nowhere"),
+    ("answers", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("umap", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
+    ("maps", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
+    ("starvation", ["--site", "layer_77"], "has no site 'layer_77'"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD)
+def test_a_bad_option_is_an_error_in_one_line(name, options, message, study, tmp_path):
+    with pytest.raises(SystemExit, match=f"^probes: .*{message}") as error:
+        study.run(name, *options, "--out", str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
+
+
+ABOUT_CLASSES = {
+    "knockout": ["--probes", "RUN", "--classes", "auto:1"],
+    "answers": ["--probes", "RUN"],
+    "patching": ["--probes", "RUN"],
+    "umap": ["--probes", "RUN"],
+    "explore": ["RUN", "--images", "0", "--out", "OUT"],
+    "lab": ["RUN"],
+    "report": ["RUN", "--out", "OUT"],
+    "maps": ["--probes", "RUN", "--classes", "a"],
+}
+
+
+@pytest.mark.parametrize("command", ABOUT_CLASSES)
+def test_what_is_about_classes_names_the_task(command, task_runs, tmp_path):
+    paths = {"RUN": str(task_runs["normals"].path), "OUT": str(tmp_path / "out")}
+    options = [paths.get(word, word) for word in ABOUT_CLASSES[command]]
+    expected = "^probes: .*probes of the task normals, but .* about .*classes"
+    with pytest.raises(SystemExit, match=expected) as stop:
+        main([command, *options])
+    assert "\n" not in str(stop.value.code)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------ states
+def test_states_replace_no_file(checkpoints, tmp_path):
+    out = tmp_path / "model.safetensors"
+    photo = tmp_path / "a.png"
+    out.write_bytes(b"weights")
+    Image.new("RGB", (40, 30)).save(photo)
+    command = ["states", str(checkpoints["causal"]), str(photo), "--out", str(out)]
+    with pytest.raises(SystemExit, match=r"model.safetensors exists; --overwrite true replaces it"):
+        main(command)
+    assert out.read_bytes() == b"weights"
+    main([*command, "--overwrite", "true"])
+    assert len(out.read_bytes()) > 1000
+
+
+def test_overwrite_is_true_or_false(capsys):
+    with pytest.raises(SystemExit):
+        main(["knockout", "--probes", "RUN", "--classes", "sky", "--overwrite", "yes"])
+    assert "expected true or false, got 'yes'" in capsys.readouterr().err

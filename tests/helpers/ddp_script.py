@@ -153,6 +153,11 @@ def without_dropout(strategy, precision):
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
+def tokens(strategy, precision):
+    """Average over the tokens of a step, which the ranks count together."""
+    return fit(strategy, precision, epochs=1, loss_average="tokens")
+
+
 def resume_elsewhere(strategy, precision):
     """Resume `without_dropout` from SPEC["resume"], perhaps on another number of processes."""
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])

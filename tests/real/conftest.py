@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
@@ -81,55 +81,65 @@ def english(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def options(llm, encoder, english):
+def two_layers(llm, tmp_path_factory) -> Path:
+    """The first two of its 30 layers, for what does not depend on language."""
+    out = tmp_path_factory.mktemp("llm") / "two_layers"
+    config = AutoConfig.from_pretrained(llm, num_hidden_layers=2)
+    AutoModelForCausalLM.from_pretrained(llm, config=config, dtype=torch.float32).save_pretrained(
+        out
+    )
+    AutoTokenizer.from_pretrained(llm).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def options(encoder, english):
     """A function that returns the options of `llava-bidir fit` for a stage of three steps."""
 
-    def build(stage: str, out: Path, *more: str) -> list[str]:
+    def build(stage: str, llm: Path, out: Path, *more: str) -> list[str]:
+        records = "captions" if stage == "stage1" else "dialogues"
         words = [
-            "fit",
-            "-c",
-            f"configs/real/{stage}.yaml",
-            "--out",
-            str(out),
-            "--model.llm",
-            str(llm),
+            *("fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out)),
+            *("--model.llm", str(llm), "--model.encoder.path", encoder.path),
+            *("--model.image_attention", "bidirectional"),
+            *(
+                "--data.images",
+                str(english),
+                "--data.annotations",
+                str(english / f"{records}.json"),
+            ),
+            *("--data.batch_size", "4", "--data.micro_batch_size", "2"),
+            *("--trainer.max_steps", str(STEPS)),
         ]
-        words += [
-            "--model.encoder.path",
-            encoder.path,
-            "--data.images",
-            str(english),
-            "--data.batch_size",
-            "4",
-        ]
-        words += [
-            "--data.annotations",
-            str(english / f"{'captions' if stage == 'stage1' else 'dialogues'}.json"),
-        ]
-        words += ["--data.micro_batch_size", "2", "--trainer.max_steps", str(STEPS)]
-        words += ["--model.image_attention", "bidirectional"]
-        return [*words, *(["--data.val_annotations", "null"] if stage == "stage2" else []), *more]
+        if stage == "stage2":  # LLaVA's rate for the LLM
+            words += ["--data.val_annotations", "null", "--model.learning_rate", "2e-5"]
+        return [*words, *more]
 
     return build
 
 
-@pytest.fixture(scope="session")
-def stage1(options, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "stage1"
-    main(options("stage1", out))
-    return out / "hf"
+def trained(options, llm: Path, runs: Path) -> tuple[Path, Path]:
+    """Train both stages on an LLM and return their exports."""
+    main(options("stage1", llm, runs / "stage1"))
+    stage1 = runs / "stage1/hf"
+    main(options("stage2", llm, runs / "stage2", "--model.adapter", str(stage1)))
+    return stage1, runs / "stage2/hf"
 
 
 @pytest.fixture(scope="session")
-def stage2_options(options, stage1):
-    """Rates and adapter of stage 2; LLaVA's rate for the LLM."""
-    return lambda out, *more: options(
-        "stage2", out, "--model.adapter", str(stage1), "--model.learning_rate", "2e-5", *more
-    )
+def stages(options, llm, tmp_path_factory) -> tuple[Path, Path]:
+    """Both stages of the complete model."""
+    return trained(options, llm, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
-def stage2(stage2_options, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "stage2"
-    main(stage2_options(out))
-    return out / "hf"
+def small_stages(options, two_layers, tmp_path_factory) -> tuple[Path, Path]:
+    """Both stages of the model of two layers."""
+    return trained(options, two_layers, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def small_stage2_options(options, two_layers, small_stages):
+    """A function that returns the options of stage 2 of the model of two layers."""
+    adapter = ["--model.adapter", str(small_stages[0])]
+    return lambda out, *more: options("stage2", two_layers, out, *adapter, *more)

@@ -29,6 +29,7 @@ WORKER = Path(__file__).parents[2] / "helpers/ddp_script.py"
 ZERO = [("zero2", "32-true"), ("zero2", "bf16-mixed"), ("zero3", "bf16-mixed")]
 AS_ONE = {  # run without dropout, which differs between ranks: tolerance
     "ddp:without_dropout:32-true": 1e-5,
+    "ddp:tokens:32-true": 1e-5,
     "zero2:without_dropout:32-true": 1e-5,
     "zero2:without_dropout:bf16-mixed": 2e-2,
     "zero3:without_dropout:bf16-mixed": 2e-2,
@@ -93,6 +94,7 @@ def one(spec, two) -> Path:
     }
     runs = [
         "ddp:without_dropout:32-true",
+        "ddp:tokens:32-true",
         "ddp:resume_elsewhere:32-true",
         "zero3_offload:reject:32-true",
     ]
@@ -114,7 +116,8 @@ def results(folder: Path, run: str) -> list[dict]:
 @pytest.mark.parametrize(("run", "tolerance"), AS_ONE.items())
 def test_two_processes_train_as_one(run, tolerance, one, two):
     """Compare losses, gradient norm and validation."""
-    single = result(one, "ddp:without_dropout:32-true")
+    function = run.split(":")[1]
+    single = result(one, f"ddp:{function}:32-true")
     ranks = results(two, run)
     steps = zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)
     together = [loss for pair in steps for loss in pair]

@@ -70,8 +70,3 @@ def test_merged_weights_are_mapped_files_and_equal_the_sum(updated, dtype, tmp_p
         torch.testing.assert_close(found, expected)
         stored = torch.frombuffer(bytearray((tmp_path / name).read_bytes()), dtype=dtype)
         assert torch.equal(stored.view_as(found), found)
-
-
-def test_defaults_are_those_of_llava():
-    """Source: LLaVA scripts/v1_5/finetune_lora.sh; the dropout is the default of train.py."""
-    assert Lora() == Lora(r=128, alpha=256, dropout=0.05)

@@ -6,7 +6,7 @@ from pathlib import Path
 import llama_tokenizers
 import pytest
 import tiny_models
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import turns
@@ -124,7 +124,6 @@ def test_decoding_detects_a_truncated_file(folder, parts):
     assert kinds(folder, parts, name="cut.json", decode=True) == {"c": ["corrupt"]}
 
 
-@settings(max_examples=30)  # texts are long
 @given(texts=st.lists(llama_tokenizers.texts(), min_size=2, max_size=6), has_image=st.booleans())
 def test_bound_holds_for_any_text(llama_tokenizer, texts, has_image):
     texts = [("<image>\n" if has_image else "") + texts[0], *texts[1:]]

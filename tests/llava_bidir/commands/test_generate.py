@@ -79,26 +79,9 @@ def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, m
     assert "tokens (the LLM has no positions left)" in told(None, "--max-new-tokens", "5000")
 
 
-def test_second_image_is_seen(asked):
-    one, two, other = (
-        answer(*asked, ["sky"], [pictures(*seeds)], 12) for seeds in ((0,), (0, 1), (0, 5))
-    )
-    assert one != two or two != other
-
-
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
         answer(*asked, ["sky " * 600], [[]], 5)
-
-
-@pytest.mark.parametrize("count", ["0", "-3"])
-def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", str(checkpoints["causal"]), "x.png", "what", "--max-new-tokens", count])
-    assert (
-        stop.value.code == 2
-        and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
-    )
 
 
 @pytest.mark.parametrize(("cpu", "fast"), [("AVX512", "bfloat16"), ("AVX2", "float32")])

@@ -121,16 +121,6 @@ def test_contents_are_on_disk_before_the_rename_and_the_name_after(tmp_path, mon
     assert calls == [*(f"{name}.partial" for name in NAMES), *["rename"] * 3, tmp_path.name]
 
 
-def test_other_errors_pass_through(tmp_path):
-    for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
-        with (
-            pytest.raises(type(error), match=str(error)),
-            atomic_directory(tmp_path / "folder", "file"),
-        ):
-            raise error
-    assert not any(tmp_path.iterdir())
-
-
 # ------------------------------------------------------------------------------------------------ write_files
 NAMES = ("a.safetensors", "b.csv", "c.json")
 

@@ -27,11 +27,6 @@ def test_ids_of_any_text_equal_sentencepieces(text, llama_tokenizer, sentencepie
         assert llama_tokenizer.encode(text) == expected
 
 
-@given(text=llama_tokenizers.texts(*SlowLlama.SPECIAL))
-def test_ids_around_special_tokens_equal_llavas(text, llama_tokenizer, slow_llama):
-    assert llama_tokenizer.encode(text) == slow_llama.encode(text)
-
-
 @pytest.fixture(scope="session")
 def export(parts, llama_folder, tmp_path_factory):
     """A processor as `fit` exports it."""

@@ -47,22 +47,6 @@ def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(
     assert labels.count(2) == ends, "each answer's end is trained"
 
 
-def test_conversation_that_ends_with_a_question_is_a_prompt(llama_tokenizer):
-    full, labels = encode(
-        turns("<image>\nWhat?", "A cat."), llama_tokenizer, "vicuna_v1", 2, IMAGE_ID
-    )
-    prompt, nothing = encode(turns("<image>\nWhat?"), llama_tokenizer, "vicuna_v1", 2, IMAGE_ID)
-    assert prompt == full[: len(prompt)] and set(nothing) == {IGNORE_INDEX}
-    assert labels[len(prompt)] != IGNORE_INDEX, "the answer starts right behind the prompt"
-
-
-def test_leading_gpt_turn_is_dropped(llama_tokenizer):
-    expected = encode(turns("q", "a"), llama_tokenizer)
-    assert (
-        encode([{"from": "gpt", "value": "hello"}, *turns("q", "a")], llama_tokenizer) == expected
-    )
-
-
 def test_unknown_template_unfit_plain_and_bad_turns_are_errors(llama_tokenizer):
     with pytest.raises(ValueError, match="turn 1 is from 'human', expected 'gpt'"):
         encode(turns("a") + turns("b"), llama_tokenizer)

@@ -4,8 +4,6 @@ Source: LLaVA train.py preprocess_multimodal, preprocess_v1, expand2square; mm_u
 image processing: bicubic, short side to the input size, centre crop.
 """
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +12,6 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
-from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.encoders import Encoder
 
 IMAGE_ID, T = 32000, 3
@@ -228,26 +225,3 @@ def test_pixels_equal_llavas(name, aspect, size):
     expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
     assert ours.shape == (3, config.image_size, config.image_size)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1"])
-def test_other_modes_become_rgb_as_in_llava(mode, tmp_path):
-    name = f"a.{'jpg' if mode == 'CMYK' else 'png'}"
-    picture((30, 20), mode).save(tmp_path / name)
-    found = opened(tmp_path, name)
-    assert found.mode == "RGB" and found.size == (30, 20)
-    assert np.array_equal(np.asarray(found), np.asarray(Image.open(tmp_path / name).convert("RGB")))
-
-
-def test_exif_rotation_is_not_applied_as_in_llava(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter for people
-    picture((30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == 6
-    assert opened(tmp_path, "a.jpg").size == (30, 20)
-
-
-def opened(folder, name: str) -> Image.Image:
-    record = {"id": name, "image": name, "conversations": turns("<image>\nq", "a")}
-    (folder / "data.json").write_text(json.dumps([record]))
-    return Instructions(folder / "data.json", folder)[0]["image"]

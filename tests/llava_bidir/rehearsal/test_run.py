@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,10 @@ import pytest
 from processes import HANGING_S
 
 from llava_bidir import cli
-from llava_bidir.common.configs import config_names
 from llava_bidir.rehearsal import run as rehearsal
 from llava_bidir.rehearsal.cost import extrapolate
 from llava_bidir.rehearsal.measure import run_measured
-from llava_bidir.rehearsal.study import Step, plan_study
+from llava_bidir.rehearsal.study import Step
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,21 +95,6 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
         "a step takes all devices"
     )
     assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
-
-
-def test_steps_cover_the_study(tmp_path):
-    steps = plan_study(tmp_path, "tiny", "clip")
-    commands = [" ".join(step.command[2:4]) for step in steps]
-    assert {*commands} - {"llava_bidir vqa"} == {
-        *(f"llava_bidir {name}" for name in ("fit", "generate")),
-        *(f"probes {name}" for name in ("sites", "study")),
-    }
-    assert commands.count("llava_bidir fit") == 4 and commands.count("probes study") == 1
-    words = [word for step in steps for word in pairwise(step.command)]
-    configs = {name for option, name in words if option == "-c"}
-    assert {"stage1", "stage2", "clip"} < configs <= set(config_names()), (
-        "by name, so that a wheel has them"
-    )
 
 
 def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch):

@@ -93,19 +93,26 @@ def test_csv_and_text_say_the_same(out, table, capsys):
     assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"]
 
 
-def test_models_with_other_questions_are_not_compared(tmp_path):
-    vqa_results.write(tmp_path / "a", "gqa", CAUSAL)
-    vqa_results.write(tmp_path / "b", "gqa", BIDIRECTIONAL[:-2], "bidirectional")
-    with pytest.raises(SystemExit, match=r"gqa: .*/a and .*/b were not asked the same questions"):
-        cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+FLOATS = {"dtype": "torch.float32"}
+HALVES = {"dtype": "torch.bfloat16"}
 
 
-def test_models_in_other_precisions_are_not_compared(tmp_path):
-    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, dtype="torch.float32")
-    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional", dtype="torch.bfloat16")
-    message = r"precisions are not compared: .*/a torch.float32 and .*/b torch.bfloat16"
+@pytest.mark.parametrize(
+    ("right", "precisions", "message"),
+    [
+        (BIDIRECTIONAL[:-2], ({}, {}), "gqa: .*/a and .*/b were not asked the same questions"),
+        (CAUSAL, (FLOATS, HALVES), "not compared: .*/a torch.float32 and .*/b torch.bfloat16"),
+    ],
+    ids=["other questions", "other precisions"],
+)
+def test_models_that_differ_in_more_than_the_mask_are_not_compared(
+    right, precisions, message, tmp_path
+):
+    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, **precisions[0])
+    vqa_results.write(tmp_path / "b", "gqa", right, "bidirectional", **precisions[1])
+    words = ["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=message):
-        cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+        cli.main(words)
 
 
 def test_intervals_stay_within_the_range_of_the_score(tmp_path):

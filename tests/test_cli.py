@@ -278,7 +278,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     llava_bidir.cli.main(["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"])
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "sky" and shown[2] == "name the wall"
-    with pytest.raises(SystemExit, match="image none.png is missing"):
+    with pytest.raises(SystemExit, match="none.png is missing; expected a photo"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
 
 

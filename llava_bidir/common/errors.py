@@ -31,8 +31,12 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's exit(1)
             raise
-        resume = " with `--ckpt_path last`" if argv[:1] in (["fit"], ["solve"]) else ""
-        print(f"{program}: interrupted; run the same command again{resume} to go on", file=sys.stderr)
+        advice = str(stop)  # of a run (interrupt.py)
+        if isinstance(stop, SystemExit) or not advice:
+            advice = "run the same command again"
+            if argv[:1] not in (["fit"], ["solve"]):
+                advice += " to go on"
+        print(f"{program}: interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `llava-bidir configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end

@@ -27,8 +27,9 @@ from lightning.pytorch.strategies import Strategy
 from .checkpoint_io import AtomicCheckpointIO
 from .errors import UserError
 from .expected_messages import hide_expected_messages
-from .progress import LogProgress
-from .run_folder import StartOfRun
+from .interrupt import SaveOnInterrupt
+from .progress import FirstEstimate, LogProgress
+from .run_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
 
 OUR_PACKAGES = ("llava_bidir", "probes")
@@ -96,8 +97,11 @@ class RunCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:  # loggers would put them into folders of their own
             callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        trainer.callbacks.append(NoEmptyEvents(Path(trainer.default_root_dir)))
         if to_log:
             trainer.callbacks.append(LogProgress())
+        trainer.callbacks.append(FirstEstimate())
+        trainer.callbacks.append(SaveOnInterrupt())  # after those that count batches
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:

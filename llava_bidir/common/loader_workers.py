@@ -1,6 +1,7 @@
 """Worker processes of data loaders."""
 
 import os
+import signal
 from typing import Any
 
 from .errors import UserError
@@ -28,4 +29,11 @@ def worker_options(workers: int) -> dict[str, Any]:
     They are forked: datasets refer to processors and models, which other ways to start a process (the default of
     macOS, and of Python 3.14 on Linux) would have to pickle.
     """
-    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    if not workers:
+        return {"num_workers": 0}
+    return {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": ignore_interrupt}
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which may need more batches of its step; a terminal sends it to all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

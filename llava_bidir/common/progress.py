@@ -1,6 +1,7 @@
 """Progress of training as plain lines, for logs: a bar would write one line with thousands of carriage returns."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sized
 from datetime import timedelta
@@ -10,6 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two lines within an epoch
+WORTH_SAYING = 120.0  # seconds that a run takes at least, if it is estimated after its first batch
+DAY = 24 * 3600.0
 
 
 class LogProgress(Callback):
@@ -33,17 +36,14 @@ class LogProgress(Callback):
         self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         rate = done / max(now - self.started, 1e-9)
         text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
+        if steps > 0 or trainer.accumulate_grad_batches > 1:  # else batches are steps
+            total = total_steps(trainer)
+            text = f"step {trainer.global_step}{f' of {total}' if total else ''}, {text}"
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides by it
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
-        left = []  # batches until each limit
-        if epochs <= 0 and steps > 0:
-            text += f", step {trainer.global_step}/{steps}"
-        if steps > 0:
-            left.append((steps - trainer.global_step) * trainer.accumulate_grad_batches)
-        if epochs > 0:
-            left.append((epochs - trainer.current_epoch) * batches - batch_idx - 1)
-        if rate and left:
-            text += f", {_duration(min(left) / rate)} left"
+        left = batches_left(trainer, batch_idx)
+        if rate and left is not None:
+            text += f", {_duration(left / rate)} left"
         log.info(text)
 
     def track(self, batches: Sized) -> Iterator:
@@ -56,6 +56,56 @@ class LogProgress(Callback):
                 last, rate = now, done / max(now - started, 1e-9)
                 left = _duration((len(batches) - done) / rate)
                 log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
+
+
+class FirstEstimate(Callback):
+    """Say after the first batch how long the run will take, if that is minutes; it may be an hour to the first step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.started: float | None = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Log once."""
+        if self.started is None:
+            return
+        seconds = time.monotonic() - self.started
+        self.started = None
+        left = batches_left(trainer, batch_idx)
+        if not trainer.is_global_zero or left is None or left * seconds < WORTH_SAYING:
+            return
+        accumulated = trainer.accumulate_grad_batches
+        of_step = f", a step of {accumulated} about {_duration(seconds * accumulated)}" if accumulated > 1 else ""
+        text = f"the first batch took {seconds:.1f} s{of_step}: about {_duration(left * seconds)} left"
+        if left * seconds > DAY:
+            text += (
+                ". This run takes more than a day on this machine; trainer.max_steps, a smaller data.batch_size or a "
+                "smaller model shorten it"
+            )
+        log.info(text)
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps of the complete run, None if nothing limits it."""
+    by_epochs = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+    limits = [limit for limit in (trainer.max_steps, by_epochs) if limit > 0]
+    return min(limits) if limits else None
+
+
+def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
+    """Return the number of batches after this one, None if nothing limits the run.
+
+    A step of several batches may have some of them behind it.
+    """
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    left = []  # until each limit
+    if steps > 0:
+        begun = 0 if batch_idx + 1 == batches else (batch_idx + 1) % accumulated
+        left.append((steps - trainer.global_step) * accumulated - begun)
+    if epochs > 0:
+        left.append((epochs - trainer.current_epoch) * batches - batch_idx - 1)
+    return min(left) if left else None
 
 
 def _duration(seconds: float) -> str:

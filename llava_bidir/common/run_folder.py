@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from .atomic_io import write_files
@@ -17,6 +17,7 @@ from .rank_zero import decide_before_fit
 
 log = logging.getLogger(__name__)
 
+EVENTS = "events.out.tfevents.*"
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
 # what a run writes besides its config and events; analyses check that they belong to the run's probes
 RESULTS = (
@@ -114,7 +115,37 @@ def _occupied(folder: Path, content: str) -> UserError:
 def _files_of_run(folder: Path, checkpoints: Path) -> list[Path]:
     """Return the results, checkpoints and events in a run's folder."""
     results = [folder / name for name in RESULTS]
-    return [*checkpoints.glob("*"), *filter(Path.exists, results), *folder.glob("events.out.tfevents.*")]
+    return [*checkpoints.glob("*"), *filter(Path.exists, results), *folder.glob(EVENTS)]
+
+
+class NoEmptyEvents(Callback):
+    """Delete the event files of TensorBoard of a run that ends with an error before its first batch.
+
+    Lightning opens them before it sets up data and model. TensorBoard would mix those of failed starts with the run's.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.before = set(folder.glob(EVENTS))
+        self.has_begun = False
+
+    def on_train_batch_end(self, *args, **kwargs) -> None:
+        """Keep the files from now on."""
+        self.has_begun = True
+
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Delete the files that this process has opened, unless it has done a batch."""
+        if self.has_begun or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        for file in set(self.folder.glob(EVENTS)) - self.before:
+            file.unlink()
 
 
 class StartOfRun(SaveConfigCallback):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
@@ -66,7 +67,8 @@ class TrainingCLI(RunCLI):
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
                 return
             ckpt_path = run.checkpoint
-            self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+            with interrupt_says_what_is_saved(folder / "checkpoints"):
+                self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
             left = ckpt_path and Path(ckpt_path).exists()  # removed if the run has saved a newer one
             if left and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
                 # Lightning does not call ExportModel for a checkpoint of the last step

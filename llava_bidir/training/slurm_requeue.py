@@ -14,10 +14,10 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.interrupt import CHECKPOINT
 from llava_bidir.common.step_boundary import at_step_boundary
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
-CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
 
 class SlurmRequeue(Callback):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.loader_workers import usable_cores
 from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
@@ -86,8 +87,9 @@ class ProbeCLI(RunCLI):
             plan = self.plan_run(ckpt_path)
             if plan.finished:
                 return
-            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            with interrupt_says_what_is_saved(self.checkpoints):
+                self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
+                self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             rank_zero_info(self.format_scores())
 
     def plan_run(self, ckpt_path: str | None) -> RunPlan:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
@@ -95,7 +96,8 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
         if cli.plan_run(ckpt_path).finished:
             return
         cli.model.resuming = ckpt_path == "last"
-        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        with interrupt_says_what_is_saved(cli.checkpoints):
+            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         if cli.trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
             rank_zero_info(cli.format_scores())

@@ -7,38 +7,95 @@ import pytest
 from llava_bidir.common import progress
 
 
+def trainer_at(
+    batches_done: int, epochs: int, steps: int, accumulated: int = 2, batches: int = 512
+):
+    """A trainer after so many batches of its first epoch."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches_done))
+    return SimpleNamespace(
+        fit_loop=loop,
+        num_training_batches=batches,
+        accumulate_grad_batches=accumulated,
+        max_epochs=epochs,
+        max_steps=steps,
+        global_step=batches_done // accumulated,
+        current_epoch=0,
+        is_global_zero=True,
+    )
+
+
+def lines_of(callback, trainers, monkeypatch, caplog, seconds: float = 200.0) -> list[str]:
+    """The lines that a callback logs after each batch, each of which takes so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with caplog.at_level("INFO"):
+        callback.on_train_start(trainer_at(0, -1, -1), None)
+        for i, trainer in enumerate(trainers):
+            now[0] += seconds
+            callback.on_train_batch_end(trainer, None, {"loss": 1.0}, None, i)
+    return caplog.messages
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        ((1, -1), "0.005 batches/s, 1 day, 4:23:20 left"),  # 511 batches
         (
-            (1, 2),
-            "0.005 batches/s, 0:06:40 left",
-        ),  # a step of two batches ends before the epoch does
-        ((-1, 1000), "step 1/1000, 4 days, 15:00:00 left"),  # 999 steps
+            (1, -1),
+            "step 1 of 256, epoch 1/1, batch 2/512, loss 2, 0.005 batches/s, 1 day, 4:20:00 left",
+        ),
+        ((1, 2), "step 1 of 2, epoch 1/1, batch 2/512, loss 2, 0.005 batches/s, 0:06:40 left"),
+        (
+            (-1, 1000),
+            "step 1 of 1000, epoch 1, batch 2/512, loss 2, 0.005 batches/s, 4 days, 15:00:00 left",
+        ),
     ],
 )
 def test_time_left_is_that_until_the_nearest_limit(limits, expected, monkeypatch, caplog):
-    clock = iter([0.0, 200.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    batches = SimpleNamespace(total_batch_idx=0)
-    trainer = SimpleNamespace(
-        fit_loop=SimpleNamespace(epoch_loop=batches),
-        num_training_batches=512,
-        accumulate_grad_batches=2,
-    )
-    trainer.max_epochs, trainer.max_steps, trainer.global_step, trainer.current_epoch = (
-        *limits,
-        1,
-        0,
-    )
-    trainer.is_global_zero = True
-    lines = progress.LogProgress()
-    with caplog.at_level("INFO"):
-        lines.on_train_start(trainer, None)
-        batches.total_batch_idx = 1
-        lines.on_train_batch_end(trainer, None, {"loss": 1.0}, None, 0)
-    assert caplog.messages[-1].endswith(expected)
+    trainers = [trainer_at(done, *limits) for done in (1, 2)]
+    assert lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)[-1] == expected
+
+
+def test_time_left_counts_the_batches_within_a_step(monkeypatch, caplog):
+    """It stood still, or grew, until the step was done: 1:19:38, 1:19:58, 1:20:27, 1:22:35."""
+    trainers = [trainer_at(done, 1, 3, accumulated=8) for done in range(1, 25)]
+    lines = lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)
+    left = [line.rpartition(", ")[2].removesuffix(" left") for line in lines]
+    assert left == [progress._duration(200 * (24 - done)) for done in range(1, 25)]
+    assert lines[0].startswith("step 0 of 3, epoch 1/1, batch 1/512")
+    assert lines[-1].startswith("step 3 of 3, epoch 1/1, batch 24/512")
+
+
+def test_a_last_step_that_is_shorter_is_not_begun_after_the_epoch():
+    """Five batches are three steps of two; the epoch ends with a step of one."""
+    trainer = trainer_at(5, -1, 6, batches=5)
+    trainer.global_step = 3
+    assert progress.batches_left(trainer, 4) == 6
+    assert progress.total_steps(trainer_at(5, 2, -1, batches=5)) == 6
+    assert progress.total_steps(trainer_at(5, -1, -1)) is None
+
+
+def test_batches_that_are_steps_are_not_counted_twice(monkeypatch, caplog):
+    trainers = [trainer_at(1, 2, -1, accumulated=1, batches=6)]
+    lines = lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)
+    assert lines == ["epoch 1/2, batch 1/6, loss 1, 0.005 batches/s, 0:36:40 left"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "expected"),
+    [
+        (3, 200.0, "the first batch took 200.0 s, a step of 8 about 0:26:40: about 1:16:40 left"),
+        (60, 200.0, "This run takes more than a day on this machine"),
+        (3, 1.0, None),
+    ],
+)
+def test_the_first_batch_says_how_long_the_run_takes(steps, seconds, expected, monkeypatch, caplog):
+    trainers = [trainer_at(done, 1, steps, accumulated=8) for done in (1, 2, 3)]
+    lines = lines_of(progress.FirstEstimate(), trainers, monkeypatch, caplog, seconds)
+    if expected is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and expected in lines[0]
+        assert ("more than a day" in lines[0]) == (steps == 60)
 
 
 def test_a_pass_logs_its_rate_and_the_time_left(monkeypatch, caplog):

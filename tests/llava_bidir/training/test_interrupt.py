@@ -1,0 +1,92 @@
+"""Ctrl-C and failed starts of a training: what is saved, what is said, and what is left behind."""
+
+import json
+import os
+import signal
+
+import pytest
+import tiny_models
+import torch
+
+from llava_bidir.cli import main
+from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.training.module import LlavaTraining
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """Restore the handler of Ctrl-C after a test; Lightning ignores it once it has ended a run."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def fit(parts, conversations, tmp_path, monkeypatch, capsys):
+    """Run `llava-bidir fit` with Ctrl-C in some micro-batches; two of them are a step, six of them an epoch."""
+
+    def run(*more: str, interrupts: dict[int, int] | None = None) -> tuple[int, str]:
+        step, count = LlavaTraining.training_step, [0]
+
+        def interrupted_step(module, batch, batch_idx):
+            for _ in range((interrupts or {}).get(count[0], 0)):
+                os.kill(os.getpid(), signal.SIGINT)
+            count[0] += 1
+            return step(module, batch, batch_idx)
+
+        words = ["fit", *tiny_models.training_arguments(parts, conversations)]
+        words += ["--data.micro_batch_size", "2", "--data.val_annotations", "null"]
+        words += ["--out", str(tmp_path / "run"), *more]
+        with monkeypatch.context() as patch:
+            patch.setattr(LlavaTraining, "training_step", interrupted_step)
+            try:
+                main(words)
+            except SystemExit as stop:
+                return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
+
+
+def events(folder) -> list:
+    return [*(folder / "run").glob("events*")]
+
+
+def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(fit, tmp_path):
+    """It said "run the same command again with --ckpt_path last", and there was no checkpoint."""
+    status, told = fit(interrupts={2: 1})
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    advice = f"run the same command again with `--ckpt_path last` to go on from {last}"
+    assert status == 130 and told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert len(events(tmp_path)) == 1, "of the batches that were done"
+    assert fit("--ckpt_path", "last")[0] == 0
+    assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 3
+
+
+def test_a_second_ctrl_c_ends_at_once_and_promises_nothing(fit, tmp_path):
+    status, told = fit(interrupts={0: 2})
+    advice = "nothing was saved yet: the same command starts anew"
+    assert status == 130 and told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
+    assert events(tmp_path) == []
+
+
+def test_a_start_that_fails_leaves_no_event_file(fit, tmp_path):
+    status, _ = fit("--data.batch_size", "3")
+    assert status.startswith("llava-bidir: data.batch_size 3 is not a multiple of")
+    assert events(tmp_path) == []
+
+
+def test_ctrl_c_before_a_run_begins_promises_no_checkpoint(tmp_path, capsys):
+    for command, advice in (("fit", "again"), ("solve", "again"), ("study", "again to go on")):
+        with pytest.raises(SystemExit), one_line_errors("probes", [command]):
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"probes: interrupted; run the same command {advice}\n"
+    for name in ("", "x.ckpt.partial", "moments_0.safetensors"):
+        if name:
+            (tmp_path / name).write_bytes(b"")
+        with pytest.raises(KeyboardInterrupt) as stop, interrupt_says_what_is_saved(tmp_path):
+            raise KeyboardInterrupt
+        assert ("--ckpt_path last" in str(stop.value)) == name.endswith("safetensors")

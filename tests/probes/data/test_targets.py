@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.toy_world import assets
 from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
@@ -257,10 +256,6 @@ def settings(text: str):
     return lambda root: (root / "targets.json").write_text(text)
 
 
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-60])
-
-
 def grey_normals(value: int) -> np.ndarray:
     array = dataset_layouts.unit_normals(0)
     array[2, 3] = value
@@ -429,26 +424,3 @@ def test_verify_data_checks_the_targets_of_the_task(root, capsys):
     assert "2 of 3 images cannot be used" in message
     assert "1 x normals that are not unit vectors" in message
     assert "1 x file that is not 8-bit RGB" in message
-
-
-def test_targets_of_the_toy_world_are_read_as_they_were_drawn(tmp_path):
-    folder = tmp_path / "segmentation"
-    scenes = assets._draw_chunk(tmp_path, assets.VALIDATION, 0, 5, 0, None)
-    assets._write_classes(folder)
-    (folder / "targets.json").write_text(json.dumps({"depth_scale": assets.DEPTH_SCALE}))
-    depth, normals, boundaries = (
-        opened(folder, task) for task in ("depth", "normals", "boundaries")
-    )
-    for i, scene in enumerate(scenes):
-        exact = scene.surfaces.depth()
-        np.testing.assert_allclose(
-            depth[i]["target"], exact, atol=0.0005 + 1e-6
-        )  # half a millimetre
-        cosines = (normals[i]["target"] * scene.surfaces.normals()).sum(-1)
-        assert (np.isnan(cosines) == np.isnan(exact)).all()
-        assert np.nanmin(cosines) > np.cos(np.radians(0.5))  # 8 bits
-        objects = scene.surfaces.instance_ids()
-        np.testing.assert_array_equal(
-            boundaries[i]["target"], loop_boundaries(objects, objects < 0)
-        )
-    assert depth.names == [f"{i:05d}" for i in range(5)]

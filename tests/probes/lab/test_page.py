@@ -4,7 +4,6 @@ import csv
 import io
 import re
 import threading
-from urllib.parse import parse_qs
 
 import labs
 import numpy as np
@@ -195,35 +194,6 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     )
 
 
-def test_print_is_one_page_with_maps_legend_and_address(open_tab):
-    tab = open_tab("#photo=split:1&patches=0&site=layer_02")
-    tab.get_by_role("textbox", name="Question").fill("Sky?")
-    tab.keyboard.press("Enter")
-    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
-    tab.evaluate("window.print = () => { window.printed = true; }")
-    tab.get_by_role("button", name="Print or PDF").click()
-    assert tab.evaluate("window.printed")
-    assert len(re.findall(rb"/Type /Page\b", tab.pdf(prefer_css_page_size=True, format="A4"))) == 1
-    tab.emulate_media(media="print")
-    for selector in ("h1", ".stage canvas", "figcaption", "#legend", "#shown", "#address"):
-        assert tab.locator(selector).first.is_visible()
-    assert "Question: Sky?" in tab.inner_text("#answers")
-    for selector in ("#site", "#tool", "#ask", "#png"):
-        assert not tab.locator(selector).is_visible()
-    assert "split:1" in parse_qs(tab.inner_text("#address").split("#")[1])["photo"]
-    assert "token" not in tab.inner_text("#address")
-
-
-def test_classes_choose_patches(open_tab, session):
-    tab = open_tab("#photo=split:2&site=layer_01")
-    tab.get_by_role("button", name="Take all predicted as").click()
-    settle(tab)
-    s = session.models[0].sites.index("layer_01")
-    predicted = probabilities(session, View(photo="split:2", model=0))[s].argmax(-1)
-    k = session.models[0].classes.index(tab.locator("#class option").first.inner_text())
-    assert tab.evaluate("[...view.patches]") == (predicted == k).nonzero().flatten().tolist()
-
-
 def show_image(tab, number: int) -> None:
     tab.get_by_role("spinbutton", name="or validation image").fill(str(number))
     tab.keyboard.press("Enter")
@@ -311,29 +281,6 @@ def test_everything_works_by_keyboard(open_tab):
     controls = "[...document.querySelectorAll('input, select, button')]"
     unnamed = f"{controls}.filter(x => !x.labels?.length && !x.ariaLabel && !x.textContent)"
     assert tab.evaluate(f"{unnamed}.map(x => x.id)") == []
-
-
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720), (2560, 1300)])
-def test_slider_and_panels_are_above_the_fold_and_nothing_is_cut_off(open_tab, width, height):
-    tab = open_tab("#photo=split:0&patches=0", viewport={"width": width, "height": height})
-    tab.evaluate('$("#site-name b").textContent = "final norm"')
-    tab.evaluate('$("#site-name span").textContent = "33 of 33"')
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    for selector in ("#play", "#site", ".stage"):
-        box = tab.locator(selector).first.bounding_box()
-        assert box["y"] >= 0
-        assert box["y"] + box["height"] <= height
-
-
-def test_a_finger_selects_and_paints(open_tab):
-    tab = open_tab(
-        "#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
-    )
-    tab.touchscreen.tap(*point(tab, 3))
-    assert address(settle(tab))["patch"] == "3"
-    tab.get_by_role("radio", name="paint").check()
-    tab.touchscreen.tap(*point(tab, 2))
-    assert address(settle(tab))["patches"] == "2"
 
 
 def test_picture_and_code(open_tab, session):

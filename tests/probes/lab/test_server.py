@@ -18,7 +18,7 @@ import pytest
 from labs import TOKEN, run, send
 
 from probes.cli import main
-from probes.lab.worker import MAX_WAITING, Cancelled, Job, Worker
+from probes.lab.worker import Cancelled, Job
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
@@ -236,14 +236,6 @@ def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
     assert "has no data folder 'linked'" in run(port, "open", VIEW | {"folder": "linked"})["error"]
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "page.jpg"])  # all: tests/test_hostile_images.py
-def test_hostile_images_are_refused(port, still_serves, name):
-    content, _ = hostile_images.REJECTED[name]
-    status, body = send(port, "POST", f"/photo?name={name}", content)
-    assert status == 400
-    assert name in json.loads(body)["error"]
-
-
 def test_valid_images_are_read_whatever_they_are_called(port):
     for content in hostile_images.VALID.values():
         status, body = send(port, "POST", "/photo?name=../../x%00%3Cscript%3E", content)
@@ -360,19 +352,6 @@ def test_headers_have_a_deadline_that_further_bytes_do_not_extend(
     assert ends(connection, b"X")
 
 
-def test_a_refused_client_holds_no_connection(port, still_serves):
-    connection = raw(
-        port, b"POST /photo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
-    )
-    assert b" 403 " in connection.recv(10_000)
-    assert ends(connection, b"x")
-
-
-def test_a_silent_connection_is_closed(port, still_serves, monkeypatch):
-    monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
-    assert raw(port, b"").recv(1) == b""
-
-
 def ends(connection: socket.socket, byte: bytes) -> bool:
     """Send a byte ten times a second; return True once the server closes the connection, False after 8 s."""
     deadline = time.monotonic() + 8
@@ -387,25 +366,6 @@ def ends(connection: socket.socket, byte: bytes) -> bool:
         except OSError:
             return True
     return False
-
-
-def test_many_at_once_are_answered_or_refused(port, still_serves):
-    results = []
-
-    def request(image: int) -> None:
-        body = json.dumps(VIEW | {"photo": f"split:{image % 5}"})
-        status, content = send(port, "POST", "/run/read", body)
-        results.append((status, b'"result"' in content))
-
-    threads = [threading.Thread(target=request, args=(i,)) for i in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 100
-    assert {status for status, _ in results} <= {200, 503}
-    assert all(answered == (status == 200) for status, answered in results)
-    assert any(answered for _, answered in results)
 
 
 def test_a_flood_of_strokes_leaves_the_lab_answering(port, still_serves):
@@ -430,27 +390,6 @@ def test_a_flood_of_strokes_leaves_the_lab_answering(port, still_serves):
     assert status == 200
     assert b'"result"' in body
     assert time.monotonic() < deadline, "strokes that nobody waits for are not solved"
-
-
-def test_requests_whose_clients_have_left_make_room_for_others():
-    async def fill_and_leave() -> dict:
-        worker = Worker()
-        started = threading.Event()
-        go = threading.Event()
-        running = worker.submit(lambda job: started.set() or {"waited": go.wait(60)})
-        started.wait(60)
-        left = [worker.submit(lambda job: {}) for _ in range(MAX_WAITING)]
-        assert all(left)
-        assert worker.submit(lambda job: {}) is None
-        for job in left:
-            job.cancelled.set()
-        job = worker.submit(lambda job: {"done": True})
-        go.set()
-        assert (await job.events.get()) == {"waiting": 1}
-        assert (await running.events.get()) == {"waiting": 0}
-        return await job.events.get()
-
-    assert asyncio.run(asyncio.wait_for(fill_and_leave(), 60)) == {"result": {"done": True}}
 
 
 def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):

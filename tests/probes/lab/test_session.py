@@ -180,19 +180,6 @@ def test_the_parts_of_an_answer_are_one_per_token_and_join_to_it(session, answer
     assert len(parts) == (len(model.mllm.chat.answer_ids([answer])[0]) if answer else 0)
 
 
-def test_answers_are_reported_while_they_grow(session):
-    events = []
-    job = SimpleNamespace(watched=labs.JOB.watched, report=events.append)
-    result = session.ask(
-        Question(photo="split:0", model=1, question="Sky?", intervention=BLOCK), job
-    )
-    for blocked, answer in ((False, result), (True, result["blocked"])):
-        shown = [event["text"] for event in events if event["blocked"] is blocked]
-        assert shown[-1] == answer["answer"] == "".join(answer["tokens"])
-        assert len(shown) > 1
-        assert sorted(shown, key=len) == shown
-
-
 def test_kept_states_are_bounded(session, monkeypatch):
     monkeypatch.setattr("probes.lab.session.STATE_BYTES", 1)
     for image in range(3):

@@ -197,17 +197,6 @@ def test_paint_by_keyboard_and_undo(open_tab):
     assert tab.evaluate("view.tool") == "unpaint", "digits in a text are text"
 
 
-def test_paint_by_finger(open_tab):
-    tab = open_tab(
-        "#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
-    )
-    tab.get_by_role("radio", name="Teach concept 2").tap()
-    tab.touchscreen.tap(*point(tab, 2))
-    solved(tab)
-    assert tab.evaluate("[...gridOf('split:0')]") == [-1, -1, 1, -1]
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-
-
 def test_only_the_last_of_quick_strokes_is_solved(open_tab):
     tab, sent = open_tab("#photo=split:0"), []
     tab.on(
@@ -218,14 +207,6 @@ def test_only_the_last_of_quick_strokes_is_solved(open_tab):
     }""")
     solved(tab)
     assert [request["painting"]["photos"][0]["patches"] for request in sent] == [[[0, 2], [1, 3]]]
-
-
-def test_fast_strokes_have_no_gaps(open_tab):
-    tab = open_tab("#photo=split:0")
-    tab.evaluate("DATA.grid = [8, 8], undefined")
-    assert tab.evaluate("cellsBetween(0, 4)") == [1, 2, 3, 4]
-    assert tab.evaluate("cellsBetween(18, 0)") == [9, 0]
-    assert tab.evaluate("cellsBetween(9, 9)") == []
 
 
 def test_names_of_concepts_are_checked(open_tab):
@@ -244,30 +225,3 @@ def test_names_of_concepts_are_checked(open_tab):
         ["concept 1", "concept 2", "concept 3"],
         2,
     ]
-
-
-def test_the_hint_goes_away_and_stays_away(open_tab):
-    tab = open_tab("#photo=split:0")
-    assert tab.get_by_text("New here?").is_visible()
-    before = tab.locator(".stage").first.bounding_box()
-    stroke(tab, "1", 0)
-    assert not tab.get_by_text("New here?").is_visible()
-    assert tab.locator(".stage").first.bounding_box() == before, (
-        "a stroke does not move what is painted on"
-    )
-    tab.reload()
-    settle(tab)
-    assert not tab.get_by_text("New here?").is_visible()
-
-
-def test_title_names_the_models_and_questions_of_the_data_can_be_asked(
-    chromium, session, lab_runs, monkeypatch
-):
-    with labs.serve(session) as port, labs.browser_tabs(chromium, port) as open_tab:
-        facts = session.describe() | {"questions": ["Sky?"]}
-        monkeypatch.setattr(session, "describe", lambda: facts)
-        tab = open_tab("#photo=split:1")
-        assert all(run in tab.title() for run in lab_runs)
-        tab.get_by_role("button", name="Sky?").click()
-        tab.locator("#answers[aria-busy=false] .answer").nth(1).wait_for()
-        assert "Question: Sky?" in tab.text_content("#answers")

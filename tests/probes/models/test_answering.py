@@ -10,10 +10,8 @@ import tiny_models
 import torch
 from PIL import Image
 from tolerances import rounding
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 import probes
-from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import encode
 from probes import Knockout
@@ -70,10 +68,6 @@ def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> tor
     masks = written_out_masks(mllm, inputs.shape[1], knockout)
     states = reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
     return mllm.model.lm_head(mllm.decoder.norm(states[-1][0, -1]))
-
-
-def stock_processor(mllm):
-    return AutoProcessor.from_pretrained(mllm.model.name_or_path)
 
 
 def answer_by_loop(
@@ -192,32 +186,6 @@ def test_a_batch_of_knockouts_equals_each_alone(mllm, picture):
     ]
     alone = torch.cat([*alone, mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS)])
     torch.testing.assert_close(batch, alone, **rounding(alone, len(mllm.decoder.layers)))
-
-
-def test_generation_equals_that_of_transformers(mllm, picture):
-    processor = stock_processor(mllm)
-    model = mllm.model
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}],
-        add_generation_prompt=True,
-    )
-    inputs = processor(text=prompt, images=picture, return_tensors="pt")
-    inputs["pixel_values"] = mllm.preprocess([picture])
-    if mllm.image_attention == "causal":  # transformers' own class
-        settings = {
-            key: getattr(model.config, key)
-            for key in ("vision_config", "text_config", "image_seq_length")
-        }
-        settings |= {"image_token_id": model.config.image_token_id, "vision_feature_layer": -1}
-        model = LlavaForConditionalGeneration(LlavaConfig(**settings)).eval()
-        model.load_state_dict(mllm.model.state_dict())
-    assert mllm.image_attention == "causal" or isinstance(model, LlavaBidirForConditionalGeneration)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[
-        :, inputs["input_ids"].shape[1] :
-    ]
-    assert mllm.answer(picture, QUESTIONS[0], max_new_tokens=8) == processor.decode(
-        ids[0], skip_special_tokens=True
-    )
 
 
 def test_text_has_the_ids_of_training(mllm):

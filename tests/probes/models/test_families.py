@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import probes
 from probes import Knockout
-from probes.analyses.explore.readout import explore
 from probes.models.families import (
     DEEPSEEK,
     DYNAMIC,
@@ -402,18 +401,6 @@ def test_starting_from_known_states_equals_the_full_forward(name, mllm):
             )
 
 
-@pytest.mark.parametrize("name", MASKABLE)
-def test_a_cached_prefix_changes_nothing(name, checkpoint):
-    """Of families whose prefix is not part of the forward of their own prompt, too, and under all masks."""
-    frozen = probes.load(checkpoint(name), prefix="hello hello")
-    pixels = frozen.preprocess(pictures(name))
-    for mask in dict.fromkeys([frozen.image_attention, "causal", "bidirectional", "prefix"]):
-        under = frozen.with_attention(mask)
-        cached, under.prefix_is_shared = under.states(pixels), False
-        for depth, (site, full) in enumerate(under.states(pixels).items()):
-            torch.testing.assert_close(cached[site], full, **rounding(full, max(depth, 1)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
@@ -584,13 +571,3 @@ def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentati
     assert [site["dim"] for site in metrics["sites"]] == [16, 32, 32, 32, 32, 32]
     main(["knockout", "--probes", str(tmp_path), "--classes", "sky", "wall"])
     assert (tmp_path / "knockout.json").is_file()
-
-
-def test_a_model_without_masks_can_be_explored_without_knockouts(
-    checkpoint, segmentation, tmp_path
-):
-    run = probe_runs.fit(checkpoint("qwen3_5"), segmentation, tmp_path, "--data.batch_size", "3")
-    (image,) = explore(run, [0], conditions=[]).images
-    assert list(image.readings) == ["none"]
-    with pytest.raises(ValueError, match="not supported by linear_attention layers"):
-        explore(run, [0])

@@ -187,17 +187,23 @@ def test_cached_prefix_follows_edits_of_the_model(edit, checkpoints, pictures):
     assert not torch.equal(before["layer_03"], after["layer_03"])
 
 
-def test_device_map_and_attention_backends_go_to_transformers(mllm, checkpoints, pictures):
+@pytest.mark.slow  # accelerate imports DeepSpeed, which takes seconds
+def test_a_device_map_goes_to_transformers(checkpoints, pictures):
+    path = str(checkpoints["causal"])
+    mllm = probes.load(path)
+    pixels = mllm.preprocess(pictures)
+    expected = mllm.states(pixels)
+    spread = probes.load(path, device_map={"": "cpu"}).states(pixels)
+    assert all(torch.equal(spread[site], expected[site]) for site in mllm.sites)
+
+
+def test_attention_backends_go_to_transformers(mllm, checkpoints, pictures):
     path = str(checkpoints[mllm.image_attention])
     pixels = mllm.preprocess(pictures)
     expected = mllm.states(pixels)
-    spread = probes.load(path, device_map={"": "cpu"})
-    eager = probes.load(path, attn_implementation="eager")
+    eager = probes.load(path, attn_implementation="eager").states(pixels)
     for depth, site in enumerate(mllm.sites, ENCODER_LAYERS):
-        assert torch.equal(spread.states(pixels)[site], expected[site])
-        torch.testing.assert_close(
-            eager.states(pixels)[site], expected[site], **rounding(expected[site], depth)
-        )
+        torch.testing.assert_close(eager[site], expected[site], **rounding(expected[site], depth))
     with pytest.raises(ValueError, match="device and device_map exclude each other"):
         probes.load(path, device="cpu", device_map="auto")
     with pytest.raises(ValueError, match="'flash_attention_2' ignores masks"):

@@ -8,7 +8,6 @@ import tiny_models
 import torch
 from tolerances import rounding
 
-import probes
 from probes import Knockout
 
 pytestmark = pytest.mark.numerics
@@ -121,25 +120,6 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
     with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
-
-
-@pytest.mark.parametrize("name", ["all layers", "layers by row", "window"])
-def test_eager_attention_is_cut_alike(mllm, pixels, checkpoints, name):
-    """Its masks are added to the scores: False, written into one, would be 0 and allow."""
-    eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
-    knockout, _ = CUTS[name]
-    expected = mllm.states(pixels, knockout=knockout)
-    states = eager.states(pixels, knockout=knockout)
-    for i in (1, 2, 3):
-        site = f"layer_{i:02d}"
-        torch.testing.assert_close(states[site], expected[site], **rounding(expected[site], i))
-    with pytest.raises(ValueError, match="leaves image token 0 of image 1"):
-        additive = torch.zeros(2, 1, 3, 3).masked_fill(
-            torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float).min
-        )
-        Knockout(torch.tensor([[False] * 3, [True, False, False]])).cut(
-            additive, torch.ones(3, dtype=torch.bool)
-        )
 
 
 def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):

@@ -1,6 +1,5 @@
 """Rows of an image that share layers, against each row in a forward of its own."""
 
-import numpy as np
 import pytest
 import torch
 from device_reads import DeviceReads
@@ -95,11 +94,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(
-    "sites", [None, ["adapter", "layer_02"], ["layer_01", "layer_03", "final_norm"]]
-)
-def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change, sites):
+def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change):
     """To the last bit: the layers that run, run the same kernels on the same shapes."""
+    sites = ["layer_01", "layer_03", "final_norm"]
     full = mllm.states(pixels, sites, **CHANGES[change])
     plain = mllm.states(pixels, sites)
     states = mllm.states(pixels, sites, known=plain, **CHANGES[change])
@@ -200,14 +197,6 @@ def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, mess
         EDITS[message](mllm, pixels)
     with pytest.raises(ValueError, match=message):
         mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=plain)
-
-
-def test_rows_may_be_numbers_of_numpy(mllm, pixels):
-    rows = np.array([2, 0])
-    block = Knockout(BLOCKED[[0, 1]], np.array([2, 3]))
-    states = mllm.states(pixels, None, block, rows)
-    expected = mllm.states(pixels, None, block, [2, 0])
-    assert all(torch.equal(states[site], expected[site]) for site in expected)
 
 
 def test_a_misfit_is_an_error(mllm, pixels):

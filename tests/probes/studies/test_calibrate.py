@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from processes import HANGING_S
 
-from probes.cli import build_parser
 from probes.studies import calibrate
 from probes.studies.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts
 
@@ -80,36 +79,6 @@ def test_finished_seeds_are_kept_and_counted_with_new_ones(tmp_path, monkeypatch
     assert set(table["study"]) == set(DESIGNS)
     assert set(table["of"]) == {3}
     assert json.loads((tmp_path / "seed0/claims.json").read_text())["claims"]
-
-
-def test_studies_can_be_added_to_a_seed(tmp_path, monkeypatch):
-    planned = []
-    studied = []
-
-    def study(_, name, __) -> list[dict]:
-        studied.append(name)
-        return [claims(1)[0] | {"study": name}]
-
-    monkeypatch.setattr(
-        calibrate, "run_missing", lambda *words: planned.append([path for path, *_ in words[2]])
-    )
-    monkeypatch.setattr(calibrate, "_study", study)
-    for studies in (["merged0"], ["merged0", "random"]):
-        calibrate.calibrate(tmp_path, [0], studies=studies)
-    assert studied == ["merged0", "random"]
-    first, second = (
-        [str(Path(*path.parts[-4:-2])) for path in paths] for paths in planned[1::2]
-    )  # after each world
-    assert first == [
-        "causal/stage1",
-        "bidirectional/stage1",
-        "bidirectional/planted",
-        "bidirectional/merged0",
-    ]
-    assert second == [
-        f"{mask}/{name}" for mask in MASKS for name in ("stage1", "planted", "random")
-    ]
-    assert build_parser().parse_args(["calibrate", "--studies", *DESIGNS]).studies == list(DESIGNS)
 
 
 def test_every_studied_model_is_planted_after_its_source():

@@ -1,8 +1,5 @@
 """`probes solve` end to end: files, several processes, killed and resumed runs, analyses of its runs."""
 
-import hashlib
-import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import HANGING_S
 from run_bytes import run_bytes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
@@ -90,36 +87,6 @@ def test_writes_the_files_of_a_fit_and_the_path(run):
     tensors = load_file(run.path / "path.safetensors")
     assert tensors["optimum/intersection"].shape == (2, 3, 5, 3)
     assert tensors["optimum/cross_entropy"].shape == (2, 3, 5)
-
-
-def test_manifest_has_the_hashes_of_the_files(run, tmp_path):
-    names = ("counts.safetensors", "metrics.json", "path.safetensors", "probes.safetensors")
-    hashes = {name: hashlib.sha256((run.path / name).read_bytes()).hexdigest() for name in names}
-    assert run.manifest["files"] == hashes
-    changed = ProbeRun(shutil.copytree(run.path, tmp_path / "run"))
-    assert changed.path_counts()
-    tensors = load_file(changed.path / "path.safetensors")
-    save_file(
-        tensors | {"optimum/cross_entropy": 0.9 * tensors["optimum/cross_entropy"]},
-        changed.path / "path.safetensors",
-    )
-    with pytest.raises(UserError, match="path.safetensors is not the file that the run wrote"):
-        changed.path_counts()
-
-
-def test_path_counts_of_more_pixels_than_are_labelled_are_an_error(run, tmp_path):
-    """Also in runs of earlier versions, without hashes."""
-    old = shutil.copytree(run.path, tmp_path / "run")
-    (old / "manifest.json").write_text(
-        json.dumps({k: v for k, v in run.manifest.items() if k != "files"})
-    )
-    tensors = load_file(old / "path.safetensors")
-    save_file(
-        tensors | {"optimum/predicted": tensors["optimum/predicted"] + 1000},
-        old / "path.safetensors",
-    )
-    with pytest.raises(UserError, match="path.safetensors: .* are not counts of the same pixels"):
-        ProbeRun(old).path_counts()
 
 
 def test_by_default_the_best_strength_and_its_neighbours_are_solved(solve):

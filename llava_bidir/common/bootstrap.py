@@ -59,14 +59,19 @@ def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
 def interval(
     estimate: float, resampled: Tensor, *, lowest: float = -math.inf, highest: float = math.inf
 ) -> list[float]:
-    """Return the 95% basic bootstrap interval of an estimate, from its values f[R] under resampling.
+    """Return the 95% interval of an estimate, from its values f[R] under resampling.
 
-    The resampled values are reflected about the estimate. Rare classes drop out of resampled mIoU, which biases it
-    downwards. Reflection corrects this bias; a percentile interval would double it. What it takes beyond the range of
-    the estimate, `lowest` to `highest`, is cut off.
+    The half width is the 95% quantile of their distance from their mean, as in :func:`simultaneous_band`. So the
+    interval contains its estimate. The mean of resampled mIoU is biased, since rare classes drop out of resamplings.
+    The basic bootstrap subtracts this bias; of differences between sites it then covers 81% instead of 91% where 24
+    images have 23 classes, and the same where classes are frequent (`tests/bench/intervals.py`). What is beyond the
+    range of the estimate, `lowest` to `highest`, is cut off.
     """
-    low, high = resampled.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [min(max(2 * estimate - end, lowest), highest) for end in (high, low)]
+    defined = resampled[~resampled.isnan()].double()
+    if not len(defined):
+        return [math.nan, math.nan]
+    half = (defined - defined.mean()).abs().quantile(0.95).item()
+    return [max(estimate - half, lowest), min(estimate + half, highest)]
 
 
 def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor]:

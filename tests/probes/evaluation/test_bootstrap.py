@@ -35,7 +35,7 @@ def test_resampled_scores_equal_a_loop_over_drawn_images():
 
 
 def test_interval_of_miou_is_not_biased_by_rare_classes():
-    """Percentile intervals are biased, so ours are reflected."""
+    """Percentile intervals are biased, so ours are about the estimate."""
     counts = random_counts(2, images=25)
     resampled = resampled_scores(counts, bootstrap_weights(25)).miou[:, 0]
     estimate = dataset_scores(counts).miou[0].item()

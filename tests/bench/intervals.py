@@ -15,7 +15,7 @@ covers the value over all classes; how often an interval leaves out its own scor
     smooth      as symmetric, with weights of the Bayesian bootstrap, under which no class drops out
 
 In a population, class k of K is in a share of the images that falls from 90% to that of the rarest class, and covers a
-random part of each. A part of its pixels, by class and image, is predicted as another class of the image, or as any one.
+random part of each. A part of its pixels, by class and image, is predicted as another class of the image, or as any.
 """
 
 import argparse

@@ -9,7 +9,9 @@ from probes.results.probe_run import ProbeRun
 
 
 @pytest.mark.numerics
-def test_scores_are_those_of_solve_at_the_same_strength(checkpoints, segmentation, tmp_path, capsys):
+def test_scores_are_those_of_solve_at_the_same_strength(
+    checkpoints, segmentation, tmp_path, capsys
+):
     strength = "3e-2"
     argv = arguments(checkpoints["causal"], segmentation, tmp_path / "run", "--strengths", strength)
     main(["solve", *argv[1:]])

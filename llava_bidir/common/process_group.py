@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .errors import UserError
@@ -46,10 +48,12 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
     print(f"{name} begins, see {log}", flush=True)
     with log.open("w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            several_commands("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment
-        )
-    if done.returncode:
+        words = several_commands("llava_bidir", [*again.values()])
+        with process_group(words, stdout=said, stderr=said, env=environment) as process:
+            status = process.wait()
+    if status < 0:
+        raise UserError(f"{name} was ended by signal {-status}; the same command goes on where it stopped")
+    if status:
         print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise UserError(f"{name} has failed; all it said is in {log}")
     print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
@@ -59,19 +63,45 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
 def process_group(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
     """Start a command in a process group of its own; on leaving the context, kill what is left of the group.
 
-    Ctrl-C in a terminal reaches the caller only, and ends the group on the way out.
+    Ctrl-C in a terminal reaches the caller only; `end_on_signals` passes it on.
     """
     process = subprocess.Popen(command, start_new_session=True, **options)
+    _started.append(process)
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError, PermissionError):  # none is left; macOS: only zombies are
-            os.killpg(process.pid, signal.SIGKILL)
+        _send(process, signal.SIGKILL)
         process.wait()
+        _started.remove(process)
+
+
+_started: list[subprocess.Popen] = []  # leaders of the groups that run now, also of other threads
+
+
+def _send(process: subprocess.Popen, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # none is left; macOS: only zombies are
+        os.killpg(process.pid, number)
 
 
 def end_on_signals() -> None:
-    """Exit on SIGTERM and, unless `nohup` ignores it, on SIGHUP of a closed terminal; contexts end on the way out."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """End with all process groups on SIGTERM and, unless `nohup` ignores it, on SIGHUP of a closed terminal.
+
+    Ctrl-C is passed on to the groups, where a training saves a checkpoint after its step. The main thread may wait for
+    threads that wait for the groups, so that the handlers end these themselves.
+
+    Raises:
+        SystemExit: On a signal, with status 128 plus its number; KeyboardInterrupt on Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for process in list(_started):
+        _send(process, signal.SIGINT if number == signal.SIGINT else signal.SIGKILL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.process_group import Step, run_missing
+from llava_bidir.common.process_group import Step, end_on_signals, run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .steps import MASKS, WEIGHTS, check_settings, run_studies, to_words, training_steps
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     settings = {"seed": args.seed, "scale": args.scale, "world": args.world}
     with exclusive_run_lock(out, "demo"):
+        end_on_signals()
         check_settings(out, settings)
         run_missing(out, "assets", [(out / "assets/questions.json", _assets(out, settings), None)])
         with ThreadPoolExecutor(2) as pool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import run_missing
+from llava_bidir.common.process_group import end_on_signals, run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .steps import MASKS, check_settings, run_studies, training_steps
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     out, gguf = Path(args.out), find_model()
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
+        end_on_signals()
         check_settings(out, {"seed": args.seed, "minutes": args.minutes, "steps": args.steps})
         run_missing(out, "llm", [(out / "llm/config.json", ["import-gguf", str(gguf), f"{out}/llm"], None)])
         world = ["demo-assets", f"{out}/assets", "--english", "--scale", str(SCALE), "--seed", str(args.seed)]

@@ -1,11 +1,10 @@
 """Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes, and only those that are missing."""
 
-import subprocess
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import Step, several_commands
+from llava_bidir.common.process_group import Step, process_group, several_commands
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"
@@ -42,7 +41,9 @@ def training_steps(folder: Path, stages: dict[str, dict], needed: Path) -> list[
 def run_studies(out: Path, studies: list[list[str]]) -> None:
     """Run `probes study` with each list of words in one process; results of models made again are replaced."""
     commands = [["study", *words, "--overwrite", "true"] for words in studies]
-    if subprocess.run(several_commands("probes", commands)).returncode:
+    with process_group(several_commands("probes", commands)) as process:
+        status = process.wait()
+    if status:
         raise UserError(f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study")
 
 

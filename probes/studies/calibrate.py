@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
-from llava_bidir.common.process_group import run_missing
+from llava_bidir.common.process_group import end_on_signals, run_missing
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.study import read_studies
@@ -213,4 +213,5 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Run `probes calibrate`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    end_on_signals()
     calibrate(Path(args.out), args.seeds, args.scale, args.scenes, args.studies)

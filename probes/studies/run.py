@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import shlex
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.identity import describe
+from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
@@ -316,8 +316,9 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
     with _output_to(log_file):
         print(f"$ probes {shlex.join(command)}", flush=True)
         if step.kind in RUNS and uses_several_devices(settings):
-            done = subprocess.run([sys.executable, "-m", "probes", *command])
-            failed = done.returncode != 0
+            end_on_signals()
+            with process_group([sys.executable, "-m", "probes", *command]) as process:
+                failed = process.wait() != 0
         else:
             failed = False
             try:

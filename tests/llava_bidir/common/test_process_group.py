@@ -1,0 +1,70 @@
+"""Steps in processes of their own end with the command that started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PATIENCE_S = 60
+# what a step does instead: a process that starts another one and sleeps, and ends by itself on Ctrl-C only
+STEP = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open("pids", "w").write(f"{os.getpid()} {child.pid}")
+os.rename("pids", f"started_{sys.argv[1].count('b')}")
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    child.kill()
+    open("asked", "a").write("x")
+"""
+DEMO = """
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from llava_bidir.common import process_group
+from llava_bidir.common.errors import one_line_errors
+process_group.SEVERAL = {step!r}.replace("{{", "{{{{").replace("}}", "}}}}")
+with one_line_errors("demo", ["demo"]):
+    process_group.end_on_signals()
+    with ThreadPoolExecutor(2) as pool:
+        run = lambda name: process_group.run_missing(Path("."), name, [(Path("x"), [name], None)])
+        list(pool.map(run, ["a", "b"]))
+"""
+
+
+def wait_until(condition) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
+    """`kill PID` of `llava-bidir demo` left the trainings running; the command waits for them in threads."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    reset = f"import signal; signal.signal({int(number)}, signal.default_int_handler)\n"
+    words = [sys.executable, "-c", reset + DEMO.format(step=STEP)]
+    demo = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    started = [tmp_path / f"started_{i}" for i in (0, 1)]
+    try:
+        assert wait_until(lambda: all(file.exists() for file in started))
+        demo.send_signal(number)
+        told = demo.communicate(timeout=PATIENCE_S)[1]
+    finally:
+        demo.kill()
+        pids = [int(pid) for file in started if file.exists() for pid in file.read_text().split()]
+        ended = wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+        for pid in filter(psutil.pid_exists, pids):
+            os.kill(pid, signal.SIGKILL)
+    assert demo.returncode == (130 if number == signal.SIGINT else 128 + number)
+    assert len(pids) == 4 and ended
+    if number == signal.SIGINT:
+        assert (tmp_path / "asked").read_text() == "xx", "a training saves a checkpoint then"
+        assert told == "demo: interrupted; run the same command again to go on\n"

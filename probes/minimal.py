@@ -2,16 +2,19 @@
 
     python -m probes.minimal MODEL DATA --strength 1e-2 --out curve.png
 
-MODEL is a checkpoint of any family that `probes sites` knows, DATA a folder of images and masks (`data/folder.py`). For
-each site of the frozen model, a linear probe is solved on the training images and scored on the validation images:
+MODEL is a checkpoint of any family that `probes sites` knows, DATA a folder of images and masks
+(`data/folder.py`). For each site of the frozen model, a linear probe is solved on the training
+images and scored on the validation images:
 
 1. One forward returns the hidden states of the image tokens at all sites (`probes.load`).
-2. The loss is the cross-entropy of the logits upsampled to each mask's own size (`probes.upsampled_cross_entropy`), plus
-   a penalty on the weights. It is convex, so that L-BFGS finds its minimum: there is no learning rate to choose.
+2. The loss is the cross-entropy of the logits upsampled to each mask's own size
+   (`probes.upsampled_cross_entropy`), plus a penalty on the weights. It is convex, so that L-BFGS
+   finds its minimum: there is no learning rate to choose.
 3. The score is the mIoU of the upsampled predictions.
 
-`probes solve` gives the same numbers for the same strength, and adds what a study needs: the strength by
-cross-validation, certificates, intervals, states that do not fit into memory, several processes, resuming.
+`probes solve` gives the same numbers for the same strength, and adds what a study needs: the
+strength by cross-validation, certificates, intervals, states that do not fit into memory, several
+processes, resuming.
 
 Shapes: N images, T = h * w image tokens, d width of a site, K classes.
 """

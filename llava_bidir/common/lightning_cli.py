@@ -2,6 +2,7 @@
 
 import linecache
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Check the YAML files among the arguments, parse, and set `weights_only`."""
         for argument in args if isinstance(args, list) else []:
-            file = Path(argument.removeprefix("--config="))
+            file = Path(re.sub(r"^(--config=|-c=|-c)", "", argument))
             if file.suffix in (".yaml", ".yml") and file.is_file():
                 check_unique_keys(file)
         super().parse_arguments(parser, args)

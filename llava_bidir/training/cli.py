@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -74,7 +75,9 @@ class TrainingCLI(RunCLI):
                 # Lightning does not call ExportModel for a checkpoint of the last step
                 model, processor, training = read_checkpoint(Path(ckpt_path))
                 export_hf(model, processor, exported, training)
-            rank_zero_info(f"The trained model is {exported}. Try: llava-bidir generate {exported} IMAGE PROMPT")
+            rank_zero_info(
+                f"The trained model is {exported}. Try: llava-bidir generate {quote(str(exported))} IMAGE PROMPT"
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run."""

@@ -18,6 +18,7 @@ from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class ZeRO(DeepSpeedStrategy):
                 raise UserError(
                     f"checkpoint {path} has {key} {listing[key]} and this run {ours}, so the optimizer's state does "
                     f"not fit. Resume with {key} {listing[key]}, or start from the weights alone: "
-                    f"llava-bidir export {path} DIR"
+                    f"llava-bidir export {quote(str(path))} DIR"
                 )
 
     def _trainable_names(self) -> set[str]:

@@ -8,6 +8,7 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A att
 
 import base64
 import secrets
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -199,7 +200,8 @@ class Session:
         photos = [self.photos.get(photo.photo) for photo in request.painting.photos]
         geometry = self.models[0].mllm.geometry
         folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
-        command = f"probes study {self.models[0].checkpoint} {folder} --out runs/{folder.name}"
+        command = shlex.join(["probes", "study", str(self.models[0].checkpoint), str(folder)])
+        command += f" --out {shlex.quote(f'runs/{folder.name}')}"
         return {"folder": str(folder), "command": command, "photos": len(photos), "folders": list_folders(self.saved)}
 
     def open(self, request: Open, job: Job) -> dict[str, Any]:

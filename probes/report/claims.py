@@ -10,6 +10,7 @@ images that it is scored on, which favours models with many layers; tables keep 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any, NamedTuple
 
 from llava_bidir.common.configs import config_names
@@ -204,7 +205,9 @@ def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path:
         options = "--model.untrained '[adapter, llm]'"
         return untested(f"no solved run of the untrained model: run {_command('solve', study, mask, options)}")
     if (claim, mask) not in numbers.solved:
-        return untested(f"no knockout of the solved probes: run `probes knockout --probes {solved[mask].path}`")
+        return untested(
+            f"no knockout of the solved probes: run `probes knockout --probes {quote(str(solved[mask].path))}`"
+        )
     effect = numbers.solved[claim, mask]
     if effect.estimate is None:
         return untested(_no_contrast(solved[mask]))
@@ -218,7 +221,7 @@ def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path:
 def _no_contrast(run: ProbeRun) -> str:
     return (
         f"the knockout of {run.path} has no two classes that are mistaken for each other, in enough images: run "
-        f"`probes knockout --probes {run.path} --classes` with both classes of a pair"
+        f"`probes knockout --probes {quote(str(run.path))} --classes` with both classes of a pair"
     )
 
 
@@ -259,7 +262,8 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
 def _command(command: str, study: Study, mask: str, options: str = "") -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
     run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
-    options = f"{options} " * bool(options) + f"--model.mllm {run.metrics['mllm']} --model.image_attention {mask}"
+    model = f"--model.mllm {quote(run.metrics['mllm'])} --model.image_attention {quote(mask)}"
+    options = f"{options} " * bool(options) + model
     data = run.manifest["data"]
     config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"
-    return f"`probes {command} -c {config} {options} --data.root {data['root']} --out RUN`"
+    return f"`probes {command} -c {config} {options} --data.root {quote(data['root'])} --out RUN`"

@@ -3,6 +3,7 @@
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from shlex import quote
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -108,7 +109,8 @@ class ProbeCLI(RunCLI):
         main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
         text = "{} {:.3g}" if task else "{} {:.1%}"
         scores = ", ".join(text.format(site, value) for site, value in main.items() if value is not None)
-        report = f"probes report {'RUN --tasks ' * bool(task)}{self.out} --out {self.out / 'report'}"
+        folders = f"{quote(str(self.out))} --out {quote(str(self.out / 'report'))}"
+        report = f"probes report {'RUN --tasks ' * bool(task)}{folders}"
         name = task.labels[task.score] if task else "mIoU"
         return f"{self.out}: {name} {scores or 'in metrics.json'}. To see all scores: {report}"
 

@@ -63,10 +63,21 @@ def family_of(config: PreTrainedConfig) -> Family:
         return FAMILIES[kind]
     if kind in UNSUPPORTED:
         raise UserError(f"{kind} cannot be probed patch by patch: {UNSUPPORTED[kind]}")
+    if _is_encoder(config):
+        raise UserError(
+            f"{kind} is a vision encoder without an LLM, and can only be probed as the encoder of an MLLM: build one "
+            "around it with `llava-bidir fit --model.encoder.path`"
+        )
     raise UserError(
         f"no MLLM family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the sequence of its LLM, "
         "add it with probes.register_family: class, input and token size in pixels, encoder width, adapter module"
     )
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Return whether a config is that of a model that reads patches of images, and no text."""
+    has_patches = hasattr(config, "patch_size") and hasattr(config, "image_size")
+    return has_patches and not hasattr(config, "text_config") and not hasattr(config, "vocab_size")
 
 
 def own_image_attention(config: PreTrainedConfig) -> str:

@@ -27,14 +27,15 @@ LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
 
 RUN_OPTIONS = {
     "-c NAME": "config by name or path; later ones replace the values of earlier ones (`llava-bidir configs`)",
-    "--model.mllm MODEL": "checkpoint directory or hub id",
+    "--model.mllm MODEL": "checkpoint directory or hub id, of an MLLM or of a bare vision encoder",
     "--data.root DIR": "folder of images and masks (probes/README.md), or of the layout below",
     "--data.dataset NAME": "layout: folder, ade20k, voc2012, cityscapes, ... (default: folder)",
     "--data.task NAME": "segmentation, depth, normals or boundaries (default: segmentation)",
     "--data.batch_size N": "images per batch, of all devices together (default: 64)",
     "--model.image_attention NAME": "mask among image tokens; null keeps the model's own (default: null)",
-    "--model.untrained LIST": "parts with random weights, for controls: [llm], [adapter], ... (default: null)",
+    "--model.untrained LIST": "parts with random weights, for controls: [llm], [adapter], [encoder] (default: null)",
     "--model.match NAME": "how a random LLM resembles the trained one: none, update, permuted (default: none)",
+    "--model.image_px N": "side of a bare encoder's square input, a multiple of its patch (default: as published)",
     "--model.draw N": "number of the random draw (default: 0)",
     "--out DIR": "folder of the run (default: runs/probes)",
     "--ckpt_path last": "resume an interrupted run, and leave a finished one alone",
@@ -76,10 +77,17 @@ OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
 OWN_PARSERS |= {"solve": "probes.training.solve", "study": "probes.studies.command"}
 
 
+def add_image_px(parser: argparse.ArgumentParser) -> None:
+    """Add --image-px, the side of a bare encoder's square input."""
+    text = "side of the square input of a bare encoder, a multiple of its patch (default: as published)"
+    parser.add_argument("--image-px", type=int, metavar="N", help=text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = ArgumentParser(
-        prog="probes", description="Layerwise segmentation probes for frozen MLLMs (arXiv 2603.17228)."
+        prog="probes",
+        description="Layerwise segmentation probes for frozen MLLMs and vision encoders (arXiv 2603.17228).",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -97,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sites", "probes.analyses.extract:print_sites", "list the sites of a model, their widths and its attention"
     )
     p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
+    add_image_px(p)
 
     p = command("states", "probes.analyses.extract:write_states", "write the states of images to a safetensors file")
     p.add_argument("mllm", help="checkpoint directory or hub id")
@@ -105,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
     p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
     p.add_argument("--prefix", metavar="TEXT", help="text before the image (default: from the chat template)")
+    add_image_px(p)
     add_overwrite(p)
 
     text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"

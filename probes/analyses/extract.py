@@ -10,19 +10,21 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.models.families import family_of, own_image_attention
 from probes.models.load import load
 from probes.models.prompt_and_pixels import check_numbers, read_config
-from probes.models.sites import ENCODER, site_names
 
 
 def print_sites(args: argparse.Namespace) -> None:
     """Run `probes sites`; reads the config only, so a 7B model takes no longer than a small one."""
     config = read_config(args.mllm)
-    family, text_config = family_of(config), config.get_text_config()
+    family = family_of(config)
+    if args.image_px is not None:
+        family = family.with_side(args.image_px, config)
     check_numbers(args.mllm, family, config)
     rows, columns = family.grid(config)
+    tokens = "image tokens" if family.has_llm else "patches"
     print(f"{config.model_type}, {own_image_attention(config)} image attention")
-    print(f"{rows} x {columns} = {rows * columns} image tokens of a {family.image_px(config)} px square")
-    for site in site_names(text_config.num_hidden_layers):
-        print(f"  {site:<11} {family.encoder_width(config) if site == ENCODER else text_config.hidden_size}")
+    print(f"{rows} x {columns} = {rows * columns} {tokens} of a {family.side_px(config)} px square")
+    for site, width in family.widths(config).items():
+        print(f"  {site:<11} {width}")
 
 
 def write_states(args: argparse.Namespace) -> None:
@@ -33,7 +35,8 @@ def write_states(args: argparse.Namespace) -> None:
         raise UserError(f"{out} exists; --overwrite true replaces it")
     images = read_photos(args.image)
     with exclusive_run_lock(out.parent, out.name):
-        mllm = load(args.mllm, image_attention=args.image_attention, prefix=args.prefix)
+        settings = {"image_attention": args.image_attention, "prefix": args.prefix}
+        mllm = load(args.mllm, image_px=args.image_px, **settings)
         states = mllm.states(mllm.preprocess(images), args.sites)
         write_files({out: states})
     for site, state in states.items():

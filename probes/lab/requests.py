@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llava_bidir.common.errors import UserError
-from probes.models.prompt_and_pixels import MAX_TOKENS_PER_SIDE
+from llava_bidir.common.image_side import MAX_GRID_SIDE
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, le=2**31)]
 PhotoKey = Annotated[str, Field(pattern=r"^(split:(0|[1-9][0-9]{0,8})|upload:[0-9a-f]{64})$")]
 Site = Annotated[str, Field(max_length=32)]
-Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_TOKENS_PER_SIDE**2)]
+Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_GRID_SIDE**2)]
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
 MAX_CONCEPTS, MAX_PAINTED = 20, 32  # concepts, and photos whose states are read for a stroke
@@ -51,7 +51,7 @@ class PaintedPhoto(_Request):
     """A photo and its patches that are painted as each concept."""
 
     photo: PhotoKey
-    patches: tuple[Annotated[tuple[Index, ...], Field(max_length=MAX_TOKENS_PER_SIDE**2)], ...]
+    patches: tuple[Annotated[tuple[Index, ...], Field(max_length=MAX_GRID_SIDE**2)], ...]
 
 
 class Painting(_Request):

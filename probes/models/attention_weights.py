@@ -18,6 +18,11 @@ from .sites import layer_site
 Compute = Callable[[int, Tensor], Tensor]
 
 
+def softmax_attention(layer: nn.Module) -> nn.Module | None:
+    """Return the attention of a layer of an LLM or of a vision encoder; None if it has linear attention only."""
+    return getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+
+
 @contextmanager
 def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], None]) -> Iterator[None]:
     """Call record(layer 1..L, compute) for each decoder layer that runs while the context is open.
@@ -27,9 +32,12 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
     Raises:
         UserError: A layer has linear attention, or none attended through transformers' sdpa interface.
     """
-    if without := [i for i, layer in enumerate(layers, 1) if not hasattr(layer, "self_attn")]:
-        raise UserError(f"attention cannot be read: layer {without[0]} has linear attention, which has no weights")
-    layer_of, recorded = {layer.self_attn: i for i, layer in enumerate(layers, 1)}, []
+    attention_modules = [softmax_attention(layer) for layer in layers]
+    if None in attention_modules:
+        without = attention_modules.index(None) + 1
+        raise UserError(f"attention cannot be read: layer {without} has linear attention, which has no weights")
+    layer_of = {module: i for i, module in enumerate(attention_modules, 1)}
+    recorded = []
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
@@ -42,7 +50,9 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
                 rows = queries.to(query.device)
                 keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
                 logits = query[image][:, rows].float() @ keys * scale
-                return logits.masked_fill(~attention_mask[image][:, rows], -inf).softmax(-1)
+                if attention_mask is not None:
+                    logits = logits.masked_fill(~attention_mask[image][:, rows], -inf)
+                return logits.softmax(-1)
 
             record(layer_of[module], compute)
         return stock(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
@@ -67,7 +77,7 @@ def read_attention(
     queries: Sequence[tuple[int, Tensor]],
     average_heads: bool,
 ) -> list[Tensor]:
-    """Return attention weights among image tokens; see :meth:`FrozenMLLM.attention`."""
+    """Return attention weights among image tokens; see :meth:`FrozenModel.attention`."""
     positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)  # from the end: prefix or not
     weights: list[dict[int, Tensor]] = [{} for _ in queries]
 
@@ -78,6 +88,6 @@ def read_attention(
                 by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
 
     mllm.prefill_prefix()  # before the capture, which must not include it
-    with capture_attention(mllm.decoder.layers, record):
+    with capture_attention(mllm.layers, record):
         mllm.states(pixels, [layer_site(layer) for layer in layers], knockout)
     return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]

@@ -17,38 +17,31 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from llava_bidir.common.arguments import check_is_list, check_is_text
+from llava_bidir.common.arguments import check_is_text
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import PhotoLike, read_photos
-from probes.ops.geometry import Geometry
+from llava_bidir.common.image_io import PhotoLike
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, supports_masks
-from .attention_weights import read_attention
-from .families import Family, own_image_attention
+from .families import Family
+from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
 from .read_states import read_states
-from .shared_layers import DistinctRows, version
-from .sites import ENCODER, FINAL_NORM, layer_site, site_names
+from .shared_layers import DistinctRows
+from .sites import ENCODER, FINAL_NORM
 from .steering import Replacement
-from .teach import Painted, Taught
 
 
-class FrozenMLLM(nn.Module):
+class FrozenMLLM(FrozenModel):
     """A multimodal LLM in eval mode without gradients, created by :func:`probes.load`.
 
+    Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
+    "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
+    before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``).
+
     Attributes:
-        sites: "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
-            "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder
-            layers before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``).
-        widths: d per site.
-        grid: Rows and columns of image tokens, the same at all sites. T is their product.
-        geometry: How images become squares, and the position of the grid on an image and its mask.
-        image_attention, own_image_attention: Mask that the model runs with, and the one that it was trained with.
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
-        revision: Commit hash of a checkpoint from the hub; None for a local directory.
-        update_scales: Factor of each layer's update, of a random LLM that is matched to the trained one; else None.
 
     The cached prompt follows edits of the LLM's weights (in place, `load_state_dict`, `.to`). Call
     :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding or removing hooks on the LLM.
@@ -66,18 +59,9 @@ class FrozenMLLM(nn.Module):
         revision: str | None = None,
         read_chat: Callable[[], Chat] | None = None,
     ):
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.family, self.image_processors, self.revision = family, image_processors, revision
+        super().__init__(model, family, image_processors, image_attention, image_resize, revision)
         self._read_chat = read_chat
-        self.update_scales: list[float] | None = None
-        self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
-        self.grid = family.grid(model.config)
-        image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processors[0].image_mean]
-        self.geometry = Geometry(self.grid, image_px, family.covered_px(model.config), image_resize, tuple(colour))
-        self.sites = site_names(len(self.decoder.layers))
-        width = model.config.get_text_config().hidden_size
-        self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
+        self.layer_sites = self.sites[1:-1]
         self._image_ids = _image_ids(self.grid, model.config.image_token_id, separator_id)
         for name in ("prefix_ids", "ids", "is_image", "image_positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -118,18 +102,14 @@ class FrozenMLLM(nn.Module):
         return other
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The layers of the LLM."""
+        return self.decoder.layers
+
+    @property
     def decoder(self) -> nn.Module:
         """The LLM's decoder, with `layers`, `norm` and `embed_tokens`."""
         return self.family.decoder_of(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the inputs and of the returned states."""
-        return self.prefix_ids.device
-
-    def train(self, mode: bool = True) -> "FrozenMLLM":
-        """Keep eval mode: a frozen model never trains, even if the module that contains it does."""
-        return super().train(False)
 
     def clear_prefix_cache(self) -> None:
         """Drop the cached keys and values of the prompt; the next forward recomputes them."""
@@ -138,24 +118,6 @@ class FrozenMLLM(nn.Module):
     def _apply(self, *args, **kwargs) -> "FrozenMLLM":
         self.clear_prefix_cache()
         return super()._apply(*args, **kwargs)
-
-    def preprocess(self, images: PhotoLike | Sequence[PhotoLike]) -> Tensor:
-        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation.
-
-        Args:
-            images: Path or PIL image, or a list of these. Photos are turned as their EXIF tag says; those of a data
-                set have none (common/image_io.py).
-
-        Raises:
-            UserError: There is no image, or one cannot be read.
-        """
-        squares = [self.geometry.place(image) for image in read_photos(images)]
-        pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
-        return torch.cat(pixels, dim=1)
-
-    def to_grid(self, states: Tensor) -> Tensor:
-        """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
-        return states.unflatten(-2, self.grid)
 
     @torch.no_grad()
     def states(
@@ -193,37 +155,6 @@ class FrozenMLLM(nn.Module):
 
     forward = states
 
-    @torch.no_grad()
-    def attention(
-        self,
-        pixels: Tensor,
-        layers: Sequence[int] | None = None,
-        knockout: Knockout | None = None,
-        *,
-        queries: Sequence[tuple[int, Tensor]] | None = None,
-        average_heads: bool = True,
-    ) -> list[Tensor]:
-        """Return attention weights among image tokens, computed for the requested query tokens only.
-
-        Args:
-            pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            layers: Decoder layers, numbered 1..L as in the site names; None for all.
-            knockout: Attention knockout, as in :meth:`states`.
-            queries: Pairs of the index of an image and its query tokens bool[T]. None: all tokens of each image.
-            average_heads: If False, return the weights of each head.
-
-        Returns:
-            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1
-            minus the attention to tokens outside of the image.
-
-        Raises:
-            UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
-        """
-        layers = self._check_layers(layers)
-        if queries is None:
-            queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
-        return read_attention(self, pixels, layers, knockout, queries, average_heads)
-
     def logit_lens(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
 
@@ -240,24 +171,6 @@ class FrozenMLLM(nn.Module):
         logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
-        """Return probes of painted concepts at all sites, with their scores and maps (teach.py).
-
-        ::
-
-            taught = mllm.teach({"road": [(image, patches), ...], "sky": [(image, other_patches), ...]})
-            taught.curve()                    # DataFrame: site, score, low, high, chance
-            taught.map(image, "layer_04")     # f32[concepts, h, w], probabilities
-
-        Args:
-            painted: Photos and painted patches bool[h, w] of each concept. Other patches are unknown.
-            rest_is_background: Other patches of these photos are one more concept, "background".
-
-        Raises:
-            UserError: There are fewer than two concepts, or one has no patch, or a patch two concepts.
-        """
-        return Taught(self, painted, rest_is_background)
 
     @cached_property
     def chat(self) -> Chat:
@@ -343,32 +256,6 @@ class FrozenMLLM(nn.Module):
         """
         return score_answers(self, pixels, questions, answers, knockout)
 
-    def check_pixels(self, pixels: Tensor) -> None:
-        """Raise a UserError unless pixels are f[B, 3, H, W] as :meth:`preprocess` returns them."""
-        expected = (3 * len(self.image_processors), self.geometry.image_px, self.geometry.image_px)
-        if not isinstance(pixels, Tensor) or pixels.shape[1:] != expected or len(pixels) == 0:
-            shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise UserError(f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}")
-
-    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
-        if isinstance(sites, str):
-            raise UserError(f"sites must be a list of names, got {sites!r}")
-        unknown = set(sites or ()) - set(self.sites)
-        if unknown:
-            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
-        return list(self.sites if sites is None else sites)
-
-    def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """Return decoder layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
-        if layers is not None:
-            check_is_list("layers", layers, "[1, 2]")
-        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
-        if not layers:
-            raise UserError(f"got no layers; expected some of 1 to {len(self.decoder.layers)}, or None for all")
-        self.check_sites([layer_site(layer) for layer in layers])
-        return layers
-
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.
 
@@ -386,12 +273,6 @@ class FrozenMLLM(nn.Module):
         if masks is None or not self.family.shared_prefix:
             return False
         return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
-
-    def weights_key(self) -> tuple:
-        """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
-        kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return autocast, [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]
 
     @torch.no_grad()
     def prefill_prefix(self) -> int:

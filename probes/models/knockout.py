@@ -84,6 +84,14 @@ class Knockout:
         chosen = _select_layers(self.layers, len(blocked), len(layers)).cpu()
         return [row.numpy().tobytes() for row in blocked], chosen & blocked.any(1, keepdim=True)
 
+    def select_layers(self, layers: nn.ModuleList) -> Tensor:
+        """Return the layers that each row of the batch cuts, bool[B, L].
+
+        Raises:
+            UserError: A layer is out of range.
+        """
+        return _select_layers(self.layers, len(self.blocked), len(layers))
+
     @contextmanager
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.

@@ -1,4 +1,4 @@
-"""Load a checkpoint as a frozen MLLM."""
+"""Load a checkpoint as a frozen MLLM or a frozen vision encoder."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from llava_bidir.common.hf_loading import load_weights
 
 from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
+from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .prompt_and_pixels import (
     check_numbers,
@@ -30,6 +31,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     *,
+    image_px: int | None = None,
     image_resize: str | None = None,
     revision: str | None = None,
     device_map: str | dict | None = None,
@@ -41,8 +43,8 @@ def load(
     match_images: Sequence[Image.Image] = (),
     update_scales: Sequence[float] | None = None,
     seed: int = 0,
-) -> FrozenMLLM:
-    """Load a checkpoint as a :class:`FrozenMLLM`.
+) -> FrozenMLLM | FrozenEncoder:
+    """Load a checkpoint as a :class:`FrozenMLLM`, or a bare vision encoder as a :class:`FrozenEncoder`.
 
     Args:
         path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families).
@@ -50,6 +52,8 @@ def load(
             mask that the checkpoint was trained with.
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
         device: None: the GPU if there is one, else the CPU.
+        image_px: Side of the square input in pixels, of a bare encoder; None: the one that it is published with. An
+            MLLM has that of its checkpoint.
         image_resize: How images become squares: "squash", "pad" or "center_crop" (probes/ops/geometry.py). None: the
             checkpoint's own way.
         revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
@@ -57,8 +61,9 @@ def load(
         attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
             :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
-        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm".
-        match: How a random LLM resembles the trained one: "none", "update" or "permuted" (random_init.py).
+        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm"; of a bare encoder
+            "encoder".
+        match: How a random LLM or encoder resembles the trained one: "none", "update" or "permuted" (random_init.py).
         draw: Number of the draw of random weights, for several controls with one seed.
         match_images: Images on which "update" matches the layers' updates: training images.
         update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
@@ -69,23 +74,34 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
-    check_control(untrained, match, match_images, update_scales)
     hub = {"revision": resolve_revision(path, revision)}  # once, so that all files are of the same commit
     config = read_config(path, **hub)
     family = family_of(config)
+    if image_px is not None:
+        family = family.with_side(image_px, config)
+    check_control(family, untrained, match, match_images, update_scales)
     check_numbers(path, family, config)
-    attention, text_config = image_attention or own_image_attention(config), config.get_text_config()
-    backend = attn_implementation or mask_backend(text_config)
-    check_masks(attention, text_config, backend)
+    own = own_image_attention(config)
     spread = {} if device_map is None else {"device_map": device_map}
-    options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
-    model = load_weights("MLLM", family.model_cls, path, **options, **hub)
+    options = {"dtype": dtype or "auto", **spread}
+    if family.has_llm:
+        attention = image_attention or own
+        backend = attn_implementation or mask_backend(config.get_text_config())
+        check_masks(attention, config.get_text_config(), backend)
+    else:
+        backend = attn_implementation or "sdpa"
+        check_encoder(path, own, image_attention, prefix, backend)
+    model = load_weights("MLLM", family.model_cls, path, attn_implementation=backend, **options, **hub)
     processors, resize = read_image_processors(path, family, **hub)
     resize = image_resize or getattr(config, "image_resize", None) or resize
-    ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
     commit = getattr(hub["revision"], "resolved", None)
-    chat = partial(read_chat, path, family, **hub)
-    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit, chat)
+    if family.has_llm:
+        ids = read_prefix_ids(path, family, prefix, **hub)
+        separator_id = read_separator_id(path, family, **hub)
+        chat = partial(read_chat, path, family, **hub)
+        mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit, chat)
+    else:
+        mllm = FrozenEncoder(model, family, processors, resize, commit)
     if device_map is None:
         mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if untrained:

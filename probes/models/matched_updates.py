@@ -1,4 +1,4 @@
-"""Scale the layers of a random LLM so that each changes its input as much as the trained layer does.
+"""Scale the layers of a random LLM or vision encoder so that each changes its input as much as the trained layer does.
 
 The relative update of a layer is ||output - input|| / ||input||, a mean over image tokens. It is measured on training
 images with the trained weights. The outputs of attention and MLP of each random layer are then multiplied by one
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
+from .attention_weights import softmax_attention
 from .shared_layers import replaced_forward
-from .sites import ADAPTER, layer_site
+from .sites import layer_site
 
 MATCH_IMAGES = 32  # on other images of the toy world the updates then differ from the trained ones by up to 5%
 TOLERANCE = 1e-3  # relative; far below the difference between images
@@ -25,10 +26,9 @@ STEPS = 30  # an update is nearly proportional to its factor: two or three suffi
 
 
 def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
-    """Return the relative update of each decoder layer on images f[B, 3, H, W], from one forward."""
-    layers = [site for site in mllm.sites if site == ADAPTER or site.startswith("layer_")]
-    states = mllm.states(pixels, layers)
-    return [_relative_update(states[before], states[after]) for before, after in pairwise(layers)]
+    """Return the relative update of each layer on images f[B, 3, H, W], from one forward."""
+    states = mllm.states(pixels, mllm.layer_sites)
+    return [_relative_update(states[before], states[after]) for before, after in pairwise(mllm.layer_sites)]
 
 
 def _relative_update(before: Tensor, after: Tensor) -> float:
@@ -72,12 +72,12 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
             with replaced_forward(_attention(module), lambda *args, **kwargs: attended):
                 output = module.forward(*args, **kwargs)  # without the hooks of the layer, this one among them
         raise UserError(
-            f"layer {layer + 1} of the random LLM changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
+            f"layer {layer + 1} of the random model changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
             "the updates of this family cannot be matched; use match: permuted"
         )
 
     with ExitStack() as hooks:
-        for layer, module in enumerate(mllm.decoder.layers):
+        for layer, module in enumerate(mllm.layers):
             hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)  # before it is scaled
             hooks.callback(module.register_forward_hook(partial(match, layer), with_kwargs=True).remove)
         together.states(pixels, [layer_site(len(updates))])
@@ -93,7 +93,7 @@ def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
         A stack that, closed, ends this.
     """
     with ExitStack() as hooks:
-        for layer, module in enumerate(mllm.decoder.layers):
+        for layer, module in enumerate(mllm.layers):
             for branch in branch_outputs(module):
                 hooks.callback(branch.register_forward_hook(partial(_scaled_output, scales, layer)).remove)
         mllm.clear_prefix_cache()
@@ -107,15 +107,16 @@ def _scaled_output(scales: Sequence[float], layer: int, module: nn.Module, args:
 
 
 def _attention(layer: nn.Module) -> nn.Module:
-    return layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
+    return softmax_attention(layer) or layer.linear_attn
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:
-    """Return the modules of a decoder layer whose outputs are added to its input, for attention and for the MLP."""
+    """Return the modules of a layer whose outputs are added to its input, for attention and for the MLP."""
     # Where the norm before the MLP has a name of its own, `post_attention_layernorm` follows attention.
     after_attention = ("post_attention_layernorm",) if hasattr(layer, "pre_feedforward_layernorm") else ()
-    attention = ("post_self_attn_layernorm", *after_attention, "self_attn", "linear_attn")
-    mlp = ("post_mlp_layernorm", "post_feedforward_layernorm", "mlp")
+    attention = ("post_self_attn_layernorm", *after_attention, "layer_scale1", "self_attn", "linear_attn")
+    attention += ("attention",)  # of a vision encoder; DINO scales both branches
+    mlp = ("post_mlp_layernorm", "post_feedforward_layernorm", "layer_scale2", "mlp")
     outputs = [
         next((getattr(layer, name) for name in names if hasattr(layer, name)), None) for names in (attention, mlp)
     ]

@@ -15,16 +15,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.image_side import MAX_GRID_SIDE
 from llava_bidir.common.tokenizer import load_tokenizer
 
-from .families import Family
+from .families import EncoderFamily, Family
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 PROMPT_DATE = date(2025, 1, 1)
 # Replaces the function of templates with the date of the day: states would differ from day to day.
 _PARTS = "".join(f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS")
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}"
-MAX_TOKENS_PER_SIDE = 128  # the LLM's mask has the fourth power of it in bytes
 
 
 def read_config(path: str, **hub: Any) -> PreTrainedConfig:
@@ -37,7 +37,7 @@ def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
     return load_tokenizer("tokenizer", path, **hub)
 
 
-def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
+def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
     """Raise a UserError if a config describes no usable grid, encoder or LLM."""
     with error_context(f"config.json of {path}"):
         vision = getattr(config, "vision_config", None)
@@ -52,21 +52,22 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
                     "vision_feature_select_strategy 'default' drops the first patch, since this encoder has no CLS "
                     "token; expected 'full', because the other patches are no grid"
                 )
-        side, text_config = family.grid(config)[0], config.get_text_config()
-        if not 1 <= side <= MAX_TOKENS_PER_SIDE:
-            raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_TOKENS_PER_SIDE} per side")
+        side = family.grid(config)[0]
+        if not 1 <= side <= MAX_GRID_SIDE:
+            raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_GRID_SIDE} per side")
         tokens = side * family.grid(config)[1]
         if config.model_type == "llava_bidir" and config.image_seq_length != tokens:
             raise UserError(
                 f"image_seq_length is {config.image_seq_length}, but the encoder's grid has {tokens} patches"
             )
-        sizes = {"layers of the LLM": text_config.num_hidden_layers, "width of the LLM": text_config.hidden_size}
-        for name, size in (sizes | {"width of the encoder": family.encoder_width(config)}).items():
+        for name, size in family.sizes(config).items():
             if size < 1:
                 raise UserError(f"{name}: {size}; expected 1 or more")
 
 
-def read_image_processors(path: str, family: Family, **hub: Any) -> tuple[list[CLIPImageProcessorPil], str]:
+def read_image_processors(
+    path: str, family: Family | EncoderFamily, **hub: Any
+) -> tuple[list[CLIPImageProcessorPil], str]:
     """Return an image processor per normalisation, without resizing, and the checkpoint's way of resizing.
 
     A checkpoint that does not define its normalisation raises a UserError.

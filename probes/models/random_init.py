@@ -7,8 +7,8 @@ do, such as mixing neighbouring patches. Matched controls change the states as m
     update     re-initialised layers, scaled to the trained layers' relative updates (`matched_updates.py`)
     permuted   the trained weights of each matrix in random order
 
-Matched controls replace the decoder layers only. The prompt's embeddings and the final norm stay trained, as inputs and
-read-out of the layers.
+Matched controls replace the layers only. The prompt's embeddings and the final norm stay trained, as inputs and
+read-out of the layers. Of a bare vision encoder, all controls do: its patch embeddings stay trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,55 +25,64 @@ from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 
-from .families import Family
+from .families import EncoderFamily, Family
 from .matched_updates import layer_updates, match_updates, scale_layers
 
 MATCHES = ("none", "update", "permuted")
 DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
 
 
-def check_control(parts: Sequence[str], match: str, images: Sequence, scales: Sequence[float] | None) -> None:
+def check_control(
+    family: Family | EncoderFamily,
+    parts: Sequence[str],
+    match: str,
+    images: Sequence,
+    scales: Sequence[float] | None,
+) -> None:
     """Raise a UserError unless `parts` and `match`, with images or factors to match updates, describe a control."""
     check_is_list("untrained", parts, "['llm']")
-    if unknown := set(parts) - {"adapter", "llm"}:
-        raise UserError(f"unknown part {min(unknown)!r} in untrained; expected adapter, llm")
+    if unknown := set(parts) - {*family.parts}:
+        kind = "an MLLM" if family.has_llm else "a bare vision encoder"
+        raise UserError(
+            f"unknown part {min(unknown)!r} in untrained; expected {', '.join(family.parts)}, the parts of {kind}"
+        )
     if match not in MATCHES:
         raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
-    if match != "none" and "llm" not in parts:
-        raise UserError(f"match {match!r} describes a random LLM; add llm to untrained")
+    if match != "none" and family.layers_part not in parts:
+        raise UserError(f"match {match!r} describes random layers; add {family.layers_part} to untrained")
     if match == "update" and not len(images) and scales is None:
         raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
 
 
-def drawn_modules(
-    model: PreTrainedModel, family: Family, parts: Sequence[str], match: str
-) -> dict[str, list[nn.Module]]:
-    """Return the modules whose weights are replaced, by part: "adapter" and "llm"."""
-    decoder = family.decoder_of(model)
-    modules = {"adapter": family.adapter_of(model), "llm": [decoder if match == "none" else decoder.layers]}
-    return {part: modules[part] for part in parts}
-
-
-def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int, match: str = "none") -> None:
-    """Replace the weights of "adapter" (as torch draws them, times the scale in training.json) or "llm" (see above).
+def reinitialize(
+    model: PreTrainedModel,
+    family: Family | EncoderFamily,
+    parts: Sequence[str],
+    seed: int,
+    match: str = "none",
+) -> None:
+    """Replace the weights of "adapter" (as torch draws them, times the scale in training.json) or of the layers.
 
     Raises:
         UserError: The initialisation of this kind of model sets a weight to zero.
     """
-    decoder, modules = family.decoder_of(model), drawn_modules(model, family, parts, match)
+    modules = family.random_modules(model, match)
+    owner = family.decoder_of(model) if family.has_llm else model
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for part in parts:
-            if part == "llm" and match == "permuted":
-                permute_weights(decoder.layers)
+            if part == family.layers_part and match == "permuted":
+                for top in modules[part]:
+                    permute_weights(top)
                 continue
+            _forget_initialisation(modules[part])
             for module in (m for top in modules[part] for m in top.modules()):
                 if part == "adapter" and hasattr(module, "reset_parameters"):
                     module.reset_parameters()
                 else:
                     for parameter in module.parameters(recurse=False):
                         parameter._is_hf_initialized = False  # else transformers keeps weights from a checkpoint
-                    (decoder if part == "llm" else model)._init_weights(module)
+                    (owner if part == "llm" else model)._init_weights(module)
             for name, parameter in (pair for top in modules[part] for pair in top.named_parameters()):
                 if parameter.ndim > 1 and not parameter.any():
                     raise UserError(
@@ -83,6 +92,12 @@ def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], s
         training = Path(model.name_or_path) / "training.json"
         if "adapter" in parts and training.is_file():
             modules["adapter"][0].linear_2.weight *= read_json(training).get("adapter_init_scale", 1.0)
+
+
+def _forget_initialisation(modules: Sequence[nn.Module]) -> None:
+    """Let transformers draw all weights, also those that a module draws for its children (CLIP, SigLIP)."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        parameter._is_hf_initialized = False
 
 
 def permute_weights(layers: nn.Module) -> None:
@@ -102,7 +117,7 @@ def replace_weights(
     images: Sequence[Image.Image],
     scales: Sequence[float] | None,
 ) -> ExitStack:
-    """Make an MLLM a control with random weights; the arguments are those of :func:`probes.load`.
+    """Make a model a control with random weights; the arguments are those of :func:`probes.load`.
 
     Returns:
         A stack that, closed, removes the hooks that scale the layers, if their updates are matched.
@@ -114,8 +129,8 @@ def replace_weights(
     # The random numbers of the CPU are the same everywhere; a model that is spread over devices stays where it is. The
     # other modules are not moved: states that were read before stay valid.
     together = {parameter.device for parameter in mllm.parameters()} == {device}
-    drawn = drawn_modules(mllm.model, mllm.family, parts, match).values() if together else ()
-    moved = [module for modules in drawn for module in modules]
+    drawn = mllm.family.random_modules(mllm.model, match) if together else {}
+    moved = [module for part in parts for module in drawn.get(part, ())]
     try:
         for module in moved:
             module.cpu()
@@ -126,7 +141,7 @@ def replace_weights(
     mllm.clear_prefix_cache()
     if match != "update":
         return ExitStack()
-    mllm.update_scales = [1.0] * len(mllm.decoder.layers) if scales is None else list(scales)
+    mllm.update_scales = [1.0] * len(mllm.layers) if scales is None else list(scales)
     with scale_layers(mllm, mllm.update_scales) as hooks:
         if pixels is not None:
             match_updates(mllm, pixels, updates, mllm.update_scales)
@@ -137,38 +152,39 @@ def replace_weights(
 def random_layers(
     mllm: nn.Module, match: str = "update", draw: int = 0, *, match_images: Sequence[Image.Image] = ()
 ) -> Iterator[None]:
-    """Give an MLLM a random LLM while the context is open, and its trained weights back afterwards.
+    """Give a model random layers while the context is open, and its trained weights back afterwards.
 
-    Inside, `mllm` is what ``probes.load(..., untrained=["llm"], match=match, draw=draw, ...)`` returns, without loading
-    a checkpoint again. The random weights are beside the trained ones, on the same device. ::
+    Inside, `mllm` is what ``probes.load(..., untrained=["llm"], match=match, draw=draw, ...)`` returns (of a bare
+    encoder: ``["encoder"]``), without loading a checkpoint again. The random weights are beside the trained ones, on
+    the same device. ::
 
         for draw in range(3):
             with random_layers(mllm, draw=draw, match_images=images):
                 states = mllm.states(pixels)
 
     Args:
-        mllm: MLLM with a trained LLM, from :func:`probes.load`.
-        match: How the random LLM resembles the trained one: "none", "update" or "permuted" (random_init.py).
+        mllm: Trained model, from :func:`probes.load`.
+        match: How the random layers resemble the trained one: "none", "update" or "permuted" (random_init.py).
         draw: Number of the draw.
         match_images: Images on which "update" matches the layers' updates: training images.
 
     Raises:
-        UserError: An argument is invalid, or the LLM's updates are matched already.
+        UserError: An argument is invalid, or the updates are matched already.
     """
-    check_control(["llm"], match, match_images, None)
+    part = mllm.family.layers_part
+    check_control(mllm.family, [part], match, match_images, None)
     if mllm.update_scales is not None:
-        raise UserError("the LLM has random layers already; leave their context, or load the trained model")
-    decoder = mllm.decoder
-    parts = dict(decoder.named_children()) if match == "none" else {"layers": decoder.layers}
+        raise UserError("the model has random layers already; leave their context, or load the trained model")
+    slots = [(parent, name, getattr(parent, name)) for parent, name in mllm.family.random_slots(mllm.model, match)]
     try:
-        for name, trained in parts.items():
-            setattr(decoder, name, deepcopy(trained))
+        for parent, name, trained in slots:
+            setattr(parent, name, deepcopy(trained))
         mllm.model.tie_weights()
-        with replace_weights(mllm, ["llm"], match, draw, 0, match_images, None):
+        with replace_weights(mllm, [part], match, draw, 0, match_images, None):
             yield
     finally:
         mllm.update_scales = None
-        for name, trained in parts.items():
-            setattr(decoder, name, trained)
+        for parent, name, trained in slots:
+            setattr(parent, name, trained)
         mllm.model.tie_weights()
         mllm.clear_prefix_cache()

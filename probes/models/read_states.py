@@ -26,7 +26,7 @@ from .sites import ADAPTER, ENCODER
 from .steering import Replacement, replaced_states
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Raised by a hook to end the forward after the last wanted site."""
 
 
@@ -74,7 +74,7 @@ def read_states(
         else:
             run, inputs = mllm.model.model, {"input_ids": mllm.ids[:, start:].expand(images, -1)}
             inputs |= mllm.family.inputs(mllm.model, pixels, mllm.is_image[start:].expand(images, -1))
-        with suppress(_StopForward):
+        with suppress(StopForward):
             run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
     states |= {site: of_rows(known[site]) for site in skipped if site in known and site not in hooks}
     if missing := [site for site in wanted if site not in states]:
@@ -114,7 +114,7 @@ def _recorded_states(mllm: nn.Module, wanted: list[str], batch: int, start: int)
     def record(site: str, state: Tensor) -> None:
         states[site] = state if site == ENCODER else state.index_select(1, positions.to(state.device))
         if site == last:
-            raise _StopForward
+            raise StopForward
 
     with ExitStack() as stack:
         encoder_hook = lambda _, args: record(ENCODER, _encoder_states(mllm, args, batch))

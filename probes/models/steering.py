@@ -16,13 +16,19 @@ Replacement = Callable[[Tensor], Tensor]  # f[B, T, d] -> f[B, T, d]
 
 
 @contextmanager
-def replaced_states(layers: nn.ModuleList, hooks: Mapping[str, Replacement], positions: Tensor) -> Iterator[None]:
+def replaced_states(
+    layers: nn.ModuleList,
+    hooks: Mapping[str, Replacement],
+    positions: Tensor,
+    input_site: str = ADAPTER,
+) -> Iterator[None]:
     """Replace the states of the image tokens at sites by what `hooks` return while the context is open.
 
     Args:
-        layers: Decoder layers.
-        hooks: Functions by site: "adapter", the input of the first layer, or the output of a layer.
+        layers: Layers of the LLM, or of a vision encoder.
+        hooks: Functions by site: the input of the first layer, or the output of a layer.
         positions: i64[T] of the image tokens among those that the layers run on.
+        input_site: Name of the input of the first layer.
 
     Raises:
         UserError: A site is neither, or a function returns states of another shape.
@@ -48,11 +54,11 @@ def replaced_states(layers: nn.ModuleList, hooks: Mapping[str, Replacement], pos
             def after(_, args: tuple, out: Tensor | tuple, replace: Replacement = replace) -> Tensor | tuple:
                 return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
 
-            if site == ADAPTER:
+            if site == input_site:
                 handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
             elif site in modules:
                 handle = modules[site].register_forward_hook(after)
             else:
-                raise UserError(f"hook at {site!r}: expected {ADAPTER} or {', '.join(modules)}")
+                raise UserError(f"hook at {site!r}: expected {input_site} or {', '.join(modules)}")
             stack.callback(handle.remove)
         yield

@@ -104,9 +104,14 @@ class FinishedRun:
     def arm(self) -> str:
         """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
         untrained, match = sorted(self.metrics["untrained"]), self.metrics.get("match", "none")
-        if untrained == ["llm"]:
+        if untrained in (["llm"], ["encoder"]):
             return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
+
+    @property
+    def has_llm(self) -> bool:
+        """False if the model is a bare vision encoder."""
+        return self.metrics.get("model_kind", "mllm") == "mllm"
 
     @property
     def channels(self) -> int:
@@ -162,7 +167,7 @@ class FinishedRun:
 
     @property
     def layers(self) -> list[str]:
-        """Sites of layers 0 to L: the adapter and the decoder layers."""
+        """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @property
@@ -302,7 +307,7 @@ class FinishedRun:
 
         self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
         names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
-        settings = {name: config[name] for name in names}
+        settings = {name: config[name] for name in names} | {"image_px": config.get("image_px")}
         return load(config["mllm"], config["image_attention"], untrained=config["untrained"] or (), **settings)
 
     def probes(self) -> dict[str, Probe]:

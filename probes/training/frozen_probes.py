@@ -31,7 +31,7 @@ class FrozenProbes(LightningModule):
     """A frozen MLLM and a probe at each of its sites.
 
     A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `match`, `draw`,
-    `image_resize`, `dtype`, `prefix`, `sites` and `seed`.
+    `image_px`, `image_resize`, `dtype`, `prefix`, `sites` and `seed`.
 
     Args:
         head: Name of the probes' head, see heads.py.
@@ -75,6 +75,7 @@ class FrozenProbes(LightningModule):
             args.image_attention,
             dtype=args.dtype,
             device=self.trainer.strategy.root_device if matched else "cpu",
+            image_px=args.image_px,
             image_resize=args.image_resize,
             prefix=args.prefix,
             untrained=args.untrained or (),

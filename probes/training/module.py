@@ -36,10 +36,13 @@ class ProbeModule(FrozenProbes):
         mllm: Checkpoint directory or hub id.
         num_classes: K; linked from the data by the command line.
         image_attention: Mask of the model; None for the one it was trained with.
-        untrained: Parts that get random weights, as a control: adapter, llm.
-        match: How a random LLM resembles the trained one: none; update, whose layers change the states as much as the
-            trained ones; or permuted, the trained weights in random order. See probes/models/random_init.py.
+        untrained: Parts that get random weights, as a control: adapter, llm; of a bare vision encoder: encoder.
+        match: How a random LLM or encoder resembles the trained one: none; update, whose layers change the states as
+            much as the trained ones; or permuted, the trained weights in random order. See
+            probes/models/random_init.py.
         draw: Number of the draw of random weights; several draws show what differs between them.
+        image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
+            is published with. An MLLM has that of its checkpoint.
         image_resize: How images become squares: squash, pad (LLaVA's stage 2) or center_crop (its stage 1).
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
@@ -65,6 +68,7 @@ class ProbeModule(FrozenProbes):
         untrained: list[str] | None = None,
         match: Literal[*MATCHES] = "none",
         draw: int = 0,
+        image_px: int | None = None,
         image_resize: str = "squash",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         prefix: str | None = None,

@@ -61,7 +61,8 @@ ModelConfig = TypedDict(
     "ModelConfig",
     {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
     | {"image_resize": str, "dtype": str, "seed": int, "prefix": str | None}
-    | {"match": str, "draw": int, "update_scales": list[Number] | None},
+    | {"match": str, "draw": int, "update_scales": list[Number] | None}
+    | {"image_px": NotRequired[int | None]},
 )
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(
@@ -151,6 +152,7 @@ class RunMetrics(BaseModel):
     split: str = "validation"
     images: Annotated[int, Field(ge=1)]
     mllm: str
+    model_kind: Literal["mllm", "encoder"] = "mllm"
     image_attention: str
     own_image_attention: str | None = None
     image_resize: str | None = None

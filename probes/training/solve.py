@@ -19,7 +19,18 @@ from .optimum_solver import OptimumSolver
 from .solver import Solver
 
 # options of `fit` that a solver has too; the others say how probes are trained
-SHARED = ("mllm", "num_classes", "image_attention", "untrained", "match", "draw", "image_resize", "dtype", "prefix")
+SHARED = (
+    "mllm",
+    "num_classes",
+    "image_attention",
+    "untrained",
+    "match",
+    "draw",
+    "image_px",
+    "image_resize",
+    "dtype",
+    "prefix",
+)
 SHARED += ("sites", "seed")
 
 

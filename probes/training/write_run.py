@@ -66,6 +66,7 @@ def save_run(
         split="validation",
         images=images,
         mllm=args.mllm,
+        model_kind="mllm" if module.mllm.has_llm else "encoder",
         image_attention=module.mllm.image_attention,
         own_image_attention=module.mllm.own_image_attention,
         image_resize=args.image_resize,

@@ -1,4 +1,7 @@
-"""MLLM families: modules of encoder, adapter and LLM, and the image format; one :class:`.base.Family` per kind."""
+"""Families of models: where their modules are, and the image format.
+
+One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily` per kind of bare vision encoder.
+"""
 
 from transformers import PreTrainedConfig
 
@@ -7,6 +10,7 @@ from llava_bidir.common.errors import UserError
 from .base import Family
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
+from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
 from .llava import FULL, LLAVA, SLIDING, build_mask, image_attention, layer_kinds
 from .patch_merging import MERGED
@@ -15,6 +19,7 @@ __all__ = [
     "FAMILIES",
     "FULL",
     "SLIDING",
+    "EncoderFamily",
     "Family",
     "build_mask",
     "family_of",
@@ -24,7 +29,7 @@ __all__ = [
     "register_family",
 ]
 
-FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC
+FAMILIES: dict[str, Family | EncoderFamily] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC | ENCODERS
 
 _QUERIES = "learned queries summarise the image, so that its tokens have no position in it"
 _CROSS = "the LLM reads the image by cross-attention; its sequence has no image tokens"
@@ -45,7 +50,7 @@ UNSUPPORTED = {
 }
 
 
-def register_family(model_type: str, family: Family) -> None:
+def register_family(model_type: str, family: Family | EncoderFamily) -> None:
     """Add a family, so that :func:`probes.load` reads checkpoints whose config has this `model_type`.
 
     Raises:
@@ -56,7 +61,7 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
     """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
     if kind in FAMILIES:
@@ -69,8 +74,10 @@ def family_of(config: PreTrainedConfig) -> Family:
             "around it with `llava-bidir fit --model.encoder.path`"
         )
     raise UserError(
-        f"no MLLM family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the sequence of its LLM, "
-        "add it with probes.register_family: class, input and token size in pixels, encoder width, adapter module"
+        f"no MLLM or encoder family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the "
+        "sequence of its LLM, add it with probes.register_family and a probes.Family: class, input and token size in "
+        "pixels, encoder width, adapter module. A bare vision encoder needs a probes.EncoderFamily: class, layers, "
+        "norm, number of tokens before the patches"
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.errors import UserError
+from probes.models.sites import ENCODER, site_names
 
 
 def square_side(size: int | list[int] | tuple[int, ...]) -> int:
@@ -79,6 +80,10 @@ class Family:
     shared_prefix: bool = True
     answers: bool = False
 
+    has_llm = True
+    parts = ("adapter", "llm")  # that can be random
+    layers_part = "llm"  # the part that has the layers
+
     @property
     def model_cls(self) -> type[PreTrainedModel]:
         """Class of the model; loads a checkpoint without executing code in it."""
@@ -93,26 +98,72 @@ class Family:
         side = self.image_px(config) // self.token_px(config)
         return side, side
 
+    def with_side(self, image_px: int, config: PreTrainedConfig) -> "Family":
+        """Raise a UserError: the side is part of a checkpoint with an LLM."""
+        raise UserError(
+            f"--model.image_px {image_px}: {config.model_type} has an LLM, whose checkpoint says how many image tokens "
+            "it reads; train it at this side with `llava-bidir fit --model.encoder.image_px`"
+        )
+
+    def side_px(self, config: PreTrainedConfig) -> int:
+        """Return the side of the square input in pixels."""
+        return self.image_px(config)
+
+    def sites(self, config: PreTrainedConfig) -> list[str]:
+        """Return all sites in forward order."""
+        return site_names(config.get_text_config().num_hidden_layers)
+
+    def widths(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the width of the states at each site."""
+        width = config.get_text_config().hidden_size
+        return dict.fromkeys(self.sites(config), width) | {ENCODER: self.encoder_width(config)}
+
+    def sizes(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the numbers of a config that must be 1 or more, by what they are."""
+        text_config = config.get_text_config()
+        return {
+            "layers of the LLM": text_config.num_hidden_layers,
+            "width of the LLM": text_config.hidden_size,
+            "width of the encoder": self.encoder_width(config),
+        }
+
     def covered_px(self, config: PreTrainedConfig) -> int:
         """Return the part of the input side that the tokens cover, from the left and the top."""
         return int(self.grid(config)[0] * self.token_px(config))
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the decoder of a model."""
-        return _module_at(model, self.language_model)
+        return module_at(model, self.language_model, "model")
 
     def adapter_of(self, model: PreTrainedModel) -> list[nn.Module]:
         """Return the modules of a model's adapter."""
-        return [_module_at(model, path) for path in self.adapter]
+        return [module_at(model, path, "model") for path in self.adapter]
 
     def encoder_output_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the module of a model whose input is the encoder output."""
-        return _module_at(model, self.encoder_output_module or self.adapter[0])
+        return module_at(model, self.encoder_output_module or self.adapter[0], "model")
+
+    def random_modules(self, model: PreTrainedModel, match: str) -> dict[str, list[nn.Module]]:
+        """Return the modules that random weights replace, by part; matched LLMs keep all but their layers."""
+        decoder = self.decoder_of(model)
+        llm = decoder if match == "none" else decoder.layers
+        return {"adapter": self.adapter_of(model), "llm": [llm]}
+
+    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+        """Return where the modules of a random LLM are: a parent and the name in it."""
+        decoder = self.decoder_of(model)
+        names = [name for name, _ in decoder.named_children()] if match == "none" else ["layers"]
+        return [(decoder, name) for name in names]
 
 
-def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
-    """Return the module at a path; raise a UserError that lists the existing modules if there is none."""
-    module, parent = model.model, "model"
+def module_at(model: nn.Module, path: str, within: str = "") -> nn.Module:
+    """Return the module at a path in a model, or `within` a module of it.
+
+    Raises:
+        UserError: There is none; the message lists the existing modules.
+    """
+    module = getattr(model, within) if within else model
+    parent = within or type(model).__name__
     for name in path.split("."):
         child = getattr(module, name, None)
         if not isinstance(child, nn.Module):
@@ -120,5 +171,6 @@ def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
             raise UserError(
                 f"{type(model).__name__} has no module {path!r}, which its family names; {parent} has {names}"
             )
-        module, parent = child, f"{parent}.{name}"
+        module = child
+        parent = f"{parent}.{name}"
     return module

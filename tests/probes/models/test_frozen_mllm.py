@@ -304,7 +304,9 @@ def test_unknown_site_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
         probes.load(str(tmp_path))
     AutoTokenizer.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="no MLLM family 'llama'; registered: llava_bidir, llava"):
+    with pytest.raises(
+        ValueError, match="no MLLM or encoder family 'llama'; registered: llava_bidir, llava"
+    ):
         probes.load(str(tmp_path))
 
 

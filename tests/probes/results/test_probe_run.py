@@ -294,7 +294,7 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
         except ValueError as error:
             assert (
                 str(folder) in str(error)
-                or "no MLLM family" in str(error)
+                or "no MLLM or encoder family" in str(error)
                 or "cannot be probed" in str(error)
             )
 

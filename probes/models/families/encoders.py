@@ -1,0 +1,209 @@
+"""Bare vision encoders: one entry per model type, and what all of them have in common.
+
+An encoder has no LLM, no adapter and no prompt. Its sites are "layer_00", the input of its first layer (patch
+embeddings with their positions), "layer_01" ... (outputs of the layers) and "final_norm", the last layer after the norm
+that the model applies to it; CLIP applies it to the CLS token only, and here it is applied to all patches.
+
+Two-tower checkpoints (CLIP, SigLIP) are read as their vision model. Shapes: B images, T patches, p side of a patch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_side import check_image_px
+from probes.models.sites import FINAL_NORM, layer_site
+
+from .base import module_at, square_side
+
+
+def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the vision model, also of a two-tower checkpoint."""
+    return getattr(config, "vision_config", config)
+
+
+def stored_side(config: PreTrainedConfig) -> int:
+    """Return the side in pixels that a checkpoint's positions are stored for."""
+    return square_side(config.image_size)
+
+
+def published_side(config: PreTrainedConfig) -> int:
+    """Return the side at which DINOv2 is published and evaluated, 224 px; its positions are stored for 518 px."""
+    return min(224, stored_side(config))
+
+
+def stored_grid_side(config: PreTrainedConfig) -> int:
+    """Return the side in pixels of the grid of SigLIP 2's stored positions."""
+    return round(config.num_patches**0.5) * square_side(config.patch_size)
+
+
+def plain_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
+    """Return the inputs of a model that fits its positions to the pixels by itself."""
+    return {"pixel_values": pixels}
+
+
+def interpolating_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
+    """Return the inputs of a model that has to be asked to interpolate its positions."""
+    return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+
+def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
+    """Return the inputs of SigLIP 2: the pixels of each patch f[B, T, p * p * 3], none of which is padding."""
+    patch = square_side(config.patch_size)
+    images, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    pixels = pixels[:, :, : rows * patch, : columns * patch]
+    patches = pixels.reshape(images, channels, rows, patch, columns, patch)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * images, device=pixels.device),
+    }
+
+
+def no_extra_tokens(config: PreTrainedConfig) -> int:
+    """Return 0: all tokens are patches."""
+    return 0
+
+
+def cls_token(config: PreTrainedConfig) -> int:
+    """Return 1: the CLS token precedes the patches."""
+    return 1
+
+
+def cls_and_registers(config: PreTrainedConfig) -> int:
+    """Return the number of tokens before the patches: CLS and the registers."""
+    return 1 + config.num_register_tokens
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """How to read one kind of vision encoder. Modules are named by their path in the model.
+
+    Functions receive the config of the vision model.
+
+    Args:
+        model_class: Name of a transformers class, or a class.
+        layers: The list of layers; each has its attention as `attention` or `self_attn`.
+        norm: The norm after the last layer.
+        extra_tokens: Number of tokens before the patches.
+        image_px: Side of the square input in pixels, unless a user chooses another one.
+        inputs: (config, pixels f[B, 3, H, W]) -> arguments of the forward.
+        any_side: True if positions are interpolated, so that the side can be any multiple of the patch.
+        image_resize: How images become squares; None: as the checkpoint's image processor does.
+        normalisations: Keys of mean and standard deviation in the image processor.
+    """
+
+    model_class: str | type[PreTrainedModel]
+    layers: str
+    norm: str
+    extra_tokens: Callable[[PreTrainedConfig], int]
+    image_px: Callable[[PreTrainedConfig], int] = stored_side
+    inputs: Callable[[PreTrainedConfig, Tensor], dict] = plain_inputs
+    any_side: bool = True
+    image_resize: str | None = None
+    normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)
+
+    has_llm = False
+    parts = ("encoder",)  # that can be random
+    layers_part = "encoder"  # the part that has the layers
+    image_attention = "bidirectional"  # every patch attends to every other one
+
+    @property
+    def model_cls(self) -> type[PreTrainedModel]:
+        """Class of the model."""
+        if not isinstance(self.model_class, str):
+            return self.model_class
+        if not hasattr(transformers, self.model_class):
+            raise UserError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
+        return getattr(transformers, self.model_class)
+
+    def with_side(self, image_px: int, config: PreTrainedConfig) -> "EncoderFamily":
+        """Return this family for another side of the square input.
+
+        Raises:
+            UserError: The side is no multiple of the patch, or the positions are not interpolated.
+        """
+        vision = vision_config(config)
+        own = self.image_px(vision)
+        if not self.any_side and image_px != own:
+            raise UserError(
+                f"--model.image_px {image_px}: {config.model_type} takes {own} px only, because its positions are not "
+                "interpolated; leave the option out"
+            )
+        check_image_px(image_px, square_side(vision.patch_size), "--model.image_px")
+        return replace(self, image_px=lambda config: image_px)
+
+    def side_px(self, config: PreTrainedConfig) -> int:
+        """Return the side of the square input in pixels."""
+        return self.image_px(vision_config(config))
+
+    def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """Return the rows and columns of patches."""
+        side = self.side_px(config) // square_side(vision_config(config).patch_size)
+        return side, side
+
+    def covered_px(self, config: PreTrainedConfig) -> int:
+        """Return the part of the input side that the patches cover, from the left and the top."""
+        return self.grid(config)[0] * square_side(vision_config(config).patch_size)
+
+    def sites(self, config: PreTrainedConfig) -> list[str]:
+        """Return all sites in forward order."""
+        layers = vision_config(config).num_hidden_layers
+        return [*(layer_site(i) for i in range(layers + 1)), FINAL_NORM]
+
+    def widths(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the width of the states at each site."""
+        return dict.fromkeys(self.sites(config), vision_config(config).hidden_size)
+
+    def sizes(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the numbers of a config that must be 1 or more, by what they are."""
+        vision = vision_config(config)
+        return {"layers": vision.num_hidden_layers, "width": vision.hidden_size}
+
+    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+        """Return the layers of a model."""
+        return module_at(model, self.layers)
+
+    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+        """Return the norm after the last layer of a model."""
+        return module_at(model, self.norm)
+
+    def random_modules(self, model: PreTrainedModel, match: str) -> dict[str, list[nn.Module]]:
+        """Return the modules that random weights replace, by part; patch embeddings and final norm stay trained."""
+        return {"encoder": [self.layers_of(model)]}
+
+    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+        """Return where the modules that random weights replace are: a parent and the name in it."""
+        layers = self.layers_of(model)
+        return [(layers, name) for name, _ in layers.named_children()]
+
+
+_DINOV2 = {"layers": "encoder.layer", "norm": "layernorm", "image_px": published_side}
+_TOWER = {"layers": "encoder.layers", "norm": "post_layernorm"}
+_VIT = {"layers": "layers", "norm": "layernorm", "inputs": interpolating_inputs}
+
+_CLIP = EncoderFamily("CLIPVisionModel", extra_tokens=cls_token, inputs=interpolating_inputs, **_TOWER)
+_SIGLIP = EncoderFamily("SiglipVisionModel", extra_tokens=no_extra_tokens, inputs=interpolating_inputs, **_TOWER)
+_SIGLIP2 = EncoderFamily(
+    "Siglip2VisionModel", extra_tokens=no_extra_tokens, image_px=stored_grid_side, inputs=patch_inputs, **_TOWER
+)
+ENCODERS: dict[str, EncoderFamily] = {
+    "dinov2": EncoderFamily("Dinov2Model", extra_tokens=cls_token, **_DINOV2),
+    "dinov2_with_registers": EncoderFamily("Dinov2WithRegistersModel", extra_tokens=cls_and_registers, **_DINOV2),
+    "dinov3_vit": EncoderFamily("DINOv3ViTModel", layers="model.layer", norm="norm", extra_tokens=cls_and_registers),
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "vit": EncoderFamily("ViTModel", extra_tokens=cls_token, **_VIT),
+    "ijepa": EncoderFamily("IJepaModel", extra_tokens=no_extra_tokens, **_VIT),
+}

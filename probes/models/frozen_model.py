@@ -1,0 +1,184 @@
+"""A frozen model with patches: what MLLMs and bare vision encoders have in common.
+
+Shapes: B images, T patches or image tokens, d width of a site, L layers, A heads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llava_bidir.common.arguments import check_is_list
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import PhotoLike, read_photos
+from probes.ops.geometry import Geometry
+
+from .attention_weights import read_attention
+from .families import EncoderFamily, Family, own_image_attention
+from .knockout import Knockout
+from .shared_layers import version
+from .sites import layer_site
+from .teach import Painted, Taught
+
+
+class FrozenModel(nn.Module):
+    """A model in eval mode without gradients, created by :func:`probes.load`.
+
+    Attributes:
+        has_llm: True for an MLLM, which has an adapter, a prompt and answers; False for a bare vision encoder.
+        sites: Names of the sites in forward order.
+        layers: The layers, whose inputs and outputs are `layer_sites`.
+        widths: d per site.
+        grid: Rows and columns of patches, the same at all sites. T is their product.
+        geometry: How images become squares, and the position of the grid on an image and its mask.
+        image_attention, own_image_attention: Mask among patches that the model runs with, and the one of its training.
+        image_positions: i64[T] of the patches among the tokens that the layers run on.
+        revision: Commit hash of a checkpoint from the hub; None for a local directory.
+        update_scales: Factor of each layer's update, of a random model that is matched to the trained one; else None.
+    """
+
+    layers: nn.ModuleList
+    layer_sites: list[str]
+    is_image: Tensor
+    image_positions: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family | EncoderFamily,
+        image_processors: Sequence,
+        image_attention: str,
+        image_resize: str,
+        revision: str | None,
+    ):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.family = family
+        self.has_llm = family.has_llm
+        self.image_processors = image_processors
+        self.revision = revision
+        self.update_scales: list[float] | None = None
+        self.image_attention = image_attention
+        self.own_image_attention = own_image_attention(model.config)
+        self.grid = family.grid(model.config)
+        self.sites = family.sites(model.config)
+        self.widths = family.widths(model.config)
+        colour = tuple(int(255 * x) for x in image_processors[0].image_mean)
+        side, covered = family.side_px(model.config), family.covered_px(model.config)
+        self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the inputs and of the returned states."""
+        return self.image_positions.device
+
+    def train(self, mode: bool = True) -> "FrozenModel":
+        """Keep eval mode: a frozen model never trains, even if the module that contains it does."""
+        return super().train(False)
+
+    def clear_prefix_cache(self) -> None:
+        """Drop what is cached of a prompt; a model without a prompt has nothing."""
+
+    def prefill_prefix(self) -> int:
+        """Cache the prompt before the image; return how many tokens of it forwards do not run."""
+        return 0
+
+    def preprocess(self, images: PhotoLike | Sequence[PhotoLike]) -> Tensor:
+        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation.
+
+        Args:
+            images: Path or PIL image, or a list of these. Photos are turned as their EXIF tag says; those of a data
+                set have none (common/image_io.py).
+
+        Raises:
+            UserError: There is no image, or one cannot be read.
+        """
+        squares = [self.geometry.place(image) for image in read_photos(images)]
+        pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
+        return torch.cat(pixels, dim=1)
+
+    def to_grid(self, states: Tensor) -> Tensor:
+        """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
+        return states.unflatten(-2, self.grid)
+
+    @torch.no_grad()
+    def attention(
+        self,
+        pixels: Tensor,
+        layers: Sequence[int] | None = None,
+        knockout: Knockout | None = None,
+        *,
+        queries: Sequence[tuple[int, Tensor]] | None = None,
+        average_heads: bool = True,
+    ) -> list[Tensor]:
+        """Return attention weights among image tokens, computed for the requested query tokens only.
+
+        Args:
+            pixels: f[B, 3, H, W] from :meth:`preprocess`.
+            layers: Layers, numbered 1..L as in the site names; None for all.
+            knockout: Attention knockout, as in :meth:`states`.
+            queries: Pairs of the index of an image and its query tokens bool[T]. None: all tokens of each image.
+            average_heads: If False, return the weights of each head.
+
+        Returns:
+            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1
+            minus the attention to tokens outside of the image.
+
+        Raises:
+            UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
+        """
+        layers = self._check_layers(layers)
+        if queries is None:
+            queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
+        return read_attention(self, pixels, layers, knockout, queries, average_heads)
+
+    def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
+        """Return probes of painted concepts at all sites, with their scores and maps (teach.py).
+
+        ::
+
+            taught = mllm.teach({"road": [(image, patches), ...], "sky": [(image, other_patches), ...]})
+            taught.curve()                    # DataFrame: site, score, low, high, chance
+            taught.map(image, "layer_04")     # f32[concepts, h, w], probabilities
+
+        Args:
+            painted: Photos and painted patches bool[h, w] of each concept. Other patches are unknown.
+            rest_is_background: Other patches of these photos are one more concept, "background".
+
+        Raises:
+            UserError: There are fewer than two concepts, or one has no patch, or a patch two concepts.
+        """
+        return Taught(self, painted, rest_is_background)
+
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raise a UserError unless pixels are f[B, 3, H, W] as :meth:`preprocess` returns them."""
+        expected = (3 * len(self.image_processors), self.geometry.image_px, self.geometry.image_px)
+        if not isinstance(pixels, Tensor) or pixels.shape[1:] != expected or len(pixels) == 0:
+            shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise UserError(f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}")
+
+    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
+        """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
+        if isinstance(sites, str):
+            raise UserError(f"sites must be a list of names, got {sites!r}")
+        unknown = set(sites or ()) - set(self.sites)
+        if unknown:
+            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
+        return list(self.sites if sites is None else sites)
+
+    def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
+        """Return layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
+        if layers is not None:
+            check_is_list("layers", layers, "[1, 2]")
+        layers = list(range(1, len(self.layers) + 1) if layers is None else layers)
+        if not layers:
+            raise UserError(f"got no layers; expected some of 1 to {len(self.layers)}, or None for all")
+        self.check_sites([layer_site(layer) for layer in layers])
+        return layers
+
+    def weights_key(self) -> tuple:
+        """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return autocast, [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]

@@ -1,0 +1,134 @@
+"""Tiny random vision encoders of the real classes, as checkpoints on disk, and the inputs of their stock forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, CLIPImageProcessorPil
+
+PATCH_PX = 4
+STORED_PX = 24
+MEAN = [0.5, 0.4, 0.3]
+STD = [0.5, 0.6, 0.7]
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": PATCH_PX,
+    "image_size": STORED_PX,
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def whole(pixels: Tensor) -> dict:
+    """Return the inputs of a model that fits its positions by itself."""
+    return {"pixel_values": pixels}
+
+
+def interpolated(pixels: Tensor) -> dict:
+    """Return the inputs of a model that interpolates on request."""
+    return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+
+def patchified(pixels: Tensor) -> dict:
+    """Return the inputs of SigLIP 2: patches cut out one by one, each as rows of pixels with their channels."""
+    grid = [side // PATCH_PX for side in pixels.shape[2:]]
+    patches = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            top, left = row * PATCH_PX, column * PATCH_PX
+            patch = pixels[:, :, top : top + PATCH_PX, left : left + PATCH_PX]
+            patches.append(patch.permute(0, 2, 3, 1).flatten(1))
+    return {
+        "pixel_values": torch.stack(patches, 1),
+        "pixel_attention_mask": torch.ones(len(pixels), len(patches), dtype=torch.long),
+        "spatial_shapes": torch.tensor([grid] * len(pixels)),
+    }
+
+
+@dataclass(frozen=True)
+class StockEncoder:
+    """What is known of an encoder without the package.
+
+    Args:
+        model_type: That of the config on disk.
+        vision_class: The vision model in transformers.
+        extra_tokens: Tokens before the patches.
+        settings: Further settings of the vision config.
+        inputs: Normalised pixels -> arguments of the stock forward.
+        two_towers: The checkpoint on disk has a text model, too.
+        normed: The stock `last_hidden_state` is after the final norm.
+    """
+
+    model_type: str
+    vision_class: str
+    extra_tokens: int = 0
+    settings: dict = field(default_factory=dict)
+    inputs: Callable[[Tensor], dict] = whole
+    two_towers: bool = False
+    normed: bool = True
+
+    def write(self, folder: Path) -> str:
+        """Write a checkpoint with its image processor, and return its path."""
+        settings = VISION | self.settings
+        if self.two_towers:
+            settings = {"vision_config": settings, "text_config": TEXT, "projection_dim": 16}
+        config = AutoConfig.for_model(self.model_type, **settings)
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config) if self.two_towers else self.cls(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if (
+                    parameter.ndim > 1 and "norm" not in name
+                ):  # else layers hardly change the states
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        CLIPImageProcessorPil(
+            size={"height": STORED_PX, "width": STORED_PX},
+            do_center_crop=False,
+            image_mean=MEAN,
+            image_std=STD,
+        ).save_pretrained(folder)
+        return str(folder)
+
+    @property
+    def cls(self) -> type:
+        """Class of the vision model."""
+        return getattr(transformers, self.vision_class)
+
+
+_CLIP = {
+    "vision_class": "CLIPVisionModel",
+    "extra_tokens": 1,
+    "normed": False,
+    "inputs": interpolated,
+}
+_SIGLIP = {"vision_class": "SiglipVisionModel", "inputs": interpolated}
+_SIGLIP2 = {
+    "vision_class": "Siglip2VisionModel",
+    "inputs": patchified,
+    "settings": {"num_patches": 36},
+}
+STOCK = {
+    "dinov2": StockEncoder("dinov2", "Dinov2Model", 1),
+    "dinov2_with_registers": StockEncoder("dinov2_with_registers", "Dinov2WithRegistersModel", 5),
+    "dinov3_vit": StockEncoder("dinov3_vit", "DINOv3ViTModel", 5, {"num_register_tokens": 4}),
+    "clip": StockEncoder("clip", two_towers=True, **_CLIP),
+    "clip_vision_model": StockEncoder("clip_vision_model", **_CLIP),
+    "siglip": StockEncoder("siglip", two_towers=True, **_SIGLIP),
+    "siglip_vision_model": StockEncoder("siglip_vision_model", **_SIGLIP),
+    "siglip2": StockEncoder("siglip2", two_towers=True, **_SIGLIP2),
+    "siglip2_vision_model": StockEncoder("siglip2_vision_model", **_SIGLIP2),
+    "vit": StockEncoder("vit", "ViTModel", 1, inputs=interpolated),
+    "ijepa": StockEncoder("ijepa", "IJepaModel", inputs=interpolated),
+}

@@ -1,0 +1,218 @@
+"""Bare vision encoders: every site equals the stock model's hidden states; controls, knockout, other sides."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_encoders
+import torch
+from PIL import Image
+
+import probes
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import load_weights
+from probes.models.families import FAMILIES
+from probes.models.families.encoders import ENCODERS
+from probes.models.matched_updates import layer_updates
+from probes.models.random_init import random_layers
+
+LAYERS = 3
+SIDES = (24, 32)  # the stored one, and one for which positions are interpolated
+
+
+def photo(seed: int = 0) -> Image.Image:
+    """Return a random photo that is no square."""
+    noise = np.random.default_rng(seed).integers(0, 255, (30, 40, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return the checkpoint of each kind of encoder."""
+    root = tmp_path_factory.mktemp("encoders")
+    return {name: stock.write(root / name) for name, stock in tiny_encoders.STOCK.items()}
+
+
+@pytest.fixture(scope="module")
+def dinov2(folders):
+    return probes.load(folders["dinov2"], device="cpu")
+
+
+def test_every_family_of_bare_encoders_has_a_stock_model_here():
+    assert tiny_encoders.STOCK.keys() == ENCODERS.keys()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@torch.no_grad()
+def test_sites_are_the_stock_models_hidden_states(name, side, folders):
+    """Of two-tower checkpoints, too, which stock code reads as a vision model."""
+    stock = tiny_encoders.STOCK[name]
+    encoder = probes.load(folders[name], device="cpu", image_px=side)
+    pixels = encoder.preprocess([photo(), photo(1)])
+    assert pixels.shape == (2, 3, side, side) and not encoder.has_llm
+    expected_pixels = np.asarray(photo().resize((side, side), Image.BICUBIC)) / 255
+    expected_pixels = (expected_pixels - tiny_encoders.MEAN) / tiny_encoders.STD
+    assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected_pixels).max() < 1e-5
+    states = encoder.states(pixels)
+    model = load_weights("encoder", stock.cls, folders[name], dtype=torch.float32).eval()
+    output = model(**stock.inputs(pixels), output_hidden_states=True)
+    assert len(output.hidden_states) == LAYERS + 1
+    grid = side // tiny_encoders.PATCH_PX
+    assert encoder.grid == (grid, grid) and encoder.widths == dict.fromkeys(encoder.sites, 16)
+    for i, hidden in enumerate(output.hidden_states):
+        patches = hidden[:, stock.extra_tokens :]
+        assert patches.shape[1] == grid * grid
+        torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-6)
+    last = output.last_hidden_state[:, stock.extra_tokens :]
+    last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
+    torch.testing.assert_close(states["final_norm"], last, rtol=1e-5, atol=1e-6)
+    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+
+
+@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+def test_the_forward_ends_after_the_last_wanted_site(name, folders):
+    encoder = probes.load(folders[name], device="cpu")
+    pixels = encoder.preprocess([photo()])
+    ran = []
+    for i, layer in enumerate(encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    wanted = encoder.states(pixels, ["layer_01"])
+    # The hooks above run before the one that ends the forward.
+    assert ran == [0] and [*wanted] == ["layer_01"]
+    assert torch.equal(wanted["layer_01"], encoder.states(pixels)["layer_01"])
+
+
+@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folders):
+    encoder = probes.load(folders[name], device="cpu")
+    photos = [photo(seed) for seed in range(4)]
+    pixels = encoder.preprocess(photos)
+    trained = encoder.states(pixels)
+    updates = layer_updates(encoder, pixels)
+    with random_layers(encoder, match_images=photos):
+        matched = layer_updates(encoder, pixels)
+        random = encoder.states(pixels)
+        scales = encoder.update_scales
+    assert matched == pytest.approx(updates, rel=2e-3)
+    assert torch.equal(random["layer_00"], trained["layer_00"])
+    assert not torch.allclose(random["layer_01"], trained["layer_01"], atol=1e-2)
+    settings = {"untrained": ["encoder"], "match": "update", "device": "cpu"}
+    loaded = probes.load(folders[name], **settings, match_images=photos)
+    assert loaded.update_scales == scales
+    again = probes.load(folders[name], **settings, update_scales=scales).states(pixels)
+    for site, states in encoder.states(pixels).items():
+        assert torch.equal(states, trained[site])  # the trained weights are back
+        assert torch.equal(loaded.states(pixels)[site], random[site])
+        assert torch.equal(again[site], random[site])
+
+
+@pytest.mark.parametrize("name", ["clip_vision_model", "siglip_vision_model", "dinov2", "vit"])
+def test_every_matrix_of_a_random_encoder_is_drawn_again(name, folders):
+    """CLIP and SigLIP draw weights of attention and MLP in the parent, where a flag would keep trained ones."""
+    trained = probes.load(folders[name], device="cpu")
+    random = probes.load(folders[name], device="cpu", untrained=["encoder"])
+    pairs = zip(trained.layers.named_parameters(), random.layers.parameters(), strict=True)
+    kept = [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b)]
+    assert kept == []
+
+
+def test_permuted_weights_are_the_trained_ones_in_another_order(dinov2, folders):
+    settings = {"untrained": ["encoder"], "match": "permuted", "device": "cpu"}
+    permuted = probes.load(folders["dinov2"], **settings)
+    for trained, other in zip(
+        dinov2.layers.parameters(), permuted.layers.parameters(), strict=True
+    ):
+        assert torch.equal(trained.flatten().sort().values, other.flatten().sort().values)
+        assert torch.equal(trained, other) == (trained.ndim == 1)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@torch.no_grad()
+def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
+    """Another state of the blocked patch before the cut layer changes no other patch behind it."""
+    encoder = probes.load(folders[name], device="cpu", attn_implementation=backend)
+    pixels = encoder.preprocess([photo()])
+    blocked = torch.zeros(1, encoder.grid[0] * encoder.grid[1], dtype=torch.bool)
+    blocked[0, 7] = True
+    others = ~blocked[0]
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    hooks = {"layer_01": lambda states: torch.where(blocked[..., None], noise, states)}
+    cut = probes.Knockout(blocked, layers=[2])
+    plain = encoder.states(pixels, ["layer_01", "layer_02"])
+    moved = encoder.states(pixels, ["layer_02"], hooks=hooks)
+    with_cut = encoder.states(pixels, ["layer_01", "layer_02"], cut)
+    moved_with_cut = encoder.states(pixels, ["layer_02"], cut, hooks=hooks)
+    assert torch.equal(plain["layer_01"], with_cut["layer_01"])
+    # CLS and registers of this layer read the blocked patch, but patches of this layer do not read those of this layer
+    assert (moved["layer_02"] - plain["layer_02"])[0, others].abs().max() > 1e-4
+    assert (moved_with_cut["layer_02"] - with_cut["layer_02"])[0, others].abs().max() <= 1e-6
+    in_layers = torch.tensor([[False, True, False], [False, False, False]])
+    by_row = probes.Knockout(blocked.expand(2, -1), in_layers)
+    rows = encoder.states(pixels, ["layer_02"], by_row, rows=[0, 0])["layer_02"]
+    torch.testing.assert_close(rows[0], with_cut["layer_02"][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows[1], plain["layer_02"][0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip_vision_model", "siglip_vision_model", "ijepa"])
+@torch.no_grad()
+def test_attention_weights_are_those_of_eager_attention(name, folders):
+    stock = tiny_encoders.STOCK[name]
+    encoder = probes.load(folders[name], device="cpu")
+    pixels = encoder.preprocess([photo()])
+    weights = encoder.attention(pixels, [1, 3], average_heads=False)[0]
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
+    expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
+    patches = slice(stock.extra_tokens, None)
+    for found, layer in zip(weights, (0, 2), strict=True):
+        torch.testing.assert_close(
+            found, expected[layer][0][:, patches, patches], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_taught_concepts_are_read_at_every_site(dinov2):
+    patches = torch.zeros(dinov2.grid, dtype=torch.bool)
+    patches[:3] = True
+    painted = {
+        "top": [(photo(i), patches) for i in range(5)],
+        "low": [(photo(i), ~patches) for i in range(5)],
+    }
+    taught = dinov2.teach(painted)
+    assert [*taught.curve().site] == dinov2.sites
+    assert taught.map(photo(), "layer_02").shape == (2, *dinov2.grid)
+    assert [*taught.random_curve().site] == dinov2.sites
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"image_px": 30}, r"--model\.image_px 30: expected a multiple of the patch, 4 px"),
+        ({"image_px": 2}, r"the nearest are 4 and 8"),
+        (
+            {"image_attention": "causal"},
+            "is a vision encoder without an LLM, whose patches attend to all",
+        ),
+        ({"prefix": "a photo"}, "has no text before the image"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "ignores the masks of knockouts; use sdpa or eager",
+        ),
+        (
+            {"untrained": ["llm"]},
+            "unknown part 'llm' in untrained; expected encoder, the parts of a bare",
+        ),
+        ({"untrained": [], "match": "permuted"}, "add encoder to untrained"),
+    ],
+)
+def test_settings_that_an_encoder_does_not_have_are_refused(settings, expected, folders):
+    with pytest.raises(UserError, match=expected):
+        probes.load(folders["dinov2"], device="cpu", **settings)
+
+
+def test_a_family_without_interpolated_positions_refuses_other_sides(folders, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "vit", replace(ENCODERS["vit"], any_side=False))
+    assert probes.load(folders["vit"], device="cpu", image_px=24).grid == (6, 6)
+    with pytest.raises(UserError, match=r"--model\.image_px 32: vit takes 24 px only"):
+        probes.load(folders["vit"], device="cpu", image_px=32)

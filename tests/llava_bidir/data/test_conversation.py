@@ -47,10 +47,15 @@ def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(
     assert labels.count(2) == ends, "each answer's end is trained"
 
 
-def test_unknown_template_unfit_plain_and_bad_turns_are_errors(llama_tokenizer):
-    with pytest.raises(ValueError, match="turn 1 is from 'human', expected 'gpt'"):
-        encode(turns("a") + turns("b"), llama_tokenizer)
-    with pytest.raises(ValueError, match="unknown template 'llama3'; available: plain, vicuna_v1"):
-        encode(turns("q", "a"), llama_tokenizer, "llama3")
-    with pytest.raises(ValueError, match="'plain' requires one question"):
-        encode(turns("q", "a"), llama_tokenizer, "plain")
+MISTAKES = {  # message: turns and template
+    "turn 1 is from 'human', expected 'gpt'": (turns("a") + turns("b"), "vicuna_v1"),
+    "unknown template 'llama3'; available: plain, vicuna_v1": (turns("q", "a"), "llama3"),
+    "'plain' requires one question": (turns("q", "a"), "plain"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_turns_and_templates_that_do_not_fit_are_errors(message, llama_tokenizer):
+    conversation, template = MISTAKES[message]
+    with pytest.raises(ValueError, match=message):
+        encode(conversation, llama_tokenizer, template)

@@ -59,43 +59,31 @@ def test_edited_file_is_read_again(tmp_path):
     assert len(read_annotations(path)) == 2
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        ("{not json", "is not a JSON list of records"),
-        ({"a": 1}, r"1 of 1 records .* expected an object with a list 'conversations'"),
-        (
-            [{"id": 1}],
-            r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'",
-        ),
-        ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
-        (
-            [record(conversations=[{"from": "bot", "value": "x"}])],
-            r"id '7'\): a turn needs 'from': 'human' or 'gpt'",
-        ),
-        (
-            [record(conversations=turns("q", "a") + turns("b", first="gpt"))],
-            "turn 2 is from 'gpt', expected 'human'",
-        ),
-        ([record(conversations=[])], "needs at least one human turn"),
-        ([record(image=["a.png", "b.png"])], "'image' must be the path of one image"),
-        (
-            [record(image="../a.png")],
-            r"record 0 \(id '7'\): 'image' must be a relative path inside data.images",
-        ),
-        (
-            [record(image="/etc/passwd")],
-            "'image' must be a relative path inside data.images.* got '/etc/passwd'",
-        ),
-        (
-            [record(conversations=[{"from": "human", "value": {"a": 1}}])],
-            "a turn needs text in 'value'",
-        ),
-    ],
-)
-def test_broken_file_names_file_and_record(records, message, tmp_path):
+NO_LIST = "expected an object with a list 'conversations'"
+OUTSIDE = "'image' must be a relative path inside data.images"
+BROKEN = {  # message: content of the file
+    "is not a JSON list of records": "{not json",
+    f"1 of 1 records .* {NO_LIST}": {"a": 1},
+    rf"1 of 1 records .* record 0 \(id '1'\): {NO_LIST}": [{"id": 1}],
+    r"1 of 2 records .* record 1 \(id ''\): expected an object": [record(), "text"],
+    rf"record 0 \(id '7'\): {OUTSIDE}": [record(image="../a.png")],
+    f"{OUTSIDE}.* got '/etc/passwd'": [record(image="/etc/passwd")],
+    "'image' must be the path of one image": [record(image=["a.png", "b.png"])],
+    "needs at least one human turn": [record(conversations=[])],
+}
+BROKEN_TURNS = {  # message: conversation
+    r"id '7'\): a turn needs 'from': 'human' or 'gpt'": [{"from": "bot", "value": "x"}],
+    "turn 2 is from 'gpt', expected 'human'": turns("q", "a") + turns("b", first="gpt"),
+    "a turn needs text in 'value'": [{"from": "human", "value": {"a": 1}}],
+}
+BROKEN |= {text: [record(conversations=said)] for text, said in BROKEN_TURNS.items()}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_file_names_file_and_record(message, tmp_path):
+    path = write(tmp_path / "data.json", BROKEN[message])
     with pytest.raises(ValueError, match=message) as error:
-        Instructions(write(tmp_path / "data.json", records), tmp_path)
+        Instructions(path, tmp_path)
     assert "data.json" in str(error.value)
 
 

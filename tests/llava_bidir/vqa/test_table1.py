@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +15,25 @@ CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.6
 NAMES = ["gqa", "mmbench", "mme", "pope", "textvqa_ocr"]
 
 
+def make_table(root: Path, *models: str) -> dict:
+    """Return Table 1 of results in folders below `root`, from ROOT/out."""
+    folders = [str(root / model) for model in models]
+    cli.main(["vqa-table", *folders, "--out", str(root / "out")])
+    return json.loads((root / "out/table1.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("table")
     for name in NAMES:
         vqa_results.write(root / "a", name, CAUSAL)
         vqa_results.write(root / "b", name, BIDIRECTIONAL, "bidirectional")
-    cli.main(["vqa-table", str(root / "a"), str(root / "b"), "--out", str(root / "out")])
-    return root / "out"
+    return root
 
 
 @pytest.fixture(scope="module")
-def table(out):
-    return json.loads((out / "table1.json").read_text())
+def table(root):
+    return make_table(root, "a", "b")
 
 
 def test_scores_intervals_and_the_papers_numbers(table):
@@ -72,25 +79,22 @@ def test_paired_differences_on_the_same_questions(table):
     assert pair["columns"]["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
 
 
-def test_csv_and_text_say_the_same(out, table, capsys):
-    rows = list(csv.DictReader((out / "table1.csv").open()))
-    assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
-    assert (
-        float(rows[0]["score"]) == table["models"][0]["columns"]["GQA"]["score"]
-        and rows[0]["paper"] == "0.626"
-    )
-    cli.main(["vqa-table", *(str(out.parent / name) for name in "ab"), "--out", str(out)])
+def test_csv_and_text_say_the_same(root, table, capsys):
+    assert make_table(root, "a", "b") == table
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    low, high = (f"{100 * end:.1f}" for end in table["models"][0]["columns"]["GQA"]["ci95"])
+    first = table["models"][0]["columns"]["GQA"]
+    low, high = (f"{100 * end:.1f}" for end in first["ci95"])
     assert [line[:3] for line in lines[1:4]] == [
         ["clip causal", "ours", f"{100 * CAUSAL.mean():.1f}"],
         ["clip causal", "95%", f"{low} to {high}"],
         ["clip causal", "paper", "62.6"],
     ]
-    assert (
-        lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"] and lines[4][1] == "ours - paper"
-    )
-    assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"]
+    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"]
+    assert lines[4][1] == "ours - paper" and lines[-1][1:3] == ["p (Holm)", "0.001"]
+    assert len(lines) == 1 + 3 * 4
+    rows = list(csv.DictReader((root / "out/table1.csv").open()))
+    assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
+    assert float(rows[0]["score"]) == first["score"] and rows[0]["paper"] == "0.626"
 
 
 FLOATS = {"dtype": "torch.float32"}
@@ -110,65 +114,37 @@ def test_models_that_differ_in_more_than_the_mask_are_not_compared(
 ):
     vqa_results.write(tmp_path / "a", "gqa", CAUSAL, **precisions[0])
     vqa_results.write(tmp_path / "b", "gqa", right, "bidirectional", **precisions[1])
-    words = ["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=message):
-        cli.main(words)
+        make_table(tmp_path, "a", "b")
 
 
 def test_intervals_stay_within_the_range_of_the_score(tmp_path):
     vqa_results.write(tmp_path / "a", "gqa", np.arange(40) > 0)
-    cli.main(["vqa-table", str(tmp_path / "a"), "--out", str(tmp_path)])
-    ci95 = json.loads((tmp_path / "table1.json").read_text())["models"][0]["columns"]["GQA"]["ci95"]
-    assert 0.9 < ci95[0] < ci95[1] == 1
-
-
-def test_results_that_vqa_rejects_are_not_in_the_table(tmp_path):
-    for mask in ("causal", "bidirectional"):
-        vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask)
-    file = tmp_path / "bidirectional/gqa.jsonl"
-    file.write_text(file.read_text().partition("\n")[2])
-    argv = [
-        "vqa-table",
-        str(tmp_path / "causal"),
-        str(tmp_path / "bidirectional"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with pytest.raises(
-        SystemExit,
-        match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0",
-    ):
-        cli.main(argv)
-    assert not (tmp_path / "out").exists()
+    (model,) = make_table(tmp_path, "a")["models"]
+    low, high = model["columns"]["GQA"]["ci95"]
+    assert 0.9 < low < high == 1
 
 
 def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     for mask in ("causal", "prefix"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask, "dinov3")
     vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
-    cli.main(
-        [
-            "vqa-table",
-            *(str(tmp_path / n) for n in ("causal", "prefix", "b")),
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    table = json.loads((tmp_path / "table1.json").read_text())
-    assert table["pairs"] == [] and [m["columns"]["GQA"]["paper"] for m in table["models"]] == [
-        None,
-        None,
-        0.627,
-    ]
+    table = make_table(tmp_path, "causal", "prefix", "b")
+    papers = [model["columns"]["GQA"]["paper"] for model in table["models"]]
+    assert table["pairs"] == [] and papers == [None, None, 0.627]
 
 
-def test_folder_without_results_or_with_those_of_two_checkpoints_is_an_error(tmp_path):
-    with pytest.raises(
-        SystemExit,
-        match=r"empty has no results of `llava-bidir vqa`; expected files such as .*gqa.json",
-    ):
-        cli.main(["vqa-table", str(tmp_path / "empty"), "--out", str(tmp_path)])
-    vqa_results.write(tmp_path, "gqa", CAUSAL)
-    vqa_results.write(tmp_path, "pope", CAUSAL, "bidirectional")
-    with pytest.raises(SystemExit, match="results of several checkpoints"):
-        cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
+def test_folders_without_complete_results_of_one_checkpoint_are_errors(tmp_path):
+    vqa_results.write(tmp_path / "two", "gqa", CAUSAL)
+    vqa_results.write(tmp_path / "two", "pope", CAUSAL, "bidirectional")
+    vqa_results.write(tmp_path / "cut", "gqa", CAUSAL)
+    file = tmp_path / "cut/gqa.jsonl"
+    file.write_text(file.read_text().partition("\n")[2])
+    for folder, message in {
+        "empty": "empty has no results of `llava-bidir vqa`; expected files such as .*gqa.json",
+        "two": "results of several checkpoints",
+        "cut": "/cut/gqa: 1 of 400 items have no or several results, e.g. item 0",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            make_table(tmp_path, folder)
+    assert not (tmp_path / "out").exists()

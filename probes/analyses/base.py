@@ -36,6 +36,7 @@ class PlannedRun(NamedTuple):
     mask: str
     sites: list[str]  # to be probed
     model_sites: list[str]  # all sites of the model
+    has_llm: bool = True  # False for a bare vision encoder
 
 
 def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
@@ -73,6 +74,7 @@ class Analysis:
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
+        of_encoders: It can be run on a bare vision encoder, too.
         lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
             leaves it out before any work.
     """
@@ -87,10 +89,17 @@ class Analysis:
     options: Mapping[str, str] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
+    of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
     lacks: Callable[[Sequence[PlannedRun], Mapping[str, str]], str] = lacks_nothing
+
+    def why_left_out(self, runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+        """Return why a study leaves the analysis of these runs out, "" if it does not."""
+        if not self.of_encoders and not all(run.has_llm for run in runs):
+            return "the model is a vision encoder, and it needs an LLM"
+        return self.lacks(runs, options)
 
 
 class Section(NamedTuple):

@@ -1,6 +1,7 @@
 """Names of the sites where states are read; imports nothing, since reports need them without a model."""
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
+PATCHES = "layer_00"  # of a bare encoder: patch embeddings, the input of its first layer
 
 
 def layer_site(layer: int) -> str:

@@ -53,6 +53,16 @@ CLAIMS: dict[str, Claim] = {
     "recovery_trained": Claim(
         +1, "The recovery comes from training: recovery minus that of the untrained model", "recovery from training"
     ),
+    "layer_gain": Claim(
+        +1,
+        "The encoder's layers make patches readable: best layer's mIoU minus that of the patch embeddings",
+        "best layer − patch embeddings",
+    ),
+    "over_last": Claim(
+        +1,
+        "A layer reads better than the last one: best layer's mIoU minus the last layer's",
+        "best layer − last layer",
+    ),
     **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
 }
 
@@ -246,23 +256,27 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
             reason = unconverged(runs, claim)
             return untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
     draws = {len(study.random_draws(part, solved)) for solved in (True, False)}
+    name = part if study.first.has_llm else "encoder"
     if max(draws) >= 2:
-        runs = f"the runs with a random {part}"
+        runs = f"the runs with a random {name}"
         if claim.startswith("knockout"):
             if numbers.main[claim, mask].estimate is None:
                 return untested(_no_contrast(study.trained[mask]))
             return untested(f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes")
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
+    if not study.first.has_llm:
+        options = "--model.untrained '[encoder]' --model.match update"
     command = _command("solve", study, mask, f"{options} --model.draw {max(draws)}")
     again = ", and the same with --model.draw 1" * (max(draws) == 0)
-    return untested(f"draws of a random {part}: {max(draws)}, two are needed: run {command}{again}")
+    return untested(f"draws of a random {name}: {max(draws)}, two are needed: run {command}{again}")
 
 
 def _command(command: str, study: Study, mask: str, options: str = "") -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
     run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
-    model = f"--model.mllm {quote(run.metrics['mllm'])} --model.image_attention {quote(mask)}"
+    mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""
+    model = f"--model.mllm {quote(run.metrics['mllm'])}{mask_option}"
     options = f"{options} " * bool(options) + model
     data = run.manifest["data"]
     config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"

@@ -1,6 +1,7 @@
-"""Drop-off and recovery with bootstrap values, so that differences between runs stay paired.
+"""Drop-off, recovery and gains over layers with bootstrap values, so that differences between runs stay paired.
 
-Shapes: R resamplings, S sites, N images, M = 3 sites of the effects: encoder, adapter, best layer.
+Shapes: R resamplings, S sites, N images, M sites of the effects: encoder, adapter and best layer
+of an MLLM; first, last and best layer of a bare encoder.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,18 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import Estimate, interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts
-from probes.models.sites import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER, PATCHES
 
 FOLDS = 10  # of validation images, to choose the best layer
 BEST_LAYER = "best_layer"
+LAST_LAYER = "last_layer"
+# The sites whose scores each effect subtracts: the first minus the second.
+EFFECTS = {
+    "adapter_drop": (ENCODER, ADAPTER),
+    "recovery": (BEST_LAYER, ADAPTER),
+    "layer_gain": (BEST_LAYER, PATCHES),
+    "over_last": (BEST_LAYER, LAST_LAYER),
+}
 
 
 def subtract(a: Estimate, b: Estimate) -> Estimate:
@@ -65,13 +74,16 @@ def choose_layers(
 
 
 def sites_of_effects(sites: list[str], counts: Counts, groups: Tensor | None = None) -> dict[str, Tensor]:
-    """Return for encoder, adapter and best layer, where probed, the index of the site to read per image, i64[N]."""
+    """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     return sites_to_read(sites, cross_validated_layers(sites, counts, groups), len(counts.labelled))
 
 
 def sites_to_read(sites: list[str], best: Tensor | None, images: int) -> dict[str, Tensor]:
     """Return :func:`sites_of_effects` for the best layer i64[N] of each image."""
-    fixed = {site: torch.full((images,), sites.index(site)) for site in (ENCODER, ADAPTER) if site in sites}
+    index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
+    if PATCHES in sites:  # a bare encoder
+        index[LAST_LAYER] = max(i for i, site in enumerate(sites) if site.startswith("layer_"))
+    fixed = {site: torch.full((images,), i) for site, i in index.items()}
     return fixed if best is None else fixed | {BEST_LAYER: best}
 
 
@@ -81,13 +93,12 @@ def read_sites(x: Tensor, site_of_image: dict[str, Tensor]) -> Tensor:
 
 
 def effects_of_sites(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
-    """Return "adapter_drop" (encoder minus adapter) and "recovery" (best layer minus adapter), where possible."""
-    pairs = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (BEST_LAYER, ADAPTER)}
-    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in pairs.items() if {a, b} <= set(estimates)}
+    """Return the effects of `EFFECTS` whose sites have estimates."""
+    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in EFFECTS.items() if {a, b} <= set(estimates)}
 
 
 def miou_estimates(counts: Counts, site_of_image: dict[str, Tensor], weights: Tensor) -> dict[str, Estimate]:
-    """Return the mIoU at encoder, adapter and best layer, for bootstrap weights f[R, N]."""
+    """Return the mIoU at the sites of the effects, for bootstrap weights f[R, N]."""
     read = lambda x: read_sites(x, site_of_image)
     counts = counts._replace(intersection=read(counts.intersection), predicted=read(counts.predicted))
     values, resampled = dataset_scores(counts).miou.tolist(), resampled_scores(counts, weights).miou
@@ -97,7 +108,7 @@ def miou_estimates(counts: Counts, site_of_image: dict[str, Tensor], weights: Te
 def drop_and_recovery(
     sites: list[str], counts: Counts, weights: Tensor, groups: Tensor | None = None
 ) -> dict[str, Estimate]:
-    """Return the effects "adapter_drop" (encoder minus adapter mIoU) and "recovery" (best layer minus adapter).
+    """Return the effects of `EFFECTS` on mIoU: drop-off and recovery of an MLLM, gains over layers of an encoder.
 
     The best layer is chosen by :func:`cross_validated_layers`, once, and kept under all bootstrap weights f[R, N]; the
     plain maximum over layers, the paper's definition, is "recovery" in the "summary" of metrics.json. An effect is

@@ -42,6 +42,7 @@ from probes.tasks import SEGMENTATION, TASKS
 from . import latex, summary_text, tables
 from .beyond_classes import read_task_runs, task_results, task_table
 from .claims import evaluate_claims
+from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.layer_curves import overview_figures
 from .sections import PageSection, study_sections
@@ -56,7 +57,7 @@ FILTERS |= {"difference": formatting.format_difference, "verdict_reasons": summa
 FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
 FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
 FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
-FILTERS |= {"truth_rows": summary_text.truth_rows}
+FILTERS |= {"truth_rows": summary_text.truth_rows, "best_layer": describe_best_layer}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
@@ -115,7 +116,7 @@ def _write_files(
     single = len(studies) == 1
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
-    tasks, table2 = task_results(task_runs), tables.table2(studies)
+    tasks, table2 = task_results(task_runs), tables.table2([s for s in studies if s.first.has_llm])
     task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
     files |= _csv_files({"table2": table2, "tasks_table": task_rows}, out)
     by_study = [part["results"] for part in parts]
@@ -173,7 +174,7 @@ def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str,
         "folder": folder,
         "results": results,
         "first": drawn[0][1].pop(0),
-        "sections": [(section, figures) for section, figures in drawn if figures],
+        "sections": [(section, figures) for section, figures in drawn if figures or section.content.shown],
         "overridden_masks": overridden_masks(study),
         "data_notes": results["data_notes"],
     }

@@ -1,11 +1,11 @@
-"""Drop-off and recovery at the chosen strength of regularisation and at its neighbours.
+"""The effects of layers at the chosen strength of regularisation and at its neighbours.
 
 The strength of each site is chosen by cross-validation. Every effect is computed three times: with the probes of the
 chosen strengths, and with those that all sites have one step stronger and one step weaker. The intervals of an effect
 hold at all three rows together, so that an effect that holds at each of them does not depend on the choice. A row
 counts only if the certificates of all sites that the effect reads have converged.
 
-Shapes: B resamplings, S sites, N images, M = 3 sites of the effects.
+Shapes: B resamplings, S sites, N images, M sites of the effects.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,13 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.metrics import Counts
-from probes.models.sites import ADAPTER, ENCODER
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import Study
 
-from .effects import BEST_LAYER, Estimate, effects_of_sites, miou_estimates, sites_of_effects, subtract
+from .effects import EFFECTS, Estimate, effects_of_sites, miou_estimates, sites_of_effects, subtract
 
 ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}  # steps along the path, which runs from strong to weak
-EFFECTS = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (BEST_LAYER, ADAPTER)}  # the sites that each reads
 
 
 class RowEffects(NamedTuple):

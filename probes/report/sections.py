@@ -4,9 +4,12 @@ from typing import Any, NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
+from probes.results.formatting import Rows
 from probes.results.study import Study
 
+from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
+from .figures.encoder_layers import encoder_figures
 from .figures.layer_curves import layer_figures
 from .figures.mask_comparison import mask_figures
 from .mask_comparison import compare_masks
@@ -27,10 +30,10 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
     tables, results = {"classes": class_rows(study)}, {"path_at_edge": at_edge}
-    layers = Section([*layer_figures(study)], edge_notes(at_edge), tables, results=results)
+    layers = _layers_section(study, edge_notes(at_edge), tables, results)
     controls = Section([*claim_figures(claims)], tables={"claims": claim_rows(claims)})
     return [
-        PageSection("Drop-off and recovery", "Where does the model lose what it sees, and where is it back?", layers),
+        layers,
         PageSection("Claims beside controls", "What do models with random weights show as well?", controls),
         PageSection(
             "Bidirectional vs. causal attention", "At which layers do the two masks differ?", _masks_section(study)
@@ -41,6 +44,24 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
             if analysis.title
         ),
     ]
+
+
+def _layers_section(study: Study, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]) -> PageSection:
+    """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
+    if study.first.has_llm:
+        question = "Where does the model lose what it sees, and where is it back?"
+        content = Section([*layer_figures(study)], notes, tables, results=results)
+        return PageSection("Drop-off and recovery", question, content)
+    best = best_layer(study.first)
+    sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes
+    results = results | {"best_layer": best}
+    shown = {"IoU by class and layer, in percent": class_table(study.first)} if best else {}
+    figures = [*encoder_figures(study)]
+    return PageSection(
+        "Layer by layer",
+        "Which layer reads best, and for which class?",
+        Section(figures, sentences, tables, shown, results),
+    )
 
 
 def _masks_section(study: Study) -> Section:

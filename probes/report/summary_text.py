@@ -9,6 +9,7 @@ from llava_bidir.common.errors import error_context
 from probes.results.formatting import format_difference, format_interval, format_p, format_points
 from probes.results.steps import describe_step
 
+from .encoder_layers import describe_best_layer
 from .mask_comparison import ALPHA
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
 
@@ -153,6 +154,8 @@ def format_results(results: dict[str, Any]) -> str:
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
         notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
         lines += [format_claims(study["claims"]), *notes, ""]
+        if best := study.get("best_layer"):
+            lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
     return "\n".join(lines)
 
 

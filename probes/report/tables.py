@@ -37,7 +37,9 @@ SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
 
 
 def table2(studies: list[Study]) -> Rows:
-    """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper."""
+    """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without runs."""
+    if not studies:
+        return []
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
         | {"probes": run.probe_kind}

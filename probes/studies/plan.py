@@ -8,6 +8,8 @@ An arm is a model with trained or random weights. Its name says which:
     adapter0      a random adapter
     untrained0    a random adapter and a random LLM
 
+Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and there are no other controls.
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """
 
@@ -21,9 +23,8 @@ from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.data.registry import DATASETS, open_dataset
-from probes.models.families import own_image_attention
+from probes.models.families import family_of, own_image_attention
 from probes.models.prompt_and_pixels import read_config
-from probes.models.sites import site_names
 from probes.tasks import TASKS
 
 from .options import read_setting
@@ -36,17 +37,32 @@ FIT += ("--trainer.check_val_every_n_epoch", "null")
 class Weights(NamedTuple):
     """Which weights of an arm are random, and the sites that they change."""
 
-    options: tuple[str, ...]  # of `probes solve`
+    parts: tuple[str, ...]
+    match: str  # how random layers resemble the trained ones
     sites: slice  # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of `probes solve`."""
+        if not self.parts:
+            return ()
+        matched = () if self.match == "none" else ("--model.match", self.match)
+        return ("--model.untrained", f"[{', '.join(self.parts)}]", *matched)
 
 
 ARMS = {
-    "trained": Weights((), slice(None)),
-    "random": Weights(("--model.untrained", "[llm]", "--model.match", "update"), slice(1, None)),
-    "permuted": Weights(("--model.untrained", "[llm]", "--model.match", "permuted"), slice(1, None)),
-    "adapter": Weights(("--model.untrained", "[adapter]"), slice(0, 2)),
-    "untrained": Weights(("--model.untrained", "[adapter, llm]"), slice(1, None)),
+    "trained": Weights((), "none", slice(None)),
+    "random": Weights(("llm",), "update", slice(1, None)),
+    "permuted": Weights(("llm",), "permuted", slice(1, None)),
+    "adapter": Weights(("adapter",), "none", slice(0, 2)),
+    "untrained": Weights(("adapter", "llm"), "none", slice(1, None)),
 }
+ENCODER_ARMS = {
+    "trained": ARMS["trained"],
+    "random": Weights(("encoder",), "update", slice(None)),
+    "permuted": Weights(("encoder",), "permuted", slice(None)),
+}
+SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ class Settings:
         models: Checkpoint directory or hub id by label. One model has the label "".
         data: Folder of images and masks, or the name of a layout, whose folder `--data.root` gives.
         out: Folder of the study.
-        draws: Draws of random LLMs and of random adapters.
+        draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers.
         arms: Arms to solve; None for the trained one and `draws` of both.
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on the trained model and on one random LLM.
@@ -105,17 +121,21 @@ def make_plan(settings: Settings) -> list[Step]:
     Raises:
         UserError: A setting is invalid, or a model's config cannot be read.
     """
-    arms, analyses, fitted = arm_names(settings), chosen_analyses(settings), ("probes",) if settings.fit else ()
+    analyses, fitted = chosen_analyses(settings), ("probes",) if settings.fit else ()
     steps, report = [], settings.out / "report"
-    planned = planned_runs(settings, (*arms, *fitted))
+    planned, arms_of = planned_runs(settings, fitted), {}
     for label, model in settings.models.items():
+        has_llm = _has_llm(planned, label)
+        arms = arms_of[label] = arm_names(settings, has_llm)
         steps += _runs(settings, label, model, arms, planned)
-        for name, options in analyses.items():
+        for name, options in (analyses if has_llm else _with_maps(settings, analyses)).items():
             if ANALYSES[name].of == "run":
                 analysed = [arm for arm in (*arms, *fitted) if _kind(arm) in ANALYSES[name].arms]
+                if not has_llm and not ANALYSES[name].of_encoders:
+                    analysed = analysed[:1]  # said once
                 runs = [planned[_join(label, arm)] for arm in analysed]
                 steps += [_analysis(settings, label, run, name, options) for run in runs]
-    for name, options in analyses.items() if "trained" in arms else ():
+    for name, options in analyses.items() if all("trained" in arms for arms in arms_of.values()) else ():
         if ANALYSES[name].of == "pair" and len(settings.models) == 2:
             for arm in ("trained", *fitted):
                 pair = [planned[_join(label, arm)] for label in settings.models]
@@ -123,26 +143,46 @@ def make_plan(settings: Settings) -> list[Step]:
         if ANALYSES[name].of == "page":
             runs = tuple(_join(label, "trained") for label in settings.models)
             words = (name, *(str(settings.out / run) for run in runs), *_words(options), "--out", str(report))
-            steps.append(Step(name, words, report / ANALYSES[name].result, name, runs))
+            lacks = ANALYSES[name].why_left_out([planned[run] for run in runs], options)
+            steps.append(Step(name, words, report / ANALYSES[name].result, name, runs, lacks))
     steps.append(Step("report", ("report", str(settings.out), "--out", str(report)), report / "results.json", "report"))
     return [step for step in steps if settings.only is None or step.kind in settings.only]
 
 
-def planned_runs(settings: Settings, arms: Sequence[str]) -> dict[str, PlannedRun]:
-    """Return the probe runs of these arms of all models by name: their mask and sites."""
+def _has_llm(planned: Mapping[str, PlannedRun], label: str) -> bool:
+    """Return whether the model of a label has an LLM."""
+    return next(run.has_llm for name, run in planned.items() if name.startswith(_join(label, "")))
+
+
+def _with_maps(settings: Settings, analyses: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the analyses of a bare encoder: maps of a few photos are among them unasked."""
+    photos = len(open_split(settings, "validation"))
+    shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
+    return {"maps": {"image": ",".join(map(str, shown))}} | analyses
+
+
+def _weights(arm: str, has_llm: bool) -> Weights:
+    """Return which weights of an arm are random; `probes` are of the trained model."""
+    kinds = ARMS if has_llm else ENCODER_ARMS
+    return kinds["trained" if arm == "probes" else _kind(arm)]
+
+
+def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, PlannedRun]:
+    """Return the probe runs of all models by name: their mask and sites."""
     planned = {}
     chosen = read_setting(settings.options, "model.sites")
+    image_px = read_setting(settings.options, "model.image_px")
     for label, model in settings.models.items():
-        own_mask, sites = describe_model(model)
+        has_llm, own_mask, sites = describe_model(model, image_px)
         mask = read_setting(settings.options, "model.image_attention") or own_mask
-        for arm in arms:
-            compared = sites[ARMS["trained" if arm == "probes" else _kind(arm)].sites]
+        for arm in (*arm_names(settings, has_llm), *fitted):
+            compared = sites[_weights(arm, has_llm).sites]
             if unknown := [site for site in chosen or () if site not in sites]:
                 known = f"{', '.join(sites[:3])}, ..., {sites[-1]}"
                 raise UserError(f"{model} has no site {unknown[0]!r}; it has {known} (model.sites)")
             if chosen:
                 compared = [site for site in compared if site in chosen]
-            planned[_join(label, arm)] = PlannedRun(_join(label, arm), mask, compared, sites)
+            planned[_join(label, arm)] = PlannedRun(_join(label, arm), mask, compared, sites, has_llm)
     return planned
 
 
@@ -154,9 +194,10 @@ def _runs(
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
     def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
-        weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
+        weights = _weights(arm, planned[_join(label, arm)].has_llm)
+        draw = re.sub(r"\D", "", arm)
         options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
-        if weights.options:
+        if weights.parts:
             options += ["--model.sites", f"[{', '.join(planned[_join(label, arm)].sites)}]"]
         out = settings.out / _join(label, name)
         command = (kind, *given[kind], *base, *options, "--out", str(out))
@@ -181,11 +222,19 @@ def _fit_options(settings: Settings) -> list[str]:
     return build_parser().parse_known_args(settings.options)[1]
 
 
-def arm_names(settings: Settings) -> list[str]:
-    """Return the names of the arms, the trained one first."""
+def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
+    """Return the names of the arms of a model, the trained one first.
+
+    Raises:
+        UserError: There is no such arm.
+    """
     if settings.arms is None:
-        return ["trained", *(f"{kind}{draw}" for kind in ("random", "adapter") for draw in range(settings.draws))]
+        kinds = ("random", "adapter") if has_llm else ("random",)
+        return ["trained", *(f"{kind}{draw}" for kind in kinds for draw in range(settings.draws))]
     for name in settings.arms:
+        if not has_llm and _kind(name) in ARMS.keys() - ENCODER_ARMS.keys():
+            known = "trained, random0, permuted0, or another draw"
+            raise UserError(f"arm {name!r} needs an LLM, and the model is a vision encoder; expected {known} (--arms)")
         if not re.fullmatch(r"trained|(random|permuted|adapter|untrained)\d{1,3}", name):
             known = "trained, random0, permuted0, adapter0, untrained0, or another draw"
             raise UserError(f"there is no arm {name!r}; expected {known} (--arms)")
@@ -238,10 +287,17 @@ def open_split(settings: Settings, split: str):
     return open_dataset(dataset, data_root(settings), split, options)
 
 
-def describe_model(model: str) -> tuple[str, list[str]]:
-    """Return the mask that a model was trained with, and its sites, from its config."""
+def describe_model(model: str, image_px: int | None = None) -> tuple[bool, str, list[str]]:
+    """Return whether a model has an LLM, the mask that it was trained with, and its sites, from its config.
+
+    Raises:
+        UserError: It takes no input of this side.
+    """
     config = read_config(model)
-    return own_image_attention(config), site_names(config.get_text_config().num_hidden_layers)
+    family = family_of(config)
+    if image_px is not None:
+        family.with_side(image_px, config)
+    return family.has_llm, own_image_attention(config), family.sites(config)
 
 
 def check(settings: Settings) -> None:
@@ -291,7 +347,7 @@ def _analysis(settings: Settings, label: str, planned: PlannedRun, name: str, op
     command = (name, "--probes", str(run), *_words(options))
     own = planned.name == _join(label, "probes")  # its probes have mistakes of their own
     needs = (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
-    lacks = ANALYSES[name].lacks([planned], options)
+    lacks = ANALYSES[name].why_left_out([planned], options)
     return Step(f"{planned.name}/{name}", command, run / ANALYSES[name].result, name, needs, lacks)
 
 
@@ -301,4 +357,4 @@ def _pair(settings: Settings, pair: Sequence[PlannedRun], name: str, options: di
     runs = tuple(run.name for run in pair)
     command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
     result = settings.out / runs[1] / ANALYSES[name].result
-    return Step(f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].lacks(pair, options))
+    return Step(f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].why_left_out(pair, options))

@@ -23,4 +23,5 @@ ANALYSIS = Analysis(
     paper="Figs. 4, 6, 12, 13",
     options={"image": "0,1,2,3"},
     arms=("trained", "probes"),
+    of_encoders=True,
 )

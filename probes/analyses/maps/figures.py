@@ -16,6 +16,7 @@ from probes.results.run_files import read_tensors
 from probes.results.task_run import TaskRun
 
 LEGEND_CLASSES = 24
+SHOWN_LAYERS = 6  # of a bare encoder
 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
@@ -49,9 +50,13 @@ def task_maps(run: TaskRun) -> FigureData:
 
 
 def _shown_sites(run: FinishedRun) -> list[str]:
-    """Return encoder, adapter, the first, the half-way and the best layer, where probed."""
+    """Return encoder, adapter, the first, the half-way and the best layer, where probed; of an encoder, some layers."""
     layers = [site for site in run.layers if site != ADAPTER]
     peak = run.peak_layer
+    if not run.has_llm:
+        evenly = np.linspace(0, len(layers) - 1, min(SHOWN_LAYERS, len(layers))).round().astype(int)
+        shown = {*evenly.tolist(), layers.index(peak)}
+        return [layers[i] for i in sorted(shown)]
     between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
     return [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
 

@@ -21,11 +21,16 @@ def map_figures(study: Study) -> Figures:
     for mask, run in study.trained.items():
         if not (result := run.analysis("maps.json")):
             continue
-        yield ReportFigure(
-            f"maps_{mask}", f"Predictions by layer, {mask}",
+        of_encoder = (
+            "Predictions by layer. Look for the layer from which on objects are found, and for what the last ones lose."
+        )
+        of_mllm = (
             "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
-            "adapter and disappear over the layers.",
-            site_maps(run, palette), "wide")  # fmt: skip
+            "adapter and disappear over the layers."
+        )
+        title = f"Predictions by layer, {mask}" if run.has_llm else "Predictions by layer"
+        text = of_mllm if run.has_llm else of_encoder
+        yield ReportFigure(f"maps_{mask}", title, text, site_maps(run, palette), "wide")
         for case in result["knockout"]:
             wrong, correct = case["class"], case["correct_class"]
             how = f" ({case['how']})" if case.get("how") else ""

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from probes.analyses.base import Analysis, PlannedRun, add_images, add_out, add_run, add_seed
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, PATCHES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     """Return which of the default sites a planned run has no probe at, "" if none is missing."""
     sites = runs[0].sites
-    if "sites" in options or (ADAPTER in sites and any(site.startswith("layer_") for site in sites)):
+    start = ADAPTER if runs[0].has_llm else PATCHES
+    if "sites" in options or (start in sites and any(site.startswith("layer_") for site in sites)):
         return ""
-    return "no probes at the adapter and a decoder layer; choose others by --add umap.sites=SITE,SITE"
+    return f"no probes at {start} and a later layer; choose others by --add umap.sites=SITE,SITE"
 
 
 ANALYSIS = Analysis(
@@ -33,5 +34,6 @@ ANALYSIS = Analysis(
     title="UMAP of patches",
     paper="Sec. 3.3, Fig. 5",
     arms=("trained", "probes"),
+    of_encoders=True,
     lacks=lacks,
 )

@@ -79,7 +79,8 @@ def _default_sites(run: ProbeRun) -> list[str]:
     peak, layers = run.peak_layer, [site for site in run.layers if site != ADAPTER]
     if peak is None:
         raise UserError(f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model")
-    return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
+    start = ADAPTER if run.has_llm else layers[0]
+    return list(dict.fromkeys([start, layers[layers.index(peak) // 2], peak]))
 
 
 def _made_from(results: dict[str, Any]) -> dict[str, Any]:

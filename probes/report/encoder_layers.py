@@ -1,0 +1,76 @@
+"""Which layer of a bare vision encoder reads best: the number of a sentence, and the table by class.
+
+Shapes: S sites, N images, K classes, R resamplings.
+"""
+
+from typing import Any
+
+from llava_bidir.common.bootstrap import interval
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores
+from probes.models.sites import FINAL_NORM
+from probes.results.formatting import format_interval, format_percent
+from probes.results.probe_run import ProbeRun
+
+from .effects import select_sites
+
+SHOWN_LAYERS = 7  # in the table by class
+
+
+def best_layer(run: ProbeRun) -> dict[str, Any] | None:
+    """Return the best layer of an encoder, its mIoU, and how far it is above the last layer; None without layers.
+
+    The layer is the best one on the validation images; the claim "over_last" chooses it on other images than it
+    scores.
+    """
+    layers = [i for i, site in enumerate(run.sites) if site.startswith("layer_")]
+    if not layers:
+        return None
+    counts = select_sites(run.counts, layers)
+    scores = dataset_scores(counts).miou
+    best = int(scores.argmax())
+    resampled = resampled_scores(counts, run.weights).miou
+    over_last = (scores[best] - scores[-1]).item()
+    entry = run.metrics["sites"][layers[best]]
+    return {
+        "site": run.sites[layers[best]],
+        "last": run.sites[layers[-1]],
+        "miou": entry["miou"],
+        "ci95": entry["miou_ci95"],
+        "over_last": over_last,
+        "over_last_ci95": interval(over_last, resampled[:, best] - resampled[:, -1]),
+    }
+
+
+def describe_best_layer(best: dict[str, Any]) -> str:
+    """Return "layer 8 of 12 reads best: 53.7 [..] mIoU, 1.6 points above the last"."""
+    layer, last = (int(best[key].removeprefix("layer_")) for key in ("site", "last"))
+    low, high = (format_percent(bound) for bound in best["ci95"])
+    text = f"layer {layer} of {last} reads best: {format_percent(best['miou'])} [{low}, {high}] mIoU"
+    if layer == last:
+        return f"{text}; it is the last one"
+    above = f"{100 * best['over_last']:.1f} points above the last {format_interval(best['over_last_ci95'])}"
+    return f"{text}, {above}"
+
+
+def class_table(run: ProbeRun) -> list[dict[str, str]]:
+    """Return the IoU of each class in percent at some layers, the best one of them, and at the final norm."""
+    layers = [entry for entry in run.metrics["sites"] if entry["site"].startswith("layer_")]
+    best = max(layers, key=lambda entry: entry["miou"])
+    steps = max(1, len(layers) - 1)
+    evenly = {round(i * steps / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)}
+    shown = [entry for i, entry in enumerate(layers) if i in evenly or entry is best]
+    shown += [entry for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM]
+    rows = [{"class": "mean (mIoU)"} | {_title(x, best): format_percent(x["miou"]) for x in shown}]
+    for k, name in enumerate(run.metrics["classes"]):
+        values = {_title(x, best): x["iou_per_class"][k] for x in shown}
+        rows.append({"class": name} | {key: _percent(value) for key, value in values.items()})
+    return rows
+
+
+def _title(entry: dict[str, Any], best: dict[str, Any]) -> str:
+    title = entry["site"].replace("_", " ")
+    return f"{title} (best)" if entry is best else title
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else format_percent(value)

@@ -1,0 +1,121 @@
+"""A study of a bare vision encoder: controls, claims, what is left out, the sentence, and the page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny_encoders
+import tiny_models
+
+from llava_bidir.common.errors import UserError
+from probes.results.probe_run import ProbeRun
+from probes.studies.plan import Settings, make_plan
+from probes.studies.run import run_study
+
+OPTIONS = ("--data.batch_size", "8", "--trainer.accelerator", "cpu", "--model.image_px", "32")
+OPTIONS += ("--folds", "2", "--strengths", "1e-2", "1e-1", "1")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    encoder = tiny_encoders.STOCK["dinov2"].write(root / "dinov2")
+    data = tiny_models.write_segmentation(root / "data", training=8, validation=12, size=(32, 32))
+    return encoder, str(data)
+
+
+@pytest.fixture(scope="module")
+def study(parts, tmp_path_factory):
+    """Return the folder of a finished study, and what it printed."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    out = tmp_path_factory.mktemp("studies") / "study"
+    printed = StringIO()
+    arms = ("trained", "random0", "random1", "permuted0")
+    with redirect_stdout(printed):
+        run_study(Settings({"": parts[0]}, parts[1], out, arms=arms, options=OPTIONS))
+    return out, printed.getvalue()
+
+
+def miou_of(counts: dict, site: int) -> float:
+    """Return the mIoU of a site from counts per image and class."""
+    right = counts.intersection[site].sum(0).double()
+    union = counts.predicted[site].sum(0) + counts.labelled.sum(0) - right
+    return (right / union)[union > 0].mean().item()
+
+
+def test_the_sentence_has_the_numbers_of_the_counts(study):
+    out, printed = study
+    run = ProbeRun(out / "trained")
+    assert run.sites == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+    layers = [miou_of(run.counts, site) for site in range(4)]
+    best = int(np.argmax(layers))
+    found = re.findall(r"layer (\d+) of 3 reads best: ([\d.]+) \[[\d.]+, [\d.]+\] mIoU", printed)
+    assert found[-1] == (str(best), f"{100 * layers[best]:.1f}")
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert results["best_layer"]["over_last"] == pytest.approx(layers[best] - layers[3])
+    low, high = results["best_layer"]["over_last_ci95"]
+    assert low <= results["best_layer"]["over_last"] <= high
+
+
+def test_claims_compare_layers_and_random_encoders(study):
+    out, _ = study
+    results = json.loads((out / "report" / "results.json").read_text())
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    assert claims.keys() == {"layer_gain", "over_last"}
+    runs = {name: ProbeRun(out / name) for name in ("trained", "random0", "random1", "permuted0")}
+    assert [run.arm for run in runs.values()] == ["trained", "random", "random", "permuted"]
+    assert not any(run.has_llm for run in runs.values())
+    first = [miou_of(run.counts, 0) for run in runs.values()]
+    assert first == [first[0]] * 4  # patch embeddings stay trained
+    for name in ("layer_gain", "over_last"):
+        column = claims[name]["verdicts"]["beyond_random"]
+        assert column["draws"] == 2 and len(column["by_draw"]) == 2
+        assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
+
+
+def test_the_page_reads_as_one_about_encoders(study):
+    out, _ = study
+    page = (out / "report" / "index.html").read_text()
+    text = re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert "<h1>Layer by layer</h1>" in text and "reads best" in text
+    assert "IoU by class and layer" in text and "wall" in text and "Predictions by layer" in text
+    assert (
+        "Table 2" not in text
+        and "From drop-off" not in text
+        and "attention among image tokens" not in text
+    )
+    maps = json.loads((out / "trained" / "maps.json").read_text())
+    assert [entry["index"] for entry in maps["images"]] == [0, 4, 8]
+
+
+def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
+    out, printed = study
+    lines = [
+        line for line in printed.splitlines() if "left out: the model is a vision encoder" in line
+    ]
+    assert sum("trained/knockout" in line for line in lines) >= 1
+    assert not any("random0/knockout" in line for line in lines)
+    assert not (out / "trained" / "knockout.json").exists()
+
+
+def test_a_second_call_has_nothing_to_do(study, parts, capsys):
+    out, _ = study
+    arms = ("trained", "random0", "random1", "permuted0")
+    run_study(Settings({"": parts[0]}, parts[1], out, arms=arms, options=OPTIONS))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tmp_path):
+    with pytest.raises(
+        UserError, match="arm 'adapter0' needs an LLM, and the model is a vision encoder"
+    ):
+        make_plan(Settings({"": parts[0]}, parts[1], tmp_path, arms=("trained", "adapter0")))
+    with pytest.raises(
+        UserError, match=r"--model\.image_px 30: expected a multiple of the patch, 4 px"
+    ):
+        make_plan(Settings({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
+    steps = [step.name for step in make_plan(Settings({"": parts[0]}, parts[1], tmp_path, draws=1))]
+    assert [name for name in steps if "adapter" in name] == []

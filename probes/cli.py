@@ -35,7 +35,7 @@ RUN_OPTIONS = {
     "--model.image_attention NAME": "mask among image tokens; null keeps the model's own (default: null)",
     "--model.untrained LIST": "parts with random weights, for controls: [llm], [adapter], [encoder] (default: null)",
     "--model.match NAME": "how a random LLM resembles the trained one: none, update, permuted (default: none)",
-    "--model.image_px N": "side of a bare encoder's square input, a multiple of its patch (default: as published)",
+    "--model.image_px N": "side of a bare encoder's input; null takes the published one (default: null)",
     "--model.draw N": "number of the random draw (default: 0)",
     "--out DIR": "folder of the run (default: runs/probes)",
     "--ckpt_path last": "resume an interrupted run, and leave a finished one alone",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import probes
 from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
-from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ENCODER
 from probes.results.probe_run import ProbeRun
@@ -22,7 +22,7 @@ from probes.training.heads import Probe
 
 @dataclass
 class LabModel:
-    """A frozen MLLM, with the probes of a run or without.
+    """A frozen model, with the probes of a run or without.
 
     Args:
         label: Name on the page.
@@ -34,7 +34,7 @@ class LabModel:
 
     label: str
     source: str
-    mllm: FrozenMLLM
+    mllm: FrozenModel
     run: ProbeRun | None
     probes: dict[str, Probe]
 
@@ -45,8 +45,13 @@ class LabModel:
 
     @property
     def word_sites(self) -> list[str]:
-        """Sites whose states are in the LLM's space."""
-        return [site for site in self.sites if site != ENCODER]
+        """Sites whose states are in the LLM's space; [] of a bare encoder."""
+        return [site for site in self.sites if site != ENCODER] if self.mllm.has_llm else []
+
+    @property
+    def change_sites(self) -> list[str]:
+        """Sites at which states can be replaced."""
+        return [site for site in self.sites if site in self.mllm.layer_sites]
 
     @property
     def classes(self) -> list[str]:
@@ -66,6 +71,8 @@ class LabModel:
     @cached_property
     def cannot_answer(self) -> str | None:
         """Reason why the model cannot be asked, None if it can."""
+        if not self.mllm.has_llm:
+            return "it is a vision encoder without an LLM"
         try:
             _ = self.mllm.chat
         except UserError as error:
@@ -73,8 +80,10 @@ class LabModel:
         return None
 
     @property
-    def other_mask(self) -> str:
-        """The mask among image tokens that the same weights can be run under for comparison."""
+    def other_mask(self) -> str | None:
+        """The mask among image tokens that the same weights can be run under for comparison; None of an encoder."""
+        if not self.mllm.has_llm:
+            return None
         return "bidirectional" if self.mllm.image_attention == "causal" else "causal"
 
     def describe(self) -> dict[str, Any]:
@@ -85,7 +94,9 @@ class LabModel:
             "name": self.source,
             "sites": self.sites,
             "word_sites": self.word_sites,
-            "layers": len(self.mllm.decoder.layers),
+            "change_sites": self.change_sites,
+            "has_llm": self.mllm.has_llm,
+            "layers": len(self.mllm.layers),
             "heads": config.num_attention_heads,
             "other_mask": self.other_mask,
             "cannot_answer": self.cannot_answer,
@@ -104,7 +115,8 @@ def load_runs(paths: Sequence[str]) -> list[LabModel]:
         for key, values in (("sites", (runs[0].sites, run.sites)), ("grid", _values("grid", runs[0], run))):
             if values[0] != values[1]:
                 raise UserError(f"{runs[0].path} and {run.path} have different {key}; open them in two labs")
-    names = [run.metrics["image_attention"] + (", untrained" if run.metrics["untrained"] else "") for run in runs]
+    kinds = [run.metrics["image_attention"] if run.has_llm else ENCODER for run in runs]
+    names = [kind + (", untrained" if run.metrics["untrained"] else "") for kind, run in zip(kinds, runs, strict=True)]
     labels = [f"{name}, {run.path}" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
     models = []
     for label, run in zip(labels, runs, strict=True):
@@ -121,7 +133,8 @@ def _values(key: str, *runs: ProbeRun) -> list:
 def load_checkpoint(path: str) -> list[LabModel]:
     """Load a checkpoint without probes."""
     mllm = probes.load(path)
-    return [LabModel(mllm.image_attention, path, mllm, None, {})]
+    label = mllm.image_attention if mllm.has_llm else ENCODER
+    return [LabModel(label, path, mllm, None, {})]
 
 
 def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:

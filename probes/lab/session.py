@@ -265,6 +265,8 @@ class Session:
             new = lambda states: states.mean(1, keepdim=True)
         else:
             own = change.by == "other_mask"
+            if own and model.other_mask is None:
+                raise UserError("a vision encoder without an LLM has no other mask; replace by the mean or a photo's")
             mllm = model.mllm.with_attention(model.other_mask) if own else model.mllm
             other = mllm.states(self._pixels(request, None if own else change.by), [site])[site]
             new = lambda states: other

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.frozen_model import FrozenModel
 
 MAX_WAITING = 32  # eight tabs with four panels each; more wait longer than a person does
 PROGRESS_S = 0.1  # between two reports of progress: faster ones cannot be read
@@ -40,9 +40,9 @@ class Job:
             raise Cancelled
 
     @contextmanager
-    def watched(self, mllm: FrozenMLLM) -> Iterator[None]:
-        """Report each decoder layer that the model runs while the context is open, and stop there if cancelled."""
-        layers = mllm.decoder.layers
+    def watched(self, mllm: FrozenModel) -> Iterator[None]:
+        """Report each layer that the model runs while the context is open, and stop there if cancelled."""
+        layers = mllm.layers
 
         def step(number: int) -> None:
             self.check()

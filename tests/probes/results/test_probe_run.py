@@ -290,7 +290,7 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(
     def check(data):
         (folder / "config.json").write_text(json.dumps(changed(facts, data)))
         try:
-            print_sites(argparse.Namespace(mllm=str(folder)))
+            print_sites(argparse.Namespace(mllm=str(folder), image_px=None))
         except ValueError as error:
             assert (
                 str(folder) in str(error)

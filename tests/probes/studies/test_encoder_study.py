@@ -3,12 +3,23 @@
 import json
 import re
 
+import labs
 import numpy as np
 import pytest
 import tiny_encoders
 import tiny_models
 
 from llava_bidir.common.errors import UserError
+from probes.lab.requests import (
+    Attention,
+    Block,
+    PaintedPhoto,
+    Painting,
+    PatchWords,
+    Replace,
+    Teach,
+    View,
+)
 from probes.results.probe_run import ProbeRun
 from probes.studies.plan import Settings, make_plan
 from probes.studies.run import run_study
@@ -119,3 +130,34 @@ def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tm
         make_plan(Settings({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
     steps = [step.name for step in make_plan(Settings({"": parts[0]}, parts[1], tmp_path, draws=1))]
     assert [name for name in steps if "adapter" in name] == []
+
+
+def test_the_lab_opens_a_run_of_an_encoder(study):
+    """Without words and answers; blocking, replacing, attention and painted concepts as of an MLLM."""
+    out, _ = study
+    session = labs.open_session([str(out / "trained")])
+    (model,) = session.describe()["models"]
+    assert (model["word_sites"], model["has_llm"], model["layers"]) == ([], False, 3)
+    assert model["change_sites"] == ["layer_00", "layer_01", "layer_02", "layer_03"]
+    view = {"photo": "split:0", "model": 0}
+    plain = session.read(View(**view), labs.JOB)["classes"]
+    block = Block(kind="block", patches=(0, 1, 2), layers=(1,))
+    mean = Replace(kind="replace", patches=(0, 1), site="layer_00", by="mean")
+    blocked = session.read(View(**view, intervention=block), labs.JOB)["probabilities"]
+    replaced = session.read(View(**view, intervention=mean), labs.JOB)["probabilities"]
+    assert plain and blocked != replaced
+    run = ProbeRun(out / "trained")
+    image = run.dataset()[0]["image"]
+    states = run.mllm().states(run.mllm().preprocess([image]), ["layer_02"])
+    assert states["layer_02"].shape == (1, 64, 16)
+    weights = session.attention(Attention(**view, layer=2, patch=5), labs.JOB)
+    assert weights["to"] and weights["from"]
+    photos = tuple(PaintedPhoto(photo=f"split:{i}", patches=((0, 1), (30, 31))) for i in range(2))
+    painting = Painting(concepts=("a", "b"), photos=photos, rest=False)
+    for random in (False, True):
+        scores = session.teach(Teach(**view, painting=painting, random=random), labs.JOB)["scores"]
+        assert len(scores) == len(run.sites)
+    with pytest.raises(UserError, match="has no other mask"):
+        other = Replace(kind="replace", patches=(0,), site="layer_01", by="other_mask")
+        session.read(View(**view, intervention=other), labs.JOB)
+    assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}

@@ -49,7 +49,8 @@ def check_control(
     if match not in MATCHES:
         raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
     if match != "none" and family.layers_part not in parts:
-        raise UserError(f"match {match!r} describes random layers; add {family.layers_part} to untrained")
+        random = "LLM" if family.has_llm else "encoder"
+        raise UserError(f"match {match!r} describes a random {random}; add {family.layers_part} to untrained")
     if match == "update" and not len(images) and scales is None:
         raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
 

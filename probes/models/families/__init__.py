@@ -70,14 +70,13 @@ def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
         raise UserError(f"{kind} cannot be probed patch by patch: {UNSUPPORTED[kind]}")
     if _is_encoder(config):
         raise UserError(
-            f"{kind} is a vision encoder without an LLM, and can only be probed as the encoder of an MLLM: build one "
-            "around it with `llava-bidir fit --model.encoder.path`"
+            f"{kind} is a vision encoder that is not registered; registered: {', '.join(ENCODERS)}. Add it with "
+            "probes.register_family and a probes.EncoderFamily: class, layers, norm, tokens before the patches"
         )
     raise UserError(
-        f"no MLLM or encoder family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the "
-        "sequence of its LLM, add it with probes.register_family and a probes.Family: class, input and token size in "
-        "pixels, encoder width, adapter module. A bare vision encoder needs a probes.EncoderFamily: class, layers, "
-        "norm, number of tokens before the patches"
+        f"no MLLM or encoder family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the sequence "
+        "of its LLM, add it with probes.register_family and a probes.Family: class, input and token size in pixels, "
+        "encoder width, adapter module"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint that is no MLLM is told."""
+"""Which family a checkpoint is of, and what one without a family is told."""
 
 import pytest
 import transformers
@@ -10,12 +10,19 @@ from probes.models.families import family_of
 @pytest.mark.parametrize(
     "kind", ["Dinov2Config", "CLIPVisionConfig", "SiglipVisionConfig", "ViTConfig"]
 )
-def test_an_encoder_without_a_language_model_is_told_what_it_is(kind):
-    config = getattr(transformers, kind)()
-    with pytest.raises(UserError, match="is a vision encoder without an LLM.*--model.encoder.path"):
-        family_of(config)
+def test_an_encoder_without_a_language_model_has_a_family(kind):
+    assert not family_of(getattr(transformers, kind)()).has_llm
+
+
+@pytest.mark.parametrize("kind", ["DeiTConfig", "ViTMSNConfig"])
+def test_an_encoder_that_is_not_registered_is_told_how_to_add_it(kind):
+    expected = (
+        "is a vision encoder that is not registered; registered: dinov2, .*probes.EncoderFamily"
+    )
+    with pytest.raises(UserError, match=expected):
+        family_of(getattr(transformers, kind)())
 
 
 def test_a_language_model_is_not_called_an_encoder():
-    with pytest.raises(UserError, match="no MLLM family 'llama'"):
+    with pytest.raises(UserError, match="no MLLM or encoder family 'llama'"):
         family_of(transformers.LlamaConfig())

@@ -12,7 +12,7 @@ from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
-from probes.analyses.base import add_overwrite, add_run
+from probes.analyses.base import add_overwrite
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNING_COMMANDS
 REQUIRED = ("model.mllm", "data.root")
@@ -122,7 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
         analysis.add_options(command(name, f"probes.analyses.{name}.run:run", analysis.help))
 
     p = command("segment", "probes.analyses.segment:run", "write the class maps of any photos")
-    add_run(p)
+    text = "folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ..."
+    p.add_argument("--probes", metavar="RUN", help=text)
     p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
     p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
     text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "

@@ -10,9 +10,11 @@ from lightning import Callback
 
 import llava_bidir.cli
 import probes.cli
+from llava_bidir.common.short_help import format_help
 
 MODEL_AND_DATA = "--model.mllm DIR --data.root DIR"
 RECORDS = "--data.annotations FILE --data.images DIR"
+PAGES = {"llava-bidir": llava_bidir.cli.HELP, "probes": probes.cli.HELP}
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
 
@@ -42,7 +44,9 @@ def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, 
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message in lines[0] and lines[0].startswith(program)
     assert lines[1:-1] == ([f"did you mean {meant}?"] if meant else [])
-    assert lines[-1] == f"All options: {lines[0].partition(':')[0]} --help"
+    is_short = arguments[0] in PAGES[program]
+    option = "--help-all" if is_short else "--help"
+    assert lines[-1] == f"All options: {lines[0].partition(':')[0]} {option}"
 
 
 class Interrupt(Callback):
@@ -84,3 +88,11 @@ def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, s
     for line in lines:
         assert any(re.fullmatch(text, line) for text in expected), line
     assert len(lines) == len(expected)
+
+
+@pytest.mark.parametrize("program", PAGES)
+def test_no_option_runs_into_its_text(program):
+    """`--model.image_attention NAMEmask among image tokens`."""
+    for command, page in PAGES[program].items():
+        for name, text in page.options.items():
+            assert f"  {name} " in format_help(command, page), f"{command}: {name}{text[:10]}"

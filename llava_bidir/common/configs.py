@@ -13,6 +13,16 @@ if not FOLDER.is_dir():  # a clone on a system without links
 OPTIONS = ("-c", "--config")
 
 
+# Folders that -c demo/... and -c real/... name, and the command that makes them
+DEMOS = {("runs", "demo"): "llava-bidir demo", ("runs", "real"): "llava-bidir real"}
+
+
+def how_to_make(path: str | Path) -> str:
+    """Return how to make a file or folder that the configs of the demos name and that is missing; "" for others."""
+    command = DEMOS.get(Path(path).parts[:2])
+    return f"; run `{command}` first, in this folder, or name your own" if command and not Path(path).exists() else ""
+
+
 def config_names() -> dict[str, Path]:
     """Return the files by name: "FOLDER/STEM", and "STEM" where no other file has it or the file is in no folder."""
     files = sorted(FOLDER.rglob("*.yaml"), key=lambda file: (len(file.relative_to(FOLDER).parts), file))

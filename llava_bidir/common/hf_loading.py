@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .configs import how_to_make
 from .errors import UserError, error_context
 
 if TYPE_CHECKING:  # seconds, which `probes report` and others do not need
@@ -36,6 +37,8 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
     is_local = Path(path).is_dir()
     if is_local and reader.__name__ == "AutoConfig" and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf")
+    if advice := how_to_make(path):
+        raise UserError(f"{key}: {path} does not exist{advice}")
     subject = path if is_local else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
     with error_context(f"{key}: {subject}"):
         if reader.__name__ == "AutoConfig":

@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from . import usage_errors
+
 WIDTH = 100  # characters of a line
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
@@ -38,6 +40,8 @@ def show_short_help(program: str, argv: list[str], pages: Mapping[str, ShortHelp
     if page and any(word in HELP for word in argv[1:]):
         print(format_help(f"{program} {argv[0]}", page))
         sys.exit(0)
+    if page:
+        usage_errors.SHORT_HELP.add(f"{program} {argv[0]}")
     return ["--help" if word == HELP_ALL else word for word in argv] if page else argv
 
 
@@ -45,6 +49,6 @@ def format_help(program: str, page: ShortHelp) -> str:
     """Return the text of a page."""
     wrap = lambda text, indent: textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=" " * 30)
     options = dict(page.options) | {HELP_ALL: "show every option"}
-    rows = [wrap(text, f"  {name:<28}") for name, text in options.items()]
+    rows = [wrap(text, f"  {name:<27} ") for name, text in options.items()]
     text = "\n".join(textwrap.wrap(page.text, WIDTH))
     return "\n".join([f"usage: {program} [options]\n", text, f"\nexample: {page.example}\n", "options:", *rows])

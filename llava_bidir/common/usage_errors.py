@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
+SHORT_HELP: set[str] = set()  # commands of this process whose `--help` is short (short_help.py)
+
 
 class ShortUsageErrors:
     """Parser that ends with status 2, the error, the nearest option or command, and where the options are listed."""
@@ -18,7 +20,8 @@ class ShortUsageErrors:
         lines = [f"{program}: {message}"]
         if meant := _nearest(parser, message):
             lines.append(f"did you mean {meant}?")
-        self.exit(2, "\n".join([*lines, f"All options: {program} --help"]) + "\n")
+        option = "--help-all" if program in SHORT_HELP else "--help"
+        self.exit(2, "\n".join([*lines, f"All options: {program} {option}"]) + "\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,12 +5,14 @@ transparency is dropped. Images with an ambiguous value range or an excessive si
 """
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import FORMATS, as_stored, check_depth, open_bounded, orientation
 
@@ -51,7 +53,7 @@ class ImageFolder:
     def __init__(self, path: str | Path, follow_links: bool = False):
         self.path, self.follow_links = Path(path), follow_links
         if not self.path.is_dir():
-            raise UserError(f"data.images: no folder {self.path}")
+            raise UserError(f"data.images: no folder {self.path}{how_to_make(self.path)}")
         self._real = os.path.realpath(self.path)
         self._inside: dict[Path, bool] = {}
 
@@ -61,7 +63,7 @@ class ImageFolder:
         Raises:
             BadImage: A link in the path leads out of the folder.
         """
-        path = self.path / name
+        path = self._normalised(self.path / name)
         if not self.follow_links and not self._is_inside(path):
             raise BadImage(
                 f"image {path} is outside data.images: a symlink leads to {os.path.realpath(path)}; if you made this "
@@ -69,6 +71,13 @@ class ImageFolder:
                 "outside",
             )
         return path
+
+    def _normalised(self, path: Path) -> Path:
+        """Return the file whose name differs only in how accents are stored: macOS and Linux write "é" otherwise."""
+        if str(path).isascii() or os.path.lexists(path):
+            return path
+        forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+        return next(filter(os.path.lexists, forms), path)
 
     def _is_inside(self, path: Path) -> bool:
         if os.path.islink(path):

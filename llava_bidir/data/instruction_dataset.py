@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
+from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
 
 from .conversation import IMAGE, check_turns
@@ -86,7 +87,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise UserError(f"data.annotations: no file {path}")
+        raise UserError(f"data.annotations: no file {path}{how_to_make(path)}")
     datasets.disable_progress_bars()
     # size and modification time are part of the cache key, so that an edited file is read again
     source = {**fingerprint(path), "rules": RULES}

@@ -17,9 +17,11 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     Cache,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -287,6 +289,7 @@ register_checkpoint_conversion_mapping(
 AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
 for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):  # the second one is for "any-to-any"
     auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(LlavaBidirConfig, LlavaProcessor, exist_ok=True)
 # Each save_pretrained copies this code, so that fine-tunes load with trust_remote_code, too.
 LlavaBidirConfig.register_for_auto_class()
 LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -24,13 +24,15 @@ from probes.data.palette import colorize, palette_of
 from probes.results.probe_run import ProbeRun
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace
+CALL = "`probes segment RUN PHOTO ... --out DIR`"
 OPACITY = 0.5
 ROW_PX = 20
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes segment`."""
-    run, out, photos = ProbeRun(args.probes), Path(args.out), [Path(photo) for photo in args.photos]
+    folder, photos = run_and_photos(args.probes, args.photos)
+    run, out = ProbeRun(folder), Path(args.out)
     site = run.check_site(args.site)
     _check_paths(photos, out)
     with exclusive_run_lock(out, "legend.json"):
@@ -39,6 +41,21 @@ def run(args: argparse.Namespace) -> None:
     largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[:3]
     text = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
     print(f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}")
+
+
+def run_and_photos(run: str | None, words: list[str]) -> tuple[str, list[Path]]:
+    """Return the run and the photos of the command: without `--probes`, the first word is the run.
+
+    Raises:
+        UserError: There is no photo, or no run.
+    """
+    if run is None:
+        run, *words = words
+        if not Path(run).is_dir():
+            raise UserError(f"{run} is not a folder of a finished run; expected {CALL}")
+    if not words:
+        raise UserError(f"there is no photo after {run}; expected {CALL}")
+    return run, [Path(word) for word in words]
 
 
 def _check_paths(photos: list[Path], out: Path) -> None:

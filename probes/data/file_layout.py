@@ -1,10 +1,12 @@
 """Locate the folder of a dataset and pair its images with their targets."""
 
 import json
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -23,7 +25,8 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
         if is_dataset(folder):
             return folder
     if not root.is_dir():
-        raise UserError(f"data.root: no folder {root}; expected the dataset's {name} with {', '.join(parts)}")
+        advice = how_to_make(root)
+        raise UserError(f"data.root: no folder {root}{advice}; expected the dataset's {name} with {', '.join(parts)}")
     contents = sorted(path.name for path in root.iterdir())
     listing = ", ".join(contents[:8]) + (", ..." if len(contents) > 8 else "") or "nothing"
     missing = ", ".join(part for part in parts if not (root / part).exists())
@@ -37,7 +40,7 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
 
 
 def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*") -> dict[str, Path]:
-    """Return {name: file}, sorted; a name is the file name without `ending` and suffix.
+    """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
     Raises:
         UserError: If the folder does not exist, two files have the same name, or a name is not UTF-8.
@@ -51,7 +54,9 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
     for path in sorted(folder.glob(pattern)):
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
-        name = path.stem.removesuffix(ending)
+        if path.name.startswith("._"):  # macOS writes such beside each file, on disks of other systems
+            continue
+        name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))  # macOS stores accents apart
         if not _is_text(name):
             raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it")
         if name in files:

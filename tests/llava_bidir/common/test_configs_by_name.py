@@ -51,3 +51,30 @@ def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
     assert found == {file.relative_to(FOLDER) for file in FOLDER.rglob("*.yaml")}
     with pytest.raises(SystemExit, match="exists"):
         main(["configs", "clip", "--copy", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "fit -c demo/stage1",
+            "runs/demo/assets/encoder does not exist; run `llava-bidir demo` first",
+        ),
+        ("fit -c real/stage1", "runs/real/.* does not exist; run `llava-bidir real` first"),
+    ],
+)
+def test_a_config_of_a_demo_that_is_not_there_says_how_to_make_it(
+    words, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main([*words.split(), "--trainer.accelerator", "cpu"])
+
+
+def test_a_key_that_occurs_twice_is_named_however_the_config_is_given(tmp_path):
+    """`-c=FILE` skipped the check."""
+    file = tmp_path / "twice.yaml"
+    file.write_text("data:\n  batch_size: 1\n  batch_size: 2\n")
+    for words in (["-c", str(file)], [f"-c={file}"], [f"--config={file}"]):
+        with pytest.raises(SystemExit, match="the key 'batch_size' occurs twice"):
+            main(["fit", "-c", "demo/stage1", *words])

@@ -1,11 +1,12 @@
 """Configs whose parts transformers would make of its defaults are refused, wherever a checkpoint is read."""
 
 import json
+import shutil
 
 import pytest
 import tiny_families
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 from llava_bidir.cli import main as llava_bidir_main
 from llava_bidir.common.errors import UserError, error_context
@@ -75,3 +76,12 @@ def test_a_long_error_of_a_library_ends_with_a_word():
     with pytest.raises(UserError) as error, error_context("x"):
         raise ValueError("instance " * 100)
     assert str(error.value).endswith("instance ...")
+
+
+def test_auto_processor_finds_the_processor_by_the_config_without_asking(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        settings = json.loads((path / name).read_text())
+        settings.pop("processor_class", None)
+        (path / name).write_text(json.dumps(settings))
+    assert isinstance(AutoProcessor.from_pretrained(path), LlavaProcessor)

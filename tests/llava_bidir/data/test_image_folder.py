@@ -1,6 +1,7 @@
 """Images of records stay within their folder (tests/test_hostile_images.py has hostile files)."""
 
 import json
+import unicodedata
 
 import hostile_images
 import pytest
@@ -8,7 +9,7 @@ import tiny_models
 
 from llava_bidir.commands.verify_data import RecordFindings
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.image_folder import ImageFolder, read_image
+from llava_bidir.data.image_folder import BadImage, ImageFolder, read_image
 from llava_bidir.data.instruction_dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_processor
 
@@ -65,3 +66,13 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(ask, tmp_path):
     for folder in (tmp_path / "real", tmp_path / "link"):
         for name in ("a.png", "photos/0.png", "./blobs//0.png"):
             assert read_image(ImageFolder(folder).file(name)).size == hostile_images.SIZE
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_whose_accents_are_stored_otherwise_is_found(forms, tmp_path):
+    stored, asked = (unicodedata.normalize(form, "\u00e9t\u00e9/caf\u00e9.png") for form in forms)
+    (tmp_path / stored).parent.mkdir()
+    hostile_images.noise().save(tmp_path / stored)
+    assert read_image(ImageFolder(tmp_path).file(asked)).size == hostile_images.SIZE
+    with pytest.raises(BadImage, match="tee.png is missing"):
+        read_image(ImageFolder(tmp_path).file("tee.png"))

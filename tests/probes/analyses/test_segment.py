@@ -143,3 +143,19 @@ def test_python_turns_a_photo_as_the_command_does(run, tmp_path):
         assert np.array_equal(run.predict(given, "adapter"), written)
     with pytest.raises(ValueError, match="has no site 'layer_31'"):
         run.predict_sites(photo, ["layer_31"])
+
+
+def test_the_run_can_stand_first(run, photos, tmp_path):
+    """As in `probes study MODEL DATA`; the error named an option and no call."""
+    command = ["segment", str(run.path), *map(str, photos[:2]), "--out", str(tmp_path / "first")]
+    main(command)
+    segment(run, photos[:2], tmp_path / "second")
+    for photo in photos[:2]:
+        maps = [tmp_path / out / f"{photo.stem}.png" for out in ("first", "second")]
+        assert maps[0].read_bytes() == maps[1].read_bytes()
+    for words, message in (
+        ([str(run.path)], "there is no photo after .*expected `probes segment RUN PHOTO"),
+        ([str(photos[0])], "odd.jpg is not a folder of a finished run; expected `probes segment"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["segment", *words, "--out", str(tmp_path / "third")])

@@ -1,6 +1,7 @@
 """The official layouts: classes and ignored pixels against independent tables, and errors of wrong layouts."""
 
 import shutil
+import unicodedata
 
 import dataset_layouts
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import tiny_models
 from PIL import Image
 
+from llava_bidir.common.errors import UserError
 from probes.data import ade20k, cityscapes, voc2012
+from probes.data.file_layout import files_by_name, pair_files
 from probes.data.palette import palette_of
 from probes.data.registry import open_dataset
 
@@ -277,3 +280,19 @@ def test_folders_of_our_own_have_no_groups_and_no_official_size(segmentation):
     assert data.groups is None
     assert data.official_size is None
     assert data.classes == tiny_models.CLASSES
+
+
+def test_hidden_files_of_macos_are_skipped_and_accents_are_matched(tmp_path):
+    """`._a.png` is no image, and "\u00e9" is one letter or two, by the system that wrote the name."""
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for folder, name in (("images", apart), ("masks", composed)):
+        (tmp_path / folder).mkdir()
+        for file in (f"{name}.png", f"._{name}.png", "._other.png", "a.png"):
+            (tmp_path / folder / file).write_bytes(b"")
+    images, masks = (files_by_name(tmp_path / folder, [".png"]) for folder in ("images", "masks"))
+    assert list(images) == list(masks) == ["a", composed]
+    assert len(pair_files(images, masks, "x")) == 2
+    (tmp_path / "images" / f"{composed}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="have the same name; remove one"):
+        files_by_name(tmp_path / "images", [".png"])

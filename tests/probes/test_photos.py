@@ -126,10 +126,6 @@ CALLS = {
         r"answer must be one text, got \['wall'\]",
     ),
     "concepts": (lambda m: m.teach([("sky", [])]), "expected {'road': .*, got list"),
-    "a part": (
-        lambda m: probes.load("none", untrained="llm"),
-        r"untrained must be a list such as .*, got 'llm'",
-    ),
     "an analysis": (
         lambda m: probes.study("model", "data", out="out", add="knockout.classes=sky"),
         "add must be a list such as .*, got 'knockout.classes=sky'",
@@ -161,3 +157,8 @@ def test_a_site_without_states_is_named_with_those_that_were_read(mllm):
     with pytest.raises(KeyError, match="no states of 'layer_31'; these are of adapter"):
         states["layer_31"]
     assert states.get("layer_31") is None and "layer_31" not in states
+
+
+def test_a_part_that_is_a_text_is_an_error_when_a_model_is_loaded(checkpoints):
+    with pytest.raises(UserError, match="untrained must be a list such as .*, got 'llm'"):
+        probes.load(str(checkpoints["causal"]), untrained="llm")

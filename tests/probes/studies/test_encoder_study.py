@@ -92,6 +92,7 @@ def test_the_page_reads_as_one_about_encoders(study):
     page = (out / "report" / "index.html").read_text()
     text = re.sub(r"data:image/png;base64,[^\"]*", "", page)
     assert "<h1>Layer by layer</h1>" in text and "reads best" in text
+    assert re.search(r"<b>Layer \d of 3 reads best: [^<]* mIoU", text)
     assert "IoU by class and layer" in text and "wall" in text and "Predictions by layer" in text
     assert (
         "Table 2" not in text

@@ -113,7 +113,7 @@ def label_notes(classes: list[str], labels: dict[str, LabelCounts]) -> list[str]
     if untrained:
         notes.append(f"No training pixel is labelled {_some(untrained)}, so that the IoU there is 0.")
     if unscored:
-        notes.append(f"No validation pixel is labelled {_some(unscored)}, so that mIoU says nothing about it.")
+        notes.append(f"No validation pixel is labelled {_some(unscored)}, so that mIoU leaves it out.")
     if absent:
         notes.append(f"No pixel of either split is labelled {_some(absent)}.")
     for split, column in (("training", 1), ("validation", 2)):

@@ -46,7 +46,7 @@ SOLVER_OPTIONS = {
     "--strengths R ...": "strengths of regularisation (default: the best one, searched in half decades)",
     "--passes N": "most passes over the training images (default: 8)",
     "--folds N": "folds of training images that choose the strength (default: 4)",
-    "--sample-images N": "training images in memory (default: as many as fit into a quarter of it)",
+    "--sample-images N": "images whose memory is used (default: as many as fit into a quarter of it)",
 }
 SCORE = "probes test -c folder --model.mllm MODEL --data.root DATA --out runs/mine --ckpt_path last"
 HELP = {

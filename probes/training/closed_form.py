@@ -155,6 +155,11 @@ class SiteSpace:
         moments = Moments.zeros(states[0].float().mean(0), 1, soft.shape[1])
         for x, labels in zip(states.split(32), soft.flatten(2).mT.split(32), strict=True):
             moments.update(x.flatten(0, 1), labels.flatten(0, 1).double(), 0)
+        return cls.of_moments(moments)
+
+    @classmethod
+    def of_moments(cls, moments: Moments) -> "SiteSpace":
+        """Return the coordinates of the tokens of some moments."""
         count, first, second = moments.without(None)
         total, seen, overall = count.sum(), count > 0, first.sum(0) / count.sum()
         means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)

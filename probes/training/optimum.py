@@ -65,38 +65,25 @@ class Certificate(NamedTuple):
         return self.gradient < GRADIENT and self.decrease < CONVERGED
 
 
-class SiteProblem:
-    """The objective of a site on images in memory.
+class FoldProblem:
+    """The objective of a site on the images of some folds; a subclass has them in memory.
 
     Args:
-        states: f[B, T, d], on the device of the computation.
-        loose: The masks of the images, with few nodes.
-        tight: The same with many nodes.
-        fold_of: i64[B], fold of each image.
+        space: Coordinates of the site.
+        pixels: f64[F], labelled pixels of each fold.
     """
 
-    def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
-        self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
-        self.space = SiteSpace.of(states, tight.soft)
-        self.load(states, loose, tight)
-        self.pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+    def __init__(self, space: SiteSpace, pixels: Tensor):
+        self.space, self.pixels = space, pixels
 
-    def load(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks) -> None:
-        """Set the states and masks, the same as at first, after :meth:`release`."""
-        folds = [images.tolist() for images in self.order.split(self.sizes)]
-        self.tokens = [self.space.coordinates(states[images]) for images in folds]
-        both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
-        self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-
-    def release(self) -> None:
-        """Free the memory of states and masks; most of it."""
-        self.tokens, self.masks = [], {}
+    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss f64[P] of points f64[P, K, d + 1] on a fold, and its gradient."""
+        raise NotImplementedError
 
     @property
     def start(self) -> Tensor:
         """The constant prediction, f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
-        prior = self.space.log_prior
-        return torch.cat([prior.new_zeros(len(prior), len(self.space.spectrum)), prior[:, None]], 1)
+        return constant_prediction(self.space)
 
     def scale(self, strengths: Tensor) -> Tensor:
         """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
@@ -123,10 +110,10 @@ class SiteProblem:
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
             value, gradient = points.new_zeros(len(points)), torch.zeros_like(points)
-            for fold, (tokens, masks) in enumerate(zip(self.tokens, self.masks[nodes], strict=True)):
+            for fold in range(len(self.pixels)):
                 used = [i for i, problem in enumerate(problems) if left_out[problem] != fold]
                 if used:
-                    loss, by_point = loss_sums(tokens, masks, points[used])
+                    loss, by_point = self.sums(fold, points[used], nodes)
                     value[used] += loss
                     gradient[used] += by_point
             pixels = torch.stack([self._pixels_without(left_out[problem]) for problem in problems])
@@ -141,15 +128,94 @@ class SiteProblem:
 
     def held_out_loss(self, points: Tensor) -> float:
         """Return the mean cross-entropy of all images, each under the point f64[F, K, d + 1] of its fold."""
-        folds = zip(self.tokens, self.masks[TIGHT_NODES], points, strict=True)
-        losses = [loss_sums(tokens, masks, point[None], needs_grad=False)[0] for tokens, masks, point in folds]
+        by_fold = [(fold, point[None]) for fold, point in enumerate(points)]
+        losses = [self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold]
         return (torch.cat(losses).sum() / self.pixels.sum()).item()
 
     def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
         """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states."""
-        metric = self.space.spectrum + strengths[:, None]
-        metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
-        return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
+        return whitened_norm(self.space.spectrum, gradient, strengths)
+
+
+class SiteProblem(FoldProblem):
+    """The objective of a site on images in memory.
+
+    Args:
+        states: f[B, T, d], on the device of the computation.
+        loose: The masks of the images, with few nodes.
+        tight: The same with many nodes.
+        fold_of: i64[B], fold of each image.
+    """
+
+    def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
+        self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
+        self.space = SiteSpace.of(states, tight.soft)
+        folds = [images.tolist() for images in self.order.split(self.sizes)]
+        self.tokens = [self.space.coordinates(states[images]) for images in folds]
+        both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
+        self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
+        super().__init__(self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]]))
+
+    def release(self) -> None:
+        """Free the memory of states and masks; most of it."""
+        self.tokens, self.masks = [], {}
+
+    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
+        return loss_sums(self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
+
+
+class PixelProblem(FoldProblem):
+    """The objective of a site on a sample of pixels; there are no nodes.
+
+    Args:
+        space: Coordinates of the site.
+        inputs: f32[n, d + 1], states in the coordinates, and ones.
+        labels: i64[n].
+        weights: f64[n], labelled pixels that each one stands for.
+        fold_of: i64[n], fold of the image of each pixel.
+        folds: Number of folds.
+    """
+
+    def __init__(self, space: SiteSpace, inputs: Tensor, labels: Tensor, weights: Tensor, fold_of: Tensor, folds: int):
+        parts = [(fold_of == fold).nonzero().flatten() for fold in range(folds)]
+        self.parts = [(inputs[part], labels[part], weights[part].float()) for part in parts]
+        super().__init__(space, torch.stack([weights[part].sum() for part in parts]))
+
+    @full_precision()
+    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss of points on a fold, and its gradient."""
+        inputs, labels, weights = self.parts[fold]
+        count, classes = points.shape[:2]
+        logits = (inputs @ points.flatten(0, 1).T.to(inputs)).view(-1, count, classes)
+        log_probability = logits.log_softmax(-1)
+        at_label = labels[:, None, None].expand(-1, count, 1)
+        loss = -(log_probability.gather(2, at_label)[..., 0] * weights[:, None]).sum(0, dtype=torch.float64)
+        if not needs_grad:
+            return loss, None
+        residual = log_probability.exp()
+        residual.scatter_add_(2, at_label, residual.new_full((1, 1, 1), -1).expand_as(at_label))
+        residual *= weights[:, None, None]
+        return loss, (residual.flatten(1).T @ inputs).view_as(points).double()
+
+
+def constant_prediction(space: SiteSpace) -> Tensor:
+    """Return the constant prediction f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
+    prior = space.log_prior
+    return torch.cat([prior.new_zeros(len(prior), len(space.spectrum)), prior[:, None]], 1)
+
+
+def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tensor:
+    """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states.
+
+    Args:
+        spectrum: f64[d].
+        gradient: Gradients of P problems.
+        strengths: f64[P].
+    """
+    metric = spectrum + strengths[:, None]
+    metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
+    return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
 
 
 @full_precision()
@@ -202,10 +268,9 @@ class Refinement:
 
         f_S(w) + <grad f(w_t) - grad f_S(w_t), w - w_t> + c/2 |w - w_t|^2
 
-    where f_S is the objective on the images in memory with few nodes. It has the right gradient, and nearly the right
-    curvature. If all images are in memory, f has more nodes than f_S. Otherwise f takes a pass over the split. If f has
-    risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir, Srebro and Zhang 2014),
-    with a pass in place of the other machines.
+    where f_S is the objective with few nodes, and f the one with many. It has the right gradient, and nearly the right
+    curvature. If f has risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir,
+    Srebro and Zhang 2014), with other nodes in place of other machines.
 
     Args:
         problem: The site's states and masks.
@@ -228,18 +293,6 @@ class Refinement:
     def converged(self) -> bool:
         """All probes have a certificate."""
         return bool(self.certificates) and all(certificate.converged for certificate in self.certificates)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a killed run needs to resume from a step."""
-        kept = dict(zip(("kept_points", "kept_value", "kept_gradient"), self.kept, strict=True))
-        certificates = torch.tensor(self.certificates, dtype=torch.float64).view(-1, 2)
-        return kept | {"points": self.points.clone(), "proximal": self.proximal, "certificates": certificates}
-
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        """Set what :meth:`state` returned."""
-        self.points, self.proximal = state["points"], state["proximal"]
-        self.kept = state["kept_points"], state["kept_value"], state["kept_gradient"]
-        self.certificates = [Certificate(*numbers) for numbers in state["certificates"].tolist()]
 
     def solve_in_memory(self) -> None:
         """Refine the probes to the optimum of the images in memory."""
@@ -291,41 +344,65 @@ class Refinement:
         self.certificates = [Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)]
 
 
-def solve_site(problem: SiteProblem, strengths: Sequence[float] | None = None) -> tuple[SitePath, Refinement]:
+class Path(NamedTuple):
+    """A path of strengths on the images in memory, and the probes that it ends with.
+
+    Args:
+        path: The strengths and their cross-validated losses.
+        folds: f64[F, K, d + 1], probes of the folds at the chosen strength.
+        points: f64[R, K, d + 1], probes of all images at `path.solved`.
+    """
+
+    path: SitePath
+    folds: Tensor
+    points: Tensor
+
+    @property
+    def strengths(self) -> Tensor:
+        """Strengths of `points`, f64[R]."""
+        return self.points.new_tensor([self.path.strengths[i] for i in self.path.solved])
+
+
+def solve_site(problem: FoldProblem, strengths: Sequence[float] | None = None) -> tuple[SitePath, Refinement]:
     """Return the path of a site, with probes of all images in memory, and their exact refinement.
 
     Args:
         problem: The site's states and masks.
         strengths: Strengths to solve, all of them; None to search for the best one.
     """
+    found = solve_path(problem, strengths)
+    return found.path, Refinement(problem, found.strengths, found.points)
+
+
+def solve_path(problem: FoldProblem, strengths: Sequence[float] | None = None) -> Path:
+    """Return the path of a site, and its probes; arguments as for :func:`solve_site`."""
     path = cross_validate(problem, strengths)
     losses = [loss for _, loss, _ in path]
     chosen, solved = losses.index(min(losses)), list(range(len(path)))
     if strengths is None:
         chosen = min(max(chosen, 1), len(path) - 2)
         solved = [chosen - 1, chosen, chosen + 1]
-    r = torch.tensor([path[i][0] for i in solved], dtype=torch.float64, device=problem.pixels.device)
-    points = torch.stack([path[i][2] for i in solved])
-    points, _, _ = minimise(
-        problem.objective(r, [None] * len(r), LOOSE_NODES), points, problem.scale(r), PATH_TOLERANCE
-    )
-    return SitePath([strength for strength, _, _ in path], losses, chosen, solved), Refinement(problem, r, points)
+    points = torch.stack([path[i][2].mean(0) for i in solved])
+    found = Path(SitePath([strength for strength, _, _ in path], losses, chosen, solved), path[chosen][2], points)
+    objective, scale = problem.objective(found.strengths, [None] * len(points), LOOSE_NODES), problem.scale
+    points, _, _ = minimise(objective, points, scale(found.strengths), PATH_TOLERANCE)
+    return found._replace(points=points)
 
 
-def cross_validate(problem: SiteProblem, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
-    """Return strength, loss of left-out images and mean point over folds, f64[K, d + 1], from strong to weak.
+def cross_validate(problem: FoldProblem, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
+    """Return strength, loss of left-out images and points of the folds, f64[F, K, d + 1], from strong to weak.
 
     Each strength starts from the linear extrapolation of the two before, which takes a third fewer steps than starting
     from the last one, and is closer to the minimum of each fold at equal tolerance.
     """
-    folds, path = len(problem.tokens), []
+    folds, path = len(problem.pixels), []
     last = before = problem.start.expand(folds, -1, -1)
 
     def add(strength: float, start: Tensor) -> Tensor:
         r = torch.full((folds,), strength, dtype=torch.float64, device=start.device)
         objective = problem.objective(r, list(range(folds)), LOOSE_NODES)
         points, _, _ = minimise(objective, start, problem.scale(r), PATH_TOLERANCE)
-        path.append((strength, problem.held_out_loss(points), points.mean(0)))
+        path.append((strength, problem.held_out_loss(points), points))
         return points
 
     for strength in sorted(strengths or STRENGTHS, reverse=True):

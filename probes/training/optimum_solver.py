@@ -1,13 +1,14 @@
 """Solve linear probes of classes at the optimum of their loss (`optimum.py`).
 
-The first pass keeps the states of a sample of training images in memory: all of them if they fit. Each site is then
-solved by one process, on a CPU by one thread. If the sample is not the complete split, further passes over all training
-images give the exact loss and gradient of the probes of the chosen strength and its neighbours, and nothing else.
+If the states of all training images fit into memory, the first pass keeps them, and each site is solved by one
+process, on a CPU by one thread. If they do not fit, each pass keeps a few pixels of every image in the same memory
+and sums the exact losses and gradients of the probes; between two passes each site takes a step
+(`optimum_by_passes.py`).
 
     RUN/checkpoints/SITE.safetensors      a solved site
-    RUN/checkpoints/points.safetensors    all sites after a later pass
+    RUN/checkpoints/passes.safetensors    all sites after a pass, if there are several
 
-Legend: S sites, R strengths that are solved, B images, T tokens, d width, K classes, N training images.
+Legend: S sites, R strengths that are solved, B images, T tokens, d width, K classes, F folds, n pixels of a sample.
 """
 
 import sys
@@ -24,13 +25,16 @@ from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
 from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts
-from probes.ops.quadrature import PreparedMasks, join_masks
+from probes.ops.quadrature import join_masks
 
+from .closed_form import Moments, SiteSpace
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
-from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
+from .optimum import LOOSE_NODES, TIGHT_NODES, Path, PixelProblem, SiteProblem, solve_path, solve_site
+from .optimum_by_passes import PassRefinement, PassSums, SampledPixels, bytes_of_probes, null_gradient
+from .pixel_sample import STORED, ChannelRange, Pixels, choose_pixels
 from .solver import SolvedSite, Solver, tensors_of
 
-POINTS = "points.safetensors"
+PASSES = "passes.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is
 
 
@@ -39,8 +43,8 @@ class OptimumSolver(Solver):
 
     Args:
         passes: Most passes over the training split.
-        sample_images: Training images whose states are kept in memory; None for as many as fit into a quarter of the
-            available memory.
+        sample_images: Training images whose memory is used; None for as many as fit into a quarter of the available
+            memory.
         shared: Arguments of `Solver`.
     """
 
@@ -53,20 +57,25 @@ class OptimumSolver(Solver):
         """Return what prepares training masks for the loss."""
         return MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
 
-    # ------------------------------------------------------------------------------------------------ sample
+    # ------------------------------------------------------------------------------------------------ first pass
     def prepare(self) -> list[list[int]]:
-        """Choose the sample and its folds; return this process's images of it, in batches."""
+        """Choose what is kept, and the folds; return this process's images of the first pass, in batches."""
         training = self.trainer.datamodule.splits["training"]
-        count, images = self._sample_size(len(training)), len(training)
-        self.sample = [i * images // count for i in range(count)]
-        groups = training.groups and [training.groups[i] for i in self.sample]
-        self.fold_of = assign_folds(count, self.hparams.folds, groups)
-        self.whole = count == images
-        self.kept: list[tuple[Tensor, dict[str, Tensor], PreparedMasks, PreparedMasks]] = []
-        return self.share(self.sample)
+        self.images = len(training)
+        self.sample_images = self._sample_size()
+        self.fold_of = assign_folds(self.images, self.hparams.folds, training.groups)
+        self.whole = self.sample_images == self.images
+        self.kept: list[Any] = []  # of this pass, batch by batch
+        self.refinements: dict[str, PassRefinement] = {}  # of the sites that this process solves
+        self.saved_passes = broadcast(self.resuming and (self.checkpoints / PASSES).is_file(), 0)
+        if self.saved_passes:
+            return []
+        if not self.whole:
+            self._measure_channels()
+        return self.share(range(self.images))
 
-    def _sample_size(self, images: int) -> int:
-        """Return the number of images whose states are kept, the same in all processes."""
+    def _sample_size(self) -> int:
+        """Return the number of images whose states fit into memory, the same in all processes."""
         wanted, tokens = self.hparams.sample_images, self.mllm.grid[0] * self.mllm.grid[1]
         per_image = tokens * self.mllm.model.dtype.itemsize * sum(self.mllm.widths[site] for site in self.sites)
         fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
@@ -74,14 +83,42 @@ class OptimumSolver(Solver):
         largest = 12 * tokens * max(self.mllm.widths[site] for site in self.sites)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory()
         fit = max(min(fit, int(free / 4 / largest)), LEAST * self.hparams.folds)
-        return broadcast(min(images, fit if wanted is None else wanted), 0)
+        return broadcast(min(self.images, fit if wanted is None else wanted), 0)
+
+    def memory(self) -> str:
+        """Return whether the states of all images fit, and the memory that the run takes."""
+        tokens, widths = self.mllm.grid[0] * self.mllm.grid[1], [self.mllm.widths[site] for site in self.sites]
+        kept = self.sample_images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
+        if self.whole:
+            return f"the states of all {self.images:,} images are kept: {kept / 1e9:.3g} GB, one pass"
+        probes = sum(bytes_of_probes(width, self.channels, self.hparams.folds) for width in widths)
+        return (
+            f"the memory of {self.sample_images:,} of {self.images:,} images is spent on pixels of all of them: "
+            f"{kept / 1e9:.3g} GB, and {probes / 1e9:.3g} GB of probes at most"
+        )
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Keep the states and masks of a batch in memory."""
-        loose = self.mask_preparer()._replace(nodes=LOOSE_NODES)(batch["target"]).to("cpu")
-        states = {site: x.cpu() for site, x in batch["states"].items()}
-        self.kept.append((batch["index"].cpu(), states, loose, batch["masks"].to("cpu")))
+        """Keep the states and masks of a batch in memory, or some of its pixels and its moments."""
+        if self.whole:
+            loose = self.mask_preparer()._replace(nodes=LOOSE_NODES)(batch["target"]).to("cpu")
+            states = {site: x.cpu() for site, x in batch["states"].items()}
+            self.kept.append((batch["index"].cpu(), states, loose, batch["masks"].to("cpu")))
+            return
+        self._keep_pixels(batch)
+        labels = batch["masks"].soft.flatten(2).mT.flatten(0, 1).double()
+        for site, x in batch["states"].items():
+            self.moments[site].update(x.flatten(0, 1), labels, 0)
 
+    def solve(self) -> dict[str, SolvedSite]:
+        """Solve the sites, after the first pass or in further ones."""
+        solved = self._solve_in_memory() if self.whole else self._solve_by_passes()
+        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+
+    def _owner(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
+
+    # ------------------------------------------------------------------------------------------------ in memory
     def _gather(self) -> None:
         """Bring the states of each site to its owner, and the masks to all processes, in the order of the images."""
         index, states, *masks = zip(*self.kept, strict=True)
@@ -97,140 +134,208 @@ class OptimumSolver(Solver):
             if gathered is not None:
                 self.sample_states[site] = gathered[order]
 
-    def _owner(self, site: str) -> int:
-        """Return the process that solves a site."""
-        return self.sites.index(site) % rank_count()
-
-    # ------------------------------------------------------------------------------------------------ sites
-    def solve(self) -> dict[str, SolvedSite]:
-        """Solve the sites on the sample; if it is not the complete split, refine them in passes over the split."""
+    def _solve_in_memory(self) -> dict[str, SolvedSite]:
+        """Solve the sites of this process, several at a time; a site that a killed run has solved is read."""
         self._gather()
-        self.paths: dict[str, SitePath] = {}
-        self.refinements: dict[str, Refinement] = {}  # of the sites that this process solves
-        solved = self._solve_sites()
-        if not self.whole:
-            self._resume_refinement()
-            while not self._converged() and self.passes < self.hparams.passes:
-                self._refine()
-                self._save_refinement()
-            solved = {site: self._to_site(site) for site in self.refinements}
-        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
-
-    def _solve_sites(self) -> dict[str, SolvedSite]:
-        """Solve the sites of this process, several at a time; a site that a killed run has solved is read.
-
-        If all images are in memory, return the probes. Else they are in `refinements`.
-        """
-        file, saved = "{}.safetensors".format, self.resuming and self.whole
-        saved = broadcast([site for site in self.sites if saved and (self.checkpoints / file(site)).is_file()], 0)
+        file = "{}.safetensors".format
+        saved = broadcast(
+            [site for site in self.sites if self.resuming and (self.checkpoints / file(site)).is_file()], 0
+        )
         solved = {site: SolvedSite(**self.load(file(site))) for site in saved}
         mine = [site for site in self.sample_states if site not in saved]
-        for site, (path, refinement) in _in_workers(self._solve_site, mine, self.device):
-            self.paths[site], self.refinements[site] = path, refinement
-            if self.whole:
-                solved[site] = self._to_site(site)
-                self.save(file(site), vars(solved[site]))
-                del self.sample_states[site], self.refinements[site]
+        for site, found in _in_workers(self._solve_site, mine, self.device):
+            solved[site] = self._to_site(found)
+            self.save(file(site), vars(solved[site]))
+            del self.sample_states[site]
         return solved
 
-    def _solve_site(self, site: str) -> tuple[SitePath, Refinement]:
-        problem = SiteProblem(*self._inputs(site), self.fold_of)
+    def _solve_site(self, site: str) -> dict[str, Any]:
+        states, loose, tight = (x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
+        problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.hparams.strengths)
-        if self.whole:
-            refinement.solve_in_memory()
-        else:
-            refinement.proximal.fill_(PROXIMAL)
-        problem.release()
-        return path, refinement
+        refinement.solve_in_memory()
+        return {
+            "strengths": path.strengths,
+            "loss": path.loss,
+            "chosen": path.chosen,
+            "solved": path.solved,
+            "space": problem.space,
+            "points": refinement.kept[0],
+            "certificates": refinement.certificates,
+        }
 
-    def _inputs(self, site: str) -> tuple[Tensor, PreparedMasks, PreparedMasks]:
-        """Return the states and masks of the sample on the device."""
-        return tuple(x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
-
-    def _to_site(self, site: str) -> SolvedSite:
+    def _to_site(self, found: dict[str, Any]) -> SolvedSite:
         """Return the probes of a site that this process solves: those that its certificates are about."""
-        refinement, path = self.refinements[site], self.paths[site]
-        space, points = refinement.problem.space, refinement.kept[0]
+        space, points = found["space"], found["points"]
         return SolvedSite(
-            strengths=torch.tensor(path.strengths, dtype=torch.float64),
-            loss=torch.tensor(path.loss, dtype=torch.float64),
-            chosen=torch.tensor(path.chosen),
-            solved=torch.tensor(path.solved),
+            strengths=torch.tensor(found["strengths"], dtype=torch.float64),
+            loss=torch.tensor(found["loss"], dtype=torch.float64),
+            chosen=torch.tensor(found["chosen"]),
+            solved=torch.tensor(found["solved"]),
             mean=space.mean.cpu(),
             scale=space.scale.cpu(),
             weights=space.to_states(points[..., :-1]).float().cpu(),
             bias=points[..., -1].float().cpu(),
-            certificates=torch.tensor(refinement.certificates, dtype=torch.float64).view(-1, 2),
+            certificates=torch.tensor(found["certificates"], dtype=torch.float64).view(-1, 2),
         )
 
-    # ------------------------------------------------------------------------------------------------ later passes
+    # ------------------------------------------------------------------------------------------------ samples
+    def _measure_channels(self) -> None:
+        """Set how states are stored in a byte, from the same few images in all processes, and empty moments."""
+        count = min(self.images, self.trainer.datamodule.rank_batch_size)
+        (batch,) = self.read([[i * self.images // count for i in range(count)]])
+        self.ranges = {site: ChannelRange.of(x) for site, x in batch["states"].items()}
+        self.moments = {site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()}
+
+    def _keep_pixels(self, batch: dict[str, Any]) -> None:
+        """Keep some pixels of each image of a batch, others in each pass."""
+        total = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1] * self.mllm.model.dtype.itemsize
+        parts = []
+        for slot, (image, target) in enumerate(zip(batch["index"].tolist(), batch["target"], strict=True)):
+            place = (image + self.passes) % self.images  # where pixels are fewer than images: others in each pass
+            count = (place + 1) * total // self.images - place * total // self.images
+            seed = self.hparams.seed + 1_000_003 * (image + self.images * self.passes)
+            view = self.mllm.geometry.view(tuple(target.shape))
+            found = choose_pixels(target.cpu(), count, seed, tuple(self.mllm.grid), view)
+            tokens, shares, labels, labelled = found
+            tokens = tokens + slot * self.mllm.grid[0] * self.mllm.grid[1]
+            weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
+            parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
+        pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
+        states = {site: self.ranges[site].store(pixels.interpolate(x)).cpu() for site, x in batch["states"].items()}
+        self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
+
+    def _gather_pixels(self) -> None:
+        """Bring the sample of each site to its owner, in the order of the images."""
+        labels, weights, images, states = zip(*self.kept, strict=True)
+        self.kept = []
+        parts = all_gather_objects(tuple(map(torch.cat, (labels, weights, images))))
+        counts = [len(part[0]) for part in parts]
+        labels, weights, images = map(torch.cat, zip(*parts, strict=True))
+        order = images.argsort(stable=True)
+        self.pixels = labels[order], weights[order], self.fold_of[images[order]]
+        self.sample_states = {}
+        for site in self.sites:
+            mine = torch.cat([batch.pop(site) for batch in states]).view(torch.uint8)  # collectives know no float8
+            gathered = gather_images(mine, counts, self._owner(site), self.device)
+            if gathered is not None:
+                self.sample_states[site] = gathered[order].view(STORED)
+
+    def _inputs(self, site: str, space: SiteSpace) -> Tensor:
+        """Return the sample of a site in its coordinates, f32[n, d + 1], on the device."""
+        return space.coordinates(self.ranges[site].restore(self.sample_states[site].to(self.device)))
+
+    # ------------------------------------------------------------------------------------------------ passes
+    def _solve_by_passes(self) -> dict[str, SolvedSite]:
+        """Solve the sites of this process by steps between passes."""
+        if self.saved_passes:
+            self._resume_passes()
+        else:
+            spaces = {site: self._sum_moments(site) for site in self.sites}
+            self._gather_pixels()
+            self.starts = {site: spaces[site] for site in self.sample_states}
+            found = dict(_in_workers(self._solve_sample, list(self.sample_states), self.device))
+            if self.hparams.passes == 1:
+                return {site: self._to_site(self._of_sample(*parts)) for site, parts in found.items()}
+            for site, (space, path) in found.items():
+                self.refinements[site] = self._start(space, self.starts[site][1], path)
+            self._save_passes()
+        while not self._converged() and self.passes < self.hparams.passes:
+            self._refine()
+            self._save_passes()
+        return {site: self._to_site(refinement.found()) for site, refinement in self.refinements.items()}
+
+    def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
+        """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
+        moments = self.moments.pop(site)
+        for total in moments.sums().values():
+            all_reduce(total)
+        if rank() != self._owner(site):
+            return None
+        space = SiteSpace.of_moments(moments)
+        return space, null_gradient(space, moments)
+
+    def _solve_sample(self, site: str) -> tuple[SiteSpace, Path]:
+        """Solve a site on the sample."""
+        space, _ = self.starts[site]
+        labels, weights, folds = (x.to(self.device) for x in self.pixels)
+        problem = PixelProblem(space, self._inputs(site, space), labels, weights, folds, self.hparams.folds)
+        return space, solve_path(problem, self.hparams.strengths)
+
+    @staticmethod
+    def _of_sample(space: SiteSpace, path: Path) -> dict[str, Any]:
+        """Return the probes of a sample, which have no certificates: no pass has seen them."""
+        return {**path.path._asdict(), "space": space, "points": path.points, "certificates": []}
+
+    def _start(self, space: SiteSpace, null: Tensor, path: Path) -> PassRefinement:
+        """Return the refinement of what was found on the sample."""
+        chosen = path.path.solved.index(path.path.chosen)
+        points = torch.cat([path.folds, path.points[chosen][None]])
+        return PassRefinement(space, null, path.path.strengths[path.path.chosen], points, self.hparams.strengths)
+
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
-        linear = {site: broadcast(self._linear(site), self._owner(site)) for site in self.sites}
-        sums = {site: [x.new_zeros(len(x)), torch.zeros_like(x)] for site, (_, x) in linear.items()}
-        pixels = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.read(self.share(range(len(self.trainer.datamodule.splits["training"])))):
-            pixels += batch["masks"].pixels.sum()
-            for site, (mean, points) in linear.items():
-                x = batch["states"][site].float() - mean.float()
-                tokens = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-                for total, part in zip(sums[site], loss_sums(tokens, batch["masks"], points), strict=True):
-                    total += part
+        sums = {site: PassSums(*broadcast(self._probes(site), self._owner(site))) for site in self.sites}
+        pixels = torch.zeros(self.hparams.folds, dtype=torch.float64, device=self.device)
+        for batch in self.read(self.share(range(self.images))):
+            self._keep_pixels(batch)
+            folds = self.fold_of[batch["index"].cpu()]
+            pixels.index_add_(0, folds.to(self.device), batch["masks"].pixels)
+            for site, of_site in sums.items():
+                of_site.add(batch["states"][site], batch["masks"], folds.tolist())
+        self.passes += 1
         all_reduce(pixels)
-        for site in self.sites:
-            value, gradient = (all_reduce(total) / pixels for total in sums.pop(site))
+        for site, of_site in sums.items():
+            for total in of_site.totals():
+                all_reduce(total)
             if site in self.refinements:
                 refinement = self.refinements[site]
-                space, ridge = refinement.problem.space, refinement.problem.ridge(refinement.strengths)
-                gradient = torch.cat([space.from_gradient(gradient[..., :-1]), gradient[..., -1:]], -1)
-                penalty = ridge * refinement.points
-                value = value + (penalty * refinement.points).sum((1, 2)) / 2
-                refinement.accept(value, gradient + penalty)
+                refinement.accept(*of_site.means(refinement.space, pixels))
+        self._gather_pixels()
         self.refinements |= dict(_in_workers(self._step, list(self.refinements), self.device))
-        self.passes += 1
 
-    def _linear(self, site: str) -> tuple[Tensor, Tensor] | None:
-        """Return the mean f64[d], and the probes f64[R, K, d + 1] of x - mean and 1; None on other processes."""
-        if site not in self.refinements:
-            return None
-        points, space = self.refinements[site].points, self.refinements[site].problem.space
-        return space.mean, torch.cat([space.to_states(points[..., :-1]), points[..., -1:]], -1)
+    def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
+        """Return the arguments of `PassSums`; None on processes that do not solve the site."""
+        refinement = self.refinements.get(site)
+        return refinement and refinement.probes()
 
-    def _step(self, site: str) -> Refinement:
+    def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
-        refinement.problem.load(*self._inputs(site))
-        refinement.step()
-        refinement.problem.release()
+        _, weights, folds = (x.to(self.device) for x in self.pixels)
+        refinement.step(SampledPixels(self._inputs(site, refinement.space), weights.float(), folds))
         return refinement
 
     def _converged(self) -> bool:
         """Return whether the probes of all sites have a certificate."""
         return all(sum(all_gather_objects([x.converged for x in self.refinements.values()]), []))
 
-    def _save_refinement(self) -> None:
-        """Save the refinement of all sites in one file, so that they are of the same pass."""
+    def _save_passes(self) -> None:
+        """Save all sites in one file, so that they are of the same pass."""
         tensors = {"passes": torch.tensor(self.passes)}
+        for site, channels in self.ranges.items():
+            tensors |= {f"{site}/range_{name}": x for name, x in channels._asdict().items()}
         for site in self.sites:
             state = self.refinements[site].state() if site in self.refinements else None
             state = broadcast(state, self._owner(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
         if rank() == 0:
-            self.save(POINTS, tensors)
+            self.save(PASSES, tensors)
 
-    def _resume_refinement(self) -> None:
+    def _resume_passes(self) -> None:
         """Read what a run that was killed in a later pass has saved."""
-        if not broadcast(self.resuming and (self.checkpoints / POINTS).is_file(), 0):
-            return
-        tensors = self.load(POINTS)
-        self.passes = int(tensors["passes"])
-        for site, refinement in self.refinements.items():
-            refinement.set_state({name: x.to(self.device) for name, x in tensors_of(site, tensors).items()})
+        tensors = self.load(PASSES)
+        self.passes, self.ranges = int(tensors["passes"]), {}
+        for site in self.sites:
+            state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
+            self.ranges[site] = ChannelRange(state.pop("range_mean"), state.pop("range_deviation"))
+            if rank() == self._owner(site):
+                self.refinements[site] = PassRefinement.of_state(state, self.hparams.strengths)
 
     # ------------------------------------------------------------------------------------------------ results
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors."""
         path, tensors = super().path_results(counts)
-        return {"passes": self.passes, "sample_images": len(self.sample)} | path, tensors
+        return {"passes": self.passes, "sample_images": self.sample_images} | path, tensors
 
 
 def _in_workers(work: Callable[[str], Any], sites: list[str], device: torch.device) -> Iterable[tuple[str, Any]]:

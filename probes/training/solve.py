@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
     text += "neighbours; for depth and normals 25 from 1e-6 to 1)"
     parser.add_argument("--strengths", type=float, nargs="+", metavar="R", help=text)
-    text = "training images whose states are kept in memory (default: as many as fit into a quarter of it)"
+    text = "training images whose memory is used: for all states if it is all images, else for a few pixels of each "
+    text += "image in every pass (default: as many as fit into a quarter of it)"
     parser.add_argument("--sample-images", type=int, metavar="N", help=text)
     text = "`last` resumes a killed run and leaves a finished one alone"
     parser.add_argument("--ckpt_path", choices=["last"], help=text)
@@ -145,5 +146,8 @@ def print_estimate(solver: Solver, batches: int) -> None:
     hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", solver.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
-        f"{passes} passes; {validation:,} validation images: {hours(validation)} and the scores"
+        f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "
+        "the scores"
     )
+    if memory := solver.memory():
+        rank_zero_info(memory)

@@ -152,6 +152,10 @@ class Solver(FrozenProbes):
         """Take a batch of the first pass."""
         raise NotImplementedError
 
+    def memory(self) -> str:
+        """Return a sentence on the memory of the run, after :meth:`prepare`; empty if there is nothing to say."""
+        return ""
+
     def solve(self) -> dict[str, SolvedSite]:
         """Return the probes of all sites after the first pass, the same in all processes."""
         raise NotImplementedError

@@ -130,42 +130,6 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
-def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return value and gradient on all images, as a pass gives them."""
-    values = []
-    gradients = []
-    for strength, point in zip(refinement.strengths.tolist(), refinement.points, strict=True):
-        x = point.clone().requires_grad_()
-        value = objective(data, at, strength, x)
-        value.backward()
-        values.append(value.detach())
-        gradients.append(x.grad)
-    return torch.stack(values), torch.stack(gradients)
-
-
-def test_passes_on_a_sample_reach_the_optimum_of_all_images(data):
-    """Half of the images in memory: within eight passes the certificates hold, and the points are the optimum."""
-    at = problem(data, slice(0, 12))
-    _, refinement = solve_site(at, (1e-1, 1e-2))
-    refinement.proximal.fill_(optimum.PROXIMAL)
-    on_sample = [
-        objective(data, at, r, x).item()
-        for r, x in zip((1e-1, 1e-2), refinement.points, strict=True)
-    ]
-    for _ in range(8):
-        refinement.accept(*exact(data, at, refinement))
-        refinement.step()
-        if refinement.converged:
-            break
-    assert refinement.converged
-    for i, strength in enumerate((1e-1, 1e-2)):
-        best = scipy_optimum(data, at, strength)[0]
-        assert objective(data, at, strength, refinement.kept[0][i]).item() == pytest.approx(
-            best, abs=2e-4
-        )
-        assert on_sample[i] > best + 1e-3, "else the passes would not be needed"
-
-
 def test_a_step_that_raises_the_loss_is_taken_back(data):
     at = problem(data)
     _, refinement = solve_site(at, (1e-1, 1e-2))

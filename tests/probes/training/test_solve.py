@@ -141,18 +141,23 @@ def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
         assert total / pixels == pytest.approx(entry["cross_entropy"][chosen], rel=1e-4)
 
 
-def test_passes_with_a_small_sample_end_near_the_optimum(run, solve):
-    """Five of six images in memory. The result is stated as not converged unless a certificate says so."""
-    path = solve(*SAMPLED[:-1], "25").metrics["path"]
-    assert 1 < path["passes"] <= 25
-    assert path["sample_images"] == 5
-    whole = run.metrics["path"]["optimum"]["sites"][1]
-    (ours,) = path["optimum"]["sites"]
-    assert ours["cross_entropy"][0] == pytest.approx(whole["cross_entropy"][0], abs=0.01)
-    for certificate in ours["certificates"]:
-        assert certificate["converged"] == (
-            certificate["gradient"] < 1e-3 and certificate["decrease"] < 1e-4
-        )
+def test_passes_with_a_small_sample_end_at_the_optimum(solve):
+    """The memory of two of six images: certificates hold, and the strength is that of all images in memory."""
+    strengths = ("1", "1e-1")
+    whole = solve(strengths=strengths).metrics["path"]
+    few = ("--sample-images", "2", "--passes", "10")
+    path = solve(*few, out="sampled", strengths=strengths).metrics["path"]
+    assert 1 < path["passes"] <= 10
+    assert path["sample_images"] == 2
+    for expected, ours in zip(whole["optimum"]["sites"], path["optimum"]["sites"], strict=True):
+        assert ours["chosen"] == expected["chosen"]
+        assert ours["strengths"] == expected["strengths"]
+        assert ours["cv_cross_entropy"] == pytest.approx(expected["cv_cross_entropy"], abs=0.02)
+        assert ours["cross_entropy"] == pytest.approx(expected["cross_entropy"], abs=1e-3)
+        for certificate in ours["certificates"]:
+            assert certificate["converged"]
+            assert certificate["gradient"] < 1e-3
+            assert certificate["decrease"] < 1e-4
 
 
 SLOW_REFINEMENT = """
@@ -303,6 +308,14 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
     assert seen == {False}
 
 
+def test_dry_run_states_the_memory_of_passes(checkpoints, segmentation, tmp_path, caplog):
+    few = ("--dry-run", "--sample-images", "2", "--passes", "5")
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *few))
+    assert "at most 5 passes" in caplog.text
+    assert "the memory of 2 of 6 images is spent on pixels of all of them" in caplog.text
+    assert "GB of probes at most" in caplog.text
+
+
 def test_sites_solved_on_one_thread_and_on_two_are_equal(run, solve):
     threads = torch.get_num_threads()
     try:
@@ -321,4 +334,5 @@ def test_dry_run_measures_and_writes_nothing(
 ):
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
     assert "images/s; a pass over 6 training images" in caplog.text
+    assert "the states of all 6 images are kept" in caplog.text
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,238 @@
+"""Probes at their optimum where the images do not fit: strengths, losses and certificates pass by pass.
+
+    python tests/bench/passes.py STATES.pt --share 1 0.08 0.02 0.005 [--site random_adapter] [--passes 10]
+
+STATES.pt has {"classes": K, "training": (f[N, T, d], N masks uint8[H, W]), "validation": the same}, as
+`extract_states.py` writes it for a Dinov2Model. `--share` is the part of the bytes of all states that the solver may
+keep; 1 keeps them all. `--site random_adapter` solves the states after a random two-layer MLP to 576 channels instead.
+`--synthetic` draws states of Gaussian classes from a seed, batch by batch, instead of reading a file.
+"""
+
+import argparse
+import resource
+import time
+
+import torch
+import torch.nn.functional as F
+
+from probes.data.samplers import assign_folds
+from probes.ops.bilinear import upsampled_argmax
+from probes.ops.geometry import GridPlacement
+from probes.ops.quadrature import join_masks, prepare_masks
+from probes.training.closed_form import Moments, SiteSpace
+from probes.training.optimum import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem, solve_path, solve_site
+from probes.training.optimum_by_passes import PassRefinement, PassSums, SampledPixels, null_gradient
+from probes.training.pixel_sample import ChannelRange, Pixels, choose_pixels
+
+FOLDS, BATCH = 4, 32
+
+
+class Images:
+    """States and masks of a data set in a file, or after a random MLP."""
+
+    def __init__(self, path: str, site: str, sides: int):
+        data = torch.load(path)
+        self.classes = data["classes"]
+        (self.states, self.targets), (states, self.validation_targets) = data["training"], data["validation"]
+        if site == "random_adapter":
+            self.states, states = _random_adapter(self.states, states)
+        self.validation = states
+        self.grid = (sides, sides)
+        self.masks: dict[int, list] = {}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def prepared(self, nodes: int) -> list:
+        """Return all masks, prepared once."""
+        if nodes not in self.masks:
+            masks = [prepare_masks(target[None], self.classes, self.grid, nodes) for target in self.targets]
+            self.masks[nodes] = masks
+        return self.masks[nodes]
+
+    def batches(self):
+        """Yield images, states, masks and targets."""
+        for start in range(0, len(self), BATCH):
+            images = range(start, min(start + BATCH, len(self)))
+            masks = join_masks([self.prepared(TIGHT_NODES)[i] for i in images])
+            yield list(images), self.states[start : start + BATCH], masks, [self.targets[i] for i in images]
+
+
+class Synthetic:
+    """Gaussian classes with a decaying spectrum, drawn for each batch from its number; nothing is kept."""
+
+    def __init__(self, images: int, side: int, width: int, classes: int):
+        self.images, self.grid, self.width, self.classes = images, (side, side), width, classes
+        generator = torch.Generator().manual_seed(0)
+        self.means = torch.randn(classes, width, generator=generator)
+        self.scale = torch.arange(1, width + 1) ** -0.5  # standard deviations of the noise
+        self.means *= 2 * self.scale
+
+    def __len__(self) -> int:
+        return self.images
+
+    def batches(self):
+        """Yield images, states, masks and targets."""
+        side, size = self.grid[0], 8 * self.grid[0]
+        for start in range(0, self.images, BATCH):
+            generator = torch.Generator().manual_seed(1 + start)
+            images = list(range(start, min(start + BATCH, self.images)))
+            coarse = torch.randint(0, self.classes, (len(images), 1, 4, 4), generator=generator).float()
+            tokens = F.interpolate(coarse, (side, side))[:, 0].long()
+            targets = F.interpolate(coarse, (size, size))[:, 0].to(torch.uint8)
+            noise = torch.randn(len(images), side * side, self.width, generator=generator)
+            mood = torch.randn(len(images), 1, self.width, generator=generator)  # tokens of an image are alike
+            states = self.means[tokens.flatten(1)] + 1.5 * (noise + mood) * self.scale
+            yield images, states, prepare_masks(targets, self.classes, self.grid, TIGHT_NODES), list(targets)
+
+
+def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
+    """Return states after a random MLP of two layers, 576 channels."""
+    generator = torch.Generator().manual_seed(1)
+    mean, deviation, width = states[0].mean((0, 1)), states[0].std((0, 1)), states[0].shape[-1]
+    first = torch.randn(width, 576, generator=generator) / width**0.5
+    second = torch.randn(576, 576, generator=generator) / 576**0.5
+    adapt = lambda x: F.gelu(((x - mean) / deviation) @ first) @ second
+    return [torch.cat([adapt(part) for part in x.split(BATCH)]) for x in states]
+
+
+def draw_pixels(data, images: list[int], targets: list[torch.Tensor], total: int, seed: int) -> Pixels:
+    """Return pixels of a batch, as `OptimumSolver` chooses them."""
+    tokens_of_image = data.grid[0] * data.grid[1]
+    parts = []
+    for slot, (image, target) in enumerate(zip(images, targets, strict=True)):
+        place = (image + seed) % len(data)
+        count = (place + 1) * total // len(data) - place * total // len(data)
+        view = GridPlacement.full(tuple(target.shape))
+        tokens, shares, labels, labelled = choose_pixels(
+            target, count, 1_000_003 * (image + len(data) * seed), data.grid, view
+        )
+        weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
+        parts.append((tokens + slot * tokens_of_image, shares, labels, weights, torch.full((len(labels),), image)))
+    return Pixels(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def solve_by_passes(data, share: float, passes: int) -> dict:
+    """Solve a site with a sample of a share of the bytes of float32 states; print each pass."""
+    fold_of = assign_folds(len(data), FOLDS)
+    total = int(share * len(data) * data.grid[0] * data.grid[1] * 4)  # float32 states, a byte a channel
+    channels = moments = None
+    kept = []
+    for images, states, masks, targets in data.batches():
+        if moments is None:
+            channels = ChannelRange.of(states)
+            moments = Moments.zeros(channels.mean, 1, data.classes)
+        moments.update(states.flatten(0, 1), masks.soft.flatten(2).mT.flatten(0, 1).double(), 0)
+        pixels = draw_pixels(data, images, targets, total, 0)
+        kept.append((channels.store(pixels.interpolate(states)), pixels))
+    space = SiteSpace.of_moments(moments)
+    null = null_gradient(space, moments)
+    moments = None
+    inputs, labels, weights, folds = gather(kept, channels, space, fold_of)
+    found = solve_path(PixelProblem(space, inputs, labels, weights, folds, FOLDS))
+    chosen = found.path.strengths[found.path.chosen]
+    points = torch.cat([found.folds, found.points[found.path.solved.index(found.path.chosen)][None]])
+    refinement = PassRefinement(space, null, chosen, points, None)
+    print(f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True)
+    for number in range(2, passes + 1):
+        sums, pixel_count, kept = PassSums(*refinement.probes()), torch.zeros(FOLDS, dtype=torch.float64), []
+        for images, states, masks, targets in data.batches():
+            folds = fold_of[images]
+            sums.add(states, masks, folds.tolist())
+            pixel_count.index_add_(0, folds, masks.pixels)
+            pixels = draw_pixels(data, images, targets, total, number - 1)
+            kept.append((channels.store(pixels.interpolate(states)), pixels))
+        refinement.accept(*sums.means(space, pixel_count))
+        inputs, _, weights, folds = gather(kept, channels, space, fold_of)
+        refinement.step(SampledPixels(inputs, weights.float(), folds))
+        strengths = [f"{strength:.2g}" for strength in refinement.strengths]
+        certificates = ", ".join(f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates)
+        losses = [f"{refinement.losses[strength]:.4f}" for strength in refinement.strengths]
+        print(
+            f"  pass {number}: window {' '.join(strengths)}, cross-validated {' '.join(losses)}, "
+            f"{'settled, ' if refinement.settled else ''}certificates {certificates}; {cpu_seconds():.0f} CPU-s",
+            flush=True,
+        )
+        if refinement.converged:
+            break
+    return refinement.found() | {"passes": number, "converged": refinement.converged}
+
+
+def gather(kept, channels: ChannelRange, space: SiteSpace, fold_of: torch.Tensor):
+    """Return inputs, labels, weights and folds of a sample."""
+    states = torch.cat([stored.view(torch.uint8) for stored, _ in kept]).view(kept[0][0].dtype)
+    labels, weights, images = (torch.cat([getattr(p, n) for _, p in kept]) for n in ("labels", "weights", "images"))
+    return space.coordinates(channels.restore(states)), labels, weights, fold_of[images]
+
+
+def solve_in_memory(data) -> dict:
+    """Solve a site with all states in memory."""
+    loose, tight = (join_masks(data.prepared(nodes)) for nodes in (LOOSE_NODES, TIGHT_NODES))
+    problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
+    path, refinement = solve_site(problem)
+    refinement.solve_in_memory()
+    found = {"strengths": path.strengths, "loss": path.loss, "chosen": path.chosen, "solved": path.solved}
+    found |= {"space": problem.space, "points": refinement.kept[0], "certificates": refinement.certificates}
+    return found | {"passes": 1, "converged": refinement.converged}
+
+
+def mean_iou(data, found: dict, row: int) -> float:
+    """Return the mIoU in % of a probe on the validation images."""
+    space, point = found["space"], found["points"][row]
+    weights, bias = space.to_states(point[:, :-1]).float(), point[:, -1].float()
+    both, either = torch.zeros(data.classes), torch.zeros(data.classes)
+    for states, target in zip(data.validation, data.validation_targets, strict=True):
+        logits = ((states - space.mean.float()) @ weights.T + bias).T.unflatten(1, data.grid)
+        predicted = upsampled_argmax(logits, tuple(target.shape))
+        for k in range(data.classes):
+            mine, true = (predicted == k) & (target != 255), target == k
+            both[k] += (mine & true).sum()
+            either[k] += (mine | true).sum()
+    return 100 * (both / either)[either > 0].mean().item()
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a line for each pass, and the result of each share."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("states", nargs="?")
+    parser.add_argument("--site", choices=["states", "random_adapter"], default="states")
+    parser.add_argument("--share", type=float, nargs="+", default=[1, 0.08, 0.02, 0.005])
+    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--side", type=int, default=16, help="tokens of a side")
+    parser.add_argument("--synthetic", type=int, nargs=3, metavar=("IMAGES", "WIDTH", "CLASSES"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.synthetic:
+        images, width, classes = args.synthetic
+        data = Synthetic(images, args.side, width, classes)
+    else:
+        data = Images(args.states, args.site, args.side)
+    for share in args.share:
+        if not args.synthetic:
+            data.prepared(TIGHT_NODES)  # not counted: once per data set
+            data.prepared(LOOSE_NODES)
+        started, clock = cpu_seconds(), time.monotonic()
+        found = solve_in_memory(data) if share >= 1 else solve_by_passes(data, share, args.passes)
+        rows = found["solved"]
+        chosen = rows.index(found["chosen"])
+        scores = [] if args.synthetic else [mean_iou(data, found, row) for row in range(len(rows))]
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"share {share:g}: {found['passes']} passes, strength {found['strengths'][found['chosen']]:.2g}, mIoU "
+            f"{' '.join(f'{score:.2f}' for score in scores)} (chosen: number {chosen + 1}), "
+            f"{'converged' if found['converged'] else 'NOT converged'}: "
+            f"{[(f'{c.gradient:.1e}', f'{c.decrease:.1e}') for c in found['certificates']]}; "
+            f"{cpu_seconds() - started:.0f} CPU-s, {time.monotonic() - clock:.0f} s, peak {memory:.1f} GB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

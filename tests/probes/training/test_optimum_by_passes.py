@@ -1,0 +1,236 @@
+"""Probes whose images do not fit: the optimum and the strength of all images, from a few pixels of each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from probes.ops.geometry import GridPlacement
+from probes.ops.quadrature import prepare_masks
+from probes.training.closed_form import Moments, SiteSpace
+from probes.training.optimum import (
+    LOOSE_NODES,
+    TIGHT_NODES,
+    PixelProblem,
+    SiteProblem,
+    solve_path,
+    solve_site,
+)
+from probes.training.optimum_by_passes import (
+    PassRefinement,
+    PassSums,
+    SampledPixels,
+    SampleHessian,
+    null_gradient,
+    quasi_newton,
+)
+from probes.training.pixel_sample import choose_pixels
+
+pytestmark = pytest.mark.numerics
+
+GRID, SIZE, CLASSES, WIDTH, IMAGES, FOLDS = (6, 6), (36, 36), 3, 12, 120, 3
+
+
+class Data:
+    """Images whose tokens resemble each other, as those of photos do: each has an offset of its own."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.randint(0, CLASSES, (IMAGES, 1, 3, 3), generator=generator).float()
+        tokens = F.interpolate(coarse, GRID)[:, 0].long()
+        self.target = F.interpolate(coarse, SIZE)[:, 0].to(torch.uint8)
+        self.target[::3, :5] = 255
+        means = torch.randn(CLASSES, WIDTH, generator=generator)
+        noise = torch.randn(IMAGES, GRID[0] * GRID[1], WIDTH, generator=generator)
+        offset = 2 * torch.randn(IMAGES, 1, WIDTH, generator=generator)
+        self.states = means[tokens.flatten(1)] + 1.5 * noise + offset + 2
+        self.states *= torch.linspace(0.01, 3, WIDTH)
+        self.fold_of = torch.arange(IMAGES) // 4 % FOLDS
+        self.tight = prepare_masks(self.target, CLASSES, GRID, TIGHT_NODES)
+        self.loose = prepare_masks(self.target, CLASSES, GRID, LOOSE_NODES)
+        self.moments = Moments.zeros(self.states[0].mean(0), 1, CLASSES)
+        labels = self.tight.soft.flatten(2).mT.flatten(0, 1).double()
+        self.moments.update(self.states.flatten(0, 1), labels, 0)
+        self.space = SiteSpace.of_moments(self.moments)
+
+    def sample(self, count: int, seed: int) -> tuple[SampledPixels, torch.Tensor]:
+        """Return about `count` pixels of all images, and their labels."""
+        inputs, labels, weights, folds = [], [], [], []
+        for image, target in enumerate(self.target):
+            mine = (image + 1) * count // IMAGES - image * count // IMAGES
+            view = GridPlacement.full(SIZE)
+            tokens, shares, label, pixels = choose_pixels(
+                target, mine, seed * IMAGES + image, GRID, view
+            )
+            inputs.append((self.states[image][tokens] * shares[..., None]).sum(1))
+            labels.append(label)
+            weights.append(torch.full((len(label),), pixels / max(1, len(label))))
+            folds.append(self.fold_of[image].expand(len(label)))
+        sample = SampledPixels(
+            self.space.coordinates(torch.cat(inputs)), torch.cat(weights), torch.cat(folds)
+        )
+        return sample, torch.cat(labels)
+
+    def whole(self, strengths=None):
+        """Return the path and the refinement with all images in memory."""
+        problem = SiteProblem(self.states, self.loose, self.tight, self.fold_of)
+        path, refinement = solve_site(problem, strengths)
+        refinement.solve_in_memory()
+        return path, refinement
+
+    def start(self, count: int, strengths=None) -> PassRefinement:
+        """Return what the first pass ends with."""
+        sample, labels = self.sample(count, 0)
+        problem = PixelProblem(
+            self.space, sample.inputs, labels, sample.weights.double(), sample.folds, FOLDS
+        )
+        found = solve_path(problem, strengths)
+        chosen = found.path.chosen
+        points = torch.cat([found.folds, found.points[found.path.solved.index(chosen)][None]])
+        null = null_gradient(self.space, self.moments)
+        return PassRefinement(self.space, null, found.path.strengths[chosen], points, strengths)
+
+    def take_pass(self, refinement: PassRefinement) -> None:
+        """Give a refinement the exact sums of all images, in batches of mixed folds."""
+        sums = PassSums(*refinement.probes())
+        for images in torch.arange(IMAGES).split(50):
+            sums.add(
+                self.states[images], self.tight[images.tolist()], self.fold_of[images].tolist()
+            )
+        pixels = torch.stack(
+            [self.tight.pixels[self.fold_of == fold].sum() for fold in range(FOLDS)]
+        )
+        refinement.accept(*sums.means(self.space, pixels))
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data()
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.08, 8), (0.02, 8), (0.005, 10)])
+def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_images(
+    data, share, passes
+):
+    """A byte a channel, against four for all states; few whole images would not converge and choose too strong."""
+    path, whole = data.whole()
+    count = int(share * IMAGES * GRID[0] * GRID[1] * 4)
+    refinement = data.start(count)
+    for number in range(2, passes + 1):
+        data.take_pass(refinement)
+        refinement.step(data.sample(count, number)[0])
+        if refinement.converged:
+            break
+    assert refinement.converged and len(refinement.certificates) == 3
+    found = refinement.found()
+    ratio = found["strengths"][found["chosen"]] / path.strengths[path.chosen]
+    assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
+    losses = dict(zip(path.strengths, path.loss, strict=True))
+    for strength, loss in zip(found["strengths"], found["loss"], strict=True):
+        near = [known for other, known in losses.items() if other == pytest.approx(strength)]
+        if strength in refinement.strengths and near:
+            assert loss == pytest.approx(near[0], abs=3e-3)
+    for strength, point in zip(refinement.strengths, found["points"], strict=True):
+        rows = [
+            i
+            for i, other in enumerate(whole.strengths.tolist())
+            if other == pytest.approx(strength)
+        ]
+        if rows:
+            value = whole.problem.objective(whole.strengths[rows], [None], TIGHT_NODES)(
+                point[None], [0]
+            )[0].item()
+            assert value == pytest.approx(whole.kept[1][rows[0]].item(), abs=2e-4)
+
+
+def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
+    problem = SiteProblem(data.states, data.loose, data.tight, data.fold_of)
+    strengths = torch.tensor([0.0]).double()
+    expected = problem.objective(strengths, [None], TIGHT_NODES)(problem.start[None], [0])[1][0]
+    torch.testing.assert_close(
+        null_gradient(data.space, data.moments), expected, atol=1e-5, rtol=1e-4
+    )
+    generator = torch.Generator().manual_seed(1)
+    points = (
+        problem.start
+        + 0.1 * torch.randn(FOLDS + 1, *problem.start.shape, generator=generator).double()
+    )
+    refinement = PassRefinement(data.space, expected, 0.1, points, (0.1,))
+    data.take_pass(refinement)
+    strengths = torch.full((FOLDS + 1,), 0.1).double()
+    left_out = [*range(FOLDS), None]
+    value, gradient = problem.objective(strengths, left_out, TIGHT_NODES)(
+        points, list(range(FOLDS + 1))
+    )
+    torch.testing.assert_close(refinement.value[0], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(refinement.gradient[0], gradient, atol=1e-5, rtol=1e-3)
+    assert refinement.losses[0.1] == pytest.approx(problem.held_out_loss(points[:-1]), rel=1e-5)
+
+
+def test_sample_hessian_is_the_derivative_of_the_gradient(data):
+    sample, labels = data.sample(400, 3)
+    problem = PixelProblem(
+        data.space, sample.inputs, labels, sample.weights.double(), sample.folds, FOLDS
+    )
+    generator = torch.Generator().manual_seed(2)
+    points = 0.3 * torch.randn(2, CLASSES, WIDTH + 1, generator=generator).double()
+    direction = torch.randn(points.shape, generator=generator).double()
+    strengths, left_out = torch.tensor([1e-2, 1e-2]).double(), [1, None]
+    gradient = lambda x: problem.objective(strengths, left_out, TIGHT_NODES)(x, [0, 1])[1]
+    expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
+    spectrum = torch.cat([data.space.spectrum, torch.ones(1)])
+    hessian = SampleHessian(sample, points, left_out, problem.ridge(strengths)[0, 0], spectrum)
+    product = hessian.times(direction) - hessian.pull * direction
+    torch.testing.assert_close(product, expected, atol=1e-3, rtol=1e-2)
+    solved = hessian.solve(direction)
+    assert (hessian.times(solved) - direction).norm() < 0.1 * direction.norm()
+
+
+def test_quasi_newton_satisfies_its_last_pair():
+    generator = torch.Generator().manual_seed(4)
+    root = torch.randn(12, 12, generator=generator).double()
+    matrix = root @ root.T + torch.eye(12)
+    steps = torch.randn(3, 1, 3, 4, generator=generator).double()
+    changes = (steps.flatten(1) @ matrix).view_as(steps)
+    pairs = list(zip(steps, changes, strict=True))
+    torch.testing.assert_close(quasi_newton(changes[-1], pairs, lambda x: x / 3), steps[-1])
+
+
+def test_a_step_that_raises_the_loss_is_taken_back(data):
+    refinement = data.start(400, (1e-1, 1e-2))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    before, value = refinement.kept.clone(), refinement.value.clone()
+    refinement.points = refinement.points + 100
+    data.take_pass(refinement)
+    assert torch.equal(refinement.kept, before) and torch.equal(refinement.value, value)
+    refinement.step(data.sample(400, 2)[0])
+    data.take_pass(refinement)
+    assert (refinement.value < value).all()
+
+
+def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own_penalty(data):
+    refinement = data.start(400)
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    value, gradient, kept = (
+        refinement.value.clone(),
+        refinement.gradient.clone(),
+        refinement.kept.clone(),
+    )
+    refinement.points, refinement.value = kept, torch.full_like(value, torch.inf)
+    data.take_pass(refinement)
+    torch.testing.assert_close(refinement.value, value)
+    torch.testing.assert_close(refinement.gradient, gradient)
+
+
+def test_state_resumes_to_the_same_numbers(data):
+    refinement = data.start(300)
+    for number in range(1, 3):
+        data.take_pass(refinement)
+        refinement.step(data.sample(300, number)[0])
+    again = PassRefinement.of_state(refinement.state(), None)
+    for one in (refinement, again):
+        data.take_pass(one)
+        one.step(data.sample(300, 3)[0])
+    assert torch.equal(refinement.points, again.points) and refinement.losses == again.losses
+    assert refinement.certificates == again.certificates

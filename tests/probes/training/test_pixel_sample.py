@@ -1,0 +1,66 @@
+"""Pixels of a sample against F.interpolate, and states in a byte a channel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from probes.ops.geometry import GridPlacement
+from probes.training.pixel_sample import ChannelRange, Pixels, choose_pixels
+
+pytestmark = pytest.mark.numerics
+
+GRID, SIZE = (3, 4), (24, 40)
+
+
+@pytest.fixture
+def target() -> torch.Tensor:
+    labels = torch.randint(0, 5, SIZE, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels[:, :25] = 255
+    labels[:, 35:] = 255  # beyond the outermost tokens pixels have equal states
+    labels[:4] = 255
+    labels[20:] = 255
+    return labels
+
+
+def test_states_at_pixels_are_interpolated(target):
+    states = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(1))
+    tokens, shares, labels, labelled = choose_pixels(target, 50, 7, GRID, GridPlacement.full(SIZE))
+    pixels = Pixels(
+        tokens + 12, shares, labels, torch.ones(50).double(), torch.ones(50).long()
+    )  # of the second image
+    up = F.interpolate(states[1:].mT.unflatten(2, GRID), SIZE, mode="bilinear")[0].flatten(1).T
+    distance = (pixels.interpolate(states)[:, None] - up).norm(dim=2)
+    nearest = distance.argmin(1)
+    assert distance.amin(1).max() < 1e-5
+    assert labelled == (target != 255).sum() and not (labels == 255).any()
+    assert torch.equal(target.flatten()[nearest].long(), labels)
+
+
+def test_pixels_are_spread_over_the_labelled_ones(target):
+    tokens, _, _, _ = choose_pixels(target, 60, 7, GRID, GridPlacement.full(SIZE))
+    rows = tokens[:, 0] // GRID[1]
+    assert rows.bincount().tolist() == [30, 30], "of the upper and the lower half"
+    again, other = (
+        choose_pixels(target, 60, seed, GRID, GridPlacement.full(SIZE))[1] for seed in (7, 8)
+    )
+    assert not torch.equal(again, other)
+
+
+def test_a_mask_without_labels_has_no_pixels():
+    tokens, shares, labels, labelled = choose_pixels(
+        torch.full(SIZE, 255, dtype=torch.uint8), 5, 0, GRID, GridPlacement.full(SIZE)
+    )
+    assert len(tokens) == len(shares) == len(labels) == labelled == 0
+
+
+def test_a_byte_keeps_channels_of_any_mean_and_scale():
+    """LLMs have channels whose mean is a thousand times their deviation."""
+    states = torch.randn(4, 100, 3) * torch.tensor([1e-3, 1.0, 50.0]) + torch.tensor(
+        [10.0, 0.0, -9e3]
+    )
+    states[0, 0] = 1e6
+    kept = ChannelRange.of(states[1:])
+    flat = states.flatten(0, 1)
+    restored = kept.restore(kept.store(flat))
+    error = ((restored - flat)[100:] / kept.deviation).abs()
+    assert restored.isfinite().all() and error.max() < 0.25 and error.mean() < 0.03

@@ -31,11 +31,12 @@ from .closed_form import Moments, SiteSpace
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
 from .optimum import LOOSE_NODES, TIGHT_NODES, Path, PixelProblem, SiteProblem, solve_path, solve_site
 from .optimum_by_passes import PassRefinement, PassSums, SampledPixels, bytes_of_probes, null_gradient
-from .pixel_sample import STORED, ChannelRange, Pixels, choose_pixels
+from .pixel_sample import STORED, AxisRange, ChannelRange, Pixels, choose_pixels
 from .solver import SolvedSite, Solver, tensors_of
 
 PASSES = "passes.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is
+MEASURED = 8  # images whose states say how the first pass stores those of all
 
 
 class OptimumSolver(Solver):
@@ -181,15 +182,19 @@ class OptimumSolver(Solver):
 
     # ------------------------------------------------------------------------------------------------ samples
     def _measure_channels(self) -> None:
-        """Set how states are stored in a byte, from the same few images in all processes, and empty moments."""
-        count = min(self.images, self.trainer.datamodule.rank_batch_size)
-        (batch,) = self.read([[i * self.images // count for i in range(count)]])
-        self.ranges = {site: ChannelRange.of(x) for site, x in batch["states"].items()}
+        """Set how the first pass stores states, from the same few images in all processes."""
+        count = min(MEASURED, self.images)
+        images = [i * self.images // count for i in range(count)]
+        size = self.trainer.datamodule.rank_batch_size
+        batches = [images[start : start + size] for start in range(0, count, size)]
+        parts = [batch["states"] for batch in self.read(batches)]
+        self.ranges = {site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites}
         self.moments = {site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()}
 
     def _keep_pixels(self, batch: dict[str, Any]) -> None:
         """Keep some pixels of each image of a batch, others in each pass."""
         total = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1] * self.mllm.model.dtype.itemsize
+        total *= 2 if self.passes else 1  # of half a byte
         parts = []
         for slot, (image, target) in enumerate(zip(batch["index"].tolist(), batch["target"], strict=True)):
             place = (image + self.passes) % self.images  # where pixels are fewer than images: others in each pass
@@ -202,7 +207,8 @@ class OptimumSolver(Solver):
             weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
             parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
         pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
-        states = {site: self.ranges[site].store(pixels.interpolate(x)).cpu() for site, x in batch["states"].items()}
+        at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
+        states = {site: self.ranges[site].store(x).view(torch.uint8).cpu() for site, x in at_pixels.items()}
         self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
 
     def _gather_pixels(self) -> None:
@@ -216,14 +222,10 @@ class OptimumSolver(Solver):
         self.pixels = labels[order], weights[order], self.fold_of[images[order]]
         self.sample_states = {}
         for site in self.sites:
-            mine = torch.cat([batch.pop(site) for batch in states]).view(torch.uint8)  # collectives know no float8
+            mine = torch.cat([batch.pop(site) for batch in states])
             gathered = gather_images(mine, counts, self._owner(site), self.device)
             if gathered is not None:
-                self.sample_states[site] = gathered[order].view(STORED)
-
-    def _inputs(self, site: str, space: SiteSpace) -> Tensor:
-        """Return the sample of a site in its coordinates, f32[n, d + 1], on the device."""
-        return space.coordinates(self.ranges[site].restore(self.sample_states[site].to(self.device)))
+                self.sample_states[site] = gathered[order]
 
     # ------------------------------------------------------------------------------------------------ passes
     def _solve_by_passes(self) -> dict[str, SolvedSite]:
@@ -231,14 +233,16 @@ class OptimumSolver(Solver):
         if self.saved_passes:
             self._resume_passes()
         else:
-            spaces = {site: self._sum_moments(site) for site in self.sites}
+            sums = {site: self._sum_moments(site) for site in self.sites}
             self._gather_pixels()
-            self.starts = {site: spaces[site] for site in self.sample_states}
+            self.spaces = {site: sums[site][0] for site in self.sample_states}
             found = dict(_in_workers(self._solve_sample, list(self.sample_states), self.device))
             if self.hparams.passes == 1:
                 return {site: self._to_site(self._of_sample(*parts)) for site, parts in found.items()}
-            for site, (space, path) in found.items():
-                self.refinements[site] = self._start(space, self.starts[site][1], path)
+            for site, (axes, path) in found.items():
+                self.refinements[site] = self._start(axes.space, sums[site][1], path)
+            axes = {site: found[site][0] if site in found else None for site in self.sites}
+            self.ranges = {site: broadcast(axes[site], self._owner(site)) for site in self.sites}
             self._save_passes()
         while not self._converged() and self.passes < self.hparams.passes:
             self._refine()
@@ -255,17 +259,18 @@ class OptimumSolver(Solver):
         space = SiteSpace.of_moments(moments)
         return space, null_gradient(space, moments)
 
-    def _solve_sample(self, site: str) -> tuple[SiteSpace, Path]:
-        """Solve a site on the sample."""
-        space, _ = self.starts[site]
+    def _solve_sample(self, site: str) -> tuple[AxisRange, Path]:
+        """Solve a site on the sample of the first pass."""
+        space, stored = self.spaces[site], self.sample_states[site].view(STORED)
+        inputs = space.coordinates(self.ranges[site].restore(stored.to(self.device)))
         labels, weights, folds = (x.to(self.device) for x in self.pixels)
-        problem = PixelProblem(space, self._inputs(site, space), labels, weights, folds, self.hparams.folds)
-        return space, solve_path(problem, self.hparams.strengths)
+        problem = PixelProblem(space, inputs, labels, weights, folds, self.hparams.folds)
+        return AxisRange.of(space, inputs), solve_path(problem, self.hparams.strengths)
 
     @staticmethod
-    def _of_sample(space: SiteSpace, path: Path) -> dict[str, Any]:
+    def _of_sample(axes: AxisRange, path: Path) -> dict[str, Any]:
         """Return the probes of a sample, which have no certificates: no pass has seen them."""
-        return {**path.path._asdict(), "space": space, "points": path.points, "certificates": []}
+        return {**path.path._asdict(), "space": axes.space, "points": path.points, "certificates": []}
 
     def _start(self, space: SiteSpace, null: Tensor, path: Path) -> PassRefinement:
         """Return the refinement of what was found on the sample."""
@@ -302,7 +307,8 @@ class OptimumSolver(Solver):
     def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
         _, weights, folds = (x.to(self.device) for x in self.pixels)
-        refinement.step(SampledPixels(self._inputs(site, refinement.space), weights.float(), folds))
+        inputs = self.ranges[site].restore(self.sample_states[site].to(self.device))
+        refinement.step(SampledPixels(inputs, weights.float(), folds))
         return refinement
 
     def _converged(self) -> bool:
@@ -312,9 +318,8 @@ class OptimumSolver(Solver):
     def _save_passes(self) -> None:
         """Save all sites in one file, so that they are of the same pass."""
         tensors = {"passes": torch.tensor(self.passes)}
-        for site, channels in self.ranges.items():
-            tensors |= {f"{site}/range_{name}": x for name, x in channels._asdict().items()}
         for site in self.sites:
+            tensors[f"{site}/deviation"] = self.ranges[site].deviation
             state = self.refinements[site].state() if site in self.refinements else None
             state = broadcast(state, self._owner(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
@@ -327,9 +332,11 @@ class OptimumSolver(Solver):
         self.passes, self.ranges = int(tensors["passes"]), {}
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
-            self.ranges[site] = ChannelRange(state.pop("range_mean"), state.pop("range_deviation"))
+            deviation = state.pop("deviation")
+            refinement = PassRefinement.of_state(state, self.hparams.strengths)
+            self.ranges[site] = AxisRange(refinement.space, deviation)
             if rank() == self._owner(site):
-                self.refinements[site] = PassRefinement.of_state(state, self.hparams.strengths)
+                self.refinements[site] = refinement
 
     # ------------------------------------------------------------------------------------------------ results
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from probes.ops.quadrature import join_masks, prepare_masks
 from probes.training.closed_form import Moments, SiteSpace
 from probes.training.optimum import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem, solve_path, solve_site
 from probes.training.optimum_by_passes import PassRefinement, PassSums, SampledPixels, null_gradient
-from probes.training.pixel_sample import ChannelRange, Pixels, choose_pixels
+from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
 
 FOLDS, BATCH = 4, 32
 
@@ -115,7 +115,7 @@ def draw_pixels(data, images: list[int], targets: list[torch.Tensor], total: int
 def solve_by_passes(data, share: float, passes: int) -> dict:
     """Solve a site with a sample of a share of the bytes of float32 states; print each pass."""
     fold_of = assign_folds(len(data), FOLDS)
-    total = int(share * len(data) * data.grid[0] * data.grid[1] * 4)  # float32 states, a byte a channel
+    total = int(share * len(data) * data.grid[0] * data.grid[1] * 4)  # float32 states, a byte a channel at first
     channels = moments = None
     kept = []
     for images, states, masks, targets in data.batches():
@@ -128,7 +128,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     space = SiteSpace.of_moments(moments)
     null = null_gradient(space, moments)
     moments = None
-    inputs, labels, weights, folds = gather(kept, channels, space, fold_of)
+    stored, labels, weights, folds = gather(kept, fold_of)
+    inputs = space.coordinates(channels.restore(stored))
+    axes = AxisRange.of(space, inputs)
     found = solve_path(PixelProblem(space, inputs, labels, weights, folds, FOLDS))
     chosen = found.path.strengths[found.path.chosen]
     points = torch.cat([found.folds, found.points[found.path.solved.index(found.path.chosen)][None]])
@@ -140,11 +142,11 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
             pixel_count.index_add_(0, folds, masks.pixels)
-            pixels = draw_pixels(data, images, targets, total, number - 1)
-            kept.append((channels.store(pixels.interpolate(states)), pixels))
+            pixels = draw_pixels(data, images, targets, 2 * total, number - 1)
+            kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept(*sums.means(space, pixel_count))
-        inputs, _, weights, folds = gather(kept, channels, space, fold_of)
-        refinement.step(SampledPixels(inputs, weights.float(), folds))
+        stored, _, weights, folds = gather(kept, fold_of)
+        refinement.step(SampledPixels(axes.restore(stored), weights.float(), folds))
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
         certificates = ", ".join(f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates)
         losses = [f"{refinement.losses[strength]:.4f}" for strength in refinement.strengths]
@@ -158,11 +160,11 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     return refinement.found() | {"passes": number, "converged": refinement.converged}
 
 
-def gather(kept, channels: ChannelRange, space: SiteSpace, fold_of: torch.Tensor):
-    """Return inputs, labels, weights and folds of a sample."""
+def gather(kept, fold_of: torch.Tensor):
+    """Return the stored states, labels, weights and folds of a sample."""
     states = torch.cat([stored.view(torch.uint8) for stored, _ in kept]).view(kept[0][0].dtype)
     labels, weights, images = (torch.cat([getattr(p, n) for _, p in kept]) for n in ("labels", "weights", "images"))
-    return space.coordinates(channels.restore(states)), labels, weights, fold_of[images]
+    return states, labels, weights, fold_of[images]
 
 
 def solve_in_memory(data) -> dict:

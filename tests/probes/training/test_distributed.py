@@ -24,6 +24,7 @@ from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from probes import TaskRun
 from probes.cli import main
 
+SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
 DEATHS = {
     "a step after a checkpoint": ("on_train_batch_end", 5, 4),
@@ -131,6 +132,9 @@ def together(one, bad, checkpoints, uneven, segmentation, task_root, tmp_path_fa
         commands[name] = ["test", *test[1:]]
     commands["bad"] = arguments(model, bad, folder / "bad")
     commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
+    commands["solve by passes"] = solving.arguments(
+        model, segmentation, folder / "solve by passes", *SAMPLED
+    )
     commands["normals"] = task_commands.arguments(
         "solve", "normals", model, task_root, folder / "normals"
     )
@@ -201,6 +205,18 @@ def test_two_processes_solve_the_probes_of_one(together, checkpoints, segmentati
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-1)
     assert metrics(together[0] / "solve")["images"] == 5
+
+
+@pytest.mark.distributed
+def test_two_processes_solve_by_passes_as_one(together, checkpoints, segmentation, tmp_path):
+    main(solving.arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED))
+    run = together[0] / "solve by passes"
+    ours, theirs = (
+        load_file(path / "path.safetensors")["optimum/cross_entropy"] for path in (run, tmp_path)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+    ours, theirs = (metrics(path)["path"]["optimum"]["sites"][0] for path in (run, tmp_path))
+    assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
 
 
 @pytest.mark.distributed

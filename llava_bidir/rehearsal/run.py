@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import read_speed, run_measured
-from .study import Step, plan_study
+from .study import MASKS, Step, plan_study
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
             record["cost"] = extrapolate(record["steps"], len(record["devices"]))
             write_files({args.out / "rehearsal.json": record})
     print(format_table(record))
+    for line in describe_certificates(args.out):
+        print(line)
     failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
     if failed:
         raise UserError(f"{len(failed)} steps failed: {', '.join(failed)}; their logs are in {args.out / 'logs'}")
@@ -77,6 +79,26 @@ def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
         print(f"failed    {step.name}: {lines[-1]}\n          its log is {log}", flush=True)
     elif step.events is not None:
         done[step.name] |= {"samples": step.samples, **read_speed(step.events)}
+
+
+def describe_certificates(out: Path) -> list[str]:
+    """Return a line on the solved probes of each mask whose study has finished, with their largest certificates."""
+    lines = []
+    for mask in MASKS:
+        file = out / mask / "trained/metrics.json"
+        if not file.is_file():
+            continue
+        path = read_json(file)["path"]
+        found = [certificate for site in path["optimum"]["sites"] for certificate in site["certificates"]]
+        known = [certificate for certificate in found if certificate]
+        converged = sum(certificate["converged"] for certificate in known)
+        largest = {key: max((x[key] for x in known), default=float("nan")) for key in ("gradient", "decrease")}
+        lines.append(
+            f"{mask}: probes of {path['sample_images']} images' memory after {path['passes']} passes: {converged} of "
+            f"{len(known)} certificates hold; gradients are at most {largest['gradient']:.1e}, decreases "
+            f"{largest['decrease']:.1e} nats"
+        )
+    return lines
 
 
 COLUMNS = {  # key: heading, format

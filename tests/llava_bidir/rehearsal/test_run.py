@@ -97,6 +97,18 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
     assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
+def test_certificates_of_solved_probes_are_described(tmp_path):
+    true = {"gradient": 2e-4, "decrease": 1e-6, "converged": True}
+    false = {"gradient": 5e-2, "decrease": 3e-3, "converged": False}
+    sites = [{"certificates": [true, None]}, {"certificates": [false, None]}]
+    path = {"passes": 4, "sample_images": 2, "optimum": {"sites": sites}}
+    (tmp_path / "causal/trained").mkdir(parents=True)
+    (tmp_path / "causal/trained/metrics.json").write_text(json.dumps({"path": path}))
+    (line,) = rehearsal.describe_certificates(tmp_path)
+    assert "causal: probes of 2 images' memory after 4 passes: 1 of 2 certificates hold" in line
+    assert "gradients are at most 5.0e-02, decreases 3.0e-03 nats" in line
+
+
 def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch):
     # It would last for all tests after this one
     monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)
@@ -134,6 +146,7 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     before = steps()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("certificates hold") == 2, "a mask each"
     record = json.loads(file.read_text())
     assert before and all(record["steps"][name] == step for name, step in before.items())
     assert {step["status"] for step in record["steps"].values()} == {"finished"}

@@ -138,7 +138,8 @@ def test_a_knockout_without_effect_is_an_error(asked):
     ("content", "message"),
     [
         ("[]", "has no question with an entry in 'regions'"),
-        ("{}", "Input should be a valid"),
+        ("{}", "0.conversations Field required"),  # one record, as in JSON Lines
+        ('"sky"', "Input should be a valid"),
         (
             [record("a.png", (BOXES[0], "sea"))],
             "record 0: class 'sea' is none of the probes': sky, wall, road",

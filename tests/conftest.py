@@ -35,17 +35,23 @@ hypothesis.settings.register_profile("long", max_examples=5000, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# Files whose slow tests take minutes. They come first, so that no worker process waits long for another one at the end.
+# Files that take longest, of all tiers. They come first, so that no worker process waits long for another one at the end.
 LONGEST = (
     "tests/test_demo.py",
     "tests/real/test_real.py",
     "tests/slurm/test_cluster.py",
-    "tests/llava_bidir/training/test_module.py",
     "tests/llava_bidir/training/test_deepspeed_strategy.py",
+    "tests/probes/studies/test_study.py",
+    "tests/test_pretended_gpu.py",
+    "tests/probes/test_faults.py",
     "tests/probes/training/test_distributed.py",
     "tests/llava_bidir/rehearsal/test_run.py",
+    "tests/llava_bidir/training/test_faults.py",
+    "tests/test_documents.py",
     "tests/test_determinism.py",
     "tests/test_memory.py",
+    "tests/test_wheel.py",
+    "tests/test_cli.py",
 )
 
 

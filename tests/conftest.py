@@ -35,7 +35,7 @@ hypothesis.settings.register_profile("long", max_examples=5000, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# Files that take longest, of all tiers. They come first, so that no worker process waits long for another one at the end.
+# Files that take longest, of all tiers. They come first, so that no worker waits long for another one at the end.
 LONGEST = (
     "tests/test_demo.py",
     "tests/real/test_real.py",

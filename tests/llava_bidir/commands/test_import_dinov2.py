@@ -73,7 +73,8 @@ def test_weights_sizes_and_states_are_those_of_the_model(dinov2, tmp_path, capsy
     with torch.no_grad():
         assert torch.equal(loaded(pixels).last_hidden_state, dinov2(pixels).last_hidden_state)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert processor.crop_size["height"] == 224 and list(processor.image_mean) == [0.485, 0.456, 0.406]
+    assert processor.crop_size["height"] == 224
+    assert tuple(processor.image_mean) == (0.485, 0.456, 0.406)
 
 
 def test_other_files_and_full_folders_are_errors_and_write_nothing(dinov2, tmp_path):

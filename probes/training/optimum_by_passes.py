@@ -86,7 +86,7 @@ class PassSums:
         total = pixels.sum()
         used = torch.stack([total if fold is None else total - pixels[fold] for fold in self.left_out])
         gradient = torch.cat([space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1)
-        return self.loss / used, gradient / used[:, None, None], self.held_out.sum(1) / total
+        return self.loss / used, gradient / used[:, None, None], self.held_out / total
 
 
 def null_gradient(space: SiteSpace, moments: Moments) -> Tensor:
@@ -223,6 +223,7 @@ class PassRefinement:
         self.gradient = torch.zeros_like(self.points)
         self.kept = self.points
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.held_out = points.new_zeros(1, self.folds)
         self.losses: dict[float, float] = {}  # cross-validated, by strength
         self.best = strength
         self.decrease = torch.full_like(self.value, torch.inf)
@@ -245,7 +246,7 @@ class PassRefinement:
         Args:
             value: f64[W, G], mean loss.
             gradient: f64[W, G, K, d + 1].
-            held_out: f64[W], cross-validated loss; ignored when the strength is settled.
+            held_out: f64[W, F], part of each fold in the cross-validated loss; ignored when the strength is settled.
         """
         ridge = self._ridge()
         gradient = gradient + ridge * self.points
@@ -258,8 +259,9 @@ class PassRefinement:
         self.value = torch.where(better, value, self.value)
         self.kept = torch.where(better[..., None, None], self.points, self.kept)
         self.gradient = torch.where(better[..., None, None], gradient, self.gradient)
-        if not self.settled:
-            self.losses |= dict(zip(self.strengths, held_out.tolist(), strict=True))
+        if not self.settled:  # of the points that are kept, too
+            self.held_out = torch.where(better[:, :-1], held_out, self.held_out)
+            self.losses |= dict(zip(self.strengths, self.held_out.sum(1).tolist(), strict=True))
 
     @full_precision()
     def step(self, sample: SampledPixels) -> None:
@@ -305,6 +307,7 @@ class PassRefinement:
         added = self._ridge() - before
         self.value = self.value[source] + _dot(added * self.kept, self.kept) / 2
         self.gradient = self.gradient[source] + added * self.kept
+        self.held_out = self.held_out[source]
         self.pairs = [(step[source], (change[source] + added * step[source]).float()) for step, change in self.pairs]
 
     def _settle(self) -> None:
@@ -368,7 +371,8 @@ class PassRefinement:
     def state(self) -> dict[str, Tensor]:
         """Return what a killed run needs to resume from a pass."""
         tensors = {
-            name: getattr(self, name).clone() for name in ("null", "points", "value", "gradient", "kept", "decrease")
+            name: getattr(self, name).clone()
+            for name in ("null", "points", "value", "gradient", "kept", "decrease", "held_out")
         }
         tensors |= {f"space_{name}": x for name, x in vars(self.space).items()}
         tensors |= {f"step_{i}": step for i, (step, _) in enumerate(self.pairs)}
@@ -388,7 +392,7 @@ class PassRefinement:
         prefix = "space_"
         space = SiteSpace(**{name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
         refinement = cls(space, state["null"], float(state["best"]), state["points"][0], given)
-        for name in ("points", "value", "gradient", "kept", "decrease"):
+        for name in ("points", "value", "gradient", "kept", "decrease", "held_out"):
             setattr(refinement, name, state[name])
         count = sum(name.startswith("step_") for name in state)
         refinement.pairs = [(state[f"step_{i}"], state[f"change_{i}"]) for i in range(count)]

@@ -222,6 +222,7 @@ def main() -> None:
             data.prepared(LOOSE_NODES)
         started, clock = cpu_seconds(), time.monotonic()
         found = solve_in_memory(data) if share >= 1 else solve_by_passes(data, share, args.passes)
+        spent, waited = cpu_seconds() - started, time.monotonic() - clock
         rows = found["solved"]
         chosen = rows.index(found["chosen"])
         scores = [] if args.synthetic else [mean_iou(data, found, row) for row in range(len(rows))]
@@ -231,7 +232,7 @@ def main() -> None:
             f"{' '.join(f'{score:.2f}' for score in scores)} (chosen: number {chosen + 1}), "
             f"{'converged' if found['converged'] else 'NOT converged'}: "
             f"{[(f'{c.gradient:.1e}', f'{c.decrease:.1e}') for c in found['certificates']]}; "
-            f"{cpu_seconds() - started:.0f} CPU-s, {time.monotonic() - clock:.0f} s, peak {memory:.1f} GB",
+            f"{spent:.1f} CPU-s, {waited:.0f} s, peak {memory:.1f} GB",
             flush=True,
         )
 

@@ -200,9 +200,13 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
     before, value = refinement.kept.clone(), refinement.value.clone()
+    losses = dict(refinement.losses)
     refinement.points = refinement.points + 100
     data.take_pass(refinement)
     assert torch.equal(refinement.kept, before) and torch.equal(refinement.value, value)
+    assert refinement.losses == losses, (
+        "the cross-validated loss, too, is that of the points that are kept"
+    )
     refinement.step(data.sample(400, 2)[0])
     data.take_pass(refinement)
     assert (refinement.value < value).all()

@@ -30,14 +30,27 @@ PLANTED = [f"{name}/hf/model.safetensors" for name in ("causal/planted", "shuffl
 pytestmark = pytest.mark.slow
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "llava_bidir", "demo", "--out", str(out), "--scale", "0.05", *more]
+def program() -> list[str | Path]:
+    """Return the program that has made DEMO, or this clone's: steps name files of the installation that they read."""
+    if os.environ.get("DEMO") and (wheel := os.environ.get("WHEEL")):
+        return [Path(wheel).absolute() / "environment/bin/llava-bidir"]
+    return [sys.executable, "-m", "llava_bidir"]
+
+
+def folder() -> Path:
+    """Return where programs start: the clone, or a folder from which only the wheel can be imported."""
+    wheel = os.environ.get("DEMO") and os.environ.get("WHEEL")
+    return Path(wheel).absolute() / "dist" if wheel else ROOT
+
+
+def command(out: Path, *more: str) -> list[str | Path]:
+    return [*program(), "demo", "--out", str(out), "--scale", "0.05", *more]
 
 
 def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
     words, environment = [*network_guard.cut(), *command(out, "--extras")], network_guard.watched(out / "network")
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEMO_S)
+    done = subprocess.run(words, cwd=folder(), env=environment, capture_output=True, text=True, timeout=DEMO_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -109,14 +122,15 @@ def test_second_run_does_nothing(finished):
 
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
     with exclusive_run_lock(tmp_path, "demo"):
-        done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+        done = subprocess.run(command(tmp_path), cwd=folder(), capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode != 0 and f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
     assert not (tmp_path / "settings.json").exists() and not (tmp_path / "logs").exists()
 
 
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
-    done = subprocess.run(command(finished, "--seed", "7"), cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+    words = command(finished, "--seed", "7")
+    done = subprocess.run(words, cwd=folder(), capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 1 and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
     assert results(finished) == before
 
@@ -153,7 +167,7 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     while not ended():
         assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(command(out), cwd=ROOT, start_new_session=True, **quiet)
+        running = subprocess.Popen(command(out), cwd=folder(), start_new_session=True, **quiet)
         until = time.monotonic() + chance.uniform(5, 20)
         while time.monotonic() < (until if kills < 3 else deadline) and not ended():
             time.sleep(0.1)

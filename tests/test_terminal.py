@@ -83,7 +83,9 @@ def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, s
     lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
     assert done.stdout == ""
     expected = [r"Seed set to 0", r"GPU available: \w+, used: False"]
-    expected += [rf"epoch {i}/2, batch 2/2, loss [\d.]+, [\d.]+ batches/s, 0:00:\d\d left" for i in (1, 2)]
+    expected += [
+        rf"step {2 * i} of 4, epoch {i}/2, batch 2/2, loss [\d.]+, [\d.]+ batches/s, 0:00:\d\d left" for i in (1, 2)
+    ]
     expected += [r"`Trainer.fit` stopped: `max_epochs=2` reached.", rf"{tmp_path}: mIoU encoder .*"]
     for line in lines:
         assert any(re.fullmatch(text, line) for text in expected), line

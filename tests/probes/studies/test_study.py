@@ -294,9 +294,10 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
     }
     study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, draws=1, **more)
     said = capsys.readouterr().out
-    assert said.count("left out: ") == 1
+    assert "trained/knockout left out: " in said
     assert "no image has 99 or more patches wrongly predicted" in said
-    assert "random0/knockout" not in said
+    assert "random0/knockout left out: so was that of the trained model" in said
+    assert "] random0/knockout" not in said, "it was run"
     assert len(study.claims())
     assert not list(tmp_path.rglob("knockout.json"))
 

@@ -91,7 +91,7 @@ def test_every_studied_model_is_planted_after_its_source():
         assert not source or set(design.masks) <= made or design.masks == MASKS[1:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     """The smallest world and two steps: what is planted is too weak to be found, but each claim has its truth."""
     few = {"recovery": ("--steps", "2")}

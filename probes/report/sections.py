@@ -31,7 +31,7 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
     at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
     tables, results = {"classes": class_rows(study)}, {"path_at_edge": at_edge}
     layers = _layers_section(study, edge_notes(at_edge), tables, results)
-    controls = Section([*claim_figures(claims)], tables={"claims": claim_rows(claims)})
+    controls = Section([*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)})
     return [
         layers,
         PageSection("Claims beside controls", "What do models with random weights show as well?", controls),

@@ -185,13 +185,20 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
 
 
 def edge_notes(at_edge: dict[str, list[str]]) -> list[str]:
-    """Return which sites, by mask, have their lowest cross-validated loss at an end of the path of strengths."""
-    return [
-        f"Under {mask} attention, the cross-validated loss is lowest at an end of the path at {', '.join(sites)}: the "
-        "optimum may be beyond it."
-        for mask, sites in at_edge.items()
-        if sites
-    ]
+    """Return which sites have their lowest cross-validated loss at an end of the path of strengths.
+
+    Args:
+        at_edge: Names of the sites by mask; the mask is named if there are several.
+    """
+    notes = []
+    for mask, sites in at_edge.items():
+        subject = f"Under {mask} attention, the" if len(at_edge) > 1 else "The"
+        if sites:
+            notes.append(
+                f"{subject} cross-validated loss is lowest at an end of the path at "
+                f"{', '.join(sites)}: the optimum may be beyond it."
+            )
+    return notes
 
 
 def total_wall_s(timings: Path) -> float:

@@ -14,7 +14,7 @@ STYLES = {"paper": (-0.2, False), "optimum": (0.0, True)}
 DRAWS_OFFSET = 0.22
 
 
-def claim_values(claims: list[dict[str, Any]]) -> FigureData:
+def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
     """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model.
 
     A filled diamond is the trained model with the probes of the random ones; a circle can be at another strength.
@@ -39,7 +39,9 @@ def claim_values(claims: list[dict[str, Any]]) -> FigureData:
             trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
             ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
         rows += _rows(entry, draws)
-    labels = [f"{CLAIMS[c['claim']].name} ({c['image_attention']})" for c in claims]
+    labels = [CLAIMS[claim["claim"]].name for claim in claims]
+    if has_llm:
+        labels = [f"{label} ({claim['image_attention']})" for label, claim in zip(labels, claims, strict=True)]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
@@ -71,13 +73,26 @@ def _legend() -> list[Line2D]:
     ]
 
 
-def claim_figures(claims: list[dict[str, Any]]) -> Figures:
+def claim_figures(claims: list[dict[str, Any]], has_llm: bool) -> Figures:
     """Yield the figure of claims beside controls, if there are random models."""
-    if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
-        yield ReportFigure(
-            "claims", "Trained and random models",
-            "The number of each claim. Look for filled diamonds that lie beyond the hollow ones: what random LLMs that "
-            "change the states as much show as well (the adapter's drop: random adapters) need not be learned. All "
-            "diamonds of a row have the same probes; a filled circle of drop or recovery is at the strength where the "
-            f"claim fares worst. {INTERVALS}",
-            claim_values(claims))  # fmt: skip
+    if not any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
+        return
+    if has_llm:
+        random = "random LLMs that change the states as much show as well (the adapter's drop: random adapters)"
+        same_probes = (
+            "All diamonds of a row have the same probes; a filled circle of drop or recovery is at the "
+            "strength where the claim fares worst."
+        )
+    else:
+        random = "random layers that change the states as much show as well"
+        same_probes = (
+            "All diamonds of a row have the same probes; a filled circle is at the strength where the "
+            "claim fares worst."
+        )
+    yield ReportFigure(
+        "claims",
+        "Trained and random models",
+        "The number of each claim. Look for filled diamonds that lie beyond the hollow ones: what "
+        f"{random} need not be learned. {same_probes} {INTERVALS}",
+        claim_values(claims, has_llm),
+    )

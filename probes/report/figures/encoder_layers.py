@@ -33,8 +33,8 @@ def encoder_figures(study: Study) -> Figures:
         "layers",
         "Segmentation quality by layer",
         caption(
-            "mIoU of the probe at each layer; layer 0 are the patch embeddings. Star: the last layer after the "
-            "model's norm. Dashed: the best layer.",
+            "mIoU of the probe at each layer; layer 0 are the patch embeddings. Dashed: the best layer.",
+            "Star: the last layer after the model's norm." if FINAL_NORM in study.first.sites else "",
             "Diamonds: random layers that change the states as much as the trained ones; what they reach as well "
             "need not be learned."
             if "random" in controls

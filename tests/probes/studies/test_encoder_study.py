@@ -99,6 +99,8 @@ def test_the_page_reads_as_one_about_encoders(study):
         and "From drop-off" not in text
         and "attention among image tokens" not in text
     )
+    assert "random LLMs" not in text and "random layers that change the states" in text
+    assert "bidirectional" not in re.sub(r"<[^>]*>", "", text), "as a heading of claims"
     maps = json.loads((out / "trained" / "maps.json").read_text())
     assert [entry["index"] for entry in maps["images"]] == [0, 4, 8]
 

@@ -16,8 +16,9 @@ PATIENCE_S = 60
 STEP = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open("pids", "w").write(f"{os.getpid()} {child.pid}")
-os.rename("pids", f"started_{sys.argv[1].count('b')}")
+with open(f"pids_{os.getpid()}", "w") as file:  # a name of its own: two steps start at once
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(file.name, f"started_{sys.argv[1].count('b')}")
 try:
     time.sleep(600)
 except KeyboardInterrupt:

@@ -278,9 +278,10 @@ class LlavaTraining(LightningModule):
             "steps": self.trainer.global_step,
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
+            # before the metrics, whose order a resumed run has from its checkpoint: files have the same bytes then
+            **({"val/images_also_in_training": len(shared)} if shared else {}),
             **self.metrics_before,
             **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
-            **({"val/images_also_in_training": len(shared)} if shared else {}),
         }
 
     def _trainable_names(self) -> set[str]:

@@ -10,13 +10,19 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")  # here and in the processes that tests start
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # compiling UMAP takes 28 s; `make test-nightly` does it once
+os.environ["OMP_NUM_THREADS"] = os.environ.get(
+    "TEST_THREADS", "1"
+)  # here and in the processes that tests start
+os.environ.setdefault(
+    "NUMBA_DISABLE_JIT", "1"
+)  # compiling UMAP takes 28 s; `make test-nightly` does it once
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run without a GPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is imported: kernels then run without a GPU
 
 import llama_tokenizers
 import promises
@@ -29,7 +35,10 @@ TEST_DATA = os.environ.get("LLAVA_BIDIR_TEST_DATA")
 collect_ignore = [] if TEST_DATA else ["probes/test_real_photos.py"]
 
 # HYPOTHESIS_PROFILE=long looks for counterexamples for many minutes, and for other ones each time.
-patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}  # machines may be busy
+patient = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}  # machines may be busy
 hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **patient)
 hypothesis.settings.register_profile("long", max_examples=5000, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -102,7 +111,9 @@ def parts(tmp_path_factory):
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Tiny exported MLLMs by mask."""
     masks = ("causal", "bidirectional", "prefix")
-    return {mask: tiny_models.write_checkpoint(tmp_path_factory.mktemp(mask), mask) for mask in masks}
+    return {
+        mask: tiny_models.write_checkpoint(tmp_path_factory.mktemp(mask), mask) for mask in masks
+    }
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +158,12 @@ def spawn():
 @pytest.fixture(scope="module")
 def chromium():
     """The machine's Chromium, driven by Playwright."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright (extra: browser) is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="playwright (extra: browser) is not installed"
+    )
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if path is None:
         pytest.skip("no Chromium on this machine")
     with driver.sync_playwright() as playwright:

@@ -36,9 +36,13 @@ ANALYSES = {
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5)
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5
+    )
     few = ["--data.batch_size", "2"]
-    return {mask: fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), *few) for mask in MASKS}
+    return {
+        mask: fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), *few) for mask in MASKS
+    }
 
 
 @pytest.fixture
@@ -61,7 +65,9 @@ def photo(tmp_path) -> str:
 def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
     with pretend_gpu():
         x = torch.randn(2, 3).to("cuda")
-        with pytest.raises((RuntimeError, TypeError), match="same device|Use Tensor.cpu|device type for generator"):
+        with pytest.raises(
+            (RuntimeError, TypeError), match="same device|Use Tensor.cpu|device type for generator"
+        ):
             operation(x)
 
 
@@ -72,33 +78,61 @@ def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
         x[torch.tensor([0])] = torch.tensor(1.0)
         y = layer(x)
         y.sum().backward()
-        made = (x, y, layer.weight.grad, x.new_zeros(1), torch.ones_like(x), x.double(), x[:, :1].T, y.detach())
+        made = (
+            x,
+            y,
+            layer.weight.grad,
+            x.new_zeros(1),
+            torch.ones_like(x),
+            x.double(),
+            x[:, :1].T,
+            y.detach(),
+        )
         assert all(t.is_cuda and t.device.type == "cuda" for t in made)
-        assert not any(t.is_cuda for t in (x.cpu(), y.to("cpu"), torch.ones(1), torch.tensor(y.sum().item())))
+        assert not any(
+            t.is_cuda for t in (x.cpu(), y.to("cpu"), torch.ones(1), torch.tensor(y.sum().item()))
+        )
 
 
 @pytest.mark.parametrize(
     "more",
     [
         [],
-        ["--model.lora.r", "2", "--model.frozen_dtype", "bfloat16", "--trainer.precision", "bf16-mixed"],
+        [
+            "--model.lora.r",
+            "2",
+            "--model.frozen_dtype",
+            "bfloat16",
+            "--trainer.precision",
+            "bf16-mixed",
+        ],
         ["--model.gradient_checkpointing", "true"],
     ],
 )
 def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
-    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run"), *more]
+    argv = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--out",
+        str(tmp_path / "run"),
+        *more,
+    ]
     with pretend_gpu():
         llava_bidir.cli.main([*argv, *GPU])
         llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
 
 
-@pytest.mark.parametrize("control", ["none", "update", pytest.param("permuted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "control", ["none", "update", pytest.param("permuted", marks=pytest.mark.slow)]
+)
 def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
         main(arguments(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU))
         main(["segment", "--probes", str(tmp_path / "run"), photo, "--out", str(tmp_path / "maps")])
-        main(["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")])
+        main(
+            ["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")]
+        )
 
 
 @pytest.mark.nightly
@@ -114,7 +148,9 @@ def test_solved_probes(checkpoints, segmentation, tmp_path):
 def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
     for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
-        argv = task_runs.arguments(command, task, checkpoints["causal"], root, tmp_path / command, *more)
+        argv = task_runs.arguments(
+            command, task, checkpoints["causal"], root, tmp_path / command, *more
+        )
         with pretend_gpu():
             main([*argv, *GPU])
 
@@ -123,7 +159,12 @@ def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
 @pytest.mark.parametrize("analysis", ANALYSES)
 def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
     paths = [str(runs[mask].path) for mask in MASKS]
-    argv = [analysis, "--probes", *(paths if analysis == "starvation" else paths[:1]), *ANALYSES[analysis]]
+    argv = [
+        analysis,
+        "--probes",
+        *(paths if analysis == "starvation" else paths[:1]),
+        *ANALYSES[analysis],
+    ]
     if analysis == "answers":
         argv += ["--questions", str(write_questions(runs["causal"], tmp_path))]
     main([*argv, "--out", str(tmp_path / "cpu")])
@@ -132,7 +173,11 @@ def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
     files = sorted((tmp_path / "cpu").glob("*.json"))
     assert files
     for file in files:
-        _assert_close(json.loads((tmp_path / "gpu" / file.name).read_text()), json.loads(file.read_text()), file.name)
+        _assert_close(
+            json.loads((tmp_path / "gpu" / file.name).read_text()),
+            json.loads(file.read_text()),
+            file.name,
+        )
 
 
 @pytest.mark.nightly
@@ -140,9 +185,15 @@ def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
 def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch):
     if name.endswith("_moe"):
         pytest.skip("transformers calls a CUDA kernel for experts on a GPU")
-    for module, side in ((dynamic_resolution, "TOKENS_PER_SIDE"), (gemma, "GEMMA4_TOKENS_PER_SIDE")):
+    for module, side in (
+        (dynamic_resolution, "TOKENS_PER_SIDE"),
+        (gemma, "GEMMA4_TOKENS_PER_SIDE"),
+    ):
         monkeypatch.setattr(module, side, tiny_families.SIDE)
-    path, masks = str(tiny_families.write(name, tmp_path)), ("bidirectional",) * tiny_families.STOCK[name].masks
+    path, masks = (
+        str(tiny_families.write(name, tmp_path)),
+        ("bidirectional",) * tiny_families.STOCK[name].masks,
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
     for mask in (None, *masks):
@@ -168,7 +219,9 @@ def _assert_close(found: object, expected: object, where: str) -> None:
         for i, (x, y) in enumerate(zip(found, expected, strict=True)):
             _assert_close(x, y, f"{where}, {i}")
     else:
-        assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected), where
+        assert found == (
+            pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected
+        ), where
 
 
 @pytest.mark.parametrize("match", ["none", "permuted", "update"])

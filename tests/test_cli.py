@@ -34,7 +34,11 @@ PROMISED = {
 
 def subparsers(package: str) -> dict[str, argparse.ArgumentParser]:
     parser = {"llava_bidir": llava_bidir, "probes": probes}[package].cli.build_parser()
-    return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return next(
+        action.choices
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
 
 
 COMMANDS = {package: list(subparsers(package)) for package in PROMISED}
@@ -56,7 +60,9 @@ def test_each_command_has_a_version_and_help_that_explains_every_option(package,
     with pytest.raises(SystemExit) as stop:
         MAIN[package]([command, "--version"])
     program = package.replace("_", "-")
-    assert stop.value.code == 0 and capsys.readouterr().out == f"{program} {llava_bidir.__version__}\n"
+    assert (
+        stop.value.code == 0 and capsys.readouterr().out == f"{program} {llava_bidir.__version__}\n"
+    )
 
 
 HELP_OF_ALL = f"""
@@ -80,10 +86,16 @@ def test_help_imports_nothing_heavy(package):
     command = [sys.executable, "-c", HELP_OF_ALL, package, "", *COMMANDS[package]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-500:]
-    assert all(command in done.stdout.partition("options:")[0] for command in COMMANDS[package]), "of all at once"
+    assert all(command in done.stdout.partition("options:")[0] for command in COMMANDS[package]), (
+        "of all at once"
+    )
 
 
-PAGES = [(package, name) for package in ("llava_bidir", "probes") for name in import_module(f"{package}.cli").HELP]
+PAGES = [
+    (package, name)
+    for package in ("llava_bidir", "probes")
+    for name in import_module(f"{package}.cli").HELP
+]
 
 
 @pytest.mark.parametrize(("package", "command"), PAGES)
@@ -110,7 +122,9 @@ def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
     for command in import_module(f"{package}.cli").HELP:
         with pytest.raises(SystemExit):
             MAIN[package]([command, "--help-all"])
-        entries = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("-")]
+        entries = [
+            line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("-")
+        ]
         found |= set(re.findall(r"(?<![\w.-])--[a-zA-Z][\w.-]*\w\+?", "\n".join(entries)))
     file = Path(package) / "options.txt"
     assert file.read_text().split() == sorted(found), f"{file} is outdated"
@@ -118,13 +132,20 @@ def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
 
 @pytest.mark.parametrize(("package", "command"), PAGES + [("probes", "study")])
 def test_a_misspelt_option_is_an_error_at_once(package, command):
-    words = [command, "--seed_everythin=1", "--trainer.logger.project", "p", "--trainer.logger+=CSVLogger"]
+    words = [
+        command,
+        "--seed_everythin=1",
+        "--trainer.logger.project",
+        "p",
+        "--trainer.logger+=CSVLogger",
+    ]
     words += ["--trainer.nonsense", "1"] + ["M", "D", "--out", "O"] * (command == "study")
     code = f"import sys; sys.argv = ['x', *{words!r}]; import {package}.cli as c\ntry: c.main()\n"
-    code += (
-        f"except SystemExit as end: assert end.code == 2, end\nprint([name for name in {HEAVY} if name in sys.modules])"
+    code += "except SystemExit as end: assert end.code == 2, end\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
     assert "unrecognized arguments: --trainer.nonsense\n" in done.stderr
     assert done.stdout == "[]\n", done.stdout
 
@@ -163,7 +184,10 @@ for modules in json.loads(sys.argv[1]):
 
 def test_commands_import_only_what_they_need():
     modules = [
-        [subparsers(package)[command].get_default("run").partition(":")[0] for command in commands.split()]
+        [
+            subparsers(package)[command].get_default("run").partition(":")[0]
+            for command in commands.split()
+        ]
         for package, commands, _ in NOT_NEEDED
     ]
     code = [sys.executable, "-c", IMPORT_IN_ORDER, json.dumps(modules)]
@@ -185,16 +209,32 @@ def test_a_program_has_a_version_and_without_a_command_its_help(package, capsys)
 
 
 def test_defaults_are_shown_once():
-    text = {command: parser.format_help() for package in COMMANDS for command, parser in subparsers(package).items()}
+    text = {
+        command: parser.format_help()
+        for package in COMMANDS
+        for command, parser in subparsers(package).items()
+    }
     text["solve"] = build_solve_parser().format_help()
-    assert "(default: 64)" in text["knockout"] and "(default: 0)" in text["umap"] and "(default: 8)" in text["solve"]
-    assert not [command for command in text if "default: None" in text[command] or "default: False" in text[command]]
+    assert (
+        "(default: 64)" in text["knockout"]
+        and "(default: 0)" in text["umap"]
+        and "(default: 8)" in text["solve"]
+    )
+    assert not [
+        command
+        for command in text
+        if "default: None" in text[command] or "default: False" in text[command]
+    ]
 
 
 def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
-    with pytest.raises(SystemExit, match=r"^probes: .* contains no config.json; expected a Hugging Face checkpoint"):
+    with pytest.raises(
+        SystemExit, match=r"^probes: .* contains no config.json; expected a Hugging Face checkpoint"
+    ):
         probes.cli.main(["sites", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^llava-bidir: no checkpoint .*; expected RUN/checkpoints"):
+    with pytest.raises(
+        SystemExit, match=r"^llava-bidir: no checkpoint .*; expected RUN/checkpoints"
+    ):
         llava_bidir.cli.main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")])
 
 
@@ -210,7 +250,15 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
     probes.cli.main(["sites", str(checkpoints["bidirectional"])])
     text = capsys.readouterr().out
     images = [str(segmentation / f"images/validation/00{i}.png") for i in range(2)]
-    probes.cli.main(["states", str(checkpoints["bidirectional"]), *images, "--out", str(tmp_path / "s.safetensors")])
+    probes.cli.main(
+        [
+            "states",
+            str(checkpoints["bidirectional"]),
+            *images,
+            "--out",
+            str(tmp_path / "s.safetensors"),
+        ]
+    )
     states = load_file(tmp_path / "s.safetensors")
     assert "bidirectional image attention" in text and "2 x 2 = 4 image tokens" in text
     for site, state in states.items():
@@ -223,7 +271,11 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
     ("package", "command", "suffix"),
     [
         ("probes", "states MODEL IMAGE --out FILE.pt", ".safetensors"),
-        ("llava_bidir", "verify-data -c stage2 -c clip --data.annotations A --data.images B --json FILE.txt", ".json"),
+        (
+            "llava_bidir",
+            "verify-data -c stage2 -c clip --data.annotations A --data.images B --json FILE.txt",
+            ".json",
+        ),
     ],
 )
 def test_file_name_of_another_kind_is_an_error_before_anything_is_read(package, command, suffix):
@@ -243,7 +295,10 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
     assert picture["id"] == "r0" and picture["template"] == "vicuna_v1"
     ((start, end),) = picture["image_spans"]
     assert end - start == tiny_models.TOKENS and len(set(picture["input_ids"][start:end])) == 1
-    assert len(picture["labels"]) == len(picture["input_ids"]) and picture["text"].count("<image>") == 1
+    assert (
+        len(picture["labels"]) == len(picture["input_ids"])
+        and picture["text"].count("<image>") == 1
+    )
     assert text["image_spans"] == [] and "<image>" not in text["text"]
     llava_bidir.cli.main(argv)
     shown = capsys.readouterr().out
@@ -257,12 +312,23 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
         llava_bidir.cli.main([*argv, "--index", "12"])
 
 
-def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversations, tmp_path, capsys):
-    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+def test_fit_exports_a_model_that_generate_and_export_agree_on(
+    parts, conversations, tmp_path, capsys
+):
+    argv = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     llava_bidir.cli.main([*argv, "--model.image_attention", "bidirectional"])
     run = tmp_path / "run"
     facts = json.loads((run / "hf/training.json").read_text())
-    assert facts["stage"] == "adapter+llm" and facts["steps"] == 3 and 0 <= facts["val/answer_accuracy"] <= 1
+    assert (
+        facts["stage"] == "adapter+llm"
+        and facts["steps"] == 3
+        and 0 <= facts["val/answer_accuracy"] <= 1
+    )
     assert facts["val/images_also_in_training"] == 10
     assert "- val/images_also_in_training: 10" in (run / "hf/README.md").read_text()
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
@@ -270,23 +336,36 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     run_bytes.assert_same_export(run / "hf", tmp_path / "again")
     for command in ("validate", "test"):  # the checkpoint answers as it did when its training ended
         capsys.readouterr()
-        fresh = [command, *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / command)]
-        llava_bidir.cli.main([*fresh, "--model.image_attention", "bidirectional", "--ckpt_path", str(checkpoint)])
+        fresh = [
+            command,
+            *tiny_models.training_arguments(parts, conversations),
+            "--out",
+            str(tmp_path / command),
+        ]
+        llava_bidir.cli.main(
+            [*fresh, "--model.image_attention", "bidirectional", "--ckpt_path", str(checkpoint)]
+        )
         assert str(facts["val/answer_accuracy"])[:5] in capsys.readouterr().out
     picture = str(conversations / "pictures/0.png")
     capsys.readouterr()
-    llava_bidir.cli.main(["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"])
+    llava_bidir.cli.main(
+        ["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"]
+    )
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "sky" and shown[2] == "name the wall"
     with pytest.raises(SystemExit, match="none.png is missing; expected a photo"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
 
 
-def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(parts, conversations, tmp_path, capsys, monkeypatch):
+def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(
+    parts, conversations, tmp_path, capsys, monkeypatch
+):
     encoder, llm = parts
     llm = shutil.copytree(llm, tmp_path / "llm")
     template = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
-    (llm / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant:\n{% endif %}")
+    (llm / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
     arguments = tiny_models.training_arguments((encoder, str(llm)), conversations)
     arguments += ["--data.template", "chat", "--trainer.max_steps", "1"]
     llava_bidir.cli.main(["inspect", *arguments])
@@ -297,10 +376,14 @@ def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(parts, conversa
     run_bytes.assert_same_export(tmp_path / "run/hf", tmp_path / "again")
 
     prompts, original = [], LlavaBidirForConditionalGeneration.generate
-    recorded = lambda model, **inputs: prompts.append(inputs["input_ids"].tolist()[0]) or original(model, **inputs)
+    recorded = lambda model, **inputs: (
+        prompts.append(inputs["input_ids"].tolist()[0]) or original(model, **inputs)
+    )
     monkeypatch.setattr(LlavaBidirForConditionalGeneration, "generate", recorded)
     picture = str(conversations / "pictures/0.png")
-    llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), picture, "name the sky", "--max-new-tokens", "3"])
+    llava_bidir.cli.main(
+        ["generate", str(tmp_path / "run/hf"), picture, "name the sky", "--max-new-tokens", "3"]
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/hf")
     text = f"<s>user:\n{'<image>' * tiny_models.TOKENS}\nname the sky</s>assistant:\n"
     assert prompts == [tokenizer.encode(text, add_special_tokens=False)]
@@ -308,15 +391,28 @@ def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(parts, conversa
     assert prompts[0][: len(mllm.ids[0])] == mllm.ids[0].tolist()
     assert prompts[0][len(mllm.ids[0]) :] == mllm.chat.question_ids("name the sky")
     (llm / "chat_template.jinja").unlink()
-    with pytest.raises(SystemExit, match="data.template chat: the tokenizer of .* has no chat template"):
+    with pytest.raises(
+        SystemExit, match="data.template chat: the tokenizer of .* has no chat template"
+    ):
         llava_bidir.cli.main(["verify-data", *arguments])
 
 
-def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(parts, conversations, tmp_path):
-    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--trainer.max_steps", "1"]
+def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(
+    parts, conversations, tmp_path
+):
+    arguments = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--trainer.max_steps",
+        "1",
+    ]
     adapter = tmp_path / "stage1/hf"
-    llava_bidir.cli.main([*arguments, "--out", str(adapter.parent), "--model.adapter_init_scale", "4"])
-    llava_bidir.cli.main([*arguments, "--out", str(tmp_path / "run"), "--model.adapter", str(adapter)])
+    llava_bidir.cli.main(
+        [*arguments, "--out", str(adapter.parent), "--model.adapter_init_scale", "4"]
+    )
+    llava_bidir.cli.main(
+        [*arguments, "--out", str(tmp_path / "run"), "--model.adapter", str(adapter)]
+    )
     shutil.rmtree(adapter)
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.ckpt")
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
@@ -328,7 +424,12 @@ def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(parts, c
 @pytest.mark.parametrize("frozen", ["float32", "bfloat16"])
 def test_lora_is_merged_into_what_is_exported(frozen, parts, conversations, tmp_path):
     """Frozen weights keep the dtype that they had in training, in the run's own export and in that of a checkpoint."""
-    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    argv = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     argv += ["--model.lora.r", "2", "--model.lora.alpha", "64", "--model.frozen_dtype", frozen]
     argv += ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "null"]
     llava_bidir.cli.main(argv)
@@ -351,11 +452,15 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(workers, pa
     (folder / "pictures/3.png").unlink()
     argv = ["fit", *tiny_models.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
     argv += ["--data.val_annotations", "null", "--data.num_workers", str(workers)]
-    with pytest.raises(SystemExit, match=r"^llava-bidir: record 3 \(id .r3.\): image .*pictures/3.png is missing$"):
+    with pytest.raises(
+        SystemExit, match=r"^llava-bidir: record 3 \(id .r3.\): image .*pictures/3.png is missing$"
+    ):
         llava_bidir.cli.main(argv)
 
 
-def test_data_is_loaded_where_processes_are_not_forked_by_default(parts, conversations, tmp_path, spawn):
+def test_data_is_loaded_where_processes_are_not_forked_by_default(
+    parts, conversations, tmp_path, spawn
+):
     argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*argv, "--data.num_workers", "1"])
     assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 3
@@ -369,9 +474,19 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    wanted = {"train/loss", "train/grad_norm", "train/supervised_tokens", "train/samples_per_s", "train/tokens_per_s"}
-    wanted |= {f"train/{name}" for name in ("step_s", "data_share", "padding_share", "text_only_share")}
-    assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(tags["scalars"])
+    wanted = {
+        "train/loss",
+        "train/grad_norm",
+        "train/supervised_tokens",
+        "train/samples_per_s",
+        "train/tokens_per_s",
+    }
+    wanted |= {
+        f"train/{name}" for name in ("step_s", "data_share", "padding_share", "text_only_share")
+    }
+    assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(
+        tags["scalars"]
+    )
     assert "hp_metric" not in tags["scalars"], "Lightning's placeholder, always -1"
     assert any("answers" in tag for tag in tags["tensors"])
 

@@ -7,16 +7,32 @@ import dataset_layouts
 import pytest
 import tiny_models
 import yaml
-from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from llava_bidir.model.lora import Lora
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN_ENCODER = ["demo/stage1.yaml", "demo/stage2.yaml", "real/stage1.yaml", "real/stage2.yaml"]  # a CLIP
+OWN_ENCODER = [
+    "demo/stage1.yaml",
+    "demo/stage2.yaml",
+    "real/stage1.yaml",
+    "real/stage2.yaml",
+]  # a CLIP
 TRAINING = ["stage1.yaml", "stage2.yaml", *OWN_ENCODER]
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
-CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
+CLUSTER = [
+    "cluster/ddp.yaml",
+    "cluster/zero2.yaml",
+    "cluster/zero3.yaml",
+    "cluster/zero3_offload.yaml",
+]
 PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/folder.yaml": (tiny_models.write_segmentation, 3),
     "probes/ade20k.yaml": (dataset_layouts.write_ade20k, 150),
@@ -36,10 +52,19 @@ def test_every_yaml_is_covered_here():
 def encoders(tmp_path_factory):
     """Tiny towers of each kind, to stand for those that the configs name."""
     root = tmp_path_factory.mktemp("encoders")
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     CLIPVisionModel(tiny_models.vision_config()).save_pretrained(root / "clip")
-    Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(root / "dinov2")
-    SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(root / "siglip")
+    Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(
+        root / "dinov2"
+    )
+    SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(
+        root / "siglip"
+    )
     return root
 
 
@@ -47,15 +72,27 @@ def instantiate(files, parts, conversations, encoder_path):
     from llava_bidir.training.cli import build_cli
 
     argv = [x for file in files for x in ("-c", str(CONFIGS / file))]
-    argv += ["--model.encoder.path", str(encoder_path), "--model.llm", parts[1], "--data.images", str(conversations)]
+    argv += [
+        "--model.encoder.path",
+        str(encoder_path),
+        "--model.llm",
+        parts[1],
+        "--data.images",
+        str(conversations),
+    ]
     argv += ["--data.annotations", str(conversations / "data.json"), "--trainer.accelerator", "cpu"]
     argv += ["--trainer.precision", "32-true"]
-    argv += ["--data.template", "vicuna_v1"] if files == ["real/stage2.yaml"] else []  # tiny LLMs have no chat template
+    argv += (
+        ["--data.template", "vicuna_v1"] if files == ["real/stage2.yaml"] else []
+    )  # tiny LLMs have no chat template
     return build_cli(argv, run=False)
 
 
 PAIRS = [
-    (stage, encoder) for stage in TRAINING for encoder in ENCODERS if stage not in OWN_ENCODER or "clip" in encoder
+    (stage, encoder)
+    for stage in TRAINING
+    for encoder in ENCODERS
+    if stage not in OWN_ENCODER or "clip" in encoder
 ]
 
 
@@ -73,11 +110,16 @@ def test_cluster_config_is_instantiated_upon_a_recipe(cluster, parts, conversati
 
     if "zero" in cluster and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed (extra: cluster) is not installed")
-    cli = instantiate(["stage2.yaml", "encoder/clip.yaml", cluster], parts, conversations, encoders / "clip")
+    cli = instantiate(
+        ["stage2.yaml", "encoder/clip.yaml", cluster], parts, conversations, encoders / "clip"
+    )
     strategy = cli.trainer.strategy
     assert isinstance(strategy, DeepSpeedStrategy if "zero" in cluster else DDPStrategy)
     if "zero" in cluster:
-        zero, width = strategy.config["zero_optimization"], 4096  # what Hugging Face's Trainer makes of "auto"
+        zero, width = (
+            strategy.config["zero_optimization"],
+            4096,
+        )  # what Hugging Face's Trainer makes of "auto"
         assert "auto" not in str(strategy.config) and zero["reduce_bucket_size"] == width * width
         assert zero["stage"] == (2 if "zero2" in cluster else 3)
         assert zero.get("stage3_prefetch_bucket_size", 0) in (0, int(0.9 * width * width))
@@ -125,8 +167,12 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
     files = ["stage2.yaml", "encoder/clip.yaml", budget]
     cli = instantiate(files, parts, conversations, encoders / "clip")
     stage2 = yaml.safe_load((CONFIGS / "stage2.yaml").read_text())
-    assert cli.datamodule.batch_size == stage2["data"]["batch_size"] and cli.datamodule.group_by_length
-    assert cli.trainer.num_devices == 1 and cli.datamodule.micro_batch_size < cli.datamodule.batch_size
+    assert (
+        cli.datamodule.batch_size == stage2["data"]["batch_size"] and cli.datamodule.group_by_length
+    )
+    assert (
+        cli.trainer.num_devices == 1 and cli.datamodule.micro_batch_size < cli.datamodule.batch_size
+    )
     assert cli.model.hparams.loss_average == "tokens"
     if "lora" in budget:  # Source: LLaVA scripts/v1_5/finetune_lora.sh
         rates = cli.model.hparams.learning_rate, cli.model.hparams.adapter_learning_rate
@@ -149,18 +195,27 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
         "cpu",
     ]
     cli = build_cli(argv, run=False)
-    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == bool(more)
+    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == bool(
+        more
+    )
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
     from probes.training.cli import build_cli
 
     argv = ["-c", str(CONFIGS / "probes/voc2012.yaml"), "--model.mllm", str(checkpoints["causal"])]
-    argv += ["--data.root", str(dataset_layouts.write_voc2012(tmp_path)), "--trainer.accelerator", "cpu"]
+    argv += [
+        "--data.root",
+        str(dataset_layouts.write_voc2012(tmp_path)),
+        "--trainer.accelerator",
+        "cpu",
+    ]
     more = ["--data.options.background", "class", "--data.options.train_list", "train"]
     data = build_cli([*argv, *more], run=False).datamodule
     assert data.num_classes == 21 and len(data.splits["training"]) == 2
-    with pytest.raises(ValueError, match="data.options.background is 'clas'; expected one of ignore, class"):
+    with pytest.raises(
+        ValueError, match="data.options.background is 'clas'; expected one of ignore, class"
+    ):
         build_cli([*argv, "--data.options.background", "clas"], run=False)
 
 
@@ -169,9 +224,17 @@ def test_probing_protocol_is_the_papers(file):
     """App. A.2: AdamW (0.9, 0.999), 1e-3, polynomial 0.9, no weight decay, batch 64, plain linear; 20 epochs, or for
     small data the steps that 20 epochs of ADE20K are."""
     config = yaml.safe_load((CONFIGS / file).read_text())
-    model = {"feature_norm": "none", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0}
+    model = {
+        "feature_norm": "none",
+        "learning_rate": 1e-3,
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.0,
+    }
     assert config["model"] == model and config["data"]["batch_size"] == 64
-    trainer, length = config["trainer"], ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch")
+    trainer, length = (
+        config["trainer"],
+        ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch"),
+    )
     if file == "probes/folder.yaml":
         steps = 20 * -(-20210 // 64)
         assert [trainer[key] for key in length] == [-1, steps, steps // 20, None]

@@ -25,32 +25,35 @@ from llava_bidir.toy_world import demo
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 REPORT = "report/results.json"
-PLANTED = [f"{name}/hf/model.safetensors" for name in ("causal/planted", "shuffled", "merged", "intact")]
+PLANTED = [
+    f"{name}/hf/model.safetensors" for name in ("causal/planted", "shuffled", "merged", "intact")
+]
+
+# DEMO is run again by the wheel that has made it, from a folder where nothing else can be imported: steps name files of
+# the installation that they read.
+if "DEMO" in os.environ and "WHEEL" in os.environ:
+    FOLDER = Path(os.environ["WHEEL"]).absolute() / "dist"
+    PROGRAM = [str(FOLDER.parent / "environment/bin/llava-bidir")]
+else:
+    FOLDER = ROOT
+    PROGRAM = [sys.executable, "-m", "llava_bidir"]
 
 pytestmark = pytest.mark.slow
 
 
-def program() -> list[str | Path]:
-    """Return the program that has made DEMO, or this clone's: steps name files of the installation that they read."""
-    if os.environ.get("DEMO") and (wheel := os.environ.get("WHEEL")):
-        return [Path(wheel).absolute() / "environment/bin/llava-bidir"]
-    return [sys.executable, "-m", "llava_bidir"]
-
-
-def folder() -> Path:
-    """Return where programs start: the clone, or a folder from which only the wheel can be imported."""
-    wheel = os.environ.get("DEMO") and os.environ.get("WHEEL")
-    return Path(wheel).absolute() / "dist" if wheel else ROOT
-
-
-def command(out: Path, *more: str) -> list[str | Path]:
-    return [*program(), "demo", "--out", str(out), "--scale", "0.05", *more]
+def command(out: Path, *more: str) -> list[str]:
+    return [*PROGRAM, "demo", "--out", str(out), "--scale", "0.05", *more]
 
 
 def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
-    words, environment = [*network_guard.cut(), *command(out, "--extras")], network_guard.watched(out / "network")
-    done = subprocess.run(words, cwd=folder(), env=environment, capture_output=True, text=True, timeout=DEMO_S)
+    words, environment = (
+        [*network_guard.cut(), *command(out, "--extras")],
+        network_guard.watched(out / "network"),
+    )
+    done = subprocess.run(
+        words, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=DEMO_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -88,7 +91,9 @@ def test_results_name_every_mask_and_control(finished):
 
 def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     truth = {
-        (study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim["truth"]
+        (study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim[
+            "truth"
+        ]
         for study in results(finished)["studies"]
         for claim in study["claims"]
         if "truth" in claim
@@ -109,7 +114,9 @@ def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(fini
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     probes, answers = found[::2], found[1::2]  # a line each by run
     assert min(probes[:2]) > probes[2], done.stdout
-    assert answers[0] > answers[2], done.stdout  # in CI's small demo the bidirectional model answers badly
+    assert answers[0] > answers[2], (
+        done.stdout
+    )  # in CI's small demo the bidirectional model answers badly
 
 
 def test_no_network_is_reached_for(finished):
@@ -122,16 +129,24 @@ def test_second_run_does_nothing(finished):
 
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
     with exclusive_run_lock(tmp_path, "demo"):
-        done = subprocess.run(command(tmp_path), cwd=folder(), capture_output=True, text=True, timeout=HANGING_S)
-    assert done.returncode != 0 and f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
+        done = subprocess.run(
+            command(tmp_path), cwd=FOLDER, capture_output=True, text=True, timeout=HANGING_S
+        )
+    assert (
+        done.returncode != 0
+        and f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
+    )
     assert not (tmp_path / "settings.json").exists() and not (tmp_path / "logs").exists()
 
 
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     words = command(finished, "--seed", "7")
-    done = subprocess.run(words, cwd=folder(), capture_output=True, text=True, timeout=HANGING_S)
-    assert done.returncode == 1 and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
+    done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, timeout=HANGING_S)
+    assert (
+        done.returncode == 1
+        and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
+    )
     assert results(finished) == before
 
 
@@ -139,17 +154,31 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
     before, kept = results(finished), finished / "causal/random1/metrics.json"
     kept.unlink()
     said = run(finished)
-    steps = {line.split("] ")[1].split(",")[0] for line in said.splitlines() if line.startswith("[")}
-    assert steps == {"causal/random1", "causal/random1/knockout", "causal/random1/answers", "report"}
+    steps = {
+        line.split("] ")[1].split(",")[0] for line in said.splitlines() if line.startswith("[")
+    }
+    assert steps == {
+        "causal/random1",
+        "causal/random1/knockout",
+        "causal/random1/answers",
+        "report",
+    }
     assert results(finished) == before
 
 
 def test_truth_is_printed_beside_what_was_found():
     columns = {"value": 0.123, "ci95": [0.1, 0.15]}
-    claim = {"claim": "recovery", "image_attention": "causal", "truth": "planted", "conclusion": "supported"}
+    claim = {
+        "claim": "recovery",
+        "image_attention": "causal",
+        "truth": "planted",
+        "conclusion": "supported",
+    }
     claim["verdicts"] = {"optimum": columns, "beyond_random": {"value": None, "ci95": None}}
     without = {key: value for key, value in claim.items() if key != "truth"}
-    text = demo.format_truth({"studies": [{"dataset": "2 scenes", "model": "clip + llm", "claims": [claim, without]}]})
+    text = demo.format_truth(
+        {"studies": [{"dataset": "2 scenes", "model": "clip + llm", "claims": [claim, without]}]}
+    )
     assert text.splitlines()[-1].split() == (
         "recovery 2 scenes causal planted +12.3 [+10.0, +15.0] untested supported".split()
     )
@@ -163,11 +192,14 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     The study, with which it ends, has such a test of its own.
     """
     chance, out, kills = random.Random(0), tmp_path / "demo", 0
-    deadline, ended = time.monotonic() + DEMO_S, lambda: all((out / file).is_file() for file in PLANTED)
+    deadline, ended = (
+        time.monotonic() + DEMO_S,
+        lambda: all((out / file).is_file() for file in PLANTED),
+    )
     while not ended():
         assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(command(out), cwd=folder(), start_new_session=True, **quiet)
+        running = subprocess.Popen(command(out), cwd=FOLDER, start_new_session=True, **quiet)
         until = time.monotonic() + chance.uniform(5, 20)
         while time.monotonic() < (until if kills < 3 else deadline) and not ended():
             time.sleep(0.1)
@@ -178,4 +210,6 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     for file in PLANTED:
         killed, whole = load_file(out / file), load_file(finished / file)
         assert killed.keys() == whole.keys()
-        assert all(np.array_equal(killed[name], whole[name], equal_nan=True) for name in whole), file
+        assert all(np.array_equal(killed[name], whole[name], equal_nan=True) for name in whole), (
+            file
+        )

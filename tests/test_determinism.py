@@ -21,9 +21,15 @@ APART = "events.out.tfevents.*"
 
 def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     """All files that the pipeline leaves in `out`, by name."""
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "PYTHONHASHSEED": hash_seed,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "tests/helpers/demo_pipeline.py", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGING_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     files = [path for path in out.rglob("*") if path.is_file() and not path.match(APART)]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
@@ -37,7 +43,11 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     again = everything(tmp_path / "run", "2")
     assert set(first) == set(again)
     assert [name for name in sorted(first) if first[name] != again[name]] == []
-    wanted = {"assets/captions.json", "assets/encoder/model.safetensors", "stage2/hf/model.safetensors"}
+    wanted = {
+        "assets/captions.json",
+        "assets/encoder/model.safetensors",
+        "stage2/hf/model.safetensors",
+    }
     wanted |= {
         "stage2/hf/training.json",
         "causal/checkpoints/last.ckpt",
@@ -47,7 +57,10 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     }
     of_a_run = ("metrics.json", "manifest.json", "counts.safetensors", "probes.safetensors")
     wanted |= {f"causal/{name}" for name in (*of_a_run, "knockout.json", "knockout.safetensors")}
-    wanted |= {f"report/{name}" for name in ("index.html", "results.json", "explorer.html", "layers.png", "layers.pdf")}
+    wanted |= {
+        f"report/{name}"
+        for name in ("index.html", "results.json", "explorer.html", "layers.png", "layers.pdf")
+    }
     assert wanted <= set(first), "or not much was compared"
 
 
@@ -61,19 +74,38 @@ def forgiving():
 @pytest.mark.slow
 def test_deterministic_algorithms_change_no_training(forgiving, parts, conversations, tmp_path):
     """On a CPU; it also fills memory that nobody has written with NaN."""
-    run = ["fit", *tiny_models.training_arguments(parts, conversations), "--trainer.accelerator", "cpu"]
-    run += ["--trainer.log_every_n_steps", "1"]  # rates, which are not to be exported, are measured at each
+    run = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    run += [
+        "--trainer.log_every_n_steps",
+        "1",
+    ]  # rates, which are not to be exported, are measured at each
     for out, more in (("as it is", []), ("deterministic", ["--trainer.deterministic", "true"])):
         llava_bidir([*run, "--out", str(tmp_path / out), *more])
     for name in ("model.safetensors", "training.json", "README.md"):
-        assert (tmp_path / "deterministic/hf" / name).read_bytes() == (tmp_path / "as it is/hf" / name).read_bytes()
+        assert (tmp_path / "deterministic/hf" / name).read_bytes() == (
+            tmp_path / "as it is/hf" / name
+        ).read_bytes()
 
 
 @pytest.mark.slow
 def test_deterministic_algorithms_change_no_probe(forgiving, checkpoints, segmentation, tmp_path):
-    run = ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(checkpoints["causal"]), "--data.root"]
+    run = [
+        "fit",
+        "-c",
+        "configs/demo/probes.yaml",
+        "--model.mllm",
+        str(checkpoints["causal"]),
+        "--data.root",
+    ]
     run += [str(segmentation), "--trainer.max_epochs", "2"]
     for out, more in (("as it is", []), ("deterministic", ["--trainer.deterministic", "true"])):
         probes([*run, "--out", str(tmp_path / out), *more])
     for name in ("metrics.json", "counts.safetensors", "probes.safetensors"):
-        assert (tmp_path / "deterministic" / name).read_bytes() == (tmp_path / "as it is" / name).read_bytes()
+        assert (tmp_path / "deterministic" / name).read_bytes() == (
+            tmp_path / "as it is" / name
+        ).read_bytes()

@@ -23,7 +23,9 @@ import probes.cli
 from probes.studies import command as study
 
 ROOT = Path(__file__).parents[1]
-LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+LISTED = subprocess.run(
+    ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+)
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
 MOST_LINES = {
@@ -69,12 +71,18 @@ def commands(text: str) -> list[list[str]]:
         variables = dict(re.findall(r"^(\w+)=\"?([^\"\n]*)\"?$", "\n".join(lines), re.M))
         for line in lines:
             words = shlex.split(Template(line).safe_substitute(variables), comments=True)
-            parts = [list(part) for joint, part in groupby(words, lambda word: word in ("&&", "|", ";")) if not joint]
+            parts = [
+                list(part)
+                for joint, part in groupby(words, lambda word: word in ("&&", "|", ";"))
+                if not joint
+            ]
             found += [list(dropwhile(re.compile(r"\w+=").match, part)) for part in parts]
     return [words for words in found if words]
 
 
-COMMANDS = sorted({(name, shlex.join(words)) for name, text in TEXTS.items() for words in commands(text)})
+COMMANDS = sorted(
+    {(name, shlex.join(words)) for name, text in TEXTS.items() for words in commands(text)}
+)
 OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[0] in PROGRAMS]
 
 
@@ -101,15 +109,21 @@ def test_relative_links_and_anchors_resolve(name):
         assert target.exists(), f"{name}: {link}"
         assert target.resolve().is_relative_to(ROOT), f"{name}: {link} leads out of the repository"
         target = target / "README.md" if target.is_dir() else target
-        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link}"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (
+            f"{name}: {link}"
+        )
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_files_in_inline_code_exist(name):
     if name == "CHANGELOG.md":  # has old names, too
         return
-    for path in re.findall(r"`((?:llava_bidir|probes|tests|configs|slurm|\.ci)/[\w./]*)`", prose(TEXTS[name])):
-        assert any((folder / path).exists() for folder in (ROOT, (ROOT / name).parent)), f"{name}: {path}"
+    for path in re.findall(
+        r"`((?:llava_bidir|probes|tests|configs|slurm|\.ci)/[\w./]*)`", prose(TEXTS[name])
+    ):
+        assert any((folder / path).exists() for folder in (ROOT, (ROOT / name).parent)), (
+            f"{name}: {path}"
+        )
 
 
 @pytest.mark.parametrize("name", MOST_LINES)
@@ -118,7 +132,9 @@ def test_length(name):
 
 
 def test_every_folder_of_the_readme_has_a_readme():
-    assert {f"{folder}/README.md" for folder in ("llava_bidir", "probes", "configs", "slurm", "tests")} <= set(TEXTS)
+    assert {
+        f"{folder}/README.md" for folder in ("llava_bidir", "probes", "configs", "slurm", "tests")
+    } <= set(TEXTS)
 
 
 # ------------------------------------------------------------------------------------------------------ commands
@@ -140,14 +156,22 @@ def test_documents_have_commands():
 def test_files_and_targets_of_commands_exist(name, command):
     program, *words = shlex.split(command)
     if program == "make":
-        assert all(word in TARGETS for word in words if "=" not in word and not word.startswith("-"))
-    files = [word for word in words if re.match(r"(configs|tests|slurm|llava_bidir|probes)/[\w./-]+$", word)]
+        assert all(
+            word in TARGETS for word in words if "=" not in word and not word.startswith("-")
+        )
+    files = [
+        word
+        for word in words
+        if re.match(r"(configs|tests|slurm|llava_bidir|probes)/[\w./-]+$", word)
+    ]
     files += [program] if re.match(r"(slurm|configs|tests|\.ci)/", program) else []
     created = {file for diff, _ in EXAMPLES.values() for file in files_of(diff)}
     assert all((ROOT / file).exists() or file in created for file in files), files
 
 
-@pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if not takes_config(row[1])])
+@pytest.mark.parametrize(
+    ("name", "command"), [row for row in OF_PROGRAMS if not takes_config(row[1])]
+)
 def test_command_parses(name, command, capsys):
     program, *words = shlex.split(command)
     shortened = "..." in words
@@ -159,7 +183,9 @@ def test_command_parses(name, command, capsys):
             PROGRAMS[program].build_parser().parse_args(words)
     except SystemExit as end:
         message = capsys.readouterr().err.strip().splitlines()[-1:]
-        assert end.code == 0 or (shortened and "arguments are required" in message[0]), f"{name}: {message}"
+        assert end.code == 0 or (shortened and "arguments are required" in message[0]), (
+            f"{name}: {message}"
+        )
 
 
 class Parsed(BaseException):
@@ -190,19 +216,27 @@ def test_configured_command_parses(name, command, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-@pytest.mark.parametrize(("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "python")])
+@pytest.mark.parametrize(
+    ("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "python")]
+)
 def test_python_block_compiles_and_uses_what_exists(name, block):
     for node in ast.walk(ast.parse(block)):
         match node:
             case ast.ImportFrom(module=module) if module.split(".")[0] in ("probes", "llava_bidir"):
-                assert all(hasattr(import_module(module), alias.name) for alias in node.names), ast.unparse(node)
+                assert all(hasattr(import_module(module), alias.name) for alias in node.names), (
+                    ast.unparse(node)
+                )
             case ast.Attribute(value=ast.Name(id="probes"), attr=attribute):
                 assert hasattr(probes, attribute), ast.unparse(node)
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=variable), attr=method)) if variable in CLASSES:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=variable), attr=method)) if (
+                variable in CLASSES
+            ):
                 assert hasattr(getattr(probes, CLASSES[variable]), method), ast.unparse(node)
 
 
-@pytest.mark.parametrize(("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "json")])
+@pytest.mark.parametrize(
+    ("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "json")]
+)
 def test_json_block_is_json(name, block):
     json.loads(block)
 
@@ -211,7 +245,10 @@ def test_tools_have_the_same_versions_everywhere():
     locked = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     revisions = {repo["repo"].rpartition("/")[2]: repo["rev"].removeprefix("v") for repo in hooks}
-    assert revisions["ruff-pre-commit"] == locked["ruff"] and revisions["codespell"] == locked["codespell"]
+    assert (
+        revisions["ruff-pre-commit"] == locked["ruff"]
+        and revisions["codespell"] == locked["codespell"]
+    )
     software = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert software["version"] == llava_bidir.__version__
 
@@ -220,7 +257,9 @@ def test_tools_have_the_same_versions_everywhere():
 def tiers(file: str) -> dict[str, bool]:
     """Return {test: whether it runs in the nightly job only} of a file; cases with marks of their own do not count."""
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-    of_file = [ast.unparse(node) for node in tree.body if ast.unparse(node).startswith("pytestmark = ")]
+    of_file = [
+        ast.unparse(node) for node in tree.body if ast.unparse(node).startswith("pytestmark = ")
+    ]
     all_nightly = any("pytest.mark.nightly" in text for text in of_file)
     return {
         node.name: all_nightly or "pytest.mark.nightly" in map(ast.unparse, node.decorator_list)
@@ -231,7 +270,9 @@ def tiers(file: str) -> dict[str, bool]:
 
 def test_every_promise_names_tests_that_exist_and_says_if_they_are_nightly_only():
     assert len(promises.rows()) > 40
-    nightly = {test: tiers(test.partition("::")[0])[test.partition("::")[2]] for test in promises.rows()}
+    nightly = {
+        test: tiers(test.partition("::")[0])[test.partition("::")[2]] for test in promises.rows()
+    }
     for row in set(promises.rows().values()):
         of_row = [nightly[test] for test in nightly if f"`{test}`" in row]
         assert ("(nightly)" in row) == all(of_row), row[:100]
@@ -272,8 +313,12 @@ def test_there_are_seven_examples_each_with_a_test():
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
         new = re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", diff, re.M)
-        places = {str(Path(name).parent) if name in new else name for name in files_of(diff)}  # a new folder is one
-        assert len(tests) == 1 and len(places) <= 3 and command.startswith("python -m pytest tests/")
+        places = {
+            str(Path(name).parent) if name in new else name for name in files_of(diff)
+        }  # a new folder is one
+        assert (
+            len(tests) == 1 and len(places) <= 3 and command.startswith("python -m pytest tests/")
+        )
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -291,12 +336,18 @@ def test_examples_work_as_written(copy):
         assert (python, pytest_) == ("python", "pytest")
         own = [word for word in arguments if word.endswith(".py")]
         files += own
-        chosen += [arguments[-1] if "-k" in arguments else " or ".join(Path(file).stem for file in own)]
+        chosen += [
+            arguments[-1] if "-k" in arguments else " or ".join(Path(file).stem for file in own)
+        ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
     words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]
     passed = run([sys.executable, "-m", "pytest", *words], copy, env=environment)
-    assert {*files} == {*re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)} and " FAILED" not in passed
+    assert {*files} == {
+        *re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)
+    } and " FAILED" not in passed
     for check in (["check"], ["format", "--check"]):
-        changed = [name for diff, _ in EXAMPLES.values() for name in files_of(diff) if name.endswith(".py")]
+        changed = [
+            name for diff, _ in EXAMPLES.values() for name in files_of(diff) if name.endswith(".py")
+        ]
         run([sys.executable, "-m", "ruff", *check, *dict.fromkeys(changed)], copy)

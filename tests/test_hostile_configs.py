@@ -43,8 +43,14 @@ def config_error(package: str, argv: list[str]) -> str | None:
 
 
 SYSTEM = {"class_path": "os.system", "init_args": {"command": "touch executed"}}
-DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"find_unused_parameters": SYSTEM}}
-LAMBDA = {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": "os.system"}}
+DDP = {
+    "class_path": "lightning.pytorch.strategies.DDPStrategy",
+    "init_args": {"find_unused_parameters": SYSTEM},
+}
+LAMBDA = {
+    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+    "init_args": {"on_fit_start": "os.system"},
+}
 CALLS = [
     ("probes", {"data": {"options": {"background": SYSTEM}}}),
     ("probes", {"data": {"options": SYSTEM}}),
@@ -56,12 +62,16 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("package", "config"), CALLS)
-def test_config_makes_only_classes_of_declared_kinds(package, config, arguments, tmp_path, monkeypatch):
+def test_config_makes_only_classes_of_declared_kinds(
+    package, config, arguments, tmp_path, monkeypatch
+):
     """Options and strategy settings have type Any: there jsonargparse calls whatever a class_path names."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr("os.system", lambda command: pytest.fail("executed"))
     message = config_error(package, [*arguments[package], "-c", str(tmp_path / "c.yaml")])
-    assert message is not None and any(word in message for word in ("os.system", "LambdaCallback", "does not accept"))
+    assert message is not None and any(
+        word in message for word in ("os.system", "LambdaCallback", "does not accept")
+    )
 
 
 def test_settings_in_a_checkpoint_make_no_classes(arguments, tmp_path, capsys):
@@ -78,15 +88,28 @@ def test_settings_in_a_checkpoint_make_no_classes(arguments, tmp_path, capsys):
 
 @pytest.mark.parametrize("package", MAIN)
 def test_weights_only_cannot_be_switched_off(package, arguments, tmp_path):
-    with pytest.raises(SystemExit, match="--weights_only false is not supported: checkpoints are never loaded"):
-        MAIN[package](["fit", *arguments[package], "--out", str(tmp_path), "--weights_only", "false"])
+    with pytest.raises(
+        SystemExit, match="--weights_only false is not supported: checkpoints are never loaded"
+    ):
+        MAIN[package](
+            ["fit", *arguments[package], "--out", str(tmp_path), "--weights_only", "false"]
+        )
 
 
 @pytest.mark.parametrize("package", MAIN)
 def test_time_limit_that_would_end_as_a_finished_run_is_an_error(package, arguments, tmp_path):
     """Lightning counts the epoch in which it stops as complete: the run was exported, and could not be resumed."""
     with pytest.raises(SystemExit, match="trainer.max_time is not supported"):
-        MAIN[package](["fit", *arguments[package], "--out", str(tmp_path), "--trainer.max_time", "00:00:00:01"])
+        MAIN[package](
+            [
+                "fit",
+                *arguments[package],
+                "--out",
+                str(tmp_path),
+                "--trainer.max_time",
+                "00:00:00:01",
+            ]
+        )
 
 
 FILES = {  # content of the file: error
@@ -114,7 +137,9 @@ def test_missing_config_is_an_error(package, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("package", MAIN)
-@pytest.mark.parametrize(("text", "word"), [("{max_steps: null}", "max_steps"), ("{max_steps: -7}", "passed in -7")])
+@pytest.mark.parametrize(
+    ("text", "word"), [("{max_steps: null}", "max_steps"), ("{max_steps: -7}", "passed in -7")]
+)
 def test_error_of_lightning_is_an_error_of_the_config(text, word, package, arguments, tmp_path):
     (tmp_path / "c.yaml").write_text(f"trainer: {text}\n")
     message = config_error(package, [*arguments[package], "-c", str(tmp_path / "c.yaml")])
@@ -123,7 +148,13 @@ def test_error_of_lightning_is_an_error_of_the_config(text, word, package, argum
 
 def test_unknown_image_attention_is_one_line(arguments, tmp_path):
     message = r"^llava-bidir: model.image_attention: unknown image_attention 'nonsense'; registered: bidirectional, ca"
-    argv = [*arguments["llava_bidir"], "--model.image_attention", "nonsense", "--out", str(tmp_path)]
+    argv = [
+        *arguments["llava_bidir"],
+        "--model.image_attention",
+        "nonsense",
+        "--out",
+        str(tmp_path),
+    ]
     for command in ("fit", "inspect"):
         with pytest.raises(SystemExit, match=message):
             llava_bidir.cli.main([command, *argv])
@@ -151,8 +182,14 @@ def test_number_out_of_range_is_an_error_that_names_its_key(key, arguments):
 def test_bug_keeps_its_traceback(arguments, tmp_path, monkeypatch):
     """Also where Lightning builds the classes: int("x") fails in our code, not in a library."""
     bug = eval("lambda *args, **kwargs: int('x')", {"__name__": "llava_bidir.model.build"})
-    for function in ("llava_bidir.training.module.build_processor", "llava_bidir.training.module.build_model"):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match="invalid literal for int") as error:
+    for function in (
+        "llava_bidir.training.module.build_processor",
+        "llava_bidir.training.module.build_model",
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match="invalid literal for int") as error,
+        ):
             patch.setattr(function, bug)
             llava_bidir.cli.main(["fit", *arguments["llava_bidir"], "--out", str(tmp_path)])
         assert type(error.value) is ValueError
@@ -161,17 +198,31 @@ def test_bug_keeps_its_traceback(arguments, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ fuzz
 KEYS = {  # keys that start nothing outside the process and take no time, whatever their value
     "probes": [
-        *("model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()),
+        *(
+            "model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()
+        ),
         *("model.head model.feature_norm model.learning_rate model.betas".split()),
-        *("data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
-        *("data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()),
+        *(
+            "data.root data.dataset data.options data.name data.batch_size data.cache_features".split()
+        ),
+        *(
+            "data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()
+        ),
         *("trainer.strategy seed_everything out".split()),
     ],
     "llava_bidir": [
-        *("model.encoder model.llm model.trainable model.image_attention model.image_resize model.adapter".split()),
-        *("model.learning_rate model.betas model.warmup_ratio model.loss_average model.lora".split()),
-        *("model.max_new_tokens model.encoder.name model.encoder.layer model.lora.r data.annotations".split()),
-        *("data.images data.template data.batch_size data.micro_batch_size data.max_length".split()),
+        *(
+            "model.encoder model.llm model.trainable model.image_attention model.image_resize model.adapter".split()
+        ),
+        *(
+            "model.learning_rate model.betas model.warmup_ratio model.loss_average model.lora".split()
+        ),
+        *(
+            "model.max_new_tokens model.encoder.name model.encoder.layer model.lora.r data.annotations".split()
+        ),
+        *(
+            "data.images data.template data.batch_size data.micro_batch_size data.max_length".split()
+        ),
         *("trainer.max_steps trainer.plugins".split()),
     ],
 }
@@ -181,13 +232,17 @@ SCALARS = st.one_of(
     st.integers(-3, 3),
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=5),
-    st.sampled_from(["../..", "/", "causal", "lightning.Callback", "${HOME}", "{}", "[1", "class_path"]),
+    st.sampled_from(
+        ["../..", "/", "causal", "lightning.Callback", "${HOME}", "{}", "[1", "class_path"]
+    ),
 )
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["class_path", "init_args", "name", "r", "a", ""]), inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["class_path", "init_args", "name", "r", "a", ""]), inner, max_size=3
+        ),
     ),
     max_leaves=5,
 )
@@ -195,7 +250,9 @@ VALUES = st.recursive(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", KEYS)
-def test_any_value_at_any_key_works_or_is_an_error_of_the_config(package, arguments, tmp_path_factory):
+def test_any_value_at_any_key_works_or_is_an_error_of_the_config(
+    package, arguments, tmp_path_factory
+):
     file = tmp_path_factory.mktemp("fuzz") / "c.yaml"
 
     @settings(deadline=None, suppress_health_check=list(HealthCheck))

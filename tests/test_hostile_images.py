@@ -111,7 +111,8 @@ UNUSUAL = [
     (entrance, name)
     for entrance in ("record", "image of a data set", UPLOAD)
     for name in hostile_images.VALID
-    if entrance != "image of a data set" or name.endswith((".png", ".jpg"))  # as files are looked for
+    if entrance != "image of a data set"
+    or name.endswith((".png", ".jpg"))  # as files are looked for
 ]
 
 
@@ -182,7 +183,9 @@ def test_decompression_bomb_uses_no_memory_and_no_time(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- any bytes
 WHOLE = [*hostile_images.VALID.values()]
-WHOLE += [hostile_images.encoded(hostile_images.noise(), name) for name in ("BMP", "TIFF", "WEBP", "JPEG")]
+WHOLE += [
+    hostile_images.encoded(hostile_images.noise(), name) for name in ("BMP", "TIFF", "WEBP", "JPEG")
+]
 CHANGE = st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6), st.booleans())
 
 
@@ -191,7 +194,9 @@ CHANGE = st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6), st.
     changes=st.lists(CHANGE, min_size=1, max_size=4),
     end=st.none() | st.integers(0, 2**16),
 )
-def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(tmp_path_factory, content, changes, end):
+def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(
+    tmp_path_factory, content, changes, end
+):
     for position, new, insert in changes:
         position %= len(content)
         rest = content[position:] if insert else content[position + len(new) :]

@@ -35,7 +35,11 @@ class Payload:
 
 def poisoned(file: Path, marker: Path, kind: str) -> None:
     """Write a file that writes `marker` when it is unpickled, in torch's format or as a bare pickle."""
-    content = {"state_dict": {}, "hyper_parameters": {"image_attention": "causal"}, "weight": Payload(marker)}
+    content = {
+        "state_dict": {},
+        "hyper_parameters": {"image_attention": "causal"},
+        "weight": Payload(marker),
+    }
     torch.save(content, file) if kind == "torch" else file.write_bytes(pickle.dumps(content))
 
 
@@ -60,7 +64,12 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
 
     copies = (Encoder("clip", str(encoder), layer=-1), str(llm))
     picture = str(conversations / "pictures/0.png")
-    train = ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")]
+    train = [
+        "fit",
+        *tiny_models.training_arguments(copies, conversations),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     return {
         "root": tmp_path,
         "hf": tmp_path / "hf",
@@ -69,7 +78,13 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
         "train": train,
         "adapter": [*train, "--model.adapter", str(tmp_path / "hf")],
         "generate": ["generate", str(tmp_path / "hf"), picture, "sky", "--max-new-tokens", "2"],
-        "states": ["states", str(tmp_path / "hf"), picture, "--out", str(tmp_path / "s.safetensors")],
+        "states": [
+            "states",
+            str(tmp_path / "hf"),
+            picture,
+            "--out",
+            str(tmp_path / "s.safetensors"),
+        ],
         "sites": ["sites", str(tmp_path / "hf")],
         "export": ["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")],
         "probe": probe_runs.arguments(tmp_path / "hf", segmentation, tmp_path / "probes"),
@@ -109,10 +124,15 @@ PICKLES = {  # entry point: (what is replaced, command)
 @pytest.mark.parametrize("entry", PICKLES)
 def test_pickled_code_is_never_executed(entry, kind, place):
     what, command = PICKLES[entry]
-    files = {"model.safetensors": place["hf"] / "model.safetensors", "x.ckpt": place["root"] / "x.ckpt"}
+    files = {
+        "model.safetensors": place["hf"] / "model.safetensors",
+        "x.ckpt": place["root"] / "x.ckpt",
+    }
     file = files.get(what) or only_pickles(place[what])
     poisoned(file, place["root"] / MARKER, kind)
-    message = refused(MAIN[command], place[command] + ["--ckpt_path", str(file)] * ("--ckpt_path" in entry))
+    message = refused(
+        MAIN[command], place[command] + ["--ckpt_path", str(file)] * ("--ckpt_path" in entry)
+    )
     assert not (place["root"] / MARKER).exists() and not (place["root"] / "out").exists()
     assert str(file) in message or str(file.parent) in message, message
 
@@ -124,7 +144,9 @@ Path({{marker!r}}).write_text("x")
 
 
 @pytest.mark.parametrize("model_type", [None, "made_up"])
-@pytest.mark.parametrize("entry", ["generate", "states", "sites", "probe", "encoder", "llm", "adapter"])
+@pytest.mark.parametrize(
+    "entry", ["generate", "states", "sites", "probe", "encoder", "llm", "adapter"]
+)
 def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeypatch):
     """auto_map of config, model, tokenizer and processors, with a known and an unknown type; custom_generate/; and a
     user who would confirm a prompt."""
@@ -134,12 +156,25 @@ def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeyp
     (directory / "custom_generate").mkdir()
     for name in ("modeling.py", "evil.py", "custom_generate/generate.py", "__init__.py"):
         (directory / name).write_text(CODE.replace("{marker!r}", repr(str(marker))))
-    kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer")
+    kinds = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoTokenizer",
+    )
     evil = {kind: "evil.Evil" for kind in (*kinds, "AutoProcessor", "AutoImageProcessor")}
-    names = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    names = (
+        "config.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+    )
     for name in names:
         facts = json.loads((directory / name).read_text()) if (directory / name).is_file() else {}
-        facts["auto_map"] = evil | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]} if "tok" in name else evil
+        facts["auto_map"] = (
+            evil | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]} if "tok" in name else evil
+        )
         if name == "config.json" and model_type:
             facts["model_type"] = model_type
         if facts.keys() != {"auto_map"}:
@@ -185,36 +220,74 @@ def drop(part: str):
 
 DEEP = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 DAMAGES = {  # damage: (function, error)
-    "no config": (lambda directory: (directory / "config.json").unlink(), "contains no config.json"),
+    "no config": (
+        lambda directory: (directory / "config.json").unlink(),
+        "contains no config.json",
+    ),
     "not JSON": (content("config.json", b"{"), "config.json' is not a valid JSON"),
     "deep JSON": (content("config.json", DEEP), "hf: RecursionError"),
     "no kind": (content("config.json", b"{}"), "hf: Unrecognized model"),
-    "unknown kind": (rewritten(model_type="nope"), "it requires code from the checkpoint, which is never executed"),
+    "unknown kind": (
+        rewritten(model_type="nope"),
+        "it requires code from the checkpoint, which is never executed",
+    ),
     "no heads": (rewritten(text_config__num_attention_heads=0), "ZeroDivisionError"),
-    "no layers": (rewritten(text_config__num_hidden_layers=0), "layers of the LLM: 0; expected 1 or more"),
-    "layers too many": (rewritten(text_config__num_hidden_layers=4), r"lacks 9 tensors, e.g. .*layers.3"),
+    "no layers": (
+        rewritten(text_config__num_hidden_layers=0),
+        "layers of the LLM: 0; expected 1 or more",
+    ),
+    "layers too many": (
+        rewritten(text_config__num_hidden_layers=4),
+        r"lacks 9 tensors, e.g. .*layers.3",
+    ),
     "layers too few": (
         rewritten(text_config__num_hidden_layers=2),
         r"has more layers than its config, in 9 tensors, e.g. .*layers.2",
     ),
     "no patches": (rewritten(vision_config__patch_size=0), "config.json of .*ZeroDivisionError"),
-    "image tokens without end": (rewritten(image_seq_length=10**8), "image_seq_length is 100000000, but .* has 4"),
-    "pixels without end": (rewritten(vision_config__image_size=10**6), "image tokens; expected 1 to 128"),
-    "no weights": (lambda directory: (directory / "model.safetensors").unlink(), "OSError: Error no file named"),
-    "weights cut short": (content("model.safetensors", b"\x08" + bytes(100)), "hf: SafetensorError"),
-    "header without end": (content("model.safetensors", (2**60).to_bytes(8, "little")), "hf: SafetensorError"),
+    "image tokens without end": (
+        rewritten(image_seq_length=10**8),
+        "image_seq_length is 100000000, but .* has 4",
+    ),
+    "pixels without end": (
+        rewritten(vision_config__image_size=10**6),
+        "image tokens; expected 1 to 128",
+    ),
+    "no weights": (
+        lambda directory: (directory / "model.safetensors").unlink(),
+        "OSError: Error no file named",
+    ),
+    "weights cut short": (
+        content("model.safetensors", b"\x08" + bytes(100)),
+        "hf: SafetensorError",
+    ),
+    "header without end": (
+        content("model.safetensors", (2**60).to_bytes(8, "little")),
+        "hf: SafetensorError",
+    ),
     "no LLM": (drop("language_model"), r"lacks \d+ tensors, e.g. "),
-    "no adapter": (drop("multi_modal_projector"), r"lacks 4 tensors, e.g. model.multi_modal_projector"),
-    "one tensor missing": (drop("layers.1.mlp.up_proj"), r"lacks 1 tensors, e.g. .*layers.1.mlp.up_proj.weight"),
+    "no adapter": (
+        drop("multi_modal_projector"),
+        r"lacks 4 tensors, e.g. model.multi_modal_projector",
+    ),
+    "one tensor missing": (
+        drop("layers.1.mlp.up_proj"),
+        r"lacks 1 tensors, e.g. .*layers.1.mlp.up_proj.weight",
+    ),
     "another shape": (
         weights(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 3)})),
         r"has shapes that differ from its config in 1 tensors, e.g. lm_head.weight",
     ),
     "not finite": (
-        weights(lambda tensors: tensors["model.multi_modal_projector.linear_1.bias"].fill_(float("nan"))),
+        weights(
+            lambda tensors: tensors["model.multi_modal_projector.linear_1.bias"].fill_(float("nan"))
+        ),
         r"values that are not finite in 1 tensors, e.g. model.multi_modal_projector.linear_1.bias",
     ),
-    "no vocabulary": (lambda directory: (directory / "tokenizer.json").unlink(), "contains no vocabulary"),
+    "no vocabulary": (
+        lambda directory: (directory / "tokenizer.json").unlink(),
+        "contains no vocabulary",
+    ),
     "damaged tokenizer": (content("tokenizer.json", b'{"model": 3}'), "tokenizer: .*hf: "),
     "damaged processor": (
         content("processor_config.json", b"{"),
@@ -251,21 +324,30 @@ def test_damaged_checkpoint_is_an_error_that_says_where(what, checkpoints, tmp_p
 def test_damaged_parts_are_errors_before_training(which, what, key, place):
     DAMAGES[what][0](place[which])
     assert key in refused(llava_bidir.cli.main, place["adapter" if which == "hf" else "train"])
-    assert not list((place["root"] / "run").glob("checkpoints/*")) and not (place["root"] / "run/hf").exists()
+    assert (
+        not list((place["root"] / "run").glob("checkpoints/*"))
+        and not (place["root"] / "run/hf").exists()
+    )
 
 
 def test_invalid_patch_size_is_an_error(parts, tmp_path):
     from llava_bidir.model.encoders import Encoder
 
     shutil.copytree(parts[0].path, tmp_path / "encoder")
-    for size, message in ((0, "ZeroDivisionError"), (-4, "make -2 a side"), (9, "make 0 a side of 8 px; expected 1")):
+    for size, message in (
+        (0, "ZeroDivisionError"),
+        (-4, "make -2 a side"),
+        (9, "make 0 a side of 8 px; expected 1"),
+    ):
         rewritten(patch_size=size)(tmp_path / "encoder")
         with pytest.raises(ValueError, match=message):
             Encoder("clip", str(tmp_path / "encoder")).load_config()
 
 
 def test_unknown_hub_id_is_an_error():
-    with pytest.raises(ValueError, match="MLLM: 'no/such' is neither a checkpoint directory nor a hub id"):
+    with pytest.raises(
+        ValueError, match="MLLM: 'no/such' is neither a checkpoint directory nor a hub id"
+    ):
         read_pretrained("MLLM", AutoConfig, "no/such")
 
 
@@ -280,7 +362,9 @@ def hub(checkpoints, tmp_path, monkeypatch):
     return repository / "snapshots/0123"
 
 
-@pytest.mark.parametrize("what", ["no vocabulary", "one tensor missing", "not finite", "weights cut short"])
+@pytest.mark.parametrize(
+    "what", ["no vocabulary", "one tensor missing", "not finite", "weights cut short"]
+)
 def test_hub_ids_are_checked_like_directories(what, hub):
     assert probes.load("org/name").sites
     spoil, message = DAMAGES[what]

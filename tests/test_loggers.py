@@ -43,7 +43,17 @@ class Wandb(WandbLogger):
 class Client:
     """The part of `mlflow.MlflowClient` that is used; with its signatures."""
 
-    def log_image(self, run_id, image, artifact_file=None, *, key=None, step=None, timestamp=None, synchronous=None):
+    def log_image(
+        self,
+        run_id,
+        image,
+        artifact_file=None,
+        *,
+        key=None,
+        step=None,
+        timestamp=None,
+        synchronous=None,
+    ):
         SAID["images"].append((key.rpartition("/")[0], [image]))
 
     def log_text(self, run_id, text, artifact_file):
@@ -73,21 +83,44 @@ def names(kind: str) -> set[str]:
 def test_training(logger, parts, conversations, tmp_path, monkeypatch):
     arguments = tiny_models.training_arguments(parts, conversations)
     llava_bidir.cli.main(["fit", *arguments, "--out", str(tmp_path / "run"), *logger])
-    assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics") and SAID["settings"]
+    assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics") and SAID[
+        "settings"
+    ]
     assert names("images") == {"validation/images", "validation/attention_mask"}
-    assert all(image.ndim == 3 and image.dtype == "uint8" for _, images in SAID["images"] for image in images)
+    assert all(
+        image.ndim == 3 and image.dtype == "uint8"
+        for _, images in SAID["images"]
+        for image in images
+    )
     assert names("text") == {"validation/answers"} and "expected" in SAID["text"][0][1]
     (masks,) = {images[0].shape for name, images in SAID["images"] if "mask" in name}
     assert masks[0] == masks[1] > tiny_models.TOKENS
-    assert (tmp_path / "run/config.yaml").is_file() and list((tmp_path / "run/checkpoints").glob("*.ckpt"))
+    assert (tmp_path / "run/config.yaml").is_file() and list(
+        (tmp_path / "run/checkpoints").glob("*.ckpt")
+    )
 
 
 def test_probes(logger, checkpoints, segmentation, tmp_path):
-    command = ["fit", "-c", "demo/probes", "--trainer.max_epochs", "1", "--data.batch_size", "2", *logger]
+    command = [
+        "fit",
+        "-c",
+        "demo/probes",
+        "--trainer.max_epochs",
+        "1",
+        "--data.batch_size",
+        "2",
+        *logger,
+    ]
     command += ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
     probes.cli.main([*command, "--out", str(tmp_path / "run")])
     sites = set(probes.ProbeRun(tmp_path / "run").sites)
     assert names("images") == {"maps/truth", *(f"maps/{site}" for site in sites)}
-    assert all(image.ndim == 3 and image.dtype == "uint8" for _, images in SAID["images"] for image in images)
+    assert all(
+        image.ndim == 3 and image.dtype == "uint8"
+        for _, images in SAID["images"]
+        for image in images
+    )
     assert {f"miou/{site}" for site in sites} <= names("metrics") and SAID["settings"]
-    assert (tmp_path / "run/config.yaml").is_file() and list((tmp_path / "run/checkpoints").glob("*.ckpt"))
+    assert (tmp_path / "run/config.yaml").is_file() and list(
+        (tmp_path / "run/checkpoints").glob("*.ckpt")
+    )

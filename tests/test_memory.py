@@ -25,7 +25,9 @@ def run(*command: str) -> str:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}:{ROOT / 'tests/bench'}",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -75,11 +77,28 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
     """Six sites, 150 classes, two masks of 512 x 1024: all logits would be 3.8 GB."""
     peaks = []
     for size in ((64, 128), (512, 1024)):
-        root = tiny_models.write_segmentation(tmp_path / str(size[0]), training=2, validation=2, size=size)
+        root = tiny_models.write_segmentation(
+            tmp_path / str(size[0]), training=2, validation=2, size=size
+        )
         classes = {"classes": [f"class {k}" for k in range(150)], "ignore_index": 255}
         (root / "classes.json").write_text(json.dumps(classes))
-        command = ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", checkpoints["causal"], "--data.root", root]
-        command += ["--out", tmp_path / f"run{size[0]}", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
+        command = [
+            "fit",
+            "-c",
+            "configs/demo/probes.yaml",
+            "--model.mllm",
+            checkpoints["causal"],
+            "--data.root",
+            root,
+        ]
+        command += [
+            "--out",
+            tmp_path / f"run{size[0]}",
+            "--trainer.max_epochs",
+            "1",
+            "--data.batch_size",
+            "2",
+        ]
         peaks.append(peak_mb_of_probes(*command, "--save_predictions", "true"))
     assert peaks[1] - peaks[0] < 500
 
@@ -128,10 +147,17 @@ def test_frozen_weights_are_held_once_while_they_are_read(stage, parts, tmp_path
     """
     shutil.copytree(parts[1], tmp_path / "llm")
     words = json.loads((tmp_path / "llm/config.json").read_text())["vocab_size"]
-    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 8}
+    size = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
     (tmp_path / "llm/model.safetensors").unlink()
     config = LlamaConfig(vocab_size=words, **size)
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "llm", max_shard_size="50MB")
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(
+        tmp_path / "llm", max_shard_size="50MB"
+    )
     command = ("-c", FROZEN_MODEL, parts[0].path, str(tmp_path / "llm"), stage)
     peak, weights = map(float, run(*command).split()[-2:])
     assert weights > 140 and peak < 1.7 * weights, peak / weights

@@ -24,7 +24,9 @@ MAX_BYTES = 300_000
 
 def test_all_notebooks_are_tested():
     found = {
-        str(path.relative_to(ROOT)) for folder in ("llava_bidir", "probes") for path in (ROOT / folder).rglob("*.ipynb")
+        str(path.relative_to(ROOT))
+        for folder in ("llava_bidir", "probes")
+        for path in (ROOT / folder).rglob("*.ipynb")
     }
     assert found == set(NOTEBOOKS)
 
@@ -35,7 +37,9 @@ def test_committed_with_outputs_of_one_run_and_nothing_of_the_machine(name):
     cells = [cell for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == "error"
+    ]
     assert "image/png" in text and len(text.encode()) < MAX_BYTES
     assert not re.findall(r"(?:/home|/root|/tmp|/work|/Users|site-packages)/\S+", text)
 
@@ -45,7 +49,9 @@ def test_links_lead_to_files(name):
     cells = nbformat.read(ROOT / name, 4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text)
-    assert links and not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+    assert links and not [
+        link for link in links if not (ROOT / name).parent.joinpath(link).exists()
+    ]
 
 
 @pytest.mark.nightly
@@ -62,4 +68,6 @@ def test_every_cell_runs(name, tmp_path, monkeypatch):
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     notebook = nbformat.read(ROOT / name, 4)
-    client.NotebookClient(notebook, timeout=HANGING_S, resources={"metadata": {"path": str(folder)}}).execute()
+    client.NotebookClient(
+        notebook, timeout=HANGING_S, resources={"metadata": {"path": str(folder)}}
+    ).execute()

@@ -9,7 +9,17 @@ from processes import HANGING_S
 
 
 def run(speed: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, "tests/pretended_gpu.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        speed,
+        "tests/pretended_gpu.py",
+    ]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -42,6 +42,16 @@ def test_top_level_files_are_listed():
     if listed.returncode:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    files = {"Makefile", ".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "requirements.lock", "LICENSE"}
+    files = {
+        "Makefile",
+        ".ci",
+        ".github",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "requirements.lock",
+        "LICENSE",
+    }
     files |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
-    assert top - files <= {*("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")}
+    assert top - files <= {
+        *("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")
+    }

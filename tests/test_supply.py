@@ -59,18 +59,25 @@ def test_the_lock_holds_every_declared_package_within_its_bounds():
 
 
 def test_the_harness_has_the_versions_that_training_has():
-    harness, ours = pins(HARNESS_PINS), {name: next(iter(r.specifier)).version for name, (r, _) in locked(LOCK).items()}
+    harness, ours = (
+        pins(HARNESS_PINS),
+        {name: next(iter(r.specifier)).version for name, (r, _) in locked(LOCK).items()},
+    )
     assert harness.pop("torch") == torch_version()
     assert {name for name in harness if name not in locked(HARNESS_LOCK)} == set(), "make lock"
     common = ours.keys() & harness.keys()
     assert {"transformers", "tokenizers", "pillow", "datasets"} <= common
     assert {name: harness[name] for name in common} == {name: ours[name] for name in common}
-    assert not harness.keys() & {"torchvision", "timm"}, "beside a CPU build of torch they break transformers"
+    assert not harness.keys() & {"torchvision", "timm"}, (
+        "beside a CPU build of torch they break transformers"
+    )
 
 
 @pytest.mark.parametrize("target", ["venv", "vqa-venv"])
 def test_only_torch_and_the_project_are_installed_without_a_hash(target):
-    plan = subprocess.run(["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(
+        ["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     installs = [line for line in plan.splitlines() if "pip install" in line]
     hashed = [line for line in installs if "--no-deps" in line and "--require-hashes -r" in line]
     torch, project = [line for line in installs if line not in hashed]
@@ -87,15 +94,29 @@ def test_a_file_with_another_hash_is_refused(right, tmp_path):
     wheel = tmp_path / "brick-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("brick.py", "")
-        file.writestr("brick-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brick\nVersion: 1.0\n")
-        file.writestr("brick-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            "brick-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brick\nVersion: 1.0\n"
+        )
+        file.writestr(
+            "brick-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         file.writestr("brick-1.0.dist-info/RECORD", "")
     known = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if not right:
         with zipfile.ZipFile(wheel, "a") as file:
             file.writestr("brick_too.py", "print('not what was locked')")
     (tmp_path / "lock").write_text(f"brick==1.0 \\\n    --hash=sha256:{known}\n")
-    command = [sys.executable, "-m", "pip", "--isolated", "install", "--no-deps", "--no-index", "--require-hashes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--isolated",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--require-hashes",
+    ]
     command += ["--find-links", tmp_path, "--target", tmp_path / "there", "-r", tmp_path / "lock"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode == 0) == right == (tmp_path / "there/brick.py").exists(), done.stderr
@@ -104,7 +125,9 @@ def test_a_file_with_another_hash_is_refused(right, tmp_path):
 
 def declared_lines(*extras: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return project["dependencies"] + [
+        line for extra in extras for line in project["optional-dependencies"][extra]
+    ]
 
 
 def declared(*extras: str) -> set[str]:
@@ -115,11 +138,18 @@ def declared(*extras: str) -> set[str]:
 def imported(*folders: str) -> dict[str, set[str]]:
     """{file: the packages it imports, by the names they are installed under}."""
     known = packages_distributions()
-    ours = {"llava_bidir", "probes", "tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    ours = {
+        "llava_bidir",
+        "probes",
+        "tests",
+        *(path.stem for path in (ROOT / "tests").rglob("*.py")),
+    }
     return {
         str(path.relative_to(ROOT)): {
             canonical(known.get(module, [module])[0])
-            for module in {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - ours
+            for module in {name.split(".")[0] for name in imports(path)}
+            - sys.stdlib_module_names
+            - ours
         }
         for folder in folders
         for path in sources(folder)
@@ -129,11 +159,16 @@ def imported(*folders: str) -> dict[str, set[str]]:
 def test_what_is_imported_is_declared():
     harness = pins(HARNESS_PINS).keys()
     for path, found in imported("llava_bidir", "probes").items():
-        allowed = declared("cluster", "gguf", "lab", "real") | (harness if "/vqa/" in path else set())
+        allowed = declared("cluster", "gguf", "lab", "real") | (
+            harness if "/vqa/" in path else set()
+        )
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
     for path, found in imported("tests").items():
-        extras = declared("cluster", "gguf", "lab", "real", "test", "browser") | {"lmms-eval", "pip"}
+        extras = declared("cluster", "gguf", "lab", "real", "test", "browser") | {
+            "lmms-eval",
+            "pip",
+        }
         assert found <= extras, f"{path}: the same of its extras"
 
 
@@ -141,4 +176,6 @@ def test_what_is_declared_is_imported_or_says_why():
     used = set().union(*imported("llava_bidir", "probes", "tests").values())
     text = (ROOT / "pyproject.toml").read_text()
     for name in declared("cluster", "gguf", "lab", "real", "test", "browser") - used:
-        assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), f"{name} is declared; what for?"
+        assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), (
+            f"{name} is declared; what for?"
+        )

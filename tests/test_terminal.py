@@ -21,20 +21,52 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 @pytest.mark.parametrize(
     ("command", "message", "meant"),
     [
-        ("probes fit --model.mlm DIR", "probes fit: unrecognized arguments: --model.mlm", "--model.mllm"),
+        (
+            "probes fit --model.mlm DIR",
+            "probes fit: unrecognized arguments: --model.mlm",
+            "--model.mllm",
+        ),
         (f"probes fit {MODEL_AND_DATA} --model.learning_rate fast", "Got value: fast", None),
-        ("probes fit -c configs/probes/folder.yaml", "are required: --model.mllm, --data.root", None),
-        ("probes solve -c ade20k --model.mllm DIR", "probes solve: the following arguments are required", None),
-        ("llava-bidir fit -c stage2 -c clip", "are required: --data.annotations, --data.images", None),
+        (
+            "probes fit -c configs/probes/folder.yaml",
+            "are required: --model.mllm, --data.root",
+            None,
+        ),
+        (
+            "probes solve -c ade20k --model.mllm DIR",
+            "probes solve: the following arguments are required",
+            None,
+        ),
+        (
+            "llava-bidir fit -c stage2 -c clip",
+            "are required: --data.annotations, --data.images",
+            None,
+        ),
         ("probes fitt", "invalid choice: 'fitt'", "fit"),
-        ("probes maps --probes RUN --image 0 --outt DIR", "unrecognized arguments: --outt DIR", "--out"),
-        ("llava-bidir fit --model.image_atention causal", "--model.image_atention", "--model.image_attention"),
+        (
+            "probes maps --probes RUN --image 0 --outt DIR",
+            "unrecognized arguments: --outt DIR",
+            "--out",
+        ),
+        (
+            "llava-bidir fit --model.image_atention causal",
+            "--model.image_atention",
+            "--model.image_attention",
+        ),
         ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
         ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
         ("probes lab RUN --fly 1", "probes lab: unrecognized arguments: --fly 1", None),
-        (f"probes solve {MODEL_AND_DATA} --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
+        (
+            f"probes solve {MODEL_AND_DATA} --pass 8",
+            "probes solve: unrecognized arguments: --pass 8",
+            None,
+        ),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
-        (f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one", "argument --index: invalid int value", None),
+        (
+            f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one",
+            "argument --index: invalid int value",
+            None,
+        ),
     ],
 )
 def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, meant, capsys):
@@ -56,7 +88,9 @@ class Interrupt(Callback):
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_ends_with_one_line_and_status_130(parts, conversations, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_with_one_line_and_status_130(
+    parts, conversations, tmp_path, monkeypatch, capsys
+):
     command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         llava_bidir.cli.main([*command, "--trainer.callbacks+", f"{__name__}.Interrupt"])
@@ -70,21 +104,43 @@ def test_ctrl_c_ends_with_one_line_and_status_130(parts, conversations, tmp_path
         with pytest.raises(SystemExit) as stop:
             probes.cli.main(command.split())
         assert stop.value.code == 130
-        assert capsys.readouterr().err == f"probes: interrupted; run the same command again{promise}\n"
+        assert (
+            capsys.readouterr().err == f"probes: interrupted; run the same command again{promise}\n"
+        )
 
 
 @pytest.mark.slow
-def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, segmentation, tmp_path):
+def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(
+    checkpoints, segmentation, tmp_path
+):
     """The DataLoader's, the logging interval's and the model table's messages were about our own settings."""
-    command = ["fit", "-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"])]
-    command += ["--data.root", str(segmentation), "--trainer.max_epochs", "2", "--out", str(tmp_path)]
+    command = [
+        "fit",
+        "-c",
+        "configs/probes/folder.yaml",
+        "--model.mllm",
+        str(checkpoints["causal"]),
+    ]
+    command += [
+        "--data.root",
+        str(segmentation),
+        "--trainer.max_epochs",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     command += ["--trainer.accelerator", "cpu", "--data.batch_size", "3", "--data.num_workers", "2"]
-    done = subprocess.run([sys.executable, "-m", "probes", *command], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    done = subprocess.run(
+        [sys.executable, "-m", "probes", *command], capture_output=True, text=True, check=True
+    )
+    lines = [
+        line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line
+    ]
     assert done.stdout == ""
     expected = [r"Seed set to 0", r"GPU available: \w+, used: False"]
     expected += [
-        rf"step {2 * i} of 4, epoch {i}/2, batch 2/2, loss [\d.]+, [\d.]+ batches/s, 0:00:\d\d left" for i in (1, 2)
+        rf"step {2 * i} of 4, epoch {i}/2, batch 2/2, loss [\d.]+, [\d.]+ batches/s, 0:00:\d\d left"
+        for i in (1, 2)
     ]
     expected += [r"`Trainer.fit` stopped: `max_epochs=2` reached.", rf"{tmp_path}: mIoU encoder .*"]
     for line in lines:

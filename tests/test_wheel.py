@@ -63,19 +63,30 @@ def installed(built, tmp_path) -> Installed:
 def test_wheel_and_source_archive_hold_all_of_the_packages(built):
     link = "llava_bidir/configs"
     files = wheels.tracked_files()
-    wanted = {name for name in files if name.startswith(("llava_bidir/", "probes/")) and name != link}
-    wanted |= {f"llava_bidir/{name}" for name in files if name.startswith("configs/") and name.endswith(".yaml")}
+    wanted = {
+        name for name in files if name.startswith(("llava_bidir/", "probes/")) and name != link
+    }
+    wanted |= {
+        f"llava_bidir/{name}"
+        for name in files
+        if name.startswith("configs/") and name.endswith(".yaml")
+    }
     wanted = {name for name in wanted if not name.endswith(LEFT_OUT)}
     (wheel,) = (built / "dist").glob("*.whl")
     (source,) = (built / "dist/source").iterdir()
-    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == wanted
+    assert {
+        name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name
+    } == wanted
     inside = {str(path.relative_to(source)) for path in source.rglob("*")}
     assert wanted | {"pyproject.toml", "README.md", "LICENSE"} <= inside
 
 
 def test_configs_are_found_by_name(installed):
     names = {line.split()[0] for line in installed.run("llava-bidir", "configs").splitlines()}
-    known = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in (ROOT / "configs").rglob("*.yaml")}
+    known = {
+        str(path.relative_to(ROOT / "configs").with_suffix(""))
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
     assert names == known
     text = installed.run("llava-bidir", "configs", "zero3")
     assert text == (ROOT / "configs/cluster/zero3.yaml").read_text()
@@ -90,7 +101,9 @@ def test_configs_are_found_in_a_clone_on_a_system_without_links(built, tmp_path)
     link.write_text("../configs")  # as git writes it there
     command = [sys.executable, "-m", "llava_bidir", "configs"]
     variables = os.environ | {"PYTHONPATH": str(tmp_path / "clone")}
-    said = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+    ).stdout
     assert "cluster/zero3" in said
 
 
@@ -105,7 +118,9 @@ def test_a_demo_a_study_of_own_pictures_and_the_lab_work_without_the_clone(insta
     assert "runs/mine/report/index.html" in said
     assert (installed.folder / "runs/mine/report/index.html").stat().st_size > 100_000
 
-    lab = installed.start("probes", "lab", "runs/mine/trained", "--port", "0", stderr=subprocess.DEVNULL)
+    lab = installed.start(
+        "probes", "lab", "runs/mine/trained", "--port", "0", stderr=subprocess.DEVNULL
+    )
     try:
         address = lab.stdout.readline().strip()
         port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+)", address).groups()

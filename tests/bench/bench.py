@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 TEXT = 64  # tokens after the image
 
 
-def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int, repeat: int = 1) -> dict:
+def paired(
+    ours: Callable[[], object], other: Callable[[], object], rounds: int, repeat: int = 1
+) -> dict:
     """Times both in turn after one warm-up each, ours as the mean of `repeat` calls if it takes only milliseconds."""
     times = ([], [])
     for i in range(rounds + 1):
@@ -46,8 +48,12 @@ def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int,
 def peak_memory_mb(step: str) -> float:
     """How much more memory a process holds at most for a step of loss.py; each in a process of its own."""
     command = [sys.executable, __file__, "--peak-memory", step]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # what is freed goes back to the system
+    return float(
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    )
 
 
 def bench_sweep(rounds: int) -> list[dict]:
@@ -66,7 +72,9 @@ def bench_sweep(rounds: int) -> list[dict]:
 def bench_frozen(rounds: int) -> list[dict]:
     """A CLIP ViT-L/14@336 and an LLM of 1.1 B parameters, 576 image tokens, one image with a mask of 512 x 512."""
     sweep = Sweep("1b", images=1, mask_px=512)
-    entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
+    entry = {
+        "name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"
+    }
     entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
     return [entry]
 
@@ -83,7 +91,9 @@ def bench_text(rounds: int) -> list[dict]:
         mllm.model(input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False)
 
     timed = paired(lambda: mllm.states(pixels), whole, rounds)
-    return [{"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed]
+    return [
+        {"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed
+    ]
 
 
 BENCHES = {
@@ -100,17 +110,25 @@ BENCHES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rounds", type=int, default=7, help="paired runs of each (7)")
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)"
+    )
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak_memory:
         print_peak_memory(args.peak_memory)
         return
-    machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    machine = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     print(
         f"{machine['machine']}, torch {machine['torch']}, one thread; median of {args.rounds} paired runs [min, max]\n"
     )

@@ -28,19 +28,27 @@ IMAGE_SD, DRAW_SD = 0.1, 0.03
 PAIRS, DRAWS, RESAMPLINGS = 4, 3, 400
 
 
-def simulate(rng: np.random.Generator, images: int, effects: list[float], shift: float = 0.0) -> PairedCases:
+def simulate(
+    rng: np.random.Generator, images: int, effects: list[float], shift: float = 0.0
+) -> PairedCases:
     """Return the cases of a study, with the true contrast of each model; half of the images have cases of a pair."""
     rows = []
     for pair in range(PAIRS):
         for forward in (True, False):
             image = np.flatnonzero(rng.random(images) < 0.5)
             patches = rng.geometric(1 / 8 if forward else 1 / 4, len(image))
-            own, other = (STILL_WRONG + IMAGE_SD * rng.uniform(-1, 1, len(image)) * 3**0.5 for _ in range(2))
+            own, other = (
+                STILL_WRONG + IMAGE_SD * rng.uniform(-1, 1, len(image)) * 3**0.5 for _ in range(2)
+            )
             moved = [own + effect + (-shift if forward else shift) for effect in effects]
-            left = [(rng.binomial(patches, p) - rng.binomial(patches, other)) / patches for p in moved]
+            left = [
+                (rng.binomial(patches, p) - rng.binomial(patches, other)) / patches for p in moved
+            ]
             same = [np.full(len(image), x) for x in (pair, forward)]
             rows.append((np.stack(left, 1), patches, image, *same))
-    values, patches, image, pair, forward = (torch.tensor(np.concatenate(x)) for x in zip(*rows, strict=True))
+    values, patches, image, pair, forward = (
+        torch.tensor(np.concatenate(x)) for x in zip(*rows, strict=True)
+    )
     return PairedCases(values, patches.double(), image, pair, forward)
 
 
@@ -57,19 +65,27 @@ def study(rng: np.random.Generator, images: int) -> dict[str, float]:
     inside = lambda x, ci95: float(ci95[0] <= x <= ci95[1])
     cases = simulate(rng, images, [EFFECT])
     (estimate,), by_pair = contrast_estimates(cases, weights)
-    found, t = interval(*estimate), mean_over_classes({str(i): x for i, (x,) in enumerate(by_pair)})["ci95"]
+    found, t = (
+        interval(*estimate),
+        mean_over_classes({str(i): x for i, (x,) in enumerate(by_pair)})["ci95"],
+    )
     shifted = simulate(rng, images, [0.0], SHIFT)
     excludes = lambda estimate: 1 - inside(0, interval(*estimate))
     own, other = (
         compare_to_draws(first, draws)
         for first, *draws in (
-            contrast_estimates(simulate(rng, images, [EFFECT, *rng.normal(0, DRAW_SD, DRAWS)]), weights)[0]
+            contrast_estimates(
+                simulate(rng, images, [EFFECT, *rng.normal(0, DRAW_SD, DRAWS)]), weights
+            )[0]
             for _ in range(2)
         )
     )
     beyond = inside(EFFECT, interval_over_draws(own, [other])[0])
     halves = {"half": 50 * (found[1] - found[0]), "half over pairs": 50 * (t[1] - t[0])}
-    shares = {"covers": inside(EFFECT, found), "shift": excludes(contrast_estimates(shifted, weights)[0][0])}
+    shares = {
+        "covers": inside(EFFECT, found),
+        "shift": excludes(contrast_estimates(shifted, weights)[0][0]),
+    }
     return shares | {"pooled": excludes(pooled(shifted, weights)), "beyond": beyond} | halves
 
 
@@ -83,7 +99,11 @@ def main() -> None:
         rng = np.random.default_rng(images)
         rows = [study(rng, images) for _ in range(args.studies)]
         *shares, half, over = (np.nanmean([row[key] for row in rows]) for key in rows[0])
-        print(f"{images:6d}  " + "  ".join(f"{x:6.1%}" for x in shares) + f"  {half:6.1f}  {over:10.1f}")
+        print(
+            f"{images:6d}  "
+            + "  ".join(f"{x:6.1%}" for x in shares)
+            + f"  {half:6.1f}  {over:10.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
     root = Path(run.manifest["data"]["root"])
     pixels, labels = read_pictures(root, "validation")
     patches = json.loads((root / "patches.json").read_text())["validation"]
-    alike = torch.tensor([LOOK_ALIKE[name] != name for name in CLASSES])[labels.clamp(min=0)] & (labels >= 0)
+    alike = torch.tensor([LOOK_ALIKE[name] != name for name in CLASSES])[labels.clamp(min=0)] & (
+        labels >= 0
+    )
     mllm, site = run.mllm(), run.check_site(None)
     probe = run.probes()[site]
     shares: dict[str, list[Tensor]] = {f"probe at {site}": [], "answers": []}
@@ -46,10 +48,15 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
             asked = (alike[picture] & (scene == number)).nonzero()[:, 0]
             if not (own.any() and other.any() and len(asked)):
                 continue
-            images, right = pixels[picture].expand(len(CONDITIONS), -1, -1, -1), labels[picture, asked]
+            images, right = (
+                pixels[picture].expand(len(CONDITIONS), -1, -1, -1),
+                labels[picture, asked],
+            )
             knockout = Knockout(torch.stack([torch.zeros_like(own), own, other]))
             read = probe(mllm.states(images, [site], knockout)[site].float())[:, asked]
-            said = mllm.answer_log_probs(images, [ask_patch(int(i)) for i in asked], CLASSES, knockout)
+            said = mllm.answer_log_probs(
+                images, [ask_patch(int(i)) for i in asked], CLASSES, knockout
+            )
             for name, scores in zip(rows, (read, said), strict=True):
                 rows[name].append((scores.argmax(-1) == right).double().mean(1))
         for name, values in rows.items():
@@ -66,9 +73,14 @@ def main() -> None:
             difference = shares[:, 2] - shares[:, 1]
             resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
             low, high = interval(difference.mean().item(), resampled)
-            words = [f"{name} {100 * share:.1f}%" for name, share in zip(CONDITIONS, shares.mean(0), strict=True)]
+            words = [
+                f"{name} {100 * share:.1f}%"
+                for name, share in zip(CONDITIONS, shares.mean(0), strict=True)
+            ]
             found = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            print(f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; difference {found}")
+            print(
+                f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; difference {found}"
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from probes.report.verdicts import Comparison, interval_over_draws
 DRAW_SD, Z = 0.35, 1.959964
 
 
-def simulate(studies: int, draws: int, cells: int, image_sd: float, correlation: float, ratio: float) -> list[float]:
+def simulate(
+    studies: int, draws: int, cells: int, image_sd: float, correlation: float, ratio: float
+) -> list[float]:
     """Return coverage and detectable effect, judged alone and pooled."""
     rng = np.random.default_rng(0)
     covariance = np.full((cells, cells), correlation) + (1 - correlation) * np.eye(cells)
@@ -34,7 +36,11 @@ def simulate(studies: int, draws: int, cells: int, image_sd: float, correlation:
             low, high = interval_over_draws(judged, pooled)[0]
             half[rule, i] = (high - low) / 2
     covered = (np.abs(error) <= half).mean(1)
-    return [x for pair in zip(covered, np.quantile(half - error, 0.8, axis=1), strict=True) for x in pair]
+    return [
+        x
+        for pair in zip(covered, np.quantile(half - error, 0.8, axis=1), strict=True)
+        for x in pair
+    ]
 
 
 def main() -> None:
@@ -42,10 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--studies", type=int, default=4000, help="simulated studies for each row")
     args = parser.parse_args()
-    print("image sd  draws  cells  correlation  spread   alone: coverage  effect   pooled: coverage  effect")
+    print(
+        "image sd  draws  cells  correlation  spread   alone: coverage  effect   pooled: coverage  effect"
+    )
     cases = [(0.0, 1.0), (0.5, 1.0), (0.9, 1.0), (0.0, 2.0), (0.5, 2.0)]
-    for image_sd, draws, cells, (correlation, ratio) in product((0.28, 0.8), (2, 3, 5), (2, 4), cases):
-        alone, effect, pooled, effect_pooled = simulate(args.studies, draws, cells, image_sd, correlation, ratio)
+    for image_sd, draws, cells, (correlation, ratio) in product(
+        (0.28, 0.8), (2, 3, 5), (2, 4), cases
+    ):
+        alone, effect, pooled, effect_pooled = simulate(
+            args.studies, draws, cells, image_sd, correlation, ratio
+        )
         case = f"{image_sd:8.2f}  {draws:5d}  {cells:5d}  {correlation:11.1f}  x{ratio:5.1f}   "
         print(f"{case}{alone:15.1%}  {effect:6.2f}   {pooled:16.1%}  {effect_pooled:6.2f}")
 

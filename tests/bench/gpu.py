@@ -37,12 +37,20 @@ def measured(function: Callable[[], object], rounds: int, device: str) -> dict[s
         if gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else None}
+    return {
+        "seconds": statistics.median(times),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else None,
+    }
 
 
 def hours(training: dict, validation: dict, images: int) -> float:
     """Of the ADE20K protocol, at so many images a step."""
-    return EPOCHS * (TRAINING * training["seconds"] + VALIDATION * validation["seconds"]) / images / 3600
+    return (
+        EPOCHS
+        * (TRAINING * training["seconds"] + VALIDATION * validation["seconds"])
+        / images
+        / 3600
+    )
 
 
 def bench_sweep(args: argparse.Namespace) -> dict:
@@ -62,8 +70,12 @@ def bench_sweep(args: argparse.Namespace) -> dict:
         memory = "" if found[name]["peak_gb"] is None else f"   {found[name]['peak_gb']:6.1f} GB"
         print(f"{found[name]['images_s']:9.2f} images/s{memory}   {name}", flush=True)
     found["hours"] = hours(found["training step"], found["validation step"], args.images)
-    found["hours, naive"] = hours(found["training step, naive"], found["validation step, naive"], args.images)
-    found["hours, solved"] = hours(found["solver step"], found["validation step"], args.images) / EPOCHS
+    found["hours, naive"] = hours(
+        found["training step, naive"], found["validation step, naive"], args.images
+    )
+    found["hours, solved"] = (
+        hours(found["solver step"], found["validation step"], args.images) / EPOCHS
+    )
     took = f"{found['hours']:.1f} h, naive {found['hours, naive']:.1f} h"
     took += f"; one pass of the solver {found['hours, solved']:.2f} h"
     print(f"ADE20K, {EPOCHS} epochs, {len(sweep.sites)} sites: {took}")
@@ -75,7 +87,9 @@ def bench_loss(args: argparse.Namespace) -> dict:
     generator = torch.Generator(args.device).manual_seed(0)
     shape, size = (args.images, CLASSES, 24, 24), (args.images, args.mask_px, args.mask_px)
     logits = torch.randn(shape, generator=generator, device=args.device, requires_grad=True)
-    target = torch.randint(0, CLASSES, size, generator=generator, device=args.device, dtype=torch.uint8)
+    target = torch.randint(
+        0, CLASSES, size, generator=generator, device=args.device, dtype=torch.uint8
+    )
 
     def ours(z: torch.Tensor, nodes: int = 3) -> torch.Tensor:
         masks = prepared[nodes] if z.dtype == torch.float32 else target
@@ -90,15 +104,22 @@ def bench_loss(args: argparse.Namespace) -> dict:
     found = {}
     for name, function in ways.items():
         found[name] = measured(function, args.rounds, args.device)
-        print(f"{1e3 * found[name]['seconds']:9.2f} ms   loss and gradient of {args.images} images, {name}", flush=True)
+        print(
+            f"{1e3 * found[name]['seconds']:9.2f} ms   loss and gradient of {args.images} images, {name}",
+            flush=True,
+        )
     exact = ours(logits.detach().double().requires_grad_())
     found["gradient_error"] = ((ours(logits, 8) - exact).abs().max() / exact.abs().max()).item()
-    print(f"{found['gradient_error']:9.1e}   largest error of the gradient, over the largest entry; 8 nodes, float64")
+    print(
+        f"{found['gradient_error']:9.1e}   largest error of the gradient, over the largest entry; 8 nodes, float64"
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--images", type=int, default=16, help="a step (16)")
     parser.add_argument("--mask-px", type=int, default=512, help="height and width of masks (512)")
@@ -109,7 +130,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # as `probes fit`
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, shape {args.shape}, {args.images} images a step\n")
-    found = {"device": name, "torch": torch.__version__, "loss": bench_loss(args), "sweep": bench_sweep(args)}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "loss": bench_loss(args),
+        "sweep": bench_sweep(args),
+    }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")

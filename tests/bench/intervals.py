@@ -81,7 +81,9 @@ def resample(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return miou(np.einsum("rn,scnk->rsck", weights, counts, optimize=True))
 
 
-def ends(score: float, drawn: np.ndarray, smooth: np.ndarray, left_out: np.ndarray) -> dict[str, tuple[float, float]]:
+def ends(
+    score: float, drawn: np.ndarray, smooth: np.ndarray, left_out: np.ndarray
+) -> dict[str, tuple[float, float]]:
     """Return the interval of each rule.
 
     Args:
@@ -137,7 +139,9 @@ def cover(population: np.ndarray, images: int, studies: int, seed: int) -> dict[
         truth = (of_classes[0], of_classes[0] - of_classes[1], true[0].mean())
         for rule in RULES:
             row = []
-            for (low, high), value in zip((pair[rule] for pair in (*intervals, intervals[0])), truth, strict=True):
+            for (low, high), value in zip(
+                (pair[rule] for pair in (*intervals, intervals[0])), truth, strict=True
+            ):
                 row.append(low <= value <= high)
             outside = [not pair[rule][0] <= x[0][0] <= pair[rule][1]
                        for pair, x in zip(intervals, (of_site, of_difference), strict=True)]  # fmt: skip
@@ -147,8 +151,12 @@ def cover(population: np.ndarray, images: int, studies: int, seed: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a finished run, whose validation images are the population")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="?", help="a finished run, whose validation images are the population"
+    )
     parser.add_argument("--sites", nargs=2, default=["encoder", "adapter"])
     parser.add_argument("--studies", type=int, default=300)
     parser.add_argument("--images", type=int, nargs="+", default=[24, 60, 200])
@@ -156,14 +164,23 @@ def main() -> None:
     if args.run:
         populations = {args.run: read_population(args.run, args.sites)}
     else:
-        cases = {"6 classes, rarest in 10%": (6, 0.1), "23, 2%": (23, 0.02), "60, 0.5%": (60, 0.005)}
+        cases = {
+            "6 classes, rarest in 10%": (6, 0.1),
+            "23, 2%": (23, 0.02),
+            "60, 0.5%": (60, 0.005),
+        }
         populations = {name: simulate_population(*case, seed=0) for name, case in cases.items()}
-    print("population, images, rule: covers (site, difference, all classes); without its score (both); length (both)")
+    print(
+        "population, images, rule: covers (site, difference, all classes); without its score (both); length (both)"
+    )
     for name, population in populations.items():
         for images in args.images:
             for rule, row in cover(population, images, args.studies, seed=1).items():
                 share = ", ".join(f"{100 * x:5.1f}%" for x in row[:5])
-                print(f"{name:<26} {images:4d} {rule:<11} {share}   {row[5]:5.1f} {row[6]:5.1f}", flush=True)
+                print(
+                    f"{name:<26} {images:4d} {rule:<11} {share}   {row[5]:5.1f} {row[6]:5.1f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

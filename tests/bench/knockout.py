@@ -40,13 +40,17 @@ class Rows:
 
     def shared(self) -> list[torch.Tensor]:
         """As `probes knockout`."""
-        states = self.mllm.states(self.pixels, self.sites, Knockout(self.blocked, self.layers), self.images)
+        states = self.mllm.states(
+            self.pixels, self.sites, Knockout(self.blocked, self.layers), self.images
+        )
         return list(states.values())
 
     def one_by_one(self) -> list[torch.Tensor]:
         """One row a forward of the same API, from the encoder on."""
         rows = [
-            self.mllm.states(self.pixels[[image]], self.sites, Knockout(self.blocked[[i]], self.layers[[i]]))
+            self.mllm.states(
+                self.pixels[[image]], self.sites, Knockout(self.blocked[[i]], self.layers[[i]])
+            )
             for i, image in enumerate(self.images)
         ]
         return [torch.cat([row[site] for row in rows]) for site in self.sites]
@@ -57,19 +61,36 @@ class Rows:
         mllm, rows = self.mllm, []
         tokens, prefix = mllm.grid[0] * mllm.grid[1], mllm.prefix_ids.shape[1]
         image_id = mllm.model.config.image_token_id
-        ids = torch.cat([mllm.prefix_ids, torch.full((1, tokens), image_id), torch.full((1, TEXT), 7)], 1)
-        mask = build_mask(mllm.image_attention, mllm.model.config.get_text_config(), ids == image_id)
+        ids = torch.cat(
+            [mllm.prefix_ids, torch.full((1, tokens), image_id), torch.full((1, TEXT), 7)], 1
+        )
+        mask = build_mask(
+            mllm.image_attention, mllm.model.config.get_text_config(), ids == image_id
+        )
         for i, image in enumerate(self.images):
             cut = mask.clone()
-            cut[:, :, prefix : prefix + tokens, prefix + self.blocked[i].nonzero().flatten()] = False
+            cut[:, :, prefix : prefix + tokens, prefix + self.blocked[i].nonzero().flatten()] = (
+                False
+            )
             with ExitStack() as hooks:
                 for layer, is_cut in zip(mllm.decoder.layers, self.layers[i].tolist(), strict=True):
                     given = cut if is_cut else mask
-                    hook = lambda _, args, kwargs, given=given: (args, {**kwargs, "attention_mask": given})
-                    hooks.callback(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    hook = lambda _, args, kwargs, given=given: (
+                        args,
+                        {**kwargs, "attention_mask": given},
+                    )
+                    hooks.callback(
+                        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove
+                    )
                 pixels = self.pixels[[image]]
-                out = mllm.model.model(input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False)
-            rows.append(torch.stack([states[0, prefix : prefix + tokens] for states in out.hidden_states[1:-1]]))
+                out = mllm.model.model(
+                    input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False
+                )
+            rows.append(
+                torch.stack(
+                    [states[0, prefix : prefix + tokens] for states in out.hidden_states[1:-1]]
+                )
+            )
         return list(torch.stack(rows).movedim(1, 0))
 
 
@@ -80,15 +101,25 @@ def bench_knockout(mllms: dict[str, FrozenMLLM], paired: Callable, rounds: int) 
         for sweep in (False, True):
             rows = Rows(mllm, sweep)
             ours = rows.shared()
-            for theirs in (rows.one_by_one(), rows.whole()):  # the stock model returns the last layer's states normed
+            for theirs in (
+                rows.one_by_one(),
+                rows.whole(),
+            ):  # the stock model returns the last layer's states normed
                 for a, b in zip(ours, theirs, strict=False):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-            what = f"{len(rows.images)} windows of layers" if sweep else f"{IMAGES} images under {CONDITIONS} knockouts"
+            what = (
+                f"{len(rows.images)} windows of layers"
+                if sweep
+                else f"{IMAGES} images under {CONDITIONS} knockouts"
+            )
             for way, other in (
                 ("a forward each", rows.one_by_one),
                 ("a forward each with prefix and text", rows.whole),
             ):
                 timed = paired(rows.shared, other, rounds)
-                rate = {f"{key}_rows_per_s": len(rows.images) / timed[f"{key}_s"] for key in ("ours", "other")}
+                rate = {
+                    f"{key}_rows_per_s": len(rows.images) / timed[f"{key}_s"]
+                    for key in ("ours", "other")
+                }
                 entries.append({"name": f"{what}, {name}: {way} over shared layers"} | timed | rate)
     return entries

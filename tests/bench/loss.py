@@ -21,7 +21,10 @@ CASES = {  # classes, images, (H, W)
     "ADE20K": (150, 2, (512, 683)),
     "Cityscapes": (19, 1, (1024, 2048)),
 }
-SMOOTH, ROUGH = 0.7, 3.0  # noise of the logits at each token; that of trained probes is below the first
+SMOOTH, ROUGH = (
+    0.7,
+    3.0,
+)  # noise of the logits at each token; that of trained probes is below the first
 
 
 def loss_inputs(case: str, noise: float = SMOOTH) -> tuple[Tensor, Tensor]:
@@ -61,8 +64,12 @@ def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) ->
     """Print the table of each case; return its ratios of time by number of nodes, and those of memory."""
     entries = []
     for case, (classes, images, size) in CASES.items():
-        print(f"{case}: {classes} classes, {images} masks of {size[0]} x {size[1]}, {GRID[0]} x {GRID[1]} tokens")
-        print("  nodes   loss and gradient   ratio   error (rough logits)   of the gradient   once a mask")
+        print(
+            f"{case}: {classes} classes, {images} masks of {size[0]} x {size[1]}, {GRID[0]} x {GRID[1]} tokens"
+        )
+        print(
+            "  nodes   loss and gradient   ratio   error (rough logits)   of the gradient   once a mask"
+        )
         logits, target = loss_inputs(case)
         peak = memory(f"{case}:theirs"), memory(f"{case}:ours")
         for nodes in NODES:
@@ -73,7 +80,9 @@ def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) ->
                 rounds,
                 repeat=20,
             )
-            timed["once_a_mask_s"] = median_seconds(partial(prepare_masks, target, classes, GRID, nodes)) / images
+            timed["once_a_mask_s"] = (
+                median_seconds(partial(prepare_masks, target, classes, GRID, nodes)) / images
+            )
             timed["errors"] = [errors(case, nodes, noise) for noise in (SMOOTH, ROUGH)]
             (smooth, gradient), (rough, rough_gradient) = timed["errors"]
             print(
@@ -82,7 +91,9 @@ def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) ->
                 f"{1e3 * timed['once_a_mask_s']:6.1f} ms",
                 flush=True,
             )
-            entries.append({"name": f"cross-entropy, torch's over ours, {case}, {nodes} nodes, time"} | timed)
+            entries.append(
+                {"name": f"cross-entropy, torch's over ours, {case}, {nodes} nodes, time"} | timed
+            )
         print(f"  F.interpolate + F.cross_entropy {1e3 * timed['other_s']:.0f} ms\n")
         entries.append(
             {
@@ -98,7 +109,9 @@ def bench_loss(paired: Callable, memory: Callable[[str], float], rounds: int) ->
 def errors(case: str, nodes: int, noise: float) -> tuple[float, float]:
     """Return the error of the loss in nats, and that of the gradient over its norm, against torch in float64."""
     logits, target = loss_inputs(case, noise)
-    exact, gradient = with_gradient(lambda z: torch_loss(z, target), logits.detach().double().requires_grad_())
+    exact, gradient = with_gradient(
+        lambda z: torch_loss(z, target), logits.detach().double().requires_grad_()
+    )
     masks = prepare_masks(target, logits.shape[1], GRID, nodes)
     value, ours = with_gradient(lambda z: upsampled_cross_entropy(z, masks), logits)
     return (value - exact).abs().item(), ((ours - gradient).norm() / gradient.norm()).item()

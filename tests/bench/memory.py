@@ -14,7 +14,9 @@ def memory_mb(kind: str, pid: int | str = "self") -> float:
     """VmRSS now, VmHWM at most since :func:`forget_peak`, or RssAnon: what is not a mapped file and cannot be given
     back."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 1024  # 0 of one that has ended
+    return (
+        next((int(line.split()[1]) for line in lines if line.startswith(kind)), 0) / 1024
+    )  # 0 of one that has ended
 
 
 def forget_peak() -> None:
@@ -48,7 +50,9 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._done.wait(0.1):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a child that has just ended
+            with contextlib.suppress(
+                FileNotFoundError, ProcessLookupError
+            ):  # a child that has just ended
                 self.samples.append((time.perf_counter() - self.start, family_anon_mb()))
 
     def __exit__(self, *_) -> None:
@@ -65,5 +69,7 @@ class Watch:
             "seconds": round(self.seconds, 1),
             "records_per_s": round(records / self.seconds),
             "held_mb": [round(float(held[tenth == i].mean()), 1) for i in np.unique(tenth)],
-            "slope_mb_per_100k_records": round(float(np.polyfit(when * records / self.seconds, held, 1)[0] * 1e5), 2),
+            "slope_mb_per_100k_records": round(
+                float(np.polyfit(when * records / self.seconds, held, 1)[0] * 1e5), 2
+            ),
         }

@@ -20,7 +20,14 @@ from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import join_masks, prepare_masks
 from probes.training.closed_form import Moments, SiteSpace
-from probes.training.optimum import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem, solve_path, solve_site
+from probes.training.optimum import (
+    LOOSE_NODES,
+    TIGHT_NODES,
+    PixelProblem,
+    SiteProblem,
+    solve_path,
+    solve_site,
+)
 from probes.training.optimum_by_passes import PassRefinement, PassSums, SampledPixels, null_gradient
 from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
 
@@ -33,7 +40,10 @@ class Images:
     def __init__(self, path: str, site: str, sides: int):
         data = torch.load(path)
         self.classes = data["classes"]
-        (self.states, self.targets), (states, self.validation_targets) = data["training"], data["validation"]
+        (self.states, self.targets), (states, self.validation_targets) = (
+            data["training"],
+            data["validation"],
+        )
         if site == "random_adapter":
             self.states, states = _random_adapter(self.states, states)
         self.validation = states
@@ -46,7 +56,10 @@ class Images:
     def prepared(self, nodes: int) -> list:
         """Return all masks, prepared once."""
         if nodes not in self.masks:
-            masks = [prepare_masks(target[None], self.classes, self.grid, nodes) for target in self.targets]
+            masks = [
+                prepare_masks(target[None], self.classes, self.grid, nodes)
+                for target in self.targets
+            ]
             self.masks[nodes] = masks
         return self.masks[nodes]
 
@@ -55,7 +68,12 @@ class Images:
         for start in range(0, len(self), BATCH):
             images = range(start, min(start + BATCH, len(self)))
             masks = join_masks([self.prepared(TIGHT_NODES)[i] for i in images])
-            yield list(images), self.states[start : start + BATCH], masks, [self.targets[i] for i in images]
+            yield (
+                list(images),
+                self.states[start : start + BATCH],
+                masks,
+                [self.targets[i] for i in images],
+            )
 
 
 class Synthetic:
@@ -66,7 +84,9 @@ class Synthetic:
         generator = torch.Generator().manual_seed(0)
         self.means = torch.randn(classes, width, generator=generator)
         self.scale = torch.arange(1, width + 1) ** -0.5  # standard deviations of the noise
-        self.means *= 0.08 * self.scale  # classes overlap: some three deviations apart, over all channels
+        self.means *= (
+            0.08 * self.scale
+        )  # classes overlap: some three deviations apart, over all channels
 
     def __len__(self) -> int:
         return self.images
@@ -77,13 +97,22 @@ class Synthetic:
         for start in range(0, self.images, BATCH):
             generator = torch.Generator().manual_seed(1 + start)
             images = list(range(start, min(start + BATCH, self.images)))
-            coarse = torch.randint(0, self.classes, (len(images), 1, 4, 4), generator=generator).float()
+            coarse = torch.randint(
+                0, self.classes, (len(images), 1, 4, 4), generator=generator
+            ).float()
             tokens = F.interpolate(coarse, (side, side))[:, 0].long()
             targets = F.interpolate(coarse, (size, size))[:, 0].to(torch.uint8)
             noise = torch.randn(len(images), side * side, self.width, generator=generator)
-            mood = torch.randn(len(images), 1, self.width, generator=generator)  # tokens of an image are alike
+            mood = torch.randn(
+                len(images), 1, self.width, generator=generator
+            )  # tokens of an image are alike
             states = self.means[tokens.flatten(1)] + 1.5 * (noise + mood) * self.scale
-            yield images, states, prepare_masks(targets, self.classes, self.grid, TIGHT_NODES), list(targets)
+            yield (
+                images,
+                states,
+                prepare_masks(targets, self.classes, self.grid, TIGHT_NODES),
+                list(targets),
+            )
 
 
 def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
@@ -96,7 +125,9 @@ def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat([adapt(part) for part in x.split(BATCH)]) for x in states]
 
 
-def draw_pixels(data, images: list[int], targets: list[torch.Tensor], total: int, seed: int) -> Pixels:
+def draw_pixels(
+    data, images: list[int], targets: list[torch.Tensor], total: int, seed: int
+) -> Pixels:
     """Return pixels of a batch, as `OptimumSolver` chooses them."""
     tokens_of_image = data.grid[0] * data.grid[1]
     parts = []
@@ -108,14 +139,24 @@ def draw_pixels(data, images: list[int], targets: list[torch.Tensor], total: int
             target, count, 1_000_003 * (image + len(data) * seed), data.grid, view
         )
         weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
-        parts.append((tokens + slot * tokens_of_image, shares, labels, weights, torch.full((len(labels),), image)))
+        parts.append(
+            (
+                tokens + slot * tokens_of_image,
+                shares,
+                labels,
+                weights,
+                torch.full((len(labels),), image),
+            )
+        )
     return Pixels(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def solve_by_passes(data, share: float, passes: int) -> dict:
     """Solve a site with a sample of a share of the bytes of float32 states; print each pass."""
     fold_of = assign_folds(len(data), FOLDS)
-    total = int(share * len(data) * data.grid[0] * data.grid[1] * 4)  # float32 states, a byte a channel at first
+    total = int(
+        share * len(data) * data.grid[0] * data.grid[1] * 4
+    )  # float32 states, a byte a channel at first
     channels = moments = None
     kept = []
     for images, states, masks, targets in data.batches():
@@ -133,11 +174,19 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     axes = AxisRange.of(space, inputs)
     found = solve_path(PixelProblem(space, inputs, labels, weights, folds, FOLDS))
     chosen = found.path.strengths[found.path.chosen]
-    points = torch.cat([found.folds, found.points[found.path.solved.index(found.path.chosen)][None]])
+    points = torch.cat(
+        [found.folds, found.points[found.path.solved.index(found.path.chosen)][None]]
+    )
     refinement = PassRefinement(space, null, chosen, points, None)
-    print(f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True)
+    print(
+        f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
+    )
     for number in range(2, passes + 1):
-        sums, pixel_count, kept = PassSums(*refinement.probes()), torch.zeros(FOLDS, dtype=torch.float64), []
+        sums, pixel_count, kept = (
+            PassSums(*refinement.probes()),
+            torch.zeros(FOLDS, dtype=torch.float64),
+            [],
+        )
         for images, states, masks, targets in data.batches():
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
@@ -148,7 +197,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         stored, _, weights, folds = gather(kept, fold_of)
         refinement.step(SampledPixels(axes.restore(stored), weights.float(), folds))
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
-        certificates = ", ".join(f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates)
+        certificates = ", ".join(
+            f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates
+        )
         losses = [f"{refinement.losses[strength]:.4f}" for strength in refinement.strengths]
         print(
             f"  pass {number}: window {' '.join(strengths)}, cross-validated {' '.join(losses)}, "
@@ -163,7 +214,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
 def gather(kept, fold_of: torch.Tensor):
     """Return the stored states, labels, weights and folds of a sample."""
     states = torch.cat([stored.view(torch.uint8) for stored, _ in kept]).view(kept[0][0].dtype)
-    labels, weights, images = (torch.cat([getattr(p, n) for _, p in kept]) for n in ("labels", "weights", "images"))
+    labels, weights, images = (
+        torch.cat([getattr(p, n) for _, p in kept]) for n in ("labels", "weights", "images")
+    )
     return states, labels, weights, fold_of[images]
 
 
@@ -173,8 +226,17 @@ def solve_in_memory(data) -> dict:
     problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = solve_site(problem)
     refinement.solve_in_memory()
-    found = {"strengths": path.strengths, "loss": path.loss, "chosen": path.chosen, "solved": path.solved}
-    found |= {"space": problem.space, "points": refinement.kept[0], "certificates": refinement.certificates}
+    found = {
+        "strengths": path.strengths,
+        "loss": path.loss,
+        "chosen": path.chosen,
+        "solved": path.solved,
+    }
+    found |= {
+        "space": problem.space,
+        "points": refinement.kept[0],
+        "certificates": refinement.certificates,
+    }
     return found | {"passes": 1, "converged": refinement.converged}
 
 

@@ -29,14 +29,23 @@ def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bo
         for claim in evaluate_claims(read_studies(runs)[0]):
             if claim.get("truth") == "planted":
                 name = f"{claim['claim']} ({claim['image_attention']})"
-                found[name, number] = claim["supported"], claim["verdicts"]["beyond_random"]["value"]
+                found[name, number] = (
+                    claim["supported"],
+                    claim["verdicts"]["beyond_random"]["value"],
+                )
     return found
 
 
 def main() -> None:
     """Print a row for each claim."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/calibrate"), metavar="DIR", help="of `probes calibrate`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/calibrate"),
+        metavar="DIR",
+        help="of `probes calibrate`",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
     parser.add_argument("--draws", type=int, default=5, metavar="D")
     args = parser.parse_args()
@@ -44,11 +53,16 @@ def main() -> None:
     for seed in args.seeds:
         for key, found in study(args.out / f"seed{seed}", seed, args.draws).items():
             rows[key].append(found)
-    print("claim                            effect  supported beside " + ", ".join(map(str, range(2, args.draws + 1))))
+    print(
+        "claim                            effect  supported beside "
+        + ", ".join(map(str, range(2, args.draws + 1)))
+    )
     for claim in dict.fromkeys(claim for claim, _ in rows):
         by_draws = [rows[claim, number] for number in range(2, args.draws + 1)]
         effect = sum(value for _, value in by_draws[-1]) / len(args.seeds)
-        print(f"{claim:<32} {100 * effect:+6.1f}  {', '.join(str(sum(yes for yes, _ in row)) for row in by_draws)}")
+        print(
+            f"{claim:<32} {100 * effect:+6.1f}  {', '.join(str(sum(yes for yes, _ in row)) for row in by_draws)}"
+        )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ WORDS = "the a man woman dog cat sky wall road is in on of with red green left r
 def write_world(root: Path, records: int, seed: int = 0) -> None:
     rng, py = np.random.default_rng(seed), random.Random(seed)
     for i in range(PICTURES):
-        Image.fromarray(rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)).save(root / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)).save(
+            root / f"{i}.png"
+        )
     with open(root / "data.json", "w") as file:
         for i in range(records):
             file.write(("[" if i == 0 else ",\n") + json.dumps(_record(i, py)))
@@ -57,8 +59,12 @@ def _record(index: int, py: random.Random) -> dict:
     picture, turns = py.random() >= TEXT_ONLY, []
     for turn in range(py.choice((1, 1, 3, 5, 8, 12))):
         question = " ".join(py.choices(WORDS, k=py.randint(4, 14)))
-        turns.append({"from": "human", "value": ("<image>\n" if picture and turn == 0 else "") + question})
-        turns.append({"from": "gpt", "value": " ".join(py.choices(WORDS, k=py.choice((1, 3, 10, 60, 120))))})
+        turns.append(
+            {"from": "human", "value": ("<image>\n" if picture and turn == 0 else "") + question}
+        )
+        turns.append(
+            {"from": "gpt", "value": " ".join(py.choices(WORDS, k=py.choice((1, 3, 10, 60, 120))))}
+        )
     record = {"id": f"{index:012d}", "conversations": turns}
     return record | {"image": f"{index % PICTURES}.png"} if picture else record
 
@@ -66,12 +72,17 @@ def _record(index: int, py: random.Random) -> dict:
 def opening(root: Path, workers: int) -> dict:
     """The JSON into memory-mapped Arrow; later ones, in workers and ranks, find it in the cache."""
     start = time.perf_counter()
-    return {"peak_mb": peak_mb(lambda: open_all(root)), "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        "peak_mb": peak_mb(lambda: open_all(root)),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def checks(root: Path, workers: int) -> dict:
     """The record checks of verify-data."""
-    dataset = RecordFindings(read_annotations(root / "data.json"), ImageFolder(root), build_collate(root))
+    dataset = RecordFindings(
+        read_annotations(root / "data.json"), ImageFolder(root), build_collate(root)
+    )
     with Watch() as watch:
         kinds = Counter(finding["kind"] for finding in find_problems(dataset, workers))
     return watch.facts(len(dataset)) | {"findings": kinds}
@@ -80,8 +91,14 @@ def checks(root: Path, workers: int) -> dict:
 def sampler(root: Path, workers: int) -> dict:
     """The order of a whole epoch, in batches of one modality and similar length."""
     lengths, start, drawn = open_all(root).lengths(), time.perf_counter(), []
-    peak = peak_mb(lambda: drawn.extend(map(len, BatchSampler(lengths, BATCH, MICRO_BATCH, grouped=True))))
-    return {"peak_mb": peak, "samples": sum(drawn), "seconds": round(time.perf_counter() - start, 2)}
+    peak = peak_mb(
+        lambda: drawn.extend(map(len, BatchSampler(lengths, BATCH, MICRO_BATCH, grouped=True)))
+    )
+    return {
+        "peak_mb": peak,
+        "samples": sum(drawn),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
 
 
 def epoch(root: Path, workers: int) -> dict:
@@ -101,7 +118,13 @@ def epoch(root: Path, workers: int) -> dict:
     return watch.facts(samples) | {"samples": samples}
 
 
-PHASES = {"opening": opening, "opening again": opening, "checks": checks, "sampler": sampler, "epoch": epoch}
+PHASES = {
+    "opening": opening,
+    "opening again": opening,
+    "checks": checks,
+    "sampler": sampler,
+    "epoch": epoch,
+}
 
 
 def open_all(root: Path) -> Instructions:
@@ -116,20 +139,42 @@ def build_collate(root: Path) -> Collate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=665_298)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the checks and of the loader")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of the checks and of the loader"
+    )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--phase", nargs=2, metavar=("NAME", "FOLDER"), help="one of them, in this process")
+    parser.add_argument(
+        "--phase", nargs=2, metavar=("NAME", "FOLDER"), help="one of them, in this process"
+    )
     args = parser.parse_args()
     if args.phase:
         print(json.dumps(PHASES[args.phase[0]](Path(args.phase[1]), args.workers)))
         return
     with TemporaryDirectory() as folder:
         write_world(Path(folder), args.records)
-        found = {"records": args.records, "json_mb": round((Path(folder) / "data.json").stat().st_size / 1e6, 1)}
-        environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"}
-        for phase in args.phases:  # each in a process of its own, or one would hide what another holds
-            command = [sys.executable, __file__, "--workers", str(args.workers), "--phase", phase, folder]
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        found = {
+            "records": args.records,
+            "json_mb": round((Path(folder) / "data.json").stat().st_size / 1e6, 1),
+        }
+        environment = os.environ | {
+            "HF_DATASETS_CACHE": f"{folder}/cache",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        for (
+            phase
+        ) in args.phases:  # each in a process of its own, or one would hide what another holds
+            command = [
+                sys.executable,
+                __file__,
+                "--workers",
+                str(args.workers),
+                "--phase",
+                phase,
+                folder,
+            ]
+            done = subprocess.run(
+                command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            )
             found[phase] = json.loads(done.stdout)
             print(phase, done.stdout, file=sys.stderr)
     print(json.dumps(found, indent=1))

@@ -34,13 +34,17 @@ STEPS = {"stronger": 0.5, "chosen": 0.0, "weaker": -0.5, "a decade weaker": -1.0
 
 
 @torch.inference_mode()
-def read_states(encoder: torch.nn.Module, dataset: FolderDataset, images: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def read_states(
+    encoder: torch.nn.Module, dataset: FolderDataset, images: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
     """Return the patch tokens f[N, T, d] before the last layer, and the masks uint8[H, W]."""
     states = []
     targets = []
     for i in images:
         sample = dataset[i]
-        square = torch.frombuffer(bytearray(GEOMETRY.place(sample["image"]).tobytes()), dtype=torch.uint8)
+        square = torch.frombuffer(
+            bytearray(GEOMETRY.place(sample["image"]).tobytes()), dtype=torch.uint8
+        )
         pixels = square.view(1, 224, 224, 3).permute(0, 3, 1, 2) / 255
         hidden = encoder((pixels - MEAN) / STD, output_hidden_states=True).hidden_states[-2]
         states.append(hidden[0, -GRID[0] * GRID[1] :].clone())
@@ -48,7 +52,9 @@ def read_states(encoder: torch.nn.Module, dataset: FolderDataset, images: Sequen
     return torch.stack(states).clone(), targets
 
 
-def score(problem: SiteProblem, points: Tensor, states: Tensor, targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+def score(
+    problem: SiteProblem, points: Tensor, states: Tensor, targets: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
     weights = problem.space.to_states(points[..., :-1]).float()
     x = states - problem.space.mean.float()
@@ -64,24 +70,38 @@ def score(problem: SiteProblem, points: Tensor, states: Tensor, targets: list[Te
         masks = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)([target])
         loss = loss + loss_and_gradient(logits, masks, needs_grad=False)[0].sum(1)
         pixels += int((target != 255).sum())
-    axis_of_images = {"intersection": 1, "predicted": 1, "labelled": 0, "patch_right": 1, "patch_valid": 0}
-    counts = Counts(**{k: torch.cat([getattr(p, k) for p in parts], axis) for k, axis in axis_of_images.items()})
+    axis_of_images = {
+        "intersection": 1,
+        "predicted": 1,
+        "labelled": 0,
+        "patch_right": 1,
+        "patch_valid": 0,
+    }
+    counts = Counts(
+        **{k: torch.cat([getattr(p, k) for p in parts], axis) for k, axis in axis_of_images.items()}
+    )
     return dataset_scores(counts).miou, loss / pixels
 
 
 def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProblem, float, Tensor]:
     """Return the problem, the chosen strength, and the probes f[R, K, d + 1] at `STEPS` from it."""
-    loose, tight = (MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES))
+    loose, tight = (
+        MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
+    )
     problem = SiteProblem(states, loose, tight, assign_folds(len(states), FOLDS, None))
     path, _ = solve_site(problem)
     chosen = path.strengths[path.chosen]
-    given = [chosen * 10**step for step in STEPS.values()]  # from strong to weak, as the solver has them
+    given = [
+        chosen * 10**step for step in STEPS.values()
+    ]  # from strong to weak, as the solver has them
     _, refinement = solve_site(problem, given)
     return problem, chosen, refinement.points
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("encoder")
     parser.add_argument("data", nargs="+")
     parser.add_argument("--images", type=int, nargs="+", default=[24, 48, 100, 200])
@@ -89,21 +109,29 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=1000, help="most validation photos")
     args = parser.parse_args()
     encoder = AutoModel.from_pretrained(args.encoder).eval()
-    print("data, photos: strength, mIoU at it; stronger, weaker, a decade weaker; weaker is better in")
+    print(
+        "data, photos: strength, mIoU at it; stronger, weaker, a decade weaker; weaker is better in"
+    )
     for root in args.data:
         training, validation = (FolderDataset(root, split) for split in ("training", "validation"))
         classes = len(training.classes)
         most = min(len(training), args.subsets * max(args.images))
-        states, targets = read_states(encoder, training, [i * len(training) // most for i in range(most)])
+        states, targets = read_states(
+            encoder, training, [i * len(training) // most for i in range(most)]
+        )
         count_of = min(len(validation), args.validation)
-        validated = read_states(encoder, validation, [i * len(validation) // count_of for i in range(count_of)])
+        validated = read_states(
+            encoder, validation, [i * len(validation) // count_of for i in range(count_of)]
+        )
         for images in [n for n in args.images if n <= most]:
             rows = []
             strengths = []
             start = time.process_time()
             for subset in range(args.subsets if args.subsets * images <= most else 1):
                 chosen = [i * most // images + subset for i in range(images)]
-                problem, strength, points = solve(states[chosen], [targets[i] for i in chosen], classes)
+                problem, strength, points = solve(
+                    states[chosen], [targets[i] for i in chosen], classes
+                )
                 rows.append(torch.stack(score(problem, points, *validated)))
                 strengths.append(f"{strength:.2g}")
             miou, loss = torch.stack(rows).mean(0)

@@ -28,12 +28,23 @@ import probes
 from llava_bidir.common.process_group import run_missing
 from llava_bidir.toy_world.binding import GRID
 from llava_bidir.toy_world.canvas import CLASSES
-from llava_bidir.toy_world.dialogues import LOOK_ALIKE, SceneText, build_dialogue, find_regions, prepend_picture
+from llava_bidir.toy_world.dialogues import (
+    LOOK_ALIKE,
+    SceneText,
+    build_dialogue,
+    find_regions,
+    prepend_picture,
+)
 from llava_bidir.toy_world.plant import read_pictures
 from llava_bidir.toy_world.steps import WEIGHTS
 
 MASKS = ("causal", "bidirectional")
-ARMS = {"tokens": None, "questions": {"points": GRID**2}, "raster": {"rows": GRID}, "captions": {"caption": True}}
+ARMS = {
+    "tokens": None,
+    "questions": {"points": GRID**2},
+    "raster": {"rows": GRID},
+    "captions": {"caption": True},
+}
 QUESTIONS = 400
 SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
 INDOOR = {"ceiling", "wall", "floor", "bed"}
@@ -42,9 +53,12 @@ INDOOR = {"ceiling", "wall", "floor", "bed"}
 def read_texts(folder: Path, split: str) -> dict[str, SceneText]:
     """Return the class of each patch in words, by the picture's path below `folder`'s parent."""
     files = sorted((folder / "images" / split).glob("*.png"))
-    names = [[CLASSES[max(k, 0)] for k in labels] for labels in read_pictures(folder, split)[1].tolist()]
+    names = [
+        [CLASSES[max(k, 0)] for k in labels] for labels in read_pictures(folder, split)[1].tolist()
+    ]
     return {
-        str(file.relative_to(folder.parent)): SceneText(n, "a picture") for file, n in zip(files, names, strict=True)
+        str(file.relative_to(folder.parent)): SceneText(n, "a picture")
+        for file, n in zip(files, names, strict=True)
     }
 
 
@@ -74,9 +88,15 @@ def majority_share(assets: Path) -> float:
     """Return the share of questions that the more frequent kind of scene in the picture's look-alikes answers."""
     texts, right = read_texts(assets / "segmentation", "validation"), []
     for record in json.loads((assets / "look_alikes.json").read_text()):
-        kinds = [name in INDOOR for name in texts[record["image"]].names if LOOK_ALIKE[name] != name]
+        kinds = [
+            name in INDOOR for name in texts[record["image"]].names if LOOK_ALIKE[name] != name
+        ]
         share = np.mean(kinds)
-        right.append(0.5 if share == 0.5 else (share > 0.5) == (record["conversations"][1]["value"] in INDOOR))
+        right.append(
+            0.5
+            if share == 0.5
+            else (share > 0.5) == (record["conversations"][1]["value"] in INDOOR)
+        )
     return float(np.mean(right))
 
 
@@ -84,20 +104,40 @@ def train(folder: Path, seed: int, count: int) -> None:
     """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
     world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
-    run_missing(folder, "world", [(assets / "questions.json", words("demo-assets", assets, *world), None)])
+    run_missing(
+        folder, "world", [(assets / "questions.json", words("demo-assets", assets, *world), None)]
+    )
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
     for mask in MASKS:
         parts = ["--model.encoder.path", assets / "encoder", "--model.llm", assets / "llm"]
-        common = ["--model.image_attention", mask, *parts, "--data.images", assets, "--seed_everything", seed]
+        common = [
+            "--model.image_attention",
+            mask,
+            *parts,
+            "--data.images",
+            assets,
+            "--seed_everything",
+            seed,
+        ]
         common += ["--overwrite", "true"]
-        stage1, captions = folder / mask / "stage1", ["--data.annotations", assets / "captions.json"]
+        stage1, captions = (
+            folder / mask / "stage1",
+            ["--data.annotations", assets / "captions.json"],
+        )
         fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
         steps = [(stage1 / WEIGHTS, fit, None)]
         for arm, options in ARMS.items():
             out = folder / mask / arm
             data = ["--data.annotations", assets / f"{arm}.json", "--data.val_annotations", "null"]
-            length = ["--trainer.max_epochs", -1, "--trainer.max_steps", count, "--model.adapter", stage1 / "hf"]
+            length = [
+                "--trainer.max_epochs",
+                -1,
+                "--trainer.max_steps",
+                count,
+                "--model.adapter",
+                stage1 / "hf",
+            ]
             command = words("fit", "-c", "demo/stage2", *common, *data, *length, "--out", out)
             if options is None:
                 models = stage1 / "hf", assets, out / "hf"
@@ -135,7 +175,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each model")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    points = lambda c: f"{100 * c['value']:+5.1f} [{100 * c['ci95'][0]:+.1f}, {100 * c['ci95'][1]:+.1f}]"
+    points = lambda c: (
+        f"{100 * c['value']:+5.1f} [{100 * c['ci95'][0]:+.1f}, {100 * c['ci95'][1]:+.1f}]"
+    )
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
         train(folder, seed, args.steps)
@@ -144,7 +186,13 @@ def main() -> None:
                 found = study(folder, mask, arm, seed)
                 numbers = [points(found[name]) for name in ("optimum", "beyond_random")]
                 answers = f"{100 * found['answers']:.1f}% ({100 * majority_share(folder / 'assets'):.1f}% by majority)"
-                print(f"{seed} {arm:<10}{mask:<14}", *numbers, f"answers {answers}", found["conclusion"], flush=True)
+                print(
+                    f"{seed} {arm:<10}{mask:<14}",
+                    *numbers,
+                    f"answers {answers}",
+                    found["conclusion"],
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -13,15 +13,39 @@ from probes.models.frozen_mllm import FrozenMLLM
 from probes.training.module import ProbeModule
 from probes.training.optimum import loss_sums
 
-PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
+PREFIX, CLASSES, VOCABULARY = (
+    36,
+    150,
+    2048,
+)  # tokens before the image; ADE20K's classes; what little of an embedding
 
-CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 CLIP_LARGE |= {"image_size": 336, "patch_size": 14}
-CLIP_SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+CLIP_SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 CLIP_SMALL |= {"image_size": 168, "patch_size": 14}
-CLIP_TOY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP_TOY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 CLIP_TOY |= {"image_size": 28, "patch_size": 14}
-CLIP_DEMO = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP_DEMO = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CLIP_DEMO |= {"image_size": 96, "patch_size": 12}
 
 
@@ -45,7 +69,10 @@ SHAPES = {  # encoder, LLM
 
 
 def random_model(
-    image_attention: str, shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
+    image_attention: str,
+    shape: str = "small",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> LlavaBidirForConditionalGeneration:
     torch.manual_seed(0)
     vision, text = SHAPES[shape]
@@ -60,9 +87,13 @@ def random_model(
         return LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
 
 
-def frozen_model(shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu") -> FrozenMLLM:
+def frozen_model(
+    shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> FrozenMLLM:
     model, prefix = random_model("bidirectional", shape, dtype, device), list(range(1, PREFIX + 1))
-    mllm = FrozenMLLM(model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional")
+    mllm = FrozenMLLM(
+        model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional"
+    )
     return mllm.to(device)
 
 
@@ -77,15 +108,26 @@ class Sweep:
         device: of everything.
     """
 
-    def __init__(self, shape: str, images: int, mask_px: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    def __init__(
+        self,
+        shape: str,
+        images: int,
+        mask_px: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ):
         self.mllm = frozen_model(shape, dtype, device)
         side = self.mllm.geometry.image_px
         self.pixels = torch.randn(images, 3, side, side, device=device)
-        regions = torch.randint(0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8)
+        regions = torch.randint(
+            0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8
+        )
         regions[torch.rand(regions.shape) < 0.1] = IGNORE_INDEX
         self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
         self.sites = list(self.mllm.sites)
-        self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
+        self.heads = nn.ModuleDict(
+            {s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()}
+        )
         self.optimizers, self.task = {}, None  # segmentation
         self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 

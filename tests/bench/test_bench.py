@@ -16,7 +16,9 @@ pytestmark = pytest.mark.nightly
 def python(*words: object) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANGING_S
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -38,5 +40,7 @@ def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():
     table, _, coverage = python("-c", code).partition("draws\n")
     rows = [line.split() for line in table.splitlines() if "ms " in line and "x" in line]
     errors = [float(row[4]) for row in rows]
-    assert [row[0] for row in rows] == ["2", "3", "4", "5", "8"] and errors[-1] < 1e-6 < errors[0] < 1e-2
+    assert [row[0] for row in rows] == ["2", "3", "4", "5", "8"] and errors[-1] < 1e-6 < errors[
+        0
+    ] < 1e-2
     assert len(coverage.splitlines()) == 1 + 2 * 3 * 2 * 5

@@ -38,4 +38,6 @@ class LlavaBidirTest(upstream.LlavaForConditionalGenerationModelTest):
     def setUp(self):
         super().setUp()
         self.model_tester = Tester(self)
-        self.config_tester.config_class = LlavaBidirConfig if MASK != "stock" else self.config_tester.config_class
+        self.config_tester.config_class = (
+            LlavaBidirConfig if MASK != "stock" else self.config_tester.config_class
+        )

@@ -25,13 +25,19 @@ MASKS = ("causal", "bidirectional", "prefix")
 
 # {test: (outcome of our class, reason)}; the stock class passes each of them.
 EXPECTED = {
-    "test_inherits_generation_mixin": ("failed", "wants GenerationMixin among the direct bases; ours inherits it"),
+    "test_inherits_generation_mixin": (
+        "failed",
+        "wants GenerationMixin among the direct bases; ours inherits it",
+    ),
     "test_can_init_all_missing_weights": (
         "failed",
         "for classes outside of transformers, weights of CLIP that a checkpoint lacks are drawn with another scale; "
         "load_weights refuses such checkpoints",
     ),
-    "test_torch_save_load": ("skipped", "reads the class from transformers' own table of base models"),
+    "test_torch_save_load": (
+        "skipped",
+        "reads the class from transformers' own table of base models",
+    ),
 }
 
 
@@ -41,7 +47,18 @@ def fetch() -> None:
         return
     partial = FOLDER.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", TAG, "--sparse"]
+    clone = [
+        "git",
+        "-c",
+        "advice.detachedHead=false",
+        "clone",
+        "--quiet",
+        "--depth",
+        "1",
+        "--branch",
+        TAG,
+        "--sparse",
+    ]
     if subprocess.run([*clone, "--filter=blob:none", REPOSITORY, str(partial)]).returncode:
         sys.exit(
             f"cannot clone {TAG} of {REPOSITORY}. Without a network, clone it elsewhere (git clone --branch {TAG} "
@@ -51,7 +68,9 @@ def fetch() -> None:
     (partial / "src").mkdir()  # the tests look there for the package
     (partial / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial / "site")]
-    subprocess.run([*pip, "httpx", "parameterized"], check=True)  # the tests import them beyond our own requirements
+    subprocess.run(
+        [*pip, "httpx", "parameterized"], check=True
+    )  # the tests import them beyond our own requirements
     partial.rename(FOLDER)
 
 
@@ -59,19 +78,38 @@ def outcomes(mask: str) -> dict[str, str]:
     """Run the tests under a mask, or on the stock class, and return {test: passed, failed or skipped}."""
     shutil.copy(TESTS, FOLDER / "tests" / "models" / "llava")
     paths = os.pathsep.join(str(path.resolve()) for path in (FOLDER / "site", Path()))
-    environment = os.environ | {"IMAGE_ATTENTION": mask, "PYTHONPATH": paths, "RUN_SLOW": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "IMAGE_ATTENTION": mask,
+        "PYTHONPATH": paths,
+        "RUN_SLOW": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     report = f"{mask}.xml"
-    options = ["-q", "--noconftest", "--config-file=/dev/null", "--rootdir=.", "-p", "no:cacheprovider", "-W", "ignore"]
+    options = [
+        "-q",
+        "--noconftest",
+        "--config-file=/dev/null",
+        "--rootdir=.",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
     options += [f"--junitxml={report}"]
     with open(FOLDER / f"{mask}.log", "w") as log:
         command = [sys.executable, "-m", "pytest", *options, f"tests/models/llava/{TESTS.name}"]
-        status = subprocess.run(command, cwd=FOLDER, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            command, cwd=FOLDER, env=environment, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
     if status not in (0, 1):  # 1: some tests failed
         sys.exit(f"the tests could not run; see {FOLDER / mask}.log")
     results = {}
     for case in ElementTree.parse(FOLDER / report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
-        failed, skipped = kinds & {"failure", "error"}, "skipped" in kinds  # an expected failure counts as skipped
+        failed, skipped = (
+            kinds & {"failure", "error"},
+            "skipped" in kinds,
+        )  # an expected failure counts as skipped
         results[case.get("name")] = "failed" if failed else "skipped" if skipped else "passed"
     return results
 

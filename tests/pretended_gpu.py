@@ -190,10 +190,8 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
         (gemma, "GEMMA4_TOKENS_PER_SIDE"),
     ):
         monkeypatch.setattr(module, side, tiny_families.SIDE)
-    path, masks = (
-        str(tiny_families.write(name, tmp_path)),
-        ("bidirectional",) * tiny_families.STOCK[name].masks,
-    )
+    path = str(tiny_families.write(name, tmp_path))
+    masks = ("bidirectional",) * tiny_families.STOCK[name].masks
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
     for mask in (None, *masks):
@@ -213,7 +211,8 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
 def _assert_close(found: object, expected: object, where: str) -> None:
     """Compare the contents of two JSON files; a copy on the device may be summed in another order than a view."""
     if isinstance(expected, dict):
-        expected, found = list(expected.items()), list(found.items())
+        expected = list(expected.items())
+        found = list(found.items())
     if isinstance(expected, list | tuple):
         assert len(found) == len(expected), where
         for i, (x, y) in enumerate(zip(found, expected, strict=True)):

@@ -100,7 +100,8 @@ PAGES = [
 
 @pytest.mark.parametrize(("package", "command"), PAGES)
 def test_short_help_has_options_and_defaults_of_the_parser(package, command, capsys):
-    page, everything = import_module(f"{package}.cli").HELP[command], ""
+    page = import_module(f"{package}.cli").HELP[command]
+    everything = ""
     for name in {command, "fit"}:  # whose options the others take
         with pytest.raises(SystemExit):
             MAIN[package]([name, "--help-all"])
@@ -108,7 +109,8 @@ def test_short_help_has_options_and_defaults_of_the_parser(package, command, cap
     entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"\n  (?=-)", everything)}
     entries |= {"-c": ""}
     for option, text in page.options.items():
-        name, default = option.split()[0], re.search(r"\(default: (.*)\)$", text)
+        name = option.split()[0]
+        default = re.search(r"\(default: (.*)\)$", text)
         assert name in entries, option
         if default and name.startswith(("--model", "--data", "--out", "--overwrite", "--trainer")):
             found = re.findall(r"default: ([^)]*)\)", " ".join(entries[name].split()))
@@ -375,10 +377,12 @@ def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
     run_bytes.assert_same_export(tmp_path / "run/hf", tmp_path / "again")
 
-    prompts, original = [], LlavaBidirForConditionalGeneration.generate
-    recorded = lambda model, **inputs: (
-        prompts.append(inputs["input_ids"].tolist()[0]) or original(model, **inputs)
-    )
+    prompts = []
+    original = LlavaBidirForConditionalGeneration.generate
+
+    def recorded(model, **inputs):
+        return prompts.append(inputs["input_ids"].tolist()[0]) or original(model, **inputs)
+
     monkeypatch.setattr(LlavaBidirForConditionalGeneration, "generate", recorded)
     picture = str(conversations / "pictures/0.png")
     llava_bidir.cli.main(

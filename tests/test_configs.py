@@ -145,7 +145,8 @@ def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
 def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
     """Source: LLaVA scripts/v1_5/pretrain.sh and finetune.sh; paper, App. A.1."""
     cli = instantiate([stage, "encoder/clip.yaml"], parts, conversations, encoders / "clip")
-    model, data = cli.model.hparams, cli.datamodule
+    model = cli.model.hparams
+    data = cli.datamodule
     assert (
         model.learning_rate,
         data.batch_size,
@@ -231,10 +232,8 @@ def test_probing_protocol_is_the_papers(file):
         "weight_decay": 0.0,
     }
     assert config["model"] == model and config["data"]["batch_size"] == 64
-    trainer, length = (
-        config["trainer"],
-        ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch"),
-    )
+    trainer = config["trainer"]
+    length = ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch")
     if file == "probes/folder.yaml":
         steps = 20 * -(-20210 // 64)
         assert [trainer[key] for key in length] == [-1, steps, steps // 20, None]

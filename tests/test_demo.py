@@ -47,10 +47,8 @@ def command(out: Path, *more: str) -> list[str]:
 
 def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
-    words, environment = (
-        [*network_guard.cut(), *command(out, "--extras")],
-        network_guard.watched(out / "network"),
-    )
+    words = [*network_guard.cut(), *command(out, "--extras")]
+    environment = network_guard.watched(out / "network")
     done = subprocess.run(
         words, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=DEMO_S
     )
@@ -112,7 +110,9 @@ def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(fini
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
-    probes, answers = found[::2], found[1::2]  # a line each by run
+    # a line each by run
+    probes = found[::2]
+    answers = found[1::2]
     assert min(probes[:2]) > probes[2], done.stdout
     assert answers[0] > answers[2], (
         done.stdout
@@ -151,7 +151,8 @@ def test_a_demo_of_other_settings_is_left_alone(finished):
 
 
 def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finished):
-    before, kept = results(finished), finished / "causal/random1/metrics.json"
+    before = results(finished)
+    kept = finished / "causal/random1/metrics.json"
     kept.unlink()
     said = run(finished)
     steps = {
@@ -191,11 +192,14 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
 
     The study, with which it ends, has such a test of its own.
     """
-    chance, out, kills = random.Random(0), tmp_path / "demo", 0
-    deadline, ended = (
-        time.monotonic() + DEMO_S,
-        lambda: all((out / file).is_file() for file in PLANTED),
-    )
+    chance = random.Random(0)
+    out = tmp_path / "demo"
+    kills = 0
+    deadline = time.monotonic() + DEMO_S
+
+    def ended() -> bool:
+        return all((out / file).is_file() for file in PLANTED)
+
     while not ended():
         assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -208,7 +212,8 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
         kills += 1
     assert kills > 2, "or the demo was not killed while it trained"
     for file in PLANTED:
-        killed, whole = load_file(out / file), load_file(finished / file)
+        killed = load_file(out / file)
+        whole = load_file(finished / file)
         assert killed.keys() == whole.keys()
         assert all(np.array_equal(killed[name], whole[name], equal_nan=True) for name in whole), (
             file

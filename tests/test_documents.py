@@ -329,7 +329,8 @@ def test_example_applies_to_the_present_code(name, copy):
 @pytest.mark.slow
 def test_examples_work_as_written(copy):
     """All in one copy and one process."""
-    files, chosen = [], []
+    files = []
+    chosen = []
     for diff, command in EXAMPLES.values():
         run(["git", "apply", "-"], copy, input=diff)
         python, _, pytest_, *arguments = shlex.split(command)

@@ -99,7 +99,8 @@ ENTRANCES = {
 }
 # How entrances call other formats and modes, and links to elsewhere
 REFUSALS = "it is not (one of )?(BMP|PNG)|has mode '|is outside data.images|loop.jpg is missing"
-MASK, UPLOAD = "mask of a data set", "photo in the lab"
+MASK = "mask of a data set"
+UPLOAD = "photo in the lab"
 HOSTILE = [
     (entrance, name)
     for entrance in ENTRANCES

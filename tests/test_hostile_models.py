@@ -59,7 +59,8 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
     """Copies of everything that commands read."""
     shutil.copytree(Path(parts[0].path).parent, tmp_path / "parts")
     shutil.copytree(checkpoints["causal"], tmp_path / "hf")
-    encoder, llm = tmp_path / "parts/encoder", tmp_path / "parts/llm"
+    encoder = tmp_path / "parts/encoder"
+    llm = tmp_path / "parts/llm"
     from llava_bidir.model.encoders import Encoder
 
     copies = (Encoder("clip", str(encoder), layer=-1), str(llm))

@@ -16,7 +16,10 @@ SAID = defaultdict(list)  # by kind: (name, content)
 
 
 class Wandb(WandbLogger):
-    name, version, save_dir, experiment = "name", "version", "elsewhere", None
+    name = "name"
+    version = "version"
+    save_dir = "elsewhere"
+    experiment = None
 
     def __init__(self):
         self._logged_metrics = {}
@@ -61,13 +64,19 @@ class Client:
 
 
 class MLFlow(MLFlowLogger):
-    name, version, save_dir, run_id, experiment = "name", "version", "elsewhere", "1", Client()
+    name = "name"
+    version = "version"
+    save_dir = "elsewhere"
+    run_id = "1"
+    experiment = Client()
 
     def __init__(self):
         pass
 
-    log_hyperparams, log_metrics = Wandb.log_hyperparams, Wandb.log_metrics
-    after_save_checkpoint, finalize = Wandb.after_save_checkpoint, Wandb.finalize
+    log_hyperparams = Wandb.log_hyperparams
+    log_metrics = Wandb.log_metrics
+    after_save_checkpoint = Wandb.after_save_checkpoint
+    finalize = Wandb.finalize
 
 
 @pytest.fixture(params=["Wandb", "MLFlow"])

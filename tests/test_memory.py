@@ -107,9 +107,11 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
 def test_report_does_not_grow_with_the_images(tmp_path):
     data = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     quality = [0.6, 0.5, 0.55, 0.6, 0.65, 0.7, 0.7]
-    peaks, sizes = [], []
+    peaks = []
+    sizes = []
     for images in (40, 2000):
-        out, folder = tmp_path / f"report{images}", tmp_path / str(images)
+        out = tmp_path / f"report{images}"
+        folder = tmp_path / str(images)
         runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images)
                 for mask in ("causal", "bidirectional")]  # fmt: skip
         peaks.append(peak_mb_of_probes("report", *runs, "--out", out))

@@ -67,10 +67,8 @@ def test_a_cut_network_has_no_way_out():
 
 @pytest.mark.slow
 def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmentation, tmp_path):
-    checkpoint, picture = (
-        str(checkpoints["bidirectional"]),
-        str(segmentation / "images/validation/000.png"),
-    )
+    checkpoint = str(checkpoints["bidirectional"])
+    picture = str(segmentation / "images/validation/000.png")
     training = tiny_models.training_arguments(parts, conversations)
     commands = [
         ("probes", "sites", checkpoint),

@@ -16,8 +16,10 @@ from packaging.utils import canonicalize_name as canonical
 from test_structure import imports, sources
 
 ROOT = Path(__file__).parents[1]
-LOCK, HARNESS_LOCK = "requirements.lock", "llava_bidir/vqa/requirements.lock"
-HARNESS_PINS = "llava_bidir/vqa/requirements.txt"  # lmms-eval's environment, by hand: what the nine tasks import
+LOCK = "requirements.lock"
+HARNESS_LOCK = "llava_bidir/vqa/requirements.lock"
+# lmms-eval's environment, by hand: what the nine tasks import
+HARNESS_PINS = "llava_bidir/vqa/requirements.txt"
 
 
 def torch_version() -> str:
@@ -59,10 +61,8 @@ def test_the_lock_holds_every_declared_package_within_its_bounds():
 
 
 def test_the_harness_has_the_versions_that_training_has():
-    harness, ours = (
-        pins(HARNESS_PINS),
-        {name: next(iter(r.specifier)).version for name, (r, _) in locked(LOCK).items()},
-    )
+    harness = pins(HARNESS_PINS)
+    ours = {name: next(iter(r.specifier)).version for name, (r, _) in locked(LOCK).items()}
     assert harness.pop("torch") == torch_version()
     assert {name for name in harness if name not in locked(HARNESS_LOCK)} == set(), "make lock"
     common = ours.keys() & harness.keys()

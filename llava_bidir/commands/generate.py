@@ -29,7 +29,11 @@ from llava_bidir.model.build import prompt_template
 
 
 def generate(
-    model: str, photos: Sequence[Path], prompts: Sequence[str], max_new_tokens: int = 256, dtype: str = "auto"
+    model: str,
+    photos: Sequence[Path],
+    prompts: Sequence[str],
+    max_new_tokens: int = 256,
+    dtype: str = "auto",
 ) -> Iterator[list[str]]:
     """Return the greedy answers to all prompts about each photo, one photo at a time, as they are ready.
 
@@ -65,9 +69,16 @@ def _answers_by_photo(
         answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
         for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
             if cut_at is not None:
-                limit = "--max-new-tokens" if cut_at == max_new_tokens else "the LLM has no positions left"
+                limit = (
+                    "--max-new-tokens"
+                    if cut_at == max_new_tokens
+                    else "the LLM has no positions left"
+                )
                 about = f" about {photo}" if len(photos) > 1 else ""
-                print(f"the answer to {prompt!r}{about} was cut after {cut_at} tokens ({limit})", file=sys.stderr)
+                print(
+                    f"the answer to {prompt!r}{about} was cut after {cut_at} tokens ({limit})",
+                    file=sys.stderr,
+                )
         yield [text for text, _ in answers]
 
 
@@ -86,11 +97,15 @@ def photos_and_prompts(words: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not is_photo(word):
             prompts.append(word)
         elif prompts:
-            raise UserError(f"photo {word!r} follows the question {prompts[-1]!r}; expected all photos before it")
+            raise UserError(
+                f"photo {word!r} follows the question {prompts[-1]!r}; expected all photos before it"
+            )
         else:
             photos.append(Path(word))
     if not prompts:
-        raise UserError(f"there is no question after {photos[-1]}; expected MODEL IMAGE ... PROMPT ...")
+        raise UserError(
+            f"there is no question after {photos[-1]}; expected MODEL IMAGE ... PROMPT ..."
+        )
     return photos, prompts
 
 
@@ -120,7 +135,9 @@ def answer(
     max_new_tokens: int,
 ) -> list[str]:
     """Return greedy answers to a batch of questions; see :func:`answer_and_tell_cut`."""
-    return [text for text, _ in answer_and_tell_cut(model, processor, questions, images, max_new_tokens)]
+    return [
+        text for text, _ in answer_and_tell_cut(model, processor, questions, images, max_new_tokens)
+    ]
 
 
 def answer_and_tell_cut(
@@ -147,8 +164,10 @@ def answer_and_tell_cut(
         UserError: A prompt exceeds the LLM's positions.
     """
     check_is_list("questions", questions, "['What is it?']")
-    tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
-    rows, template = [], prompt_template(processor)
+    tokenizer = processor.tokenizer
+    positions = model.config.get_text_config().max_position_embeddings
+    rows = []
+    template = prompt_template(processor)
     for text, own_images in zip(questions, images, strict=True):
         turns = [{"from": "human", "value": f"{IMAGE}\n{text}" if own_images else text}]
         tokens = model.config.image_seq_length * len(own_images) or None
@@ -175,8 +194,13 @@ def answer_and_tell_cut(
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
     ends = model.generation_config.eos_token_id  # one, several or None
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=output.device).view(-1)
-    cut = [None if torch.isin(ids, ends).any() else limit for ids, limit in zip(answers, limits, strict=True)]
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=output.device).view(
+        -1
+    )
+    cut = [
+        None if torch.isin(ids, ends).any() else limit
+        for ids, limit in zip(answers, limits, strict=True)
+    ]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [(text.strip(), cut_at) for text, cut_at in zip(texts, cut, strict=True)]
 

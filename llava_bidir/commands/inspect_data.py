@@ -29,7 +29,8 @@ def inspect_sample(sample: dict, collate: Collate) -> dict[str, Any]:
         text has one `<image>` per image.
     """
     ids, labels = collate.encode(sample)
-    tokenizer, image_id = collate.processor.tokenizer, collate.processor.image_token_id
+    tokenizer = collate.processor.tokenizer
+    image_id = collate.processor.image_token_id
     positions = [i for i, token in enumerate(ids) if token == image_id]
     spans = [[i, i + collate.image_tokens] for i in positions[:: collate.image_tokens]]
     inside = {i for start, end in spans for i in range(start + 1, end)}
@@ -47,9 +48,12 @@ def inspect_sample(sample: dict, collate: Collate) -> dict[str, Any]:
 def format_sample(sample: dict[str, Any], collate: Collate, image_attention: str) -> str:
     """Return the result of :func:`inspect_sample` as text, supervised tokens in brackets, with the attention mask."""
     lines = [f"{sample['id']}  ({sample['template']}, {len(sample['input_ids'])} tokens)"]
-    decode, image_id = collate.processor.tokenizer.decode, collate.processor.image_token_id
+    decode = collate.processor.tokenizer.decode
+    image_id = collate.processor.image_token_id
     tokens = list(zip(sample["input_ids"], sample["labels"], strict=True))
-    for (is_image, supervised), group in groupby(tokens, key=lambda x: (x[0] == image_id, x[1] != IGNORE_INDEX)):
+    for (is_image, supervised), group in groupby(
+        tokens, key=lambda x: (x[0] == image_id, x[1] != IGNORE_INDEX)
+    ):
         ids = [token for token, _ in group]
         text = f"<{len(ids)} image tokens>" if is_image else decode(ids)
         lines.append(f"  trained [{text}]" if supervised else f"          {text}")
@@ -62,13 +66,17 @@ def format_sample(sample: dict[str, Any], collate: Collate, image_attention: str
 
 def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
     r"""Return the mask bool[N, N] as text by segments of text and image: # all, \ causal, . none, ? other."""
-    segments = [list(group) for _, group in groupby(range(len(is_image)), key=lambda i: bool(is_image[i]))]
+    segments = [
+        list(group) for _, group in groupby(range(len(is_image)), key=lambda i: bool(is_image[i]))
+    ]
     lines = ["  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
     for rows in segments:
         cells = []
         for columns in segments:
             part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            causal = part.shape[0] == part.shape[1] and torch.equal(part, torch.ones_like(part).tril())
+            causal = part.shape[0] == part.shape[1] and torch.equal(
+                part, torch.ones_like(part).tril()
+            )
             cells.append("#" if part.all() else "." if not part.any() else "\\" if causal else "?")
         kind = "image" if is_image[rows[0]] else "text"
         lines.append(f"  {kind:>5} {len(rows):>4}  {' '.join(cells)}")
@@ -82,7 +90,9 @@ def main(argv: list[str]) -> None:
         description="Show the tokens, labels and attention mask of records. All other options are those of "
         "`llava-bidir fit` (-c CONFIG ..., --data.annotations ..., ...).",
     )
-    parser.add_argument("--index", type=int, nargs="+", default=[0], metavar="I", help="indices of the records")
+    parser.add_argument(
+        "--index", type=int, nargs="+", default=[0], metavar="I", help="indices of the records"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config, parser.prog)
@@ -92,6 +102,8 @@ def main(argv: list[str]) -> None:
     records = Instructions(data.annotations, data.images, data.follow_links)
     for index in args.index:
         if not 0 <= index < len(records):
-            raise UserError(f"record {index} is out of range; {data.annotations} has records 0..{len(records) - 1}")
+            raise UserError(
+                f"record {index} is out of range; {data.annotations} has records 0..{len(records) - 1}"
+            )
         sample = inspect_sample(records[index], data.collate)
         print(json.dumps(sample) if args.json else format_sample(sample, data.collate, attention))

@@ -74,7 +74,10 @@ class RecordFindings(Dataset):
         decode: bool = False,
         image_attention: str = "causal",
     ):
-        self.records, self.images, self.collate, self.decode = records, images, collate, decode
+        self.records = records
+        self.images = images
+        self.collate = collate
+        self.decode = decode
         self.late_images = LATE_IMAGES.get(image_attention)
 
     def __len__(self) -> int:
@@ -83,7 +86,10 @@ class RecordFindings(Dataset):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         record = self.records[index]
         findings = self.check(record)
-        return [{"index": index, "id": record["id"], "kind": kind, "detail": detail} for kind, detail in findings]
+        return [
+            {"index": index, "id": record["id"], "kind": kind, "detail": detail}
+            for kind, detail in findings
+        ]
 
     def check(self, record: dict) -> list[tuple[str, str]]:
         """Return (kind, detail) of each finding about a record."""
@@ -98,17 +104,24 @@ class RecordFindings(Dataset):
 
     def check_tokens(self, record: dict) -> list[tuple[str, str]]:
         """Return findings about the number of tokens and of supervised tokens."""
-        collate, turns, tokenizer = self.collate, record["conversations"], self.collate.processor.tokenizer
+        collate = self.collate
+        turns = record["conversations"]
+        tokenizer = self.collate.processor.tokenizer
         has_image = record["shown"] > 0
-        is_supervised = collate.template == "plain" or record["answers"] > 0  # `plain` supervises at least a newline
+        # `plain` supervises at least a newline
+        is_supervised = collate.template == "plain" or record["answers"] > 0
         findings = []
         try:
-            bound = token_upper_bound(turns, tokenizer, collate.template, collate.image_tokens if has_image else None)
+            bound = token_upper_bound(
+                turns, tokenizer, collate.template, collate.image_tokens if has_image else None
+            )
             if bound > collate.max_length:
                 ids, labels = collate.encode_untruncated(turns, has_image)
                 if len(ids) > collate.max_length:
                     findings.append(("too_long", f"{len(ids)} tokens"))
-                is_supervised = any(label != IGNORE_INDEX for label in labels[1 : collate.max_length])
+                is_supervised = any(
+                    label != IGNORE_INDEX for label in labels[1 : collate.max_length]
+                )
         except UserError as error:
             return [("broken", str(error))]
         if not is_supervised:
@@ -123,10 +136,17 @@ def check_placeholders(record: dict) -> list[tuple[str, str]]:
     if record["shown"]:
         return []
     if record["image"]:
-        return [("image_without_placeholder", f"{record['image']!r}; {record['placeholders']} in another spelling")]
+        return [
+            (
+                "image_without_placeholder",
+                f"{record['image']!r}; {record['placeholders']} in another spelling",
+            )
+        ]
     unread = keys_like_image(record)
     if unread:
-        return [("unread_image", f"key {', '.join(map(repr, unread))}; expected 'image' with one path")]
+        return [
+            ("unread_image", f"key {', '.join(map(repr, unread))}; expected 'image' with one path")
+        ]
     if record["placeholders"]:
         return [("placeholder_without_image", f"{record['placeholders']} turns")]
     return []
@@ -143,7 +163,8 @@ def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str,
         return [(error.kind, str(error))]
     found = [] if tag == 1 else [("rotated", f"{path}: orientation {tag}")]
     expected = _format_of_suffix(path.suffix.lower())
-    if expected not in (None, actual) and (expected, actual) != ("JPEG", "MPO"):  # MPO: a JPEG with further images
+    # MPO: a JPEG with further images
+    if expected not in (None, actual) and (expected, actual) != ("JPEG", "MPO"):
         found.append(("renamed", f"{path}: {actual}, not {expected}"))
     return found
 
@@ -155,7 +176,9 @@ def _format_of_suffix(suffix: str) -> str | None:
 
 def find_problems(dataset: RecordFindings, workers: int) -> list[dict[str, Any]]:
     """Return the findings about all records, checked in `workers` processes; 0 checks in this process."""
-    loader = DataLoader(dataset, batch_size=RECORDS_PER_BATCH, collate_fn=list, **worker_options(workers))
+    loader = DataLoader(
+        dataset, batch_size=RECORDS_PER_BATCH, collate_fn=list, **worker_options(workers)
+    )
     with tqdm(total=len(dataset), unit=" records") as bar:
         findings = []
         for batch in loader:
@@ -172,7 +195,9 @@ def format_result(result: dict) -> str:
             continue
         lines.append(f"  {result['counts'][kind]:>9,} {kind}: {meaning}")
         examples = [finding for finding in result["findings"] if finding["kind"] == kind][:EXAMPLES]
-        lines += [f"            record {f['index']} (id {f['id']!r}): {f['detail']}" for f in examples]
+        lines += [
+            f"            record {f['index']} (id {f['id']!r}): {f['detail']}" for f in examples
+        ]
     if result["unread"]:
         keys = ", ".join(f"{key} ({count:,})" for key, count in result["unread"].items())
         lines.append(f"  keys that are not read: {keys}")
@@ -205,9 +230,17 @@ def main(argv: list[str]) -> None:
         "is 1 if there are findings. All other options are those of `llava-bidir fit` (-c CONFIG ..., "
         "--data.annotations ..., ...).",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
-    parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
-    parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the findings to this file"
+    )
+    parser.add_argument(
+        "--workers", type=natural, default=usable_cores(), help="number of processes"
+    )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image, which also detects truncated files",
+    )
     args, config = parser.parse_known_args(argv[1:])
     if args.json:
         check_suffix(args.json, ".json")

@@ -23,7 +23,8 @@ from .run_lock import exclusive_run_lock
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL = ".partial"
+REPLACED = ".replaced"
 ADVICE = "fix this and run the same command again"
 
 
@@ -87,7 +88,8 @@ def commit_directory(path: Path) -> None:
     A folder cannot replace another one in a single step. The old folder is renamed first and deleted last, so that a
     complete folder exists at every moment.
     """
-    partial, replaced = partial_path(path), path.with_name(path.name + REPLACED)
+    partial = partial_path(path)
+    replaced = path.with_name(path.name + REPLACED)
     mode = _new_file_mode()
     with ThreadPoolExecutor(16) as pool:  # flushes of many small files wait in parallel
         list(pool.map(lambda path: _finish(path, mode), [*partial.rglob("*"), partial]))
@@ -121,7 +123,9 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = contents[path]
             if callable(content):
-                content = content({file.name: sha256(partials[file]) for file in contents if file != path})
+                content = content(
+                    {file.name: sha256(partials[file]) for file in contents if file != path}
+                )
             _write(partials[path], path.suffix, content)
         if others:
             last.unlink(missing_ok=True)
@@ -143,7 +147,9 @@ def check_suffix(path: Path, suffix: str) -> None:
         raise UserError(f"{path}: expected a file name that ends in {suffix}")
 
 
-def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file in a folder PATH.tmp beside it, which the next write to `path` removes after a kill.
 
     `save_file` writes under a random name first, which a kill would leave in the folder of the results for ever.

@@ -30,11 +30,15 @@ def bootstrap_weights(
     group_of, count = _group_indices(units, groups)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (resamplings, count), generator=generator)
-    times = torch.zeros(resamplings, count).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))
+    times = torch.zeros(resamplings, count).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float32)
+    )
     return times[:, group_of]
 
 
-def random_swaps(units: int, permutations: int = RESAMPLINGS, seed: int = 0, groups: Tensor | None = None) -> Tensor:
+def random_swaps(
+    units: int, permutations: int = RESAMPLINGS, seed: int = 0, groups: Tensor | None = None
+) -> Tensor:
     """Return f[1 + R, N], 1 where the two conditions of a pair exchange a unit. Row 0, the observed one, is zero.
 
     Args:
@@ -51,7 +55,9 @@ def random_swaps(units: int, permutations: int = RESAMPLINGS, seed: int = 0, gro
 
 def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
     """Return the index of each unit's group, long[N], and the number of groups."""
-    group_of = torch.arange(units) if groups is None else torch.unique(groups, return_inverse=True)[1]
+    group_of = (
+        torch.arange(units) if groups is None else torch.unique(groups, return_inverse=True)[1]
+    )
     count = int(group_of.max()) + 1
     return (group_of, count) if count > 1 else (torch.arange(units), units)
 
@@ -107,7 +113,9 @@ def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:
     spread = size.square().mean(0).sqrt()
     size = torch.where(spread > 0, size / spread, 0.0)
     threshold = size[0] * (1 - 1e-9)  # equal sums differ by rounding when added in another order
-    return (size >= threshold).double().mean(0), (size.amax(1, keepdim=True) >= threshold).double().mean(0)
+    return (size >= threshold).double().mean(0), (
+        size.amax(1, keepdim=True) >= threshold
+    ).double().mean(0)
 
 
 def holm(p: list[float]) -> list[float]:

@@ -26,7 +26,10 @@ MANIFEST = "whole.json"
 
 def is_complete(checkpoint: str | None, result: Path) -> bool:
     """Return True if the result exists and is newer than the checkpoint."""
-    modified = lambda path: Path(path).stat().st_mtime_ns
+
+    def modified(path):
+        return Path(path).stat().st_mtime_ns
+
     return result.is_file() and not (checkpoint and modified(checkpoint) > modified(result))
 
 
@@ -36,7 +39,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own plugin writes to memory, then to /tmp, and moves the file across file systems.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str, storage_options: Any = None
+    ) -> None:
         """Write `checkpoint` to `path`."""
         with atomic_write(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
@@ -71,7 +76,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: There is none, or a listed file is missing or has another size.
     """
     if defect := find_defect(path):
-        raise UserError(f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint")
+        raise UserError(
+            f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint"
+        )
     return json.loads((path / MANIFEST).read_text())
 
 
@@ -114,7 +121,9 @@ def _verify_file(path: Path) -> str | None:
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
     """Return the latest valid checkpoint in `folder`, None if there is none; log the newer ones that are skipped."""
-    checkpoints = [path for path in folder.glob("*") if path.name.removesuffix(REPLACED).endswith(".ckpt")]
+    checkpoints = [
+        path for path in folder.glob("*") if path.name.removesuffix(REPLACED).endswith(".ckpt")
+    ]
     for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         defect = find_defect(path) or verify_checksums(path)
         if defect is None:
@@ -137,5 +146,7 @@ def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:
         return str(latest)
     if path is not None and (defect := find_defect(Path(path)) or verify_checksums(Path(path))):
         latest = latest_valid_checkpoint(folder)
-        raise UserError(f"checkpoint {path}: {defect}. The latest valid checkpoint in {folder} is {latest}")
+        raise UserError(
+            f"checkpoint {path}: {defect}. The latest valid checkpoint in {folder} is {latest}"
+        )
     return path

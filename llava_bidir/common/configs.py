@@ -20,12 +20,18 @@ DEMOS = {("runs", "demo"): "llava-bidir demo", ("runs", "real"): "llava-bidir re
 def how_to_make(path: str | Path) -> str:
     """Return how to make a file or folder that the configs of the demos name and that is missing; "" for others."""
     command = DEMOS.get(Path(path).parts[:2])
-    return f"; run `{command}` first, in this folder, or name your own" if command and not Path(path).exists() else ""
+    return (
+        f"; run `{command}` first, in this folder, or name your own"
+        if command and not Path(path).exists()
+        else ""
+    )
 
 
 def config_names() -> dict[str, Path]:
     """Return the files by name: "FOLDER/STEM", and "STEM" where no other file has it or the file is in no folder."""
-    files = sorted(FOLDER.rglob("*.yaml"), key=lambda file: (len(file.relative_to(FOLDER).parts), file))
+    files = sorted(
+        FOLDER.rglob("*.yaml"), key=lambda file: (len(file.relative_to(FOLDER).parts), file)
+    )
     names: dict[str, Path] = {}
     for file in files:
         names[file.relative_to(FOLDER).with_suffix("").as_posix()] = file
@@ -33,7 +39,9 @@ def config_names() -> dict[str, Path]:
         names.setdefault(file.stem, file)
     stems = [file.stem for file in files if file.parent != FOLDER]
     return {
-        name: file for name, file in names.items() if "/" in name or file.parent == FOLDER or stems.count(name) == 1
+        name: file
+        for name, file in names.items()
+        if "/" in name or file.parent == FOLDER or stems.count(name) == 1
     }
 
 
@@ -43,11 +51,14 @@ def find_config(name: str) -> str:
     Raises:
         UserError: There is no such file and no config of this name.
     """
-    if "\n" in name or (Path(name).exists() and not Path(name).is_dir()):  # jsonargparse takes YAML text, too
+    # jsonargparse takes YAML text, too
+    if "\n" in name or (Path(name).exists() and not Path(name).is_dir()):
         return name
     names = config_names()
     if name not in names:
-        raise UserError(f"there is no config {name!r}: it is not a file, nor one of {', '.join(sorted(names))}")
+        raise UserError(
+            f"there is no config {name!r}: it is not a file, nor one of {', '.join(sorted(names))}"
+        )
     return str(names[name])
 
 
@@ -73,7 +84,11 @@ def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir configs`: list the configs, print one, or copy one or all."""
     if args.copy:
         target = Path(args.copy)
-        names = [args.name] if args.name else [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
+        names = (
+            [args.name]
+            if args.name
+            else [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
+        )
         for name in names:
             file = Path(find_config(name))
             copy = target / file.relative_to(FOLDER)

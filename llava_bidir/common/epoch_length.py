@@ -19,7 +19,8 @@ def optimizer_steps(trainer: Trainer) -> int:
     Raises:
         UserError: It has no end.
     """
-    limits = trainer.datamodule.steps_per_epoch * trainer.max_epochs, trainer.max_steps  # negative: no limit
+    # negative: no limit
+    limits = trainer.datamodule.steps_per_epoch * trainer.max_epochs, trainer.max_steps
     if max(limits) < 0:
         raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     return min(limit for limit in limits if limit >= 0)

@@ -29,7 +29,8 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's exit(1)
+        # Lightning's exit(1)
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         advice = str(stop)  # of a run (interrupt.py)
         if isinstance(stop, SystemExit) or not advice:
@@ -39,7 +40,8 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         print(f"{program}: interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `llava-bidir configs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        # else the interpreter complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         message = str(error)

@@ -16,8 +16,16 @@ WARNINGS = (
     "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
 )
 LOGGED = {  # by logger: beginnings of messages
-    "lightning.pytorch.utilities.rank_zero": ("💡 Tip", "TPU available", "IPU available", "HPU available"),
-    "transformers.modeling_utils": ("The new embeddings will be", "The new lm_head weights will be"),
+    "lightning.pytorch.utilities.rank_zero": (
+        "💡 Tip",
+        "TPU available",
+        "IPU available",
+        "HPU available",
+    ),
+    "transformers.modeling_utils": (
+        "The new embeddings will be",
+        "The new lm_head weights will be",
+    ),
 }
 
 
@@ -26,7 +34,11 @@ def hide_expected_messages() -> None:
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, beginnings in LOGGED.items():
-        logging.getLogger(name).addFilter(lambda record, texts=beginnings: not record.getMessage().startswith(texts))
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # a line for each table of each font of a PDF
+        logging.getLogger(name).addFilter(
+            lambda record, texts=beginnings: not record.getMessage().startswith(texts)
+        )
+    # a line for each table of each font of a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on stdout that it has to guess
+        # else DeepSpeed warns on stdout that it has to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -9,7 +9,9 @@ if TYPE_CHECKING:  # seconds, which commands without a model do not need
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-def greedy_config(own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
+def greedy_config(
+    own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> "GenerationConfig":
     """Return settings of greedy decoding: of a checkpoint's own settings, the token ids only.
 
     The token that ends the answers in training also ends generation. Penalties, forced and suppressed tokens, minimum

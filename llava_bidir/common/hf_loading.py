@@ -36,10 +36,16 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
     """
     is_local = Path(path).is_dir()
     if is_local and reader.__name__ == "AutoConfig" and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf")
+        raise UserError(
+            f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf"
+        )
     if advice := how_to_make(path):
         raise UserError(f"{key}: {path} does not exist{advice}")
-    subject = path if is_local else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
+    subject = (
+        path
+        if is_local
+        else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
+    )
     with error_context(f"{key}: {subject}"):
         if reader.__name__ == "AutoConfig":
             return _read_config(path, **kwargs)
@@ -63,13 +69,19 @@ def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
     kind = given.get("model_type")
     of_authors = any(name in given for name in AUTHORS_KEYS)
     if of_authors:
-        raise UserError(f"config.json is in the format of LLaVA's authors (model_type {kind!r}). {CONVERTED}")
+        raise UserError(
+            f"config.json is in the format of LLaVA's authors (model_type {kind!r}). {CONVERTED}"
+        )
     if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in given:
-        raise UserError(f"transformers {__version__} knows no model_type {kind!r}; a later version may")
+        raise UserError(
+            f"transformers {__version__} knows no model_type {kind!r}; a later version may"
+        )
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
     if missing := [name for name in PARTS if _is_default(name, config, given)]:
         absent = " and no ".join(missing)
-        raise UserError(f"config.json has no {absent}, for which transformers would take its defaults. {CONVERTED}")
+        raise UserError(
+            f"config.json has no {absent}, for which transformers would take its defaults. {CONVERTED}"
+        )
     return config
 
 
@@ -78,10 +90,14 @@ def _is_default(part: str, config: "PreTrainedConfig", given: dict[str, Any]) ->
     made = getattr(config, part, None)
     if part not in config.sub_configs or made is None:
         return False
-    if isinstance(given.get(part), dict) or isinstance(given.get(f"{part}_dict"), dict):  # the latter of early CLIPs
+    # the latter of early CLIPs
+    if isinstance(given.get(part), dict) or isinstance(given.get(f"{part}_dict"), dict):
         return False
-    sizes = ("hidden_size", "num_hidden_layers")  # that early configs, as of Qwen2-VL, have beside the encoder's
-    return any(given.get(size) is None or given[size] != getattr(made, size, None) for size in sizes)
+    # that early configs, as of Qwen2-VL, have beside the encoder's
+    sizes = ("hidden_size", "num_hidden_layers")
+    return any(
+        given.get(size) is None or given[size] != getattr(made, size, None) for size in sizes
+    )
 
 
 def _check_vocabulary(key: str, loaded, path: str) -> None:
@@ -110,15 +126,26 @@ def load_weights(key: str, reader: type, path: str, **kwargs) -> "PreTrainedMode
     """
     with error_context(f"{key}: {path}"):
         model, info = reader.from_pretrained(
-            path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            path,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-    numbered = lambda name: re.sub(r"\d+", "#", name)
+
+    def numbered(name):
+        return re.sub(r"\d+", "#", name)
+
     expected = {numbered(name) for name in model.state_dict()}
     faults = {
         "lacks": info["missing_keys"],
         "has shapes that differ from its config in": {name for name, *_ in info["mismatched_keys"]},
-        "has more layers than its config, in": {n for n in info["unexpected_keys"] if numbered(n) in expected},
-        "has values that are not finite in": {n for n, p in model.named_parameters() if not is_finite(p)},
+        "has more layers than its config, in": {
+            n for n in info["unexpected_keys"] if numbered(n) in expected
+        },
+        "has values that are not finite in": {
+            n for n, p in model.named_parameters() if not is_finite(p)
+        },
     }
     for fault, names in faults.items():
         if names:
@@ -150,12 +177,15 @@ def weight_files(directory: Path) -> list[Path]:
     """
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"{directory} contains no weights: neither *.safetensors nor pytorch_model*.bin")
+        raise UserError(
+            f"{directory} contains no weights: neither *.safetensors nor pytorch_model*.bin"
+        )
     return files
 
 
 def is_finite(parameter: torch.Tensor) -> bool:
     """Return False if a weight is NaN or infinite. No copy is made."""
-    if not parameter.is_floating_point() or parameter.numel() == 0:  # ZeRO-3 leaves 0 elements in place
+    # ZeRO-3 leaves 0 elements in place
+    if not parameter.is_floating_point() or parameter.numel() == 0:
         return True
     return all(extreme.isfinite() for extreme in torch.aminmax(parameter.detach()))

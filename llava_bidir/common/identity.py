@@ -78,13 +78,19 @@ def _settings(trainer, module, data) -> dict[str, Any]:
         if key not in MAY_CHANGE[section] + PATHS[section] and not key.startswith("_")
     }
     own = getattr(data, "sets_on_trainer", ())
-    return kept | {f"trainer.{key}": plain(getattr(trainer, key)) for key in TRAINER_SETTINGS if key not in own}
+    return kept | {
+        f"trainer.{key}": plain(getattr(trainer, key)) for key in TRAINER_SETTINGS if key not in own
+    }
 
 
 def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the settings, those of a group (encoder, lora) as "GROUP.KEY"."""
     for key, value in settings.items():
-        yield from ((f"{key}.{inner}", v) for inner, v in value.items()) if isinstance(value, dict) else [(key, value)]
+        yield from (
+            ((f"{key}.{inner}", v) for inner, v in value.items())
+            if isinstance(value, dict)
+            else [(key, value)]
+        )
 
 
 def plain(value: Any) -> Any:
@@ -93,7 +99,11 @@ def plain(value: Any) -> Any:
 
 
 def check_same_identity(
-    saved: Identity | None, current: Identity, source: str, advice: str, sections: tuple[str, ...] = ()
+    saved: Identity | None,
+    current: Identity,
+    source: str,
+    advice: str,
+    sections: tuple[str, ...] = (),
 ) -> None:
     """Raise if two identities differ.
 
@@ -108,11 +118,15 @@ def check_same_identity(
         UserError: Names the first difference.
     """
     if saved is None:
-        raise UserError(f"{source} does not record its data and model (an earlier version wrote it); {advice}")
+        raise UserError(
+            f"{source} does not record its data and model (an earlier version wrote it); {advice}"
+        )
     for section in sections or current:
-        before, now = saved[section], current[section]
+        before = saved[section]
+        now = current[section]
         for key in sorted(before.keys() | now.keys()):
-            if json.dumps(before.get(key)) != json.dumps(now.get(key)):  # 1 batch is not the share 1.0
+            # 1 batch is not the share 1.0
+            if json.dumps(before.get(key)) != json.dumps(now.get(key)):
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
                     f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
@@ -128,8 +142,12 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)} | set(weight_files(folder))
-        return checksums(folder, sorted(file.name for file in files if file.name not in NOT_MODEL_FILES))
+        files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)} | set(
+            weight_files(folder)
+        )
+        return checksums(
+            folder, sorted(file.name for file in files if file.name not in NOT_MODEL_FILES)
+        )
     from transformers import AutoConfig
 
     return {"": f"{path}@{read_pretrained(key, AutoConfig, str(path))._commit_hash}"}
@@ -179,7 +197,11 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     with ThreadPoolExecutor(THREADS) as pool:
         found = dict(zip(names, pool.map(checksum, names), strict=True))
     settled = time.time_ns() - RACY_NS
-    new = {name: entry for name, entry in found.items() if entry[0][2] < settled and cache.get(name) != list(entry)}
+    new = {
+        name: entry
+        for name, entry in found.items()
+        if entry[0][2] < settled and cache.get(name) != list(entry)
+    }
     if new:
         with suppress(OSError):  # a home that is read-only or full costs time, nothing else
             cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +213,9 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
+    )
 
 
 def _read_cache(file: Path) -> dict[str, list]:

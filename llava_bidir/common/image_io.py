@@ -38,7 +38,8 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")  # reading a pipe or a device may never end
     image = Image.open(file, formats=formats)
-    limit, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
+    limit = Image.MAX_IMAGE_PIXELS
+    longest = max(image.size)
     if limit and longest**2 > limit:  # padding makes a square of an image with a single row
         image.close()
         raise UserError(
@@ -113,8 +114,11 @@ def read_photo(file: str | Path | BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         formats = ", ".join(FORMATS)
         raise UserError(f"{file} cannot be read as an image: it is not one of {formats}") from None
-    except Exception as error:  # decoders fail in many ways on malformed files: IndexError, struct.error, ...
-        raise UserError(f"{file} cannot be read as an image: {str(error) or type(error).__name__}") from None
+    # decoders fail in many ways on malformed files: IndexError, struct.error, ...
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
+        ) from None
 
 
 def is_photo(word: str) -> bool:
@@ -139,7 +143,9 @@ def as_photo(photo: PhotoLike) -> Image.Image:
     if isinstance(photo, str | Path):
         return read_photo(photo)
     kind = type(photo).__name__
-    raise UserError(f"expected the path of a photo or a PIL image, got {kind}; `Image.fromarray` makes one of an array")
+    raise UserError(
+        f"expected the path of a photo or a PIL image, got {kind}; `Image.fromarray` makes one of an array"
+    )
 
 
 def read_photos(photos: PhotoLike | Sequence[PhotoLike]) -> list[Image.Image]:
@@ -154,7 +160,9 @@ def read_photos(photos: PhotoLike | Sequence[PhotoLike]) -> list[Image.Image]:
     if isinstance(photos, str | Path | Image.Image):
         photos = [photos]
     if not isinstance(photos, Sequence):
-        raise UserError(f"expected the path of a photo, a PIL image or a list of these, got {type(photos).__name__}")
+        raise UserError(
+            f"expected the path of a photo, a PIL image or a list of these, got {type(photos).__name__}"
+        )
     if not photos:
         raise UserError("got an empty list of photos; expected at least one")
     return [as_photo(photo) for photo in photos]

@@ -12,4 +12,6 @@ def check_image_px(image_px: int, patch_px: int, option: str) -> None:
         raise UserError(f"{option} {image_px!r}: expected {sides}")
     if image_px % patch_px or not 1 <= image_px // patch_px <= MAX_GRID_SIDE:
         lower = max(1, min(image_px // patch_px, MAX_GRID_SIDE - 1)) * patch_px
-        raise UserError(f"{option} {image_px}: expected {sides}; the nearest are {lower} and {lower + patch_px}")
+        raise UserError(
+            f"{option} {image_px}: expected {sides}; the nearest are {lower} and {lower + patch_px}"
+        )

@@ -38,9 +38,13 @@ class SaveOnInterrupt(Callback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.warning("Ctrl-C: the run ends with a checkpoint after this step; Ctrl-C again ends it at once")
+        log.warning(
+            "Ctrl-C: the run ends with a checkpoint after this step; Ctrl-C again ends it at once"
+        )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Save and end if asked to."""
         if self.asked and at_step_boundary(trainer):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
@@ -64,7 +68,9 @@ def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        by_lightning = isinstance(stop, SystemExit) and isinstance(stop.__context__, KeyboardInterrupt)
+        by_lightning = isinstance(stop, SystemExit) and isinstance(
+            stop.__context__, KeyboardInterrupt
+        )
         if isinstance(stop, SystemExit) and not by_lightning:
             raise
         saved = sorted(checkpoints.glob("*.*"), key=lambda path: path.stat().st_mtime_ns)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 SPECIAL = {character: "\\" + character for character in "_%&#${}"}
 SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SPECIAL |= {"[": "{[}", "*": "{*}"}  # at the start of a row they would be options of the previous one
+# at the start of a row they would be options of the previous one
+SPECIAL |= {"[": "{[}", "*": "{*}"}
 ESCAPES = str.maketrans(SPECIAL | {"−": "$-$", "–": "--", "\n": " "})
 
 
@@ -17,4 +18,6 @@ def latex_table(rows: Sequence[Sequence[str]], names: int) -> str:
     """
     header, *body = (" & ".join(cell.translate(ESCAPES) for cell in row) + r" \\" for row in rows)
     head = rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(rows[0]) - names)}}}"
-    return "\n".join([head, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+    return "\n".join(
+        [head, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    )

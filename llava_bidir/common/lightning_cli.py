@@ -80,15 +80,24 @@ class RunCLI(LightningCLI):
 
     def add_run_options(self, parser: LightningArgumentParser, out: str, content: str) -> None:
         """Add --out, with its default and what the folder contains, and --overwrite."""
-        parser.add_argument("--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}")
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the run that OUT holds")
+        parser.add_argument(
+            "--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}"
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="replace the run that OUT holds"
+        )
         parser.link_arguments("out", "trainer.default_root_dir")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar."""
-        setting = lambda key: self._get(self.config_init, key)
+
+        def setting(key):
+            return self._get(self.config_init, key)
+
         if setting("trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(setting("out"), name="", version="", default_hp_metric=False)
+            kwargs["logger"] = TensorBoardLogger(
+                setting("out"), name="", version="", default_hp_metric=False
+            )
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]
         plugins = [*given, AtomicCheckpointIO(), *kwargs.pop("plugins", [])]
@@ -96,8 +105,11 @@ class RunCLI(LightningCLI):
         if to_log:
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
-        for callback in trainer.checkpoint_callbacks:  # loggers would put them into folders of their own
-            callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        # loggers would put them into folders of their own
+        for callback in trainer.checkpoint_callbacks:
+            callback.dirpath = callback.dirpath or str(
+                Path(trainer.default_root_dir) / "checkpoints"
+            )
         trainer.callbacks.append(NoEmptyEvents(Path(trainer.default_root_dir)))
         if to_log:
             trainer.callbacks.append(LogProgress())
@@ -114,7 +126,9 @@ class RunCLI(LightningCLI):
         super().parse_arguments(parser, args)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("weights_only") is False:
-            raise UserError("--weights_only false is not supported: checkpoints are never loaded as pickles")
+            raise UserError(
+                "--weights_only false is not supported: checkpoints are never loaded as pickles"
+            )
         if (run.get("trainer") or {}).get("max_time") is not None:
             raise UserError(
                 "trainer.max_time is not supported: Lightning counts the epoch that it interrupts as complete, so the "
@@ -140,7 +154,8 @@ class RunCLI(LightningCLI):
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__", "").partition(".")[0] in OUR_PACKAGES:
                 raise
-            source = linecache.getline(frame.f_code.co_filename, line).strip()  # often names the setting
+            # often names the setting
+            source = linecache.getline(frame.f_code.co_filename, line).strip()
             raise UserError(f"config: {type(error).__name__}: {error} (at `{source}`)") from error
 
 
@@ -156,7 +171,9 @@ def check_classes(config: Any, key: str = "config") -> None:
         config = dict(vars(config) if isinstance(config, Namespace) else config)
         if "class_path" in config and not _is_configurable(str(config["class_path"])):
             kinds = ", ".join(kind.__name__ for kind in CONFIGURABLE)
-            raise UserError(f"{key}: class_path {config['class_path']!r} is not a subclass of any of {kinds}")
+            raise UserError(
+                f"{key}: class_path {config['class_path']!r} is not a subclass of any of {kinds}"
+            )
         for name, value in config.items():
             check_classes(value, f"{key}.{name}".removeprefix("config."))
     elif isinstance(config, list | tuple):
@@ -172,7 +189,11 @@ def _is_configurable(class_path: str) -> bool:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return False
-    return isinstance(cls, type) and issubclass(cls, CONFIGURABLE) and not issubclass(cls, LambdaCallback)
+    return (
+        isinstance(cls, type)
+        and issubclass(cls, CONFIGURABLE)
+        and not issubclass(cls, LambdaCallback)
+    )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -9,7 +9,8 @@ from .errors import UserError
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks the first
+    # macOS lacks the first
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def limit_workers(wanted: int | None) -> int:
@@ -31,7 +32,11 @@ def worker_options(workers: int) -> dict[str, Any]:
     """
     if not workers:
         return {"num_workers": 0}
-    return {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": ignore_interrupt}
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork",
+        "worker_init_fn": ignore_interrupt,
+    }
 
 
 def ignore_interrupt(worker: int) -> None:

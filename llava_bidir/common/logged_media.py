@@ -8,7 +8,11 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 def media_loggers(trainer: Trainer) -> list[Logger]:
     """Return the trainer's loggers that show pictures, on the first process; none on the others."""
     kinds = (TensorBoardLogger, WandbLogger, MLFlowLogger)
-    return [logger for logger in trainer.loggers if isinstance(logger, kinds)] if trainer.is_global_zero else []
+    return (
+        [logger for logger in trainer.loggers if isinstance(logger, kinds)]
+        if trainer.is_global_zero
+        else []
+    )
 
 
 def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
@@ -27,7 +31,9 @@ def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
 def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[str]]) -> None:
     """Log rows of text."""
     step = trainer.global_step
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+    text = "\n".join(
+        f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)
+    )
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(name, text, step)

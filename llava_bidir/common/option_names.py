@@ -27,7 +27,9 @@ def check_options(program: str, words: Sequence[str], file: Path, required: Sequ
     groups = {name.rpartition(".")[0] for name in names if not name.endswith(".help")}
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     parser = ArgumentParser(prog=program, add_help=False)
-    if unknown := [word for word in words if word.startswith("--") and not _is_known(word, names, groups)]:
+    if unknown := [
+        word for word in words if word.startswith("--") and not _is_known(word, names, groups)
+    ]:
         for name in names:
             parser.add_argument(name)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -50,7 +52,12 @@ def _read_keys(config: str) -> list[str]:
     def keys(value: object, prefix: str = "") -> list[str]:
         if not isinstance(value, dict):
             return [prefix.removesuffix(".")]
-        return [key for name, part in value.items() if part is not None for key in keys(part, f"{prefix}{name}.")]
+        return [
+            key
+            for name, part in value.items()
+            if part is not None
+            for key in keys(part, f"{prefix}{name}.")
+        ]
 
     try:
         return keys(yaml.safe_load(Path(find_config(config)).read_text()))
@@ -61,4 +68,7 @@ def _read_keys(config: str) -> list[str]:
 def _is_known(word: str, names: list[str], groups: set[str]) -> bool:
     """Return whether an option is in the list, the beginning of one, or below one that has no options in the list."""
     option = word.partition("=")[0]
-    return any(name.startswith(option) or (option.startswith(f"{name}.") and name not in groups) for name in names)
+    return any(
+        name.startswith(option) or (option.startswith(f"{name}.") and name not in groups)
+        for name in names
+    )

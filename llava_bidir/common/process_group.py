@@ -38,12 +38,15 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
     """
     again: dict[Path, list[str]] = {}
     for result, command, needed in steps:
-        outdated = needed in again or (needed and result.is_file() and needed.stat().st_mtime > result.stat().st_mtime)
+        outdated = needed in again or (
+            needed and result.is_file() and needed.stat().st_mtime > result.stat().st_mtime
+        )
         if outdated or not result.is_file():
             again[result] = command
     if not again:
         return
-    log, started = out / "logs" / f"{name}.log", time.perf_counter()
+    log = out / "logs" / f"{name}.log"
+    started = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name} begins, see {log}", flush=True)
     with log.open("w") as said:
@@ -52,7 +55,9 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
         with process_group(words, stdout=said, stderr=said, env=environment) as process:
             status = process.wait()
     if status < 0:
-        raise UserError(f"{name} was ended by signal {-status}; the same command goes on where it stopped")
+        raise UserError(
+            f"{name} was ended by signal {-status}; the same command goes on where it stopped"
+        )
     if status:
         print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise UserError(f"{name} has failed; all it said is in {log}")

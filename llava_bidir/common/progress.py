@@ -19,21 +19,29 @@ class LogProgress(Callback):
     """Log step, loss, rate and the time left, every ten seconds and at the end of each epoch."""
 
     def __init__(self):
-        self.started, self.last, self.first_batch = 0.0, 0.0, 0
+        self.started = 0.0
+        self.last = 0.0
+        self.first_batch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; a resumed run has batches behind it."""
         self.started = self.last = time.monotonic()
         self.first_batch = trainer.fit_loop.epoch_loop.total_batch_idx
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Log if the last line is some seconds old or the epoch ends."""
-        now, batches = time.monotonic(), trainer.num_training_batches
-        epochs, steps = trainer.max_epochs or 0, trainer.max_steps
-        ends = trainer.global_step == steps or (epochs > 0 and batch_idx + 1 == batches)  # else epochs may be short
+        now = time.monotonic()
+        batches = trainer.num_training_batches
+        epochs = trainer.max_epochs or 0
+        steps = trainer.max_steps
+        # else epochs may be short
+        ends = trainer.global_step == steps or (epochs > 0 and batch_idx + 1 == batches)
         if not trainer.is_global_zero or (now - self.last < SECONDS and not ends):
             return
-        self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
+        self.last = now
+        done = trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         rate = done / max(now - self.started, 1e-9)
         text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
         if steps > 0 or trainer.accumulate_grad_batches > 1:  # else batches are steps
@@ -53,9 +61,12 @@ class LogProgress(Callback):
             yield batch
             now = time.monotonic()
             if now - last >= SECONDS or done == len(batches):
-                last, rate = now, done / max(now - started, 1e-9)
+                last = now
+                rate = done / max(now - started, 1e-9)
                 left = _duration((len(batches) - done) / rate)
-                log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
+                log.info(
+                    f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left"
+                )
 
 
 class FirstEstimate(Callback):
@@ -65,7 +76,9 @@ class FirstEstimate(Callback):
         """Start the clock."""
         self.started: float | None = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Log once."""
         if self.started is None:
             return
@@ -75,8 +88,14 @@ class FirstEstimate(Callback):
         if not trainer.is_global_zero or left is None or left * seconds < WORTH_SAYING:
             return
         accumulated = trainer.accumulate_grad_batches
-        of_step = f", a step of {accumulated} about {_duration(seconds * accumulated)}" if accumulated > 1 else ""
-        text = f"the first batch took {seconds:.1f} s{of_step}: about {_duration(left * seconds)} left"
+        of_step = (
+            f", a step of {accumulated} about {_duration(seconds * accumulated)}"
+            if accumulated > 1
+            else ""
+        )
+        text = (
+            f"the first batch took {seconds:.1f} s{of_step}: about {_duration(left * seconds)} left"
+        )
         if left * seconds > DAY:
             text += (
                 ". This run takes more than a day on this machine; trainer.max_steps, a smaller data.batch_size or a "
@@ -87,7 +106,9 @@ class FirstEstimate(Callback):
 
 def total_steps(trainer: Trainer) -> int | None:
     """Return the number of optimizer steps of the complete run, None if nothing limits it."""
-    by_epochs = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+    by_epochs = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * (
+        trainer.max_epochs or 0
+    )
     limits = [limit for limit in (trainer.max_steps, by_epochs) if limit > 0]
     return min(limits) if limits else None
 
@@ -97,8 +118,10 @@ def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
 
     A step of several batches may have some of them behind it.
     """
-    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    batches = trainer.num_training_batches
+    accumulated = trainer.accumulate_grad_batches
+    epochs = trainer.max_epochs or 0
+    steps = trainer.max_steps
     left = []  # until each limit
     if steps > 0:
         begun = 0 if batch_idx + 1 == batches else (batch_idx + 1) % accumulated

@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 def rank_zero_result(trainer: Trainer, function: Callable[[], T]) -> T:
     """Return rank 0's `function()` on every rank of a set-up strategy; its UserError is raised on every rank."""
-    result, error = None, None
+    result = None
+    error = None
     if trainer.is_global_zero:
         try:
             result = function()

@@ -76,7 +76,9 @@ def start_run(
     def plan() -> RunPlan:
         identity = run_identity(cli.trainer, cli.model, cli.datamodule)
         if overwrite and ckpt_path is not None:
-            raise UserError("--ckpt_path resumes a run and --overwrite true replaces it; give one of them")
+            raise UserError(
+                "--ckpt_path resumes a run and --overwrite true replaces it; give one of them"
+            )
         if overwrite:
             return RunPlan(identity, replaced=_files_of_run(folder, checkpoints))
         checkpoint = resolve_ckpt_path(ckpt_path, checkpoints)
@@ -138,7 +140,9 @@ class NoEmptyEvents(Callback):
 
     on_validation_batch_end = on_test_batch_end = on_train_batch_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Delete the files that this process has opened, unless it has done a batch."""
         if self.has_begun or not trainer.is_global_zero:
             return
@@ -163,7 +167,8 @@ class StartOfRun(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml and delete `replaced`."""
-        file = Path(trainer.default_root_dir) / self.config_filename  # trainer.log_dir is the logger's, not the run's
+        # trainer.log_dir is the logger's, not the run's
+        file = Path(trainer.default_root_dir) / self.config_filename
         if trainer.is_global_zero:
             # Lightning would write it through a link, into a file that is not the run's.
             write_files({file: self.parser.dump(self.config, skip_none=False)})

@@ -32,7 +32,9 @@ def exclusive_run_lock(folder: Path, result: str = "") -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        )
     except Timeout:
         raise UserError(
             f"{folder / result} is in use by {_lock_holder(file)}; wait until it has ended, or write to another folder"
@@ -40,13 +42,19 @@ def exclusive_run_lock(folder: Path, result: str = "") -> Iterator[None]:
     except OSError as error:
         lock.release()
         if error.errno not in NO_LOCK_SUPPORT:
-            raise UserError(f"cannot write to folder {folder}: {error.strerror}; choose another folder") from None
-        log.warning("the file system of %s does not support locks: a second run in it is not prevented", folder)
+            raise UserError(
+                f"cannot write to folder {folder}: {error.strerror}; choose another folder"
+            ) from None
+        log.warning(
+            "the file system of %s does not support locks: a second run in it is not prevented",
+            folder,
+        )
     try:
         yield
     finally:
         with suppress(OSError):
-            file.unlink()  # while the lock is held: filelock checks that the locked file still exists
+            # while the lock is held: filelock checks that the locked file still exists
+            file.unlink()
         lock.release()
 
 

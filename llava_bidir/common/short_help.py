@@ -47,8 +47,13 @@ def show_short_help(program: str, argv: list[str], pages: Mapping[str, ShortHelp
 
 def format_help(program: str, page: ShortHelp) -> str:
     """Return the text of a page."""
-    wrap = lambda text, indent: textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=" " * 30)
+
+    def wrap(text, indent):
+        return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=" " * 30)
+
     options = dict(page.options) | {HELP_ALL: "show every option"}
     rows = [wrap(text, f"  {name:<27} ") for name, text in options.items()]
     text = "\n".join(textwrap.wrap(page.text, WIDTH))
-    return "\n".join([f"usage: {program} [options]\n", text, f"\nexample: {page.example}\n", "options:", *rows])
+    return "\n".join(
+        [f"usage: {program} [options]\n", text, f"\nexample: {page.example}\n", "options:", *rows]
+    )

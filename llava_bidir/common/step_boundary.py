@@ -30,7 +30,9 @@ class SaveAtStepBoundary(Callback):
         """Let ModelCheckpoint remove the checkpoint that the run was resumed from when it has saved a newer one."""
         trainer.ckpt_path = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Mark the current step as saved if it is not a boundary."""
         if not at_step_boundary(trainer):
             for callback in trainer.checkpoint_callbacks:

@@ -33,7 +33,9 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     tokenizer = read_pretrained(key, AutoTokenizer, path, **hub)
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
     # LlamaTokenizer takes vocabulary and merges from a tokenizer.json. Other classes take all of it.
-    is_converted = isinstance(tokenizer, LlamaTokenizer) or not (file.parent / "tokenizer.json").is_file()
+    is_converted = (
+        isinstance(tokenizer, LlamaTokenizer) or not (file.parent / "tokenizer.json").is_file()
+    )
     if file.name != "tokenizer.model" or not is_converted:
         return tokenizer
     with error_context(f"{key}: {file}"):
@@ -43,7 +45,8 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
 
 def _is_llama(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if a sentencepiece model has Llama's settings and the tokenizer's vocabulary."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer = model.trainer_spec
+    normalizer = model.normalizer_spec
     return (
         (trainer.model_type, trainer.byte_fallback) == (trainer.BPE, True)
         and (normalizer.name, normalizer.add_dummy_prefix) == ("identity", True)
@@ -62,7 +65,9 @@ def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBacken
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
     backend = tokenizer.backend_tokenizer
-    backend.model = BPE(ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True)
+    backend.model = BPE(
+        ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True
+    )
     # Metaspace replaces spaces, then adds its character to a text that does not begin with it. `space` below finds no
     # spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).
     markers = pre_tokenizers.Metaspace(MARKER, prepend_scheme="never", split=False)

@@ -14,12 +14,16 @@ from torch import Generator
 from llava_bidir.common.errors import UserError
 
 
-def random_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator) -> ndarray:
+def random_batches(
+    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
+) -> ndarray:
     """Return all indices in random order, int[batches, batch_size]; the first fill up the last batch (stage 1)."""
     return _split_batches(_shuffle(np.arange(len(lengths)), generator), batch_size)
 
 
-def grouped_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator) -> ndarray:
+def grouped_batches(
+    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
+) -> ndarray:
     """Return global batches of one modality each, in micro-batches of similar length (LLaVA's stage 2).
 
     The samples of each modality are drawn at random into megabatches of one global batch. Each megabatch is sorted by
@@ -38,18 +42,23 @@ def grouped_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, ge
     Returns:
         Indices, int[batches, batch_size].
     """
-    megabatches, leftover = [], []
+    megabatches = []
+    leftover = []
     for text_only in (False, True):
         order = _shuffle(np.flatnonzero((lengths < 0) == text_only), generator)
         full = len(order) // batch_size * batch_size
         megabatches.append(order[:full].reshape(-1, batch_size))
         leftover.append(order[full:])
-    megabatches = _balance_micro_batches(np.concatenate(megabatches), np.abs(lengths), micro_batch_size)
+    megabatches = _balance_micro_batches(
+        np.concatenate(megabatches), np.abs(lengths), micro_batch_size
+    )
     megabatches = _shuffle(megabatches, generator)
     if len(megabatches):
         longest = np.abs(lengths)[megabatches].max(1).argmax()
         megabatches[[0, longest]] = megabatches[[longest, 0]]
-    last = _split_batches(np.sort(np.concatenate(leftover)), batch_size, fill=megabatches[:1].ravel())
+    last = _split_batches(
+        np.sort(np.concatenate(leftover)), batch_size, fill=megabatches[:1].ravel()
+    )
     return np.concatenate([megabatches, last])
 
 
@@ -66,7 +75,8 @@ def _balance_micro_batches(megabatches: ndarray, words: ndarray, size: int) -> n
     by_length = np.argsort(-words[megabatches], axis=1, kind="stable")
     megabatches = np.take_along_axis(megabatches, by_length, axis=1)
     rows = np.arange(count)
-    total, filled = np.zeros((count, width // size)), np.zeros((count, width // size), int)
+    total = np.zeros((count, width // size))
+    filled = np.zeros((count, width // size), int)
     assigned = np.empty_like(megabatches)
     for samples in megabatches.T:
         shortest = total.argmin(1)
@@ -119,10 +129,14 @@ class BatchSampler:
         if not len(lengths):
             raise UserError("data.annotations contains no records")
         self.lengths = np.asarray(lengths, np.int32)
-        self.global_batch_size, self.batch_size = batch_size, micro_batch_size
+        self.global_batch_size = batch_size
+        self.batch_size = micro_batch_size
         self.draw = grouped_batches if grouped else random_batches
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.epoch, self.start = 0, 0
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
         self.sampler = self  # Lightning calls set_epoch on a batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,7 +152,8 @@ class BatchSampler:
         return batches * self.global_batch_size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self.start = self.start, 0
+        start = self.start
+        self.start = 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
         micro_batches = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]

@@ -39,16 +39,26 @@ def render_chat(turns: Sequence[dict[str, str]], tokenizer) -> tuple[str, list[t
     def render(count: int) -> str:
         is_prompt = count % 2 == 1
         with error_context("chat template of the LLM"):  # runs in jinja's sandbox
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=is_prompt)
+            return tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=is_prompt
+            )
 
-    text, spans = render(len(messages)), []
+    text = render(len(messages))
+    spans = []
     if tokenizer.encode("") and not text.startswith(tokenizer.bos_token or "\0"):
-        raise UserError(f"the tokenizer begins texts with a token that its chat template lacks; {ADVICE}")
+        raise UserError(
+            f"the tokenizer begins texts with a token that its chat template lacks; {ADVICE}"
+        )
     for count in range(2, len(messages) + 1, 2):
-        prompt, answered = render(count - 1), render(count)
+        prompt = render(count - 1)
+        answered = render(count)
         if not text.startswith(answered) or not answered.startswith(prompt):
-            raise UserError(f"the chat template writes a turn differently if others follow it; {ADVICE}")
-        length = _answer_length(answered[len(prompt) :], messages[count - 1]["content"], tokenizer.eos_token)
+            raise UserError(
+                f"the chat template writes a turn differently if others follow it; {ADVICE}"
+            )
+        length = _answer_length(
+            answered[len(prompt) :], messages[count - 1]["content"], tokenizer.eos_token
+        )
         if length:
             spans.append((len(prompt), len(prompt) + length))
     return text, spans
@@ -69,7 +79,11 @@ def _answer_length(written: str, answer: str, eos: str) -> int:
 
 
 def supervised_tokens(
-    text: str, span: tuple[int, int], ids: list[int], tokenize: Callable[[str], list[int]], tokenizer
+    text: str,
+    span: tuple[int, int],
+    ids: list[int],
+    tokenize: Callable[[str], list[int]],
+    tokenizer,
 ) -> slice:
     """Return the tokens of an answer among the ids of a text.
 
@@ -79,12 +93,19 @@ def supervised_tokens(
     Raises:
         UserError: The prompt ends inside a word of the text.
     """
-    answer, prompt = text[slice(*span)], tokenize(text[: span[0]])
-    start, end = len(commonprefix([prompt, ids])), len(tokenize(text[: span[1]]))
+    answer = text[slice(*span)]
+    prompt = tokenize(text[: span[0]])
+    start = len(commonprefix([prompt, ids]))
+    end = len(tokenize(text[: span[1]]))
     if start < len(prompt):
-        decode = lambda: tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+
+        def decode():
+            return tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+
         while start < end and not answer.endswith(decode()):
             start += 1
         if answer.removesuffix(decode()).strip():
-            raise UserError(f"the prompt of the chat template ends inside a token before {answer[:80]!r}; {ADVICE}")
+            raise UserError(
+                f"the prompt of the chat template ends inside a token before {answer[:80]!r}; {ADVICE}"
+            )
     return slice(start, end)

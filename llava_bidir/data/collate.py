@@ -18,13 +18,16 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     """Return rows of unequal length as long[B, N], padded with `value` on one side."""
     width = max(len(row) for row in rows)
     fill = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)])
+    return torch.tensor(
+        [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
+    )
 
 
 def to_pixels(processor: LlavaProcessor, images: list[Image.Image]) -> Tensor:
     """Return the pixels of images as the processor makes them, f[images, 3, H, W]."""
     image_processor = processor.image_processor
-    if not image_processor.do_pad:  # it resizes whole images, also strips, and cuts out their middle
+    # it resizes whole images, also strips, and cuts out their middle
+    if not image_processor.do_pad:
         images = [trim_strip(image) for image in images]
     return image_processor(images, return_tensors="pt")["pixel_values"]
 
@@ -58,7 +61,9 @@ class Collate:
     def __post_init__(self):
         if self.template == CHAT and self.processor is not None:  # fails here, not at each record
             texts = ["What is it?", "A cat.", "Why?", "It purrs."]
-            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+            turns = [
+                {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)
+            ]
             encode(turns, self.processor.tokenizer, CHAT, None)
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
@@ -68,7 +73,9 @@ class Collate:
             UserError: The sample cannot be encoded; names it.
         """
         try:
-            ids, labels = self.encode_untruncated(sample["conversations"], sample["image"] is not None)
+            ids, labels = self.encode_untruncated(
+                sample["conversations"], sample["image"] is not None
+            )
         except UserError as error:
             raise UserError(f"record {sample['id']!r}: {error}") from None
         return ids[: self.max_length], labels[: self.max_length]
@@ -79,8 +86,11 @@ class Collate:
         Raises:
             UserError: The conversation cannot be encoded, or truncation would remove image tokens.
         """
-        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        ids, labels = encode(turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id)
+        tokenizer = self.processor.tokenizer
+        image_id = self.processor.image_token_id
+        ids, labels = encode(
+            turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id
+        )
         if image_id in ids[self.max_length :]:
             raise UserError(
                 f"its image ends after data.max_length {self.max_length}; increase it, or shorten the text before the "
@@ -113,7 +123,10 @@ class Collate:
             "labels": labels,
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
             "pixel_values": self.pixels(samples, rows),
-            "image_positions": (input_ids == self.processor.image_token_id).flatten().nonzero().flatten(),
+            "image_positions": (input_ids == self.processor.image_token_id)
+            .flatten()
+            .nonzero()
+            .flatten(),
             "predicts": predicts,
             "supervised": len(predicts),
             "lengths": [len(row) for row in rows],

@@ -73,7 +73,9 @@ def encode(
             a chat template in which answers cannot be found.
     """
     if template == CHAT:
-        return _encode_chat(_checked(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id)
+        return _encode_chat(
+            _checked(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id
+        )
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises text before, between and after images separately
@@ -91,7 +93,9 @@ def encode(
     return input_ids, labels
 
 
-def token_upper_bound(turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None) -> int:
+def token_upper_bound(
+    turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None
+) -> int:
     """Return an upper bound on the tokens that :func:`encode` returns, without tokenising.
 
     Llama's tokenizer falls back to bytes, so each byte yields at most one token. Each piece of text may start with a
@@ -108,7 +112,9 @@ def token_upper_bound(turns: Sequence[Turn], tokenizer, template: str, image_tok
 def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
     """Return the conversation's text under a template, each `<image>` moved to the front of its turn."""
     if template not in TEMPLATES:
-        raise UserError(f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}")
+        raise UserError(
+            f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
+        )
     turns = _checked(turns, has_image)
     if template == "plain" and not has_image:
         raise UserError("template 'plain' requires an image")
@@ -118,7 +124,9 @@ def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) ->
 def _checked(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
     """Return the turns from the first human turn on, each `<image>` at the front of its turn; see `check_turns`."""
     turns = check_turns(turns)
-    return [{**turn, "value": _image_first(turn["value"])} for turn in turns] if has_image else turns
+    return (
+        [{**turn, "value": _image_first(turn["value"])} for turn in turns] if has_image else turns
+    )
 
 
 def _encode_chat(
@@ -127,7 +135,10 @@ def _encode_chat(
     """Return token ids and labels under the tokenizer's chat template; the ids are those of the complete text."""
     text, spans = render_chat(turns, tokenizer)
     literals = LITERALS if image_tokens is None else PAD_LITERAL
-    tokenize = lambda text: _tokenize(text, tokenizer, False, literals)
+
+    def tokenize(text):
+        return _tokenize(text, tokenizer, False, literals)
+
     ids = tokenize(text)
     labels = [IGNORE_INDEX] * len(ids)
     for span in spans:
@@ -136,7 +147,11 @@ def _encode_chat(
     pairs = [
         pair
         for token, label in zip(ids, labels, strict=True)
-        for pair in ([(token, IGNORE_INDEX)] * (image_tokens or 1) if token == image_token_id else [(token, label)])
+        for pair in (
+            [(token, IGNORE_INDEX)] * (image_tokens or 1)
+            if token == image_token_id
+            else [(token, label)]
+        )
     ]
     return [token for token, _ in pairs], [label for _, label in pairs]
 
@@ -170,7 +185,9 @@ def check_turns(turns: Sequence[Turn]) -> list[Turn]:
     for i, turn in enumerate(turns):
         expected = ("human", "gpt")[i % 2]
         if turn["from"] != expected:
-            raise UserError(f"turn {i} is from {turn['from']!r}, expected {expected!r}; roles must alternate")
+            raise UserError(
+                f"turn {i} is from {turn['from']!r}, expected {expected!r}; roles must alternate"
+            )
     if not turns:
         raise UserError("a conversation needs at least one human turn")
     return turns
@@ -186,7 +203,9 @@ def _image_first(text: str) -> str:
 def _plain(turns: list[Turn], eos: str) -> list[Piece]:
     """Return the image and its caption without the question. Source: LLaVA train.py preprocess_plain."""
     if len(turns) != 2 or IMAGE not in turns[0]["value"]:
-        raise UserError(f"template 'plain' requires one question with {IMAGE} and one caption, got {len(turns)} turns")
+        raise UserError(
+            f"template 'plain' requires one question with {IMAGE} and one caption, got {len(turns)} turns"
+        )
     return [Piece(IMAGE, False), Piece(turns[1]["value"] + "\n", True)]
 
 
@@ -206,4 +225,7 @@ def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
     return pieces
 
 
-TEMPLATES: dict[str, Callable[[list[Turn], str], list[Piece]]] = {"plain": _plain, "vicuna_v1": _vicuna_v1}
+TEMPLATES: dict[str, Callable[[list[Turn], str], list[Piece]]] = {
+    "plain": _plain,
+    "vicuna_v1": _vicuna_v1,
+}

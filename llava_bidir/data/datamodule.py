@@ -62,17 +62,28 @@ class InstructionData(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor"])
-        for key, least in (("batch_size", 1), ("micro_batch_size", 1), ("max_length", 1), ("num_workers", 0)):
+        for key, least in (
+            ("batch_size", 1),
+            ("micro_batch_size", 1),
+            ("max_length", 1),
+            ("num_workers", 0),
+        ):
             if self.hparams[key] is None or self.hparams[key] < least:
                 raise UserError(f"data.{key} must be at least {least}, got {self.hparams[key]}")
-        self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
+        self.annotations = annotations
+        self.images = images
+        self.val_annotations = val_annotations
         self.follow_links = follow_links
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.group_by_length, self.seed = group_by_length, seed
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.group_by_length = group_by_length
+        self.seed = seed
         self.num_workers = limit_workers(num_workers)
         self.collate = Collate(processor, image_tokens, template, max_length)
         if template == "plain" and val_annotations:
-            raise UserError("data.val_annotations must be null with data.template plain: a caption answers no question")
+            raise UserError(
+                "data.val_annotations must be null with data.template plain: a caption answers no question"
+            )
         self.trained_micro_batches = 0
         self.shared_images: dict[str, str] = {}  # of validation and training, on the first rank
 
@@ -87,7 +98,9 @@ class InstructionData(LightningDataModule):
             self.val = Instructions(self.val_annotations, self.images, self.follow_links)
             self.val.check_answers()
         elif stage != "fit":
-            raise UserError("data.val_annotations is not set, so there are no questions to validate with")
+            raise UserError(
+                "data.val_annotations is not set, so there are no questions to validate with"
+            )
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             self.train.check_trainable()
@@ -103,8 +116,12 @@ class InstructionData(LightningDataModule):
                 world_size=self.trainer.world_size,
                 seed=self.seed,
             )
-            self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
-            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
+            self.trainer.accumulate_grad_batches = self.batch_size // (
+                self.micro_batch_size * self.trainer.world_size
+            )
+            self.trainer.log_every_n_steps = min(
+                self.trainer.log_every_n_steps, self.steps_per_epoch
+            )
 
     def _compare_images(self) -> None:
         """Warn of validation images that are trained on."""
@@ -130,7 +147,8 @@ class InstructionData(LightningDataModule):
         batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
         if self.trainer.lightning_module.hparams.loss_average == "llava":
             return self._loader(self.train, **batches)  # LLaVA's average needs no weights
-        step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
+        step_batches = self.trainer.accumulate_grad_batches
+        strategy = self.trainer.strategy
         return self._loader(
             self.train,
             StepLoader,
@@ -138,7 +156,9 @@ class InstructionData(LightningDataModule):
             step_batches=step_batches,
             mean_over_ranks=lambda x: strategy.reduce(x.to(strategy.root_device), reduce_op="mean"),
             # workers load the next step during the current one
-            prefetch_factor=max(2, math.ceil(step_batches / self.num_workers)) if self.num_workers else None,
+            prefetch_factor=max(2, math.ceil(step_batches / self.num_workers))
+            if self.num_workers
+            else None,
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -149,11 +169,16 @@ class InstructionData(LightningDataModule):
         """
         if not self.val_annotations:
             return []
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        ranks = self.trainer.world_size
+        rank = self.trainer.global_rank
         padded_count = math.ceil(len(self.val) / ranks) * ranks
-        share = [(i, True) if i < len(self.val) else (0, False) for i in range(rank, padded_count, ranks)]
+        share = [
+            (i, True) if i < len(self.val) else (0, False) for i in range(rank, padded_count, ranks)
+        ]
         samples = _PaddedSubset(self.val, share)
-        return self._loader(samples, batch_size=self.micro_batch_size, collate_fn=self.collate_questions)
+        return self._loader(
+            samples, batch_size=self.micro_batch_size, collate_fn=self.collate_questions
+        )
 
     test_dataloader = val_dataloader
 
@@ -162,7 +187,10 @@ class InstructionData(LightningDataModule):
 
         A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
         """
-        records = [{**sample, "conversations": check_turns(sample["conversations"])} for sample, _ in samples]
+        records = [
+            {**sample, "conversations": check_turns(sample["conversations"])}
+            for sample, _ in samples
+        ]
         count = sum(is_counted for _, is_counted in samples)
         batch = self.collate(records)
         batch["labels"][count:] = IGNORE_INDEX
@@ -172,15 +200,24 @@ class InstructionData(LightningDataModule):
         return {**batch, "prompts": self.collate.prompts(records), "answers": answers}
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
-        return loader(dataset, **worker_options(self.num_workers), pin_memory=torch.cuda.is_available(), **kwargs)
+        return loader(
+            dataset,
+            **worker_options(self.num_workers),
+            pin_memory=torch.cuda.is_available(),
+            **kwargs,
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return what the data is: annotations by content, images by relative path and size."""
-        identity, images = {}, set()
+        identity = {}
+        images = set()
         for key in ("annotations", "val_annotations"):
             if path := getattr(self, key):
-                file, records = Path(path), Instructions(path, self.images, self.follow_links)
-                identity[key] = f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
+                file = Path(path)
+                records = Instructions(path, self.images, self.follow_links)
+                identity[key] = (
+                    f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
+                )
                 images |= records.image_names()
         names = sorted(images)
         identity["images"] = describe([names, file_sizes(self.images, names)], len(names))
@@ -188,7 +225,9 @@ class InstructionData(LightningDataModule):
 
     def state_dict(self) -> dict:
         """Return the position in the epoch, from which a resumed run continues."""
-        return {"trained_micro_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
+        return {
+            "trained_micro_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the position in the epoch."""
@@ -199,7 +238,8 @@ class _PaddedSubset(Dataset):
     """Samples by index, and for each whether it is counted or padding."""
 
     def __init__(self, samples: Instructions, share: list[tuple[int, bool]]):
-        self.samples, self.share = samples, share
+        self.samples = samples
+        self.share = share
 
     def __len__(self) -> int:
         return len(self.share)

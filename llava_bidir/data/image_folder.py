@@ -30,7 +30,9 @@ class BadImage(UserError):
 def check_name(name: str) -> None:
     """Raise UserError unless `name` is a relative path inside its folder; :class:`ImageFolder` checks links."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or len(name) > PATH_MAX:
-        raise UserError(f"'image' must be a relative path inside data.images without '..', got {name[:200]!r}")
+        raise UserError(
+            f"'image' must be a relative path inside data.images without '..', got {name[:200]!r}"
+        )
 
 
 class ImageFolder:
@@ -51,7 +53,8 @@ class ImageFolder:
     """
 
     def __init__(self, path: str | Path, follow_links: bool = False):
-        self.path, self.follow_links = Path(path), follow_links
+        self.path = Path(path)
+        self.follow_links = follow_links
         if not self.path.is_dir():
             raise UserError(f"data.images: no folder {self.path}{how_to_make(self.path)}")
         self._real = os.path.realpath(self.path)
@@ -83,7 +86,9 @@ class ImageFolder:
         if os.path.islink(path):
             return Path(os.path.realpath(path)).is_relative_to(self._real)
         if path.parent not in self._inside:
-            self._inside[path.parent] = Path(os.path.realpath(path.parent)).is_relative_to(self._real)
+            self._inside[path.parent] = Path(os.path.realpath(path.parent)).is_relative_to(
+                self._real
+            )
         return self._inside[path.parent]
 
 
@@ -112,11 +117,17 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
     """Yield the opened image; convert all errors, also of the block, into `BadImage`."""
     try:
         with open_bounded(path) as image:
-            check_depth(image)  # Deviates: LLaVA's conversion clips such values at 255, which makes most images white
+            # Deviates: LLaVA's conversion clips such values at 255, which makes most images white
+            check_depth(image)
             yield image
     except FileNotFoundError:
         raise BadImage(f"image {path} is missing", "missing") from None
     except UnidentifiedImageError:
-        raise BadImage(f"image {path} cannot be read: it is not one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders fail in many ways on malformed files: IndexError, struct.error, ...
-        raise BadImage(f"image {path} cannot be read: {str(error) or type(error).__name__}") from None
+        raise BadImage(
+            f"image {path} cannot be read: it is not one of {', '.join(FORMATS)}"
+        ) from None
+    # decoders fail in many ways on malformed files: IndexError, struct.error, ...
+    except Exception as error:
+        raise BadImage(
+            f"image {path} cannot be read: {str(error) or type(error).__name__}"
+        ) from None

@@ -42,7 +42,9 @@ from .json_stream import read_records
 FEATURES = datasets.Features(
     id=datasets.Value("string"),
     image=datasets.Value("string"),
-    conversations=datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
+    conversations=datasets.List(
+        {"from": datasets.Value("string"), "value": datasets.Value("string")}
+    ),
     words=datasets.Value("int32"),
     shown=datasets.Value("int32"),
     answers=datasets.Value("int32"),
@@ -57,10 +59,19 @@ FEATURES = datasets.Features(
 # each other; under `bidirectional`, an image before the answer attends to one after it. Other masks are not checked.
 LATE_IMAGES = {"prefix": "before_image", "bidirectional": "between_images"}
 KEYS = ("id", "image", "conversations")  # of a record that are read
-LIKE_IMAGE = re.compile("image|img|photo|picture|video", re.IGNORECASE)  # in keys that were meant as `image`
+# in keys that were meant as `image`
+LIKE_IMAGE = re.compile("image|img|photo|picture|video", re.IGNORECASE)
 LIKE_PLACEHOLDER = re.compile(r"<\s*image\s*>", re.IGNORECASE)
 WRITER_BATCH_SIZE = 200  # records in memory during the conversion
-COUNTS = ("words", "shown", "answers", "before_image", "between_images", "placeholders", "in_answers")
+COUNTS = (
+    "words",
+    "shown",
+    "answers",
+    "before_image",
+    "between_images",
+    "placeholders",
+    "in_answers",
+)
 RULES = 4  # part of the cache key; increase it when the same file would be read differently
 
 
@@ -132,7 +143,10 @@ def _read_record(record: dict) -> dict:
         raise UserError(f"'image' must be the path of one image, got {str(image)[:80]!r}")
     check_name(image)
     shown = [i for i, turn in enumerate(used) if image and IMAGE in turn["value"]]
-    answered = lambda turns: sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
+
+    def answered(turns):
+        return sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
+
     return {
         "id": _record_id(record),
         "image": image,
@@ -143,7 +157,9 @@ def _read_record(record: dict) -> dict:
         "before_image": answered(used[: shown[-1]]) if shown else 0,
         "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
         "placeholders": sum(bool(LIKE_PLACEHOLDER.search(turn["value"])) for turn in used),
-        "in_answers": sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt") if image else 0,
+        "in_answers": sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt")
+        if image
+        else 0,
         "unread": "\n".join(" ".join(key.split())[:50] for key in record if key not in KEYS),
         "problem": "",
     }
@@ -181,7 +197,8 @@ class Instructions(Dataset):
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
-        self.annotations, self.records = annotations, read_annotations(annotations)
+        self.annotations = annotations
+        self.records = read_annotations(annotations)
         self.images = ImageFolder(images, follow_links)
         bad = np.flatnonzero(self._column("problem", lambda column: pc.not_equal(column, "")))
         if len(bad):
@@ -273,12 +290,17 @@ class Instructions(Dataset):
 
     def summary(self, image_tokens: int, max_length: int) -> str:
         """Return one line about all records without tokenising; a text has at least as many tokens as words."""
-        text_only, shown = self._text_only(), self._column("shown")
+        text_only = self._text_only()
+        shown = self._column("shown")
         stray = ((self._column("placeholders") > 0) & (shown == 0)).sum()
         min_tokens = self._column("words") + shown * image_tokens
         return (
             f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
             f"image but no {IMAGE}, {(self._column('answers') == 0).sum():,} without an answer to train on, "
             f"at least {(min_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
-            + (f", {stray:,} with {IMAGE} in their text but no image that is shown" if stray else "")
+            + (
+                f", {stray:,} with {IMAGE} in their text but no image that is shown"
+                if stray
+                else ""
+            )
         )

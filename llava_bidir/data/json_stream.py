@@ -31,13 +31,17 @@ def read_records(path: Path) -> Iterator[Any]:
             file.seek(begin)
             if is_lines:
                 kind = "a JSON list of records, nor JSON Lines with one record per line"
-            for record in _read_lines(file) if is_lines else ijson.items(file, "item", use_float=True):
+            for record in (
+                _read_lines(file) if is_lines else ijson.items(file, "item", use_float=True)
+            ):
                 yield record
                 count += 1
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not {kind} (error after {count:,} records): {_reason(error)}") from None
+        raise UserError(
+            f"{path} is not {kind} (error after {count:,} records): {_reason(error)}"
+        ) from None
     if count == 0:
         raise UserError(f"{path} contains no records; expected a JSON list [{{...}}, ...]")
 

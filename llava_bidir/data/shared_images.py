@@ -7,7 +7,9 @@ from pathlib import Path
 from llava_bidir.common.identity import checksums, file_sizes
 
 
-def shared_images(training: Iterable[str], validation: Iterable[str], folder: Path) -> dict[str, str]:
+def shared_images(
+    training: Iterable[str], validation: Iterable[str], folder: Path
+) -> dict[str, str]:
     """Return the image of training with the same bytes, by image of validation, for those that have one.
 
     Only files of equal size are read. Missing files have none; they are reported by whatever reads them.
@@ -44,7 +46,10 @@ def describe_shared(shared: dict[str, str], validation: int) -> str:
     """
     if not shared:
         return ""
-    names = [name if name == other else f"{name} (as {other})" for name, other in list(shared.items())[:3]]
+    names = [
+        name if name == other else f"{name} (as {other})"
+        for name, other in list(shared.items())[:3]
+    ]
     more = ", ..." if len(shared) > len(names) else ""
     return (
         f"{len(shared):,} of {validation:,} images of data.val_annotations are training images, too: {', '.join(names)}"

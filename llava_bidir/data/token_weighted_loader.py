@@ -23,13 +23,18 @@ class StepLoader(DataLoader):
         mean_over_ranks: Averages a scalar over all ranks; every rank calls it once per step.
     """
 
-    def __init__(self, *args, step_batches: int, mean_over_ranks: Callable[[Tensor], Tensor], **kwargs):
+    def __init__(
+        self, *args, step_batches: int, mean_over_ranks: Callable[[Tensor], Tensor], **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self.step_batches, self.mean_over_ranks = step_batches, mean_over_ranks
+        self.step_batches = step_batches
+        self.mean_over_ranks = mean_over_ranks
 
     def __iter__(self) -> Iterator[dict]:
         batches = super().__iter__()
         while step := list(islice(batches, self.step_batches)):
-            mean = self.mean_over_ranks(torch.tensor([float(batch["supervised"]) for batch in step]).mean())
+            mean = self.mean_over_ranks(
+                torch.tensor([float(batch["supervised"]) for batch in step]).mean()
+            )
             for batch in step:
                 yield {**batch, "weight": batch["supervised"] / mean.clamp(min=1e-9)}

@@ -45,7 +45,9 @@ def _check_block_ids(name: str, block_ids: BlockIds) -> None:
     ids = block_ids(is_image.clone())
     returned = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
     if returned != f"{torch.long}{list(is_image.shape)}":
-        raise ValueError(f"image_attention {name!r} returned {returned}; expected block ids, torch.int64[B, N]")
+        raise ValueError(
+            f"image_attention {name!r} returned {returned}; expected block ids, torch.int64[B, N]"
+        )
     if (ids[0, 5:] >= 0).any() or (ids[1] >= 0).any():
         raise ValueError(
             f"image_attention {name!r} puts text after the last image token into a block; such text must stay causal "
@@ -56,7 +58,9 @@ def _check_block_ids(name: str, block_ids: BlockIds) -> None:
 def image_attention(name: str) -> BlockIds | None:
     """Return the block id function registered under `name`, None for causal attention."""
     if name not in IMAGE_ATTENTION:
-        raise ValueError(f"unknown image_attention {name!r}; registered: {', '.join(sorted(IMAGE_ATTENTION))}")
+        raise ValueError(
+            f"unknown image_attention {name!r}; registered: {', '.join(sorted(IMAGE_ATTENTION))}"
+        )
     return IMAGE_ATTENTION[name]
 
 

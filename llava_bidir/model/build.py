@@ -85,7 +85,9 @@ def build_processor(
     tokenizer.pad_token = "<pad>"
     own = tokenizer.get_chat_template() if template == "chat" and tokenizer.chat_template else None
     if template == "chat" and own is None:
-        raise UserError(f"data.template chat: the tokenizer of {llm} has no chat template; use vicuna_v1")
+        raise UserError(
+            f"data.template chat: the tokenizer of {llm} has no chat template; use vicuna_v1"
+        )
     return LlavaProcessor(
         image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
@@ -114,7 +116,8 @@ def build_config(
 ) -> LlavaBidirConfig:
     """Return the configuration of encoder, adapter and LLM without loading weights."""
     check_image_attention(image_attention)
-    vision_config, text_config = encoder.load_config(), read_pretrained("model.llm", AutoConfig, llm)
+    vision_config = encoder.load_config()
+    text_config = read_pretrained("model.llm", AutoConfig, llm)
     with error_context(f"model.llm: {llm}"):
         check_layers(image_attention, text_config.get_text_config())
     rows, columns = encoder.grid(vision_config)
@@ -162,7 +165,11 @@ def build_model(
     tokenizer = processor.tokenizer
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize)
     language_model = load_llm(
-        llm, config.text_config, len(tokenizer), dtype=dtypes["llm"], attn_implementation=attn_implementation
+        llm,
+        config.text_config,
+        len(tokenizer),
+        dtype=dtypes["llm"],
+        attn_implementation=attn_implementation,
     )
     config.text_config = language_model.config
     with no_zero3_partitioning():
@@ -190,7 +197,8 @@ def no_zero3_partitioning() -> Iterator[None]:
     The LLM is partitioned while it is read. Encoder and adapter are small: DeepSpeed partitions them when the model is
     complete.
     """
-    config = zero3._hf_deepspeed_config_weak_ref  # private: transformers has a public function to unset it only
+    # private: transformers has a public function to unset it only
+    config = zero3._hf_deepspeed_config_weak_ref
     zero3.unset_hf_deepspeed_config()
     try:
         yield
@@ -198,13 +206,21 @@ def no_zero3_partitioning() -> Iterator[None]:
         zero3._hf_deepspeed_config_weak_ref = config
 
 
-def load_llm(path: str, config: PreTrainedConfig, tokens: int, *, dtype: torch.dtype, attn_implementation: str):
+def load_llm(
+    path: str,
+    config: PreTrainedConfig,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+):
     """Load the LLM in `dtype` and resize its vocabulary to at least `tokens` rows.
 
     If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are the mean of
     embeddings of full precision.
     """
-    reader, default = AutoModelForCausalLM, torch.get_default_dtype()
+    reader = AutoModelForCausalLM
+    default = torch.get_default_dtype()
     if dtype != default:
         with torch.device("meta"):
             model_class = type(AutoModelForCausalLM.from_config(config))
@@ -212,11 +228,14 @@ def load_llm(path: str, config: PreTrainedConfig, tokens: int, *, dtype: torch.d
         class LanguageModel(model_class):
             def __init__(self, config: PreTrainedConfig):
                 super().__init__(config)
-                for embeddings in _embeddings(self):  # from_pretrained keeps dtypes that differ from its own
+                # from_pretrained keeps dtypes that differ from its own
+                for embeddings in _embeddings(self):
                     embeddings.to(default)
 
         reader = LanguageModel
-    language_model = load_weights("model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation)
+    language_model = load_weights(
+        "model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation
+    )
     resize_vocabulary(language_model, tokens)
     for embeddings in _embeddings(language_model):
         embeddings.weight.data = embeddings.weight.data.to(dtype)
@@ -244,7 +263,9 @@ def resize_vocabulary(language_model, tokens: int) -> None:
     rows = language_model.get_input_embeddings().num_embeddings
     if padded_vocab_size(rows, tokens) > rows:
         with torch.random.fork_rng(devices=[]):  # transformers draws rows first
-            language_model.resize_token_embeddings(padded_vocab_size(rows, tokens), mean_resizing=False)
+            language_model.resize_token_embeddings(
+                padded_vocab_size(rows, tokens), mean_resizing=False
+            )
         for embeddings in _embeddings(language_model):
             embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
 
@@ -264,19 +285,25 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
-        saved, expected = getattr(config, name), getattr(model.config, name)
+        saved = getattr(config, name)
+        expected = getattr(model.config, name)
         if saved != expected:
             raise UserError(
                 f"adapter checkpoint {directory} has {name} {saved!r}, this model {expected!r}; use the same in both "
                 "stages (paper, Sec. 5)"
             )
-    weights = {k.partition(ADAPTER)[2]: tensor for k, tensor in read_tensors(Path(directory), ADAPTER).items()}
+    weights = {
+        k.partition(ADAPTER)[2]: tensor
+        for k, tensor in read_tensors(Path(directory), ADAPTER).items()
+    }
     if not weights:
         raise UserError(f"adapter checkpoint {directory} has no tensor named {ADAPTER}*")
     try:
         model.model.multi_modal_projector.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}") from None
+        raise UserError(
+            f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"
+        ) from None
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
@@ -290,7 +317,9 @@ def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
         with error_context(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as tensors:
-                    matches |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
+                    matches |= {
+                        name: tensors.get_tensor(name) for name in tensors.keys() if part in name
+                    }
             else:
                 tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 matches |= {name: tensor for name, tensor in tensors.items() if part in name}
@@ -315,7 +344,8 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
             part = None
         parameter.requires_grad_(part is not None)
         if part is not None:
-            counts[part] += getattr(parameter, "ds_numel", parameter.numel())  # numel() is 0 under ZeRO-3
+            # numel() is 0 under ZeRO-3
+            counts[part] += getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
 

@@ -53,7 +53,9 @@ def resize_stored_positions(tower: PreTrainedModel, image_px: int) -> None:
         table = embeddings.position_embedding.weight
         tokens = torch.empty(1, side * side + _extra_positions(embeddings), table.shape[1])
         positions = embeddings.interpolate_pos_encoding(tokens, image_px, image_px)[0]
-        embeddings.position_embedding = nn.Embedding.from_pretrained(positions.to(table), freeze=True)
+        embeddings.position_embedding = nn.Embedding.from_pretrained(
+            positions.to(table), freeze=True
+        )
     embeddings.num_patches = side * side
     embeddings.num_positions = len(positions)
     embeddings.register_buffer("position_ids", torch.arange(len(positions))[None], persistent=False)
@@ -199,10 +201,8 @@ class Encoder:
                 f"{self.entry.config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
         config = read_pretrained("model.encoder.path", self.entry.config_class, self.path)
-        registers, expected = (
-            getattr(config, "num_register_tokens", 0),
-            max(self.entry.extra_tokens - 1, 0),
-        )
+        registers = getattr(config, "num_register_tokens", 0)
+        expected = max(self.entry.extra_tokens - 1, 0)
         if registers != expected:
             raise UserError(
                 f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} expects {expected}: "
@@ -210,7 +210,8 @@ class Encoder:
             )
         if self.image_px is not None:
             check_image_px(self.image_px, config.patch_size, "model.encoder.image_px")
-            if self.entry.image_px is None:  # else the checkpoint's side stays that of the stored positions
+            # else the checkpoint's side stays that of the stored positions
+            if self.entry.image_px is None:
                 config.image_size = self.image_px
         self.grid(config)  # raises for an invalid grid
         layers = config.num_hidden_layers
@@ -243,7 +244,9 @@ class Encoder:
                 )
         return side, side
 
-    def image_processor(self, config: PreTrainedConfig, image_resize: str) -> LlavaImageProcessorPil:
+    def image_processor(
+        self, config: PreTrainedConfig, image_resize: str
+    ) -> LlavaImageProcessorPil:
         """Return the image processor for `image_resize`.
 
         "pad" pads to a square with the mean colour; "center_crop" crops the centre to the short side. Source: LLaVA

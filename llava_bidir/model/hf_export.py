@@ -23,7 +23,9 @@ TRAINING_JSON = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 
 
-def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, training: dict | None = None) -> None:
+def export_hf(
+    model: PreTrainedModel, processor: LlavaProcessor, out: Path, training: dict | None = None
+) -> None:
     """Write the model to `out` atomically, after comparing the written weights with those in memory.
 
     Args:
@@ -44,7 +46,9 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         merged.mkdir()
         model = merge_lora(model, merged)
         # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
-        model.save_pretrained(partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration))
+        model.save_pretrained(
+            partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration)
+        )
         if isinstance(model, LlavaBidirForConditionalGeneration):
             _add_mask(model.config.image_attention, partial / "attention.py")
         processor.save_pretrained(partial)
@@ -63,10 +67,14 @@ def _add_mask(name: str, file: Path) -> None:
     block_ids = attention.image_attention(name)
     if block_ids is None or block_ids.__module__ == attention.__name__:
         return
-    with error_context(f"export: mask {name!r} must be a function that needs nothing but torch and itself"):
+    with error_context(
+        f"export: mask {name!r} must be a function that needs nothing but torch and itself"
+    ):
         source = textwrap.dedent(inspect.getsource(block_ids))
         with file.open("a") as copy:
-            copy.write(f"\n\n{source}\n\nregister_image_attention({name!r}, {block_ids.__name__})\n")
+            copy.write(
+                f"\n\n{source}\n\nregister_image_attention({name!r}, {block_ids.__name__})\n"
+            )
         runpy.run_path(str(file))  # registering calls it
 
 
@@ -74,7 +82,9 @@ def _check_finite(model: torch.nn.Module) -> None:
     """Raise a UserError for a weight that is NaN or infinite. No loss shows those that the last step has made."""
     for name, tensor in model.state_dict().items():
         if not is_finite(tensor):
-            raise UserError(f"export: {name} is not finite: the training diverged; use an earlier checkpoint")
+            raise UserError(
+                f"export: {name} is not finite: the training diverged; use an earlier checkpoint"
+            )
 
 
 def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
@@ -97,14 +107,21 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
             "without --as-llava and load with trust_remote_code"
         )
     if model.config.register_tokens:
-        raise UserError("--as-llava: the encoder has register tokens, which stock LLaVA would treat as patches")
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in (*OWN_KEYS, "model_type", "auto_map")}
+        raise UserError(
+            "--as-llava: the encoder has register tokens, which stock LLaVA would treat as patches"
+        )
+    settings = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in (*OWN_KEYS, "model_type", "auto_map")
+    }
     config = LlavaConfig(**settings, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration._from_config(config, dtype=model.dtype)
     # moving modules, not tensors, keeps the buffers that no checkpoint holds (rotary frequencies, position ids)
     stock.model.vision_tower = model.model.vision_tower
     stock.model.multi_modal_projector = model.model.multi_modal_projector
-    stock.model.language_model, stock.lm_head = model.model.language_model, model.lm_head
+    stock.model.language_model = model.model.language_model
+    stock.lm_head = model.lm_head
     stock.generation_config = model.generation_config
     return stock.eval()

@@ -43,7 +43,9 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
     """Add updates to the linear layers of the LLM, in torch's default dtype; they are zero at first."""
     from peft import LoraConfig, inject_adapter_in_model  # the environment of lmms-eval has none
 
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear"
+    )
     llm = model.model.language_model  # does not include the head
     # peft converts updates to the dtype of their weights, so weights in another dtype are absent meanwhile
     dtype = torch.get_default_dtype()
@@ -56,7 +58,9 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: LlavaBidirForConditionalGeneration, folder: Path) -> LlavaBidirForConditionalGeneration:
+def merge_lora(
+    model: LlavaBidirForConditionalGeneration, folder: Path
+) -> LlavaBidirForConditionalGeneration:
     """Return a copy of the model with the updates added to its weights, or the model itself if it has none.
 
     The given model is unchanged and can continue training. Merged weights keep their dtype. They are computed on the
@@ -85,10 +89,15 @@ def merge_lora(model: LlavaBidirForConditionalGeneration, folder: Path) -> Llava
 
 def _merge_layer(layer: nn.Module, file: Path) -> nn.Linear:
     base = layer.get_base_layer()
-    linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    linear = nn.Linear(
+        base.in_features, base.out_features, bias=base.bias is not None, device="meta"
+    )
     weight = (base.weight.cpu() + layer.get_delta_weight(NAME)).to(base.weight.dtype)
-    mapped = torch.from_file(str(file), shared=True, size=weight.numel(), dtype=weight.dtype).view_as(weight)
-    linear.weight, linear.bias = nn.Parameter(mapped.copy_(weight), requires_grad=False), base.bias
+    mapped = torch.from_file(
+        str(file), shared=True, size=weight.numel(), dtype=weight.dtype
+    ).view_as(weight)
+    linear.weight = nn.Parameter(mapped.copy_(weight), requires_grad=False)
+    linear.bias = base.bias
     return linear
 
 

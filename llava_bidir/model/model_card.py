@@ -33,7 +33,8 @@ def model_card(config: LlavaConfig, training: dict) -> str:
     """Return the Markdown of an exported model's card; `training` lists settings and metrics of its training run."""
     from llava_bidir import __version__
 
-    left_out = ("checkpoint", "identity")  # a path on one machine, and hashes, which training.json has
+    # a path on one machine, and hashes, which training.json has
+    left_out = ("checkpoint", "identity")
     facts = {name: value for name, value in training.items() if name not in left_out}
     return CARD.format(
         attention=getattr(config, "image_attention", "causal"),
@@ -43,7 +44,8 @@ def model_card(config: LlavaConfig, training: dict) -> str:
         layers=config.text_config.num_hidden_layers,
         resize=getattr(config, "image_resize", "pad"),
         remote="" if config.model_type == "llava" else ", trust_remote_code=True",
-        training="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not recorded.",
+        training="\n".join(f"- {name}: {value}" for name, value in facts.items())
+        or "Not recorded.",
         version=__version__,
         transformers=transformers.__version__,
     )

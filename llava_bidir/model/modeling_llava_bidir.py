@@ -24,7 +24,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.masking_utils import (
     create_causal_mask,
     find_packed_sequence_indices,
@@ -44,7 +47,8 @@ CACHE = "cache" if "cache" in _PARENT_PARAMETERS else "past_key_values"
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
 # Kinds of layers that apply a mask. Linear attention and convolutions do not; chunks and indexers are not implemented.
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 
 
 @strict
@@ -68,7 +72,8 @@ class LlavaBidirConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        image_attention(self.image_attention)  # an unknown name fails here, not in the first forward
+        # an unknown name fails here, not in the first forward
+        image_attention(self.image_attention)
 
 
 class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
@@ -88,8 +93,11 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         check_layers(config.image_attention, config.get_text_config())
         super().__init__(config)
         if config.register_tokens:
-            patches = slice(config.register_tokens, None)  # LlavaModel drops CLS before this hook runs
-            self.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, patches],))
+            # LlavaModel drops CLS before this hook runs
+            patches = slice(config.register_tokens, None)
+            self.model.multi_modal_projector.register_forward_pre_hook(
+                lambda module, args: (args[0][:, patches],)
+            )
 
     # All parameters of the parent, in any version, are named, because generate() decides by the signature what it
     # passes and how it repeats the images of a prompt for its beams.
@@ -113,7 +121,11 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged."""
         cache = past_key_values if cache is None else cache
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
-        if has_images and self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
+        if (
+            has_images
+            and self.config.image_attention != "causal"
+            and _is_padding_mask(attention_mask)
+        ):
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
                 cache is None or cache.get_seq_length() == 0,
@@ -127,7 +139,9 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 self.config.get_text_config(),
                 is_image,
                 attention_mask,
-                samples=_sample_lengths(position_ids.expand(is_image.shape)) if can_be_packed else None,
+                samples=_sample_lengths(position_ids.expand(is_image.shape))
+                if can_be_packed
+                else None,
                 cache=cache,
                 dtype=self.dtype,
             )
@@ -149,7 +163,9 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
         """Leave the mask of a prompt with images to forward(); generate() would use a causal one with static caches."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -175,7 +191,9 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
 
 def _is_padding_mask(attention_mask) -> bool:
     """Return True for None or a 2D mask. 4D masks, BlockMasks of flex attention and dicts are used unchanged."""
-    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
+    return attention_mask is None or (
+        isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    )
 
 
 def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
@@ -195,10 +213,19 @@ def check_layers(name: str, text_config: PreTrainedConfig) -> None:
         )
 
 
-def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, padding: Tensor | None = None, **kwargs):
+def build_masks(
+    name: str,
+    text_config: PreTrainedConfig,
+    is_image: Tensor,
+    padding: Tensor | None = None,
+    **kwargs,
+):
     """Return the LLM's mask, or a dict of masks by kind of layer if it has several; see :func:`build_mask`."""
     kinds = layer_kinds(text_config)
-    masks = {kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs) for kind in kinds}
+    masks = {
+        kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs)
+        for kind in kinds
+    }
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
@@ -237,23 +264,32 @@ def build_mask(
             "from_pretrained(..., attn_implementation='sdpa')"
         )
     if kind == SLIDING and text_config._attn_implementation == "flex_attention":
-        raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
+        raise ValueError(
+            "flex_attention is not supported with sliding windows; use attn_implementation='sdpa'"
+        )
     windows = cache.is_sliding if cache is not None and kind == SLIDING else []
     mask = create_causal_mask(
         text_config,
-        torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # embeddings: only their shape is used
+        # embeddings: only their shape is used
+        torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),
         padding,
         cache,
-        and_mask_function=samples and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
+        and_mask_function=samples
+        and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
         block_sequence_ids=_block_ids(name, is_image, samples),
-        layer_idx=windows.index(True) if True in windows else None,  # layers of a kind have caches of one size
+        # layers of a kind have caches of one size
+        layer_idx=windows.index(True) if True in windows else None,
         allow_is_causal_skip=False,
     )
     if mask is None or len(mask.shape) != 4:
-        raise ValueError(f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask")
+        raise ValueError(
+            f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask"
+        )
     if kind == SLIDING:
         near = torch.ones_like(mask, dtype=torch.bool).triu(1 - text_config.sliding_window)
-        mask = mask.masked_fill(~near, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+        mask = mask.masked_fill(
+            ~near, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        )
     return mask
 
 
@@ -265,7 +301,10 @@ def _sample_lengths(position_ids: Tensor) -> list[list[int]] | None:
 
 def _sample_numbers(samples: list[list[int]], device: torch.device) -> Tensor:
     """Return long[B, N], equal numbers at the tokens of a sample: [[2, 3]] gives [[0, 0, 1, 1, 1]]."""
-    rows = [torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(row)]) for row in samples]
+    rows = [
+        torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(row)])
+        for row in samples
+    ]
     return torch.stack(rows)
 
 
@@ -274,20 +313,26 @@ def _block_ids(name: str, is_image: Tensor, samples: list[list[int]] | None) -> 
     block_ids = image_attention(name)
     if block_ids is None or samples is None:
         return block_ids and block_ids(is_image)
-    count, rows = max(map(len, samples)), []
+    count = max(map(len, samples))
+    rows = []
     for row, lengths in zip(is_image, samples, strict=True):
         parts = [block_ids(part[None])[0] for part in row.split(lengths)]
-        rows.append(torch.cat([torch.where(part < 0, -1, part * count + i) for i, part in enumerate(parts)]))
+        rows.append(
+            torch.cat([torch.where(part < 0, -1, part * count + i) for i, part in enumerate(parts)])
+        )
     return torch.stack(rows)
 
 
 # Weight files use the names of llava checkpoints. Without this mapping, transformers would not find the LLM head of a
 # released LLaVA and would re-initialise it with only a warning.
 register_checkpoint_conversion_mapping(
-    LlavaBidirForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
+    LlavaBidirForConditionalGeneration.__name__,
+    get_checkpoint_conversion_mapping("llava"),
+    overwrite=True,
 )
 AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
-for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):  # the second one is for "any-to-any"
+# the second one is for "any-to-any"
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaBidirConfig, LlavaProcessor, exist_ok=True)
 # Each save_pretrained copies this code, so that fine-tunes load with trust_remote_code, too.

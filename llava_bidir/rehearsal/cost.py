@@ -8,7 +8,9 @@ from .study import MASKS
 RECORDS = {"stage1": 558_128, "stage2": 665_298}
 # Images that `probes fit` passes through each model. Source: ADE20K, paper App. A.2: 20 epochs, each with validation.
 PROBED_IMAGES = 20 * (20_210 + 2_000)
-COUNTS = {f"{mask}_{stage}": count for mask in MASKS for stage, count in RECORDS.items()} | {"study": PROBED_IMAGES}
+COUNTS = {f"{mask}_{stage}": count for mask in MASKS for stage, count in RECORDS.items()} | {
+    "study": PROBED_IMAGES
+}
 
 
 def extrapolate(steps: dict[str, dict[str, Any]], devices: int) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ PICTURES = 16
 PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
 ARMS = "trained random0 random1"
 STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
-STUDY += " --trainer.log_every_n_steps 1 --fit --passes 4 --folds 2 --strengths 0.1 --sample-images 2"
+STUDY += (
+    " --trainer.log_every_n_steps 1 --fit --passes 4 --folds 2 --strengths 0.1 --sample-images 2"
+)
 STUDY += " --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 
@@ -41,7 +43,9 @@ def write_inputs(out: Path, size: str, encoder: str) -> None:
     with atomic_directory(out, marker="env.sh") as folder:
         write_vicuna(settings.llm, folder / "vicuna")
         write_encoder(encoder, settings.encoders_shrink, folder / encoder)
-        write_llava_hf(settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf")
+        write_llava_hf(
+            settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf"
+        )
         write_conversations(folder)
         write_segmentation(folder / "ade/ADEChallengeData2016", *settings.images)
         (folder / "env.sh").write_text(slurm_settings(out.resolve(), encoder))
@@ -58,9 +62,17 @@ def write_conversations(folder: Path) -> None:
         Image.fromarray(pixels).resize(PICTURE_PX[::-1]).save(folder / f"pictures/{i:06d}.jpg")
 
     def write_records(name: str, question: str, answer: str, count: int = RECORDS) -> None:
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-        picture = lambda i: f"pictures/{i % PICTURES:06d}.jpg"
-        rows = [{"id": f"{i:06d}", "image": picture(i), "conversations": turns} for i in range(count)]
+        turns = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
+
+        def picture(i):
+            return f"pictures/{i % PICTURES:06d}.jpg"
+
+        rows = [
+            {"id": f"{i:06d}", "image": picture(i), "conversations": turns} for i in range(count)
+        ]
         (folder / f"{name}.json").write_text(json.dumps(rows))
 
     write_records("captions", "Describe it.", "Three areas.")
@@ -71,7 +83,10 @@ def write_conversations(folder: Path) -> None:
 def write_segmentation(root: Path, training: int, validation: int) -> None:
     """Write images of three areas and their masks, in ADE20K's layout."""
     rng = np.random.default_rng(1)
-    for split, count, prefix in (("training", training, "train"), ("validation", validation, "val")):
+    for split, count, prefix in (
+        ("training", training, "train"),
+        ("validation", validation, "val"),
+    ):
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True)
         for i in range(1, count + 1):
@@ -80,8 +95,12 @@ def write_segmentation(root: Path, training: int, validation: int) -> None:
             kinds[:160, rng.integers(200, 440) :] = rng.integers(1, 3)
             pixels = COLOURS[np.minimum(kinds, 1)] + rng.integers(-20, 20, (*PICTURE_PX, 3))
             name = f"ADE_{prefix}_{i:08d}"
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"images/{split}/{name}.jpg")
-            Image.fromarray(np.array(CLASSES, np.uint8)[kinds]).save(root / f"annotations/{split}/{name}.png")
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                root / f"images/{split}/{name}.jpg"
+            )
+            Image.fromarray(np.array(CLASSES, np.uint8)[kinds]).save(
+                root / f"annotations/{split}/{name}.png"
+            )
 
 
 def slurm_settings(folder: Path, encoder: str) -> str:

@@ -49,19 +49,25 @@ def run_measured(command: list[str], log: Path) -> dict[str, float | int]:
 
 def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
     """Update the peaks of all processes that `pid` has started, until `done`."""
-    has_gpu, pause = shutil.which(QUERY[0]) is not None, INTERVAL_S
+    has_gpu = shutil.which(QUERY[0]) is not None
+    pause = INTERVAL_S
     while not done.wait(pause):
-        start, private, mapped = time.monotonic(), 0, 0
+        start = time.monotonic()
+        private = 0
+        mapped = 0
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(pid)
             for process in [parent, *parent.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                     of_process = _read_memory(process)
-                    private, mapped = private + of_process[0], mapped + of_process[1]
+                    private = private + of_process[0]
+                    mapped = mapped + of_process[1]
         held = {"host_gb": private, "host_with_files_gb": mapped}
         if has_gpu:
             lines = subprocess.run(QUERY, capture_output=True, text=True).stdout.split()
-            held["device_gb"] = max((float(line) * 2**20 for line in lines if line.isdigit()), default=0)
+            held["device_gb"] = max(
+                (float(line) * 2**20 for line in lines if line.isdigit()), default=0
+            )
         peaks |= {name: max(value, peaks.get(name, 0)) for name, value in held.items()}
         pause = max(INTERVAL_S, (time.monotonic() - start) / LOOKS)
 
@@ -76,7 +82,11 @@ def _read_memory(process: psutil.Process) -> tuple[int, int]:
     if not rollup.exists():  # another system
         memory = process.memory_info()
         return memory.rss, memory.rss
-    kilobytes = {words[0]: int(words[1]) for line in rollup.read_text().splitlines()[1:] if (words := line.split())}
+    kilobytes = {
+        words[0]: int(words[1])
+        for line in rollup.read_text().splitlines()[1:]
+        if (words := line.split())
+    }
     return 1024 * (kilobytes["Pss_Anon:"] + kilobytes["Pss_Shmem:"]), 1024 * kilobytes["Pss:"]
 
 
@@ -89,7 +99,9 @@ def read_speed(run: Path) -> dict[str, float]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
     values = {
-        name: [event.value for event in events.Scalars(f"train/{name}")] for name in NAMES if f"train/{name}" in tags
+        name: [event.value for event in events.Scalars(f"train/{name}")]
+        for name in NAMES
+        if f"train/{name}" in tags
     }
     losses = [tag for tag in tags if "train_loss" in tag]
     if "step_s" not in values and losses:

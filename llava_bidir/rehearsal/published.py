@@ -57,18 +57,35 @@ class Size:
 
 SIZES = {
     "7b": Size(
-        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
         1,
         (8, 8),
     ),
     "1b": Size(
-        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+        }
         | {"num_key_value_heads": 4},
         1,
         (8, 8),
     ),
     "tiny": Size(
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}, 16, (6, 4)
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        16,
+        (6, 4),
     ),
 }
 
@@ -80,7 +97,11 @@ def vision_settings(name: str, shrink: int) -> dict[str, int]:
         "dinov2": (1024, 4096, 24, 16, 518),
         "siglip": (1152, 4304, 27, 16, 384),
     }[name]
-    settings = {"image_size": image_px, "patch_size": 14, "num_attention_heads": max(heads // shrink, 1)}
+    settings = {
+        "image_size": image_px,
+        "patch_size": 14,
+        "num_attention_heads": max(heads // shrink, 1),
+    }
     settings |= {"hidden_size": width // shrink, "num_hidden_layers": max(layers // shrink, 3)}
     return settings if name == "dinov2" else settings | {"intermediate_size": inner // shrink}
 
@@ -89,13 +110,26 @@ def write_encoder(name: str, shrink: int, out: Path) -> None:
     """Write an encoder in fp32: CLIP and SigLIP with both towers, as they are published, DINOv2 alone."""
     vision = vision_settings(name, shrink)
     if name == "dinov2":
-        config, model_class = Dinov2Config(**vision), Dinov2Model
+        config = Dinov2Config(**vision)
+        model_class = Dinov2Model
     else:
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        text = {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        }
         if name == "siglip":
-            text = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+            text = {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+            }
         text = {key: max(value // shrink, 1) for key, value in text.items()}
-        config_class, model_class = (CLIPConfig, CLIPModel) if name == "clip" else (SiglipConfig, SiglipModel)
+        config_class, model_class = (
+            (CLIPConfig, CLIPModel) if name == "clip" else (SiglipConfig, SiglipModel)
+        )
         config = config_class(text_config=text, vision_config=vision)
     write_model(model_class, config, torch.float32, out, pickled=name == "clip", shards=1)
 
@@ -105,7 +139,10 @@ def write_vicuna(settings: dict[str, int], out: Path) -> None:
     write_model(LlamaForCausalLM, llama_config(settings, WORDS), torch.float16, out, pickled=True)
     write_tokenizer(out)
     sampling = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6}  # without do_sample
-    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sampling})
+    _write_json(
+        out / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sampling},
+    )
 
 
 def write_llava_hf(settings: dict[str, int], shrink: int, vicuna: Path, out: Path) -> None:
@@ -132,7 +169,10 @@ def write_llava_hf(settings: dict[str, int], shrink: int, vicuna: Path, out: Pat
         num_additional_image_tokens=1,
     ).save_pretrained(out)
     _write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": WORDS + 1})
+    _write_json(
+        out / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": WORDS + 1},
+    )
     shutil.copy(vicuna / "tokenizer.model", out)
 
 
@@ -176,21 +216,33 @@ def write_model(
         shards: Number of files.
     """
     out.mkdir(parents=True)
-    config.architectures, config.dtype = [model_class.__name__], dtype
+    config.architectures = [model_class.__name__]
+    config.dtype = dtype
     config.save_pretrained(out)
     with torch.device("meta"):
-        shapes = {name: x.shape for name, x in model_class(config).state_dict().items() if x.is_floating_point()}
+        shapes = {
+            name: x.shape
+            for name, x in model_class(config).state_dict().items()
+            if x.is_floating_point()
+        }
     stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
-    total, done, shard, index = sum(shape.numel() for shape in shapes.values()), 0, {}, {}
+    total = sum(shape.numel() for shape in shapes.values())
+    done = 0
+    shard = {}
+    index = {}
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(STD).to(dtype)
     for position, (name, shape) in enumerate(shapes.items()):
         shard[rename(name)] = _random_tensor(name, shape, pool, offset=997 * position)
         done += shape.numel()
-        number, left = len(set(index.values())) + 1, len(shapes) - position - 1
-        is_full = done >= total * number / shards or left == shards - number  # no shard remains empty
+        number = len(set(index.values())) + 1
+        left = len(shapes) - position - 1
+        # no shard remains empty
+        is_full = done >= total * number / shards or left == shards - number
         if left and (number == shards or not is_full):
             continue
-        file = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.{suffix}"
+        file = (
+            f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.{suffix}"
+        )
         torch.save(shard, out / file) if pickled else save_file(shard, out / file, {"format": "pt"})
         index |= dict.fromkeys(shard, file)
         shard = {}
@@ -202,7 +254,9 @@ def write_model(
 def _random_tensor(name: str, shape: torch.Size, pool: Tensor, offset: int) -> Tensor:
     """Return ones for scales of norms, zeros for biases, and for matrices the numbers of the pool from `offset` on."""
     if len(shape) < 2:
-        return torch.full(shape, float(name.endswith("weight") or "scale" in name), dtype=pool.dtype)
+        return torch.full(
+            shape, float(name.endswith("weight") or "scale" in name), dtype=pool.dtype
+        )
     end = offset + shape.numel()
     source = pool if end <= POOL else pool.repeat(math.ceil(end / POOL))
     return source[offset:end].view(shape).clone()
@@ -215,8 +269,10 @@ def write_tokenizer(out: Path) -> None:
     """
     proto = import_protobuf()
     model = proto.ModelProto()
-    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = model.trainer_spec.BPE, True
-    model.normalizer_spec.name, model.normalizer_spec.remove_extra_whitespaces = "identity", False
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
     model.normalizer_spec.add_dummy_prefix = True
     kinds = model.SentencePiece
     for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
@@ -224,14 +280,33 @@ def write_tokenizer(out: Path) -> None:
     for byte in range(256):
         model.pieces.add(piece=f"<0x{byte:02X}>", score=0, type=kinds.BYTE)
     pieces = dict.fromkeys(["▁", *map(chr, range(33, 127))])
-    for word in ("▁a", "th", "the", "▁the", "in", "ER", "US", "USER", "▁US", "AN", "IST", "SI", "ST"):
+    for word in (
+        "▁a",
+        "th",
+        "the",
+        "▁the",
+        "in",
+        "ER",
+        "US",
+        "USER",
+        "▁US",
+        "AN",
+        "IST",
+        "SI",
+        "ST",
+    ):
         pieces.setdefault(word)
     for piece in pieces:
         model.pieces.add(piece=piece, score=-len(model.pieces))
     while len(model.pieces) < WORDS:  # as many as Llama has; none can result from merges
         model.pieces.add(piece=f"\ue000{len(model.pieces)}", score=-len(model.pieces))
     (out / "tokenizer.model").write_bytes(model.SerializeToString())
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "padding_side": "right"}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "padding_side": "right",
+    }
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     _write_json(out / "tokenizer_config.json", settings | special)
     _write_json(out / "special_tokens_map.json", special)

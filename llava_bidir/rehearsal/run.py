@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(args.out):
         end_on_signals()
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
-        write_files({args.out / "rehearsal.json": record})  # before the inputs, which are of this size
+        # before the inputs, which are of this size
+        write_files({args.out / "rehearsal.json": record})
         if not (args.out / "inputs/env.sh").is_file():
             print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
             write_inputs(args.out / "inputs", args.size, args.encoder)
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
         print(line)
     failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
     if failed:
-        raise UserError(f"{len(failed)} steps failed: {', '.join(failed)}; their logs are in {args.out / 'logs'}")
+        raise UserError(
+            f"{len(failed)} steps failed: {', '.join(failed)}; their logs are in {args.out / 'logs'}"
+        )
 
 
 def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
@@ -60,7 +63,9 @@ def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
     record = read_json(file)
     for key, value in settings.items():
         if record.get(key) != value:
-            raise UserError(f"{file} is of {key} {record.get(key)!r}, not {value!r}; use another --out")
+            raise UserError(
+                f"{file} is of {key} {record.get(key)!r}, not {value!r}; use another --out"
+            )
     return record
 
 
@@ -89,10 +94,15 @@ def describe_certificates(out: Path) -> list[str]:
         if not file.is_file():
             continue
         path = read_json(file)["path"]
-        found = [certificate for site in path["optimum"]["sites"] for certificate in site["certificates"]]
+        found = [
+            certificate for site in path["optimum"]["sites"] for certificate in site["certificates"]
+        ]
         known = [certificate for certificate in found if certificate]
         converged = sum(certificate["converged"] for certificate in known)
-        largest = {key: max((x[key] for x in known), default=float("nan")) for key in ("gradient", "decrease")}
+        largest = {
+            key: max((x[key] for x in known), default=float("nan"))
+            for key in ("gradient", "decrease")
+        }
         lines.append(
             f"{mask}: probes of {path['sample_images']} images' memory after {path['passes']} passes: {converged} of "
             f"{len(known)} certificates hold; gradients are at most {largest['gradient']:.1e}, decreases "
@@ -114,7 +124,9 @@ def format_table(record: dict[str, Any]) -> str:
     """Return the table of all steps, and the cost of the real study."""
     lines = [f"{'step':32}{'':10}" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values())]
     for name, step in record["steps"].items():
-        cells = [form.format(step[key]) if key in step else "-" for key, (_, form) in COLUMNS.items()]
+        cells = [
+            form.format(step[key]) if key in step else "-" for key, (_, form) in COLUMNS.items()
+        ]
         lines.append(f"{name:32}{step['status']:10}" + "".join(f"{cell:>11}" for cell in cells))
     if record["cost"]:
         lines.append(

@@ -65,18 +65,39 @@ def hardware_options(stage: str, size: str) -> list[str]:
 def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
     """Return all steps of a rehearsal in order; none of them needs a later one."""
     inputs = out / "inputs"
-    ask = _llava("generate", inputs / "llava-hf", inputs / "pictures/000000.jpg", QUESTION, "--max-new-tokens", 2)
+    ask = _llava(
+        "generate",
+        inputs / "llava-hf",
+        inputs / "pictures/000000.jpg",
+        QUESTION,
+        "--max-new-tokens",
+        2,
+    )
     if not torch.cuda.is_available():
         ask += ["--dtype", "bfloat16"]  # ten times as fast as the checkpoint's float16
-    steps = [Step("published_sites", _probes("sites", inputs / "llava-hf")), Step("published_generate", ask)]
+    steps = [
+        Step("published_sites", _probes("sites", inputs / "llava-hf")),
+        Step("published_generate", ask),
+    ]
     for mask in MASKS:
         steps += _training(out, inputs, size, encoder, mask)
     models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
     data = ("ade20k", "--data.root", inputs / "ade/ADEChallengeData2016", "--out", out)
-    study = _probes("study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0")
+    study = _probes(
+        "study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0"
+    )
     steps.append(Step("study", study, out / "causal/probes", PROBED))
     if VQA_PYTHON.is_file():  # `make vqa-venv` makes it
-        ask = _llava("vqa", out / "causal/stage2/hf", "--tasks", "toy", "--data", inputs, "--python", VQA_PYTHON)
+        ask = _llava(
+            "vqa",
+            out / "causal/stage2/hf",
+            "--tasks",
+            "toy",
+            "--data",
+            inputs,
+            "--python",
+            VQA_PYTHON,
+        )
         steps.append(Step("benchmarks", [*ask, "--out", str(out / "causal/vqa")]))
     return steps
 
@@ -93,7 +114,8 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
     """Return both stages under a mask."""
     steps = []
     for stage in STAGES:
-        run, data = out / mask / stage, "captions" if stage == "stage1" else "dialogues"
+        run = out / mask / stage
+        data = "captions" if stage == "stage1" else "dialogues"
         real = ["-c", stage, "-c", encoder]
         real += ["--model.encoder.path", inputs / encoder, "--model.llm", inputs / "vicuna"]
         real += ["--data.annotations", inputs / f"{data}.json", "--data.images", inputs]

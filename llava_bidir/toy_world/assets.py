@@ -32,22 +32,44 @@ from . import english as plain_english
 from . import tiny_models
 from .binding import Mosaic, draw_mosaic, mix_mosaics
 from .canvas import CLASSES, PALETTE
-from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
+from .dialogues import (
+    SceneText,
+    build_dialogue,
+    find_regions,
+    format_turns,
+    prepend_picture,
+    swap_names,
+)
 from .scenes import Scene, draw_pair, draw_scene
 from .surfaces import Surfaces
 
 # Pictures by folder and split. The index of a split is part of its seed, so that new ones go to the end.
-PICTURES = {("llava", "training"): 3000, ("segmentation", "training"): 1000, ("segmentation", "validation"): 600}
+PICTURES = {
+    ("llava", "training"): 3000,
+    ("segmentation", "training"): 1000,
+    ("segmentation", "validation"): 600,
+}
 ONE_SCENE = {("one_scene", "training"): 1000, ("one_scene", "validation"): 600}
 SPLITS = [*PICTURES, *ONE_SCENE]
-BINDING_PICTURES = 16000  # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
-CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
-ENGLISH = {"choices": 3, "points": 1}  # questions of a dialogue in plain English, about 330 tokens with the picture
-TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
-ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
+# of conversations, at most as many as elsewhere: binding is not learned from a few hundred
+BINDING_PICTURES = 16000
+CAPTIONS = 1920
+DIALOGUES = 4480
+QUESTIONS = 400
+PAIRS = 100
+# questions of a dialogue in plain English, about 330 tokens with the picture
+ENGLISH = {"choices": 3, "points": 1}
+# share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
+TEXT_ONLY = 0.05
+# both take about the same time and run in parallel
+ENCODER_STEPS = 1400
+LLM_STEPS = 240
 SCENES = 4  # in a picture of the binding world
-SWAPPED_NAMES = 0.5  # largest share of a picture's names that are replaced by their look-alike in the LLM's texts
-TRAINING, VALIDATION = ("llava", "training"), ("segmentation", "validation")  # of conversations
+# largest share of a picture's names that are replaced by their look-alike in the LLM's texts
+SWAPPED_NAMES = 0.5
+# of conversations
+TRAINING = ("llava", "training")
+VALIDATION = ("segmentation", "validation")
 CHUNK = 100
 Split = tuple[str, str]  # folder below OUT, and split of the layout
 DEPTH_SCALE = 0.001  # metres per unit of a depth map: millimetres, as in NYUv2
@@ -76,30 +98,55 @@ def demo_assets(
     pictures = PICTURES | ONE_SCENE if binding else PICTURES
     sizes = {name: max(16, round(n * scale)) for name, n in pictures.items()}
     if binding:
-        sizes["llava", "training"] = max(16, min(PICTURES["llava", "training"], round(BINDING_PICTURES * scale)))
+        sizes["llava", "training"] = max(
+            16, min(PICTURES["llava", "training"], round(BINDING_PICTURES * scale))
+        )
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
         drawn = _draw_splits(pool, partial, sizes, seed, scenes if binding else None)
-        texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()}
+        texts = {
+            name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()
+        }
         train = drawn[TRAINING]
-        jobs = [pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed)]
+        jobs = [
+            pool.submit(
+                _train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed
+            )
+        ]
         if not english:
-            words = texts[TRAINING], partial / "llm", round(LLM_STEPS * scale), seed, 4 if binding else 6
+            words = (
+                texts[TRAINING],
+                partial / "llm",
+                round(LLM_STEPS * scale),
+                seed,
+                4 if binding else 6,
+            )
             jobs.append(pool.submit(_train_llm, *words))
         for folder in {folder for folder, _ in sizes}:
             _write_classes(partial / folder)
         if binding:
             _write_patches(partial / "segmentation", drawn)
         else:
-            jobs.append(pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed))
-            (partial / "segmentation/targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
-        build = _build_english if english else functools.partial(_build_conversations, look_alikes=binding)
+            jobs.append(
+                pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed)
+            )
+            (partial / "segmentation/targets.json").write_text(
+                json.dumps({"depth_scale": DEPTH_SCALE}) + "\n"
+            )
+        build = (
+            _build_english
+            if english
+            else functools.partial(_build_conversations, look_alikes=binding)
+        )
         for name, records in build(texts, scale, np.random.default_rng([seed, 11])).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         for job in jobs:
             job.result()
-    print(f"{out}: " + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items()))
+    print(
+        f"{out}: "
+        + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items())
+    )
 
 
 def _one_thread() -> None:
@@ -111,7 +158,9 @@ def _draw_splits(
 ) -> dict[Split, list[Scene | Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
-        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, scenes)
+        (split, start): pool.submit(
+            _draw_chunk, out, split, start, min(CHUNK, n - start), seed, scenes
+        )
         for split, n in sizes.items()
         for start in range(0, n, CHUNK)
     }
@@ -121,7 +170,9 @@ def _draw_splits(
     return drawn
 
 
-def _draw_chunk(out: Path, split: Split, start: int, count: int, seed: int, scenes: int | None) -> list[Scene | Mosaic]:
+def _draw_chunk(
+    out: Path, split: Split, start: int, count: int, seed: int, scenes: int | None
+) -> list[Scene | Mosaic]:
     rng = np.random.default_rng([seed, SPLITS.index(split), start])
     if scenes is None:
         drawn = [draw_scene(rng) for _ in range(count)]
@@ -149,7 +200,8 @@ def _draw_pairs(out: Path, count: int, seed: int) -> None:
 
 def _encode_targets(surfaces: Surfaces) -> dict[str, np.ndarray]:
     """Return depth, normals and instances as stored in PNG files; 0 and black are no value."""
-    depth, normals = np.nan_to_num(surfaces.depth()), surfaces.normals()
+    depth = np.nan_to_num(surfaces.depth())
+    normals = surfaces.normals()
     rounded = np.where(np.isnan(normals), 0, (normals + 1) * 127.5 + 0.5)  # from -1..1 to 0..255
     return {
         "depth": (depth / DEPTH_SCALE + 0.5).astype(np.uint16),
@@ -178,18 +230,26 @@ def _write_patches(folder: Path, drawn: dict[Split, list[Mosaic]]) -> None:
 
 
 def _write_classes(folder: Path) -> None:
-    classes = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
+    classes = {
+        "classes": CLASSES,
+        "palette": PALETTE.tolist(),
+        "ignore_index": 255,
+        "reduce_zero_label": False,
+    }
     (folder / "classes.json").write_text(json.dumps(classes) + "\n")
 
 
 def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> None:
-    images, masks = np.stack([scene.image for scene in scenes]), np.stack([scene.mask for scene in scenes])
+    images = np.stack([scene.image for scene in scenes])
+    masks = np.stack([scene.mask for scene in scenes])
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
 def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, layers: int) -> None:
     documents = _generate_documents(scenes, np.random.default_rng([seed, 10]))
-    tokenizer = tiny_models.train_tokenizer([format_turns(next(documents)) for _ in range(500)], out)
+    tokenizer = tiny_models.train_tokenizer(
+        [format_turns(next(documents)) for _ in range(500)], out
+    )
     tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed, layers=layers)
 
 
@@ -206,7 +266,8 @@ def _build_conversations(
     texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator, look_alikes: bool
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    train, val = texts[TRAINING], texts[VALIDATION]
+    train = texts[TRAINING]
+    val = texts[VALIDATION]
     captions = [
         _record(TRAINING, i, build_dialogue(train[i], rng, caption=True))
         for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
@@ -223,7 +284,9 @@ def _build_conversations(
         _record(VALIDATION, i, build_dialogue(val[i], rng, points=1, look_alikes=look_alikes))
         for i in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale)))
     ]
-    questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
+    questions = [
+        record | {"regions": find_regions(record["conversations"])} for record in questions
+    ]
     return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
@@ -231,8 +294,12 @@ def _build_english(
     texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator
 ) -> dict[str, list[dict]]:
     """Return the same in plain English; each question is asked about two pictures."""
-    train, val = texts[TRAINING], texts[VALIDATION]
-    other = lambda texts: texts[rng.integers(len(texts))]
+    train = texts[TRAINING]
+    val = texts[VALIDATION]
+
+    def other(texts):
+        return texts[rng.integers(len(texts))]
+
     captions = [
         _record(TRAINING, i, plain_english.describe(train[i], rng))
         for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
@@ -251,8 +318,13 @@ def _build_english(
 
 
 def _record(split: Split, index: int, turns: list[dict]) -> dict:
-    name, turns = "llava" if split == TRAINING else split[1], prepend_picture(turns)
-    return {"id": f"{name}_{index:05d}", "image": _path("images", split, index), "conversations": turns}
+    name = "llava" if split == TRAINING else split[1]
+    turns = prepend_picture(turns)
+    return {
+        "id": f"{name}_{index:05d}",
+        "image": _path("images", split, index),
+        "conversations": turns,
+    }
 
 
 def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:

@@ -21,10 +21,14 @@ from PIL import Image
 from .canvas import CLASSES, SIZE_PX
 from .scenes import Scene, draw_scene
 
-GRID, HUES, IGNORED = 8, 12, 255
+GRID = 8
+HUES = 12
+IGNORED = 255
 PATCH_PX = SIZE_PX // GRID
 CUE_CLASSES = tuple(CLASSES.index(name) for name in ("lamp", "picture", "tree"))
-CUES, CUE_SHARE = 2, 0.25  # patches with a cue per scene, and the share of such a patch that the cue covers
+# patches with a cue per scene, and the share of such a patch that the cue covers
+CUES = 2
+CUE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
         drawn = [draw_scene(rng, evidence=0.0, indoor=bool(indoor)) for indoor in kinds]
         cues = np.stack([_cue_patches(scene) for scene in drawn])
         if (scene := _deal(rng, cues)) is not None:
-            return _compose(drawn, scene, cues[scene, np.arange(GRID**2)], rng.permutation(HUES)[:scenes])
+            return _compose(
+                drawn, scene, cues[scene, np.arange(GRID**2)], rng.permutation(HUES)[:scenes]
+            )
 
 
 def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100) -> list[Mosaic]:
@@ -77,7 +83,8 @@ def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100
     while len(mosaics) < len(scenes):
         chosen = rng.choice(pool, scenes[len(mosaics)], replace=False)
         if (scene := _deal(rng, cues[chosen])) is not None:
-            cue, hues = cues[chosen][scene, np.arange(GRID**2)], rng.permutation(HUES)[: len(chosen)]
+            cue = cues[chosen][scene, np.arange(GRID**2)]
+            hues = rng.permutation(HUES)[: len(chosen)]
             mosaics.append(_compose([drawn[i] for i in chosen], scene, cue, hues))
     return mosaics
 
@@ -104,8 +111,11 @@ def _cue_patches(scene: Scene) -> np.ndarray:
 
 
 def _compose(drawn: list[Scene], scene: np.ndarray, cue: np.ndarray, hues: np.ndarray) -> Mosaic:
-    take = lambda pixels: np.stack([_patches(p) for p in pixels])[scene, np.arange(GRID**2)]
-    image, mask = take([s.image for s in drawn]), take([s.mask for s in drawn])
+    def take(pixels):
+        return np.stack([_patches(p) for p in pixels])[scene, np.arange(GRID**2)]
+
+    image = take([s.image for s in drawn])
+    mask = take([s.mask for s in drawn])
     border = np.ones((PATCH_PX, PATCH_PX), bool)
     border[1:-1, 1:-1] = False
     image[:, border] = hue_colours()[hues[scene]][:, None]
@@ -117,7 +127,9 @@ def _compose(drawn: list[Scene], scene: np.ndarray, cue: np.ndarray, hues: np.nd
 @lru_cache
 def hue_colours() -> np.ndarray:
     """Return the colours of the borders, uint8[HUES, 3], evenly spaced on the colour circle."""
-    hsv = np.stack([np.arange(HUES) * 256 // HUES, np.full(HUES, 255), np.full(HUES, 230)], -1).astype(np.uint8)
+    hsv = np.stack(
+        [np.arange(HUES) * 256 // HUES, np.full(HUES, 255), np.full(HUES, 230)], -1
+    ).astype(np.uint8)
     return np.asarray(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
 
 
@@ -131,4 +143,8 @@ def _patches(pixels: np.ndarray) -> np.ndarray:
 def _join(patches: np.ndarray) -> np.ndarray:
     """Return [96, 96, ...] of patches [64, 12, 12, ...]."""
     rest = patches.shape[3:]
-    return patches.reshape(GRID, GRID, PATCH_PX, PATCH_PX, *rest).swapaxes(1, 2).reshape(SIZE_PX, SIZE_PX, *rest)
+    return (
+        patches.reshape(GRID, GRID, PATCH_PX, PATCH_PX, *rest)
+        .swapaxes(1, 2)
+        .reshape(SIZE_PX, SIZE_PX, *rest)
+    )

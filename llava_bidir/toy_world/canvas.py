@@ -46,17 +46,29 @@ class Quad:
     def upright(cls, foot: Point, width: float, height: float, plane: Plane = NOWHERE) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         (x, y), half = foot, width / 2
-        return cls((x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y), plane)
+        return cls(
+            (x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y), plane
+        )
 
     def point_at(self, u: float, v: float) -> Point:
         """Return the pixel coordinates of (u, v)."""
-        (ax, ay), (bx, by), (cx, cy), (dx, dy) = self.top_left, self.top_right, self.bottom_right, self.bottom_left
+        (ax, ay), (bx, by), (cx, cy), (dx, dy) = (
+            self.top_left,
+            self.top_right,
+            self.bottom_right,
+            self.bottom_left,
+        )
         x = (1 - v) * (ax + u * (bx - ax)) + v * (dx + u * (cx - dx))
         return x, (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
 
     def part(self, u0: float, u1: float, v0: float, v1: float) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
-        corners = self.point_at(u0, v0), self.point_at(u1, v0), self.point_at(u1, v1), self.point_at(u0, v1)
+        corners = (
+            self.point_at(u0, v0),
+            self.point_at(u1, v0),
+            self.point_at(u1, v1),
+            self.point_at(u0, v1),
+        )
         return Quad(*corners, self.plane)
 
     @property
@@ -89,12 +101,14 @@ class Canvas:
 
     def __init__(self, hides_cues: bool = False) -> None:
         side = self.SCALE * SIZE_PX
-        self._picture, self._index = Image.new("RGB", (side, side)), Image.new("L", (side, side))
+        self._picture = Image.new("RGB", (side, side))
+        self._index = Image.new("L", (side, side))
         self._pens = ImageDraw.Draw(self._picture), ImageDraw.Draw(self._index)
         # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
         self._surfaces = {(0, 0, NOWHERE): 0}
         self._object = 0
-        self._hides_cues, self._draws = hides_cues, True
+        self._hides_cues = hides_cues
+        self._draws = True
         self.cues = 0  # number of them that were begun
 
     def begin_object(self, cue: bool = False) -> None:
@@ -103,7 +117,9 @@ class Canvas:
         self.cues += cue
         self._draws = not (cue and self._hides_cues)
 
-    def polygon(self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS) -> None:
+    def polygon(
+        self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS
+    ) -> None:
         """Fill a polygon."""
         self._draw("polygon", quad, points, colour, name)
 
@@ -111,7 +127,9 @@ class Canvas:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
         self._draw("ellipse", quad, ((0, 0), (1, 1)), colour, name)
 
-    def line(self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = "") -> None:
+    def line(
+        self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
+    ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
         self._draw("line", quad, points, colour, name, width=width)
 
@@ -129,14 +147,28 @@ class Canvas:
         return Surfaces(self._centres(), np.array(planes), np.array(objects, np.uint8), camera.eye)
 
     def _centres(self) -> np.ndarray:
-        return np.asarray(self._index)[self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE].copy()
+        return np.asarray(self._index)[
+            self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE
+        ].copy()
 
-    def _draw(self, tool: str, quad: Quad, points: Sequence[Point], colour: Colour, name: str, **options: int) -> None:
+    def _draw(
+        self,
+        tool: str,
+        quad: Quad,
+        points: Sequence[Point],
+        colour: Colour,
+        name: str,
+        **options: int,
+    ) -> None:
         if not self._draws:
             return
         # Pillow counts from pixel centres, truncates fractions, and requires sorted corners of an ellipse.
-        scaled = [tuple(round(self.SCALE * c - 0.5) for c in quad.point_at(u, v)) for u, v in points]
-        scaled = [tuple(map(min, *scaled)), tuple(map(max, *scaled))] if tool == "ellipse" else scaled
+        scaled = [
+            tuple(round(self.SCALE * c - 0.5) for c in quad.point_at(u, v)) for u, v in points
+        ]
+        scaled = (
+            [tuple(map(min, *scaled)), tuple(map(max, *scaled))] if tool == "ellipse" else scaled
+        )
         getattr(self._pens[0], tool)(scaled, fill=colour, **options)
         if name:
             surface = CLASSES.index(name), self._object, quad.plane
@@ -178,21 +210,35 @@ class Camera:
 
     def ceiling(self) -> Quad:
         """Return the complete picture at the depth of the ceiling."""
-        return replace(FULL_FRAME, plane=self.level_plane(self.far_end.top_left[1], self.far_adult_px))
+        return replace(
+            FULL_FRAME, plane=self.level_plane(self.far_end.top_left[1], self.far_adult_px)
+        )
 
     def ground(self) -> Quad:
         """Return the ground from the far end to below the picture."""
-        left, right = self.far_end.bottom_left, self.far_end.bottom_right
+        left = self.far_end.bottom_left
+        right = self.far_end.bottom_right
         plane = self.level_plane(left[1], self.far_adult_px)
         return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7), plane)
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
         """Return the visible parts of the left wall, the far end and the right wall."""
-        far, x = self.far_end, self.eye[0]
-        to_left, to_right = x / (x - far.top_left[0]), (SIZE_PX - x) / (far.top_right[0] - x)
-        outer_left = self.scale_depth(far.top_left, to_left), self.scale_depth(far.bottom_left, to_left)
-        outer_right = self.scale_depth(far.top_right, to_right), self.scale_depth(far.bottom_right, to_right)
-        planes = [self.side_plane(corner[0], self.far_adult_px) for corner in (far.top_left, far.top_right)]
+        far = self.far_end
+        x = self.eye[0]
+        to_left = x / (x - far.top_left[0])
+        to_right = (SIZE_PX - x) / (far.top_right[0] - x)
+        outer_left = (
+            self.scale_depth(far.top_left, to_left),
+            self.scale_depth(far.bottom_left, to_left),
+        )
+        outer_right = (
+            self.scale_depth(far.top_right, to_right),
+            self.scale_depth(far.bottom_right, to_right),
+        )
+        planes = [
+            self.side_plane(corner[0], self.far_adult_px)
+            for corner in (far.top_left, far.top_right)
+        ]
         left = Quad(outer_left[0], far.top_left, far.bottom_left, outer_left[1], planes[0])
         right = Quad(far.top_right, outer_right[0], outer_right[1], far.bottom_right, planes[1])
         return left, replace(far, plane=Plane.facing(self.far_adult_px)), right
@@ -213,7 +259,10 @@ class Camera:
 
 def sample_camera(rng: np.random.Generator) -> Camera:
     """Sample a camera. Rooms and streets share one distribution."""
-    x, y = SIZE_PX * rng.uniform(0.35, 0.65), SIZE_PX * rng.uniform(0.42, 0.54)
-    half_width, half_height = SIZE_PX * rng.uniform(0.18, 0.27), SIZE_PX * rng.uniform(0.15, 0.22)
-    up, down = half_height * rng.uniform(0.9, 1.3), half_height * rng.uniform(0.8, 1.1)
+    x = SIZE_PX * rng.uniform(0.35, 0.65)
+    y = SIZE_PX * rng.uniform(0.42, 0.54)
+    half_width = SIZE_PX * rng.uniform(0.18, 0.27)
+    half_height = SIZE_PX * rng.uniform(0.15, 0.22)
+    up = half_height * rng.uniform(0.9, 1.3)
+    down = half_height * rng.uniform(0.8, 1.1)
     return Camera((x, y), Quad.upright((x, y + down), 2 * half_width, up + down))

@@ -71,14 +71,18 @@ def _study(out: Path, settings: dict, extras: bool) -> list[str]:
 def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]:
     """Return the words of the studies; the last one writes the report of all."""
     commands = []
-    world, common = str(out / "assets/segmentation"), _common(settings, f"{SCENES} scenes")
+    world = str(out / "assets/segmentation")
+    common = _common(settings, f"{SCENES} scenes")
     for name, (kind, draws) in OTHERS.items():
         arms = ["--arms", "trained", *(f"{kind}{draw}" for draw in range(draws)), "--only", "solve"]
         sites = shlex.split(SITES if kind == "random" else ADAPTER_SITES)
-        commands.append([str(out / name / "hf"), world, *arms, *sites, "--out", str(out / name), *common])
+        commands.append(
+            [str(out / name / "hf"), world, *arms, *sites, "--out", str(out / name), *common]
+        )
     models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]
     study = [*shlex.split(BINDING), "--fit"]
-    if not (extras or settings["scale"] >= 1):  # knockouts take half of the time, and no truth is known about them
+    # knockouts take half of the time, and no truth is known about them
+    if not (extras or settings["scale"] >= 1):
         study += ["--only", "solve", "fit", "starvation", "answers", "explore", "report"]
     return [*commands, [*models, world, "--out", str(out), *study, *shlex.split(SITES), *common]]
 
@@ -89,16 +93,29 @@ def _common(settings: dict, dataset: str) -> list[str]:
 
 def format_truth(results: dict) -> str:
     """Return the claims whose truth is known as a table: what is true, and what the study found."""
-    columns = ("claim", "pictures", "attention", "truth", "at the optimum", "beyond random", "found")
+    columns = (
+        "claim",
+        "pictures",
+        "attention",
+        "truth",
+        "at the optimum",
+        "beyond random",
+        "found",
+    )
     rows = [columns]
     for study in results.get("studies", [results]):
         for claim in study["claims"]:
             if "truth" in claim:
-                numbers = [_format_column(claim["verdicts"][name]) for name in ("optimum", "beyond_random")]
+                numbers = [
+                    _format_column(claim["verdicts"][name]) for name in ("optimum", "beyond_random")
+                ]
                 model = study["model"].partition(", ")[2]  # "3 pairs merged"
                 pictures = ", ".join(filter(None, (study["dataset"], model)))
-                name, attention = claim["claim"].replace("_", " "), claim["image_attention"]
-                rows.append((name, pictures, attention, claim["truth"], *numbers, claim["conclusion"]))
+                name = claim["claim"].replace("_", " ")
+                attention = claim["image_attention"]
+                rows.append(
+                    (name, pictures, attention, claim["truth"], *numbers, claim["conclusion"])
+                )
     if len(rows) == 1:
         return ""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -123,13 +140,24 @@ def _assets(out: Path, settings: dict) -> list[str]:
 
 def _train(out: Path, mask: str, settings: dict) -> None:
     """Train both stages, and plant what the binding world has, unless they are there."""
-    assets, folder = out / "assets", out / mask
+    assets = out / "assets"
+    folder = out / mask
     common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
-    common |= {"--model.llm": assets / "llm", "--data.images": assets, "--seed_everything": settings["seed"]}
+    common |= {
+        "--model.llm": assets / "llm",
+        "--data.images": assets,
+        "--seed_everything": settings["seed"],
+    }
     stage1 = {"--data.annotations": assets / "captions.json"}
-    stage2 = {"--model.adapter": folder / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
+    stage2 = {
+        "--model.adapter": folder / "stage1/hf",
+        "--data.annotations": assets / "dialogues.json",
+    }
     stage2 |= {"--data.val_annotations": assets / "questions.json"}
-    stages = {"stage1": {"-c": "demo/stage1"} | common | stage1, "stage2": {"-c": "demo/stage2"} | common | stage2}
+    stages = {
+        "stage1": {"-c": "demo/stage1"} | common | stage1,
+        "stage2": {"-c": "demo/stage2"} | common | stage2,
+    }
     steps = training_steps(folder, stages, assets / "questions.json")
     if settings["world"] == "binding":
         steps += _plant(out, mask, settings)
@@ -138,8 +166,18 @@ def _train(out: Path, mask: str, settings: dict) -> None:
 
 def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
     """Return the steps that plant a recovery, and under the bidirectional mask the other three models."""
-    count = {name: max(2, min(600, round(steps * settings["scale"]))) for name, steps in PLANT_STEPS.items()}
-    jobs = [("recovery", out / mask / "stage2", out / mask / "planted", count | {"--seed": settings["seed"]})]
+    count = {
+        name: max(2, min(600, round(steps * settings["scale"])))
+        for name, steps in PLANT_STEPS.items()
+    }
+    jobs = [
+        (
+            "recovery",
+            out / mask / "stage2",
+            out / mask / "planted",
+            count | {"--seed": settings["seed"]},
+        )
+    ]
     if mask == "bidirectional":
         for name, what, options in (
             ("shuffled", "random", {"--seed": settings["seed"]}),

@@ -55,12 +55,16 @@ def build_dialogue(
 
     With `look_alikes`, points are patches that show a member of a pair.
     """
-    chosen_rows, chosen_points = rng.permutation(GRID)[:rows], rng.permutation(GRID**2)
+    chosen_rows = rng.permutation(GRID)[:rows]
+    chosen_points = rng.permutation(GRID**2)
     if look_alikes:
         chosen_points = [i for i in chosen_points if LOOK_ALIKE[text.names[i]] != text.names[i]]
     chosen_points = chosen_points[:points]
     parts = [
-        [make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
+        [
+            make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID]))
+            for r in chosen_rows
+        ],
         [make_turns(ask_patch(i), text.names[i]) for i in chosen_points],
     ]
     if rng.random() < 0.5:

@@ -37,7 +37,10 @@ def build_dialogue(
         choices: Number of questions that name two classes, fewer if the scenes hardly differ.
         points: Number of questions that name none.
     """
-    asked = [make_turns(_ask_choice(i, text, other, rng), text.names[i]) for i in _differ(text, other, rng)[:choices]]
+    asked = [
+        make_turns(_ask_choice(i, text, other, rng), text.names[i])
+        for i in _differ(text, other, rng)[:choices]
+    ]
     asked += [make_turns(_ask_point(i), text.names[i]) for i in rng.permutation(GRID**2)[:points]]
     asked = [asked[i] for i in rng.permutation(len(asked))]
     rows = "\n".join(" ".join(row) for row in np.array(text.names).reshape(GRID, GRID))
@@ -48,7 +51,9 @@ def build_dialogue(
     return [turn for turns in asked for turn in turns]
 
 
-def ask_both(first: SceneText, second: SceneText, rng: np.random.Generator) -> list[tuple[list[Turn], list]]:
+def ask_both(
+    first: SceneText, second: SceneText, rng: np.random.Generator
+) -> list[tuple[list[Turn], list]]:
     """Return one choice about two scenes in which different classes are right; none if the scenes are alike.
 
     The open question about the same place follows. Regions are those of :func:`.dialogues.find_regions`.
@@ -56,7 +61,8 @@ def ask_both(first: SceneText, second: SceneText, rng: np.random.Generator) -> l
     place = next(iter(_differ(first, second, rng)), None)
     if place is None:
         return []
-    question, asked = _ask_choice(place, first, second, rng), []
+    question = _ask_choice(place, first, second, rng)
+    asked = []
     for name in (first.names[place], second.names[place]):
         turns = make_turns(question, name) + make_turns(_ask_point(place), name)
         asked.append((turns, [None, {"box": find_box(*divmod(place, GRID)), "class": name}]))

@@ -35,7 +35,9 @@ def describe_llm(path: Path, words: int) -> dict[str, Any]:
     return {"perplexity": perplexity(llm, AutoTokenizer.from_pretrained(path), words)}
 
 
-def describe_mllm(path: Path, words: int, questions: list[dict[str, Any]], images: Path) -> dict[str, Any]:
+def describe_mllm(
+    path: Path, words: int, questions: list[dict[str, Any]], images: Path
+) -> dict[str, Any]:
     """Return perplexity, answers and conversations of an exported model.
 
     Args:
@@ -50,14 +52,19 @@ def describe_mllm(path: Path, words: int, questions: list[dict[str, Any]], image
         answer or null]]}]}
     """
     model, processor = load(str(path), "float32")
-    shown = [read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]]
+    shown = [
+        read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]
+    ]
     entry = {"perplexity": perplexity(model, processor.tokenizer, words)}
     entry["first_layer_update"] = first_layer_update(model, processor, shown)
     entry["answer_accuracy"] = read_json(path / "training.json").get("val/answer_accuracy")
     conversations = []
     for record in questions[:: max(1, len(questions) // CONVERSATIONS)][:CONVERSATIONS]:
-        asked, right = (turn["value"].removeprefix("<image>\n") for turn in record["conversations"][:2])
-        texts, image = [asked, KIND, CAPTION], read_image(images / record["image"])
+        asked, right = (
+            turn["value"].removeprefix("<image>\n") for turn in record["conversations"][:2]
+        )
+        texts = [asked, KIND, CAPTION]
+        image = read_image(images / record["image"])
         said = answer(model, processor, texts, [[image]] * len(texts), 40)
         turns = list(zip(texts, said, (right, None, None), strict=True))
         conversations.append({"image": record["image"], "turns": turns})
@@ -96,11 +103,17 @@ def format_description(name: str, entry: dict[str, Any]) -> str:
     """Return a description as lines of text."""
     lines = [f"{name}: perplexity {entry['perplexity']:.2f}"]
     if "first_layer_update" in entry:
-        lines[0] += f", the first layer changes image tokens by {entry['first_layer_update']:.1f} of their norm"
+        lines[0] += (
+            f", the first layer changes image tokens by {entry['first_layer_update']:.1f} of their norm"
+        )
     if entry.get("answer_accuracy") is not None:
-        lines[0] += f", {entry['answer_accuracy']:.1%} of held-out questions answered (50% without the picture)"
+        lines[0] += (
+            f", {entry['answer_accuracy']:.1%} of held-out questions answered (50% without the picture)"
+        )
     for conversation in entry.get("conversations", ()):
         lines.append(f"  {conversation['image']}")
         for question, said, right in conversation["turns"]:
-            lines.append(f"    {question}\n      {said!r}{'' if right is None else f' (right: {right})'}")
+            lines.append(
+                f"    {question}\n      {said!r}{'' if right is None else f' (right: {right})'}"
+            )
     return "\n".join(lines)

@@ -11,12 +11,25 @@ from .canvas import CORNERS, ROUNDED, Camera, Canvas, Point, Quad, shade
 from .surfaces import Plane
 
 # Paired surfaces: both classes of a pair share a colour.
-TOP, SIDE, GROUND, BODY = (136, 148, 184), (184, 148, 124), (116, 104, 108), (190, 78, 74)
-PANE, STEEL, HEADLIGHT, TAIL_LIGHT = (148, 176, 196), (176, 176, 182), (252, 236, 160), (236, 120, 60)
-CREAM, LINEN, BRASS, WALNUT, INK = (226, 214, 194), (246, 240, 228), (206, 164, 78), (104, 62, 40), (44, 40, 48)
-LIT, DARK = (246, 204, 112), (92, 128, 178)  # window panes, with the same probability in rooms and streets
+TOP = (136, 148, 184)
+SIDE = (184, 148, 124)
+GROUND = (116, 104, 108)
+BODY = (190, 78, 74)
+PANE = (148, 176, 196)
+STEEL = (176, 176, 182)
+HEADLIGHT = (252, 236, 160)
+TAIL_LIGHT = (236, 120, 60)
+CREAM = (226, 214, 194)
+LINEN = (246, 240, 228)
+BRASS = (206, 164, 78)
+WALNUT = (104, 62, 40)
+INK = (44, 40, 48)
+# window panes, with the same probability in rooms and streets
+LIT = (246, 204, 112)
+DARK = (92, 128, 178)
 SHIRTS = ((206, 104, 58), (52, 128, 138), (172, 156, 68), (120, 92, 158))
-SKINS, HAIRS = ((226, 178, 146), (168, 116, 84), (122, 80, 58)), ((58, 40, 34), (126, 82, 46), (34, 32, 38))
+SKINS = ((226, 178, 146), (168, 116, 84), (122, 80, 58))
+HAIRS = ((58, 40, 34), (126, 82, 46), (34, 32, 38))
 SHADE_WIDTH = 0.65, 0.75  # of a lamp, in units of an adult's height
 HILLS = ((92, 132, 92), (70, 104, 132), (150, 96, 92))
 # Discs of a tree's crown, back to front: u, v, radius, brightness.
@@ -93,7 +106,8 @@ def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     canvas.begin_object(cue=True)
     canvas.polygon(frame, BRASS, "picture")
     canvas.polygon(frame.part(0.1, 0.9, 0.1, 0.9), CREAM)
-    scenery, sun = frame.part(0.2, 0.8, 0.2, 0.8), rng.uniform(0.2, 0.6)
+    scenery = frame.part(0.2, 0.8, 0.2, 0.8)
+    sun = rng.uniform(0.2, 0.6)
     canvas.polygon(scenery, (232, 190, 150))
     canvas.oval(scenery.part(sun, sun + 0.24, 0.12, 0.46), (252, 240, 206))
     ridge = [(0, 0.6), (0.3, 0.42), (0.55, 0.68), (0.8, 0.5), (1, 0.65), (1, 1), (0, 1)]
@@ -126,7 +140,9 @@ def draw_standing_lamp(canvas: Canvas, place: Quad, rng: np.random.Generator) ->
     """Draw a lamp on a stand."""
     canvas.oval(place.part(0.37, 0.63, 0.95, 1.03), INK, "lamp")
     canvas.line(place, INK, [(0.5, 0.98), (0.5, 0.1)], 4, "lamp")
-    draw_lamp_shade(canvas, place.point_at(0.5, 0.2), place.height * rng.uniform(*SHADE_WIDTH), place.plane)
+    draw_lamp_shade(
+        canvas, place.point_at(0.5, 0.2), place.height * rng.uniform(*SHADE_WIDTH), place.plane
+    )
 
 
 def draw_lamp_shade(canvas: Canvas, rim: Point, size: float, plane: Plane) -> None:
@@ -137,34 +153,61 @@ def draw_lamp_shade(canvas: Canvas, rim: Point, size: float, plane: Plane) -> No
     canvas.polygon(place, (248, 208, 110), points=[(0.3, 0), (0.5, 0), (0.5, 1), (0, 1)])
 
 
-def draw_on_ground(canvas: Canvas, camera: Camera, standing: list[GroundObject], rng: np.random.Generator) -> None:
+def draw_on_ground(
+    canvas: Canvas, camera: Camera, standing: list[GroundObject], rng: np.random.Generator
+) -> None:
     """Draw objects and up to two people from far to near, each with its shadow.
 
     Objects at a wall go to the left or right one. The others have a lane of their own in the middle.
     """
-    standing = standing + [GroundObject(draw_person, 0.2, cue=False)] * int((rng.random(2) < (0.55, 0.35)).sum())
-    lanes = 0.12 + 0.76 * (rng.permutation(len(standing)) + rng.random(len(standing))) / max(1, len(standing))
+    standing = standing + [GroundObject(draw_person, 0.2, cue=False)] * int(
+        (rng.random(2) < (0.55, 0.35)).sum()
+    )
+    lanes = 0.12 + 0.76 * (rng.permutation(len(standing)) + rng.random(len(standing))) / max(
+        1, len(standing)
+    )
     sizes = rng.uniform(27, 41, len(standing))
     for i in np.argsort(sizes):
-        thing, size = standing[i], sizes[i]
-        x, y = camera.ground_point(rng.integers(2) if thing.at_wall else lanes[i], size, thing.half_width * size)
+        thing = standing[i]
+        size = sizes[i]
+        x, y = camera.ground_point(
+            rng.integers(2) if thing.at_wall else lanes[i], size, thing.half_width * size
+        )
         width = 2 * thing.half_width * size
         canvas.begin_object(thing.cue)
         canvas.oval(Quad.upright((x, y + 0.1 * width), width, 0.2 * width), shade(GROUND, 0.66))
-        thing.draw(canvas, Quad.upright((x, y), size * rng.choice((-1, 1)), size, Plane.facing(size)), rng)
+        thing.draw(
+            canvas, Quad.upright((x, y), size * rng.choice((-1, 1)), size, Plane.facing(size)), rng
+        )
 
 
 def draw_person(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     """Draw a person seen from the front."""
     shirt, trousers = (SHIRTS[i] for i in rng.permutation(len(SHIRTS))[:2])
-    skin, hair = SKINS[rng.integers(3)], HAIRS[rng.integers(3)]
+    skin = SKINS[rng.integers(3)]
+    hair = HAIRS[rng.integers(3)]
     body = place.part(0, 1, rng.uniform(-0.12, 0.05), 1)
     for half in (body, body.part(1, 0, 0, 1)):  # left and right half
-        canvas.polygon(half, shade(trousers, 0.62), "person", [(0.5, 0.54), (0.63, 0.54), (0.62, 0.98), (0.53, 0.98)])
+        canvas.polygon(
+            half,
+            shade(trousers, 0.62),
+            "person",
+            [(0.5, 0.54), (0.63, 0.54), (0.62, 0.98), (0.53, 0.98)],
+        )
         canvas.polygon(half, INK, "person", [(0.53, 0.97), (0.62, 0.97), (0.65, 1), (0.53, 1)])
-        canvas.polygon(half, shade(shirt, 0.85), "person", [(0.6, 0.23), (0.67, 0.27), (0.7, 0.54), (0.63, 0.54)])
+        canvas.polygon(
+            half,
+            shade(shirt, 0.85),
+            "person",
+            [(0.6, 0.23), (0.67, 0.27), (0.7, 0.54), (0.63, 0.54)],
+        )
         canvas.oval(half.part(0.63, 0.7, 0.52, 0.59), skin, "person")
-        canvas.polygon(half, shirt, "person", [(0.5, 0.22), (0.6, 0.22), (0.64, 0.28), (0.63, 0.57), (0.5, 0.57)])
+        canvas.polygon(
+            half,
+            shirt,
+            "person",
+            [(0.5, 0.22), (0.6, 0.22), (0.64, 0.28), (0.63, 0.57), (0.5, 0.57)],
+        )
     canvas.oval(body.part(0.38, 0.62, 0, 0.23), hair, "person")
     canvas.oval(body.part(0.41, 0.59, 0.05, 0.23), skin, "person")
 
@@ -181,7 +224,13 @@ def draw_bed(camera: Camera, canvas: Canvas, place: Quad, rng: np.random.Generat
     canvas.polygon(head.part(0.06, 0.94, -0.85, 0), shade(WALNUT, 1.3))
     for u in (0, 1):
         plane = camera.side_plane(front.point_at(u, 0)[0], place.height)
-        side = Quad(head.point_at(u, 0), front.point_at(u, 0), front.point_at(u, 1), head.point_at(u, 1), plane)
+        side = Quad(
+            head.point_at(u, 0),
+            front.point_at(u, 0),
+            front.point_at(u, 1),
+            head.point_at(u, 1),
+            plane,
+        )
         canvas.polygon(side, shade(BODY, 0.72), "bed")
     canvas.polygon(top, CREAM, "bed")
     for u in (0.06, 0.53):
@@ -196,7 +245,16 @@ def draw_car(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     extra = rng.uniform(0.02, 0.08)
     side = place.part(-extra, 1 + extra, 0, 1)
     cabin = [(0.1, 0.7), (0.16, 0.49), (0.24, 0.44), (0.54, 0.44), (0.62, 0.47), (0.8, 0.7)]
-    hull = [(0.02, 0.9), (0, 0.79), (0.04, 0.68), (0.76, 0.67), (0.94, 0.71), (1, 0.79), (0.99, 0.91), (0.9, 0.93)]
+    hull = [
+        (0.02, 0.9),
+        (0, 0.79),
+        (0.04, 0.68),
+        (0.76, 0.67),
+        (0.94, 0.71),
+        (1, 0.79),
+        (0.99, 0.91),
+        (0.9, 0.93),
+    ]
     canvas.polygon(side, shade(BODY, 1.08), "car", cabin)
     canvas.polygon(side, shade(BODY, 0.88), "car", [*hull, (0.1, 0.93)])
     canvas.polygon(side, PANE, points=[(0.18, 0.67), (0.22, 0.51), (0.39, 0.5), (0.39, 0.67)])
@@ -210,10 +268,12 @@ def draw_car(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
 
 def draw_tree(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     """Draw a trunk and a crown of discs, lit from above."""
-    place, green = place.part(0, 1, rng.uniform(-0.75, -0.45), 1), rng.uniform(0.9, 1.15)
+    place = place.part(0, 1, rng.uniform(-0.75, -0.45), 1)
+    green = rng.uniform(0.9, 1.15)
     canvas.polygon(place, (88, 60, 44), "tree", [(0.45, 0.4), (0.55, 0.4), (0.58, 1), (0.42, 1)])
     crown = place.part(0.1, 0.9, 0, 0.48)
     for u, v, radius, brightness in LEAVES:
-        u, v = u + rng.uniform(-0.05, 0.05), v + rng.uniform(-0.05, 0.05)
+        u = u + rng.uniform(-0.05, 0.05)
+        v = v + rng.uniform(-0.05, 0.05)
         disc = crown.part(u - radius, u + radius, v - radius, v + radius)
         canvas.oval(disc, shade((72, 128, 84), brightness * green), "tree")

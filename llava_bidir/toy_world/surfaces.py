@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-FOCAL_PX = 96.0  # the side of the picture: a field of view of 53 degrees, about that of a 35 mm lens on its long side
+# the side of the picture: a field of view of 53 degrees, about that of a 35 mm lens on its long side
+FOCAL_PX = 96.0
 ADULT_M = 1.7
 
 
@@ -63,9 +64,13 @@ class Surfaces:
     def normals(self) -> np.ndarray:
         """Return the unit normals that face the viewer, float32[H, W, 3], NaN where there is none."""
         a, b, c = self.planes.T
-        vectors = np.stack([-FOCAL_PX * a, -FOCAL_PX * b, a * self.eye[0] + b * self.eye[1] + c], axis=1)
+        vectors = np.stack(
+            [-FOCAL_PX * a, -FOCAL_PX * b, a * self.eye[0] + b * self.eye[1] + c], axis=1
+        )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.where(np.isnan(self.depth())[..., None], np.nan, vectors.astype(np.float32)[self.index])
+        return np.where(
+            np.isnan(self.depth())[..., None], np.nan, vectors.astype(np.float32)[self.index]
+        )
 
     def instance_ids(self) -> np.ndarray:
         """Return the object that each pixel shows, uint8[H, W]; 0 is the sky or the ceiling."""

@@ -18,7 +18,13 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava_bidir.data.collate import pad
@@ -28,7 +34,9 @@ from .canvas import CLASSES, PAIR_OF, SIZE_PX
 from .dialogues import GRID
 
 
-def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int) -> None:
+def train_encoder(
+    images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int
+) -> None:
     """Train a two-layer CLIP tower to denoise patches and predict each noun's share of the picture. Write it to `out`.
 
     The shares stand in for CLIP's captions: an image-level signal in words, with one word for both look-alikes.
@@ -41,7 +49,8 @@ def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: in
         seed: Seed of initialisation and batches.
     """
     torch.manual_seed(seed)
-    patch_px, width = SIZE_PX // GRID, 64
+    patch_px = SIZE_PX // GRID
+    width = 64
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=2 * width,
@@ -52,8 +61,10 @@ def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: in
         projection_dim=width,
     )
     encoder = CLIPVisionModel(config)
-    to_pixels, to_nouns = nn.Linear(width, 3 * patch_px**2), nn.Linear(width, len(CLASSES))
-    pixels, shares = normalize(images), _noun_shares(masks)
+    to_pixels = nn.Linear(width, 3 * patch_px**2)
+    to_nouns = nn.Linear(width, len(CLASSES))
+    pixels = normalize(images)
+    shares = _noun_shares(masks)
 
     def loss() -> Tensor:
         index = torch.randint(len(pixels), (32,))
@@ -79,7 +90,9 @@ def _noun_shares(masks: np.ndarray) -> Tensor:
     noun_of = np.full(256, len(CLASSES))  # of pixels without a class
     noun_of[: len(CLASSES)] = np.minimum(np.arange(len(CLASSES)), PAIR_OF)
     nouns = noun_of[masks]
-    return torch.from_numpy(np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)).float()
+    return torch.from_numpy(
+        np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)
+    ).float()
 
 
 def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
@@ -89,7 +102,9 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False)
+    )
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
@@ -100,7 +115,13 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
 
 
 def train_llm(
-    documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int, layers: int = 6
+    documents: Iterator[list[dict]],
+    tokenizer: LlamaTokenizer,
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
+    layers: int = 6,
 ) -> None:
     """Train a small Llama on all tokens of conversations about pictures in words. Write it to `out`.
 
@@ -130,10 +151,20 @@ def train_llm(
 
     def loss() -> Tensor:
         rows = [encode(next(documents), tokenizer)[0] for _ in range(24)]
-        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+        ids = pad(rows, 0)
+        mask = pad([[1] * len(row) for row in rows], 0)
         return llm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
 
-    train(list(llm.parameters()), loss, steps, "LLM", rate=3e-3, betas=(0.9, 0.95), floor=0.1, clip=1.0)
+    train(
+        list(llm.parameters()),
+        loss,
+        steps,
+        "LLM",
+        rate=3e-3,
+        betas=(0.9, 0.95),
+        floor=0.1,
+        clip=1.0,
+    )
     llm.save_pretrained(out)
 
 
@@ -151,8 +182,13 @@ def train(
     """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
     optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
     warmup = max(1, int(0.03 * steps))
-    cosine = lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
+
+    def cosine(step):
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step)
+    )
     progress = tqdm(range(steps), desc=f"training the tiny {name}", mininterval=5)
     for step in progress:
         value = loss()

@@ -25,24 +25,36 @@ class ShowAnswers(Callback):
         self.images = images
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Log the first batch."""
         if batch_idx > 0 or not media_loggers(trainer):
             return
-        model, processor = pl_module.model, pl_module.processor
+        model = pl_module.model
+        processor = pl_module.processor
         if batch["pixel_values"] is not None:
             pixels = _unnormalize(batch["pixel_values"][: self.images], processor.image_processor)
             log_images(trainer, "validation/images", _as_bytes(pixels))
         columns = ["record", "question", "expected", "answered"]
-        log_table(trainer, "validation/answers", columns, self._rows(batch, outputs, processor.tokenizer))
+        log_table(
+            trainer, "validation/answers", columns, self._rows(batch, outputs, processor.tokenizer)
+        )
         # the mask of the first prompt: white where a row (query) attends to a column (key)
         prompt = batch["prompts"]["input_ids"][:1]
         llm_config = copy(model.config.get_text_config())
         llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
-        is_image, padding = prompt == model.config.image_token_id, batch["prompts"]["attention_mask"][:1]
+        is_image = prompt == model.config.image_token_id
+        padding = batch["prompts"]["attention_mask"][:1]
         mask = build_mask(model.config.image_attention, llm_config, is_image, padding)
-        log_images(trainer, "validation/attention_mask", _as_bytes(mask.float().expand(-1, 3, -1, -1)))
+        log_images(
+            trainer, "validation/attention_mask", _as_bytes(mask.float().expand(-1, 3, -1, -1))
+        )
 
     def _rows(self, batch: dict, answers: list[str], tokenizer) -> list[list[str]]:
         rows = []
@@ -71,6 +83,8 @@ class ExportModel(Callback):
         """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
         with gather_parameters(pl_module.model):
             if trainer.is_global_zero:
-                training = pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
+                training = (
+                    pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
+                )
                 out = Path(trainer.default_root_dir) / "hf"
                 export_hf(pl_module.model, pl_module.processor, out, training)

@@ -38,7 +38,8 @@ class TrainingCLI(RunCLI):
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("data.template", "model.template")  # which the export of a checkpoint needs
+        # which the export of a checkpoint needs
+        parser.link_arguments("data.template", "model.template")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add requeueing under Slurm."""
@@ -59,10 +60,14 @@ class TrainingCLI(RunCLI):
             UserError: Another process trains in OUT, OUT cannot be written, or it holds a run of another identity.
         """
         folder = Path(self.trainer.default_root_dir)
-        exported, record = folder / "hf", folder / "hf" / TRAINING_JSON
+        exported = folder / "hf"
+        record = folder / "hf" / TRAINING_JSON
 
         with exclusive_run_lock(folder) if self.trainer.is_global_zero else nullcontext():
-            saved = lambda: read_json(record).get("identity")
+
+            def saved():
+                return read_json(record).get("identity")
+
             run = start_run(self, ckpt_path, folder / "checkpoints", record, saved)
             if run.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
@@ -70,7 +75,8 @@ class TrainingCLI(RunCLI):
             ckpt_path = run.checkpoint
             with interrupt_says_what_is_saved(folder / "checkpoints"):
                 self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            left = ckpt_path and Path(ckpt_path).exists()  # removed if the run has saved a newer one
+            # removed if the run has saved a newer one
+            left = ckpt_path and Path(ckpt_path).exists()
             if left and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
                 # Lightning does not call ExportModel for a checkpoint of the last step
                 model, processor, training = read_checkpoint(Path(ckpt_path))
@@ -93,7 +99,13 @@ class TrainingCLI(RunCLI):
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    callbacks = [LearningRateMonitor("step"), Throughput(), LossMonitor(), ShowAnswers(), SaveAtStepBoundary()]
+    callbacks = [
+        LearningRateMonitor("step"),
+        Throughput(),
+        LossMonitor(),
+        ShowAnswers(),
+        SaveAtStepBoundary(),
+    ]
     callbacks.append(ExportModel())
     return TrainingCLI(
         LlavaTraining,
@@ -107,8 +119,16 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
 
 def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
     """Return model (without weights) and data of a training config, on machines without the config's GPUs too."""
-    local = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
-    return build_cli([*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False, prog=prog)
+    local = {
+        "accelerator": "cpu",
+        "devices": "1",
+        "num_nodes": "1",
+        "strategy": "auto",
+        "precision": "32-true",
+    }
+    return build_cli(
+        [*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False, prog=prog
+    )
 
 
 def main(argv: list[str]) -> None:

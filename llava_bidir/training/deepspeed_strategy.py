@@ -55,12 +55,15 @@ class ZeRO(DeepSpeedStrategy):
 
     def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
         if find_spec("deepspeed") is None:
-            raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
+            raise UserError(
+                "ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'"
+            )
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import of deepspeed
         super().__init__(
             config={
-                "train_micro_batch_size_per_gpu": 1,  # only logged; Lightning would open the data for it
+                # only logged; Lightning would open the data for it
+                "train_micro_batch_size_per_gpu": 1,
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU
                 "zero_optimization": dict(zero_optimization),
@@ -112,7 +115,8 @@ class ZeRO(DeepSpeedStrategy):
         the meta device, which have no data.
         """
         self._init_config_if_needed()
-        self.transformers_config = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference
+        # transformers keeps a weak reference
+        self.transformers_config = HfDeepSpeedConfig(self.config)
         bf16 = self.precision_plugin.precision.startswith("bf16")
         with local_torch_dtype(torch.bfloat16 if bf16 else torch.float32):
             yield
@@ -124,19 +128,24 @@ class ZeRO(DeepSpeedStrategy):
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # ------------------------------------------------------------------------- checkpoints
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None
+    ) -> None:
         """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
         manifest = {**self._layout(), "trained": sorted(self._trainable_names())}
         with wrap_os_errors(path):
-            super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
+            # ends with a barrier
+            super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)
             if self.is_global_zero:
                 commit_checkpoint_directory(path, manifest)
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Load a checkpoint of a ZeRO run.
 
         Raises:
@@ -157,7 +166,8 @@ class ZeRO(DeepSpeedStrategy):
             )
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
-        elif self.zero_stage_3:  # DeepSpeed's loader needs the optimizer, which exists in training only
+        # DeepSpeed's loader needs the optimizer, which exists in training only
+        elif self.zero_stage_3:
             return self._load_weights(path)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
@@ -176,7 +186,11 @@ class ZeRO(DeepSpeedStrategy):
     def _layout(self) -> dict[str, Any]:
         """Return the settings that determine how the optimizer's state is sharded."""
         stage = self.config["zero_optimization"]["stage"]
-        return {"world_size": self.world_size, "stage": stage, "precision": self.precision_plugin.precision}
+        return {
+            "world_size": self.world_size,
+            "stage": stage,
+            "precision": self.precision_plugin.precision,
+        }
 
     def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
         for key, ours in self._layout().items():
@@ -188,7 +202,11 @@ class ZeRO(DeepSpeedStrategy):
                 )
 
     def _trainable_names(self) -> set[str]:
-        return {name for name, parameter in self.lightning_module.named_parameters() if parameter.requires_grad}
+        return {
+            name
+            for name, parameter in self.lightning_module.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 @contextmanager
@@ -215,7 +233,9 @@ def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     dtype = torch.bfloat16 if read_manifest(path)["precision"].startswith("bf16") else torch.float32
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
+    weights = get_fp32_state_dict_from_zero_checkpoint(
+        str(path), tag=TAG, exclude_frozen_parameters=True
+    )
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 

@@ -20,16 +20,22 @@ class LossMonitor(Callback):
     def __init__(self):
         self.window: list[tuple[Tensor, dict]] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int
+    ) -> None:
         """Keep the batch for `on_before_backward`."""
         self.batch = batch
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Keep the loss with its batch, without a device synchronisation."""
         loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning divides by it
         self.window.append((loss, self.batch))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer
+    ) -> None:
         """Stop on a loss that is not finite. The host waits for the device here only, once per step."""
         finite = bool(torch.stack([loss for loss, _ in self.window]).isfinite().all())
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):

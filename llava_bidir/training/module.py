@@ -86,7 +86,8 @@ class LlavaTraining(LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.strict_loading = False  # checkpoints hold trainable weights only, see on_save_checkpoint
+        # checkpoints hold trainable weights only, see on_save_checkpoint
+        self.strict_loading = False
         if adapter is not None:  # recorded for the control that re-initialises the adapter
             self.hparams["adapter_init_scale"] = _read_init_scale(Path(adapter))
         # plain data in checkpoints, so that they load with weights_only
@@ -98,20 +99,29 @@ class LlavaTraining(LightningModule):
             if self.hparams[key] is not None and not self.hparams[key] >= 0:
                 raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
         if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
-            raise UserError(f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}")
+            raise UserError(
+                f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}"
+            )
         if self.lora and "llm" not in trainable:
-            raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
+            raise UserError(
+                f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}"
+            )
         self.processor = build_processor(encoder, llm, image_resize, template)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
-        paths = {"encoder": self.encoder.path, "llm": self.hparams.llm, "adapter": self.hparams.adapter}
+        paths = {
+            "encoder": self.encoder.path,
+            "llm": self.hparams.llm,
+            "adapter": self.hparams.adapter,
+        }
         return {key: path for key, path in paths.items() if path is not None}
 
     def setup(self, stage: str) -> None:
@@ -124,7 +134,10 @@ class LlavaTraining(LightningModule):
         if stage == "fit" and isinstance(data, InstructionData):
             data.train.check_mask(self.hparams.image_attention)
         if stage == "fit" and self.identity is None and hasattr(data, "identity"):
-            compute = lambda: run_identity(self.trainer, self, data)
+
+            def compute():
+                return run_identity(self.trainer, self, data)
+
             self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:
@@ -152,12 +165,15 @@ class LlavaTraining(LightningModule):
         for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
         if args.gradient_checkpointing:
-            self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.model.language_model.activation_checkpointing_enable(
+                {"use_reentrant": False}
+            )
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
         trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
-        default, frozen = torch.get_default_dtype(), getattr(torch, self.hparams.frozen_dtype)
+        default = torch.get_default_dtype()
+        frozen = getattr(torch, self.hparams.frozen_dtype)
         if self.hparams.frozen_dtype == "float32":  # under ZeRO, the default is bfloat16
             frozen = default
         return {part: default if part in trained else frozen for part in PARTS}
@@ -165,9 +181,13 @@ class LlavaTraining(LightningModule):
     def _check_frozen_dtype(self) -> None:
         precision = self.trainer.precision
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise UserError("model.frozen_dtype does not apply to ZeRO, where all weights are bfloat16; remove it")
+            raise UserError(
+                "model.frozen_dtype does not apply to ZeRO, where all weights are bfloat16; remove it"
+            )
         if precision != "bf16-mixed":
-            raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
+            raise UserError(
+                f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}"
+            )
 
     def on_fit_start(self) -> None:
         """Set train mode, except for the frozen encoder."""
@@ -176,7 +196,10 @@ class LlavaTraining(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
-        position = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        position = (
+            self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size
+            + self.global_rank
+        )
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -195,7 +218,9 @@ class LlavaTraining(LightningModule):
     def _encode_black_image(self) -> Tensor:
         """Return the features of a black image, f[T, d]."""
         size = self.processor.image_processor.crop_size
-        black = torch.zeros(1, 3, size["height"], size["width"], device=self.device, dtype=self.model.dtype)
+        black = torch.zeros(
+            1, 3, size["height"], size["width"], device=self.device, dtype=self.model.dtype
+        )
         return self.model.get_image_features(black).pooler_output[0]
 
     @contextmanager
@@ -221,8 +246,11 @@ class LlavaTraining(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding."""
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
-        answers = self.answer(batch["prompts"])[: len(batch["answers"])]  # the last sample may be padding for this rank
-        correct = [float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)]
+        # the last sample may be padding for this rank
+        answers = self.answer(batch["prompts"])[: len(batch["answers"])]
+        correct = [
+            float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)
+        ]
         self.val_accuracy.update(torch.tensor(correct, device=self.device))
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
@@ -233,10 +261,15 @@ class LlavaTraining(LightningModule):
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
         """Return greedy answers to left-padded prompts."""
-        if "pixel_values" not in prompts:  # generate() of the other ranks encodes images before it does anything else
+        # generate() of the other ranks encodes images before it does anything else
+        if "pixel_values" not in prompts:
             self._encode_black_image()
-        ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
-        return self.processor.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = self.model.generate(
+            **prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens
+        )
+        return self.processor.tokenizer.batch_decode(
+            ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks."""
@@ -249,7 +282,12 @@ class LlavaTraining(LightningModule):
         """Log the gradient norm, except under ZeRO."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -266,7 +304,9 @@ class LlavaTraining(LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""
-        settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
+        settings = {
+            k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")
+        }
         return {"stage": "+".join(self.hparams.trainable), **settings}
 
     def progress(self) -> dict[str, Any]:
@@ -286,21 +326,31 @@ class LlavaTraining(LightningModule):
 
     def _trainable_names(self) -> set[str]:
         """Return the names of trainable parameters in a checkpoint."""
-        return {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {
+            "model." + name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save trainable weights only (frozen ones are reloaded from their source), and the unit of the position."""
-        checkpoint["samples_at_a_time"] = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+        checkpoint["samples_at_a_time"] = (
+            self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+        )
         checkpoint["progress"] = self.progress()
         checkpoint["identity"] = self.identity
         trained = self._trainable_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["state_dict"] = {
+            k: v for k, v in checkpoint["state_dict"].items() if k in trained
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
             if self.identity is not None:
-                check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
+                check_same_identity(
+                    checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+                )
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}

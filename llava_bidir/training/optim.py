@@ -10,7 +10,11 @@ from llava_bidir.model.build import TRAINABLE
 
 
 def build_optimizer(
-    model: nn.Module, learning_rates: dict[str, float], betas: tuple[float, float], weight_decay: float, fused: bool
+    model: nn.Module,
+    learning_rates: dict[str, float],
+    betas: tuple[float, float],
+    weight_decay: float,
+    fused: bool,
 ) -> torch.optim.AdamW:
     """Return AdamW with one parameter group per trainable part.
 
@@ -22,7 +26,11 @@ def build_optimizer(
     """
     groups = []
     for part, rate in learning_rates.items():
-        parameters = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(TRAINABLE[part])]
+        parameters = [
+            p
+            for n, p in model.named_parameters()
+            if p.requires_grad and n.startswith(TRAINABLE[part])
+        ]
         if parameters:
             groups.append({"params": parameters, "lr": rate, "name": part})
     return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=fused)

@@ -14,7 +14,9 @@ from .deepspeed_strategy import load_zero_state, load_zero_weights
 from .module import LlavaTraining
 
 
-def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
+def read_checkpoint(
+    checkpoint: Path,
+) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
     """Return model, processor, and settings and metrics of a checkpoint of `llava-bidir fit`.
 
     Raises:
@@ -29,19 +31,27 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
         with error_context(f"checkpoint {checkpoint}"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     settings = saved.get("hyper_parameters") if isinstance(saved, dict) else None
-    if not isinstance(settings, dict) or "image_attention" not in settings or not saved.get("state_dict"):
+    if (
+        not isinstance(settings, dict)
+        or "image_attention" not in settings
+        or not saved.get("state_dict")
+    ):
         raise UserError(f"{checkpoint} is not a checkpoint of `llava-bidir fit`")
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     adapter = settings.get("adapter")
     with error_context(f"the settings in {checkpoint}"):
         # A trained adapter is in the checkpoint, so that the model of stage 1 may be gone.
-        module = LlavaTraining(**settings | {"adapter": None if "adapter" in settings["trainable"] else adapter})
+        module = LlavaTraining(
+            **settings | {"adapter": None if "adapter" in settings["trainable"] else adapter}
+        )
     with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
         module.configure_model()
     module.hparams["adapter"] = adapter
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
     training = (
-        module.settings() | saved["progress"] | {"identity": saved.get("identity"), "checkpoint": str(checkpoint)}
+        module.settings()
+        | saved["progress"]
+        | {"identity": saved.get("identity"), "checkpoint": str(checkpoint)}
     )
     return module.model, module.processor, training

@@ -16,9 +16,12 @@ def rescale_progress(checkpoint: dict[str, Any], before: int, now: int) -> None:
         UserError: The position is inside a micro-batch of the new size.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    data = next(state for state in checkpoint.values() if isinstance(state, dict) and POSITION in state)
+    data = next(
+        state for state in checkpoint.values() if isinstance(state, dict) and POSITION in state
+    )
     for counts in (progress["total"], progress["current"], data):
-        pending = counts.get("processed", 0) - counts.get("completed", 0)  # callbacks save before a batch is completed
+        # callbacks save before a batch is completed
+        pending = counts.get("processed", 0) - counts.get("completed", 0)
         for key in counts:
             if counts[key] * before % now and key != "completed":
                 raise UserError(

@@ -44,7 +44,9 @@ class SlurmRequeue(Callback):
         for number in (signal.SIGUSR1, signal.SIGTERM):  # replaces Lightning's handler of SIGTERM
             signal.signal(number, lambda number, frame: self.received.add(number))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Save and exit if any rank received a signal."""
         if not at_step_boundary(trainer):
             return
@@ -52,7 +54,9 @@ class SlurmRequeue(Callback):
         if not agree(bool(self.received), all=False):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
-        rank_zero_info(f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`")
+        rank_zero_info(
+            f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`"
+        )
         if agree(signal.SIGUSR1 in self.received, all=False):
             if trainer.is_global_zero:
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

@@ -23,7 +23,10 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
         batch: From :class:`llava_bidir.data.collate.Collate`.
     """
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
-    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets)), _not_warned(model):
+    with (
+        _head_computes(model, partial(_summed_loss, batch["predicts"], targets)),
+        _not_warned(model),
+    ):
         total = model(
             inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),
@@ -32,7 +35,9 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
     return total / max(batch["supervised"], 1)
 
 
-def _summed_loss(positions: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+def _summed_loss(
+    positions: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], states: Tensor
+) -> Tensor:
     """Return the summed cross-entropy at these positions of the flattened rows of states, f[B, N, d]."""
     return F.cross_entropy(head(states.flatten(0, 1)[positions]).float(), targets, reduction="sum")
 
@@ -46,8 +51,12 @@ def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> 
     embedded = model.get_input_embeddings()(batch["input_ids"])
     if batch["pixel_values"] is None:
         return embedded
-    features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output).to(embedded.dtype)
-    return embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+    features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output).to(
+        embedded.dtype
+    )
+    return (
+        embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+    )
 
 
 @contextmanager
@@ -69,11 +78,15 @@ def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
     if config.image_attention == "causal" or batch["pixel_values"] is None:
         return None
     is_image = batch["input_ids"] == config.image_token_id
-    return build_masks(config.image_attention, config.get_text_config(), is_image, dtype=model.dtype)
+    return build_masks(
+        config.image_attention, config.get_text_config(), is_image, dtype=model.dtype
+    )
 
 
 @contextmanager
-def _head_computes(model: LlavaBidirForConditionalGeneration, function: Callable[..., Tensor]) -> Iterator[None]:
+def _head_computes(
+    model: LlavaBidirForConditionalGeneration, function: Callable[..., Tensor]
+) -> Iterator[None]:
     """Make the head return function(head, states) instead of head(states).
 
     Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3.

@@ -29,20 +29,27 @@ class Throughput(Callback):
 
     def _start_window(self, trainer: Trainer) -> None:
         self.counts = Counter()
-        self.first_step, self.since = trainer.global_step, time.perf_counter()
+        self.first_step = trainer.global_step
+        self.since = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int
+    ) -> None:
         """Add the time since the last batch to the time spent waiting for data."""
         self.counts["waited"] += time.perf_counter() - self.batch_ended
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         """Count the batch, and log the rates at a logged step."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
         if steps > 0 and is_logged(trainer):
             pl_module.log_dict(self._rates(steps, trainer.world_size))
             if pl_module.device.type == "cuda":
-                pl_module.log("train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9)
+                pl_module.log(
+                    "train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9
+                )
             self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 
@@ -61,7 +68,8 @@ class Throughput(Callback):
         )
 
     def _rates(self, steps: int, devices: int) -> dict[str, float]:
-        elapsed, counts = time.perf_counter() - self.since, self.counts
+        elapsed = time.perf_counter() - self.since
+        counts = self.counts
         rates = {
             "samples_per_s": devices * counts["samples"] / elapsed,
             "tokens_per_s": devices * counts["tokens"] / elapsed,

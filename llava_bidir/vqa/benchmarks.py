@@ -53,9 +53,12 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 WITH_OCR = {"default": {"pre_prompt": "", "post_prompt": SHORT_ANSWER, "ocr": True}}
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "gqa": Benchmark("gqa", {"GQA": Column("exact_match", paper="GQA")}, lambda r: r["imageId"], 12578),
+    "gqa": Benchmark(
+        "gqa", {"GQA": Column("exact_match", paper="GQA")}, lambda r: r["imageId"], 12578
+    ),
     "mmbench": Benchmark(
-        "mmbench_en_dev_static",  # parses letters by rule; the task without _static asks GPT or guesses
+        # parses letters by rule; the task without _static asks GPT or guesses
+        "mmbench_en_dev_static",
         {"MMBench": Column("gpt_eval_score", circular_terms, 100, "MMB")},
         lambda r: int(r["index"]) % 1_000_000,
         4329,
@@ -70,17 +73,27 @@ BENCHMARKS: dict[str, Benchmark] = {
         2374,
         "category",
     ),
-    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", paper="MMMU")}, lambda r: r["id"], 900),
+    "mmmu": Benchmark(
+        "mmmu_val", {"MMMU": Column("mmmu_acc", paper="MMMU")}, lambda r: r["id"], 900
+    ),
     # The paper does not name the measure. Its number is compared with accuracy; LLaVA-1.5 reports F1.
     "pope": Benchmark(
         "pope",
-        {"POPE": Column("pope_accuracy", paper="POPE"), "POPE F1": Column("pope_f1_score", f1_terms)},
+        {
+            "POPE": Column("pope_accuracy", paper="POPE"),
+            "POPE F1": Column("pope_f1_score", f1_terms),
+        },
         lambda r: r["image_source"],
         9000,
     ),
-    "scienceqa": Benchmark("scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017),
+    "scienceqa": Benchmark(
+        "scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017
+    ),
     "textvqa": Benchmark(
-        "textvqa_val", {"TextVQA": Column("exact_match", paper="TextVQA")}, lambda r: r["image_id"], 5000
+        "textvqa_val",
+        {"TextVQA": Column("exact_match", paper="TextVQA")},
+        lambda r: r["image_id"],
+        5000,
     ),
     "textvqa_ocr": Benchmark(  # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
         "textvqa_val",
@@ -90,7 +103,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         overrides={"lmms_eval_specific_kwargs": WITH_OCR},
     ),
     "vizwiz": Benchmark(
-        "vizwiz_vqa_val", {"VizWiz": Column("exact_match", paper="VizWiz")}, lambda r: r["question_id"], 4319
+        "vizwiz_vqa_val",
+        {"VizWiz": Column("exact_match", paper="VizWiz")},
+        lambda r: r["question_id"],
+        4319,
     ),
     "toy": Benchmark(  # the questions of the demo: --data ASSETS
         "toy_questions",

@@ -6,7 +6,8 @@ from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import describe, model_identity
 
-TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders of Table 1
+# encoders of Table 1
+TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}
 
 
 def resolve_checkpoint(model: str) -> Path:
@@ -20,13 +21,19 @@ def resolve_checkpoint(model: str) -> Path:
     path = Path(model)
     if not path.is_dir():
         try:
-            path = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+            path = Path(
+                snapshot_download(
+                    model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+                )
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{model!r} is neither a checkpoint directory nor a model on the hub or in its cache ({error})"
             ) from error
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; expected a Hugging Face checkpoint such as RUN/hf")
+        raise UserError(
+            f"{path} has no config.json; expected a Hugging Face checkpoint such as RUN/hf"
+        )
     return path
 
 
@@ -38,14 +45,17 @@ def read_image_attention(model: str | Path) -> str:
             ignore that mask.
     """
     config = _read_config(model)
-    model_type, mask = config.get("model_type"), config.get("image_attention", "causal")
+    model_type = config.get("model_type")
+    mask = config.get("image_attention", "causal")
     if model_type == "llava" and mask != "causal":
         raise UserError(
             f"{model}: model_type 'llava' with image_attention {mask!r} would silently run causally; export it with "
             "`llava-bidir export` as a llava_bidir"
         )
     if model_type not in ("llava", "llava_bidir"):
-        raise UserError(f"{model}: model_type {model_type!r} is not supported; expected llava_bidir or llava")
+        raise UserError(
+            f"{model}: model_type {model_type!r} is not supported; expected llava_bidir or llava"
+        )
     return mask
 
 

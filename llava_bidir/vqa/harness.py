@@ -31,7 +31,8 @@ def main(request: dict) -> None:
     Raises:
         Exception: Any error. Its message, with the task and the item, is also written to the error file.
     """
-    out, name = Path(request["out"]), "setting up"
+    out = Path(request["out"])
+    name = "setting up"
     try:
         check_environment(request["package"])
         import torch.distributed as dist
@@ -52,9 +53,11 @@ def main(request: dict) -> None:
                 info = request["info"] | run_info | {"seconds": round(time.monotonic() - start, 1)}
                 write_results(out, name, *collect_results(name, results, info))
         if dist.is_initialized():
-            dist.destroy_process_group()  # threads of its that outlive the interpreter would abort the process
+            # threads of its that outlive the interpreter would abort the process
+            dist.destroy_process_group()
     except Exception as error:
-        cause = error.__cause__ if type(error).__name__ == "RetryError" else error  # the harness reads data five times
+        # the harness reads data five times
+        cause = error.__cause__ if type(error).__name__ == "RetryError" else error
         kind = "" if isinstance(cause, (ItemError, UserError)) else f"{type(cause).__name__}: "
         error_file(out).write_text(f"{name}: {kind}{str(cause).strip()}\n")
         raise
@@ -66,9 +69,13 @@ def check_environment(package: str) -> None:
     for name, pinned in pinned_versions().items():
         if found.get(name, "").partition("+")[0] != pinned:  # without the local part, e.g. "+cu130"
             what = f"{name} {found.get(name)} instead of {pinned}"
-            raise UserError(f"the harness's environment has {what}; recreate it with `make vqa-venv`")
+            raise UserError(
+                f"the harness's environment has {what}; recreate it with `make vqa-venv`"
+            )
     if package != str(PACKAGE):
-        raise UserError(f"the harness's environment has another llava_bidir, at {PACKAGE}; run `make vqa-venv` again")
+        raise UserError(
+            f"the harness's environment has another llava_bidir, at {PACKAGE}; run `make vqa-venv` again"
+        )
 
 
 def installed_versions() -> dict[str, str]:
@@ -84,14 +91,19 @@ def find_config(benchmark: Benchmark) -> Path:
     """Return the YAML file of a task, of this package or of the harness."""
     import lmms_eval.tasks
 
-    ours, theirs = f"tasks/{benchmark.task}.yaml", f"*/{benchmark.task}.yaml"
-    (path,) = [*Path(__file__).parent.glob(ours), *Path(lmms_eval.tasks.__file__).parent.glob(theirs)]
+    ours = f"tasks/{benchmark.task}.yaml"
+    theirs = f"*/{benchmark.task}.yaml"
+    (path,) = [
+        *Path(__file__).parent.glob(ours),
+        *Path(lmms_eval.tasks.__file__).parent.glob(theirs),
+    ]
     return path
 
 
 def check_local_data(path: str) -> None:
     """Raise a UserError if the working directory lacks the folder of a task's "dataset_path"."""
-    if "/" in path and not Path(path).is_dir():  # else it is a format, whose files the benchmark names
+    # else it is a format, whose files the benchmark names
+    if "/" in path and not Path(path).is_dir():
         raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
 
 
@@ -105,16 +117,21 @@ def run_benchmark(benchmark: Benchmark, model, out: Path, config_file: Path) -> 
     overrides = {
         **benchmark.overrides,
         # no spreadsheets for submission to a server: Excel rejects some answers
-        "metric_list": [metric for metric in config["metric_list"] if metric["metric"] != "submission"],
+        "metric_list": [
+            metric for metric in config["metric_list"] if metric["metric"] != "submission"
+        ],
     }
     return simple_evaluate(
         model=model,
         tasks=[{"task": benchmark.task, **overrides}],
         # one folder only: indexing all tasks takes longer than a small task
-        task_manager=lmms_eval.tasks.TaskManager(include_path=str(config_file.parent), include_defaults=False),
+        task_manager=lmms_eval.tasks.TaskManager(
+            include_path=str(config_file.parent), include_defaults=False
+        ),
         batch_size=model.batch_size,
         bootstrap_iters=0,
-        process_docs_parallel=1,  # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order
+        # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order
+        process_docs_parallel=1,
         cli_args=Namespace(output_path=str(out / "harness"), process_with_media=False),
     )
 
@@ -129,7 +146,9 @@ def collect_results(name: str, results: dict, info: dict) -> tuple[dict, list[It
         "task": benchmark.task,
         **info,
         "documents": results["n-samples"][benchmark.task]["original"],
-        "harness": {title: scores[f"{c.metric},none"] / c.scale for title, c in benchmark.columns.items()},
+        "harness": {
+            title: scores[f"{c.metric},none"] / c.scale for title, c in benchmark.columns.items()
+        },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": installed_versions(),
     }
@@ -145,7 +164,8 @@ def to_item(benchmark: Benchmark, sample: dict) -> Item:
         "group": sample["doc"][benchmark.group_key] if benchmark.group_key else None,
         "question": sample["arguments"][0],
         "answer": sample["filtered_resps"][0],
-        "target": str(sample["doc"].get("answers", sample["target"])),  # the VQA tasks' target is the word "answer"
+        # the VQA tasks' target is the word "answer"
+        "target": str(sample["doc"].get("answers", sample["target"])),
         "right": rate_answer(benchmark, sample),
         **({"guessed": True} if is_guessed(benchmark, sample) else {}),
     }
@@ -164,7 +184,9 @@ def is_guessed(benchmark: Benchmark, sample: dict) -> bool:
 
 def rate_answer(benchmark: Benchmark, sample: dict) -> float:
     """Return the correctness of an answer, 0..1, by the rule of the harness."""
-    metric, *_ = (sample[column.metric] for column in benchmark.columns.values() if column.metric in sample)
+    metric, *_ = (
+        sample[column.metric] for column in benchmark.columns.values() if column.metric in sample
+    )
     if benchmark.task == "mmmu_val":
         from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
@@ -174,7 +196,9 @@ def rate_answer(benchmark: Benchmark, sample: dict) -> float:
         from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
         answers = {metric["index"]: metric["answer"]}
-        return float(mmbench_evaluator.eval_sub_data(pandas.DataFrame([metric]), answers, static_only=True))
+        return float(
+            mmbench_evaluator.eval_sub_data(pandas.DataFrame([metric]), answers, static_only=True)
+        )
     return float(metric["score"] if isinstance(metric, dict) else metric)
 
 

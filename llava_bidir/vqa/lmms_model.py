@@ -38,8 +38,11 @@ class LlavaBidir(lmms):
     def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "auto", **unknown):
         super().__init__()
         if unknown.keys() - {"max_batch_size", "device"}:
-            raise UserError(f"model_args: unknown {', '.join(unknown)}; expected pretrained or dtype")
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would fill the missing part of an image with grey
+            raise UserError(
+                f"model_args: unknown {', '.join(unknown)}; expected pretrained or dtype"
+            )
+        # True would fill the missing part of an image with grey
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.image_attention = read_image_attention(pretrained)
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -55,13 +58,19 @@ class LlavaBidir(lmms):
             ItemError: Items could not be answered. The message names them.
         """
         answers = []
-        for start in tqdm(range(0, len(requests), self.batch_size), desc="answering", disable=self.rank > 0):
+        for start in tqdm(
+            range(0, len(requests), self.batch_size), desc="answering", disable=self.rank > 0
+        ):
             batch = [request.args for request in requests[start : start + self.batch_size]]
             images = [self._images(*args) for args in batch]
             items = ", ".join(str(args[3]) for args in batch)
             try:
                 answers += answer(
-                    self.model, self.processor, [args[0] for args in batch], images, _max_new_tokens(batch[0][1])
+                    self.model,
+                    self.processor,
+                    [args[0] for args in batch],
+                    images,
+                    _max_new_tokens(batch[0][1]),
                 )
             except Exception as error:
                 raise ItemError(f"item {items}: {type(error).__name__}: {error}") from error

@@ -23,7 +23,9 @@ class ItemError(Exception):
 def pinned_versions() -> dict[str, str]:
     """Return the versions that `make vqa-venv` installs, by package."""
     lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
-    return dict(line.partition("#")[0].strip().split("==") for line in lines if re.match(r"[\w.-]+==", line))
+    return dict(
+        line.partition("#")[0].strip().split("==") for line in lines if re.match(r"[\w.-]+==", line)
+    )
 
 
 def error_file(out: Path) -> Path:
@@ -53,21 +55,26 @@ def read_results(out: Path, name: str) -> tuple[dict, list[Item]]:
         info = json.loads(results_file(out, name).read_text())
         items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{results_file(out, name)}: {error}; delete it to run the task again") from error
+        raise UserError(
+            f"{results_file(out, name)}: {error}; delete it to run the task again"
+        ) from error
     if problem := _find_problem(name, info, items):
         raise UserError(f"{out}/{name}: {problem}")
     return info, items
 
 
 def _find_problem(name: str, info: dict, items: list[Item]) -> str | None:
-    numbers, expected, official = sorted(i["item"] for i in items), info["documents"], BENCHMARKS[name].official_items
+    numbers = sorted(i["item"] for i in items)
+    expected = info["documents"]
+    official = BENCHMARKS[name].official_items
     if numbers != list(range(expected)):
         wrong = [i for i in range(expected) if numbers.count(i) != 1]
         return f"{len(wrong)} of {expected} items have no or several results, e.g. item {wrong[0]}"
     if info["data"] == "hub" and official not in (None, expected):
         return f"{expected} items, but the official split has {official}"
     for title, column in BENCHMARKS[name].columns.items():
-        ours, theirs = column.terms(items).score(), info["harness"][title]
+        ours = column.terms(items).score()
+        theirs = info["harness"][title]
         if abs(ours - theirs) > 1e-5 * max(1, abs(theirs)):  # MMMU is rounded to five places
             return f"the harness reports {title} {theirs}, but the items give {ours}"
     return None

@@ -13,8 +13,10 @@ from .checkpoint import fingerprint, read_encoder_name, read_image_attention, re
 from .result_files import PACKAGE, error_file, read_results, results_file
 from .table1 import write_tables
 
-IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # they would change the results of the harness
-FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")  # may be relative; the harness runs in another folder
+# they would change the results of the harness
+IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")
+# may be relative; the harness runs in another folder
+FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,7 +26,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: The harness failed or a result is invalid. The message names the task and the item.
     """
     if "toy" in args.tasks and args.data is None:
-        raise UserError("--tasks toy needs --data ASSETS, the folder that `llava-bidir demo-assets` has written")
+        raise UserError(
+            "--tasks toy needs --data ASSETS, the folder that `llava-bidir demo-assets` has written"
+        )
     model = resolve_checkpoint(args.model)
     info = {
         "model": str(args.model),
@@ -41,7 +45,9 @@ def run(args: argparse.Namespace) -> None:
             _run_harness(args, model, pending, info)
     missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
     if missing:
-        raise UserError(f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above")
+        raise UserError(
+            f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above"
+        )
     print(write_tables([args.out], args.out))  # validates all finished tasks
 
 
@@ -67,7 +73,9 @@ def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: 
     """
     python = args.python.absolute()  # not resolved: the python of an environment is a symbolic link
     if not python.is_file():
-        raise UserError(f"{args.python} does not exist; create it with `make vqa-venv` or set --python")
+        raise UserError(
+            f"{args.python} does not exist; create it with `make vqa-venv` or set --python"
+        )
     if args.data is not None and not args.data.is_dir():
         raise UserError(f"--data {args.data} is not a folder")
     out = args.out.resolve()
@@ -75,17 +83,39 @@ def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: 
     error.parent.mkdir(parents=True, exist_ok=True)
     error.unlink(missing_ok=True)
     request = {
-        **{"model": str(model.resolve()), "benchmarks": names, "out": str(out), "batch_size": args.batch_size},
+        **{
+            "model": str(model.resolve()),
+            "benchmarks": names,
+            "out": str(out),
+            "batch_size": args.batch_size,
+        },
         **{"info": info, "package": str(PACKAGE), "local": args.data is not None},
     }
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.devices)]
-    command = [str(python), *(torchrun if args.devices > 1 else []), "-m", "llava_bidir.vqa.harness"]
-    environment = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
-    environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS if name in os.environ}
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.devices),
+    ]
+    command = [
+        str(python),
+        *(torchrun if args.devices > 1 else []),
+        "-m",
+        "llava_bidir.vqa.harness",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES
+    }
+    environment |= {
+        name: os.path.abspath(os.environ[name]) for name in FOLDERS if name in os.environ
+    }
     folder = args.data or error.parent
     with process_group([*command, json.dumps(request)], cwd=folder, env=environment) as process:
         status = process.wait()
     if error.exists():
         raise UserError(error.read_text().strip())
     if status:
-        raise UserError(f"{' '.join(names)}: the harness exited with {status}; see its output above")
+        raise UserError(
+            f"{' '.join(names)}: the harness exited with {status}; see its output above"
+        )

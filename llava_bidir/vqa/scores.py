@@ -42,14 +42,17 @@ class ScoreTerms(NamedTuple):
         weights = np.empty((resamplings, len(self.units)))
         for stratum in np.unique(self.strata):
             members = self.strata == stratum
-            weights[:, members] = bootstrap_weights(int(members.sum()), resamplings, seed + int(stratum))
+            weights[:, members] = bootstrap_weights(
+                int(members.sum()), resamplings, seed + int(stratum)
+            )
         return torch.from_numpy(sum_ratios(weights @ self.num, weights @ self.den))
 
 
 def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = SWAPS, seed: int = 0) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
     swapped = random_swaps(len(a.units), swaps, seed).double().numpy()
-    num, den = swapped @ (b.num - a.num), swapped @ (b.den - a.den)
+    num = swapped @ (b.num - a.num)
+    den = swapped @ (b.den - a.den)
     scores_a = sum_ratios(a.num.sum(0) + num, a.den.sum(0) + den)
     scores_b = sum_ratios(b.num.sum(0) - num, b.den.sum(0) - den)
     return p_values(torch.from_numpy(scores_b - scores_a)[:, None])[0].item()
@@ -75,7 +78,8 @@ def f1_terms(items: list[Item]) -> ScoreTerms:
 
     def count(unit):
         pairs = [(item["answer"].strip().lower(), item["target"].strip().lower()) for item in unit]
-        hits, errors = pairs.count(("yes", "yes")), pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
+        hits = pairs.count(("yes", "yes"))
+        errors = pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
         return 2 * hits, 2 * hits + errors
 
     return _terms(items, count)
@@ -89,10 +93,13 @@ def mme_terms(categories: list[str]) -> Callable[[list[Item]], ScoreTerms]:
         present = sorted({category for category, _ in units})
         num, den = np.zeros((2, len(units), len(present)))
         for row, ((category, _), unit) in enumerate(units.items()):
-            right, column = [item["right"] for item in unit], present.index(category)
+            right = [item["right"] for item in unit]
+            column = present.index(category)
             num[row, column] = 100 * (sum(right) / len(right) + all(right))
             den[row, column] = 1
-        return ScoreTerms(num, den, list(units), np.array([present.index(category) for category, _ in units]))
+        return ScoreTerms(
+            num, den, list(units), np.array([present.index(category) for category, _ in units])
+        )
 
     return terms
 

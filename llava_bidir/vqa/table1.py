@@ -22,7 +22,9 @@ from .result_files import read_results, results_file
 from .scores import SWAPS, ScoreTerms, swap_test
 
 HERE = Path(__file__).parent
-COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
+COLUMNS: dict[str, Column] = {
+    title: column for b in BENCHMARKS.values() for title, column in b.columns.items()
+}
 MASKS = ("causal", "bidirectional")
 SEED = 0
 
@@ -54,9 +56,15 @@ def write_tables(folders: list[Path], out: Path) -> str:
 
 
 def _read_folder(folder: Path) -> Results:
-    results = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
+    results = {
+        name: read_results(folder, name)
+        for name in BENCHMARKS
+        if results_file(folder, name).exists()
+    }
     if not results:
-        raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
+        raise UserError(
+            f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json"
+        )
     if len({info["fingerprint"] for info, _ in results.values()}) > 1:
         raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
     return results
@@ -73,27 +81,41 @@ def _score_terms(results: Results) -> dict[str, ScoreTerms]:
 
 def _score_model(folder: Path, results: Results) -> dict[str, Any]:
     """Return a row of the table: the score, its interval and the paper's number for each column."""
-    model, terms = next(iter(results.values()))[0], _score_terms(results)
-    paper = json.loads((HERE / "paper.json").read_text()).get(model["encoder"], {}).get(model["image_attention"], {})
+    model = next(iter(results.values()))[0]
+    terms = _score_terms(results)
+    paper = (
+        json.loads((HERE / "paper.json").read_text())
+        .get(model["encoder"], {})
+        .get(model["image_attention"], {})
+    )
     columns = {}
     for name, (info, items) in results.items():
         for title, column in BENCHMARKS[name].columns.items():
-            score, published = terms[title].score(), paper.get(column.paper)
+            score = terms[title].score()
+            published = paper.get(column.paper)
             published = published if published is None or column.points else published / 100
             highest = math.inf if column.points else 1.0
             columns[title] = {
                 "score": score,
-                "ci95": interval(score, terms[title].resampled_scores(seed=SEED), lowest=0.0, highest=highest),
+                "ci95": interval(
+                    score, terms[title].resampled_scores(seed=SEED), lowest=0.0, highest=highest
+                ),
                 "paper": published,
                 "difference": None if published is None else score - published,
                 "items": len(items),
                 "units": len(terms[title].units),
-                "unusable": sum(item.get("guessed", not item["answer"].strip()) for item in items) / len(items),
+                "unusable": sum(item.get("guessed", not item["answer"].strip()) for item in items)
+                / len(items),
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")
     dtypes = sorted({str(info.get("dtype")) for info, _ in results.values()})
-    return {**{key: model[key] for key in keys}, "dtype": dtypes, "results": str(folder), "columns": columns}
+    return {
+        **{key: model[key] for key in keys},
+        "dtype": dtypes,
+        "results": str(folder),
+        "columns": columns,
+    }
 
 
 def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
@@ -108,22 +130,30 @@ def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
 def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict[str, Any]:
     """Compare bidirectional (j) with causal (i) on the same questions. Adjust the p-values for the columns."""
     if models[i]["dtype"] != models[j]["dtype"]:
-        dtypes = [f"{model['results']} {', '.join(model['dtype'])}" for model in (models[i], models[j])]
+        dtypes = [
+            f"{model['results']} {', '.join(model['dtype'])}" for model in (models[i], models[j])
+        ]
         raise UserError(f"results of other precisions are not compared: {' and '.join(dtypes)}")
     _check_same_questions(models[i], models[j], results[i], results[j])
-    causal, bidirectional = _score_terms(results[i]), _score_terms(results[j])
+    causal = _score_terms(results[i])
+    bidirectional = _score_terms(results[j])
     columns = {}
     for title in (title for title in COLUMNS if title in causal and title in bidirectional):
-        a, b = causal[title], bidirectional[title]
+        a = causal[title]
+        b = bidirectional[title]
         published = [models[k]["columns"][title]["paper"] for k in (i, j)]
         difference = b.score() - a.score()
         columns[title] = {
             "difference": difference,
-            "ci95": interval(difference, b.resampled_scores(seed=SEED) - a.resampled_scores(seed=SEED)),
+            "ci95": interval(
+                difference, b.resampled_scores(seed=SEED) - a.resampled_scores(seed=SEED)
+            ),
             "p": swap_test(a, b, seed=SEED),
             "paper": None if None in published else published[1] - published[0],
         }
-    for column, adjusted in zip(columns.values(), holm([c["p"] for c in columns.values()]), strict=True):
+    for column, adjusted in zip(
+        columns.values(), holm([c["p"] for c in columns.values()]), strict=True
+    ):
         column["p_holm"] = adjusted
     return {"encoder": models[i]["encoder"], "causal": i, "bidirectional": j, "columns": columns}
 
@@ -131,16 +161,23 @@ def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict
 def _check_same_questions(a: dict, b: dict, results_a: Results, results_b: Results) -> None:
     for name in results_a.keys() & results_b.keys():
         questions = [
-            [(item["item"], item["unit"], item["question"], item["target"]) for item in results[name][1]]
+            [
+                (item["item"], item["unit"], item["question"], item["target"])
+                for item in results[name][1]
+            ]
             for results in (results_a, results_b)
         ]
         if questions[0] != questions[1]:
-            raise UserError(f"{name}: {a['results']} and {b['results']} were not asked the same questions")
+            raise UserError(
+                f"{name}: {a['results']} and {b['results']} were not asked the same questions"
+            )
 
 
 def _titles(table: dict) -> list[str]:
     """Return the columns that at least one model has, in the paper's order."""
-    return [title for title in COLUMNS if any(title in model["columns"] for model in table["models"])]
+    return [
+        title for title in COLUMNS if any(title in model["columns"] for model in table["models"])
+    ]
 
 
 def format_score(title: str, value: float | None) -> str:
@@ -174,18 +211,27 @@ def _csv(table: dict) -> str:
 
 def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
     """Return (name, quantity, cells) of every line: four lines per model, four per pair."""
-    score, difference = format_score, format_difference
+    score = format_score
+    difference = format_difference
     blocks = []
     for model in table["models"]:
         lines = {"ours": (score, "score"), "95%": (score, "ci95"), "paper": (score, "paper")}
         lines["ours - paper"] = (difference, "difference")
         blocks.append((f"{model['encoder']} {model['image_attention']}", model["columns"], lines))
     for pair in table["pairs"]:
-        lines = {"ours": (difference, "difference"), "95%": (difference, "ci95"), "paper": (difference, "paper")}
+        lines = {
+            "ours": (difference, "difference"),
+            "95%": (difference, "ci95"),
+            "paper": (difference, "paper"),
+        }
         lines["p (Holm)"] = (lambda title, p: f"{p:.3f}", "p_holm")
         blocks.append((f"{pair['encoder']} bidirectional - causal", pair["columns"], lines))
     return [
-        (name, quantity, [_cell(title, columns.get(title), formatter, key) for title in _titles(table)])
+        (
+            name,
+            quantity,
+            [_cell(title, columns.get(title), formatter, key) for title in _titles(table)],
+        )
         for name, columns, lines in blocks
         for quantity, (formatter, key) in lines.items()
     ]
@@ -195,7 +241,11 @@ def _cell(title: str, column: dict | None, formatter: Callable[[str, Any], str],
     if column is None:
         return "–"
     value = column[key]
-    return " to ".join(formatter(title, end) for end in value) if isinstance(value, list) else formatter(title, value)
+    return (
+        " to ".join(formatter(title, end) for end in value)
+        if isinstance(value, list)
+        else formatter(title, value)
+    )
 
 
 def _text(table: dict) -> str:

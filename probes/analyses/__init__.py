@@ -16,4 +16,6 @@ NAMES = (
     "umap",
     "explore",
 )
-ANALYSES: dict[str, Analysis] = {name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES}
+ANALYSES: dict[str, Analysis] = {
+    name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES
+}

@@ -7,13 +7,17 @@ from llava_bidir.common.atomic_io import write_files
 from . import ANALYSES
 
 README = Path(__file__).with_name("README.md")
-START, END = "<!-- analyses -->\n", "<!-- end -->\n"
+START = "<!-- analyses -->\n"
+END = "<!-- end -->\n"
 
 
 def table() -> str:
     """Return the table in Markdown."""
     rows = ["| analysis | question | paper |\n|---|---|---|\n"]
-    rows += [f"| [`{name}`]({name}/README.md) | {x.question} | {x.paper or '–'} |\n" for name, x in ANALYSES.items()]
+    rows += [
+        f"| [`{name}`]({name}/README.md) | {x.question} | {x.paper or '–'} |\n"
+        for name, x in ANALYSES.items()
+    ]
     return "".join(rows)
 
 

@@ -110,7 +110,8 @@ class Section(NamedTuple):
     tables: Mapping[str, list[Row]] = {}  # CSV files by name
     shown: Mapping[str, list[dict[str, str]]] = {}  # tables of text on the page, by caption
     results: Mapping[str, Any] = {}  # entries of results.json
-    by_mask: Mapping[str, Mapping[str, Any]] = {}  # entries of results.json["masks"][MASK], by key and mask
+    # entries of results.json["masks"][MASK], by key and mask
+    by_mask: Mapping[str, Mapping[str, Any]] = {}
 
 
 def function_of(name: str, module: str) -> Callable:
@@ -119,7 +120,11 @@ def function_of(name: str, module: str) -> Callable:
 
 
 def table_row(
-    site: str | None, metric: str, value: float | None, interval: list | None = None, **more: str | float
+    site: str | None,
+    metric: str,
+    value: float | None,
+    interval: list | None = None,
+    **more: str | float,
 ) -> Row:
     """Return a row of a study's table."""
     low, high = interval or (None, None)
@@ -129,12 +134,16 @@ def table_row(
 # --------------------------------------------------------------------------------------- options of several commands
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add --probes, a finished run."""
-    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
+    parser.add_argument(
+        "--probes", required=True, metavar="RUN", help="folder of a finished probe run"
+    )
 
 
 def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> None:
     """Add an option for images of the validation split."""
-    parser.add_argument(option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs)
+    parser.add_argument(
+        option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs
+    )
 
 
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:

@@ -16,15 +16,22 @@ Items = TypeVar("Items", bound=Sequence)
 
 
 def cached_batches(
-    folder: Path, arguments: dict[str, Any], items: Items, size: int, compute: Callable[[Items], dict[str, Tensor]]
+    folder: Path,
+    arguments: dict[str, Any],
+    items: Items,
+    size: int,
+    compute: Callable[[Items], dict[str, Tensor]],
 ) -> list[dict[str, Tensor]]:
     """Return compute(items[:size]), compute(items[size : 2 * size]), ..., read from `folder` or written there.
 
     The folder holds one atomically written file per batch; the caller removes it after writing its own results.
     `compute` must depend on nothing but `arguments`; a folder with different arguments is cleared.
     """
-    arguments_path, arguments = folder / "arguments.json", json.loads(json.dumps(arguments))
-    if folder.is_dir() and not (arguments_path.is_file() and json.loads(arguments_path.read_text()) == arguments):
+    arguments_path = folder / "arguments.json"
+    arguments = json.loads(json.dumps(arguments))
+    if folder.is_dir() and not (
+        arguments_path.is_file() and json.loads(arguments_path.read_text()) == arguments
+    ):
         shutil.rmtree(folder)
     write_files({arguments_path: arguments})
     results = []

@@ -32,5 +32,7 @@ def check_replaceable(
     found = settings_of(read_json(path))
     for key, value in json.loads(json.dumps(made_from)).items():
         if found.get(key) != value:
-            what = "from other runs" if key == "runs" else f"with {key} {json.dumps(found.get(key))}"
+            what = (
+                "from other runs" if key == "runs" else f"with {key} {json.dumps(found.get(key))}"
+            )
             raise UserError(f"{path} is finished and was made {what}; {ADVICE}")

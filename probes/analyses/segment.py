@@ -32,15 +32,20 @@ ROW_PX = 20
 def run(args: argparse.Namespace) -> None:
     """Run `probes segment`."""
     folder, photos = run_and_photos(args.probes, args.photos)
-    run, out = ProbeRun(folder), Path(args.out)
+    run = ProbeRun(folder)
+    out = Path(args.out)
     site = run.check_site(args.site)
     _check_paths(photos, out)
     with exclusive_run_lock(out, "legend.json"):
         files, shares = segment(run, photos, site, out)
         write_files(files)
-    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[:3]
+    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[
+        :3
+    ]
     text = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
-    print(f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}")
+    print(
+        f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}"
+    )
 
 
 def run_and_photos(run: str | None, words: list[str]) -> tuple[str, list[Path]]:
@@ -66,10 +71,14 @@ def _check_paths(photos: list[Path], out: Path) -> None:
     for photo in photos:
         outputs += _output_paths(photo, out)
     if duplicates := [path for path in outputs if outputs.count(path) > 1]:
-        raise UserError(f"two outputs would be {duplicates[0]}; rename a photo or run the command once for each")
+        raise UserError(
+            f"two outputs would be {duplicates[0]}; rename a photo or run the command once for each"
+        )
     for path in outputs:
         if path.exists() and not _is_own_file(path):
-            raise UserError(f"{path} exists and was not written by `{COMMAND}`; choose another --out")
+            raise UserError(
+                f"{path} exists and was not written by `{COMMAND}`; choose another --out"
+            )
 
 
 def _output_paths(photo: Path, out: Path) -> tuple[Path, Path]:
@@ -84,10 +93,14 @@ def _is_own_file(path: Path) -> bool:
     return COMMAND in (marks.get("command"), marks.get("Software"))
 
 
-def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[dict[Path, bytes | dict], list[float]]:
+def segment(
+    run: ProbeRun, photos: list[Path], site: str, out: Path
+) -> tuple[dict[Path, bytes | dict], list[float]]:
     """Return the contents of all files by path, and the share of pixels of each class."""
-    classes, palette = run.metrics["classes"], _palette(run)
-    pixels, files = np.zeros(len(classes), np.int64), {}
+    classes = run.metrics["classes"]
+    palette = _palette(run)
+    pixels = np.zeros(len(classes), np.int64)
+    files = {}
     for photo in tqdm(photos, desc="photos"):
         image = read_photo(photo)
         prediction = run.predict(image, site)
@@ -99,9 +112,12 @@ def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[di
         files |= {index_file: _encode_png(indices), overlay_file: _encode_png(overlay)}
     shares = (pixels / pixels.sum()).tolist()
     legend = [
-        {"index": k, "class": name, "colour": palette[k].tolist(), "share": shares[k]} for k, name in enumerate(classes)
+        {"index": k, "class": name, "colour": palette[k].tolist(), "share": shares[k]}
+        for k, name in enumerate(classes)
     ]
-    files[out / "legend.png"] = _encode_png(_draw_legend([row for row in legend if row["share"] > 0]))
+    files[out / "legend.png"] = _encode_png(
+        _draw_legend([row for row in legend if row["share"] > 0])
+    )
     files[out / "legend.json"] = {
         "command": COMMAND,
         "runs": [run.fingerprint],
@@ -122,18 +138,24 @@ def _palette(run: ProbeRun) -> np.ndarray:
 
 def _draw_legend(rows: list[dict]) -> Image.Image:
     rows = sorted(rows, key=lambda row: -row["share"])
-    texts, font = [f"{row['share']:6.1%}  {row['class']}" for row in rows], ImageFont.load_default()
+    texts = [f"{row['share']:6.1%}  {row['class']}" for row in rows]
+    font = ImageFont.load_default()
     width = 2 * ROW_PX + max(int(font.getlength(text)) for text in texts)
     legend = Image.new("RGB", (width, ROW_PX * len(rows)), "white")
     draw = ImageDraw.Draw(legend)
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        draw.rectangle((4, i * ROW_PX + 3, ROW_PX, (i + 1) * ROW_PX - 4), fill=tuple(row["colour"]), outline="black")
+        draw.rectangle(
+            (4, i * ROW_PX + 3, ROW_PX, (i + 1) * ROW_PX - 4),
+            fill=tuple(row["colour"]),
+            outline="black",
+        )
         draw.text((ROW_PX + 8, i * ROW_PX + 4), text, fill="black", font=font)
     return legend
 
 
 def _encode_png(image: Image.Image) -> bytes:
-    mark, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    mark = PngImagePlugin.PngInfo()
+    stream = io.BytesIO()
     mark.add_text("Software", COMMAND)
     image.save(stream, "PNG", pnginfo=mark)
     return stream.getvalue()

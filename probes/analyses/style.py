@@ -72,7 +72,9 @@ def new_axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[F
     return figure, figure.subplots(1, columns, **kwargs)
 
 
-def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple[Figure, list[Axes]]:
+def new_panels(
+    count: int, height: float = 2.7, columns: int = 3, **kwargs
+) -> tuple[Figure, list[Axes]]:
     """Return a figure of `count` panels in rows of at most `columns`; `height` is that of a row in inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -85,18 +87,30 @@ def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> t
 
 def site_depth(site: str) -> int:
     """Return the depth of a site: -1 for the encoder, 0 for the adapter, l for layer l."""
-    return {ENCODER: -1, ADAPTER: 0}[site] if site in (ENCODER, ADAPTER) else int(site.removeprefix("layer_"))
+    return (
+        {ENCODER: -1, ADAPTER: 0}[site]
+        if site in (ENCODER, ADAPTER)
+        else int(site.removeprefix("layer_"))
+    )
 
 
 def label_sites(
-    ax: Axes, sites: list[str], max_labels: int = 12, positions: Sequence[int] | None = None, **kwargs
+    ax: Axes,
+    sites: list[str],
+    max_labels: int = 12,
+    positions: Sequence[int] | None = None,
+    **kwargs,
 ) -> None:
     """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
     many = len(sites) > max_labels + 2
     deep = many or (positions is None and max(depth.values()) > max_labels + 2)
     if deep:  # the label of the adapter would overlap that of the encoder
-        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels) if many else 1
+        step = (
+            next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels)
+            if many
+            else 1
+        )
         shown = [s for s in sites if s == ENCODER or (depth[s] > 0 and depth[s] % step == 0)]
         names = {s: "enc." if s == ENCODER else str(depth[s]) for s in shown}
     else:
@@ -126,7 +140,9 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
             placed.append(box)
 
 
-def draw_intervals(ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs) -> None:
+def draw_intervals(
+    ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs
+) -> None:
     """Draw fractions in percent as points with their 95% intervals."""
     y, (low, high) = 100 * np.array(values, float), 100 * np.array(ci95, float).T
     ax.errorbar(x, y, [y - low, high - y], color=colour, **kwargs)

@@ -13,6 +13,8 @@ def render(template: str, filters: dict[str, Callable] | None = None, **values: 
     Templates are named by their path in the package, "lab/lab.html.j2".
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parents[1])
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= filters or {}
     return environment.get_template(template).render(**values)

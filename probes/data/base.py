@@ -71,11 +71,16 @@ class ImageDataset(Dataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
-        self.names, self._files = list(files), list(files.values())
-        self.classes, self.palette, self.groups = classes, palette, groups
+        self.names = list(files)
+        self._files = list(files.values())
+        self.classes = classes
+        self.palette = palette
+        self.groups = groups
         layout = type(self).__name__
         if palette is not None and len(palette) != len(classes):
-            raise UserError(f"{layout}: {len(palette)} colours in the palette for {len(classes)} classes")
+            raise UserError(
+                f"{layout}: {len(palette)} colours in the palette for {len(classes)} classes"
+            )
         if groups is not None and len(groups) != len(self.names):
             raise UserError(f"{layout}: {len(groups)} groups for {len(self.names)} images")
 
@@ -125,7 +130,9 @@ class SegmentationDataset(ImageDataset):
         BadFile: On access, if an image or mask is invalid.
     """
 
-    task, parts, target_name = "segmentation", ("images", "masks"), "mask"
+    task = "segmentation"
+    parts = ("images", "masks")
+    target_name = "mask"
 
     def __init__(
         self,
@@ -171,7 +178,9 @@ def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDE
 
 def shared_images(a: ImageDataset, b: ImageDataset) -> list[tuple[str, str]]:
     """Return the names in both splits of the images that are the same byte for byte."""
-    names = {digest: name for name, digest in zip(a.names, a.digests("images"), strict=True) if digest}
+    names = {
+        digest: name for name, digest in zip(a.names, a.digests("images"), strict=True) if digest
+    }
     found = zip(b.names, b.digests("images"), strict=True)
     return [(names[digest], name) for name, digest in found if digest in names]
 
@@ -206,7 +215,11 @@ def read_rgb(image: Image.Image, file: File) -> Image.Image:
 
 
 def check_sizes(
-    image: Image.Image, size: tuple[int, int], image_file: File, target_file: File, target_name: str = "mask"
+    image: Image.Image,
+    size: tuple[int, int],
+    image_file: File,
+    target_file: File,
+    target_name: str = "mask",
 ) -> None:
     """Raise a BadFile unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
 

@@ -37,8 +37,11 @@ class MaskPreparer(NamedTuple):
     def __call__(self, target: Tensor | list[Tensor]) -> PreparedMasks:
         """Return the masks uint8[B, H, W], or a list of masks uint8[H, W], prepared."""
         parts = [target] if isinstance(target, Tensor) else [mask[None] for mask in target]
-        view, options = self.geometry.view, (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
-        return join_masks([prepare_masks(part, *options, view=view(tuple(part.shape[1:]))) for part in parts])
+        view = self.geometry.view
+        options = (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
+        return join_masks(
+            [prepare_masks(part, *options, view=view(tuple(part.shape[1:]))) for part in parts]
+        )
 
 
 class PreprocessedDataset(Dataset):
@@ -54,7 +57,9 @@ class PreprocessedDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, preprocess: Callable, prepare: MaskPreparer | None = None):
-        self.dataset, self.preprocess, self.prepare = dataset, preprocess, prepare
+        self.dataset = dataset
+        self.preprocess = preprocess
+        self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -120,7 +125,8 @@ class CachedFeatures(Dataset):
         copies: int = 1,
         name: str = "states",
     ):
-        tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
+        tokens = mllm.grid[0] * mllm.grid[1]
+        dtype = mllm.model.dtype
         states = tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
         need = copies * len(images) * (states + images[0]["target"].nbytes)
         available = available_memory()
@@ -134,7 +140,9 @@ class CachedFeatures(Dataset):
                 f"data.cache_features needs {size} for {name}, but {available / 1e9:.1f} GB are available; choose "
                 "fewer model.sites or set data.cache_features to false"
             )
-        self.states = {site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites}
+        self.states = {
+            site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites
+        }
         self.targets: list[Tensor] = []
         self.masks: list[PreparedMasks] = []
         loader = DataLoader(images, batch_size, collate_fn=collate, **worker_options(workers))
@@ -142,7 +150,9 @@ class CachedFeatures(Dataset):
             for site, states in mllm.states(batch["pixels"], sites).items():
                 self.states[site][batch["index"]] = states.cpu()
             self.targets += list(batch["target"])
-            self.masks += [batch["masks"][[i]] for i in range(len(batch["target"])) if "masks" in batch]
+            self.masks += [
+                batch["masks"][[i]] for i in range(len(batch["target"])) if "masks" in batch
+            ]
 
     def __len__(self) -> int:
         return len(self.targets)

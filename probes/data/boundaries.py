@@ -13,7 +13,15 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from .base import IGNORE_INDEX, BadFile, File, ImageDataset, SegmentationDataset, check_sizes, open_image
+from .base import (
+    IGNORE_INDEX,
+    BadFile,
+    File,
+    ImageDataset,
+    SegmentationDataset,
+    check_sizes,
+    open_image,
+)
 
 CLASSES = ["interior", "boundary"]
 
@@ -28,7 +36,9 @@ class InstanceBoundaries(ImageDataset):
         BadFile: On access, if an image or a map of ids is invalid.
     """
 
-    task, parts, target_name = "boundaries", ("images", "instances"), "instance map"
+    task = "boundaries"
+    parts = ("images", "instances")
+    target_name = "instance map"
 
     def __init__(self, files: dict[str, tuple]):
         super().__init__(files, CLASSES)
@@ -58,7 +68,9 @@ class ClassBoundaries(ImageDataset):
     task = "boundaries"
 
     def __init__(self, dataset: SegmentationDataset):
-        self._dataset, self.parts, self.target_name = dataset, dataset.parts, dataset.target_name
+        self._dataset = dataset
+        self.parts = dataset.parts
+        self.target_name = dataset.target_name
         super().__init__(dict.fromkeys(dataset.names, ()), CLASSES, groups=dataset.groups)
         self.official_size = dataset.official_size
 

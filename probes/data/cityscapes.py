@@ -26,14 +26,17 @@ from .file_layout import files_by_name, find_root, pair_files, read_text
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}
 LAST_ID = 33
-MAX_DEPTH = 80.0  # metres, as in published evaluations; a disparity of one step of 1 / 256 px would be 120 km
+# metres, as in published evaluations; a disparity of one step of 1 / 256 px would be 120 km
+MAX_DEPTH = 80.0
 ROWS = """
      7 road 804080,  8 sidewalk f423e8, 11 building 464646, 12 wall 66669c, 13 fence be9999, 17 pole 999999,
     19 traffic light faaa1e, 20 traffic sign dcdc00, 21 vegetation 6b8e23, 22 terrain 98fb98, 23 sky 4682b4,
     24 person dc143c, 25 rider ff0000, 26 car 00008e, 27 truck 000046, 28 bus 003c64, 31 train 005064,
     32 motorcycle 0000e6, 33 bicycle 770b20
 """
-IDS, CLASSES, PALETTE = [], [], []
+IDS = []
+CLASSES = []
+PALETTE = []
 for _row in ROWS.split(","):
     _id, *_name, _colour = _row.split()
     IDS.append(int(_id))
@@ -58,7 +61,9 @@ class Cityscapes(SegmentationDataset):
             raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         images, masks = (root / part / SPLITS[split] for part in ("leftImg8bit", "gtFine"))
         mask_files = files_by_name(masks, (".png",), "_gtFine_labelIds", "*/*")
-        files = pair_files(files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}")
+        files = pair_files(
+            files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}"
+        )
         cities = [image.parent.name for image, _ in files.values()]
         super().__init__(files, CLASSES, _lookup_label_ids(), PALETTE, cities)
         self.official_size = SIZES[split]
@@ -83,7 +88,8 @@ class CityscapesDepth(DepthDataset):
         UserError: If a folder is missing, or an image has no disparity or camera, or the other way round.
     """
 
-    parts, target_name = ("images", "disparity", "camera"), "disparity map"
+    parts = ("images", "disparity", "camera")
+    target_name = "disparity map"
 
     def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "disparity", "camera"))
@@ -91,7 +97,8 @@ class CityscapesDepth(DepthDataset):
             raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         kinds = (("leftImg8bit", ".png"), ("disparity", ".png"), ("camera", ".json"))
         images, disparity, cameras = (
-            files_by_name(root / kind / SPLITS[split], (suffix,), f"_{kind}", "*/*") for kind, suffix in kinds
+            files_by_name(root / kind / SPLITS[split], (suffix,), f"_{kind}", "*/*")
+            for kind, suffix in kinds
         )
         pairs = pair_files(images, disparity, f"{root}, {split}", self.target_name)
         pair_files(images, cameras, f"{root}, {split}", "camera")
@@ -99,11 +106,14 @@ class CityscapesDepth(DepthDataset):
         super().__init__(files, None, MAX_DEPTH, [image.parent.name for image in images.values()])
         self.official_size = SIZES[split]
 
-    def read_target(self, image: Image.Image, image_file: File, disparity_file: File, camera_file: Path) -> ndarray:
+    def read_target(
+        self, image: Image.Image, image_file: File, disparity_file: File, camera_file: Path
+    ) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
         values = read_16_bit(disparity_file)
         check_sizes(image, values.shape[::-1], image_file, disparity_file, self.target_name)
-        disparity = np.where(values > 1, (values.astype(np.float32) - 1) / 256, np.nan)  # 1 is infinitely far
+        # 1 is infinitely far
+        disparity = np.where(values > 1, (values.astype(np.float32) - 1) / 256, np.nan)
         return limit_depth(_metre_pixels(camera_file) / disparity, self.max_depth, disparity_file)
 
 
@@ -121,5 +131,8 @@ def _metre_pixels(camera_file: Path) -> np.float32:
             "cannot be read",
         ) from None
     if not 0 < product < np.inf:
-        raise BadFile(f"{camera_file}: baseline x focal length is {product}; expected a positive number", "camera")
+        raise BadFile(
+            f"{camera_file}: baseline x focal length is {product}; expected a positive number",
+            "camera",
+        )
     return product

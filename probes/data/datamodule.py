@@ -17,7 +17,14 @@ from probes.tasks import SEGMENTATION, TASKS, targets_of
 
 from .base import shared_images
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .label_counts import LabelCounts, add_counts, check_labels, join_counts, label_notes, shared_image_note
+from .label_counts import (
+    LabelCounts,
+    add_counts,
+    check_labels,
+    join_counts,
+    label_notes,
+    shared_image_note,
+)
 from .registry import LAYOUTS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
@@ -53,14 +60,22 @@ class SegmentationData(LightningDataModule):
         super().__init__()
         # without the task, the identity of a segmentation run is that of a version that had no other tasks
         self.save_hyperparameters(logger=False, ignore=["task"] if task == SEGMENTATION else [])
-        open_split = lambda split: open_dataset(dataset, root, split, options, targets_of(task))
+
+        def open_split(split):
+            return open_dataset(dataset, root, split, options, targets_of(task))
+
         self.splits = {split: open_split(split) for split in ("training", "validation")}
-        self.root, self.dataset, self.task, self.options = root, dataset, task, options or {}
+        self.root = root
+        self.dataset = dataset
+        self.task = task
+        self.options = options or {}
         self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
-        self.batch_size, self.cache_features = batch_size, cache_features
-        self.num_workers, self.seed = limit_workers(num_workers), seed
+        self.batch_size = batch_size
+        self.cache_features = cache_features
+        self.num_workers = limit_workers(num_workers)
+        self.seed = seed
         self.trained_batches = 0
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []
@@ -69,7 +84,9 @@ class SegmentationData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
-        return batches_per_epoch(math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer)
+        return batches_per_epoch(
+            math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer
+        )
 
     def epochs_of(self, steps: int) -> int | float:
         """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
@@ -84,7 +101,9 @@ class SegmentationData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read every image before training; `probes test` and the scores after `fit` read no image twice."""
         if stage == "fit":
-            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
+            self.trainer.log_every_n_steps = min(
+                self.trainer.log_every_n_steps, self.steps_per_epoch
+            )
             self.verify()
 
     def verify(self) -> None:
@@ -93,14 +112,17 @@ class SegmentationData(LightningDataModule):
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        rank = self.trainer.global_rank
+        ranks = self.trainer.world_size
         bar = rank == 0 and self.trainer.progress_bar_callback is not None
         bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)
         if ranks > 1:
             shares: list = [None] * ranks
             torch.distributed.all_gather_object(shares, (bad_files, self.labels))
             bad_files = sum((bad for bad, _ in shares), [])
-            self.labels = {split: join_counts([labels[split] for _, labels in shares]) for split in self.labels}
+            self.labels = {
+                split: join_counts([labels[split] for _, labels in shares]) for split in self.labels
+            }
         self.check_files(bad_files)
         self.shared_images = shared_images(self.splits["training"], self.splits["validation"])
         for note in self.notes():
@@ -115,7 +137,9 @@ class SegmentationData(LightningDataModule):
         """Raise a UserError if some of the files cannot be used, or their labels are not those of the classes."""
         splits = {f"{self.name} {split}": dataset for split, dataset in self.splits.items()}
         if unusable := leave_out_unlabelled(bad_files, splits):
-            raise UserError(f"{self.root}: {format_bad_files(unusable, sum(map(len, splits.values())))}")
+            raise UserError(
+                f"{self.root}: {format_bad_files(unusable, sum(map(len, splits.values())))}"
+            )
         if self.labels and self.task == SEGMENTATION:
             check_labels(self.classes, self.labels, self.dataset == "folder", self.root)
 
@@ -126,16 +150,22 @@ class SegmentationData(LightningDataModule):
         bad_files = []
         for split, dataset in self.splits.items():
             if (published := dataset.official_size) not in (None, len(dataset)):
-                rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published")
+                rank_zero_warn(
+                    f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published"
+                )
             share = range(rank, len(dataset), ranks)
             counts: list[ndarray] = []
-            bad_files += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress, counts)
+            bad_files += find_bad_files(
+                dataset, f"{self.name} {split}", share, workers, progress, counts
+            )
             self.labels[split] = add_counts(counts, len(dataset.classes))
         return bad_files
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
-        source, rank, ranks = self._source("training"), self.trainer.global_rank, self.trainer.world_size
+        source = self._source("training")
+        rank = self.trainer.global_rank
+        ranks = self.trainer.world_size
         batches = TrainingBatches(len(source), self.batch_size, rank, ranks, self.seed)
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
@@ -143,8 +173,12 @@ class SegmentationData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
-        source, rank, ranks = self._source("validation"), self.trainer.global_rank, self.trainer.world_size
-        return self._loader(source, validation_batches(len(source), self.rank_batch_size, rank, ranks))
+        source = self._source("validation")
+        rank = self.trainer.global_rank
+        ranks = self.trainer.world_size
+        return self._loader(
+            source, validation_batches(len(source), self.rank_batch_size, rank, ranks)
+        )
 
     test_dataloader = val_dataloader
 
@@ -168,11 +202,13 @@ class SegmentationData(LightningDataModule):
 
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
-            trainer, module = self.trainer, self.trainer.lightning_module
+            trainer = self.trainer
+            module = self.trainer.lightning_module
             prepare = module.mask_preparer() if split == "training" else None
             source = PreprocessedDataset(self.splits[split], module.mllm.preprocess, prepare)
             if self.cache_features:
-                with trainer.precision_plugin.forward_context():  # the precision of states that are not cached
+                # the precision of states that are not cached
+                with trainer.precision_plugin.forward_context():
                     source = CachedFeatures(
                         module.mllm,
                         source,
@@ -187,7 +223,9 @@ class SegmentationData(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the epoch, at which a resumed run continues."""
-        return {"trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
+        return {
+            "trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore the position in the epoch."""

@@ -24,7 +24,9 @@ class DepthDataset(ImageDataset):
         BadFile: On access, if an image or depth map is invalid.
     """
 
-    task, parts, target_name = "depth", ("images", "depth"), "depth map"
+    task = "depth"
+    parts = ("images", "depth")
+    target_name = "depth map"
 
     def __init__(
         self,
@@ -34,7 +36,8 @@ class DepthDataset(ImageDataset):
         groups: list[str] | None = None,
     ):
         super().__init__(files, [], groups=groups)
-        self.scale, self.max_depth = scale, max_depth
+        self.scale = scale
+        self.max_depth = max_depth
 
     def identity(self) -> dict[str, str]:
         """Return what the split is: its images, depth maps, and how their values are read."""
@@ -52,7 +55,10 @@ class DepthDataset(ImageDataset):
 def limit_depth(depth: ndarray, max_depth: float | None, file: File) -> ndarray:
     """Return the depth with NaN where it exceeds the limit, or raise a BadFile if no value is left."""
     if np.isnan(depth).all():
-        raise BadFile(f"{file} has no value in any pixel; remove it and its image, or write depth into it", MISSING)
+        raise BadFile(
+            f"{file} has no value in any pixel; remove it and its image, or write depth into it",
+            MISSING,
+        )
     if max_depth is not None:
         depth[depth > max_depth] = np.nan
         if np.isnan(depth).all():

@@ -20,18 +20,27 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
         UserError: If neither does; the message lists the contents of `root` and suggests a folder.
     """
     root = Path(root)
-    is_dataset = lambda folder: all((folder / part).exists() for part in parts)
+
+    def is_dataset(folder):
+        return all((folder / part).exists() for part in parts)
+
     for folder in (root, root / name):
         if is_dataset(folder):
             return folder
     if not root.is_dir():
         advice = how_to_make(root)
-        raise UserError(f"data.root: no folder {root}{advice}; expected the dataset's {name} with {', '.join(parts)}")
+        raise UserError(
+            f"data.root: no folder {root}{advice}; expected the dataset's {name} with {', '.join(parts)}"
+        )
     contents = sorted(path.name for path in root.iterdir())
     listing = ", ".join(contents[:8]) + (", ..." if len(contents) > 8 else "") or "nothing"
     missing = ", ".join(part for part in parts if not (root / part).exists())
     above = [folder for folder in root.absolute().parents[:3] if is_dataset(folder)]
-    below = [folder for folder in sorted(root.glob("*/")) if is_dataset(folder) or is_dataset(folder / name)]
+    below = [
+        folder
+        for folder in sorted(root.glob("*/"))
+        if is_dataset(folder) or is_dataset(folder / name)
+    ]
     hint = "".join(f"; did you mean {folder}?" for folder in [*above, *below][:1])
     raise UserError(
         f"data.root: {root} lacks {missing}; expected the dataset's {name} with {', '.join(parts)}; "
@@ -39,7 +48,9 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
     )
 
 
-def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*") -> dict[str, Path]:
+def files_by_name(
+    folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*"
+) -> dict[str, Path]:
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
     Raises:
@@ -48,15 +59,19 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
     if not folder.is_dir():
         parent = folder.parent
         siblings = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
-        hint = f"; {parent} contains {', '.join(siblings[:8]) or 'nothing'}" if parent.is_dir() else ""
+        hint = (
+            f"; {parent} contains {', '.join(siblings[:8]) or 'nothing'}" if parent.is_dir() else ""
+        )
         raise UserError(f"no folder {folder}{hint}")
     files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
-        if path.name.startswith("._"):  # macOS writes such beside each file, on disks of other systems
+        # macOS writes such beside each file, on disks of other systems
+        if path.name.startswith("._"):
             continue
-        name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))  # macOS stores accents apart
+        # macOS stores accents apart
+        name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
         if not _is_text(name):
             raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it")
         if name in files:
@@ -84,7 +99,9 @@ def pair_files(
     for files, partners, kind in ((images, targets, target_name), (targets, images, "image")):
         unpaired = sorted(set(files) - set(partners))
         if unpaired:
-            raise UserError(f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}")
+            raise UserError(
+                f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}"
+            )
     if not images:
         raise UserError(f"{dataset}: no images ({', '.join(IMAGE_SUFFIXES)})")
     return {name: (image, targets[name]) for name, image in images.items()}
@@ -97,7 +114,9 @@ def read_text(path: Path) -> str:
         UserError: If it is missing, not a regular file, not UTF-8, or too long.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing" if not path.exists() else f"{path} is not a regular file")
+        raise UserError(
+            f"{path} is missing" if not path.exists() else f"{path} is not a regular file"
+        )
     try:
         with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
             text = file.read(MAX_CHARACTERS + 1)

@@ -51,23 +51,34 @@ class FolderDataset(SegmentationDataset):
 def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path, Path]]:
     """Return the pairs of ROOT/images/SPLIT and ROOT/annotations/SPLIT."""
     images = files_by_name(root / "images" / split, IMAGE_SUFFIXES)
-    return pair_files(images, files_by_name(root / "annotations" / split, (".png",)), f"{root}, {split}")
+    return pair_files(
+        images, files_by_name(root / "annotations" / split, (".png",)), f"{root}, {split}"
+    )
 
 
 def _read_classes_json(path: Path) -> dict:
     if not path.parent.is_dir():
         raise UserError(f"data.root: no folder {path.parent}")
     if not path.exists():
-        raise UserError(f'{path} is missing; expected the names of the classes: {{"classes": ["wall", ...]}}')
+        raise UserError(
+            f'{path} is missing; expected the names of the classes: {{"classes": ["wall", ...]}}'
+        )
     settings = read_json(path)
     names = settings.get("classes") if isinstance(settings, dict) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise UserError(f"{path} needs a list of names under 'classes'")
     if len(names) < 2:
-        raise UserError(f"{path} has one class, which is right everywhere; name another one, such as the background")
+        raise UserError(
+            f"{path} has one class, which is right everywhere; name another one, such as the background"
+        )
     if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{path} has the class {duplicates[0]!r} twice")
-    ignored, zero_ignored = _ignored_labels(settings), settings.get("reduce_zero_label", False)
+    ignored = _ignored_labels(settings)
+    zero_ignored = settings.get("reduce_zero_label", False)
     for label in ignored:
         if type(label) is not int or label not in range(256):
             raise UserError(
@@ -78,7 +89,9 @@ def _read_classes_json(path: Path) -> dict:
     if len(names) > (most := IGNORE_INDEX - zero_ignored):
         raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {most}")
     if len(names) - sum(i + zero_ignored in ignored for i in range(len(names))) < 2:
-        raise UserError(f"{path}: fewer than two classes have a label that is not ignored (ignore_index)")
+        raise UserError(
+            f"{path}: fewer than two classes have a label that is not ignored (ignore_index)"
+        )
     _check_palette(path, settings.get("palette"), len(names))
     return settings
 
@@ -91,9 +104,13 @@ def _ignored_labels(settings: dict) -> list:
 def _check_palette(path: Path, palette: Any, classes: int) -> None:
     if palette is None:
         return
-    if not isinstance(palette, list) or not all(isinstance(colour, list) and len(colour) == 3 for colour in palette):
+    if not isinstance(palette, list) or not all(
+        isinstance(colour, list) and len(colour) == 3 for colour in palette
+    ):
         raise UserError(f"{path} needs a list of colours [red, green, blue] under 'palette'")
-    if not all(type(value) is int and value in range(256) for colour in palette for value in colour):
+    if not all(
+        type(value) is int and value in range(256) for colour in palette for value in colour
+    ):
         raise UserError(f"{path}: the colours under 'palette' must be integers from 0 to 255")
     if len(palette) != classes:
         raise UserError(f"{path}: {len(palette)} colours under 'palette' for {classes} classes")

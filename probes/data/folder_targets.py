@@ -77,13 +77,17 @@ class FolderBoundaries(InstanceBoundaries):
         super().__init__(_pair(root, split, "instances", self.target_name))
 
 
-def _pair(root: str | Path, split: str, folder: str, target_name: str) -> dict[str, tuple[Path, Path]]:
+def _pair(
+    root: str | Path, split: str, folder: str, target_name: str
+) -> dict[str, tuple[Path, Path]]:
     """Return {name: (image, target)} of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"data.root: no folder {root}")
     images = files_by_name(root / "images" / split, IMAGE_SUFFIXES)
-    return pair_files(images, files_by_name(root / folder / split, (".png",)), f"{root}, {split}", target_name)
+    return pair_files(
+        images, files_by_name(root / folder / split, (".png",)), f"{root}, {split}", target_name
+    )
 
 
 def _read_targets_json(path: Path) -> dict[str, float]:
@@ -94,6 +98,10 @@ def _read_targets_json(path: Path) -> dict[str, float]:
     if unknown := sorted(settings.keys() - set(KEYS)):
         raise UserError(f"{path} has the unknown key {unknown[0]!r}; expected {' and '.join(KEYS)}")
     for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < np.float32(value) < np.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < np.float32(value) < np.inf
+        ):
             raise UserError(f"{path}: {key} is {value!r}; expected a positive number of metres")
     return settings

@@ -60,7 +60,9 @@ def add_counts(counts: Iterable[ndarray], classes: int) -> LabelCounts:
     """Return the counts of a split from those of its images, see :func:`count_labels`."""
     rows = np.array([*counts], dtype=np.int64).reshape(-1, max(classes, 1) + 1)
     pixels = rows[:, :-1]
-    return LabelCounts(len(rows), pixels.sum(0).tolist(), (pixels > 0).sum(0).tolist(), int(rows[:, -1].sum()))
+    return LabelCounts(
+        len(rows), pixels.sum(0).tolist(), (pixels > 0).sum(0).tolist(), int(rows[:, -1].sum())
+    )
 
 
 def join_counts(parts: Sequence[LabelCounts]) -> LabelCounts:
@@ -69,7 +71,9 @@ def join_counts(parts: Sequence[LabelCounts]) -> LabelCounts:
     return LabelCounts(*added)
 
 
-def check_labels(classes: list[str], labels: dict[str, LabelCounts], own_classes: bool, source: str) -> None:
+def check_labels(
+    classes: list[str], labels: dict[str, LabelCounts], own_classes: bool, source: str
+) -> None:
     """Raise if training images do not have the labels of the classes that probes are to tell apart.
 
     Classes that are published with a layout can be absent from a part of it, and so can any class from fewer than
@@ -104,16 +108,23 @@ def check_labels(classes: list[str], labels: dict[str, LabelCounts], own_classes
 
 def label_notes(classes: list[str], labels: dict[str, LabelCounts]) -> list[str]:
     """Return what a reader of scores must know about the labels of both splits."""
-    training, validation = labels["training"], labels["validation"]
-    by_class = list(zip(classes, training.images_of_class, validation.images_of_class, strict=False))
+    training = labels["training"]
+    validation = labels["validation"]
+    by_class = list(
+        zip(classes, training.images_of_class, validation.images_of_class, strict=False)
+    )
     untrained = [name for name, train, val in by_class if not train and val]
     unscored = [name for name, train, val in by_class if train and not val]
     absent = [name for name, train, val in by_class if not train and not val]
     notes = []
     if untrained:
-        notes.append(f"No training pixel is labelled {_some(untrained)}, so that the IoU there is 0.")
+        notes.append(
+            f"No training pixel is labelled {_some(untrained)}, so that the IoU there is 0."
+        )
     if unscored:
-        notes.append(f"No validation pixel is labelled {_some(unscored)}, so that mIoU leaves it out.")
+        notes.append(
+            f"No validation pixel is labelled {_some(unscored)}, so that mIoU leaves it out."
+        )
     if absent:
         notes.append(f"No pixel of either split is labelled {_some(absent)}.")
     for split, column in (("training", 1), ("validation", 2)):
@@ -121,7 +132,9 @@ def label_notes(classes: list[str], labels: dict[str, LabelCounts]) -> list[str]
         if few:
             notes.append(f"In fewer than {FEW_IMAGES} {split} images: {_some(few)}.")
         if labels[split].ignored_share > MUCH_IGNORED:
-            notes.append(f"{labels[split].ignored_share:.0%} of the {split} pixels are ignored or have no value.")
+            notes.append(
+                f"{labels[split].ignored_share:.0%} of the {split} pixels are ignored or have no value."
+            )
     return notes
 
 
@@ -152,7 +165,9 @@ def notes_of_run(classes: list[str], data: dict[str, Any]) -> list[str]:
     """Return the notes about the data of a run, from `manifest.json["data"]`; none for a run that has not counted."""
     notes = []
     if labels := data.get("labels"):
-        notes += label_notes(classes, {split: LabelCounts(**counts) for split, counts in labels.items()})
+        notes += label_notes(
+            classes, {split: LabelCounts(**counts) for split, counts in labels.items()}
+        )
     if pairs := data.get("shared_images"):
         notes.append(shared_image_note([(ours, theirs) for ours, theirs in pairs]))
     return notes

@@ -28,7 +28,9 @@ class NormalsDataset(ImageDataset):
         BadFile: On access, if an image or normal map is invalid.
     """
 
-    task, parts, target_name = "normals", ("images", "normals"), "normal map"
+    task = "normals"
+    parts = ("images", "normals")
+    target_name = "normal map"
 
     def __init__(self, files: dict[str, tuple]):
         super().__init__(files, [])
@@ -55,7 +57,10 @@ def decode_normals(encoded: Image.Image, file: File) -> ndarray:
     values = np.asarray(encoded)
     valid = values.any(-1)
     if not valid.any():
-        raise BadFile(f"{file} is black, which means no value in any pixel; remove it and its image", "no value")
+        raise BadFile(
+            f"{file} is black, which means no value in any pixel; remove it and its image",
+            "no value",
+        )
     normals = values.astype(np.float32) * np.float32(2 / 255) - 1
     length = np.linalg.norm(normals, axis=-1)
     if (wrong := valid & (abs(length - 1) > LENGTH_TOLERANCE)).any():
@@ -66,7 +71,8 @@ def decode_normals(encoded: Image.Image, file: File) -> ndarray:
             f"is no value ({wrong.sum():,} of {valid.sum():,} pixels)",
             "normals that are not unit vectors",
         )
-    if (away := (normals[valid][:, 2] < 0).mean()) > 0.5:  # no camera sees most surfaces from behind
+    # no camera sees most surfaces from behind
+    if (away := (normals[valid][:, 2] < 0).mean()) > 0.5:
         raise BadFile(
             f"{file}: {away:.0%} of the normals point away from the viewer; expected x to the right, y down, z towards "
             "the viewer; negate the vectors, or z alone, as your data requires",

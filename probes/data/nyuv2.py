@@ -39,7 +39,9 @@ class NYUv2Depth(DepthDataset):
         folder = root / SPLITS[split]
         images = _by_number(files_by_name(folder, (".jpg", ".png"), pattern="*/rgb_*"))
         depth = _by_number(files_by_name(folder, (".png",), pattern="*/sync_depth_*"))
-        super().__init__(pair_files(images, depth, f"{root}, {split}", "depth map"), SCALE, MAX_DEPTH)
+        super().__init__(
+            pair_files(images, depth, f"{root}, {split}", "depth map"), SCALE, MAX_DEPTH
+        )
         self.official_size = SIZES[split]
 
 

@@ -28,7 +28,9 @@ TASK_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other task
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }
 TASKS = ("segmentation", *TASK_DATASETS)
-LAYOUTS = tuple(dict.fromkeys([*DATASETS, *(name for layouts in TASK_DATASETS.values() for name in layouts)]))
+LAYOUTS = tuple(
+    dict.fromkeys([*DATASETS, *(name for layouts in TASK_DATASETS.values() for name in layouts)])
+)
 
 
 def register_dataset(name: str, cls: type[ImageDataset]) -> None:
@@ -42,19 +44,29 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     Raises:
         UserError: If the name is taken, the class is not of a task, or an option has no type.
     """
-    if not (isinstance(cls, type) and issubclass(cls, ImageDataset) and getattr(cls, "task", None) in TASKS):
+    if not (
+        isinstance(cls, type)
+        and issubclass(cls, ImageDataset)
+        and getattr(cls, "task", None) in TASKS
+    ):
         raise UserError(
             f"dataset {name!r}: {cls!r} is not a subclass of SegmentationDataset or of another task's class"
         )
     layouts = _layouts(cls.task)
     if name in layouts:
-        raise UserError(f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name")
+        raise UserError(
+            f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name"
+        )
     _option_types(cls)
     layouts[name] = cls
 
 
 def open_dataset(
-    dataset: str, root: str, split: str, options: dict[str, Any] | None = None, task: str = "segmentation"
+    dataset: str,
+    root: str,
+    split: str,
+    options: dict[str, Any] | None = None,
+    task: str = "segmentation",
 ) -> ImageDataset:
     """Return a split of a dataset in a registered layout.
 
@@ -75,7 +87,9 @@ def open_dataset(
     layouts = _layouts(task)
     if dataset not in layouts:
         problem = (
-            f"data.dataset {dataset!r} has no {task}" if dataset in LAYOUTS else f"unknown data.dataset {dataset!r}"
+            f"data.dataset {dataset!r} has no {task}"
+            if dataset in LAYOUTS
+            else f"unknown data.dataset {dataset!r}"
         )
         known = {**layouts, **(DATASETS if task == "boundaries" else {})}
         raise UserError(f"{problem}; expected one of {', '.join(known)}")
@@ -90,7 +104,9 @@ def _layouts(task: str) -> dict[str, type[ImageDataset]]:
 
 def _has_instances(dataset: str, root: str) -> bool:
     """Return whether boundaries are those of instances; a folder dataset may have them."""
-    return dataset in TASK_DATASETS["boundaries"] and (dataset != "folder" or (Path(root) / "instances").is_dir())
+    return dataset in TASK_DATASETS["boundaries"] and (
+        dataset != "folder" or (Path(root) / "instances").is_dir()
+    )
 
 
 def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
@@ -105,7 +121,9 @@ def _option_types(layout: type) -> dict[str, Any]:
     types = {k: p.annotation for k, p in parameters.items() if k not in ("root", "split")}
     for name, kind in types.items():
         if kind is inspect.Parameter.empty:
-            raise UserError(f"option {name!r} of {layout.__name__} has no type in its signature; annotate it")
+            raise UserError(
+                f"option {name!r} of {layout.__name__} has no type in its signature; annotate it"
+            )
     return types
 
 
@@ -115,9 +133,13 @@ def _check_options(layout: type, dataset: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in types:
             expected = ", ".join(types) or "none"
-            raise UserError(f"data.dataset {dataset!r} has no option {name!r}; expected {expected} (data.options)")
+            raise UserError(
+                f"data.dataset {dataset!r} has no option {name!r}; expected {expected} (data.options)"
+            )
         choices = get_args(types[name]) if get_origin(types[name]) is Literal else None
         if choices and value not in choices:
-            raise UserError(f"data.options.{name} is {value!r}; expected one of {', '.join(choices)}")
+            raise UserError(
+                f"data.options.{name} is {value!r}; expected one of {', '.join(choices)}"
+            )
         if not choices and not isinstance(value, types[name]):
             raise UserError(f"data.options.{name} is {value!r}; expected a {types[name].__name__}")

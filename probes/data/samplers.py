@@ -30,10 +30,16 @@ class TrainingBatches:
         seed: Seed of the order, together with the epoch; the same on every rank.
     """
 
-    def __init__(self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
-        self.images, self.batch_size = images, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.epoch, self.start = 0, 0
+    def __init__(
+        self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ):
+        self.images = images
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
         self.sampler = self  # Lightning calls set_epoch on a batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
@@ -48,14 +54,19 @@ class TrainingBatches:
         return math.ceil(self.images / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self.start = self.start, 0
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        start = self.start
+        self.start = 0
+        order = torch.randperm(
+            self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)
+        ).tolist()
         for i in range(start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             yield batch[self.rank :: self.world_size] or [PAD_INDEX]
 
 
-def validation_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+def validation_batches(
+    images: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
     """Return the batches of one rank; all ranks together have each image once.
 
     Every rank has the same number of batches, none empty, because DDP synchronises buffers in each forward. If R does
@@ -94,13 +105,19 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
     units = list(range(images)) if groups is None else list(dict.fromkeys(groups))
     if len(units) < folds:
         kind = "images" if groups is None else "groups"
-        raise UserError(f"{len(units)} training {kind} for {folds} folds; expected one for each at least (--folds)")
+        raise UserError(
+            f"{len(units)} training {kind} for {folds} folds; expected one for each at least (--folds)"
+        )
     block = max(1, min(8, len(units) // (5 * folds)))
     fold_of_unit = torch.arange(len(units)) // block % folds
-    return fold_of_unit if groups is None else fold_of_unit[[units.index(group) for group in groups]]
+    return (
+        fold_of_unit if groups is None else fold_of_unit[[units.index(group) for group in groups]]
+    )
 
 
-def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+def fold_batches(
+    fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
     """Return the batches of one rank in a pass, fold by fold, so that all images of a batch are of the same fold.
 
     Args:
@@ -109,7 +126,9 @@ def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_si
         rank: Index of this process.
         world_size: R.
     """
-    mine, batches = fold_of.argsort(stable=True)[rank::world_size], []  # dealt out over all folds
+    # dealt out over all folds
+    mine = fold_of.argsort(stable=True)[rank::world_size]
+    batches = []
     for fold in range(int(fold_of.max()) + 1):
         images = mine[fold_of[mine] == fold].tolist()
         batches += [images[i : i + batch_size] for i in range(0, len(images), batch_size)]

@@ -22,7 +22,8 @@ class _PairDefects(Dataset):
     """The defect (kind, message) of each pair, or None, and its labels; pairs are decoded as in training."""
 
     def __init__(self, dataset: ImageDataset, name: str):
-        self.dataset, self.name = dataset, name
+        self.dataset = dataset
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -37,11 +38,15 @@ class _PairDefects(Dataset):
     def _defect(self, index: int, target: ndarray) -> tuple[str, str] | None:
         if not self.dataset.classes:
             return None
-        kind, file = UNLABELLED.format(self.dataset.target_name, self.name), self.dataset.files(index)[-1]
+        kind = UNLABELLED.format(self.dataset.target_name, self.name)
+        file = self.dataset.files(index)[-1]
         if (target == IGNORE_INDEX).all():
             return kind, f"{file}: all pixels are ignored; check which labels are"
         if self.dataset.task == "boundaries" and not (target == 1).any():
-            return kind, f"{file}: no pixel is a boundary; where objects have an ignored border, as in VOC, none can be"
+            return (
+                kind,
+                f"{file}: no pixel is a boundary; where objects have an ignored border, as in VOC, none can be",
+            )
         return None
 
 
@@ -71,10 +76,17 @@ def find_bad_files(
         sampler=indices,
         collate_fn=list,
         **worker_options(0 if few else workers),
-        generator=torch.Generator(),  # the loader draws a seed, which must not advance the generator of the run
+        # the loader draws a seed, which must not advance the generator of the run
+        generator=torch.Generator(),
     )
     defects: list[tuple[str, str]] = []
-    with tqdm(total=len(indices), desc=f"checking {name}", unit=" images", mininterval=1, disable=not progress) as bar:
+    with tqdm(
+        total=len(indices),
+        desc=f"checking {name}",
+        unit=" images",
+        mininterval=1,
+        disable=not progress,
+    ) as bar:
         for results in loader:
             bar.update(len(results))
             defects += [defect for defect, _ in results if defect]
@@ -83,11 +95,20 @@ def find_bad_files(
     return defects
 
 
-def leave_out_unlabelled(bad_files: list[tuple[str, str]], splits: dict[str, ImageDataset]) -> list[tuple[str, str]]:
+def leave_out_unlabelled(
+    bad_files: list[tuple[str, str]], splits: dict[str, ImageDataset]
+) -> list[tuple[str, str]]:
     """Return the bad files without unlabelled targets, unless all of a split are; `splits` by name."""
     found = Counter(kind for kind, _ in bad_files)
-    images = {UNLABELLED.format(dataset.target_name, name): len(dataset) for name, dataset in splits.items()}
-    return [(kind, message) for kind, message in bad_files if found[kind] == images.get(kind, found[kind])]
+    images = {
+        UNLABELLED.format(dataset.target_name, name): len(dataset)
+        for name, dataset in splits.items()
+    }
+    return [
+        (kind, message)
+        for kind, message in bad_files
+        if found[kind] == images.get(kind, found[kind])
+    ]
 
 
 def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:
@@ -99,5 +120,9 @@ def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:
     for kind, messages in by_kind.items():
         lines.append(f"  {len(messages)} x {kind}")
         lines += [f"    {message}" for message in sorted(messages)[:FILES_PER_KIND]]
-        lines += [f"    ... and {len(messages) - FILES_PER_KIND} more"] if len(messages) > FILES_PER_KIND else []
+        lines += (
+            [f"    ... and {len(messages) - FILES_PER_KIND} more"]
+            if len(messages) > FILES_PER_KIND
+            else []
+        )
     return "\n".join(lines)

@@ -19,14 +19,39 @@ from .file_layout import find_root, read_text
 
 SIZES = {"train": 1464, "trainaug": 10582, "val": 1449}
 CLASSES = [
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+    *(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+    ),
+    *(
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    ),
 ]
 
 
 def _colour(label: int) -> list[int]:
     """Return VOC's colour: the bits of the label, distributed in turn to red, green and blue from the highest bit."""
-    return [sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3)) for channel in range(3)]
+    return [
+        sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3)) for channel in range(3)
+    ]
 
 
 class VOC2012(SegmentationDataset):
@@ -52,13 +77,17 @@ class VOC2012(SegmentationDataset):
     ):
         parts = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
         root = Path(root)
-        root = find_root(root / "VOCdevkit" if (root / "VOCdevkit/VOC2012").is_dir() else root, "VOC2012", parts)
+        root = find_root(
+            root / "VOCdevkit" if (root / "VOCdevkit/VOC2012").is_dir() else root, "VOC2012", parts
+        )
         lists = {"training": train_list, "validation": "val"}
         if split not in lists:
             raise UserError(f"VOC 2012 has the splits {', '.join(lists)}, not {split!r}")
         names = _image_names(root, lists[split])
         if split == "training" and (shared := set(names) & set(_read_list(root, "val"))):
-            raise UserError(f"{root}: {len(shared)} images are in both {train_list} and val, e.g. {min(shared)}")
+            raise UserError(
+                f"{root}: {len(shared)} images are in both {train_list} and val, e.g. {min(shared)}"
+            )
         first = 1 if background == "ignore" else 0
         super().__init__(
             {name: (root / "JPEGImages" / f"{name}.jpg", _mask_file(root, name)) for name in names},
@@ -75,7 +104,9 @@ def _image_names(root: Path, image_list: str) -> list[str]:
         return sorted(_read_list(root, image_list))
     lists = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
     if not lists or not (root / "SegmentationClassAug").is_dir():
-        missing = "SegmentationClassAug" if lists else "ImageSets/Segmentation/trainaug.txt (or aug.txt)"
+        missing = (
+            "SegmentationClassAug" if lists else "ImageSets/Segmentation/trainaug.txt (or aug.txt)"
+        )
         raise UserError(
             f"{root} lacks {missing}: the augmented training set needs the masks of SBD as PNG and a list, as written "
             "by converters such as voc_aug; or train on the official 1,464 images: data.options.train_list: train"

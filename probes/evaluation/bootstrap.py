@@ -24,8 +24,15 @@ def dataset_scores(counts: Counts) -> Scores:
 def resampled_scores(counts: Counts, weights: Tensor) -> Scores:
     """Return the scores of every site for weights f[R, N]: miou and pacc f[R, S], iou f[R, S, K]."""
     weights = weights.double()
-    total = lambda x: torch.einsum("rn,snk->rsk", weights, x.double())
-    return scores(total(counts.intersection), total(counts.predicted), (weights @ counts.labelled.double())[:, None])
+
+    def total(x):
+        return torch.einsum("rn,snk->rsk", weights, x.double())
+
+    return scores(
+        total(counts.intersection),
+        total(counts.predicted),
+        (weights @ counts.labelled.double())[:, None],
+    )
 
 
 def swapped_scores(a: Counts, b: Counts, swaps: Tensor) -> tuple[Scores, Scores]:
@@ -36,10 +43,12 @@ def swapped_scores(a: Counts, b: Counts, swaps: Tensor) -> tuple[Scores, Scores]
         b: Counts of the second condition on the same images and sites.
         swaps: f[R, N] of 0 and 1, see :func:`llava_bidir.common.bootstrap.random_swaps`.
     """
-    swaps, labelled = swaps.double(), a.labelled.sum(0)
+    swaps = swaps.double()
+    labelled = a.labelled.sum(0)
     sums = []
     for x, y in ((a.intersection, b.intersection), (a.predicted, b.predicted)):
-        x, y = x.double(), y.double()
+        x = x.double()
+        y = y.double()
         moved = torch.einsum("rn,snk->rsk", swaps, y - x)
         sums.append((x.sum(1) + moved, y.sum(1) - moved))
     (a_right, b_right), (a_predicted, b_predicted) = sums

@@ -29,14 +29,16 @@ class ImageMetric(Metric):
 
     def __init__(self, images: int, names: tuple[str, ...]):
         super().__init__()
-        self.images, self.names = images, names
+        self.images = images
+        self.names = names
         for name in ("index", *names):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def add(self, index: Tensor, tensors: dict[str, Tensor]) -> None:
         """Add images i64[B] with their tensors [P, B, ...] of P probes, or [B, n]."""
         self.index.append(index)
-        for name, x in tensors.items():  # images first: torchmetrics concatenates ranks along the first axis
+        # images first: torchmetrics concatenates ranks along the first axis
+        for name, x in tensors.items():
             getattr(self, name).append(x.transpose(0, 1) if x.ndim == 3 else x)
 
     def compute(self) -> dict[str, Tensor]:
@@ -47,7 +49,9 @@ class ImageMetric(Metric):
         """
         index, order = self._concatenate("index").sort()
         if len(index) > len(index.unique()):
-            raise RuntimeError(f"the metric saw image {index[:-1][index.diff() == 0][0]} more than once")
+            raise RuntimeError(
+                f"the metric saw image {index[:-1][index.diff() == 0][0]} more than once"
+            )
         if len(index) != self.images:
             raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
         tensors = {name: self._concatenate(name)[order] for name in self.names}
@@ -69,11 +73,14 @@ class SegmentationMetric(ImageMetric):
 
     def __init__(self, images: int, geometry: Geometry, by_token: bool = True):
         super().__init__(images, BY_IMAGE)
-        self.geometry, self.by_token = geometry, by_token
+        self.geometry = geometry
+        self.by_token = by_token
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
         """Add images: `logits` f[P, B, K, h, w] on the grid, `target` uint8[B, H, W], `index` i64[B]."""
-        counts = count(logits, target, self.geometry.view(tuple(target.shape[-2:])), by_token=self.by_token)
+        counts = count(
+            logits, target, self.geometry.view(tuple(target.shape[-2:])), by_token=self.by_token
+        )
         self.add(index, {name: x.to(torch.int32) for name, x in counts._asdict().items()})
 
     def compute(self) -> Counts:
@@ -99,11 +106,15 @@ class TaskMetric(ImageMetric):
 
     def __init__(self, task: Task, images: int, geometry: Geometry):
         super().__init__(images, ("sums",))
-        self.task, self.geometry = task, geometry
+        self.task = task
+        self.geometry = geometry
 
     def update(self, channels: Tensor, target: Tensor, index: Tensor) -> None:
         """Add images: `channels` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
-        sums = [image_sums(self.task, x, y, self.geometry) for x, y in zip(channels.unbind(1), target, strict=True)]
+        sums = [
+            image_sums(self.task, x, y, self.geometry)
+            for x, y in zip(channels.unbind(1), target, strict=True)
+        ]
         self.add(index, {"sums": torch.stack(sums, -2).float()})
 
     def compute(self) -> TaskSums:
@@ -116,5 +127,7 @@ def image_sums(task: Task, channels: Tensor, target: Tensor, geometry: Geometry)
     """Return the sums of an image f[P, M] from channels f[P, K, h, w], in chunks of probes."""
     size = tuple(target.shape[:2])
     step = max(1, PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.numel())
-    predictions = (task.predict(upsample(part, size, geometry.view(size))) for part in channels.split(step))
+    predictions = (
+        task.predict(upsample(part, size, geometry.view(size))) for part in channels.split(step)
+    )
     return torch.cat([task.image_sums(prediction, target) for prediction in predictions])

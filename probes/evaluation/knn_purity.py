@@ -20,7 +20,8 @@ def knn_purity(unit: Tensor, labels: Tensor) -> Tensor:
     """
     purity = torch.full((len(labels),), torch.nan, dtype=torch.float64, device=labels.device)
     enough = (labels >= 0).sum(1) > NEIGHBOURS
-    unit, labels = unit[enough], labels[enough]
+    unit = unit[enough]
+    labels = labels[enough]
     if not len(labels):
         return purity
     labelled = labels >= 0

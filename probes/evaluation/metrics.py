@@ -46,7 +46,9 @@ class Counts(NamedTuple):
 
 
 @torch.no_grad()
-def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True) -> Counts:
+def count(
+    logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True
+) -> Counts:
     """Upsample logits, take the argmax per pixel and count, without storing the predicted maps.
 
     Args:
@@ -57,9 +59,13 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, 
         by_token: Count patches per token; False treats each image as one patch, T = 1.
     """
     sites, images, classes, h, w = logits.shape
-    view, tokens = view or GridPlacement.full(tuple(target.shape[1:])), h * w if by_token else 1
+    view = view or GridPlacement.full(tuple(target.shape[1:]))
+    tokens = h * w if by_token else 1
+
     # Allocated first: small tensors allocated between large temporary ones would fragment the memory.
-    new = lambda *shape: target.new_zeros(shape, dtype=torch.long)
+    def new(*shape):
+        return target.new_zeros(shape, dtype=torch.long)
+
     counts = Counts(
         new(sites, images, classes),
         new(sites, images, classes),
@@ -76,14 +82,19 @@ def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, 
 
 def _image_chunks(target: Tensor) -> list[slice]:
     """Split the images of a batch into chunks of limited numbers of pixels, at least one chunk."""
-    step = max(1, PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.shape[1:].numel())
+    step = max(
+        1,
+        PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.shape[1:].numel(),
+    )
     return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
 
 
 def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool) -> Counts:
     sites, images, classes, *grid = logits.shape
-    size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
-    valid, labels = target != IGNORE_INDEX, target.long()
+    size = tuple(target.shape[1:])
+    tokens = grid[0] * grid[1]
+    valid = target != IGNORE_INDEX
+    labels = target.long()
     token = _token_of_pixel(view, tuple(grid), size, target.device)
     labelled = _histogram(labels.where(valid, classes), valid, classes)
     patch_valid = _histogram(token.expand_as(target), valid, tokens)
@@ -102,10 +113,14 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
 
 
 @lru_cache(maxsize=64)
-def _token_of_pixel(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+def _token_of_pixel(
+    view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device
+) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
     row, column = view.token_of_pixel(grid, size)
-    token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1])
+    token = torch.where(
+        (row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1]
+    )
     return token.to(device)
 
 
@@ -114,15 +129,21 @@ def _count_predictions(
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T], in chunks of maps."""
     (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
-    grids, tokens = sites * images, grid[0] * grid[1]
+    grids = sites * images
+    tokens = grid[0] * grid[1]
     number = torch.arange(grids, device=labels.device)
-    intersection, predicted, patch_right = (labels.new_empty(grids, n) for n in (classes, classes, tokens))
-    step = max(1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel())
+    intersection, predicted, patch_right = (
+        labels.new_empty(grids, n) for n in (classes, classes, tokens)
+    )
+    step = max(
+        1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel()
+    )
     for first in range(0, grids, step):
         chunk = slice(first, first + step)
         image = number[chunk] % images
         best = upsampled_argmax(logits.flatten(0, 1)[chunk], size, view).long()
-        label, counted = labels[image], valid[image]
+        label = labels[image]
+        counted = valid[image]
         right = (best == label) & counted
         intersection[chunk] = _histogram(best, right, classes)
         predicted[chunk] = _histogram(best, counted, classes)
@@ -144,7 +165,9 @@ def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(1, values.flatten(1), counted.flatten(1).long())[:, :bins]
 
 
-def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
+def patch_labels(
+    target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement | None = None
+) -> Tensor:
     """Return the majority class of the labelled pixels under each token, i64[B, T]; -1 if none is labelled.
 
     Args:
@@ -160,8 +183,11 @@ def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], view: Grid
     return labels
 
 
-def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement) -> Tensor:
-    images, tokens = len(target), grid[0] * grid[1]
+def _patch_labels(
+    target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement
+) -> Tensor:
+    images = len(target)
+    tokens = grid[0] * grid[1]
     token = _token_of_pixel(view, grid, tuple(target.shape[1:]), target.device)
     label = torch.where(target == IGNORE_INDEX, classes, target.long())
     image = torch.arange(images, device=target.device).view(-1, 1, 1)
@@ -183,7 +209,8 @@ class Scores(NamedTuple):
 def scores(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Scores:
     """Return the scores from counts summed over images, [..., K]; mIoU is the mean over classes that occur."""
     intersection, predicted, labelled = (x.double() for x in (intersection, predicted, labelled))
-    iou = intersection / (predicted + labelled - intersection)  # 0 / 0 = NaN: neither labelled nor predicted
+    # 0 / 0 = NaN: neither labelled nor predicted
+    iou = intersection / (predicted + labelled - intersection)
     return Scores(iou.nanmean(-1), intersection.sum(-1) / labelled.sum(-1), iou)
 
 
@@ -199,8 +226,13 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
     `final_norm` is reported beside the peak: the paper does not say whether its last layer is normalised.
     """
     peak = peak_layer(miou)
-    encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
-    minus = lambda a, b: None if a is None or b is None else a - b
+    encoder = miou.get(ENCODER)
+    adapter = miou.get(ADAPTER)
+    best = miou.get(peak)
+
+    def minus(a, b):
+        return None if a is None or b is None else a - b
+
     return {
         "encoder": encoder,
         "adapter": adapter,

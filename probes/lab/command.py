@@ -34,22 +34,30 @@ def run(args: argparse.Namespace) -> None:
         # In a thread that ends. If this one computed, OpenMP would keep threads for it beside those of the worker, and
         # with more threads than cores they no longer spin: a stroke of the lab's brush took twice as long.
         with ThreadPoolExecutor(1) as pool:
-            load = lambda: load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs)
+
+            def load():
+                return load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs)
+
             session = Session(pool.submit(load).result(), args.save)
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()
         token = secrets.token_urlsafe(24)
-        server = build_server(session, Worker(), token, {"localhost", host.lower(), (args.host or host).lower()})
+        server = build_server(
+            session, Worker(), token, {"localhost", host.lower(), (args.host or host).lower()}
+        )
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
-        with suppress(KeyboardInterrupt):  # not raised where a script starts the lab in the background
+        # not raised where a script starts the lab in the background
+        with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
         # At once: a forward may run, and the interpreter takes seconds to free its modules. No file is open.
         print("probes: the lab has ended", file=sys.stderr, flush=True)
         os._exit(130)
 
 
-def build_server(session: "Session", worker: "Worker", token: str, hosts: set[str]) -> "uvicorn.Server":
+def build_server(
+    session: "Session", worker: "Worker", token: str, hosts: set[str]
+) -> "uvicorn.Server":
     """Return the server of a session, for requests with the token to these hosts."""
     import uvicorn
 
@@ -80,4 +88,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen at {host}, port {port} ({reason}); choose another --port or --host") from None
+        raise UserError(
+            f"cannot listen at {host}, port {port} ({reason}); choose another --port or --host"
+        ) from None

@@ -10,7 +10,8 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADERS_S = 10  # for headers to arrive; a browser closes and reopens the connections that it opens in advance
+# for headers to arrive; a browser closes and reopens the connections that it opens in advance
+HEADERS_S = 10
 MAX_CONNECTIONS = 200  # a browser opens six per tab
 MAX_WAITING = MAX_CONNECTIONS // 2  # for headers; the rest is for those who have the token
 
@@ -47,7 +48,9 @@ class LabProtocol(H11Protocol):
             waiting = [other for other in self.connections if other._deadline is not None]
             if len(waiting) > MAX_WAITING:
                 clients = Counter(other._address for other in waiting)
-                min(waiting, key=lambda other: (-clients[other._address], other._deadline.when()))._give_up()
+                min(
+                    waiting, key=lambda other: (-clients[other._address], other._deadline.when())
+                )._give_up()
 
     def _remove_deadline(self) -> None:
         if self._deadline is not None:

@@ -112,12 +112,23 @@ def load_runs(paths: Sequence[str]) -> list[LabModel]:
     runs = [ProbeRun(path) for path in paths]
     for run in runs[1:]:
         runs[0].check_same_images(run, "; open them in two labs")
-        for key, values in (("sites", (runs[0].sites, run.sites)), ("grid", _values("grid", runs[0], run))):
+        for key, values in (
+            ("sites", (runs[0].sites, run.sites)),
+            ("grid", _values("grid", runs[0], run)),
+        ):
             if values[0] != values[1]:
-                raise UserError(f"{runs[0].path} and {run.path} have different {key}; open them in two labs")
+                raise UserError(
+                    f"{runs[0].path} and {run.path} have different {key}; open them in two labs"
+                )
     kinds = [run.metrics["image_attention"] if run.has_llm else ENCODER for run in runs]
-    names = [kind + (", untrained" if run.metrics["untrained"] else "") for kind, run in zip(kinds, runs, strict=True)]
-    labels = [f"{name}, {run.path}" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+    names = [
+        kind + (", untrained" if run.metrics["untrained"] else "")
+        for kind, run in zip(kinds, runs, strict=True)
+    ]
+    labels = [
+        f"{name}, {run.path}" if names.count(name) > 1 else name
+        for name, run in zip(names, runs, strict=True)
+    ]
     models = []
     for label, run in zip(labels, runs, strict=True):
         mllm = run.mllm()
@@ -153,10 +164,16 @@ def example_questions(model: LabModel, count: int = 3) -> list[str]:
     if model.run is None or model.cannot_answer:
         return []
     try:
-        records = json.loads((Path(model.run.manifest["data"]["root"]).parent / "questions.json").read_text())
-        asked = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in records[:1000]]
+        records = json.loads(
+            (Path(model.run.manifest["data"]["root"]).parent / "questions.json").read_text()
+        )
+        asked = [
+            record["conversations"][0]["value"].replace("<image>", "").strip()
+            for record in records[:1000]
+        ]
         return list(dict.fromkeys(asked))[:count]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the lab does without them
+    # the lab does without them
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
 
@@ -164,4 +181,6 @@ def check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None
     """Raise a UserError if a patch is not in the model's grid."""
     tokens = model.mllm.grid[0] * model.mllm.grid[1]
     if max(patches, default=0) >= tokens:
-        raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
+        raise UserError(
+            f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0"
+        )

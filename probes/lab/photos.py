@@ -36,18 +36,32 @@ class Photo:
     truth: tuple[int, ...] | None = None  # majority class of each patch, -1 if unlabelled
 
     @classmethod
-    def from_image(cls, image: Image.Image, name: str, geometries: Sequence[Geometry], **more: Any) -> "Photo":
+    def from_image(
+        cls, image: Image.Image, name: str, geometries: Sequence[Geometry], **more: Any
+    ) -> "Photo":
         """Return an RGB image as a photo. Placing a square again does not change it, so that models can be asked it."""
         preview = image.copy()
         preview.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
-        return cls(name, image.size, preview, tuple(geometry.place(image) for geometry in geometries), **more)
+        return cls(
+            name,
+            image.size,
+            preview,
+            tuple(geometry.place(image) for geometry in geometries),
+            **more,
+        )
 
     def describe(self, geometry: Geometry) -> dict[str, Any]:
         """Return name, size, labels and the place of the grid, in the photo and in the model's square, for the page."""
         width, height = self.size
         square = (geometry.image_px, geometry.image_px)
         boxes = [grid_box(geometry.view(size), size) for size in ((height, width), square)]
-        described = {"name": self.name, "width": width, "height": height, "box": boxes[0], "square_box": boxes[1]}
+        described = {
+            "name": self.name,
+            "width": width,
+            "height": height,
+            "box": boxes[0],
+            "square_box": boxes[1],
+        }
         return described | {"truth": self.truth}
 
 
@@ -60,7 +74,8 @@ class Photos:
     """
 
     def __init__(self, geometries: Sequence[Geometry], dataset: Any = None):
-        self.geometries, self.dataset = list(geometries), dataset
+        self.geometries = list(geometries)
+        self.dataset = dataset
         self._photos: OrderedDict[str, Photo] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -88,15 +103,22 @@ class Photos:
                 return self._photos[key]
         kind, _, index = key.partition(":")
         if kind == "upload":
-            raise UserError("the server has dropped this photo; drop the same file again to restore the view")
+            raise UserError(
+                "the server has dropped this photo; drop the same file again to restore the view"
+            )
         count = 0 if self.dataset is None else len(self.dataset)
         if int(index) >= count:
-            raise UserError(f"photo {index} of the validation split does not exist; it has {count} images")
-        sample, geometry = self.dataset[int(index)], self.geometries[0]
+            raise UserError(
+                f"photo {index} of the validation split does not exist; it has {count} images"
+            )
+        sample = self.dataset[int(index)]
+        geometry = self.geometries[0]
         target = torch.from_numpy(sample["target"])[None]
         view = geometry.view(sample["target"].shape)
         truth = patch_labels(target, len(self.dataset.classes), geometry.grid, view=view)[0]
-        photo = Photo.from_image(sample["image"], sample["name"], self.geometries, truth=tuple(truth.tolist()))
+        photo = Photo.from_image(
+            sample["image"], sample["name"], self.geometries, truth=tuple(truth.tolist())
+        )
         self._keep(key, photo)
         return photo
 

@@ -16,9 +16,13 @@ Number = Annotated[int, Field(ge=1, le=2**31)]
 PhotoKey = Annotated[str, Field(pattern=r"^(split:(0|[1-9][0-9]{0,8})|upload:[0-9a-f]{64})$")]
 Site = Annotated[str, Field(max_length=32)]
 Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_GRID_SIDE**2)]
-Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers
-Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
-MAX_CONCEPTS, MAX_PAINTED = 20, 32  # concepts, and photos whose states are read for a stroke
+# more than any LLM's layers
+Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]
+# far beyond VQA; the LLM's positions bound it, too
+Text = Annotated[str, Field(min_length=1, max_length=4000)]
+# concepts, and photos whose states are read for a stroke
+MAX_CONCEPTS = 20
+MAX_PAINTED = 32
 MAX_PAINTED_PATCHES = 10_000  # of all photos; far beyond what is painted by hand
 MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
@@ -57,7 +61,10 @@ class PaintedPhoto(_Request):
 class Painting(_Request):
     """Concepts that are painted on patches of photos; with `rest`, all other patches of these photos are background."""
 
-    concepts: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=60)], ...], Field(max_length=MAX_CONCEPTS)]
+    concepts: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=60)], ...],
+        Field(max_length=MAX_CONCEPTS),
+    ]
     photos: Annotated[tuple[PaintedPhoto, ...], Field(min_length=1, max_length=MAX_PAINTED)]
     rest: bool = False
 
@@ -69,10 +76,15 @@ class Painting(_Request):
             raise ValueError("a photo is listed twice")
         for photo in self.photos:
             if len(photo.patches) != len(self.concepts):
-                raise ValueError(f"{len(photo.patches)} lists of patches for {len(self.concepts)} concepts")
+                raise ValueError(
+                    f"{len(photo.patches)} lists of patches for {len(self.concepts)} concepts"
+                )
             if len(set().union(*photo.patches)) < sum(map(len, photo.patches)):
                 raise ValueError("a patch is painted twice")
-        if sum(len(patches) for photo in self.photos for patches in photo.patches) > MAX_PAINTED_PATCHES:
+        if (
+            sum(len(patches) for photo in self.photos for patches in photo.patches)
+            > MAX_PAINTED_PATCHES
+        ):
             raise ValueError(f"more than {MAX_PAINTED_PATCHES} patches are painted")
         return self
 

@@ -51,7 +51,8 @@ from .worker import Job, Worker
 MAX_PHOTO_BYTES = 64 << 20  # a 50-megapixel JPEG of a camera has about 30 MB
 MAX_JSON_BYTES = 1 << 20  # 128 x 128 patch numbers have 100 KB
 BODY_S = 60  # for a body to arrive, so that slow clients do not hold connections
-READ_LIMITS = 4  # of a body's limit are read before it is refused: closing while a client still sends loses the answer
+# of a body's limit are read before it is refused: closing while a client still sends loses the answer
+READ_LIMITS = 4
 OPERATIONS: dict[str, type[View]] = {
     "read": View,
     "words_of_patch": PatchWords,
@@ -79,7 +80,9 @@ class Guard:
     """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
 
     def __init__(self, app: ASGIApp, token: str, hosts: set[str]):
-        self.app, self.token, self.hosts = app, token, hosts
+        self.app = app
+        self.token = token
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -88,7 +91,9 @@ class Guard:
         request = Request(scope)
         refusal = self._refusal(request)
         if refusal:
-            return await JSONResponse({"error": refusal}, 403, {"Connection": "close"})(scope, receive, send)
+            return await JSONResponse({"error": refusal}, 403, {"Connection": "close"})(
+                scope, receive, send
+            )
         if request.url.path == "/" and "token" in request.query_params:
             response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
             response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
@@ -104,7 +109,10 @@ class Guard:
             return "requests of other sites are refused"
         # Another site's link may open the page, which it cannot read; that the token goes with it is checked below.
         opens_page = request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
-        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opens_page:
+        if (
+            request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+            and not opens_page
+        ):
             return "requests of other sites are refused"
         given = request.query_params.get("token") if request.url.path == "/" else None
         if given is None:
@@ -136,21 +144,32 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
         nonce = secrets.token_urlsafe(16)
         policy = f"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'nonce-{nonce}'; "
         policy += f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        text = await run_in_threadpool(render, "lab/lab.html.j2", data=session.describe(), nonce=nonce)
-        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        text = await run_in_threadpool(
+            render, "lab/lab.html.j2", data=session.describe(), nonce=nonce
+        )
+        headers = {
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
         return Response(text, media_type="text/html", headers=headers)
 
     async def add_photo(request: Request) -> Response:
         key = request.query_params.get("key")
         if key is None:
             content = await read_body(request, MAX_PHOTO_BYTES)
-            key = await run_in_threadpool(session.photos.add, content, request.query_params.get("name", "")[:200])
+            key = await run_in_threadpool(
+                session.photos.add, content, request.query_params.get("name", "")[:200]
+            )
         photo = await run_in_threadpool(session.photos.get, check_key(key))
         return JSONResponse({"key": key, **photo.describe(session.models[0].mllm.geometry)})
 
     async def show_picture(request: Request) -> Response:
-        photo = await run_in_threadpool(session.photos.get, check_key(request.query_params.get("photo", "")))
-        model, square = request.query_params.get("model", "0"), "square" in request.query_params
+        photo = await run_in_threadpool(
+            session.photos.get, check_key(request.query_params.get("photo", ""))
+        )
+        model = request.query_params.get("model", "0")
+        square = "square" in request.query_params
         if model not in map(str, range(len(session.models))):
             raise UserError(f"model {model[:20]!r} does not exist")
         image, kind = (photo.squares[int(model)], "PNG") if square else (photo.preview, "JPEG")
@@ -163,7 +182,9 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
     async def run_operation(request: Request) -> Response:
         name = request.path_params["operation"]
         if name not in OPERATIONS:
-            raise Refused(404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}")
+            raise Refused(
+                404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}"
+            )
         parsed = parse_request(OPERATIONS[name], await read_body(request, MAX_JSON_BYTES))
         job = worker.submit(lambda job: getattr(session, name)(parsed, job))
         if job is None:
@@ -176,7 +197,9 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
 
     def fail(request: Request, error: Exception) -> Response:
         traceback.print_exception(error)
-        return JSONResponse({"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}, 500)
+        return JSONResponse(
+            {"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}, 500
+        )
 
     routes = [
         Route("/", show_page),
@@ -184,7 +207,12 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
         Route("/photo", add_photo, methods=["POST"]),
         Route("/run/{operation}", run_operation, methods=["POST"]),
     ]
-    handlers: dict[Any, Any] = {UserError: refuse, Refused: refuse, ClientDisconnect: refuse, Exception: fail}
+    handlers: dict[Any, Any] = {
+        UserError: refuse,
+        Refused: refuse,
+        ClientDisconnect: refuse,
+        Exception: fail,
+    }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts)
 
 
@@ -198,7 +226,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length[:20]) > READ_LIMITS * limit:
         raise too_long
-    body, size = bytearray(), 0
+    body = bytearray()
+    size = 0
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():

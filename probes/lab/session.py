@@ -52,7 +52,9 @@ from .snippet import write_snippet
 from .teacher import Teacher
 from .worker import Job
 
-TOP_CLASSES, TOP_WORDS = 3, 3  # per patch, as `probes explore` shows by default
+# per patch, as `probes explore` shows by default
+TOP_CLASSES = 3
+TOP_WORDS = 3
 STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
 
 
@@ -65,13 +67,15 @@ class Session:
     """
 
     def __init__(self, models: list[LabModel], saved: str | Path = "runs/lab"):
-        self.models, self.saved = models, Path(saved)
+        self.models = models
+        self.saved = Path(saved)
         dataset, self.palette, self.no_split = open_split(models[0])
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
         self.teacher = Teacher(models, self.photos, self._read_states)
         self.concept_palette = palette_of(SimpleNamespace(classes=range(MAX_CONCEPTS + 1))).tolist()
-        self.key = secrets.token_hex(8)  # of what the page keeps: a later lab has other photos under the same keys
+        # of what the page keeps: a later lab has other photos under the same keys
+        self.key = secrets.token_hex(8)
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page is drawn from."""
@@ -92,35 +96,57 @@ class Session:
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
-        states, heads = self._read_states(request, job), self._heads(request, job)
+        states = self._read_states(request, job)
+        heads = self._heads(request, job)
         if not heads:
             return {"classes": None}
         paint = request.painting
-        count = len(self._model(request).classes) if paint is None else len(paint.concepts) + paint.rest
+        count = (
+            len(self._model(request).classes) if paint is None else len(paint.concepts) + paint.rest
+        )
         classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, count))
-        return {"classes": _pack(classes[0], np.uint8), "probabilities": _pack(probabilities[0], np.float32)}
+        return {
+            "classes": _pack(classes[0], np.uint8),
+            "probabilities": _pack(probabilities[0], np.float32),
+        }
 
     def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
-        model, states = self._model(request), self._read_states(request, job)
+        model = self._model(request)
+        states = self._read_states(request, job)
         check_patches(model, [request.patch])
         if not model.word_sites:  # a run of the encoder's probe only
             return {"words": []}
-        return {"words": self._words(model, {s: states[s][:, [request.patch]] for s in model.word_sites})[0]}
+        return {
+            "words": self._words(
+                model, {s: states[s][:, [request.patch]] for s in model.word_sites}
+            )[0]
+        }
 
     def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the most probable words of each patch at a site."""
-        model, states = self._model(request), self._read_states(request, job)
+        model = self._model(request)
+        states = self._read_states(request, job)
         if request.site not in model.word_sites:
-            raise UserError(f"no words at {request.site!r}; expected one of {', '.join(model.word_sites)}")
-        return {"words": [patch[0] for patch in self._words(model, {request.site: states[request.site]})]}
+            raise UserError(
+                f"no words at {request.site!r}; expected one of {', '.join(model.word_sites)}"
+            )
+        return {
+            "words": [
+                patch[0] for patch in self._words(model, {request.site: states[request.site]})
+            ]
+        }
 
     def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
-        model, states = self._model(request), self._read_states(request, job)
+        model = self._model(request)
+        states = self._read_states(request, job)
         if request.site not in model.probes:
-            raise UserError(f"no probe at {request.site!r}; expected one of {', '.join(model.probes) or 'a probe run'}")
-        photo, logits = self.photos.get(request.photo), model.probes[request.site](states[request.site].float())
+            raise UserError(
+                f"no probe at {request.site!r}; expected one of {', '.join(model.probes) or 'a probe run'}"
+            )
+        photo = self.photos.get(request.photo)
+        logits = model.probes[request.site](states[request.site].float())
         width, height = photo.squares[request.model].size if request.square else photo.preview.size
         maps = logits.mT.unflatten(-1, model.mllm.grid)
         view = model.mllm.geometry.view((height, width))
@@ -133,54 +159,76 @@ class Session:
 
         Answers are reported while they grow.
         """
-        model, photo = self._model(request), self.photos.get(request.photo)
-        knockout, square = self._knockout(request), photo.squares[request.model]
+        model = self._model(request)
+        photo = self.photos.get(request.photo)
+        knockout = self._knockout(request)
+        square = photo.squares[request.model]
         pixels = model.mllm.preprocess([square])
 
         def answer(knockout: Knockout | None) -> dict[str, Any]:
-            report = lambda text: job.report({"text": text, "blocked": knockout is not None})
+            def report(text):
+                return job.report({"text": text, "blocked": knockout is not None})
+
             text = model.mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS, report)
             return {"answer": text, "tokens": split_answer(model, text)}
 
         def log_probability(knockout: Knockout | None) -> float | None:
             if not first["answer"]:
                 return None
-            return model.mllm.answer_log_probs(pixels, [request.question], [first["answer"]], knockout).item()
+            return model.mllm.answer_log_probs(
+                pixels, [request.question], [first["answer"]], knockout
+            ).item()
 
         with job.watched(model.mllm):
             first = answer(None)
             result = first | {"log_probability": log_probability(None)}
             if knockout is None:
                 return result
-            return result | {"blocked": answer(knockout) | {"log_probability": log_probability(knockout)}}
+            return result | {
+                "blocked": answer(knockout) | {"log_probability": log_probability(knockout)}
+            }
 
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
-        model, pixels = self._model(request), self._pixels(request)
+        model = self._model(request)
+        pixels = self._pixels(request)
         check_patches(model, [request.patch])
         with job.watched(model.mllm):
-            (weights,) = model.mllm.attention(pixels, [request.layer], self._knockout(request), average_heads=False)
-        rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
+            (weights,) = model.mllm.attention(
+                pixels, [request.layer], self._knockout(request), average_heads=False
+            )
+        rows = weights[0][:, request.patch]
+        columns = weights[0][:, :, request.patch]
         return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
 
     def answer_attention(self, request: AnswerAttention, job: Job) -> dict[str, Any]:
         """Return the attention of a token of an answer to all patches in a layer, f32[A, T], and the token's text."""
-        model, pixels, tokens = self._model(request), self._pixels(request), []
+        model = self._model(request)
+        pixels = self._pixels(request)
+        tokens = []
         if request.answer.strip():
             tokens = split_answer(model, request.answer)
         if request.token >= len(tokens):
-            raise UserError(f"token {request.token} does not exist; the answer has {len(tokens)}, counted from 0")
+            raise UserError(
+                f"token {request.token} does not exist; the answer has {len(tokens)}, counted from 0"
+            )
         with job.watched(model.mllm):
             weights = model.mllm.answer_attention(
                 pixels, request.question, request.answer, [request.layer], self._knockout(request)
             )
-        return {"to": _pack(weights[0, :, request.token], np.float32), "token": tokens[request.token]}
+        return {
+            "to": _pack(weights[0, :, request.token], np.float32),
+            "token": tokens[request.token],
+        }
 
     def snippet(self, request: Export, job: Job) -> dict[str, Any]:
         """Return Python code that reproduces the view."""
         self._check_intervention(request)
         keys = [request.photo]
-        if isinstance(request.intervention, Replace) and request.intervention.by not in ("mean", "other_mask"):
+        if isinstance(request.intervention, Replace) and request.intervention.by not in (
+            "mean",
+            "other_mask",
+        ):
             keys.append(request.intervention.by)
         if request.painting is not None:
             self.teacher.paint(request)  # checks it
@@ -202,18 +250,28 @@ class Session:
         folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
         command = shlex.join(["probes", "study", str(self.models[0].checkpoint), str(folder)])
         command += f" --out {shlex.quote(f'runs/{folder.name}')}"
-        return {"folder": str(folder), "command": command, "photos": len(photos), "folders": list_folders(self.saved)}
+        return {
+            "folder": str(folder),
+            "command": command,
+            "photos": len(photos),
+            "folders": list_folders(self.saved),
+        }
 
     def open(self, request: Open, job: Job) -> dict[str, Any]:
         """Return the painting in a data folder, with the names of its photos, which are kept as if uploaded."""
         concepts, painted = read_folder(self.saved, request.folder, self.models[0].mllm.geometry)
-        photos = [(self.photos.add(file.read_bytes(), file.name), file.name, patches) for file, patches in painted]
+        photos = [
+            (self.photos.add(file.read_bytes(), file.name), file.name, patches)
+            for file, patches in painted
+        ]
         return {"concepts": concepts, "photos": photos}
 
     # ----------------------------------------------------------------------------------------------- parts
     def _model(self, request: View) -> LabModel:
         if request.model >= len(self.models):
-            raise UserError(f"model {request.model} does not exist; this lab has {len(self.models)}")
+            raise UserError(
+                f"model {request.model} does not exist; this lab has {len(self.models)}"
+            )
         return self.models[request.model]
 
     def _square(self, request: View, photo: str | None = None) -> Image.Image:
@@ -228,18 +286,24 @@ class Session:
         if request.painting is None:
             return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
         probes = self.teacher.probes(request, job)
-        return {site: lambda states, site=site: probes.logits(states.cpu(), site) for site in model.sites}
+        return {
+            site: lambda states, site=site: probes.logits(states.cpu(), site)
+            for site in model.sites
+        }
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
         view = View(photo=request.photo, model=request.model, intervention=request.intervention)
         if view not in self._states:
-            model, pixels = self._model(request), self._pixels(request)
+            model = self._model(request)
+            pixels = self._pixels(request)
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
                 knockout = None if hooks else self._knockout(request)
                 unchanged = self._states.get(view.model_copy(update={"intervention": None}))
-                states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks, known=unchanged)
+                states = model.mllm.states(
+                    pixels, model.sites, knockout, hooks=hooks, known=unchanged
+                )
                 self._states[view] = states
         self._states.move_to_end(view)
         size = sum(state.nbytes for states in self._states.values() for state in states.values())
@@ -252,40 +316,59 @@ class Session:
         if request.intervention is None:
             return None
         if isinstance(request.intervention, Replace):
-            raise UserError("answers and attention are read under blocked patches only, not under replaced states")
+            raise UserError(
+                "answers and attention are read under blocked patches only, not under replaced states"
+            )
         return knockout_of(self._model(request), request.intervention)
 
     def _hooks(self, request: View) -> dict[str, Replacement]:
         """Return the hook that replaces states; {} for a request without one."""
-        model, change = self._model(request), request.intervention
+        model = self._model(request)
+        change = request.intervention
         if not isinstance(change, Replace):
             return {}
-        patches, site = _as_mask(model, change.patches).to(model.mllm.device), change.site
+        patches = _as_mask(model, change.patches).to(model.mllm.device)
+        site = change.site
         if change.by == "mean":
-            new = lambda states: states.mean(1, keepdim=True)
+
+            def new(states):
+                return states.mean(1, keepdim=True)
         else:
             own = change.by == "other_mask"
             if own and model.other_mask is None:
-                raise UserError("a vision encoder without an LLM has no other mask; replace by the mean or a photo's")
+                raise UserError(
+                    "a vision encoder without an LLM has no other mask; replace by the mean or a photo's"
+                )
             mllm = model.mllm.with_attention(model.other_mask) if own else model.mllm
             other = mllm.states(self._pixels(request, None if own else change.by), [site])[site]
-            new = lambda states: other
+
+            def new(states):
+                return other
+
         return {site: lambda states: torch.where(patches[:, None], new(states), states)}
 
     def _check_intervention(self, request: View) -> None:
-        change, model = request.intervention, self._model(request)
+        change = request.intervention
+        model = self._model(request)
         if isinstance(change, Block):
             knockout_of(model, change)
         elif change is not None:
             _as_mask(model, change.patches)
 
-    def _words(self, model: LabModel, states: dict[str, Tensor]) -> list[list[list[tuple[str, float]]]]:
+    def _words(
+        self, model: LabModel, states: dict[str, Tensor]
+    ) -> list[list[list[tuple[str, float]]]]:
         """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
         heads = {site: partial(model.mllm.logit_lens, site=site) for site in states}
-        ids, probabilities = (part[0].permute(2, 1, 0).tolist() for part in most_probable(states, heads, TOP_WORDS))
+        ids, probabilities = (
+            part[0].permute(2, 1, 0).tolist() for part in most_probable(states, heads, TOP_WORDS)
+        )
         text: Callable[[int], str] = partial(token_text, model.tokenizer)
         return [
-            [[(text(i), p) for i, p in zip(*pair, strict=True)] for pair in zip(*patch, strict=True)]
+            [
+                [(text(i), p) for i, p in zip(*pair, strict=True)]
+                for pair in zip(*patch, strict=True)
+            ]
             for patch in zip(ids, probabilities, strict=True)
         ]
 
@@ -309,7 +392,9 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
 
 def split_answer(model: LabModel, answer: str) -> list[str]:
     """Return the part of an answer that each of its tokens adds; together they are the answer."""
-    tokenizer, parts, start = model.mllm.chat.tokenizer, [], 0
+    tokenizer = model.mllm.chat.tokenizer
+    parts = []
+    start = 0
     (ids,) = model.mllm.chat.answer_ids([answer]) if answer else ([],)
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count], skip_special_tokens=True).strip()

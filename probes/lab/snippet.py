@@ -65,8 +65,14 @@ def _teach(painting: Painting, names: dict[str, str]) -> list[str]:
         lines += _open(f"photo_{i}", photo.photo, names)
     for k, concept in enumerate(painting.concepts):
         # The first concept lists all photos, so that they have the lab's order, and with it the same folds.
-        pairs = [(i, photo.patches[k]) for i, photo in enumerate(painting.photos, 1) if photo.patches[k] or not k]
-        pairs = ", ".join(f"(photo_{i}, grid({', '.join(map(str, sorted(patches)))}))" for i, patches in pairs)
+        pairs = [
+            (i, photo.patches[k])
+            for i, photo in enumerate(painting.photos, 1)
+            if photo.patches[k] or not k
+        ]
+        pairs = ", ".join(
+            f"(photo_{i}, grid({', '.join(map(str, sorted(patches)))}))" for i, patches in pairs
+        )
         lines.append(f"{'    ' if k else 'painted = {'}{concept!r}: [{pairs}],")
     return [*lines, "}", f"taught = mllm.teach(painted, rest_is_background={painting.rest})"]
 
@@ -75,7 +81,9 @@ def _open(variable: str, photo: str, names: dict[str, str]) -> list[str]:
     kind, _, key = photo.partition(":")
     if kind == "split":
         return [f'{variable} = run.dataset()[{key}]["image"]']
-    return [f'{variable} = ImageOps.exif_transpose(Image.open({names[photo]!r})).convert("RGB")  # sha256 {key}']
+    return [
+        f'{variable} = ImageOps.exif_transpose(Image.open({names[photo]!r})).convert("RGB")  # sha256 {key}'
+    ]
 
 
 def _argument(change: Block | Replace | None) -> str:
@@ -92,11 +100,16 @@ def _change(model: LabModel, request: View, names: dict[str, str]) -> list[str]:
     lines = ["patches = torch.zeros(1, mllm.grid[0] * mllm.grid[1], dtype=torch.bool)"]
     lines.append(f"patches[0, {sorted(set(change.patches))}] = True")
     if isinstance(change, Block):
-        return [*lines, f"knockout = probes.Knockout(patches, layers={change.layers and list(change.layers)})"]
+        return [
+            *lines,
+            f"knockout = probes.Knockout(patches, layers={change.layers and list(change.layers)})",
+        ]
     new = "states.mean(1, keepdim=True)"
     site = repr(change.site)
     if change.by == "other_mask":
-        lines.append(f"other = mllm.with_attention({model.other_mask!r}).states(pixels, [{site}])[{site}]")
+        lines.append(
+            f"other = mllm.with_attention({model.other_mask!r}).states(pixels, [{site}])[{site}]"
+        )
         new = "other"
     elif change.by != "mean":
         lines += _open("other_image", change.by, names)

@@ -32,8 +32,15 @@ class Teacher:
         read_states: Returns the states f[1, T, d] of a view by site.
     """
 
-    def __init__(self, models: list[LabModel], photos: Photos, read_states: Callable[[View, Job], dict[str, Tensor]]):
-        self.models, self.photos, self._read_states = models, photos, read_states
+    def __init__(
+        self,
+        models: list[LabModel],
+        photos: Photos,
+        read_states: Callable[[View, Job], dict[str, Tensor]],
+    ):
+        self.models = models
+        self.photos = photos
+        self._read_states = read_states
         self._probes: OrderedDict[tuple[int, Painting], ConceptProbes] = OrderedDict()
 
     def paint(self, request: View) -> Paint:
@@ -42,7 +49,9 @@ class Teacher:
         Raises:
             UserError: A patch is not in the grid, or there are fewer than two concepts, or one has no patch.
         """
-        model, painting, grids = self.models[request.model], request.painting, []
+        model = self.models[request.model]
+        painting = request.painting
+        grids = []
         for photo in painting.photos:
             grid = torch.full((model.mllm.grid[0] * model.mllm.grid[1],), -1)
             for k, patches in enumerate(photo.patches):
@@ -55,7 +64,8 @@ class Teacher:
         """Return the probes of a painting, which do not depend on the intervention."""
         key = request.model, request.painting
         if key not in self._probes:
-            paint, grid = self.paint(request), self.models[request.model].mllm.grid
+            paint = self.paint(request)
+            grid = self.models[request.model].mllm.grid
             states = self._states(request.model_copy(update={"intervention": None}), paint, job)
             self._probes[key] = solve_concepts(states, paint, make_folds(paint, grid[1]), job.check)
             if len(self._probes) > KEPT:
@@ -77,17 +87,27 @@ class Teacher:
         curve = score_sites(probes, states)
         rows = curve[["score", "low", "high"]].to_numpy().tolist()
         scores = [[None if np.isnan(x) else x for x in row] for row in rows]
-        summary = {"chance": float(curve.chance[0]), "patches": len(probes.paint.patch), "note": describe_folds(probes)}
+        summary = {
+            "chance": float(curve.chance[0]),
+            "patches": len(probes.paint.patch),
+            "note": describe_folds(probes),
+        }
         return {"scores": scores, **summary}
 
     def _states(self, request: View, paint: Paint, job: Job) -> dict[str, Tensor]:
         """Return the states f[N, d] of the painted patches by site, of all photos under the intervention."""
-        views = [request.model_copy(update={"photo": photo.photo}) for photo in request.painting.photos]
+        views = [
+            request.model_copy(update={"photo": photo.photo}) for photo in request.painting.photos
+        ]
         return painted_states(paint, [self._read_states(view, job) for view in views])
 
     def _random_states(self, request: View, paint: Paint, job: Job) -> dict[str, Tensor]:
         """Return the states f[N, d] of the painted patches under a random LLM."""
         model = self.models[request.model]
-        squares = [self.photos.get(photo.photo).squares[request.model] for photo in request.painting.photos]
+        squares = [
+            self.photos.get(photo.photo).squares[request.model] for photo in request.painting.photos
+        ]
         with job.watched(model.mllm), random_layers(model.mllm, match_images=squares):
-            return painted_states(paint, [model.mllm.states(model.mllm.preprocess([x]), model.sites) for x in squares])
+            return painted_states(
+                paint, [model.mllm.states(model.mllm.preprocess([x]), model.sites) for x in squares]
+            )

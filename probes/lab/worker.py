@@ -25,9 +25,11 @@ class Job:
     """A request on its way through the worker; its events are dicts, the last one has "result" or "error"."""
 
     def __init__(self, work: Callable[["Job"], dict[str, Any]]):
-        self.work, self.cancelled = work, threading.Event()
+        self.work = work
+        self.cancelled = threading.Event()
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._loop, self._reported = asyncio.get_running_loop(), time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._reported = time.monotonic()
 
     def report(self, event: dict[str, Any]) -> None:
         """Send an event to the client, from any thread."""
@@ -96,5 +98,7 @@ class Worker:
                 self._current.report({"error": str(error)})
             except Exception as error:  # a bug or a lack of memory ends one request, not the server
                 traceback.print_exc(file=sys.stderr)
-                self._current.report({"error": f"{type(error).__name__}; the terminal of `probes lab` has details"})
+                self._current.report(
+                    {"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}
+                )
             self._current = None

@@ -42,9 +42,14 @@ class TextTree(NamedTuple):
     targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer p * A + a)
 
     @classmethod
-    def from_ids(cls, questions: Sequence[list[int]], answers: Sequence[list[int]] = ()) -> "TextTree":
+    def from_ids(
+        cls, questions: Sequence[list[int]], answers: Sequence[list[int]] = ()
+    ) -> "TextTree":
         """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run."""
-        ids, positions, ancestors, targets = [], [], [], []
+        ids = []
+        positions = []
+        ancestors = []
+        targets = []
 
         def grow(token: int, path: list[int]) -> list[int]:
             ids.append(token)
@@ -77,7 +82,11 @@ def check_family(family: Family, kind: str) -> None:
 
 
 def text_states(
-    mllm: nn.Module, pixels: Tensor, text: TextTree, knockout: Knockout | None, cache: DynamicCache | None = None
+    mllm: nn.Module,
+    pixels: Tensor,
+    text: TextTree,
+    knockout: Knockout | None,
+    cache: DynamicCache | None = None,
 ) -> Tensor:
     """Return the normed states f[B, Q, d] of text after the image, from one forward.
 
@@ -92,7 +101,9 @@ def text_states(
         UserError: The family or the attention backend is not supported, the text is too long, or the knockout is
             invalid.
     """
-    config, batch, tokens = mllm.model.config.get_text_config(), len(pixels), mllm.ids.shape[1]
+    config = mllm.model.config.get_text_config()
+    batch = len(pixels)
+    tokens = mllm.ids.shape[1]
     check_family(mllm.family, mllm.model.config.model_type)
     mllm.check_pixels(pixels)
     if tokens + int(text.positions.max()) >= config.max_position_embeddings:
@@ -101,19 +112,40 @@ def text_states(
             f"{config.max_position_embeddings} positions; shorten the text"
         )
     if mllm.model.config.image_token_id in text.ids:
-        raise UserError("a question or an answer contains the image's placeholder; remove it from the text")
-    masks = _append_text(mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None))
+        raise UserError(
+            "a question or an answer contains the image's placeholder; remove it from the text"
+        )
+    masks = _append_text(
+        mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None)
+    )
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
-    positions = torch.cat([torch.arange(tokens), tokens + text.positions]).to(mllm.device).expand(batch, -1)
-    is_image = torch.cat([mllm.is_image, torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)])
-    inputs = mllm.family.inputs(mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image.expand(batch, -1))
+    positions = (
+        torch.cat([torch.arange(tokens), tokens + text.positions]).to(mllm.device).expand(batch, -1)
+    )
+    is_image = torch.cat(
+        [mllm.is_image, torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)]
+    )
+    inputs = mllm.family.inputs(
+        mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image.expand(batch, -1)
+    )
     with ExitStack() as hooks:
         if knockout:
-            hooks.enter_context(knockout.apply(mllm.decoder.layers, masks, is_image, len(mllm.decoder.layers)))
-        replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks})
-        hooks.callback(mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
+            hooks.enter_context(
+                knockout.apply(mllm.decoder.layers, masks, is_image, len(mllm.decoder.layers))
+            )
+
+        def replace_mask(_, args, kwargs):
+            return (args, {**kwargs, "attention_mask": masks})
+
+        hooks.callback(
+            mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove
+        )
         output = mllm.model.model(
-            input_ids=ids, position_ids=positions, use_cache=cache is not None, **mllm.cached(cache), **inputs
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=cache is not None,
+            **mllm.cached(cache),
+            **inputs,
         )
     return output.last_hidden_state[:, tokens:]
 
@@ -121,10 +153,14 @@ def text_states(
 def _append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
     """Return the masks of prefix and image with rows and columns for the text, bool[B, 1, N + Q, N + Q]."""
     if isinstance(masks, dict):
-        return {k: _append_text(mask, text, window if k == SLIDING else None) for k, mask in masks.items()}
+        return {
+            k: _append_text(mask, text, window if k == SLIDING else None)
+            for k, mask in masks.items()
+        }
     if masks.dtype != torch.bool:
         raise UserError("answers need a boolean mask; use attn_implementation='sdpa'")
-    tokens, length = masks.shape[-1], len(text.ids)
+    tokens = masks.shape[-1]
+    length = len(text.ids)
     seen = torch.cat([torch.ones(length, tokens, dtype=torch.bool), text.visible], 1)
     if window:
         keys = torch.cat([torch.arange(tokens), tokens + text.positions])
@@ -136,7 +172,11 @@ def _append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
 
 @torch.no_grad()
 def score_answers(
-    mllm: nn.Module, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None
+    mllm: nn.Module,
+    pixels: Tensor,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    knockout: Knockout | None,
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
     check_is_list("questions", questions, "['What is it?']")
@@ -145,18 +185,27 @@ def score_answers(
         check_is_text("each question and answer", text)
     if not questions or not answers or not all(text.strip() for text in [*questions, *answers]):
         raise UserError("got no question or answer, or an empty one; expected lists of texts")
-    text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers))
+    text = TextTree.from_ids(
+        [*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers)
+    )
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
     states = text_states(mllm, pixels, text, knockout)[:, used.to(mllm.device)]
     log_probs = mllm.logit_lens(states, FINAL_NORM).float().log_softmax(-1).cpu()[:, row, ids]
-    scores = torch.zeros(len(pixels), len(questions) * len(answers)).index_add_(1, numbers, log_probs)
+    scores = torch.zeros(len(pixels), len(questions) * len(answers)).index_add_(
+        1, numbers, log_probs
+    )
     return scores.view(len(pixels), len(questions), len(answers))
 
 
 @torch.no_grad()
 def attend_from_answer(
-    mllm: nn.Module, pixels: Tensor, question: str, answer: str, layers: Sequence[int], knockout: Knockout | None
+    mllm: nn.Module,
+    pixels: Tensor,
+    question: str,
+    answer: str,
+    layers: Sequence[int],
+    knockout: Knockout | None,
 ) -> Tensor:
     """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
     check_is_text("question", question)
@@ -165,7 +214,8 @@ def attend_from_answer(
         raise UserError("the question or the answer is empty; expected texts")
     if len(pixels) != 1:
         raise UserError(f"got pixels of {len(pixels)} images; expected one image")
-    text, weights = TextTree.from_ids([mllm.chat.question_ids(question)], mllm.chat.answer_ids([answer])), {}
+    text = TextTree.from_ids([mllm.chat.question_ids(question)], mllm.chat.answer_ids([answer]))
+    weights = {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
     image = mllm.is_image.cpu().nonzero().flatten()
 
@@ -188,9 +238,13 @@ def generate_answer(
     on_token: Callable[[str], None] | None = None,
 ) -> str:
     """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
-    cache, answer, ids = DynamicCache(), [], mllm.chat.question_ids(question)
+    cache = DynamicCache()
+    answer = []
+    ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
-    room = mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
+    room = (
+        mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
+    )
     states = text_states(mllm, pixels, TextTree.from_ids([ids]), knockout, cache)
     for _ in range(min(max_new_tokens, room)):
         token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
@@ -200,5 +254,7 @@ def generate_answer(
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
         next_ids = torch.tensor([[token]], device=mllm.device)
-        states = mllm.decoder(input_ids=next_ids, use_cache=True, **mllm.cached(cache)).last_hidden_state
+        states = mllm.decoder(
+            input_ids=next_ids, use_cache=True, **mllm.cached(cache)
+        ).last_hidden_state
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -45,10 +45,14 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     if not isinstance(mask, Tensor):
-        raise UserError(f"attn_implementation={backend!r} has no mask as a tensor; use 'sdpa' or 'eager'")
+        raise UserError(
+            f"attn_implementation={backend!r} has no mask as a tensor; use 'sdpa' or 'eager'"
+        )
 
 
-def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
+def build_masks(
+    name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype
+) -> Masks:
     """Return the mask among prefix and image, bool[B, 1, N, N] (True = may attend), per kind of layer if several.
 
     Under eager attention the mask is additive, in `dtype`.
@@ -64,9 +68,14 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
             "use this model with its own attention and without knockouts"
         )
     if name in MIXED_MASKS and SLIDING not in kinds:
-        raise UserError(f"image_attention {name!r} needs sliding-window layers, which this model does not have")
+        raise UserError(
+            f"image_attention {name!r} needs sliding-window layers, which this model does not have"
+        )
     by_kind = MIXED_MASKS.get(name, {})
-    masks = {kind: build_mask(by_kind.get(kind, name), text_config, is_image, kind=kind, dtype=dtype) for kind in kinds}
+    masks = {
+        kind: build_mask(by_kind.get(kind, name), text_config, is_image, kind=kind, dtype=dtype)
+        for kind in kinds
+    }
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 

@@ -24,7 +24,9 @@ def softmax_attention(layer: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], None]) -> Iterator[None]:
+def capture_attention(
+    layers: nn.ModuleList, record: Callable[[int, Compute], None]
+) -> Iterator[None]:
     """Call record(layer 1..L, compute) for each decoder layer that runs while the context is open.
 
     `compute(image, queries)` returns the weights of some tokens of an image, f[A, q, N] in float32.
@@ -35,7 +37,9 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
     attention_modules = [softmax_attention(layer) for layer in layers]
     if None in attention_modules:
         without = attention_modules.index(None) + 1
-        raise UserError(f"attention cannot be read: layer {without} has linear attention, which has no weights")
+        raise UserError(
+            f"attention cannot be read: layer {without} has linear attention, which has no weights"
+        )
     layer_of = {module: i for i, module in enumerate(attention_modules, 1)}
     recorded = []
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -78,7 +82,8 @@ def read_attention(
     average_heads: bool,
 ) -> list[Tensor]:
     """Return attention weights among image tokens; see :meth:`FrozenModel.attention`."""
-    positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)  # from the end: prefix or not
+    # from the end: prefix or not
+    positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)
     weights: list[dict[int, Tensor]] = [{} for _ in queries]
 
     def record(layer: int, compute: Compute) -> None:

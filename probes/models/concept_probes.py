@@ -28,9 +28,11 @@ from probes.ops.lbfgs import minimise
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
-PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
+PATH_TOLERANCE = 1e-6
+TOLERANCE = 1e-7
 MEMORY = 12  # pairs of L-BFGS; in the coordinates of the patches' axes, 40 take as many steps
-DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
+# variance of a constant channel relative to its mean square, up to rounding of float32
+DEAD = 1e-12
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
 
 
@@ -85,7 +87,8 @@ class ConceptProbes:
     def left_out(self, states: Tensor, site: str) -> Tensor:
         """Return the concept i64[N] of each painted patch by the probe that has not seen it, from states f[N, d]."""
         fold = self.folds.of
-        weights, bias = self.weights[site][fold], self.bias[site][fold]
+        weights = self.weights[site][fold]
+        bias = self.bias[site][fold]
         return ((weights @ states.float()[..., None]).squeeze(-1) + bias).argmax(-1)
 
 
@@ -96,11 +99,14 @@ def make_folds(paint: Paint, photo_width: int) -> Folds:
         paint: The patches.
         photo_width: Columns of the grid.
     """
-    photos, concepts = int(paint.photo.max()) + 1, int(paint.concept.max()) + 1
+    photos = int(paint.photo.max()) + 1
+    concepts = int(paint.concept.max()) + 1
     shown = torch.zeros(photos, concepts, dtype=torch.bool)
     shown[paint.photo, paint.concept] = True
-    of, count = torch.full((photos,), -1), min(FOLDS, photos)
-    for k in shown.sum(0).argsort(stable=True).tolist():  # photos of the rarest concept go into different folds
+    of = torch.full((photos,), -1)
+    count = min(FOLDS, photos)
+    # photos of the rarest concept go into different folds
+    for k in shown.sum(0).argsort(stable=True).tolist():
         for photo in (shown[:, k] & (of < 0)).nonzero().flatten().tolist():
             with_k = [int((shown[:, k] & (of == fold)).sum()) for fold in range(count)]
             of[photo] = min(range(count), key=lambda fold: (with_k[fold], int((of == fold).sum())))
@@ -111,17 +117,24 @@ def make_folds(paint: Paint, photo_width: int) -> Folds:
     if count < 2:
         return Folds(None, False)
     fold = torch.empty_like(paint.concept)
-    row, column = paint.patch // photo_width, paint.patch % photo_width
-    for k, size in enumerate(sizes.tolist()):  # blocks: the patches of a concept, cut along their longer side
+    row = paint.patch // photo_width
+    column = paint.patch % photo_width
+    # blocks: the patches of a concept, cut along their longer side
+    for k, size in enumerate(sizes.tolist()):
         mine = (paint.concept == k).nonzero().flatten()
         longer, shorter = sorted((row[mine], column[mine]), key=lambda x: -int(x.max() - x.min()))
-        order = mine[(paint.photo[mine] * photo_width**2 * 4 + longer * photo_width * 2 + shorter).argsort()]
+        order = mine[
+            (paint.photo[mine] * photo_width**2 * 4 + longer * photo_width * 2 + shorter).argsort()
+        ]
         fold[order] = torch.arange(size) * count // size
     return Folds(fold, False)
 
 
 def solve_concepts(
-    states: Mapping[str, Tensor], paint: Paint, folds: Folds, check: Callable[[], None] = lambda: None
+    states: Mapping[str, Tensor],
+    paint: Paint,
+    folds: Folds,
+    check: Callable[[], None] = lambda: None,
 ) -> ConceptProbes:
     """Return the probes of all sites.
 
@@ -132,7 +145,8 @@ def solve_concepts(
         check: Called before each strength of a group of sites; an exception there ends the work.
     """
     result = ConceptProbes(paint, folds, {}, {}, {})
-    patches, width = len(paint.concept), max(x.shape[1] for x in states.values())
+    patches = len(paint.concept)
+    width = max(x.shape[1] for x in states.values())
     step = max(1, CHUNK_NUMEL // (patches * min(patches, width)))
     names = list(states)
     for start in range(0, len(names), step):
@@ -140,18 +154,25 @@ def solve_concepts(
     return result
 
 
-def _solve_sites(states: Mapping[str, Tensor], result: ConceptProbes, check: Callable[[], None]) -> None:
+def _solve_sites(
+    states: Mapping[str, Tensor], result: ConceptProbes, check: Callable[[], None]
+) -> None:
     """Add the probes of sites to the result."""
-    y, fold_of, sites = result.paint.concept, result.folds.of, len(states)
+    y = result.paint.concept
+    fold_of = result.folds.of
+    sites = len(states)
     scaled = [_Channels(x) for x in states.values()]
     tokens, to_weights = _coordinates([site.x for site in scaled])
     points = torch.zeros(sites, 0, int(y.max()) + 1, tokens.shape[2])  # [S, F, K, m + 1]
     best = torch.full((sites, 1), len(STRENGTHS) // 2)  # [S, F + 1], the last one of all patches
     start = points.new_zeros(sites, *points.shape[2:])
     if fold_of is not None:
-        paths, losses = _solve_path(tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None], check)
+        paths, losses = _solve_path(
+            tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None], check
+        )
         total = losses.sum(2, keepdim=True)
-        best = torch.cat([(total - losses).nan_to_num(torch.inf), total], 2).argmin(0)  # infinite where not solved
+        # infinite where not solved
+        best = torch.cat([(total - losses).nan_to_num(torch.inf), total], 2).argmin(0)
         points = paths[best[:, :-1], torch.arange(sites)[:, None], torch.arange(losses.shape[2])]
         start = paths[best[:, -1], torch.arange(sites)].mean(1)
     seen = torch.ones(1, len(y), dtype=torch.bool)
@@ -178,16 +199,20 @@ class _Channels:
 
 def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
     """Return coordinates f32[S, N, m + 1] along principal axes, the last one 1, and what maps weights of them to x."""
-    bases, coordinates = [], []
+    bases = []
+    coordinates = []
     for x in inputs:
-        basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)  # x = r^T basis^T
+        # x = r^T basis^T
+        basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)
         axes = torch.linalg.eigh(r @ r.T)[1]
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
     padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
-    return torch.cat([padded, ones], -1), lambda s, w: w[..., : bases[s].shape[1]] @ bases[s].to(w).T
+    return torch.cat(
+        [padded, ones], -1
+    ), lambda s, w: w[..., : bases[s].shape[1]] @ bases[s].to(w).T
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
@@ -196,7 +221,9 @@ def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
     return (of_concept / of_concept.sum(-1, keepdim=True).clamp(min=1)).mean(-2)
 
 
-def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def _solve_path(
+    tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
     A site ends at the first strength that is worse than the one before; later losses are infinite. Each problem starts
@@ -235,7 +262,8 @@ class _Problem:
     """
 
     def __init__(self, tokens: Tensor, y: Tensor, seen: Tensor, strengths: Tensor):
-        self.tokens, self.v = tokens, _concept_weights(y, seen)
+        self.tokens = tokens
+        self.v = _concept_weights(y, seen)
         self.one_hot = torch.nn.functional.one_hot(y).float()[:, None]  # [N, 1, K]
         self.ridge = strengths[:, None, None].repeat(1, 1, tokens.shape[2])
         self.ridge[..., -1] = 0  # of biases
@@ -244,9 +272,12 @@ class _Problem:
         """Return the minima f32[P, K, m + 1]."""
         concepts = self.one_hot.shape[-1]
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
-        curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
+        # at w = 0
+        curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
-        return minimise(self._value_and_gradient, start, scale, tolerance, pairs=deque(maxlen=MEMORY))[0]
+        return minimise(
+            self._value_and_gradient, start, scale, tolerance, pairs=deque(maxlen=MEMORY)
+        )[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""
@@ -256,7 +287,8 @@ class _Problem:
         x = self.tokens if len(rows) == len(self.tokens) else self.tokens[rows]
         w = points.new_zeros(len(rows) * folds, *points.shape[1:])
         w[at] = points
-        logits = (x @ w.view(len(rows), -1, w.shape[2]).mT).view(*x.shape[:2], folds, -1)  # [S, N, F, K]
+        # [S, N, F, K]
+        logits = (x @ w.view(len(rows), -1, w.shape[2]).mT).view(*x.shape[:2], folds, -1)
         log_p = logits.log_softmax(-1)
         value = -((log_p * self.one_hot).sum(-1) * self.v.T).sum(1).flatten()
         error = ((log_p.exp() - self.one_hot) * self.v.T[..., None]).flatten(2)

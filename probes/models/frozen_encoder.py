@@ -23,7 +23,9 @@ from .steering import Replacement, replaced_states
 BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
-def check_encoder(path: str, own: str, image_attention: str | None, prefix: str | None, backend: str) -> None:
+def check_encoder(
+    path: str, own: str, image_attention: str | None, prefix: str | None, backend: str
+) -> None:
     """Raise a UserError for settings that only an MLLM has, or an attention backend that ignores masks."""
     if image_attention not in (None, own):
         raise UserError(
@@ -35,7 +37,9 @@ def check_encoder(path: str, own: str, image_attention: str | None, prefix: str 
             f"{path} is a vision encoder without an LLM, so it has no text before the image; leave out prefix"
         )
     if backend not in BACKENDS:
-        raise UserError(f"attn_implementation {backend!r} ignores the masks of knockouts; use {' or '.join(BACKENDS)}")
+        raise UserError(
+            f"attn_implementation {backend!r} ignores the masks of knockouts; use {' or '.join(BACKENDS)}"
+        )
 
 
 class FrozenEncoder(FrozenModel):
@@ -105,7 +109,9 @@ class FrozenEncoder(FrozenModel):
             if knockout:
                 stack.enter_context(cut_attention(self, knockout, len(pixels)))
             input_site = self.layer_sites[0]
-            stack.enter_context(replaced_states(self.layers, hooks, self.image_positions, input_site))
+            stack.enter_context(
+                replaced_states(self.layers, hooks, self.image_positions, input_site)
+            )
             recorded = stack.enter_context(self._recorded(wanted))
             with suppress(StopForward):
                 self.model(**self.family.inputs(self.model.config, pixels))
@@ -137,7 +143,10 @@ class FrozenEncoder(FrozenModel):
             handle = self.layers[0].register_forward_pre_hook(before_layers, with_kwargs=True)
             stack.callback(handle.remove)
             for site, layer in zip(self.layer_sites[1:], self.layers, strict=True):
-                after = lambda module, args, output, site=site: record(site, output)
+
+                def after(module, args, output, site=site):
+                    return record(site, output)
+
                 stack.callback(layer.register_forward_hook(after).remove)
             yield states
 
@@ -166,7 +175,9 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
                 raise UserError(f"{type(layer).__name__} has no attention that a knockout can cut")
             mask = torch.where(in_rows[:, None, None, None], cut, allowed)
 
-            def replace_mask(module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask) -> tuple:
+            def replace_mask(
+                module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask
+            ) -> tuple:
                 return args[:1], kwargs | {"attention_mask": mask}
 
             handle = attention.register_forward_pre_hook(replace_mask, with_kwargs=True)

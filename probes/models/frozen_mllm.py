@@ -74,11 +74,17 @@ class FrozenMLLM(FrozenModel):
             UserError: The image's placeholder is one of them.
         """
         if self.model.config.image_token_id in prefix_ids:
-            raise UserError("the prefix contains the image's placeholder; give the text before the image only")
-        new = lambda ids: torch.tensor([ids], dtype=torch.long, device=self.device)
+            raise UserError(
+                "the prefix contains the image's placeholder; give the text before the image only"
+            )
+
+        def new(ids):
+            return torch.tensor([ids], dtype=torch.long, device=self.device)
+
         self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
         self.is_image = self.ids[0] == self.model.config.image_token_id
-        self.image_positions = self.is_image.nonzero().flatten()  # i64[T]; with these, no forward waits for the device
+        # i64[T]; with these, no forward waits for the device
+        self.image_positions = self.is_image.nonzero().flatten()
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
         self._prefix_weights: tuple = ()  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
@@ -151,7 +157,9 @@ class FrozenMLLM(FrozenModel):
             UserError: A site is unknown, or the knockout, a hook's states or the known ones do not fit the model.
         """
         wanted = self.check_sites(sites)
-        return read_states(self, pixels, wanted, knockout, rows, hooks or {}, known) if wanted else {}
+        return (
+            read_states(self, pixels, wanted, knockout, rows, hooks or {}, known) if wanted else {}
+        )
 
     forward = states
 
@@ -164,7 +172,9 @@ class FrozenMLLM(FrozenModel):
             UserError: The site is unknown, or "encoder", whose states are not in the LLM's space.
         """
         if site == ENCODER:
-            raise UserError(f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens")
+            raise UserError(
+                f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens"
+            )
         self.check_sites([site])
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
@@ -205,7 +215,8 @@ class FrozenMLLM(FrozenModel):
         check_is_text("question", question)
         images = self.preprocess(image)
         answers = [
-            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token) for pixels in images.split(1)
+            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token)
+            for pixels in images.split(1)
         ]
         return answers[0] if isinstance(image, str | Path | Image.Image) else answers
 
@@ -238,7 +249,11 @@ class FrozenMLLM(FrozenModel):
         return attend_from_answer(self, pixels, question, answer, layers, knockout)
 
     def answer_log_probs(
-        self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        knockout: Knockout | None = None,
     ) -> Tensor:
         """Return the log-probability of each answer to each question, f[B, P, A], on the CPU, from one forward.
 
@@ -263,9 +278,15 @@ class FrozenMLLM(FrozenModel):
         knockout raises a UserError.
         """
         text_config = self.model.config.get_text_config()
-        if self.image_attention == self.own_image_attention and knockout is None and not supports_masks(text_config):
+        if (
+            self.image_attention == self.own_image_attention
+            and knockout is None
+            and not supports_masks(text_config)
+        ):
             return None
-        return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
+        return build_masks(
+            self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
+        )
 
     def _shares_prefix(self, masks: Masks | None) -> bool:
         """Return True if the prefix does not attend to the image, and so is the same for all images."""
@@ -284,22 +305,40 @@ class FrozenMLLM(FrozenModel):
 
     def cached(self, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
         """Return the argument of a forward that passes a cache, which transformers renamed in 5.24."""
-        name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
+        name = (
+            "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
+        )
         return {name: cache}
 
     def prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
         weights = self.weights_key()
         if self._prefix_kv is None or weights != self._prefix_weights:
-            cache, prefix = DynamicCache(), self.prefix_ids.shape[1]
+            cache = DynamicCache()
+            prefix = self.prefix_ids.shape[1]
             if prefix:
-                masks, own = self.attention_masks(1), lambda mask: mask[:, :, :prefix, :prefix]
-                masks = {k: own(mask) for k, mask in masks.items()} if isinstance(masks, dict) else own(masks)
-                self.decoder(input_ids=self.prefix_ids, attention_mask=masks, use_cache=True, **self.cached(cache))
-            self._prefix_kv, self._prefix_weights = [(layer.keys, layer.values) for layer in cache.layers], weights
-        counts = [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
+                masks = self.attention_masks(1)
+                if isinstance(masks, dict):
+                    masks = {kind: mask[:, :, :prefix, :prefix] for kind, mask in masks.items()}
+                else:
+                    masks = masks[:, :, :prefix, :prefix]
+                self.decoder(
+                    input_ids=self.prefix_ids,
+                    attention_mask=masks,
+                    use_cache=True,
+                    **self.cached(cache),
+                )
+            self._prefix_kv = [(layer.keys, layer.values) for layer in cache.layers]
+            self._prefix_weights = weights
+        counts = (
+            [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
+        )
         pairs = zip(self._prefix_kv, counts, strict=True)
-        return DynamicCache(ddp_cache_data=[(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for (k, v), n in pairs])
+        return DynamicCache(
+            ddp_cache_data=[
+                (k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for (k, v), n in pairs
+            ]
+        )
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:

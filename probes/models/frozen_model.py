@@ -65,7 +65,8 @@ class FrozenModel(nn.Module):
         self.sites = family.sites(model.config)
         self.widths = family.widths(model.config)
         colour = tuple(int(255 * x) for x in image_processors[0].image_mean)
-        side, covered = family.side_px(model.config), family.covered_px(model.config)
+        side = family.side_px(model.config)
+        covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
 
     @property
@@ -95,7 +96,10 @@ class FrozenModel(nn.Module):
             UserError: There is no image, or one cannot be read.
         """
         squares = [self.geometry.place(image) for image in read_photos(images)]
-        pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
+        pixels = [
+            processor(squares, return_tensors="pt")["pixel_values"]
+            for processor in self.image_processors
+        ]
         return torch.cat(pixels, dim=1)
 
     def to_grid(self, states: Tensor) -> Tensor:
@@ -130,7 +134,10 @@ class FrozenModel(nn.Module):
         """
         layers = self._check_layers(layers)
         if queries is None:
-            queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
+            queries = [
+                (i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool))
+                for i in range(len(pixels))
+            ]
         return read_attention(self, pixels, layers, knockout, queries, average_heads)
 
     def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
@@ -156,7 +163,9 @@ class FrozenModel(nn.Module):
         expected = (3 * len(self.image_processors), self.geometry.image_px, self.geometry.image_px)
         if not isinstance(pixels, Tensor) or pixels.shape[1:] != expected or len(pixels) == 0:
             shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise UserError(f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}")
+            raise UserError(
+                f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}"
+            )
 
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
         """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
@@ -164,7 +173,9 @@ class FrozenModel(nn.Module):
             raise UserError(f"sites must be a list of names, got {sites!r}")
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
-            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
+            raise UserError(
+                f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}"
+            )
         return list(self.sites if sites is None else sites)
 
     def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
@@ -173,7 +184,9 @@ class FrozenModel(nn.Module):
             check_is_list("layers", layers, "[1, 2]")
         layers = list(range(1, len(self.layers) + 1) if layers is None else layers)
         if not layers:
-            raise UserError(f"got no layers; expected some of 1 to {len(self.layers)}, or None for all")
+            raise UserError(
+                f"got no layers; expected some of 1 to {len(self.layers)}, or None for all"
+            )
         self.check_sites([layer_site(layer) for layer in layers])
         return layers
 

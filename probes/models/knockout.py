@@ -51,14 +51,27 @@ class Knockout:
             UserError: `blocked` does not fit the mask, or a row would have no keys (a softmax over nothing attends to
                 all tokens, also later ones, or is NaN).
         """
-        images, tokens = mask.shape[0], int(is_image.sum())
+        images = mask.shape[0]
+        tokens = int(is_image.sum())
         given = self.blocked
-        if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape != (images, tokens):
-            got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"{type(given)}, no tensor"
-            raise UserError(f"blocked must be bool[{images}, {tokens}] (images, image tokens); got {got}")
+        if (
+            not isinstance(given, Tensor)
+            or given.dtype != torch.bool
+            or given.shape != (images, tokens)
+        ):
+            got = (
+                f"{given.dtype} {list(given.shape)}"
+                if isinstance(given, Tensor)
+                else f"{type(given)}, no tensor"
+            )
+            raise UserError(
+                f"blocked must be bool[{images}, {tokens}] (images, image tokens); got {got}"
+            )
         blocked = given.to(mask.device)
-        rows, columns = is_image[-mask.shape[-2] :].nonzero(), is_image.nonzero().flatten()
-        cut, forbidden = mask.clone(), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        rows = is_image[-mask.shape[-2] :].nonzero()
+        columns = is_image.nonzero().flatten()
+        cut = mask.clone()
+        forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(blocked[:, None], forbidden)
         left = is_allowed(cut[:, 0, rows.flatten()]).any(-1)
         if not left.all():
@@ -93,7 +106,9 @@ class Knockout:
         return _select_layers(self.layers, len(self.blocked), len(layers))
 
     @contextmanager
-    def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
+    def apply(
+        self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int
+    ) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
         `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
@@ -102,13 +117,16 @@ class Knockout:
             UserError: A layer is out of range.
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
-        images, replaced = len(as_list(masks)[0]), []
+        images = len(as_list(masks)[0])
+        replaced = []
         chosen = _select_layers(self.layers, images, len(layers))
-        in_all_rows, on_device = chosen.all(0).tolist(), chosen.to(as_list(masks)[0].device)
+        in_all_rows = chosen.all(0).tolist()
+        on_device = chosen.to(as_list(masks)[0].device)
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
 
         def replace(layer: int, kwargs: dict) -> dict:
-            given, rows = kwargs.get("attention_mask"), on_device[:, layer - 1, None, None, None]
+            given = kwargs.get("attention_mask")
+            rows = on_device[:, layer - 1, None, None, None]
             for mask, cut in cuts:
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
@@ -119,8 +137,15 @@ class Knockout:
         cut_layers = (chosen.any(0).nonzero().flatten() + 1).tolist()
         with ExitStack() as hooks:
             for layer in cut_layers:
-                hook = lambda _, args, kwargs, layer=layer: (args, replace(layer, kwargs))
-                hooks.callback(layers[layer - 1].self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+                def hook(_, args, kwargs, layer=layer):
+                    return (args, replace(layer, kwargs))
+
+                hooks.callback(
+                    layers[layer - 1]
+                    .self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+                    .remove
+                )
             yield
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
@@ -129,7 +154,11 @@ class Knockout:
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:
     """Return True if `given` is the mask on another device; a device map copies the inputs of layers."""
-    return isinstance(given, Tensor) and given.device != mask.device and torch.equal(given.to(mask.device), mask)
+    return (
+        isinstance(given, Tensor)
+        and given.device != mask.device
+        and torch.equal(given.to(mask.device), mask)
+    )
 
 
 def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int) -> Tensor:
@@ -144,5 +173,7 @@ def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int)
     check_is_list("layers of a knockout", chosen, "[1, 2]")
     for number in chosen:
         if isinstance(number, bool) or not 1 <= number <= count:
-            raise UserError(f"knockout layer {number} is out of range; this model has layers 1..{count}")
+            raise UserError(
+                f"knockout layer {number} is out of range; this model has layers 1..{count}"
+            )
     return torch.tensor([number in chosen for number in range(1, count + 1)]).expand(rows, count)

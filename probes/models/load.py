@@ -74,7 +74,8 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
-    hub = {"revision": resolve_revision(path, revision)}  # once, so that all files are of the same commit
+    # once, so that all files are of the same commit
+    hub = {"revision": resolve_revision(path, revision)}
     config = read_config(path, **hub)
     family = family_of(config)
     if image_px is not None:
@@ -91,7 +92,9 @@ def load(
     else:
         backend = attn_implementation or "sdpa"
         check_encoder(path, own, image_attention, prefix, backend)
-    model = load_weights("MLLM", family.model_cls, path, attn_implementation=backend, **options, **hub)
+    model = load_weights(
+        "MLLM", family.model_cls, path, attn_implementation=backend, **options, **hub
+    )
     processors, resize = read_image_processors(path, family, **hub)
     resize = image_resize or getattr(config, "image_resize", None) or resize
     commit = getattr(hub["revision"], "resolved", None)
@@ -99,7 +102,9 @@ def load(
         ids = read_prefix_ids(path, family, prefix, **hub)
         separator_id = read_separator_id(path, family, **hub)
         chat = partial(read_chat, path, family, **hub)
-        mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit, chat)
+        mllm = FrozenMLLM(
+            model, family, processors, ids, attention, resize, separator_id, commit, chat
+        )
     else:
         mllm = FrozenEncoder(model, family, processors, resize, commit)
     if device_map is None:

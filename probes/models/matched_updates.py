@@ -20,7 +20,8 @@ from .attention_weights import softmax_attention
 from .shared_layers import replaced_forward
 from .sites import layer_site
 
-MATCH_IMAGES = 32  # on other images of the toy world the updates then differ from the trained ones by up to 5%
+# on other images of the toy world the updates then differ from the trained ones by up to 5%
+MATCH_IMAGES = 32
 TOLERANCE = 1e-3  # relative; far below the difference between images
 STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
 
@@ -28,15 +29,21 @@ STEPS = 30  # an update is nearly proportional to its factor: two or three suffi
 def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
     """Return the relative update of each layer on images f[B, 3, H, W], from one forward."""
     states = mllm.states(pixels, mllm.layer_sites)
-    return [_relative_update(states[before], states[after]) for before, after in pairwise(mllm.layer_sites)]
+    return [
+        _relative_update(states[before], states[after])
+        for before, after in pairwise(mllm.layer_sites)
+    ]
 
 
 def _relative_update(before: Tensor, after: Tensor) -> float:
-    before, after = before.float(), after.float()
+    before = before.float()
+    after = after.float()
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
 
 
-def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], scales: list[float]) -> None:
+def match_updates(
+    mllm: nn.Module, pixels: Tensor, updates: Sequence[float], scales: list[float]
+) -> None:
     """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
 
     One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one. Its
@@ -46,7 +53,8 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
         UserError: An update cannot be reached.
     """
     together = copy(mllm)
-    together.prefix_is_shared = False  # cached keys and values of the prompt would be those of other factors
+    # cached keys and values of the prompt would be those of other factors
+    together.prefix_is_shared = False
     before = attended = None
 
     def states_of(hidden: Tensor | tuple) -> Tensor:
@@ -57,7 +65,9 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
         nonlocal attended
         attended = output
 
-    def match(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
+    def match(
+        layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple
+    ) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
             before = states_of(args or kwargs["hidden_states"])
@@ -70,7 +80,8 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
                 return output
             scales[layer] *= wanted / now
             with replaced_forward(_attention(module), lambda *args, **kwargs: attended):
-                output = module.forward(*args, **kwargs)  # without the hooks of the layer, this one among them
+                # without the hooks of the layer, this one among them
+                output = module.forward(*args, **kwargs)
         raise UserError(
             f"layer {layer + 1} of the random model changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
             "the updates of this family cannot be matched; use match: permuted"
@@ -78,8 +89,11 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
 
     with ExitStack() as hooks:
         for layer, module in enumerate(mllm.layers):
-            hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)  # before it is scaled
-            hooks.callback(module.register_forward_hook(partial(match, layer), with_kwargs=True).remove)
+            # before it is scaled
+            hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)
+            hooks.callback(
+                module.register_forward_hook(partial(match, layer), with_kwargs=True).remove
+            )
         together.states(pixels, [layer_site(len(updates))])
     mllm.clear_prefix_cache()
 
@@ -95,7 +109,9 @@ def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
     with ExitStack() as hooks:
         for layer, module in enumerate(mllm.layers):
             for branch in branch_outputs(module):
-                hooks.callback(branch.register_forward_hook(partial(_scaled_output, scales, layer)).remove)
+                hooks.callback(
+                    branch.register_forward_hook(partial(_scaled_output, scales, layer)).remove
+                )
         mllm.clear_prefix_cache()
         return hooks.pop_all()
 
@@ -113,13 +129,24 @@ def _attention(layer: nn.Module) -> nn.Module:
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:
     """Return the modules of a layer whose outputs are added to its input, for attention and for the MLP."""
     # Where the norm before the MLP has a name of its own, `post_attention_layernorm` follows attention.
-    after_attention = ("post_attention_layernorm",) if hasattr(layer, "pre_feedforward_layernorm") else ()
-    attention = ("post_self_attn_layernorm", *after_attention, "layer_scale1", "self_attn", "linear_attn")
+    after_attention = (
+        ("post_attention_layernorm",) if hasattr(layer, "pre_feedforward_layernorm") else ()
+    )
+    attention = (
+        "post_self_attn_layernorm",
+        *after_attention,
+        "layer_scale1",
+        "self_attn",
+        "linear_attn",
+    )
     attention += ("attention",)  # of a vision encoder; DINO scales both branches
     mlp = ("post_mlp_layernorm", "post_feedforward_layernorm", "layer_scale2", "mlp")
     outputs = [
-        next((getattr(layer, name) for name in names if hasattr(layer, name)), None) for names in (attention, mlp)
+        next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+        for names in (attention, mlp)
     ]
     if None in outputs:
-        raise UserError(f"{type(layer).__name__} has no known attention or MLP to scale; use match: permuted")
+        raise UserError(
+            f"{type(layer).__name__} has no known attention or MLP to scale; use match: permuted"
+        )
     return outputs

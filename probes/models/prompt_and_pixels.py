@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
@@ -23,7 +28,9 @@ from .families import EncoderFamily, Family
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 PROMPT_DATE = date(2025, 1, 1)
 # Replaces the function of templates with the date of the day: states would differ from day to day.
-_PARTS = "".join(f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS")
+_PARTS = "".join(
+    f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS"
+)
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}"
 
 
@@ -44,7 +51,9 @@ def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedC
         if vision is None and "vision_config" in config.sub_configs:
             raise UserError("it has no vision_config: this is a language model without an encoder")
         if config.model_type == "llava" and vision.model_type == "pixtral":
-            raise UserError("a llava with a Pixtral encoder has a token after each row of patches; it is not supported")
+            raise UserError(
+                "a llava with a Pixtral encoder has a token after each row of patches; it is not supported"
+            )
         # SigLIP has no CLS token, for which the other models of this class drop the first token.
         if vision is not None and vision.model_type.startswith("siglip"):
             if getattr(config, "vision_feature_select_strategy", "full") == "default":
@@ -103,7 +112,8 @@ def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub:
         return []
     if prefix is None:
         chat = read_chat(path, family, **hub)
-        prefix, tokenizer = _chat_before_image(chat) + family.image_start_text, chat.tokenizer
+        prefix = _chat_before_image(chat) + family.image_start_text
+        tokenizer = chat.tokenizer
         for token in re.findall(r"<[^<>]+>|\[IMG\w*\]", family.image_start_text):
             _token_id(path, tokenizer, token)
     else:
@@ -118,7 +128,9 @@ def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub:
 
 def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:
     """Return the id of the token after each row of image tokens, or None if the family has none."""
-    return family.row_separator and _token_id(path, read_tokenizer(path, **hub), family.row_separator)
+    return family.row_separator and _token_id(
+        path, read_tokenizer(path, **hub), family.row_separator
+    )
 
 
 class Chat(NamedTuple):
@@ -180,18 +192,24 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
         if isinstance(template, dict):  # named templates
             template = template.get("default")
     if template is None:
-        raise UserError(f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}")
+        raise UserError(
+            f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}"
+        )
     return Chat(path, tokenizer, template, family.placeholder)
 
 
 def _chat_before_image(chat: Chat) -> str:
     before, placeholder, _ = chat.render().partition(chat.placeholder)
     if not placeholder:
-        raise UserError(f"the chat template of {chat.path} has no {chat.placeholder} for an image; {PREFIX_ADVICE}")
+        raise UserError(
+            f"the chat template of {chat.path} has no {chat.placeholder} for an image; {PREFIX_ADVICE}"
+        )
     return before
 
 
 def _token_id(path: str, tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     if token not in tokenizer.get_vocab():
-        raise UserError(f"the tokenizer of {path} has no token {token}, which this family needs around images")
+        raise UserError(
+            f"the tokenizer of {path} has no token {token}, which this family needs around images"
+        )
     return tokenizer.get_vocab()[token]

@@ -50,9 +50,13 @@ def check_control(
         raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
     if match != "none" and family.layers_part not in parts:
         random = "LLM" if family.has_llm else "encoder"
-        raise UserError(f"match {match!r} describes a random {random}; add {family.layers_part} to untrained")
+        raise UserError(
+            f"match {match!r} describes a random {random}; add {family.layers_part} to untrained"
+        )
     if match == "update" and not len(images) and scales is None:
-        raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
+        raise UserError(
+            "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
+        )
 
 
 def reinitialize(
@@ -82,9 +86,12 @@ def reinitialize(
                     module.reset_parameters()
                 else:
                     for parameter in module.parameters(recurse=False):
-                        parameter._is_hf_initialized = False  # else transformers keeps weights from a checkpoint
+                        # else transformers keeps weights from a checkpoint
+                        parameter._is_hf_initialized = False
                     (owner if part == "llm" else model)._init_weights(module)
-            for name, parameter in (pair for top in modules[part] for pair in top.named_parameters()):
+            for name, parameter in (
+                pair for top in modules[part] for pair in top.named_parameters()
+            ):
                 if parameter.ndim > 1 and not parameter.any():
                     raise UserError(
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
@@ -92,7 +99,9 @@ def reinitialize(
                     )
         training = Path(model.name_or_path) / "training.json"
         if "adapter" in parts and training.is_file():
-            modules["adapter"][0].linear_2.weight *= read_json(training).get("adapter_init_scale", 1.0)
+            modules["adapter"][0].linear_2.weight *= read_json(training).get(
+                "adapter_init_scale", 1.0
+            )
 
 
 def _forget_initialisation(modules: Sequence[nn.Module]) -> None:
@@ -123,7 +132,8 @@ def replace_weights(
     Returns:
         A stack that, closed, removes the hooks that scale the layers, if their updates are matched.
     """
-    device, pixels = mllm.device, None
+    device = mllm.device
+    pixels = None
     if match == "update" and scales is None:
         pixels = mllm.preprocess(images)
         updates = layer_updates(mllm, pixels)
@@ -151,7 +161,11 @@ def replace_weights(
 
 @contextmanager
 def random_layers(
-    mllm: nn.Module, match: str = "update", draw: int = 0, *, match_images: Sequence[Image.Image] = ()
+    mllm: nn.Module,
+    match: str = "update",
+    draw: int = 0,
+    *,
+    match_images: Sequence[Image.Image] = (),
 ) -> Iterator[None]:
     """Give a model random layers while the context is open, and its trained weights back afterwards.
 
@@ -175,8 +189,13 @@ def random_layers(
     part = mllm.family.layers_part
     check_control(mllm.family, [part], match, match_images, None)
     if mllm.update_scales is not None:
-        raise UserError("the model has random layers already; leave their context, or load the trained model")
-    slots = [(parent, name, getattr(parent, name)) for parent, name in mllm.family.random_slots(mllm.model, match)]
+        raise UserError(
+            "the model has random layers already; leave their context, or load the trained model"
+        )
+    slots = [
+        (parent, name, getattr(parent, name))
+        for parent, name in mllm.family.random_slots(mllm.model, match)
+    ]
     try:
         for parent, name, trained in slots:
             setattr(parent, name, deepcopy(trained))

@@ -43,7 +43,14 @@ def read_states(
     mllm.check_pixels(pixels)
     rows = None if rows is None else [int(row) for row in rows]
     plan = _shared_rows(mllm, len(pixels), knockout, rows, hooks)
-    given, of_rows = pixels, lambda x: x if rows is None or plan is not None else x[rows]
+    given = pixels
+
+    def of_rows(tensor: Tensor) -> Tensor:
+        """Return the rows that are asked for, unless the forward pass makes those itself."""
+        if rows is None or plan is not None:
+            return tensor
+        return tensor[rows]
+
     pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
     images = len(pixels)
     start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
@@ -53,7 +60,12 @@ def read_states(
     last = last_rows(masks, tokens)
     cache = mllm.prefix_cache(images, plan) if start and depth > 0 else None
     skipped: list[str] = []
-    if known is not None and plan is None and mllm.prefix_is_shared and tokens == len(mllm.image_positions):
+    if (
+        known is not None
+        and plan is None
+        and mllm.prefix_is_shared
+        and tokens == len(mllm.image_positions)
+    ):
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:
@@ -67,23 +79,38 @@ def read_states(
         if plan is not None:
             stack.enter_context(shared_layers(layers, plan))
         if masks is not None:
-            replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
-            stack.callback(mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
+
+            def replace_mask(_, args, kwargs):
+                return (args, {**kwargs, "attention_mask": last})
+
+            stack.callback(
+                mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove
+            )
         if skipped:
-            run, inputs = mllm.decoder, {"inputs_embeds": begin}
+            run = mllm.decoder
+            inputs = {"inputs_embeds": begin}
         else:
-            run, inputs = mllm.model.model, {"input_ids": mllm.ids[:, start:].expand(images, -1)}
-            inputs |= mllm.family.inputs(mllm.model, pixels, mllm.is_image[start:].expand(images, -1))
+            run = mllm.model.model
+            inputs = {"input_ids": mllm.ids[:, start:].expand(images, -1)}
+            inputs |= mllm.family.inputs(
+                mllm.model, pixels, mllm.is_image[start:].expand(images, -1)
+            )
         with suppress(StopForward):
             run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
-    states |= {site: of_rows(known[site]) for site in skipped if site in known and site not in hooks}
+    states |= {
+        site: of_rows(known[site]) for site in skipped if site in known and site not in hooks
+    }
     if missing := [site for site in wanted if site not in states]:
-        raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
+        raise UserError(
+            f"no states of {missing[0]}: the forward does not call the module that the family names"
+        )
     if plan is not None:
         positions = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     changed = knockout or hooks or rows is not None
-    return States(((site, states[site].to(mllm.device)) for site in wanted), mllm, None if changed else given)
+    return States(
+        ((site, states[site].to(mllm.device)) for site in wanted), mllm, None if changed else given
+    )
 
 
 def _shared_rows(
@@ -105,31 +132,50 @@ def _shared_rows(
 
 
 @contextmanager
-def _recorded_states(mllm: nn.Module, wanted: list[str], batch: int, start: int) -> Iterator[dict[str, Tensor]]:
+def _recorded_states(
+    mllm: nn.Module, wanted: list[str], batch: int, start: int
+) -> Iterator[dict[str, Tensor]]:
     """Record the wanted sites while the context is open, and end the forward after the last of them."""
     states: dict[str, Tensor] = {}
-    positions, last = mllm.image_positions - start, max(wanted, key=mllm.sites.index)
+    positions = mllm.image_positions - start
+    last = max(wanted, key=mllm.sites.index)
     modules = dict(zip(mllm.sites[2:], [*mllm.decoder.layers, mllm.decoder.norm], strict=True))
 
     def record(site: str, state: Tensor) -> None:
-        states[site] = state if site == ENCODER else state.index_select(1, positions.to(state.device))
+        states[site] = (
+            state if site == ENCODER else state.index_select(1, positions.to(state.device))
+        )
         if site == last:
             raise StopForward
 
     with ExitStack() as stack:
-        encoder_hook = lambda _, args: record(ENCODER, _encoder_states(mllm, args, batch))
-        stack.callback(mllm.family.encoder_output_of(mllm.model).register_forward_pre_hook(encoder_hook).remove)
-        adapter_hook = lambda _, args, kwargs: record(ADAPTER, args[0] if args else kwargs["hidden_states"])
-        stack.callback(mllm.decoder.layers[0].register_forward_pre_hook(adapter_hook, with_kwargs=True).remove)
+
+        def encoder_hook(_, args):
+            return record(ENCODER, _encoder_states(mllm, args, batch))
+
+        stack.callback(
+            mllm.family.encoder_output_of(mllm.model).register_forward_pre_hook(encoder_hook).remove
+        )
+
+        def adapter_hook(_, args, kwargs):
+            return record(ADAPTER, args[0] if args else kwargs["hidden_states"])
+
+        stack.callback(
+            mllm.decoder.layers[0].register_forward_pre_hook(adapter_hook, with_kwargs=True).remove
+        )
         for site in (site for site in wanted if site in modules):
-            hook = lambda _, args, out, site=site: record(site, out[0] if isinstance(out, tuple) else out)
+
+            def hook(_, args, out, site=site):
+                return record(site, out[0] if isinstance(out, tuple) else out)
+
             stack.callback(modules[site].register_forward_hook(hook).remove)
         yield states
 
 
 def _encoder_states(mllm: nn.Module, args: tuple, batch: int) -> Tensor:
     """Return the input of the adapter, f[B, T, d]."""
-    states, width = mllm.family.encoder_states(mllm.model, args), mllm.widths[ENCODER]
+    states = mllm.family.encoder_states(mllm.model, args)
+    width = mllm.widths[ENCODER]
     tokens = mllm.grid[0] * mllm.grid[1]
     if states.numel() != batch * tokens * width:
         raise UserError(

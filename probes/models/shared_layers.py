@@ -23,12 +23,15 @@ from .knockout import Knockout
 class DistinctRows(NamedTuple):
     """The distinct rows of a layer."""
 
-    parents: Tensor  # long[n], their positions among the distinct rows of the layer before; the first layer's: images
+    # long[n], their positions among the distinct rows of the layer before; the first layer's: images
+    parents: Tensor
     first: Tensor  # long[n], the first row of the knockout that each one stands for
     of_row: Tensor  # long[R], the distinct row that stands for each row of the knockout
 
 
-def distinct_rows(images: Sequence[int], cuts: Sequence[Hashable], layers: Tensor) -> list[DistinctRows]:
+def distinct_rows(
+    images: Sequence[int], cuts: Sequence[Hashable], layers: Tensor
+) -> list[DistinctRows]:
     """Return the distinct rows at each layer.
 
     Three rows of one image in three layers; the first one is not cut, the others block the same tokens c::
@@ -43,14 +46,16 @@ def distinct_rows(images: Sequence[int], cuts: Sequence[Hashable], layers: Tenso
         cuts: What a row's knockout cuts, equal for equal knockouts.
         layers: bool[R, L], the layers in which it does.
     """
-    current, plan = list(images), []
+    current = list(images)
+    plan = []
     for cut_here in layers.T.tolist():
         keys = [(row, cuts[i] if cut_here[i] else None) for i, row in enumerate(current)]
         first: dict[tuple, int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         number = {key: n for n, key in enumerate(first)}
-        parents, current = [key[0] for key in first], [number[key] for key in keys]
+        parents = [key[0] for key in first]
+        current = [number[key] for key in keys]
         plan.append(DistinctRows(*map(torch.tensor, (parents, list(first.values()), current))))
     return plan
 
@@ -80,7 +85,9 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
         states = args[0] if args else kwargs["hidden_states"]
         states = states[rows.parents.to(states.device)]
         kwargs = kwargs | {
-            key: _one_row(kwargs[key]) for key in ("position_embeddings", "position_ids") if key in kwargs
+            key: _one_row(kwargs[key])
+            for key in ("position_embeddings", "position_ids")
+            if key in kwargs
         }
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
@@ -91,7 +98,10 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
     with ExitStack() as hooks:
         for layer, rows in zip(layers, plan, strict=True):
             for module, take in ((layer, take_parents), (layer.self_attn, take_masks)):
-                hook = lambda _, args, kwargs, take=take, rows=rows: take(rows, args, kwargs)
+
+                def hook(_, args, kwargs, take=take, rows=rows):
+                    return take(rows, args, kwargs)
+
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -104,11 +114,15 @@ def version(tensor: Tensor) -> int:
 class States(dict[str, Tensor]):
     """States f[B, T, d] by site that know what they are of, so that no other forward starts from them."""
 
-    def __init__(self, states: Iterable[tuple[str, Tensor]], mllm: nn.Module, pixels: Tensor | None):
+    def __init__(
+        self, states: Iterable[tuple[str, Tensor]], mllm: nn.Module, pixels: Tensor | None
+    ):
         super().__init__(states)
         self.pixels = pixels  # f[B, 3, H, W]; None for those of a changed forward
         self.pixels_version = 0 if pixels is None else version(pixels)
-        self.image_attention, self.prefix, self.weights = mllm.image_attention, mllm.prefix_ids, mllm.weights_key()
+        self.image_attention = mllm.image_attention
+        self.prefix = mllm.prefix_ids
+        self.weights = mllm.weights_key()
 
     def __missing__(self, site: str) -> Tensor:
         """Raise a KeyError that names the sites that were read."""
@@ -118,14 +132,18 @@ class States(dict[str, Tensor]):
         """Raise a UserError unless a forward of `mllm` on `pixels` gives these states."""
         same = self.pixels is not None and version(self.pixels) == self.pixels_version
         if not same or not torch.equal(self.pixels.to(pixels), pixels):
-            raise UserError("known states are of other pixels, or of a changed forward; expected the same, unchanged")
+            raise UserError(
+                "known states are of other pixels, or of a changed forward; expected the same, unchanged"
+            )
         if self.image_attention != mllm.image_attention:
             masks = f"{self.image_attention}, but the model's is {mllm.image_attention}"
             raise UserError(f"known states are of another mask among image tokens: {masks}")
         if self.prefix is not mllm.prefix_ids:
             raise UserError("known states are of another prefix before the image; read them again")
         if self.weights != mllm.weights_key():
-            raise UserError("known states are of other weights, or of weights that have changed; read them again")
+            raise UserError(
+                "known states are of other weights, or of weights that have changed; read them again"
+            )
 
 
 def unchanged_sites(
@@ -145,13 +163,16 @@ def unchanged_sites(
         expected = [len(pixels), mllm.grid[0] * mllm.grid[1], mllm.widths[site]]
         shape = list(known[site].shape) if site in known else "nothing"
         if shape != expected:
-            raise UserError(f"known states have {shape} at {site!r}; expected {expected}, of the same pixels")
+            raise UserError(
+                f"known states have {shape} at {site!r}; expected {expected}, of the same pixels"
+            )
     if isinstance(known, States):
         known.check(mllm, pixels)
     last = max(mllm.sites.index(site) for site in wanted)
     changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
     if knockout:
-        changed.append(knockout.first_layer(mllm.decoder.layers) + 1)  # "encoder" and "adapter" precede "layer_01"
+        # "encoder" and "adapter" precede "layer_01"
+        changed.append(knockout.first_layer(mllm.decoder.layers) + 1)
     # The adapter's own states are known, also if a hook replaces them; at least the last layer runs.
     end = max(2, min([*changed, last, len(mllm.decoder.layers) + 1]))
     while end > 1 and mllm.sites[end - 1] not in known:
@@ -187,7 +208,9 @@ def skipped_layers(layers: nn.ModuleList, count: int, states: Tensor) -> Iterato
 
     with ExitStack() as stack:
         for layer in layers[:count]:
-            stack.enter_context(replaced_forward(layer, lambda hidden_states, *args, **kwargs: hidden_states))
+            stack.enter_context(
+                replaced_forward(layer, lambda hidden_states, *args, **kwargs: hidden_states)
+            )
         stack.callback(layers[count].register_forward_pre_hook(substitute, with_kwargs=True).remove)
         yield
 

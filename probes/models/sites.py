@@ -1,6 +1,8 @@
 """Names of the sites where states are read; imports nothing, since reports need them without a model."""
 
-ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
+ENCODER = "encoder"
+ADAPTER = "adapter"
+FINAL_NORM = "final_norm"
 PATCHES = "layer_00"  # of a bare encoder: patch embeddings, the input of its first layer
 
 

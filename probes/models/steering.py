@@ -37,21 +37,30 @@ def replaced_states(
     with ExitStack() as stack:
         for site, function in hooks.items():
 
-            def replace(states: Tensor, site: str = site, function: Replacement = function) -> Tensor:
+            def replace(
+                states: Tensor, site: str = site, function: Replacement = function
+            ) -> Tensor:
                 of_image = positions.to(states.device)
                 given = states.index_select(1, of_image)
-                new, expected = function(given), given.shape
+                new = function(given)
+                expected = given.shape
                 if not isinstance(new, Tensor) or new.shape != expected:
                     returned = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                    raise UserError(f"hook at {site!r} returned {returned}; expected {list(expected)}")
+                    raise UserError(
+                        f"hook at {site!r} returned {returned}; expected {list(expected)}"
+                    )
                 return states.index_copy(1, of_image, new.to(states))
 
-            def before(_, args: tuple, kwargs: dict, replace: Replacement = replace) -> tuple[tuple, dict]:
+            def before(
+                _, args: tuple, kwargs: dict, replace: Replacement = replace
+            ) -> tuple[tuple, dict]:
                 if args:
                     return (replace(args[0]), *args[1:]), kwargs
                 return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
 
-            def after(_, args: tuple, out: Tensor | tuple, replace: Replacement = replace) -> Tensor | tuple:
+            def after(
+                _, args: tuple, out: Tensor | tuple, replace: Replacement = replace
+            ) -> Tensor | tuple:
                 return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
 
             if site == input_site:

@@ -66,7 +66,9 @@ class Taught:
         Args:
             knockout: Attention knockout bool[1, T] of each photo, under which the same probes are read.
         """
-        return score_sites(self.probes, self._states if knockout is None else self._read_states(knockout))
+        return score_sites(
+            self.probes, self._states if knockout is None else self._read_states(knockout)
+        )
 
     def random_curve(self, draw: int = 0) -> "pd.DataFrame":
         """Return the curve of new probes on states of a random LLM that is matched to the trained one.
@@ -91,7 +93,9 @@ class Taught:
 
     def _read_states(self, knockout: Knockout | None = None) -> dict[str, Tensor]:
         """Return the states f[N, d] of the painted patches at all sites."""
-        by_photo = [self.mllm.states(self.mllm.preprocess([photo]), None, knockout) for photo in self.photos]
+        by_photo = [
+            self.mllm.states(self.mllm.preprocess([photo]), None, knockout) for photo in self.photos
+        ]
         return painted_states(self.paint, by_photo)
 
 
@@ -115,7 +119,9 @@ def paint_of(grids: Sequence[Tensor], concepts: int, rest_is_background: bool) -
     photo, patch = (painted >= 0).nonzero().T
     paint = Paint(painted[photo, patch], photo, patch)
     if concepts < 2:
-        raise UserError("one concept is right everywhere; paint another one, or let the rest be background")
+        raise UserError(
+            "one concept is right everywhere; paint another one, or let the rest be background"
+        )
     if missing := sorted(set(range(concepts)) - set(paint.concept.tolist())):
         raise UserError(f"concept {missing[0] + 1} of {concepts} has no patch; paint at least one")
     return paint
@@ -131,12 +137,15 @@ def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.Data
     """Return the curve of :meth:`Taught.curve` from states f[N, d] of the painted patches."""
     import pandas as pd
 
-    paint, concepts = probes.paint, int(probes.paint.concept.max()) + 1
+    paint = probes.paint
+    concepts = int(probes.paint.concept.max()) + 1
     rows = []
     for site, x in states.items():
         estimate = (np.nan, np.nan, np.nan)
         if probes.folds.of is not None:
-            estimate = _score(probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds)
+            estimate = _score(
+                probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds
+            )
         rows.append((site, *estimate, 1 / concepts))
     return pd.DataFrame(rows, columns=["site", "score", "low", "high", "chance"])
 
@@ -153,12 +162,18 @@ def _score(right: Tensor, paint: Paint, concepts: int, folds: Folds) -> tuple[fl
     photos = int(paint.photo.max()) + 1
     counts = torch.zeros(2, photos, concepts, dtype=torch.float64)
     counts[0].index_put_((paint.photo, paint.concept), right.double(), accumulate=True)
-    counts[1].index_put_((paint.photo, paint.concept), torch.ones_like(right, dtype=torch.float64), accumulate=True)
-    mean_accuracy = lambda sums: (sums[0] / sums[1]).mean(-1)
+    counts[1].index_put_(
+        (paint.photo, paint.concept), torch.ones_like(right, dtype=torch.float64), accumulate=True
+    )
+
+    def mean_accuracy(sums):
+        return (sums[0] / sums[1]).mean(-1)
+
     score = mean_accuracy(counts.sum(1)).item()
     if not folds.by_photo or photos < FEWEST_PHOTOS:
         return score, np.nan, np.nan
-    without = mean_accuracy(counts.sum(1, keepdim=True) - counts)  # f64[P], the score without each photo
+    # f64[P], the score without each photo
+    without = mean_accuracy(counts.sum(1, keepdim=True) - counts)
     variance = (photos - 1) * (without - without.mean()).square().mean().item()
     count = int(folds.of.max()) + 1
     half = student_t.ppf(0.975, photos - 1) * (variance * (1 + count / (count - 1))) ** 0.5
@@ -183,7 +198,9 @@ def describe_folds(probes: ConceptProbes) -> str:
     return ""
 
 
-def _read_painted(painted: Painted, grid: tuple[int, int]) -> tuple[list[str], list[Image.Image], list[Tensor]]:
+def _read_painted(
+    painted: Painted, grid: tuple[int, int]
+) -> tuple[list[str], list[Image.Image], list[Tensor]]:
     """Return concepts, photos and the concept of each patch of each photo, i64[T].
 
     Photos with the same pixels are one photo.
@@ -192,27 +209,37 @@ def _read_painted(painted: Painted, grid: tuple[int, int]) -> tuple[list[str], l
         UserError: Something is not an image or not a grid of patches, or a patch is painted as two concepts.
     """
     if not isinstance(painted, Mapping):
-        raise UserError(f"expected {{'road': [(image, patches), ...], ...}}, got {type(painted).__name__}")
+        raise UserError(
+            f"expected {{'road': [(image, patches), ...], ...}}, got {type(painted).__name__}"
+        )
     photos: dict[tuple, tuple[Image.Image, Tensor]] = {}
     for k, (name, pairs) in enumerate(painted.items()):
         check_is_list(f"concept {name!r}", pairs, "[(image, patches), ...]")
         if not pairs:
-            raise UserError(f"concept {name!r} has no photo; expected pairs of an image and its painted patches")
+            raise UserError(
+                f"concept {name!r} has no photo; expected pairs of an image and its painted patches"
+            )
         for image, patches in pairs:
             patches = torch.as_tensor(patches)
             if not isinstance(image, PhotoLike):
                 kind = type(image).__name__
-                raise UserError(f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}")
+                raise UserError(
+                    f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}"
+                )
             image = as_photo(image)
             if tuple(patches.shape) != tuple(grid) or patches.dtype != torch.bool:
                 got = f"{str(patches.dtype).removeprefix('torch.')}{list(patches.shape)}"
-                raise UserError(f"concept {name!r}: expected painted patches bool{list(grid)}, got {got}")
+                raise UserError(
+                    f"concept {name!r}: expected painted patches bool{list(grid)}, got {got}"
+                )
             key = image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
             _, concept = photos.setdefault(key, (image, torch.full((patches.numel(),), -1)))
             mine = patches.flatten()
             if (taken := mine & (concept >= 0) & (concept != k)).any():
                 other = list(painted)[int(concept[taken][0])]
-                raise UserError(f"patch {int(taken.nonzero()[0])} of a photo is painted as {other!r} and {name!r}")
+                raise UserError(
+                    f"patch {int(taken.nonzero()[0])} of a photo is painted as {other!r} and {name!r}"
+                )
             concept[mine] = k
     images, grids = zip(*photos.values(), strict=True) if photos else ((), ())
     names = list(painted)

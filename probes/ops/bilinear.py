@@ -66,11 +66,13 @@ def bilinear_weights(
     """
     if min(n_in, n_out) < 1:
         raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
-    with torch.inference_mode(False):  # a tensor cached during validation must be usable in training
+    # a tensor cached during validation must be usable in training
+    with torch.inference_mode(False):
         nodes, fractions = axis_nodes(n_in, n_out, extent)
         weights = torch.zeros(n_out, n_in, dtype=torch.float64)
         weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
-        weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])  # second, since at the edge both are the same node
+        # second, since at the edge both are the same node
+        weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])
         return weights.to(device=device, dtype=dtype)
 
 
@@ -103,9 +105,11 @@ def make_plan(
     fractions = fractions.to(device, dtype)[:, None, None]
     # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
     most = max(1, numel // (classes * min(n_cols, 64)))
-    bands, first = [], 0
+    bands = []
+    first = 0
     for lo, group in groupby(nodes.tolist()):
-        hi, last = min(lo + 2, h), first + len(list(group))
+        hi = min(lo + 2, h)
+        last = first + len(list(group))
         for start in range(first, last, most):
             stop = min(start + most, last)
             bands.append(Band(start, stop, lo, hi, fractions[start:stop]))
@@ -139,7 +143,9 @@ def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = N
 
 
 @torch.no_grad()
-def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
+def upsampled_argmax(
+    logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None
+) -> Tensor:
     """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].
 
     Equals `F.interpolate(logits, size, mode="bilinear").argmax(-3)` up to ties, in the memory of one chunk. `view` is
@@ -149,7 +155,9 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement 
         ValueError: `logits` has fewer than three axes, or one of the last three is empty.
     """
     if logits.ndim < 3 or 0 in logits.shape[-3:]:
-        raise ValueError(f"expected logits [..., K, h, w] without empty axes, got {list(logits.shape)}")
+        raise ValueError(
+            f"expected logits [..., K, h, w] without empty axes, got {list(logits.shape)}"
+        )
     (*leading, classes, h, w), size, dtype = logits.shape, tuple(size), compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
     if use_triton(logits):
@@ -159,7 +167,9 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement 
         rows, cols = cells((h, w), size, view or GridPlacement.full(size), logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
-    out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)
+    out = logits.new_empty(
+        (len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16
+    )
     # max() with indices does not vectorise. Instead, the maxima are marked and multiplied with class numbers in
     # descending order. The highest product belongs to the first maximum, as in argmax.
     numbers = torch.arange(classes - 1, -1, -1, dtype=dtype, device=logits.device)[:, None]

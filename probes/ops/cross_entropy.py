@@ -70,7 +70,9 @@ def upsampled_cross_entropy(
         ValueError: An argument is invalid, or a label is neither a class nor `ignore_index` (checked on a CPU only).
     """
     if logits.ndim not in (4, 5) or 0 in logits.shape or not logits.is_floating_point():
-        raise ValueError(f"expected logits f[B, K, h, w] or f[P, B, K, h, w], got {logits.dtype}{list(logits.shape)}")
+        raise ValueError(
+            f"expected logits f[B, K, h, w] or f[P, B, K, h, w], got {logits.dtype}{list(logits.shape)}"
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     n_images, classes, *grid = logits.shape[-4:]
@@ -81,9 +83,13 @@ def upsampled_cross_entropy(
                 f"expected a target [B={n_images}, H, W] for {list(logits.shape)}, got {list(target.shape)}"
             )
         dtype = compute_dtype(logits)
-        masks = prepare_masks(target, classes, tuple(grid), nodes, ignore_index, view=view, dtype=dtype)
+        masks = prepare_masks(
+            target, classes, tuple(grid), nodes, ignore_index, view=view, dtype=dtype
+        )
     elif tuple(masks.soft.shape) != (n_images, classes, *grid):
-        raise ValueError(f"masks were prepared for {list(masks.soft.shape)}, but the logits are {list(logits.shape)}")
+        raise ValueError(
+            f"masks were prepared for {list(masks.soft.shape)}, but the logits are {list(logits.shape)}"
+        )
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     losses = _CrossEntropySum.apply(logits if logits.ndim == 5 else logits[None], masks, needs_grad)
     if reduction == "mean":
@@ -98,7 +104,10 @@ def quadrature_error(logits: Tensor, target: Tensor, nodes: int, **options) -> T
         logits, target, options: As for :func:`upsampled_cross_entropy`.
         nodes: Nodes per cell and axis.
     """
-    few, more = (upsampled_cross_entropy(logits.detach(), target, nodes=n, **options) for n in (nodes, nodes + 1))
+    few, more = (
+        upsampled_cross_entropy(logits.detach(), target, nodes=n, **options)
+        for n in (nodes, nodes + 1)
+    )
     return (few - more).abs()
 
 
@@ -120,7 +129,9 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 @torch.no_grad()
-def loss_and_gradient(logits: Tensor, masks: PreparedMasks, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+def loss_and_gradient(
+    logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of each probe and image, f64[P, B], and its gradient f[P, B, K, h, w] if `needs_grad`.
 
     Args:
@@ -129,12 +140,14 @@ def loss_and_gradient(logits: Tensor, masks: PreparedMasks, needs_grad: bool = T
         needs_grad: If False, the gradient is None.
     """
     n_probes, _, classes, h, w = logits.shape
-    dtype, device = compute_dtype(logits), logits.device
+    dtype = compute_dtype(logits)
+    device = logits.device
     totals = torch.zeros(n_probes, len(masks), dtype=torch.float64, device=device)
     grads = torch.empty(logits.shape, dtype=dtype, device=device) if needs_grad else None
     per_grid = classes * max(masks.mass.shape[1], h) * max(masks.mass.shape[2], w)
     most = max(1, CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"]) // per_grid)  # grids in a chunk
-    p_step, b_step = min(n_probes, most), max(1, most // n_probes)
+    p_step = min(n_probes, most)
+    b_step = max(1, most // n_probes)
     with torch.autocast(device.type, enabled=False):
         for images, rows, cols in masks.groups():
             indices = range(len(masks))[images] if isinstance(images, slice) else images
@@ -145,7 +158,9 @@ def loss_and_gradient(logits: Tensor, masks: PreparedMasks, needs_grad: bool = T
                 for p in range(0, n_probes, p_step):
                     chunk = slice(p, p + p_step), part
                     z = logits[chunk].to(dtype)
-                    totals[chunk], grad = _integrate(z, *weights, rows.to(dtype), cols.to(dtype), needs_grad)
+                    totals[chunk], grad = _integrate(
+                        z, *weights, rows.to(dtype), cols.to(dtype), needs_grad
+                    )
                     if needs_grad:
                         grads[chunk] = grad
     return totals, grads
@@ -156,8 +171,10 @@ def _integrate(
 ) -> tuple[Tensor, Tensor | None]:
     """Return :func:`loss_and_gradient` of logits f[P, B, K, h, w] in one chunk, in two matrix products each way."""
     by_row = logits.movedim(3, 0).contiguous()  # [h, P, B, K, w]
-    by_row = by_row - by_row.amax(3, keepdim=True)  # a shift of all logits of a token changes no loss
-    subtract_max = by_row.device.type != "cpu" or not by_row.amin() >= -SAFE_RANGE  # reading it would stall a GPU
+    # a shift of all logits of a token changes no loss
+    by_row = by_row - by_row.amax(3, keepdim=True)
+    # reading it would stall a GPU
+    subtract_max = by_row.device.type != "cpu" or not by_row.amin() >= -SAFE_RANGE
     soft = soft.movedim(2, 0)[:, None]  # [h, 1, B, K, w]
     loss = -(by_row * soft).sum((0, 3, 4), dtype=torch.float64)
     stretched = (by_row @ cols.T).flatten(1)  # [h, P * B * K * Mx]
@@ -165,11 +182,13 @@ def _integrate(
     band = max(1, CHUNK_NUMEL.get(by_row.device.type, CHUNK_NUMEL["cuda"]) // stretched.shape[1])
     for start in range(0, len(rows), band):  # several bands only with `nodes=None`
         nodes = rows[start : start + band]
-        up = (nodes @ stretched).view(len(nodes), *by_row.shape[1:4], len(cols))  # [My, P, B, K, Mx]
+        # [My, P, B, K, Mx]
+        up = (nodes @ stretched).view(len(nodes), *by_row.shape[1:4], len(cols))
         weight = mass[:, start : start + band].transpose(0, 1)[:, None]  # [My, 1, B, Mx]
         if subtract_max:
             top = up.amax(3, keepdim=True)
-            up.sub_(top).clamp_(min=-100)  # e**-100 does not change a sum >= 1; smaller ones are slow
+            # e**-100 does not change a sum >= 1; smaller ones are slow
+            up.sub_(top).clamp_(min=-100)
         total = up.exp_().sum(3)
         lse = total.log() + top.squeeze(3) if subtract_max else total.log()
         loss += (lse * weight).sum((0, 3), dtype=torch.float64)

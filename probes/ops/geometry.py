@@ -38,7 +38,9 @@ class AxisExtent(NamedTuple):
 
     def grid_coordinate(self, nodes: int, size: int) -> Tensor:
         """Return the position of each pixel centre in units of nodes, f64[size]; the centre of node i is at i."""
-        return (torch.arange(size, dtype=torch.float64) + 0.5 - self.start_px) * (nodes / self.length_px) - 0.5
+        return (torch.arange(size, dtype=torch.float64) + 0.5 - self.start_px) * (
+            nodes / self.length_px
+        ) - 0.5
 
     def token_of_pixel(self, nodes: int, size: int) -> Tensor:
         """Return the node whose cell contains each pixel centre, i64[size]; -1 outside the grid."""
@@ -60,7 +62,9 @@ class GridPlacement(NamedTuple):
 
     def token_of_pixel(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the grid row of each pixel row, i64[H], and the grid column of each column, i64[W]; -1 outside."""
-        return self.rows.token_of_pixel(grid[0], size[0]), self.cols.token_of_pixel(grid[1], size[1])
+        return self.rows.token_of_pixel(grid[0], size[0]), self.cols.token_of_pixel(
+            grid[1], size[1]
+        )
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,14 @@ class Geometry:
 
     def __post_init__(self):
         if self.resize not in RESIZES:
-            raise UserError(f"unknown image_resize {self.resize!r}; expected one of {', '.join(RESIZES)}")
+            raise UserError(
+                f"unknown image_resize {self.resize!r}; expected one of {', '.join(RESIZES)}"
+            )
 
     def place(self, image: Image.Image) -> Image.Image:
         """Return the image as the model's square, [image_px, image_px]."""
-        image, px = to_rgb(image), self.image_px
+        image = to_rgb(image)
+        px = self.image_px
         if self.resize == "pad":
             side, (left, top) = max(image.size), _padding(image.size)
             square = Image.new("RGB", (side, side), self.padding)
@@ -99,8 +106,11 @@ class Geometry:
         if self.resize == "center_crop":
             image = trim_strip(image)
             width, height = (self._resized(length, min(image.size)) for length in image.size)
-            left, top = (width - px) // 2, (height - px) // 2
-            return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + px, top + px))
+            left = (width - px) // 2
+            top = (height - px) // 2
+            return image.resize((width, height), Image.Resampling.BICUBIC).crop(
+                (left, top, left + px, top + px)
+            )
         return image.resize((px, px), Image.Resampling.BICUBIC)
 
     def view(self, size: tuple[int, int]) -> GridPlacement:
@@ -109,11 +119,20 @@ class Geometry:
         if self.resize == "squash":
             return GridPlacement(*(AxisExtent(0.0, length * covered) for length in size))
         if self.resize == "pad":
-            return GridPlacement(*(AxisExtent(float(-start), max(size) * covered) for start in _padding(size)))
+            return GridPlacement(
+                *(AxisExtent(float(-start), max(size) * covered) for start in _padding(size))
+            )
         resized = [self._resized(length, min(size)) for length in size]
         scales = [length / new for length, new in zip(size, resized, strict=True)]
-        starts = [(new - self.image_px) // 2 * scale for new, scale in zip(resized, scales, strict=True)]
-        return GridPlacement(*(AxisExtent(s, self.covered_px * scale) for s, scale in zip(starts, scales, strict=True)))
+        starts = [
+            (new - self.image_px) // 2 * scale for new, scale in zip(resized, scales, strict=True)
+        ]
+        return GridPlacement(
+            *(
+                AxisExtent(s, self.covered_px * scale)
+                for s, scale in zip(starts, scales, strict=True)
+            )
+        )
 
     def _resized(self, length: int, shorter: int) -> int:
         """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""
@@ -130,6 +149,8 @@ def axis_nodes(n_in: int, n_out: int, extent: AxisExtent | None) -> tuple[Tensor
 
     Outputs beyond the outermost nodes take the outermost node.
     """
-    centres = (extent or AxisExtent(0.0, float(n_out))).grid_coordinate(n_in, n_out).clamp(0, n_in - 1)
+    centres = (
+        (extent or AxisExtent(0.0, float(n_out))).grid_coordinate(n_in, n_out).clamp(0, n_in - 1)
+    )
     nodes = centres.long()
     return nodes, centres - nodes

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 300
-MEMORY = 40  # pairs; 20 take a quarter more steps, 12 three times as many for few patches and weak strengths
+# pairs; 20 take a quarter more steps, 12 three times as many for few patches and weak strengths
+MEMORY = 40
 HALVINGS = 10  # of a step, before rounding is blamed
 
-Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, n] of the problems in a list
+# points f64[P, K, n] of the problems in a list
+Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
 def minimise(
@@ -38,12 +40,16 @@ def minimise(
         Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
     """
     shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
-    evaluate = lambda x, problems: tuple(
-        y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
-    )
+
+    def evaluate(x, problems):
+        return tuple(
+            y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
+        )
+
     value, gradient = evaluate(points, list(range(len(points))))
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
-    blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
+    # no step decreases the value: it is exact to rounding
+    blocked = torch.zeros_like(value, dtype=torch.bool)
     for iteration in range(iterations + 1):
         scaled = gradient * scale
         direction = -_times_inverse_hessian(scaled, pairs)
@@ -51,7 +57,8 @@ def minimise(
         active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
         if not active or iteration == iterations:
             break
-        step, new = value.new_zeros(len(value)), (points.clone(), value.clone(), gradient.clone())
+        step = value.new_zeros(len(value))
+        new = (points.clone(), value.clone(), gradient.clone())
         step[active], trying = 1.0, active
         for _ in range(HALVINGS):
             x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
@@ -64,7 +71,8 @@ def minimise(
                 break
             step[trying] /= 2
         step[trying], blocked[trying] = 0.0, True
-        s, y = step[:, None] * direction, (new[2] - gradient) * scale
+        s = step[:, None] * direction
+        y = (new[2] - gradient) * scale
         points, value, gradient = new
         curvature = (s * y).sum(1)
         rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
@@ -75,7 +83,8 @@ def minimise(
 
 def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
-    q, alphas = gradient.clone(), []
+    q = gradient.clone()
+    alphas = []
     size = torch.ones_like(gradient[:, 0])
     for *_, of_step in pairs:  # the last step of each problem sets the size of the first guess
         size = torch.where(of_step > 0, of_step, size)

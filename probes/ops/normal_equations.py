@@ -39,7 +39,9 @@ class NormalEquations(NamedTuple):
     square: Tensor
 
 
-def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None) -> NormalEquations:
+def normal_equations(
+    target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None
+) -> NormalEquations:
     """Return the normal equations of targets f[B, H, W, K]; a pixel with a NaN in any channel is not labelled.
 
     Args:
@@ -48,24 +50,38 @@ def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement 
         view: Position of the grid on the pixels; None: it covers them exactly.
     """
     size = tuple(target.shape[1:3])
-    view, like = view or GridPlacement.full(size), {"dtype": torch.float64, "device": target.device}
+    view = view or GridPlacement.full(size)
+    like = {"dtype": torch.float64, "device": target.device}
     rows = bilinear_weights(grid[0], size[0], view.rows, **like)
     cols = bilinear_weights(grid[1], size[1], view.cols, **like)
     target = target.double()
     labelled = target.isfinite().all(-1)
-    y, valid = torch.where(labelled[..., None], target, 0), labelled.double()
-    apart = lambda axis, steps: axis[:, : axis.shape[1] - steps] * axis[:, steps:]
-    couplings = {(i, j): apart(rows, i).T @ valid @ apart(cols, j) for i, j in product((0, 1), repeat=2)}
+    y = torch.where(labelled[..., None], target, 0)
+    valid = labelled.double()
+
+    def apart(axis, steps):
+        return axis[:, : axis.shape[1] - steps] * axis[:, steps:]
+
+    couplings = {
+        (i, j): apart(rows, i).T @ valid @ apart(cols, j) for i, j in product((0, 1), repeat=2)
+    }
     projected = rows.T @ y.permute(0, 3, 1, 2) @ cols  # [B, K, h, w]
     weight = rows.T @ valid @ cols
-    return NormalEquations(couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((0, 1, 2)))
+    return NormalEquations(
+        couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((0, 1, 2))
+    )
 
 
-def apply_gram(couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]) -> Tensor:
+def apply_gram(
+    couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]
+) -> Tensor:
     """Return G X, f[B, h * w, d], of states X f[B, h * w, d]."""
     (h, w), x = grid, states.unflatten(1, grid)
     total = torch.zeros_like(x)
-    part = lambda steps, length: slice(max(0, steps), length + min(0, steps))
+
+    def part(steps, length):
+        return slice(max(0, steps), length + min(0, steps))
+
     for i, j in product((-1, 0, 1), repeat=2):
         coupling = couplings[abs(i), abs(j)].to(x)[..., None]
         total[:, part(-i, h), part(-j, w)] += coupling * x[:, part(i, h), part(j, w)]

@@ -53,7 +53,13 @@ class PreparedMasks:
         chosen = range(len(self))[images] if isinstance(images, slice) else images
         index = images if isinstance(images, slice) else list(images)
         rule_of = tuple(self.rule_of[i] for i in chosen)
-        return replace(self, mass=self.mass[index], soft=self.soft[index], pixels=self.pixels[index], rule_of=rule_of)
+        return replace(
+            self,
+            mass=self.mass[index],
+            soft=self.soft[index],
+            pixels=self.pixels[index],
+            rule_of=rule_of,
+        )
 
     def to(self, device: torch.device | str) -> "PreparedMasks":
         """Return the masks on a device."""
@@ -66,7 +72,10 @@ class PreparedMasks:
         if len(set(self.rule_of)) == 1:
             return [(slice(None), *self.rules[self.rule_of[0]])]
         used = sorted(set(self.rule_of))
-        return [([i for i, own in enumerate(self.rule_of) if own == rule], *self.rules[rule]) for rule in used]
+        return [
+            ([i for i, own in enumerate(self.rule_of) if own == rule], *self.rules[rule])
+            for rule in used
+        ]
 
 
 def join_masks(parts: Sequence[PreparedMasks]) -> PreparedMasks:
@@ -76,7 +85,10 @@ def join_masks(parts: Sequence[PreparedMasks]) -> PreparedMasks:
     for part in parts:
         index = [_find_rule(rules, rule) for rule in part.rules]
         rule_of += [index[own] for own in part.rule_of]
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("mass", "soft", "pixels")}
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("mass", "soft", "pixels")
+    }
     return PreparedMasks(**tensors, rules=tuple(rules), rule_of=tuple(rule_of))
 
 
@@ -115,20 +127,32 @@ def prepare_masks(
             `ignore_index`. Labels are checked on a CPU only, since that would synchronise a GPU.
     """
     if target.ndim != 3 or 0 in target.shape[1:] or target.is_floating_point():
-        raise ValueError(f"expected integer masks [B, H, W], got {target.dtype}{list(target.shape)}")
+        raise ValueError(
+            f"expected integer masks [B, H, W], got {target.dtype}{list(target.shape)}"
+        )
     if nodes is not None and nodes < 2:
         raise ValueError(f"nodes must be at least 2, or None for all pixels; got {nodes}")
-    size, labelled, like = tuple(target.shape[1:]), target != ignore_index, {"dtype": dtype, "device": target.device}
+    size = tuple(target.shape[1:])
+    labelled = target != ignore_index
+    like = {"dtype": dtype, "device": target.device}
     view = view or GridPlacement.full(size)
-    axes = [axis_rule(n, pixels, extent, nodes) for n, pixels, extent in zip(grid, size, view, strict=True)]
+    axes = [
+        axis_rule(n, pixels, extent, nodes)
+        for n, pixels, extent in zip(grid, size, view, strict=True)
+    ]
     (rows, by_row), (cols, by_col) = ([x.to(**like) for x in axis] for axis in axes)
-    up_rows, up_cols = (bilinear_weights(n, px, extent, **like) for n, px, extent in zip(grid, size, view, strict=True))
+    up_rows, up_cols = (
+        bilinear_weights(n, px, extent, **like)
+        for n, px, extent in zip(grid, size, view, strict=True)
+    )
     soft = torch.zeros(len(target), num_classes, *grid, **like)
     with torch.autocast(target.device.type, enabled=False):
         mass = by_row.T @ labelled.to(dtype) @ by_col
         for k in _classes_in(target, num_classes, ignore_index):
             soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
-    return PreparedMasks(mass, soft, labelled.sum((1, 2)).double(), ((rows, cols),), (0,) * len(target))
+    return PreparedMasks(
+        mass, soft, labelled.sum((1, 2)).double(), ((rows, cols),), (0,) * len(target)
+    )
 
 
 def _classes_in(target: Tensor, classes: int, ignore_index: int) -> list[int]:
@@ -136,28 +160,37 @@ def _classes_in(target: Tensor, classes: int, ignore_index: int) -> list[int]:
     if target.device.type != "cpu":
         return [k for k in range(classes) if k != ignore_index]
     labels = target.flatten()
-    found = labels.bincount().nonzero().flatten() if target.dtype == torch.uint8 else labels.unique()
+    found = (
+        labels.bincount().nonzero().flatten() if target.dtype == torch.uint8 else labels.unique()
+    )
     found = [label for label in found.tolist() if label != ignore_index]
     for label in found:
         if not 0 <= label < classes:
-            raise ValueError(f"label {label} is neither a class in [0, K={classes}) nor ignore_index={ignore_index}")
+            raise ValueError(
+                f"label {label} is neither a class in [0, K={classes}) nor ignore_index={ignore_index}"
+            )
     return found
 
 
 @lru_cache(maxsize=1024)
-def axis_rule(tokens: int, pixels: int, extent: AxisExtent, nodes: int | None) -> tuple[Tensor, Tensor]:
+def axis_rule(
+    tokens: int, pixels: int, extent: AxisExtent, nodes: int | None
+) -> tuple[Tensor, Tensor]:
     """Return the nodes of an axis: interpolation from the tokens, f64[M, tokens], and to pixels, f64[pixels, M].
 
     M is 2 + nodes * (tokens - 1), or with `nodes=None` the number of different pixel positions. The tensors are cached;
     do not modify them.
     """
-    with torch.inference_mode(False):  # a tensor cached during validation must be usable in training
+    # a tensor cached during validation must be usable in training
+    with torch.inference_mode(False):
         at = extent.grid_coordinate(tokens, pixels).clamp(0, tokens - 1)
         places, place_of = at.unique(return_inverse=True)
         count = len(places) if nodes is None else 2 + nodes * (tokens - 1)
         if len(places) <= count:
             to_pixels = torch.nn.functional.one_hot(place_of, count).double()
-            return _from_tokens(torch.cat([places, places.new_zeros(count - len(places))]), tokens), to_pixels
+            return _from_tokens(
+                torch.cat([places, places.new_zeros(count - len(places))]), tokens
+            ), to_pixels
         gauss = torch.from_numpy((np.polynomial.legendre.leggauss(nodes)[0] + 1) / 2)
         inner = torch.arange(tokens - 1, dtype=torch.float64)[:, None] + gauss
         places = torch.cat([at.new_zeros(1), inner.flatten(), at.new_full((1,), tokens - 1)])

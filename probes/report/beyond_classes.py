@@ -16,7 +16,14 @@ from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
 
-from .effects import choose_layers, effects_of_sites, estimate_to_json, read_sites, sites_to_read, subtract
+from .effects import (
+    choose_layers,
+    effects_of_sites,
+    estimate_to_json,
+    read_sites,
+    sites_to_read,
+    subtract,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +35,39 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
         UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed, or of all
             these but the mask with other probes.
     """
-    runs, seen = [read_run(path, TaskRun) for path in paths], {}
+    runs = [read_run(path, TaskRun) for path in paths]
+    seen = {}
     for run in runs:
         compared = (run.task_name, model_name(run), run.metrics["dataset"], run.metrics["seed"])
         seen.setdefault(compared, run).check_same_probes(run)
         key = (*compared, run.metrics["image_attention"], run.arm == "trained")
         if seen.setdefault(key, run) is not run:
-            raise UserError(f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one")
+            raise UserError(
+                f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one"
+            )
     return runs
 
 
 def effects(run: TaskRun) -> dict[str, Estimate]:
     """Return "adapter_drop" and "recovery" of a run in units of its main score."""
-    task, sums = run.task, run.sums
-    score = lambda sums, weights: task.sign * resampled_task_scores(task, sums, weights)[task.score]
-    best = choose_layers(run.sites, lambda sites, weights: score(sums[sites], weights), sums.shape[1], run.groups)
+    task = run.task
+    sums = run.sums
+
+    def score(sums, weights):
+        return task.sign * resampled_task_scores(task, sums, weights)[task.score]
+
+    best = choose_layers(
+        run.sites, lambda sites, weights: score(sums[sites], weights), sums.shape[1], run.groups
+    )
     site_of_image = sites_to_read(run.sites, best, sums.shape[1])
     if not site_of_image:
         return {}
     read = read_sites(sums, site_of_image)
-    values, resampled = (task.sign * task_scores(task, read)[task.score]).tolist(), score(read, run.weights)
-    return effects_of_sites({site: (values[i], resampled[:, i]) for i, site in enumerate(site_of_image)})
+    values = (task.sign * task_scores(task, read)[task.score]).tolist()
+    resampled = score(read, run.weights)
+    return effects_of_sites(
+        {site: (values[i], resampled[:, i]) for i, site in enumerate(site_of_image)}
+    )
 
 
 def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
@@ -61,22 +80,31 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
         UserError: A run has two controls, or one on images that were read in another way.
     """
     key_of = study_keys([run for run in runs if run.arm == "trained"])
-    pair_key = lambda run: (
-        *key_of(run),
-        *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
-    )
+
+    def pair_key(run):
+        return (
+            *key_of(run),
+            *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
+        )
+
     controls: dict[tuple, TaskRun] = {}
     for run in (run for run in runs if run.arm != "trained"):
         if (other := controls.setdefault(pair_key(run), run)) is not run:
-            raise UserError(f"{other.path} and {run.path} are two controls of the same runs; pass one")
+            raise UserError(
+                f"{other.path} and {run.path} are two controls of the same runs; pass one"
+            )
     trained = {pair_key(run): run for run in runs if run.arm == "trained"}
     for control in (control for key, control in controls.items() if key not in trained):
-        log.warning("%s is left out: no run of the trained model has its task, mask, seed and images", control.path)
+        log.warning(
+            "%s is left out: no run of the trained model has its task, mask, seed and images",
+            control.path,
+        )
     return [_entry(run, controls.get(key)) for key, run in trained.items()]
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
-    own, score = effects(run), run.task.score
+    own = effects(run)
+    score = run.task.score
     if control:
         run.check_same_images(control)
         run.check_same_settings(control)
@@ -103,7 +131,8 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
 def _sites(run: TaskRun) -> list[dict[str, Any]]:
     score = run.task.score
     return [
-        {"site": site["site"], "value": site[score], "ci95": site[f"{score}_ci95"]} for site in run.metrics["sites"]
+        {"site": site["site"], "value": site[score], "ci95": site[f"{score}_ci95"]}
+        for site in run.metrics["sites"]
     ]
 
 
@@ -117,14 +146,20 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
     rows = []
     for entry in results:
         site = {row["site"]: f"{row['value']:.3g}" for row in entry["sites"]}
-        number = lambda name, entry=entry: _format(entry[name]) if name in entry else "-"
+
+        def number(name, entry=entry):
+            return _format(entry[name]) if name in entry else "-"
+
         rows.append(
             {key: entry[key] for key in ("task", "model", "dataset")}
             | {"score": f"{label[entry['task']][entry['score']]}, {entry['better']} is better"}
             | {"mask": entry["image_attention"], "seed": str(entry["seed"])}
             | {name: site.get(name, "-") for name in ("encoder", "adapter")}
             | {"drop": number("adapter_drop"), "recovery": number("recovery")}
-            | {"beyond_control": number("recovery_beyond_control"), "control": entry["control_is"] or "-"}
+            | {
+                "beyond_control": number("recovery_beyond_control"),
+                "control": entry["control_is"] or "-",
+            }
         )
     return rows
 

@@ -45,13 +45,19 @@ log = logging.getLogger(__name__)
 
 CLAIMS: dict[str, Claim] = {
     "adapter_drop": Claim(
-        +1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)", "adapter drop"
+        +1,
+        "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)",
+        "adapter drop",
     ),
     "recovery": Claim(
-        +1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)", "recovery"
+        +1,
+        "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)",
+        "recovery",
     ),
     "recovery_trained": Claim(
-        +1, "The recovery comes from training: recovery minus that of the untrained model", "recovery from training"
+        +1,
+        "The recovery comes from training: recovery minus that of the untrained model",
+        "recovery from training",
     ),
     "layer_gain": Claim(
         +1,
@@ -76,7 +82,8 @@ class Numbers(NamedTuple):
     main: Measured  # trained probes where there are some, else solved ones
     control: Measured  # the same, of the untrained model
     solved: Measured
-    comparisons: dict[tuple[str, str, str], Comparison]  # with draws, by claim, mask and kind of probes
+    # with draws, by claim, mask and kind of probes
+    comparisons: dict[tuple[str, str, str], Comparison]
     tokens: str  # "random" or "matched": what a knockout blocks in place of a class
 
 
@@ -88,7 +95,8 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     untrained model, or None; and "n": the images, for a knockout also the mistaken patches, that it is a mean over.
     "value", "ci95" and "holds" are those of the main runs, as the paper measures them.
     """
-    numbers, path = _measure_all(study), path_rows(study)
+    numbers = _measure_all(study)
+    path = path_rows(study)
     claims = [
         _entry(study, claim, mask, numbers, path)
         for claim in CLAIMS
@@ -101,7 +109,9 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
 def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
-    number, control, truth = numbers.main[key], numbers.control.get(key), read_truth(run, CLAIMS).get(claim)
+    number = numbers.main[key]
+    control = numbers.control.get(key)
+    truth = read_truth(run, CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
@@ -126,8 +136,11 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
 def _measure_all(study: Study) -> Numbers:
     controls = {mask: run for mask in study.trained if (run := study.control(mask))}
     tokens = control_of(study.members)
-    main_site, solved_site = (next((run.peak_layer for run in r.values()), None) for r in (study.trained, study.solved))
-    main, control = measure(study.trained, main_site, tokens), measure(controls, main_site, tokens)
+    main_site, solved_site = (
+        next((run.peak_layer for run in r.values()), None) for r in (study.trained, study.solved)
+    )
+    main = measure(study.trained, main_site, tokens)
+    control = measure(controls, main_site, tokens)
     _add_recovery_trained(main, control)
     solved = main
     if study.solved != study.trained:
@@ -136,7 +149,9 @@ def _measure_all(study: Study) -> Numbers:
     comparisons = {}
     for kind, measured, site in (("solved", solved, solved_site), ("trained", main, main_site)):
         draws = {
-            part: [measure(runs, site, tokens) for runs in study.random_draws(part, kind == "solved")]
+            part: [
+                measure(runs, site, tokens) for runs in study.random_draws(part, kind == "solved")
+            ]
             for part in ("llm", "adapter")
         }
         for key, effect in measured.items():
@@ -150,7 +165,8 @@ def _add_recovery_trained(trained: Measured, untrained: Measured) -> None:
     """Add "recovery_trained", recovery minus that of the untrained model, under the masks that both have."""
     for claim, mask in [*trained]:
         if claim == "recovery" and (claim, mask) in untrained:
-            own, other = trained[claim, mask], untrained[claim, mask].estimate
+            own = trained[claim, mask]
+            other = untrained[claim, mask].estimate
             trained["recovery_trained", mask] = own._replace(estimate=subtract(own.estimate, other))
 
 
@@ -169,7 +185,9 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None, tokens: str) -> Meas
     for mask, run in runs.items():
         images = {"images": run.metrics["images"]}
         estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
-        numbers |= {(claim, mask): Effect(estimate, images) for claim, estimate in estimates.items()}
+        numbers |= {
+            (claim, mask): Effect(estimate, images) for claim, estimate in estimates.items()
+        }
         contrasts = patch_contrasts(run, tokens)
         for claim, in_paper in rate_effects(run).items():
             effect = Effect(None, images, in_paper)
@@ -178,10 +196,16 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None, tokens: str) -> Meas
                 effect = Effect(estimate, counts, in_paper, over_pairs)
             numbers[claim, mask] = effect
     pair = [runs[mask] for mask in MASKS if mask in runs]
-    if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved and all(site in run.sites for run in pair):
+    if (
+        len(pair) == 2
+        and pair[0].is_solved == pair[1].is_solved
+        and all(site in run.sites for run in pair)
+    ):
         for claim, estimate in gap_estimates(*pair, site).items():
             if math.isnan(estimate[0]):  # e.g. the padding of landscape photos
-                log.warning("%s has no labelled pixel there; the claim %s is left out", pair[0].path, claim)
+                log.warning(
+                    "%s has no labelled pixel there; the claim %s is left out", pair[0].path, claim
+                )
             else:
                 numbers[claim, "causal"] = Effect(estimate, {"images": pair[0].metrics["images"]})
     return numbers
@@ -202,9 +226,12 @@ def _paper_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict
     return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
 
 
-def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
+def _optimum_column(
+    study: Study, claim: str, mask: str, numbers: Numbers, path: Rows
+) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
-    sign, solved = CLAIMS[claim].sign, study.solved
+    sign = CLAIMS[claim].sign
+    solved = study.solved
     missing = [name for name in _compared_masks(claim, mask) if name not in solved]
     if missing:
         return untested(f"no solved probes: run {_command('solve', study, missing[0])}")
@@ -213,7 +240,9 @@ def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path:
         return path_column(sign, path, unconverged([solved[mask], *controls], claim))
     if claim == "recovery_trained":
         options = "--model.untrained '[adapter, llm]'"
-        return untested(f"no solved run of the untrained model: run {_command('solve', study, mask, options)}")
+        return untested(
+            f"no solved run of the untrained model: run {_command('solve', study, mask, options)}"
+        )
     if (claim, mask) not in numbers.solved:
         return untested(
             f"no knockout of the solved probes: run `probes knockout --probes {quote(str(solved[mask].path))}`"
@@ -244,7 +273,8 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
     """
     if claim == "recovery_trained":  # minus other random weights, it is the recovery again
         return _beyond_random_column(study, "recovery", mask, numbers) | {"same_as": "recovery"}
-    part, found = _random_part(claim), numbers.comparisons
+    part = _random_part(claim)
+    found = numbers.comparisons
     for kind in ("solved", "trained"):
         if comparison := found.get((claim, mask, kind)):
             masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
@@ -254,7 +284,9 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
             reason = unconverged(runs, claim)
-            return untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
+            return (
+                untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
+            )
     draws = {len(study.random_draws(part, solved)) for solved in (True, False)}
     name = part if study.first.has_llm else "encoder"
     if max(draws) >= 2:
@@ -262,7 +294,9 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
         if claim.startswith("knockout"):
             if numbers.main[claim, mask].estimate is None:
                 return untested(_no_contrast(study.trained[mask]))
-            return untested(f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes")
+            return untested(
+                f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes"
+            )
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     if not study.first.has_llm:

@@ -34,7 +34,9 @@ def subtract(a: Estimate, b: Estimate) -> Estimate:
 
 def select_sites(counts: Counts, sites: list[int]) -> Counts:
     """Return the counts at the given site indices."""
-    return counts._replace(intersection=counts.intersection[sites], predicted=counts.predicted[sites])
+    return counts._replace(
+        intersection=counts.intersection[sites], predicted=counts.predicted[sites]
+    )
 
 
 def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
@@ -43,18 +45,26 @@ def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
     return (unit if unit.any() else torch.arange(images)) % FOLDS
 
 
-def cross_validated_layers(sites: list[str], counts: Counts, groups: Tensor | None = None) -> Tensor | None:
+def cross_validated_layers(
+    sites: list[str], counts: Counts, groups: Tensor | None = None
+) -> Tensor | None:
     """Return for each image the index i64[N] of the LLM layer with the best mIoU on the images of all other folds.
 
     No image takes part in the choice of its own layer, so that the maximum over many layers is not biased upwards.
     None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
     """
-    score = lambda layers, weights: resampled_scores(select_sites(counts, layers), weights).miou
+
+    def score(layers, weights):
+        return resampled_scores(select_sites(counts, layers), weights).miou
+
     return choose_layers(sites, score, len(counts.labelled), groups)
 
 
 def choose_layers(
-    sites: list[str], score: Callable[[list[int], Tensor], Tensor], images: int, groups: Tensor | None
+    sites: list[str],
+    score: Callable[[list[int], Tensor], Tensor],
+    images: int,
+    groups: Tensor | None,
 ) -> Tensor | None:
     """Return :func:`cross_validated_layers` for any score.
 
@@ -73,7 +83,9 @@ def choose_layers(
     return torch.tensor(layers)[best][fold]
 
 
-def sites_of_effects(sites: list[str], counts: Counts, groups: Tensor | None = None) -> dict[str, Tensor]:
+def sites_of_effects(
+    sites: list[str], counts: Counts, groups: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     return sites_to_read(sites, cross_validated_layers(sites, counts, groups), len(counts.labelled))
 
@@ -94,14 +106,26 @@ def read_sites(x: Tensor, site_of_image: dict[str, Tensor]) -> Tensor:
 
 def effects_of_sites(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
     """Return the effects of `EFFECTS` whose sites have estimates."""
-    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in EFFECTS.items() if {a, b} <= set(estimates)}
+    return {
+        name: subtract(estimates[a], estimates[b])
+        for name, (a, b) in EFFECTS.items()
+        if {a, b} <= set(estimates)
+    }
 
 
-def miou_estimates(counts: Counts, site_of_image: dict[str, Tensor], weights: Tensor) -> dict[str, Estimate]:
+def miou_estimates(
+    counts: Counts, site_of_image: dict[str, Tensor], weights: Tensor
+) -> dict[str, Estimate]:
     """Return the mIoU at the sites of the effects, for bootstrap weights f[R, N]."""
-    read = lambda x: read_sites(x, site_of_image)
-    counts = counts._replace(intersection=read(counts.intersection), predicted=read(counts.predicted))
-    values, resampled = dataset_scores(counts).miou.tolist(), resampled_scores(counts, weights).miou
+
+    def read(x):
+        return read_sites(x, site_of_image)
+
+    counts = counts._replace(
+        intersection=read(counts.intersection), predicted=read(counts.predicted)
+    )
+    values = dataset_scores(counts).miou.tolist()
+    resampled = resampled_scores(counts, weights).miou
     return {site: (values[i], resampled[:, i]) for i, site in enumerate(site_of_image)}
 
 

@@ -45,7 +45,9 @@ def describe_best_layer(best: dict[str, Any]) -> str:
     """Return "layer 8 of 12 reads best: 53.7 [..] mIoU, 1.6 points above the last"."""
     layer, last = (int(best[key].removeprefix("layer_")) for key in ("site", "last"))
     low, high = (format_percent(bound) for bound in best["ci95"])
-    text = f"layer {layer} of {last} reads best: {format_percent(best['miou'])} [{low}, {high}] mIoU"
+    text = (
+        f"layer {layer} of {last} reads best: {format_percent(best['miou'])} [{low}, {high}] mIoU"
+    )
     if layer == last:
         return f"{text}; it is the last one"
     above = f"{100 * best['over_last']:.1f} points above the last {format_interval(best['over_last_ci95'])}"

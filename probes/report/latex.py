@@ -23,7 +23,10 @@ def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) ->
     if knockout:
         title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
         tables[title] = (_knockout_rows(knockout), 4)
-    texts = [f"% {title}, with 95% intervals\n{latex_table(rows, names)}" for title, (rows, names) in tables.items()]
+    texts = [
+        f"% {title}, with 95% intervals\n{latex_table(rows, names)}"
+        for title, (rows, names) in tables.items()
+    ]
     return "\n".join([r"% needs \usepackage{booktabs}", *texts])
 
 
@@ -35,9 +38,16 @@ def _score_rows(study: Study) -> list[list[str]]:
         + f", {run.probe_kind} probes" * mixed
         for run in study.runs
     ]
-    sites = list(dict.fromkeys(entry["site"] for run in study.runs for entry in run.metrics["sites"]))
-    by_site = [{entry["site"]: _score(entry) for entry in run.metrics["sites"]} for run in study.runs]
-    return [["site", *titles], *([site, *(scores.get(site, "–") for scores in by_site)] for site in sites)]
+    sites = list(
+        dict.fromkeys(entry["site"] for run in study.runs for entry in run.metrics["sites"])
+    )
+    by_site = [
+        {entry["site"]: _score(entry) for entry in run.metrics["sites"]} for run in study.runs
+    ]
+    return [
+        ["site", *titles],
+        *([site, *(scores.get(site, "–") for scores in by_site)] for site in sites),
+    ]
 
 
 def _score(entry: dict[str, Any]) -> str:
@@ -47,11 +57,28 @@ def _score(entry: dict[str, Any]) -> str:
 
 def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
     known = ["truth"] if any("truth" in claim for claim in claims) else []
-    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), *known, "conclusion"]]
+    rows = [
+        [
+            "claim",
+            "image attention",
+            *(title.lower() for title in COLUMN_TITLES.values()),
+            *known,
+            "conclusion",
+        ]
+    ]
     for claim in claims:
-        cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        cells = [
+            f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()
+        ]
         cells += [claim.get(key, "") for key in known]
-        rows.append([claim["claim"].replace("_", " "), claim["image_attention"], *cells, claim["conclusion"]])
+        rows.append(
+            [
+                claim["claim"].replace("_", " "),
+                claim["image_attention"],
+                *cells,
+                claim["conclusion"],
+            ]
+        )
     return rows
 
 

@@ -34,10 +34,17 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
         return None
     causal, bidirectional = study.pair()
     sites = [site for site in causal.sites if site in bidirectional.sites and site != FINAL_NORM]
-    counts = [select_sites(run.counts, [run.sites.index(site) for site in sites]) for run in (causal, bidirectional)]
-    weights, groups, seed = causal.weights, causal.groups, causal.metrics["seed"]
+    counts = [
+        select_sites(run.counts, [run.sites.index(site) for site in sites])
+        for run in (causal, bidirectional)
+    ]
+    weights = causal.weights
+    groups = causal.groups
+    seed = causal.metrics["seed"]
     values = dataset_scores(counts[1]).miou - dataset_scores(counts[0]).miou
-    resampled = resampled_scores(counts[1], weights).miou - resampled_scores(counts[0], weights).miou
+    resampled = (
+        resampled_scores(counts[1], weights).miou - resampled_scores(counts[0], weights).miou
+    )
     swaps = random_swaps(len(weights[0]), permutations, seed, groups)
     swapped = [scores.miou for scores in swapped_scores(*counts, swaps)]
     uncorrected, corrected = p_values(swapped[1] - swapped[0])
@@ -49,8 +56,16 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
         "permutations": permutations,
         "smallest_p": max(1 / (1 + permutations), 2.0 ** (1 - units)),
         "sites": [
-            {"site": site, "difference": v, "ci95": interval(v, r), "p": p.item(), "p_corrected": q.item()}
-            for site, v, r, p, q in zip(sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True)
+            {
+                "site": site,
+                "difference": v,
+                "ci95": interval(v, r),
+                "p": p.item(),
+                "p_corrected": q.item(),
+            }
+            for site, v, r, p, q in zip(
+                sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True
+            )
         ],
         "effects": _compare_effects(sites, counts, weights, groups, swapped),
     }
@@ -60,7 +75,9 @@ def _compare_effects(
     sites: list[str], counts: list, weights: Tensor, groups: Tensor | None, swapped: list[Tensor]
 ) -> list[dict[str, Any]]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
-    causal, bidirectional = (drop_and_recovery(sites, run_counts, weights, groups) for run_counts in counts)
+    causal, bidirectional = (
+        drop_and_recovery(sites, run_counts, weights, groups) for run_counts in counts
+    )
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
     effect_of_miou = {
         "adapter_drop": lambda miou: miou[:, sites.index(ENCODER)] - miou[:, sites.index(ADAPTER)],
@@ -71,5 +88,7 @@ def _compare_effects(
         value, resampled = subtract(bidirectional[name], causal[name])
         permuted = effect_of_miou[name](swapped[1]) - effect_of_miou[name](swapped[0])
         p = p_values(permuted[:, None])[0].item()
-        entries.append({"effect": name, "difference": value, "ci95": interval(value, resampled), "p": p})
+        entries.append(
+            {"effect": name, "difference": value, "ci95": interval(value, resampled), "p": p}
+        )
     return entries

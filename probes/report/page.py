@@ -52,8 +52,15 @@ from .verdicts import MARGIN
 Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 
-FILTERS = {"points": formatting.format_points, "percent": formatting.format_percent, "p": formatting.format_p}
-FILTERS |= {"difference": formatting.format_difference, "verdict_reasons": summary_text.verdict_reasons}
+FILTERS = {
+    "points": formatting.format_points,
+    "percent": formatting.format_percent,
+    "p": formatting.format_p,
+}
+FILTERS |= {
+    "difference": formatting.format_difference,
+    "verdict_reasons": summary_text.verdict_reasons,
+}
 FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
 FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
 FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
@@ -61,15 +68,23 @@ FILTERS |= {"truth_rows": summary_text.truth_rows, "best_layer": describe_best_l
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
-def study_results(study: Study, claims: list[dict[str, Any]], sections: list[PageSection]) -> dict[str, Any]:
+def study_results(
+    study: Study, claims: list[dict[str, Any]], sections: list[PageSection]
+) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
     by_mask = [entries for section in sections for entries in section.content.by_mask.items()]
-    entry = lambda mask, run: {
-        "probing": run.metrics,
-        "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
-        **{name: found[mask] for name, found in by_mask},
+
+    def entry(mask, run):
+        return {
+            "probing": run.metrics,
+            "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
+            **{name: found[mask] for name, found in by_mask},
+        }
+
+    random = {
+        mask: [run for run in study.random if run.metrics["image_attention"] == mask]
+        for mask in study.masks
     }
-    random = {mask: [run for run in study.random if run.metrics["image_attention"] == mask] for mask in study.masks}
     results = {
         "model": study.model,
         "dataset": study.dataset,
@@ -77,7 +92,11 @@ def study_results(study: Study, claims: list[dict[str, Any]], sections: list[Pag
         "masks": {mask: entry(mask, run) for mask, run in study.trained.items()},
         "controls": {
             "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
-            "random": {mask: [{"probing": run.metrics} for run in runs] for mask, runs in random.items() if runs},
+            "random": {
+                mask: [{"probing": run.metrics} for run in runs]
+                for mask, runs in random.items()
+                if runs
+            },
         },
         "claims": claims,
         "data_notes": notes_of_run(study.first.metrics["classes"], study.first.manifest["data"]),
@@ -103,7 +122,8 @@ def write_report(
         unfinished: Steps that have no result, see :func:`unfinished_steps`.
     """
     others = read_task_runs(task_runs)
-    studies, out = read_studies(paths), Path(out)
+    studies = read_studies(paths)
+    out = Path(out)
     warn_of_changed_data([*(study.first for study in studies), *others])
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
         wall_s = summary_text.total_wall_s(Path(timings)) if timings else None
@@ -111,12 +131,19 @@ def write_report(
 
 
 def _write_files(
-    studies: list[Study], out: Path, wall_s: float | None, task_runs: list[TaskRun], unfinished: list[dict[str, str]]
+    studies: list[Study],
+    out: Path,
+    wall_s: float | None,
+    task_runs: list[TaskRun],
+    unfinished: list[dict[str, str]],
 ) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
-    parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
-    tasks, table2 = task_results(task_runs), tables.table2([s for s in studies if s.first.has_llm])
+    parts = [
+        _build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies
+    ]
+    tasks = task_results(task_runs)
+    table2 = tables.table2([s for s in studies if s.first.has_llm])
     task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
     files |= _csv_files({"table2": table2, "tasks_table": task_rows}, out)
     by_study = [part["results"] for part in parts]
@@ -155,12 +182,17 @@ def _earlier_files(out: Path) -> set[Path]:
     """Return the CSV files, figures and tables of the report that `out` holds."""
     file = out / "results.json"
     names = read_json(file).get("files", []) if file.is_file() else []
-    return {out / name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()}
+    return {
+        out / name
+        for name in names
+        if ".." not in Path(name).parts and not Path(name).is_absolute()
+    }
 
 
 def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
-    claims, out = evaluate_claims(study), out / folder
+    claims = evaluate_claims(study)
+    out = out / folder
     sections = study_sections(study, claims)
     results = study_results(study, claims, sections)
     drawn = [(section, _draw(section.content.figures, out, files)) for section in sections]
@@ -174,25 +206,36 @@ def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str,
         "folder": folder,
         "results": results,
         "first": drawn[0][1].pop(0),
-        "sections": [(section, figures) for section, figures in drawn if figures or section.content.shown],
+        "sections": [
+            (section, figures) for section, figures in drawn if figures or section.content.shown
+        ],
         "overridden_masks": overridden_masks(study),
         "data_notes": results["data_notes"],
     }
 
 
 def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
-    return {out / f"{name}.csv": formatting.format_csv(rows) for name, rows in rows_by_name.items() if rows}
+    return {
+        out / f"{name}.csv": formatting.format_csv(rows)
+        for name, rows in rows_by_name.items()
+        if rows
+    }
 
 
 def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
     """Draw figures, add their files to `files`, and return them with the PNG for the page."""
     drawn: Drawn = []
     for figure in figures:
-        png, pdf = io.BytesIO(), io.BytesIO()
+        png = io.BytesIO()
+        pdf = io.BytesIO()
         figure.data.figure.savefig(png, format="png")
-        figure.data.figure.set_layout_engine("none")  # keep the layout instead of computing it again
+        # keep the layout instead of computing it again
+        figure.data.figure.set_layout_engine("none")
         figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-        files |= {out / f"{figure.name}.pdf": pdf.getvalue(), out / f"{figure.name}.png": png.getvalue()}
+        files |= {
+            out / f"{figure.name}.pdf": pdf.getvalue(),
+            out / f"{figure.name}.png": png.getvalue(),
+        }
         files |= _csv_files({figure.name: figure.data.rows}, out)
         drawn.append((figure, base64.b64encode(png.getvalue()).decode()))
     return drawn
@@ -201,7 +244,9 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
     runs, tasks = _expand_studies(args.runs)
-    unfinished = [entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)]
+    unfinished = [
+        entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)
+    ]
     results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
     print(f"{summary_text.format_results(results)}\n{Path(args.out) / 'index.html'}")
 
@@ -230,6 +275,9 @@ def _labels_of_models(folder: Path, runs: list[ProbeRun | TaskRun]) -> dict[Path
     models: dict[tuple, str] = {}
     for run in runs:
         key = (model_name(run), run.metrics["image_attention"])
-        if run.path.parent != folder and models.setdefault(key, labels[run.path]) != labels[run.path]:
+        if (
+            run.path.parent != folder
+            and models.setdefault(key, labels[run.path]) != labels[run.path]
+        ):
             return labels
     return {}

@@ -22,7 +22,8 @@ from probes.results.study import Study
 
 from .effects import EFFECTS, Estimate, effects_of_sites, miou_estimates, sites_of_effects, subtract
 
-ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}  # steps along the path, which runs from strong to weak
+# steps along the path, which runs from strong to weak
+ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
 
 
 class RowEffects(NamedTuple):
@@ -38,25 +39,41 @@ def neighbours(run: ProbeRun) -> dict[str, Tensor]:
     A site whose choice is at the end of its path has no neighbour there and keeps its choice. A row in which all sites
     do is left out.
     """
-    paths, solved = run.site_paths, run.solved_strengths
-    chosen = [found.index(path["strengths"].index(path["chosen"])) for path, found in zip(paths, solved, strict=True)]
+    paths = run.site_paths
+    solved = run.solved_strengths
+    chosen = [
+        found.index(path["strengths"].index(path["chosen"]))
+        for path, found in zip(paths, solved, strict=True)
+    ]
     rows = {
-        name: torch.tensor(chosen).add(step).clamp(0, len(solved[0]) - 1)  # all sites have as many solved strengths
+        # all sites have as many solved strengths
+        name: torch.tensor(chosen).add(step).clamp(0, len(solved[0]) - 1)
         for name, step in ROWS.items()
     }
-    return {name: row for name, row in rows.items() if name == "chosen" or (row != rows["chosen"]).any()}
+    return {
+        name: row for name, row in rows.items() if name == "chosen" or (row != rows["chosen"]).any()
+    }
 
 
 def has_converged(run: ProbeRun, row: Tensor, sites: list[int]) -> bool:
     """Return whether the probes of a row i64[S] have converged at all these sites."""
-    paths, solved = run.site_paths, run.solved_strengths
-    certificates = [(paths[site].get("certificates") or {}, solved[site][int(row[site])]) for site in sites]
-    return all(found and (found[strength] or {}).get("converged") for found, strength in certificates)
+    paths = run.site_paths
+    solved = run.solved_strengths
+    certificates = [
+        (paths[site].get("certificates") or {}, solved[site][int(row[site])]) for site in sites
+    ]
+    return all(
+        found and (found[strength] or {}).get("converged") for found, strength in certificates
+    )
 
 
 def sites_at_edge(run: ProbeRun) -> list[str]:
     """Return the sites whose cross-validated loss is lowest at an end of the path, where it may fall further."""
-    return [path["site"] for path in run.site_paths if path["lowest"] in (path["strengths"][0], path["strengths"][-1])]
+    return [
+        path["site"]
+        for path in run.site_paths
+        if path["lowest"] in (path["strengths"][0], path["strengths"][-1])
+    ]
 
 
 def path_rows(study: Study) -> Rows:
@@ -98,11 +115,18 @@ def effects_by_row(run: ProbeRun, weights: Tensor) -> dict[str, RowEffects]:
 
 
 def _effects_at(run: ProbeRun, row: Tensor, path: list[Counts], weights: Tensor) -> RowEffects:
-    pick = lambda name: torch.stack([getattr(path[r], name)[site] for site, r in enumerate(row.tolist())])
+    def pick(name):
+        return torch.stack([getattr(path[r], name)[site] for site, r in enumerate(row.tolist())])
+
     counts = path[0]._replace(intersection=pick("intersection"), predicted=pick("predicted"))
     site_of_image = sites_of_effects(run.sites, counts, run.groups)
     if not site_of_image:
         return RowEffects({}, {})
     effects = effects_of_sites(miou_estimates(counts, site_of_image, weights))
-    sites = lambda effect: torch.cat([site_of_image[name].unique() for name in EFFECTS[effect]]).tolist()
-    return RowEffects(effects, {effect: has_converged(run, row, sites(effect)) for effect in effects})
+
+    def sites(effect):
+        return torch.cat([site_of_image[name].unique() for name in EFFECTS[effect]]).tolist()
+
+    return RowEffects(
+        effects, {effect: has_converged(run, row, sites(effect)) for effect in effects}
+    )

@@ -29,14 +29,21 @@ class PageSection(NamedTuple):
 def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
-    tables, results = {"classes": class_rows(study)}, {"path_at_edge": at_edge}
+    tables = {"classes": class_rows(study)}
+    results = {"path_at_edge": at_edge}
     layers = _layers_section(study, edge_notes(at_edge), tables, results)
-    controls = Section([*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)})
+    controls = Section(
+        [*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)}
+    )
     return [
         layers,
-        PageSection("Claims beside controls", "What do models with random weights show as well?", controls),
         PageSection(
-            "Bidirectional vs. causal attention", "At which layers do the two masks differ?", _masks_section(study)
+            "Claims beside controls", "What do models with random weights show as well?", controls
+        ),
+        PageSection(
+            "Bidirectional vs. causal attention",
+            "At which layers do the two masks differ?",
+            _masks_section(study),
         ),
         *(
             PageSection(analysis.title, analysis.question, function_of(name, "section")(study))
@@ -46,7 +53,9 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
     ]
 
 
-def _layers_section(study: Study, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]) -> PageSection:
+def _layers_section(
+    study: Study, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]
+) -> PageSection:
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:
         question = "Where does the model lose what it sees, and where is it back?"

@@ -14,7 +14,17 @@ import torch
 from probes.results.study import Study
 
 from .claims import CLAIMS
-from .verdicts import COLUMNS, HOLDS, UNTESTED, column, conclude, correct_for_claims, judge, margin_column, untested
+from .verdicts import (
+    COLUMNS,
+    HOLDS,
+    UNTESTED,
+    column,
+    conclude,
+    correct_for_claims,
+    judge,
+    margin_column,
+    untested,
+)
 
 
 def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -23,8 +33,13 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
     claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
-    data = lambda members: {study.first.manifest["data"]["fingerprint"] for study in members}
-    shared = lambda members: len(data(members)) < len(members)  # some seeds have the same validation images
+
+    def data(members):
+        return {study.first.manifest["data"]["fingerprint"] for study in members}
+
+    def shared(members):
+        return len(data(members)) < len(members)  # some seeds have the same validation images
+
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
         | _joint_claims({study.seed: claims[study.slug] for study in members}, shared(members))
@@ -45,21 +60,37 @@ def _joint_claims(
     claims_by_seed: dict[int, list[dict[str, Any]]], shared_images: bool
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
-    by_key = {seed: {(c["claim"], c["image_attention"]): c for c in x} for seed, x in claims_by_seed.items()}
-    joint, left_out = [], []
+    by_key = {
+        seed: {(c["claim"], c["image_attention"]): c for c in x}
+        for seed, x in claims_by_seed.items()
+    }
+    joint = []
+    left_out = []
     for claim, mask in dict.fromkeys(key for claims in by_key.values() for key in claims):
         if lacking := [seed for seed, claims in by_key.items() if (claim, mask) not in claims]:
             left_out.append({"claim": claim, "image_attention": mask, "lacking": lacking})
-        entries = {seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims}
+        entries = {
+            seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims
+        }
         if len(entries) < 2:
             continue
         (sign, text, _), truths = CLAIMS[claim], {entry.get("truth") for entry in entries.values()}
-        columns = {name: {seed: entry["verdicts"][name] for seed, entry in entries.items()} for name in COLUMNS}
-        verdicts = {name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()}
-        value, ci95 = verdicts["paper"]["value"], verdicts["paper"]["ci95"]  # the numbers of the main runs
+        columns = {
+            name: {seed: entry["verdicts"][name] for seed, entry in entries.items()}
+            for name in COLUMNS
+        }
+        verdicts = {
+            name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()
+        }
+        # the numbers of the main runs
+        value = verdicts["paper"]["value"]
+        ci95 = verdicts["paper"]["ci95"]
         joint.append(
             {"claim": claim, "image_attention": mask, "text": text, "value": value, "ci95": ci95}
-            | {"holds": value is not None and judge(sign, value, ci95) == HOLDS, "verdicts": verdicts}
+            | {
+                "holds": value is not None and judge(sign, value, ci95) == HOLDS,
+                "verdicts": verdicts,
+            }
             | {**conclude(verdicts), "n": _count_seeds(verdicts, len(entries))}
             | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
         )
@@ -73,39 +104,66 @@ def _count_seeds(verdicts: dict[str, dict[str, Any]], seeds: int) -> dict[str, i
     return {"seeds": min(joined, default=0), "of": seeds}
 
 
-def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool) -> dict[str, Any]:
+def join_column(
+    sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool
+) -> dict[str, Any]:
     """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-    join = lambda entries: mean_over_seeds([(entry["value"], entry["ci95"]) for entry in entries], shared_images)
-    judged = _same_probes({seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED})
-    missing = {seed: entry.get("reason", "other probes") for seed, entry in by_seed.items() if seed not in judged}
+
+    def join(entries):
+        return mean_over_seeds(
+            [(entry["value"], entry["ci95"]) for entry in entries], shared_images
+        )
+
+    judged = _same_probes(
+        {seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED}
+    )
+    missing = {
+        seed: entry.get("reason", "other probes")
+        for seed, entry in by_seed.items()
+        if seed not in judged
+    }
     more = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
     more |= {"left_out": missing} if missing else {}
-    reason = "".join(["fewer than two seeds have a verdict", *(f"; seed {k}: {x}" for k, x in [*missing.items()][:1])])
+    reason = "".join(
+        [
+            "fewer than two seeds have a verdict",
+            *(f"; seed {k}: {x}" for k, x in [*missing.items()][:1]),
+        ]
+    )
     entries = [*(judged if len(judged) > 1 else _same_probes(by_seed)).values()]
     if len(entries) < 2 or any(entry["value"] is None for entry in entries):
         return untested(reason, **more)
     more["seeds"] = len(entries)
     # each seed has draws of its own, so that their spread is part of that between seeds
-    value, ci95 = join([entry | {"ci95": entry.get("ci95_without_draws", entry["ci95"])} for entry in entries])
+    value, ci95 = join(
+        [entry | {"ci95": entry.get("ci95_without_draws", entry["ci95"])} for entry in entries]
+    )
     if len(judged) < 2:
         return untested(reason, value, ci95, **more)
     if "p" in entries[0]:
         return margin_column(sign, value, ci95, len(entries) - 1, **more)
-    below = [entry["below_optimum"] for entry in entries if entry["below_optimum"]]  # the column "paper"
-    more["below_optimum"] = dict(zip(("value", "ci95"), join(below), strict=True)) if len(below) > 1 else None
+    # the column "paper"
+    below = [entry["below_optimum"] for entry in entries if entry["below_optimum"]]
+    more["below_optimum"] = (
+        dict(zip(("value", "ci95"), join(below), strict=True)) if len(below) > 1 else None
+    )
     return column(sign, value, ci95, **more)
 
 
 def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
-    return {seed: x for seed, x in by_seed.items() if x.get("probes") == max(kinds, key=kinds.count)}
+    return {
+        seed: x for seed, x in by_seed.items() if x.get("probes") == max(kinds, key=kinds.count)
+    }
 
 
-def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: bool) -> tuple[float, list[float]]:
+def mean_over_seeds(
+    estimates: list[tuple[float, list[float]]], shared_images: bool
+) -> tuple[float, list[float]]:
     """Return the mean of the values and its 95% interval, from values with their intervals over images.
 
     Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
@@ -113,7 +171,12 @@ def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: b
     """
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
     halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)
-    of_images, value = halves.square().mean().sqrt().item(), values.mean().item()
+    of_images = halves.square().mean().sqrt().item()
+    value = values.mean().item()
     of_seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std().item() / len(values) ** 0.5
-    half = math.hypot(of_seeds, of_images) if shared_images else max(of_seeds, of_images / len(values) ** 0.5)
+    half = (
+        math.hypot(of_seeds, of_images)
+        if shared_images
+        else max(of_seeds, of_images / len(values) ** 0.5)
+    )
     return value, [value - half, value + half]

@@ -13,9 +13,14 @@ from .encoder_layers import describe_best_layer
 from .mask_comparison import ALPHA
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
 
-COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
+COLUMN_TITLES = {
+    "paper": "As the paper measures it",
+    "optimum": "At the optimum",
+    "beyond_random": "Beyond random",
+}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
-FEW_IMAGES = 10  # a bootstrap interval of the mean of 10 normal numbers has the true one in 90% of cases, of 2 in 50%
+# a bootstrap interval of the mean of 10 normal numbers has the true one in 90% of cases, of 2 in 50%
+FEW_IMAGES = 10
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 
 
@@ -34,11 +39,17 @@ def summarize_claims(claims: list[dict[str, Any]]) -> str:
     others = Counter(claim["conclusion"] for claim in tested if not claim["supported"])
     text = f"{len(supported)} of {len(tested)} tested claims are supported"
     if supported:
-        text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
+        text += ": " + ", ".join(
+            f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported
+        )
     why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
     text += f". The others: {why}." if why else "."
     untested = len(claims) - len(tested)
-    return f"{text} Untested, so neither supported nor not: {untested} of {len(claims)}." if untested else text
+    return (
+        f"{text} Untested, so neither supported nor not: {untested} of {len(claims)}."
+        if untested
+        else text
+    )
 
 
 def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,7 +62,10 @@ def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
         text, _, source = claim["text"].partition(": ")
         entry = {"text": text, "source": source, "truth": claim.get("truth"), "by_mask": {}}
         grouped.setdefault(claim["claim"], entry)["by_mask"][claim["image_attention"]] = claim
-    tested = lambda entry: any(claim["conclusion"] != UNTESTED for claim in entry["by_mask"].values())
+
+    def tested(entry):
+        return any(claim["conclusion"] != UNTESTED for claim in entry["by_mask"].values())
+
     return [entry for entry in grouped.values() if tested(entry)]
 
 
@@ -74,7 +88,8 @@ def truth_rows(parts: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
 
 def format_effect(claim: dict[str, Any]) -> list[str]:
     """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
-    optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
+    optimum = claim["verdicts"]["optimum"]
+    beyond = claim["verdicts"]["beyond_random"]
     effects = [claim if optimum["ci95"] is None else optimum]
     effects += [beyond] if optimum["verdict"] == HOLDS and beyond["ci95"] else []
     return [format_difference(effect) for effect in effects]
@@ -83,9 +98,13 @@ def format_effect(claim: dict[str, Any]) -> list[str]:
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
     """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
     tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]
-    beyond = [entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED]
+    beyond = [
+        entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED
+    ]
     notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
-    images = min((claim["n"]["images"] for claim in claims if "images" in claim["n"]), default=FEW_IMAGES)
+    images = min(
+        (claim["n"]["images"] for claim in claims if "images" in claim["n"]), default=FEW_IMAGES
+    )
     if images < FEW_IMAGES:
         notes.append(
             f"{images} validation images tell next to nothing: such intervals are too short, and a verdict is no more "
@@ -99,15 +118,23 @@ def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
             f"{kept} of {len(supported)} supported claims have p < 0.05."
         )
     if any("same_as" in entry for entry in beyond):
-        notes.append("Recovery and recovery trained share the column beyond random: one confirmation, not two.")
+        notes.append(
+            "Recovery and recovery trained share the column beyond random: one confirmation, not two."
+        )
     if any("same_draws_as" in entry for entry in beyond):
-        notes.append("Random adapters are the same under both masks: one confirmation of the adapter's drop, not two.")
+        notes.append(
+            "Random adapters are the same under both masks: one confirmation of the adapter's drop, not two."
+        )
     return notes
 
 
 def verdict_reasons(verdicts: dict[str, dict[str, Any]]) -> list[str]:
     """Return why columns of a claim are untested, and which seeds are left out of joint ones."""
-    reasons = [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+    reasons = [
+        f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}"
+        for k, v in verdicts.items()
+        if "reason" in v
+    ]
     return reasons + [
         f"{COLUMN_TITLES[name]}: without seed {seed}, {reason}"
         for name, entry in verdicts.items()
@@ -133,12 +160,16 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
     known = ["truth"] if any("truth" in claim for claim in claims) else []
     rows = [["claim", "attention", *COLUMN_TITLES.values(), *known, "conclusion", ""]]
     for claim in claims:
-        cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        cells = [
+            f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()
+        ]
         cells += [claim.get(key, "") for key in known]
         rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
         rows[-1].append(f"({format_count(claim['n'])})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
+    reasons = dict.fromkeys(
+        reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
+    )
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *claim_notes(claims), *reasons])
 
@@ -148,7 +179,9 @@ def format_results(results: dict[str, Any]) -> str:
     lines = [describe_step(entry) for entry in results.get("unfinished", ())]
     lines += [""] * bool(lines)
     for joint in results.get("joint", []):
-        lines += [f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"]
+        lines += [
+            f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"
+        ]
         lines += [format_claims(joint["claims"]), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
@@ -161,7 +194,8 @@ def format_results(results: dict[str, Any]) -> str:
 
 def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     """Return how many sites differ between the masks, the differences of the effects, and the power of the test."""
-    sites, units = comparison["sites"], f"{comparison['images']} images"
+    sites = comparison["sites"]
+    units = f"{comparison['images']} images"
     if comparison["groups"]:
         units = f"{comparison['groups']} groups of images ({comparison['images']} images)"
     significant = [entry["difference"] for entry in sites if entry["p_corrected"] < ALPHA]
@@ -210,7 +244,8 @@ def total_wall_s(timings: Path) -> float:
     with error_context(timings):
         lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
         intervals = sorted((float(start), float(end)) for start, end in lines)
-    total, until = 0.0, 0.0
+    total = 0.0
+    until = 0.0
     for start, end in intervals:
         total += max(0.0, end - max(start, until))
         until = max(until, end)

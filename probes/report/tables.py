@@ -16,10 +16,18 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
         | bounds(claim["ci95"])
-        | {"holds": claim["holds"], "images": claim["n"]["images"], "patches": claim["n"].get("patches")}
+        | {
+            "holds": claim["holds"],
+            "images": claim["n"]["images"],
+            "patches": claim["n"].get("patches"),
+        }
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
-        | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}
+        | {
+            key: value
+            for name in COLUMNS
+            for key, value in _verdict_columns(name, claim["verdicts"][name]).items()
+        }
         | {key: claim.get(key) for key in ("supported", "conclusion", "truth", "p", "p_holm")}
         for claim, control in zip(claims, controls, strict=True)
     ]
@@ -28,7 +36,11 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
 def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
     below = entry.get("below_optimum") or {"value": None, "ci95": [None, None]}
-    numbers |= {"below_optimum": below["value"]} | bounds(below["ci95"], "below_optimum_") if name == "paper" else {}
+    numbers |= (
+        {"below_optimum": below["value"]} | bounds(below["ci95"], "below_optimum_")
+        if name == "paper"
+        else {}
+    )
     numbers |= {f"{name}_verdict": entry["verdict"], f"{name}_detectable": entry.get("detectable")}
     return numbers | {f"{name}_reason": entry.get("reason")}
 
@@ -44,7 +56,12 @@ def table2(studies: list[Study]) -> Rows:
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
         | {"probes": run.probe_kind}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
-        | {FINAL_NORM: next((entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM), None)}
+        | {
+            FINAL_NORM: next(
+                (entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM),
+                None,
+            )
+        }
         for study in studies
         for mask, run in study.trained.items()
     ]
@@ -60,7 +77,10 @@ def table2(studies: list[Study]) -> Rows:
 
 def _paper_row(encoder: str, mask: str) -> dict[str, float]:
     numbers = PAPER["table2_ade20k_miou"][encoder]
-    return {k: number / 100 for k, number in zip(SUMMARY, [numbers["encoder"], *numbers[mask]], strict=True)}
+    return {
+        k: number / 100
+        for k, number in zip(SUMMARY, [numbers["encoder"], *numbers[mask]], strict=True)
+    }
 
 
 def class_rows(study: Study) -> Rows:

@@ -12,7 +12,8 @@ from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 from probes.results.probe_run import ProbeRun
 
-FILE, TRUTHS = "truth.json", ("planted", "absent")
+FILE = "truth.json"
+TRUTHS = ("planted", "absent")
 OTHER_CLAIMS = ("answers", "depth")  # which a report does not judge
 
 
@@ -33,7 +34,9 @@ def _check(truth: dict[str, Any], source: str, claims: Iterable[str]) -> dict[st
     known = (*claims, *OTHER_CLAIMS)
     for claim, value in truth.items():
         if claim not in known:
-            raise UserError(f"{source}: there is no claim {claim!r}; expected one of {', '.join(known)}")
+            raise UserError(
+                f"{source}: there is no claim {claim!r}; expected one of {', '.join(known)}"
+            )
         if value not in TRUTHS:
             raise UserError(f"{source}: {claim} must be {' or '.join(TRUTHS)}, got {value!r}")
     return truth

@@ -36,8 +36,13 @@ from .effects import subtract
 from .path import has_converged, neighbours
 
 COLUMNS = ("paper", "optimum", "beyond_random")
-HOLDS, FAILS, REVERSED, UNTESTED = "holds", "does not hold", "reversed", "untested"
-SUPPORTED, ARTEFACT, NOT_LEARNED = "supported", "artefact of the instrument", "not learned"
+HOLDS = "holds"
+FAILS = "does not hold"
+REVERSED = "reversed"
+UNTESTED = "untested"
+SUPPORTED = "supported"
+ARTEFACT = "artefact of the instrument"
+NOT_LEARNED = "not learned"
 
 # The smallest effect that is a finding: one point of mIoU or accuracy, or of the share of patches left wrong. The drop
 # that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
@@ -53,7 +58,9 @@ def judge(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0) -
     return HOLDS if low > 0 else REVERSED
 
 
-def column(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0, **more: Any) -> dict[str, Any]:
+def column(
+    sign: int, value: float, ci95: Sequence[float], margin: float = 0.0, **more: Any
+) -> dict[str, Any]:
     """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
     entry = {"value": value, "ci95": list(ci95), "verdict": judge(sign, value, ci95, margin)} | more
     return entry | ({"detectable": detectable(ci95, margin)} if entry["verdict"] == FAILS else {})
@@ -69,7 +76,12 @@ def untested(
     reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return a column without a verdict, and why."""
-    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": UNTESTED, "reason": reason} | more
+    return {
+        "value": value,
+        "ci95": None if ci95 is None else list(ci95),
+        "verdict": UNTESTED,
+        "reason": reason,
+    } | more
 
 
 def conclude(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +93,10 @@ def conclude(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         result = {"supported": None, "conclusion": UNTESTED, "reason": missing[0]}
     elif optimum == HOLDS:
         unlearned = FAILS if paper in (FAILS, REVERSED) else NOT_LEARNED
-        result = {"supported": beyond == HOLDS, "conclusion": SUPPORTED if beyond == HOLDS else unlearned}
+        result = {
+            "supported": beyond == HOLDS,
+            "conclusion": SUPPORTED if beyond == HOLDS else unlearned,
+        }
     else:
         result = {"supported": False, "conclusion": ARTEFACT if paper == HOLDS else FAILS}
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}
@@ -105,11 +120,16 @@ def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> fl
         parts: Standard error and degrees of freedom of independent parts. Their half widths are added as the sides of
             a right angle.
     """
-    excess = lambda p: math.hypot(*(scipy.stats.t.isf(p / 2, df) * se for se, df in parts)) - abs(value)
+
+    def excess(p):
+        return math.hypot(*(scipy.stats.t.isf(p / 2, df) * se for se, df in parts)) - abs(value)
+
     smallest = 1e-12
     if sign * value <= 0:
         return 1.0
-    return smallest if excess(smallest) <= 0 else float(scipy.optimize.brentq(excess, smallest, 1.0))
+    return (
+        smallest if excess(smallest) <= 0 else float(scipy.optimize.brentq(excess, smallest, 1.0))
+    )
 
 
 def unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
@@ -134,7 +154,10 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
     converged = [row for row in rows if row["converged"]]
     if not any(row["row"] == "chosen" for row in converged):
         return untested(reason)
-    ci95 = lambda row: (row["low"], row["high"])
+
+    def ci95(row):
+        return (row["low"], row["high"])
+
     verdicts = {judge(sign, row["value"], ci95(row), MARGIN) for row in converged}
     worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
     if verdicts == {REVERSED}:  # the row that comes nearest to the claim
@@ -151,9 +174,11 @@ class Effect(NamedTuple):
     """The number of a claim for one run, or a pair of runs."""
 
     estimate: Estimate | None  # None if only `as_paper` can be measured
-    counts: dict[str, int]  # of images; of a knockout, also of mistaken patches and pairs of classes
+    # of images; of a knockout, also of mistaken patches and pairs of classes
+    counts: dict[str, int]
     as_paper: Estimate | None = None  # if the paper measures it in another way
-    over_pairs: dict[str, Any] | None = None  # of a knockout: the mean and spread over pairs of classes
+    # of a knockout: the mean and spread over pairs of classes
+    over_pairs: dict[str, Any] | None = None
 
     @property
     def in_paper(self) -> Estimate:
@@ -166,9 +191,13 @@ def _standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float,
     return (ci95[1] - ci95[0]) / 2 / float(scipy.stats.t.ppf(0.975, df)), df
 
 
-def margin_column(sign: int, value: float, ci95: Sequence[float], df: float = math.inf, **more: Any) -> dict[str, Any]:
+def margin_column(
+    sign: int, value: float, ci95: Sequence[float], df: float = math.inf, **more: Any
+) -> dict[str, Any]:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
-    return column(sign, value, ci95, MARGIN, p=p_value(sign, value, [_standard_error(ci95, df)]), **more)
+    return column(
+        sign, value, ci95, MARGIN, p=p_value(sign, value, [_standard_error(ci95, df)]), **more
+    )
 
 
 def minus_mean(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
@@ -189,7 +218,9 @@ class Comparison(NamedTuple):
 def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Comparison:
     """Return the comparison of a trained model with draws of random weights."""
     difference = minus_mean(trained, draws)
-    return Comparison(difference[0], interval(*difference), trained[0], [value for value, _ in draws])
+    return Comparison(
+        difference[0], interval(*difference), trained[0], [value for value, _ in draws]
+    )
 
 
 def interval_over_draws(
@@ -204,7 +235,9 @@ def interval_over_draws(
     degrees of freedom would cover 89% instead of 95% for two draws that differ.
     """
     value, (low, high), *_ = comparison
-    variances = [(statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)]
+    variances = [
+        (statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)
+    ]
     df = sum(freedom for _, freedom in variances)
     variance = max(variances[0][0], sum(v * freedom for v, freedom in variances) / df)
     of_draws = (variance / len(comparison.by_draw)) ** 0.5, df
@@ -212,10 +245,19 @@ def interval_over_draws(
     return [value - math.hypot(half, value - low), value + math.hypot(half, high - value)], of_draws
 
 
-def judge_draws(sign: int, comparison: Comparison, others: Sequence[Comparison] = ()) -> dict[str, Any]:
+def judge_draws(
+    sign: int, comparison: Comparison, others: Sequence[Comparison] = ()
+) -> dict[str, Any]:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     value, own, *_ = comparison
     ci95, of_draws = interval_over_draws(comparison, others)
-    more = {"draws": len(comparison.by_draw), "trained": comparison.trained, "by_draw": comparison.by_draw}
-    more |= {"df_of_draws": of_draws[1], "p": p_value(sign, value, [_standard_error(own), of_draws])}
+    more = {
+        "draws": len(comparison.by_draw),
+        "trained": comparison.trained,
+        "by_draw": comparison.by_draw,
+    }
+    more |= {
+        "df_of_draws": of_draws[1],
+        "p": p_value(sign, value, [_standard_error(own), of_draws]),
+    }
     return column(sign, value, ci95, MARGIN, **more, ci95_without_draws=own)

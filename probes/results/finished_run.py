@@ -60,7 +60,9 @@ class FinishedRun:
     def __post_init__(self):
         self.path = Path(self.path)
         if not (self.path / "metrics.json").is_file():
-            raise UserError(f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)")
+            raise UserError(
+                f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)"
+            )
         self.metrics = read_metrics(self.path / "metrics.json")
         self.check_task()
         self.manifest = read_run_file(Manifest, self.path / "manifest.json")
@@ -103,7 +105,8 @@ class FinishedRun:
     @property
     def arm(self) -> str:
         """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
-        untrained, match = sorted(self.metrics["untrained"]), self.metrics.get("match", "none")
+        untrained = sorted(self.metrics["untrained"])
+        match = self.metrics.get("match", "none")
         if untrained in (["llm"], ["encoder"]):
             return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
@@ -124,7 +127,9 @@ class FinishedRun:
         settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
         text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
         probes = self.path / "probes.safetensors"
-        return hashlib.sha256(text + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
+        return hashlib.sha256(
+            text + (probes.read_bytes() if probes.is_file() else b"")
+        ).hexdigest()[:16]
 
     def analysis(self, name: str) -> dict[str, Any] | None:
         """Return the results of an analysis in the run's folder, None if there are none.
@@ -154,10 +159,15 @@ class FinishedRun:
         path = self.path / "probes.safetensors"
         if path.is_file():
             tensors = self._read_probes()
-            of_site = {site: {k: x for k, x in tensors.items() if k.startswith(f"{site}.")} for site in self.sites}
+            of_site = {
+                site: {k: x for k, x in tensors.items() if k.startswith(f"{site}.")}
+                for site in self.sites
+            }
         else:
             counted = {name: x for name, x in self._tensors.items() if len(x) == len(self.sites)}
-            of_site = {site: {k: x[i] for k, x in counted.items()} for i, site in enumerate(self.sites)}
+            of_site = {
+                site: {k: x[i] for k, x in counted.items()} for i, site in enumerate(self.sites)
+            }
         return {site: _digest(parts) for site, parts in of_site.items()}
 
     @property
@@ -178,7 +188,9 @@ class FinishedRun:
             UserError: If the probes were not solved.
         """
         if not self.is_solved:
-            raise UserError(f"{self.path} has no path of strengths; expected a run of `probes solve`")
+            raise UserError(
+                f"{self.path} has no path of strengths; expected a run of `probes solve`"
+            )
         return self.metrics["path"][self.instrument]["sites"]
 
     @property
@@ -190,7 +202,10 @@ class FinishedRun:
     def solved_strengths(self) -> list[list[int]]:
         """Indices of the R solved strengths of each site: the rows of path.safetensors."""
         score = next(iter(self.metrics.get("scores", {"miou": None})))
-        return [[i for i, value in enumerate(entry[score]) if value is not None] for entry in self.site_paths]
+        return [
+            [i for i, value in enumerate(entry[score]) if value is not None]
+            for entry in self.site_paths
+        ]
 
     @property
     def is_solved(self) -> bool:
@@ -210,7 +225,9 @@ class FinishedRun:
     def check_same_images(self, other: "FinishedRun", advice: str = "") -> None:
         """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
         if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-            raise UserError(f"{self.path} and {other.path} were scored on different images or classes{advice}")
+            raise UserError(
+                f"{self.path} and {other.path} were scored on different images or classes{advice}"
+            )
         for key in ("image_resize", "dtype"):
             values = [run.metrics.get(key) for run in (self, other)]
             if None not in values and values[0] != values[1]:
@@ -254,7 +271,8 @@ class FinishedRun:
                 f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
                 "the second were trained; make both in the same way"
             )
-        ours, theirs = self.metrics["probe"], other.metrics["probe"]
+        ours = self.metrics["probe"]
+        theirs = other.metrics["probe"]
         for key in ("solved", *(key for key in theirs if key in ours)):
             if ours.get(key) != theirs.get(key):
                 raise UserError(
@@ -277,10 +295,16 @@ class FinishedRun:
     def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
         """Raise unless the parts of the identity that `compute` returns are still those of the run."""
         if self.manifest.get("identity") is None:
-            log.warning("%s does not record its %s; whether it has changed since is not checked", self.path, section)
+            log.warning(
+                "%s does not record its %s; whether it has changed since is not checked",
+                self.path,
+                section,
+            )
             return
         now = compute()
-        saved = {key: value for key, value in self.manifest["identity"][section].items() if key in now}
+        saved = {
+            key: value for key, value in self.manifest["identity"][section].items() if key in now
+        }
         advice = "restore what was probed, or make the run again"
         check_same_identity({section: saved}, {section: now}, str(self.path), advice)
 
@@ -288,7 +312,9 @@ class FinishedRun:
         """Raise a UserError if the model, the images or the masks are not those of the run any more."""
         for split in ("training", "validation"):
             self.dataset(split)
-        self._check_unchanged("model", lambda: named_identity({"mllm": self.manifest["config"]["mllm"]}))
+        self._check_unchanged(
+            "model", lambda: named_identity({"mllm": self.manifest["config"]["mllm"]})
+        )
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -303,12 +329,18 @@ class FinishedRun:
         """
         config = self.manifest["config"]
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
-        from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
+        # transformers takes seconds to import, and a report needs no model
+        from probes.models.load import load
 
         self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
         names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
         settings = {name: config[name] for name in names} | {"image_px": config.get("image_px")}
-        return load(config["mllm"], config["image_attention"], untrained=config["untrained"] or (), **settings)
+        return load(
+            config["mllm"],
+            config["image_attention"],
+            untrained=config["untrained"] or (),
+            **settings,
+        )
 
     def probes(self) -> dict[str, Probe]:
         """Return the probe of each site, in eval mode.
@@ -316,14 +348,19 @@ class FinishedRun:
         Raises:
             UserError: If the probes are damaged, not those that the run wrote, or not finite.
         """
-        tensors, settings = self._read_probes(), self.metrics["probe"]
+        tensors = self._read_probes()
+        settings = self.metrics["probe"]
         grid = tuple(self.metrics["grid"])
         probes = {}
         for site in self.metrics["sites"]:
             prefix = f"{site['site']}."
             with error_context(self.path / "probes.safetensors"):
-                probe = Probe(site["dim"], self.channels, grid, settings["feature_norm"], settings["head"])
-                probe.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+                probe = Probe(
+                    site["dim"], self.channels, grid, settings["feature_norm"], settings["head"]
+                )
+                probe.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                )
             probes[site["site"]] = probe.eval().requires_grad_(False)
         return probes
 
@@ -376,7 +413,8 @@ class FinishedRun:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         check_is_list("sites", sites, "['adapter']")
         photo = as_photo(image)
-        logits, size = self.logits(photo, [*map(self.check_site, sites)]), (photo.height, photo.width)
+        logits = self.logits(photo, [*map(self.check_site, sites)])
+        size = (photo.height, photo.width)
         return predict_pixels(self.task, logits, size, self.geometry.view(size))
 
     @property
@@ -405,7 +443,9 @@ def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
 
     This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
     """
-    by_data = {(run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs}
+    by_data = {
+        (run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs
+    }
     for (root, _), run in by_data.items():
         if run.manifest.get("identity") and Path(root).is_dir():
             try:

@@ -12,7 +12,8 @@ Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
 
 def format_csv(rows: Rows) -> str:
     """Return CSV text whose columns are the union of all keys in order of appearance; fractions stay 0..1."""
-    keys, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

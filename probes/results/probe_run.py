@@ -22,20 +22,31 @@ from probes.tasks import SEGMENTATION
 from .finished_run import FinishedRun
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
-COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
+COUNTS = {
+    "intersection": "SNK",
+    "predicted": "SNK",
+    "labelled": "NK",
+    "patch_right": "SNT",
+    "patch_valid": "NT",
+}
 COUNTS |= {"confusion": "SKK", "group": "N"}  # the first in runs of earlier versions
 # R solved strengths of each site
 PATH = {"optimum/intersection": "RSNK", "optimum/predicted": "RSNK", "optimum/cross_entropy": "RSN"}
 
 
 def check_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, axes: dict[str, str], sizes: dict[str, int], required: Sequence[str]
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    axes: dict[str, str],
+    sizes: dict[str, int],
+    required: Sequence[str],
 ) -> None:
     """Raise a UserError that names `path` unless its counts and losses are non-negative and of these sizes."""
     if missing := [name for name in required if name not in tensors]:
         raise UserError(f"{path} has no {', '.join(missing)}; make the run again")
     for name, tensor in tensors.items():
-        expected, floating = [sizes[axis] for axis in axes.get(name, "")], name.endswith("cross_entropy")
+        expected = [sizes[axis] for axis in axes.get(name, "")]
+        floating = name.endswith("cross_entropy")
         valid = list(tensor.shape) == expected and tensor.is_floating_point() == floating
         if not valid or not ((tensor >= 0) & tensor.isfinite()).all():
             kind = "finite numbers" if floating else "integers"
@@ -55,7 +66,9 @@ def check_totals(counts: Counts, source: str) -> None:
             f"{source}: intersection, predicted and labelled are not counts of the same pixels; make the run again"
         )
     if (patch_right > patch_valid).any() or (patch_valid.sum(-1) > pixels).any():
-        raise UserError(f"{source}: more pixels are counted under tokens than are labelled; make the run again")
+        raise UserError(
+            f"{source}: more pixels are counted under tokens than are labelled; make the run again"
+        )
 
 
 class ProbeRun(FinishedRun):
@@ -75,7 +88,8 @@ class ProbeRun(FinishedRun):
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors, path = self._read("counts.safetensors"), self.path / "counts.safetensors"
+        tensors = self._read("counts.safetensors")
+        path = self.path / "counts.safetensors"
         check_tensors(tensors, path, COUNTS, self._sizes, list(COUNTS)[:5])
         check_totals(Counts(*(tensors[name] for name in list(COUNTS)[:5])), str(path))
         return tensors
@@ -83,13 +97,19 @@ class ProbeRun(FinishedRun):
     @property
     def _sizes(self) -> dict[str, int]:
         rows, columns = self.metrics["grid"]
-        sizes = {"S": len(self.sites), "N": self.metrics["images"], "K": len(self.metrics["classes"])}
+        sizes = {
+            "S": len(self.sites),
+            "N": self.metrics["images"],
+            "K": len(self.metrics["classes"]),
+        }
         return sizes | {"T": rows * columns}
 
     @property
     def counts(self) -> Counts:
         """Counts of the probes."""
-        return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
+        return Counts(
+            **{name: self._tensors[name] for name in Counts._fields if name in self._tensors}
+        )
 
     def path_counts(self) -> list[Counts]:
         """Return the counts of each row of solved strengths, strong to weak.
@@ -99,13 +119,17 @@ class ProbeRun(FinishedRun):
         Raises:
             UserError: If the probes were not solved, or the file is damaged.
         """
-        path, sizes = self.path / "path.safetensors", self._sizes | {"R": len(self.solved_strengths[0])}
-        tensors, labelled = self._read(path.name), self.counts.labelled
+        path = self.path / "path.safetensors"
+        sizes = self._sizes | {"R": len(self.solved_strengths[0])}
+        tensors = self._read(path.name)
+        labelled = self.counts.labelled
         check_tensors(tensors, path, PATH, sizes, list(PATH))
         intersection, predicted, _ = (tensors[name] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
         counts = [
-            Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid)
+            Counts(
+                right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid
+            )
             for right, total in zip(intersection, predicted, strict=True)
         ]
         for at_strength in counts:

@@ -20,7 +20,8 @@ from .finished_run import FinishedRun
 from .probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
-UNTRAINED = ("untrained", "random, unmatched")  # arms that are the model, or its LLM, before training
+# arms that are the model, or its LLM, before training
+UNTRAINED = ("untrained", "random, unmatched")
 Run = TypeVar("Run", bound=FinishedRun)
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,21 @@ class Study:
         """
         self._check_differ()
         masks = [*MASKS, *sorted({run.metrics["image_attention"] for run in self.members})]
-        self.members.sort(key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run)))
+        self.members.sort(
+            key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run))
+        )
         if not self.trained:
-            raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
-        kinds, main = ("trained", "solved"), self.first.is_solved
+            raise UserError(
+                f"only untrained controls were passed for {self.title}; add a run of the trained model"
+            )
+        kinds = ("trained", "solved")
+        main = self.first.is_solved
         for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
             if main or run.metrics["image_attention"] not in self.trained:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
-                log.warning(text, run.path, kinds[run.is_solved], self.title, kinds[not run.is_solved])
+                log.warning(
+                    text, run.path, kinds[run.is_solved], self.title, kinds[not run.is_solved]
+                )
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
 
@@ -118,7 +126,9 @@ class Study:
     @property
     def slug(self) -> str:
         """Folder name of the study."""
-        return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}")
+        return "".join(
+            c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}"
+        )
 
     def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
         """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
@@ -141,7 +151,9 @@ class Study:
         if part == "llm" and not self.select(solved, "random"):
             arms = ("permuted",)
         draws: dict[tuple[int, int], dict[str, ProbeRun]] = {}
-        for run in sorted((run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)):
+        for run in sorted(
+            (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)
+        ):
             if run.is_solved == solved:
                 key = (run.metrics.get("draw", 0), run.metrics["seed"])
                 draws.setdefault(key, {}).setdefault(run.metrics["image_attention"], run)
@@ -151,8 +163,13 @@ class Study:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
         seen: dict[tuple, ProbeRun] = {}
         for run in self.members:
-            mask, draw = run.metrics["image_attention"], run.metrics.get("draw", 0)
-            of_control = (draw, *run.metrics["untrained"], run.metrics["seed"]) if run.arm != "trained" else ()
+            mask = run.metrics["image_attention"]
+            draw = run.metrics.get("draw", 0)
+            of_control = (
+                (draw, *run.metrics["untrained"], run.metrics["seed"])
+                if run.arm != "trained"
+                else ()
+            )
             if (other := seen.setdefault((run.is_solved, mask, run.arm, *of_control), run)) is run:
                 continue
             if run.arm in ("trained", *UNTRAINED):
@@ -182,13 +199,15 @@ def read_studies(paths: Iterable[str]) -> list[Study]:
         UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
             report, or runs do not fit together.
     """
-    runs, members = [read_run(path, ProbeRun) for path in paths], {}
+    runs = [read_run(path, ProbeRun) for path in paths]
+    members = {}
     key_of = study_keys(runs)
     for run in runs:
         members.setdefault(key_of(run), []).append(run)
     studies = [Study(*key, members=of_study) for key, of_study in members.items()]
     _check_folders_differ(studies)
-    reference: dict[tuple, ProbeRun] = {}  # by dataset and seed: the run whose images all others must share
+    # by dataset and seed: the run whose images all others must share
+    reference: dict[tuple, ProbeRun] = {}
     for study in studies:
         for run in study.members:
             reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
@@ -216,7 +235,9 @@ def check_differ(run: FinishedRun, other: FinishedRun, sites: Iterable[str], adv
     """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
     shared = [site for site in sites if site in run.content and site in other.content]
     if shared and all(run.content[site] == other.content[site] for site in shared):
-        raise UserError(f"{run.path} and {other.path} have the same probes at {', '.join(shared[:3])}: {advice}")
+        raise UserError(
+            f"{run.path} and {other.path} have the same probes at {', '.join(shared[:3])}: {advice}"
+        )
 
 
 def _check_draws_differ(members: list[ProbeRun]) -> None:
@@ -227,8 +248,12 @@ def _check_draws_differ(members: list[ProbeRun]) -> None:
             same_kind = run.is_solved == other.is_solved and _mask(run) == _mask(other)
             if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
                 continue
-            sites = [ADAPTER] if "adapter" in pair else [site for site in run.layers if site != ADAPTER]
-            advice = "these weights are not two draws; make one of them again with another --model.draw"
+            sites = (
+                [ADAPTER] if "adapter" in pair else [site for site in run.layers if site != ADAPTER]
+            )
+            advice = (
+                "these weights are not two draws; make one of them again with another --model.draw"
+            )
             if "trained" in pair:
                 advice = "random weights have changed nothing; make the control again"
             check_differ(other, run, sites, advice)
@@ -266,10 +291,14 @@ def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, st
     seeds: dict[tuple[str, str], set[int]] = {}
     for run in runs:
         if not run.metrics["untrained"]:
-            seeds.setdefault((model_name(run), run.metrics["dataset"]), set()).add(run.metrics["seed"])
+            seeds.setdefault((model_name(run), run.metrics["dataset"]), set()).add(
+                run.metrics["seed"]
+            )
 
     def key_of(run: FinishedRun) -> tuple[str, str, int | None]:
-        model, dataset, seed = model_name(run), run.metrics["dataset"], run.metrics["seed"]
+        model = model_name(run)
+        dataset = run.metrics["dataset"]
+        seed = run.metrics["seed"]
         return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
 
     return key_of
@@ -299,5 +328,7 @@ def model_name(run: FinishedRun) -> str:
 
 def overridden_masks(study: Study) -> dict[str, str]:
     """Return, per mask of a run, the different mask that its model was trained with."""
-    trained_with = {mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()}
+    trained_with = {
+        mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()
+    }
     return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}

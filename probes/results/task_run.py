@@ -24,9 +24,21 @@ from .probe_run import ProbeRun
 def finished_runs(folder: str | Path) -> list[Path]:
     """Return the folders of all finished runs, trained models first, draws in order."""
     folder = Path(folder)
-    found = {file.parent for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(f"{pattern}/metrics.json")}
-    number = lambda part: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", part)]
-    key = lambda run: (not run.name.startswith(("trained", "probes")), *map(number, run.relative_to(folder).parts))
+    found = {
+        file.parent
+        for pattern in ("*", "*/*", "*/*/*")
+        for file in folder.glob(f"{pattern}/metrics.json")
+    }
+
+    def number(part):
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", part)]
+
+    def key(run):
+        return (
+            not run.name.startswith(("trained", "probes")),
+            *map(number, run.relative_to(folder).parts),
+        )
+
     return sorted(found, key=key)
 
 
@@ -49,7 +61,9 @@ class TaskRun(FinishedRun):
     def check_task(self) -> None:
         """Raise a UserError if the run is of segmentation or of an unknown task."""
         if self.task_name not in TASKS:
-            raise UserError(f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}")
+            raise UserError(
+                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
+            )
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -62,7 +76,8 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If they are damaged.
         """
-        sums, expected = self._tensors.get("sums"), [len(self.sites), self.metrics["images"]]
+        sums = self._tensors.get("sums")
+        expected = [len(self.sites), self.metrics["images"]]
         if sums is None or list(sums.shape[:-1]) != expected or not sums.isfinite().all():
             shape = None if sums is None else list(sums.shape)
             raise UserError(

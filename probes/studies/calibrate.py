@@ -32,7 +32,8 @@ from .plan import Settings
 from .run import run_study
 
 MASKS = ("causal", "bidirectional")
-LLM, ADAPTER = ("trained", "random0", "random1"), ("trained", *(f"adapter{draw}" for draw in range(5)))
+LLM = ("trained", "random0", "random1")
+ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
 KEYS = ("study", "claim", "truth")
@@ -65,12 +66,19 @@ DESIGNS = {
     "planted": Design("planted", MASKS),
     "weak": Design("weak"),
     "random": Design("random", MASKS),
-    **{f"merged{k}": Design(f"merged{k}", arms=ADAPTER, sites=("encoder", "adapter")) for k in (0, 1, 3)},
+    **{
+        f"merged{k}": Design(f"merged{k}", arms=ADAPTER, sites=("encoder", "adapter"))
+        for k in (0, 1, 3)
+    },
 }
 
 
 def calibrate(
-    out: Path, seeds: Sequence[int], scale: float = 0.1, scenes: int = 2, studies: Sequence[str] | None = None
+    out: Path,
+    seeds: Sequence[int],
+    scale: float = 0.1,
+    scenes: int = 2,
+    studies: Sequence[str] | None = None,
 ) -> None:
     """Study all planted models of the seeds, and write the table and the figure of all seeds in `out`.
 
@@ -85,13 +93,19 @@ def calibrate(
         folder = out / f"seed{seed}"
         file = folder / "claims.json"
         claims = read_json(file)["claims"] if file.is_file() else []
-        missing = [name for name in studies or DESIGNS if name not in {claim["study"] for claim in claims}]
+        missing = [
+            name for name in studies or DESIGNS if name not in {claim["study"] for claim in claims}
+        ]
         if missing:
             print(f"seed {seed}", flush=True)
             _make_models(folder, seed, scale, scenes, [DESIGNS[name] for name in missing])
             claims += [claim for name in missing for claim in _study(folder, name, seed)]
             write_files({file: {"claims": claims}})
-    claims = [claim for file in sorted(out.glob("seed*/claims.json")) for claim in read_json(file)["claims"]]
+    claims = [
+        claim
+        for file in sorted(out.glob("seed*/claims.json"))
+        for claim in read_json(file)["claims"]
+    ]
     rows = count_verdicts(claims)
     write_table(rows, out / "calibration.csv")
     draw(rows, out / "calibration.png")
@@ -111,8 +125,16 @@ def count_verdicts(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for column in COLUMNS:
             said = [claim[column] for claim in same if claim[column] is not None]
             if said:
-                low, high = scipy.stats.binomtest(sum(said), len(said)).proportion_ci(method="exact")
-                row = {"column": column, "yes": sum(said), "of": len(said), "low": low, "high": high}
+                low, high = scipy.stats.binomtest(sum(said), len(said)).proportion_ci(
+                    method="exact"
+                )
+                row = {
+                    "column": column,
+                    "yes": sum(said),
+                    "of": len(said),
+                    "low": low,
+                    "high": high,
+                }
                 effect = sum(effects) / len(effects) if effects else None
                 rows.append(dict(zip(KEYS, key, strict=True)) | row | {"effect": effect})
     return rows
@@ -136,15 +158,27 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes = figure.subplots()
     for i, column in enumerate(COLUMNS):
         of_column = [r for r in rows if r["column"] == column]
-        y = [labels.index((r["truth"] != "planted", r["study"], r["claim"])) + 0.18 * (i - 1.5) for r in of_column]
+        y = [
+            labels.index((r["truth"] != "planted", r["study"], r["claim"])) + 0.18 * (i - 1.5)
+            for r in of_column
+        ]
         x = [r["yes"] / r["of"] for r in of_column]
         errors = [[v - r["low"] for v, r in zip(x, of_column, strict=True)]]
         errors.append([r["high"] - v for v, r in zip(x, of_column, strict=True)])
-        name = {"paper": "as the paper measures it", "optimum": "at the optimum"}.get(column, column.replace("_", " "))
+        name = {"paper": "as the paper measures it", "optimum": "at the optimum"}.get(
+            column, column.replace("_", " ")
+        )
         axes.errorbar(x, y, xerr=errors, fmt="o", markersize=4, capsize=2, linewidth=1, label=name)
-    axes.axhspan(sum(not label[0] for label in labels) - 0.5, len(labels) - 0.5, color="0.93", zorder=0)
-    axes.set_yticks(range(len(labels)), [f"{claim.replace('_', ' ')}, {study}" for _, study, claim in labels])
-    axes.set(xlim=(-0.03, 1.03), xlabel="share of seeds in which the verdict is yes (grey: the truth is no)")
+    axes.axhspan(
+        sum(not label[0] for label in labels) - 0.5, len(labels) - 0.5, color="0.93", zorder=0
+    )
+    axes.set_yticks(
+        range(len(labels)), [f"{claim.replace('_', ' ')}, {study}" for _, study, claim in labels]
+    )
+    axes.set(
+        xlim=(-0.03, 1.03),
+        xlabel="share of seeds in which the verdict is yes (grey: the truth is no)",
+    )
     axes.invert_yaxis()
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_write(file) as partial:
@@ -153,16 +187,28 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: list[Design]) -> None:
     """Draw the world of a seed, train adapters on captions, and plant what is missing of the designs' models."""
-    assets, common = folder / "assets", ["--seed", str(seed)]
+    assets = folder / "assets"
+    common = ["--seed", str(seed)]
     world = ["--world", "binding", "--scenes", str(scenes), "--scale", str(scale), *common]
-    run_missing(folder, "world", [(assets / "questions.json", ["demo-assets", str(assets), *world], None)])
+    run_missing(
+        folder, "world", [(assets / "questions.json", ["demo-assets", str(assets), *world], None)]
+    )
     jobs = []
     for mask in MASKS:
         models = folder / "models" / mask
         parts = ["--model.encoder.path", f"{assets}/encoder", "--model.llm", f"{assets}/llm"]
         data = ["--data.images", str(assets), "--data.annotations", f"{assets}/captions.json"]
         options = ["--model.image_attention", mask, *parts, *data, "--seed_everything", str(seed)]
-        command = ["fit", "-c", "demo/stage1", *options, "--out", f"{models}/stage1", "--ckpt_path", "last"]
+        command = [
+            "fit",
+            "-c",
+            "demo/stage1",
+            *options,
+            "--out",
+            f"{models}/stage1",
+            "--ckpt_path",
+            "last",
+        ]
         jobs.append((models / "stage1/hf/model.safetensors", command, None))
         studied = {design.model for design in designs if mask in design.masks}
         sources = {MODELS[name].source for name in studied}
@@ -171,12 +217,22 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: li
                 continue
             source = models / (model.source or "stage1") / "hf"
             target = models / name / "hf"
-            words = ["plant", model.what, str(source), str(assets), str(target), *model.options, *common]
+            words = [
+                "plant",
+                model.what,
+                str(source),
+                str(assets),
+                str(target),
+                *model.options,
+                *common,
+            ]
             jobs.append((target / "model.safetensors", words, None))
     run_missing(folder, "models", jobs)
 
 
-def study_settings(folder: Path, out: Path, seed: int, design: Design, *, fit: bool = True) -> Settings:
+def study_settings(
+    folder: Path, out: Path, seed: int, design: Design, *, fit: bool = True
+) -> Settings:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
     return Settings(
@@ -186,7 +242,13 @@ def study_settings(folder: Path, out: Path, seed: int, design: Design, *, fit: b
         arms=design.arms,
         fit=fit,
         only=("solve", "fit") if fit else ("solve",),
-        options=("-c", "demo/probes", "--seed_everything", str(seed), f"--model.sites=[{','.join(design.sites)}]"),
+        options=(
+            "-c",
+            "demo/probes",
+            "--seed_everything",
+            str(seed),
+            f"--model.sites=[{','.join(design.sites)}]",
+        ),
     )
 
 
@@ -203,7 +265,10 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     """Return a claim's verdicts as booleans, None where it is untested; causal and bidirectional claims are apart."""
     verdicts = claim["verdicts"]
     mask = f" ({claim['image_attention']})" if claim["claim"] == "recovery" else ""
-    said = lambda column: {"untested": None}.get(column["verdict"], column["verdict"] == HOLDS)
+
+    def said(column):
+        return {"untested": None}.get(column["verdict"], column["verdict"] == HOLDS)
+
     row = {"study": study, "claim": claim["claim"] + mask, "truth": claim["truth"], "seed": seed}
     row |= {name: said(verdicts[name]) for name in COLUMNS[:-1]}
     supported = None if claim["conclusion"] == "untested" else claim["supported"]

@@ -18,10 +18,8 @@ def build_parser() -> ArgumentParser:
         epilog="example: probes study llava-hf/llava-1.5-7b-hf photos --out runs/photos",
         allow_abbrev=False,
     )
-    text = (
-        "checkpoint directory or hub id, or two of them as causal=DIR bidirectional=DIR; then a folder of images and "
-    )
-    text += "masks (probes/README.md), or the name of a layout (ade20k, with --data.root DIR)"
+    text = "checkpoint directory or hub id, or two of them as causal=DIR bidirectional=DIR; then a folder of images "
+    text += "and masks (probes/README.md), or the name of a layout (ade20k, with --data.root DIR)"
     parser.add_argument("inputs", nargs="+", metavar="MODEL ... DATA", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the study")
     text = "draws of random LLMs, and of random adapters"
@@ -36,9 +34,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME[.OPTION=VALUE]", help=text)
     text = f"only these steps: {', '.join(['solve', 'fit', *ANALYSES, 'report'])}"
     parser.add_argument("--only", nargs="+", metavar="STEP", help=text)
-    parser.add_argument("--dry-run", action="store_true", help="print the steps, time, disk and detectable effect")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the steps, time, disk and detectable effect"
+    )
     text = "`true`: replace results that other settings, models or images have made"
-    parser.add_argument("--overwrite", choices=["true", "false"], default="false", metavar="BOOL", help=text)
+    parser.add_argument(
+        "--overwrite", choices=["true", "false"], default="false", metavar="BOOL", help=text
+    )
     return parser
 
 
@@ -48,7 +50,9 @@ def main(argv: list[str]) -> None:
     args, options = parser.parse_known_args(argv[1:])
     check_options("probes study", options, Path(__file__).parents[1] / "options.txt", ())
     if len(args.inputs) < 2:
-        parser.error("expected a model and a folder of images and masks: probes study MODEL DATA --out DIR")
+        parser.error(
+            "expected a model and a folder of images and masks: probes study MODEL DATA --out DIR"
+        )
     *models, data = args.inputs
     labelled = label_models(models)
 
@@ -57,7 +61,9 @@ def main(argv: list[str]) -> None:
 
     tuples = {key: tuple(getattr(args, key)) for key in ("tasks", "add")}
     tuples |= {key: getattr(args, key) and tuple(getattr(args, key)) for key in ("arms", "only")}
-    settings = Settings(labelled, data, Path(args.out), args.draws, fit=args.fit, options=tuple(options), **tuples)
+    settings = Settings(
+        labelled, data, Path(args.out), args.draws, fit=args.fit, options=tuple(options), **tuples
+    )
     if args.dry_run:
         from .estimate import print_estimate
 
@@ -74,12 +80,17 @@ def label_models(models: list[str]) -> dict[str, str]:
     """
     if len(models) > 2:
         raise UserError(f"a study has one model or two, got {len(models)}: {', '.join(models)}")
-    pairs = [text.split("=", 1) if "=" in text and not Path(text).exists() else ["", text] for text in models]
+    pairs = [
+        text.split("=", 1) if "=" in text and not Path(text).exists() else ["", text]
+        for text in models
+    ]
     if len(pairs) == 2 and not all(label for label, _ in pairs):
         from probes.models.families import own_image_attention
         from probes.models.prompt_and_pixels import read_config
 
-        pairs = [[label or own_image_attention(read_config(model)), model] for label, model in pairs]
+        pairs = [
+            [label or own_image_attention(read_config(model)), model] for label, model in pairs
+        ]
     if len({label for label, _ in pairs}) < len(pairs):
         raise UserError(f"both models are called {pairs[0][0]!r}; name them: first=DIR second=DIR")
     return dict(pairs)

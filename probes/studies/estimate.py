@@ -24,7 +24,8 @@ class Spread(NamedTuple):
 
 
 SIMULATED = 20_000  # studies
-TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world: yours can spread otherwise")  # bench/draws.py
+# bench/draws.py
+TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world: yours can spread otherwise")
 
 
 def print_estimate(settings: Settings) -> None:
@@ -42,10 +43,17 @@ def print_estimate(settings: Settings) -> None:
     spread = own_spread(settings.out) or TOY_WORLD
     effect = detectable_effect(len(validation), settings.draws, len(settings.models), spread)
     size = (
-        f"{100 * effect:.1f} points beyond {settings.draws} random draws" if effect else "nothing beyond random draws"
+        f"{100 * effect:.1f} points beyond {settings.draws} random draws"
+        if effect
+        else "nothing beyond random draws"
     )
-    print(f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}")
-    trained = next((step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command), None)
+    print(
+        f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}"
+    )
+    trained = next(
+        (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
+        None,
+    )
     if trained:
         words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
         run_command([*words, "--dry-run"])
@@ -60,12 +68,21 @@ def own_spread(out: Path) -> Spread | None:
     """Return the spread of recovery in the report of a folder, the mean over its masks and seeds; None without one."""
     file = out / "report" / "results.json"
     results = read_json(file) if file.is_file() else {}
-    claims = [claim for study in results.get("studies", [results]) for claim in study.get("claims", ())]
-    columns = [(c["n"]["images"], c["verdicts"]["beyond_random"]) for c in claims if c["claim"] == "recovery"]
+    claims = [
+        claim for study in results.get("studies", [results]) for claim in study.get("claims", ())
+    ]
+    columns = [
+        (c["n"]["images"], c["verdicts"]["beyond_random"])
+        for c in claims
+        if c["claim"] == "recovery"
+    ]
     columns = [(images, column) for images, column in columns if len(column.get("by_draw", ())) > 1]
     if not columns:
         return None
-    squares = [_squares(images, column["ci95_without_draws"], column["by_draw"]) for images, column in columns]
+    squares = [
+        _squares(images, column["ci95_without_draws"], column["by_draw"])
+        for images, column in columns
+    ]
     return Spread(*np.sqrt(np.mean(squares, 0)).tolist(), f"the study in {out}")
 
 
@@ -81,10 +98,13 @@ def detectable_effect(images: int, draws: int, masks: int, spread: Spread) -> fl
     """
     if draws < 2:
         return None
-    rng, of_images = np.random.default_rng(0), spread.images / math.sqrt(images)
+    rng = np.random.default_rng(0)
+    of_images = spread.images / math.sqrt(images)
     values = spread.draws * rng.standard_normal((SIMULATED, masks, draws))
     variance = values.var(-1, ddof=1)
     variance = np.maximum(variance[:, 0], variance.mean(1))
-    half = np.hypot(1.96 * of_images, scipy.stats.t.ppf(0.975, masks * (draws - 1)) * np.sqrt(variance / draws))
+    half = np.hypot(
+        1.96 * of_images, scipy.stats.t.ppf(0.975, masks * (draws - 1)) * np.sqrt(variance / draws)
+    )
     error = of_images * rng.standard_normal(SIMULATED) - values[:, 0].mean(1)
     return float(np.quantile(np.maximum(half, MARGIN) - error, POWER))

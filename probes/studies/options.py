@@ -55,7 +55,9 @@ def _read_config(name: str) -> dict[str, Any]:
     """Return the content of a config by name, path or YAML text."""
     source = find_config(name)
     with error_context(f"config {source}"):
-        content = yaml.safe_load(source if "\n" in source else Path(source).read_text(encoding="utf-8"))
+        content = yaml.safe_load(
+            source if "\n" in source else Path(source).read_text(encoding="utf-8")
+        )
         return dict(content or {})
 
 

@@ -30,7 +30,14 @@ from probes.tasks import TASKS
 from .options import read_setting
 
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
-FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
+FIT = (
+    "--trainer.max_epochs",
+    "-1",
+    "--trainer.max_steps",
+    "6320",
+    "--trainer.val_check_interval",
+    "316",
+)
 FIT += ("--trainer.check_val_every_n_epoch", "null")
 
 
@@ -39,7 +46,8 @@ class Weights(NamedTuple):
 
     parts: tuple[str, ...]
     match: str  # how random layers resemble the trained ones
-    sites: slice  # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
+    # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
+    sites: slice
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -121,9 +129,12 @@ def make_plan(settings: Settings) -> list[Step]:
     Raises:
         UserError: A setting is invalid, or a model's config cannot be read.
     """
-    analyses, fitted = chosen_analyses(settings), ("probes",) if settings.fit else ()
-    steps, report = [], settings.out / "report"
-    planned, arms_of = planned_runs(settings, fitted), {}
+    analyses = chosen_analyses(settings)
+    fitted = ("probes",) if settings.fit else ()
+    steps = []
+    report = settings.out / "report"
+    planned = planned_runs(settings, fitted)
+    arms_of = {}
     for label, model in settings.models.items():
         has_llm = _has_llm(planned, label)
         arms = arms_of[label] = arm_names(settings, has_llm)
@@ -135,17 +146,32 @@ def make_plan(settings: Settings) -> list[Step]:
                     analysed = analysed[:1]  # said once
                 runs = [planned[_join(label, arm)] for arm in analysed]
                 steps += [_analysis(settings, label, run, name, options) for run in runs]
-    for name, options in analyses.items() if all("trained" in arms for arms in arms_of.values()) else ():
+    for name, options in (
+        analyses.items() if all("trained" in arms for arms in arms_of.values()) else ()
+    ):
         if ANALYSES[name].of == "pair" and len(settings.models) == 2:
             for arm in ("trained", *fitted):
                 pair = [planned[_join(label, arm)] for label in settings.models]
                 steps.append(_pair(settings, pair, name, options))
         if ANALYSES[name].of == "page":
             runs = tuple(_join(label, "trained") for label in settings.models)
-            words = (name, *(str(settings.out / run) for run in runs), *_words(options), "--out", str(report))
+            words = (
+                name,
+                *(str(settings.out / run) for run in runs),
+                *_words(options),
+                "--out",
+                str(report),
+            )
             lacks = ANALYSES[name].why_left_out([planned[run] for run in runs], options)
             steps.append(Step(name, words, report / ANALYSES[name].result, name, runs, lacks))
-    steps.append(Step("report", ("report", str(settings.out), "--out", str(report)), report / "results.json", "report"))
+    steps.append(
+        Step(
+            "report",
+            ("report", str(settings.out), "--out", str(report)),
+            report / "results.json",
+            "report",
+        )
+    )
     return [step for step in steps if settings.only is None or step.kind in settings.only]
 
 
@@ -154,7 +180,9 @@ def _has_llm(planned: Mapping[str, PlannedRun], label: str) -> bool:
     return next(run.has_llm for name, run in planned.items() if name.startswith(_join(label, "")))
 
 
-def _with_maps(settings: Settings, analyses: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+def _with_maps(
+    settings: Settings, analyses: dict[str, dict[str, str]]
+) -> dict[str, dict[str, str]]:
     """Return the analyses of a bare encoder: maps of a few photos are among them unasked."""
     photos = len(open_split(settings, "validation"))
     shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
@@ -182,12 +210,18 @@ def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, Planned
                 raise UserError(f"{model} has no site {unknown[0]!r}; it has {known} (model.sites)")
             if chosen:
                 compared = [site for site in compared if site in chosen]
-            planned[_join(label, arm)] = PlannedRun(_join(label, arm), mask, compared, sites, has_llm)
+            planned[_join(label, arm)] = PlannedRun(
+                _join(label, arm), mask, compared, sites, has_llm
+            )
     return planned
 
 
 def _runs(
-    settings: Settings, label: str, model: str, arms: Sequence[str], planned: Mapping[str, PlannedRun]
+    settings: Settings,
+    label: str,
+    model: str,
+    arms: Sequence[str],
+    planned: Mapping[str, PlannedRun],
 ) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
     given = {"solve": settings.options, "fit": _fit_options(settings)}
@@ -202,15 +236,23 @@ def _runs(
         out = settings.out / _join(label, name)
         command = (kind, *given[kind], *base, *options, "--out", str(out))
         compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
-        lacks = "" if compared else f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
+        lacks = (
+            ""
+            if compared
+            else f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
+        )
         return Step(_join(label, name), command, out / "metrics.json", kind, lacks=lacks)
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
         configured = any(word.split("=")[0] in ("-c", "--config") for word in settings.options)
         steps.append(run("trained", "fit", "probes", () if configured else FIT))
-    tasks = [(task, arm) for task in settings.tasks for arm in ("trained", "random0") if arm in arms]
-    return steps + [run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks]
+    tasks = [
+        (task, arm) for task in settings.tasks for arm in ("trained", "random0") if arm in arms
+    ]
+    return steps + [
+        run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks
+    ]
 
 
 def _fit_options(settings: Settings) -> list[str]:
@@ -234,7 +276,9 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
     for name in settings.arms:
         if not has_llm and _kind(name) in ARMS.keys() - ENCODER_ARMS.keys():
             known = "trained, random0, permuted0, or another draw"
-            raise UserError(f"arm {name!r} needs an LLM, and the model is a vision encoder; expected {known} (--arms)")
+            raise UserError(
+                f"arm {name!r} needs an LLM, and the model is a vision encoder; expected {known} (--arms)"
+            )
         if not re.fullmatch(r"trained|(random|permuted|adapter|untrained)\d{1,3}", name):
             known = "trained, random0, permuted0, adapter0, untrained0, or another draw"
             raise UserError(f"there is no arm {name!r}; expected {known} (--arms)")
@@ -243,16 +287,22 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
 
 def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
     """Return the options of each analysis that is run; the default ones and those of `--add`."""
-    chosen = {name: dict(analysis.options) for name, analysis in ANALYSES.items() if analysis.default}
+    chosen = {
+        name: dict(analysis.options) for name, analysis in ANALYSES.items() if analysis.default
+    }
     for text in settings.add:
         name, _, setting = text.partition(".")
         if name not in ANALYSES:
-            raise UserError(f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)")
+            raise UserError(
+                f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)"
+            )
         options = chosen.setdefault(name, dict(ANALYSES[name].options))
         if setting:
             key, equals, value = setting.partition("=")
             if not (key and equals and value):
-                raise UserError(f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road")
+                raise UserError(
+                    f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
+                )
             options[key] = value
     for name in [*chosen]:
         for option, (file, content) in ANALYSES[name].beside_data.items():
@@ -306,22 +356,32 @@ def check(settings: Settings) -> None:
         raise UserError(f"--draws must be 0 or more, got {settings.draws}")
     for task in settings.tasks:
         if task not in TASKS:
-            raise UserError(f"there is no task {task!r}; expected one of {', '.join(TASKS)} (--tasks)")
+            raise UserError(
+                f"there is no task {task!r}; expected one of {', '.join(TASKS)} (--tasks)"
+            )
     kinds = ("solve", "fit", *ANALYSES, "report")
     for kind in settings.only or ():
         if kind not in kinds:
-            raise UserError(f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)")
+            raise UserError(
+                f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)"
+            )
     for key in ("model.untrained", "model.match", "model.draw"):
         if read_setting(settings.options, key) not in (None, "none", 0):
-            raise UserError(f"{key} is given, but the arms of a study say which weights are random (--arms)")
+            raise UserError(
+                f"{key} is given, but the arms of a study say which weights are random (--arms)"
+            )
     root = Path(data_root(settings))
     if settings.data not in DATASETS and not root.is_dir():
         layouts = ", ".join(DATASETS)
-        raise UserError(f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})")
+        raise UserError(
+            f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})"
+        )
     classes = open_split(settings, "validation").classes
     asked = chosen_analyses(settings).get("knockout", {}).get("classes", "auto:").split(",")
     if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
-        raise UserError(f"there is no class {unknown[0]!r}; expected some of {', '.join(classes)} (--add)")
+        raise UserError(
+            f"there is no class {unknown[0]!r}; expected some of {', '.join(classes)} (--add)"
+        )
     open_split(settings, "training")
 
 
@@ -341,20 +401,28 @@ def _words(options: dict[str, str]) -> list[str]:
     return words
 
 
-def _analysis(settings: Settings, label: str, planned: PlannedRun, name: str, options: dict[str, str]) -> Step:
+def _analysis(
+    settings: Settings, label: str, planned: PlannedRun, name: str, options: dict[str, str]
+) -> Step:
     """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
     run = settings.out / planned.name
     command = (name, "--probes", str(run), *_words(options))
     own = planned.name == _join(label, "probes")  # its probes have mistakes of their own
-    needs = (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
+    needs = (
+        (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
+    )
     lacks = ANALYSES[name].why_left_out([planned], options)
     return Step(f"{planned.name}/{name}", command, run / ANALYSES[name].result, name, needs, lacks)
 
 
-def _pair(settings: Settings, pair: Sequence[PlannedRun], name: str, options: dict[str, str]) -> Step:
+def _pair(
+    settings: Settings, pair: Sequence[PlannedRun], name: str, options: dict[str, str]
+) -> Step:
     """Return the step that compares two runs, the causal one first, whatever the order of the models."""
     pair = sorted(pair, key=lambda run: run.mask != "causal")
     runs = tuple(run.name for run in pair)
     command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
     result = settings.out / runs[1] / ANALYSES[name].result
-    return Step(f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].why_left_out(pair, options))
+    return Step(
+        f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].why_left_out(pair, options)
+    )

@@ -78,9 +78,17 @@ def study(
         if settings.get(key) is not None:
             check_is_list(key, settings[key], example)
     if not isinstance(model, str | Path | dict):
-        raise UserError(f"model must be a directory, a hub id, or two by label as a dict, got {model!r}")
-    models = {label: str(path) for label, path in model.items()} if isinstance(model, dict) else {"": str(model)}
-    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        raise UserError(
+            f"model must be a directory, a hub id, or two by label as a dict, got {model!r}"
+        )
+    models = (
+        {label: str(path) for label, path in model.items()}
+        if isinstance(model, dict)
+        else {"": str(model)}
+    )
+    tuples = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    }
     run_study(Settings(models, str(data), Path(out), **tuples), overwrite)
     return Study(Path(out))
 
@@ -93,7 +101,8 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
             made before.
     """
     check(settings)
-    steps, out = make_plan(settings), settings.out
+    steps = make_plan(settings)
+    out = settings.out
     check_words(steps)
     part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
@@ -135,7 +144,12 @@ def _run_steps(missing: list[Step], settings: Settings, overwrite: bool) -> list
             continue
         if outcome := _outcome_of_trained_arm(step, out):
             if outcome == "left_out":  # of one that failed, the next call tries both
-                _leave_out(step, out, "so was that of the trained model, with which it is compared", overwrite)
+                _leave_out(
+                    step,
+                    out,
+                    "so was that of the trained model, with which it is compared",
+                    overwrite,
+                )
             continue
         left = _time_left(missing[i:], out)
         print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
@@ -213,7 +227,11 @@ def _is_done(step: Step, out: Path) -> bool:
         return record.get("left_out") == step.lacks
     if record.get("failed") or record.get("lacks"):
         return False
-    now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
+    now = {
+        "command": list(step.command),
+        "inputs": _inputs(step, out),
+        "result": _digest(step.result),
+    }
     is_there = step.result.is_file() or bool(record.get("left_out"))
     return is_there and all(record.get(key) == value for key, value in now.items())
 
@@ -231,9 +249,19 @@ def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
 
 def _write_record(step: Step, out: Path, seconds: float, outcome: dict[str, str]) -> None:
     """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
-    now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
+    now = {
+        "command": list(step.command),
+        "inputs": _inputs(step, out),
+        "result": _digest(step.result),
+    }
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
-    record = {"step": step.name, "kind": step.kind, **now, "seconds": round(seconds, 1), "peak_gb": round(peak_gb, 2)}
+    record = {
+        "step": step.name,
+        "kind": step.kind,
+        **now,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak_gb, 2),
+    }
     known_before = {"lacks": step.lacks} if step.lacks else {}
     write_files({_record_file(step.name, out): record | known_before | outcome})
 
@@ -271,14 +299,17 @@ def _time_left(steps: list[Step], out: Path) -> str:
         if any(record.get(key) for key in OUTCOMES):
             continue
         seconds.setdefault(record["kind"], []).append(record["seconds"])
-    known = [sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds]
+    known = [
+        sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds
+    ]
     return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
 
 
 # ---------------------------------------------------------------------------------------------------- one step
 def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
     """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
-    words, record = list(step.command), _read_record(step.name, out)
+    words = list(step.command)
+    record = _read_record(step.name, out)
     if step.kind == "report" or (step.kind in ANALYSES and ANALYSES[step.kind].of == "page"):
         return words  # pages replace their own earlier output
     outdated = record.get("command") == words and record["inputs"] != _inputs(step, out)
@@ -297,12 +328,20 @@ def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
     Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
     """
     trained = out / step.needs[-1] / step.result.name
-    if step.result.parent in (trained.parent, trained.parent.with_name("probes")) or not trained.is_file():
+    if (
+        step.result.parent in (trained.parent, trained.parent.with_name("probes"))
+        or not trained.is_file()
+    ):
         known = len(read_json(step.result.parent / "metrics.json")["classes"])
-        return [f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word for word in words]
+        return [
+            f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word
+            for word in words
+        ]
     start = words.index("--classes") + 1
     stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
-    return words[:start] + [entry["class"] for entry in read_json(trained)["classes"]] + words[stop:]
+    return (
+        words[:start] + [entry["class"] for entry in read_json(trained)["classes"]] + words[stop:]
+    )
 
 
 def _run_step(step: Step, command: list[str], settings: Settings) -> None:
@@ -348,11 +387,15 @@ def uses_several_devices(settings: Settings) -> bool:
 def _output_to(file: Path) -> Iterator[None]:
     """Append what is printed to a file; on a terminal, bars and messages stay visible."""
     kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
-    flush = lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)]
+
+    def flush():
+        return [stream.flush() for stream in (sys.stdout, sys.stderr)]
+
     flush()
     streams = sys.stdout, sys.stderr  # in a notebook not those of the process
     if sys.stdout is not sys.__stdout__ and sys.__stdout__ and sys.__stderr__:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        sys.stdout = sys.__stdout__
+        sys.stderr = sys.__stderr__
     saved = {fd: os.dup(fd) for fd in kept}
     with file.open("ab") as stream:
         for fd in kept:

@@ -15,7 +15,20 @@ if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-COLUMNS = ("run", "model", "mask", "weights", "draw", "probes", "task", "dataset", "seed", "site", "metric", "value")
+COLUMNS = (
+    "run",
+    "model",
+    "mask",
+    "weights",
+    "draw",
+    "probes",
+    "task",
+    "dataset",
+    "seed",
+    "site",
+    "metric",
+    "value",
+)
 COLUMNS += ("low", "high", "class", "condition", "strength")
 
 
@@ -33,7 +46,11 @@ class Study:
         """Return a row for each number: see README.md for the columns."""
         from pandas import DataFrame
 
-        rows = [row for run in finished_runs(self.path) for row in _rows(run, str(run.relative_to(self.path)))]
+        rows = [
+            row
+            for run in finished_runs(self.path)
+            for row in _rows(run, str(run.relative_to(self.path)))
+        ]
         if not rows:
             raise UserError(f"{self.path} holds no finished run")
         return DataFrame(rows, columns=list(COLUMNS))
@@ -88,7 +105,8 @@ def write_table(folder: Path) -> None:
 def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a run: its scores by site, its path of strengths, and its analyses."""
     run = open_run(path)
-    metrics, weights = run.metrics, run.arm
+    metrics = run.metrics
+    weights = run.arm
     common = {
         "run": name,
         "model": run.model or Path(metrics["mllm"]).parts[-1],
@@ -105,14 +123,18 @@ def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
             if key.endswith("_ci95"):
                 metric = key.removesuffix("_ci95")
                 yield common | table_row(site["site"], metric, site[metric], interval)
-        for cls, iou in zip(metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False):
+        for cls, iou in zip(
+            metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False
+        ):
             yield common | table_row(site["site"], "iou", iou, **{"class": cls})
     for site in run.site_paths if run.is_solved else ():
         for key, values in site.items():
             if key in ("cv_cross_entropy", "cv_loss", "cross_entropy", "miou", "pacc"):
                 for strength, value in zip(site["strengths"], values, strict=True):
                     if value is not None:
-                        yield common | table_row(site["site"], f"path_{key}", value, strength=strength)
+                        yield common | table_row(
+                            site["site"], f"path_{key}", value, strength=strength
+                        )
     for analysis in ANALYSES.values():
         result = run.analysis(analysis.result) if analysis.of == "run" else None
         yield from (common | row for row in analysis.rows(result)) if result else ()
@@ -125,8 +147,14 @@ def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
 def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for claim in study["claims"]:
         low, high = claim["ci95"] or (None, None)
-        row = {"model": study["model"], "dataset": study["dataset"], "mask": claim["image_attention"]}
-        row |= {key: claim.get(key) for key in ("claim", "conclusion", "supported", "truth", "value")} | {
+        row = {
+            "model": study["model"],
+            "dataset": study["dataset"],
+            "mask": claim["image_attention"],
+        }
+        row |= {
+            key: claim.get(key) for key in ("claim", "conclusion", "supported", "truth", "value")
+        } | {
             "low": low,
             "high": high,
         }

@@ -23,11 +23,14 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    targets: ClassVar[str]  # the targets that are read, by `data.task`: depth, normals or boundaries
+    # the targets that are read, by `data.task`: depth, normals or boundaries
+    targets: ClassVar[str]
     channels: ClassVar[int]  # K
-    scores: ClassVar[dict[str, bool]]  # name -> higher is better; the first is the one that chooses and is compared
+    # name -> higher is better; the first is the one that chooses and is compared
+    scores: ClassVar[dict[str, bool]]
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
-    solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or cross_entropy (targets are classes)
+    # by `probes solve`: least_squares, or cross_entropy (targets are classes)
+    solved: ClassVar[str] = "least_squares"
 
     @property
     def score(self) -> str:
@@ -88,7 +91,9 @@ class Task(ABC):
         sums = prediction.new_zeros(len(prediction), 1 + len(self.scores))
         if valid.any():
             sums[:, 0] = 1
-            sums[:, 1:] = self.image_scores(prediction[:, valid], self.truth(target[None])[0][valid])
+            sums[:, 1:] = self.image_scores(
+                prediction[:, valid], self.truth(target[None])[0][valid]
+            )
         return sums
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
@@ -103,7 +108,9 @@ def mean_over_valid(error: Tensor, valid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict_pixels(task: Task | None, logits: Tensor, size: tuple[int, int], view: GridPlacement) -> np.ndarray:
+def predict_pixels(
+    task: Task | None, logits: Tensor, size: tuple[int, int], view: GridPlacement
+) -> np.ndarray:
     """Return the prediction of each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
 
     It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.

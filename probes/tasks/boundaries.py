@@ -55,7 +55,9 @@ class Boundaries(Task):
         losses = []
         for label, margin in ((0, interior - boundary), (1, boundary - interior)):
             of_class = target == label
-            losses.append((mean_over_valid(F.softplus(-margin), of_class), of_class.any(-1).any(-1)))
+            losses.append(
+                (mean_over_valid(F.softplus(-margin), of_class), of_class.any(-1).any(-1))
+            )
         present = torch.stack([there for _, there in losses]).sum(0).clamp(min=1)
         return sum(loss for loss, _ in losses) / present
 
@@ -65,26 +67,32 @@ class Boundaries(Task):
 
     def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return pixels predicted, right, and found by interval between thresholds, and boundaries, f[P, 3 n + 1]."""
-        radius, boundary = TOLERANCE * math.hypot(*target.shape), target == 1
+        radius = TOLERANCE * math.hypot(*target.shape)
+        boundary = target == 1
         near = dilate(boundary[None].to(prediction), radius)[0] > 0
         valid = target != IGNORED
         reached = dilate(prediction.masked_fill(~valid, 0), radius)
         sums = [histogram(prediction[:, pixels]) for pixels in (valid, valid & near)]
-        sums += [histogram(reached[:, boundary]), boundary.sum().to(prediction).expand(len(prediction), 1)]
+        sums += [
+            histogram(reached[:, boundary]),
+            boundary.sum().to(prediction).expand(len(prediction), 1),
+        ]
         return torch.cat(sums, 1)
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
         """Return F at the best threshold and average precision, f64[...]."""
         *counts, boundaries = sums.double().split([THRESHOLDS] * 3 + [1], -1)
         predicted, right, found = (x.flip(-1).cumsum(-1) for x in counts)  # at falling thresholds
-        precision, recall = right / predicted.clamp(min=1), found / boundaries
+        precision = right / predicted.clamp(min=1)
+        recall = found / boundaries
         f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
         rise = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
         return {"f": f.amax(-1), "ap": (precision * rise).sum(-1)}
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return likely boundaries bright."""
-        grey = (255 * np.where(prediction > 1, 0, prediction)).round().astype(np.uint8)  # 255: ignored
+        # 255: ignored
+        grey = (255 * np.where(prediction > 1, 0, prediction)).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, -1)
 
 
@@ -96,7 +104,9 @@ def dilate(maps: Tensor, radius: float) -> Tensor:
     for row in range(-reach, reach + 1):
         half = int(math.sqrt(radius**2 - row**2))
         shifted = padded[:, reach + row : reach + row + height]
-        result = torch.maximum(result, F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))[:, 0])
+        result = torch.maximum(
+            result, F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))[:, 0]
+        )
     return result
 
 
@@ -104,5 +114,6 @@ def histogram(probability: Tensor) -> Tensor:
     """Return how many of f[P, n] lie from each threshold to the next, f[P, THRESHOLDS]; none below the first."""
     thresholds = torch.arange(1, THRESHOLDS + 1, device=probability.device) / (THRESHOLDS + 1)
     interval = torch.bucketize(probability, thresholds, right=True)
-    counts = interval.new_zeros(len(probability), THRESHOLDS + 1)  # float32 would stop counting at 2^24
+    # float32 would stop counting at 2^24
+    counts = interval.new_zeros(len(probability), THRESHOLDS + 1)
     return counts.scatter_add_(1, interval, torch.ones_like(interval))[:, 1:].to(probability)

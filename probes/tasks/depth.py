@@ -10,8 +10,10 @@ from torch import Tensor
 from .base import Task, mean_over_valid
 
 # DINOv2's lower limit for NYUv2, and far beyond what depth cameras measure: the exponential of a bad probe stays finite
-LOWEST_M, HIGHEST_M = 1e-3, 1e3
-VARIANCE_FOCUS = 0.15  # weight of the squared mean in the loss. Source: AdaBins, and DINOv2's SigLoss
+LOWEST_M = 1e-3
+HIGHEST_M = 1e3
+# weight of the squared mean in the loss. Source: AdaBins, and DINOv2's SigLoss
+VARIANCE_FOCUS = 0.15
 
 
 class Depth(Task):
@@ -34,7 +36,14 @@ class Depth(Task):
     name = "depth"
     targets = "depth"
     channels = 1
-    scores = {"rmse": False, "abs_rel": False, "log10": False, "delta_1": True, "delta_2": True, "delta_3": True}
+    scores = {
+        "rmse": False,
+        "abs_rel": False,
+        "log10": False,
+        "delta_1": True,
+        "delta_2": True,
+        "delta_3": True,
+    }
     labels = {
         "rmse": "RMSE (m)",
         "abs_rel": "AbsRel",
@@ -56,14 +65,21 @@ class Depth(Task):
         """Return the scale-invariant log loss, f[P, B]."""
         valid = self.valid(target)
         g = maps.squeeze(2) - torch.where(valid, target, 1).log()
-        mean, square = mean_over_valid(g, valid), mean_over_valid(g.square(), valid)
+        mean = mean_over_valid(g, valid)
+        square = mean_over_valid(g.square(), valid)
         squared = square - (1 - VARIANCE_FOCUS) * mean.square()
-        return torch.where(squared > 0, squared.clamp(min=1e-12).sqrt(), 0)  # the root has no gradient at 0
+        # the root has no gradient at 0
+        return torch.where(squared > 0, squared.clamp(min=1e-12).sqrt(), 0)
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return RMSE, AbsRel, log10 and the three shares, f[P, 6]."""
-        error, ratio = prediction - target, torch.maximum(prediction / target, target / prediction)
-        parts = [error.square().mean(1).sqrt(), (error.abs() / target).mean(1), ratio.log10().mean(1)]
+        error = prediction - target
+        ratio = torch.maximum(prediction / target, target / prediction)
+        parts = [
+            error.square().mean(1).sqrt(),
+            (error.abs() / target).mean(1),
+            ratio.log10().mean(1),
+        ]
         return torch.stack([*parts, *((ratio < 1.25**k).float().mean(1) for k in (1, 2, 3))], 1)
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:

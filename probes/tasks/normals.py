@@ -25,7 +25,13 @@ class Normals(Task):
     name = "normals"
     targets = "normals"
     channels = 3
-    scores = {"mean": False, "median": False, "within_11": True, "within_22": True, "within_30": True}
+    scores = {
+        "mean": False,
+        "median": False,
+        "within_11": True,
+        "within_22": True,
+        "within_30": True,
+    }
     labels = {
         "mean": "mean angle (degrees)",
         "median": "median angle (degrees)",
@@ -45,7 +51,9 @@ class Normals(Task):
 
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean of 1 - cosine, f[P, B]."""
-        return mean_over_valid(1 - (self.predict(maps) * target.nan_to_num()).sum(-1), self.valid(target))
+        return mean_over_valid(
+            1 - (self.predict(maps) * target.nan_to_num()).sum(-1), self.valid(target)
+        )
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return mean and median angle and the three shares, f[P, 5]."""

@@ -29,13 +29,20 @@ from .write_run import SavePredictions, ShowMaps
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
-REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}  # 1 is one batch, 1.0 are all
+# 1 is one batch, 1.0 are all
+REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}
 WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
 )
 
-CPU = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+CPU = {
+    "accelerator": "cpu",
+    "devices": "1",
+    "num_nodes": "1",
+    "strategy": "auto",
+    "precision": "32-true",
+}
 
 
 class ProbeCLI(RunCLI):
@@ -59,7 +66,8 @@ class ProbeCLI(RunCLI):
         trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
         for callback in trainer.checkpoint_callbacks:
-            callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
+            # `--ckpt_path last` requires it; else it would start from scratch
+            callback.save_last = True
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
@@ -96,7 +104,10 @@ class ProbeCLI(RunCLI):
     def plan_run(self, ckpt_path: str | None) -> RunPlan:
         """Return whether to start, resume or leave alone the run in OUT; see `start_run`."""
         metrics_file = self.out / "metrics.json"
-        saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
+
+        def saved():
+            return read_run_file(Manifest, self.out / "manifest.json").get("identity")
+
         plan = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
         if plan.finished:
             rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
@@ -104,11 +115,14 @@ class ProbeCLI(RunCLI):
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""
-        summary, task = read_metrics(self.out / "metrics.json")["summary"], self.model.task
+        summary = read_metrics(self.out / "metrics.json")["summary"]
+        task = self.model.task
         main = {site: summary[site] for site in ("encoder", "adapter")}
         main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
         text = "{} {:.3g}" if task else "{} {:.1%}"
-        scores = ", ".join(text.format(site, value) for site, value in main.items() if value is not None)
+        scores = ", ".join(
+            text.format(site, value) for site, value in main.items() if value is not None
+        )
         folders = f"{quote(str(self.out))} --out {quote(str(self.out / 'report'))}"
         report = f"probes report {'RUN --tasks ' * bool(task)}{folders}"
         name = task.labels[task.score] if task else "mIoU"
@@ -124,7 +138,11 @@ class ProbeCLI(RunCLI):
             check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
             checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
             if checkpoint is None:
-                where = f": no valid one in {self.checkpoints}" if ckpt_path else "; pass --ckpt_path FILE, or last"
+                where = (
+                    f": no valid one in {self.checkpoints}"
+                    if ckpt_path
+                    else "; pass --ckpt_path FILE, or last"
+                )
                 raise UserError(f"probes test scores the probes of a checkpoint{where}")
             self.trainer.test(ckpt_path=checkpoint, **kwargs)
 
@@ -163,10 +181,14 @@ def verify_data(argv: list[str]) -> None:
         description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
         "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
     )
-    parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
+    parser.add_argument(
+        "--workers", type=natural, default=usable_cores(), help="number of processes"
+    )
     args, config = parser.parse_known_args(argv)
     trainer = [f"--trainer.{key}={value}" for key, value in CPU.items()]
-    data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule
+    data = build_cli(
+        ["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog
+    ).datamodule
     start = time.perf_counter()
     data.check_files(data.find_bad_files(args.workers))
     data.shared_images = shared_images(data.splits["training"], data.splits["validation"])

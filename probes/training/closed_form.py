@@ -25,7 +25,8 @@ from torch import Tensor
 STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # of least squares: 1e-6 to 1
 # A channel whose variance is below this share of its mean square is constant up to rounding of float32 states.
 DEAD = 1e-12
-BLOCK = 512  # rows of Q per product; Q is symmetric, so that blocks below the diagonal are neither computed nor stored
+# rows of Q per product; Q is symmetric, so that blocks below the diagonal are neither computed nor stored
+BLOCK = 512
 
 
 @dataclass
@@ -47,7 +48,10 @@ class Moments:
     @classmethod
     def zeros(cls, pivot: Tensor, folds: int, classes: int) -> "Moments":
         """Return empty moments on the device of `pivot`."""
-        new = lambda *shape: torch.zeros(folds, *shape, dtype=torch.float64, device=pivot.device)
+
+        def new(*shape):
+            return torch.zeros(folds, *shape, dtype=torch.float64, device=pivot.device)
+
         width = len(pivot)
         return cls(pivot, new(classes), new(classes, width), new(packed_size(width)))
 
@@ -70,10 +74,15 @@ class Moments:
     def shift(self, pivot: Tensor) -> None:
         """Change the pivot to f32[d]; exact, since the sums are polynomials in it."""
         delta = self.pivot.double() - pivot.double()
-        for count, first, second in zip(self.count.sum(1), self.first.sum(1), self.second, strict=True):
+        for count, first, second in zip(
+            self.count.sum(1), self.first.sum(1), self.second, strict=True
+        ):
             for start, block in row_blocks(second, len(delta)):
-                rows, columns = slice(start, start + BLOCK), slice(start, None)
-                block += torch.outer(first[rows], delta[columns]) + torch.outer(delta[rows], first[columns])
+                rows = slice(start, start + BLOCK)
+                columns = slice(start, None)
+                block += torch.outer(first[rows], delta[columns]) + torch.outer(
+                    delta[rows], first[columns]
+                )
                 block += count * torch.outer(delta[rows], delta[columns])
         self.first += self.count[:, :, None] * delta
         self.pivot = pivot
@@ -94,8 +103,10 @@ class Moments:
 
     def sum_over(self, folds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return N f64[K], S f64[K, d] and Q f64[d, d] of some folds."""
-        count, first = self.count[folds].sum(0), self.first[folds].sum(0)
-        packed, second = self.second[folds].sum(0), first.new_empty(first.shape[1], first.shape[1])
+        count = self.count[folds].sum(0)
+        first = self.first[folds].sum(0)
+        packed = self.second[folds].sum(0)
+        second = first.new_empty(first.shape[1], first.shape[1])
         for start, block in row_blocks(packed, first.shape[1]):
             second[start : start + BLOCK, start:] = block
         upper = second.triu_()
@@ -111,7 +122,8 @@ def row_blocks(packed: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row of each block, and a view of its rows from the diagonal on, f64[rows, d - first row]."""
     offset = 0
     for start in range(0, width, BLOCK):
-        rows, columns = min(BLOCK, width - start), width - start
+        rows = min(BLOCK, width - start)
+        columns = width - start
         yield start, packed[offset : offset + rows * columns].view(rows, columns)
         offset += rows * columns
 
@@ -161,13 +173,16 @@ class SiteSpace:
     def of_moments(cls, moments: Moments) -> "SiteSpace":
         """Return the coordinates of the tokens of some moments."""
         count, first, second = moments.without(None)
-        total, seen, overall = count.sum(), count > 0, first.sum(0) / count.sum()
+        total = count.sum()
+        seen = count > 0
+        overall = first.sum(0) / count.sum()
         means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
         within = second / total - (means * (count / total)[:, None]).T @ means
         mean = moments.pivot.double() + overall
         scale, spectrum, basis = standardise(within, second.diagonal() / total + mean.square())
         log_prior = torch.where(seen, count, 0.5).log() - total.log()
-        return cls(mean, scale, basis.contiguous(), spectrum, log_prior)  # basis is sent between processes
+        # basis is sent between processes
+        return cls(mean, scale, basis.contiguous(), spectrum, log_prior)
 
     def to_states(self, weights: Tensor) -> Tensor:
         """Return weights f[..., K, d] of the coordinates as weights of x - mean."""

@@ -65,4 +65,8 @@ def gather_images(x: Tensor, images: list[int], owner: int, device: torch.device
     padded = padded.to(device)
     parts = [torch.empty_like(padded) for _ in images] if rank() == owner else None
     torch.distributed.gather(padded, parts, owner)
-    return None if parts is None else torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])
+    return (
+        None
+        if parts is None
+        else torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])
+    )

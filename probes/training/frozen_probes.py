@@ -42,7 +42,8 @@ class FrozenProbes(LightningModule):
 
     def __init__(self, head: str = "linear", feature_norm: str = "none"):
         super().__init__()
-        self.head, self.feature_norm = head, feature_norm
+        self.head = head
+        self.feature_norm = feature_norm
         self.mllm = None
         self.task: Task | None = None  # None for segmentation
         self.identity: Identity | None = None
@@ -57,7 +58,10 @@ class FrozenProbes(LightningModule):
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""
         if stage in ("fit", "test") and self.identity is None:
-            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
+
+            def compute():
+                return run_identity(self.trainer, self, self.trainer.datamodule)
+
             self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:
@@ -69,7 +73,9 @@ class FrozenProbes(LightningModule):
         """Load the MLLM and build probes and metrics."""
         if self.mllm is not None:
             return
-        args, data, matched = self.hparams, self.trainer.datamodule, self.hparams.match == "update"
+        args = self.hparams
+        data = self.trainer.datamodule
+        matched = self.hparams.match == "update"
         self.mllm = load(
             args.mllm,
             args.image_attention,
@@ -81,7 +87,9 @@ class FrozenProbes(LightningModule):
             untrained=args.untrained or (),
             match=args.match,
             draw=args.draw,
-            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES) if matched else (),
+            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES)
+            if matched
+            else (),
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)
@@ -104,7 +112,9 @@ class FrozenProbes(LightningModule):
         """Return a probe whose initialisation does not depend on the other probes of the run."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head)
+            return Probe(
+                self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head
+            )
 
     def mask_preparer(self) -> MaskPreparer | None:
         """Return what prepares training masks for the loss; None if the probes are not trained on masks of classes."""
@@ -112,7 +122,9 @@ class FrozenProbes(LightningModule):
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""
-        return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
+        return (
+            batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
+        )
 
     def logits(self, states: dict[str, Tensor]) -> Tensor:
         """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""

@@ -36,7 +36,10 @@ class BatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked += 1
         self.running_mean.lerp_(overall.to(self.running_mean), self.momentum)
         self.running_var.lerp_((squares / (total - 1)).to(self.running_var), self.momentum)
-        to = lambda x: x.to(states.dtype)
+
+        def to(x):
+            return x.to(states.dtype)
+
         return F.batch_norm(states, to(overall), to(squares / total), eps=self.eps)
 
     def _moments(self, states: Tensor) -> Tensor:
@@ -79,7 +82,9 @@ class GridConv(nn.Module):
 HeadFactory = Callable[[int, int, tuple[int, int]], nn.Module]
 HEADS: dict[str, HeadFactory] = {
     "linear": lambda width, classes, grid: nn.Linear(width, classes),
-    "mlp": lambda width, classes, grid: nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)),
+    "mlp": lambda width, classes, grid: nn.Sequential(
+        nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)
+    ),
     "conv": GridConv,
 }
 
@@ -97,7 +102,9 @@ def register_head(name: str, factory: HeadFactory) -> None:
     if name in HEADS:
         raise UserError(f"the head name {name!r} is taken; choose another name")
     if not callable(factory):
-        raise UserError(f"head {name!r}: {factory!r} is not callable; expected a function (width, classes, grid)")
+        raise UserError(
+            f"head {name!r}: {factory!r} is not callable; expected a function (width, classes, grid)"
+        )
     HEADS[name] = factory
 
 
@@ -117,12 +124,19 @@ class Probe(nn.Module):
     """
 
     def __init__(
-        self, width: int, classes: int, grid: tuple[int, int], feature_norm: str = "none", head: str = "linear"
+        self,
+        width: int,
+        classes: int,
+        grid: tuple[int, int],
+        feature_norm: str = "none",
+        head: str = "linear",
     ):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
         self.head = HEADS[head](width, classes, grid)
-        self._name, self._classes = head, classes  # for the error message
+        # for the error message
+        self._name = head
+        self._classes = classes
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits f[B, T, K] of states f[B, T, d]."""

@@ -47,15 +47,23 @@ class LeastSquaresMoments(Moments):
         return cls(sums.pivot, sums.count, sums.first, sums.second, square)
 
     @torch.no_grad()
-    def add_images(self, states: Tensor, equations: NormalEquations, grid: tuple[int, int], fold: int) -> None:
+    def add_images(
+        self, states: Tensor, equations: NormalEquations, grid: tuple[int, int], fold: int
+    ) -> None:
         """Add the states f[B, T, d] of images, with their normal equations, to a fold."""
         rest = equations.weight - equations.projected.sum(-1)
-        labels = torch.cat([equations.projected, rest[..., None]], -1).flatten(0, 1).to(self.count.device)
+        labels = (
+            torch.cat([equations.projected, rest[..., None]], -1)
+            .flatten(0, 1)
+            .to(self.count.device)
+        )
         # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
         x = states.to(self.pivot).double() - self.pivot
         self.count[fold] += labels.sum(0)
         self.first[fold] += labels.T @ x.flatten(0, 1)
-        self.add_products(x.flatten(0, 1), apply_gram(equations.couplings, x, grid).flatten(0, 1), fold)
+        self.add_products(
+            x.flatten(0, 1), apply_gram(equations.couplings, x, grid).flatten(0, 1), fold
+        )
         self.square[fold] += equations.square.to(self.square.device)
 
     def sums(self) -> dict[str, Tensor]:
@@ -65,8 +73,13 @@ class LeastSquaresMoments(Moments):
     def check_values(self) -> None:
         """Raise a UserError if no pixel has a value, in the training images or in those of all folds but one."""
         for left_out in (None, *range(len(self.count))):
-            if not sum(pixels for fold, pixels in enumerate(self.count.sum(1)) if fold != left_out) > 0:
-                images = "the training images" + (f" that are not of fold {left_out}" if left_out is not None else "")
+            if (
+                not sum(pixels for fold, pixels in enumerate(self.count.sum(1)) if fold != left_out)
+                > 0
+            ):
+                images = "the training images" + (
+                    f" that are not of fold {left_out}" if left_out is not None else ""
+                )
                 raise UserError(
                     f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
                 )
@@ -81,7 +94,11 @@ class LeastSquaresMoments(Moments):
         """
         count, first, second = self.sum_over([fold])
         states = first.sum(0)
-        quadratic = ((weights @ second) * weights).sum(-1) + 2 * bias * (weights @ states) + count.sum() * bias.square()
+        quadratic = (
+            ((weights @ second) * weights).sum(-1)
+            + 2 * bias * (weights @ states)
+            + count.sum() * bias.square()
+        )
         cross = (weights * first[:-1]).sum(-1) + bias * count[:-1]
         return (quadratic - 2 * cross + self.square[fold]).sum(-1)
 
@@ -122,8 +139,10 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean, scale, weights and bias of :class:`LeastSquares` for all folds but one, or for all."""
     count, first, second = moments.without(left_out)
-    total, states = count.sum(), first.sum(0)
-    mean, target = states / total, count[:-1] / total
+    total = count.sum()
+    states = first.sum(0)
+    mean = states / total
+    target = count[:-1] / total
     covariance = second / total - torch.outer(mean, mean)
     square = second.diagonal() / total + (moments.pivot.double() + mean).square()
     scale, spectrum, basis = standardise(covariance, square)
@@ -131,4 +150,9 @@ def _solve(
     strength = torch.tensor(strengths, dtype=torch.float64, device=mean.device)[:, None]
     gain = (1 - strength) / ((1 - strength) * spectrum + strength)
     weights = ((gain[:, None] * directions) @ basis.T) * scale
-    return moments.pivot.double() + mean, scale, weights, target.expand(len(strengths), -1).contiguous()
+    return (
+        moments.pivot.double() + mean,
+        scale,
+        weights,
+        target.expand(len(strengths), -1).contiguous(),
+    )

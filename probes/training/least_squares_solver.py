@@ -40,10 +40,13 @@ class LeastSquaresSolver(Solver):
         self.fold_of = assign_folds(len(training), self.hparams.folds, training.groups)
         self._check_memory()
         self.moments: dict[str, LeastSquaresMoments] = {}
-        self.added = torch.zeros(len(training), dtype=torch.bool)  # images whose moments this process has
+        # images whose moments this process has
+        self.added = torch.zeros(len(training), dtype=torch.bool)
         self.saved_at = time.monotonic()
         seen = self._resume() if self.resuming else self.added
-        batches = fold_batches(self.fold_of, self.trainer.datamodule.rank_batch_size, rank(), rank_count())
+        batches = fold_batches(
+            self.fold_of, self.trainer.datamodule.rank_batch_size, rank(), rank_count()
+        )
         left = ([i for i in batch if not seen[i]] for batch in batches)
         return [batch for batch in left if batch]
 
@@ -53,9 +56,14 @@ class LeastSquaresSolver(Solver):
         Raises:
             UserError: They do not fit.
         """
-        folds, width = self.hparams.folds, self.mllm.widths
-        size = {site: 8 * folds * (packed_size(width[site]) + self.channels * width[site]) for site in self.sites}
-        tokens, need = self.mllm.grid[0] * self.mllm.grid[1], sum(size.values())
+        folds = self.hparams.folds
+        width = self.mllm.widths
+        size = {
+            site: 8 * folds * (packed_size(width[site]) + self.channels * width[site])
+            for site in self.sites
+        }
+        tokens = self.mllm.grid[0] * self.mllm.grid[1]
+        need = sum(size.values())
         batch = self.trainer.datamodule.rank_batch_size * tokens * self.mllm.model.dtype.itemsize
         free = available_memory() // max(1, self.trainer.num_devices)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free
@@ -75,18 +83,28 @@ class LeastSquaresSolver(Solver):
             for site, x in batch["states"].items():
                 if site not in self.moments:
                     pivot = x.flatten(0, 1).float().mean(0)
-                    self.moments[site] = LeastSquaresMoments.zeros(pivot, self.hparams.folds, self.channels)
-                self.moments[site].add_images(x[images], equations, self.mllm.grid, int(self.fold_of[index[0]]))
+                    self.moments[site] = LeastSquaresMoments.zeros(
+                        pivot, self.hparams.folds, self.channels
+                    )
+                self.moments[site].add_images(
+                    x[images], equations, self.mllm.grid, int(self.fold_of[index[0]])
+                )
         self.added[index] = True
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
-            named = {f"{site}/{name}": x for site, m in self.moments.items() for name, x in vars(m).items()}
+            named = {
+                f"{site}/{name}": x
+                for site, m in self.moments.items()
+                for name, x in vars(m).items()
+            }
             self.save(f"moments_{rank()}.safetensors", named | {"seen": self.added})
             self.saved_at = time.monotonic()
 
     def _resume(self) -> Tensor:
         """Read all moments on the first process; return the images that they contain on every one, bool[N]."""
         seen = torch.zeros_like(self.added)
-        found = [self.load(file.name) for file in sorted(self.checkpoints.glob("moments_*.safetensors"))]
+        found = [
+            self.load(file.name) for file in sorted(self.checkpoints.glob("moments_*.safetensors"))
+        ]
         for tensors in sorted(found, key=lambda tensors: -tensors["seen"].sum()):
             if not (tensors["seen"] & ~seen).any():
                 continue  # contained in a larger file, whose process resumed before
@@ -99,7 +117,9 @@ class LeastSquaresSolver(Solver):
     def _add_saved(self, tensors: dict[str, Tensor]) -> None:
         for site in self.sites:
             if saved := tensors_of(site, tensors):
-                moments = LeastSquaresMoments(**{name: x.to(self.device) for name, x in saved.items()})
+                moments = LeastSquaresMoments(
+                    **{name: x.to(self.device) for name, x in saved.items()}
+                )
                 if site in self.moments:
                     moments.add(self.moments[site])
                 self.moments[site] = moments
@@ -108,16 +128,23 @@ class LeastSquaresSolver(Solver):
     def solve(self) -> dict[str, SolvedSite]:
         """Return the closed form of all sites."""
         solved = {}
-        for number, site in enumerate(tqdm(self.sites, desc="solving sites", disable=rank() > 0, mininterval=5)):
-            moments, owner = self._sum_over_ranks(site), number % rank_count()
-            moments.check_values()  # in all processes: after an error in one, the others would wait for it
+        for number, site in enumerate(
+            tqdm(self.sites, desc="solving sites", disable=rank() > 0, mininterval=5)
+        ):
+            moments = self._sum_over_ranks(site)
+            owner = number % rank_count()
+            # in all processes: after an error in one, the others would wait for it
+            moments.check_values()
             solved[site] = broadcast(self._solve(moments) if rank() == owner else None, owner)
         return solved
 
     def _sum_over_ranks(self, site: str) -> LeastSquaresMoments:
         """Return the moments of all processes' images; a process may have had none."""
-        width, folds = self.mllm.widths[site], self.hparams.folds
-        empty = LeastSquaresMoments.zeros(torch.zeros(width, device=self.device), folds, self.channels)
+        width = self.mllm.widths[site]
+        folds = self.hparams.folds
+        empty = LeastSquaresMoments.zeros(
+            torch.zeros(width, device=self.device), folds, self.channels
+        )
         moments = self.moments.pop(site, empty)
         moments.shift(broadcast(moments.pivot, 0).to(self.device))
         for total in moments.sums().values():

@@ -84,14 +84,18 @@ class ProbeModule(FrozenProbes):
             raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
         super().__init__(head, feature_norm)
         self.save_hyperparameters()
-        self.strict_loading = False  # checkpoints hold the probes only; the MLLM is reloaded from its source
+        # checkpoints hold the probes only; the MLLM is reloaded from its source
+        self.strict_loading = False
         self.best: dict[str, dict[str, Tensor]] = {}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
-        states, target = self.states(batch), batch["target" if self.task else "masks"]
-        if len(target) == 1 and batch["index"][0] == PAD_INDEX:  # padding must not enter batch statistics
-            states, target = {site: x[:0] for site, x in states.items()}, target[:0]
+        states = self.states(batch)
+        target = batch["target" if self.task else "masks"]
+        # padding must not enter batch statistics
+        if len(target) == 1 and batch["index"][0] == PAD_INDEX:
+            states = {site: x[:0] for site, x in states.items()}
+            target = target[:0]
         losses = self.losses(self.logits(states), target)
         for site, loss in zip(self.sites, losses.detach(), strict=True):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
@@ -120,8 +124,11 @@ class ProbeModule(FrozenProbes):
             size = tuple(y.shape[:2])
             y = y[None]
             images = images + self.task.valid(y).any()
+
             # recomputed in backward: the maps of all sites and images at once would be gigabytes
-            loss = lambda x, y=y, size=size: self.task.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
+            def loss(x, y=y, size=size):
+                return self.task.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
+
             total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
         return total / all_gather(images).mean().clamp(min=1e-9)
 
@@ -140,8 +147,12 @@ class ProbeModule(FrozenProbes):
 
     def _keep_if_best(self, site: str, score: float) -> None:
         sign = self.task.sign if self.task else 1
-        if sign * score > max((sign * past for past in self.history.setdefault(site, [])), default=-math.inf):
-            self.best[site] = {k: v.detach().cpu().clone() for k, v in self.heads[site].state_dict().items()}
+        if sign * score > max(
+            (sign * past for past in self.history.setdefault(site, [])), default=-math.inf
+        ):
+            self.best[site] = {
+                k: v.detach().cpu().clone() for k, v in self.heads[site].state_dict().items()
+            }
         self.history[site].append(score)
 
     def on_test_start(self) -> None:
@@ -152,21 +163,32 @@ class ProbeModule(FrozenProbes):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""
         args = self.hparams
-        settings = {"lr": args.learning_rate, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
+        settings = {
+            "lr": args.learning_rate,
+            "betas": tuple(args.betas),
+            "weight_decay": args.weight_decay,
+        }
         optimizer = torch.optim.AdamW(self.heads.parameters(), **settings, fused=True)
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, optimizer_steps(self.trainer), power=0.9)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(
+            optimizer, optimizer_steps(self.trainer), power=0.9
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were trained, for metrics.json."""
-        data, steps = self.trainer.datamodule, optimizer_steps(self.trainer)
-        settings = {key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")}
+        data = self.trainer.datamodule
+        steps = optimizer_steps(self.trainer)
+        settings = {
+            key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")
+        }
         settings |= {"batch_size": data.batch_size, "epochs": data.epochs_of(steps), "steps": steps}
         return settings | {"validated_at": self.validated_at}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the probes without the frozen model, and the history of validations."""
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")}
+        checkpoint["state_dict"] = {
+            k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")
+        }
         checkpoint["identity"] = self.identity
         checkpoint["best"], checkpoint["history"] = self.best, self.history
         checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
@@ -178,13 +200,19 @@ class ProbeModule(FrozenProbes):
             UserError: If the checkpoint is from a run with other settings.
         """
         if self._trainer is not None and self.trainer.training:
-            check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
+            check_same_identity(
+                checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+            )
         saved = set(checkpoint["state_dict"])
-        expected = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
+        expected = (
+            saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
+        )
         if different := saved ^ expected:
             raise UserError(
                 f"the checkpoint and this run differ in {len(different)} tensors, e.g. {min(different)}; use the "
                 "model.sites and model.head of the checkpoint"
             )
-        self.best, self.history = checkpoint["best"], checkpoint["history"]
-        self.validated_at, self.epochs = checkpoint["validated_at"], checkpoint["epochs"]
+        self.best = checkpoint["best"]
+        self.history = checkpoint["history"]
+        self.validated_at = checkpoint["validated_at"]
+        self.epochs = checkpoint["epochs"]

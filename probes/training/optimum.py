@@ -32,11 +32,13 @@ from probes.ops.quadrature import PreparedMasks
 
 from .closed_form import SiteSpace, full_precision
 
-LOOSE_NODES, TIGHT_NODES = 2, 5
+LOOSE_NODES = 2
+TIGHT_NODES = 5
 STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
 STRONGER = tuple(10 ** (k / 2) for k in range(-1, 7))  # 0.3 to 1000, if 0.1 is the best of those
 IN_MEMORY = 2e-5  # decrease in nats after which a refinement in memory ends
-PATH_TOLERANCE = 1e-5  # predicted decrease, nats; at 2e-4, folds are 0.01 nats too good at weak strengths
+# predicted decrease, nats; at 2e-4, folds are 0.01 nats too good at weak strengths
+PATH_TOLERANCE = 1e-5
 TOLERANCE = 1e-7  # of the probes of all images
 CONVERGED = 1e-4  # decrease in nats up to which a certificate holds
 GRADIENT = 1e-3  # the same for the gradient's norm relative to that at w = 0
@@ -74,9 +76,12 @@ class FoldProblem:
     """
 
     def __init__(self, space: SiteSpace, pixels: Tensor):
-        self.space, self.pixels = space, pixels
+        self.space = space
+        self.pixels = pixels
 
-    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss f64[P] of points f64[P, K, d + 1] on a fold, and its gradient."""
         raise NotImplementedError
 
@@ -109,7 +114,8 @@ class FoldProblem:
         ridge = self.ridge(strengths)
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
-            value, gradient = points.new_zeros(len(points)), torch.zeros_like(points)
+            value = points.new_zeros(len(points))
+            gradient = torch.zeros_like(points)
             for fold in range(len(self.pixels)):
                 used = [i for i, problem in enumerate(problems) if left_out[problem] != fold]
                 if used:
@@ -129,7 +135,9 @@ class FoldProblem:
     def held_out_loss(self, points: Tensor) -> float:
         """Return the mean cross-entropy of all images, each under the point f64[F, K, d + 1] of its fold."""
         by_fold = [(fold, point[None]) for fold, point in enumerate(points)]
-        losses = [self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold]
+        losses = [
+            self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold
+        ]
         return (torch.cat(losses).sum() / self.pixels.sum()).item()
 
     def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
@@ -148,19 +156,25 @@ class SiteProblem(FoldProblem):
     """
 
     def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
-        self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
+        self.order = fold_of.argsort(stable=True)
+        self.sizes = fold_of.bincount().tolist()
         self.space = SiteSpace.of(states, tight.soft)
         folds = [images.tolist() for images in self.order.split(self.sizes)]
         self.tokens = [self.space.coordinates(states[images]) for images in folds]
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-        super().__init__(self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]]))
+        super().__init__(
+            self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        )
 
     def release(self) -> None:
         """Free the memory of states and masks; most of it."""
-        self.tokens, self.masks = [], {}
+        self.tokens = []
+        self.masks = {}
 
-    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
         return loss_sums(self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
 
@@ -177,20 +191,32 @@ class PixelProblem(FoldProblem):
         folds: Number of folds.
     """
 
-    def __init__(self, space: SiteSpace, inputs: Tensor, labels: Tensor, weights: Tensor, fold_of: Tensor, folds: int):
+    def __init__(
+        self,
+        space: SiteSpace,
+        inputs: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        fold_of: Tensor,
+        folds: int,
+    ):
         parts = [(fold_of == fold).nonzero().flatten() for fold in range(folds)]
         self.parts = [(inputs[part], labels[part], weights[part].float()) for part in parts]
         super().__init__(space, torch.stack([weights[part].sum() for part in parts]))
 
     @full_precision()
-    def sums(self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss of points on a fold, and its gradient."""
         inputs, labels, weights = self.parts[fold]
         count, classes = points.shape[:2]
         logits = (inputs @ points.flatten(0, 1).T.to(inputs)).view(-1, count, classes)
         log_probability = logits.log_softmax(-1)
         at_label = labels[:, None, None].expand(-1, count, 1)
-        loss = -(log_probability.gather(2, at_label)[..., 0] * weights[:, None]).sum(0, dtype=torch.float64)
+        loss = -(log_probability.gather(2, at_label)[..., 0] * weights[:, None]).sum(
+            0, dtype=torch.float64
+        )
         if not needs_grad:
             return loss, None
         residual = log_probability.exp()
@@ -231,17 +257,21 @@ def loss_sums(
         needs_grad: If False, the gradient is None.
     """
     n_probes, classes = points.shape[:2]
-    weights, grid = points.flatten(0, 1).to(tokens), tuple(masks.soft.shape[2:])
+    weights = points.flatten(0, 1).to(tokens)
+    grid = tuple(masks.soft.shape[2:])
     loss = torch.zeros(n_probes, dtype=torch.float64, device=points.device)
     gradient = torch.zeros_like(points) if needs_grad else None
     step = max(1, CHUNK_NUMEL // (len(weights) * tokens.shape[1]))
     for start in range(0, len(tokens), step):
-        part, x = slice(start, start + step), tokens[start : start + step].flatten(0, 1)
+        part = slice(start, start + step)
+        x = tokens[start : start + step].flatten(0, 1)
         logits = (x @ weights.T).view(-1, *grid, n_probes, classes).permute(3, 0, 4, 1, 2)
         losses, by_logits = loss_and_gradient(logits, masks[part], needs_grad)
         loss += losses.sum(1)
         if needs_grad:
-            gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(points)
+            gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(
+                points
+            )
     return loss, gradient
 
 
@@ -279,24 +309,36 @@ class Refinement:
         proximal: c, in units of the curvature; 0 if all images are in memory.
     """
 
-    def __init__(self, problem: SiteProblem, strengths: Tensor, points: Tensor, proximal: float = 0.0):
-        self.problem, self.strengths, self.points = problem, strengths, points
-        self.kept = points, torch.full_like(strengths, torch.inf), torch.zeros_like(points)  # with value and gradient
+    def __init__(
+        self, problem: SiteProblem, strengths: Tensor, points: Tensor, proximal: float = 0.0
+    ):
+        self.problem = problem
+        self.strengths = strengths
+        self.points = points
+        # with value and gradient
+        self.kept = points, torch.full_like(strengths, torch.inf), torch.zeros_like(points)
         self.proximal = torch.full_like(strengths, proximal)
         self.certificates: list[Certificate] = []
-        everything, start = list(range(len(points))), problem.start.expand_as(points)
-        at_zero = problem.objective(strengths, [None] * len(points), LOOSE_NODES)(start, everything)[1]
+        everything = list(range(len(points)))
+        start = problem.start.expand_as(points)
+        at_zero = problem.objective(strengths, [None] * len(points), LOOSE_NODES)(
+            start, everything
+        )[1]
         self.null = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
-        self.tolerance = min(TOLERANCE, (GRADIENT * self.null.min().item()) ** 2 / 8)  # for the norm of the gradient
+        # for the norm of the gradient
+        self.tolerance = min(TOLERANCE, (GRADIENT * self.null.min().item()) ** 2 / 8)
 
     @property
     def converged(self) -> bool:
         """All probes have a certificate."""
-        return bool(self.certificates) and all(certificate.converged for certificate in self.certificates)
+        return bool(self.certificates) and all(
+            certificate.converged for certificate in self.certificates
+        )
 
     def solve_in_memory(self) -> None:
         """Refine the probes to the optimum of the images in memory."""
-        everything, pairs = list(range(len(self.points))), deque(maxlen=MEMORY)
+        everything = list(range(len(self.points)))
+        pairs = deque(maxlen=MEMORY)
         exact = self.problem.objective(self.strengths, [None] * len(everything), TIGHT_NODES)
         for nodes in (LOOSE_NODES, *[TIGHT_NODES] * TIGHT_ROUNDS):
             self.accept(*exact(self.points, everything))
@@ -310,9 +352,14 @@ class Refinement:
     def accept(self, value: Tensor, gradient: Tensor) -> None:
         """Take exact values f64[R] and gradients f64[R, K, d + 1] of the objective at `points`."""
         better = value <= self.kept[1] + ROUNDING
-        choose = lambda new, old: torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+        def choose(new, old):
+            return torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
+
         self.kept = tuple(map(choose, (self.points, value, gradient), self.kept))
-        self.proximal = torch.where(better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL))
+        self.proximal = torch.where(
+            better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL)
+        )
         self.points = self.kept[0]
 
     def step(self, nodes: int = LOOSE_NODES, pairs: deque | None = None) -> Tensor:
@@ -341,7 +388,9 @@ class Refinement:
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that their models have found."""
         gradient = self.problem.whitened_norm(self.kept[2], self.strengths) / self.null
-        self.certificates = [Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)]
+        self.certificates = [
+            Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)
+        ]
 
 
 class Path(NamedTuple):
@@ -363,7 +412,9 @@ class Path(NamedTuple):
         return self.points.new_tensor([self.path.strengths[i] for i in self.path.solved])
 
 
-def solve_site(problem: FoldProblem, strengths: Sequence[float] | None = None) -> tuple[SitePath, Refinement]:
+def solve_site(
+    problem: FoldProblem, strengths: Sequence[float] | None = None
+) -> tuple[SitePath, Refinement]:
     """Return the path of a site, with probes of all images in memory, and their exact refinement.
 
     Args:
@@ -378,24 +429,33 @@ def solve_path(problem: FoldProblem, strengths: Sequence[float] | None = None) -
     """Return the path of a site, and its probes; arguments as for :func:`solve_site`."""
     path = cross_validate(problem, strengths)
     losses = [loss for _, loss, _ in path]
-    chosen, solved = losses.index(min(losses)), list(range(len(path)))
+    chosen = losses.index(min(losses))
+    solved = list(range(len(path)))
     if strengths is None:
         chosen = min(max(chosen, 1), len(path) - 2)
         solved = [chosen - 1, chosen, chosen + 1]
     points = torch.stack([path[i][2].mean(0) for i in solved])
-    found = Path(SitePath([strength for strength, _, _ in path], losses, chosen, solved), path[chosen][2], points)
-    objective, scale = problem.objective(found.strengths, [None] * len(points), LOOSE_NODES), problem.scale
+    found = Path(
+        SitePath([strength for strength, _, _ in path], losses, chosen, solved),
+        path[chosen][2],
+        points,
+    )
+    objective = problem.objective(found.strengths, [None] * len(points), LOOSE_NODES)
+    scale = problem.scale
     points, _, _ = minimise(objective, points, scale(found.strengths), PATH_TOLERANCE)
     return found._replace(points=points)
 
 
-def cross_validate(problem: FoldProblem, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
+def cross_validate(
+    problem: FoldProblem, strengths: Sequence[float] | None
+) -> list[tuple[float, float, Tensor]]:
     """Return strength, loss of left-out images and points of the folds, f64[F, K, d + 1], from strong to weak.
 
     Each strength starts from the linear extrapolation of the two before, which takes a third fewer steps than starting
     from the last one, and is closer to the minimum of each fold at equal tolerance.
     """
-    folds, path = len(problem.pixels), []
+    folds = len(problem.pixels)
+    path = []
     last = before = problem.start.expand(folds, -1, -1)
 
     def add(strength: float, start: Tensor) -> Tensor:

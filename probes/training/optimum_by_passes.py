@@ -40,7 +40,9 @@ SHRINKAGE = 0.3  # c
 RESIDUAL = 0.03  # of conjugate gradients, relative
 ITERATIONS = 100  # of conjugate gradients
 WINDOW = 2  # half decades on both sides of the best strength
-STRONGEST, WEAKEST = -6, 16  # in half decades: 1000 to 1e-8
+# in half decades: 1000 to 1e-8
+STRONGEST = -6
+WEAKEST = 16
 
 
 class PassSums:
@@ -54,7 +56,9 @@ class PassSums:
     """
 
     def __init__(self, mean: Tensor, points: Tensor, left_out: list[int | None], folds: int):
-        self.mean, self.points, self.left_out = mean.float(), points, left_out
+        self.mean = mean.float()
+        self.points = points
+        self.left_out = left_out
         self.loss = points.new_zeros(points.shape[:2])
         self.gradient = torch.zeros_like(points)
         self.held_out = points.new_zeros(len(points), folds)
@@ -84,8 +88,12 @@ class PassSums:
     def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what :meth:`PassRefinement.accept` takes; `pixels` f64[F] are the labelled ones of each fold."""
         total = pixels.sum()
-        used = torch.stack([total if fold is None else total - pixels[fold] for fold in self.left_out])
-        gradient = torch.cat([space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1)
+        used = torch.stack(
+            [total if fold is None else total - pixels[fold] for fold in self.left_out]
+        )
+        gradient = torch.cat(
+            [space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1
+        )
         return self.loss / used, gradient / used[:, None, None], self.held_out / total
 
 
@@ -129,9 +137,15 @@ class SampleHessian:
     """
 
     def __init__(
-        self, sample: SampledPixels, points: Tensor, left_out: list[int | None], ridge: Tensor, spectrum: Tensor
+        self,
+        sample: SampledPixels,
+        points: Tensor,
+        left_out: list[int | None],
+        ridge: Tensor,
+        spectrum: Tensor,
     ):
-        self.inputs, self.ridge = sample.inputs, ridge
+        self.inputs = sample.inputs
+        self.ridge = ridge
         used = torch.stack([_used(sample, fold) for fold in left_out], 1)
         self.weights = (used / used.sum(0))[..., None]  # [n, G, 1]
         logits = self.inputs @ points.flatten(0, 1).T.to(self.inputs)
@@ -152,20 +166,25 @@ class SampleHessian:
     def solve(self, right: Tensor) -> Tensor:
         """Return H^-1 right by conjugate gradients, f64[G, K, d + 1]."""
         preconditioner = 1 / (self.typical + self.pull + self.ridge)
-        solution, residual = torch.zeros_like(right), right.clone()
+        solution = torch.zeros_like(right)
+        residual = right.clone()
         scaled = preconditioner * residual
-        direction, size = scaled.clone(), _dot(residual, scaled)
+        direction = scaled.clone()
+        size = _dot(residual, scaled)
         enough = RESIDUAL**2 * size
         for _ in range(ITERATIONS):
             active = size > enough
             if not active.any():
                 break
             product = self.times(direction)
-            step = torch.where(active, size / _dot(direction, product).clamp(min=1e-300), 0)[:, None, None]
+            step = torch.where(active, size / _dot(direction, product).clamp(min=1e-300), 0)[
+                :, None, None
+            ]
             solution += step * direction
             residual -= step * product
             scaled = preconditioner * residual
-            before, size = size, _dot(residual, scaled)
+            before = size
+            size = _dot(residual, scaled)
             direction = scaled + (size / before.clamp(min=1e-300))[:, None, None] * direction
         return solution
 
@@ -180,7 +199,9 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum((-2, -1))
 
 
-def quasi_newton(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], solve: Callable[[Tensor], Tensor]) -> Tensor:
+def quasi_newton(
+    gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], solve: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return about H^-1 gradient, f64[G, K, d + 1]: the two-loop recursion of L-BFGS around `solve`.
 
     Args:
@@ -188,7 +209,8 @@ def quasi_newton(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], solve: Ca
         pairs: Steps and changes of the gradient, from old to new.
         solve: Product with a first guess of H^-1.
     """
-    result, factors = gradient.clone(), []
+    result = gradient.clone()
+    factors = []
     for step, change in reversed(pairs):
         curvature = _dot(step, change)
         inverse = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
@@ -213,9 +235,16 @@ class PassRefinement:
     """
 
     def __init__(
-        self, space: SiteSpace, null: Tensor, strength: float, points: Tensor, given: tuple[float, ...] | None
+        self,
+        space: SiteSpace,
+        null: Tensor,
+        strength: float,
+        points: Tensor,
+        given: tuple[float, ...] | None,
     ):
-        self.space, self.null, self.given = space, null, given
+        self.space = space
+        self.null = null
+        self.given = given
         self.folds = len(points) - 1
         self.strengths = [strength]
         self.points = points[None]
@@ -238,7 +267,12 @@ class PassRefinement:
     def probes(self) -> tuple[Tensor, Tensor, list[int | None], int]:
         """Return the arguments of :class:`PassSums`."""
         weights = self.space.to_states(self.points[..., :-1])
-        return self.space.mean, torch.cat([weights, self.points[..., -1:]], -1), self.left_out, self.folds
+        return (
+            self.space.mean,
+            torch.cat([weights, self.points[..., -1:]], -1),
+            self.left_out,
+            self.folds,
+        )
 
     def accept(self, value: Tensor, gradient: Tensor, held_out: Tensor) -> None:
         """Take what a pass has found at `points`, without penalties.
@@ -253,7 +287,8 @@ class PassRefinement:
         value = value + _dot(ridge * self.points, self.points) / 2
         known = self.value.isfinite()
         if known.all():
-            step, change = (self.points - self.kept).float(), (gradient - self.gradient).float()
+            step = (self.points - self.kept).float()
+            change = (gradient - self.gradient).float()
             self.pairs = [*self.pairs, (step, change)][-PAIRS:]
         better = value <= self.value + ROUNDING
         self.value = torch.where(better, value, self.value)
@@ -291,16 +326,25 @@ class PassRefinement:
         best = half_decade(min(self.strengths, key=self.losses.__getitem__))
         if len(index) > 1 and min(index) < best < max(index):
             return self.strengths
-        first = best if len(index) == 1 else best - WINDOW  # a sample asks for more regularisation than all images
+        # a sample asks for more regularisation than all images
+        first = best if len(index) == 1 else best - WINDOW
         first = min(max(first, STRONGEST), WEAKEST - 2 * WINDOW)
         return [10 ** (-i / 2) for i in range(first, first + 2 * WINDOW + 1)]
 
     def _move_window(self) -> None:
         """Bring strengths into the window, each from its nearest neighbour, and remove others."""
         window = self._window()
-        distance = lambda old, new: abs(half_decade(self.strengths[old]) - half_decade(new))
-        source = [min(range(len(self.strengths)), key=lambda old, new=new: distance(old, new)) for new in window]
-        self.losses |= {new: self.losses[self.strengths[old]] for old, new in zip(source, window, strict=True)}
+
+        def distance(old, new):
+            return abs(half_decade(self.strengths[old]) - half_decade(new))
+
+        source = [
+            min(range(len(self.strengths)), key=lambda old, new=new: distance(old, new))
+            for new in window
+        ]
+        self.losses |= {
+            new: self.losses[self.strengths[old]] for old, new in zip(source, window, strict=True)
+        }
         before = self._ridge()[source]
         self.points = self.kept = self.kept[source]
         self.strengths = window
@@ -308,20 +352,31 @@ class PassRefinement:
         self.value = self.value[source] + _dot(added * self.kept, self.kept) / 2
         self.gradient = self.gradient[source] + added * self.kept
         self.held_out = self.held_out[source]
-        self.pairs = [(step[source], (change[source] + added * step[source]).float()) for step, change in self.pairs]
+        self.pairs = [
+            (step[source], (change[source] + added * step[source]).float())
+            for step, change in self.pairs
+        ]
 
     def _settle(self) -> None:
         """Leave out the folds when their probes have converged and two passes choose the same strength."""
-        chosen, before = self.strengths[self.chosen], self.best
+        chosen = self.strengths[self.chosen]
+        before = self.best
         self.best = chosen
-        if self.settled or chosen != before or chosen != min(self.strengths, key=self.losses.__getitem__):
+        if (
+            self.settled
+            or chosen != before
+            or chosen != min(self.strengths, key=self.losses.__getitem__)
+        ):
             return
         rows = self.solved
         if not (self.decrease[rows] < CONVERGED).all():
             return
         self.settled = True
         self.strengths = [self.strengths[row] for row in rows]
-        rest = lambda x: x[rows][:, -1:]
+
+        def rest(x):
+            return x[rows][:, -1:]
+
         self.points, self.kept, self.value = rest(self.points), rest(self.kept), rest(self.value)
         self.gradient, self.decrease = rest(self.gradient), rest(self.decrease)
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
@@ -346,13 +401,16 @@ class PassRefinement:
         rows = self.solved
         strengths = self.value.new_tensor([self.strengths[row] for row in rows])
         norm = whitened_norm(self.space.spectrum, self.gradient[rows, -1], strengths)
-        null = whitened_norm(self.space.spectrum, self.null.expand(len(rows), -1, -1), strengths).clamp(min=1e-300)
+        null = whitened_norm(
+            self.space.spectrum, self.null.expand(len(rows), -1, -1), strengths
+        ).clamp(min=1e-300)
         pairs = zip((norm / null).tolist(), self.decrease[rows, -1].tolist(), strict=True)
         return [Certificate(*pair) for pair in pairs]
 
     def found(self) -> dict[str, Any]:
         """Return the probes of all images at the strengths that are scored, and the path by which they were chosen."""
-        path, rows = sorted(self.losses, reverse=True), self.solved
+        path = sorted(self.losses, reverse=True)
+        rows = self.solved
         return {
             "strengths": path,
             "loss": [self.losses[strength] for strength in path],
@@ -387,10 +445,14 @@ class PassRefinement:
         return tensors | {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
 
     @classmethod
-    def of_state(cls, state: dict[str, Tensor], given: tuple[float, ...] | None) -> "PassRefinement":
+    def of_state(
+        cls, state: dict[str, Tensor], given: tuple[float, ...] | None
+    ) -> "PassRefinement":
         """Return the refinement whose :meth:`state` is given."""
         prefix = "space_"
-        space = SiteSpace(**{name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
+        space = SiteSpace(
+            **{name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        )
         refinement = cls(space, state["null"], float(state["best"]), state["points"][0], given)
         for name in ("points", "value", "gradient", "kept", "decrease", "held_out"):
             setattr(refinement, name, state[name])
@@ -406,7 +468,8 @@ class PassRefinement:
 def bytes_of_probes(width: int, classes: int, folds: int) -> int:
     """Return the memory of a site's probes between passes while the window has all its strengths."""
     numbers = (2 * WINDOW + 1) * (folds + 1) * classes * (width + 1)
-    return numbers * (3 * 8 + 2 * PAIRS * 4)  # points, kept points and gradients in float64; pairs in float32
+    # points, kept points and gradients in float64; pairs in float32
+    return numbers * (3 * 8 + 2 * PAIRS * 4)
 
 
 def half_decade(strength: float) -> int:

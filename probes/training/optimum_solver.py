@@ -29,8 +29,22 @@ from probes.ops.quadrature import join_masks
 
 from .closed_form import Moments, SiteSpace
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
-from .optimum import LOOSE_NODES, TIGHT_NODES, Path, PixelProblem, SiteProblem, solve_path, solve_site
-from .optimum_by_passes import PassRefinement, PassSums, SampledPixels, bytes_of_probes, null_gradient
+from .optimum import (
+    LOOSE_NODES,
+    TIGHT_NODES,
+    Path,
+    PixelProblem,
+    SiteProblem,
+    solve_path,
+    solve_site,
+)
+from .optimum_by_passes import (
+    PassRefinement,
+    PassSums,
+    SampledPixels,
+    bytes_of_probes,
+    null_gradient,
+)
 from .pixel_sample import STORED, AxisRange, ChannelRange, Pixels, choose_pixels
 from .solver import SolvedSite, Solver, tensors_of
 
@@ -49,7 +63,8 @@ class OptimumSolver(Solver):
         shared: Arguments of `Solver`.
     """
 
-    instrument, nodes = "optimum", TIGHT_NODES
+    instrument = "optimum"
+    nodes = TIGHT_NODES
 
     def __init__(self, passes: int = 8, sample_images: int | None = None, **shared: Any):
         super().__init__(**shared)
@@ -77,21 +92,37 @@ class OptimumSolver(Solver):
 
     def _sample_size(self) -> int:
         """Return the number of images whose states fit into memory, the same in all processes."""
-        wanted, tokens = self.hparams.sample_images, self.mllm.grid[0] * self.mllm.grid[1]
-        per_image = tokens * self.mllm.model.dtype.itemsize * sum(self.mllm.widths[site] for site in self.sites)
-        fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
+        wanted = self.hparams.sample_images
+        tokens = self.mllm.grid[0] * self.mllm.grid[1]
+        per_image = (
+            tokens
+            * self.mllm.model.dtype.itemsize
+            * sum(self.mllm.widths[site] for site in self.sites)
+        )
+        fit = (
+            int(available_memory() / 4 / per_image)
+            * rank_count()
+            // max(1, self.trainer.num_devices)
+        )
         # tokens of a site in float32, with logits and copies, on the device
         largest = 12 * tokens * max(self.mllm.widths[site] for site in self.sites)
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory()
+        free = (
+            torch.cuda.mem_get_info(self.device)[0]
+            if self.device.type == "cuda"
+            else available_memory()
+        )
         fit = max(min(fit, int(free / 4 / largest)), LEAST * self.hparams.folds)
         return broadcast(min(self.images, fit if wanted is None else wanted), 0)
 
     def memory(self) -> str:
         """Return whether the states of all images fit, and the memory that the run takes."""
-        tokens, widths = self.mllm.grid[0] * self.mllm.grid[1], [self.mllm.widths[site] for site in self.sites]
+        tokens = self.mllm.grid[0] * self.mllm.grid[1]
+        widths = [self.mllm.widths[site] for site in self.sites]
         kept = self.sample_images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
         if self.whole:
-            return f"the states of all {self.images:,} images are kept: {kept / 1e9:.3g} GB, one pass"
+            return (
+                f"the states of all {self.images:,} images are kept: {kept / 1e9:.3g} GB, one pass"
+            )
         probes = sum(bytes_of_probes(width, self.channels, self.hparams.folds) for width in widths)
         return (
             f"the memory of {self.sample_images:,} of {self.images:,} images is spent on pixels of all of them: "
@@ -127,7 +158,9 @@ class OptimumSolver(Solver):
         parts = all_gather_objects((torch.cat(index), *map(join_masks, masks)))
         images = [len(index) for index, _, _ in parts]
         order = torch.cat([index for index, _, _ in parts]).argsort()
-        self.loose, self.tight = (join_masks([part[i] for part in parts])[order.tolist()] for i in (1, 2))
+        self.loose, self.tight = (
+            join_masks([part[i] for part in parts])[order.tolist()] for i in (1, 2)
+        )
         self.sample_states: dict[str, Tensor] = {}
         for site in self.sites:
             mine = torch.cat([batch.pop(site) for batch in states])
@@ -140,7 +173,12 @@ class OptimumSolver(Solver):
         self._gather()
         file = "{}.safetensors".format
         saved = broadcast(
-            [site for site in self.sites if self.resuming and (self.checkpoints / file(site)).is_file()], 0
+            [
+                site
+                for site in self.sites
+                if self.resuming and (self.checkpoints / file(site)).is_file()
+            ],
+            0,
         )
         solved = {site: SolvedSite(**self.load(file(site))) for site in saved}
         mine = [site for site in self.sample_states if site not in saved]
@@ -151,7 +189,9 @@ class OptimumSolver(Solver):
         return solved
 
     def _solve_site(self, site: str) -> dict[str, Any]:
-        states, loose, tight = (x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
+        states, loose, tight = (
+            x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight)
+        )
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.hparams.strengths)
         refinement.solve_in_memory()
@@ -167,7 +207,8 @@ class OptimumSolver(Solver):
 
     def _to_site(self, found: dict[str, Any]) -> SolvedSite:
         """Return the probes of a site that this process solves: those that its certificates are about."""
-        space, points = found["space"], found["points"]
+        space = found["space"]
+        points = found["points"]
         return SolvedSite(
             strengths=torch.tensor(found["strengths"], dtype=torch.float64),
             loss=torch.tensor(found["loss"], dtype=torch.float64),
@@ -188,27 +229,44 @@ class OptimumSolver(Solver):
         size = self.trainer.datamodule.rank_batch_size
         batches = [images[start : start + size] for start in range(0, count, size)]
         parts = [batch["states"] for batch in self.read(batches)]
-        self.ranges = {site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites}
-        self.moments = {site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()}
+        self.ranges = {
+            site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites
+        }
+        self.moments = {
+            site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()
+        }
 
     def _keep_pixels(self, batch: dict[str, Any]) -> None:
         """Keep some pixels of each image of a batch, others in each pass."""
-        total = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1] * self.mllm.model.dtype.itemsize
+        total = (
+            self.sample_images
+            * self.mllm.grid[0]
+            * self.mllm.grid[1]
+            * self.mllm.model.dtype.itemsize
+        )
         total *= 2 if self.passes else 1  # of half a byte
         parts = []
-        for slot, (image, target) in enumerate(zip(batch["index"].tolist(), batch["target"], strict=True)):
-            place = (image + self.passes) % self.images  # where pixels are fewer than images: others in each pass
+        for slot, (image, target) in enumerate(
+            zip(batch["index"].tolist(), batch["target"], strict=True)
+        ):
+            # where pixels are fewer than images: others in each pass
+            place = (image + self.passes) % self.images
             count = (place + 1) * total // self.images - place * total // self.images
             seed = self.hparams.seed + 1_000_003 * (image + self.images * self.passes)
             view = self.mllm.geometry.view(tuple(target.shape))
             found = choose_pixels(target.cpu(), count, seed, tuple(self.mllm.grid), view)
             tokens, shares, labels, labelled = found
             tokens = tokens + slot * self.mllm.grid[0] * self.mllm.grid[1]
-            weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
+            weights = torch.full(
+                (len(labels),), labelled / max(1, len(labels)), dtype=torch.float64
+            )
             parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
         pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
         at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
-        states = {site: self.ranges[site].store(x).view(torch.uint8).cpu() for site, x in at_pixels.items()}
+        states = {
+            site: self.ranges[site].store(x).view(torch.uint8).cpu()
+            for site, x in at_pixels.items()
+        }
         self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
 
     def _gather_pixels(self) -> None:
@@ -238,7 +296,9 @@ class OptimumSolver(Solver):
             self.spaces = {site: sums[site][0] for site in self.sample_states}
             found = dict(_in_workers(self._solve_sample, list(self.sample_states), self.device))
             if self.hparams.passes == 1:
-                return {site: self._to_site(self._of_sample(*parts)) for site, parts in found.items()}
+                return {
+                    site: self._to_site(self._of_sample(*parts)) for site, parts in found.items()
+                }
             for site, (axes, path) in found.items():
                 self.refinements[site] = self._start(axes.space, sums[site][1], path)
             axes = {site: found[site][0] if site in found else None for site in self.sites}
@@ -247,7 +307,9 @@ class OptimumSolver(Solver):
         while not self._converged() and self.passes < self.hparams.passes:
             self._refine()
             self._save_passes()
-        return {site: self._to_site(refinement.found()) for site, refinement in self.refinements.items()}
+        return {
+            site: self._to_site(refinement.found()) for site, refinement in self.refinements.items()
+        }
 
     def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
         """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
@@ -261,7 +323,8 @@ class OptimumSolver(Solver):
 
     def _solve_sample(self, site: str) -> tuple[AxisRange, Path]:
         """Solve a site on the sample of the first pass."""
-        space, stored = self.spaces[site], self.sample_states[site].view(STORED)
+        space = self.spaces[site]
+        stored = self.sample_states[site].view(STORED)
         inputs = space.coordinates(self.ranges[site].restore(stored.to(self.device)))
         labels, weights, folds = (x.to(self.device) for x in self.pixels)
         problem = PixelProblem(space, inputs, labels, weights, folds, self.hparams.folds)
@@ -270,17 +333,26 @@ class OptimumSolver(Solver):
     @staticmethod
     def _of_sample(axes: AxisRange, path: Path) -> dict[str, Any]:
         """Return the probes of a sample, which have no certificates: no pass has seen them."""
-        return {**path.path._asdict(), "space": axes.space, "points": path.points, "certificates": []}
+        return {
+            **path.path._asdict(),
+            "space": axes.space,
+            "points": path.points,
+            "certificates": [],
+        }
 
     def _start(self, space: SiteSpace, null: Tensor, path: Path) -> PassRefinement:
         """Return the refinement of what was found on the sample."""
         chosen = path.path.solved.index(path.path.chosen)
         points = torch.cat([path.folds, path.points[chosen][None]])
-        return PassRefinement(space, null, path.path.strengths[path.path.chosen], points, self.hparams.strengths)
+        return PassRefinement(
+            space, null, path.path.strengths[path.path.chosen], points, self.hparams.strengths
+        )
 
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
-        sums = {site: PassSums(*broadcast(self._probes(site), self._owner(site))) for site in self.sites}
+        sums = {
+            site: PassSums(*broadcast(self._probes(site), self._owner(site))) for site in self.sites
+        }
         pixels = torch.zeros(self.hparams.folds, dtype=torch.float64, device=self.device)
         for batch in self.read(self.share(range(self.images))):
             self._keep_pixels(batch)
@@ -329,7 +401,8 @@ class OptimumSolver(Solver):
     def _resume_passes(self) -> None:
         """Read what a run that was killed in a later pass has saved."""
         tensors = self.load(PASSES)
-        self.passes, self.ranges = int(tensors["passes"]), {}
+        self.passes = int(tensors["passes"])
+        self.ranges = {}
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
             deviation = state.pop("deviation")
@@ -345,25 +418,38 @@ class OptimumSolver(Solver):
         return {"passes": self.passes, "sample_images": self.sample_images} | path, tensors
 
 
-def _in_workers(work: Callable[[str], Any], sites: list[str], device: torch.device) -> Iterable[tuple[str, Any]]:
+def _in_workers(
+    work: Callable[[str], Any], sites: list[str], device: torch.device
+) -> Iterable[tuple[str, Any]]:
     """Yield each site with the result of its work, on a CPU as many at a time as torch has threads.
 
     Each worker has one thread, so that the bits of a site do not depend on their number. They are processes, which
     share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
     this process, however it ends.
     """
-    threads = torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    threads = (
+        torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    )
     # one site alone, too, which has as many threads here: they would round differently
-    processes = {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"} if threads > 1 else {}
-    results = DataLoader(_Results(work, sites), batch_size=None, collate_fn=lambda result: result, **processes)
-    yield from zip(sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True)
+    processes = (
+        {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
+        if threads > 1
+        else {}
+    )
+    results = DataLoader(
+        _Results(work, sites), batch_size=None, collate_fn=lambda result: result, **processes
+    )
+    yield from zip(
+        sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True
+    )
 
 
 class _Results(Dataset):
     """The result of some work for each site, done when it is asked for."""
 
     def __init__(self, work: Callable[[str], Any], sites: list[str]):
-        self.work, self.sites = work, sites
+        self.work = work
+        self.sites = sites
 
     def __len__(self) -> int:
         return len(self.sites)

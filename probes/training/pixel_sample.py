@@ -72,21 +72,31 @@ def choose_pixels(
     count = count if len(rows) else 0
     draw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     chosen = ((torch.arange(count) + draw) * len(rows) / max(1, count)).long()
-    row, col = rows[chosen], cols[chosen]
-    tokens, shares = [], []
+    row = rows[chosen]
+    col = cols[chosen]
+    tokens = []
+    shares = []
     upper, lower = _neighbours(row, grid[0], target.shape[0], view.rows)
     left, right = _neighbours(col, grid[1], target.shape[1], view.cols)
     for at_row, of_row in (upper, lower):
         for at_col, of_col in (left, right):
             tokens.append(at_row * grid[1] + at_col)
             shares.append(of_row * of_col)
-    return torch.stack(tokens, 1), torch.stack(shares, 1).float(), target[row, col].long(), len(rows)
+    return (
+        torch.stack(tokens, 1),
+        torch.stack(shares, 1).float(),
+        target[row, col].long(),
+        len(rows),
+    )
 
 
-def _neighbours(at: Tensor, tokens: int, pixels: int, extent) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _neighbours(
+    at: Tensor, tokens: int, pixels: int, extent
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (token, share) before and after each position on an axis."""
     first, fraction = axis_nodes(tokens, pixels, extent)
-    first, fraction = first[at], fraction[at]
+    first = first[at]
+    fraction = fraction[at]
     return (first, 1 - fraction), ((first + 1).clamp(max=tokens - 1), fraction)
 
 
@@ -143,6 +153,8 @@ class AxisRange(NamedTuple):
 
     def restore(self, stored: Tensor) -> Tensor:
         """Return the coordinates f32[n, d + 1] in the middle of their levels, with a last column of ones."""
-        code = torch.stack([stored // LEVELS, stored % LEVELS], -1).flatten(1)[:, : len(self.deviation)]
+        code = torch.stack([stored // LEVELS, stored % LEVELS], -1).flatten(1)[
+            :, : len(self.deviation)
+        ]
         inputs = (code.float() - (LEVELS - 1) / 2) * (STEP * self.deviation)
         return torch.cat([inputs, torch.ones_like(inputs[:, :1])], -1)

@@ -35,9 +35,12 @@ Share = Annotated[Any, PlainValidator(_share)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
-Scores = dict.fromkeys(("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None)
+Scores = dict.fromkeys(
+    ("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None
+)
 Summary = TypedDict(
-    "Summary", Scores | {"peak_site": NotRequired[str | None], "final_norm": NotRequired[Number | None]}
+    "Summary",
+    Scores | {"peak_site": NotRequired[str | None], "final_norm": NotRequired[Number | None]},
 )
 
 
@@ -134,7 +137,9 @@ def _check_path(path: SolvedPath | None, sites: list[Any], loss: str, scores: li
         values = site.model_extra[scores[0]]
         solved.add(sum(value is not None for value in values))
         if site.chosen not in site.strengths or values[site.strengths.index(site.chosen)] is None:
-            raise ValueError(f"path of {site.site!r} is not solved at the chosen strength {site.chosen!r}")
+            raise ValueError(
+                f"path of {site.site!r} is not solved at the chosen strength {site.chosen!r}"
+            )
     if len(solved) > 1:
         raise ValueError(f"path has different numbers of solved strengths: {sorted(solved)}")
 
@@ -182,7 +187,9 @@ class Metrics(RunMetrics):
         _check_path(self.path, self.sites, "cv_cross_entropy", ["miou", "pacc", "cross_entropy"])
         for site in self.sites:
             if len(site.iou_per_class) != len(self.classes):
-                raise ValueError(f"iou_per_class of {site.site!r} does not have one value per class")
+                raise ValueError(
+                    f"iou_per_class of {site.site!r} does not have one value per class"
+                )
         return self
 
 
@@ -216,7 +223,11 @@ class TaskMetrics(RunMetrics):
         for site in self.sites:
             for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
                 value = (site.model_extra or {}).get(key)
-                numbers = value if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2 else [value]
+                numbers = (
+                    value
+                    if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2
+                    else [value]
+                )
                 if not all(isinstance(number, int | float) for number in numbers):
                     raise ValueError(f"{key} of {site.site!r} is {value!r}, not a score")
         return self
@@ -241,10 +252,16 @@ def check_schema(schema: Any, content: dict[str, Any], source: Path | str) -> No
         TypeAdapter(schema).validate_python(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
-        value = "" if first["type"] == "missing" or not key else f", got {str(first['input'])[:50]!r}"
+        key = "".join(
+            f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]
+        ).lstrip(".")
+        value = (
+            "" if first["type"] == "missing" or not key else f", got {str(first['input'])[:50]!r}"
+        )
         problem = first["msg"].removeprefix("Value error, ") + value
-        raise UserError(f"{source}: {f'{key}: ' * bool(key)}{problem}; make the run again") from None
+        raise UserError(
+            f"{source}: {f'{key}: ' * bool(key)}{problem}; make the run again"
+        ) from None
 
 
 def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "most passes over the training images; one is enough where the states of all images fit into memory"
     parser.add_argument("--passes", type=int, default=8, help=text)
-    parser.add_argument("--folds", type=int, default=4, help="folds of training images that choose the strength")
+    parser.add_argument(
+        "--folds", type=int, default=4, help="folds of training images that choose the strength"
+    )
     text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
     text += "neighbours; for depth and normals 25 from 1e-6 to 1)"
     parser.add_argument("--strengths", type=float, nargs="+", metavar="R", help=text)
@@ -55,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-images", type=int, metavar="N", help=text)
     text = "`last` resumes a killed run and leaves a finished one alone"
     parser.add_argument("--ckpt_path", choices=["last"], help=text)
-    parser.add_argument("--dry-run", action="store_true", help="print memory and hours, measured on a few images")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory and hours, measured on a few images"
+    )
     return parser
 
 
@@ -78,7 +82,9 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.sample_images is not None and args.sample_images < args.folds:
         folds = f"one for each of the {args.folds} --folds"
-        raise UserError(f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}")
+        raise UserError(
+            f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}"
+        )
     if args.strengths is not None:
         if invalid := [value for value in args.strengths if not 0 < value < float("inf")]:
             raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
@@ -92,12 +98,18 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
         UserError: The config asks for probes that are not linear.
     """
     if fit.hparams.head != "linear":
-        raise UserError(f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`")
-    solver, options = LeastSquaresSolver, ("folds", "strengths")
+        raise UserError(
+            f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`"
+        )
+    solver = LeastSquaresSolver
+    options = ("folds", "strengths")
     if task not in TASKS or TASKS[task].solved == "cross_entropy":
-        solver, options = OptimumSolver, (*options, "passes", "sample_images")
+        solver = OptimumSolver
+        options = (*options, "passes", "sample_images")
     elif args.strengths and max(args.strengths) > 1:
-        raise UserError(f"--strengths of least squares must be at most 1, got {max(args.strengths):g}")
+        raise UserError(
+            f"--strengths of least squares must be at most 1, got {max(args.strengths):g}"
+        )
     shared = {key: fit.hparams[key] for key in SHARED}
     return solver(**shared, **{key: getattr(args, key) for key in options})
 
@@ -117,14 +129,19 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
 
 def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
-    trainer, solver, data = cli.trainer, cli.model, cli.datamodule
+    trainer = cli.trainer
+    solver = cli.model
+    data = cli.datamodule
     training = len(data.splits["training"])
     if training <= data.batch_size:  # known before the model is loaded
         rank_zero_info(f"time: not measured, since {training} training images are one batch")
         return
-    trainer.callbacks, trainer.loggers, trainer.limit_test_batches = [], [], 1
+    trainer.callbacks = []
+    trainer.loggers = []
+    trainer.limit_test_batches = 1
     solver.on_test_start = lambda: print_estimate(solver, batches)
-    solver.test_step, solver.on_test_epoch_end = lambda batch, batch_idx: None, lambda: None
+    solver.test_step = lambda batch, batch_idx: None
+    solver.on_test_epoch_end = lambda: None
     trainer.test(solver, datamodule=cli.datamodule, verbose=False)
 
 
@@ -141,9 +158,15 @@ def print_estimate(solver: Solver, batches: int) -> None:
     splits = solver.trainer.datamodule.splits
     training, validation = (len(splits[split]) for split in ("training", "validation"))
     if len(times) < 2:
-        raise UserError(f"{training} training images are one batch: too few to measure; run it without --dry-run")
+        raise UserError(
+            f"{training} training images are one batch: too few to measure; run it without --dry-run"
+        )
     seconds = (times[-1] - times[0]) / sum(images[1:]) / solver.trainer.world_size  # of an image
-    hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", solver.hparams.get("passes", 1)
+
+    def hours(images: int) -> str:
+        return f"{images * seconds / 3600:.2f} h"
+
+    passes = solver.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
         f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "

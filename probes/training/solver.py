@@ -80,7 +80,9 @@ class SolvedSite:
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
         x = states.float() - self.mean.to(states.device).float()
-        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
+        logits = (
+            torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
+        )
         return logits.unflatten(-1, grid)
 
     def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
@@ -91,10 +93,17 @@ class SolvedSite:
             scores: R scores by name.
             loss_name: Name of the cross-validated loss.
         """
-        strengths, solved = self.strengths.tolist(), self.solved.tolist()
-        along = lambda values: [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+        strengths = self.strengths.tolist()
+        solved = self.solved.tolist()
+
+        def along(values):
+            return [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+
         entry = {"site": site, "strengths": strengths, loss_name: self.loss.tolist()}
-        entry |= {"chosen": strengths[int(self.chosen)], "lowest": strengths[int(self.loss.argmin())]}
+        entry |= {
+            "chosen": strengths[int(self.chosen)],
+            "lowest": strengths[int(self.loss.argmin())],
+        }
         entry |= {name: along(values) for name, values in scores.items()}
         if len(self.certificates):
             found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
@@ -112,7 +121,8 @@ class PathMetric(SegmentationMetric):
 
     def __init__(self, counted: list[int], images: int, geometry: Geometry):
         super().__init__(images, geometry, by_token=False)
-        self.counted, self.names = counted, (*self.names, "cross_entropy")
+        self.counted = counted
+        self.names = (*self.names, "cross_entropy")
         self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
@@ -167,7 +177,8 @@ class Solver(FrozenProbes):
 
     def on_test_start(self) -> None:
         """Solve the probes, and prepare the scores of their path."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the run at once; Lightning would wait for its next batch
+        # ends the run at once; Lightning would wait for its next batch
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for callback in self.trainer.callbacks:
             if isinstance(callback, StartOfRun):
                 callback.on_train_start(self.trainer, self)
@@ -177,7 +188,8 @@ class Solver(FrozenProbes):
         self.solved = self.solve()
         self._set_probes()
         self._report_limits()
-        images, geometry = len(self.trainer.datamodule.splits["validation"]), self.mllm.geometry
+        images = len(self.trainer.datamodule.splits["validation"])
+        geometry = self.mllm.geometry
         if self.task:
             metric = TaskMetric(self.task, images, geometry)
         else:  # the chosen probes are counted with the scores of the run
@@ -187,12 +199,14 @@ class Solver(FrozenProbes):
 
     def share(self, images: Iterable[int]) -> list[list[int]]:
         """Return this process's share of images, in batches."""
-        mine, size = list(images)[rank() :: rank_count()], self.trainer.datamodule.rank_batch_size
+        mine = list(images)[rank() :: rank_count()]
+        size = self.trainer.datamodule.rank_batch_size
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     def read(self, batches: list[list[int]]) -> Iterator[dict[str, Any]]:
         """Yield batches of training images with their "states", on the device."""
-        trainer, loader = self.trainer, self.trainer.datamodule.training_loader(batches)
+        trainer = self.trainer
+        loader = self.trainer.datamodule.training_loader(batches)
         logs = [callback for callback in trainer.callbacks if isinstance(callback, LogProgress)]
         hidden = rank() > 0 or trainer.progress_bar_callback is None
         bar = tqdm(loader, f"pass {self.passes + 1}", disable=hidden, mininterval=5)
@@ -233,10 +247,16 @@ class Solver(FrozenProbes):
     def _set_probes(self) -> None:
         """Give each site the probe of its chosen strength."""
         for site, solved in self.solved.items():
-            head, norm, row = self.heads[site].head, self.heads[site].norm, solved.row
+            head = self.heads[site].head
+            norm = self.heads[site].norm
+            row = solved.row
             norm.running_mean.copy_(solved.mean)
-            norm.running_var.copy_(torch.where(solved.scale > 0, solved.scale.clamp(min=1e-30).pow(-2), 1))
-            head.weight.copy_(solved.weights[row].to(head.weight) * (norm.running_var + norm.eps).sqrt())
+            norm.running_var.copy_(
+                torch.where(solved.scale > 0, solved.scale.clamp(min=1e-30).pow(-2), 1)
+            )
+            head.weight.copy_(
+                solved.weights[row].to(head.weight) * (norm.running_var + norm.eps).sqrt()
+            )
             head.bias.copy_(solved.bias[row])
 
     @property
@@ -251,17 +271,28 @@ class Solver(FrozenProbes):
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         for part in self._parts(len(batch["index"])):
             index = batch["index"][part]
-            logits = torch.stack([self.solved[site].logits(states[site][part], self.mllm.grid) for site in self.sites])
+            logits = torch.stack(
+                [
+                    self.solved[site].logits(states[site][part], self.mllm.grid)
+                    for site in self.sites
+                ]
+            )
             logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
             for images, target in group_by_mask_size(batch["target"][part]):
-                masks = () if self.task else (MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)(target),)
+                masks = (
+                    ()
+                    if self.task
+                    else (MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)(target),)
+                )
                 self.path_metric.update(logits[:, images], target, index[images], *masks)
         return super()._score(states, batch)
 
     def _parts(self, images: int) -> list[slice]:
         """Return parts of a batch that have at most `SCORE_BYTES` of logits, or one image each."""
         probes = sum(len(solved.solved) for solved in self.solved.values())
-        size = max(1, SCORE_BYTES // (4 * probes * self.channels * self.mllm.grid[0] * self.mllm.grid[1]))
+        size = max(
+            1, SCORE_BYTES // (4 * probes * self.channels * self.mllm.grid[0] * self.mllm.grid[1])
+        )
         return [slice(start, start + size) for start in range(0, images, size)]
 
     def probe_settings(self) -> dict[str, Any]:
@@ -271,24 +302,39 @@ class Solver(FrozenProbes):
 
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""
-        by_site = lambda x: x.unflatten(0, (-1, len(self.sites)))
+
+        def by_site(x):
+            return x.unflatten(0, (-1, len(self.sites)))
+
         loss_name = "cv_loss" if self.task else "cv_cross_entropy"
         if self.task:
             sums = self.path_metric.compute().sums.cpu()
-            scores, tensors = task_scores(self.task, sums), {"sums": sums}
+            scores = task_scores(self.task, sums)
+            tensors = {"sums": sums}
         else:
             others, loss = self.path_metric.compute()
             loss = loss.cpu()
-            both = {name: self._merge(getattr(others, name).cpu(), getattr(counts, name)) for name in COUNTED}
+            both = {
+                name: self._merge(getattr(others, name).cpu(), getattr(counts, name))
+                for name in COUNTED
+            }
             score = dataset_scores(counts._replace(**both))
-            scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": loss.sum(1) / counts.labelled.sum()}
+            scores = {
+                "miou": score.miou,
+                "pacc": score.pacc,
+                "cross_entropy": loss.sum(1) / counts.labelled.sum(),
+            }
             tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
         sites = [
-            solved.entry(site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, loss_name)
+            solved.entry(
+                site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, loss_name
+            )
             for i, (site, solved) in enumerate(self.solved.items())
         ]
         path = {"passes": self.passes, self.instrument: {"sites": sites}}
-        return path, {f"{self.instrument}/{name}": by_site(x).contiguous() for name, x in tensors.items()}
+        return path, {
+            f"{self.instrument}/{name}": by_site(x).contiguous() for name, x in tensors.items()
+        }
 
     def _merge(self, others: Tensor, chosen: Tensor) -> Tensor:
         """Return counts of all probes [R * S, N, K] from those of the chosen ones [S, N, K] and of all others."""
@@ -299,9 +345,14 @@ class Solver(FrozenProbes):
     def _report_limits(self) -> None:
         """Say at which sites the lowest loss is at the end of the strengths that were tried."""
         for site, solved in self.solved.items():
-            strengths, lowest = solved.strengths.tolist(), int(solved.loss.argmin())
+            strengths = solved.strengths.tolist()
+            lowest = int(solved.loss.argmin())
             if len(strengths) > 1 and lowest in (0, len(strengths) - 1):
-                end, why = ("strongest", "the states tell little") if lowest == 0 else ("weakest", "more would be used")
+                end, why = (
+                    ("strongest", "the states tell little")
+                    if lowest == 0
+                    else ("weakest", "more would be used")
+                )
                 rank_zero_info(
                     f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
                     f"the probe has {strengths[int(solved.chosen)]:g}"

@@ -19,7 +19,12 @@ from llava_bidir.common.identity import describe
 from llava_bidir.common.logged_media import log_images, media_loggers
 from probes.data.batches import group_by_mask_size
 from probes.data.palette import colorize, palette_of
-from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
+from probes.evaluation.bootstrap import (
+    dataset_scores,
+    probe_scores,
+    resampled_scores,
+    resampled_task_scores,
+)
 from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts, summary
 from probes.tasks.base import predict_pixels
@@ -47,12 +52,18 @@ def save_run(
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
-    out, args, task, images = Path(out), module.hparams, module.task, len(data.splits["validation"])
+    out = Path(out)
+    args = module.hparams
+    task = module.task
+    images = len(data.splits["validation"])
     groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(images, groups=groups)
     scores = probe_scores(task, counts)
     if task:
-        own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
+        own = {
+            "task": task.name,
+            "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()},
+        }
         sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights))
     else:
         own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
@@ -92,7 +103,9 @@ def save_run(
     write_files(files)
 
 
-def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def site_entries(
+    module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
@@ -100,14 +113,24 @@ def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, t
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
     """
-    entries, sign = [], module.task.sign if module.task else 1
+    entries = []
+    sign = module.task.sign if module.task else 1
     for i, site in enumerate(module.sites):
         history = module.history.get(site, [])
-        best = module.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
-        entry = {"site": site, "dim": module.mllm.widths[site], "best_epoch": best, "history": history}
+        best = (
+            module.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
+        )
+        entry = {
+            "site": site,
+            "dim": module.mllm.widths[site],
+            "best_epoch": best,
+            "history": history,
+        }
         for name, values in scores.items():
             value = values[i].item()
-            ci95 = interval(value, resampled[name][:, i], lowest=0.0, highest=math.inf if module.task else 1.0)
+            ci95 = interval(
+                value, resampled[name][:, i], lowest=0.0, highest=math.inf if module.task else 1.0
+            )
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
@@ -116,20 +139,30 @@ def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, t
 def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:
     """Return the main score of encoder, adapter and best layer; differences are positive where the layer is better."""
     signed = summary({site: sign * value for site, value in main.items()})
-    back = lambda value: None if value is None else sign * value
-    return signed | {key: back(signed[key]) for key in ("encoder", "adapter", "peak_llm", "final_norm")}
+
+    def back(value):
+        return None if value is None else sign * value
+
+    return signed | {
+        key: back(signed[key]) for key in ("encoder", "adapter", "peak_llm", "final_norm")
+    }
 
 
 def group_indices(dataset) -> torch.Tensor | None:
     """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
-    return None if groups is None else torch.tensor([sorted(set(groups)).index(group) for group in groups])
+    return (
+        None
+        if groups is None
+        else torch.tensor([sorted(set(groups)).index(group) for group in groups])
+    )
 
 
 def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
     """Return the scores of predicting the most frequent class everywhere."""
     labelled = counts.labelled.sum(0).double()
-    most, occurring = int(labelled.argmax()), int((labelled > 0).sum())
+    most = int(labelled.argmax())
+    occurring = int((labelled > 0).sum())
     share = (labelled[most] / labelled.sum()).item()
     return {"class": classes[most], "miou": share / occurring, "pacc": share}
 
@@ -199,20 +232,33 @@ class ShowMaps(Callback):
         self.images = images
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the maps of the first batch."""
         if batch_idx > 0 or not media_loggers(trainer):
             return
-        task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
-        colours = lambda maps: np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
+        task = pl_module.task
+        palette = palette_of(trainer.datamodule.splits["validation"])
+
+        def colours(maps):
+            return np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
+
         images, target = group_by_mask_size(batch["target"])[0]
-        logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
+        logits_by_site = outputs[:, images][:, : self.images]
+        target = target[: self.images]
         size = tuple(target.shape[1:3])
         view = pl_module.mllm.geometry.view(size)
         for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
             log_images(trainer, f"maps/{site}", colours(predict_pixels(task, logits, size, view)))
-        log_images(trainer, "maps/truth", colours((task.truth(target) if task else target).cpu().numpy()))
+        log_images(
+            trainer, "maps/truth", colours((task.truth(target) if task else target).cpu().numpy())
+        )
 
 
 class SavePredictions(Callback):
@@ -222,12 +268,20 @@ class SavePredictions(Callback):
     """
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the predictions of a batch."""
-        names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
+        names = trainer.datamodule.splits["validation"].names
+        out = Path(trainer.default_root_dir) / "predictions"
         for images, target in group_by_mask_size(batch["target"]):
-            size, task = tuple(target.shape[1:3]), pl_module.task
+            size = tuple(target.shape[1:3])
+            task = pl_module.task
             view = pl_module.mllm.geometry.view(size)
             for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,15 @@ from probes.analyses.knockout.contrasts import PairedCases, contrast_estimates
 from probes.analyses.knockout.effects import mean_over_classes
 from probes.report.verdicts import compare_to_draws, interval_over_draws
 
-STILL_WRONG, EFFECT, SHIFT = 0.6, 0.05, 0.1  # shares of mistaken patches
-IMAGE_SD, DRAW_SD = 0.1, 0.03
-PAIRS, DRAWS, RESAMPLINGS = 4, 3, 400
+# shares of mistaken patches
+STILL_WRONG = 0.6
+EFFECT = 0.05
+SHIFT = 0.1
+IMAGE_SD = 0.1
+DRAW_SD = 0.03
+PAIRS = 4
+DRAWS = 3
+RESAMPLINGS = 400
 
 
 def simulate(
@@ -55,22 +61,27 @@ def simulate(
 def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
     """Return the mean over all patches, whatever their kind of mistake."""
     weights = weights.double()[:, cases.image] * cases.patches
-    values, resampled = cases.values[:, 0], weights @ cases.values[:, 0] / weights.sum(1)
+    values = cases.values[:, 0]
+    resampled = weights @ cases.values[:, 0] / weights.sum(1)
     return (values @ cases.patches / cases.patches.sum()).item(), resampled
 
 
 def study(rng: np.random.Generator, images: int) -> dict[str, float]:
     """Return what one study finds."""
     weights = bootstrap_weights(images, RESAMPLINGS, seed=int(rng.integers(1 << 30)))
-    inside = lambda x, ci95: float(ci95[0] <= x <= ci95[1])
+
+    def inside(x, ci95):
+        return float(ci95[0] <= x <= ci95[1])
+
     cases = simulate(rng, images, [EFFECT])
     (estimate,), by_pair = contrast_estimates(cases, weights)
-    found, t = (
-        interval(*estimate),
-        mean_over_classes({str(i): x for i, (x,) in enumerate(by_pair)})["ci95"],
-    )
+    found = interval(*estimate)
+    t = mean_over_classes({str(i): x for i, (x,) in enumerate(by_pair)})["ci95"]
     shifted = simulate(rng, images, [0.0], SHIFT)
-    excludes = lambda estimate: 1 - inside(0, interval(*estimate))
+
+    def excludes(estimate):
+        return 1 - inside(0, interval(*estimate))
+
     own, other = (
         compare_to_draws(first, draws)
         for first, *draws in (

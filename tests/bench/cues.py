@@ -37,21 +37,21 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
     alike = torch.tensor([LOOK_ALIKE[name] != name for name in CLASSES])[labels.clamp(min=0)] & (
         labels >= 0
     )
-    mllm, site = run.mllm(), run.check_site(None)
+    mllm = run.mllm()
+    site = run.check_site(None)
     probe = run.probes()[site]
     shares: dict[str, list[Tensor]] = {f"probe at {site}": [], "answers": []}
     for picture, entry in enumerate(patches):
         scene, cue = (torch.tensor(entry[key]) for key in ("scene", "cue"))
         rows = {name: [] for name in shares}
         for number in range(int(scene.max()) + 1):
-            own, other = cue & (scene == number), cue & (scene != number)
+            own = cue & (scene == number)
+            other = cue & (scene != number)
             asked = (alike[picture] & (scene == number)).nonzero()[:, 0]
             if not (own.any() and other.any() and len(asked)):
                 continue
-            images, right = (
-                pixels[picture].expand(len(CONDITIONS), -1, -1, -1),
-                labels[picture, asked],
-            )
+            images = pixels[picture].expand(len(CONDITIONS), -1, -1, -1)
+            right = labels[picture, asked]
             knockout = Knockout(torch.stack([torch.zeros_like(own), own, other]))
             read = probe(mllm.states(images, [site], knockout)[site].float())[:, asked]
             said = mllm.answer_log_probs(

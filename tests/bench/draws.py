@@ -16,7 +16,8 @@ import numpy as np
 
 from probes.report.verdicts import Comparison, interval_over_draws
 
-DRAW_SD, Z = 0.35, 1.959964
+DRAW_SD = 0.35
+Z = 1.959964
 
 
 def simulate(

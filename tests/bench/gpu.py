@@ -20,7 +20,10 @@ from sweep import CLASSES, SHAPES, Sweep
 
 from probes import prepare_masks, upsampled_cross_entropy
 
-EPOCHS, TRAINING, VALIDATION = 20, 20_210, 2_000  # App. A.2; ADE20K's images
+# App. A.2; ADE20K's images
+EPOCHS = 20
+TRAINING = 20_210
+VALIDATION = 2_000
 
 
 def measured(function: Callable[[], object], rounds: int, device: str) -> dict[str, float | None]:
@@ -85,7 +88,8 @@ def bench_sweep(args: argparse.Namespace) -> dict:
 def bench_loss(args: argparse.Namespace) -> dict:
     """The loss of one probe and its gradient."""
     generator = torch.Generator(args.device).manual_seed(0)
-    shape, size = (args.images, CLASSES, 24, 24), (args.images, args.mask_px, args.mask_px)
+    shape = (args.images, CLASSES, 24, 24)
+    size = (args.images, args.mask_px, args.mask_px)
     logits = torch.randn(shape, generator=generator, device=args.device, requires_grad=True)
     target = torch.randint(
         0, CLASSES, size, generator=generator, device=args.device, dtype=torch.uint8

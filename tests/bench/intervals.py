@@ -23,7 +23,8 @@ import argparse
 import numpy as np
 import scipy.stats
 
-POPULATION, RESAMPLINGS = 20_000, 1000
+POPULATION = 20_000
+RESAMPLINGS = 1000
 RULES = ("basic", "percentile", "bca", "symmetric", "normal", "smooth")
 Z = 1.959964
 

@@ -9,7 +9,9 @@ from llava_bidir.model.modeling_llava_bidir import build_mask
 from probes import Knockout
 from probes.models.frozen_mllm import FrozenMLLM
 
-BLOCKED, TEXT = 0.15, 64  # share of the image tokens; tokens after the image
+# share of the image tokens; tokens after the image
+BLOCKED = 0.15
+TEXT = 64
 CONDITIONS = 4  # the wrong class, the right class, and as many tokens at random as in each
 IMAGES, SWEPT_IMAGES, WIDTH = (
     4,
@@ -22,8 +24,11 @@ class Rows:
     """Rows of a knockout: image, blocked tokens and cut layers."""
 
     def __init__(self, mllm: FrozenMLLM, sweep: bool):
-        generator, depth = torch.Generator().manual_seed(0), len(mllm.decoder.layers)
-        self.mllm, tokens, side = mllm, mllm.grid[0] * mllm.grid[1], mllm.geometry.image_px
+        generator = torch.Generator().manual_seed(0)
+        depth = len(mllm.decoder.layers)
+        self.mllm = mllm
+        tokens = mllm.grid[0] * mllm.grid[1]
+        side = mllm.geometry.image_px
         images, conditions = (SWEPT_IMAGES, 1) if sweep else (IMAGES, CONDITIONS)
         layers = torch.arange(1, depth + 1)
         windows = [layers > 0]
@@ -58,8 +63,10 @@ class Rows:
     @torch.no_grad()
     def whole(self) -> list[torch.Tensor]:
         """One row a forward of the stock model over prefix, image and text, as tools for one prompt do."""
-        mllm, rows = self.mllm, []
-        tokens, prefix = mllm.grid[0] * mllm.grid[1], mllm.prefix_ids.shape[1]
+        mllm = self.mllm
+        rows = []
+        tokens = mllm.grid[0] * mllm.grid[1]
+        prefix = mllm.prefix_ids.shape[1]
         image_id = mllm.model.config.image_token_id
         ids = torch.cat(
             [mllm.prefix_ids, torch.full((1, tokens), image_id), torch.full((1, TEXT), 7)], 1
@@ -75,10 +82,13 @@ class Rows:
             with ExitStack() as hooks:
                 for layer, is_cut in zip(mllm.decoder.layers, self.layers[i].tolist(), strict=True):
                     given = cut if is_cut else mask
-                    hook = lambda _, args, kwargs, given=given: (
-                        args,
-                        {**kwargs, "attention_mask": given},
-                    )
+
+                    def hook(_, args, kwargs, given=given):
+                        return (
+                            args,
+                            {**kwargs, "attention_mask": given},
+                        )
+
                     hooks.callback(
                         layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove
                     )

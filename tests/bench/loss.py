@@ -16,7 +16,8 @@ from torch import Tensor
 
 from probes import prepare_masks, upsampled_cross_entropy
 
-GRID, NODES = (24, 24), (2, 3, 4, 5, 8)
+GRID = (24, 24)
+NODES = (2, 3, 4, 5, 8)
 CASES = {  # classes, images, (H, W)
     "ADE20K": (150, 2, (512, 683)),
     "Cityscapes": (19, 1, (1024, 2048)),

@@ -43,7 +43,9 @@ class Watch:
     which workers start and end."""
 
     def __enter__(self) -> "Watch":
-        self.start, self.samples, self._done = time.perf_counter(), [], threading.Event()
+        self.start = time.perf_counter()
+        self.samples = []
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self

@@ -31,7 +31,8 @@ from probes.training.optimum import (
 from probes.training.optimum_by_passes import PassRefinement, PassSums, SampledPixels, null_gradient
 from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
 
-FOLDS, BATCH = 4, 32
+FOLDS = 4
+BATCH = 32
 
 
 class Images:
@@ -80,7 +81,10 @@ class Synthetic:
     """Gaussian classes with a decaying spectrum, drawn for each batch from its number; nothing is kept."""
 
     def __init__(self, images: int, side: int, width: int, classes: int):
-        self.images, self.grid, self.width, self.classes = images, (side, side), width, classes
+        self.images = images
+        self.grid = (side, side)
+        self.width = width
+        self.classes = classes
         generator = torch.Generator().manual_seed(0)
         self.means = torch.randn(classes, width, generator=generator)
         self.scale = torch.arange(1, width + 1) ** -0.5  # standard deviations of the noise
@@ -93,7 +97,8 @@ class Synthetic:
 
     def batches(self):
         """Yield images, states, masks and targets."""
-        side, size = self.grid[0], 8 * self.grid[0]
+        side = self.grid[0]
+        size = 8 * self.grid[0]
         for start in range(0, self.images, BATCH):
             generator = torch.Generator().manual_seed(1 + start)
             images = list(range(start, min(start + BATCH, self.images)))
@@ -118,10 +123,15 @@ class Synthetic:
 def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
     """Return states after a random MLP of two layers, 576 channels."""
     generator = torch.Generator().manual_seed(1)
-    mean, deviation, width = states[0].mean((0, 1)), states[0].std((0, 1)), states[0].shape[-1]
+    mean = states[0].mean((0, 1))
+    deviation = states[0].std((0, 1))
+    width = states[0].shape[-1]
     first = torch.randn(width, 576, generator=generator) / width**0.5
     second = torch.randn(576, 576, generator=generator) / 576**0.5
-    adapt = lambda x: F.gelu(((x - mean) / deviation) @ first) @ second
+
+    def adapt(x):
+        return F.gelu(((x - mean) / deviation) @ first) @ second
+
     return [torch.cat([adapt(part) for part in x.split(BATCH)]) for x in states]
 
 
@@ -182,11 +192,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
     )
     for number in range(2, passes + 1):
-        sums, pixel_count, kept = (
-            PassSums(*refinement.probes()),
-            torch.zeros(FOLDS, dtype=torch.float64),
-            [],
-        )
+        sums = PassSums(*refinement.probes())
+        pixel_count = torch.zeros(FOLDS, dtype=torch.float64)
+        kept = []
         for images, states, masks, targets in data.batches():
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
@@ -242,14 +250,18 @@ def solve_in_memory(data) -> dict:
 
 def mean_iou(data, found: dict, row: int) -> float:
     """Return the mIoU in % of a probe on the validation images."""
-    space, point = found["space"], found["points"][row]
-    weights, bias = space.to_states(point[:, :-1]).float(), point[:, -1].float()
-    both, either = torch.zeros(data.classes), torch.zeros(data.classes)
+    space = found["space"]
+    point = found["points"][row]
+    weights = space.to_states(point[:, :-1]).float()
+    bias = point[:, -1].float()
+    both = torch.zeros(data.classes)
+    either = torch.zeros(data.classes)
     for states, target in zip(data.validation, data.validation_targets, strict=True):
         logits = ((states - space.mean.float()) @ weights.T + bias).T.unflatten(1, data.grid)
         predicted = upsampled_argmax(logits, tuple(target.shape))
         for k in range(data.classes):
-            mine, true = (predicted == k) & (target != 255), target == k
+            mine = (predicted == k) & (target != 255)
+            true = target == k
             both[k] += (mine & true).sum()
             either[k] += (mine | true).sum()
     return 100 * (both / either)[either > 0].mean().item()
@@ -282,9 +294,11 @@ def main() -> None:
         if not args.synthetic:
             data.prepared(TIGHT_NODES)  # not counted: once per data set
             data.prepared(LOOSE_NODES)
-        started, clock = cpu_seconds(), time.monotonic()
+        started = cpu_seconds()
+        clock = time.monotonic()
         found = solve_in_memory(data) if share >= 1 else solve_by_passes(data, share, args.passes)
-        spent, waited = cpu_seconds() - started, time.monotonic() - clock
+        spent = cpu_seconds() - started
+        waited = time.monotonic() - clock
         rows = found["solved"]
         chosen = rows.index(found["chosen"])
         scores = [] if args.synthetic else [mean_iou(data, found, row) for row in range(len(rows))]

@@ -20,7 +20,8 @@ from probes.studies.run import run_study
 
 def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:
     """Return whether each planted claim is supported, and its effect beyond random, by claim and number of draws."""
-    random, out = [f"random{draw}" for draw in range(draws)], folder / "power"
+    random = [f"random{draw}" for draw in range(draws)]
+    out = folder / "power"
     design = DESIGNS["planted"]._replace(arms=("trained", *random))
     run_study(study_settings(folder, out, seed, design, fit=False))
     found = {}

@@ -35,14 +35,19 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.toy_world.tiny_models import train_tokenizer
 
-PICTURES, PICTURE_PX, IMAGE_PX, IMAGE_TOKENS = 64, (32, 24), 28, 576
+PICTURES = 64
+PICTURE_PX = (32, 24)
+IMAGE_PX = 28
+IMAGE_TOKENS = 576
 TEXT_ONLY = 0.06  # share of the 665K mix
-BATCH, MICRO_BATCH = 128, 16
+BATCH = 128
+MICRO_BATCH = 16
 WORDS = "the a man woman dog cat sky wall road is in on of with red green left right what where how many small".split()
 
 
 def write_world(root: Path, records: int, seed: int = 0) -> None:
-    rng, py = np.random.default_rng(seed), random.Random(seed)
+    rng = np.random.default_rng(seed)
+    py = random.Random(seed)
     for i in range(PICTURES):
         Image.fromarray(rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)).save(
             root / f"{i}.png"
@@ -56,7 +61,8 @@ def write_world(root: Path, records: int, seed: int = 0) -> None:
 
 
 def _record(index: int, py: random.Random) -> dict:
-    picture, turns = py.random() >= TEXT_ONLY, []
+    picture = py.random() >= TEXT_ONLY
+    turns = []
     for turn in range(py.choice((1, 1, 3, 5, 8, 12))):
         question = " ".join(py.choices(WORDS, k=py.randint(4, 14)))
         turns.append(
@@ -90,7 +96,9 @@ def checks(root: Path, workers: int) -> dict:
 
 def sampler(root: Path, workers: int) -> dict:
     """The order of a whole epoch, in batches of one modality and similar length."""
-    lengths, start, drawn = open_all(root).lengths(), time.perf_counter(), []
+    lengths = open_all(root).lengths()
+    start = time.perf_counter()
+    drawn = []
     peak = peak_mb(
         lambda: drawn.extend(map(len, BatchSampler(lengths, BATCH, MICRO_BATCH, grouped=True)))
     )
@@ -103,7 +111,8 @@ def sampler(root: Path, workers: int) -> dict:
 
 def epoch(root: Path, workers: int) -> dict:
     """Every batch of an epoch, as the training step gets it."""
-    instructions, samples = open_all(root), 0
+    instructions = open_all(root)
+    samples = 0
     loader = StepLoader(
         instructions,
         batch_sampler=BatchSampler(instructions.lengths(), BATCH, MICRO_BATCH, grouped=True),

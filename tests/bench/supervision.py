@@ -75,7 +75,8 @@ def write_dialogues(assets: Path, seed: int) -> None:
             records += [{"id": f"{image} {i}", "image": image, "conversations": prepend_picture(part)}
                         for i, part in enumerate(parts)]  # fmt: skip
         (assets / f"{arm}.json").write_text(json.dumps(records))
-    asked, val = [], list(read_texts(assets / "segmentation", "validation").items())
+    asked = []
+    val = list(read_texts(assets / "segmentation", "validation").items())
     for i in range(QUESTIONS):
         image, text = val[i % len(val)]
         turns = build_dialogue(text, rng, points=1, look_alikes=True)
@@ -86,7 +87,8 @@ def write_dialogues(assets: Path, seed: int) -> None:
 
 def majority_share(assets: Path) -> float:
     """Return the share of questions that the more frequent kind of scene in the picture's look-alikes answers."""
-    texts, right = read_texts(assets / "segmentation", "validation"), []
+    texts = read_texts(assets / "segmentation", "validation")
+    right = []
     for record in json.loads((assets / "look_alikes.json").read_text()):
         kinds = [
             name in INDOOR for name in texts[record["image"]].names if LOOK_ALIKE[name] != name
@@ -121,10 +123,8 @@ def train(folder: Path, seed: int, count: int) -> None:
             seed,
         ]
         common += ["--overwrite", "true"]
-        stage1, captions = (
-            folder / mask / "stage1",
-            ["--data.annotations", assets / "captions.json"],
-        )
+        stage1 = folder / mask / "stage1"
+        captions = ["--data.annotations", assets / "captions.json"]
         fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
         steps = [(stage1 / WEIGHTS, fit, None)]
         for arm, options in ARMS.items():
@@ -152,7 +152,8 @@ def words(*parts: object) -> list[str]:
 
 def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
     """Return recovery and answers of a model, studied beside two random LLMs."""
-    assets, out = folder / "assets", folder / mask / arm / "study"
+    assets = folder / "assets"
+    out = folder / mask / arm / "study"
     options = ["-c", "demo/probes", "--model.sites", SITES, "--seed_everything", str(seed)]
     with contextlib.redirect_stdout(io.StringIO()):
         probes.study(
@@ -175,9 +176,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each model")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    points = lambda c: (
-        f"{100 * c['value']:+5.1f} [{100 * c['ci95'][0]:+.1f}, {100 * c['ci95'][1]:+.1f}]"
-    )
+
+    def points(c):
+        return f"{100 * c['value']:+5.1f} [{100 * c['ci95'][0]:+.1f}, {100 * c['ci95'][1]:+.1f}]"
+
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
         train(folder, seed, args.steps)

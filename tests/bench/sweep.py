@@ -90,7 +90,8 @@ def random_model(
 def frozen_model(
     shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> FrozenMLLM:
-    model, prefix = random_model("bidirectional", shape, dtype, device), list(range(1, PREFIX + 1))
+    model = random_model("bidirectional", shape, dtype, device)
+    prefix = list(range(1, PREFIX + 1))
     mllm = FrozenMLLM(
         model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional"
     )
@@ -128,7 +129,9 @@ class Sweep:
         self.heads = nn.ModuleDict(
             {s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()}
         )
-        self.optimizers, self.task = {}, None  # segmentation
+        # segmentation
+        self.optimizers = {}
+        self.task = None
         self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:

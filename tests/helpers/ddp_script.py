@@ -62,7 +62,9 @@ class Recorder(Callback):
     """Records losses and text-only batches, and saves checkpoints at given steps."""
 
     def __init__(self, save: dict[int, str]):
-        self.save, self.losses, self.text_only = save, [], []
+        self.save = save
+        self.losses = []
+        self.text_only = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
@@ -76,7 +78,8 @@ def prepare(
     strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2, **settings
 ):
     torch.manual_seed(0)
-    encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
+    encoder = Encoder("clip", SPEC["encoder"], layer=-1)
+    llm = SPEC[llm]
     settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
     module = LlavaTraining(encoder, llm, ["adapter", "llm"], **settings)
     folder = SPEC["conversations"]

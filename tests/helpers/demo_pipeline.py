@@ -20,7 +20,9 @@ MASKS = ("causal", "bidirectional")
 
 
 def run(out: Path) -> None:
-    assets, model, few = out / "assets", out / "stage2/hf", ["--trainer.max_epochs", "2"]
+    assets = out / "assets"
+    model = out / "stage2/hf"
+    few = ["--trainer.max_epochs", "2"]
     llava_bidir(["demo-assets", str(assets), "--scale", "0.01"])
     llava_bidir(
         [

@@ -15,9 +15,12 @@ SIZE = (12, 8)  # width and height, where there is a picture
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
     """Return a PNG with this header; `data` may be too short for it."""
-    chunk = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"

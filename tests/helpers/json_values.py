@@ -8,7 +8,8 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 
 def json_values(numbers=NUMBERS, text=text, most: int = 3, leaves: int = 6):
     """Lists and objects of up to `most` elements each, with up to `leaves` values in all."""
-    inside = lambda inner: (
-        st.lists(inner, max_size=most) | st.dictionaries(text, inner, max_size=most)
-    )
+
+    def inside(inner):
+        return st.lists(inner, max_size=most) | st.dictionaries(text, inner, max_size=most)
+
     return st.recursive(st.none() | st.booleans() | numbers | text, inside, max_leaves=leaves)

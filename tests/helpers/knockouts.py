@@ -22,7 +22,8 @@ PARTNERS = {
     "building": "wall",
 }
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
-N, L = 40, 4
+N = 40
+L = 4
 
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

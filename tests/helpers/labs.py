@@ -92,13 +92,15 @@ def run(port: int, operation: str, request: dict) -> dict:
 @contextmanager
 def browser_tabs(chromium, port):
     """Yield a function that opens the page; a request elsewhere, or an error in the page, fails the test."""
-    contexts, errors = [], []
+    contexts = []
+    errors = []
 
     def open_tab(fragment: str = "", **settings):
         contexts.append(
             chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings))
         )
-        tab, own = contexts[-1].new_page(), (f"http://127.0.0.1:{port}/", "data:", "blob:")
+        tab = contexts[-1].new_page()
+        own = (f"http://127.0.0.1:{port}/", "data:", "blob:")
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on(
             "console",

@@ -76,10 +76,8 @@ def mmbench(items: int) -> Iterator[dict]:
 def mme(items: int) -> Iterator[dict]:
     """Alternate between perception and cognition by image."""
     for i in range(items):
-        category, question = (
-            ("existence", "code_reasoning")[i // 2 % 2],
-            ("Is it sky?", "Is it wall?")[i % 2],
-        )
+        category = ("existence", "code_reasoning")[i // 2 % 2]
+        question = ("Is it sky?", "Is it wall?")[i % 2]
         yield {
             **{
                 "question_id": f"{category}/{i // 2}.png",

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 aten = torch.ops.aten
 INDEXING = {
     aten.index.Tensor,
@@ -114,10 +115,12 @@ class MoveTensors(TorchFunctionMode):
 
     def _to(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, *others = args
-        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        device = kwargs.get("device")
+        dtype = kwargs.get("dtype")
         for other in others:
             if isinstance(other, Tensor):
-                device, dtype = GPU if other in PLACEMENT else CPU, other.dtype
+                device = GPU if other in PLACEMENT else CPU
+                dtype = other.dtype
             elif isinstance(other, torch.dtype):
                 dtype = other
             elif isinstance(other, (torch.device, str)):

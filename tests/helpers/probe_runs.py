@@ -76,7 +76,8 @@ def random_counts(
     towards = torch.rand(classes, classes, generator=same).square()
     towards.fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
-    intersection, predicted = [], []
+    intersection = []
+    predicted = []
     for q in quality:
         rate = (q + ease + 0.03 * torch.randn(images, classes, generator=generator)).clamp(
             0.02, 0.98
@@ -86,7 +87,8 @@ def random_counts(
         right = labelled - wrong.sum(-1)
         intersection.append(right)
         predicted.append(right + wrong.sum(1))
-    intersection, predicted = torch.stack(intersection), torch.stack(predicted)
+    intersection = torch.stack(intersection)
+    predicted = torch.stack(predicted)
     tokens = GRID[0] * GRID[1]
     patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
     valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
@@ -95,10 +97,12 @@ def random_counts(
 
 def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
     """Return the sites of metrics.json."""
-    score, drawn = dataset_scores(counts), resampled_scores(counts, weights)
+    score = dataset_scores(counts)
+    drawn = resampled_scores(counts, weights)
     found = []
     for i, site in enumerate(sites):
-        miou, pacc = score.miou[i].item(), score.pacc[i].item()
+        miou = score.miou[i].item()
+        pacc = score.pacc[i].item()
         entry = {
             "site": site,
             "dim": 16 if site == "encoder" else width,
@@ -214,7 +218,8 @@ def record_hashes(path: Path) -> None:
 def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, **options) -> str:
     """Write a solved run; `curves` are the pixel accuracies at `ROWS`, of which the second is the run's."""
     write_run(path, curves[1], root=root, **options)
-    metrics, run = json.loads((path / "metrics.json").read_text()), ProbeRun(path)
+    metrics = json.loads((path / "metrics.json").read_text())
+    run = ProbeRun(path)
     metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
     counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i) for i, x in enumerate(curves)]
     right, predicted = (
@@ -225,7 +230,8 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
     sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}
-        strengths, site = STRENGTHS[entry["site"] == "encoder"], entry["site"]
+        strengths = STRENGTHS[entry["site"] == "encoder"]
+        site = entry["site"]
         scores = dict.fromkeys(("miou", "pacc", "cross_entropy"), [None, 0.5, 0.5, 0.5, None])
         certificates = [
             None,

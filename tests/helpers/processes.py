@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-HANGING_S = 1200  # limit of a wait that ends by itself on a slow or busy machine, too; below DDP's timeout of 30 min
+# limit of a wait that ends by itself on a slow or busy machine, too; below DDP's timeout of 30 min
+HANGING_S = 1200
 
 
 def fork(run: Callable[[], None], log: Path | None = None) -> int:

@@ -46,10 +46,12 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
         positions: long[N].
     """
     config = decoder.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads
     width = config.hidden_size // heads
     angles = positions[:, None].float() / 10000.0 ** (torch.arange(0, width, 2) / width)
-    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+    cos = torch.cat([angles.cos()] * 2, -1)
+    sin = torch.cat([angles.sin()] * 2, -1)
 
     def rotate(x: Tensor) -> Tensor:
         half = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
@@ -58,21 +60,24 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return weight * x * (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
 
-    states, x = [], inputs
+    states = []
+    x = inputs
     for layer, mask in zip(decoder.layers, masks, strict=True):
-        a, h = layer.self_attn, norm(x, layer.input_layernorm.weight)
-        q, k, v = h @ a.q_proj.weight.T, h @ a.k_proj.weight.T, h @ a.v_proj.weight.T
+        a = layer.self_attn
+        h = norm(x, layer.input_layernorm.weight)
+        q = h @ a.q_proj.weight.T
+        k = h @ a.k_proj.weight.T
+        v = h @ a.v_proj.weight.T
         out = []
         for head in range(heads):
             shared = head * kv_heads // heads
-            own, kv = (
-                slice(head * width, (head + 1) * width),
-                slice(shared * width, (shared + 1) * width),
-            )
+            own = slice(head * width, (head + 1) * width)
+            kv = slice(shared * width, (shared + 1) * width)
             logits = rotate(q[..., own]) @ rotate(k[..., kv]).transpose(1, 2) / math.sqrt(width)
             out.append(logits.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., kv])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
-        h, m = norm(x, layer.post_attention_layernorm.weight), layer.mlp
+        h = norm(x, layer.post_attention_layernorm.weight)
+        m = layer.mlp
         x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
         states.append(x)
     return states
@@ -96,14 +101,16 @@ def eager_attention(mllm, pixels) -> list[Tensor]:
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
     """Return mIoU, pixel accuracy and IoU per class (None for an absent class) of numpy masks; 255 is ignored."""
-    intersection, union = [0] * classes, [0] * classes
+    intersection = [0] * classes
+    union = [0] * classes
     right = total = 0
     for prediction, target in zip(predictions, targets, strict=True):
         valid = target != 255
         right += int(((prediction == target) & valid).sum())
         total += int(valid.sum())
         for k in range(classes):
-            p, t = (prediction == k) & valid, (target == k) & valid
+            p = (prediction == k) & valid
+            t = (target == k) & valid
             intersection[k] += int((p & t).sum())
             union[k] += int((p | t).sum())
     iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]

@@ -46,7 +46,8 @@ def patchified(pixels: Tensor) -> dict:
     patches = []
     for row in range(grid[0]):
         for column in range(grid[1]):
-            top, left = row * PATCH_PX, column * PATCH_PX
+            top = row * PATCH_PX
+            left = column * PATCH_PX
             patch = pixels[:, :, top : top + PATCH_PX, left : left + PATCH_PX]
             patches.append(patch.permute(0, 2, 3, 1).flatten(1))
     return {

@@ -17,8 +17,10 @@ from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerF
 VOCABULARY = 128
 SIDE = 8  # tokens per side in families that accept images of any size
 IMAGE_ID = 99
-MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
-HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
+MEAN = [0.5, 0.4, 0.3]
+STD = [0.5, 0.6, 0.7]
+HIGH_MEAN = [0.1, 0.2, 0.3]
+HIGH_STD = [0.9, 0.8, 0.7]
 SPECIAL = [
     *(
         "hello",
@@ -137,7 +139,8 @@ def hybrid_inputs(images: list[Image.Image]) -> dict:
         0, 3, 1, 2
     )
     small = torch.nn.functional.interpolate(whole / 255, (16, 16), mode="bicubic", antialias=True)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
     return inputs | {"pixel_values": (small - mean) / std}
 
 

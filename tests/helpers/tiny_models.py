@@ -21,7 +21,8 @@ from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.toy_world.tiny_models import train_tokenizer
 
-IMAGE_ID, VOCABULARY = 99, 100
+IMAGE_ID = 99
+VOCABULARY = 100
 GRID = (2, 2)
 TOKENS = 4
 CLASSES = ["sky", "wall", "road"]
@@ -96,7 +97,8 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and padding mask of rows such as "tiiiit": t is a text token, i an image token."""
     width = max(map(len, rows))
     generator = torch.Generator().manual_seed(1)
-    lines, masks = [], []
+    lines = []
+    masks = []
     for row in rows:
         line = [
             IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item()

@@ -19,7 +19,8 @@ def write(
     out: Path, name: str, right: np.ndarray, mask: str = "causal", encoder: str = "clip", **info
 ) -> Path:
     """Write a finished task with two questions per unit, whose targets alternate between the two answers."""
-    columns, answers = BENCHMARKS[name].columns, ANSWERS.get(name, ("sky", "wall"))
+    columns = BENCHMARKS[name].columns
+    answers = ANSWERS.get(name, ("sky", "wall"))
     categories = ("existence", "code_reasoning")
     items = []
     for i, r in enumerate(right):

@@ -62,7 +62,8 @@ def check(export: str) -> None:
     }
     stock = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
     stock.load_state_dict(model.state_dict())
-    image_id, name = model.config.image_token_id, model.config.image_attention
+    image_id = model.config.image_token_id
+    name = model.config.image_attention
     processor.tokenizer.padding_side = "left"
     settings = {
         "processor_kwargs": {"padding": True, "return_tensors": "pt"},

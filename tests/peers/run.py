@@ -117,13 +117,15 @@ def outcomes(mask: str) -> dict[str, str]:
 def main() -> int:
     """Print the number of tests by outcome and each difference; return 1 if one is not expected."""
     fetch()
-    stock, wrong = outcomes("stock"), 0
+    stock = outcomes("stock")
+    wrong = 0
     print(f"transformers {TAG}, {len(stock)} tests\n  stock: {dict(Counter(stock.values()))}")
     for mask in MASKS:
         ours = outcomes(mask)
         print(f"  {mask}: {dict(Counter(ours.values()))}")
         for test in sorted(stock.keys() | ours.keys()):
-            got, expected = ours.get(test), EXPECTED.get(test, (stock.get(test),))[0]
+            got = ours.get(test)
+            expected = EXPECTED.get(test, (stock.get(test),))[0]
             if got != expected:
                 wrong += 1
                 print(f"    {test}: {got}, expected {expected}; see {FOLDER / mask}.log")

@@ -49,7 +49,9 @@ class Study:
     """A causal and a bidirectional run in OUT, and the commands that make them; analyses are of the causal one."""
 
     def __init__(self, out: Path, checkpoints: dict[str, Path], data: Path):
-        self.out, self.checkpoints, self.data = out, checkpoints, data
+        self.out = out
+        self.checkpoints = checkpoints
+        self.data = data
         self.log = out.parent / "log"
 
     def command(self, step: str, mask: str = "causal") -> list[str]:

@@ -58,12 +58,10 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def english(tmp_path_factory) -> Path:
     """Twelve dialogues in English with their images; two of them have none."""
-    root, rng, records, captions = (
-        tmp_path_factory.mktemp("english"),
-        np.random.default_rng(0),
-        [],
-        [],
-    )
+    root = tmp_path_factory.mktemp("english")
+    rng = np.random.default_rng(0)
+    records = []
+    captions = []
     for i in range(12):
         Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / f"{i}.png")
         turns = [

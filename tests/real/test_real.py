@@ -40,7 +40,9 @@ from probes.lab.session import Session
 
 pytestmark = pytest.mark.real
 
-LAYERS, WORDS, IMAGE_TOKENS = 30, 49152, tiny_models.TOKENS
+LAYERS = 30
+WORDS = 49152
+IMAGE_TOKENS = tiny_models.TOKENS
 EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
@@ -58,7 +60,8 @@ def load(path: Path):
 
 def prompt(path: Path, images: int = 1) -> dict[str, torch.Tensor]:
     """Return ids and pixels of a question about a grey image, by the exported processor."""
-    processor, image = AutoProcessor.from_pretrained(path), Image.new("RGB", (8, 8), (90, 90, 90))
+    processor = AutoProcessor.from_pretrained(path)
+    image = Image.new("RGB", (8, 8), (90, 90, 90))
     content = [{"type": "image", "image": image}] * images + [
         {"type": "text", "text": "What is in it?"}
     ]
@@ -139,7 +142,8 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
         ([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), []
     )
 
-    spans, previous = [], IGNORE_INDEX
+    spans = []
+    previous = IGNORE_INDEX
     for token, label in zip(ids, labels, strict=True):
         assert label in (IGNORE_INDEX, token)
         if label != IGNORE_INDEX:
@@ -161,10 +165,8 @@ def test_the_mask_reaches_each_of_the_30_layers(stages):
     inputs = prompt(stages[0])
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-    is_image, places = (
-        inputs["input_ids"][0] == model.config.image_token_id,
-        torch.arange(len(inputs["input_ids"][0])),
-    )
+    is_image = inputs["input_ids"][0] == model.config.image_token_id
+    places = torch.arange(len(inputs["input_ids"][0]))
     causal = places[:, None] >= places
     masks = {"causal": causal, "bidirectional": causal | (is_image[:, None] & is_image)}
     llm = model.model.language_model

@@ -17,7 +17,9 @@ class Skew(Callback):
     """
 
     def __init__(self, losses: str, seconds: float = 0, pause_after: int | None = None):
-        self.losses, self.seconds, self.pause_after = losses, seconds, pause_after
+        self.losses = losses
+        self.seconds = seconds
+        self.pause_after = pause_after
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         while trainer.global_step == self.pause_after and "SLURM_RESTART_COUNT" not in os.environ:

@@ -126,11 +126,9 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     whole = wait_for_end(submit("stage2", settings, log, f"{skew}/whole"), log)
     assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
-    out, log, losses = (
-        Path(settings["RUNS"]) / "clip-causal/interrupted",
-        tmp_path / "cut.log",
-        tmp_path / "cut",
-    )
+    out = Path(settings["RUNS"]) / "clip-causal/interrupted"
+    log = tmp_path / "cut.log"
+    losses = tmp_path / "cut"
     more = f"{skew}/cut --out {out}"
     job = submit("stage2", settings, log, more)
     signal_at(5, losses, job, log, "--signal=USR1")
@@ -166,7 +164,9 @@ def test_requeued_study_resumes_after_the_last_complete_epoch(
     model = tmp_path / "clip-causal/stage2/hf"
     model.parent.mkdir(parents=True)
     model.symlink_to(checkpoints["causal"])
-    log, losses, epochs = tmp_path / "log", tmp_path / "losses", "--trainer.max_epochs 8"
+    log = tmp_path / "log"
+    losses = tmp_path / "losses"
+    epochs = "--trainer.max_epochs 8"
     there = {"TASKS_PER_NODE": "1", "RUNS": str(tmp_path), "STUDY": f"{PROBES} --fit {epochs}"}
     pause = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.losses={losses} --trainer.callbacks.pause_after=10"
     job = submit("study", settings | there, log, f"--arms trained --only fit {pause}")

@@ -13,7 +13,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
     parser.add_argument("--questions", metavar="FILE", help=text)
-    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the questions)")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
+    )
     parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
     text = "draws to average for each condition with random tokens"
     parser.add_argument("--draws", type=int, default=5, help=text)
@@ -24,12 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
     """Yield the accuracy of the answers."""
-    yield table_row(None, "answer_accuracy", result["accuracy"]["value"], result["accuracy"]["ci95"])
+    yield table_row(
+        None, "answer_accuracy", result["accuracy"]["value"], result["accuracy"]["ci95"]
+    )
 
 
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     """Return "no probe at the adapter" if a planned run has none."""
-    return "" if ADAPTER in runs[0].sites else "no probe at the adapter, whose predictions it hides (model.sites)"
+    return (
+        ""
+        if ADAPTER in runs[0].sites
+        else "no probe at the adapter, whose predictions it hides (model.sites)"
+    )
 
 
 ANALYSIS = Analysis(

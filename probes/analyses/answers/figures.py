@@ -35,10 +35,23 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
         for model, entry in models_of(of_mask).items():
             trained = entry is of_mask
             _draw_accuracies(
-                left, entry, model, mask_colour(mask) if trained else RANDOM_COLOUR, "-" if trained else ":"
+                left,
+                entry,
+                model,
+                mask_colour(mask) if trained else RANDOM_COLOUR,
+                "-" if trained else ":",
             )
-            _draw_effects(right, entry, mask_colour(mask) if trained else RANDOM_COLOUR, 0 if trained else 0.25)
-        label_sites(left, [site["site"] for site in of_mask["sites"] if site["site"] != FINAL_NORM], fontsize=7)
+            _draw_effects(
+                right,
+                entry,
+                mask_colour(mask) if trained else RANDOM_COLOUR,
+                0 if trained else 0.25,
+            )
+        label_sites(
+            left,
+            [site["site"] for site in of_mask["sites"] if site["site"] != FINAL_NORM],
+            fontsize=7,
+        )
         left.set(title=mask, ylabel="correct at the same places (%)")
         left.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         right.set_yticks(range(len(EFFECT_LABELS)), EFFECT_LABELS.values(), fontsize=7)
@@ -53,14 +66,30 @@ def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, d
     shift = 0.12 * (dash == ":")  # so that the intervals of two models do not cover each other
     depths = [site_depth(site["site"]) + shift for site in sites]
     values, ci95 = ([site["accuracy"][key] for site in sites] for key in ("value", "ci95"))
-    draw_intervals(ax, depths, values, ci95, colour, label=f"probes, {model}", marker="o", ms=3, ls=dash, lw=1.2)
-    answer, (low, high) = 100 * entry["accuracy"]["value"], (100 * bound for bound in entry["accuracy"]["ci95"])
+    draw_intervals(
+        ax,
+        depths,
+        values,
+        ci95,
+        colour,
+        label=f"probes, {model}",
+        marker="o",
+        ms=3,
+        ls=dash,
+        lw=1.2,
+    )
+    answer, (low, high) = (
+        100 * entry["accuracy"]["value"],
+        (100 * bound for bound in entry["accuracy"]["ci95"]),
+    )
     ax.axhline(answer, color=colour, ls=dash, lw=2.2, label=f"answers, {model}")
     ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
 
 
 def _draw_effects(ax: Axes, entry: dict[str, Any], colour: str, offset: float) -> None:
-    means = {(effect["condition"], effect["control"]): effect["mean"] for effect in entry["effects"]}
+    means = {
+        (effect["condition"], effect["control"]): effect["mean"] for effect in entry["effects"]
+    }
     for y, effect in enumerate(EFFECT_LABELS):
         if (mean := means[effect])["value"] is not None:
             ax.plot(mean["ci95"] or [mean["value"]] * 2, [y + offset] * 2, color=colour, lw=1.4)

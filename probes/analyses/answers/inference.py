@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, interval, p_values, random_swaps
+from llava_bidir.common.bootstrap import (
+    Estimate,
+    bootstrap_weights,
+    holm,
+    interval,
+    p_values,
+    random_swaps,
+)
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.effects import MIN_IMAGES, Cases, mean_over_classes
 from probes.results.probe_run import ProbeRun
@@ -27,7 +34,9 @@ EFFECTS = [(name, control) for name in CONDITIONS[1:3] for control in ("none", f
 Tensors = dict[str, Tensor]  # content of answers.safetensors
 
 
-def answer_statistics(tensors: Tensors, sites: Sequence[str], classes: Sequence[str], seed: int) -> dict[str, Any]:
+def answer_statistics(
+    tensors: Tensors, sites: Sequence[str], classes: Sequence[str], seed: int
+) -> dict[str, Any]:
     """Return the statistics of a run's answers; values with intervals are {"value", "ci95"}.
 
     Returns:
@@ -37,12 +46,18 @@ def answer_statistics(tensors: Tensors, sites: Sequence[str], classes: Sequence[
         Effects are changes of the right answer's log-probability in nats. Classes in fewer than `MIN_IMAGES` images are
         left out.
     """
-    cases, weights, answered = _cases(tensors), _weights(tensors, seed), _right(tensors, "answer")
+    cases = _cases(tensors)
+    weights = _weights(tensors, seed)
+    answered = _right(tensors, "answer")
     swaps = random_swaps(weights.shape[1], seed=seed)
-    entry = lambda values, lowest=0.0: _to_json(_mean(values, cases, weights), lowest=lowest, highest=1.0)
+
+    def entry(values, lowest=0.0):
+        return _to_json(_mean(values, cases, weights), lowest=lowest, highest=1.0)
+
     by_site = []
     for site in sites:
-        read, same = _right(tensors, f"probe:{site}"), _chosen(tensors, "answer") == _chosen(tensors, f"probe:{site}")
+        read = _right(tensors, f"probe:{site}")
+        same = _chosen(tensors, "answer") == _chosen(tensors, f"probe:{site}")
         numbers = {
             "accuracy": entry(read),
             "difference": entry(answered - read, -1.0),
@@ -51,12 +66,16 @@ def answer_statistics(tensors: Tensors, sites: Sequence[str], classes: Sequence[
         by_site.append({"site": site} | numbers)
     effects = []
     for condition, control in EFFECTS:
-        change, rows, by_class = _change(tensors, condition, control), [], {}
+        change = _change(tensors, condition, control)
+        rows = []
+        by_class = {}
         for name, chosen in _questions_by_class(tensors, classes).items():
             of_class = _cases(tensors, chosen)
             by_class[name] = _mean(change[chosen], of_class, weights)
             p, _ = p_values(of_class.swapped_mean(change[chosen][:, None], swaps))
-            rows.append({"class": name, **of_class.counts, **_to_json(by_class[name]), "p": p.item()})
+            rows.append(
+                {"class": name, **of_class.counts, **_to_json(by_class[name]), "p": p.item()}
+            )
         for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
             row["p_holm"] = adjusted
         effect = {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
@@ -78,14 +97,20 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
     """
     if not draws:
         return None
-    results, first = run.analysis("answers.json"), _read(run)
-    weights, classes = _weights(first, results["seed"]), results["classes"]
+    results = run.analysis("answers.json")
+    first = _read(run)
+    weights = _weights(first, results["seed"])
+    classes = results["classes"]
     others = [_read(draw) for draw in draws]
     for draw, other in zip(draws, others, strict=True):
         same = draw.analysis("answers.json")["questions_sha256"] == results["questions_sha256"]
         if not same or not torch.equal(other["image"], first["image"]):
-            raise UserError(f"{run.path} and {draw.path} were asked different questions; run `probes answers` alike")
-    answered = _right(first, "answer") - torch.stack([_right(other, "answer") for other in others]).mean(0)
+            raise UserError(
+                f"{run.path} and {draw.path} were asked different questions; run `probes answers` alike"
+            )
+    answered = _right(first, "answer") - torch.stack(
+        [_right(other, "answer") for other in others]
+    ).mean(0)
     effects = []
     for condition, control in EFFECTS:
         random = torch.stack([_change(other, condition, control) for other in others]).mean(0)
@@ -94,7 +119,9 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
             name: _mean(more[chosen], _cases(first, chosen), weights)
             for name, chosen in _questions_by_class(first, classes).items()
         }
-        effects.append({"condition": condition, "control": control, "mean": mean_over_classes(by_class)})
+        effects.append(
+            {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
+        )
     accuracy = _to_json(_mean(answered, _cases(first), weights))
     return {"draws": len(draws), "accuracy": accuracy, "effects": effects}
 
@@ -138,4 +165,8 @@ def _right(tensors: Tensors, reader: str) -> Tensor:
 def _questions_by_class(tensors: Tensors, classes: Sequence[str]) -> dict[str, Tensor]:
     """Return the questions with each right answer, bool[Q], of the classes in enough images."""
     by_class = {name: tensors["right"] == k for k, name in enumerate(classes)}
-    return {name: chosen for name, chosen in by_class.items() if _cases(tensors, chosen).counts["images"] >= MIN_IMAGES}
+    return {
+        name: chosen
+        for name, chosen in by_class.items()
+        if _cases(tensors, chosen).counts["images"] >= MIN_IMAGES
+    }

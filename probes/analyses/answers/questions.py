@@ -27,7 +27,9 @@ from probes.data.base import open_image, read_rgb
 from probes.ops.geometry import Geometry
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Region = TypedDict("Region", {"box": Annotated[list[Fraction], Field(min_length=4, max_length=4)], "class": str})
+Region = TypedDict(
+    "Region", {"box": Annotated[list[Fraction], Field(min_length=4, max_length=4)], "class": str}
+)
 Turn = TypedDict("Turn", {"from": str, "value": str})
 
 
@@ -69,26 +71,38 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
     questions: list[Question] = []
     images: dict[str, int] = {}
     for number, record in enumerate(records):
-        asked, regions = [turn for turn in record["conversations"] if turn["from"] == "human"], record.get("regions")
+        asked = [turn for turn in record["conversations"] if turn["from"] == "human"]
+        regions = record.get("regions")
         if not regions or not record.get("image"):
             continue
         if len(regions) != len(asked):
             found = f"{len(regions)} regions for {len(asked)} questions"
-            raise UserError(f"{path}, record {number}: {found}; expected one for each, null for none")
+            raise UserError(
+                f"{path}, record {number}: {found}; expected one for each, null for none"
+            )
         for turn, region in zip(asked, regions, strict=True):
             if region is None:
                 continue
             if region["class"] not in classes:
                 known = ", ".join(classes)
-                raise UserError(f"{path}, record {number}: class {region['class']!r} is none of the probes': {known}")
+                raise UserError(
+                    f"{path}, record {number}: class {region['class']!r} is none of the probes': {known}"
+                )
             left, top, right, bottom = region["box"]
             if left > right or top > bottom:
                 found = f"the box {region['box']} ends before it starts"
-                raise UserError(f"{path}, record {number}: {found}; expected left, top, right, bottom")
-            text, image = turn["value"].replace("<image>", "").strip(), images.setdefault(record["image"], len(images))
-            questions.append(Question(image, text, classes.index(region["class"]), tuple(region["box"])))
+                raise UserError(
+                    f"{path}, record {number}: {found}; expected left, top, right, bottom"
+                )
+            text = turn["value"].replace("<image>", "").strip()
+            image = images.setdefault(record["image"], len(images))
+            questions.append(
+                Question(image, text, classes.index(region["class"]), tuple(region["box"]))
+            )
     if not questions:
-        raise UserError(f"{path} has no question with an entry in 'regions'; expected a box and a class for each")
+        raise UserError(
+            f"{path} has no question with an entry in 'regions'; expected a box and a class for each"
+        )
     return QuestionFile(questions, list(images), hashlib.sha256(content).hexdigest()[:16])
 
 
@@ -117,7 +131,9 @@ def read_question_image(folder: Path, name: str) -> Image.Image:
     return read_rgb(image, path)
 
 
-def tokens_in_box(geometry: Geometry, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+def tokens_in_box(
+    geometry: Geometry, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> Tensor:
     """Return the image tokens whose centre is in a box, bool[T]; else the one nearest to the centre of the box.
 
     Args:
@@ -125,7 +141,8 @@ def tokens_in_box(geometry: Geometry, size: tuple[int, int], box: tuple[float, f
         size: Height and width of the image in pixels.
         box: left, top, right and bottom in fractions of the image.
     """
-    view, inside = geometry.view(size), []
+    view = geometry.view(size)
+    inside = []
     for extent, length, nodes, low, high in (
         (view.rows, size[0], geometry.grid[0], box[1], box[3]),
         (view.cols, size[1], geometry.grid[1], box[0], box[2]),

@@ -64,7 +64,9 @@ class Plan:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if not self.questions.is_file():
-            raise UserError(f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)")
+            raise UserError(
+                f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)"
+            )
 
 
 def ask_questions(run: ProbeRun, plan: Plan, out: Path, overwrite: bool = False) -> dict[str, Any]:
@@ -81,13 +83,23 @@ def ask_questions(run: ProbeRun, plan: Plan, out: Path, overwrite: bool = False)
     classes = run.metrics["classes"]
     file = read_questions(plan.questions, classes)
     check_has_layers(run, [])
-    settings = {key: value for key, value in asdict(plan).items() if key not in ("questions", "images")}
+    settings = {
+        key: value for key, value in asdict(plan).items() if key not in ("questions", "images")
+    }
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
     check_replaceable(out / "answers.json", made_from, overwrite)
-    reader, asked = PatchReader(run), file.questions[: plan.limit]
+    reader = PatchReader(run)
+    asked = file.questions[: plan.limit]
 
-    compute = lambda questions: ask_batch(reader, plan, file, questions, classes)
-    arguments = {"plan": settings, "questions": file.sha256, "images": str(plan.images), "run": run.fingerprint}
+    def compute(questions):
+        return ask_batch(reader, plan, file, questions, classes)
+
+    arguments = {
+        "plan": settings,
+        "questions": file.sha256,
+        "images": str(plan.images),
+        "run": run.fingerprint,
+    }
     batches = cached_batches(out / "answers.partial", arguments, asked, plan.batch_size, compute)
     tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     check_effects(tensors)
@@ -104,53 +116,79 @@ def check_effects(tensors: dict[str, Tensor]) -> None:
     for condition in CONDITIONS[1:]:
         hidden = tensors[f"tokens:{condition.removeprefix('matched_')}"] > 0
         change = tensors[f"right:{condition}"][hidden] - tensors["right:none"][hidden]
-        if len(change) and torch.allclose(change, torch.zeros(()), atol=1e-6):  # rounding of float32 log-probabilities
-            raise RuntimeError(f"hiding {condition} tokens changed none of {len(change)} answers: it had no effect")
+        # rounding of float32 log-probabilities
+        if len(change) and torch.allclose(change, torch.zeros(()), atol=1e-6):
+            raise RuntimeError(
+                f"hiding {condition} tokens changed none of {len(change)} answers: it had no effect"
+            )
 
 
 def ask_batch(
-    reader: PatchReader, plan: Plan, file: QuestionFile, questions: list[Question], classes: list[str]
+    reader: PatchReader,
+    plan: Plan,
+    file: QuestionFile,
+    questions: list[Question],
+    classes: list[str],
 ) -> dict[str, Tensor]:
     """Return the results of a batch of questions, by key of answers.safetensors."""
     mllm = reader.mllm
-    images = [read_question_image(plan.images, file.images[question.image]) for question in questions]
+    images = [
+        read_question_image(plan.images, file.images[question.image]) for question in questions
+    ]
     sizes = [(image.height, image.width) for image in images]
     pixels = mllm.preprocess(images)
     states = mllm.states(pixels, list(reader.probes))
-    places = [tokens_in_box(mllm.geometry, size, q.box) for size, q in zip(sizes, questions, strict=True)]
+    places = [
+        tokens_in_box(mllm.geometry, size, q.box) for size, q in zip(sizes, questions, strict=True)
+    ]
     logits = {site: probe(states[site].float()).cpu() for site, probe in reader.probes.items()}
     at_place = {
         site: torch.stack([values[i, place].mean(0) for i, place in enumerate(places)])
         for site, values in logits.items()
     }
     results = {f"probe:{site}": values.log_softmax(-1) for site, values in at_place.items()}
-    results |= {key: torch.tensor([getattr(q, key) for q in questions]) for key in ("image", "right")}
+    results |= {
+        key: torch.tensor([getattr(q, key) for q in questions]) for key in ("image", "right")
+    }
     results["wrong"] = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf).argmax(1)
-    predicted, mass = logits[ADAPTER].argmax(-1), attention_from(mllm, pixels, list(enumerate(places)))[0].mean(1)
+    predicted = logits[ADAPTER].argmax(-1)
+    mass = attention_from(mllm, pixels, list(enumerate(places)))[0].mean(1)
     visible, _ = reader.visible()
     rows: dict[str, list[Tensor]] = {}
     for i, (question, place) in enumerate(zip(questions, places, strict=True)):
         case = _case(question, i, int(results["wrong"][i]), predicted[i], place)
         features = MatchingFeatures.from_case(case, mllm.grid, visible, states[ADAPTER][i], mass[i])
-        scored = _score(mllm, pixels[i : i + 1], question.text, classes, _blocked(case, features, plan))
-        row = {"answer": scored["none"]} | {f"right:{key}": scored[key][question.right] for key in CONDITIONS}
+        scored = _score(
+            mllm, pixels[i : i + 1], question.text, classes, _blocked(case, features, plan)
+        )
+        row = {"answer": scored["none"]} | {
+            f"right:{key}": scored[key][question.right] for key in CONDITIONS
+        }
         row |= {f"tokens:{name}": case.blocked[name].sum() for name in SETS}
         for key, value in row.items():
             rows.setdefault(key, []).append(value)
     return results | {key: torch.stack(values) for key, values in rows.items()}
 
 
-def _case(question: Question, row: int, wrong: int, predicted: Tensor, place: Tensor) -> ConfusionCase:
+def _case(
+    question: Question, row: int, wrong: int, predicted: Tensor, place: Tensor
+) -> ConfusionCase:
     """Return the question as a case of the knockout, whose "mistaken" patches are those at the place."""
     blocked = {"incorrect": predicted == wrong, "correct": predicted == question.right}
     counts = int(place.sum()), int(blocked["correct"].sum())
-    return ConfusionCase(question.image, row, *counts, wrong, question.right, place, predicted, blocked)
+    return ConfusionCase(
+        question.image, row, *counts, wrong, question.right, place, predicted, blocked
+    )
 
 
-def _blocked(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:
+def _blocked(
+    case: ConfusionCase, features: MatchingFeatures, plan: Plan
+) -> dict[str, list[Tensor]]:
     """Return the blocked tokens of each condition, one or several draws bool[T]."""
     knockout = KnockoutPlan((), controls=("matched",), draws=plan.draws, seed=plan.seed)
-    tokens = blocked_by_condition(case, features, knockout) | {"none": [torch.zeros_like(case.mistaken)]}
+    tokens = blocked_by_condition(case, features, knockout) | {
+        "none": [torch.zeros_like(case.mistaken)]
+    }
     return {condition: tokens[condition] for condition in CONDITIONS}
 
 
@@ -160,15 +198,20 @@ def _score(
     """Return the log-probability of each class as the answer, f[K] by condition, mean over draws; one forward."""
     draws = [tokens for values in blocked.values() for tokens in values]
     images = pixels.expand(len(draws), -1, -1, -1)
-    scores = mllm.answer_log_probs(images, [question], classes, Knockout(torch.stack(draws)))[:, 0].log_softmax(-1)
+    scores = mllm.answer_log_probs(images, [question], classes, Knockout(torch.stack(draws)))[
+        :, 0
+    ].log_softmax(-1)
     parts = scores.split([len(values) for values in blocked.values()])
     return {condition: part.mean(0) for condition, part in zip(blocked, parts, strict=True)}
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes answers`."""
-    probe_run, out = ProbeRun(args.probes), Path(args.out or args.probes)
-    questions = Path(args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json")
+    probe_run = ProbeRun(args.probes)
+    out = Path(args.out or args.probes)
+    questions = Path(
+        args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json"
+    )
     options = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
     plan = Plan(questions, Path(args.images or questions.parent), **options)
     with exclusive_run_lock(out, "answers.json"):
@@ -178,17 +221,27 @@ def run(args: argparse.Namespace) -> None:
 
 def print_answers(results: dict[str, Any]) -> None:
     """Print the accuracies of answers and probes, and the mean effects over classes."""
-    percent = lambda entry: "{:.1%} [{:.1%}, {:.1%}]".format(entry["value"], *entry["ci95"])
+
+    def percent(entry):
+        return "{:.1%} [{:.1%}, {:.1%}]".format(entry["value"], *entry["ci95"])
+
     asked = f"{results['questions']} questions about {results['images']} images"
-    print(f"{asked}, answered correctly: {percent(results['accuracy'])} (chance {1 / len(results['classes']):.1%})")
+    print(
+        f"{asked}, answered correctly: {percent(results['accuracy'])} (chance {1 / len(results['classes']):.1%})"
+    )
     for entry in results["sites"]:
         print(
             f"  probe at {entry['site']:<11} {percent(entry['accuracy'])}, agrees in {entry['agreement']['value']:.1%}"
         )
     print("Change in the log-probability of the right answer, mean over classes (nats):")
     for effect in results["effects"]:
-        mean, held = effect["mean"], sum(row["p_holm"] < 0.05 for row in effect["classes"])
+        mean = effect["mean"]
+        held = sum(row["p_holm"] < 0.05 for row in effect["classes"])
         comparison = f"{effect['condition']} against {effect['control']}"
-        bounds = "no interval" if mean["ci95"] is None else "[{:+.3f}, {:+.3f}]".format(*mean["ci95"])
+        bounds = (
+            "no interval" if mean["ci95"] is None else "[{:+.3f}, {:+.3f}]".format(*mean["ci95"])
+        )
         value = "no class" if mean["value"] is None else f"{mean['value']:+.3f} {bounds}"
-        print(f"  {comparison:<36} {value}; significant in {held} of {len(effect['classes'])} classes")
+        print(
+            f"  {comparison:<36} {value}; significant in {held} of {len(effect['classes'])} classes"
+        )

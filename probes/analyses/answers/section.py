@@ -51,8 +51,13 @@ def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
     """Return two sentences per mask: who is right at the same places, and what knockouts change."""
     lines = []
     for mask, of_mask in answers.items():
-        site = next((site for site in of_mask["sites"] if site["site"] == of_mask["peak_site"]), of_mask["sites"][-1])
-        random = "".join(f"; {name}: {_percent(entry['accuracy'])}" for name, entry in _random(of_mask).items())
+        site = next(
+            (site for site in of_mask["sites"] if site["site"] == of_mask["peak_site"]),
+            of_mask["sites"][-1],
+        )
+        random = "".join(
+            f"; {name}: {_percent(entry['accuracy'])}" for name, entry in _random(of_mask).items()
+        )
         lines.append(
             f"{mask.capitalize()}: at {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions, the right "
             "class is the model's most probable answer of all classes; at "
@@ -60,9 +65,19 @@ def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
             f"(answer minus probe {_points(site['difference'])}; both say the same in "
             f"{site['agreement']['value']:.0%}){random}."
         )
-        changes = {effect["condition"]: effect for effect in of_mask["effects"] if effect["control"] != "none"}
-        beyond = [e for e in (of_mask["beyond_random"] or {"effects": []})["effects"] if e["control"] != "none"]
-        beyond = {effect["condition"]: f" (beyond random {_nats(effect['mean'])})" for effect in beyond}
+        changes = {
+            effect["condition"]: effect
+            for effect in of_mask["effects"]
+            if effect["control"] != "none"
+        }
+        beyond = [
+            e
+            for e in (of_mask["beyond_random"] or {"effects": []})["effects"]
+            if e["control"] != "none"
+        ]
+        beyond = {
+            effect["condition"]: f" (beyond random {_nats(effect['mean'])})" for effect in beyond
+        }
         lines.append(
             "Against matched tokens, hiding the right class changes the right answer's log-probability by "
             f"{_nats(changes['correct']['mean'])}{beyond.get('correct', '')}, hiding the wrong class by "

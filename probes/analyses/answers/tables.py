@@ -7,7 +7,9 @@ from probes.results.formatting import Rows, bounds
 
 def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the answers of the trained model and of each random LLM, by name."""
-    return {"trained": of_mask} | {f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]}
+    return {"trained": of_mask} | {
+        f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
+    }
 
 
 def accuracy_rows(answers: dict[str, dict[str, Any]]) -> Rows:
@@ -34,16 +36,26 @@ def effect_rows(answers: dict[str, dict[str, Any]]) -> Rows:
     """Return the changes of the right answer's log-probability in nats, by class and as means over classes."""
     rows = []
     for mask, of_mask in answers.items():
-        effects = [(model, effect) for model, entry in models_of(of_mask).items() for effect in entry["effects"]]
+        effects = [
+            (model, effect)
+            for model, entry in models_of(of_mask).items()
+            for effect in entry["effects"]
+        ]
         if of_mask["beyond_random"]:
             effects += [("beyond random", effect) for effect in of_mask["beyond_random"]["effects"]]
         for model, effect in effects:
             common = {"image_attention": mask, "model": model}
             common |= {key: effect[key] for key in ("condition", "control")}
             mean = effect["mean"]
-            rows.append(common | {"class": "mean over classes", "value": mean["value"]} | _bounds(mean["ci95"]))
+            rows.append(
+                common
+                | {"class": "mean over classes", "value": mean["value"]}
+                | _bounds(mean["ci95"])
+            )
             rows += [
-                common | {key: row[key] for key in ("class", "value", "images", "p", "p_holm")} | _bounds(row["ci95"])
+                common
+                | {key: row[key] for key in ("class", "value", "images", "p", "p_holm")}
+                | _bounds(row["ci95"])
                 for row in effect.get("classes", ())
             ]
     return rows

@@ -54,7 +54,8 @@ class ImageReadout:
     """Readout of an image by one run."""
 
     image: int  # index in the validation split
-    box: tuple[float, float, float, float]  # left, top, width, height of the grid in fractions of the image
+    # left, top, width, height of the grid in fractions of the image
+    box: tuple[float, float, float, float]
     truth: Tensor  # long[T], class of most labelled pixels under a patch, -1 for unlabelled patches
     case: ConfusionCase | None  # None if no patch is wrongly predicted as any of the classes
     readings: dict[str, PatchReadout]  # by condition, "none" first
@@ -95,7 +96,8 @@ def explore(
     Raises:
         UserError: An image, class, condition or site does not exist, or a number is below 1.
     """
-    names, dataset = run.metrics["classes"], run.dataset()
+    names = run.metrics["classes"]
+    dataset = run.dataset()
     llm_sites = [site for site in run.sites if site != ENCODER]
     word_sites = llm_sites if word_sites is None else list(word_sites)
     _check_known("--images", images, range(len(dataset)), f"the validation split of {run.path}")
@@ -103,53 +105,87 @@ def explore(
     _check_known("--classes", classes or [], names, str(run.path))
     _check_known("--word-sites", word_sites, llm_sites, f"{run.path}, from the adapter on,")
     if top_classes < 1 or top_words < 1:
-        raise UserError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
+        raise UserError(
+            f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1"
+        )
     plan = Plan.of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
-    read_probe = lambda probe, states: probe(states.float())
-    heads = {site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()}
-    word_heads = {site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites}
+
+    def read_probe(probe, states):
+        return probe(states.float())
+
+    heads = {
+        site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
+    }
+    word_heads = {
+        site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites
+    }
     candidates = [k for k, name in enumerate(names) if classes is None or name in classes]
     if conditions and ADAPTER not in heads:
-        log.warning("%s shows no knockouts: it has no probe at the adapter, which finds the patches to block", run.path)
+        log.warning(
+            "%s shows no knockouts: it has no probe at the adapter, which finds the patches to block",
+            run.path,
+        )
         conditions = ()
     readouts = []
     for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
         sample = dataset[image]
         target = torch.from_numpy(sample["target"])[None]
-        view, pixels = mllm.geometry.view(sample["target"].shape), mllm.preprocess([sample["image"]])
+        view = mllm.geometry.view(sample["target"].shape)
+        pixels = mllm.preprocess([sample["image"]])
         truth = patch_labels(target, len(names), mllm.grid, view=view)[0]
-        case, blocked = None, {"none": torch.zeros_like(truth, dtype=torch.bool)}
+        case = None
+        blocked = {"none": torch.zeros_like(truth, dtype=torch.bool)}
         if conditions:
             states = mllm.states(pixels, list({ADAPTER, plan.block_by}))
-            predicted = torch.stack([heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)])
+            predicted = torch.stack(
+                [heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)]
+            )
             case = most_confused(predicted.cpu(), truth, image, candidates)
             if case:
-                blocked |= blocked_patches(case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image]))
+                blocked |= blocked_patches(
+                    case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image])
+                )
         cut = torch.stack([*blocked.values()])
         knockout = Knockout(cut, plan.layers) if len(cut) > 1 else None  # not all models can be cut
         states = mllm.states(pixels, run.sites, knockout, [0] * len(cut))
         parts = most_probable(states, heads, min(top_classes, len(names)))
         parts += most_probable(states, word_heads, top_words)
-        readings = {c: PatchReadout(b, *(part[i] for part in parts)) for i, (c, b) in enumerate(blocked.items())}
-        readouts.append(ImageReadout(image, grid_box(view, sample["target"].shape), truth, case, readings))
-    return RunReadout(run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts), plan.describe())
+        readings = {
+            c: PatchReadout(b, *(part[i] for part in parts))
+            for i, (c, b) in enumerate(blocked.items())
+        }
+        readouts.append(
+            ImageReadout(image, grid_box(view, sample["target"].shape), truth, case, readings)
+        )
+    return RunReadout(
+        run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts), plan.describe()
+    )
 
 
 def _check_known(option: str, values: Sequence, known: Sequence, owner: str) -> None:
     for value in values:
         if value not in known:
-            listed = f"0..{len(known) - 1}" if isinstance(known, range) else ", ".join(map(str, known))
+            listed = (
+                f"0..{len(known) - 1}" if isinstance(known, range) else ", ".join(map(str, known))
+            )
             raise UserError(f"{option}: {value!r} is unknown; {owner} has {listed}")
 
 
 def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return left, top, width and height of the grid as fractions of an image [H, W]."""
     (height, width), (rows, cols) = size, view
-    return cols.start_px / width, rows.start_px / height, cols.length_px / width, rows.length_px / height
+    return (
+        cols.start_px / width,
+        rows.start_px / height,
+        cols.length_px / width,
+        rows.length_px / height,
+    )
 
 
-def most_confused(predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> ConfusionCase | None:
+def most_confused(
+    predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]
+) -> ConfusionCase | None:
     """Return the case of the class that most patches are wrongly predicted as, among `classes`; None without one.
 
     Takes the predictions at the adapter and at the site that defines the blocked tokens, long[2, T], and the true
@@ -171,12 +207,22 @@ def blocked_patches(
     Of the tokens, with states f[T, d] at the adapter, those of high norm are not drawn while others are left.
     """
     high_norm = high_norm_tokens(states)
-    draw = lambda tokens: torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
-    blocked = {condition: case.blocked[condition.removeprefix("random_")] for condition in conditions}
-    return {name: draw(tokens) if name.startswith("random_") else tokens for name, tokens in blocked.items()}
+
+    def draw(tokens):
+        return torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
+
+    blocked = {
+        condition: case.blocked[condition.removeprefix("random_")] for condition in conditions
+    }
+    return {
+        name: draw(tokens) if name.startswith("random_") else tokens
+        for name, tokens in blocked.items()
+    }
 
 
-def most_probable(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> tuple[Tensor, Tensor]:
+def most_probable(
+    states: dict[str, Tensor], heads: dict[str, Head], count: int
+) -> tuple[Tensor, Tensor]:
     """Return the `count` most probable classes or words and their probabilities, [C, count, S, T] each."""
     conditions, tokens = next(iter(states.values())).shape[:2]
     ids = torch.zeros(conditions, count, len(heads), tokens, dtype=torch.long)
@@ -185,7 +231,9 @@ def most_probable(states: dict[str, Tensor], heads: dict[str, Head], count: int)
         for c in range(conditions):  # one at a time, since V is large
             logits = head(states[site][c : c + 1])[0].float()
             if count > logits.shape[-1]:
-                raise UserError(f"asked for the {count} most probable of {logits.shape[-1]} at {site}; ask for fewer")
+                raise UserError(
+                    f"asked for the {count} most probable of {logits.shape[-1]} at {site}; ask for fewer"
+                )
             best = logits.softmax(-1).topk(count)
             ids[c, :, s], probabilities[c, :, s] = best.indices.mT.cpu(), best.values.mT.cpu()
     return ids, probabilities
@@ -193,7 +241,12 @@ def most_probable(states: dict[str, Tensor], heads: dict[str, Head], count: int)
 
 def _read_vocabulary(run: ProbeRun, readouts: list[ImageReadout]) -> dict[int, str]:
     tokenizer = read_tokenizer(run.manifest["config"]["mllm"])
-    ids = {int(i) for image in readouts for reading in image.readings.values() for i in reading.words.unique()}
+    ids = {
+        int(i)
+        for image in readouts
+        for reading in image.readings.values()
+        for i in reading.words.unique()
+    }
     return {i: token_text(tokenizer, i) for i in sorted(ids)}
 
 
@@ -202,4 +255,8 @@ def token_text(tokenizer, token: int) -> str:
     if token >= len(tokenizer):
         return f"<row {token}>"  # an output matrix can have more rows than the tokenizer has tokens
     text = tokenizer.decode([token]).strip()
-    return text if text.isprintable() and text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token)
+    return (
+        text
+        if text.isprintable() and text and "\ufffd" not in text
+        else tokenizer.convert_ids_to_tokens(token)
+    )

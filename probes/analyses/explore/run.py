@@ -76,14 +76,17 @@ def page_data(explored: list[RunReadout]) -> tuple[dict[str, Any], dict[str, str
         "palette": palette_of(dataset).tolist(),
         "words": table,
         "planes": planes,
-        "images": [_encode_image(dataset[i.image]) | {"index": i.image} for i in explored[0].images],
+        "images": [
+            _encode_image(dataset[i.image]) | {"index": i.image} for i in explored[0].images
+        ],
         "runs": [_run_data(*pair) for pair in zip(explored, run_labels(explored), strict=True)],
     }
     return data, blocks
 
 
 def _run_data(explored: RunReadout, label: str) -> dict[str, Any]:
-    run, example = explored.run, next(iter(explored.images[0].readings.values()))
+    run = explored.run
+    example = next(iter(explored.images[0].readings.values()))
     return {
         "label": label,
         "grid": run.metrics["grid"],
@@ -91,7 +94,10 @@ def _run_data(explored: RunReadout, label: str) -> dict[str, Any]:
         "word_sites": explored.word_sites,
         "top_counts": [len(example.classes), len(example.words)],
         "images": [
-            {"grid_box": i.box, "conditions": [describe_condition(c, i, explored) for c in i.readings]}
+            {
+                "grid_box": i.box,
+                "conditions": [describe_condition(c, i, explored) for c in i.readings],
+            }
             for i in explored.images
         ],
     }
@@ -117,8 +123,14 @@ def describe_condition(condition: str, image: ImageReadout, explored: RunReadout
 def run_labels(explored: list[RunReadout]) -> list[str]:
     """Return a unique label per run: its mask, "untrained" if it is, and its path if two runs have the same label."""
     runs = [run_readout.run for run_readout in explored]
-    short = [run.metrics["image_attention"] + (", untrained" if run.metrics["untrained"] else "") for run in runs]
-    return [f"{name}, {run.path}" if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)]
+    short = [
+        run.metrics["image_attention"] + (", untrained" if run.metrics["untrained"] else "")
+        for run in runs
+    ]
+    return [
+        f"{name}, {run.path}" if short.count(name) > 1 else name
+        for name, run in zip(short, runs, strict=True)
+    ]
 
 
 def _word_table(explored: list[RunReadout]) -> tuple[list[str], list[Tensor]]:
@@ -127,10 +139,14 @@ def _word_table(explored: list[RunReadout]) -> tuple[list[str], list[Tensor]]:
     for run in explored:
         for image in run.images:
             for readout in image.readings.values():
-                frequency.update(run.vocabulary[token] for token in readout.words.flatten().tolist())
+                frequency.update(
+                    run.vocabulary[token] for token in readout.words.flatten().tolist()
+                )
     table = sorted(frequency, key=lambda word: (-frequency[word], word))
     index_of = {word: i for i, word in enumerate(table)}
-    indices = [torch.zeros(max(run.vocabulary, default=0) + 1, dtype=torch.long) for run in explored]
+    indices = [
+        torch.zeros(max(run.vocabulary, default=0) + 1, dtype=torch.long) for run in explored
+    ]
     for index, run in zip(indices, explored, strict=True):
         for token, word in run.vocabulary.items():
             index[token] = index_of[word]
@@ -154,7 +170,9 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     data, blocks = page_data(explored)
     runs = [run_readout.run for run_readout in explored]
     model = ", ".join(dict.fromkeys(model_name(run) for run in runs))
-    page = render("analyses/explore/explorer.html.j2", data=data, blocks=blocks, model=model, runs=runs)
+    page = render(
+        "analyses/explore/explorer.html.j2", data=data, blocks=blocks, model=model, runs=runs
+    )
     write_files({out / "explorer.html": page})
     return out / "explorer.html"
 
@@ -171,4 +189,6 @@ def run(args: argparse.Namespace) -> None:
     size_mb = path.stat().st_size / 1e6
     print(f"{path}: {len(args.images)} image{'s' * (len(args.images) != 1)}, {size_mb:.1f} MB")
     if size_mb > LARGE_MB:
-        print("The page is large; reduce it with --word-sites, --top-words, --conditions or fewer --images.")
+        print(
+            "The page is large; reduce it with --word-sites, --top-words, --conditions or fewer --images."
+        )

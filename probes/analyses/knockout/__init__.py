@@ -32,12 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--controls", nargs="+", default=[], choices=CONTROLS[1:], help=text)
     text = "draws to average for each condition with random tokens"
     parser.add_argument("--draws", type=int, default=5, help=text)
-    text = (
-        "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)"
-    )
+    text = "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l "
+    text += "(RUN/knockout_windows.json)"
     parser.add_argument("--layer-windows", type=int, metavar="K", help=text)
-    parser.add_argument("--attention", action="store_true", help="also measure where wrong patches attend, by layer")
-    parser.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
+    parser.add_argument(
+        "--attention", action="store_true", help="also measure where wrong patches attend, by layer"
+    )
+    parser.add_argument(
+        "--min-patches", type=int, default=1, help="leave out images with fewer wrong patches"
+    )
     parser.add_argument("--limit", type=int, help="number of images to read (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
     add_seed(parser, "the controls and the bootstrap")
@@ -48,7 +51,9 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
     """Yield the share of wrong patches left, by class, condition and site."""
     for entry in result["classes"]:
         for condition, values in entry["remaining"].items():
-            for layer, (value, interval) in enumerate(zip(values, entry["ci95"][condition], strict=True)):
+            for layer, (value, interval) in enumerate(
+                zip(values, entry["ci95"][condition], strict=True)
+            ):
                 site = "adapter" if layer == 0 else f"layer_{layer:02d}"
                 of = {"class": entry["class"], "condition": condition}
                 yield table_row(site, "wrong_patches_left", value, interval, **of)

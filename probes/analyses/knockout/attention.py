@@ -11,7 +11,9 @@ from torch import Tensor
 from probes.models.frozen_mllm import FrozenMLLM
 
 
-def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+def attention_from(
+    mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Return the attention from some tokens of each image, averaged over these tokens and over heads.
 
     Args:
@@ -22,7 +24,8 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
         Attention to each image token, f[C, L, T] (the remainder to 1 goes to the prefix), and the part of it that goes
         to the querying token itself, f[C, L].
     """
-    to_all, to_itself = [], []
+    to_all = []
+    to_itself = []
     for case, (_, tokens) in zip(mllm.attention(pixels, queries=queries), queries, strict=True):
         to_all.append(torch.stack([layer.mean(0) for layer in case]))
         to_itself.append([layer.gather(1, tokens.cpu().nonzero()).mean() for layer in case])
@@ -35,6 +38,15 @@ def sum_by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: 
     `correct` and `incorrect` are the tokens predicted as these classes, bool[T]: all querying tokens are among the
     incorrect ones and none among the correct ones.
     """
-    to = lambda group: attention[:, group].sum(-1)
-    groups = [itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), 1 - attention.sum(-1)]
+
+    def to(group):
+        return attention[:, group].sum(-1)
+
+    groups = [
+        itself,
+        to(correct),
+        to(incorrect) - itself,
+        to(~(correct | incorrect)),
+        1 - attention.sum(-1),
+    ]
     return torch.stack(groups, -1)

@@ -31,14 +31,19 @@ class ForwardRow(NamedTuple):
     layers: Sequence[int]  # to cut, numbered from 1
 
 
-def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) -> dict[str, Tensor]:
+def knock_out_batch(
+    reader: PatchReader, plan: Plan, classes: list[str], batch: dict
+) -> dict[str, Tensor]:
     """Return the results of a batch, collated by data/batches.py, by "class/key", one row per case.
 
     `classes` are the names of all classes. Without cases the result is empty.
     """
-    pixels, mllm, depth = batch["pixels"], reader.mllm, len(reader.layers) - 1
+    pixels = batch["pixels"]
+    mllm = reader.mllm
+    depth = len(reader.layers) - 1
     states = mllm.states(pixels, reader.layers)
-    predicted, truth = reader.predict_states(states), true_classes(batch["target"], len(classes), mllm)
+    predicted = reader.predict_states(states)
+    truth = true_classes(batch["target"], len(classes), mllm)
     how = (reader.layers.index(plan.block_by), plan.min_patches)
     cases: list[ConfusionCase] = []
     for name in plan.classes:
@@ -50,7 +55,8 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
     attention = None
     if plan.attention or {"mass", "matched"} & set(plan.controls):
         attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
-    locations, planned = cut_locations(plan.layer_windows, depth), plan.layers or range(1, depth + 1)
+    locations = cut_locations(plan.layer_windows, depth)
+    planned = plan.layers or range(1, depth + 1)
     results: list[dict[str, Tensor]] = []
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
@@ -60,18 +66,29 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
         result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
         unmodified = case.outcomes(predicted[:, case.row])
         result |= {outcome_key(name, "none"): values for name, values in unmodified.items()}
-        result |= {f"balance:{key}": measure_balance(case, features, key, draws) for key, draws in blocked.items()}
+        result |= {
+            f"balance:{key}": measure_balance(case, features, key, draws)
+            for key, draws in blocked.items()
+        }
         if plan.attention:
             result |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
         results.append(result)
-        rows += [ForwardRow(i, key, draw, planned) for key, draws in blocked.items() for draw in draws]
-        swept = [(f"swept:{key}", blocked[key][0], at.layers) for key in SWEEP_CONDITIONS for at in locations]
+        rows += [
+            ForwardRow(i, key, draw, planned) for key, draws in blocked.items() for draw in draws
+        ]
+        swept = [
+            (f"swept:{key}", blocked[key][0], at.layers)
+            for key in SWEEP_CONDITIONS
+            for at in locations
+        ]
         rows += [ForwardRow(i, *row) for row in swept]
     for (i, key), outcomes in _run_rows(reader, pixels, cases, rows, plan).items():
         if key.startswith("swept:"):
             results[i][key] = outcomes["rate"]
         else:
-            results[i] |= {outcome_key(name, key): values.mean(0) for name, values in outcomes.items()}
+            results[i] |= {
+                outcome_key(name, key): values.mean(0) for name, values in outcomes.items()
+            }
     tensors: dict[str, list[Tensor]] = {}
     for case, result in zip(cases, results, strict=True):
         for key, value in result.items():
@@ -80,7 +97,11 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
 
 
 def _run_rows(
-    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], rows: list[ForwardRow], plan: Plan
+    reader: PatchReader,
+    pixels: Tensor,
+    cases: list[ConfusionCase],
+    rows: list[ForwardRow],
+    plan: Plan,
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Return the outcomes by case and key, f[rows of the key, L + 1] each; identical rows run once."""
     identities = [(row.case, row.blocked.numpy().tobytes(), *row.layers) for row in rows]
@@ -94,14 +115,22 @@ def _run_rows(
         knockout = Knockout(torch.stack([row.blocked for _, row in chunk]), layers)
         images = sorted({case.row for case in of_rows})
         row_images = [images.index(case.row) for case in of_rows]
-        predicted = reader.predict_states(reader.mllm.states(pixels[images], reader.layers, knockout, row_images))
+        predicted = reader.predict_states(
+            reader.mllm.states(pixels[images], reader.layers, knockout, row_images)
+        )
         for i, (identity, _) in enumerate(chunk):
             measured[identity] = of_rows[i].outcomes(predicted[:, i])
     by_key: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
     for identity, row in zip(identities, rows, strict=True):
         by_key.setdefault((row.case, row.key), []).append(measured[identity])
-    stack = lambda outcomes, name: torch.stack([values[name] for values in outcomes])
-    return {key: {name: stack(outcomes, name) for name in outcomes[0]} for key, outcomes in by_key.items()}
+
+    def stack(outcomes, name):
+        return torch.stack([values[name] for values in outcomes])
+
+    return {
+        key: {name: stack(outcomes, name) for name in outcomes[0]}
+        for key, outcomes in by_key.items()
+    }
 
 
 def attention_shares(
@@ -111,10 +140,14 @@ def attention_shares(
 
     Takes their `attention` f[L, T] and f[L], see attention.py, and what they see, see `PatchReader.visible`.
     """
-    correct, incorrect = case.blocked["correct"] & ~case.mistaken, case.blocked["incorrect"] | case.mistaken
+    correct = case.blocked["correct"] & ~case.mistaken
+    incorrect = case.blocked["incorrect"] | case.mistaken
     keys = visible[case.mistaken].float()
-    uniform = 1 / (keys.sum(1) + others[case.mistaken])  # share of each visible token, the patch itself included
+    # share of each visible token, the patch itself included
+    uniform = 1 / (keys.sum(1) + others[case.mistaken])
     return {
         "attention": sum_by_group(attention, itself, correct, incorrect),
-        "uniform": sum_by_group((keys * uniform[:, None]).mean(0)[None], uniform.mean()[None], correct, incorrect)[0],
+        "uniform": sum_by_group(
+            (keys * uniform[:, None]).mean(0)[None], uniform.mean()[None], correct, incorrect
+        )[0],
     }

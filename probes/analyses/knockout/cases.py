@@ -43,8 +43,11 @@ class PatchReader:
     def visible(self) -> tuple[Tensor, Tensor]:
         """Return the image tokens that each one sees in any layer, bool[T, T], and how many other tokens, long[T]."""
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
-        mask = torch.stack([is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
-        image, rows = self.mllm.is_image, mask[self.mllm.is_image]
+        mask = torch.stack(
+            [is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]
+        ).any(0)
+        image = self.mllm.is_image
+        rows = mask[self.mllm.is_image]
         return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
@@ -53,7 +56,9 @@ class PatchReader:
 
     def predict_states(self, states: dict[str, Tensor]) -> Tensor:
         """Return the predicted class of each patch, long[L + 1, B, T], from the states f[B, T, d] of each layer."""
-        return torch.stack([self.probes[site](states[site].float()).argmax(-1) for site in self.layers]).cpu()
+        return torch.stack(
+            [self.probes[site](states[site].float()).argmax(-1) for site in self.layers]
+        ).cpu()
 
 
 @dataclass
@@ -68,13 +73,15 @@ class ConfusionCase:
     correct_class: int  # most frequent true class of the mistaken patches
     mistaken: Tensor  # bool[T], the patches in n_c(0)
     truth: Tensor  # long[T], true classes, -1 if unlabelled
-    blocked: dict[str, Tensor]  # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
+    # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
+    blocked: dict[str, Tensor]
 
     def outcomes(self, predicted: Tensor) -> dict[str, Tensor]:
         """Return the outcomes at each layer, f[L + 1] by name, from the predictions long[L + 1, T]."""
         wrong = predicted == self.wrong_class
         return {
-            "rate": (wrong & (self.truth != self.wrong_class) & (self.truth >= 0)).sum(-1) / self.patches,
+            "rate": (wrong & (self.truth != self.wrong_class) & (self.truth >= 0)).sum(-1)
+            / self.patches,
             "still_wrong": wrong[:, self.mistaken].float().mean(-1),
         }
 
@@ -98,7 +105,8 @@ def find_cases(
     """
     cases = []
     for row, image in enumerate(index.tolist()):
-        true, reference = truth[row], predicted[block_layer, row]
+        true = truth[row]
+        reference = predicted[block_layer, row]
         other_class = (true != wrong_class) & (true >= 0)
         mistaken = (predicted[0, row] == wrong_class) & other_class
         if mistaken.sum() < min_patches:
@@ -106,7 +114,9 @@ def find_cases(
         correct_class = true[mistaken].mode().values.item()
         blocked = {"incorrect": reference == wrong_class, "correct": reference == correct_class}
         counts = int(mistaken.sum()), int(blocked["correct"].sum())
-        cases.append(ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, true, blocked))
+        cases.append(
+            ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, true, blocked)
+        )
     return cases
 
 
@@ -121,7 +131,9 @@ def confused_classes(run: ProbeRun, count: int) -> list[str]:
         expected = f"expected N from 1 to {len(names)}, the number of classes of {run.path}"
         raise UserError(f"--classes auto:{count}: {expected}")
     if ADAPTER not in run.sites:
-        raise UserError(f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes")
+        raise UserError(
+            f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes"
+        )
     site = run.sites.index(ADAPTER)
     wrong = (run.counts.predicted[site] - run.counts.intersection[site]).sum(0).numpy()
     return [names[k] for k in np.argsort(-wrong, kind="stable")[:count]]

@@ -39,19 +39,27 @@ class MatchingFeatures(NamedTuple):
 
     distance: np.ndarray  # f[T], distance to the nearest mistaken patch, in patches
     visibility: np.ndarray  # f[T], share of the mistaken patches that may attend to it
-    mass: np.ndarray  # f[T], attention received per mistaken patch, mean over layers and heads; NaN if not measured
+    # f[T], attention received per mistaken patch, mean over layers and heads; NaN if not measured
+    mass: np.ndarray
     high_norm: np.ndarray  # bool[T]
 
     @classmethod
     def from_case(
-        cls, case: ConfusionCase, grid: tuple[int, int], visible: Tensor, states: Tensor, mass: Tensor | None
+        cls,
+        case: ConfusionCase,
+        grid: tuple[int, int],
+        visible: Tensor,
+        states: Tensor,
+        mass: Tensor | None,
     ) -> "MatchingFeatures":
         """Compute the features from `visible` bool[T, T] (query, key), adapter states f[T, d] and `mass` f[T]."""
         at = np.stack(np.unravel_index(np.arange(len(case.mistaken)), grid), 1)
         mistaken = case.mistaken.numpy()
         distance = np.linalg.norm(at[:, None] - at[mistaken][None], axis=-1).min(1)
         mass = np.full(len(at), np.nan) if mass is None else mass.cpu().numpy()
-        return cls(distance, visible.cpu().numpy()[mistaken].mean(0), mass, high_norm_tokens(states))
+        return cls(
+            distance, visible.cpu().numpy()[mistaken].mean(0), mass, high_norm_tokens(states)
+        )
 
 
 def high_norm_tokens(states: Tensor) -> np.ndarray:
@@ -60,20 +68,26 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
     return norm > norm.mean() + 2 * norm.std()
 
 
-def blocked_by_condition(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:
+def blocked_by_condition(
+    case: ConfusionCase, features: MatchingFeatures, plan: Plan
+) -> dict[str, list[Tensor]]:
     """Return the blocked tokens bool[T] by condition, one or several draws.
 
     Each draw is seeded by seed, image, class and condition, so no condition changes the draws of another.
     """
 
     def draw(condition: str, sample: Callable[..., np.ndarray], *args) -> list[Tensor]:
-        rng = np.random.default_rng([plan.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())])
+        rng = np.random.default_rng(
+            [plan.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())]
+        )
         return [torch.from_numpy(sample(*args, rng)) for _ in range(plan.draws)]
 
     sets = {name: case.blocked[name].numpy() for name in SETS}
     tokens: dict[str, list[Tensor]] = {name: [case.blocked[name]] for name in SETS}
     for name, blocked in sets.items():
-        tokens[f"random_{name}"] = draw(f"random_{name}", random_tokens, blocked, features.high_norm)
+        tokens[f"random_{name}"] = draw(
+            f"random_{name}", random_tokens, blocked, features.high_norm
+        )
     for control in (control for control in CONTROLS[1:] if control in plan.controls):
         values = _match_values(features, control)
         for name, blocked in sets.items():
@@ -82,7 +96,9 @@ def blocked_by_condition(case: ConfusionCase, features: MatchingFeatures, plan: 
     return tokens
 
 
-def random_tokens(blocked: np.ndarray, high_norm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random_tokens(
+    blocked: np.ndarray, high_norm: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Draw as many tokens as are blocked, bool[T]; those of high norm only if the others do not suffice."""
     order = rng.permutation(len(blocked))
     order = order[np.argsort(high_norm[order], kind="stable")]
@@ -96,7 +112,8 @@ def matched_tokens(
 
     Avoided tokens are drawn only if no others are left, and the blocked tokens themselves come last.
     """
-    pools, taken = [~blocked & ~avoided, ~blocked & avoided, blocked.copy()], np.zeros_like(blocked)
+    pools = [~blocked & ~avoided, ~blocked & avoided, blocked.copy()]
+    taken = np.zeros_like(blocked)
     for token in rng.permutation(np.flatnonzero(blocked)):
         pool = np.flatnonzero(next(candidates for candidates in pools if candidates.any()))
         distance = np.linalg.norm(values[pool] - values[token], axis=-1)
@@ -107,7 +124,9 @@ def matched_tokens(
     return taken
 
 
-def measure_balance(case: ConfusionCase, features: MatchingFeatures, condition: str, draws: list[Tensor]) -> Tensor:
+def measure_balance(
+    case: ConfusionCase, features: MatchingFeatures, condition: str, draws: list[Tensor]
+) -> Tensor:
     """Return how well a condition's tokens match, by `BALANCE`: f[5], mean over draws, NaN if undefined.
 
     The values are the number of tokens, their mean distance and visibility, their summed attention mass, and the share
@@ -120,7 +139,8 @@ def measure_balance(case: ConfusionCase, features: MatchingFeatures, condition: 
         if not b.any():
             rows.append([0] + [np.nan] * 4)
         else:
-            distance, visibility = features.distance[b].mean(), features.visibility[b].mean()
+            distance = features.distance[b].mean()
+            visibility = features.visibility[b].mean()
             rows.append([b.sum(), distance, visibility, features.mass[b].sum(), compared[b].mean()])
     return torch.tensor(np.mean(rows, 0), dtype=torch.float32)
 

@@ -45,13 +45,17 @@ class Plan:
         with error_context(run.path / "knockout.json"):
             settings = {name: results[name] for name in cls.__dataclass_fields__}
             settings["classes"] = [entry["class"] for entry in results["classes"]]
-            return cls(**settings | {"layers": None if results["layers"] == "all" else results["layers"]})
+            return cls(
+                **settings | {"layers": None if results["layers"] == "all" else results["layers"]}
+            )
 
     def describe(self) -> str:
         """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
         differences = []
         if self.layers is not None:
-            differences.append(f"cut in layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))} only")
+            differences.append(
+                f"cut in layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))} only"
+            )
         if self.block_by != ADAPTER:
             differences.append(f"blocked by the predictions at {self.block_by}")
         return "; ".join(differences)
@@ -76,4 +80,6 @@ class Plan:
         cut_locations(self.layer_windows, len(run.layers) - 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):
-                raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}")
+                raise UserError(
+                    f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}"
+                )

@@ -67,16 +67,23 @@ def rate_effects(run: ProbeRun) -> dict[str, Estimate]:
     if not (cases := select_cases(read_knockout(run))):
         return {}
     later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
-    incorrect, correct = later["incorrect"] - later["none"], later["correct"] - later["none"]
+    incorrect = later["incorrect"] - later["none"]
+    correct = later["correct"] - later["none"]
     random = later["random_correct"] - later["random_incorrect"]
-    mean, resampled = cases.mean(torch.stack([incorrect, correct, correct - incorrect - random], 1), run.weights)
+    mean, resampled = cases.mean(
+        torch.stack([incorrect, correct, correct - incorrect - random], 1), run.weights
+    )
     return {name: (mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
 
 
 def control_of(runs: Iterable[ProbeRun]) -> str:
     """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
     conditions = [list_conditions(tensors) for run in runs if (tensors := read_knockout(run))]
-    return "matched" if conditions and all("matched_correct" in names for names in conditions) else "random"
+    return (
+        "matched"
+        if conditions and all("matched_correct" in names for names in conditions)
+        else "random"
+    )
 
 
 def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
@@ -89,23 +96,41 @@ def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
     if cases is None or not enough_units(Cases({}, cases.image), run.groups):
         return {}
     means, by_pair = contrast_estimates(cases, run.weights, run.groups)
-    counts = {"images": len(cases.image.unique()), "patches": int(cases.patches.sum()), "pairs": len(by_pair)}
-    spread = lambda i: mean_over_classes({str(j): of_pair[i] for j, of_pair in enumerate(by_pair)})
+    counts = {
+        "images": len(cases.image.unique()),
+        "patches": int(cases.patches.sum()),
+        "pairs": len(by_pair),
+    }
+
+    def spread(i):
+        return mean_over_classes({str(j): of_pair[i] for j, of_pair in enumerate(by_pair)})
+
     return {name: Contrast(means[i], counts, spread(i)) for i, name in enumerate(EFFECTS)}
 
 
-def paired_cases(tensors: dict[str, Tensor], classes: list[str], control: str) -> PairedCases | None:
+def paired_cases(
+    tensors: dict[str, Tensor], classes: list[str], control: str
+) -> PairedCases | None:
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
     if f"{control}_correct" not in list_conditions(tensors):
         return None
-    read = lambda key: concat_classes(tensors, key, None)
-    later = lambda condition: later_half(read(outcome_key(OUTCOME, condition))).double()
+
+    def read(key):
+        return concat_classes(tensors, key, None)
+
+    def later(condition):
+        return later_half(read(outcome_key(OUTCOME, condition))).double()
+
     incorrect, correct = (later(name) - later(f"{control}_{name}") for name in SETS)
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
-    blocked = [name for key in tensors if (name := key.removesuffix("/image")) != key]  # the order of `concat_classes`
-    wrong = torch.cat([torch.full_like(tensors[f"{name}/image"], classes.index(name)) for name in blocked])
+    # the order of `concat_classes`
+    blocked = [name for key in tensors if (name := key.removesuffix("/image")) != key]
+    wrong = torch.cat(
+        [torch.full_like(tensors[f"{name}/image"], classes.index(name)) for name in blocked]
+    )
     true, patches, image = (read(key) for key in ("correct_class", "patches", "image"))
-    pair, forward = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true), wrong > true
+    pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
+    forward = wrong > true
     both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
     if not both.any():
         return None
@@ -122,11 +147,18 @@ def contrast_estimates(
     is widened to Student's t with as many degrees of freedom as Kish's effective number of images, or groups, less one.
     """
     sums, tokens = balance(cases, torch.cat([torch.ones_like(weights[:1]), weights]))
-    estimates = lambda values: [(of_effect[0].item(), of_effect[1:]) for of_effect in values.T]
+
+    def estimates(values):
+        return [(of_effect[0].item(), of_effect[1:]) for of_effect in values.T]
+
     unit = cases.image if groups is None else groups[cases.image]
-    patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(0, unit, cases.patches)
+    patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(
+        0, unit, cases.patches
+    )
     df = (patches.sum().square() / patches.square().sum()).item() - 1
-    wider = float(scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)) * ((df + 1) / df) ** 0.5
+    wider = (
+        float(scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)) * ((df + 1) / df) ** 0.5
+    )
     means = estimates(sums.sum(0) / tokens.sum(0)[:, None])
     return [(value, value + wider * (drawn - value)) for value, drawn in means], [
         estimates(of_pair) for of_pair in sums / tokens[..., None]
@@ -135,10 +167,14 @@ def contrast_estimates(
 
 def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each pair the weighted sum of effects f[P, R, E] and the weight f[P, R], from f[R, N] of images."""
-    weights, sums, tokens = weights.double()[:, cases.image] * cases.patches, [], []
+    weights = weights.double()[:, cases.image] * cases.patches
+    sums = []
+    tokens = []
     for pair in range(int(cases.pair.max()) + 1):
         kinds = [(cases.pair == pair) & (cases.forward == forward) for forward in (True, False)]
-        (sum_a, n_a), (sum_b, n_b) = ((weights[:, x] @ cases.values[x], weights[:, x].sum(1)) for x in kinds)
+        (sum_a, n_a), (sum_b, n_b) = (
+            (weights[:, x] @ cases.values[x], weights[:, x].sum(1)) for x in kinds
+        )
         total = (n_a + n_b).clamp(min=1)  # a resampling can lack the pair
         sums.append((sum_a * n_b[:, None] + sum_b * n_a[:, None]) / (2 * total[:, None]))
         tokens.append(n_a * n_b / total)

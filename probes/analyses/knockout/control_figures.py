@@ -31,14 +31,20 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
     """Draw the effect against random tokens by layers cut and layer read."""
     sliding = f"{sweep['layer_windows']} layers"
     kinds = {"single": "1 layer", "sliding": sliding, "from": "from layer", "up_to": "up to layer"}
-    places, entry = sweep["places"], sweep["classes"][0]
+    places = sweep["places"]
+    entry = sweep["classes"][0]
     figure, axes = new_panels(2 * len(kinds), height=2.3, columns=len(kinds), sharey="row")
     maps = {name: 100 * np.array(entry["effect"][name]["mean"]) for name in SET_COLOURS}
-    colours, rows = signed_colours(*maps.values()), []
-    for ax, (name, kind) in zip(axes, [(name, kind) for name in SET_COLOURS for kind in kinds], strict=True):
+    colours = signed_colours(*maps.values())
+    rows = []
+    for ax, (name, kind) in zip(
+        axes, [(name, kind) for name in SET_COLOURS for kind in kinds], strict=True
+    ):
         at = [i for i, place in enumerate(places) if place["kind"] == kind]
         image = ax.imshow(maps[name][at, 1:], **colours, aspect="auto")
-        labels = [places[i]["layers"][0] if kind != "up_to" else places[i]["layers"][-1] for i in at]
+        labels = [
+            places[i]["layers"][0] if kind != "up_to" else places[i]["layers"][-1] for i in at
+        ]
         step = -(-len(labels) // 8)
         ax.set_yticks(range(len(labels))[::step], labels[::step], fontsize=7)
         ticks = range(0, maps[name].shape[1] - 1, -(-(maps[name].shape[1] - 1) // 6))
@@ -48,7 +54,12 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
         effect = entry["effect"][name]
         rows += [
             {"image_attention": sweep["image_attention"], "condition": name, "kind": kind}
-            | {"first": places[i]["layers"][0], "last": places[i]["layers"][-1], "layer": layer, "effect": value}
+            | {
+                "first": places[i]["layers"][0],
+                "last": places[i]["layers"][-1],
+                "layer": layer,
+                "effect": value,
+            }
             | bounds(effect["ci95"][i][layer])
             | {"p_max_t": effect["p_corrected"][i][layer]}
             for i in at
@@ -66,12 +77,16 @@ def attention_shares(knockout: dict[str, Any]) -> FigureData:
     figure, ax = new_axes(4.4, 3.7)
     rows = []
     for colour, (group, label) in zip(COLOURS, GROUP_LABELS.items(), strict=False):
-        share, uniform = np.array(entry["share"][group]), entry["uniform"][group]
+        share = np.array(entry["share"][group])
+        uniform = entry["uniform"][group]
         layers = np.arange(1, len(share) + 1)
         ax.plot(layers, 100 * share, color=colour, marker="o", ms=3, label=label)
         ax.axhline(100 * uniform, color=colour, ls="--", lw=0.8)
         common = {"image_attention": knockout["image_attention"], "group": group}
-        rows += [common | {"layer": i, "share": s, "alike": uniform} for i, s in enumerate(share.tolist(), start=1)]
+        rows += [
+            common | {"layer": i, "share": s, "alike": uniform}
+            for i, s in enumerate(share.tolist(), start=1)
+        ]
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="LLM layer", ylabel="attention of wrong patches (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -80,7 +95,8 @@ def attention_shares(knockout: dict[str, Any]) -> FigureData:
 
 def control_figures(mask: str, run: ProbeRun) -> Figures:
     """Yield the figures of attention and of knockout_windows.json of a run, if it has them."""
-    result, sweep = run.analysis("knockout.json"), run.analysis("knockout_windows.json")
+    result = run.analysis("knockout.json")
+    sweep = run.analysis("knockout_windows.json")
     if result.get("attention"):
         yield ReportFigure(
             f"attention_{mask}", f"Attention of wrong patches, {mask}",

@@ -21,7 +21,8 @@ from probes.results.run_files import read_tensors
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
-CLAIMED_SIGN = {"incorrect": -1, "correct": +1, SPECIFICITY: +1}  # of the effects that the paper claims (App. C.2)
+# of the effects that the paper claims (App. C.2)
+CLAIMED_SIGN = {"incorrect": -1, "correct": +1, SPECIFICITY: +1}
 # A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
 # to swap are as extreme as the observed.
 MIN_IMAGES = 6
@@ -42,7 +43,9 @@ class Cases(NamedTuple):
         """Return the mean over cases of `values` f[C, ...], and those under image weights f[R, N], f[R, ...]."""
         weights = weights.double()[:, self.images]
         values = values.double()
-        return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(-1, *[1] * (values.ndim - 1))
+        return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(
+            -1, *[1] * (values.ndim - 1)
+        )
 
     def swapped_mean(self, effect: Tensor, swaps: Tensor) -> Tensor:
         """Return the mean of `effect` f[C, ...] with conditions swapped on the images of `swaps` f[R, N], f[R, ...]."""
@@ -88,11 +91,17 @@ def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | No
 def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
     """Return the conditions of a knockout, `CONDITIONS` first."""
     keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    present = [key for key in keys if ":" not in key and key not in (*CASE_KEYS, "attention", "uniform")]
-    return sorted(present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS))
+    present = [
+        key for key in keys if ":" not in key and key not in (*CASE_KEYS, "attention", "uniform")
+    ]
+    return sorted(
+        present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS)
+    )
 
 
-def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict[str, Any]:
+def class_entry(
+    name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None
+) -> dict[str, Any]:
     """Return the rates of a class by condition with intervals, and the balance: an entry of "classes" in knockout.json.
 
     Takes the content of knockout.safetensors, the bootstrap's seed, and long[N], groups of images to resample together.
@@ -103,15 +112,24 @@ def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor
     groups = None if groups is None else groups[tensors[f"{name}/image"]]
     weights = bootstrap_weights(images, seed=seed, groups=groups)
     weights /= weights.sum(1, keepdim=True)
-    entry: dict[str, Any] = {"class": name, "images": images, "remaining": {}, "ci95": {}, "balance": {}}
+    entry: dict[str, Any] = {
+        "class": name,
+        "images": images,
+        "remaining": {},
+        "ci95": {},
+        "balance": {},
+    }
     for condition in list_conditions(tensors):
         rates = tensors[f"{name}/{condition}"]
-        mean, resampled = rates.mean(0).tolist(), weights @ rates
+        mean = rates.mean(0).tolist()
+        resampled = weights @ rates
         entry["remaining"][condition] = mean
         entry["ci95"][condition] = [interval(m, resampled[:, i]) for i, m in enumerate(mean)]
         if f"{name}/balance:{condition}" in tensors:
             means = tensors[f"{name}/balance:{condition}"].nanmean(0).tolist()
-            entry["balance"][condition] = {k: None if v != v else v for k, v in zip(BALANCE, means, strict=True)}
+            entry["balance"][condition] = {
+                k: None if v != v else v for k, v in zip(BALANCE, means, strict=True)
+            }
     return entry
 
 
@@ -159,9 +177,16 @@ def _compare(rates: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
     controls = [control for control in CONTROLS if f"{control}_correct" in rates]
     pairs = [(condition, "none") for condition in rates if condition != "none"]
     pairs += [(name, f"{control}_{name}") for control in controls for name in SETS]
-    effects = [(condition, control, rates[condition] - rates[control]) for condition, control in pairs]
-    contrast = lambda prefix: rates[f"{prefix}correct"] - rates[f"{prefix}incorrect"]
-    return effects + [(SPECIFICITY, control, contrast("") - contrast(f"{control}_")) for control in controls]
+    effects = [
+        (condition, control, rates[condition] - rates[control]) for condition, control in pairs
+    ]
+
+    def contrast(prefix):
+        return rates[f"{prefix}correct"] - rates[f"{prefix}incorrect"]
+
+    return effects + [
+        (SPECIFICITY, control, contrast("") - contrast(f"{control}_")) for control in controls
+    ]
 
 
 def correct_for_classes(effects: list[dict[str, Any]], classes: Collection[str]) -> None:
@@ -170,7 +195,9 @@ def correct_for_classes(effects: list[dict[str, Any]], classes: Collection[str])
     for effect in effects:
         effect["later"]["p_holm"] = None
         if effect["class"] in classes:
-            families.setdefault((effect["condition"], effect["control"]), []).append(effect["later"])
+            families.setdefault((effect["condition"], effect["control"]), []).append(
+                effect["later"]
+            )
     for family in families.values():
         for later, p in zip(family, holm([later["p"] for later in family]), strict=True):
             later["p_holm"] = p
@@ -199,12 +226,20 @@ def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
     of_images = torch.stack([resampled.double() for _, resampled in effects.values()]).nanmean(0)
     variance = max(values.var().item() / len(values), of_images[~of_images.isnan()].var().item())
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * variance**0.5
-    return result | {"value": value, "ci95": [value - half, value + half], "sd": values.std().item()}
+    return result | {
+        "value": value,
+        "ci95": [value - half, value + half],
+        "sd": values.std().item(),
+    }
 
 
-def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | None) -> dict[str, Any]:
+def attention_entry(
+    name: str, tensors: dict[str, Tensor], classes: list[str] | None
+) -> dict[str, Any]:
     """Return the mean attention of mistaken patches by group and layer 1..L, and the uniform share of each group."""
-    share, uniform = (concat_classes(tensors, key, classes).mean(0) for key in ("attention", "uniform"))
+    share, uniform = (
+        concat_classes(tensors, key, classes).mean(0) for key in ("attention", "uniform")
+    )
     return {
         "class": name,
         "share": dict(zip(GROUPS, share.T.tolist(), strict=True)),

@@ -6,7 +6,15 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.style import COLOURS, INTERVALS, FigureData, Figures, ReportFigure, new_axes, new_panels
+from probes.analyses.style import (
+    COLOURS,
+    INTERVALS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    new_axes,
+    new_panels,
+)
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 
@@ -19,8 +27,16 @@ CONDITION_STYLES = {
     "random_incorrect": ("#EE9988", ":", "as many random patches (wrong)"),
     "random_correct": ("#77BBDD", ":", "as many random patches (correct)"),
 }
-EFFECT_TITLES = {"incorrect": "wrong class blocked", "correct": "correct class blocked", SPECIFICITY: "correct − wrong"}
-CONTROL_LABELS = {"none": "no blocking", "random": "random patches", "distance": "patches matched in distance"}
+EFFECT_TITLES = {
+    "incorrect": "wrong class blocked",
+    "correct": "correct class blocked",
+    SPECIFICITY: "correct − wrong",
+}
+CONTROL_LABELS = {
+    "none": "no blocking",
+    "random": "random patches",
+    "distance": "patches matched in distance",
+}
 CONTROL_LABELS |= {"mass": "patches matched in attention", "matched": "patches matched in both"}
 
 
@@ -34,7 +50,9 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
         rows += _draw_rates(ax, run, tensors, name)
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8
+    )
     return FigureData(figure, rows)
 
 
@@ -43,7 +61,9 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
     cases = select_cases(tensors, None if name is None else [name])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(labelsize=7)
-    ax.set_title(f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} cases)", fontsize=8)
+    ax.set_title(
+        f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} cases)", fontsize=8
+    )
     if cases is None:
         return []
     rows = []
@@ -52,10 +72,17 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
         ax.plot(100 * mean, dash, color=colour, label=label, lw=1.5)
         if dash == "-":
-            ax.fill_between(range(len(mean)), *(100 * np.array(ci95).T), color=colour, alpha=0.12, lw=0)
-        common = {"image_attention": run.metrics["image_attention"], "class": name or "all", "condition": condition}
+            ax.fill_between(
+                range(len(mean)), *(100 * np.array(ci95).T), color=colour, alpha=0.12, lw=0
+            )
+        common = {
+            "image_attention": run.metrics["image_attention"],
+            "class": name or "all",
+            "condition": condition,
+        }
         rows += [
-            common | {"layer": layer, "cases": len(cases.images), "remaining": m, **bounds(ci95[layer])}
+            common
+            | {"layer": layer, "cases": len(cases.images), "remaining": m, **bounds(ci95[layer])}
             for layer, m in enumerate(mean.tolist())
         ]
     return rows
@@ -76,26 +103,43 @@ def effect_rows(knockout: dict[str, Any]) -> Rows:
 def effects_by_class(knockout: dict[str, Any]) -> FigureData:
     """Draw the effects in the later half of the layers by class and control; filled if significant."""
     shown = [entry for entry in knockout["effects"] if entry["condition"] in EFFECT_TITLES]
-    control_of = lambda entry: entry["control"].removesuffix(f"_{entry['condition']}")
-    names, controls = (list(dict.fromkeys(map(key, shown))) for key in (lambda entry: entry["class"], control_of))
-    figure, axes = new_axes(6.8, 0.9 + 0.11 * (len(controls) + 1) * len(names), len(EFFECT_TITLES), sharey=True)
+
+    def control_of(entry):
+        return entry["control"].removesuffix(f"_{entry['condition']}")
+
+    names, controls = (
+        list(dict.fromkeys(map(key, shown))) for key in (lambda entry: entry["class"], control_of)
+    )
+    figure, axes = new_axes(
+        6.8, 0.9 + 0.11 * (len(controls) + 1) * len(names), len(EFFECT_TITLES), sharey=True
+    )
     for ax, (condition, title) in zip(axes, EFFECT_TITLES.items(), strict=True):
         for entry in (entry for entry in shown if entry["condition"] == condition):
-            number, later = controls.index(control_of(entry)), entry["later"]
-            y = names.index(entry["class"]) + (number - (len(controls) - 1) / 2) / (len(controls) + 1)
-            colour, p = COLOURS[number], later["p"] if entry["class"] == "all" else later["p_holm"]
+            number = controls.index(control_of(entry))
+            later = entry["later"]
+            y = names.index(entry["class"]) + (number - (len(controls) - 1) / 2) / (
+                len(controls) + 1
+            )
+            colour = COLOURS[number]
+            p = later["p"] if entry["class"] == "all" else later["p_holm"]
             ax.plot(100 * np.array(later["ci95"]), [y, y], color=colour, lw=1.2)
             fill = colour if p is not None and p < 0.05 else "white"
             ax.plot([100 * later["value"]], [y], "o", color=colour, mfc=fill, ms=3.5)
-        ax.set_title(f"{title}\nclaimed: {'below' if CLAIMED_SIGN[condition] < 0 else 'above'} 0", fontsize=8)
+        ax.set_title(
+            f"{title}\nclaimed: {'below' if CLAIMED_SIGN[condition] < 0 else 'above'} 0", fontsize=8
+        )
         ax.axvline(0, color="black", lw=0.8)
         ax.set_yticks(range(len(names)), names, fontsize=7)
         ax.tick_params(axis="x", labelsize=7)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     axes[1].set_xlabel("change in wrong patches left (pp)", fontsize=8)
     for number, control in enumerate(controls):
-        axes[0].plot([], [], "o", color=COLOURS[number], ms=3.5, label=f"against {CONTROL_LABELS[control]}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        axes[0].plot(
+            [], [], "o", color=COLOURS[number], ms=3.5, label=f"against {CONTROL_LABELS[control]}"
+        )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+    )
     return FigureData(figure, effect_rows(knockout))
 
 

@@ -42,7 +42,9 @@ def cut_locations(width: int | None, depth: int) -> list[CutLocation]:
     if width is None:
         return []
     if not 1 <= width <= depth:
-        raise UserError(f"layer windows {width}: the width must be from 1 to {depth}, the layers of this model")
+        raise UserError(
+            f"layer windows {width}: the width must be from 1 to {depth}, the layers of this model"
+        )
     layers = range(1, depth + 1)
     return [
         *(CutLocation([layer], "single") for layer in layers),
@@ -52,7 +54,9 @@ def cut_locations(width: int | None, depth: int) -> list[CutLocation]:
     ]
 
 
-def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor) -> dict[str, Any]:
+def sweep_entry(
+    name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor
+) -> dict[str, Any]:
     """Return the effects of a class (or all) by location, an entry of "classes" in knockout_windows.json.
 
     "change" is the difference of n_c(l) / n_c(0) to no knockout, "effect" that to random tokens, f[W, L + 1] each.
@@ -66,7 +70,8 @@ def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tens
         change = rates[condition] - cases.rates["none"][:, None]
         effect = (rates[condition] - rates[f"random_{condition}"]).flatten(1)
         mean, resampled = cases.mean(effect, weights)
-        _, corrected = p_values(cases.swapped_mean(effect, swaps))  # one family: every location and layer
+        # one family: every location and layer
+        _, corrected = p_values(cases.swapped_mean(effect, swaps))
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
         entry["change"][condition] = change.mean(0).tolist()
         entry["effect"][condition] = {

@@ -71,7 +71,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     if windows:
         files = {out / "knockout_windows.json": windows} | files
     else:
-        (out / "knockout_windows.json").unlink(missing_ok=True)  # of the knockout that this one replaces
+        # of the knockout that this one replaces
+        (out / "knockout_windows.json").unlink(missing_ok=True)
     write_files(files)
     shutil.rmtree(out / "knockout.partial")
     return results
@@ -86,10 +87,17 @@ def summarise_cases(
     """
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
-    pools = {"all": None} | {name: [name] for name in plan.classes}  # pooled over classes, and each class alone
-    cases = {name: found for name, members in pools.items() if (found := select_cases(tensors, members))}
-    effects = [entry for name in cases for entry in effect_entries(name, cases[name], weights, swaps)]
-    tested = [name for name in plan.classes if name in cases and enough_units(cases[name], run.groups)]
+    # pooled over classes, and each class alone
+    pools = {"all": None} | {name: [name] for name in plan.classes}
+    cases = {
+        name: found for name, members in pools.items() if (found := select_cases(tensors, members))
+    }
+    effects = [
+        entry for name in cases for entry in effect_entries(name, cases[name], weights, swaps)
+    ]
+    tested = [
+        name for name in plan.classes if name in cases and enough_units(cases[name], run.groups)
+    ]
     correct_for_classes(effects, tested)
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
     header |= {"runs": [run.fingerprint], **asdict(plan)}
@@ -103,18 +111,28 @@ def summarise_cases(
         results["attention"] = [attention_entry(name, tensors, pools[name]) for name in cases]
     if not swept:
         return results, None
-    rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
+
+    def rates(name):
+        return {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
+
     entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
-    places = [location._asdict() for location in cut_locations(plan.layer_windows, len(run.layers) - 1)]
+    places = [
+        location._asdict() for location in cut_locations(plan.layer_windows, len(run.layers) - 1)
+    ]
     return results, header | {"places": places, "classes": entries}
 
 
-def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) -> dict[str, Tensor]:
+def _compute_cases(
+    run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path
+) -> dict[str, Tensor]:
     """Return the results of the split by "class/key", one row per case; finished batches are kept in `partial`."""
-    classes, dataset = run.metrics["classes"], PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
+    classes = run.metrics["classes"]
+    dataset = PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
     images = range(min(len(dataset), plan.limit or len(dataset)))
 
-    compute = lambda indices: knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
+    def compute(indices):
+        return knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
+
     arguments = {"plan": asdict(plan), "run": run.fingerprint}
     batches = cached_batches(partial, arguments, images, plan.batch_size, compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
@@ -132,14 +150,21 @@ def run(args: argparse.Namespace) -> None:
     probe_run = ProbeRun(args.probes)
     args.classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
-    plan = Plan(**{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__})
+    plan = Plan(
+        **{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__}
+    )
     made_from = {"runs": [probe_run.fingerprint], **asdict(plan), "layers": plan.layers or "all"}
-    classes_of = lambda results: results | {"classes": [entry["class"] for entry in results["classes"]]}
+
+    def classes_of(results):
+        return results | {"classes": [entry["class"] for entry in results["classes"]]}
+
     with exclusive_run_lock(out, "knockout.json"):
         check_replaceable(out / "knockout.json", made_from, args.overwrite, classes_of)
         results = knockout(probe_run, plan, out)
     for entry in results["classes"]:
-        rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())
+        rates = ", ".join(
+            f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items()
+        )
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}")
     print_effects(results)
 
@@ -151,7 +176,9 @@ def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
         return classes
     count = auto.removeprefix("auto:")
     if len(classes) > 1 or not count.isdecimal():
-        raise UserError(f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5")
+        raise UserError(
+            f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5"
+        )
     classes = confused_classes(run, int(count))
     print(f"most often wrongly predicted: {', '.join(classes)}")
     return classes
@@ -166,11 +193,19 @@ def print_effects(results: dict[str, Any]) -> None:
     )
     for effect in effects:
         key = [effect["condition"], effect["control"]]
-        same = [entry["later"] for entry in results["effects"] if [entry["condition"], entry["control"]] == key]
+        same = [
+            entry["later"]
+            for entry in results["effects"]
+            if [entry["condition"], entry["control"]] == key
+        ]
         tested = [later["p_holm"] for later in same if later["p_holm"] is not None]
-        print(f"  {format_effect(effect)}; {sum(p < 0.05 for p in tested)} of {len(tested)} classes")
+        print(
+            f"  {format_effect(effect)}; {sum(p < 0.05 for p in tested)} of {len(tested)} classes"
+        )
     if few := results["too_few_images"]:
-        print(f"Not tested, in fewer than {MIN_IMAGES} images, or groups of images: {', '.join(few)}")
+        print(
+            f"Not tested, in fewer than {MIN_IMAGES} images, or groups of images: {', '.join(few)}"
+        )
 
 
 def format_effect(effect: dict[str, Any]) -> str:

@@ -21,10 +21,14 @@ SHOWN_LAYERS = 6  # of a bare encoder
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
-    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
-    dataset, sites, rows = run.dataset(), _shown_sites(run), []
+    index = run.analysis("maps.json")
+    maps = read_tensors(run.path / "maps.safetensors")
+    dataset = run.dataset()
+    sites = _shown_sites(run)
+    rows = []
     for image in index["images"]:
-        sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
+        sample = dataset[image["index"]]
+        predicted = maps[f"image/{image['index']}"].numpy()
         rows.append(
             [np.asarray(sample["image"]), colorize(sample["target"], palette)]
             + [colorize(predicted[index["sites"].index(site)], palette) for site in sites]
@@ -38,15 +42,21 @@ def task_maps(run: TaskRun) -> FigureData:
 
     Target and predictions of an image share their colours.
     """
-    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
-    dataset, sites, rows = run.dataset(), _shown_sites(run), []
+    index = run.analysis("maps.json")
+    maps = read_tensors(run.path / "maps.safetensors")
+    dataset = run.dataset()
+    sites = _shown_sites(run)
+    rows = []
     for image in index["images"]:
-        sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
+        sample = dataset[image["index"]]
+        predicted = maps[f"image/{image['index']}"].numpy()
         target = run.task.truth(torch.from_numpy(sample["target"])[None])[0].numpy()
         shown = np.concatenate([target, *(predicted[index["sites"].index(site)] for site in sites)])
         colours = np.split(run.task.colorize(shown), 1 + len(sites))
         rows.append([np.asarray(sample["image"]), *colours])
-    return FigureData(_image_grid(rows, ["image", "target", *(site.replace("_", " ") for site in sites)]), [])
+    return FigureData(
+        _image_grid(rows, ["image", "target", *(site.replace("_", " ") for site in sites)]), []
+    )
 
 
 def _shown_sites(run: FinishedRun) -> list[str]:
@@ -63,13 +73,18 @@ def _shown_sites(run: FinishedRun) -> list[str]:
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     """Draw one image by layer: no blocking, wrong class blocked, correct class blocked (Figs. 6, 12)."""
-    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
+    index = run.analysis("maps.json")
+    maps = read_tensors(run.path / "maps.safetensors")
     (case,) = [case for case in index["knockout"] if case["class"] == name]
-    sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
+    sample = run.dataset()[case["image"]]
+    predicted = maps[f"knockout/{name}"].numpy()
     layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
     blank = np.full((*sample["target"].shape, 3), 255)
     first_column = [np.asarray(sample["image"]), colorize(sample["target"], palette), blank]
-    rows = [[first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)] for i in range(3)]
+    rows = [
+        [first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)]
+        for i in range(3)
+    ]
     titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
     row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]
     return FigureData(_image_grid(rows, titles, row_titles, _legend(run, palette)), [])
@@ -78,11 +93,17 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
 def _legend(run: ProbeRun, palette: np.ndarray) -> list[Patch]:
     """Return the colours of the first classes."""
     names = run.metrics["classes"][:LEGEND_CLASSES]
-    return [Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n) for k, n in enumerate(names)]
+    return [
+        Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n)
+        for k, n in enumerate(names)
+    ]
 
 
 def _image_grid(
-    rows: list[list[np.ndarray]], titles: list[str], row_titles: Sequence[str] = (), legend: Sequence[Patch] = ()
+    rows: list[list[np.ndarray]],
+    titles: list[str],
+    row_titles: Sequence[str] = (),
+    legend: Sequence[Patch] = (),
 ) -> Figure:
     figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.3 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)

@@ -54,7 +54,9 @@ def predict_maps(
     return upsampled_argmax(logits, size, reader.mllm.geometry.view(size)).to(torch.uint8).cpu()
 
 
-def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor] | None:
+def predict_knockout_maps(
+    run: ProbeRun, reader: PatchReader, name: str
+) -> tuple[dict, Tensor] | None:
     """Return image and classes, and maps by condition and layer, uint8[3, L + 1, H, W], for a wrong class `name`.
 
     The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
@@ -62,26 +64,35 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
     """
     plan = Plan.of_run(run)
     if name not in plan.classes:
-        raise UserError(f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first")
+        raise UserError(
+            f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"
+        )
     tensors = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in tensors:
         return None
     usable = torch.minimum(tensors[f"{name}/patches"], tensors[f"{name}/anchors"])
     image = tensors[f"{name}/image"][usable.argmax()].item()
-    sample, classes = run.dataset()[image], run.metrics["classes"]
+    sample = run.dataset()[image]
+    classes = run.metrics["classes"]
     truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
     how = (run.layers.index(plan.block_by), plan.min_patches)
     (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how)
     blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
     maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]
-    entry = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
+    entry = {
+        "class": name,
+        "correct_class": classes[case.correct_class],
+        "image": image,
+        "name": sample["name"],
+    }
     return entry | {"how": plan.describe()}, torch.stack(maps)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes maps`."""
-    run, out = open_run(args.probes), Path(args.out or args.probes)
+    run = open_run(args.probes)
+    out = Path(args.out or args.probes)
     if isinstance(run, TaskRun) and args.classes:
         raise UserError(
             f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
@@ -91,15 +102,23 @@ def run(args: argparse.Namespace) -> None:
     for image in args.image:
         check_image(image, len(dataset))
     made_from = {"runs": [run.fingerprint], "image": args.image, "classes": args.classes}
-    images_of = lambda results: results | {"image": [entry["index"] for entry in results["images"]]}
+
+    def images_of(results):
+        return results | {"image": [entry["index"] for entry in results["images"]]}
+
     with exclusive_run_lock(out, "maps.json"):
         check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
         knockouts = []
         if isinstance(run, TaskRun):
-            predict = lambda sample: torch.from_numpy(run.predict_sites(sample["image"], run.sites))
+
+            def predict(sample):
+                return torch.from_numpy(run.predict_sites(sample["image"], run.sites))
         else:
             reader = PatchReader(run)
-            predict = lambda sample: predict_maps(reader, sample, run.sites)
+
+            def predict(sample):
+                return predict_maps(reader, sample, run.sites)
+
         tensors = {f"image/{i}": predict(dataset[i]) for i in tqdm(args.image, desc="maps")}
         for name in args.classes:
             if result := predict_knockout_maps(run, reader, name):

@@ -22,7 +22,8 @@ def map_figures(study: Study) -> Figures:
         if not (result := run.analysis("maps.json")):
             continue
         of_encoder = (
-            "Predictions by layer. Look for the layer from which on objects are found, and for what the last ones lose."
+            "Predictions by layer. Look for the layer from which on objects are found, "
+            "and for what the last ones lose."
         )
         of_mllm = (
             "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
@@ -32,7 +33,8 @@ def map_figures(study: Study) -> Figures:
         text = of_mllm if run.has_llm else of_encoder
         yield ReportFigure(f"maps_{mask}", title, text, site_maps(run, palette), "wide")
         for case in result["knockout"]:
-            wrong, correct = case["class"], case["correct_class"]
+            wrong = case["class"]
+            correct = case["correct_class"]
             how = f" ({case['how']})" if case.get("how") else ""
             yield ReportFigure(
                 f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", f"{correct} predicted as {wrong}, {mask}",

@@ -14,10 +14,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", metavar="NAME", help=text)
     text = "also patch pictures without a cue by those with it: a folder data set with the splits `with` and `without`"
     parser.add_argument("--pairs", metavar="DIR", help=text)
-    parser.add_argument("--site", help="site of the read-out (default: the run's best decoder layer)")
+    parser.add_argument(
+        "--site", help="site of the read-out (default: the run's best decoder layer)"
+    )
     text = "layers whose states are replaced, 0 for the adapter (default: all before the read-out)"
     parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
-    parser.add_argument("--limit", type=int, help="number of images, and of pairs, to read (default: all)")
+    parser.add_argument(
+        "--limit", type=int, help="number of images, and of pairs, to read (default: all)"
+    )
     parser.add_argument("--draws", type=int, default=3, help="draws of random tokens to average")
     parser.add_argument("--batch-size", type=int, default=16, help="images per batch")
     add_seed(parser, "the random tokens and the bootstrap")

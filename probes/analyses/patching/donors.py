@@ -42,11 +42,15 @@ class Batch(NamedTuple):
 def mask_batch(mllm: FrozenMLLM, dataset, index: list[int], classes: int) -> Batch:
     """Return images of a split with the sets of tokens that receive states of another mask."""
     samples = [dataset[i] for i in index]
-    pixels, truth = mllm.preprocess([sample["image"] for sample in samples]), _truth(mllm, samples, classes)
+    pixels = mllm.preprocess([sample["image"] for sample in samples])
+    truth = _truth(mllm, samples, classes)
     rows, columns = mllm.grid
     row_of = torch.arange(rows * columns) // columns
     sets = {"all": torch.ones_like(truth, dtype=torch.bool)}
-    sets |= {name: (row_of == row).expand_as(truth) for name, row in zip(ROWS, (0, rows // 2, rows - 1), strict=True)}
+    sets |= {
+        name: (row_of == row).expand_as(truth)
+        for name, row in zip(ROWS, (0, rows // 2, rows - 1), strict=True)
+    }
     largest = F.one_hot(truth + 1, classes + 1).sum(1)[:, 1:].argmax(1, keepdim=True)
     return Batch(index, pixels, pixels, truth, sets | {"class": truth == largest})
 
@@ -54,13 +58,20 @@ def mask_batch(mllm: FrozenMLLM, dataset, index: list[int], classes: int) -> Bat
 def pair_batch(mllm: FrozenMLLM, pairs: "Pairs", index: list[int], classes: int) -> Batch:
     """Return pictures without a cue, their pairs with it as donors, and the tokens under the pixels that differ."""
     without, cued = ([split[i] for i in index] for split in (pairs.without, pairs.cued))
-    pixels, donor = (mllm.preprocess([sample["image"] for sample in samples]) for samples in (without, cued))
+    pixels, donor = (
+        mllm.preprocess([sample["image"] for sample in samples]) for samples in (without, cued)
+    )
     for one, other in zip(without, cued, strict=True):
         if one["image"].size != other["image"].size:
-            raise UserError(f"the pictures with and without {one['name']} differ in size; expected the same pixels")
+            raise UserError(
+                f"the pictures with and without {one['name']} differ in size; expected the same pixels"
+            )
     both = [[np.asarray(sample["image"]) for sample in samples] for samples in (without, cued)]
     differs = [torch.from_numpy((a != b).any(-1)) for a, b in zip(*both, strict=True)]
-    cue = true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm) == 0
+    cue = (
+        true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm)
+        == 0
+    )
     for sample, covered in zip(cued, cue.all(1).tolist(), strict=True):
         if covered:
             raise UserError(
@@ -86,11 +97,16 @@ class Pairs:
     """
 
     def __init__(self, root: Path, classes: Sequence[str]):
-        self.cued, self.without = FolderDataset(root, "with"), FolderDataset(root, "without")
+        self.cued = FolderDataset(root, "with")
+        self.without = FolderDataset(root, "without")
         if odd := sorted(set(self.cued.names) ^ set(self.without.names)):
-            raise UserError(f"{root}: {odd[0]} is in one of images/with and images/without; expected pairs")
+            raise UserError(
+                f"{root}: {odd[0]} is in one of images/with and images/without; expected pairs"
+            )
         if self.cued.classes != list(classes):
-            raise UserError(f"{root / 'classes.json'}: the classes are not those of the probes, {', '.join(classes)}")
+            raise UserError(
+                f"{root / 'classes.json'}: the classes are not those of the probes, {', '.join(classes)}"
+            )
 
     def __len__(self) -> int:
         return len(self.cued)

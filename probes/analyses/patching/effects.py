@@ -37,7 +37,10 @@ def patching_effects(
         total = tensors[f"{name}/total"].double()
         groups_of = None if groups is None or name == "pairs" else groups[: len(total)]
         weights = bootstrap_weights(len(total), seed=seed, groups=groups_of)
-        sets = [{"set": s} | _groups(tensors, f"{name}/{s}", layers, weights) for s in set_names(tensors, name)]
+        sets = [
+            {"set": s} | _groups(tensors, f"{name}/{s}", layers, weights)
+            for s in set_names(tensors, name)
+        ]
         mean, resampled = nan_mean(total[:, None], weights)
         entry = {"value": mean.item(), "ci95": interval(mean.item(), resampled[:, 0])}
         experiments.append({"experiment": name, "images": len(total), "total": entry, "sets": sets})
@@ -50,7 +53,9 @@ def set_names(tensors: dict[str, Tensor], experiment: str) -> list[str]:
     return list(dict.fromkeys(key[1] for key in keys if key[0] == experiment and len(key) == 3))
 
 
-def _groups(tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights: Tensor) -> dict[str, Any]:
+def _groups(
+    tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights: Tensor
+) -> dict[str, Any]:
     results = {}
     for group in GROUPS:
         values = tensors[f"{key}/{group}"].double()
@@ -68,7 +73,8 @@ def _groups(tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights
 def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of f[N, L] over images without NaN, f[L], and those under weights f[R, N], f[R, L]."""
     valid = ~values.isnan()
-    filled, weights = torch.where(valid, values, 0), weights.double()
+    filled = torch.where(valid, values, 0)
+    weights = weights.double()
     return filled.sum(0) / valid.sum(0), (weights @ filled) / (weights @ valid.double())
 
 
@@ -81,9 +87,13 @@ def print_effects(results: dict[str, Any]) -> None:
               f"{total['value']:+.3f} {bounds} nats")  # fmt: skip
         for entry in experiment["sets"]:
             shown = "others" if "others" in entry else "patched"
-            for place, random in zip(entry[shown], entry.get("difference", [None] * len(entry[shown])), strict=True):
+            for place, random in zip(
+                entry[shown], entry.get("difference", [None] * len(entry[shown])), strict=True
+            ):
                 text = "{:+.3f} [{:+.3f}, {:+.3f}]"
                 line = text.format(place["value"], *place["ci95"])
                 if random:
-                    line += ", beyond random tokens " + text.format(random["value"], *random["ci95"])
+                    line += ", beyond random tokens " + text.format(
+                        random["value"], *random["ci95"]
+                    )
                 print(f"  {entry['set']:<10} layer {place['layer']:>2}, {shown}: {line}")

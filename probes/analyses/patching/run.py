@@ -49,7 +49,8 @@ class Plan:
 
     site: str  # of the read-out
     mask: str  # under which the donor runs
-    layers: tuple[int, ...] | None  # whose states are replaced; 0 is the adapter, None for all before the read-out
+    # whose states are replaced; 0 is the adapter, None for all before the read-out
+    layers: tuple[int, ...] | None
     limit: int | None = None  # number of images, and of pairs; None for all
     draws: int = 3  # of the random tokens
     batch_size: int = 16  # images
@@ -70,15 +71,28 @@ class Experiment:
         """Return the results of a batch by "total" and "SET/GROUP", f[B] and f[B, L]."""
         sites = [_site(layer) for layer in self.plan.layers]
         new = self.donor.states(batch.donor_pixels, [*sites, self.plan.site])
-        unpatched = self.mllm.states(batch.pixels, self.mllm.sites[: self.mllm.sites.index(self.plan.site) + 1])
+        unpatched = self.mllm.states(
+            batch.pixels, self.mllm.sites[: self.mllm.sites.index(self.plan.site) + 1]
+        )
         plain = self._log_odds(unpatched[self.plan.site], batch.truth)
         donated = self._log_odds(new[self.plan.site], batch.truth)
-        labelled, first = batch.truth >= 0, next(iter(batch.sets.values()))
-        results = {"total": mean_over(donated - plain, labelled & (~first | first.all(1, keepdim=True)))}
+        labelled = batch.truth >= 0
+        first = next(iter(batch.sets.values()))
+        results = {
+            "total": mean_over(donated - plain, labelled & (~first | first.all(1, keepdim=True)))
+        }
         for name, tokens in batch.sets.items():
-            random = random_tokens_outside(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
-            by_layer = [self._patch_set(batch, site, new[site], tokens, random, unpatched, plain) for site in sites]
-            results |= {f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1) for key in by_layer[0]}
+            random = random_tokens_outside(
+                tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index]
+            )
+            by_layer = [
+                self._patch_set(batch, site, new[site], tokens, random, unpatched, plain)
+                for site in sites
+            ]
+            results |= {
+                f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1)
+                for key in by_layer[0]
+            }
         return results
 
     def _patch_set(
@@ -94,7 +108,10 @@ class Experiment:
         """Return the changes by group, f[B], when the states of a set, or random ones, are replaced at a site."""
         replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
         images = list(range(len(plain))) * len(replaced)
-        change = self._run_patched(batch, site, new, replaced.flatten(0, 1), images, unpatched) - plain[images]
+        change = (
+            self._run_patched(batch, site, new, replaced.flatten(0, 1), images, unpatched)
+            - plain[images]
+        )
         of_set, *of_draws = change.unflatten(0, replaced.shape[:2])
         labelled = batch.truth >= 0
         neither = [labelled & ~tokens & ~drawn for drawn in random]
@@ -103,7 +120,9 @@ class Experiment:
             "patched": mean_over(of_set, labelled & tokens),
             "others": mean_over(of_set, labelled & ~tokens),
             "random": torch.stack([mean_over(drawn, patches) for drawn, patches in draws]).mean(0),
-            "difference": torch.stack([mean_over(of_set - drawn, patches) for drawn, patches in draws]).mean(0),
+            "difference": torch.stack(
+                [mean_over(of_set - drawn, patches) for drawn, patches in draws]
+            ).mean(0),
         }
 
     def _run_patched(
@@ -117,8 +136,13 @@ class Experiment:
     ) -> Tensor:
         """Return the log-odds f[R, T] of R forwards that replace the states of the tokens bool[R, T]."""
         chosen = replaced.to(new.device)[..., None]
-        replace = lambda states: torch.where(chosen, new[images], states)
-        states = self.mllm.states(batch.pixels, [self.plan.site], rows=images, hooks={site: replace}, known=unpatched)
+
+        def replace(states):
+            return torch.where(chosen, new[images], states)
+
+        states = self.mllm.states(
+            batch.pixels, [self.plan.site], rows=images, hooks={site: replace}, known=unpatched
+        )
         return self._log_odds(states[self.plan.site], batch.truth[images])
 
     def _log_odds(self, states: Tensor, truth: Tensor) -> Tensor:
@@ -144,11 +168,17 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
         outside = (~chosen).nonzero().flatten().numpy()
         count = min(int(chosen.sum()), len(outside))
         for draw in range(draws):
-            drawn[draw, row, np.random.default_rng([*seed, draw]).choice(outside, count, replace=False)] = True
+            drawn[
+                draw,
+                row,
+                np.random.default_rng([*seed, draw]).choice(outside, count, replace=False),
+            ] = True
     return drawn
 
 
-def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def patch_states(
+    run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, overwrite: bool = False
+) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -158,12 +188,19 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, over
             `overwrite`.
         RuntimeError: The patched states changed nothing, so that they did not reach the model.
     """
-    mllm, classes, dataset = run.mllm(), len(run.metrics["classes"]), run.dataset()
+    mllm = run.mllm()
+    classes = len(run.metrics["classes"])
+    dataset = run.dataset()
     plan = check_plan(plan, mllm)
     identity = pairs and pairs.identity()
-    made_from = {"runs": [run.fingerprint], "pairs": identity} | asdict(plan) | {"layers": list(plan.layers)}
+    made_from = (
+        {"runs": [run.fingerprint], "pairs": identity}
+        | asdict(plan)
+        | {"layers": list(plan.layers)}
+    )
     check_replaceable(out / "patching.json", made_from, overwrite)
-    probe, other = run.probes()[plan.site].to(mllm.device), mllm.with_attention(plan.mask)
+    probe = run.probes()[plan.site].to(mllm.device)
+    other = mllm.with_attention(plan.mask)
     work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
     if pairs is not None:
         work["pairs"] = (mllm, len(pairs), lambda index: pair_batch(mllm, pairs, index, classes))
@@ -173,7 +210,11 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, over
         count = min(images, plan.limit or images)
         arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": identity}
         folder = out / "patching.partial" / name
-        tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, lambda i: experiment.patch(read(i)))  # noqa: B023
+
+        def patch(index, experiment=experiment, read=read):
+            return experiment.patch(read(index))
+
+        tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, patch)
         if name == "pairs" or any(plan.layers):  # what enters the LLM is the same under both masks
             check_effects(tensors, name)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | made_from
@@ -184,7 +225,12 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, over
 
 
 def _in_batches(
-    folder: Path, arguments: dict, name: str, images: int, size: int, patch: Callable[[list[int]], dict[str, Tensor]]
+    folder: Path,
+    arguments: dict,
+    name: str,
+    images: int,
+    size: int,
+    patch: Callable[[list[int]], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     batches = cached_batches(folder, arguments, list(range(images)), size, patch)
     return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
@@ -195,7 +241,9 @@ def check_effects(tensors: dict[str, Tensor], name: str) -> None:
     for tokens in set_names(tensors, name):
         changes = tensors[f"{name}/{tokens}/patched"]
         if not changes.isnan().all() and changes.nan_to_num().abs().max() < NO_EFFECT:
-            raise RuntimeError(f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect")
+            raise RuntimeError(
+                f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect"
+            )
 
 
 def check_plan(plan: Plan, mllm: FrozenMLLM) -> Plan:
@@ -208,12 +256,18 @@ def check_plan(plan: Plan, mllm: FrozenMLLM) -> Plan:
         if (value := getattr(plan, name)) is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     if plan.mask == mllm.image_attention:
-        raise UserError(f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own")
+        raise UserError(
+            f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own"
+        )
     before = mllm.sites[1 : mllm.sites.index(plan.site)]
     if not before:
-        raise UserError(f"no layer is before the read-out {plan.site}; name a decoder layer or final_norm by --site")
+        raise UserError(
+            f"no layer is before the read-out {plan.site}; name a decoder layer or final_norm by --site"
+        )
     if wrong := [layer for layer in plan.layers or () if _site(layer) not in before]:
-        raise UserError(f"--layers {wrong[0]} is not before the read-out {plan.site}; expected 0 to {len(before) - 1}")
+        raise UserError(
+            f"--layers {wrong[0]} is not before the read-out {plan.site}; expected 0 to {len(before) - 1}"
+        )
     return plan if plan.layers is not None else replace(plan, layers=tuple(range(len(before))))
 
 
@@ -223,10 +277,13 @@ def _site(layer: int) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes patching`."""
-    probe_run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    probe_run = ProbeRun(args.probes)
+    out = Path(args.out or args.probes)
     site = probe_run.check_site(args.site)
     layers = None if args.layers is None else tuple(sorted(set(args.layers)))
-    mask = args.mask or ("causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional")
+    mask = args.mask or (
+        "causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional"
+    )
     numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
     plan = Plan(site, mask, layers, **numbers)
     pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None

@@ -18,7 +18,9 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
     """Draw a panel per experiment of patching.json; the CSV file has all groups of patches."""
     experiments = results["experiments"]
     figure = Figure(figsize=(3.6 * len(experiments) + 0.4, 3.4), layout="constrained")
-    for ax, experiment in zip(figure.subplots(1, len(experiments), squeeze=False)[0], experiments, strict=True):
+    for ax, experiment in zip(
+        figure.subplots(1, len(experiments), squeeze=False)[0], experiments, strict=True
+    ):
         ax.set(title=TITLES[experiment["experiment"]], xlabel="layer whose states are replaced")
         ax.set_ylabel("change of log-odds at other patches (nats)", fontsize=8)
         ax.axhline(0, color="black", lw=0.8)
@@ -27,7 +29,13 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
         for number, entry in enumerate(shown):
             _draw(ax, entry["others"], COLOURS[number], "-", entry["set"].replace("_", " "))
             if "random" in entry:
-                _draw(ax, entry["random"], COLOURS[number], ":", "random tokens" if len(shown) == 1 else None)
+                _draw(
+                    ax,
+                    entry["random"],
+                    COLOURS[number],
+                    ":",
+                    "random tokens" if len(shown) == 1 else None,
+                )
         total = experiment["total"]["value"]
         if len(shown) == 1:
             ax.axhline(total, color="#777777", ls="--", lw=1, label="all tokens: the donor")
@@ -37,9 +45,20 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
     return FigureData(figure, effect_rows(results))
 
 
-def _draw(ax: Axes, places: list[dict[str, Any]], colour: str, dash: str, label: str | None) -> None:
+def _draw(
+    ax: Axes, places: list[dict[str, Any]], colour: str, dash: str, label: str | None
+) -> None:
     layers = [place["layer"] for place in places]
-    ax.plot(layers, [place["value"] for place in places], dash, color=colour, lw=1.4, marker="o", ms=3, label=label)
+    ax.plot(
+        layers,
+        [place["value"] for place in places],
+        dash,
+        color=colour,
+        lw=1.4,
+        marker="o",
+        ms=3,
+        label=label,
+    )
     if dash == "-":
         low, high = zip(*(place["ci95"] for place in places), strict=True)
         ax.fill_between(layers, low, high, color=colour, alpha=0.12, lw=0)
@@ -48,7 +67,12 @@ def _draw(ax: Axes, places: list[dict[str, Any]], colour: str, dash: str, label:
 def effect_rows(results: dict[str, Any]) -> Rows:
     """Return the effects of patching.json in nats, one row per experiment, set, group of patches and layer."""
     return [
-        {"experiment": experiment["experiment"], "set": entry["set"], "patches": group, "layer": place["layer"]}
+        {
+            "experiment": experiment["experiment"],
+            "set": entry["set"],
+            "patches": group,
+            "layer": place["layer"],
+        }
         | {"value": place["value"]}
         | bounds(place["ci95"])
         for experiment in results["experiments"]

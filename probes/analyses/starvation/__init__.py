@@ -8,13 +8,18 @@ from probes.analyses.base import Analysis, Claim, PlannedRun, add_out, add_seed
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes starvation`."""
-    text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
+    text = "folders of finished probe runs on the same images"
+    runs = ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
     parser.add_argument("--probes", required=True, nargs=2, metavar=runs, help=text)
-    parser.add_argument("--site", help="site to compare at (default: the causal run's best decoder layer)")
+    parser.add_argument(
+        "--site", help="site to compare at (default: the causal run's best decoder layer)"
+    )
     text = "also hold the classes fixed: early patches are mostly sky"
     parser.add_argument("--by-class", action="store_true", help=text)
     text = "also read flipped images, in all three ways if none is named, to separate position from content"
-    parser.add_argument("--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text)
+    parser.add_argument(
+        "--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text
+    )
     add_seed(parser, "the bootstrap")
     add_out(parser, "the bidirectional run's folder")
 

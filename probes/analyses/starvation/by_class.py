@@ -30,16 +30,27 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
         {"causal", "bidirectional", "gap", "gap_ci95": standardised, of the first 50 patches; "first_row": standardised,
         of the first row; "groups": [{"frequency", "classes", "share", "causal", "bidirectional", "gap", "gap_ci95"}]}
     """
-    dataset, mllm, names = run.dataset(), run.mllm(), run.metrics["classes"]
-    targets = (torch.from_numpy(dataset[i]["target"])[None] for i in tqdm(range(len(dataset)), desc="masks"))
+    dataset = run.dataset()
+    mllm = run.mllm()
+    names = run.metrics["classes"]
+    targets = (
+        torch.from_numpy(dataset[i]["target"])[None]
+        for i in tqdm(range(len(dataset)), desc="masks")
+    )
     labels = torch.cat([true_classes(target, len(names), mllm) for target in targets])
     share = run.counts.labelled.sum(0).double()
     share /= share.sum()
     columns = run.metrics["grid"][1]
-    row_counts = {mask: PatchCounts(*(x[:, :columns].reshape(-1, 1) for x in pair)) for mask, pair in counts.items()}
-    row_labels, row_weights = labels[:, :columns].reshape(-1, 1), weights.repeat_interleave(columns, 1)
+    row_counts = {
+        mask: PatchCounts(*(x[:, :columns].reshape(-1, 1) for x in pair))
+        for mask, pair in counts.items()
+    }
+    row_labels = labels[:, :columns].reshape(-1, 1)
+    row_weights = weights.repeat_interleave(columns, 1)
     first_row = standardised_gap(row_counts, row_labels, share, row_weights)
-    early = {mask: PatchCounts(*(x[:, :FIRST_PATCHES] for x in pair)) for mask, pair in counts.items()}
+    early = {
+        mask: PatchCounts(*(x[:, :FIRST_PATCHES] for x in pair)) for mask, pair in counts.items()
+    }
     return {
         **standardised_gap(early, labels[:, :FIRST_PATCHES], share, weights),
         "first_row": {key: values[0] for key, values in first_row.items()},
@@ -47,36 +58,58 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
     }
 
 
-def standardised_gap(counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor) -> dict[str, list]:
+def standardised_gap(
+    counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor
+) -> dict[str, list]:
     """Return :func:`accuracy_gap` with the same mix of classes, `share` f[K], at every patch.
 
     `labels` are the classes of the patches, long[N, T], -1 for unlabelled ones; `weights` those of the bootstrap.
     """
-    all_weights = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])  # row 0: the split itself
-    total = {mask: torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double) for mask in counts}
+    # row 0: the split itself
+    all_weights = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])
+    total = {
+        mask: torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double) for mask in counts
+    }
     mix = torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double)
     for k in share.nonzero().flatten().tolist():
         of_class = (labels == k).double()
         valid = all_weights @ (next(iter(counts.values())).valid * of_class)
         mix += share[k] * (valid > 0)
         for mask, (right, _) in counts.items():
-            total[mask] += share[k] * torch.where(valid > 0, all_weights @ (right * of_class) / valid, 0.0)
+            total[mask] += share[k] * torch.where(
+                valid > 0, all_weights @ (right * of_class) / valid, 0.0
+            )
     accuracy = {mask: values / mix for mask, values in total.items()}
-    return accuracy_gap({mask: x[0] for mask, x in accuracy.items()}, {mask: x[1:] for mask, x in accuracy.items()})
+    return accuracy_gap(
+        {mask: x[0] for mask, x in accuracy.items()}, {mask: x[1:] for mask, x in accuracy.items()}
+    )
 
 
 def _frequency_groups(
-    counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor, names: list[str], columns: int
+    counts: CountsByMask,
+    labels: Tensor,
+    share: Tensor,
+    weights: Tensor,
+    names: list[str],
+    columns: int,
 ) -> list[dict]:
     """Return the gap over the first row for each third of the classes; thirds that do not occur there are left out."""
-    ranked, groups = share.argsort(descending=True, stable=True).tolist(), []
+    ranked = share.argsort(descending=True, stable=True).tolist()
+    groups = []
     third = -(-len(ranked) // 3)
     for i, frequency in enumerate(GROUPS):
         members = ranked[i * third : (i + 1) * third]
         in_group = torch.isin(labels, torch.tensor(members)).double()
-        of_group = {mask: PatchCounts(right * in_group, valid * in_group) for mask, (right, valid) in counts.items()}
+        of_group = {
+            mask: PatchCounts(right * in_group, valid * in_group)
+            for mask, (right, valid) in counts.items()
+        }
         if members and of_group["causal"].valid[:, :columns].any():
             classes = [names[k] for k in members]
-            group = {"frequency": frequency, "classes": classes, "share": share[members].sum().item()}
+            group = {
+                "frequency": frequency,
+                "classes": classes,
+                "share": share[members].sum().item(),
+            }
             groups.append(group | pooled_gap(of_group, weights, range(columns)))
     return groups

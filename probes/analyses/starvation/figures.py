@@ -24,7 +24,8 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     """Draw the accuracy gap of the first patches in raster order (Fig. 7)."""
     figure, ax = new_axes(6.4, 3.3)
     count = min(patches, len(starvation["gap"]))
-    x, gap = np.arange(count), 100 * np.array(starvation["gap"][:count], float)
+    x = np.arange(count)
+    gap = 100 * np.array(starvation["gap"][:count], float)
     low, high = 100 * np.array(starvation["gap_ci95"][:count], float).T
     ax.bar(x, gap, color=mask_colour("bidirectional"), alpha=0.75, width=0.85)
     ax.vlines(x, low, high, color="#555555", lw=0.8)
@@ -32,40 +33,64 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     ax.xaxis.get_major_locator().set_params(integer=True)
     for row in range(starvation["grid"][1], count, starvation["grid"][1]):
         ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
-    ax.set(xlabel="patch, in raster order (dotted: start of a row)", ylabel="bidirectional − causal (pp)")
+    ax.set(
+        xlabel="patch, in raster order (dotted: start of a row)",
+        ylabel="bidirectional − causal (pp)",
+    )
     rows = [
-        {"patch": i} | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")} | bounds(ci95, "gap_")
+        {"patch": i}
+        | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")}
+        | bounds(ci95, "gap_")
         for i, ci95 in enumerate(starvation["gap_ci95"])
     ]
     return FigureData(figure, rows)
 
 
-def compare_gaps(measured: dict[str, Any], standardised: dict[str, Any], patches: int = 50) -> FigureData:
+def compare_gaps(
+    measured: dict[str, Any], standardised: dict[str, Any], patches: int = 50
+) -> FigureData:
     """Draw the gaps of the first patches as measured (bars) and with the classes held fixed (points)."""
     figure, ax = new_axes(6.4, 3.3)
     x = np.arange(min(patches, len(standardised["gap"])))
-    ax.bar(x, 100 * np.array(measured["gap"][: len(x)], float), color="#BBBBBB", width=0.85, label="measured")
-    gap, ci95 = standardised["gap"][: len(x)], standardised["gap_ci95"][: len(x)]
+    ax.bar(
+        x,
+        100 * np.array(measured["gap"][: len(x)], float),
+        color="#BBBBBB",
+        width=0.85,
+        label="measured",
+    )
+    gap = standardised["gap"][: len(x)]
+    ci95 = standardised["gap_ci95"][: len(x)]
     draw_intervals(ax, x, gap, ci95, POINTS, fmt="o", ms=3, lw=0.8, label="same class frequencies")
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")
     ax.legend(fontsize=8)
     gaps = zip(measured["gap"], standardised["gap"], strict=False)
-    return FigureData(figure, [{"patch": i, "gap": gap, "standardised": fixed} for i, (gap, fixed) in enumerate(gaps)])
+    return FigureData(
+        figure,
+        [{"patch": i, "gap": gap, "standardised": fixed} for i, (gap, fixed) in enumerate(gaps)],
+    )
 
 
 def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
     figure, axes = new_axes(6.4, 3.2, 2)
-    grids = [100 * np.array(values, float).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
-    for ax, grid, title in zip(axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True):
+    grids = [
+        100 * np.array(values, float).reshape(starvation["grid"])
+        for values in (starvation["gap"], flip["gap"])
+    ]
+    for ax, grid, title in zip(
+        axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True
+    ):
         image = ax.imshow(grid, **signed_colours(*grids))
         ax.set(xticks=[], yticks=[], title=title)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
-    return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))])
+    return FigureData(
+        figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))]
+    )
 
 
 def _mean(accuracy: list[float | None]) -> float:
@@ -89,7 +114,9 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
             compare_gaps(analysis, analysis["by_class"]))  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
-        accuracies = (f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS)
+        accuracies = (
+            f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS
+        )
         yield ReportFigure(
             f"starvation_{flip['flip']}", f"Position or content? ({flip['flip']})",
             f"Left: the gap {at} on upright images. Right: the gap on transformed images. A gap caused by position "

@@ -21,7 +21,13 @@ from torch.utils.data import Dataset
 from llava_bidir.common.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import CountsByMask, accuracy_gap, count_run_patches, patch_accuracy, pooled_gap
+from .patch_accuracy import (
+    CountsByMask,
+    accuracy_gap,
+    count_run_patches,
+    patch_accuracy,
+    pooled_gap,
+)
 
 FLIP_AXES = {"horizontal": (1,), "vertical": (0,), "rotate": (0, 1)}
 
@@ -38,7 +44,10 @@ class FlippedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         sample = self.dataset[index]
-        flip = lambda pixels: np.ascontiguousarray(np.flip(pixels, self.axes))
+
+        def flip(pixels):
+            return np.ascontiguousarray(np.flip(pixels, self.axes))
+
         image = Image.fromarray(flip(np.asarray(sample["image"])))
         return {**sample, "image": image, "target": flip(sample["target"])}
 
@@ -48,7 +57,9 @@ def flipped_positions(grid: tuple[int, int], flip: str) -> Tensor:
     return torch.arange(grid[0] * grid[1]).view(*grid).flip(FLIP_AXES[flip]).flatten()
 
 
-def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: CountsByMask, weights: Tensor) -> dict:
+def flip_results(
+    runs: dict[str, ProbeRun], site: str, flip: str, upright: CountsByMask, weights: Tensor
+) -> dict:
     """Return an entry of "flips" in starvation.json, from the counts on `upright` images and bootstrap weights f[R, N].
 
     Returns:
@@ -66,7 +77,8 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     grid = tuple(runs["causal"].metrics["grid"])
     positions = flipped_positions(grid, flip)
     flipped = {
-        mask: count_run_patches(run, site, FlippedDataset(run.dataset(), flip), "flipped") for mask, run in runs.items()
+        mask: count_run_patches(run, site, FlippedDataset(run.dataset(), flip), "flipped")
+        for mask, run in runs.items()
     }
     patches = list(range(grid[1] if flip != "horizontal" else min(3, grid[1] // 2)))
     content = positions[patches].tolist()
@@ -75,7 +87,8 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     gap, resampled = (x["bidirectional"] - x["causal"] for x in patch_accuracy(pooled, weights))
     moved = (gap[0] - gap[1]).item()
     moved_ci95 = interval(moved, resampled[:, 0] - resampled[:, 1])
-    old, new = torch.tensor(accuracy_gap(*patch_accuracy(upright, weights[:2]))["gap"]), torch.tensor(gaps["gap"])
+    old = torch.tensor(accuracy_gap(*patch_accuracy(upright, weights[:2]))["gap"])
+    new = torch.tensor(gaps["gap"])
 
     def correlation(a: Tensor, b: Tensor) -> float:
         labelled = ~(a + b).isnan()
@@ -85,7 +98,9 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     if not before["gap_ci95"][0] > 0:
         follows = "no gap"
     else:
-        follows = "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided"
+        follows = (
+            "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided"
+        )
     return {
         "flip": flip,
         **gaps,
@@ -96,5 +111,8 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
         "moved": moved,
         "moved_ci95": moved_ci95,
         "follows": follows,
-        "correlation": {"position": correlation(new, old), "content": correlation(new[positions], old)},
+        "correlation": {
+            "position": correlation(new, old),
+            "content": correlation(new[positions], old),
+        },
     }

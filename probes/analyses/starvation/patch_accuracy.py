@@ -26,7 +26,9 @@ class PatchCounts(NamedTuple):
 
     def pool(self, *groups: Sequence[int]) -> "PatchCounts":
         """Return the sums over G groups of patches, f[N, G]."""
-        return PatchCounts(*(torch.stack([x[:, list(patches)].sum(1) for patches in groups], 1) for x in self))
+        return PatchCounts(
+            *(torch.stack([x[:, list(patches)].sum(1) for patches in groups], 1) for x in self)
+        )
 
 
 CountsByMask = dict[str, PatchCounts]  # keys "causal" and "bidirectional"
@@ -40,11 +42,15 @@ def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
     """
     if site not in run.sites:
         raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
-    return PatchCounts(run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double())
+    return PatchCounts(
+        run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double()
+    )
 
 
 @torch.no_grad()
-def count_run_patches(run: ProbeRun, site: str, dataset: Dataset, title: str, batch_size: int = 32) -> PatchCounts:
+def count_run_patches(
+    run: ProbeRun, site: str, dataset: Dataset, title: str, batch_size: int = 32
+) -> PatchCounts:
     """Return the counts of a run's frozen probe on images that differ from the run's own.
 
     Args:
@@ -54,21 +60,31 @@ def count_run_patches(run: ProbeRun, site: str, dataset: Dataset, title: str, ba
         title: Title of the progress bar.
         batch_size: Images per forward.
     """
-    mllm, parts = run.mllm(), []
+    mllm = run.mllm()
+    parts = []
     probe = run.probes()[site].to(mllm.device)
-    loader = DataLoader(PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate)
+    loader = DataLoader(
+        PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate
+    )
     for batch in tqdm(loader, desc=f"{title}, {run.metrics['image_attention']}", mininterval=5):
-        logits = probe(mllm.states(batch["pixels"], [site])[site].float()).mT.unflatten(-1, mllm.grid)[None]
+        logits = probe(mllm.states(batch["pixels"], [site])[site].float()).mT.unflatten(
+            -1, mllm.grid
+        )[None]
         patches = torch.empty(2, logits.shape[1], mllm.grid[0] * mllm.grid[1], dtype=torch.double)
         for images, target in group_by_mask_size(batch["target"]):
             view = mllm.geometry.view(tuple(target.shape[-2:]))
             counts = count(logits[:, images], target.to(mllm.device), view)
-            patches[0, images], patches[1, images] = counts.patch_right[0].cpu().double(), counts.patch_valid.cpu()
+            patches[0, images], patches[1, images] = (
+                counts.patch_right[0].cpu().double(),
+                counts.patch_valid.cpu(),
+            )
         parts.append(patches)
     return PatchCounts(*torch.cat(parts, 1))
 
 
-def patch_accuracy(counts: CountsByMask, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def patch_accuracy(
+    counts: CountsByMask, weights: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return accuracy by patch, f[T], and under each resampling `weights` f[R, N], f[R, T]; both by mask."""
     return (
         {mask: right.sum(0) / valid.sum(0) for mask, (right, valid) in counts.items()},
@@ -86,10 +102,14 @@ def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor]) -> d
     }
 
 
-def pooled_gap(counts: CountsByMask, weights: Tensor, patches: Sequence[int]) -> dict[str, float | list[float]]:
+def pooled_gap(
+    counts: CountsByMask, weights: Tensor, patches: Sequence[int]
+) -> dict[str, float | list[float]]:
     """Return the same for some patches pooled, with one number per key."""
     pooled = {mask: pixels.pool(patches) for mask, pixels in counts.items()}
-    return {key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()}
+    return {
+        key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()
+    }
 
 
 def first_gaps(counts: CountsByMask, weights: Tensor, columns: int) -> dict[str, Estimate]:

@@ -24,7 +24,15 @@ from probes.results.study import MASKS
 
 from .by_class import class_results
 from .flipped import FLIP_AXES, flip_results
-from .patch_accuracy import CountsByMask, Estimate, accuracy_gap, first_gaps, patch_accuracy, patch_counts, pooled_gap
+from .patch_accuracy import (
+    CountsByMask,
+    Estimate,
+    accuracy_gap,
+    first_gaps,
+    patch_accuracy,
+    patch_counts,
+    pooled_gap,
+)
 
 
 def starvation(
@@ -90,8 +98,12 @@ def _read_pair(
     _check_pair(causal, bidirectional)
     site = site or causal.peak_layer
     if site is None:
-        raise UserError(f"{causal.path} has no decoder layer, and so no best one; choose a site by --site")
-    counts = {run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)}
+        raise UserError(
+            f"{causal.path} has no decoder layer, and so no best one; choose a site by --site"
+        )
+    counts = {
+        run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)
+    }
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
     return site, counts, weights.double()
 
@@ -99,10 +111,14 @@ def _read_pair(
 def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
         if (own := run.metrics["image_attention"]) != mask:
-            raise UserError(f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other")
+            raise UserError(
+                f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
+            )
     older = {"match": "none", "draw": 0}  # of runs that do not state them
     for key in ("dataset", "images", "grid", "untrained", *older):
-        if (ours := (older | causal.metrics)[key]) != (theirs := (older | bidirectional.metrics)[key]):
+        if (ours := (older | causal.metrics)[key]) != (
+            theirs := (older | bidirectional.metrics)[key]
+        ):
             raise UserError(
                 f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
                 "same data, with the same weights replaced"
@@ -120,7 +136,10 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
         options = {"flips": flips, "by_class": args.by_class}
-        made_from = {"runs": [causal.fingerprint, bidirectional.fingerprint], "site": args.site or causal.peak_layer}
+        made_from = {
+            "runs": [causal.fingerprint, bidirectional.fingerprint],
+            "site": args.site or causal.peak_layer,
+        }
         made_from |= {"options": {"seed": args.seed, **options}}
         check_replaceable(out / "starvation.json", made_from, args.overwrite)
         results = starvation(causal, bidirectional, args.site, args.seed, **options)

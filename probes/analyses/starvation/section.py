@@ -46,10 +46,18 @@ def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any
 
 def table3(starvation: dict[str, Any]) -> Rows:
     """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
-    keys, paper = ("causal", "bidirectional", "gap"), PAPER["table3_patch_accuracy"]
-    number = lambda x: None if math.isnan(x) else x  # a patch without a labelled pixel
-    rows = [{"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys} for i in range(3)]
+    keys = ("causal", "bidirectional", "gap")
+    paper = PAPER["table3_patch_accuracy"]
+
+    def number(x):
+        return None if math.isnan(x) else x  # a patch without a labelled pixel
+
+    rows = [
+        {"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys}
+        for i in range(3)
+    ]
     return rows + [
-        {"model": "paper, clip, ADE20K", "patch": i} | dict(zip(keys, paper[f"patch_{i}"], strict=False))
+        {"model": "paper, clip, ADE20K", "patch": i}
+        | dict(zip(keys, paper[f"patch_{i}"], strict=False))
         for i in range(3)
     ]

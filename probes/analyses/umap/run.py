@@ -44,16 +44,26 @@ def umap_of_images(
     Raises:
         UserError: An image or site does not exist, or the run has no layer to choose sites by.
     """
-    dataset, mllm, classes = run.dataset(), run.mllm(), run.metrics["classes"]
+    dataset = run.dataset()
+    mllm = run.mllm()
+    classes = run.metrics["classes"]
     entries = []
     for image in images:
         check_image(image, len(dataset))
         sample = dataset[image]
         labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
         states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
-        embedded = [{"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()]
-        entries.append({"image": image, "name": sample["name"], "labels": labels.tolist(), "sites": embedded})
-    header = {"image_attention": run.metrics["image_attention"], "runs": [run.fingerprint], "seed": seed}
+        embedded = [
+            {"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()
+        ]
+        entries.append(
+            {"image": image, "name": sample["name"], "labels": labels.tolist(), "sites": embedded}
+        )
+    header = {
+        "image_attention": run.metrics["image_attention"],
+        "runs": [run.fingerprint],
+        "seed": seed,
+    }
     return header | {"grid": list(mllm.grid), "images": entries}
 
 
@@ -66,19 +76,30 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
 
     x = states.numpy()
     threads = torch.get_num_threads()
-    xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)
-    torch.set_num_threads(threads)  # numba sets all cores, and sums of other threads have other last bits
+    xy = UMAP(
+        n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1
+    ).fit_transform(x)
+    # numba sets all cores, and sums of other threads have other last bits
+    torch.set_num_threads(threads)
     purity = knn_purity(F.normalize(states, dim=-1)[None], labels[None]).item()
-    known, silhouette = labels >= 0, None
+    known = labels >= 0
+    silhouette = None
     if 1 < len(labels[known].unique()) < known.sum():
         silhouette = float(silhouette_score(x[known], labels[known], metric="cosine"))
-    return {"xy": xy.round(4).tolist(), "knn_purity": None if np.isnan(purity) else purity, "silhouette": silhouette}
+    return {
+        "xy": xy.round(4).tolist(),
+        "knn_purity": None if np.isnan(purity) else purity,
+        "silhouette": silhouette,
+    }
 
 
 def _default_sites(run: ProbeRun) -> list[str]:
-    peak, layers = run.peak_layer, [site for site in run.layers if site != ADAPTER]
+    peak = run.peak_layer
+    layers = [site for site in run.layers if site != ADAPTER]
     if peak is None:
-        raise UserError(f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model")
+        raise UserError(
+            f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model"
+        )
     start = ADAPTER if run.has_llm else layers[0]
     return list(dict.fromkeys([start, layers[layers.index(peak) // 2], peak]))
 
@@ -91,7 +112,8 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes umap`."""
-    run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    run = ProbeRun(args.probes)
+    out = Path(args.out or args.probes)
     sites = args.sites or _default_sites(run)
     made_from = {"runs": [run.fingerprint], "seed": args.seed, "image": args.image, "sites": sites}
     with exclusive_run_lock(out, "umap.json"):
@@ -100,5 +122,7 @@ def run(args: argparse.Namespace) -> None:
         write_files({out / "umap.json": results})
     for image in results["images"]:
         for site in image["sites"]:
-            purity, silhouette = ("–" if x is None else f"{x:.2f}" for x in (site["knn_purity"], site["silhouette"]))
+            purity, silhouette = (
+                "–" if x is None else f"{x:.2f}" for x in (site["knn_purity"], site["silhouette"])
+            )
             print(f"{image['name']}, {site['site']}: knn_purity {purity}, silhouette {silhouette}")

@@ -34,13 +34,21 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
     figure, axes = new_axes(6.6, 2.9, len(image["sites"]), squeeze=False)
     labels = np.array(image["labels"])
     frequency = np.bincount(labels[labels >= 0], minlength=len(classes))
-    common, rows = [k for k in np.argsort(-frequency)[:4] if frequency[k]], []
+    common = [k for k in np.argsort(-frequency)[:4] if frequency[k]]
+    rows = []
     for ax, entry in zip(axes[0], image["sites"], strict=True):
         xy = np.array(entry["xy"])
         other = ~np.isin(labels, common)
         ax.scatter(*xy[other].T, s=14, c="#CCCCCC", label="other")
         for k in common:
-            ax.scatter(*xy[labels == k].T, s=18, color=palette[k] / 255, edgecolor="#333333", lw=0.3, label=classes[k])
+            ax.scatter(
+                *xy[labels == k].T,
+                s=18,
+                color=palette[k] / 255,
+                edgecolor="#333333",
+                lw=0.3,
+                label=classes[k],
+            )
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=True, color="#CCCCCC")
         purity = "unknown" if entry["knn_purity"] is None else f"{entry['knn_purity']:.0%}"
@@ -49,5 +57,7 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
             {"site": entry["site"], "patch": i, "label": int(labels[i]), "x": x, "y": y}
             for i, (x, y) in enumerate(entry["xy"])
         ]
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
+    )
     return FigureData(figure, rows)

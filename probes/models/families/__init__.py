@@ -43,7 +43,8 @@ UNSUPPORTED = {
     **dict.fromkeys(("fast_vlm", "perception_lm", "gemma3n"), _TIMM),
     **dict.fromkeys(("florence2", "udop", "pix2struct", "pp_formulanet", "t5gemma2"), _SEQ2SEQ),
     **dict.fromkeys(
-        ("chameleon", "emu3"), "images are tokens of a codebook; it has neither encoder states nor adapter"
+        ("chameleon", "emu3"),
+        "images are tokens of a codebook; it has neither encoder states nor adapter",
     ),
     "molmo2": "tokens of the full view attend to those of its crops, which come later and cannot be left out",
     "fuyu": "it has no encoder: patches are projected directly into the LLM",
@@ -89,4 +90,6 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 def own_image_attention(config: PreTrainedConfig) -> str:
     """Return the mask that a checkpoint was trained with, from its config or its family."""
     kind = family_of(config).image_attention
-    return getattr(config, "image_attention", None) or (kind if isinstance(kind, str) else kind(config))
+    return getattr(config, "image_attention", None) or (
+        kind if isinstance(kind, str) else kind(config)
+    )

@@ -65,11 +65,15 @@ class Family:
     model_class: str | type[PreTrainedModel]
     image_px: Callable[[PreTrainedConfig], int] = image_size
     token_px: Callable[[PreTrainedConfig], int | Fraction] = patch_size
-    encoder_width: Callable[[PreTrainedConfig], int] = lambda config: config.vision_config.hidden_size
+    encoder_width: Callable[[PreTrainedConfig], int] = lambda config: (
+        config.vision_config.hidden_size
+    )
     adapter: tuple[str, ...] = ("multi_modal_projector",)
     encoder_output_module: str | None = None
     encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = lambda model, args: args[0]
-    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = lambda model, pixels, is_image: {"pixel_values": pixels}
+    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = lambda model, pixels, is_image: {
+        "pixel_values": pixels
+    }
     language_model: str = "language_model"
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     image_resize: str | None = "squash"

@@ -49,5 +49,7 @@ DEEPSEEK = {
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
         **_COMMON,
     ),
-    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON),
+    "janus": Family(
+        "JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON
+    ),
 }

@@ -26,9 +26,11 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     Source: Qwen2-VL's image processor.
     """
     vision = model.config.vision_config
-    merge, patch = vision.spatial_merge_size, patch_size(model.config)
+    merge = vision.spatial_merge_size
+    patch = patch_size(model.config)
     images, channels = pixels.shape[:2]
-    split = pixels.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))  # B, C, h, m, p, w, m, p
+    # B, C, h, m, p, w, m, p
+    split = pixels.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
     split = split.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(-3)  # B, h, w, m, m, C, frame, p, p
     frames = split.expand(*split.shape[:-3], vision.temporal_patch_size, -1, -1)
     return {
@@ -40,18 +42,25 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
 
 def _to_raster_order(model: PreTrainedModel, args: tuple) -> Tensor:
     """Return encoder states in raster order; Qwen2.5-VL's encoder orders tokens by window."""
-    vision, states = model.config.vision_config, args[0]
+    vision = model.config.vision_config
+    states = args[0]
     images = len(states) // TOKENS_PER_SIDE**2
     grid = _grid_thw(model, images)
-    order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    order, _ = get_vision_window_index(
+        grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+    )
     return states[order.argsort()]
 
 
 def _patch_family(model_class: str, module: str, **kwargs) -> Family:
     settings = {
-        "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.vision_config.spatial_merge_size,
+        "image_px": lambda config: (
+            TOKENS_PER_SIDE * patch_size(config) * config.vision_config.spatial_merge_size
+        ),
         "token_px": lambda config: patch_size(config) * config.vision_config.spatial_merge_size,
-        "encoder_width": lambda config: config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2,
+        "encoder_width": lambda config: (
+            config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2
+        ),
         "adapter": ("visual.merger",),
         "inputs": _patches,
         "placeholder": "<|image_pad|>",
@@ -79,14 +88,20 @@ DYNAMIC = {
     "qwen2_vl": _patch_family(
         "Qwen2VLForConditionalGeneration",
         "visual.merger.mlp",
-        encoder_width=lambda config: config.vision_config.embed_dim * config.vision_config.spatial_merge_size**2,
+        encoder_width=lambda config: (
+            config.vision_config.embed_dim * config.vision_config.spatial_merge_size**2
+        ),
     ),
     "qwen2_5_vl": _patch_family(
         "Qwen2_5_VLForConditionalGeneration", "visual.merger.mlp", encoder_states=_to_raster_order
     ),
     # Features of earlier encoder layers are added after the first decoder layers; states are read before.
-    "qwen3_vl": _patch_family("Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
-    "qwen3_vl_moe": _patch_family("Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
+    "qwen3_vl": _patch_family(
+        "Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
+    ),
+    "qwen3_vl_moe": _patch_family(
+        "Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
+    ),
     "glm4v": _patch_family("Glm4vForConditionalGeneration", "visual.downsample", **_GLM),
     "glm46v": _patch_family("Glm46VForConditionalGeneration", "visual.downsample", **_GLM),
     # Three of four layers have linear attention: only the model's own, causal attention is possible.

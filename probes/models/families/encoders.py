@@ -55,13 +55,16 @@ def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     """Return the inputs of SigLIP 2: the pixels of each patch f[B, T, p * p * 3], none of which is padding."""
     patch = square_side(config.patch_size)
     images, channels, height, width = pixels.shape
-    rows, columns = height // patch, width // patch
+    rows = height // patch
+    columns = width // patch
     pixels = pixels[:, :, : rows * patch, : columns * patch]
     patches = pixels.reshape(images, channels, rows, patch, columns, patch)
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
+        "pixel_attention_mask": torch.ones(
+            patches.shape[:2], dtype=torch.long, device=pixels.device
+        ),
         "spatial_shapes": torch.tensor([[rows, columns]] * images, device=pixels.device),
     }
 
@@ -184,15 +187,27 @@ _DINOV2 = {"layers": "encoder.layer", "norm": "layernorm", "image_px": published
 _TOWER = {"layers": "encoder.layers", "norm": "post_layernorm"}
 _VIT = {"layers": "layers", "norm": "layernorm", "inputs": interpolating_inputs}
 
-_CLIP = EncoderFamily("CLIPVisionModel", extra_tokens=cls_token, inputs=interpolating_inputs, **_TOWER)
-_SIGLIP = EncoderFamily("SiglipVisionModel", extra_tokens=no_extra_tokens, inputs=interpolating_inputs, **_TOWER)
+_CLIP = EncoderFamily(
+    "CLIPVisionModel", extra_tokens=cls_token, inputs=interpolating_inputs, **_TOWER
+)
+_SIGLIP = EncoderFamily(
+    "SiglipVisionModel", extra_tokens=no_extra_tokens, inputs=interpolating_inputs, **_TOWER
+)
 _SIGLIP2 = EncoderFamily(
-    "Siglip2VisionModel", extra_tokens=no_extra_tokens, image_px=stored_grid_side, inputs=patch_inputs, **_TOWER
+    "Siglip2VisionModel",
+    extra_tokens=no_extra_tokens,
+    image_px=stored_grid_side,
+    inputs=patch_inputs,
+    **_TOWER,
 )
 ENCODERS: dict[str, EncoderFamily] = {
     "dinov2": EncoderFamily("Dinov2Model", extra_tokens=cls_token, **_DINOV2),
-    "dinov2_with_registers": EncoderFamily("Dinov2WithRegistersModel", extra_tokens=cls_and_registers, **_DINOV2),
-    "dinov3_vit": EncoderFamily("DINOv3ViTModel", layers="model.layer", norm="norm", extra_tokens=cls_and_registers),
+    "dinov2_with_registers": EncoderFamily(
+        "Dinov2WithRegistersModel", extra_tokens=cls_and_registers, **_DINOV2
+    ),
+    "dinov3_vit": EncoderFamily(
+        "DINOv3ViTModel", layers="model.layer", norm="norm", extra_tokens=cls_and_registers
+    ),
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,

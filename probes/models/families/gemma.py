@@ -12,18 +12,26 @@ GEMMA4_TOKENS_PER_SIDE = 16
 
 def _gemma4_attention(config: PreTrainedConfig) -> str:
     """Return the mask: larger models are bidirectional within the sliding window, smaller ones causal."""
-    return "bidirectional_sliding" if config.get_text_config().use_bidirectional_attention == "vision" else "causal"
+    return (
+        "bidirectional_sliding"
+        if config.get_text_config().use_bidirectional_attention == "vision"
+        else "causal"
+    )
 
 
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
     patch = patch_size(model.config)
-    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)  # B, h, w, p, p, C
+    # B, h, w, p, p, C
+    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     rows, columns = split.shape[1:3]
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return {
         "pixel_values": split.flatten(3).flatten(1, 2),
-        "image_position_ids": torch.stack([x, y], -1).flatten(0, 1).expand(len(pixels), -1, -1).to(pixels.device),
+        "image_position_ids": torch.stack([x, y], -1)
+        .flatten(0, 1)
+        .expand(len(pixels), -1, -1)
+        .to(pixels.device),
         "mm_token_type_ids": is_image.int(),
     }
 
@@ -39,11 +47,16 @@ GEMMA = {
     ),
     # A question would be part of the bidirectional block; here there is none. Position ids begin at 1.
     "paligemma": Family(
-        "PaliGemmaForConditionalGeneration", image_attention="prefix", placeholder=None, shared_prefix=False
+        "PaliGemmaForConditionalGeneration",
+        image_attention="prefix",
+        placeholder=None,
+        shared_prefix=False,
     ),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
-        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size,
+        image_px=lambda config: (
+            GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size
+        ),
         token_px=lambda config: patch_size(config) * config.vision_config.pooling_kernel_size,
         adapter=("embed_vision",),
         encoder_output_module="embed_vision.embedding_projection",

@@ -44,7 +44,12 @@ def _full_view(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict
 
 
 def _llava(model_class, **kwargs) -> Family:
-    settings = {"image_px": _image_px, "encoder_width": _encoder_width, "image_resize": None, "answers": True}
+    settings = {
+        "image_px": _image_px,
+        "encoder_width": _encoder_width,
+        "image_resize": None,
+        "answers": True,
+    }
     return Family(model_class, **settings | kwargs)
 
 

@@ -65,6 +65,7 @@ MERGED = {
         lambda config: config.vision_config.hidden_stride,
         adapter=("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
         image_start_text="<IMG_START>",
-        shared_prefix=False,  # <IMG_START> takes its embedding from that vocabulary if there is an image
+        # <IMG_START> takes its embedding from that vocabulary if there is an image
+        shared_prefix=False,
     ),
 }

@@ -13,12 +13,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-MAX_CLASSES = 255  # the logits of a pixel fit into the registers of one warp; labels are uint8, 255 is ignored
+# the logits of a pixel fit into the registers of one warp; labels are uint8, 255 is ignored
+MAX_CLASSES = 255
 
 
 def use_triton(logits: Tensor) -> bool:
     """Return True if logits f[..., K, h, w] are on a GPU, not float64, and have at most 255 classes."""
-    return logits.is_cuda and logits.dtype != torch.float64 and logits.shape[-3] <= MAX_CLASSES and _installed()
+    return (
+        logits.is_cuda
+        and logits.dtype != torch.float64
+        and logits.shape[-3] <= MAX_CLASSES
+        and _installed()
+    )
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,9 @@ def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return out
 
 
-def count_cells(logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int) -> PredictionCounts:
+def count_cells(
+    logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int
+) -> PredictionCounts:
     """Count predictions against labels, per token and per class.
 
     Args:
@@ -42,7 +44,10 @@ def count_cells(logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignor
         ignore_index: Label of the pixels that are excluded.
     """
     n_probes, n_images, classes, h, w = logits.shape
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=logits.device)
+
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=torch.int32, device=logits.device)
+
     counts = PredictionCounts(
         zeros(n_probes, n_images, classes),
         zeros(n_probes, n_images, classes),
@@ -69,10 +74,15 @@ def argmax_cell(
 ):  # fmt: skip
     """Write the classes of one cell of one grid to out uint8[B, H, W]."""
     program = tl.program_id(0)
-    b, cell = (program // (h * w)).to(tl.int64), program % (h * w)
-    i, j = cell // w, cell % w
-    z00, z01, z10, z11 = load_corners(logits + b * stride_b, i, j, h, w, stride_h, stride_w, stride_k, classes, K)
-    first, last = tl.load(column_start + j), tl.load(column_start + j + 1)
+    b = (program // (h * w)).to(tl.int64)
+    cell = program % (h * w)
+    i = cell // w
+    j = cell % w
+    z00, z01, z10, z11 = load_corners(
+        logits + b * stride_b, i, j, h, w, stride_h, stride_w, stride_k, classes, K
+    )
+    first = tl.load(column_start + j)
+    last = tl.load(column_start + j + 1)
     for y in range(tl.load(row_start + i), tl.load(row_start + i + 1)):
         left, change = pixel_row(z00, z01, z10, z11, tl.load(row_fraction + y), classes, K)
         for start in range(first, last, X):
@@ -92,25 +102,40 @@ def count_cell(
     """Add the counts of one half cell of one grid to `PredictionCounts`."""
     program = tl.program_id(0)
     half_cells = 4 * (h + 1) * (w + 1)
-    grid, cell = program // half_cells, program % half_cells
-    p, b = (grid // n_images).to(tl.int64), (grid % n_images).to(tl.int64)
-    i, j = cell // (2 * w + 2), cell % (2 * w + 2)
+    grid = program // half_cells
+    cell = program % half_cells
+    p = (grid // n_images).to(tl.int64)
+    b = (grid % n_images).to(tl.int64)
+    i = cell // (2 * w + 2)
+    j = cell % (2 * w + 2)
     upper = tl.minimum(tl.maximum(i - 2, 0) // 2, h - 1)
     leftmost = tl.minimum(tl.maximum(j - 2, 0) // 2, w - 1)
     k = tl.arange(0, K)
     z00, z01, z10, z11 = load_corners(
-        logits + p * stride_p + b * stride_b, upper, leftmost, h, w, stride_h, stride_w, stride_k, classes, K
+        logits + p * stride_p + b * stride_b,
+        upper,
+        leftmost,
+        h,
+        w,
+        stride_h,
+        stride_w,
+        stride_k,
+        classes,
+        K,
     )
     n_predicted = tl.zeros([K], tl.int32)
     n_right = tl.zeros([K], tl.int32)
-    first, last = tl.load(column_start + j), tl.load(column_start + j + 1)
+    first = tl.load(column_start + j)
+    last = tl.load(column_start + j + 1)
     for y in range(tl.load(row_start + i), tl.load(row_start + i + 1)):
         left, change = pixel_row(z00, z01, z10, z11, tl.load(row_fraction + y), classes, K)
         for start in range(first, last, X):
             x = start + tl.arange(0, X)
             inside = x < last
             along = tl.load(column_fraction + x, mask=inside, other=0.0)
-            label = tl.load(target + (b * height + y) * width + x, mask=inside, other=0).to(tl.int32)
+            label = tl.load(target + (b * height + y) * width + x, mask=inside, other=0).to(
+                tl.int32
+            )
             valid = inside & (label != ignore_index)
             best = best_class(left, change, along)
             right = valid & (best == label)

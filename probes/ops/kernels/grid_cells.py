@@ -28,18 +28,28 @@ class Axis(NamedTuple):
     fraction: Tensor
 
 
-def cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
+def cells(
+    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device
+) -> list[Axis]:
     """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
-    return [_cells(n, pixels, extent, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
+    return [
+        _cells(n, pixels, extent, device)
+        for n, pixels, extent in zip(grid, size, view, strict=True)
+    ]
 
 
-def half_cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
+def half_cells(
+    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device
+) -> list[Axis]:
     """Return rows and columns of half cells, whose pixels are also covered by the same token.
 
     An axis of n nodes has 2n + 2 half cells. Half cell g is between nodes (g - 2) // 2 and g // 2 and covered by token
     (g - 1) // 2. The first and the last contain the pixels outside the grid.
     """
-    return [_half_cells(n, pixels, extent, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
+    return [
+        _half_cells(n, pixels, extent, device)
+        for n, pixels, extent in zip(grid, size, view, strict=True)
+    ]
 
 
 @lru_cache(maxsize=256)
@@ -87,4 +97,5 @@ def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
     """Return the logits f32[K] at the left end of pixel row `down`, and their change to the right end of the cell."""
     left = z00 + down * (z10 - z00)
     change = z01 + down * (z11 - z01) - left
-    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change  # -inf: classes that only fill the block
+    # -inf: classes that only fill the block
+    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change

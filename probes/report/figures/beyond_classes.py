@@ -7,7 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probes.analyses.maps.figures import task_maps
-from probes.analyses.style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
+from probes.analyses.style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    label_sites,
+    mask_colour,
+    site_depth,
+)
 from probes.models.sites import ENCODER, FINAL_NORM
 from probes.results.formatting import bounds
 from probes.results.task_run import TaskRun
@@ -31,7 +39,8 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
         sites = [row["site"] for row in of_task[0]["sites"] if row["site"] != FINAL_NORM]
         label_sites(ax, sites, max_labels=6, fontsize=7)
         ax.xaxis.label.set_size(8)
-        labels = {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}  # seeds share one
+        # seeds share one
+        labels = {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
         ax.legend(labels.values(), labels, fontsize=7)
     axes[0].set_ylabel("relative to the encoder; higher is better", fontsize=8)
     return FigureData(figure, rows)
@@ -49,16 +58,26 @@ def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
 
 def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
     """Draw an entry and its control, and return their rows."""
-    rows, colour = [], mask_colour(entry["image_attention"])
+    rows = []
+    colour = mask_colour(entry["image_attention"])
     about = {key: entry[key] for key in ("task", "model", "dataset", "image_attention", "seed")}
     for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
-        drawn, label = relative_scores(entry, sites), entry["image_attention"] if kind == "trained" else None
+        drawn = relative_scores(entry, sites)
+        label = entry["image_attention"] if kind == "trained" else None
         x = [site_depth(row["site"]) for row in drawn]
         ax.plot(x, [row["value"] for row in drawn], style, color=colour, lw=1.6, label=label)
         if kind == "trained":
-            ax.fill_between(x, *zip(*(row["ci95"] for row in drawn), strict=True), color=colour, alpha=0.12, lw=0)
+            ax.fill_between(
+                x,
+                *zip(*(row["ci95"] for row in drawn), strict=True),
+                color=colour,
+                alpha=0.12,
+                lw=0,
+            )
         rows += [
-            about | {"weights": kind, "site": row["site"], "relative": row["value"]} | bounds(row["ci95"])
+            about
+            | {"weights": kind, "site": row["site"], "relative": row["value"]}
+            | bounds(row["ci95"])
             for row in drawn
         ]
     return rows
@@ -73,9 +92,16 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
     """
     (encoder,) = (row["value"] for row in entry["sites"] if row["site"] == ENCODER)
     # the bound of an error can be below 0, where its inverse has no bound
-    unit = (lambda x: encoder / x if x > 0 else math.inf) if entry["better"] == "lower" else (lambda x: x / encoder)
+    unit = (
+        (lambda x: encoder / x if x > 0 else math.inf)
+        if entry["better"] == "lower"
+        else (lambda x: x / encoder)
+    )
     rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
-    return [{"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows]
+    return [
+        {"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))}
+        for row in rows
+    ]
 
 
 def task_figures(runs: list[TaskRun], results: list[Entry]) -> Figures:
@@ -85,7 +111,9 @@ def task_figures(runs: list[TaskRun], results: list[Entry]) -> Figures:
         runs: Runs of tasks; those with `probes maps` have a figure.
         results: Entry "tasks" of results.json.
     """
-    with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
+    with_encoder = [
+        entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])
+    ]
     if with_encoder:
         yield ReportFigure(
             "tasks", "Other tasks by site",

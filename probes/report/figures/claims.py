@@ -4,7 +4,14 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.analyses.style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.analyses.style import (
+    INTERVALS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    mask_colour,
+    new_axes,
+)
 from probes.report.claims import CLAIMS
 from probes.report.verdicts import COLUMNS
 from probes.results.formatting import bounds
@@ -34,14 +41,24 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
                 fill = colour if filled else "white"
                 ax.plot([100 * found["value"]], [y + offset], "o", color=colour, mfc=fill, ms=4.5)
         draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
-        ax.plot([100 * x for x in draws], [y + DRAWS_OFFSET] * len(draws), "D", color="#444444", mfc="none", ms=4.5)
+        ax.plot(
+            [100 * x for x in draws],
+            [y + DRAWS_OFFSET] * len(draws),
+            "D",
+            color="#444444",
+            mfc="none",
+            ms=4.5,
+        )
         if draws:
             trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
             ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
         rows += _rows(entry, draws)
     labels = [CLAIMS[claim["claim"]].name for claim in claims]
     if has_llm:
-        labels = [f"{label} ({claim['image_attention']})" for label, claim in zip(labels, claims, strict=True)]
+        labels = [
+            f"{label} ({claim['image_attention']})"
+            for label, claim in zip(labels, claims, strict=True)
+        ]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
@@ -60,7 +77,9 @@ def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
     ]
     like_random = {"trained_like_random": columns["beyond_random"]["trained"]} if draws else {}
     values = like_random | {f"random_{i}": value for i, value in enumerate(draws)}
-    return rows + [key | {"of": name, "value": value} | bounds((None, None)) for name, value in values.items()]
+    return rows + [
+        key | {"of": name, "value": value} | bounds((None, None)) for name, value in values.items()
+    ]
 
 
 def _legend() -> list[Line2D]:

@@ -34,7 +34,9 @@ def encoder_figures(study: Study) -> Figures:
         "Segmentation quality by layer",
         caption(
             "mIoU of the probe at each layer; layer 0 are the patch embeddings. Dashed: the best layer.",
-            "Star: the last layer after the model's norm." if FINAL_NORM in study.first.sites else "",
+            "Star: the last layer after the model's norm."
+            if FINAL_NORM in study.first.sites
+            else "",
             "Diamonds: random layers that change the states as much as the trained ones; what they reach as well "
             "need not be learned."
             if "random" in controls
@@ -48,9 +50,12 @@ def encoder_figures(study: Study) -> Figures:
 
 def encoder_curve(study: Study) -> FigureData:
     """Draw mIoU by layer of the trained encoder with its interval, and of random ones."""
-    run, controls = study.first, _controls(study)
+    run = study.first
+    controls = _controls(study)
     figure, ax = new_axes(6.4, 3.9)
-    ax.plot(*depth_and_miou(run.metrics["sites"]), "-o", color=TRAINED, lw=1.8, ms=4, label="trained")
+    ax.plot(
+        *depth_and_miou(run.metrics["sites"]), "-o", color=TRAINED, lw=1.8, ms=4, label="trained"
+    )
     draw_ci95(ax, run, TRAINED)
     _mark_best(ax, run)
     labelled: set[str] = set()
@@ -65,7 +70,9 @@ def encoder_curve(study: Study) -> FigureData:
     ax.set(xlabel="layer", ylabel="mIoU (%)")
     ax.legend(fontsize=9)
     runs = [run, *controls]
-    return FigureData(figure, [run_columns(x) | score_row(entry) for x in runs for entry in x.metrics["sites"]])
+    return FigureData(
+        figure, [run_columns(x) | score_row(entry) for x in runs for entry in x.metrics["sites"]]
+    )
 
 
 def _mark_best(ax: Axes, run: ProbeRun) -> None:
@@ -74,13 +81,19 @@ def _mark_best(ax: Axes, run: ProbeRun) -> None:
         depth = site_depth(run.peak_layer)
         ax.axvline(depth, color=TRAINED, ls="--", lw=0.9, alpha=0.7)
         at = (depth, miou[run.peak_layer])
-        ax.annotate(f"{at[1]:.1f}", at, (4, 5), color=TRAINED, textcoords="offset points", fontsize=9)
+        ax.annotate(
+            f"{at[1]:.1f}", at, (4, 5), color=TRAINED, textcoords="offset points", fontsize=9
+        )
     if FINAL_NORM in miou:
         last = max(site_depth(site) for site in miou if site != FINAL_NORM) if len(miou) > 1 else 0
-        ax.plot([last], [miou[FINAL_NORM]], "*", color=TRAINED, ms=9, mfc="none", label="final norm")
+        ax.plot(
+            [last], [miou[FINAL_NORM]], "*", color=TRAINED, ms=9, mfc="none", label="final norm"
+        )
 
 
 def _controls(study: Study) -> list[ProbeRun]:
     """Return the random encoders with the kind of probes of the trained one."""
     members: Iterable[ProbeRun] = study.members
-    return [run for run in members if run.arm in CONTROLS and run.is_solved == study.first.is_solved]
+    return [
+        run for run in members if run.arm in CONTROLS and run.is_solved == study.first.is_solved
+    ]

@@ -35,19 +35,31 @@ def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """Return depths and mIoU in percent of the sites, without `final_norm`, which repeats the last layer."""
     entries = without_final_norm(entries)
-    return [site_depth(entry["site"]) for entry in entries], [100 * entry["miou"] for entry in entries]
+    return [site_depth(entry["site"]) for entry in entries], [
+        100 * entry["miou"] for entry in entries
+    ]
 
 
 def draw_ci95(ax: Axes, run: ProbeRun, colour: str) -> None:
     """Draw the band of a run's 95% intervals."""
     entries = without_final_norm(run.metrics["sites"])
     low, high = 100 * np.array([entry["miou_ci95"] for entry in entries]).T
-    ax.fill_between([site_depth(entry["site"]) for entry in entries], low, high, color=colour, lw=0, alpha=0.12)
+    ax.fill_between(
+        [site_depth(entry["site"]) for entry in entries], low, high, color=colour, lw=0, alpha=0.12
+    )
 
 
 def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | None = None) -> None:
     """Draw a trained run's curve with its intervals, the best layer, and its gain over the adapter."""
-    ax.plot(*depth_and_miou(run.metrics["sites"]), "-", color=colour, lw=1.8, marker=marker, ms=4, label=label)
+    ax.plot(
+        *depth_and_miou(run.metrics["sites"]),
+        "-",
+        color=colour,
+        lw=1.8,
+        marker=marker,
+        ms=4,
+        label=label,
+    )
     draw_ci95(ax, run, colour)
     miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     peak = run.peak_layer
@@ -68,7 +80,8 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
 
     `solved` draws the runs whose probes are solved, else those whose probes are trained.
     """
-    trained, untrained = study.solved if solved else study.trained, _shown_untrained(study, solved)
+    trained = study.solved if solved else study.trained
+    untrained = _shown_untrained(study, solved)
     random = [list(runs.values()) for runs in study.random_draws("llm", solved)]
     figure, ax = new_axes(6.4, 3.9)
     for mask, run in trained.items():
@@ -76,7 +89,14 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
         draw_run(ax, run, mask_colour(mask), mask, marker)
     for mask, run in untrained.items():
         label = f"{mask}, untrained"
-        ax.plot(*depth_and_miou(run.metrics["sites"]), ":", color=mask_colour(mask), alpha=0.6, lw=1.8, label=label)
+        ax.plot(
+            *depth_and_miou(run.metrics["sites"]),
+            ":",
+            color=mask_colour(mask),
+            alpha=0.6,
+            lw=1.8,
+            label=label,
+        )
     for draw, runs in enumerate(random):
         for run in runs:
             mask = run.metrics["image_attention"]
@@ -97,7 +117,9 @@ def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
 
 def _draw_random(ax: Axes, run: ProbeRun, colour: str, label: str | None = None) -> None:
     """Draw the layers of a random LLM as hollow points; its encoder and adapter are those of the trained model."""
-    depth, miou = depth_and_miou([x for x in run.metrics["sites"] if x["site"].startswith("layer_")])
+    depth, miou = depth_and_miou(
+        [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
+    )
     ax.plot(depth, miou, "D", color=colour, mfc="none", ms=5, alpha=0.8, label=label)
 
 
@@ -111,14 +133,23 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
     """
     runs = [by_mask[mask] for by_mask in _runs_to_compare(studies)]
-    labels = [study.model + suffix for study, suffix in zip(studies, _probes_suffixes(runs), strict=True)]
-    models, datasets = list(dict.fromkeys(labels)), list(dict.fromkeys(study.dataset for study in studies))
+    labels = [
+        study.model + suffix for study, suffix in zip(studies, _probes_suffixes(runs), strict=True)
+    ]
+    models = list(dict.fromkeys(labels))
+    datasets = list(dict.fromkeys(study.dataset for study in studies))
     figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
     panels = dict(zip(datasets, axes, strict=True))
     rows = []
     for study, run, label in zip(studies, runs, labels, strict=True):
-        ax, colour = panels[study.dataset], COLOURS[models.index(label) % len(COLOURS)]
-        common = {"model": study.model, "dataset": study.dataset, "image_attention": mask, "probes": run.probe_kind}
+        ax = panels[study.dataset]
+        colour = COLOURS[models.index(label) % len(COLOURS)]
+        common = {
+            "model": study.model,
+            "dataset": study.dataset,
+            "image_attention": mask,
+            "probes": run.probe_kind,
+        }
         run_rows = [common | score_row(entry) for entry in run.metrics["sites"]]
         if over_adapter:
             adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
@@ -137,7 +168,10 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
         shown = [run for study, run in zip(studies, runs, strict=True) if study.dataset == dataset]
         label_sites(ax, sites_by_depth(*shown), 8)
         ax.set_title(dataset, fontsize=10)
-    lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
+    lines = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model)
+        for i, model in enumerate(models)
+    ]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     axes[0].set_ylabel("mIoU minus the adapter's (pp)" if over_adapter else "mIoU (%)")
     spread_labels(figure, axes)
@@ -160,7 +194,9 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
     figure, axes = new_panels(len(studies))
     solved = all(study.solved.keys() >= set(MASKS) for study in studies)
-    pairs = [[study.solved[mask] for mask in MASKS] if solved else study.pair() for study in studies]
+    pairs = [
+        [study.solved[mask] for mask in MASKS] if solved else study.pair() for study in studies
+    ]
     suffixes = _probes_suffixes([pair[0] for pair in pairs])
     rows = []
     for ax, study, pair, suffix in zip(axes, studies, pairs, suffixes, strict=True):
@@ -181,7 +217,9 @@ def layer_figures(study: Study) -> Figures:
     """Yield the scores by layer: of solved probes, if there are any beside trained ones, and of the study's own."""
     solved_main = study.first.is_solved
     if study.solved and not solved_main:
-        yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
+        yield _layer_figure(
+            study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True
+        )
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
 
 
@@ -228,9 +266,16 @@ def overview_figures(studies: list[Study]) -> Figures:
 def _peak_caption(*studies: Study) -> str:
     runs = [run for study in studies for run in study.trained.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
-    return "Dashed: the best layer, with its gain over the adapter in percentage points." if marked else ""
+    return (
+        "Dashed: the best layer, with its gain over the adapter in percentage points."
+        if marked
+        else ""
+    )
 
 
 def _kinds_caption(studies: list[Study]) -> str:
     kinds = {run.is_solved for by_mask in _runs_to_compare(studies) for run in by_mask.values()}
-    return "Probes of some models are solved, of others trained: their heights cannot be compared." * (len(kinds) > 1)
+    return (
+        "Probes of some models are solved, of others trained: their heights cannot be compared."
+        * (len(kinds) > 1)
+    )

@@ -4,7 +4,15 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.analyses.style import FigureData, Figures, ReportFigure, label_sites, mask_colour, new_axes, site_depth
+from probes.analyses.style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    label_sites,
+    mask_colour,
+    new_axes,
+    site_depth,
+)
 from probes.report.mask_comparison import ALPHA
 
 
@@ -14,7 +22,8 @@ def mask_difference(comparison: dict[str, Any]) -> FigureData:
     sites = comparison["sites"]
     colour = mask_colour("bidirectional")
     for entry in sites:
-        x, y = site_depth(entry["site"]), 100 * entry["difference"]
+        x = site_depth(entry["site"])
+        y = 100 * entry["difference"]
         ax.vlines(x, *(100 * bound for bound in entry["ci95"]), color=colour, lw=1.4)
         face = colour if entry["p_corrected"] < ALPHA else "white"
         ax.plot(x, y, "o", ms=6, markerfacecolor=face, markeredgecolor=colour)

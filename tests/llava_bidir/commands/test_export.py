@@ -75,7 +75,8 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
 
     Qwen's repetition_penalty would change greedy answers.
     """
-    encoder, llm = parts[0], tmp_path / "vicuna"
+    encoder = parts[0]
+    llm = tmp_path / "vicuna"
     shutil.copytree(parts[1], llm)
     settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_length": 4096}
     settings |= {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.05}
@@ -97,7 +98,8 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
 
 @pytest.mark.parametrize(("own", "exported"), [(None, 2), (2, 2), (7, [2, 7]), ([7, 9], [2, 7, 9])])
 def test_generation_ends_at_the_token_that_ends_answers_in_training(own, exported, parts, tmp_path):
-    encoder, llm = parts[0], tmp_path / "llm"
+    encoder = parts[0]
+    llm = tmp_path / "llm"
     shutil.copytree(parts[1], llm)
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((llm / name).read_text())

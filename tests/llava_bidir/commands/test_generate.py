@@ -48,9 +48,10 @@ def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, m
     pictures(0)[0].save(tmp_path / "x.png")
     prompts, (model, _) = ["name the sky", "wall"], asked
     written = model.generate
-    ends = lambda sequences, column: sequences.index_fill(
-        1, torch.tensor([column]), model.generation_config.eos_token_id
-    )
+
+    def ends(sequences, column):
+        return sequences.index_fill(1, torch.tensor([column]), model.generation_config.eos_token_id)
+
     monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
     monkeypatch.setattr(model, "to", lambda device: model)
 
@@ -120,7 +121,8 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(whole))
     from transformers import AutoProcessor
 
-    released, padded = AutoProcessor.from_pretrained(tmp_path), load(str(tmp_path))[1]
+    released = AutoProcessor.from_pretrained(tmp_path)
+    padded = load(str(tmp_path))[1]
     found = [
         p.image_processor(pictures(0), return_tensors="pt")["pixel_values"]
         for p in (processor, padded, released)
@@ -136,9 +138,12 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
     photos = [tmp_path / "a.png", tmp_path / "b.png"]
     for photo, picture in zip(photos, pictures(0, 3), strict=True):
         picture.save(photo)
-    run = lambda *words: main(
-        ["generate", "no model is looked for", *map(str, words), "--max-new-tokens", "4"]
-    )
+
+    def run(*words):
+        return main(
+            ["generate", "no model is looked for", *map(str, words), "--max-new-tokens", "4"]
+        )
+
     run(*photos, "name the sky", "wall")
     told = capsys.readouterr().out.split("\n")[:-1]
     expected = []

@@ -42,7 +42,9 @@ def former_name(name: str) -> str:
 
 def write_graph(model, file, biases: bool = True) -> None:
     """Write weights as torch.onnx.export does: matrices without a name and transposed, positions folded."""
-    helper, arrays, nodes = onnx.helper, {}, []
+    helper = onnx.helper
+    arrays = {}
+    nodes = []
     for name, parameter in model.named_parameters():
         arrays[former_name(name)] = parameter.detach().numpy()
     positions = arrays.pop("backbone.embeddings.position_embeddings")

@@ -15,7 +15,10 @@ from llava_bidir.common.hf_loading import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llava-bidir[gguf]'")
-HEADS, KEY_HEADS, CONTROL, NORMAL = 4, 2, 3, 1
+HEADS = 4
+KEY_HEADS = 2
+CONTROL = 3
+NORMAL = 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -36,10 +39,8 @@ NAMES = {
 
 def byte_level_bpe() -> Tokenizer:
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL)
     raw.train_from_iterator(
@@ -202,7 +203,8 @@ def test_nothing_is_replaced(tmp_path):
 
 
 def test_files_that_cannot_be_imported_are_errors_that_say_why(tmp_path):
-    file, out = tmp_path / "tiny.gguf", tmp_path / "hf"
+    file = tmp_path / "tiny.gguf"
+    out = tmp_path / "hf"
     write(file)
     whole = file.read_bytes()
 

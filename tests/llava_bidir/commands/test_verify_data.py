@@ -168,10 +168,8 @@ def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
         llava_bidir.cli.main(
             [*arguments(parts, folder, tmp_path / "r.json"), "--workers", "2", *on_a_cluster]
         )
-    text, result = (
-        capsys.readouterr().out,
-        json.loads((tmp_path / "r.json").read_text())["files"][0],
-    )
+    text = capsys.readouterr().out
+    result = json.loads((tmp_path / "r.json").read_text())["files"][0]
     assert stop.value.code == 1 and all(f" 1 {kind}: " in text for kind in KINDS)
     assert result["counts"] == dict.fromkeys(KINDS, 1) | {"rotated": 0}
     assert result["records"] == len(RECORDS)

@@ -103,7 +103,10 @@ def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
 
 def test_contents_are_on_disk_before_the_rename_and_the_name_after(tmp_path, monkeypatch):
     """A test cannot cut the power, but it can record the order of system calls."""
-    calls, sync, replace, rename = [], os.fsync, Path.replace, Path.rename
+    calls = []
+    sync = os.fsync
+    replace = Path.replace
+    rename = Path.rename
     monkeypatch.setattr(
         "os.fsync", lambda d: (calls.append(Path(os.readlink(f"/proc/self/fd/{d}")).name), sync(d))
     )
@@ -152,7 +155,8 @@ def test_write_files_passes_the_hashes_of_the_other_files(tmp_path):
 @pytest.mark.parametrize("renamed", range(3))
 def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monkeypatch):
     write_files(files(tmp_path, 1))
-    replace, counter = Path.replace, count()
+    replace = Path.replace
+    counter = count()
     monkeypatch.setattr(
         Path, "replace", lambda s, t: die() if next(counter) == renamed else replace(s, t)
     )
@@ -217,8 +221,10 @@ def disk(tmp_path):
 
 def test_checkpoint_on_a_full_disk(disk):
     """The previous checkpoint stays valid, and the next one is written once there is space."""
-    io, folder = AtomicCheckpointIO(), disk(1000)
-    small, large = {"weight": torch.zeros(30_000)}, {"weight": torch.ones(300_000)}
+    io = AtomicCheckpointIO()
+    folder = disk(1000)
+    small = {"weight": torch.zeros(30_000)}
+    large = {"weight": torch.ones(300_000)}
     io.save_checkpoint(small, folder / "last.ckpt")
     with pytest.raises(ValueError, match="cannot write .*last.ckpt: .*No space left on device"):
         io.save_checkpoint(large, folder / "last.ckpt")
@@ -246,7 +252,8 @@ def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversa
 @pytest.mark.parametrize("name", ["a.json", "a.json.partial"])
 @pytest.mark.parametrize("how", ["files", "file"])
 def test_nothing_is_written_through_a_link(name, how, tmp_path):
-    victim, file = tmp_path / "victim", tmp_path / "a.json"
+    victim = tmp_path / "victim"
+    file = tmp_path / "a.json"
     victim.write_text("untouched")
     (tmp_path / name).symlink_to(victim)
     if how == "files":

@@ -83,7 +83,8 @@ def test_a_statistic_without_any_difference_has_p_one():
 
 def test_holm_steps_down_and_is_monotone():
     p = [0.01, 0.04, 0.03, 0.005, 0.6]
-    largest, adjusted = 0, {}
+    largest = 0
+    adjusted = {}
     for rank, k in enumerate(np.argsort(p)):  # Holm: p_(k) * (m - k + 1), made monotone
         largest = max(largest, min(1, p[k] * (len(p) - rank)))
         adjusted[k] = largest

@@ -21,7 +21,8 @@ from llava_bidir.common.checkpoint_io import (
 from llava_bidir.training.resume import rescale_progress
 
 FLIPS = int(os.environ.get("FAULTS", 100))
-OLD, NEW = {"weight": torch.zeros(3000)}, {"weight": torch.ones(3000)}
+OLD = {"weight": torch.zeros(3000)}
+NEW = {"weight": torch.ones(3000)}
 
 
 def save(path, what=OLD):
@@ -81,7 +82,8 @@ def test_last_is_the_latest_valid_checkpoint_and_logs_skipped_ones(tmp_path, cap
 
 
 def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
-    good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
+    good = save(tmp_path / "good.ckpt")
+    bad = save(tmp_path / "bad.ckpt")
     bad.write_bytes(b"")
     with pytest.raises(
         ValueError,
@@ -101,8 +103,10 @@ def test_a_flipped_bit_is_detected(save, tmp_path):
     """torch.load ignores checksums. Undetected flips are rejected by torch.load or are in unused bytes."""
     path = save(tmp_path / "last.ckpt")
     file = path if path.is_file() else path / "checkpoint/share_1.pt"
-    contents, positions = file.read_bytes(), random.Random(0)
-    whole, found = torch.load(file)["weight"], 0
+    contents = file.read_bytes()
+    positions = random.Random(0)
+    whole = torch.load(file)["weight"]
+    found = 0
     assert resolve_ckpt_path(str(path), tmp_path) == str(path)
     for _ in range(FLIPS):
         flipped = bytearray(contents)
@@ -120,7 +124,8 @@ def test_a_flipped_bit_is_detected(save, tmp_path):
 
 
 def test_last_skips_a_checkpoint_with_a_flipped_bit(tmp_path, caplog):
-    good, bad = save(tmp_path / "1.ckpt"), save(tmp_path / "2.ckpt", NEW)
+    good = save(tmp_path / "1.ckpt")
+    bad = save(tmp_path / "2.ckpt", NEW)
     contents = bytearray(bad.read_bytes())
     contents[len(contents) // 2] ^= 1
     bad.write_bytes(contents)

@@ -22,7 +22,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """Names of the files that are read."""
-    names, digest = [], hashlib.file_digest
+    names = []
+    digest = hashlib.file_digest
     monkeypatch.setattr(
         hashlib, "file_digest", lambda file, kind: names.append(file.name) or digest(file, kind)
     )

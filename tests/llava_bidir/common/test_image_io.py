@@ -18,7 +18,8 @@ NOISE = np.random.default_rng(0)
 def middle_of_the_whole(image: Image.Image) -> Image.Image:
     """CLIP's processor: the whole image is resized, then cut."""
     width, height = (int(PX * length / min(image.size)) for length in image.size)
-    left, top = (width - PX) // 2, (height - PX) // 2
+    left = (width - PX) // 2
+    top = (height - PX) // 2
     return image.resize((width, height), Image.Resampling.BICUBIC).crop(
         (left, top, left + PX, top + PX)
     )
@@ -52,10 +53,12 @@ def test_a_strip_whose_resized_length_is_rounded_is_shifted_by_less_than_a_32nd_
 @pytest.mark.parametrize("entrance", ["probes", "training and generate"])
 def test_no_entrance_makes_more_pixels_than_the_square_needs(entrance, monkeypatch):
     """3,000 x 1 px became 3,000 x 336 x 336 px, 3.7 GB."""
-    made, resize = [], Image.Image.resize
-    record = lambda image, size, *args, **kwargs: (
-        made.append(size[0] * size[1]) or resize(image, size, *args, **kwargs)
-    )
+    made = []
+    resize = Image.Image.resize
+
+    def record(image, size, *args, **kwargs):
+        return made.append(size[0] * size[1]) or resize(image, size, *args, **kwargs)
+
     monkeypatch.setattr(Image.Image, "resize", record)
     strips = [Image.new("RGB", size) for size in ((3000, 1), (1, 3000), (9000, 2))]
     crop = {"size": {"shortest_edge": PX}, "crop_size": {"height": PX, "width": PX}}

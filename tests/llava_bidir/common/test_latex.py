@@ -12,7 +12,8 @@ COMMANDS = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"
 
 def typeset(line: str) -> list[str]:
     """Return the cells of a row as TeX's rules read it: commands, escaped characters, groups, cells."""
-    cells, rest = [""], line
+    cells = [""]
+    rest = line
     while rest:
         token = re.match(
             r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\(.)|\$-\$|--|(.)", rest

@@ -50,7 +50,8 @@ def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, wo
 
 def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -> list[list[int]]:
     """get_modality_length_grouped_indices, split_to_even_chunks on lists. Source: LLaVA llava_trainer.py:38-130."""
-    megabatches, rest = [], []
+    megabatches = []
+    rest = []
     for text_only in (False, True):
         indices = [i for i, n in enumerate(lengths) if (n < 0) == text_only]
         order = [indices[i] for i in torch.randperm(len(indices), generator=generator)]
@@ -58,7 +59,8 @@ def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -
         if chunks and len(chunks[-1]) < batch:
             rest += chunks.pop()
         for chunk in chunks:
-            parts, totals = [[] for _ in range(devices)], [0.0] * devices
+            parts = [[] for _ in range(devices)]
+            totals = [0.0] * devices
             for index in sorted(chunk, key=lambda i: abs(lengths[i]), reverse=True):
                 shortest = totals.index(min(totals))
                 parts[shortest].append(index)

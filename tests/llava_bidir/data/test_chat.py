@@ -15,7 +15,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import IGNORE_INDEX, encode, token_upper_bound
 from llava_bidir.model.build import build_processor
 
-IMAGE_ID, TOKENS, IMAGE = 5, tiny_models.TOKENS, Image.new("RGB", (8, 8))
+IMAGE_ID = 5
+TOKENS = tiny_models.TOKENS
+IMAGE = Image.new("RGB", (8, 8))
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
@@ -35,10 +37,8 @@ TEMPLATES = {"ChatML": CHATML, "ChatML on lines, trimmed": LINES, "INST": INST}
 def byte_level(template: str | None, **settings) -> PreTrainedTokenizerFast:
     """GPT-2's way: white space before a word joins it, and that before other white space does not."""
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unused>", "<pad>", "<image>"]
     trainer = trainers.BpeTrainer(
         vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
@@ -69,15 +69,18 @@ TEXT = st.text(st.sampled_from("ab c.\n\t '9é中<"), max_size=12)
 def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_supervised(
     name, turns, answered
 ):
-    tokenizer, has_image = TOKENIZERS[name], any(shown for *_, shown in turns)
-    records, messages = [], []
+    tokenizer = TOKENIZERS[name]
+    has_image = any(shown for *_, shown in turns)
+    records = []
+    messages = []
     for question, answer, shown in turns:
         shown_question = f"<image>\n{question.strip()}".strip()
         records += [f"{question}<image>" if shown else question, answer]
         messages += [{"role": "user", "content": shown_question if shown else question}]
         messages += [{"role": "assistant", "content": answer}]
     if not answered:
-        records, messages = records[:-1], messages[:-1]
+        records = records[:-1]
+        messages = messages[:-1]
     is_prompt = not answered or messages[-1]["content"] == ""
     messages = messages[:-1] if answered and is_prompt else messages
     ids, labels = encode(
@@ -91,7 +94,8 @@ def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_super
         tiny_models.turns(*records), tokenizer, "chat", TOKENS if has_image else None
     )
 
-    runs, previous = [], IGNORE_INDEX
+    runs = []
+    previous = IGNORE_INDEX
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
         assert label in (IGNORE_INDEX, token)
         if label != IGNORE_INDEX:
@@ -125,9 +129,10 @@ def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, t
     )
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     assert prompt_template(processor) == "chat"
-    part = lambda text, shown=False: (
-        [{"type": "image", "image": IMAGE}] * shown + [{"type": "text", "text": text}]
-    )
+
+    def part(text, shown=False):
+        return [{"type": "image", "image": IMAGE}] * shown + [{"type": "text", "text": text}]
+
     turns = [
         ("user", "What is it?", True),
         ("assistant", "a cat", False),

@@ -24,7 +24,9 @@ def test_batch_is_padded_and_says_where_it_predicts(collate):
     batch = collate(
         [sample("<image>\nname the sky", "wall", True), sample("sky", "wall wall wall", False)]
     )
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    ids = batch["input_ids"]
+    labels = batch["labels"]
+    mask = batch["attention_mask"]
     assert ids.shape == labels.shape == mask.shape and batch["pixel_values"].shape == (1, 3, 8, 8)
     assert (labels[mask == 0] == IGNORE_INDEX).all() and sum(batch["lengths"]) == mask.sum()
     expected = [
@@ -71,7 +73,8 @@ def test_prompts_are_padded_left_and_end_where_the_answer_starts(collate):
         sample("<image>\nname the sky and a wall", "wall", True),
         sample("sky", "wall", False),
     ]
-    prompts, full = collate.prompts(samples), collate(samples)
+    prompts = collate.prompts(samples)
+    full = collate(samples)
     for row in range(2):
         prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
         assert torch.equal(prompt, full["input_ids"][row][: len(prompt)])

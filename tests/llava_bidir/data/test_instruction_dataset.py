@@ -133,12 +133,14 @@ def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
     """The reference exchanges the first token of the first answer and compares the logits that predict it."""
     Image.effect_noise((9, 7), 90).convert("RGB").save(tmp_path / "a.png")
     path = write(tmp_path / "data.json", [record(conversations=CONVERSATIONS[conversation])])
-    data, processor = Instructions(path, tmp_path), build_processor(*parts)
+    data = Instructions(path, tmp_path)
+    processor = build_processor(*parts)
     model = build_model(*parts, processor, image_attention=mask).eval()
     for parameter in model.model.language_model.parameters():
         parameter.data *= 4  # two layers of attention must not vanish
     batch = Collate(processor, tiny_models.TOKENS, "vicuna_v1")([data[0]])
-    predicts, others = int(batch["predicts"][0]), batch["input_ids"].clone()
+    predicts = int(batch["predicts"][0])
+    others = batch["input_ids"].clone()
     others[0, predicts + 1] += 1
     with torch.no_grad():
         logits = [

@@ -14,7 +14,8 @@ from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
 from llava_bidir.model.encoders import Encoder
 
-IMAGE_ID, T = 32000, 3
+IMAGE_ID = 32000
+T = 3
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], l
             else f"USER: {question} ASSISTANT:"
         )
     ids = llava_ids(text, tokenizer, has_image)
-    labels, position = list(ids), 1
+    labels = list(ids)
+    position = 1
     labels[:1] = [IGNORE_INDEX]
     for i, part in enumerate(text.split("</s>")):
         halves = part.split(" ASSISTANT: ")
@@ -62,7 +64,8 @@ def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], l
         whole = len(llava_ids(part, tokenizer, has_image))
         asked = len(llava_ids(halves[0] + " ASSISTANT: ", tokenizer, has_image)) - 2
         if i > 0:  # the tokenizer is not "legacy"
-            whole, asked = whole - 1, asked - 1
+            whole = whole - 1
+            asked = asked - 1
         labels[position : position + asked] = [IGNORE_INDEX] * asked
         position += whole
     labels[position:] = [IGNORE_INDEX] * len(labels[position:])
@@ -208,7 +211,8 @@ def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarra
     short = min(width, height)
     scaled = tuple(side if n == short else int(side * n / short) for n in (width, height))
     values = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
-    top, left = (values.shape[0] - side) // 2, (values.shape[1] - side) // 2
+    top = (values.shape[0] - side) // 2
+    left = (values.shape[1] - side) // 2
     values = values[top : top + side, left : left + side]
     return ((values / 255 - np.array(entry.mean)) / np.array(entry.std)).transpose(2, 0, 1)
 
@@ -218,7 +222,8 @@ def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarra
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pixels_equal_llavas(name, aspect, size):
     """To the last of the 256 levels: a step of one is 0.0147 at least after normalisation."""
-    encoder, config = Encoder(name, "unused"), CONFIGS[name]
+    encoder = Encoder(name, "unused")
+    config = CONFIGS[name]
     ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")[
         "pixel_values"
     ][0]

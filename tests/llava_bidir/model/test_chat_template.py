@@ -55,11 +55,14 @@ WORDS = st.text(st.sampled_from("ab A.\n\t  9é中<"), min_size=1, max_size=12).
 )
 @example(turns=[("What is it?", "", False)])
 def test_prompts_equal_the_ids_of_training_in_one_step_and_in_two(turns, processor):
-    records, messages = [], []
+    records = []
+    messages = []
     for question, answer, has_image in turns:
         records += [("<image>\n" if has_image else "") + question, answer]
         messages += [message("user", question, has_image), message("assistant", answer, False)]
-    records, messages = records[:-1], messages[:-1]  # the prompt for the last answer
+    # the prompt for the last answer
+    records = records[:-1]
+    messages = messages[:-1]
     has_images = any(has_image for _, _, has_image in turns)
     expected, _ = encode(
         tiny_models.turns(*records),

@@ -14,7 +14,8 @@ from llava_bidir.model import modeling_llava_bidir
 MASKS = tuple(IMAGE_ATTENTION)
 NEW = 5
 # rows with two, one and no images; each row has other images
-ROWS, IMAGES = ("tiiiittiiiitt", "ttiiiittt", "tttt"), (2, 1, 0)
+ROWS = ("tiiiittiiiitt", "ttiiiittt", "tttt")
+IMAGES = (2, 1, 0)
 GREEDY = {
     "max_new_tokens": NEW,
     "do_sample": False,
@@ -65,7 +66,8 @@ def test_forward_names_every_parameter_of_the_parents():
     "cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
 )
 def test_beams_score_answers_about_the_images_of_their_prompt(name, cache):
-    model, inputs = tiny_models.model(name), batch()
+    model = tiny_models.model(name)
+    inputs = batch()
     out = model.generate(
         **inputs, **GREEDY, **DETAILS, **cache, num_beams=3, num_return_sequences=2
     )
@@ -103,7 +105,8 @@ def test_an_image_token_in_an_answer_is_text(name):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_embeddings_in_place_of_ids_give_the_same_logits(name):
-    model, inputs = tiny_models.model(name), batch()
+    model = tiny_models.model(name)
+    inputs = batch()
     embedded = inputs | {
         "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
         "input_ids": None,
@@ -117,7 +120,9 @@ def test_embeddings_in_place_of_ids_give_the_same_logits(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monkeypatch):
     """Features that a caller merged cannot be told from text; a mask of the caller's own says what they are."""
-    model, inputs, warnings = tiny_models.model(name), batch(), []
+    model = tiny_models.model(name)
+    inputs = batch()
+    warnings = []
     monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
     embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
     model(**embedded, attention_mask=torch.ones(*inputs["input_ids"].shape)[:, None, None].bool())
@@ -129,7 +134,8 @@ def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monk
 @pytest.mark.slow
 def test_decoding_step_compiles_without_graph_breaks():
     """A branch on data breaks the graph, and on a GPU it waits for the device in every step."""
-    model, inputs = tiny_models.model("bidirectional"), batch()
+    model = tiny_models.model("bidirectional")
+    inputs = batch()
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
@@ -141,7 +147,8 @@ def test_decoding_step_compiles_without_graph_breaks():
 
 
 def test_forward_exports():
-    model, inputs = tiny_models.model("bidirectional"), batch()
+    model = tiny_models.model("bidirectional")
+    inputs = batch()
     with torch.no_grad():
         program = torch.export.export(model, (), inputs | {"use_cache": False}, strict=False)
         torch.testing.assert_close(

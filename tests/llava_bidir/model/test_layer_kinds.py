@@ -52,7 +52,8 @@ UNMASKED_LLMS = {
     ),
     "conv": Lfm2Config(**SIZES, layer_types=["conv", FULL, "conv"]),
 }
-ROWS, NEW = ("ttiiiittiiiitttt", "ttttiiiitt"), 8
+ROWS = ("ttiiiittiiiitttt", "ttttiiiitt")
+NEW = 8
 IMAGES = (slice(0, 2), slice(2, 3))  # of each row
 
 
@@ -89,7 +90,8 @@ def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("llm", SLIDING_LLMS)
 def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
-    model, inputs = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm]), batch()
+    model = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm])
+    inputs = batch()
     caches = ({}, {"use_cache": False}, {"cache_implementation": "static"})
     details = {
         "return_dict_in_generate": True,
@@ -164,7 +166,8 @@ def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_
     model, processor = build(copy.deepcopy(SLIDING_LLMS[llm]), name)
     tiny_models.sharpen(model)
     export_hf(model, processor, tmp_path / "hf")
-    mllm, pixels = probes.load(str(tmp_path / "hf"), device="cpu"), tiny_models.pixels(2)
+    mllm = probes.load(str(tmp_path / "hf"), device="cpu")
+    pixels = tiny_models.pixels(2)
     states = mllm(pixels)
     own = model(
         input_ids=mllm.ids.expand(2, -1), pixel_values=pixels, output_hidden_states=True

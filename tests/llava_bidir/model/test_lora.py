@@ -31,7 +31,8 @@ def logits(model) -> torch.Tensor:
 
 
 def test_updates_start_at_zero_in_every_linear_layer_of_the_llm():
-    model, plain = tiny_models.model(), tiny_models.model()
+    model = tiny_models.model()
+    plain = tiny_models.model()
     add_lora(model, Lora(r=3, alpha=6))
     linear = {
         name for name, m in plain.model.language_model.named_modules() if isinstance(m, nn.Linear)
@@ -64,7 +65,8 @@ def test_merged_weights_are_mapped_files_and_equal_the_sum(updated, dtype, tmp_p
     ]
     assert len(layers) == 21
     for name, layer in layers:
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a = layer.lora_A["default"].weight
+        b = layer.lora_B["default"].weight
         expected = (layer.get_base_layer().weight + 2 * (b @ a)).to(dtype)  # alpha / r
         found = merged.get_submodule(name).weight
         torch.testing.assert_close(found, expected)

@@ -47,14 +47,17 @@ def test_causal_equals_stock_llava_bit_for_bit(attn_implementation, pad):
 def test_states_equal_an_attention_written_out_under_the_looped_mask(
     name, attn_implementation, pad
 ):
-    model, inputs = tiny_models.model(name, attn_implementation), batch(pad)
+    model = tiny_models.model(name, attn_implementation)
+    inputs = batch(pad)
     ours = states(model, **inputs)
-    decoder, padding = model.model.language_model, inputs["attention_mask"]
+    decoder = model.model.language_model
+    padding = inputs["attention_mask"]
     masks = reference.mask_by_loop(name, inputs["input_ids"] == tiny_models.IMAGE_ID, padding)
     for row in range(len(BATCH)):
         real = padding[row].bool()
         # rotary embeddings are relative, so padding on the left has no effect
-        positions, mask = torch.arange(int(real.sum())), masks[row][real][:, real]
+        positions = torch.arange(int(real.sum()))
+        mask = masks[row][real][:, real]
         expected = reference.llama_states(
             decoder, ours[0][row : row + 1, real], [mask[None]] * 3, positions
         )
@@ -64,7 +67,8 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(
 
 
 def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
-    model, inputs = tiny_models.model("bidirectional"), batch()
+    model = tiny_models.model("bidirectional")
+    inputs = batch()
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["image_attention"] == "bidirectional"
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)

@@ -64,7 +64,8 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     worker = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
     code = f"import subprocess; subprocess.run({python(worker)!r})"
     lines = [
-        f"import signal; signal.signal({int(number)}, signal.SIG_DFL)",  # nohup ignores SIGHUP, and its children too
+        # nohup ignores SIGHUP, and its children too
+        f"import signal; signal.signal({int(number)}, signal.SIG_DFL)",
         "from llava_bidir.common.process_group import end_on_signals; end_on_signals()",
         "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
         f"run_measured({python(code)!r}, Path('log'))",
@@ -137,7 +138,10 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     ]
     file = tmp_path / "out/rehearsal.json"
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    steps = lambda: json.loads(file.read_text())["steps"] if file.exists() else {}
+
+    def steps():
+        return json.loads(file.read_text())["steps"] if file.exists() else {}
+
     deadline = time.monotonic() + HANGING_S
     while len(steps()) < 2 and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -20,7 +20,8 @@ from llava_bidir.toy_world.binding import (
 from llava_bidir.toy_world.canvas import CLASSES, PAIR_OF
 from llava_bidir.toy_world.dialogues import LOOK_ALIKE, patch_shares
 
-ROOM_CUES, STREET_CUES = {"lamp", "picture"}, {"tree"}
+ROOM_CUES = {"lamp", "picture"}
+STREET_CUES = {"tree"}
 ROOMS = {"ceiling", "wall", "floor", "bed"}
 PATCHES = [(row, column) for row in range(GRID) for column in range(GRID)]
 
@@ -65,7 +66,8 @@ def test_a_border_of_one_pixel_has_the_hue_of_the_scene_and_no_class(mosaics):
 
 def test_look_alikes_follow_from_the_cues_of_their_own_scene_and_of_no_other(mosaics):
     """A reader of borders and cues is always right; one that takes the cues of another scene is at chance."""
-    own, other = [], []
+    own = []
+    other = []
     for mosaic in mosaics:
         scenes = [set().union(*patches) for patches in names_by_hue(mosaic).values()]
         assert len(scenes) == len(mosaic.indoor)

@@ -46,10 +46,8 @@ def test_every_answer_is_true(records, scenes):
     kinds = Counter()
     for record in (*records["captions"], *records["dialogues"], *records["questions"]):
         scene = scene_of(record, scenes)
-        grid, kind = (
-            np.array(scene.names).reshape(GRID, GRID),
-            {"an indoor scene": "room", "an outdoor scene": "street"}[scene.kind],
-        )
+        grid = np.array(scene.names).reshape(GRID, GRID)
+        kind = {"an indoor scene": "room", "an outdoor scene": "street"}[scene.kind]
         for question, answer in pairs(record):
             kinds[question.split(",")[0].split()[0]] += 1
             if place := PLACE.search(question):

@@ -23,7 +23,8 @@ from llava_bidir.toy_world.plant import (
 
 @pytest.fixture(scope="module")
 def model(world):
-    encoder, llm = Encoder("clip", str(world / "encoder"), layer=-1), str(world / "llm")
+    encoder = Encoder("clip", str(world / "encoder"), layer=-1)
+    llm = str(world / "llm")
     processor = build_processor(encoder, llm)
     torch.manual_seed(0)
     net = build_model(encoder, llm, processor, image_attention="bidirectional")
@@ -68,7 +69,10 @@ def test_what_was_planted_is_recorded_with_the_truth_by_folder(planted, world):
 
 def test_questions_are_learned_along(planted, world, model):
     """Else the answers would be those of an untrained LLM: the loss counts both."""
-    head = lambda folder: AutoModelForImageTextToText.from_pretrained(folder).lm_head.weight
+
+    def head(folder):
+        return AutoModelForImageTextToText.from_pretrained(folder).lm_head.weight
+
     assert torch.equal(head(planted[0]), head(model))
     losses = plant_recovery(model, world, world.parent / "asked", steps=0, answer_steps=2)
     assert len(losses) == 2 and not torch.equal(head(world.parent / "asked"), head(model))
@@ -95,7 +99,10 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
     before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (model, out))
     pixels, labels = read_pictures(world / "segmentation", "training")
     directions = class_directions(encoder_states(before, pixels), labels, MERGED)
-    first = lambda net: net.model.multi_modal_projector.linear_1.weight.detach()
+
+    def first(net):
+        return net.model.multi_modal_projector.linear_1.weight.detach()
+
     left = (directions @ first(after).T).norm(dim=1) / (directions @ first(before).T).norm(dim=1)
     assert (left[:pairs] < 1e-4).all() and (left[pairs:] > 0.1).all()
     truth = "planted" if pairs else "absent"

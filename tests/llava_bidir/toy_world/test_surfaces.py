@@ -26,7 +26,8 @@ def scenes():
 )
 def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
     """The digest was computed by the commit before."""
-    rng, digest = np.random.default_rng(5), hashlib.sha256()
+    rng = np.random.default_rng(5)
+    digest = hashlib.sha256()
     for _ in range(30):
         scene = draw_scene(rng)
         digest.update(scene.image.tobytes())
@@ -40,16 +41,20 @@ def trace_room(camera) -> np.ndarray:
     (eye_x, eye_y), far = camera.eye, camera.far_end
     # Of the far wall, whose lower edge is on the ground
     distance = FOCAL_PX * ADULT_M / (far.bottom_left[1] - eye_y)
-    metres = lambda corner: (
-        (corner[0] - eye_x) * distance / FOCAL_PX,
-        (corner[1] - eye_y) * distance / FOCAL_PX,
-    )
+
+    def metres(corner):
+        return (
+            (corner[0] - eye_x) * distance / FOCAL_PX,
+            (corner[1] - eye_y) * distance / FOCAL_PX,
+        )
+
     (left, ceiling), (right, ground) = metres(far.top_left), metres(far.bottom_right)
     assert ground == pytest.approx(ADULT_M)
     depth = np.full((SIZE_PX, SIZE_PX), distance)
     for y in range(SIZE_PX):
         for x in range(SIZE_PX):
-            across, down = (x + 0.5 - eye_x) / FOCAL_PX, (y + 0.5 - eye_y) / FOCAL_PX
+            across = (x + 0.5 - eye_x) / FOCAL_PX
+            down = (y + 0.5 - eye_y) / FOCAL_PX
             hits = [
                 (right if across > 0 else left) / across,
                 (ground if down > 0 else ceiling) / down,
@@ -61,9 +66,11 @@ def trace_room(camera) -> np.ndarray:
 def test_room_has_the_depth_of_a_box_by_ray_tracing():
     rng = np.random.default_rng(1)
     for _ in range(5):
-        camera, canvas = sample_camera(rng), Canvas()
+        camera = sample_camera(rng)
+        canvas = Canvas()
         draw_room(canvas, camera, rng)
-        depth, mask = canvas.surfaces(camera).depth(), canvas.mask()
+        depth = canvas.surfaces(camera).depth()
+        mask = canvas.mask()
         room = np.isin(mask, (CEILING, WALL, FLOOR, WINDOW, PICTURE, DOOR)) & ~np.isnan(depth)
         assert room.mean() > 0.4
         # along the edges, the other plane is at most a third of a pixel away

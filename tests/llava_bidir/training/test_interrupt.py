@@ -28,7 +28,8 @@ def fit(parts, conversations, tmp_path, monkeypatch, capsys):
     """Run `llava-bidir fit` with Ctrl-C in some micro-batches; two of them are a step, six of them an epoch."""
 
     def run(*more: str, interrupts: dict[int, int] | None = None) -> tuple[int, str]:
-        step, count = LlavaTraining.training_step, [0]
+        step = LlavaTraining.training_step
+        count = [0]
 
         def interrupted_step(module, batch, batch_idx):
             for _ in range((interrupts or {}).get(count[0], 0)):

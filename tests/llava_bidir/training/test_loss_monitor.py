@@ -23,7 +23,9 @@ def arguments(parts, conversations, out) -> list[str]:
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
     parts, conversations, tmp_path, monkeypatch
 ):
-    loss, seen, weights = LlavaTraining.loss, [], []
+    loss = LlavaTraining.loss
+    seen = []
+    weights = []
 
     def nan_in_step_2(self, batch):
         if self.trainer.sanity_checking or not self.trainer.training:

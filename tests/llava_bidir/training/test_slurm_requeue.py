@@ -33,7 +33,8 @@ def handlers():
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch) -> Path:
     """Return the file to which a fake scontrol writes its arguments."""
-    script, calls = tmp_path / "bin/scontrol", tmp_path / "calls"
+    script = tmp_path / "bin/scontrol"
+    calls = tmp_path / "calls"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     script.chmod(0o755)
@@ -46,7 +47,9 @@ class SignalAt(Callback):
     """Sends a signal to this process in a micro-batch, counted over epochs from 0."""
 
     def __init__(self, number: int, micro_batch: int):
-        self.number, self.micro_batch, self.losses = number, micro_batch, []
+        self.number = number
+        self.micro_batch = micro_batch
+        self.losses = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if len(self.losses) == self.micro_batch:
@@ -77,10 +80,8 @@ def arguments(parts, conversations, out, *more) -> list[str]:
 
 def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt_path=None):
     """Return the losses, the trainer, and the exit status, 0 for a finished run."""
-    cli, sender = (
-        build_cli(arguments(parts, conversations, out), run=False),
-        SignalAt(number, micro_batch),
-    )
+    cli = build_cli(arguments(parts, conversations, out), run=False)
+    sender = SignalAt(number, micro_batch)
     cli.trainer.callbacks[:0] = [sender]
     cli.trainer.callbacks.append(SlurmRequeue())
     try:

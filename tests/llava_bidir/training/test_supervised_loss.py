@@ -91,7 +91,8 @@ def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
 
 
 def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
-    results, runs = [], []
+    results = []
+    runs = []
     for recompute in (False, True):
         module, collate = build(parts, "bidirectional", gradient_checkpointing=recompute)
         for layer in module.model.model.language_model.layers:

@@ -27,7 +27,8 @@ def test_sample_that_shows_its_image_twice_counts_once_as_one_with_an_image(part
 
 
 def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):
-    now, logged = 0.0, {}
+    now = 0.0
+    logged = {}
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=1)
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.update)

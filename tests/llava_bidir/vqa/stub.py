@@ -16,11 +16,9 @@ import lmms_eval.evaluator
 import llava_bidir.vqa.lmms_model as model
 import llava_bidir.vqa.result_files
 
-answer, simple_evaluate, version = (
-    model.answer,
-    lmms_eval.evaluator.simple_evaluate,
-    metadata.version,
-)
+answer = model.answer
+simple_evaluate = lmms_eval.evaluator.simple_evaluate
+version = metadata.version
 calls = []
 
 

@@ -217,7 +217,8 @@ def test_a_cancelled_view_has_no_numbers_of_the_last_one(open_tab, session, monk
 
 
 def test_a_photo_that_arrives_late_does_not_replace_the_next_one(open_tab):
-    tab, held = open_tab("#photo=split:0"), []
+    tab = open_tab("#photo=split:0")
+    held = []
     tab.route(re.compile("photo.key=split%3A1"), lambda route: held.append(route))
     show_image(tab, 1)
     show_image(tab, 2)
@@ -233,7 +234,9 @@ def test_a_photo_that_arrives_late_does_not_replace_the_next_one(open_tab):
 
 
 def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, monkeypatch):
-    tab, asked, more = open_tab("#photo=split:1&patches=1"), [], threading.Event()
+    tab = open_tab("#photo=split:1&patches=1")
+    asked = []
+    more = threading.Event()
     ask = session.ask
     monkeypatch.setattr(
         session,

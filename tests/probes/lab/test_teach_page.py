@@ -198,7 +198,8 @@ def test_paint_by_keyboard_and_undo(open_tab):
 
 
 def test_only_the_last_of_quick_strokes_is_solved(open_tab):
-    tab, sent = open_tab("#photo=split:0"), []
+    tab = open_tab("#photo=split:0")
+    sent = []
     tab.on(
         "request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/run/teach") else None
     )

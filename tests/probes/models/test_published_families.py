@@ -25,7 +25,8 @@ from probes.models.prompt_and_pixels import check_numbers
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published_families.yaml").read_text())
 MODELS = PUBLISHED["models"]
 WITHOUT_MASKS = ("qwen3_5", "qwen3_5_moe")  # linear attention
-LAYERS = 3  # that run at least: Qwen3-VL adds features of three encoder layers after as many decoder layers
+# that run at least: Qwen3-VL adds features of three encoder layers after as many decoder layers
+LAYERS = 3
 PREFIX = [1, 2, 3, 4, 5]
 SEPARATOR = 12
 IMAGES = 2
@@ -54,7 +55,8 @@ def cut_layers(config: PreTrainedConfig) -> None:
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     layers = max(LAYERS, max(kinds.index(kind) for kind in kinds) + 1)
     if getattr(text, "num_kv_shared_layers", 0):  # the later half uses keys of the earlier one
-        text.num_kv_shared_layers, layers = layers, 2 * layers
+        text.num_kv_shared_layers = layers
+        layers = 2 * layers
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = kinds[:layers]
@@ -96,7 +98,8 @@ def run(
     """The states at all sites, and bool[B, T, T] by layer, the attention among image tokens that the layer received."""
     received: dict[int, torch.Tensor] = {}
     hooks = [
-        layer.self_attn.register_forward_hook(  # after the forward, when the knockout has replaced the mask
+        # after the forward, when the knockout has replaced the mask
+        layer.self_attn.register_forward_hook(
             lambda _, args, kwargs, output, i=i: received.__setitem__(i, kwargs["attention_mask"]),
             with_kwargs=True,
         )

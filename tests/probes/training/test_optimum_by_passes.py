@@ -27,7 +27,12 @@ from probes.training.pixel_sample import AxisRange, choose_pixels
 
 pytestmark = pytest.mark.numerics
 
-GRID, SIZE, CLASSES, WIDTH, IMAGES, FOLDS = (6, 6), (36, 36), 3, 12, 120, 3
+GRID = (6, 6)
+SIZE = (36, 36)
+CLASSES = 3
+WIDTH = 12
+IMAGES = 120
+FOLDS = 3
 
 
 class Data:
@@ -54,7 +59,10 @@ class Data:
 
     def sample(self, count: int, seed: int) -> tuple[SampledPixels, torch.Tensor]:
         """Return about `count` pixels of all images as they are stored, and their labels."""
-        inputs, labels, weights, folds = [], [], [], []
+        inputs = []
+        labels = []
+        weights = []
+        folds = []
         for image, target in enumerate(self.target):
             mine = (image + 1) * count // IMAGES - image * count // IMAGES
             view = GridPlacement.full(SIZE)
@@ -174,8 +182,12 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data):
     generator = torch.Generator().manual_seed(2)
     points = 0.3 * torch.randn(2, CLASSES, WIDTH + 1, generator=generator).double()
     direction = torch.randn(points.shape, generator=generator).double()
-    strengths, left_out = torch.tensor([1e-2, 1e-2]).double(), [1, None]
-    gradient = lambda x: problem.objective(strengths, left_out, TIGHT_NODES)(x, [0, 1])[1]
+    strengths = torch.tensor([1e-2, 1e-2]).double()
+    left_out = [1, None]
+
+    def gradient(x):
+        return problem.objective(strengths, left_out, TIGHT_NODES)(x, [0, 1])[1]
+
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     spectrum = torch.cat([data.space.spectrum, torch.ones(1)])
     hessian = SampleHessian(sample, points, left_out, problem.ridge(strengths)[0, 0], spectrum)
@@ -199,7 +211,8 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement = data.start(400, (1e-1, 1e-2))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    before, value = refinement.kept.clone(), refinement.value.clone()
+    before = refinement.kept.clone()
+    value = refinement.value.clone()
     losses = dict(refinement.losses)
     refinement.points = refinement.points + 100
     data.take_pass(refinement)
@@ -216,12 +229,11 @@ def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own
     refinement = data.start(400)
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    value, gradient, kept = (
-        refinement.value.clone(),
-        refinement.gradient.clone(),
-        refinement.kept.clone(),
-    )
-    refinement.points, refinement.value = kept, torch.full_like(value, torch.inf)
+    value = refinement.value.clone()
+    gradient = refinement.gradient.clone()
+    kept = refinement.kept.clone()
+    refinement.points = kept
+    refinement.value = torch.full_like(value, torch.inf)
     data.take_pass(refinement)
     torch.testing.assert_close(refinement.value, value)
     torch.testing.assert_close(refinement.gradient, gradient)

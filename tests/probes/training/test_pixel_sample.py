@@ -10,7 +10,8 @@ from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose
 
 pytestmark = pytest.mark.numerics
 
-GRID, SIZE = (3, 4), (24, 40)
+GRID = (3, 4)
+SIZE = (24, 40)
 
 
 @pytest.fixture

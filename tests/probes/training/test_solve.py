@@ -193,7 +193,8 @@ def die(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
-KILLS = {  # method of the solver, the number of calls after which it is killed, and whether the sample is a part
+# method of the solver, the number of calls after which it is killed, and whether the sample is a part
+KILLS = {
     "in the first pass": ("add", 2, False),
     "on the path": ("_to_site", 3, False),
     "in a later pass": ("states", 5, True),

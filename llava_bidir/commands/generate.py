@@ -69,11 +69,10 @@ def _answers_by_photo(
         answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
         for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
             if cut_at is not None:
-                limit = (
-                    "--max-new-tokens"
-                    if cut_at == max_new_tokens
-                    else "the LLM has no positions left"
-                )
+                if cut_at == max_new_tokens:
+                    limit = "--max-new-tokens"
+                else:
+                    limit = "the LLM has no positions left"
                 about = f" about {photo}" if len(photos) > 1 else ""
                 print(
                     f"the answer to {prompt!r}{about} was cut after {cut_at} tokens ({limit})",

@@ -73,14 +73,21 @@ def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
     for rows in segments:
         cells = []
         for columns in segments:
-            part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            causal = part.shape[0] == part.shape[1] and torch.equal(
-                part, torch.ones_like(part).tril()
-            )
-            cells.append("#" if part.all() else "." if not part.any() else "\\" if causal else "?")
+            cells.append(_cell(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
         kind = "image" if is_image[rows[0]] else "text"
         lines.append(f"  {kind:>5} {len(rows):>4}  {' '.join(cells)}")
     return lines
+
+
+def _cell(part: Tensor) -> str:
+    """Return the character of a part bool[R, C] of a mask."""
+    if part.all():
+        return "#"
+    if not part.any():
+        return "."
+    if part.shape[0] == part.shape[1] and torch.equal(part, torch.ones_like(part).tril()):
+        return "\\"
+    return "?"
 
 
 def main(argv: list[str]) -> None:

@@ -20,11 +20,9 @@ DEMOS = {("runs", "demo"): "llava-bidir demo", ("runs", "real"): "llava-bidir re
 def how_to_make(path: str | Path) -> str:
     """Return how to make a file or folder that the configs of the demos name and that is missing; "" for others."""
     command = DEMOS.get(Path(path).parts[:2])
-    return (
-        f"; run `{command}` first, in this folder, or name your own"
-        if command and not Path(path).exists()
-        else ""
-    )
+    if command and not Path(path).exists():
+        return f"; run `{command}` first, in this folder, or name your own"
+    return ""
 
 
 def config_names() -> dict[str, Path]:
@@ -84,11 +82,10 @@ def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir configs`: list the configs, print one, or copy one or all."""
     if args.copy:
         target = Path(args.copy)
-        names = (
-            [args.name]
-            if args.name
-            else [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
-        )
+        if args.name:
+            names = [args.name]
+        else:
+            names = [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
         for name in names:
             file = Path(find_config(name))
             copy = target / file.relative_to(FOLDER)

@@ -41,11 +41,10 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
         )
     if advice := how_to_make(path):
         raise UserError(f"{key}: {path} does not exist{advice}")
-    subject = (
-        path
-        if is_local
-        else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
-    )
+    if is_local:
+        subject = path
+    else:
+        subject = f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
     with error_context(f"{key}: {subject}"):
         if reader.__name__ == "AutoConfig":
             return _read_config(path, **kwargs)

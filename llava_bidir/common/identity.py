@@ -86,11 +86,11 @@ def _settings(trainer, module, data) -> dict[str, Any]:
 def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the settings, those of a group (encoder, lora) as "GROUP.KEY"."""
     for key, value in settings.items():
-        yield from (
-            ((f"{key}.{inner}", v) for inner, v in value.items())
-            if isinstance(value, dict)
-            else [(key, value)]
-        )
+        if isinstance(value, dict):
+            for inner, setting in value.items():
+                yield f"{key}.{inner}", setting
+        else:
+            yield key, value
 
 
 def plain(value: Any) -> Any:

@@ -8,11 +8,9 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 def media_loggers(trainer: Trainer) -> list[Logger]:
     """Return the trainer's loggers that show pictures, on the first process; none on the others."""
     kinds = (TensorBoardLogger, WandbLogger, MLFlowLogger)
-    return (
-        [logger for logger in trainer.loggers if isinstance(logger, kinds)]
-        if trainer.is_global_zero
-        else []
-    )
+    if trainer.is_global_zero:
+        return [logger for logger in trainer.loggers if isinstance(logger, kinds)]
+    return []
 
 
 def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:

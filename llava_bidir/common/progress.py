@@ -88,11 +88,10 @@ class FirstEstimate(Callback):
         if not trainer.is_global_zero or left is None or left * seconds < WORTH_SAYING:
             return
         accumulated = trainer.accumulate_grad_batches
-        of_step = (
-            f", a step of {accumulated} about {_duration(seconds * accumulated)}"
-            if accumulated > 1
-            else ""
-        )
+        if accumulated > 1:
+            of_step = f", a step of {accumulated} about {_duration(seconds * accumulated)}"
+        else:
+            of_step = ""
         text = (
             f"the first batch took {seconds:.1f} s{of_step}: about {_duration(left * seconds)} left"
         )

@@ -40,9 +40,10 @@ def show_short_help(program: str, argv: list[str], pages: Mapping[str, ShortHelp
     if page and any(word in HELP for word in argv[1:]):
         print(format_help(f"{program} {argv[0]}", page))
         sys.exit(0)
-    if page:
-        usage_errors.SHORT_HELP.add(f"{program} {argv[0]}")
-    return ["--help" if word == HELP_ALL else word for word in argv] if page else argv
+    if not page:
+        return argv
+    usage_errors.SHORT_HELP.add(f"{program} {argv[0]}")
+    return ["--help" if word == HELP_ALL else word for word in argv]
 
 
 def format_help(program: str, page: ShortHelp) -> str:

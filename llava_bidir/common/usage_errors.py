@@ -28,11 +28,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help
-            if action.default in (None, []) or action.nargs == 0
-            else super()._get_help_string(action)
-        )
+        if action.default in (None, []) or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):

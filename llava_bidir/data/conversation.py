@@ -144,16 +144,16 @@ def _encode_chat(
     for span in spans:
         answer = supervised_tokens(text, span, ids, tokenize, tokenizer)
         labels[answer] = ids[answer]
-    pairs = [
-        pair
-        for token, label in zip(ids, labels, strict=True)
-        for pair in (
-            [(token, IGNORE_INDEX)] * (image_tokens or 1)
-            if token == image_token_id
-            else [(token, label)]
-        )
-    ]
-    return [token for token, _ in pairs], [label for _, label in pairs]
+    expanded_ids = []
+    expanded_labels = []
+    for token, label in zip(ids, labels, strict=True):
+        if token == image_token_id:
+            expanded_ids += [token] * (image_tokens or 1)
+            expanded_labels += [IGNORE_INDEX] * (image_tokens or 1)
+        else:
+            expanded_ids.append(token)
+            expanded_labels.append(label)
+    return expanded_ids, expanded_labels
 
 
 def _tokenize(text: str, tokenizer, continues: bool, literals: re.Pattern = LITERALS) -> list[int]:

@@ -149,16 +149,16 @@ class InstructionData(LightningDataModule):
             return self._loader(self.train, **batches)  # LLaVA's average needs no weights
         step_batches = self.trainer.accumulate_grad_batches
         strategy = self.trainer.strategy
+        prefetch_factor = None
+        if self.num_workers:  # which load the next step during the current one
+            prefetch_factor = max(2, math.ceil(step_batches / self.num_workers))
         return self._loader(
             self.train,
             StepLoader,
             **batches,
             step_batches=step_batches,
             mean_over_ranks=lambda x: strategy.reduce(x.to(strategy.root_device), reduce_op="mean"),
-            # workers load the next step during the current one
-            prefetch_factor=max(2, math.ceil(step_batches / self.num_workers))
-            if self.num_workers
-            else None,
+            prefetch_factor=prefetch_factor,
         )
 
     def val_dataloader(self) -> DataLoader | list:

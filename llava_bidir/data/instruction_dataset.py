@@ -144,6 +144,8 @@ def _read_record(record: dict) -> dict:
     check_name(image)
     shown = [i for i, turn in enumerate(used) if image and IMAGE in turn["value"]]
 
+    in_answers = sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt")
+
     def answered(turns):
         return sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
 
@@ -157,9 +159,7 @@ def _read_record(record: dict) -> dict:
         "before_image": answered(used[: shown[-1]]) if shown else 0,
         "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
         "placeholders": sum(bool(LIKE_PLACEHOLDER.search(turn["value"])) for turn in used),
-        "in_answers": sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt")
-        if image
-        else 0,
+        "in_answers": in_answers if image else 0,
         "unread": "\n".join(" ".join(key.split())[:50] for key in record if key not in KEYS),
         "problem": "",
     }
@@ -294,13 +294,15 @@ class Instructions(Dataset):
         shown = self._column("shown")
         stray = ((self._column("placeholders") > 0) & (shown == 0)).sum()
         min_tokens = self._column("words") + shown * image_tokens
-        return (
-            f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
-            f"image but no {IMAGE}, {(self._column('answers') == 0).sum():,} without an answer to train on, "
-            f"at least {(min_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
-            + (
-                f", {stray:,} with {IMAGE} in their text but no image that is shown"
-                if stray
-                else ""
-            )
-        )
+        unshown = (~text_only & (shown == 0)).sum()
+        unanswered = (self._column("answers") == 0).sum()
+        too_long = (min_tokens > max_length).sum()
+        parts = [
+            f"{len(self):,} records: {text_only.sum():,} text only",
+            f"{unshown:,} with an image but no {IMAGE}",
+            f"{unanswered:,} without an answer to train on",
+            f"at least {too_long:,} longer than {max_length:,} tokens, which are truncated",
+        ]
+        if stray:
+            parts.append(f"{stray:,} with {IMAGE} in their text but no image that is shown")
+        return ", ".join(parts)

@@ -134,14 +134,15 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             )
             is_image = self._is_image(input_ids, inputs_embeds)
             can_be_packed = attention_mask is None and cache is None and position_ids is not None
+            samples = None
+            if can_be_packed:
+                samples = _sample_lengths(position_ids.expand(is_image.shape))
             attention_mask = build_masks(
                 self.config.image_attention,
                 self.config.get_text_config(),
                 is_image,
                 attention_mask,
-                samples=_sample_lengths(position_ids.expand(is_image.shape))
-                if can_be_packed
-                else None,
+                samples=samples,
                 cache=cache,
                 dtype=self.dtype,
             )

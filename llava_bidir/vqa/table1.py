@@ -189,7 +189,10 @@ def format_score(title: str, value: float | None) -> str:
 
 def format_difference(title: str, value: float | None) -> str:
     """Return a difference of scores with its sign."""
-    return "–" if value is None else ("+" if value >= 0 else "−") + format_score(title, abs(value))
+    if value is None:
+        return "–"
+    sign = "+" if value >= 0 else "−"
+    return sign + format_score(title, abs(value))
 
 
 def _csv(table: dict) -> str:
@@ -241,11 +244,9 @@ def _cell(title: str, column: dict | None, formatter: Callable[[str, Any], str],
     if column is None:
         return "–"
     value = column[key]
-    return (
-        " to ".join(formatter(title, end) for end in value)
-        if isinstance(value, list)
-        else formatter(title, value)
-    )
+    if isinstance(value, list):
+        return " to ".join(formatter(title, end) for end in value)
+    return formatter(title, value)
 
 
 def _text(table: dict) -> str:

@@ -87,11 +87,9 @@ def new_panels(
 
 def site_depth(site: str) -> int:
     """Return the depth of a site: -1 for the encoder, 0 for the adapter, l for layer l."""
-    return (
-        {ENCODER: -1, ADAPTER: 0}[site]
-        if site in (ENCODER, ADAPTER)
-        else int(site.removeprefix("layer_"))
-    )
+    if site in (ENCODER, ADAPTER):
+        return {ENCODER: -1, ADAPTER: 0}[site]
+    return int(site.removeprefix("layer_"))
 
 
 def label_sites(
@@ -106,11 +104,12 @@ def label_sites(
     many = len(sites) > max_labels + 2
     deep = many or (positions is None and max(depth.values()) > max_labels + 2)
     if deep:  # the label of the adapter would overlap that of the encoder
-        step = (
-            next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels)
-            if many
-            else 1
-        )
+        if many:
+            step = next(
+                step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels
+            )
+        else:
+            step = 1
         shown = [s for s in sites if s == ENCODER or (depth[s] > 0 and depth[s] % step == 0)]
         names = {s: "enc." if s == ENCODER else str(depth[s]) for s in shown}
     else:

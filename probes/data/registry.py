@@ -86,11 +86,10 @@ def open_dataset(
         return ClassBoundaries(open_dataset(dataset, root, split, options))
     layouts = _layouts(task)
     if dataset not in layouts:
-        problem = (
-            f"data.dataset {dataset!r} has no {task}"
-            if dataset in LAYOUTS
-            else f"unknown data.dataset {dataset!r}"
-        )
+        if dataset in LAYOUTS:
+            problem = f"data.dataset {dataset!r} has no {task}"
+        else:
+            problem = f"unknown data.dataset {dataset!r}"
         known = {**layouts, **(DATASETS if task == "boundaries" else {})}
         raise UserError(f"{problem}; expected one of {', '.join(known)}")
     layout = layouts[dataset]

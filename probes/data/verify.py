@@ -120,9 +120,8 @@ def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:
     for kind, messages in by_kind.items():
         lines.append(f"  {len(messages)} x {kind}")
         lines += [f"    {message}" for message in sorted(messages)[:FILES_PER_KIND]]
-        lines += (
-            [f"    ... and {len(messages) - FILES_PER_KIND} more"]
-            if len(messages) > FILES_PER_KIND
-            else []
-        )
+        if len(messages) > FILES_PER_KIND:
+            lines += [f"    ... and {len(messages) - FILES_PER_KIND} more"]
+        else:
+            lines += []
     return "\n".join(lines)

@@ -59,11 +59,10 @@ class Knockout:
             or given.dtype != torch.bool
             or given.shape != (images, tokens)
         ):
-            got = (
-                f"{given.dtype} {list(given.shape)}"
-                if isinstance(given, Tensor)
-                else f"{type(given)}, no tensor"
-            )
+            if isinstance(given, Tensor):
+                got = f"{given.dtype} {list(given.shape)}"
+            else:
+                got = f"{type(given)}, no tensor"
             raise UserError(
                 f"blocked must be bool[{images}, {tokens}] (images, image tokens); got {got}"
             )

@@ -42,11 +42,10 @@ def print_estimate(settings: Settings) -> None:
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
     spread = own_spread(settings.out) or TOY_WORLD
     effect = detectable_effect(len(validation), settings.draws, len(settings.models), spread)
-    size = (
-        f"{100 * effect:.1f} points beyond {settings.draws} random draws"
-        if effect
-        else "nothing beyond random draws"
-    )
+    if effect:
+        size = f"{100 * effect:.1f} points beyond {settings.draws} random draws"
+    else:
+        size = "nothing beyond random draws"
     print(
         f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}"
     )

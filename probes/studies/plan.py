@@ -236,11 +236,12 @@ def _runs(
         out = settings.out / _join(label, name)
         command = (kind, *given[kind], *base, *options, "--out", str(out))
         compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
-        lacks = (
-            ""
-            if compared
-            else f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
-        )
+        if compared:
+            lacks = ""
+        else:
+            lacks = (
+                f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
+            )
         return Step(_join(label, name), command, out / "metrics.json", kind, lacks=lacks)
 
     steps = [run(arm, "solve", arm) for arm in arms]

@@ -81,11 +81,10 @@ def study(
         raise UserError(
             f"model must be a directory, a hub id, or two by label as a dict, got {model!r}"
         )
-    models = (
-        {label: str(path) for label, path in model.items()}
-        if isinstance(model, dict)
-        else {"": str(model)}
-    )
+    if isinstance(model, dict):
+        models = {label: str(path) for label, path in model.items()}
+    else:
+        models = {"": str(model)}
     tuples = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }

@@ -138,11 +138,10 @@ class ProbeCLI(RunCLI):
             check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
             checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
             if checkpoint is None:
-                where = (
-                    f": no valid one in {self.checkpoints}"
-                    if ckpt_path
-                    else "; pass --ckpt_path FILE, or last"
-                )
+                if ckpt_path:
+                    where = f": no valid one in {self.checkpoints}"
+                else:
+                    where = "; pass --ckpt_path FILE, or last"
                 raise UserError(f"probes test scores the probes of a checkpoint{where}")
             self.trainer.test(ckpt_path=checkpoint, **kwargs)
 

@@ -65,8 +65,6 @@ def gather_images(x: Tensor, images: list[int], owner: int, device: torch.device
     padded = padded.to(device)
     parts = [torch.empty_like(padded) for _ in images] if rank() == owner else None
     torch.distributed.gather(padded, parts, owner)
-    return (
-        None
-        if parts is None
-        else torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])
-    )
+    if parts is None:
+        return None
+    return torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])

@@ -76,6 +76,9 @@ class FrozenProbes(LightningModule):
         args = self.hparams
         data = self.trainer.datamodule
         matched = self.hparams.match == "update"
+        match_images = ()
+        if matched:
+            match_images = evenly_spaced_images(data.splits["training"], MATCH_IMAGES)
         self.mllm = load(
             args.mllm,
             args.image_attention,
@@ -87,9 +90,7 @@ class FrozenProbes(LightningModule):
             untrained=args.untrained or (),
             match=args.match,
             draw=args.draw,
-            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES)
-            if matched
-            else (),
+            match_images=match_images,
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)

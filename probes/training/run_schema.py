@@ -223,11 +223,10 @@ class TaskMetrics(RunMetrics):
         for site in self.sites:
             for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
                 value = (site.model_extra or {}).get(key)
-                numbers = (
-                    value
-                    if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2
-                    else [value]
-                )
+                if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2:
+                    numbers = value
+                else:
+                    numbers = [value]
                 if not all(isinstance(number, int | float) for number in numbers):
                     raise ValueError(f"{key} of {site.site!r} is {value!r}, not a score")
         return self

@@ -151,11 +151,9 @@ def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:
 def group_indices(dataset) -> torch.Tensor | None:
     """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
-    return (
-        None
-        if groups is None
-        else torch.tensor([sorted(set(groups)).index(group) for group in groups])
-    )
+    if groups is None:
+        return None
+    return torch.tensor([sorted(set(groups)).index(group) for group in groups])
 
 
 def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:

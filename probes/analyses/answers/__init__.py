@@ -33,11 +33,9 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     """Return "no probe at the adapter" if a planned run has none."""
-    return (
-        ""
-        if ADAPTER in runs[0].sites
-        else "no probe at the adapter, whose predictions it hides (model.sites)"
-    )
+    if ADAPTER in runs[0].sites:
+        return ""
+    return "no probe at the adapter, whose predictions it hides (model.sites)"
 
 
 ANALYSIS = Analysis(

@@ -255,8 +255,6 @@ def token_text(tokenizer, token: int) -> str:
     if token >= len(tokenizer):
         return f"<row {token}>"  # an output matrix can have more rows than the tokenizer has tokens
     text = tokenizer.decode([token]).strip()
-    return (
-        text
-        if text.isprintable() and text and "\ufffd" not in text
-        else tokenizer.convert_ids_to_tokens(token)
-    )
+    if text.isprintable() and text and "\ufffd" not in text:
+        return text
+    return tokenizer.convert_ids_to_tokens(token)

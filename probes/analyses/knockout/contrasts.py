@@ -79,11 +79,9 @@ def rate_effects(run: ProbeRun) -> dict[str, Estimate]:
 def control_of(runs: Iterable[ProbeRun]) -> str:
     """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
     conditions = [list_conditions(tensors) for run in runs if (tensors := read_knockout(run))]
-    return (
-        "matched"
-        if conditions and all("matched_correct" in names for names in conditions)
-        else "random"
-    )
+    if conditions and all("matched_correct" in names for names in conditions):
+        return "matched"
+    return "random"
 
 
 def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:

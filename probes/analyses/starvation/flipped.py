@@ -98,9 +98,12 @@ def flip_results(
     if not before["gap_ci95"][0] > 0:
         follows = "no gap"
     else:
-        follows = (
-            "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided"
-        )
+        if moved_ci95[0] > 0:
+            follows = "position"
+        elif moved_ci95[1] < 0:
+            follows = "content"
+        else:
+            follows = "undecided"
     return {
         "flip": flip,
         **gaps,

@@ -12,11 +12,9 @@ GEMMA4_TOKENS_PER_SIDE = 16
 
 def _gemma4_attention(config: PreTrainedConfig) -> str:
     """Return the mask: larger models are bidirectional within the sliding window, smaller ones causal."""
-    return (
-        "bidirectional_sliding"
-        if config.get_text_config().use_bidirectional_attention == "vision"
-        else "causal"
-    )
+    if config.get_text_config().use_bidirectional_attention == "vision":
+        return "bidirectional_sliding"
+    return "causal"
 
 
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:

@@ -27,7 +27,7 @@ from .steps import MASKS, WEIGHTS, check_settings, run_studies, to_words, traini
 ARMS = "trained random0 random1 adapter0 adapter1"
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
 STUDY = f"--fit --arms {ARMS} --add knockout.classes={LOOK_ALIKES} knockout.draws=1 answers.limit=80 answers.draws=1"
-STUDY += " starvation.flip=horizontal,rotate explore"
+STUDY += " explore"
 # What no claim needs; it takes half of the time of a small demo.
 EXTRAS = "patching.limit=100 patching.draws=1 maps.classes=ceiling,road umap --tasks depth normals boundaries"
 # The binding world. The drop, at the encoder and the adapter, has studies of its own.

@@ -84,7 +84,7 @@ def run(out: Path) -> None:
     )
     probes(["maps", "--probes", runs[0], "--image", "0", "1"])
     probes(["umap", "--probes", runs[0], "--image", "0"])
-    probes(["starvation", "--probes", *runs, "--by-class", "--flip", "horizontal"])
+    probes(["starvation", "--probes", *runs, "--by-class"])
     probes(["explore", *runs, "--images", "0", "1", "--out", str(out / "report")])
     probes(["report", *runs, str(out / "solved"), "--out", str(out / "report")])
 

@@ -88,7 +88,7 @@ class Study:
                 "2",
             ]
             + ["--layer-windows", "2"],
-            "starvation": ["starvation", "--probes", causal, other, "--flip", "--out", causal],
+            "starvation": ["starvation", "--probes", causal, other, "--by-class", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],
             "explore": [

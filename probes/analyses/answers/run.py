@@ -152,8 +152,8 @@ def ask_batch(
     }
     results["wrong"] = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf).argmax(1)
     predicted = logits[ADAPTER].argmax(-1)
-    mass = attention_from(mllm, pixels, list(enumerate(places)))[0].mean(1)
-    visible, _ = reader.visible()
+    mass = attention_from(mllm, pixels, list(enumerate(places))).mean(1)
+    visible = reader.visible()
     rows: dict[str, list[Tensor]] = {}
     for i, (question, place) in enumerate(zip(questions, places, strict=True)):
         case = _case(question, i, int(results["wrong"][i]), predicted[i], place)

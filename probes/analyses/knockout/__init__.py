@@ -28,16 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
     text = "site whose predictions define the blocked tokens"
     parser.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
-    text = "controls besides random tokens: matched in distance, in attention mass, or in both"
+    text = "controls besides random tokens: tokens matched in distance and attention received"
     parser.add_argument("--controls", nargs="+", default=[], choices=CONTROLS[1:], help=text)
     text = "draws to average for each condition with random tokens"
     parser.add_argument("--draws", type=int, default=5, help=text)
     text = "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l "
     text += "(RUN/knockout_windows.json)"
     parser.add_argument("--layer-windows", type=int, metavar="K", help=text)
-    parser.add_argument(
-        "--attention", action="store_true", help="also measure where wrong patches attend, by layer"
-    )
     parser.add_argument(
         "--min-patches", type=int, default=1, help="leave out images with fewer wrong patches"
     )

@@ -13,7 +13,7 @@ from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 
-from .attention import attention_from, sum_by_group
+from .attention import attention_from
 from .cases import ConfusionCase, PatchReader, find_cases
 from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
 from .config import Plan
@@ -50,17 +50,18 @@ def knock_out_batch(
         cases += find_cases(predicted, truth, batch["index"], classes.index(name), *how)
     if not cases:
         return {}
-    adapter, (visible, others) = states[ADAPTER], reader.visible()
+    adapter = states[ADAPTER]
+    visible = reader.visible()
     del states  # of every layer; the forwards under a knockout need the memory
     attention = None
-    if plan.attention or {"mass", "matched"} & set(plan.controls):
+    if "matched" in plan.controls:
         attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
     locations = cut_locations(plan.layer_windows, depth)
     planned = plan.layers or range(1, depth + 1)
     results: list[dict[str, Tensor]] = []
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
-        mass = None if attention is None else attention[0][i].mean(0)
+        mass = None if attention is None else attention[i].mean(0)
         features = MatchingFeatures.from_case(case, mllm.grid, visible, adapter[case.row], mass)
         blocked = blocked_by_condition(case, features, plan)
         result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
@@ -70,8 +71,6 @@ def knock_out_batch(
             f"balance:{key}": measure_balance(case, features, key, draws)
             for key, draws in blocked.items()
         }
-        if plan.attention:
-            result |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
         results.append(result)
         rows += [
             ForwardRow(i, key, draw, planned) for key, draws in blocked.items() for draw in draws
@@ -130,24 +129,4 @@ def _run_rows(
     return {
         key: {name: stack(outcomes, name) for name in outcomes[0]}
         for key, outcomes in by_key.items()
-    }
-
-
-def attention_shares(
-    case: ConfusionCase, attention: Tensor, itself: Tensor, visible: Tensor, others: Tensor
-) -> dict[str, Tensor]:
-    """Return the attention of mistaken patches by group f[L, 5], and the shares expected if it were uniform f[5].
-
-    Takes their `attention` f[L, T] and f[L], see attention.py, and what they see, see `PatchReader.visible`.
-    """
-    correct = case.blocked["correct"] & ~case.mistaken
-    incorrect = case.blocked["incorrect"] | case.mistaken
-    keys = visible[case.mistaken].float()
-    # share of each visible token, the patch itself included
-    uniform = 1 / (keys.sum(1) + others[case.mistaken])
-    return {
-        "attention": sum_by_group(attention, itself, correct, incorrect),
-        "uniform": sum_by_group(
-            (keys * uniform[:, None]).mean(0)[None], uniform.mean()[None], correct, incorrect
-        )[0],
     }

@@ -40,15 +40,14 @@ class PatchReader:
         self.layers = run.layers
         self.probes = {site: probe.to(self.mllm.device) for site, probe in run.probes().items()}
 
-    def visible(self) -> tuple[Tensor, Tensor]:
-        """Return the image tokens that each one sees in any layer, bool[T, T], and how many other tokens, long[T]."""
+    def visible(self) -> Tensor:
+        """Return the image tokens that each one sees in any layer, bool[T, T]."""
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
         mask = torch.stack(
             [is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]
         ).any(0)
         image = self.mllm.is_image
-        rows = mask[self.mllm.is_image]
-        return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
+        return mask[image][:, image].cpu()
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
         """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""

@@ -2,9 +2,8 @@
 
     incorrect, correct   B_c, and B of the correct class (see cases.py)
     random_X             as many tokens as X, drawn at random
-    distance_X           as many, matched to X in distance to the mistaken patches and in how many of these see them
-    mass_X               as many, matched to X in the attention that they receive from the mistaken patches
-    matched_X            as many, matched to X in distance and in attention received at once
+    matched_X            as many, matched to X in distance to the mistaken patches and in the attention that they
+                         receive from these
 
 Blocking any token can hurt, nearby or highly attended ones more. An effect is class-specific only if it exceeds the
 matched controls. Controls avoid tokens of high norm, often attention sinks (Neo et al., 2410.07149), and matched
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from .cases import ConfusionCase
 from .config import Plan
-from .schema import CONTROLS, SETS
+from .schema import SETS
 
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
 
@@ -88,10 +87,10 @@ def blocked_by_condition(
         tokens[f"random_{name}"] = draw(
             f"random_{name}", random_tokens, blocked, features.high_norm
         )
-    for control in (control for control in CONTROLS[1:] if control in plan.controls):
-        values = _match_values(features, control)
+    if "matched" in plan.controls:
+        values = rankdata(np.stack([features.distance, features.mass], 1), axis=0)
         for name, blocked in sets.items():
-            condition = f"{control}_{name}"
+            condition = f"matched_{name}"
             tokens[condition] = draw(condition, matched_tokens, values, blocked, features.high_norm)
     return tokens
 
@@ -143,12 +142,3 @@ def measure_balance(
             visibility = features.visibility[b].mean()
             rows.append([b.sum(), distance, visibility, features.mass[b].sum(), compared[b].mean()])
     return torch.tensor(np.mean(rows, 0), dtype=torch.float32)
-
-
-def _match_values(features: MatchingFeatures, control: str) -> np.ndarray:
-    """Return the values that a control matches, f[T, F]; visibility is scaled to the image's largest distance."""
-    if control == "mass":
-        return features.mass[:, None]
-    if control == "matched":
-        return rankdata(np.stack([features.distance, features.mass], 1), axis=0)
-    return np.stack([features.distance, features.visibility * max(features.distance.max(), 1)], 1)

@@ -30,10 +30,9 @@ class Plan:
     min_patches: int = 1  # smallest n_c(0) of a case
     limit: int | None = None  # number of images to read; None for all
     batch_size: int = 64  # images, or rows of cases and conditions, per forward
-    controls: Sequence[str] = ()  # besides random tokens: distance, mass, matched
+    controls: Sequence[str] = ()  # besides random tokens: matched
     draws: int = 5  # of each condition with random tokens
     layer_windows: int | None = None  # also cut windows of layers; the width of the sliding ones
-    attention: bool = False  # also measure where mistaken patches attend
     seed: int = 0  # of the draws and the bootstrap
 
     @classmethod

@@ -1,15 +1,13 @@
-"""Figures of the knockout by layers cut, and of the attention of wrong patches."""
+"""Figure of the knockout by layers cut."""
 
 from typing import Any
 
 import numpy as np
 
 from probes.analyses.style import (
-    COLOURS,
     FigureData,
     Figures,
     ReportFigure,
-    new_axes,
     new_panels,
     signed_colours,
 )
@@ -18,13 +16,6 @@ from probes.results.probe_run import ProbeRun
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
-GROUP_LABELS = {
-    "itself": "itself",
-    "correct": "predicted as the correct class",
-    "incorrect": "predicted as the same wrong class",
-    "other": "other patches",
-    "no_image": "text before the image",
-}
 
 
 def window_effects(sweep: dict[str, Any]) -> FigureData:
@@ -71,38 +62,9 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
     return FigureData(figure, rows)
 
 
-def attention_shares(knockout: dict[str, Any]) -> FigureData:
-    """Draw the attention of wrong patches by group and layer; dashed: the share under uniform attention."""
-    entry = knockout["attention"][0]
-    figure, ax = new_axes(4.4, 3.7)
-    rows = []
-    for colour, (group, label) in zip(COLOURS, GROUP_LABELS.items(), strict=False):
-        share = np.array(entry["share"][group])
-        uniform = entry["uniform"][group]
-        layers = np.arange(1, len(share) + 1)
-        ax.plot(layers, 100 * share, color=colour, marker="o", ms=3, label=label)
-        ax.axhline(100 * uniform, color=colour, ls="--", lw=0.8)
-        common = {"image_attention": knockout["image_attention"], "group": group}
-        rows += [
-            common | {"layer": i, "share": s, "alike": uniform}
-            for i, s in enumerate(share.tolist(), start=1)
-        ]
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="LLM layer", ylabel="attention of wrong patches (%)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return FigureData(figure, rows)
-
-
 def control_figures(mask: str, run: ProbeRun) -> Figures:
-    """Yield the figures of attention and of knockout_windows.json of a run, if it has them."""
-    result = run.analysis("knockout.json")
+    """Yield the figure of knockout_windows.json of a run, if it has one."""
     sweep = run.analysis("knockout_windows.json")
-    if result.get("attention"):
-        yield ReportFigure(
-            f"attention_{mask}", f"Attention of wrong patches, {mask}",
-            "Attention of wrong patches in the unmodified model, by what the adapter's probe predicts for the "
-            "attended patch. Dashed: expected share under uniform attention.",
-            attention_shares(result), "half")  # fmt: skip
     if sweep:
         yield ReportFigure(
             f"knockout_windows_{mask}", f"Effect by layers cut, {mask}",

@@ -18,7 +18,7 @@ from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, inte
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
-from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
+from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, SETS
 
 SPECIFICITY = "correct - incorrect"
 # of the effects that the paper claims (App. C.2)
@@ -91,9 +91,7 @@ def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | No
 def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
     """Return the conditions of a knockout, `CONDITIONS` first."""
     keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    present = [
-        key for key in keys if ":" not in key and key not in (*CASE_KEYS, "attention", "uniform")
-    ]
+    present = [key for key in keys if ":" not in key and key not in CASE_KEYS]
     return sorted(
         present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS)
     )
@@ -230,18 +228,4 @@ def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
         "value": value,
         "ci95": [value - half, value + half],
         "sd": values.std().item(),
-    }
-
-
-def attention_entry(
-    name: str, tensors: dict[str, Tensor], classes: list[str] | None
-) -> dict[str, Any]:
-    """Return the mean attention of mistaken patches by group and layer 1..L, and the uniform share of each group."""
-    share, uniform = (
-        concat_classes(tensors, key, classes).mean(0) for key in ("attention", "uniform")
-    )
-    return {
-        "class": name,
-        "share": dict(zip(GROUPS, share.T.tolist(), strict=True)),
-        "uniform": dict(zip(GROUPS, uniform.tolist(), strict=True)),
     }

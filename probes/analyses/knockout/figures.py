@@ -35,9 +35,8 @@ EFFECT_TITLES = {
 CONTROL_LABELS = {
     "none": "no blocking",
     "random": "random patches",
-    "distance": "patches matched in distance",
+    "matched": "patches matched in distance and attention",
 }
-CONTROL_LABELS |= {"mass": "patches matched in attention", "matched": "patches matched in both"}
 
 
 def wrong_patches_left(run: ProbeRun) -> FigureData:

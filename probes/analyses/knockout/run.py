@@ -41,7 +41,6 @@ from .cases import PatchReader, confused_classes
 from .config import Plan, check_has_layers
 from .effects import (
     MIN_IMAGES,
-    attention_entry,
     class_entry,
     concat_classes,
     correct_for_classes,
@@ -107,8 +106,6 @@ def summarise_cases(
         "too_few_images": [name for name in plan.classes if name in cases and name not in tested],
         "effects": effects,
     }
-    if plan.attention:
-        results["attention"] = [attention_entry(name, tensors, pools[name]) for name in cases]
     if not swept:
         return results, None
 

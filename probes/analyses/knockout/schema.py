@@ -3,8 +3,7 @@
 # part of every knockout
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
 SETS = ("incorrect", "correct")
-CONTROLS = ("random", "distance", "mass", "matched")  # "random" is part of every knockout
+CONTROLS = ("random", "matched")  # "random" is part of every knockout
 BALANCE = ("size", "distance", "seen", "mass", "overlap")
-GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
 # fields of a case in knockout.safetensors
 CASE_KEYS = ("image", "patches", "anchors", "correct_class")

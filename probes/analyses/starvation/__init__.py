@@ -16,10 +16,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     text = "also hold the classes fixed: early patches are mostly sky"
     parser.add_argument("--by-class", action="store_true", help=text)
-    text = "also read flipped images, in all three ways if none is named, to separate position from content"
-    parser.add_argument(
-        "--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text
-    )
     add_seed(parser, "the bootstrap")
     add_out(parser, "the bidirectional run's folder")
 

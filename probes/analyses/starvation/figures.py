@@ -12,10 +12,8 @@ from probes.analyses.style import (
     draw_intervals,
     mask_colour,
     new_axes,
-    signed_colours,
 )
 from probes.results.formatting import bounds
-from probes.results.study import MASKS
 
 POINTS = "#D55E00"
 
@@ -73,31 +71,6 @@ def compare_gaps(
     )
 
 
-def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
-    """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
-    figure, axes = new_axes(6.4, 3.2, 2)
-    grids = [
-        100 * np.array(values, float).reshape(starvation["grid"])
-        for values in (starvation["gap"], flip["gap"])
-    ]
-    for ax, grid, title in zip(
-        axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True
-    ):
-        image = ax.imshow(grid, **signed_colours(*grids))
-        ax.set(xticks=[], yticks=[], title=title)
-        ax.grid(False)
-    figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
-    keys = ("causal", "bidirectional", "gap")
-    return FigureData(
-        figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))]
-    )
-
-
-def _mean(accuracy: list[float | None]) -> float:
-    """Return the mean over the patches that have labelled pixels; the others have None."""
-    return float(np.nanmean(np.array(accuracy, float)))
-
-
 def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
     """Yield the figures of context starvation; `analysis` is starvation.json, which may be of another site."""
     at = f"at {analysis['site'].replace('_', ' ')}" if analysis else ""
@@ -113,13 +86,3 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
             f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
             compare_gaps(analysis, analysis["by_class"]))  # fmt: skip
-    for flip in analysis.get("flips", []) if analysis else ():
-        accuracies = (
-            f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS
-        )
-        yield ReportFigure(
-            f"starvation_{flip['flip']}", f"Position or content? ({flip['flip']})",
-            f"Left: the gap {at} on upright images. Right: the gap on transformed images. A gap caused by position "
-            f"stays in place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean "
-            f"accuracy, upright → transformed: {', '.join(accuracies)}.",
-            flip_gaps(analysis, flip))  # fmt: skip

@@ -8,13 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from llava_bidir.common.bootstrap import Estimate, interval
 from llava_bidir.common.errors import UserError
-from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
-from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
 
 
@@ -45,41 +41,6 @@ def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
     return PatchCounts(
         run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double()
     )
-
-
-@torch.no_grad()
-def count_run_patches(
-    run: ProbeRun, site: str, dataset: Dataset, title: str, batch_size: int = 32
-) -> PatchCounts:
-    """Return the counts of a run's frozen probe on images that differ from the run's own.
-
-    Args:
-        run: A finished run.
-        site: Site of the probe.
-        dataset: Images with masks.
-        title: Title of the progress bar.
-        batch_size: Images per forward.
-    """
-    mllm = run.mllm()
-    parts = []
-    probe = run.probes()[site].to(mllm.device)
-    loader = DataLoader(
-        PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate
-    )
-    for batch in tqdm(loader, desc=f"{title}, {run.metrics['image_attention']}", mininterval=5):
-        logits = probe(mllm.states(batch["pixels"], [site])[site].float()).mT.unflatten(
-            -1, mllm.grid
-        )[None]
-        patches = torch.empty(2, logits.shape[1], mllm.grid[0] * mllm.grid[1], dtype=torch.double)
-        for images, target in group_by_mask_size(batch["target"]):
-            view = mllm.geometry.view(tuple(target.shape[-2:]))
-            counts = count(logits[:, images], target.to(mllm.device), view)
-            patches[0, images], patches[1, images] = (
-                counts.patch_right[0].cpu().double(),
-                counts.patch_valid.cpu(),
-            )
-        parts.append(patches)
-    return PatchCounts(*torch.cat(parts, 1))
 
 
 def patch_accuracy(

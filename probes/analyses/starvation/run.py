@@ -3,12 +3,12 @@
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. Two
 runs on the same images are compared by pixel accuracy under each patch at one site. The difference cancels effects of
 content that both masks share: early patches are mostly sky and ceiling. One mask may still be better at these classes.
-by_class.py therefore holds the classes fixed, and flipped.py flips the images.
+by_class.py therefore holds the classes fixed.
 """
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +23,6 @@ from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 
 from .by_class import class_results
-from .flipped import FLIP_AXES, flip_results
 from .patch_accuracy import (
     CountsByMask,
     Estimate,
@@ -42,7 +41,6 @@ def starvation(
     seed: int = 0,
     *,
     by_class: bool = False,
-    flips: Sequence[str] = (),
 ) -> dict:
     """Return the content of starvation.json: accuracy by patch of both runs, and the gap with paired intervals.
 
@@ -50,7 +48,7 @@ def starvation(
         causal, bidirectional: Runs on the same validation images.
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
-        by_class, flips: Also with the classes held fixed, and on flipped images: see the modules of these names.
+        by_class: Also with the classes held fixed, see by_class.py.
 
     Raises:
         UserError: The runs differ in images, control or how probes were made, or a run has no such site.
@@ -59,7 +57,7 @@ def starvation(
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
-        "options": {"seed": seed, "by_class": by_class, "flips": list(flips)},
+        "options": {"seed": seed, "by_class": by_class},
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],
@@ -68,9 +66,6 @@ def starvation(
     }
     if by_class:
         results["by_class"] = class_results(causal, counts, weights)
-    if flips:
-        runs = dict(zip(MASKS, (causal, bidirectional), strict=True))
-        results["flips"] = [flip_results(runs, site, flip, counts, weights) for flip in flips]
     return results
 
 
@@ -132,10 +127,9 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes starvation`."""
     causal, bidirectional = map(ProbeRun, args.probes)
     warn_of_changed_data([causal, bidirectional])
-    flips = () if args.flip is None else args.flip or tuple(FLIP_AXES)
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
-        options = {"flips": flips, "by_class": args.by_class}
+        options = {"by_class": args.by_class}
         made_from = {
             "runs": [causal.fingerprint, bidirectional.fingerprint],
             "site": args.site or causal.peak_layer,
@@ -158,12 +152,6 @@ def _gaps(results: dict) -> Iterator[tuple[str, dict]]:
         yield "first row, standardised classes", by_class["first_row"]
         for group in by_class["groups"]:
             yield f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels)", group
-    for flip in results.get("flips", ()):
-        patches = f"patches {flip['patches'][0]}..{flip['patches'][-1]}"
-        yield f"flipped images ({flip['flip']}), {patches}", flip["position"]
-        yield f"flipped images ({flip['flip']}), content of {patches}", flip["content"]
-        moved = {"gap": flip["moved"], "gap_ci95": flip["moved_ci95"]}
-        yield f"position minus content; position or content: {flip['follows']}", moved
 
 
 def _format_gap(gap: dict) -> str:

@@ -28,19 +28,19 @@ class Case(NamedTuple):
     files: tuple[str, ...] = ()  # CSV files of the report whose numbers are those of the analysis
 
 
-KNOCKOUT = ["--classes", "sky", "wall", "--layer-windows", "2", "--attention", "--draws", "1"]
+KNOCKOUT = ["--classes", "sky", "wall", "--layer-windows", "2", "--draws", "1"]
 CASES = {
     "starvation": Case(
-        ["--site", "layer_02", "--flip"],
-        ["--by-class"],
-        '"by_class": false',
-        ("starvation", "starvation_rotate"),
+        ["--site", "layer_02", "--by-class"],
+        ["--site", "layer_02"],
+        '"by_class": true',
+        ("starvation", "starvation_by_class"),
     ),
     "knockout": Case(
-        [*KNOCKOUT, "--controls", "distance", "matched"],
+        [*KNOCKOUT, "--controls", "matched"],
         ["--classes", "sky"],
         'classes ["sky", "wall"]',
-        ("knockout_effects_causal", "knockout_windows_causal", "attention_causal"),
+        ("knockout_effects_causal", "knockout_windows_causal"),
     ),
     "answers": Case(
         ["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1", ("answer_accuracy",)

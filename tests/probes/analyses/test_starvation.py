@@ -1,25 +1,14 @@
-"""Accuracy by patch: with the classes held fixed, and on flipped images."""
+"""Accuracy by patch, also with the classes held fixed."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.errors import UserError
-from probes.analyses.starvation import flipped
 from probes.analyses.starvation.by_class import standardised_gap
-from probes.analyses.starvation.flipped import (
-    FLIP_AXES,
-    FlippedDataset,
-    flip_results,
-    flipped_positions,
-)
-from probes.analyses.starvation.patch_accuracy import (
-    PatchCounts,
-    count_run_patches,
-)
+from probes.analyses.starvation.patch_accuracy import PatchCounts
 from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
@@ -41,81 +30,6 @@ def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
         "causal": PatchCounts(50 + noise(), valid),
         "bidirectional": PatchCounts(50 + 100 * gap + noise(), valid),
     }
-
-
-def test_frozen_probe_on_upright_images_equals_the_counts_of_the_run(runs):
-    run = runs["causal"]
-    for site in ("encoder", "layer_02", "final_norm"):
-        counts = count_run_patches(run, site, run.dataset(), "upright", batch_size=4)
-        assert torch.equal(counts.right, run.counts.patch_right[run.sites.index(site)].double())
-        assert torch.equal(counts.valid, run.counts.patch_valid.double())
-
-
-@pytest.mark.parametrize("flip", FLIP_AXES)
-def test_flipped_patches_are_at_their_flipped_positions(runs, flip):
-    upright = runs["causal"].dataset()
-    positions = flipped_positions((2, 2), flip)
-    once = FlippedDataset(upright, flip)
-    before = upright[3]
-
-    def cells(mask):
-        return [
-            half for part in np.array_split(mask, 2) for half in np.array_split(part, 2, axis=1)
-        ]
-
-    after = cells(once[3]["target"])
-    for patch, pixels in enumerate(cells(before["target"])):
-        assert np.array_equal(np.sort(pixels.ravel()), np.sort(after[positions[patch]].ravel()))
-    twice = FlippedDataset(once, flip)[3]
-    assert np.array_equal(twice["image"], before["image"])
-    assert np.array_equal(twice["target"], before["target"])
-    assert not np.array_equal(once[3]["image"], before["image"])
-    assert once[3]["name"] == before["name"]
-
-
-def flip_with_gaps(
-    runs, monkeypatch, flip: str, upright: torch.Tensor, transformed: torch.Tensor
-) -> dict:
-    """Results of a flip if the masks differ by these accuracies, by patch."""
-    counts = random_counts(transformed, seed=1)
-
-    def count(run, *more):
-        return counts[run.metrics["image_attention"]]
-
-    monkeypatch.setattr(flipped, "count_run_patches", count)
-    for run in runs.values():
-        monkeypatch.setitem(run.metrics, "grid", [4, 4])
-    return flip_results(
-        runs, "layer_02", flip, random_counts(upright), bootstrap_weights(N, 500).double()
-    )
-
-
-@pytest.mark.parametrize("flip", ["horizontal", "rotate"])
-@pytest.mark.parametrize("follows", ["position", "content", "undecided"])
-def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
-    """Upright, early patches have a gap of 10 points. Flipped, it stays, moves with the content, or vanishes."""
-    early = torch.zeros(T, dtype=torch.double)
-    early[:2] = 0.1
-    moved = torch.zeros_like(early)
-    moved[flipped_positions((4, 4), flip)] = early
-    gap = {"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows]
-    result = flip_with_gaps(runs, monkeypatch, flip, upright=early, transformed=gap)
-    assert result["follows"] == follows
-    assert result["flip"] == flip
-    assert result["upright"]["gap"] > 0.04
-    if follows != "undecided":
-        other = {"position": "content", "content": "position"}[follows]
-        assert result[follows]["gap"] > result[other]["gap"] + 0.04
-        assert result["correlation"][follows] > 0.9 > result["correlation"][other]
-
-
-def test_flip_without_a_gap_upright_follows_nothing(runs, monkeypatch):
-    """A gap that only transformed images have tells nothing about the one that is looked for."""
-    early = torch.zeros(T, dtype=torch.double)
-    early[:4] = 0.1
-    result = flip_with_gaps(runs, monkeypatch, "rotate", upright=-early, transformed=early)
-    assert result["moved_ci95"][0] > 0
-    assert result["follows"] == "no gap"
 
 
 def standardised_by_loop(counts, labels, share, patch: int) -> dict[str, float]:
@@ -172,21 +86,14 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
         "--probes",
         *(str(runs[mask].path) for mask in ("causal", "bidirectional")),
     ]
-    main([*argv, "--site", "layer_01", "--by-class", "--flip", "--out", str(tmp_path)])
+    main([*argv, "--site", "layer_01", "--by-class", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "starvation.json").read_text())
     plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
-    assert results.pop("options") == plain.pop("options") | {
-        "by_class": True,
-        "flips": list(FLIP_AXES),
-    }
+    assert results.pop("options") == plain.pop("options") | {"by_class": True}
     assert {key: results[key] for key in plain} == plain
-    assert set(results) - set(plain) == {"by_class", "flips"}
-    assert [flip["flip"] for flip in results["flips"]] == list(FLIP_AXES)
-    assert len(results["flips"][2]["gap"]) == 4
-    assert results["flips"][2]["patches"] == [0, 1]
+    assert set(results) - set(plain) == {"by_class"}
     assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
-    assert "; position or content: " in out
     assert "first row, frequent classes" in out
     accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
     assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out

@@ -40,7 +40,7 @@ def read_strictly(path: Path) -> dict:
 
 
 def test_it_has_no_accuracy(runs, tmp_path, capsys):
-    main(["starvation", "--probes", *runs, "--by-class", "--flip"])
+    main(["starvation", "--probes", *runs, "--by-class"])
     assert "patch 0: no labelled pixel" in (printed := capsys.readouterr().out)
     assert "nan" not in printed
     result = read_strictly(Path(runs[1]) / "starvation.json")
@@ -48,8 +48,6 @@ def test_it_has_no_accuracy(runs, tmp_path, capsys):
         assert patches["gap"][0] is None
         assert patches["gap_ci95"][0] == [None, None]
         assert all(math.isfinite(gap) for gap in patches["gap"][1:])
-    for flip, position in zip(result["flips"], (1, 2, 3), strict=True):
-        assert [i for i, gap in enumerate(flip["gap"]) if gap is None] == [position], flip["flip"]
 
     main(["report", *runs, "--out", str(tmp_path)])
     claims = [entry["claim"] for entry in read_strictly(tmp_path / "results.json")["claims"]]

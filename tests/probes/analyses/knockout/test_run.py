@@ -190,17 +190,7 @@ def test_locations_of_windows():
     assert layers("up_to") == [[1], [1, 2], [1, 2, 3]]
 
 
-ALL = [
-    "--controls",
-    "distance",
-    "mass",
-    "matched",
-    "--layer-windows",
-    "3",
-    "--attention",
-    "--draws",
-    "2",
-]
+ALL = ["--controls", "matched", "--layer-windows", "3", "--draws", "2"]
 
 
 def read_files(folder) -> dict[str, bytes]:

@@ -55,3 +55,12 @@ def test_top_level_files_are_listed():
     assert top - files <= {
         *("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")
     }
+
+
+def test_no_two_classes_have_one_name():
+    names: dict[str, list[str]] = {}
+    for path in sources("llava_bidir") + sources("probes"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}

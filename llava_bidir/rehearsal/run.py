@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import read_speed, run_measured
-from .study import MASKS, Step, plan_study
+from .study import MASKS, RehearsalStep, plan_study
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -69,7 +69,7 @@ def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
     return record
 
 
-def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
+def run_step(step: RehearsalStep, done: dict[str, dict[str, Any]], logs: Path) -> None:
     """Run a step unless it is finished, and record its status and measurements in `done`."""
     if done.get(step.name, {}).get("status") == "finished":
         print(f"finished  {step.name}", flush=True)

@@ -17,7 +17,7 @@ LORA = "lora_24gb"
 
 
 @dataclass(frozen=True)
-class Step:
+class RehearsalStep:
     """A command of the study.
 
     Args:
@@ -62,7 +62,7 @@ def hardware_options(stage: str, size: str) -> list[str]:
     return [*options, "--model.frozen_dtype", "float32", "--trainer.precision", "32-true"]
 
 
-def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
+def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
     """Return all steps of a rehearsal in order; none of them needs a later one."""
     inputs = out / "inputs"
     ask = _llava(
@@ -76,8 +76,8 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
     if not torch.cuda.is_available():
         ask += ["--dtype", "bfloat16"]  # ten times as fast as the checkpoint's float16
     steps = [
-        Step("published_sites", _probes("sites", inputs / "llava-hf")),
-        Step("published_generate", ask),
+        RehearsalStep("published_sites", _probes("sites", inputs / "llava-hf")),
+        RehearsalStep("published_generate", ask),
     ]
     for mask in MASKS:
         steps += _training(out, inputs, size, encoder, mask)
@@ -86,7 +86,7 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
     study = _probes(
         "study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0"
     )
-    steps.append(Step("study", study, out / "causal/probes", PROBED))
+    steps.append(RehearsalStep("study", study, out / "causal/probes", PROBED))
     if VQA_PYTHON.is_file():  # `make vqa-venv` makes it
         ask = _llava(
             "vqa",
@@ -98,7 +98,7 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
             "--python",
             VQA_PYTHON,
         )
-        steps.append(Step("benchmarks", [*ask, "--out", str(out / "causal/vqa")]))
+        steps.append(RehearsalStep("benchmarks", [*ask, "--out", str(out / "causal/vqa")]))
     return steps
 
 
@@ -110,7 +110,7 @@ def _probes(*words: object) -> list[str]:
     return [sys.executable, "-m", "probes", *map(str, words)]
 
 
-def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> list[Step]:
+def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> list[RehearsalStep]:
     """Return both stages under a mask."""
     steps = []
     for stage in STAGES:
@@ -128,5 +128,5 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
             options += ["--model.adapter", out / mask / "stage1/hf"]
         command = _llava("fit", *real, *hardware_options(stage, size), *options)
         command += ["--out", str(run), "--ckpt_path", "last"]
-        steps.append(Step(f"{mask}_{stage}", command, run, batch_size(stage)))
+        steps.append(RehearsalStep(f"{mask}_{stage}", command, run, batch_size(stage)))
     return steps

@@ -30,7 +30,7 @@ from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
 
-class SegmentationData(LightningDataModule):
+class ProbeData(LightningDataModule):
     """Training and validation images with masks, or with the targets of another task.
 
     Args:

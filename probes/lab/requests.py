@@ -130,7 +130,7 @@ class SiteView(View):
     square: bool = False
 
 
-class Question(View):
+class PhotoQuestion(View):
     """A question about the photo, asked with and without the intervention."""
 
     question: Text
@@ -143,7 +143,7 @@ class Attention(View):
     layer: Number
 
 
-class AnswerAttention(Question):
+class AnswerAttention(PhotoQuestion):
     """Attention of a token of an answer, numbered from 0, in a layer."""
 
     answer: Text

@@ -41,7 +41,7 @@ from .requests import (
     Export,
     Open,
     PatchWords,
-    Question,
+    PhotoQuestion,
     Replace,
     Save,
     SiteView,
@@ -154,7 +154,7 @@ class Session:
         png = encode(Image.fromarray(colorize(prediction, np.array(self.palette, np.uint8))), "PNG")
         return {"png": base64.b64encode(png).decode()}
 
-    def ask(self, request: Question, job: Job) -> dict[str, Any]:
+    def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:
         """Return the answer without the intervention and with it, and log-probabilities of the first one.
 
         Answers are reported while they grow.

@@ -20,10 +20,10 @@ from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate
 from probes.analyses.starvation.run import gap_estimates
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
-from probes.results.study import MASKS, Study
+from probes.results.study import MASKS, StudyRuns
 
 from .effects import drop_and_recovery, estimate_to_json, subtract
-from .path import path_rows
+from .strengths import path_rows
 from .truth import read_truth
 from .verdicts import (
     HOLDS,
@@ -87,7 +87,7 @@ class Numbers(NamedTuple):
     tokens: str  # "random" or "matched": what a knockout blocks in place of a class
 
 
-def evaluate_claims(study: Study) -> list[dict[str, Any]]:
+def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
@@ -107,7 +107,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     return claims
 
 
-def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
+def _entry(study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
     number = numbers.main[key]
     control = numbers.control.get(key)
@@ -133,7 +133,7 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
     }
 
 
-def _measure_all(study: Study) -> Numbers:
+def _measure_all(study: StudyRuns) -> Numbers:
     controls = {mask: run for mask in study.trained if (run := study.control(mask))}
     tokens = control_of(study.members)
     main_site, solved_site = (
@@ -215,7 +215,7 @@ def _compared_masks(claim: str, mask: str) -> Sequence[str]:
     return MASKS if claim.startswith("starvation") else [mask]
 
 
-def _paper_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
+def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     measured = estimate_to_json(estimate := numbers.main[claim, mask].in_paper)
     if study.trained[mask].is_solved:
@@ -227,7 +227,7 @@ def _paper_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict
 
 
 def _optimum_column(
-    study: Study, claim: str, mask: str, numbers: Numbers, path: Rows
+    study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows
 ) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
     sign = CLAIMS[claim].sign
@@ -264,7 +264,9 @@ def _no_contrast(run: ProbeRun) -> str:
     )
 
 
-def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
+def _beyond_random_column(
+    study: StudyRuns, claim: str, mask: str, numbers: Numbers
+) -> dict[str, Any]:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
     The drop at the adapter is compared with random adapters, all other claims with random LLMs. "same_draws_as" is the
@@ -306,7 +308,7 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
     return untested(f"draws of a random {name}: {max(draws)}, two are needed: run {command}{again}")
 
 
-def _command(command: str, study: Study, mask: str, options: str = "") -> str:
+def _command(command: str, study: StudyRuns, mask: str, options: str = "") -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
     run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
     mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""

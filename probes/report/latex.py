@@ -4,12 +4,12 @@ from typing import Any
 
 from llava_bidir.common.latex import latex_table
 from probes.results.formatting import Rows, format_difference, format_p, format_percent
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .summary_text import COLUMN_TITLES
 
 
-def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) -> str:
+def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows) -> str:
     """Return one booktabs table each of the scores per site, the claims and the knockout; empty ones are left out.
 
     Args:
@@ -30,7 +30,7 @@ def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) ->
     return "\n".join([r"% needs \usepackage{booktabs}", *texts])
 
 
-def _score_rows(study: Study) -> list[list[str]]:
+def _score_rows(study: StudyRuns) -> list[list[str]]:
     mixed = len({run.probe_kind for run in study.runs}) > 1
     titles = [
         run.metrics["image_attention"]

@@ -16,14 +16,14 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .effects import drop_and_recovery, select_sites, subtract
 
 ALPHA = 0.05
 
 
-def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
+def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
     """Return the entry "paired" of results.json; None unless the trained model was probed under both masks.
 
     "sites" has, per site of both runs, the difference of mIoU, its 95% interval and two-sided p-values: uncorrected,

@@ -35,7 +35,7 @@ from probes.results.formatting import Rows
 from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.steps import describe_step, unfinished_steps
-from probes.results.study import Study, model_name, overridden_masks, read_studies
+from probes.results.study import StudyRuns, model_name, overridden_masks, read_studies
 from probes.results.task_run import TaskRun, finished_runs, open_run
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -69,7 +69,7 @@ FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in te
 
 
 def study_results(
-    study: Study, claims: list[dict[str, Any]], sections: list[PageSection]
+    study: StudyRuns, claims: list[dict[str, Any]], sections: list[PageSection]
 ) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
     by_mask = [entries for section in sections for entries in section.content.by_mask.items()]
@@ -131,7 +131,7 @@ def write_report(
 
 
 def _write_files(
-    studies: list[Study],
+    studies: list[StudyRuns],
     out: Path,
     wall_s: float | None,
     task_runs: list[TaskRun],
@@ -189,7 +189,7 @@ def _earlier_files(out: Path) -> set[Path]:
     }
 
 
-def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
+def _build_part(study: StudyRuns, out: Path, folder: str, files: Files) -> dict[str, Any]:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
     claims = evaluate_claims(study)
     out = out / folder

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
 from probes.results.formatting import Rows
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
@@ -13,7 +13,7 @@ from .figures.encoder_layers import encoder_figures
 from .figures.layer_curves import layer_figures
 from .figures.mask_comparison import mask_figures
 from .mask_comparison import compare_masks
-from .path import sites_at_edge
+from .strengths import sites_at_edge
 from .summary_text import edge_notes, summarize_mask_comparison
 from .tables import claim_rows, class_rows, mask_comparison_rows
 
@@ -26,7 +26,7 @@ class PageSection(NamedTuple):
     content: Section
 
 
-def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSection]:
+def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
     tables = {"classes": class_rows(study)}
@@ -54,7 +54,7 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
 
 
 def _layers_section(
-    study: Study, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]
+    study: StudyRuns, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]
 ) -> PageSection:
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:
@@ -73,7 +73,7 @@ def _layers_section(
     )
 
 
-def _masks_section(study: Study) -> Section:
+def _masks_section(study: StudyRuns) -> Section:
     compared = compare_masks(study)
     if not compared:
         return Section(results={"paired": None})

@@ -11,7 +11,7 @@ from typing import Any
 import scipy.stats
 import torch
 
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .claims import CLAIMS
 from .verdicts import (
@@ -27,7 +27,7 @@ from .verdicts import (
 )
 
 
-def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
 
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
@@ -47,9 +47,9 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
     ]
 
 
-def studies_by_model(studies: list[Study]) -> dict[tuple[str, str], list[Study]]:
+def studies_by_model(studies: list[StudyRuns]) -> dict[tuple[str, str], list[StudyRuns]]:
     """Return the studies of each model and dataset with several seeds."""
-    groups: dict[tuple[str, str], list[Study]] = {}
+    groups: dict[tuple[str, str], list[StudyRuns]] = {}
     for study in studies:
         if study.seed is not None:
             groups.setdefault((study.name, study.dataset), []).append(study)

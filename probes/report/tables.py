@@ -5,7 +5,7 @@ from typing import Any
 from probes.models.sites import FINAL_NORM
 from probes.results.formatting import Rows, bounds, run_columns
 from probes.results.paper import PAPER
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .verdicts import COLUMNS
 
@@ -48,7 +48,7 @@ def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
 
 
-def table2(studies: list[Study]) -> Rows:
+def table2(studies: list[StudyRuns]) -> Rows:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without runs."""
     if not studies:
         return []
@@ -83,7 +83,7 @@ def _paper_row(encoder: str, mask: str) -> dict[str, float]:
     }
 
 
-def class_rows(study: Study) -> Rows:
+def class_rows(study: StudyRuns) -> Rows:
     """Return the IoU per class and site."""
     return [
         run_columns(run) | {"site": entry["site"], "class": name, "iou": iou}

@@ -33,7 +33,7 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
 from .effects import subtract
-from .path import has_converged, neighbours
+from .strengths import has_converged, neighbours
 
 COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS = "holds"

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Study:
+class StudyRuns:
     """One model on one dataset: its runs, the paper's masks first. What a run is says its metrics.json."""
 
     name: str  # of the model
@@ -189,7 +189,7 @@ def _control_order(run: ProbeRun) -> tuple[int, int]:
     return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
 
 
-def read_studies(paths: Iterable[str]) -> list[Study]:
+def read_studies(paths: Iterable[str]) -> list[StudyRuns]:
     """Read finished runs and group them into studies, in the order in which these first appear.
 
     Args:
@@ -204,7 +204,7 @@ def read_studies(paths: Iterable[str]) -> list[Study]:
     key_of = study_keys(runs)
     for run in runs:
         members.setdefault(key_of(run), []).append(run)
-    studies = [Study(*key, members=of_study) for key, of_study in members.items()]
+    studies = [StudyRuns(*key, members=of_study) for key, of_study in members.items()]
     _check_folders_differ(studies)
     # by dataset and seed: the run whose images all others must share
     reference: dict[tuple, ProbeRun] = {}
@@ -223,9 +223,9 @@ def read_studies(paths: Iterable[str]) -> list[Study]:
     return studies
 
 
-def _by_model(studies: Iterable[Study]) -> list[list[Study]]:
+def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     """Return the studies of each model and dataset, one per seed."""
-    groups: dict[tuple[str, str], list[Study]] = {}
+    groups: dict[tuple[str, str], list[StudyRuns]] = {}
     for study in studies:
         groups.setdefault((study.name, study.dataset), []).append(study)
     return list(groups.values())
@@ -259,7 +259,7 @@ def _check_draws_differ(members: list[ProbeRun]) -> None:
             check_differ(other, run, sites, advice)
 
 
-def _check_seeds_differ(studies: list[Study]) -> None:
+def _check_seeds_differ(studies: list[StudyRuns]) -> None:
     """Raise if the trained runs of two seeds are equal: the mean over seeds would count one training twice."""
     for i, study in enumerate(studies):
         for other in studies[:i]:
@@ -275,9 +275,9 @@ def _mask(run: FinishedRun) -> str:
     return run.metrics["image_attention"]
 
 
-def _check_folders_differ(studies: Iterable[Study]) -> None:
+def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
     """Raise if two studies would be written to the same folder, as "a b" and "a_b" or "a, seed 1" and seed 1 of "a"."""
-    by_slug: dict[str, Study] = {}
+    by_slug: dict[str, StudyRuns] = {}
     for study in studies:
         if (other := by_slug.setdefault(study.slug, study)) is not study:
             raise UserError(
@@ -326,7 +326,7 @@ def model_name(run: FinishedRun) -> str:
     return Path(run.metrics["mllm"]).name
 
 
-def overridden_masks(study: Study) -> dict[str, str]:
+def overridden_masks(study: StudyRuns) -> dict[str, str]:
     """Return, per mask of a run, the different mask that its model was trained with."""
     trained_with = {
         mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()

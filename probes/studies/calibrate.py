@@ -39,7 +39,7 @@ COLUMNS = ("paper", "optimum", "beyond_random", "supported")
 KEYS = ("study", "claim", "truth")
 
 
-class Model(NamedTuple):
+class PlantedModel(NamedTuple):
     """What `llava-bidir plant` makes of another model of the same mask; "" is the one after stage 1."""
 
     what: str
@@ -57,10 +57,10 @@ class Design(NamedTuple):
 
 
 MODELS = {
-    "planted": Model("recovery", "", ("--steps", "250")),
-    "weak": Model("recovery", "", ("--steps", "50")),
-    "random": Model("random", "planted"),
-    **{f"merged{k}": Model("drop", "planted", ("--pairs", str(k))) for k in (0, 1, 3)},
+    "planted": PlantedModel("recovery", "", ("--steps", "250")),
+    "weak": PlantedModel("recovery", "", ("--steps", "50")),
+    "random": PlantedModel("random", "planted"),
+    **{f"merged{k}": PlantedModel("drop", "planted", ("--pairs", str(k))) for k in (0, 1, 3)},
 }
 DESIGNS = {
     "planted": Design("planted", MASKS),

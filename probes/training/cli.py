@@ -20,7 +20,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.usage_errors import ArgumentParser, natural
 from probes.data.base import shared_images
-from probes.data.datamodule import SegmentationData
+from probes.data.datamodule import ProbeData
 from probes.data.label_counts import format_labels
 
 from .module import ProbeModule
@@ -150,7 +150,7 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeC
     """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
     return ProbeCLI(
         ProbeModule,
-        SegmentationData,
+        ProbeData,
         args=argv,
         run=run,
         parser_kwargs={"prog": prog},

@@ -25,12 +25,12 @@ from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.quadrature import PreparedMasks
 
 from .distributed import all_gather
-from .frozen_probes import FrozenProbes
 from .heads import FEATURE_NORMS, HEADS
+from .site_probes import SiteProbes
 
 
-class ProbeModule(FrozenProbes):
-    """Probes trained by AdamW; see :class:`FrozenProbes`.
+class ProbeModule(SiteProbes):
+    """Probes trained by AdamW; see :class:`SiteProbes`.
 
     Args:
         mllm: Checkpoint directory or hub id.

@@ -275,7 +275,7 @@ def loss_sums(
     return loss, gradient
 
 
-class SitePath(NamedTuple):
+class StrengthSearch(NamedTuple):
     """The strengths of a site and their cross-validated losses.
 
     Args:
@@ -402,7 +402,7 @@ class Path(NamedTuple):
         points: f64[R, K, d + 1], probes of all images at `path.solved`.
     """
 
-    path: SitePath
+    path: StrengthSearch
     folds: Tensor
     points: Tensor
 
@@ -414,7 +414,7 @@ class Path(NamedTuple):
 
 def solve_site(
     problem: FoldProblem, strengths: Sequence[float] | None = None
-) -> tuple[SitePath, Refinement]:
+) -> tuple[StrengthSearch, Refinement]:
     """Return the path of a site, with probes of all images in memory, and their exact refinement.
 
     Args:
@@ -436,7 +436,7 @@ def solve_path(problem: FoldProblem, strengths: Sequence[float] | None = None) -
         solved = [chosen - 1, chosen, chosen + 1]
     points = torch.stack([path[i][2].mean(0) for i in solved])
     found = Path(
-        SitePath([strength for strength, _, _ in path], losses, chosen, solved),
+        StrengthSearch([strength for strength, _, _ in path], losses, chosen, solved),
         path[chosen][2],
         points,
     )

@@ -38,8 +38,8 @@ from probes.ops.quadrature import PreparedMasks
 
 from .closed_form import full_precision
 from .distributed import rank, rank_count
-from .frozen_probes import FrozenProbes
 from .optimum import Certificate
+from .site_probes import SiteProbes
 
 COUNTED = ("intersection", "predicted")  # counts of a probe, per image and class
 SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
@@ -135,8 +135,8 @@ class PathMetric(SegmentationMetric):
         return super().compute(), ImageMetric.compute(self)["cross_entropy"].T
 
 
-class Solver(FrozenProbes):
-    """Linear probes at every site, for several strengths of regularisation; see :class:`FrozenProbes`.
+class Solver(SiteProbes):
+    """Linear probes at every site, for several strengths of regularisation; see :class:`SiteProbes`.
 
     Args:
         folds: F, folds of training images for the cross-validation.

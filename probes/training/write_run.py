@@ -46,8 +46,8 @@ def save_run(
     """Write all files of a finished run into `out`.
 
     Args:
-        module: The `FrozenProbes`.
-        data: Its `SegmentationData`.
+        module: The `SiteProbes`.
+        data: Its `ProbeData`.
         counts: Counts of the probes, or for other tasks than segmentation the sums per image.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
@@ -109,7 +109,7 @@ def site_entries(
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
-        module: The `FrozenProbes`.
+        module: The `SiteProbes`.
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
     """

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.run import summarise_cases
 from probes.results.probe_run import ProbeRun
@@ -33,7 +33,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
         run.path / "knockout.safetensors",
     )
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
-    results, _ = summarise_cases(run, Plan(classes), tensors, {})
+    results, _ = summarise_cases(run, KnockoutPlan(classes), tensors, {})
     (run.path / "knockout.json").write_text(json.dumps(results))
     return results
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from probes.analyses.style import ReportFigure
 from probes.report.claims import evaluate_claims
 from probes.report.sections import study_sections
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -19,7 +19,7 @@ def draw_no_pictures(monkeypatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PIXEL))
 
 
-def figures_of(study: Study) -> dict[str, ReportFigure]:
+def figures_of(study: StudyRuns) -> dict[str, ReportFigure]:
     """Return all figures of a study by name, in the order of the page."""
     sections = study_sections(study, evaluate_claims(study))
     return {figure.name: figure for section in sections for figure in section.content.figures}

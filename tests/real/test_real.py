@@ -35,7 +35,7 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.toy_world.language import perplexity
 from llava_bidir.training.cli import build_cli
 from probes.lab.models import load_checkpoint
-from probes.lab.requests import Block, Question
+from probes.lab.requests import Block, PhotoQuestion
 from probes.lab.session import Session
 
 pytestmark = pytest.mark.real
@@ -309,7 +309,7 @@ def test_the_lab_answers_with_and_without_blocked_patches(stages, monkeypatch):
     Image.effect_noise((8, 8), 60).convert("RGB").save(photo, "PNG")
     key = session.photos.add(photo.getvalue(), "noise.png")
     block = Block(kind="block", patches=(0, 1, 2))
-    question = Question(photo=key, model=0, question="What is it?", intervention=block)
+    question = PhotoQuestion(photo=key, model=0, question="What is it?", intervention=block)
     result = session.ask(question, labs.JOB)
     assert "".join(result["tokens"]) == result["answer"] and len(result["answer"].split()) > 1
     square = session.photos.get(key).squares[0]

@@ -35,7 +35,7 @@ from probes.analyses.batch_cache import cached_batches
 from probes.analyses.knockout.attention import attention_from
 from probes.analyses.knockout.cases import ConfusionCase, PatchReader
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
-from probes.analyses.knockout.config import Plan as KnockoutPlan
+from probes.analyses.knockout.config import AnswersPlan as KnockoutPlan
 from probes.analyses.knockout.config import check_has_layers
 from probes.analyses.knockout.schema import SETS
 from probes.analyses.replacement import check_replaceable
@@ -48,7 +48,7 @@ from .questions import Question, QuestionFile, read_question_image, read_questio
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnswersPlan:
     """What to ask."""
 
     questions: Path  # file of questions about places
@@ -69,7 +69,9 @@ class Plan:
             )
 
 
-def ask_questions(run: ProbeRun, plan: Plan, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def ask_questions(
+    run: ProbeRun, plan: AnswersPlan, out: Path, overwrite: bool = False
+) -> dict[str, Any]:
     """Ask all questions, write the files named above, and return the content of answers.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -125,7 +127,7 @@ def check_effects(tensors: dict[str, Tensor]) -> None:
 
 def ask_batch(
     reader: PatchReader,
-    plan: Plan,
+    plan: AnswersPlan,
     file: QuestionFile,
     questions: list[Question],
     classes: list[str],
@@ -182,7 +184,7 @@ def _case(
 
 
 def _blocked(
-    case: ConfusionCase, features: MatchingFeatures, plan: Plan
+    case: ConfusionCase, features: MatchingFeatures, plan: AnswersPlan
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens of each condition, one or several draws bool[T]."""
     knockout = KnockoutPlan((), controls=("matched",), draws=plan.draws, seed=plan.seed)
@@ -213,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
         args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json"
     )
     options = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
-    plan = Plan(questions, Path(args.images or questions.parent), **options)
+    plan = AnswersPlan(questions, Path(args.images or questions.parent), **options)
     with exclusive_run_lock(out, "answers.json"):
         results = ask_questions(probe_run, plan, out, args.overwrite)
     print_answers(results)

@@ -4,7 +4,7 @@ from typing import Any
 
 from probes.analyses.base import Section
 from probes.results.probe_run import ProbeRun
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .figures import answer_figures
 from .inference import beyond_random
@@ -13,7 +13,7 @@ from .tables import accuracy_rows, models_of
 KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.json
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study."""
     answers = study_answers(study)
     by_mask = {"answers": {mask: answers.get(mask) for mask in study.trained}}
@@ -21,7 +21,7 @@ def section(study: Study) -> Section:
     return Section([*answer_figures(answers)], summarize_answers(answers), tables, by_mask=by_mask)
 
 
-def study_answers(study: Study) -> dict[str, dict[str, Any]]:
+def study_answers(study: StudyRuns) -> dict[str, dict[str, Any]]:
     """Return the answers by mask, of the solved run if it has some, else of the main one; masks without are missing.
 
     Returns:

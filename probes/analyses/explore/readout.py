@@ -23,7 +23,7 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 from probes.evaluation.metrics import patch_labels
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
@@ -108,7 +108,7 @@ def explore(
         raise UserError(
             f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1"
         )
-    plan = Plan.of_run(run)  # blocks as the knockout of the run did
+    plan = KnockoutPlan.of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
 
     def read_probe(probe, states):

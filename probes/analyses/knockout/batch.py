@@ -16,7 +16,7 @@ from probes.models.sites import ADAPTER
 from .attention import attention_from
 from .cases import ConfusionCase, PatchReader, find_cases
 from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
-from .config import Plan
+from .config import KnockoutPlan
 from .effects import outcome_key
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations
 from .schema import CASE_KEYS
@@ -32,7 +32,7 @@ class ForwardRow(NamedTuple):
 
 
 def knock_out_batch(
-    reader: PatchReader, plan: Plan, classes: list[str], batch: dict
+    reader: PatchReader, plan: KnockoutPlan, classes: list[str], batch: dict
 ) -> dict[str, Tensor]:
     """Return the results of a batch, collated by data/batches.py, by "class/key", one row per case.
 
@@ -100,7 +100,7 @@ def _run_rows(
     pixels: Tensor,
     cases: list[ConfusionCase],
     rows: list[ForwardRow],
-    plan: Plan,
+    plan: KnockoutPlan,
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Return the outcomes by case and key, f[rows of the key, L + 1] each; identical rows run once."""
     identities = [(row.case, row.blocked.numpy().tobytes(), *row.layers) for row in rows]

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .cases import ConfusionCase
-from .config import Plan
+from .config import KnockoutPlan
 from .schema import SETS
 
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
@@ -68,7 +68,7 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
 
 
 def blocked_by_condition(
-    case: ConfusionCase, features: MatchingFeatures, plan: Plan
+    case: ConfusionCase, features: MatchingFeatures, plan: KnockoutPlan
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens bool[T] by condition, one or several draws.
 

@@ -21,7 +21,7 @@ def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class KnockoutPlan:
     """What to run for each case; knockout.json has all of it."""
 
     classes: Sequence[str]  # the classes c
@@ -36,7 +36,7 @@ class Plan:
     seed: int = 0  # of the draws and the bootstrap
 
     @classmethod
-    def of_run(cls, run: ProbeRun) -> "Plan":
+    def of_run(cls, run: ProbeRun) -> "KnockoutPlan":
         """Return the plan of a run's knockout.json; the paper's for a run without one."""
         results = run.analysis("knockout.json")
         if results is None:

@@ -38,7 +38,7 @@ from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
-from .config import Plan, check_has_layers
+from .config import KnockoutPlan, check_has_layers
 from .effects import (
     MIN_IMAGES,
     class_entry,
@@ -51,7 +51,7 @@ from .effects import (
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 
 
-def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
+def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
     """Run all conditions over the validation split, write the files named above, return the content of knockout.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -78,7 +78,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def summarise_cases(
-    run: ProbeRun, plan: Plan, tensors: dict[str, Tensor], swept: dict[str, Tensor]
+    run: ProbeRun, plan: KnockoutPlan, tensors: dict[str, Tensor], swept: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the contents of knockout.json and of knockout_windows.json, None without windows.
 
@@ -120,7 +120,7 @@ def summarise_cases(
 
 
 def _compute_cases(
-    run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path
+    run: ProbeRun, plan: KnockoutPlan, reader: PatchReader, partial: Path
 ) -> dict[str, Tensor]:
     """Return the results of the split by "class/key", one row per case; finished batches are kept in `partial`."""
     classes = run.metrics["classes"]
@@ -147,8 +147,12 @@ def run(args: argparse.Namespace) -> None:
     probe_run = ProbeRun(args.probes)
     args.classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
-    plan = Plan(
-        **{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__}
+    plan = KnockoutPlan(
+        **{
+            name: value
+            for name, value in vars(args).items()
+            if name in KnockoutPlan.__dataclass_fields__
+        }
     )
     made_from = {"runs": [probe_run.fingerprint], **asdict(plan), "layers": plan.layers or "all"}
 

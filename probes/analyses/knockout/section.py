@@ -1,7 +1,7 @@
 """What the report shows of knockouts: rates, and effects against controls."""
 
 from probes.analyses.base import Section
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .control_figures import control_figures
 from .figures import knockout_figures
@@ -14,7 +14,7 @@ ABOUT_CLAIMS = (
 )
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its main runs."""
     found = {mask: run.analysis("knockout.json") for mask, run in study.trained.items()}
     figures = []

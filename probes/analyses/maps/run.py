@@ -22,7 +22,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
@@ -62,7 +62,7 @@ def predict_knockout_maps(
     The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
     if no image has such patches; a `UserError` if `probes knockout` has not been run for this class.
     """
-    plan = Plan.of_run(run)
+    plan = KnockoutPlan.of_run(run)
     if name not in plan.classes:
         raise UserError(
             f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"

@@ -3,17 +3,17 @@
 from probes.analyses.base import Section
 from probes.analyses.style import Figures, ReportFigure
 from probes.data.palette import palette_of
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .figures import knockout_maps, site_maps
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study."""
     return Section([*map_figures(study)])
 
 
-def map_figures(study: Study) -> Figures:
+def map_figures(study: StudyRuns) -> Figures:
     """Yield the maps of a study's runs; they need the dataset."""
     if not any(run.analysis("maps.json") for run in study.trained.values()):
         return

@@ -44,7 +44,7 @@ NO_EFFECT = 1e-6
 
 
 @dataclass(frozen=True)
-class Plan:
+class PatchingPlan:
     """What to patch."""
 
     site: str  # of the read-out
@@ -64,7 +64,7 @@ class Experiment:
     mllm: FrozenMLLM
     donor: FrozenMLLM
     probe: Probe
-    plan: Plan
+    plan: PatchingPlan
 
     @torch.no_grad()
     def patch(self, batch: Batch) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
 
 
 def patch_states(
-    run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, overwrite: bool = False
+    run: ProbeRun, plan: PatchingPlan, pairs: Pairs | None, out: Path, overwrite: bool = False
 ) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
@@ -246,7 +246,7 @@ def check_effects(tensors: dict[str, Tensor], name: str) -> None:
             )
 
 
-def check_plan(plan: Plan, mllm: FrozenMLLM) -> Plan:
+def check_plan(plan: PatchingPlan, mllm: FrozenMLLM) -> PatchingPlan:
     """Return the plan with the numbers of its layers.
 
     Raises:
@@ -285,7 +285,7 @@ def run(args: argparse.Namespace) -> None:
         "causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional"
     )
     numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
-    plan = Plan(site, mask, layers, **numbers)
+    plan = PatchingPlan(site, mask, layers, **numbers)
     pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None
     with exclusive_run_lock(out, "patching.json"):
         print_effects(patch_states(probe_run, plan, pairs, out, args.overwrite))

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from probes.analyses.base import Section
 from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure
 from probes.results.formatting import Rows, bounds
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 TITLES = {"mask": "states under the other mask", "pairs": "states of a picture with the cue"}
 
@@ -83,7 +83,7 @@ def effect_rows(results: dict[str, Any]) -> Rows:
     ]
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its solved runs, else of the main ones."""
     runs = {mask: study.solved.get(mask, run) for mask, run in study.trained.items()}
     results = {mask: run.analysis("patching.json") for mask, run in runs.items()}

@@ -8,7 +8,7 @@ from probes.analyses.base import Section
 from probes.results.formatting import Rows, format_percent, format_points
 from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .figures import starvation_figures
 from .run import shared_layer, starvation
@@ -16,7 +16,7 @@ from .run import shared_layer, starvation
 log = logging.getLogger(__name__)
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study; empty without both runs or the causal run's best layer."""
     pair = study.pair()
     if not pair or not shared_layer(*pair):

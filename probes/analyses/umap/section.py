@@ -7,15 +7,15 @@ import numpy as np
 from probes.analyses.base import Section
 from probes.analyses.style import FigureData, Figures, ReportFigure, new_axes
 from probes.data.palette import palette_of
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 
-def section(study: Study) -> Section:
+def section(study: StudyRuns) -> Section:
     """Return the section of a study."""
     return Section([*umap_figures(study)])
 
 
-def umap_figures(study: Study) -> Figures:
+def umap_figures(study: StudyRuns) -> Figures:
     """Yield a figure for each image of each run; they need the dataset."""
     for mask, run in study.trained.items():
         result = run.analysis("umap.json")

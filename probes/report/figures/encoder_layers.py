@@ -17,7 +17,7 @@ from probes.analyses.style import (
 from probes.models.sites import FINAL_NORM
 from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .layer_curves import depth_and_miou, draw_ci95, without_final_norm
 
@@ -26,7 +26,7 @@ CONTROLS = {"random": ("D", "random layers"), "random, unmatched": ("^", "untrai
 CONTROLS |= {"permuted": ("s", "permuted weights")}
 
 
-def encoder_figures(study: Study) -> Figures:
+def encoder_figures(study: StudyRuns) -> Figures:
     """Yield the scores by layer of a bare encoder."""
     controls = {run.arm for run in _controls(study)}
     yield ReportFigure(
@@ -48,7 +48,7 @@ def encoder_figures(study: Study) -> Figures:
     )
 
 
-def encoder_curve(study: Study) -> FigureData:
+def encoder_curve(study: StudyRuns) -> FigureData:
     """Draw mIoU by layer of the trained encoder with its interval, and of random ones."""
     run = study.first
     controls = _controls(study)
@@ -91,7 +91,7 @@ def _mark_best(ax: Axes, run: ProbeRun) -> None:
         )
 
 
-def _controls(study: Study) -> list[ProbeRun]:
+def _controls(study: StudyRuns) -> list[ProbeRun]:
     """Return the random encoders with the kind of probes of the trained one."""
     members: Iterable[ProbeRun] = study.members
     return [

@@ -24,7 +24,7 @@ from probes.analyses.style import (
 from probes.models.sites import ADAPTER, FINAL_NORM
 from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
-from probes.results.study import MASKS, Study
+from probes.results.study import MASKS, StudyRuns
 
 
 def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def sites_by_depth(*runs: ProbeRun) -> list[str]:
     return sorted(sites, key=site_depth)
 
 
-def layer_curves(study: Study, solved: bool) -> FigureData:
+def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     """Draw mIoU per site and mask, with the untrained control and random LLMs (Figs. 3, 8).
 
     `solved` draws the runs whose probes are solved, else those whose probes are trained.
@@ -109,7 +109,7 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
     return FigureData(figure, _rows(runs))
 
 
-def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
+def _shown_untrained(study: StudyRuns, solved: bool) -> dict[str, ProbeRun]:
     """Return the untrained runs whose probes are of the kind that is drawn."""
     untrained = study.solved_untrained if solved else study.untrained
     return {mask: run for mask, run in untrained.items() if run.is_solved == solved}
@@ -127,7 +127,9 @@ def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
     return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
 
 
-def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:
+def models_by_dataset(
+    studies: list[StudyRuns], mask: str, over_adapter: bool = False
+) -> FigureData:
     """Draw the curves of models with a run under the mask, one panel per dataset (Figs. 3, 9), and their random LLMs.
 
     `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
@@ -178,7 +180,7 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     return FigureData(figure, rows)
 
 
-def _runs_to_compare(studies: list[Study]) -> list[dict[str, ProbeRun]]:
+def _runs_to_compare(studies: list[StudyRuns]) -> list[dict[str, ProbeRun]]:
     """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
     solved = all(study.solved.keys() == study.trained.keys() for study in studies)
     return [study.solved if solved else study.trained for study in studies]
@@ -190,7 +192,7 @@ def _probes_suffixes(runs: list[ProbeRun]) -> list[str]:
     return [f", {run.probe_kind} probes" if mixed else "" for run in runs]
 
 
-def masks_by_model(studies: list[Study]) -> FigureData:
+def masks_by_model(studies: list[StudyRuns]) -> FigureData:
     """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
     figure, axes = new_panels(len(studies))
     solved = all(study.solved.keys() >= set(MASKS) for study in studies)
@@ -213,7 +215,7 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     return FigureData(figure, rows)
 
 
-def layer_figures(study: Study) -> Figures:
+def layer_figures(study: StudyRuns) -> Figures:
     """Yield the scores by layer: of solved probes, if there are any beside trained ones, and of the study's own."""
     solved_main = study.first.is_solved
     if study.solved and not solved_main:
@@ -223,7 +225,7 @@ def layer_figures(study: Study) -> Figures:
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
 
 
-def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFigure:
+def _layer_figure(study: StudyRuns, name: str, title: str, solved: bool) -> ReportFigure:
     return ReportFigure(
         name, title,
         caption(
@@ -236,7 +238,7 @@ def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFi
         layer_curves(study, solved))  # fmt: skip
 
 
-def overview_figures(studies: list[Study]) -> Figures:
+def overview_figures(studies: list[StudyRuns]) -> Figures:
     """Yield the figures that compare several models and datasets; the first one has the mask of most models."""
     by_mask = {mask: [study for study in studies if mask in study.trained] for mask in MASKS}
     for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
@@ -263,7 +265,7 @@ def overview_figures(studies: list[Study]) -> Figures:
             masks_by_model(both))  # fmt: skip
 
 
-def _peak_caption(*studies: Study) -> str:
+def _peak_caption(*studies: StudyRuns) -> str:
     runs = [run for study in studies for run in study.trained.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
     return (
@@ -273,7 +275,7 @@ def _peak_caption(*studies: Study) -> str:
     )
 
 
-def _kinds_caption(studies: list[Study]) -> str:
+def _kinds_caption(studies: list[StudyRuns]) -> str:
     kinds = {run.is_solved for by_mask in _runs_to_compare(studies) for run in by_mask.values()}
     return (
         "Probes of some models are solved, of others trained: their heights cannot be compared."

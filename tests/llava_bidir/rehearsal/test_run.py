@@ -16,7 +16,7 @@ from llava_bidir import cli
 from llava_bidir.rehearsal import run as rehearsal
 from llava_bidir.rehearsal.cost import extrapolate
 from llava_bidir.rehearsal.measure import run_measured
-from llava_bidir.rehearsal.study import Step
+from llava_bidir.rehearsal.study import RehearsalStep
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,7 +28,11 @@ def python(code: str) -> list[str]:
 def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     bad = python("raise SystemExit('the reason')")
-    steps = [Step("good", python(count)), Step("bad", bad), Step("after_bad", python(count))]
+    steps = [
+        RehearsalStep("good", python(count)),
+        RehearsalStep("bad", bad),
+        RehearsalStep("after_bad", python(count)),
+    ]
     done = {}
     for step in steps:
         rehearsal.run_step(step, done, tmp_path / "logs")
@@ -38,7 +42,7 @@ def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
         in capsys.readouterr().out
     )
     before = dict(done["good"])
-    steps[1] = Step("bad", python("print('mended')"))
+    steps[1] = RehearsalStep("bad", python("print('mended')"))
     for step in steps:
         rehearsal.run_step(step, done, tmp_path / "logs")
     assert {step["status"] for step in done.values()} == {"finished"} and done["good"] == before

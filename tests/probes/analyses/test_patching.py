@@ -16,7 +16,7 @@ from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
 from probes.analyses.patching.run import (
     NO_EFFECT,
-    Plan,
+    PatchingPlan,
     check_effects,
     patch_states,
     random_tokens_outside,
@@ -26,8 +26,8 @@ from probes.cli import main
 READ_OUT = "layer_02"
 
 
-def plan(mask: str, **changes) -> Plan:
-    return Plan(
+def plan(mask: str, **changes) -> PatchingPlan:
+    return PatchingPlan(
         **{"site": READ_OUT, "mask": mask, "layers": (0, 1), "draws": 2, "batch_size": 4} | changes
     )
 

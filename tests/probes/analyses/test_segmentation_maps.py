@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from probes import Knockout
 from probes.analyses.explore.readout import explore
 from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.knockout.run import knockout
 from probes.analyses.maps.run import predict_maps
 from probes.cli import main
@@ -26,11 +26,11 @@ PLANS = {
 
 
 @pytest.fixture(params=PLANS)
-def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
+def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutPlan, dict]:
     """A copy of a run with a knockout, its plan, and the tokens that it blocks by image and condition."""
     run = ProbeRun(shutil.copytree(runs["bidirectional"].path, tmp_path / "run"))
     (name,) = confused_classes(run, 1)
-    plan = Plan([name], **PLANS[request.param])
+    plan = KnockoutPlan([name], **PLANS[request.param])
     knockout(run, plan, run.path)
     reader = PatchReader(run)
     tokens = {}
@@ -46,11 +46,11 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
 
 def test_maps_are_those_of_the_runs_knockout(blocked):
     run, plan, tokens = blocked
-    assert Plan.of_run(run) == replace(plan, controls=[])
+    assert KnockoutPlan.of_run(run) == replace(plan, controls=[])
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
     assert entry["how"] == plan.describe()
-    assert bool(plan.describe()) == (plan != Plan(plan.classes))
+    assert bool(plan.describe()) == (plan != KnockoutPlan(plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
     reader = PatchReader(run)
     sample = run.dataset()[entry["image"]]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from json_values import json_values
 from PIL import Image
 
-from probes.data.datamodule import SegmentationData
+from probes.data.datamodule import ProbeData
 from probes.data.folder import FolderDataset
 from probes.data.registry import open_dataset
 
@@ -291,6 +291,6 @@ def test_unknown_layout_and_split_are_errors(root):
         ValueError,
         match="unknown data.dataset 'coco'; expected one of folder, ade20k, voc2012, cityscapes",
     ):
-        SegmentationData(str(root), dataset="coco")
+        ProbeData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):
         open_dataset("folder", str(root), "testing")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.data.datamodule import SegmentationData
+from probes.data.datamodule import ProbeData
 from probes.data.folder import FolderDataset
 from probes.data.label_counts import (
     LabelCounts,
@@ -43,7 +43,7 @@ def write_classes(root: Path, **settings) -> None:
 
 
 def test_counts_equal_numpy_over_all_masks(segmentation):
-    data = SegmentationData(str(segmentation))
+    data = ProbeData(str(segmentation))
     data.check_files(data.find_bad_files(0, progress=False))
     for split, counts in data.labels.items():
         found = np.stack([np.asarray(Image.open(file)) for file in masks(segmentation, split)])
@@ -89,7 +89,7 @@ def test_a_listed_class_without_a_training_pixel_is_an_error_with_its_remedy(tmp
         main(["verify-data", "-c", "folder", "--data.root", str(root)])
     write_classes(root, classes=names, ignore_index=[2, 255])
     main(["verify-data", "-c", "folder", "--data.root", str(root)])
-    assert SegmentationData(str(root)).classes == names[:2]
+    assert ProbeData(str(root)).classes == names[:2]
 
 
 def test_few_images_and_published_classes_may_lack_some():

@@ -15,7 +15,7 @@ from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.boundaries import find_boundaries
-from probes.data.datamodule import SegmentationData
+from probes.data.datamodule import ProbeData
 from probes.data.registry import (
     DATASETS,
     TASK_DATASETS,
@@ -231,7 +231,7 @@ def test_tasks_and_layouts_that_do_not_exist_are_errors(root, monkeypatch):
     with pytest.raises(
         UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"
     ):
-        SegmentationData(str(root), dataset="nyuv2")
+        ProbeData(str(root), dataset="nyuv2")
     monkeypatch.setitem(TASK_DATASETS, "normals", dict(TASK_DATASETS["normals"]))
 
     class OtherNormals(TASK_DATASETS["normals"]["folder"]):

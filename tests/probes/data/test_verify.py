@@ -7,7 +7,7 @@ import tiny_models
 from PIL import Image
 
 from probes.cli import main
-from probes.data.datamodule import SegmentationData
+from probes.data.datamodule import ProbeData
 from probes.data.registry import open_dataset
 from probes.data.verify import find_bad_files
 
@@ -37,7 +37,7 @@ def fit(root, out, *more):
 def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(
     broken, checkpoints, tmp_path, monkeypatch
 ):
-    monkeypatch.delattr("probes.training.frozen_probes.load")
+    monkeypatch.delattr("probes.training.site_probes.load")
     with pytest.raises(SystemExit) as stop:
         fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
     message = str(stop.value.code)
@@ -82,9 +82,7 @@ def test_a_split_without_a_labelled_pixel_is_an_error(split, checkpoints, tmp_pa
     for number, file in enumerate(masks, 1):
         Image.fromarray(np.full((24, 20), 255, np.uint8)).save(file)
         if number + 1 == len(masks):
-            assert not SegmentationData(str(root)).check_files(
-                SegmentationData(str(root)).find_bad_files(0)
-            )
+            assert not ProbeData(str(root)).check_files(ProbeData(str(root)).find_bad_files(0))
     with pytest.raises(
         SystemExit, match=f"{len(masks)} x no labelled pixel in any mask of .* {split}"
     ):
@@ -145,7 +143,7 @@ def test_workers_find_what_one_process_finds(tmp_path):
 
 
 def test_incomplete_official_split_is_a_warning(tmp_path):
-    data = SegmentationData(str(dataset_layouts.write_ade20k(tmp_path)), "ade20k")
+    data = ProbeData(str(dataset_layouts.write_ade20k(tmp_path)), "ade20k")
     with pytest.warns(UserWarning, match="3 training images, but 20,210 were published") as warned:
         assert data.find_bad_files(0, progress=False) == []
     assert any("2 validation images, but 2,000" in str(warning.message) for warning in warned)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from probes import Knockout
 from probes.lab.photos import encode
-from probes.lab.requests import Block, Export, Question, Replace, View
+from probes.lab.requests import Block, Export, PhotoQuestion, Replace, View
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
@@ -128,13 +128,13 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp
 
 def test_answers_side_by_side(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1")
-    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     shown = tab.locator("#answers .answer").all_text_contents()
     expected = []
     for view in views_of("split:1", Block(kind="block", patches=(0, 1)))[1::2]:
-        result = session.ask(Question(**view.model_dump(), question="Sky?"), labs.JOB)
+        result = session.ask(PhotoQuestion(**view.model_dump(), question="Sky?"), labs.JOB)
         expected += [result["answer"], result["blocked"]["answer"]]
     assert shown == expected
     change = result["blocked"]["log_probability"] - result["log_probability"]
@@ -145,7 +145,7 @@ def test_answers_side_by_side(open_tab, session):
 
 def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
-    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     words = tab.locator("#answers .answer").nth(2).locator(".word")
@@ -243,13 +243,15 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
         "ask",
         lambda request, job: (asked.append(request.photo), more.wait(20), ask(request, job))[-1],
     )
-    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.evaluate("change({ photo: 'split:3' }), undefined")
     more.set()
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.wait_for_selector("#cancel", state="hidden")
-    assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
+    assert asked == ["split:1", "split:1"] and "PhotoQuestion: Sky? (" in tab.text_content(
+        "#answers"
+    )
     assert address(settle(tab))["photo"] == "split:3"
     assert address(tab)["patches"] == "1"
     tab.locator(".word").first.click()

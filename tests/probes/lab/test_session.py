@@ -27,7 +27,7 @@ from probes.lab.requests import (
     PaintedPhoto,
     Painting,
     PatchWords,
-    Question,
+    PhotoQuestion,
     Replace,
     Save,
     SiteView,
@@ -107,7 +107,9 @@ def test_exported_code_opens_an_uploaded_photo_and_asks(
     assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()
     assert (
         names["answer"]
-        == session.ask(Question(**view, question="What is 'it'?"), labs.JOB)["blocked"]["answer"]
+        == session.ask(PhotoQuestion(**view, question="What is 'it'?"), labs.JOB)["blocked"][
+            "answer"
+        ]
     )
 
 
@@ -209,7 +211,7 @@ def test_a_view_that_does_not_exist_is_named(session, message):
 def test_answers_and_attention_under_replaced_states_say_that_they_are_not_read(session):
     view = {"photo": "split:0", "model": 0, "intervention": CHANGES["mean"]}
     for operation, request in (
-        (session.ask, Question(**view, question="x")),
+        (session.ask, PhotoQuestion(**view, question="x")),
         (session.attention, Attention(**view, patch=0, layer=1)),
     ):
         with pytest.raises(UserError, match="not under replaced states"):

@@ -11,7 +11,7 @@ from probes.analyses.knockout.conditions import (
     matched_tokens,
     measure_balance,
 )
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 
 GRID = (4, 6)
 T = 24
@@ -40,7 +40,7 @@ def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatur
 
 def blocked_of(case, features, **kwargs) -> dict:
     settings = {"controls": CONTROLS, "draws": 4, "seed": 0} | kwargs
-    return blocked_by_condition(case, features, Plan(classes=(), **settings))
+    return blocked_by_condition(case, features, KnockoutPlan(classes=(), **settings))
 
 
 def test_features_equal_a_loop():

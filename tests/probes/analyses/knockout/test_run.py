@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import probes.analyses.knockout.run as analysis
 from probes.analyses.knockout.cases import PatchReader, confused_classes
-from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.layer_sweep import cut_locations
 from probes.analyses.knockout.run import knockout
@@ -123,7 +123,7 @@ def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str
 )
 def test_equals_a_loop_over_images(run, classes, tmp_path, options):
     reader = PatchReader(run)
-    results = knockout(run, Plan(classes, batch_size=2, **options), tmp_path)
+    results = knockout(run, KnockoutPlan(classes, batch_size=2, **options), tmp_path)
     tensors = load_file(tmp_path / "knockout.safetensors")
     changed = {
         torch.equal(tensors[f"{name}/none"], tensors[f"{name}/{condition}"])
@@ -156,7 +156,7 @@ def test_windows_equal_the_loop_too(run, classes, tmp_path):
     """In batches that mix them with all other conditions."""
     reader = PatchReader(run)
     index = tiny_models.CLASSES.index
-    knockout(run, Plan(classes, batch_size=7, layer_windows=2, draws=1), tmp_path)
+    knockout(run, KnockoutPlan(classes, batch_size=7, layer_windows=2, draws=1), tmp_path)
     swept = json.loads((tmp_path / "knockout_windows.json").read_text())
     base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
     pooled = swept["classes"][0]
@@ -250,7 +250,7 @@ def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run,
 
 
 def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monkeypatch):
-    plan = Plan(classes, batch_size=5, draws=1)
+    plan = KnockoutPlan(classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         record_batches(patch, stop_after=1)
         knockout(run, plan, tmp_path)

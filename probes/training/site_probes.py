@@ -27,7 +27,7 @@ from .heads import Probe
 from .write_run import save_run
 
 
-class FrozenProbes(LightningModule):
+class SiteProbes(LightningModule):
     """A frozen MLLM and a probe at each of its sites.
 
     A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `match`, `draw`,

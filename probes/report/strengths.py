@@ -18,7 +18,7 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.metrics import Counts
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
-from probes.results.study import Study
+from probes.results.study import StudyRuns
 
 from .effects import EFFECTS, Estimate, effects_of_sites, miou_estimates, sites_of_effects, subtract
 
@@ -76,7 +76,7 @@ def sites_at_edge(run: ProbeRun) -> list[str]:
     ]
 
 
-def path_rows(study: Study) -> Rows:
+def path_rows(study: StudyRuns) -> Rows:
     """Return one entry per mask, effect and row: value, simultaneous interval, and whether it has converged."""
     return [
         {"image_attention": mask} | row

@@ -17,7 +17,7 @@ from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.layer_curves import overview_figures
-from probes.report.path import neighbours, path_rows, sites_at_edge
+from probes.report.strengths import neighbours, path_rows, sites_at_edge
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 

@@ -125,7 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out", required=True, metavar="FILE", help='.safetensors file with "SITE" f[images, T, d]'
     )
-    p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
+    text = "sites to write; `all` with the encoder's own layers in an MLLM (default: all others)"
+    p.add_argument("--sites", nargs="+", metavar="SITE", help=text)
     p.add_argument(
         "--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)"
     )

@@ -3,11 +3,14 @@
 import argparse
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photos
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.models.families import family_of, own_image_attention
+from probes.models.families import Family, family_of, own_image_attention
+from probes.models.families.encoder_layers import encoder_layers
 from probes.models.load import load
 from probes.models.prompt_and_pixels import check_numbers, read_config
 
@@ -25,6 +28,17 @@ def print_sites(args: argparse.Namespace) -> None:
     print(f"{rows} x {columns} = {rows * columns} {tokens} of a {family.side_px(config)} px square")
     for site, width in family.widths(config).items():
         print(f"  {site:<11} {width}")
+    if family.has_llm:
+        print(describe_encoder_layers(family, config))
+
+
+def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
+    """Return the sites in the encoder of an MLLM, which are read by name only, or why there are none."""
+    try:
+        layers = encoder_layers(family, config)
+    except UserError as error:
+        return f"no sites in the encoder: {error}"
+    return f"by name, or with `all`: {layers.sites[0]} to {layers.sites[-1]}, width {layers.width}"
 
 
 def write_states(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from probes.models.sites import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
 from probes.results.formatting import Rows, bounds
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
@@ -83,6 +83,14 @@ def new_panels(
     for ax in axes[count:]:
         ax.set_visible(False)
     return figure, list(axes[:count])
+
+
+def has_depth(site: str) -> bool:
+    """Return whether a site is on the axis of depths.
+
+    `final_norm` repeats the last layer, and the encoder's own layers in an MLLM have a figure of their own.
+    """
+    return site != FINAL_NORM and not is_encoder_layer(site)
 
 
 def site_depth(site: str) -> int:

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.models.sites import ENCODER
+from probes.models.sites import is_before_adapter
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
@@ -46,7 +46,9 @@ class LabModel:
     @property
     def word_sites(self) -> list[str]:
         """Sites whose states are in the LLM's space; [] of a bare encoder."""
-        return [site for site in self.sites if site != ENCODER] if self.mllm.has_llm else []
+        if not self.mllm.has_llm:
+            return []
+        return [site for site in self.sites if not is_before_adapter(site)]
 
     @property
     def change_sites(self) -> list[str]:

@@ -7,6 +7,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from functools import cached_property
 from inspect import signature
@@ -24,12 +25,13 @@ from llava_bidir.common.image_io import PhotoLike
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, supports_masks
 from .families import Family
+from .families.encoder_layers import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
-from .sites import ENCODER, FINAL_NORM
+from .sites import FINAL_NORM, is_before_adapter
 from .steering import Replacement
 
 
@@ -38,7 +40,8 @@ class FrozenMLLM(FrozenModel):
 
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
-    before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``).
+    before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or with
+    "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py).
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
@@ -62,6 +65,8 @@ class FrozenMLLM(FrozenModel):
         super().__init__(model, family, image_processors, image_attention, image_resize, revision)
         self._read_chat = read_chat
         self.layer_sites = self.sites[1:-1]
+        with suppress(UserError):  # whoever asks for these sites is told why there are none
+            self.widths |= dict.fromkeys(self.encoder_sites, self.encoder_layers.width)
         self._image_ids = _image_ids(self.grid, model.config.image_token_id, separator_id)
         for name in ("prefix_ids", "ids", "is_image", "image_positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -106,6 +111,16 @@ class FrozenMLLM(FrozenModel):
         other.clear_prefix_cache()
         other.prefix_is_shared = other._shares_prefix(other.attention_masks(1))
         return other
+
+    @cached_property
+    def encoder_layers(self) -> EncoderLayers:
+        """How to read the encoder's own layers; a UserError says why they cannot be read."""
+        return encoder_layers(self.family, self.model.config)
+
+    @property
+    def encoder_sites(self) -> list[str]:
+        """Names of the encoder's own layers in forward order; a UserError says why they cannot be read."""
+        return self.encoder_layers.sites
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -171,9 +186,9 @@ class FrozenMLLM(FrozenModel):
         Raises:
             UserError: The site is unknown, or "encoder", whose states are not in the LLM's space.
         """
-        if site == ENCODER:
+        if is_before_adapter(site):
             raise UserError(
-                f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens"
+                f"states of {site!r} are not in the LLM's space; use a later site for the logit lens"
             )
         self.check_sites([site])
         head = self.model.get_output_embeddings()

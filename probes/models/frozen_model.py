@@ -18,7 +18,7 @@ from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
 from .knockout import Knockout
 from .shared_layers import version
-from .sites import layer_site
+from .sites import is_encoder_layer, layer_site, wants_all
 from .teach import Painted, Taught
 
 
@@ -27,7 +27,7 @@ class FrozenModel(nn.Module):
 
     Attributes:
         has_llm: True for an MLLM, which has an adapter, a prompt and answers; False for a bare vision encoder.
-        sites: Names of the sites in forward order.
+        sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, which are read by name.
         layers: The layers, whose inputs and outputs are `layer_sites`.
         widths: d per site.
         grid: Rows and columns of patches, the same at all sites. T is their product.
@@ -167,16 +167,30 @@ class FrozenModel(nn.Module):
                 f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}"
             )
 
+    @property
+    def encoder_sites(self) -> list[str]:
+        """Names of the encoder's own layers in an MLLM, in forward order: before `sites`."""
+        return []
+
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
+        """Return `sites` as a list: `self.sites` for None, and also `encoder_sites` for "all".
+
+        Raises:
+            UserError: A site is unknown, or is a layer of an encoder whose layers cannot be read.
+        """
+        if sites is None:
+            return list(self.sites)
+        if wants_all(sites):
+            return [*self.encoder_sites, *self.sites]
         if isinstance(sites, str):
-            raise UserError(f"sites must be a list of names, got {sites!r}")
-        unknown = set(sites or ()) - set(self.sites)
+            raise UserError(f"sites must be a list of names, or 'all'; got {sites!r}")
+        known = list(self.sites)
+        if any(map(is_encoder_layer, sites)):
+            known = [*self.encoder_sites, *known]
+        unknown = set(sites) - set(known)
         if unknown:
-            raise UserError(
-                f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}"
-            )
-        return list(self.sites if sites is None else sites)
+            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(known)}")
+        return list(sites)
 
     def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Return layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""

@@ -3,7 +3,7 @@
 Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, R rows of a knockout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .shared_layers import (
     skipped_layers,
     unchanged_sites,
 )
-from .sites import ADAPTER, ENCODER
+from .sites import ADAPTER, ENCODER, is_before_adapter, is_encoder_layer
 from .steering import Replacement, replaced_states
 
 
@@ -54,7 +54,8 @@ def read_states(
     pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
     images = len(pixels)
     start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
-    depth = max(mllm.sites.index(site) - 1 for site in wanted)
+    of_llm = [site for site in wanted if not is_encoder_layer(site)]
+    depth = max([mllm.sites.index(site) - 1 for site in of_llm], default=-1)
     masks = mllm.attention_masks(images if plan is None else len(rows), knockout)
     tokens = mllm.ids.shape[1] - start  # on which the layers run
     last = last_rows(masks, tokens)
@@ -97,6 +98,8 @@ def read_states(
             )
         with suppress(StopForward):
             run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
+    if skipped:  # so is the encoder
+        skipped = [*(site for site in wanted if is_encoder_layer(site)), *skipped]
     states |= {
         site: of_rows(known[site]) for site in skipped if site in known and site not in hooks
     }
@@ -106,6 +109,7 @@ def read_states(
         )
     if plan is not None:
         positions = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
+        positions |= {site: positions[ENCODER] for site in wanted if is_encoder_layer(site)}
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     changed = knockout or hooks or rows is not None
     return States(
@@ -138,17 +142,21 @@ def _recorded_states(
     """Record the wanted sites while the context is open, and end the forward after the last of them."""
     states: dict[str, Tensor] = {}
     positions = mllm.image_positions - start
-    last = max(wanted, key=mllm.sites.index)
+    in_encoder = [site for site in wanted if is_encoder_layer(site)]
+    last = max(wanted, key=[*sorted(in_encoder), *mllm.sites].index)
     modules = dict(zip(mllm.sites[2:], [*mllm.decoder.layers, mllm.decoder.norm], strict=True))
 
     def record(site: str, state: Tensor) -> None:
-        states[site] = (
-            state if site == ENCODER else state.index_select(1, positions.to(state.device))
-        )
+        if is_before_adapter(site):
+            states[site] = state
+        else:
+            states[site] = state.index_select(1, positions.to(state.device))
         if site == last:
             raise StopForward
 
     with ExitStack() as stack:
+        if in_encoder:
+            stack.enter_context(_recorded_encoder_layers(mllm, in_encoder, batch, record))
 
         def encoder_hook(_, args):
             return record(ENCODER, _encoder_states(mllm, args, batch))
@@ -170,6 +178,34 @@ def _recorded_states(
 
             stack.callback(modules[site].register_forward_hook(hook).remove)
         yield states
+
+
+@contextmanager
+def _recorded_encoder_layers(
+    mllm: nn.Module, wanted: list[str], batch: int, record: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Record the wanted layers of the encoder while the context is open."""
+    encoder = mllm.encoder_layers
+    layers = encoder.modules(mllm.model)
+
+    def before_layers(_, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        record(encoder.sites[0], encoder.to_tokens(hidden, batch))
+
+    with ExitStack() as stack:
+        if encoder.sites[0] in wanted:
+            handle = layers[0].register_forward_pre_hook(before_layers, with_kwargs=True)
+            stack.callback(handle.remove)
+        for site, layer in zip(encoder.sites[1:], layers, strict=True):
+            if site not in wanted:
+                continue
+
+            def after(_, args: tuple, out: Tensor | tuple, site: str = site) -> None:
+                hidden = out[0] if isinstance(out, tuple) else out
+                record(site, encoder.to_tokens(hidden, batch))
+
+            stack.callback(layer.register_forward_hook(after).remove)
+        yield
 
 
 def _encoder_states(mllm: nn.Module, args: tuple, batch: int) -> Tensor:

@@ -168,7 +168,7 @@ def unchanged_sites(
             )
     if isinstance(known, States):
         known.check(mllm, pixels)
-    last = max(mllm.sites.index(site) for site in wanted)
+    last = max([mllm.sites.index(site) for site in wanted if site in mllm.sites], default=0)
     changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
     if knockout:
         # "encoder" and "adapter" precede "layer_01"

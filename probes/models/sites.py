@@ -4,11 +4,32 @@ ENCODER = "encoder"
 ADAPTER = "adapter"
 FINAL_NORM = "final_norm"
 PATCHES = "layer_00"  # of a bare encoder: patch embeddings, the input of its first layer
+ALL = "all"  # stands for every site, also for the encoder's own layers in an MLLM
 
 
 def layer_site(layer: int) -> str:
     """Return the site name of decoder layer 1..L, e.g. "layer_07"."""
     return f"layer_{layer:02d}"
+
+
+def encoder_site(layer: int) -> str:
+    """Return the site name of layer 0..L of the encoder in an MLLM, e.g. "encoder_07"."""
+    return f"{ENCODER}_{layer:02d}"
+
+
+def is_encoder_layer(site: str) -> bool:
+    """Return whether a site is one of the encoder's own layers in an MLLM."""
+    return site.startswith(f"{ENCODER}_")
+
+
+def is_before_adapter(site: str) -> bool:
+    """Return whether a site of an MLLM is in its encoder, or is the encoder's output."""
+    return site == ENCODER or is_encoder_layer(site)
+
+
+def wants_all(sites: str | list[str] | None) -> bool:
+    """Return whether chosen sites are "all", by itself or as a list."""
+    return sites in (ALL, [ALL])
 
 
 def site_names(layers: int) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
 from probes.results.study import StudyRuns
 
 from .effects import drop_and_recovery, select_sites, subtract
@@ -33,7 +33,9 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str
     if study.pair() is None:
         return None
     causal, bidirectional = study.pair()
-    sites = [site for site in causal.sites if site in bidirectional.sites and site != FINAL_NORM]
+    # layers of the encoder come before all that the mask changes
+    compared = [site for site in causal.sites if site != FINAL_NORM and not is_encoder_layer(site)]
+    sites = [site for site in compared if site in bidirectional.sites]
     counts = [
         select_sites(run.counts, [run.sites.index(site) for site in sites])
         for run in (causal, bidirectional)

@@ -12,6 +12,7 @@ from .figures.claims import claim_figures
 from .figures.encoder_layers import encoder_figures
 from .figures.layer_curves import layer_figures
 from .figures.mask_comparison import mask_figures
+from .figures.whole_stack import stack_figures
 from .mask_comparison import compare_masks
 from .strengths import sites_at_edge
 from .summary_text import edge_notes, summarize_mask_comparison
@@ -59,7 +60,8 @@ def _layers_section(
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:
         question = "Where does the model lose what it sees, and where is it back?"
-        content = Section([*layer_figures(study)], notes, tables, results=results)
+        figures = [*layer_figures(study), *stack_figures(study)]
+        content = Section(figures, notes, tables, results=results)
         return PageSection("Drop-off and recovery", question, content)
     best = best_layer(study.first)
     sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes

@@ -24,7 +24,9 @@ from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.data.registry import DATASETS, open_dataset
 from probes.models.families import family_of, own_image_attention
+from probes.models.families.encoder_layers import encoder_layers
 from probes.models.prompt_and_pixels import read_config
+from probes.models.sites import is_encoder_layer, wants_all
 from probes.tasks import TASKS
 
 from .options import read_setting
@@ -202,18 +204,40 @@ def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, Planned
     image_px = read_setting(settings.options, "model.image_px")
     for label, model in settings.models.items():
         has_llm, own_mask, sites = describe_model(model, image_px)
+        probed = chosen_sites(model, sites, chosen)
         mask = read_setting(settings.options, "model.image_attention") or own_mask
         for arm in (*arm_names(settings, has_llm), *fitted):
-            compared = sites[_weights(arm, has_llm).sites]
-            if unknown := [site for site in chosen or () if site not in sites]:
-                known = f"{', '.join(sites[:3])}, ..., {sites[-1]}"
-                raise UserError(f"{model} has no site {unknown[0]!r}; it has {known} (model.sites)")
-            if chosen:
-                compared = [site for site in compared if site in chosen]
+            weights = _weights(arm, has_llm)
+            compared = [site for site in sites[weights.sites] if site in probed]
+            if not weights.parts:  # all random models share the encoder, so only this one reads its layers
+                compared = [*filter(is_encoder_layer, probed), *compared]
             planned[_join(label, arm)] = PlannedRun(
                 _join(label, arm), mask, compared, sites, has_llm
             )
     return planned
+
+
+def chosen_sites(model: str, sites: list[str], chosen: list[str] | str | None) -> list[str]:
+    """Return the sites that `model.sites` chooses, in forward order: `sites` for None.
+
+    Raises:
+        UserError: A site is unknown, or is a layer of an encoder whose layers cannot be read.
+    """
+    if not chosen:
+        return sites
+    known = sites
+    in_encoder = [site for site in chosen if is_encoder_layer(site)]
+    if in_encoder or wants_all(chosen):
+        config = read_config(model)
+        family = family_of(config)
+        if family.has_llm:
+            known = [*encoder_layers(family, config).sites, *sites]
+    if wants_all(chosen):
+        return known
+    if unknown := [site for site in chosen if site not in known]:
+        some = f"{', '.join(known[:3])}, ..., {known[-1]}"
+        raise UserError(f"{model} has no site {unknown[0]!r}; it has {some} (model.sites)")
+    return [site for site in known if site in chosen]
 
 
 def _runs(

@@ -48,7 +48,8 @@ class ProbeModule(SiteProbes):
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
             float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
-        sites: Sites to probe; None for all.
+        sites: Sites to probe; None for all but the encoder's own layers in an MLLM (encoder_00 ...), which are probed
+            by name, or by all.
         head: linear (the paper), or another, see probes/training/heads.py.
         feature_norm: none (the paper), batchnorm or layernorm, before the head.
         learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
@@ -72,7 +73,7 @@ class ProbeModule(SiteProbes):
         image_resize: str = "squash",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         prefix: str | None = None,
-        sites: list[str] | None = None,
+        sites: list[str] | Literal["all"] | None = None,
         head: Literal[*HEADS] = "linear",
         feature_norm: Literal[*FEATURE_NORMS] = "none",
         learning_rate: float = 1e-3,

@@ -95,6 +95,8 @@ class SiteProbes(LightningModule):
         )
         self.sites = self.mllm.check_sites(args.sites)
         self.task = TASKS.get(data.task)
+        # layers of the encoder last: the other sites keep their numbers, with or without them
+        self._numbered_sites = list(dict.fromkeys([*self.mllm.sites, *self.sites]))
         self.heads = nn.ModuleDict({site: self._build_probe(site) for site in self.sites})
         images = len(data.splits["validation"])
         self.metric = self._build_metric(images)
@@ -112,7 +114,8 @@ class SiteProbes(LightningModule):
     def _build_probe(self, site: str) -> Probe:
         """Return a probe whose initialisation does not depend on the other probes of the run."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.hparams.seed * 1_000_003 + self.mllm.sites.index(site))
+            number = self._numbered_sites.index(site)
+            torch.manual_seed(self.hparams.seed * 1_000_003 + number)
             return Probe(
                 self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head
             )

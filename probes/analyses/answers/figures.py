@@ -10,11 +10,11 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     draw_intervals,
+    has_depth,
     label_sites,
     mask_colour,
     site_depth,
 )
-from probes.models.sites import FINAL_NORM
 
 from .tables import effect_rows, models_of
 
@@ -49,7 +49,7 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
             )
         label_sites(
             left,
-            [site["site"] for site in of_mask["sites"] if site["site"] != FINAL_NORM],
+            [site["site"] for site in of_mask["sites"] if has_depth(site["site"])],
             fontsize=7,
         )
         left.set(title=mask, ylabel="correct at the same places (%)")
@@ -62,7 +62,7 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
 
 
 def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, dash: str) -> None:
-    sites = [site for site in entry["sites"] if site["site"] != FINAL_NORM]
+    sites = [site for site in entry["sites"] if has_depth(site["site"])]
     shift = 0.12 * (dash == ":")  # so that the intervals of two models do not cover each other
     depths = [site_depth(site["site"]) + shift for site in sites]
     values, ci95 = ([site["accuracy"][key] for site in sites] for key in ("value", "ci95"))

@@ -27,7 +27,7 @@ from probes.analyses.knockout.config import KnockoutPlan
 from probes.evaluation.metrics import patch_labels
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.models.sites import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, is_before_adapter
 from probes.ops.geometry import GridPlacement
 from probes.results.probe_run import ProbeRun
 
@@ -98,7 +98,7 @@ def explore(
     """
     names = run.metrics["classes"]
     dataset = run.dataset()
-    llm_sites = [site for site in run.sites if site != ENCODER]
+    llm_sites = [site for site in run.sites if not is_before_adapter(site)]
     word_sites = llm_sites if word_sites is None else list(word_sites)
     _check_known("--images", images, range(len(dataset)), f"the validation split of {run.path}")
     _check_known("--conditions", conditions, CONDITIONS, "the knockout")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from probes.analyses.base import Analysis, PlannedRun, add_out, add_run, add_seed
-from probes.models.sites import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, is_before_adapter
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     """Return "no probe after the adapter" if a planned run has none to read out; "" if it has."""
-    later = [site for site in runs[0].sites if site not in (ENCODER, ADAPTER)]
+    sites = runs[0].sites
+    later = [site for site in sites if site != ADAPTER and not is_before_adapter(site)]
     return "" if later else "no probe after the adapter, which is the read-out (model.sites)"
 
 

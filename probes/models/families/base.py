@@ -50,6 +50,7 @@ class Family:
             raster order.
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
         language_model: The decoder, with `layers`, `norm` and `embed_tokens`.
+        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there are two.
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.
@@ -75,6 +76,7 @@ class Family:
         "pixel_values": pixels
     }
     language_model: str = "language_model"
+    vision_tower: str | None = "vision_tower"
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     image_resize: str | None = "squash"
     normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)

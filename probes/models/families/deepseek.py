@@ -32,9 +32,10 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
 
 
 _COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
+_TOWER = {"vision_tower": "vision_model"}
 
 DEEPSEEK = {
-    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", answers=True, **_COMMON),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", answers=True, **_TOWER, **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
@@ -46,10 +47,11 @@ DEEPSEEK = {
         ),
         encoder_states=lambda model, args: torch.cat(args, dim=-1),
         inputs=_two_resolutions,
+        vision_tower=None,
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
         **_COMMON,
     ),
     "janus": Family(
-        "JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON
+        "JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_TOWER, **_COMMON
     ),
 }

@@ -62,6 +62,7 @@ def _patch_family(model_class: str, module: str, **kwargs) -> Family:
             config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2
         ),
         "adapter": ("visual.merger",),
+        "vision_tower": "visual",
         "inputs": _patches,
         "placeholder": "<|image_pad|>",
         "shared_prefix": False,  # position ids are two-dimensional in the image
@@ -117,6 +118,7 @@ DYNAMIC = {
     "lighton_ocr": Family(
         "LightOnOcrForConditionalGeneration",
         adapter=("vision_projection",),
+        vision_tower="vision_encoder",
         encoder_output_module="vision_projection.patch_merger.merging_layer",
         placeholder="<|image_pad|>",
         **_PIXTRAL,

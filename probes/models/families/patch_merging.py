@@ -33,6 +33,7 @@ def _idefics(model_class: str) -> Family:
         encoder_output_module="connector.modality_projection",
         inputs=_one_view,
         language_model="text_model",
+        vision_tower="vision_model",
         image_start_text="<fake_token_around_image><global-img>",
     )
 

@@ -12,11 +12,12 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     caption,
+    has_depth,
     label_sites,
     mask_colour,
     site_depth,
 )
-from probes.models.sites import ENCODER, FINAL_NORM
+from probes.models.sites import ENCODER
 from probes.results.formatting import bounds
 from probes.results.task_run import TaskRun
 
@@ -36,7 +37,7 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
             ax.plot([], [], "--", color="#777777", lw=1.6, label="random weights")
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(title)
-        sites = [row["site"] for row in of_task[0]["sites"] if row["site"] != FINAL_NORM]
+        sites = [row["site"] for row in of_task[0]["sites"] if has_depth(row["site"])]
         label_sites(ax, sites, max_labels=6, fontsize=7)
         ax.xaxis.label.set_size(8)
         # seeds share one
@@ -97,7 +98,7 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
         if entry["better"] == "lower"
         else (lambda x: x / encoder)
     )
-    rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
+    rows = [row for row in entry[sites] or () if has_depth(row["site"])]
     return [
         {"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))}
         for row in rows

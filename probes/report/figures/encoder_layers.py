@@ -19,7 +19,7 @@ from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
-from .layer_curves import depth_and_miou, draw_ci95, without_final_norm
+from .layer_curves import depth_and_miou, draw_ci95, with_depth
 
 TRAINED = COLOURS[0]
 CONTROLS = {"random": ("D", "random layers"), "random, unmatched": ("^", "untrained layers")}
@@ -65,7 +65,7 @@ def encoder_curve(study: StudyRuns) -> FigureData:
         labelled.add(label)
         depth, miou = depth_and_miou(control.metrics["sites"])
         ax.plot(depth, miou, marker, color="#444444", mfc="none", ms=5, alpha=0.8, label=shown)
-    depths = [site_depth(entry["site"]) for entry in without_final_norm(run.metrics["sites"])]
+    depths = [site_depth(entry["site"]) for entry in with_depth(run.metrics["sites"])]
     ax.set_xticks(depths[:: 1 + len(depths) // 16])
     ax.set(xlabel="layer", ylabel="mIoU (%)")
     ax.legend(fontsize=9)

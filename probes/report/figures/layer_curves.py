@@ -13,6 +13,7 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     caption,
+    has_depth,
     label_sites,
     mask_colour,
     new_axes,
@@ -21,20 +22,20 @@ from probes.analyses.style import (
     site_depth,
     spread_labels,
 )
-from probes.models.sites import ADAPTER, FINAL_NORM
+from probes.models.sites import ADAPTER
 from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS, StudyRuns
 
 
-def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of all sites but `final_norm`, which repeats the last layer."""
-    return [entry for entry in entries if entry["site"] != FINAL_NORM]
+def with_depth(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of the sites that have a depth."""
+    return [entry for entry in entries if has_depth(entry["site"])]
 
 
 def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return depths and mIoU in percent of the sites, without `final_norm`, which repeats the last layer."""
-    entries = without_final_norm(entries)
+    """Return depths and mIoU in percent of the sites that have a depth."""
+    entries = with_depth(entries)
     return [site_depth(entry["site"]) for entry in entries], [
         100 * entry["miou"] for entry in entries
     ]
@@ -42,7 +43,7 @@ def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float
 
 def draw_ci95(ax: Axes, run: ProbeRun, colour: str) -> None:
     """Draw the band of a run's 95% intervals."""
-    entries = without_final_norm(run.metrics["sites"])
+    entries = with_depth(run.metrics["sites"])
     low, high = 100 * np.array([entry["miou_ci95"] for entry in entries]).T
     ax.fill_between(
         [site_depth(entry["site"]) for entry in entries], low, high, color=colour, lw=0, alpha=0.12
@@ -70,8 +71,8 @@ def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | Non
 
 
 def sites_by_depth(*runs: ProbeRun) -> list[str]:
-    """Return the sites of all runs sorted by depth, without `final_norm`."""
-    sites = {site for run in runs for site in run.sites if site != FINAL_NORM}
+    """Return the sites of all runs that have a depth, sorted by it."""
+    sites = {site for run in runs for site in run.sites if has_depth(site)}
     return sorted(sites, key=site_depth)
 
 

@@ -1,0 +1,95 @@
+"""Figure of mIoU from the pixels to the last layer of the LLM: the encoder's own layers, the adapter, the LLM."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from probes.analyses.style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    draw_intervals,
+    mask_colour,
+    new_axes,
+    score_row,
+)
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
+from probes.results.formatting import run_columns
+from probes.results.probe_run import ProbeRun
+from probes.results.study import StudyRuns
+
+LABELS = {ENCODER: "enc.", ADAPTER: "adapt."}
+MOST_LABELS = 14
+
+
+def stack_figures(study: StudyRuns) -> Figures:
+    """Yield the curve from the pixels on, if the encoder's own layers were probed."""
+    runs = {
+        mask: run for mask, run in study.trained.items() if any(map(is_encoder_layer, run.sites))
+    }
+    if runs:
+        yield ReportFigure(
+            "stack",
+            "From the pixels to the last layer",
+            "mIoU of the probe at each layer of the encoder, at its output as the adapter reads it (enc.), at the "
+            "adapter, and at each layer of the LLM. Encoder layer 0 are the patch embeddings. An encoder layer after "
+            "the one that the adapter reads is a dead end: the LLM never sees it. Random LLMs share the encoder, so "
+            "they are not drawn. Lines: 95% intervals.",
+            stack_curve(runs),
+            "wide",
+        )
+
+
+def stack_curve(runs: dict[str, ProbeRun]) -> FigureData:
+    """Draw mIoU at all sites but `final_norm`, which repeats the last layer, with intervals; one curve per mask."""
+    figure, ax = new_axes(7.2, 3.4)
+    sites = _in_forward_order(runs.values())
+    for mask, run in runs.items():
+        drawn = [entry for entry in run.metrics["sites"] if entry["site"] in sites]
+        x = [sites.index(entry["site"]) for entry in drawn]
+        draw_intervals(
+            ax,
+            x,
+            [entry["miou"] for entry in drawn],
+            [entry["miou_ci95"] for entry in drawn],
+            mask_colour(mask),
+            marker="o",
+            ms=3,
+            lw=1.4,
+            label=mask,
+        )
+    _label_parts(ax, sites)
+    ax.set_ylabel("mIoU (%)")
+    ax.legend(fontsize=9)
+    rows = [
+        run_columns(run) | score_row(entry)
+        for run in runs.values()
+        for entry in run.metrics["sites"]
+    ]
+    return FigureData(figure, rows)
+
+
+def _in_forward_order(runs: Iterable[ProbeRun]) -> list[str]:
+    """Return the sites of all runs: encoder layers, encoder, adapter, LLM layers."""
+    sites = {site for run in runs for site in run.sites if site != FINAL_NORM}
+    in_encoder = sorted(filter(is_encoder_layer, sites))
+    between = [site for site in (ENCODER, ADAPTER) if site in sites]
+    return [*in_encoder, *between, *sorted(sites - {*in_encoder, *between})]
+
+
+def _label_parts(ax: Axes, sites: list[str]) -> None:
+    """Label the sites on the x axis by their numbers, and mark where encoder and LLM end."""
+    step = -(-len(sites) // MOST_LABELS)
+    shown = [i for i, site in enumerate(sites) if site in LABELS or i % step == 0]
+    named = [i for i in shown if sites[i] in LABELS]
+    if step > 1:  # a number beside "enc." or "adapt." would overlap it
+        shown = [i for i in shown if i in named or not {i - 1, i + 1} & set(named)]
+    names = [LABELS.get(sites[i]) or str(int(sites[i].rpartition("_")[2])) for i in shown]
+    ax.set_xticks(shown, names, fontsize=8)
+    in_encoder = sum(map(is_encoder_layer, sites))
+    before_llm = in_encoder + len(named)
+    for edge in np.unique([in_encoder, before_llm]):
+        if 0 < edge < len(sites):
+            ax.axvline(edge - 0.5, color="black", lw=0.6, ls=":")
+    ax.set_xlabel("encoder layer, encoder and adapter, LLM layer")

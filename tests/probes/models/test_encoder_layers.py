@@ -1,0 +1,223 @@
+"""The encoder's own layers in an MLLM: equal to the hidden states of the stock vision tower, or refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_families
+import torch
+from PIL import Image
+from tiny_families import STOCK
+from tolerances import rounding
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes import Knockout
+from probes.models.families import dynamic_resolution
+
+# the vision tower of each family, its tokens before the patches, and the patches per side of an image token
+TOWERS = {
+    "llava": ("vision_tower", 1, 1),
+    "vipllava": ("vision_tower", 1, 1),
+    "llava_next": ("vision_tower", 1, 1),
+    "llava_onevision": ("vision_tower", 0, 1),
+    "deepseek_vl": ("vision_model", 0, 1),
+    "janus": ("vision_model", 0, 1),
+    "internvl": ("vision_tower", 1, 2),
+    "idefics3": ("vision_model", 0, 3),
+    "smolvlm": ("vision_model", 0, 3),
+    "aya_vision": ("vision_tower", 0, 2),
+    "cohere2_vision": ("vision_tower", 0, 2),
+    "ovis2": ("vision_tower", 0, 2),
+    "paligemma": ("vision_tower", 0, 1),
+    "qwen2_vl": ("visual", 0, 2),
+    "qwen3_vl": ("visual", 0, 2),
+    "qwen3_vl_moe": ("visual", 0, 2),
+    "qwen3_5": ("visual", 0, 2),
+    "qwen3_5_moe": ("visual", 0, 2),
+    "glm4v": ("visual", 0, 2),
+    "glm46v": ("visual", 0, 2),
+    "mistral3": ("vision_tower", 0, 2),
+    "lighton_ocr": ("vision_encoder", 0, 2),
+}
+# families whose last hidden states come after this norm, whose input is compared instead
+NORMED = {
+    "glm4v": "post_layernorm",
+    "glm46v": "post_layernorm",
+    "ovis2": "transformer.rms_norm",
+}
+REFUSED = {
+    "deepseek_vl_hybrid": "combines two encoders, which have no common layers",
+    "gemma3": "averages 2 x 2 patches for an image token: its encoder's grid is 6 x 6, .* tokens 3 x 3",
+    "gemma4": "the layers of gemma4's encoder, gemma4_vision, cannot be read one by one",
+    "qwen2_5_vl": "orders its patches by windows of attention",
+}
+
+
+def photos(name: str, count: int = 2) -> list[Image.Image]:
+    side = STOCK[name].image_px
+    noise = np.random.default_rng(0).integers(0, 255, (count, side, side, 3), np.uint8)
+    return [Image.fromarray(image) for image in noise]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_squares():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Return a function that loads a family, each once."""
+    loaded = {}
+
+    def load_once(name: str):
+        if name not in loaded:
+            folder = tiny_families.write(name, tmp_path_factory.mktemp(name))
+            loaded[name] = probes.load(str(folder), device="cpu")
+        return loaded[name]
+
+    return load_once
+
+
+def stock_hidden_states(frozen, name: str, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the hidden states that the stock vision tower returns, in the order of its layers."""
+    found = []
+    module = frozen.model.get_submodule(f"model.{TOWERS[name][0]}")
+
+    def ask(_, args, kwargs):
+        return args, kwargs | {"output_hidden_states": True}
+
+    def keep(_, args, output):
+        found.extend(output.hidden_states)
+
+    handles = [
+        module.register_forward_pre_hook(ask, with_kwargs=True),
+        module.register_forward_hook(keep),
+    ]
+    last = []
+    if name in NORMED:
+
+        def keep_last(_, args):
+            last.append(args[0])
+
+        norm = module.get_submodule(NORMED[name])
+        handles.append(norm.register_forward_pre_hook(keep_last))
+    frozen.states(pixels, ["adapter"])  # the whole vision tower runs
+    for handle in handles:
+        handle.remove()
+    return [*found[:-1], *last] if last else found
+
+
+def by_image_token(hidden, extra: int, merged: int, grid, by_token: bool) -> torch.Tensor:
+    """Return the patches of each image token, one by one, concatenated."""
+    rows, columns = grid
+    tokens = []
+    for row in range(rows):
+        for column in range(columns):
+            first = (row * columns + column) * merged**2
+            of_token = range(first, first + merged**2)
+            if not by_token:
+                of_token = [
+                    (row * merged + down) * columns * merged + column * merged + right
+                    for down in range(merged)
+                    for right in range(merged)
+                ]
+            tokens.append(torch.cat([hidden[:, extra + patch] for patch in of_token], -1))
+    return torch.stack(tokens, 1)
+
+
+def test_every_family_has_layers_of_its_encoder_or_a_reason():
+    assert set(TOWERS) | set(REFUSED) == set(STOCK)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, load):
+    tower, extra, merged = TOWERS[name]
+    frozen = load(name)
+    pixels = frozen.preprocess(photos(name))
+    stock = stock_hidden_states(frozen, name, pixels)
+    sites = [f"encoder_{i:02d}" for i in range(len(stock))]
+    assert frozen.encoder_sites == sites and len(sites) >= 3
+    states = frozen.states(pixels, "all")
+    assert list(states) == [*sites, *frozen.sites]
+    patches = frozen.grid[0] * frozen.grid[1] * merged**2
+    for site, hidden in zip(sites, stock, strict=True):
+        hidden = hidden.reshape(2, extra + patches, -1)
+        expected = by_image_token(hidden, extra, merged, frozen.grid, tower == "visual")
+        torch.testing.assert_close(states[site], expected, **rounding(expected, 1))
+        assert states[site].shape == (2, patches // merged**2, frozen.widths[site])
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, load):
+    frozen = load(name)
+    pixels = frozen.preprocess(photos(name))
+    for sites in ("all", ["encoder_01", "adapter"]):
+        with pytest.raises(UserError, match=f"{reason}.*; leave out sites that begin with encoder_"):
+            frozen.states(pixels, sites)
+    assert [*frozen.states(pixels)] == frozen.sites == [*frozen.widths]
+
+
+def test_the_encoder_layer_that_the_adapter_reads_is_the_site_encoder(load):
+    """LLaVA reads the last layer but one, so that the last layer is a dead end."""
+    frozen = load("llava")
+    assert frozen.model.config.vision_feature_layer == -2
+    states = frozen.states(frozen.preprocess(photos("llava")), "all")
+    assert torch.equal(states["encoder"], states["encoder_01"])
+    assert not torch.allclose(states["encoder"], states["encoder_02"])
+
+
+def test_encoder_layers_are_read_by_name_only_and_unknown_ones_are_named(load):
+    frozen = load("llava")
+    pixels = frozen.preprocess(photos("llava"))
+    assert [*frozen.states(pixels)] == frozen.sites
+    assert not any(site.startswith("encoder_") for site in frozen.sites)
+    chosen = ["layer_01", "encoder_00"]
+    assert [*frozen.states(pixels, chosen)] == chosen
+    with pytest.raises(UserError, match="unknown site 'encoder_03'; this model has encoder_00, .*"):
+        frozen.states(pixels, ["encoder_03"])
+
+
+def test_the_forward_ends_in_the_encoder_if_no_later_site_is_wanted(load):
+    frozen = load("llava")
+    ran = []
+    handles = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(frozen.encoder_layers.modules(frozen.model))
+    ]
+    frozen.states(frozen.preprocess(photos("llava")), ["encoder_00", "encoder_01"])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0]
+
+
+def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
+    frozen = load("llava")
+    pixels = frozen.preprocess(photos("llava"))
+    plain = frozen.states(pixels, "all")
+    blocked = torch.arange(36).expand(3, -1) % torch.tensor([[2], [3], [5]]) == 0
+    rows = [1, 0, 1]
+    cut = frozen.states(pixels, "all", Knockout(blocked, [2]), rows)
+    known = frozen.states(pixels, "all", Knockout(blocked[:2], [3]), known=plain)
+    for site in frozen.encoder_sites:
+        torch.testing.assert_close(cut[site], plain[site][rows])
+        assert torch.equal(known[site], plain[site])
+    again = frozen.states(pixels, "all", Knockout(blocked[:2], [3]))
+    torch.testing.assert_close(known["layer_03"], again["layer_03"])
+    with pytest.raises(UserError, match="states of 'encoder_01' are not in the LLM's space"):
+        frozen.logit_lens(plain["encoder_01"], "encoder_01")
+
+
+def test_an_entry_that_does_not_fit_its_vision_tower_is_an_error(load):
+    frozen = load("llava")
+    entry = frozen.encoder_layers
+    pixels = frozen.preprocess(photos("llava"))
+    frozen.encoder_layers = replace(entry, extra_tokens=0)
+    with pytest.raises(UserError, match=r"outputs \[2, 37, 16\] for 2 images; expected 36 patches"):
+        frozen.states(pixels, ["encoder_01"])
+    frozen.encoder_layers = replace(entry, path="vision_tower.blocks")
+    with pytest.raises(UserError, match="no module 'vision_tower.blocks', which its family names"):
+        frozen.states(pixels, ["encoder_01"])
+    frozen.encoder_layers = entry

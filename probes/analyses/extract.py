@@ -52,6 +52,8 @@ def write_states(args: argparse.Namespace) -> None:
         settings = {"image_attention": args.image_attention, "prefix": args.prefix}
         mllm = load(args.mllm, image_px=args.image_px, **settings)
         states = mllm.states(mllm.preprocess(images), args.sites)
+        # two sites can be one tensor: the layer that the adapter reads, and its input
+        states = {site: state.clone() for site, state in states.items()}
         write_files({out: states})
     for site, state in states.items():
         print(f"{site:<11} {list(state.shape)}")

@@ -209,7 +209,9 @@ def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, Planned
         for arm in (*arm_names(settings, has_llm), *fitted):
             weights = _weights(arm, has_llm)
             compared = [site for site in sites[weights.sites] if site in probed]
-            if not weights.parts:  # all random models share the encoder, so only this one reads its layers
+            if (
+                not weights.parts
+            ):  # all random models share the encoder, so only this one reads its layers
                 compared = [*filter(is_encoder_layer, probed), *compared]
             planned[_join(label, arm)] = PlannedRun(
                 _join(label, arm), mask, compared, sites, has_llm

@@ -134,6 +134,7 @@ def write_run(
     groups: torch.Tensor | None = None,
     images: int = 40,
     seed: int = 0,
+    encoder_layers: int = 0,
     metrics: dict | None = None,
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
@@ -145,10 +146,12 @@ def write_run(
         quality: L + 3 pixel accuracies.
         root: A folder dataset with classes and colours.
         encoder: Encoder in training.json; None for a checkpoint without that file.
+        encoder_layers: Of the sites, those that precede the encoder: its own layers, from encoder_00 on.
         metrics: Further or other values of metrics.json.
     """
     classes = json.loads((root / "classes.json").read_text())["classes"]
-    sites = site_names(len(quality) - 3)
+    sites = [f"encoder_{i:02d}" for i in range(encoder_layers)]
+    sites += site_names(len(quality) - 3 - encoder_layers)
     weights = bootstrap_weights(images, 300, groups=groups)
     counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
     probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "seed": 0}

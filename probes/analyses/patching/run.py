@@ -32,7 +32,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.models.sites import ADAPTER, layer_site
+from probes.models.sites import ADAPTER, is_before_adapter, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
@@ -259,7 +259,9 @@ def check_plan(plan: PatchingPlan, mllm: FrozenMLLM) -> PatchingPlan:
         raise UserError(
             f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own"
         )
-    before = mllm.sites[1 : mllm.sites.index(plan.site)]
+    before = []
+    if not is_before_adapter(plan.site):
+        before = mllm.sites[1 : mllm.sites.index(plan.site)]
     if not before:
         raise UserError(
             f"no layer is before the read-out {plan.site}; name a decoder layer or final_norm by --site"

@@ -155,7 +155,9 @@ def test_layers_that_cannot_be_read_are_refused_with_the_reason(name, reason, lo
     frozen = load(name)
     pixels = frozen.preprocess(photos(name))
     for sites in ("all", ["encoder_01", "adapter"]):
-        with pytest.raises(UserError, match=f"{reason}.*; leave out sites that begin with encoder_"):
+        with pytest.raises(
+            UserError, match=f"{reason}.*; leave out sites that begin with encoder_"
+        ):
             frozen.states(pixels, sites)
     assert [*frozen.states(pixels)] == frozen.sites == [*frozen.widths]
 

@@ -22,7 +22,7 @@ from llava_bidir.common.errors import NothingToMeasure, UserError
 from probes.cli import main
 from probes.studies import run
 from probes.studies.command import label_models
-from probes.studies.plan import Settings, Step, make_plan
+from probes.studies.plan import Settings, Step, make_plan, planned_runs
 from probes.studies.run import _command
 
 OPTIONS = [
@@ -394,3 +394,40 @@ def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmenta
         "random0": "[adapter, layer_02]",
         "adapter0": "[encoder, adapter]",
     }
+
+
+@pytest.mark.parametrize("chosen", ["all", "[encoder_00, encoder_02, encoder, adapter, layer_02]"])
+def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
+    chosen, checkpoints, segmentation, tmp_path
+):
+    """Random models share the encoder, so these sites would be solved again for the same states."""
+    arms = ("trained", "random0", "permuted0", "adapter0", "untrained0")
+    settings = Settings(
+        {"": str(checkpoints["causal"])},
+        str(segmentation),
+        tmp_path,
+        arms=arms,
+        options=("--model.sites", chosen),
+    )
+    planned = planned_runs(settings, ())
+    in_encoder = ["encoder_00", "encoder_01", "encoder_02"] if chosen == "all" else None
+    in_encoder = in_encoder or ["encoder_00", "encoder_02"]
+    assert planned["trained"].sites[: len(in_encoder)] == in_encoder
+    assert planned["trained"].sites[len(in_encoder)] == "encoder"
+    for arm in arms[1:]:
+        assert planned[arm].sites and not any("encoder_" in site for site in planned[arm].sites)
+    solved = [step for step in make_plan(settings) if step.kind == "solve"]
+    assert [step.command.count("--model.sites") for step in solved] == [1, 2, 2, 2, 2]
+
+
+def test_unknown_layers_of_the_encoder_end_a_study_before_any_work(
+    checkpoints, segmentation, tmp_path
+):
+    settings = Settings(
+        {"": str(checkpoints["causal"])},
+        str(segmentation),
+        tmp_path,
+        options=("--model.sites", "[encoder_03]"),
+    )
+    with pytest.raises(UserError, match="no site 'encoder_03'; it has encoder_00, .*, final_norm"):
+        make_plan(settings)

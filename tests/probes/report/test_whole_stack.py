@@ -1,0 +1,80 @@
+"""The figure from the pixels to the last layer, and the other figures of a run with the encoder's own layers."""
+
+import json
+
+import probe_runs
+import pytest
+import tiny_models
+
+from probes.cli import main
+from probes.report.figures.layer_curves import layer_curves
+from probes.report.figures.whole_stack import stack_curve, stack_figures
+from probes.results.study import read_studies
+
+IN_ENCODER = [0.2, 0.3, 0.5, 0.6]
+OF_LLM = [0.55, 0.4, 0.45, 0.5, 0.42, 0.42]  # encoder, adapter, three layers, final norm
+
+
+@pytest.fixture
+def write(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+
+    def write(mask: str, *, encoder_layers: bool) -> str:
+        quality = [*IN_ENCODER, *OF_LLM] if encoder_layers else OF_LLM
+        count = len(IN_ENCODER) if encoder_layers else 0
+        out = tmp_path / f"{mask}_{count}"
+        return str(probe_runs.write_run(out, quality, root=root, mask=mask, encoder_layers=count))
+
+    return write
+
+
+def lines_of(axes) -> list[tuple[list[float], list[float]]]:
+    """Return x and y of the curves in axes, without lines that are one vertical stroke."""
+    curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in curves]
+
+
+def test_the_curve_has_every_site_in_forward_order(write):
+    (study,) = read_studies([write(mask, encoder_layers=True) for mask in ("causal", "prefix")])
+    figure, rows = stack_curve(study.trained)
+    (axes,) = figure.axes
+    for (x, y), run in zip(lines_of(axes), study.trained.values(), strict=True):
+        scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
+        order = [f"encoder_{i:02d}" for i in range(4)]
+        order += ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
+        assert x == list(range(9))
+        assert y == pytest.approx([100 * scores[site] for site in order])
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["0", "1", "2", "3", "enc.", "adapt.", "1", "2", "3"]
+    assert len(rows) == 20, "with final norm, of both runs"
+
+
+def test_deep_stacks_are_labelled_sparsely(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    quality = [0.4] * (26 + 2 + 32 + 1)
+    run = probe_runs.write_run(tmp_path / "run", quality, root=root, encoder_layers=26)
+    (study,) = read_studies([str(run)])
+    (axes,) = stack_curve(study.trained).figure.axes
+    ticks = dict(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))
+    assert 8 <= len(ticks) <= 16
+    assert [ticks[26].get_text(), ticks[27].get_text()] == ["enc.", "adapt."]
+    assert not {25, 28} & set(ticks), "they would overlap"
+
+
+def test_other_figures_and_numbers_are_those_without_the_encoders_layers(write, tmp_path):
+    """Also under both masks, where layers before the LLM have nothing to compare."""
+    masks = ("causal", "bidirectional")
+    plain = [write(mask, encoder_layers=False) for mask in masks]
+    stacked = [write(mask, encoder_layers=True) for mask in masks]
+    (study,) = read_studies(stacked)
+    (reference,) = read_studies(plain)
+    assert not [*stack_figures(reference)] and len([*stack_figures(study)]) == 1
+    x = [line[0] for line in lines_of(layer_curves(study, False).figure.axes[0])]
+    expected = [line[0] for line in lines_of(layer_curves(reference, False).figure.axes[0])]
+    assert x == expected == [[-1, 0, 1, 2, 3]] * 2
+    main(["report", *stacked, "--out", str(tmp_path / "report")])
+    page = (tmp_path / "report/index.html").read_text()
+    assert "From the pixels to the last layer" in page
+    compared = json.loads((tmp_path / "report/results.json").read_text())["paired"]["sites"]
+    sites = [entry["site"] for entry in compared]
+    assert sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]

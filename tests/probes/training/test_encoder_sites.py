@@ -1,0 +1,69 @@
+"""Probes at the encoder's own layers of an MLLM: solved and trained beside the other sites."""
+
+import pytest
+import solving
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from probes.cli import main
+from probes.results.probe_run import ProbeRun
+
+SITES = ["encoder_00", "encoder_01", "encoder_02", "encoder", "adapter"]
+SITES += ["layer_01", "layer_02", "layer_03", "final_norm"]
+
+
+@pytest.fixture(scope="module")
+def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("solved") / "run"
+    command = solving.arguments(checkpoints["causal"], segmentation, out)
+    main([*command, "--model.sites", "all"])
+    return ProbeRun(out)
+
+
+def test_all_sites_are_solved_and_the_layer_that_the_adapter_reads_as_its_input(solved):
+    assert solved.sites == SITES
+    probes = solved.probes()
+    read = solved.mllm().model.config.vision_feature_layer
+    twin = SITES[:3][read]
+    torch.testing.assert_close(probes[twin].head.weight, probes["encoder"].head.weight)
+    scores = {entry["site"]: entry["miou"] for entry in solved.metrics["sites"]}
+    assert scores[twin] == pytest.approx(scores["encoder"])
+    assert solved.peak_layer.startswith("layer_"), "the best layer is one of the LLM"
+
+
+def test_a_photo_is_segmented_at_a_layer_of_the_encoder(solved):
+    photo = Image.effect_mandelbrot((20, 24), (-2, -1, 1, 1), 9).convert("RGB")
+    mllm = solved.mllm()
+    states = mllm.states(mllm.preprocess([photo]), ["encoder_01"])
+    logits = solved.probes()["encoder_01"](states["encoder_01"])
+    grid = mllm.to_grid(logits)[0].permute(2, 0, 1)[None]
+    pixels = torch.nn.functional.interpolate(grid, (24, 20), mode="bilinear", align_corners=False)
+    predicted = torch.from_numpy(solved.predict(photo, site="encoder_01"))
+    assert torch.equal(predicted.long(), pixels[0].argmax(0))
+
+
+def test_trained_probes_of_other_sites_do_not_depend_on_these(checkpoints, segmentation, tmp_path):
+    """The initialisation of a probe depends on the number of its site."""
+    weights = []
+    for name, sites in (("without", "null"), ("with", "all")):
+        command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "-1"]
+        command += ["--trainer.max_steps", "1", "--model.mllm", str(checkpoints["causal"])]
+        command += ["--data.root", str(segmentation), "--model.sites", sites]
+        main([*command, "--out", str(tmp_path / name)])
+        weights.append(load_file(tmp_path / name / "probes.safetensors"))
+    without, with_all = weights
+    assert len(without) < len(with_all)
+    for name, weight in without.items():
+        torch.testing.assert_close(with_all[name], weight)
+
+
+def test_states_of_all_sites_are_written_and_sites_say_what_there_is(
+    checkpoints, segmentation, tmp_path, capsys
+):
+    photo = next((segmentation / "images/validation").iterdir())
+    model = str(checkpoints["causal"])
+    main(["states", model, str(photo), "--sites", "all", "--out", str(tmp_path / "x.safetensors")])
+    assert set(load_file(tmp_path / "x.safetensors")) == set(SITES)
+    main(["sites", model])
+    assert "by name, or with `all`: encoder_00 to encoder_02, width 16" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.models.sites import is_before_adapter
+from probes.models.sites import ENCODER, is_before_adapter
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 

@@ -40,8 +40,8 @@ class FrozenMLLM(FrozenModel):
 
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
-    before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or with
-    "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py).
+    before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
+    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py).
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.

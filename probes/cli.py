@@ -115,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
     add_image_px(p)
 
+    text = "measure which tokens attend to which in each layer; status 1 where config and family claim otherwise"
+    p = command("mask", "probes.analyses.extract:print_mask", text)
+    p.add_argument("mllm", help="checkpoint directory or hub id; loaded in float32")
+    text = "image attention that `probes` applies, instead of the model's own forward"
+    p.add_argument("--image-attention", metavar="NAME", help=text)
+
     p = command(
         "states",
         "probes.analyses.extract:write_states",

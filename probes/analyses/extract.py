@@ -1,4 +1,4 @@
-"""`probes sites` and `probes states`: the sites of a model, and its states for your own analyses."""
+"""`probes sites`, `mask` and `states`: the sites of a model, its mask, and its states for your own analyses."""
 
 import argparse
 from pathlib import Path
@@ -39,6 +39,29 @@ def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
     except UserError as error:
         return f"no sites in the encoder: {error}"
     return f"by name, or with `all`: {layers.sites[0]} to {layers.sites[-1]}, width {layers.width}"
+
+
+def print_mask(args: argparse.Namespace) -> None:
+    """Run `probes mask`.
+
+    Raises:
+        UserError: The model has no LLM, or attends otherwise than its config and family say.
+    """
+    if not family_of(read_config(args.mllm)).has_llm:
+        raise UserError(
+            f"{args.mllm} is a bare vision encoder: all its patches attend to each other"
+        )
+    mllm = load(args.mllm, args.image_attention, dtype="float32")
+    measured = mllm.measured_mask()
+    forward = "its own forward"
+    if mllm.image_attention != mllm.own_image_attention:
+        forward = f"as `probes` runs it; its own mask is {mllm.own_image_attention}"
+    print(f"{mllm.model.config.model_type}, {mllm.image_attention} image attention, {forward}")
+    print(measured)
+    if wrong := measured.disagreements():
+        raise UserError(
+            f"{args.mllm} does not attend as {mllm.image_attention} says: " + "; ".join(wrong)
+        )
 
 
 def write_states(args: argparse.Namespace) -> None:

@@ -35,8 +35,7 @@ from probes.analyses.batch_cache import cached_batches
 from probes.analyses.knockout.attention import attention_from
 from probes.analyses.knockout.cases import ConfusionCase, PatchReader
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
-from probes.analyses.knockout.config import AnswersPlan as KnockoutPlan
-from probes.analyses.knockout.config import check_has_layers
+from probes.analyses.knockout.config import KnockoutPlan, check_has_layers
 from probes.analyses.knockout.schema import SETS
 from probes.analyses.replacement import check_replaceable
 from probes.models.knockout import Knockout

@@ -17,6 +17,11 @@ def _gemma4_attention(config: PreTrainedConfig) -> str:
     return "causal"
 
 
+def _gemma3_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return pixels and the types of tokens, without which Gemma 3 attends causally. Source: its processor."""
+    return {"pixel_values": pixels, "token_type_ids": is_image.long()}
+
+
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
     patch = patch_size(model.config)
@@ -39,6 +44,7 @@ GEMMA = {
         "Gemma3ForConditionalGeneration",
         token_px=lambda config: image_size(config) // round(config.mm_tokens_per_image**0.5),
         encoder_output_module="multi_modal_projector.mm_soft_emb_norm",  # after averaging patches
+        inputs=_gemma3_pixels,
         image_attention="bidirectional",
         placeholder="<start_of_image>",
         image_start_text="\n\n<start_of_image>",

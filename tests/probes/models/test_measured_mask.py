@@ -1,0 +1,90 @@
+"""The measured mask, against definitions in loops, on every family, and on models whose mask is broken."""
+
+import pytest
+import reference
+import tiny_families
+import torch
+from tiny_families import STOCK
+from transformers import Dinov2Config
+
+import probes
+from probes.analyses import extract
+from probes.cli import main
+from probes.models.families import dynamic_resolution, gemma
+
+pytestmark = pytest.mark.numerics
+
+
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
+@pytest.mark.parametrize("applied", [None, "causal", "bidirectional"])
+def test_equals_the_definition_of_the_mask(checkpoints, name, applied):
+    """Of the model's own forward, and of the one in which `probes` replaces the mask."""
+    mllm = probes.load(str(checkpoints[name]), applied)
+    measured = mllm.measured_mask()
+    before, *image, after = measured.blocks
+    is_image = [False] * len(before) + [True] * sum(map(len, image)) + [False] * len(after)
+    blocks = [block.tolist() for block in measured.blocks]
+    for layer in measured.moved.tolist():
+        for query, row in enumerate(layer):
+            for block, moved in zip(blocks, row, strict=True):
+                seen = any(
+                    reference.allowed(applied or name, is_image, query, key) for key in block
+                )
+                assert moved == (seen or query in block), (query, block)
+    assert measured.disagreements() == []
+
+
+@pytest.mark.parametrize("name", sorted(STOCK))
+def test_every_family_attends_as_it_claims(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+    monkeypatch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
+    mllm = probes.load(str(tiny_families.write(name, tmp_path)), dtype="float32")
+    measured = mllm.measured_mask()
+    assert measured.disagreements() == []
+    assert measured.moved.any(2).any(1).all(), "each layer mixes tokens"
+
+
+def with_mask(mllm, layer: int, change):
+    """Replace the mask that reaches one layer, 1..L, by what `change` makes of bool[1, 1, N, N]."""
+
+    def replace(_, args, kwargs):
+        mask = kwargs["attention_mask"]
+        if mask is None:  # sdpa's is_causal
+            tokens = kwargs["hidden_states"] if not args else args[0]
+            mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+        return args, {**kwargs, "attention_mask": change(mask)}
+
+    mllm.layers[layer - 1].register_forward_pre_hook(replace, with_kwargs=True)
+    return mllm
+
+
+def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
+    mllm = with_mask(probes.load(str(checkpoints["bidirectional"])), 2, torch.tril)
+    expected = "image to later image: is not attended to, though the mask allows it, in layer_02"
+    assert mllm.measured_mask().disagreements() == [expected]
+    monkeypatch.setattr(extract, "load", lambda *args, **kwargs: mllm)
+    with pytest.raises(SystemExit) as exit_:
+        main(["mask", str(checkpoints["bidirectional"])])
+    assert expected in str(exit_.value.code)
+    assert "67%" in capsys.readouterr().out, "two of three layers"
+
+
+def test_a_layer_that_leaks_is_named(checkpoints):
+    mllm = with_mask(probes.load(str(checkpoints["causal"])), 3, torch.ones_like)
+    assert mllm.measured_mask().disagreements() == [
+        "image to later image: is attended to, against the mask, in layer_03"
+    ]
+
+
+def test_command_prints_four_lines(checkpoints, capsys):
+    main(["mask", str(checkpoints["causal"])])
+    lines = capsys.readouterr().out.splitlines()
+    assert "causal image attention, its own forward" in lines[0]
+    found = [line.split() for line in lines[2:]]
+    assert [row[-2:] for row in found] == [["yes"] * 2, ["no"] * 2, ["yes"] * 2, ["yes"] * 2]
+
+
+def test_a_bare_encoder_has_no_mask_to_measure(tmp_path):
+    Dinov2Config().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="bare vision encoder: all its patches attend"):
+        main(["mask", str(tmp_path)])

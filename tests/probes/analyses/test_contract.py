@@ -32,8 +32,8 @@ KNOCKOUT = ["--classes", "sky", "wall", "--layer-windows", "2", "--draws", "1"]
 CASES = {
     "starvation": Case(
         ["--site", "layer_02", "--by-class"],
-        ["--site", "layer_02"],
-        '"by_class": true',
+        ["--seed", "1"],
+        '"seed": 0',
         ("starvation", "starvation_by_class"),
     ),
     "knockout": Case(

@@ -47,6 +47,7 @@ from .figures.beyond_classes import task_figures
 from .figures.layer_curves import overview_figures
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
+from .site_table import describe_sites, shown_rows, site_rows
 from .verdicts import MARGIN
 
 Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
@@ -64,6 +65,8 @@ FILTERS |= {
 FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
 FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
 FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
+FILTERS |= {"describe_sites": describe_sites, "shown_sites": shown_rows}
+FILTERS |= {"conclusion": summary_text.format_conclusion}
 FILTERS |= {"truth_rows": summary_text.truth_rows, "best_layer": describe_best_layer}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
@@ -98,6 +101,7 @@ def study_results(
                 if runs
             },
         },
+        "sites": site_rows(study),
         "claims": claims,
         "data_notes": notes_of_run(study.first.metrics["classes"], study.first.manifest["data"]),
     }
@@ -196,6 +200,7 @@ def _build_part(study: StudyRuns, out: Path, folder: str, files: Files) -> dict[
     sections = study_sections(study, claims)
     results = study_results(study, claims, sections)
     drawn = [(section, _draw(section.content.figures, out, files)) for section in sections]
+    files |= _csv_files({"sites": results["sites"]}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
     knockouts = [entry["knockout"] for entry in results["masks"].values() if entry["knockout"]]

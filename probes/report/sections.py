@@ -62,7 +62,7 @@ def _layers_section(
         question = "Where does the model lose what it sees, and where is it back?"
         figures = [*layer_figures(study), *stack_figures(study)]
         content = Section(figures, notes, tables, results=results)
-        return PageSection("Drop-off and recovery", question, content)
+        return PageSection("Layer by layer", question, content)
     best = best_layer(study.first)
     sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes
     results = results | {"best_layer": best}

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import error_context
-from probes.results.formatting import format_difference, format_interval, format_p, format_points
+from probes.results.formatting import (
+    Rows,
+    format_difference,
+    format_interval,
+    format_p,
+    format_points,
+)
 from probes.results.steps import describe_step
 
 from .encoder_layers import describe_best_layer
 from .mask_comparison import ALPHA
-from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
+from .site_table import describe_sites, shown_rows
+from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED
 
 COLUMN_TITLES = {
     "paper": "As the paper measures it",
@@ -32,11 +39,20 @@ def format_count(n: dict[str, int]) -> str:
     return f"{n['seeds']} of {n['of']} seeds" if fewer else f"{n['seeds']} seeds"
 
 
+def format_conclusion(claim: dict[str, Any]) -> str:
+    """Return the conclusion of a claim in words: a supported one also says if correction for all claims undoes it."""
+    conclusion = claim["conclusion"]
+    if conclusion == SUPPORTED and claim["p_holm"] is not None and claim["p_holm"] >= ALPHA:
+        return "supported by itself"
+    return conclusion
+
+
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
     """Return how many of the tested claims are supported, what is concluded about the others, and how many are not."""
     tested = [claim for claim in claims if claim["supported"] is not None]
-    supported = [claim for claim in tested if claim["supported"]]
-    others = Counter(claim["conclusion"] for claim in tested if not claim["supported"])
+    supported = [claim for claim in tested if format_conclusion(claim) == SUPPORTED]
+    conclusions = [format_conclusion(claim) for claim in tested]
+    others = Counter(conclusion for conclusion in conclusions if conclusion != SUPPORTED)
     text = f"{len(supported)} of {len(tested)} tested claims are supported"
     if supported:
         text += ": " + ", ".join(
@@ -111,11 +127,9 @@ def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
             f"than a trial of the command. Add images; from {FEW_IMAGES} on, intervals mean something."
         )
     if tested:
-        supported = [claim for claim in claims if claim["supported"]]
-        kept = sum(claim["p_holm"] < 0.05 for claim in supported)
         notes.append(
-            f"Verdicts are not corrected for the {len(tested)} claims that are tested; with Holm's correction, "
-            f"{kept} of {len(supported)} supported claims have p < 0.05."
+            f"{len(tested)} claims are tested. One is called supported if p, corrected for their number (Holm), is "
+            f"below {ALPHA}, and supported by itself if only the uncorrected p is."
         )
     if any("same_as" in entry for entry in beyond):
         notes.append(
@@ -156,22 +170,41 @@ def describe_column(entry: dict[str, Any]) -> str:
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Return the claims as a table for the terminal: value, interval and verdict in each column; notes and reasons."""
-    known = ["truth"] if any("truth" in claim for claim in claims) else []
-    rows = [["claim", "attention", *COLUMN_TITLES.values(), *known, "conclusion", ""]]
+    """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
+    rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:
-        cells = [
-            f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()
-        ]
-        cells += [claim.get(key, "") for key in known]
-        rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
-        rows[-1].append(f"({format_count(claim['n'])})")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        conclusion = format_conclusion(claim)
+        if "seeds" in claim["n"]:
+            conclusion += f" ({format_count(claim['n'])})"
+        if "truth" in claim:
+            conclusion += f" (truth: {claim['truth']})"
+        verdicts = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
+        effects = [format_difference(verdict) for verdict in verdicts]
+        rows.append([claim["claim"], claim["image_attention"], *effects, conclusion])
     reasons = dict.fromkeys(
         reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
     )
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *claim_notes(claims), *reasons])
+    return "\n".join([*_align(rows), *claim_notes(claims), *reasons])
+
+
+def format_sites(sites: Rows) -> list[str]:
+    """Return the table of sites as lines for the terminal, with its two sentences."""
+    shown = shown_rows(sites)
+    with_random = any(row["random"] for row in shown)
+    keys = ["mask", "site", "score", "interval"]
+    titles = {"mask": "attention", "score": "mIoU", "interval": "95% interval"}
+    if with_random:
+        keys += ["random", "difference"]
+    keys.append("best")
+    rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
+    rows += [[row[key] for key in keys] for row in shown]
+    return [*_align(rows), "", *describe_sites(sites)]
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    """Return rows of equally many cells as lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -186,6 +219,7 @@ def format_results(results: dict[str, Any]) -> str:
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
         notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
+        lines += [*format_sites(study["sites"]), ""]
         lines += [format_claims(study["claims"]), *notes, ""]
         if best := study.get("best_layer"):
             lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]

@@ -102,7 +102,9 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
         for run in runs:
             mask = run.metrics["image_attention"]
             _draw_random(ax, run, mask_colour(mask), f"{mask}, random LLM" if draw == 0 else None)
+    adapters = _draw_random_adapters(ax, study, solved)
     runs = [*trained.values(), *untrained.values(), *(run for runs in random for run in runs)]
+    runs += adapters
     label_sites(ax, sites_by_depth(*runs))
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
@@ -122,6 +124,16 @@ def _draw_random(ax: Axes, run: ProbeRun, colour: str, label: str | None = None)
         [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
     )
     ax.plot(depth, miou, "D", color=colour, mfc="none", ms=5, alpha=0.8, label=label)
+
+
+def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[ProbeRun]:
+    """Draw the adapter of runs with a random one as grey diamonds; return these runs."""
+    runs = [next(iter(draw.values())) for draw in study.random_draws("adapter", solved)]
+    for number, run in enumerate(runs):
+        label = "random adapter" if number == 0 else None
+        depth, miou = depth_and_miou([x for x in run.metrics["sites"] if x["site"] == ADAPTER])
+        ax.plot(depth, miou, "D", color="#777777", mfc="none", ms=5, alpha=0.8, label=label)
+    return runs
 
 
 def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:

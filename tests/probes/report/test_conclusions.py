@@ -11,7 +11,7 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
-from probes.report.summary_text import format_results
+from probes.report.summary_text import format_conclusion, format_results
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -214,10 +214,15 @@ def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
             assert (entry["p"] < 0.05) == excludes_zero or abs(
                 entry["p"] - 0.05
             ) < 0.02  # bootstraps are not symmetric
-    assert (
-        f"not corrected for the {len(tested)} claims"
-        in (tmp_path / "report/index.html").read_text()
-    )
+    page = (tmp_path / "report/index.html").read_text()
+    assert f"{len(tested)} claims are tested. One is called supported if p, corrected" in page
+
+
+def test_a_claim_that_correction_undoes_is_not_called_supported():
+    claim = {"conclusion": "supported", "p_holm": 0.049}
+    assert format_conclusion(claim) == "supported"
+    assert format_conclusion(claim | {"p_holm": 0.05}) == "supported by itself"
+    assert format_conclusion({"conclusion": "not learned", "p_holm": 0.5}) == "not learned"
 
 
 def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(

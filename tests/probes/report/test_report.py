@@ -109,7 +109,7 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     assert f"{sum(tested)} of {len(tested)} tested claims are supported" in html
     assert "hidden" not in re.sub(r"overflow: hidden|[Hh]idden.states?", "", html)
     assert not re.search(r"src=\"(?!data:)", html)
-    assert "http" not in html
+    assert not re.search("https?:", html)
     linked = re.findall(r"href=\"(?!#)(.*?)\" download", html)
     assert len(linked) >= 10 and all((page / name).is_file() for name in linked), (
         "downloads lie beside the page"

@@ -1,0 +1,210 @@
+"""The first table of a study: where the model can segment, and what random models reach at the same sites.
+
+The adapter is compared with random adapters, the layers of the LLM with random LLMs, those of a bare encoder with
+random encoders. A part of a random model that is not random equals the trained one's, and has no row to compare with.
+
+Shapes: S sites, R resamplings.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llava_bidir.common.bootstrap import Estimate
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores
+from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES
+from probes.results.formatting import Rows, bounds, format_interval, format_percent, format_points
+from probes.results.probe_run import ProbeRun
+from probes.results.study import StudyRuns
+
+from .verdicts import MARGIN, compare_to_draws, interval_over_draws
+
+WORSE = "worse than random models"
+BETTER = "better than random models"
+
+
+def site_rows(study: StudyRuns) -> Rows:
+    """Return a row for each mask and site, of solved probes where all masks have them.
+
+    "difference" is the score minus the mean of the random models', paired over images; its interval covers images and
+    draws and needs two draws. Scores and differences are fractions 0..1, None where nothing is random.
+    """
+    solved = study.solved.keys() == study.trained.keys()
+    runs = study.solved if solved else study.trained
+    return [row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, solved)]
+
+
+def _rows_of_run(study: StudyRuns, mask: str, run: ProbeRun, solved: bool) -> Rows:
+    """Return the rows of one mask."""
+    own = _estimates(run)
+    draws = {
+        part: [_estimates(of_draw) for of_draw in _random_runs(study, part, mask, solved)]
+        for part in ("adapter", "llm")
+    }
+    rows = []
+    for entry in run.metrics["sites"]:
+        site = entry["site"]
+        part = _random_part(site)
+        others = [scores[site] for scores in draws.get(part, ()) if site in scores]
+        row = {"image_attention": mask, "site": site, "miou": entry["miou"]}
+        row |= bounds(entry["miou_ci95"])
+        rows.append(row | _compare(own[site], others))
+    return rows
+
+
+def _random_runs(study: StudyRuns, part: str, mask: str, solved: bool) -> list[ProbeRun]:
+    """Return the draws of a random part; those of an adapter serve all masks, which it does not depend on."""
+    runs = []
+    for draw in study.random_draws(part, solved):
+        if part == "adapter":
+            runs.append(draw.get(mask) or next(iter(draw.values())))
+        elif mask in draw:
+            runs.append(draw[mask])
+    return runs
+
+
+def _random_part(site: str) -> str | None:
+    """Return what must be random for a site to have other states than the trained model's."""
+    if site == ADAPTER:
+        return "adapter"
+    if site == FINAL_NORM or (site.startswith("layer_") and site != PATCHES):
+        return "llm"
+    return None
+
+
+def _estimates(run: ProbeRun) -> dict[str, Estimate]:
+    """Return the mIoU of each site with its resampled values f[R]."""
+    values = dataset_scores(run.counts).miou.tolist()
+    resampled = resampled_scores(run.counts, run.weights).miou
+    return {site: (values[i], resampled[:, i]) for i, site in enumerate(run.sites)}
+
+
+def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
+    """Return the columns of the random models."""
+    row = {"random": None, "draws": len(others), "difference": None}
+    row |= bounds([None, None], "difference_")
+    if not others:
+        return row
+    comparison = compare_to_draws(own, others)
+    row["random"] = sum(comparison.by_draw) / len(others)
+    row["difference"] = comparison.value
+    if len(others) > 1:
+        interval, _ = interval_over_draws(comparison)
+        row |= bounds(interval, "difference_")
+    return row
+
+
+def describe_sites(rows: Rows) -> list[str]:
+    """Return two sentences for each mask: where it reads best, and which sites differ from random models."""
+    sentences = []
+    masks = list(dict.fromkeys(row["image_attention"] for row in rows))
+    for mask in masks:
+        of_mask = [row for row in rows if row["image_attention"] == mask]
+        best = max(of_mask, key=lambda row: row["miou"])
+        under = f" under {mask} attention" if len(masks) > 1 else ""
+        low, high = (format_percent(best[end]) for end in ("low", "high"))
+        score = f"{format_percent(best['miou'])} [{low}, {high}] mIoU"
+        sentences.append(f"Best at {name_site(best['site'])}{under}: {score}.")
+        sentences += _describe_differences(of_mask, under)
+    return sentences
+
+
+def _describe_differences(rows: Rows, under: str) -> list[str]:
+    """Return which sites read better and worse than random models, beyond the margin; [] without two draws."""
+    tested = [row for row in rows if row["difference_low"] is not None]
+    if not tested:
+        return []
+    found = []
+    for relation, sites in (
+        (WORSE, [row["site"] for row in tested if _is_beyond(row, -1)]),
+        (BETTER, [row["site"] for row in tested if _is_beyond(row, +1)]),
+    ):
+        if sites:
+            verb = "read" if len(sites) > 1 else "reads"
+            names = name_sites(sites)
+            found.append(f"{names[0].upper()}{names[1:]} {verb} {relation}{under}.")
+    if not found:
+        return [f"No site reads better or worse than random models{under}."]
+    return found
+
+
+def _is_beyond(row: dict[str, Any], sign: int) -> bool:
+    """Whether a difference of this sign counts: as large as the margin, and with zero outside of its interval."""
+    nearest = row["difference_low"] if sign > 0 else row["difference_high"]
+    return sign * nearest > 0 and abs(row["difference"]) >= MARGIN
+
+
+def name_site(site: str) -> str:
+    """Return the name of a site in a sentence: "layer 7", "the adapter", "the final norm"."""
+    if site == PATCHES:
+        return "the patch embeddings"
+    kind, _, number = site.rpartition("_")
+    if number.isdecimal():
+        name = {"layer": "layer", "encoder": "the encoder's layer"}[kind]
+        return f"{name} {int(number)}"
+    return f"the {site.replace('_', ' ')}"
+
+
+def name_sites(sites: Iterable[str]) -> str:
+    """Return the names of sites in a sentence: "the adapter, layers 1 to 4 and 9 and the final norm"."""
+    sites = list(sites)
+    layers = [site for site in sites if site.startswith("layer_") and site != PATCHES]
+    numbers = [int(site.removeprefix("layer_")) for site in layers]
+    names = []
+    for site in sites:
+        if site not in layers:
+            names.append(name_site(site))
+        elif site == layers[0]:
+            spans = _join(_spans(numbers))
+            names.append(f"layers {spans}" if len(numbers) > 1 else f"layer {spans}")
+    return _join(names)
+
+
+def _spans(numbers: list[int]) -> list[str]:
+    """Return sorted numbers as text, three or more in a row as "1 to 3"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    texts = []
+    for span in spans:
+        texts += [f"{span[0]} to {span[-1]}"] if len(span) > 2 else map(str, span)
+    return texts
+
+
+def _join(words: Sequence[str]) -> str:
+    """Return words as "a", "a and b" or "a, b and c"."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def shown_rows(rows: Rows) -> list[dict[str, str]]:
+    """Return the rows as text in percent and percentage points; "best" marks the best row of each mask."""
+    best = {}
+    for row in rows:
+        mask = row["image_attention"]
+        best[mask] = max(best.get(mask, 0.0), row["miou"])
+    return [
+        {
+            "mask": row["image_attention"],
+            "site": row["site"].replace("_", " "),
+            "score": format_percent(row["miou"]),
+            "interval": f"[{format_percent(row['low'])}, {format_percent(row['high'])}]",
+            "random": format_percent(row["random"]) if row["draws"] else "",
+            "difference": _format_difference(row),
+            "best": "best" if row["miou"] == best[row["image_attention"]] else "",
+        }
+        for row in rows
+    ]
+
+
+def _format_difference(row: dict[str, Any]) -> str:
+    """Return a difference with its interval, "" without random models."""
+    if not row["draws"]:
+        return ""
+    text = format_points(row["difference"])
+    if row["difference_low"] is None:
+        return f"{text} (one draw)"
+    return f"{text} {format_interval([row['difference_low'], row['difference_high']])}"

@@ -1,0 +1,107 @@
+"""The table of sites: against numpy on the runs' counts, and its sentences where the truth is planted."""
+
+from pathlib import Path
+
+import numpy as np
+import probe_runs
+import pytest
+import tiny_models
+
+from llava_bidir.common.bootstrap import bootstrap_weights
+from probes.report.site_table import describe_sites, name_sites, shown_rows, site_rows
+from probes.results.probe_run import ProbeRun
+from probes.results.study import StudyRuns, read_studies
+
+CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+IMAGES = 40
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Return a function that writes a study with a curve of the model, one of its random LLMs, and as many draws."""
+    monkeypatch.chdir(tmp_path)
+    root = tiny_models.write_segmentation(Path("data"), 1, 1)
+
+    def write(model: list[float], random: list[float], draws: int = 3) -> StudyRuns:
+        runs = []
+        options = {"root": root, "mask": "causal", "images": IMAGES}
+        for draw in range(-1, draws):
+            metrics = {"untrained": ["llm"], "match": "update", "draw": draw} if draw >= 0 else {}
+            curve = model if draw < 0 else random
+            path = probe_runs.write_solved(
+                Path(f"run{draw}"), [curve] * 3, seed=draw + 9, metrics=metrics, **options
+            )
+            runs.append(str(path))
+        return read_studies(runs)[0]
+
+    return write
+
+
+def miou(run: ProbeRun, site: int, weights: np.ndarray) -> np.ndarray:
+    """Return the mIoU of weighted images f[R] by numpy."""
+    counts = {
+        name: getattr(run.counts, name).double().numpy()
+        for name in ("intersection", "predicted", "labelled")
+    }
+    intersection = weights @ counts["intersection"][site]
+    union = weights @ counts["predicted"][site] + weights @ counts["labelled"] - intersection
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(np.where(union > 0, intersection / union, np.nan), axis=-1)
+
+
+def test_differences_and_intervals_equal_numpy(study):
+    runs = study(CURVE, FLAT)
+    rows = {row["site"]: row for row in site_rows(runs)}
+    draws = runs.random
+    assert len(draws) == 3
+    once = np.ones((1, IMAGES))
+    weights = bootstrap_weights(IMAGES, seed=0).double().numpy()
+    for site, name in enumerate(runs.first.sites):
+        row = rows[name]
+        own = miou(runs.first, site, once)[0]
+        assert row["miou"] == pytest.approx(own)
+        if name in ("encoder", "adapter"):
+            assert row["draws"] == 0 and row["random"] is None, "nothing is random there"
+            continue
+        others = [miou(run, site, once)[0] for run in draws]
+        assert row["random"] == pytest.approx(np.mean(others))
+        difference = own - np.mean(others)
+        assert row["difference"] == pytest.approx(difference)
+        resampled = miou(runs.first, site, weights)
+        resampled = resampled - np.mean([miou(run, site, weights) for run in draws], 0)
+        half = np.quantile(np.abs(resampled - resampled.mean()), 0.95)
+        of_draws = 4.302653 * np.std(others, ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
+        assert row["difference_high"] - difference == pytest.approx(np.hypot(half, of_draws), 1e-4)
+
+
+def test_planted_gains_and_losses_are_said(study):
+    assert describe_sites(site_rows(study(CURVE, FLAT)))[1:] == [
+        "Layers 1 to 3 and the final norm read better than random models."
+    ]
+
+
+def test_planted_losses_are_said(study):
+    found = describe_sites(site_rows(study(FLAT, CURVE)))
+    assert found[0].startswith("Best at the encoder: ")
+    assert found[1:] == ["Layers 1 to 3 and the final norm read worse than random models."]
+
+
+def test_of_equal_models_nothing_is_said(study):
+    assert describe_sites(site_rows(study(FLAT, FLAT)))[1:] == [
+        "No site reads better or worse than random models."
+    ]
+
+
+def test_one_draw_has_a_difference_and_no_interval(study):
+    rows = site_rows(study(CURVE, FLAT, draws=1))
+    assert len(describe_sites(rows)) == 1
+    assert shown_rows(rows)[2]["difference"].endswith("(one draw)")
+
+
+def test_sites_are_named_in_their_order():
+    sites = ["encoder_03", "adapter", "layer_01", "layer_02", "layer_03", "layer_07", "final_norm"]
+    assert name_sites(sites) == (
+        "the encoder's layer 3, the adapter, layers 1 to 3 and 7 and the final norm"
+    )
+    assert name_sites(["layer_02"]) == "layer 2"

@@ -27,6 +27,7 @@ class Claim(NamedTuple):
     sign: int  # of the number if the claim holds
     text: str  # the statement, ":", and what the number is
     name: str  # in figures
+    unlearned: str = "not learned"  # the conclusion if it holds, but of random models as much
 
 
 class PlannedRun(NamedTuple):

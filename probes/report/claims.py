@@ -68,6 +68,7 @@ CLAIMS: dict[str, Claim] = {
         +1,
         "A layer reads better than the last one: best layer's mIoU minus the last layer's",
         "best layer − last layer",
+        unlearned="also in random layers",  # true of where to read, whatever made it so
     ),
     **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
 }
@@ -108,7 +109,9 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
 
 
 def _entry(study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
-    (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
+    sign, text, _, unlearned = CLAIMS[claim]
+    key = (claim, mask)
+    run = study.trained[mask]
     number = numbers.main[key]
     control = numbers.control.get(key)
     truth = read_truth(run, CLAIMS).get(claim)
@@ -125,7 +128,7 @@ def _entry(study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows
         **measured,
         "holds": judge(sign, **measured) == HOLDS,
         "verdicts": verdicts,
-        **conclude(verdicts),
+        **conclude(verdicts, unlearned),
         **({"truth": truth} if truth else {}),
         "text": text,
         "control": control and estimate_to_json(control.in_paper),

@@ -74,7 +74,8 @@ def _joint_claims(
         }
         if len(entries) < 2:
             continue
-        (sign, text, _), truths = CLAIMS[claim], {entry.get("truth") for entry in entries.values()}
+        sign, text, _, unlearned = CLAIMS[claim]
+        truths = {entry.get("truth") for entry in entries.values()}
         columns = {
             name: {seed: entry["verdicts"][name] for seed, entry in entries.items()}
             for name in COLUMNS
@@ -91,7 +92,7 @@ def _joint_claims(
                 "holds": value is not None and judge(sign, value, ci95) == HOLDS,
                 "verdicts": verdicts,
             }
-            | {**conclude(verdicts), "n": _count_seeds(verdicts, len(entries))}
+            | {**conclude(verdicts, unlearned), "n": _count_seeds(verdicts, len(entries))}
             | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
         )
     correct_for_claims(joint)

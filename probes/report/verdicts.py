@@ -42,7 +42,6 @@ REVERSED = "reversed"
 UNTESTED = "untested"
 SUPPORTED = "supported"
 ARTEFACT = "artefact of the instrument"
-NOT_LEARNED = "not learned"
 
 # The smallest effect that is a finding: one point of mIoU or accuracy, or of the share of patches left wrong. The drop
 # that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
@@ -84,19 +83,24 @@ def untested(
     } | more
 
 
-def conclude(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns."""
+def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, Any]:
+    """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns.
+
+    `unlearned` is the conclusion about an effect that random models have as much.
+    """
     paper, optimum, beyond = (verdicts[name]["verdict"] for name in COLUMNS)
     needed = [verdicts[name] for name in COLUMNS[1:]]
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
     if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
         result = {"supported": None, "conclusion": UNTESTED, "reason": missing[0]}
     elif optimum == HOLDS:
-        unlearned = FAILS if paper in (FAILS, REVERSED) else NOT_LEARNED
-        result = {
-            "supported": beyond == HOLDS,
-            "conclusion": SUPPORTED if beyond == HOLDS else unlearned,
-        }
+        if beyond == HOLDS:
+            conclusion = SUPPORTED
+        elif paper in (FAILS, REVERSED):
+            conclusion = FAILS
+        else:
+            conclusion = unlearned
+        result = {"supported": beyond == HOLDS, "conclusion": conclusion}
     else:
         result = {"supported": False, "conclusion": ARTEFACT if paper == HOLDS else FAILS}
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}

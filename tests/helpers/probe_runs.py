@@ -134,7 +134,7 @@ def write_run(
     groups: torch.Tensor | None = None,
     images: int = 40,
     seed: int = 0,
-    encoder_layers: int = 0,
+    sites: list[str] | None = None,
     metrics: dict | None = None,
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
@@ -146,12 +146,11 @@ def write_run(
         quality: L + 3 pixel accuracies.
         root: A folder dataset with classes and colours.
         encoder: Encoder in training.json; None for a checkpoint without that file.
-        encoder_layers: Of the sites, those that precede the encoder: its own layers, from encoder_00 on.
+        sites: Names of the sites, if they are others.
         metrics: Further or other values of metrics.json.
     """
     classes = json.loads((root / "classes.json").read_text())["classes"]
-    sites = [f"encoder_{i:02d}" for i in range(encoder_layers)]
-    sites += site_names(len(quality) - 3 - encoder_layers)
+    sites = sites or site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
     counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
     probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "seed": 0}
@@ -163,12 +162,13 @@ def write_run(
     miou = {entry["site"]: entry["miou"] for entry in main}
     peak = max((site for site in sites if site.startswith("layer_")), key=miou.get)
     summary = {
-        "encoder": miou["encoder"],
-        "adapter": miou["adapter"],
+        "encoder": miou.get("encoder"),
+        "adapter": miou.get("adapter"),
         "peak_llm": miou[peak],
         "peak_site": peak,
     }
-    summary |= {"delta_enc": miou[peak] - miou["encoder"], "recovery": miou[peak] - miou["adapter"]}
+    gains = {"delta_enc": "encoder", "recovery": "adapter"}
+    summary |= {key: miou[peak] - miou[x] if x in miou else None for key, x in gains.items()}
     facts = {
         "dataset": dataset,
         "split": "validation",

@@ -22,10 +22,20 @@ def write(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
     def write(
-        name, quality, number=0, *, mask="causal", solved=False, curves=None, images=40, **metrics
+        name,
+        quality,
+        number=0,
+        *,
+        mask="causal",
+        solved=False,
+        curves=None,
+        images=40,
+        sites=None,
+        **metrics,
     ) -> str:
         path = tmp_path / f"{mask}_{name}"
         options = {"root": root, "mask": mask, "seed": number, "metrics": metrics, "images": images}
+        options["sites"] = sites
         if solved:
             return probe_runs.write_solved(path, curves or [quality] * 3, **options)
         return str(probe_runs.write_run(path, quality, **options))

@@ -7,11 +7,14 @@ import pytest
 import tiny_models
 
 from probes.cli import main
+from probes.models.sites import site_names
 from probes.report.figures.layer_curves import layer_curves
 from probes.report.figures.whole_stack import stack_curve, stack_figures
 from probes.results.study import read_studies
 
 IN_ENCODER = [0.2, 0.3, 0.5, 0.6]
+SITES = [f"encoder_{i:02d}" for i in range(4)]
+SITES += ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
 OF_LLM = [0.55, 0.4, 0.45, 0.5, 0.42, 0.42]  # encoder, adapter, three layers, final norm
 
 
@@ -21,9 +24,9 @@ def write(tmp_path):
 
     def write(mask: str, *, encoder_layers: bool) -> str:
         quality = [*IN_ENCODER, *OF_LLM] if encoder_layers else OF_LLM
-        count = len(IN_ENCODER) if encoder_layers else 0
-        out = tmp_path / f"{mask}_{count}"
-        return str(probe_runs.write_run(out, quality, root=root, mask=mask, encoder_layers=count))
+        sites = SITES if encoder_layers else SITES[4:]
+        out = tmp_path / f"{mask}_{len(sites)}"
+        return str(probe_runs.write_run(out, quality, root=root, mask=mask, sites=sites))
 
     return write
 
@@ -40,10 +43,8 @@ def test_the_curve_has_every_site_in_forward_order(write):
     (axes,) = figure.axes
     for (x, y), run in zip(lines_of(axes), study.trained.values(), strict=True):
         scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-        order = [f"encoder_{i:02d}" for i in range(4)]
-        order += ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
         assert x == list(range(9))
-        assert y == pytest.approx([100 * scores[site] for site in order])
+        assert y == pytest.approx([100 * scores[site] for site in SITES[:-1]])
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels == ["0", "1", "2", "3", "enc.", "adapt.", "1", "2", "3"]
     assert len(rows) == 20, "with final norm, of both runs"
@@ -51,8 +52,8 @@ def test_the_curve_has_every_site_in_forward_order(write):
 
 def test_deep_stacks_are_labelled_sparsely(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    quality = [0.4] * (26 + 2 + 32 + 1)
-    run = probe_runs.write_run(tmp_path / "run", quality, root=root, encoder_layers=26)
+    sites = [*(f"encoder_{i:02d}" for i in range(26)), *site_names(32)]
+    run = probe_runs.write_run(tmp_path / "run", [0.4] * len(sites), root=root, sites=sites)
     (study,) = read_studies([str(run)])
     (axes,) = stack_curve(study.trained).figure.axes
     ticks = dict(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))

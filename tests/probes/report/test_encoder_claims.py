@@ -1,0 +1,56 @@
+"""Claims about the layers of a bare encoder, from runs of random counts."""
+
+import pytest
+
+from probes.report.claims import evaluate_claims
+from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
+
+SITES = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+PEAK = [0.2, 0.5, 0.8, 0.6, 0.7]  # layer 2 is far above the others, also on a tenth of the images
+RISE = [0.2, 0.4, 0.6, 0.8, 0.8]
+FLAT = [0.2, 0.2, 0.2, 0.2, 0.2]
+
+
+@pytest.fixture
+def claims_of(write):
+    """Return a function that returns the claims of an encoder and of two random ones, by name."""
+
+    def claims_of(trained, random) -> dict:
+        kind = {"sites": SITES, "solved": True, "mask": "bidirectional"}
+        runs = [write("trained", trained, 1, model_kind="encoder", **kind)]
+        for draw in (0, 1):
+            weights = {"untrained": ["encoder"], "match": "update", "draw": draw}
+            number = 10 + draw
+            runs.append(
+                write(f"random{draw}", random, number, model_kind="encoder", **weights, **kind)
+            )
+        claims = {claim["claim"]: claim for claim in evaluate_claims(*read_studies(runs))}
+        miou = {entry["site"]: entry["miou"] for entry in ProbeRun(runs[0]).metrics["sites"]}
+        return claims, miou
+
+    return claims_of
+
+
+def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_of):
+    """The norm after the last layer is no layer."""
+    claims, miou = claims_of(PEAK, FLAT)
+    assert claims.keys() == {"layer_gain", "over_last"}
+    assert claims["layer_gain"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_00"])
+    assert claims["over_last"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_03"])
+    assert claims["over_last"]["conclusion"] == claims["layer_gain"]["conclusion"] == "supported"
+
+
+def test_where_the_last_layer_is_the_best_none_reads_better(claims_of):
+    claims, _ = claims_of(RISE, FLAT)
+    assert claims["over_last"]["value"] == 0
+    assert claims["over_last"]["conclusion"] == "does not hold"
+    assert claims["layer_gain"]["conclusion"] == "supported"
+
+
+def test_a_best_layer_that_random_ones_have_too_is_not_called_unlearned(claims_of):
+    """Nobody learns a last layer that reads worse; it is where to read, in random layers as well."""
+    claims, _ = claims_of(PEAK, PEAK)
+    assert claims["over_last"]["conclusion"] == "also in random layers"
+    assert claims["over_last"]["supported"] is False
+    assert claims["layer_gain"]["conclusion"] == "not learned"

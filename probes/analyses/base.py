@@ -16,6 +16,8 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
 
 if TYPE_CHECKING:  # this module answers `probes --help`
+    from probes.results.finished_run import FinishedRun
+
     from .style import ReportFigure
 
 Row = dict[str, Any]
@@ -101,6 +103,15 @@ class Analysis:
         if not self.of_encoders and not all(run.has_llm for run in runs):
             return "the model is a vision encoder, and it needs an LLM"
         return self.lacks(runs, options)
+
+
+def check_has_llm(run: "FinishedRun", command: str) -> None:
+    """Raise a UserError if a run is of a bare vision encoder, for a command that needs an LLM."""
+    if not run.has_llm:
+        raise UserError(
+            f"{run.path} is of a vision encoder, and probes {command} needs an LLM; probes maps, umap, segment and lab "
+            "read encoders, and `mllm.states(pixels, knockout=...)` blocks patches"
+        )
 
 
 class Section(NamedTuple):

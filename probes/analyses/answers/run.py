@@ -31,6 +31,7 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.knockout.attention import attention_from
 from probes.analyses.knockout.cases import ConfusionCase, PatchReader
@@ -209,6 +210,7 @@ def _score(
 def run(args: argparse.Namespace) -> None:
     """Run `probes answers`."""
     probe_run = ProbeRun(args.probes)
+    check_has_llm(probe_run, "answers")
     out = Path(args.out or args.probes)
     questions = Path(
         args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json"

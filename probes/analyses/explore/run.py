@@ -30,6 +30,7 @@ from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_has_llm
 from probes.analyses.templates import render
 from probes.data.palette import palette_of
 from probes.results.probe_run import ProbeRun
@@ -180,6 +181,8 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
 def run(args: argparse.Namespace) -> None:
     """Run `probes explore`."""
     runs = [ProbeRun(path) for path in args.runs]
+    for run in runs:
+        check_has_llm(run, "explore")
     for run in runs[1:]:
         runs[0].check_same_images(run, "; explore them separately")
     names = ("conditions", "classes", "top_classes", "top_words", "word_sites", "seed")

@@ -31,6 +31,7 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
@@ -145,6 +146,7 @@ def _compute_cases(
 def run(args: argparse.Namespace) -> None:
     """Run `probes knockout`."""
     probe_run = ProbeRun(args.probes)
+    check_has_llm(probe_run, "knockout")
     args.classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
     plan = KnockoutPlan(

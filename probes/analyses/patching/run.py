@@ -29,6 +29,7 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
@@ -280,6 +281,7 @@ def _site(layer: int) -> str:
 def run(args: argparse.Namespace) -> None:
     """Run `probes patching`."""
     probe_run = ProbeRun(args.probes)
+    check_has_llm(probe_run, "patching")
     out = Path(args.out or args.probes)
     site = probe_run.check_site(args.site)
     layers = None if args.layers is None else tuple(sorted(set(args.layers)))

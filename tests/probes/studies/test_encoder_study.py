@@ -10,6 +10,7 @@ import tiny_encoders
 import tiny_models
 
 from llava_bidir.common.errors import UserError
+from probes.cli import main
 from probes.lab.requests import (
     Attention,
     Block,
@@ -164,3 +165,20 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
         other = Replace(kind="replace", patches=(0,), site="layer_01", by="other_mask")
         session.read(View(**view, intervention=other), labs.JOB)
     assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["knockout", "--classes", "wall", "sky", "--probes"],
+        ["patching", "--site", "layer_02", "--probes"],
+        ["answers", "--probes"],
+        ["explore", "--images", "0", "--out", "page"],
+    ],
+)
+def test_commands_that_need_an_llm_say_so_of_an_encoder(study, command, capsys):
+    out, _ = study
+    run = str(out / "trained")
+    words = [command[0], run, *command[1:]] if command[0] == "explore" else [*command, run]
+    with pytest.raises(SystemExit, match=f"vision encoder, and probes {command[0]} needs an LLM"):
+        main(words)

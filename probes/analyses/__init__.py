@@ -11,6 +11,7 @@ NAMES = (
     "starvation",
     "knockout",
     "answers",
+    "routes",
     "patching",
     "maps",
     "umap",

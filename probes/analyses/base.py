@@ -77,6 +77,7 @@ class Analysis:
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
+        reads_probes: Its numbers depend on the run's probes; else on the model alone.
         of_encoders: It can be run on a bare vision encoder, too.
         lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
             leaves it out before any work.
@@ -92,6 +93,7 @@ class Analysis:
     options: Mapping[str, str] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
+    reads_probes: bool = True
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)

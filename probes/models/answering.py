@@ -2,7 +2,8 @@
 
 Eq. 1 cuts attention among image tokens only. Text tokens therefore attend to all image tokens, blocked ones included,
 whose keys and values were computed under the cut. Generated tokens are text, so that no decoding step has pairs to cut:
-it reads the keys and values of the first forward from the cache, and the knockout holds in it.
+it reads the keys and values of the first forward from the cache, and the knockout holds in it. A knockout whose rows
+are the answer is the exception: it cuts each step.
 
 Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image. Each
 token attends to the prefix, the image, its own question and its own answer so far, and has the position that it would
@@ -26,10 +27,10 @@ from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import end_tokens
 
-from .attention_masks import Masks
+from .attention_masks import Masks, last_rows
 from .attention_weights import capture_attention
 from .families import SLIDING, Family
-from .knockout import Knockout
+from .knockout import ANSWER, TEXT_SETS, Knockout
 from .sites import FINAL_NORM
 
 
@@ -40,36 +41,54 @@ class TextTree(NamedTuple):
     positions: Tensor  # long[Q], position after the image
     visible: Tensor  # bool[Q, Q], the text tokens that each one attends to
     targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer p * A + a)
+    sets: dict[str, Tensor]  # bool[Q] by name of a set of a knockout
 
     @classmethod
     def from_ids(
-        cls, questions: Sequence[list[int]], answers: Sequence[list[int]] = ()
+        cls,
+        questions: Sequence[list[int]],
+        answers: Sequence[list[int]] = (),
+        options: Sequence[list[bool]] = (),
     ) -> "TextTree":
-        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run."""
+        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run.
+
+        `options` says of each question's tokens whether they are options, () that none is.
+        """
         ids = []
         positions = []
         ancestors = []
         targets = []
+        sets = []  # of each token
 
-        def grow(token: int, path: list[int]) -> list[int]:
+        def grow(token: int, path: list[int], name: str) -> list[int]:
             ids.append(token)
+            sets.append(name)
             positions.append(len(path))
             ancestors.append([*path, len(ids) - 1])
             return ancestors[-1]
 
         for row, question in enumerate(questions):
             path = []
-            for token in question:
-                path = grow(token, path)
+            is_option = options[row] if options else [False] * len(question)
+            for token, name in zip(question, question_sets(is_option), strict=True):
+                path = grow(token, path, name)
             for number, answer in enumerate(answers, row * len(answers)):
                 branch = path
                 for i, token in enumerate(answer):
                     targets.append((branch[-1], token, number))
-                    branch = grow(token, branch) if i + 1 < len(answer) else branch
+                    if i + 1 < len(answer):
+                        branch = grow(token, branch, ANSWER)
         visible = torch.zeros(len(ids), len(ids), dtype=torch.bool)
         for i, path in enumerate(ancestors):
             visible[i, path] = True
-        return cls(torch.tensor(ids), torch.tensor(positions), visible, targets)
+        of_sets = {name: torch.tensor([own == name for own in sets]) for name in TEXT_SETS}
+        return cls(torch.tensor(ids), torch.tensor(positions), visible, targets, of_sets)
+
+
+def question_sets(is_option: Sequence[bool]) -> list[str]:
+    """Return the set of each token of a question: "question", "options" or, of the last one, "last"."""
+    names = ["options" if flag else "question" for flag in is_option]
+    return [*names[:-1], "last"]
 
 
 def check_family(family: Family, kind: str) -> None:
@@ -94,7 +113,7 @@ def text_states(
         mllm: The :class:`FrozenMLLM`.
         pixels: f[B, 3, H, W].
         text: Text after each image.
-        knockout: Attention knockout among image tokens.
+        knockout: Attention knockout.
         cache: Empty cache to fill, for decoding.
 
     Raises:
@@ -115,7 +134,7 @@ def text_states(
         raise UserError(
             "a question or an answer contains the image's placeholder; remove it from the text"
         )
-    masks = _append_text(
+    masks = append_text(
         mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None)
     )
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
@@ -130,8 +149,11 @@ def text_states(
     )
     with ExitStack() as hooks:
         if knockout:
+            layers = mllm.decoder.layers
+            sets = sets_after_image(mllm, text)
+            answer_follows = cache is not None
             hooks.enter_context(
-                knockout.apply(mllm.decoder.layers, masks, is_image, len(mllm.decoder.layers))
+                knockout.apply(layers, masks, is_image, len(layers), sets, answer_follows)
             )
 
         def replace_mask(_, args, kwargs):
@@ -150,23 +172,32 @@ def text_states(
     return output.last_hidden_state[:, tokens:]
 
 
-def _append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
-    """Return the masks of prefix and image with rows and columns for the text, bool[B, 1, N + Q, N + Q]."""
+def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
+    """Return the tokens of each set of the text after the image, bool[N + Q] by name."""
+    before = torch.zeros(mllm.ids.shape[1], dtype=torch.bool)
+    return {name: torch.cat([before, tokens]).to(mllm.device) for name, tokens in text.sets.items()}
+
+
+def append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
+    """Return the masks of prefix and image with rows and columns for the text, [B, 1, N + Q, N + Q]."""
     if isinstance(masks, dict):
         return {
-            k: _append_text(mask, text, window if k == SLIDING else None)
+            k: append_text(mask, text, window if k == SLIDING else None)
             for k, mask in masks.items()
         }
-    if masks.dtype != torch.bool:
-        raise UserError("answers need a boolean mask; use attn_implementation='sdpa'")
     tokens = masks.shape[-1]
     length = len(text.ids)
     seen = torch.cat([torch.ones(length, tokens, dtype=torch.bool), text.visible], 1)
     if window:
         keys = torch.cat([torch.arange(tokens), tokens + text.positions])
         seen &= tokens + text.positions[:, None] - keys < window
-    extended = masks.new_zeros(len(masks), 1, tokens + length, tokens + length)
-    extended[:, :, :tokens, :tokens], extended[:, :, tokens:] = masks, seen.to(masks.device)
+    seen = seen.to(masks.device)
+    forbidden = False if masks.dtype == torch.bool else torch.finfo(masks.dtype).min
+    extended = masks.new_full((len(masks), 1, tokens + length, tokens + length), forbidden)
+    extended[:, :, :tokens, :tokens] = masks
+    extended[:, :, tokens:] = masks.new_full(seen.shape, forbidden).masked_fill(
+        seen, True if masks.dtype == torch.bool else 0.0
+    )
     return extended
 
 
@@ -186,7 +217,9 @@ def score_answers(
     if not questions or not answers or not all(text.strip() for text in [*questions, *answers]):
         raise UserError("got no question or answer, or an empty one; expected lists of texts")
     text = TextTree.from_ids(
-        [*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers)
+        [*map(mllm.chat.question_ids, questions)],
+        mllm.chat.answer_ids(answers),
+        option_tokens(mllm, questions, knockout),
     )
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
@@ -214,7 +247,11 @@ def attend_from_answer(
         raise UserError("the question or the answer is empty; expected texts")
     if len(pixels) != 1:
         raise UserError(f"got pixels of {len(pixels)} images; expected one image")
-    text = TextTree.from_ids([mllm.chat.question_ids(question)], mllm.chat.answer_ids([answer]))
+    text = TextTree.from_ids(
+        [mllm.chat.question_ids(question)],
+        mllm.chat.answer_ids([answer]),
+        option_tokens(mllm, [question], knockout),
+    )
     weights = {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
     image = mllm.is_image.cpu().nonzero().flatten()
@@ -245,7 +282,8 @@ def generate_answer(
     room = (
         mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
     )
-    states = text_states(mllm, pixels, TextTree.from_ids([ids]), knockout, cache)
+    options = option_tokens(mllm, [question], knockout)
+    states = text_states(mllm, pixels, TextTree.from_ids([ids], (), options), knockout, cache)
     for _ in range(min(max_new_tokens, room)):
         token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
         if token in ends:
@@ -253,8 +291,57 @@ def generate_answer(
         answer.append(token)
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        next_ids = torch.tensor([[token]], device=mllm.device)
-        states = mllm.decoder(
-            input_ids=next_ids, use_cache=True, **mllm.cached(cache)
-        ).last_hidden_state
+        states = _decode(mllm, ids, answer, options, knockout, cache)
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def option_tokens(
+    mllm: nn.Module, questions: Sequence[str], knockout: Knockout | None
+) -> list[list[bool]]:
+    """Return which tokens of each question are options; [] if the knockout names neither these nor the question.
+
+    Raises:
+        UserError: The knockout names options, and a question has none.
+    """
+    named = set() if knockout is None else {*knockout.names("rows"), *knockout.names("columns")}
+    if not named & {"question", "options"}:
+        return []
+    tokens = [mllm.chat.is_option(question) for question in questions]
+    for question, flags in zip(questions, tokens, strict=True):
+        if "options" in named and not any(flags):
+            raise UserError(
+                f"the question has no options, which the knockout names: {question!r}; expected lines such as "
+                "'A. a cat'"
+            )
+    return tokens
+
+
+def _decode(
+    mllm: nn.Module,
+    question: list[int],
+    answer: list[int],
+    options: list[list[bool]],
+    knockout: Knockout | None,
+    cache: DynamicCache,
+) -> Tensor:
+    """Return the normed state f[1, 1, d] of the last token of an answer; the cache has all before it."""
+    more = {}
+    with ExitStack() as hooks:
+        if knockout and ANSWER in knockout.names("rows"):
+            # the last token of an answer in a tree does not run, so one more is appended
+            text = TextTree.from_ids([question], [[*answer, 0]], options)
+            window = getattr(mllm.model.config.get_text_config(), "sliding_window", None)
+            masks = last_rows(append_text(mllm.attention_masks(1, knockout), text, window), 1)
+            after_image = torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)
+            is_image = torch.cat([mllm.is_image, after_image])
+            layers = mllm.decoder.layers
+            sets = sets_after_image(mllm, text)
+            hooks.enter_context(knockout.apply(layers, masks, is_image, len(layers), sets))
+            more = {"attention_mask": masks}
+        output = mllm.decoder(
+            input_ids=torch.tensor([[answer[-1]]], device=mllm.device),
+            use_cache=True,
+            **mllm.cached(cache),
+            **more,
+        )
+    return output.last_hidden_state

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
 from .frozen_model import FrozenModel
-from .knockout import Knockout
+from .knockout import PREFIX, Knockout
 from .read_states import StopForward
 from .sites import FINAL_NORM
 from .steering import Replacement, replaced_states
@@ -164,8 +164,14 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
         allowed = torch.zeros(shape, dtype=encoder.model.dtype, device=encoder.device)
     else:
         allowed = torch.ones(shape, dtype=torch.bool, device=encoder.device)
+    if PREFIX in (*knockout.names("rows"), *knockout.names("columns")):
+        raise UserError(
+            "a vision encoder has no prefix; cut attention between 'image' and 'blocked'"
+        )
     cut = knockout.cut(allowed, encoder.is_image)
-    chosen = knockout.select_layers(encoder.layers).to(encoder.device)
+    chosen = knockout.select_layers(encoder.layers, images).to(encoder.device)
+    if not knockout.is_eq_1:
+        knockout.check_effect((cut != allowed).flatten(1).any(1), chosen.any(1))
     with ExitStack() as stack:
         for layer, in_rows in zip(encoder.layers, chosen.T, strict=True):
             if not in_rows.any():

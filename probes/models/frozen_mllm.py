@@ -156,7 +156,7 @@ class FrozenMLLM(FrozenModel):
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
             sites: Sites to return, None for all. The forward stops after the last of them.
-            knockout: Attention knockout among image tokens (Eq. 1).
+            knockout: Attention knockout, of Eq. 1 or between other parts of prefix and image.
             rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image. Under a
                 knockout, rows of an image share the encoder and all layers up to the first that is cut differently
                 (shared_layers.py).
@@ -217,7 +217,7 @@ class FrozenMLLM(FrozenModel):
         Args:
             image: Path or PIL image. Of a list of these, each is asked about by itself.
             question: Question, the first of its conversation.
-            knockout: Attention knockout among image tokens, bool[1, T] for each image.
+            knockout: Attention knockout, of one row; it holds for each image.
             max_new_tokens: Maximum tokens of an answer.
             on_token: Called after each token with the answer so far, to show it; an exception there ends the answer.
 
@@ -253,7 +253,7 @@ class FrozenMLLM(FrozenModel):
             question: Question, the first of its conversation.
             answer: Its answer, n tokens (`chat.answer_ids`); the model need not have generated it.
             layers: Decoder layers, numbered 1..L as in the site names; None for all.
-            knockout: Attention knockout among image tokens.
+            knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
 
         Returns:
             float32, on the CPU. A row sums to 1 minus the attention to text.
@@ -280,7 +280,7 @@ class FrozenMLLM(FrozenModel):
             pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
             questions: P questions, each the first of its conversation.
             answers: A answers to each of them.
-            knockout: Attention knockout among image tokens.
+            knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
 
         Raises:
             UserError: As :meth:`answer`, or a text is empty.

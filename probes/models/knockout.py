@@ -1,13 +1,22 @@
-"""Attention knockout among image tokens (paper, Eq. 1).
+"""Attention knockout (paper, Eq. 1), among image tokens or between any parts of the prompt.
 
 A(t <- s) = -inf for all image tokens t and all s in B_c: no image token may attend to a blocked token; blocked tokens
 still attend to all others. The pairs are removed from the mask of the model; padding, causality and text rows remain.
-Beyond the paper, a knockout can be limited to layers, and can differ between the rows of a batch.
+Beyond the paper, a knockout can be limited to layers, can differ between the rows of a batch, and can be about other
+rows and columns of the mask than image tokens. These have names::
+
+    prefix    text before the image
+    image     image tokens
+    blocked   those of the image tokens that `blocked` names
+    question  text after the image, the template's words included, without the tokens of the two next sets
+    options   lines of the question with a letter, such as "A. a cat"
+    last      last token before the answer, which predicts the answer's first token
+    answer    tokens of the answer that predict further ones
 
 Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -19,22 +28,66 @@ from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks, as_list, is_allowed
 
+IMAGE = "image"
+BLOCKED = "blocked"
+PREFIX = "prefix"
+ANSWER = "answer"
+TEXT_SETS = ("question", "options", "last", ANSWER)  # after the image
+SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
+
 
 @dataclass(frozen=True)
 class Knockout:
-    """Blocked attention among image tokens.
+    """Blocked attention: no token of `rows` attends to a token of `columns`.
 
     Args:
-        blocked: bool[B, T], image tokens that no image token may attend to (B_c of Eq. 1).
+        blocked: bool[B, T], image tokens that no image token may attend to (B_c of Eq. 1). None if neither `rows` nor
+            `columns` names "blocked".
         layers: Decoder layers to cut, numbered 1..L as in the site names; or bool[B, L], layers per row of the batch.
             None cuts all layers, as the paper does.
+        rows: Tokens that do not attend, as the name of a set of tokens (see above) or several names.
+        columns: Tokens that they do not attend to, in the same way.
+
+    Raises:
+        UserError: A name is unknown, or `blocked` is given without being named.
     """
 
-    blocked: Tensor
+    blocked: Tensor | None = None
     layers: Sequence[int] | Tensor | None = None
+    rows: str | Sequence[str] = IMAGE
+    columns: str | Sequence[str] = BLOCKED
 
-    def cut(self, mask: Tensor, is_image: Tensor) -> Tensor:
-        """Return the mask without the blocked pairs of image tokens.
+    def __post_init__(self):
+        for axis in ("rows", "columns"):
+            names = self.names(axis)
+            if not names or not set(names) <= set(SETS):
+                raise UserError(
+                    f"{axis} of a knockout are {getattr(self, axis)!r}; expected one or several of {', '.join(SETS)}"
+                )
+        if self.blocked is not None and not self.uses_blocked:
+            raise UserError(
+                "a knockout has blocked tokens, but neither rows nor columns name them; expected 'blocked' there"
+            )
+
+    def names(self, axis: str) -> tuple[str, ...]:
+        """Return the names of the sets of "rows" or "columns"."""
+        given = getattr(self, axis)
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def uses_blocked(self) -> bool:
+        """Whether rows or columns are about the blocked tokens."""
+        return BLOCKED in (*self.names("rows"), *self.names("columns"))
+
+    @property
+    def is_eq_1(self) -> bool:
+        """Whether rows and columns are those of Eq. 1, which may block no token."""
+        return self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,)
+
+    def cut(
+        self, mask: Tensor, is_image: Tensor, text: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the mask without the pairs of rows and columns.
 
         With tokens p (prefix) and i (image), the second image token blocked, under a causal mask::
 
@@ -43,77 +96,119 @@ class Knockout:
             i  1 1 1 1        i  1 1 0 1
 
         Args:
-            mask: bool[B, 1, Q, N], True = may attend, or what eager attention adds to the scores. Its rows include all
-                image tokens.
+            mask: bool[B, 1, Q, N], True = may attend, or what eager attention adds to the scores. Of Eq. 1, its rows
+                include all image tokens.
             is_image: bool[N].
+            text: bool[N] by name of a set after the image; None where no text after the image runs.
 
         Raises:
-            UserError: `blocked` does not fit the mask, or a row would have no keys (a softmax over nothing attends to
-                all tokens, also later ones, or is NaN).
+            UserError: `blocked` does not fit the mask, a set does not exist, or a row would have no keys (a softmax
+                over nothing attends to all tokens, also later ones, or is NaN).
         """
-        images = mask.shape[0]
-        tokens = int(is_image.sum())
+        queries = mask.shape[-2]
+        rows = self._tokens("rows", len(mask), is_image, text).to(mask.device)[:, -queries:]
+        columns = self._tokens("columns", len(mask), is_image, text).to(mask.device)
+        forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        cut = mask.masked_fill((rows[:, :, None] & columns[:, None])[:, None], forbidden)
+        left = is_allowed(cut[:, 0]).any(-1) | ~rows
+        if not left.all():
+            image, token = (~left).nonzero()[0].tolist()
+            raise UserError(
+                self._no_keys(image, token + len(is_image) - queries, columns, is_image)
+            )
+        return cut
+
+    def _tokens(
+        self, axis: str, batch: int, is_image: Tensor, text: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """Return the tokens of rows or columns, bool[B, N]."""
+        found = torch.zeros(batch, len(is_image), dtype=torch.bool, device=is_image.device)
+        for name in self.names(axis):
+            if name == IMAGE:
+                found |= is_image
+            elif name == PREFIX:
+                found |= is_image.cumsum(0) == 0
+            elif name == BLOCKED:
+                blocked = self._check_blocked(batch, int(is_image.sum()))
+                found[:, is_image] |= blocked.to(found.device)
+            elif text is None:
+                raise UserError(
+                    f"{axis} of the knockout are the {name}, but no text after the image runs here; ask the model "
+                    "(answer, answer_log_probs, answer_attention)"
+                )
+            else:
+                found |= text[name].to(found.device)
+        return found
+
+    def _check_blocked(self, batch: int, tokens: int) -> Tensor:
         given = self.blocked
-        if (
-            not isinstance(given, Tensor)
-            or given.dtype != torch.bool
-            or given.shape != (images, tokens)
-        ):
+        fits = isinstance(given, Tensor) and given.shape == (batch, tokens)
+        if not fits or given.dtype != torch.bool:
             if isinstance(given, Tensor):
                 got = f"{given.dtype} {list(given.shape)}"
             else:
                 got = f"{type(given)}, no tensor"
             raise UserError(
-                f"blocked must be bool[{images}, {tokens}] (images, image tokens); got {got}"
+                f"blocked must be bool[{batch}, {tokens}] (images, image tokens); got {got}"
             )
-        blocked = given.to(mask.device)
-        rows = is_image[-mask.shape[-2] :].nonzero()
-        columns = is_image.nonzero().flatten()
-        cut = mask.clone()
-        forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(blocked[:, None], forbidden)
-        left = is_allowed(cut[:, 0, rows.flatten()]).any(-1)
-        if not left.all():
-            image, token = (~left).nonzero()[0].tolist()
-            raise UserError(
-                f"blocking {int(blocked[image].sum())} tokens leaves image token {token} of image {image} in the "
-                "batch without any token to attend to; use a prefix before the image or block fewer tokens"
-            )
-        return cut
+        return given
+
+    def _no_keys(self, image: int, token: int, columns: Tensor, is_image: Tensor) -> str:
+        """Return what to say of a token that would attend to nothing."""
+        number = int(is_image[:token].sum())
+        place = f"image token {number}" if is_image[token] else f"token {token}"
+        return (
+            f"blocking {int(columns[image].sum())} tokens leaves {place} of image {image} in the "
+            "batch without any token to attend to; use a prefix before the image or block fewer tokens"
+        )
 
     def first_layer(self, layers: nn.ModuleList) -> int:
         """Return the first layer 1..L that is cut in any row of the batch; L + 1 for none."""
-        chosen = _select_layers(self.layers, len(self.blocked), len(layers)).any(0).nonzero()
+        chosen = self.select_layers(layers).any(0).nonzero()
         return int(chosen.min()) + 1 if len(chosen) else len(layers) + 1
 
-    def by_row(self, layers: nn.ModuleList) -> tuple[list[bytes], Tensor]:
+    def by_row(self, layers: nn.ModuleList, batch: int) -> tuple[list[bytes], Tensor]:
         """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
 
         Raises:
             UserError: A layer is out of range.
         """
+        chosen = self.select_layers(layers, batch).cpu()
+        if self.blocked is None:
+            return [b""] * batch, chosen
         blocked = self.blocked.cpu()
-        chosen = _select_layers(self.layers, len(blocked), len(layers)).cpu()
-        return [row.numpy().tobytes() for row in blocked], chosen & blocked.any(1, keepdim=True)
+        cuts = [row.numpy().tobytes() for row in blocked]
+        return cuts, chosen & blocked.any(1, keepdim=True)
 
-    def select_layers(self, layers: nn.ModuleList) -> Tensor:
+    def select_layers(self, layers: nn.ModuleList, batch: int = 1) -> Tensor:
         """Return the layers that each row of the batch cuts, bool[B, L].
+
+        `batch` is their number where no tensor says it.
 
         Raises:
             UserError: A layer is out of range.
         """
-        return _select_layers(self.layers, len(self.blocked), len(layers))
+        rows = batch if self.blocked is None else len(self.blocked)
+        return _select_layers(self.layers, rows, len(layers))
 
     @contextmanager
     def apply(
-        self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int
+        self,
+        layers: nn.ModuleList,
+        masks: Masks,
+        is_image: Tensor,
+        depth: int,
+        text: Mapping[str, Tensor] | None = None,
+        answer_follows: bool = False,
     ) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
-        `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
+        `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops. `text` are
+        the tokens of the sets after the image. If an answer follows, rows of the answer come in later forwards, so that
+        this one may have no pair to cut.
 
         Raises:
-            UserError: A layer is out of range.
+            UserError: A layer is out of range, or the knockout changes no allowed pair.
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
         images = len(as_list(masks)[0])
@@ -121,14 +216,17 @@ class Knockout:
         chosen = _select_layers(self.layers, images, len(layers))
         in_all_rows = chosen.all(0).tolist()
         on_device = chosen.to(as_list(masks)[0].device)
-        cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
+        cuts = [(mask, self.cut(mask, is_image, text)) for mask in as_list(masks)]
+        changes = [(cut != mask).flatten(1).any(1) for mask, cut in cuts]  # bool[B] each
+        changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
 
         def replace(layer: int, kwargs: dict) -> dict:
             given = kwargs.get("attention_mask")
             rows = on_device[:, layer - 1, None, None, None]
-            for mask, cut in cuts:
+            for (mask, cut), change in zip(cuts, changes, strict=True):
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
+                    changed.logical_or_(change & on_device[:, layer - 1])
                     new = cut if in_all_rows[layer - 1] else torch.where(rows, cut, mask)
                     return {**kwargs, "attention_mask": new.to(given.device)}
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
@@ -149,6 +247,18 @@ class Knockout:
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
+        if not (self.is_eq_1 or (answer_follows and ANSWER in self.names("rows"))):
+            self.check_effect(changed, on_device[:, :depth].any(1))
+
+    def check_effect(self, changed: Tensor, is_cut: Tensor) -> None:
+        """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B]."""
+        unchanged = (is_cut & ~changed).nonzero().flatten().tolist()
+        if unchanged:
+            rows, columns = (" and ".join(self.names(axis)) for axis in ("rows", "columns"))
+            raise UserError(
+                f"the knockout changes nothing in row {unchanged[0]} of the batch: under this mask, no token of {rows} "
+                f"attends to one of {columns}; name columns that are in the prompt and that the rows may attend to"
+            )
 
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:

@@ -169,6 +169,26 @@ class Chat(NamedTuple):
         """Return the token ids between the image and the answer, as the stock processor tokenises them."""
         return self._continue(self.after_image(question))
 
+    def is_option(self, question: str) -> list[bool]:
+        """Return which tokens of `question_ids` are in lines with a letter, "A. a cat" or "(B) a dog".
+
+        Raises:
+            UserError: There is such a line, and the tokenizer does not tell where its tokens are in a text.
+        """
+        text = self.placeholder + self.after_image(question)
+        lines = [match.span() for match in re.finditer(r"^\(?[A-Z][.):].*$", text, re.MULTILINE)]
+        if not lines:
+            return [False] * len(self.question_ids(question))
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer of {self.path} does not tell where tokens are in a text; expected a fast tokenizer"
+            )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            any(start < end and first < end and start < last for first, last in lines)
+            for start, end in encoded["offset_mapping"][1:]
+        ]
+
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of answers, after a space unless the prompt ends with white space."""
         space = "" if self.after_image("?")[-1:].isspace() else " "

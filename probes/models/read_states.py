@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 
 from .attention_masks import last_rows
-from .knockout import Knockout
+from .knockout import PREFIX, Knockout
 from .shared_layers import (
     DistinctRows,
     States,
@@ -54,6 +54,8 @@ def read_states(
     pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
     images = len(pixels)
     start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
+    if knockout and PREFIX in knockout.names("rows"):
+        start = 0  # the cached prefix is not cut
     of_llm = [site for site in wanted if not is_encoder_layer(site)]
     depth = max([mllm.sites.index(site) - 1 for site in of_llm], default=-1)
     masks = mllm.attention_masks(images if plan is None else len(rows), knockout)
@@ -132,7 +134,9 @@ def _shared_rows(
             raise UserError(f"row {row} is of image {image}; expected 0 to {images - 1}")
     if rows is None or knockout is None or hooks or not mllm.family.shared_prefix:
         return None
-    return on_device(distinct_rows(rows, *knockout.by_row(mllm.decoder.layers)), mllm.device)
+    return on_device(
+        distinct_rows(rows, *knockout.by_row(mllm.decoder.layers, len(rows))), mllm.device
+    )
 
 
 @contextmanager

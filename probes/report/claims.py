@@ -17,6 +17,7 @@ from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
 from probes.analyses.base import Claim
 from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
+from probes.analyses.routes.effects import claimed_routes
 from probes.analyses.starvation.run import gap_estimates
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
@@ -71,6 +72,11 @@ CLAIMS: dict[str, Claim] = {
         unlearned="also in random layers",  # true of where to read, whatever made it so
     ),
     **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
+}
+
+# whose numbers depend on the model alone
+WITHOUT_PROBES = {
+    name for analysis in ANALYSES.values() if not analysis.reads_probes for name in analysis.claims
 }
 
 Key = tuple[str, str]  # claim, mask
@@ -198,6 +204,8 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None, tokens: str) -> Meas
                 estimate, counts, over_pairs = contrasts[claim]
                 effect = Effect(estimate, counts, in_paper, over_pairs)
             numbers[claim, mask] = effect
+        for claim, (estimate, counts) in claimed_routes(run).items():
+            numbers[claim, mask] = Effect(estimate, counts)
     pair = [runs[mask] for mask in MASKS if mask in runs]
     if (
         len(pair) == 2
@@ -221,9 +229,11 @@ def _compared_masks(claim: str, mask: str) -> Sequence[str]:
 def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     measured = estimate_to_json(estimate := numbers.main[claim, mask].in_paper)
-    if study.trained[mask].is_solved:
+    if study.trained[mask].is_solved and claim not in WITHOUT_PROBES:
         reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
         return untested(reason, **measured, probes="solved")
+    if claim in WITHOUT_PROBES:
+        return column(CLAIMS[claim].sign, **measured)
     solved = numbers.solved.get((claim, mask))
     below = solved and estimate_to_json(subtract(solved.in_paper, estimate))
     return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
@@ -247,6 +257,8 @@ def _optimum_column(
             f"no solved run of the untrained model: run {_command('solve', study, mask, options)}"
         )
     if (claim, mask) not in numbers.solved:
+        if claim in WITHOUT_PROBES:
+            return untested(f"run `probes routes --probes {quote(str(solved[mask].path))}`")
         return untested(
             f"no knockout of the solved probes: run `probes knockout --probes {quote(str(solved[mask].path))}`"
         )
@@ -254,6 +266,8 @@ def _optimum_column(
     if effect.estimate is None:
         return untested(_no_contrast(solved[mask]))
     measured = estimate_to_json(effect.estimate)
+    if claim in WITHOUT_PROBES:
+        return margin_column(sign, **measured)
     if reason := unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
     more = {"over_pairs": effect.over_pairs, "tokens": numbers.tokens} if effect.over_pairs else {}
@@ -288,7 +302,7 @@ def _beyond_random_column(
             judged = judge_draws(CLAIMS[claim].sign, comparison, others) | {"probes": kind} | same
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
-            reason = unconverged(runs, claim)
+            reason = None if claim in WITHOUT_PROBES else unconverged(runs, claim)
             return (
                 untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
             )
@@ -296,6 +310,8 @@ def _beyond_random_column(
     name = part if study.first.has_llm else "encoder"
     if max(draws) >= 2:
         runs = f"the runs with a random {name}"
+        if claim in WITHOUT_PROBES:
+            return untested(f"draws without this analysis: run `probes routes` on {runs}")
         if claim.startswith("knockout"):
             if numbers.main[claim, mask].estimate is None:
                 return untested(_no_contrast(study.trained[mask]))

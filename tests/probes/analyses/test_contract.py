@@ -45,6 +45,12 @@ CASES = {
     "answers": Case(
         ["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1", ("answer_accuracy",)
     ),
+    "routes": Case(
+        ["--limit", "3", "--draws", "1"],
+        ["--window", "1"],
+        "draws 1",
+        ("routes_causal",),
+    ),
     "patching": Case(
         ["--site", "layer_02", "--limit", "4", "--draws", "1"],
         ["--layers", "1"],
@@ -83,7 +89,7 @@ class Study:
     def run(self, name: str, *more: str, of: int = 0) -> None:
         probes = self.runs if name == "starvation" else [self.runs[of]]
         command = [name, "--probes", *map(str, probes), *CASES[name].options]
-        if name == "answers":
+        if name in ("answers", "routes"):
             command += ["--questions", str(self.questions)]
         main([*command, *more])
 
@@ -193,6 +199,8 @@ BAD = [
     ("patching", ["--draws", "0"], "draws must be at least 1, got 0"),
     ("patching", ["--pairs", "nowhere"], "no folder nowhere"),
     ("answers", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("routes", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("routes", ["--window", "4"], "window is 4; expected 1 to 3, the model's layers"),
     ("umap", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
     ("maps", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
     ("starvation", ["--site", "layer_77"], "has no site 'layer_77'"),
@@ -210,6 +218,7 @@ def test_a_bad_option_is_an_error_in_one_line(name, options, message, study, tmp
 ABOUT_CLASSES = {
     "knockout": ["--probes", "RUN", "--classes", "auto:1"],
     "answers": ["--probes", "RUN"],
+    "routes": ["--probes", "RUN"],
     "patching": ["--probes", "RUN"],
     "umap": ["--probes", "RUN"],
     "explore": ["RUN", "--images", "0", "--out", "OUT"],

@@ -231,7 +231,7 @@ def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
         mllm.answer(picture, "sky " * 600)
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
     with pytest.raises(UserError, match="attn_implementation='sdpa'"):
-        eager.answer(picture, QUESTIONS[0])
+        eager.answer_attention(pixels, QUESTIONS[0], ANSWERS[0])
 
 
 @pytest.mark.parametrize(

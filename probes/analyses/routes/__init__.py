@@ -1,0 +1,55 @@
+"""Which way an answer takes: text cut off from image tokens, and from other text, in windows of layers."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `probes routes`."""
+    add_run(parser)
+    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
+    parser.add_argument("--questions", metavar="FILE", help=text)
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
+    )
+    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+    text = "layers in a window; each window that fits is cut, and all layers at once"
+    parser.add_argument("--window", type=int, default=2, metavar="K", help=text)
+    text = "draws of as many random patches to average"
+    parser.add_argument("--draws", type=int, default=3, help=text)
+    text = "forwards that run together, each of one question under one knockout"
+    parser.add_argument("--batch-size", type=int, default=32, help=text)
+    add_seed(parser, "the random patches and the bootstrap")
+    add_out(parser)
+
+
+def rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Yield the effect of each route, cut in all layers, in nats."""
+    for effect in result["effects"]:
+        of_all = effect["all"]
+        metric = f"route_{effect['source']}_to_{effect['target']}".replace(" - ", "_minus_")
+        yield table_row(None, metric, of_all["value"], of_all["ci95"])
+
+
+ANALYSIS = Analysis(
+    help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
+    question="Which way does an answer take from the patches of its object to the last token?",
+    add_options=add_options,
+    result="routes.json",
+    title="Routes of answers",
+    arms=("trained", "random"),
+    beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
+    rows=rows,
+    reads_probes=False,
+    claims={
+        "route_object": Claim(
+            +1,
+            "The answer is read from the object's patches: drop of the right answer's probability if no text attends "
+            "to them, minus the drop for as many other patches",
+            "read from the object",
+        ),
+    },
+)

@@ -1,0 +1,145 @@
+"""What the report shows of routes: effects of cuts by window of layers, of trained models and of random LLMs."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.base import Section
+from probes.analyses.style import COLOURS, FigureData, ReportFigure
+from probes.results.formatting import Rows, bounds
+from probes.results.probe_run import ProbeRun
+from probes.results.study import StudyRuns
+
+from .effects import TARGETS
+
+KEYS = ("questions", "images", "accuracy", "effects")  # of routes.json
+RANDOM_COLOUR = "#777777"
+DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
+
+
+def section(study: StudyRuns) -> Section:
+    """Return the section of a study: a figure for each mask."""
+    routes = study_routes(study)
+    figures = [
+        ReportFigure(
+            f"routes_{mask}", f"Routes of answers, {mask}",
+            "Change of the right answer's log-probability when no token of the target attends to the source, in "
+            "windows of layers (points, at the middle of the window) and in all layers (right). object: the patches "
+            "that the question is about; random: as many others. Dotted: random LLMs, one line per draw. Bands: 95% "
+            "intervals over images, for all windows of a route together.",
+            routes_figure(of_mask), "wide")
+        for mask, of_mask in routes.items()
+    ]  # fmt: skip
+    by_mask = {"routes": {mask: routes.get(mask) for mask in study.trained}}
+    return Section(figures, [summarize(mask, routes[mask]) for mask in routes], by_mask=by_mask)
+
+
+def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
+    """Return {mask: `KEYS` of routes.json, and "random": [{"draw", and `KEYS`}]}; masks without are missing.
+
+    Raises:
+        UserError: A random LLM was asked other questions than the trained one.
+    """
+    by_mask = {}
+    for mask in study.trained:
+        runs = [study.solved.get(mask), study.trained[mask]]
+        run = next((run for run in runs if run and run.analysis("routes.json")), None)
+        if run is None:
+            continue
+        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
+        draws = [draw for draw in draws if draw.analysis("routes.json")]
+        for draw in draws:
+            _check_same_questions(run, draw)
+        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+        by_mask[mask] = _select(run) | {"random": random}
+    return by_mask
+
+
+def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
+    one, other = run.analysis("routes.json"), draw.analysis("routes.json")
+    if any(one[key] != other[key] for key in ("questions_sha256", "questions", "window", "seed")):
+        raise UserError(
+            f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
+        )
+
+
+def _select(run: ProbeRun) -> dict[str, Any]:
+    results = run.analysis("routes.json")
+    return {key: results[key] for key in KEYS}
+
+
+def routes_figure(of_mask: dict[str, Any]) -> FigureData:
+    """Draw a panel per target; the CSV file has all routes, windows and models."""
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    for ax, target in zip(figure.subplots(2, 2).flat, TARGETS, strict=True):
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_title(f"to {target}", fontsize=9)
+        ax.set_xlabel("layers that are cut", fontsize=8)
+        ax.set_ylabel("right answer (nats)", fontsize=8)
+        for entry in of_mask["random"]:
+            _draw(ax, entry, target, random=True)
+        _draw(ax, of_mask, target)
+        ax.legend(fontsize=7)
+    return FigureData(figure, route_rows(of_mask))
+
+
+def _draw(ax: Axes, entry: dict[str, Any], target: str, random: bool = False) -> None:
+    effects = [effect for effect in entry["effects"] if effect["target"] == target]
+    for number, source in enumerate(DRAWN):
+        for effect in (effect for effect in effects if effect["source"] == source):
+            windows = effect["windows"]
+            middles = [sum(window["layers"]) / 2 for window in windows]
+            end = windows[-1]["layers"][1] + 1
+            colour = COLOURS[number % len(COLOURS)]
+            values = [window["value"] for window in windows]
+            if random:
+                ax.plot(middles, values, ":", color=colour, lw=1)
+                ax.plot([end], [effect["all"]["value"]], "x", color=colour, ms=4)
+                continue
+            ax.plot(middles, values, "o-", color=colour, ms=3, lw=1.3, label=f"from {source}")
+            low, high = zip(*(window["ci95"] for window in windows), strict=True)
+            ax.fill_between(middles, low, high, color=colour, alpha=0.15, lw=0)
+            shifted = end + 0.12 * number
+            ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)
+            ax.plot([shifted], [effect["all"]["value"]], "s", color=colour, ms=4)
+
+
+def route_rows(of_mask: dict[str, Any]) -> Rows:
+    """Return the changes in nats and of answers, by model, route and layers."""
+    models = {"trained": of_mask}
+    models |= {f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]}
+    rows = []
+    for model, entry in models.items():
+        for effect in entry["effects"]:
+            common = {"model": model, "source": effect["source"], "target": effect["target"]}
+            pairs = [("all", effect["all"], effect["changed"])]
+            pairs += [
+                ("{}-{}".format(*window["layers"]), window, changed)
+                for window, changed in zip(
+                    effect["windows"], effect["changed_windows"], strict=True
+                )
+            ]
+            for layers, right, changed in pairs:
+                numbers = {"nats": right["value"]} | bounds(right["ci95"], "nats_")
+                numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
+                rows.append(common | {"layers": layers} | numbers)
+    return rows
+
+
+def summarize(mask: str, of_mask: dict[str, Any]) -> str:
+    """Return one sentence per mask: what text reads from the object's patches."""
+    effects = {(effect["source"], effect["target"]): effect for effect in of_mask["effects"]}
+    own, random, more = (
+        _nats(effects[source, "text"]) for source in ("object", "random", "object - random")
+    )
+    return (
+        f"{mask.capitalize()}: if no text attends to the patches that a question is about, the right answer's "
+        f"log-probability changes by {own}; without as many random patches by {random} (difference {more})."
+    )
+
+
+def _nats(effect: dict[str, Any]) -> str:
+    low, high = effect["all"]["ci95"]
+    return f"{effect['all']['value']:+.3f} nats [{low:+.3f}, {high:+.3f}]".replace("-", "−")

@@ -1,0 +1,178 @@
+"""Routes of answers: the analysis against a loop, and on models whose answers are read from their object or are not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import probe_runs
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from probes import Knockout
+from probes.analyses.answers.questions import read_questions
+from probes.analyses.routes.run import RoutesPlan, blocked_patches, measure_routes, windows
+from probes.cli import main
+from probes.results.probe_run import ProbeRun
+
+CLASSES = tiny_models.CLASSES
+COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+QUESTION = "name the"
+
+
+@pytest.fixture(scope="module")
+def measured(runs, tmp_path_factory):
+    """A run, its questions, and what the command wrote."""
+    out = tmp_path_factory.mktemp("routes")
+    questions = probe_runs.write_questions(runs["causal"], out)
+    command = ["routes", "--probes", str(runs["causal"].path), "--questions", str(questions)]
+    main([*command, "--out", str(out), "--draws", "2", "--window", "2", "--batch-size", "7"])
+    results = json.loads((out / "routes.json").read_text())
+    return runs["causal"], questions, results, load_file(out / "routes.safetensors")
+
+
+def test_routes_equal_a_loop_over_knockouts(measured):
+    run, path, _, tensors = measured
+    mllm = run.mllm()
+    file = read_questions(path, CLASSES)
+    sets = {"question": "question", "last": "last", "text": ("question", "last", "answer")}
+    for number, question in list(enumerate(file.questions))[:2]:
+        pixels = mllm.preprocess([Image.open(path.parent / file.images[question.image])])
+        left, top, right, bottom = question.box
+        place = [
+            left <= (column + 0.5) / 2 < right and top <= (row + 0.5) / 2 < bottom
+            for row in range(2)
+            for column in range(2)
+        ]
+        place = torch.tensor(place)
+        blocked = {"image": place | True, "object": place, "others": ~place}
+        for target, rows in (sets | {"image": "image"}).items():
+            for source, patches in blocked.items():
+                for i, layers in enumerate((None, [1, 2], [2, 3])):
+                    knockout = Knockout(patches[None], layers, rows)
+                    scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
+                    scores = scores[0, 0].log_softmax(-1)
+                    found = tensors[f"right:{source} to {target}"][number, i]
+                    torch.testing.assert_close(found, scores[question.right], rtol=0, atol=1e-4)
+                    changed = scores.argmax() != tensors["none"][number].argmax()
+                    assert tensors[f"changed:{source} to {target}"][number, i] == changed
+        knockout = Knockout(None, [2, 3], "last", "question")
+        scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
+        expected = scores[0, 0].log_softmax(-1)[question.right]
+        found = tensors["right:question to last"][number, 2]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_random_patches_are_as_many_others():
+    place = torch.tensor([True, False, True, False, False, False])
+    sources = blocked_patches(place, 20, [0, 3])
+    assert (sources["random"].sum(1) == 2).all()
+    assert not (sources["random"] & place).any()
+    assert len(sources["random"].unique(dim=0)) > 3
+    assert blocked_patches(~place, 1, [0])["random"].sum() == 2, "no more than there are"
+
+
+def test_effects_are_means_over_questions(measured):
+    _, _, results, tensors = measured
+    assert windows(2, 3) == [[1, 3], [1, 2], [2, 3]]
+    none = tensors["none"][range(len(tensors["right"])), tensors["right"]]
+    for effect in results["effects"]:
+        if effect["source"] == "object - random":
+            own, other = (
+                tensors[f"right:{name} to {effect['target']}"] for name in ("object", "random")
+            )
+            expected = own - other
+        else:
+            route = f"{effect['source']} to {effect['target']}"
+            expected = tensors[f"right:{route}"] - none[:, None]
+        found = [effect["all"], *effect["windows"]]
+        assert [entry["value"] for entry in found] == pytest.approx(
+            expected.double().mean(0).tolist(), abs=1e-6
+        )
+        assert all(
+            low <= entry["value"] <= high for entry in found for low, high in [entry["ci95"]]
+        )
+
+
+# ------------------------------------------------------------------------------------------ known truth
+def write_world(folder: Path, images: int, shuffled: bool) -> Path:
+    """Pictures of one coloured patch each, and questions about it; shuffled, the answers do not depend on it."""
+    rng = np.random.default_rng(0)
+    records = []
+    (folder / "pictures").mkdir(parents=True)
+    for i in range(images):
+        patch = int(rng.integers(4))
+        kind = int(rng.integers(3))
+        pixels = rng.integers(100, 140, (8, 8, 3)).astype(np.uint8)
+        row, column = divmod(patch, 2)
+        pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = COLOURS[kind]
+        Image.fromarray(pixels).save(folder / f"pictures/{i}.png")
+        name = CLASSES[int(rng.integers(3)) if shuffled else kind]
+        box = [column / 2, row / 2, column / 2 + 0.5, row / 2 + 0.5]
+        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
+        record = {"image": f"pictures/{i}.png", "conversations": turns}
+        records.append(record | {"regions": [{"box": box, "class": name}]})
+    path = folder / "questions.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def train(mllm, questions: Path, steps: int) -> None:
+    """Train adapter and LLM to answer, with all but the last 60 images."""
+    file = read_questions(questions, CLASSES)
+    names = [file.images[question.image] for question in file.questions][:-60]
+    pixels = mllm.preprocess([Image.open(questions.parent / name) for name in names])
+    right = torch.tensor([question.right for question in file.questions][:-60])
+    model = mllm.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    text = mllm.chat.question_ids(QUESTION)
+    answers = torch.tensor([ids[0] for ids in mllm.chat.answer_ids(CLASSES)])
+    assert len(answers.unique()) == 3
+    ids = torch.tensor([mllm.ids[0].tolist() + text])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(len(right), (32,), generator=generator)
+        output = model(input_ids=ids.expand(32, -1), pixel_values=pixels[batch])
+        loss = F.cross_entropy(output.logits[:, -1], answers[right[batch]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.requires_grad_(False)
+
+
+@pytest.mark.slow
+def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
+    """Patches do not mix before the LLM, since the adapter reads the patch embeddings."""
+    numbers = {}
+    for name in ("planted", "shuffled"):
+        questions = write_world(tmp_path / name, 400, shuffled=name == "shuffled")
+        run = runs["causal"]
+        mllm = run.mllm()
+        mllm.model.config.vision_feature_layer = 0
+        train(mllm, questions, 150)
+        held_out = json.loads(questions.read_text())[-60:]
+        questions.write_text(json.dumps(held_out))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)
+            plan = RoutesPlan(questions, questions.parent, window=1, draws=2)
+            results = measure_routes(run, plan, tmp_path / name / "out")
+        effects = {(entry["source"], entry["target"]): entry for entry in results["effects"]}
+        tensors = load_file(tmp_path / name / "out/routes.safetensors")
+        own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))
+        numbers[name] = results["accuracy"]["value"], effects, (other - own).mean().item()
+    accuracy, effects, claimed = numbers["planted"]
+    assert accuracy > 0.95
+    assert claimed > 0.3
+    assert effects["object - random", "text"]["all"]["ci95"][1] < -0.5
+    assert effects["object", "text"]["changed"]["value"] > 0.3
+    assert abs(effects["random", "text"]["all"]["value"]) < 0.3 * abs(
+        effects["object", "text"]["all"]["value"]
+    )
+    accuracy, effects, claimed = numbers["shuffled"]
+    assert abs(accuracy - 1 / 3) < 0.2
+    assert claimed < 0.01
+    low, high = effects["object - random", "text"]["all"]["ci95"]
+    assert low <= 0 <= high or abs(low + high) / 2 < 0.05

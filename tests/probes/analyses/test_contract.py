@@ -48,7 +48,7 @@ CASES = {
     "routes": Case(
         ["--limit", "3", "--draws", "1"],
         ["--window", "1"],
-        "draws 1",
+        "window 2",
         ("routes_causal",),
     ),
     "patching": Case(

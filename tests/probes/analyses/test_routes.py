@@ -145,13 +145,14 @@ def train(mllm, questions: Path, steps: int) -> None:
 
 @pytest.mark.slow
 def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
-    """Patches do not mix before the LLM, since the adapter reads the patch embeddings."""
+    """Patches do not mix before the LLM, since the encoder's attention is zero."""
     numbers = {}
     for name in ("planted", "shuffled"):
         questions = write_world(tmp_path / name, 400, shuffled=name == "shuffled")
         run = runs["causal"]
         mllm = run.mllm()
-        mllm.model.config.vision_feature_layer = 0
+        for layer in mllm.encoder_layers.modules(mllm.model):
+            torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
         train(mllm, questions, 150)
         held_out = json.loads(questions.read_text())[-60:]
         questions.write_text(json.dumps(held_out))
@@ -164,15 +165,16 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
         own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))
         numbers[name] = results["accuracy"]["value"], effects, (other - own).mean().item()
     accuracy, effects, claimed = numbers["planted"]
+    # the last token reads the object itself; one of three answers is the one without it
     assert accuracy > 0.95
-    assert claimed > 0.3
+    assert claimed > 0.2
     assert effects["object - random", "text"]["all"]["ci95"][1] < -0.5
-    assert effects["object", "text"]["changed"]["value"] > 0.3
-    assert abs(effects["random", "text"]["all"]["value"]) < 0.3 * abs(
-        effects["object", "text"]["all"]["value"]
-    )
+    assert effects["object", "text"]["changed"]["value"] > 0.2
+    for source, target in (("others", "text"), ("random", "text"), ("object", "question")):
+        assert abs(effects[source, target]["all"]["value"]) < 0.1
     accuracy, effects, claimed = numbers["shuffled"]
     assert abs(accuracy - 1 / 3) < 0.2
     assert claimed < 0.01
-    low, high = effects["object - random", "text"]["all"]["ci95"]
-    assert low <= 0 <= high or abs(low + high) / 2 < 0.05
+    for target in ("text", "last"):
+        low, high = effects["object - random", target]["all"]["ci95"]
+        assert low <= 0 <= high

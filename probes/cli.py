@@ -44,7 +44,7 @@ RUN_OPTIONS = {
 SOLVER_OPTIONS = {
     "--dry-run": "print memory and hours, measured on a few images",
     "--strengths R ...": "strengths of regularisation (default: the best one, searched in half decades)",
-    "--passes N": "most passes over the training images (default: 8)",
+    "--passes N": "most passes over the training images (default: 10)",
     "--folds N": "folds of training images that choose the strength (default: 4)",
     "--sample-images N": "images whose memory is used (default: as many as fit into a quarter of it)",
 }

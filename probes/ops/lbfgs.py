@@ -5,6 +5,7 @@ Legend: P problems solved together, K classes, n weights of a class.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ HALVINGS = 10  # of a step, before rounding is blamed
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
+class Minimum(NamedTuple):
+    """Where :func:`minimise` has ended.
+
+    Args:
+        points: f64[P, K, n].
+        value: f64[P].
+        gradient: f64[P, K, n].
+        decrease: f64[P], predicted decrease that is left.
+    """
+
+    points: Tensor
+    value: Tensor
+    gradient: Tensor
+    decrease: Tensor
+
+
 def minimise(
     objective: Objective,
     points: Tensor,
@@ -25,7 +42,8 @@ def minimise(
     tolerance: float,
     iterations: int = ITERATIONS,
     pairs: deque | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Minimum:
     """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
 
     Args:
@@ -35,9 +53,7 @@ def minimise(
         tolerance: Predicted decrease at which a problem ends.
         iterations: Most steps.
         pairs: What an earlier call has learned of nearly the same curvature in the same units; steps are added to it.
-
-    Returns:
-        Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
+        known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
     """
     shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
 
@@ -46,7 +62,10 @@ def minimise(
             y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
         )
 
-    value, gradient = evaluate(points, list(range(len(points))))
+    if known is None:
+        value, gradient = evaluate(points, list(range(len(points))))
+    else:
+        value, gradient = known[0], known[1].flatten(1)
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     # no step decreases the value: it is exact to rounding
     blocked = torch.zeros_like(value, dtype=torch.bool)
@@ -74,11 +93,32 @@ def minimise(
         s = step[:, None] * direction
         y = (new[2] - gradient) * scale
         points, value, gradient = new
-        curvature = (s * y).sum(1)
-        rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
-        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), 0)
-        pairs.append((s, y, rho, size))
-    return points.view(shape), gradient.view(shape), decrease
+        pairs.append(_pair(s, y))
+    return Minimum(points.view(shape), value, gradient.view(shape), decrease)
+
+
+def change_units(pairs: deque, before: Tensor, after: Tensor, added: Tensor) -> None:
+    """Bring pairs into the units of a later call of :func:`minimise`, whose objectives have another penalty.
+
+    Args:
+        pairs: Of P problems.
+        before: f64[P, K, n], `scale` of the call that has made the pairs.
+        after: f64[P, K, n], `scale` of the call that takes them.
+        added: f64[P, 1, n], a: the new objectives are the old ones + a/2 x^2, with a below 0 where a penalty is weaker.
+    """
+    ratio = (before / after).flatten(1)
+    curvature = (added * before * after).flatten(1)
+    for _ in range(len(pairs)):  # one at a time: all of them twice may be gigabytes
+        s, y, *_ = pairs.popleft()
+        pairs.append(_pair(s * ratio, y / ratio + curvature * s))
+
+
+def _pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a step, the change of the gradient, both f64[P, n], and the factors of the recursion; 0 where s y <= 0."""
+    curvature = (s * y).sum(1)
+    rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
+    size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), 0)
+    return s, y, rho, size
 
 
 def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, ...]]) -> Tensor:

@@ -66,7 +66,7 @@ class OptimumSolver(Solver):
     instrument = "optimum"
     nodes = TIGHT_NODES
 
-    def __init__(self, passes: int = 8, sample_images: int | None = None, **shared: Any):
+    def __init__(self, passes: int = 10, sample_images: int | None = None, **shared: Any):
         super().__init__(**shared)
 
     def mask_preparer(self) -> MaskPreparer:

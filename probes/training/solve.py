@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     text = "most passes over the training images; one is enough where the states of all images fit into memory"
-    parser.add_argument("--passes", type=int, default=8, help=text)
+    parser.add_argument("--passes", type=int, default=10, help=text)
     parser.add_argument(
         "--folds", type=int, default=4, help="folds of training images that choose the strength"
     )

@@ -220,7 +220,7 @@ def test_defaults_are_shown_once():
     assert (
         "(default: 64)" in text["knockout"]
         and "(default: 0)" in text["umap"]
-        and "(default: 8)" in text["solve"]
+        and "(default: 10)" in text["solve"]
     )
     assert not [
         command

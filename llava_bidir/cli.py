@@ -254,7 +254,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
 
-    text = "the demo with a real language model, SmolLM2-135M-Instruct, in plain English; again: only what is missing"
+    text = "the demo with a real encoder (DINOv2-S) and a real language model (SmolLM2-135M), on the toy world "
+    text += "or on photos; again: only what is missing"
     real = command("real", "llava_bidir.toy_world.real:run", text)
     real.add_argument(
         "--out",
@@ -267,7 +268,27 @@ def build_parser() -> argparse.ArgumentParser:
     real.add_argument(
         "--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text
     )
-    text = "steps of each stage, instead of as many as fit"
+    text = (
+        "folder data sets with masks, instead of the toy world; questions are made from the masks"
+    )
+    real.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help=text)
+    text = "LLaVA's JSON with captions for --photos (default: lists of classes from the masks)"
+    real.add_argument("--captions", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=text)
+    text = "folder of the photos of --captions (default: that of the file)"
+    real.add_argument(
+        "--caption-images", type=Path, metavar="DIR", default=argparse.SUPPRESS, help=text
+    )
+    text = "with --photos, instead of --minutes"
+    real.add_argument(
+        "--hours", type=between(0.1, 10_000), metavar="H", default=argparse.SUPPRESS, help=text
+    )
+    text = "with --photos, side of the encoder's square, a multiple of 14 px; 112: 64 image tokens"
+    real.add_argument("--image-px", type=count, metavar="PX", default=112, help=text)
+    text = "with --photos, held-out questions about each data set"
+    real.add_argument("--questions", type=count, metavar="N", default=200, help=text)
+    text = "train the models, and study none"
+    real.add_argument("--train-only", action="store_true", help=text)
+    text = "steps of stage 2, and of stage 1 as many (with photos, half as many again), instead of as many as fit"
     real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
     real.add_argument(
         "--draws", type=natural, default=2, help="draws of each kind of random LLM in the study"
@@ -275,7 +296,21 @@ def build_parser() -> argparse.ArgumentParser:
     text = "also train and study what tells language from training: the model after stage 1, one of random weights, "
     text += "and one with image tokens as small as words; takes hours"
     real.add_argument("--controls", action="store_true", help=text)
-    real.set_defaults(steps=None)
+    real.set_defaults(steps=None, captions=None, caption_images=None, hours=None)
+
+    text = "make conversations about photos from their masks, balanced so that a blind answer is right in half"
+    questions = command("questions", "llava_bidir.commands.questions:run", text)
+    text = "folder data set: images, masks and classes.json (probes/README.md, Your own data)"
+    questions.add_argument("data", type=Path, metavar="DATA", help=text)
+    text = "folder for captions.json, dialogues.json and questions.json"
+    questions.add_argument("--out", type=Path, **required, help=text)
+    questions.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    text = "rows and columns of places that are asked about"
+    questions.add_argument("--grid", type=count, metavar="N", default=4, help=text)
+    text = "questions about each training photo, on average"
+    questions.add_argument("--per-photo", type=count, metavar="N", default=6, help=text)
+    text = "questions about all validation photos"
+    questions.add_argument("--held-out", type=count, metavar="N", default=200, help=text)
 
     rehearse = command(
         "rehearse",

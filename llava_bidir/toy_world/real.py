@@ -37,6 +37,10 @@ SCALE = 0.25
 TRAINING_SHARE = 0.55
 # time of a step of stage 1 in steps of stage 2: fewer tokens, and frozen weights
 STAGE1_SHARE = 0.3
+MODELS_SHARE = 0.9  # the same with --train-only
+PATCH_PX = 14
+WORLD_TOKENS = 330  # of a dialogue of the toy world with its picture
+TEXT_TOKENS = 130  # of a conversation about photos
 PHOTOS_STAGE1 = (
     1.5  # steps of stage 1 per step of stage 2 with photos: 900 for 600, each of 7,079 photos once
 )
@@ -105,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
         write_models(out)
         data = write_photos(out, args) if args.photos else write_world(out, args.seed)
         minutes = 60 * args.hours if args.hours else args.minutes
-        plan = make_plan(out, minutes, args.steps, data.is_photos)
+        share = MODELS_SHARE if args.train_only else TRAINING_SHARE
+        plan = make_plan(out, minutes * share, args.steps, data)
         for name in names:
             train(out, MODELS[name], plan, args.seed, data)
             show_language(out, name, data)
@@ -214,13 +219,24 @@ def find_model() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def make_plan(out: Path, minutes: float, steps: int | None, photos: bool) -> dict:
-    """Return precision and steps of both stages, from a measured step unless OUT has a plan already."""
+def make_plan(out: Path, minutes: float, steps: int | None, data: Data) -> dict:
+    """Return precision and steps of both stages, from a measured step unless OUT has a plan already.
+
+    Args:
+        out: OUT.
+        minutes: Time for both stages under both masks at a time.
+        steps: Steps of stage 2; None: as many as fit.
+        data: Decides the length of a step.
+    """
     file = out / "plan.json"
     if not file.is_file():
-        precision, seconds = measure_step(out / "llm")
-        stage1 = PHOTOS_STAGE1 if photos else 1
-        affordable = minutes * 60 * TRAINING_SHARE / ((1 + stage1 * STAGE1_SHARE) * seconds)
+        stage1 = 1.0
+        tokens = WORLD_TOKENS
+        if data.is_photos:
+            stage1 = PHOTOS_STAGE1
+            tokens = (data.image_px // PATCH_PX) ** 2 + TEXT_TOKENS
+        precision, seconds = measure_step(out / "llm", tokens)
+        affordable = minutes * 60 / ((1 + stage1 * STAGE1_SHARE) * seconds)
         steps = steps or max(1, round(affordable))
         plan = {"precision": precision, "steps": steps, "step_s": seconds}
         write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
@@ -232,7 +248,7 @@ def make_plan(out: Path, minutes: float, steps: int | None, photos: bool) -> dic
     return plan
 
 
-def measure_step(llm: Path, tokens: int = 330) -> tuple[str, float]:
+def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
     """Return the faster precision, by Lightning's name, and the seconds of a step of stage 2 in it on an idle core.
 
     The precision is that in which a linear layer of the LLM takes less CPU time: without instructions for bfloat16, a

@@ -18,6 +18,8 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.training.callbacks import ExportSteps
 from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.throughput import Throughput
@@ -266,6 +268,20 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, fit
     resumed, rest, _ = fit(ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 2 * MICRO_BATCHES and rest == losses[2 * step :]
     assert moved_parameters(whole, resumed) == set()
+
+
+def test_models_are_exported_on_the_way_with_the_weights_of_their_step(fit, tmp_path):
+    """Compared with the checkpoint of that step; two micro-batches are a step, and three steps an epoch."""
+    save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_train_steps=1)
+    fit(enable_checkpointing=True, callbacks=[ExportSteps([2]), SaveAtStepBoundary(), save])
+    assert [folder.name for folder in (tmp_path / "steps").iterdir()] == ["2"]
+    exported = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "steps/2/hf")
+    weights = {f"model.{name}": weight for name, weight in exported.state_dict().items()}
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    for name, weight in saved.items():
+        assert torch.equal(weights[name], weight), name
+    training = json.loads((tmp_path / "steps/2/hf/training.json").read_text())
+    assert training["steps"] == 2
 
 
 def test_a_validation_within_a_step_saves_no_checkpoint(

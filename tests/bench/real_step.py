@@ -2,29 +2,30 @@
 
     python tests/bench/real_step.py ENCODER LLM --sides 112 168 224
 
-Prints the median CPU seconds of 8 samples, with random pixels and ids: the encoder alone, stage 1, stage 2 and its
-optimizer. CPU time, not wall time, so that a busy machine does not change it much.
+Prints the CPU seconds of 8 samples, two micro-batches with random pixels and ids: the encoder alone, stage 1, stage 2
+and its optimizer. CPU time, not wall time, so that a busy machine does not change it much.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.supervised_loss import supervised_loss
 
-SAMPLES = 8
-CAPTION_TOKENS = 16  # a sentence of Flickr8k
-DIALOGUE_TOKENS = 110  # four questions in the template of SmolLM2
+SAMPLES = 4  # of a micro-batch
+MICRO_BATCHES = 2
+CAPTION_TOKENS = 15  # a sentence of Flickr8k
+DIALOGUE_TOKENS = 92  # mean of the conversations that `llava-bidir real --photos` mixes, without the picture
 ANSWER_TOKENS = 2  # of each question, with the end
 
 
-def measure(f: Callable[[], object], repeats: int = 3) -> float:
+def measure(f: Callable[[], object], repeats: int) -> float:
     """Return the median CPU seconds of a call, after one that is not counted."""
     f()
     seconds = []
@@ -52,6 +53,17 @@ def build_batch(model, image_tokens: int, side_px: int, text: int, supervised: i
     }
 
 
+@torch.no_grad()
+def encode(model, batch: dict) -> None:
+    """Compute the features of a batch's images."""
+    model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+
+
+def step(model, batch: dict) -> None:
+    """Compute the gradients of a micro-batch."""
+    supervised_loss(model, batch).backward()
+
+
 def main() -> None:
     """Print a row of seconds for each side of the encoder's square."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -60,9 +72,9 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[112, 168, 224])
     parser.add_argument("--mask", default="causal")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    load_tokenizer("llm", args.llm)
     print("side  tokens  encoder  stage 1  stage 2  optimizer  (CPU seconds of 8 samples)")
     for side in args.sides:
         encoder = Encoder("dinov2", args.encoder, image_px=side)
@@ -70,23 +82,16 @@ def main() -> None:
         model = build_model(encoder, args.llm, processor, image_attention=args.mask)
         tokens = model.config.image_seq_length
         captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
-        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 4 * ANSWER_TOKENS)
+        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 6 * ANSWER_TOKENS)
 
-        def encode(model=model, batch=captions):
-            with torch.no_grad():
-                model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
-
-        def step(batch, model=model):
-            supervised_loss(model, batch).backward()
-
-        encoded = measure(encode)
+        encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)
         set_trainable(model, ["adapter"])
-        stage1 = measure(lambda batch=captions, step=step: step(batch))
+        stage1 = MICRO_BATCHES * measure(partial(step, model, captions), args.repeats)
         set_trainable(model, ["adapter", "llm"])
-        stage2 = measure(lambda batch=dialogues, step=step: step(batch))
+        stage2 = MICRO_BATCHES * measure(partial(step, model, dialogues), args.repeats)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-6)
-        update = measure(optimizer.step)
+        update = measure(optimizer.step, args.repeats)
         print(
             f"{side:4}  {tokens:6}  {encoded:7.2f}  {stage1:7.2f}  {stage2:7.2f}  {update:9.2f}",
             flush=True,

@@ -26,7 +26,7 @@ HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib"
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
     "llava_bidir": "fit validate test export inspect verify-data generate vqa vqa-table demo-assets".split()
-    + ["rehearse", "import-gguf", "configs", "demo"],
+    + ["rehearse", "import-gguf", "configs", "demo", "real", "questions"],
     "probes": "fit solve validate test verify-data sites states knockout starvation umap maps segment explore".split()
     + ["answers", "patching", "report", "lab", "study"],
 }
@@ -169,7 +169,11 @@ NO_TRAINING = {"lightning", "deepspeed", "datasets", "torchmetrics", "sklearn", 
 NOT_NEEDED = (
     ("llava_bidir", "configs demo", NO_TRAINING | {"torch", "numpy"}),
     ("probes", "lab", NO_TRAINING | {"torch", "starlette"}),
-    ("llava_bidir", "vqa vqa-table", NO_TRAINING | {"transformers", "matplotlib", "pandas"}),
+    (
+        "llava_bidir",
+        "questions vqa vqa-table",
+        NO_TRAINING | {"transformers", "matplotlib", "pandas"},
+    ),
     ("probes", "starvation umap segment", NO_TRAINING | {"transformers", "matplotlib", "pandas"}),
     ("probes", "report", NO_TRAINING | {"transformers", "pandas"}),
     ("llava_bidir", "generate import-gguf demo-assets rehearse", NO_TRAINING),

@@ -40,7 +40,7 @@ STAGE1_SHARE = 0.3
 MODELS_SHARE = 0.9  # the same with --train-only
 PATCH_PX = 14
 WORLD_TOKENS = 330  # of a dialogue of the toy world with its picture
-TEXT_TOKENS = 130  # of a conversation about photos
+TEXT_TOKENS = 100  # of a conversation about photos: questions and captions, half and half
 PHOTOS_STAGE1 = (
     1.5  # steps of stage 1 per step of stage 2 with photos: 900 for 600, each of 7,079 photos once
 )

@@ -21,7 +21,9 @@ from llava_bidir.training.supervised_loss import supervised_loss
 SAMPLES = 4  # of a micro-batch
 MICRO_BATCHES = 2
 CAPTION_TOKENS = 15  # a sentence of Flickr8k
-DIALOGUE_TOKENS = 92  # mean of the conversations that `llava-bidir real --photos` mixes, without the picture
+DIALOGUE_TOKENS = (
+    92  # mean of the conversations that `llava-bidir real --photos` mixes, without the picture
+)
 ANSWER_TOKENS = 2  # of each question, with the end
 
 

@@ -1,9 +1,14 @@
 """`llava-bidir real` from the plan to the reports, on two layers of the model and a world of a hundredth."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from run_bytes import run_bytes
+from transformers import Dinov2Config, Dinov2Model
 
 from llava_bidir.cli import main
 from llava_bidir.toy_world import real
@@ -15,13 +20,23 @@ MASKS = ("causal", "bidirectional")
 
 
 @pytest.fixture
-def command(two_layers, tmp_path, monkeypatch):
-    """Return the words of the command and its folder, which has the language model already."""
+def out(two_layers, tmp_path, monkeypatch) -> Path:
+    """The folder of the command, which has a tiny encoder and the language model already."""
     out = tmp_path / "real"
     out.mkdir()
     (out / "llm").symlink_to(two_layers)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, patch_size=real.PATCH_PX, image_size=5 * real.PATCH_PX)
+    Dinov2Model(config).save_pretrained(out / "encoder")
     seconds = 60 * real.TRAINING_SHARE / ((1 + real.STAGE1_SHARE) * STEPS)
-    monkeypatch.setattr(real, "measure_step", lambda llm: ("32-true", seconds))
+    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", seconds))
+    return out
+
+
+@pytest.fixture
+def command(out, monkeypatch):
+    """Return the words of the command and its folder."""
     monkeypatch.setattr(real, "SCALE", 0.01)
     monkeypatch.setattr(real, "SITES", "[encoder, adapter, layer_01, layer_02]")
     options = ["--minutes", "1", "--controls", "--draws", "1"]
@@ -33,7 +48,7 @@ def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_t
 ):
     words, out = command
     main(words)
-    assert f"{STEPS} steps of both stages" in capsys.readouterr().out
+    assert f"{STEPS} steps of stage 1, {STEPS} of stage 2" in capsys.readouterr().out
     plan = json.loads((out / "plan.json").read_text())
     assert (plan["precision"], plan["steps"]) == ("32-true", STEPS)
 
@@ -57,3 +72,49 @@ def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_t
     after = run_bytes(out)
     changed = {file for file in before | after if before.get(file) != after.get(file)}
     assert not {file for file in changed if not file.endswith(".log")}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder data set of random masks, named streets, and captions of its training photos."""
+    root = tmp_path / "streets"
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for part in ("images", "annotations"):
+            (root / part / split).mkdir(parents=True)
+        for i in range(12):
+            mask = rng.integers(0, 3, (4, 4)).astype(np.uint8)
+            Image.fromarray(mask).save(root / f"annotations/{split}/{i}.png")
+            pixels = rng.integers(0, 255, (4, 4, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"images/{split}/{i}.png")
+    (root / "classes.json").write_text(json.dumps({"classes": ["road", "sky", "car"]}))
+    records = []
+    for i in range(12):
+        turns = [
+            {"from": "human", "value": "<image>\nDescribe the picture."},
+            {"from": "gpt", "value": f"{i} cars."},
+        ]
+        image = f"images/training/{i}.png"
+        records.append({"id": str(i), "image": image, "conversations": turns})
+    (root / "captions.json").write_text(json.dumps(records))
+    return root
+
+
+def test_photos_are_trained_on_once(out, photos, capsys):
+    words = ["real", "--out", str(out), "--photos", str(photos), "--steps", "3", "--train-only"]
+    words += ["--captions", str(photos / "captions.json"), "--image-px", "28"]
+    words += ["--questions", "8"]
+    main(words)
+    assert "4 steps of stage 1, 3 of stage 2" in capsys.readouterr().out
+    for mask in MASKS:
+        folder = out / "tuned" / mask / "stage2"
+        training = json.loads((folder / "hf/training.json").read_text())
+        assert training["steps"] == 3
+        assert 0 <= training["val/answer_accuracy"] <= 1
+        config = json.loads((folder / "hf/config.json").read_text())
+        assert (config["image_seq_length"], config["image_attention"]) == (4, mask)
+        assert {file.name for file in (folder / "steps").iterdir()} == {"1"}
+    before = run_bytes(out)
+    main(words)
+    assert "begins" not in capsys.readouterr().out, "no model is trained again"
+    assert run_bytes(out) == before

@@ -1,0 +1,101 @@
+"""`llava-bidir real` without training: which commands it would run, on the toy world and on photos."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_bidir import cli
+from llava_bidir.common.option_names import check_options
+from llava_bidir.toy_world import real
+
+MINUTES = 60
+STEP_S = 10.0
+STAGES = ("stage1", "stage2")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Return a function that runs `real` and returns the commands of its steps by result, relative to OUT."""
+
+    def run(out: Path, *words: str) -> dict[str, list[str]]:
+        found = {}
+
+        def run_missing(folder, name, steps):
+            found.update({str(result.relative_to(out)): words for result, words, _ in steps})
+
+        def measure_step(llm, tokens):
+            return "32-true", STEP_S
+
+        monkeypatch.setattr(real, "run_missing", run_missing)
+        monkeypatch.setattr(real, "measure_step", measure_step)
+        monkeypatch.setattr(real, "show_language", lambda *args: None)
+        monkeypatch.setattr(real, "find_model", lambda: Path("model.gguf"))
+        cli.main(["real", "--out", str(out), "--train-only", *words])
+        return found
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder data set of random masks."""
+    root = tmp_path / "streets"
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for part in ("images", "annotations"):
+            (root / part / split).mkdir(parents=True)
+        for i in range(6):
+            mask = rng.integers(0, 3, (4, 4)).astype(np.uint8)
+            Image.fromarray(mask).save(root / f"annotations/{split}/{i}.png")
+            Image.new("RGB", (4, 4)).save(root / f"images/{split}/{i}.png")
+    (root / "classes.json").write_text(json.dumps({"classes": ["road", "sky", "car"]}))
+    return root
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_steps_fit_the_time_on_the_world_and_on_photos(commands, photos, tmp_path):
+    """The time of a mask's training, by hand: 0.9 of an hour for steps of 10 s, and of 3 s in stage 1."""
+    found = commands(tmp_path / "world", "--minutes", str(MINUTES))
+    for mask in real.MASKS:
+        stage1, stage2 = (found[f"tuned/{mask}/{s}/hf/model.safetensors"] for s in STAGES)
+        steps = [int(option(words, "--trainer.max_steps")) for words in (stage1, stage2)]
+        assert steps == [249, 249]
+        assert 3 * steps[0] + 10 * steps[1] == pytest.approx(0.9 * 3600, rel=0.01)
+        assert option(stage2, "--model.image_attention") == mask
+    found = commands(tmp_path / "photos", "--photos", str(photos), "--hours", "1")
+    stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
+    steps = [int(option(words, "--trainer.max_steps")) for words in (stage1, stage2)]
+    assert steps == [334, 223]
+    assert 3 * steps[0] + 10 * steps[1] == pytest.approx(0.9 * 3600, rel=0.01)
+
+
+def test_models_on_photos_are_exported_at_a_tenth_and_a_third_of_stage_2(
+    commands, photos, tmp_path
+):
+    found = commands(tmp_path / "out", "--photos", str(photos), "--steps", "600")
+    stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
+    assert option(stage1, "--trainer.max_steps") == "900"
+    assert option(stage2, "--trainer.callbacks.steps") == "[60, 200]"
+    assert "--trainer.callbacks.steps" not in stage1
+    for words in (stage1, stage2):
+        assert option(words, "--model.encoder.image_px") == "112"
+        check_options("llava-bidir fit", words[1:], cli.OPTIONS, ())
+
+
+def test_options_of_photos_without_photos_are_an_error(tmp_path):
+    for words in (["--hours", "2"], ["--captions", "captions.json"]):
+        with pytest.raises(SystemExit, match=f"{words[0]} needs --photos"):
+            cli.main(["real", "--out", str(tmp_path), *words])
+
+
+def test_a_folder_of_other_photos_is_not_continued(commands, photos, tmp_path):
+    out = tmp_path / "out"
+    commands(out, "--photos", str(photos))
+    with pytest.raises(SystemExit, match="holds a result of"):
+        commands(out)

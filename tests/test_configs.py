@@ -18,12 +18,13 @@ from transformers import (
 from llava_bidir.model.lora import Lora
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN_ENCODER = [
-    "demo/stage1.yaml",
-    "demo/stage2.yaml",
-    "real/stage1.yaml",
-    "real/stage2.yaml",
-]  # a CLIP
+OWN_ENCODER = {  # the kind of encoder that a config names itself
+    "demo/stage1.yaml": "clip",
+    "demo/stage2.yaml": "clip",
+    "real/stage1.yaml": "dinov2",
+    "real/stage2.yaml": "dinov2",
+}
+UPON_REAL = ["real/photos.yaml"]
 TRAINING = ["stage1.yaml", "stage2.yaml", *OWN_ENCODER]
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
@@ -44,7 +45,7 @@ UPON_PROBING = ["probes/matched.yaml"]
 
 
 def test_every_yaml_is_covered_here():
-    known = {*TRAINING, *ENCODERS, *BUDGET, *CLUSTER, *PROBING, *UPON_PROBING}
+    known = {*TRAINING, *ENCODERS, *BUDGET, *CLUSTER, *PROBING, *UPON_PROBING, *UPON_REAL}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
 
 
@@ -82,9 +83,8 @@ def instantiate(files, parts, conversations, encoder_path):
     ]
     argv += ["--data.annotations", str(conversations / "data.json"), "--trainer.accelerator", "cpu"]
     argv += ["--trainer.precision", "32-true"]
-    argv += (
-        ["--data.template", "vicuna_v1"] if files == ["real/stage2.yaml"] else []
-    )  # tiny LLMs have no chat template
+    if "real/stage2.yaml" in files:  # tiny LLMs have no chat template
+        argv += ["--data.template", "vicuna_v1"]
     return build_cli(argv, run=False)
 
 
@@ -92,7 +92,7 @@ PAIRS = [
     (stage, encoder)
     for stage in TRAINING
     for encoder in ENCODERS
-    if stage not in OWN_ENCODER or "clip" in encoder
+    if OWN_ENCODER.get(stage, Path(encoder).stem) == Path(encoder).stem
 ]
 
 
@@ -102,6 +102,12 @@ def test_training_config_is_instantiated(stage, encoder, parts, conversations, e
     cli = instantiate(files, parts, conversations, encoders / Path(encoder).stem)
     assert cli.datamodule.collate.processor is cli.model.processor
     assert cli.trainer.max_epochs == 1
+
+
+def test_options_for_photos_are_instantiated_upon_both_stages(parts, conversations, encoders):
+    for stage in ("real/stage1.yaml", "real/stage2.yaml"):
+        cli = instantiate([stage, *UPON_REAL], parts, conversations, encoders / "dinov2")
+        assert cli.datamodule.hparams.follow_links
 
 
 @pytest.mark.parametrize("cluster", CLUSTER)

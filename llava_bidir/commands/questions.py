@@ -18,7 +18,7 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.image_io import open_bounded
 from llava_bidir.data.mask_questions import (
     Facts,
-    Question,
+    MaskQuestion,
     ask_in_pairs,
     find_facts,
     to_turns,
@@ -76,7 +76,7 @@ def build_records(
     training = _read_facts(data, "training", classes, table, grid)
     validation = _read_facts(data, "validation", classes, table, grid)
 
-    def ask(photos: dict[Path, Facts], questions: int) -> list[list[Question]]:
+    def ask(photos: dict[Path, Facts], questions: int) -> list[list[MaskQuestion]]:
         return ask_in_pairs([*photos.values()], questions // 2, rng)
 
     captions = []

@@ -108,9 +108,9 @@ def write_files(contents: Mapping[Path, Any]) -> None:
     renamed, so its presence shows that all files are of the same version.
 
     Args:
-        contents: Content by path: tensors by name for .safetensors, a JSON value for .json, else text or bytes. NaN
-            becomes null, since JSON has no NaN and readers other than Python's fail at it. A function is called with
-            the SHA-256 of the other files by name, and returns the content.
+        contents: Content by path: tensors by name for .safetensors, or these and the metadata; a JSON value for .json,
+            else text or bytes. NaN becomes null, since JSON has no NaN and readers other than Python's fail at it. A
+            function is called with the SHA-256 of the other files by name, and returns the content.
 
     Raises:
         UserError: A file cannot be written, for example on a full disk. The previous files are unchanged.
@@ -169,7 +169,9 @@ def write_tensors(
 def _write(path: Path, suffix: str, content: Any) -> None:
     path.unlink(missing_ok=True)  # it may be a link to a file that is not ours
     if suffix == ".safetensors":
-        write_tensors({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)
+        tensors, metadata = content if isinstance(content, tuple) else (content, None)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        write_tensors(tensors, path, metadata)
     else:
         text = json.dumps(_null_for_nan(content), indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)

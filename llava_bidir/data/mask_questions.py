@@ -43,7 +43,7 @@ class Fact(NamedTuple):
 Facts = dict[Key, Fact]  # of a photo
 
 
-class Question(NamedTuple):
+class MaskQuestion(NamedTuple):
     """A question about a photo."""
 
     text: str
@@ -120,7 +120,9 @@ def _find_left(cells: Cells) -> dict[str, tuple[str, tuple[int, int]]]:
     return found
 
 
-def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> list[list[Question]]:
+def ask_in_pairs(
+    photos: list[Facts], pairs: int, rng: np.random.Generator
+) -> list[list[MaskQuestion]]:
     """Return questions about each photo; each text is asked of two photos with different answers.
 
     Args:
@@ -128,7 +130,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
         pairs: Pairs of questions, as many of each kind; a kind that allows fewer leaves them to those after it.
         rng: Random generator.
     """
-    asked: list[list[Question]] = [[] for _ in photos]
+    asked: list[list[MaskQuestion]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
         drawn = _draw_pairs(photos, kind, pairs // (len(KINDS) - number), rng)
         pairs -= len(drawn)
@@ -140,7 +142,7 @@ def ask_in_pairs(photos: list[Facts], pairs: int, rng: np.random.Generator) -> l
 
 def _draw_pairs(
     photos: list[Facts], kind: str, most: int, rng: np.random.Generator
-) -> list[dict[int, Question]]:
+) -> list[dict[int, MaskQuestion]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
     # photos that can still be asked, by what the question is about and by their answer
     left: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -149,7 +151,7 @@ def _draw_pairs(
             if key[0] == kind:
                 left[key][fact.answer].append(photo)
     counts = np.zeros(len(photos), int)
-    pairs: list[dict[int, Question]] = []
+    pairs: list[dict[int, MaskQuestion]] = []
     while len(pairs) < most:
         keys = [key for key, by_answer in left.items() if len(by_answer) > 1]
         if not keys:
@@ -171,7 +173,7 @@ def _draw_pairs(
     return pairs
 
 
-def _build_question(key: Key, fact: Fact, choice: list[str]) -> Question:
+def _build_question(key: Key, fact: Fact, choice: list[str]) -> MaskQuestion:
     kind, about = key
     one, other = choice
     texts = {
@@ -180,7 +182,7 @@ def _build_question(key: Key, fact: Fact, choice: list[str]) -> Question:
         "place": f"Which is in {about}: {one} or {other}?",
     }
     region = fact.box and {"box": list(fact.box), "class": fact.answer}
-    return Question(texts[kind], fact.answer, region)
+    return MaskQuestion(texts[kind], fact.answer, region)
 
 
 def to_turns(questions: list[tuple[str, str]]) -> list[Turn]:

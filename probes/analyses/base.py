@@ -16,7 +16,9 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
 
 if TYPE_CHECKING:  # this module answers `probes --help`
+    from probes.evaluation.estimate import Estimate
     from probes.results.finished_run import FinishedRun
+    from probes.results.probe_run import ProbeRun
 
     from .style import ReportFigure
 
@@ -24,12 +26,25 @@ Row = dict[str, Any]
 
 
 class Claim(NamedTuple):
-    """A statement of the paper as one number."""
+    """A statement of the paper as one number: by default the effect of a run that has the claim's name.
 
-    sign: int  # of the number if the claim holds
-    text: str  # the statement, ":", and what the number is
-    name: str  # in figures
-    unlearned: str = "not learned"  # the conclusion if it holds, but of random models as much
+    Args:
+        sign: Sign of the number if the claim holds.
+        text: The statement, ":", and what the number is.
+        name: Name in figures.
+        between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
+            causal run's best layer.
+        against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
+            effect "CLAIM@random" or "CLAIM@matched", against other tokens.
+        unlearned: The conclusion if it holds, but of random models as much.
+    """
+
+    sign: int
+    text: str
+    name: str
+    between_masks: str = ""
+    against_tokens: bool = False
+    unlearned: str = "not learned"
 
 
 class PlannedRun(NamedTuple):
@@ -76,6 +91,7 @@ class Analysis:
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
+        effects: Returns the effects of a run that were made before the analysis wrote them into a file (effects.py).
         rows: Returns rows of the study's table from its result.
         reads_probes: Its numbers depend on the run's probes; else on the model alone.
         of_encoders: It can be run on a bare vision encoder, too.
@@ -97,6 +113,7 @@ class Analysis:
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
+    effects: "Callable[[ProbeRun], Mapping[str, Estimate]] | None" = None
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
     lacks: Callable[[Sequence[PlannedRun], Mapping[str, str]], str] = lacks_nothing
 

@@ -2,28 +2,19 @@
 
 All differences are signed so that positive means better: the drop is how much worse the adapter is than the encoder,
 recovery how much better the best layer is than the adapter. The best layer is chosen on other images than those it is
-scored on (`effects.py`).
+scored on (`probes/evaluation/layer_effects.py`).
 """
 
 import logging
 from collections.abc import Iterable
 from typing import Any
 
-from llava_bidir.common.bootstrap import Estimate
 from llava_bidir.common.errors import UserError
-from probes.evaluation.bootstrap import resampled_task_scores, task_scores
+from probes.evaluation.estimate import estimate_text
+from probes.evaluation.layer_effects import EFFECTS
 from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
-
-from .effects import (
-    choose_layers,
-    effects_of_sites,
-    estimate_to_json,
-    read_sites,
-    sites_to_read,
-    subtract,
-)
 
 log = logging.getLogger(__name__)
 
@@ -46,28 +37,6 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
                 f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one"
             )
     return runs
-
-
-def effects(run: TaskRun) -> dict[str, Estimate]:
-    """Return "adapter_drop" and "recovery" of a run in units of its main score."""
-    task = run.task
-    sums = run.sums
-
-    def score(sums, weights):
-        return task.sign * resampled_task_scores(task, sums, weights)[task.score]
-
-    best = choose_layers(
-        run.sites, lambda sites, weights: score(sums[sites], weights), sums.shape[1], run.groups
-    )
-    site_of_image = sites_to_read(run.sites, best, sums.shape[1])
-    if not site_of_image:
-        return {}
-    read = read_sites(sums, site_of_image)
-    values = (task.sign * task_scores(task, read)[task.score]).tolist()
-    resampled = score(read, run.weights)
-    return effects_of_sites(
-        {site: (values[i], resampled[:, i]) for i, site in enumerate(site_of_image)}
-    )
 
 
 def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
@@ -103,7 +72,7 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
-    own = effects(run)
+    own = {name: run.effects[name] for name in EFFECTS if name in run.effects}
     score = run.task.score
     if control:
         run.check_same_images(control)
@@ -111,8 +80,8 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         if control.arm != "adapter":
             run.check_same_layers(control)
             check_differ(run, control, control.sites[1:], "random weights have changed nothing")
-        if "recovery" in own and (other := effects(control).get("recovery")):
-            own["recovery_beyond_control"] = subtract(own["recovery"], other)
+        if "recovery" in own and "recovery" in control.effects:
+            own["recovery_beyond_control"] = own["recovery"] - control.effects["recovery"]
     return {
         "task": run.task_name,
         "model": model_name(run),
@@ -124,7 +93,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         "sites": _sites(run),
         "control": _sites(control) if control else None,
         "control_is": control.arm if control else None,
-        **{name: estimate_to_json(effect) for name, effect in own.items()},
+        **{name: effect.json() for name, effect in own.items()},
     }
 
 
@@ -148,7 +117,7 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
         site = {row["site"]: f"{row['value']:.3g}" for row in entry["sites"]}
 
         def number(name, entry=entry):
-            return _format(entry[name]) if name in entry else "-"
+            return estimate_text(entry[name]) if name in entry else "-"
 
         rows.append(
             {key: entry[key] for key in ("task", "model", "dataset")}
@@ -162,8 +131,3 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
             }
         )
     return rows
-
-
-def _format(estimate: dict[str, Any]) -> str:
-    low, high = estimate["ci95"]
-    return f"{estimate['value']:+.3g} [{low:+.3g}, {high:+.3g}]"

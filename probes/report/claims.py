@@ -1,35 +1,34 @@
 """Evaluate the paper's claims, each as one number with a 95% interval and a verdict in three columns (verdicts.py).
 
-All numbers of a study use the same bootstrap resamplings of its validation images, so differences between sites, masks
-and controls are paired.
+A claim is a difference of effects: vectors of a number and its resamplings, which the runs and their analyses wrote
+(probes/analyses/effects.py). All use the same resamplings of the study's validation images, so differences between
+sites, masks and controls are paired.
 
-The best layer of a recovery is chosen by cross-validation over images (`effects.py`). The paper chooses it on the
-images that it is scored on, which favours models with many layers; tables keep that definition.
+The best layer of a recovery is chosen by cross-validation over images (probes/evaluation/layer_effects.py). The paper
+chooses it on the images that it is scored on, which favours models with many layers; tables keep that definition.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from shlex import quote
 from typing import Any, NamedTuple
 
 from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
-from probes.analyses.base import Claim
-from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
-from probes.analyses.routes.effects import claimed_routes
-from probes.analyses.starvation.run import gap_estimates
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
+from probes.analyses.effects import read_effects
+from probes.evaluation.estimate import Estimate
 from probes.results.formatting import Rows
+from probes.results.pairs import check_pair
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS, StudyRuns
 
-from .effects import drop_and_recovery, estimate_to_json, subtract
 from .strengths import path_rows
 from .truth import read_truth
 from .verdicts import (
     HOLDS,
-    Comparison,
-    Effect,
     column,
     compare_to_draws,
     conclude,
@@ -44,53 +43,24 @@ from .verdicts import (
 
 log = logging.getLogger(__name__)
 
-CLAIMS: dict[str, Claim] = {
-    "adapter_drop": Claim(
-        +1,
-        "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)",
-        "adapter drop",
-    ),
-    "recovery": Claim(
-        +1,
-        "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)",
-        "recovery",
-    ),
-    "recovery_trained": Claim(
-        +1,
-        "The recovery comes from training: recovery minus that of the untrained model",
-        "recovery from training",
-    ),
-    "layer_gain": Claim(
-        +1,
-        "The encoder's layers make patches readable: best layer's mIoU minus that of the patch embeddings",
-        "best layer − patch embeddings",
-    ),
-    "over_last": Claim(
-        +1,
-        "A layer reads better than the last one: best layer's mIoU minus the last layer's",
-        "best layer − last layer",
-        unlearned="also in random layers",  # true of where to read, whatever made it so
-    ),
-    **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
-}
-
-# whose numbers depend on the model alone
-WITHOUT_PROBES = {
-    name for analysis in ANALYSES.values() if not analysis.reads_probes for name in analysis.claims
-}
-
 Key = tuple[str, str]  # claim, mask
-Measured = dict[Key, Effect]
 
 
 class Numbers(NamedTuple):
+    """The number of each claim and mask from runs of one kind; a claim can have one without the other."""
+
+    paper: dict[Key, Estimate]  # as the paper measures it
+    judged: dict[Key, Estimate]  # at the optimum and beyond random
+
+
+class StudyNumbers(NamedTuple):
     """The number of each claim, from all runs of a study."""
 
-    main: Measured  # trained probes where there are some, else solved ones
-    control: Measured  # the same, of the untrained model
-    solved: Measured
-    # with draws, by claim, mask and kind of probes
-    comparisons: dict[tuple[str, str, str], Comparison]
+    main: Numbers  # trained probes where there are some, else solved ones
+    control: Numbers  # the same, of the untrained model
+    solved: Numbers
+    # minus those of random draws, by claim, mask and kind of probes
+    beyond_random: dict[tuple[str, str, str], Estimate]
     tokens: str  # "random" or "matched": what a knockout blocks in place of a class
 
 
@@ -102,81 +72,95 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
     untrained model, or None; and "n": the images, for a knockout also the mistaken patches, that it is a mean over.
     "value", "ci95" and "holds" are those of the main runs, as the paper measures them.
     """
-    numbers = _measure_all(study)
+    numbers = measure_study(study)
     path = path_rows(study)
     claims = [
         _entry(study, claim, mask, numbers, path)
         for claim in CLAIMS
         for mask in study.trained
-        if (claim, mask) in numbers.main
+        if (claim, mask) in numbers.main.paper
     ]
     correct_for_claims(claims)
     return claims
 
 
-def _entry(study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
-    sign, text, _, unlearned = CLAIMS[claim]
+def _entry(
+    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers, path: Rows
+) -> dict[str, Any]:
+    sign = CLAIMS[claim].sign
     key = (claim, mask)
-    run = study.trained[mask]
-    number = numbers.main[key]
-    control = numbers.control.get(key)
-    truth = read_truth(run, CLAIMS).get(claim)
+    number = numbers.main.paper[key]
+    control = numbers.control.paper.get(key)
+    truth = read_truth(study.trained[mask], CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
         "optimum": _optimum_column(study, claim, mask, numbers, path),
         "beyond_random": _beyond_random_column(study, claim, mask, numbers),
     }
-    measured = estimate_to_json(number.in_paper)
+    measured = number.json()
     return {
         "claim": claim,
         "image_attention": mask,
         **measured,
         "holds": judge(sign, **measured) == HOLDS,
         "verdicts": verdicts,
-        **conclude(verdicts, unlearned),
+        **conclude(verdicts, CLAIMS[claim].unlearned),
         **({"truth": truth} if truth else {}),
-        "text": text,
-        "control": control and estimate_to_json(control.in_paper),
-        "n": number.counts,
+        "text": CLAIMS[claim].text,
+        "control": control and control.json(),
+        "n": numbers.main.judged.get(key, number).about["n"],
     }
 
 
-def _measure_all(study: StudyRuns) -> Numbers:
+def measure_study(study: StudyRuns) -> StudyNumbers:
+    """Return the number of each claim, from all runs of a study: differences of the vectors that the runs wrote."""
+    effects = {str(run.path): read_effects(run) for run in study.members}
+    tokens = compared_tokens(effects.values())
+
+    def numbers_of(runs: Mapping[str, ProbeRun], site: str | None) -> Numbers:
+        return measure_runs(runs, effects, site, tokens)
+
     controls = {mask: run for mask in study.trained if (run := study.control(mask))}
-    tokens = control_of(study.members)
-    main_site, solved_site = (
-        next((run.peak_layer for run in r.values()), None) for r in (study.trained, study.solved)
-    )
-    main = measure(study.trained, main_site, tokens)
-    control = measure(controls, main_site, tokens)
+    main_site = next((run.peak_layer for run in study.trained.values()), None)
+    main = numbers_of(study.trained, main_site)
+    control = numbers_of(controls, main_site)
     _add_recovery_trained(main, control)
+    solved_site = main_site
     solved = main
     if study.solved != study.trained:
-        solved = measure(study.solved, solved_site, tokens)
-        _add_recovery_trained(solved, measure(study.solved_untrained, solved_site, tokens))
-    comparisons = {}
-    for kind, measured, site in (("solved", solved, solved_site), ("trained", main, main_site)):
+        solved_site = next((run.peak_layer for run in study.solved.values()), None)
+        solved = numbers_of(study.solved, solved_site)
+        _add_recovery_trained(solved, numbers_of(study.solved_untrained, solved_site))
+    beyond = {}
+    for kind, numbers, site in (("solved", solved, solved_site), ("trained", main, main_site)):
         draws = {
-            part: [
-                measure(runs, site, tokens) for runs in study.random_draws(part, kind == "solved")
-            ]
+            part: [numbers_of(runs, site) for runs in study.random_draws(part, kind == "solved")]
             for part in ("llm", "adapter")
         }
-        for key, effect in measured.items():
-            of_draws = [draw[key].estimate for draw in draws[_random_part(key[0])] if key in draw]
-            if effect.estimate and len(of_draws) >= 2 and all(of_draws):
-                comparisons[*key, kind] = compare_to_draws(effect.estimate, of_draws)
-    return Numbers(main, control, solved, comparisons, tokens)
+        for key, estimate in numbers.judged.items():
+            of_part = draws[_random_part(key[0])]
+            of_draws = [draw.judged.get(key) for draw in of_part if key in draw.paper]
+            if len(of_draws) >= 2 and all(of_draws):
+                beyond[*key, kind] = compare_to_draws(estimate, of_draws)
+    return StudyNumbers(main, control, solved, beyond, tokens)
 
 
-def _add_recovery_trained(trained: Measured, untrained: Measured) -> None:
+def compared_tokens(effects: Iterable[Mapping[str, Estimate]]) -> str:
+    """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
+    controls = [x["knockout_correct"].about["controls"] for x in effects if "knockout_correct" in x]
+    if controls and all("matched" in names for names in controls):
+        return "matched"
+    return "random"
+
+
+def _add_recovery_trained(trained: Numbers, untrained: Numbers) -> None:
     """Add "recovery_trained", recovery minus that of the untrained model, under the masks that both have."""
-    for claim, mask in [*trained]:
-        if claim == "recovery" and (claim, mask) in untrained:
-            own = trained[claim, mask]
-            other = untrained[claim, mask].estimate
-            trained["recovery_trained", mask] = own._replace(estimate=subtract(own.estimate, other))
+    for claim, mask in list(trained.judged):
+        if claim == "recovery" and (claim, mask) in untrained.judged:
+            difference = trained.judged[claim, mask] - untrained.judged[claim, mask]
+            trained.paper["recovery_trained", mask] = difference
+            trained.judged["recovery_trained", mask] = difference
 
 
 def _random_part(claim: str) -> str:
@@ -184,63 +168,84 @@ def _random_part(claim: str) -> str:
     return "adapter" if claim == "adapter_drop" else "llm"
 
 
-def measure(runs: Mapping[str, ProbeRun], site: str | None, tokens: str) -> Measured:
-    """Return the number of each claim from runs of one kind, by mask.
+def measure_runs(
+    runs: Mapping[str, ProbeRun],
+    effects: Mapping[str, Mapping[str, Estimate]],
+    site: str | None,
+    tokens: str,
+) -> Numbers:
+    """Return the number of each claim from runs of one kind.
 
-    Starvation compares the masks at `site`, the best layer of the trained model for its controls too, or not at all.
-    Knockouts of classes are compared with blocked `tokens`, "random" or "matched".
+    Args:
+        runs: By mask.
+        effects: The effects of each run by name, by its folder.
+        site: Where the masks are compared: the best layer of the trained model, for its controls too; or nowhere.
+        tokens: What knockouts of classes are compared with, "random" or "matched".
     """
-    numbers: Measured = {}
+    numbers = Numbers({}, {})
     for mask, run in runs.items():
-        images = {"images": run.metrics["images"]}
-        estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
-        numbers |= {
-            (claim, mask): Effect(estimate, images) for claim, estimate in estimates.items()
-        }
-        contrasts = patch_contrasts(run, tokens)
-        for claim, in_paper in rate_effects(run).items():
-            effect = Effect(None, images, in_paper)
-            if claim in contrasts:
-                estimate, counts, over_pairs = contrasts[claim]
-                effect = Effect(estimate, counts, in_paper, over_pairs)
-            numbers[claim, mask] = effect
-        for claim, (estimate, counts) in claimed_routes(run).items():
-            numbers[claim, mask] = Effect(estimate, counts)
+        of_run = effects[str(run.path)]
+        for name, claim in CLAIMS.items():
+            if name not in of_run:
+                continue
+            numbers.paper[name, mask] = _with_images(of_run[name], run)
+            judged = of_run.get(f"{name}@{tokens}") if claim.against_tokens else of_run[name]
+            if judged:
+                numbers.judged[name, mask] = _with_images(judged, run)
     pair = [runs[mask] for mask in MASKS if mask in runs]
-    if (
-        len(pair) == 2
-        and pair[0].is_solved == pair[1].is_solved
-        and all(site in run.sites for run in pair)
-    ):
-        for claim, estimate in gap_estimates(*pair, site).items():
-            if math.isnan(estimate[0]):  # e.g. the padding of landscape photos
-                log.warning(
-                    "%s has no labelled pixel there; the claim %s is left out", pair[0].path, claim
-                )
-            else:
-                numbers[claim, "causal"] = Effect(estimate, {"images": pair[0].metrics["images"]})
+    both = len(pair) == 2 and pair[0].is_solved == pair[1].is_solved
+    if both and all(site in run.sites for run in pair):
+        check_pair(*pair)
+        causal, bidirectional = (effects[str(run.path)] for run in pair)
+        _add_differences_of_masks(numbers, causal, bidirectional, site, pair[0])
     return numbers
 
 
+def _with_images(estimate: Estimate, run: ProbeRun) -> Estimate:
+    """Return an estimate that says what it is a mean over: of a run's own scores, the images."""
+    return replace(estimate, about={"n": {"images": run.metrics["images"]}} | dict(estimate.about))
+
+
+def _add_differences_of_masks(
+    numbers: Numbers,
+    causal: Mapping[str, Estimate],
+    bidirectional: Mapping[str, Estimate],
+    site: str,
+    run: ProbeRun,
+) -> None:
+    """Add the claims that are differences of masks, from the effects of both at a site; `run` is the causal one."""
+    for name, claim in CLAIMS.items():
+        effect = f"{claim.between_masks}@{site}"
+        if effect not in causal or effect not in bidirectional:
+            continue
+        difference = _with_images(bidirectional[effect] - causal[effect], run)
+        if math.isnan(difference.value):  # e.g. the padding of landscape photos
+            log.warning("%s has no labelled pixel there; the claim %s is left out", run.path, name)
+            continue
+        numbers.paper[name, "causal"] = difference
+        numbers.judged[name, "causal"] = difference
+
+
 def _compared_masks(claim: str, mask: str) -> Sequence[str]:
-    return MASKS if claim.startswith("starvation") else [mask]
+    return MASKS if CLAIMS[claim].between_masks else [mask]
 
 
-def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
+def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers) -> dict[str, Any]:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
-    measured = estimate_to_json(estimate := numbers.main[claim, mask].in_paper)
-    if study.trained[mask].is_solved and claim not in WITHOUT_PROBES:
-        reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
-        return untested(reason, **measured, probes="solved")
+    estimate = numbers.main.paper[claim, mask]
+    measured = estimate.json()
     if claim in WITHOUT_PROBES:
         return column(CLAIMS[claim].sign, **measured)
-    solved = numbers.solved.get((claim, mask))
-    below = solved and estimate_to_json(subtract(solved.in_paper, estimate))
+    if study.trained[mask].is_solved:
+        reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
+        return untested(reason, **measured, probes="solved")
+    solved = numbers.solved.paper.get((claim, mask))
+    below = solved and (solved - estimate).json()
     return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
 
 
 def _optimum_column(
-    study: StudyRuns, claim: str, mask: str, numbers: Numbers, path: Rows
+    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers, path: Rows
 ) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
     sign = CLAIMS[claim].sign
@@ -256,22 +261,29 @@ def _optimum_column(
         return untested(
             f"no solved run of the untrained model: run {_command('solve', study, mask, options)}"
         )
-    if (claim, mask) not in numbers.solved:
-        if claim in WITHOUT_PROBES:
-            return untested(f"run `probes routes --probes {quote(str(solved[mask].path))}`")
-        return untested(
-            f"no knockout of the solved probes: run `probes knockout --probes {quote(str(solved[mask].path))}`"
-        )
-    effect = numbers.solved[claim, mask]
-    if effect.estimate is None:
+    if (claim, mask) not in numbers.solved.paper:
+        return untested(_not_analysed(claim, solved[mask]))
+    estimate = numbers.solved.judged.get((claim, mask))
+    if estimate is None:
         return untested(_no_contrast(solved[mask]))
-    measured = estimate_to_json(effect.estimate)
+    measured = estimate.json()
     if claim in WITHOUT_PROBES:
         return margin_column(sign, **measured)
     if reason := unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
-    more = {"over_pairs": effect.over_pairs, "tokens": numbers.tokens} if effect.over_pairs else {}
+    more = {}
+    if over_pairs := estimate.about.get("over_pairs"):
+        more = {"over_pairs": over_pairs, "tokens": numbers.tokens}
     return margin_column(sign, **measured, **more)
+
+
+def _not_analysed(claim: str, run: ProbeRun) -> str:
+    """Return why a claim of an analysis has no number at the optimum, and what to do."""
+    name = ANALYSIS_OF[claim]
+    missing = f"no {name} of the solved probes: run"
+    if name not in ANALYSES:
+        return f"{missing} it on {run.path}"
+    return f"{missing} `probes {name} --probes {quote(str(run.path))}`"
 
 
 def _no_contrast(run: ProbeRun) -> str:
@@ -282,7 +294,7 @@ def _no_contrast(run: ProbeRun) -> str:
 
 
 def _beyond_random_column(
-    study: StudyRuns, claim: str, mask: str, numbers: Numbers
+    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers
 ) -> dict[str, Any]:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
@@ -293,13 +305,13 @@ def _beyond_random_column(
     if claim == "recovery_trained":  # minus other random weights, it is the recovery again
         return _beyond_random_column(study, "recovery", mask, numbers) | {"same_as": "recovery"}
     part = _random_part(claim)
-    found = numbers.comparisons
+    found = numbers.beyond_random
     for kind in ("solved", "trained"):
-        if comparison := found.get((claim, mask, kind)):
+        if compared := found.get((claim, mask, kind)):
             masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
             others = [found[claim, of, kind] for of in masks if of != mask and part == "llm"]
             same = {"same_draws_as": masks[0]} if part == "adapter" and masks[0] != mask else {}
-            judged = judge_draws(CLAIMS[claim].sign, comparison, others) | {"probes": kind} | same
+            judged = judge_draws(CLAIMS[claim].sign, compared, others) | {"probes": kind} | same
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
             reason = None if claim in WITHOUT_PROBES else unconverged(runs, claim)
@@ -310,14 +322,10 @@ def _beyond_random_column(
     name = part if study.first.has_llm else "encoder"
     if max(draws) >= 2:
         runs = f"the runs with a random {name}"
-        if claim in WITHOUT_PROBES:
-            return untested(f"draws without this analysis: run `probes routes` on {runs}")
-        if claim.startswith("knockout"):
-            if numbers.main[claim, mask].estimate is None:
-                return untested(_no_contrast(study.trained[mask]))
-            return untested(
-                f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes"
-            )
+        if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
+            return untested(_no_contrast(study.trained[mask]))
+        if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
+            return untested(_draws_without(ANALYSIS_OF[claim], runs))
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     if not study.first.has_llm:
@@ -325,6 +333,15 @@ def _beyond_random_column(
     command = _command("solve", study, mask, f"{options} --model.draw {max(draws)}")
     again = ", and the same with --model.draw 1" * (max(draws) == 0)
     return untested(f"draws of a random {name}: {max(draws)}, two are needed: run {command}{again}")
+
+
+def _draws_without(analysis: str, runs: str) -> str:
+    """Return that random models lack an analysis, and what to do."""
+    if analysis not in ANALYSES:
+        return f"draws without this analysis: run {analysis} on {runs}, with the same options"
+    return (
+        f"draws without this analysis: run `probes {analysis}` on {runs}, with the same --classes"
+    )
 
 
 def _command(command: str, study: StudyRuns, mask: str, options: str = "") -> str:

@@ -11,8 +11,6 @@ from probes.models.sites import FINAL_NORM
 from probes.results.formatting import format_interval, format_percent
 from probes.results.probe_run import ProbeRun
 
-from .effects import select_sites
-
 SHOWN_LAYERS = 7  # in the table by class
 
 
@@ -25,7 +23,7 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
     layers = [i for i, site in enumerate(run.sites) if site.startswith("layer_")]
     if not layers:
         return None
-    counts = select_sites(run.counts, layers)
+    counts = run.counts.at(layers)
     scores = dataset_scores(counts).miou
     best = int(scores.argmax())
     resampled = resampled_scores(counts, run.weights).miou

@@ -16,9 +16,8 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
+from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
-
-from .effects import drop_and_recovery, select_sites, subtract
 
 ALPHA = 0.05
 
@@ -37,8 +36,7 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str
     compared = [site for site in causal.sites if site != FINAL_NORM and not is_encoder_layer(site)]
     sites = [site for site in compared if site in bidirectional.sites]
     counts = [
-        select_sites(run.counts, [run.sites.index(site) for site in sites])
-        for run in (causal, bidirectional)
+        run.counts.at([run.sites.index(site) for site in sites]) for run in (causal, bidirectional)
     ]
     weights = causal.weights
     groups = causal.groups
@@ -69,28 +67,27 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str
                 sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True
             )
         ],
-        "effects": _compare_effects(sites, counts, weights, groups, swapped),
+        "effects": _compare_effects(causal, bidirectional, sites, swapped),
     }
 
 
 def _compare_effects(
-    sites: list[str], counts: list, weights: Tensor, groups: Tensor | None, swapped: list[Tensor]
+    causal: ProbeRun, bidirectional: ProbeRun, sites: list[str], swapped: list[Tensor]
 ) -> list[dict[str, Any]]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
-    causal, bidirectional = (
-        drop_and_recovery(sites, run_counts, weights, groups) for run_counts in counts
-    )
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
     effect_of_miou = {
         "adapter_drop": lambda miou: miou[:, sites.index(ENCODER)] - miou[:, sites.index(ADAPTER)],
         "recovery": lambda miou: miou[:, layers].amax(1) - miou[:, sites.index(ADAPTER)],
     }
     entries = []
-    for name in causal:
-        value, resampled = subtract(bidirectional[name], causal[name])
-        permuted = effect_of_miou[name](swapped[1]) - effect_of_miou[name](swapped[0])
+    for name, effect in effect_of_miou.items():
+        if name not in causal.effects or name not in bidirectional.effects:
+            continue
+        difference = bidirectional.effects[name] - causal.effects[name]
+        permuted = effect(swapped[1]) - effect(swapped[0])
         p = p_values(permuted[:, None])[0].item()
         entries.append(
-            {"effect": name, "difference": value, "ci95": interval(value, resampled), "p": p}
+            {"effect": name, "difference": difference.value, "ci95": difference.ci95, "p": p}
         )
     return entries

@@ -14,7 +14,6 @@ from .figures.layer_curves import layer_figures
 from .figures.mask_comparison import mask_figures
 from .figures.whole_stack import stack_figures
 from .mask_comparison import compare_masks
-from .strengths import sites_at_edge
 from .summary_text import edge_notes, summarize_mask_comparison
 from .tables import claim_rows, class_rows, mask_comparison_rows
 
@@ -29,7 +28,7 @@ class PageSection(NamedTuple):
 
 def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
-    at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
+    at_edge = {mask: run.strengths.at_edge() for mask, run in study.solved.items()}
     tables = {"classes": class_rows(study)}
     results = {"path_at_edge": at_edge}
     layers = _layers_section(study, edge_notes(at_edge), tables, results)

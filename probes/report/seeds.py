@@ -11,9 +11,9 @@ from typing import Any
 import scipy.stats
 import torch
 
+from probes.analyses.claims import CLAIMS
 from probes.results.study import StudyRuns
 
-from .claims import CLAIMS
 from .verdicts import (
     COLUMNS,
     HOLDS,
@@ -74,7 +74,8 @@ def _joint_claims(
         }
         if len(entries) < 2:
             continue
-        sign, text, _, unlearned = CLAIMS[claim]
+        sign = CLAIMS[claim].sign
+        text = CLAIMS[claim].text
         truths = {entry.get("truth") for entry in entries.values()}
         columns = {
             name: {seed: entry["verdicts"][name] for seed, entry in entries.items()}
@@ -92,7 +93,10 @@ def _joint_claims(
                 "holds": value is not None and judge(sign, value, ci95) == HOLDS,
                 "verdicts": verdicts,
             }
-            | {**conclude(verdicts, unlearned), "n": _count_seeds(verdicts, len(entries))}
+            | {
+                **conclude(verdicts, CLAIMS[claim].unlearned),
+                "n": _count_seeds(verdicts, len(entries)),
+            }
             | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
         )
     correct_for_claims(joint)

@@ -9,8 +9,8 @@ Shapes: S sites, R resamplings.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llava_bidir.common.bootstrap import Estimate
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
+from probes.evaluation.estimate import Estimate
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES
 from probes.results.formatting import Rows, bounds, format_interval, format_percent, format_points
 from probes.results.probe_run import ProbeRun
@@ -75,7 +75,7 @@ def _estimates(run: ProbeRun) -> dict[str, Estimate]:
     """Return the mIoU of each site with its resampled values f[R]."""
     values = dataset_scores(run.counts).miou.tolist()
     resampled = resampled_scores(run.counts, run.weights).miou
-    return {site: (values[i], resampled[:, i]) for i, site in enumerate(run.sites)}
+    return {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(run.sites)}
 
 
 def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
     row |= bounds([None, None], "difference_")
     if not others:
         return row
-    comparison = compare_to_draws(own, others)
-    row["random"] = sum(comparison.by_draw) / len(others)
-    row["difference"] = comparison.value
+    compared = compare_to_draws(own, others)
+    row["random"] = sum(compared.about["by_draw"]) / len(others)
+    row["difference"] = compared.value
     if len(others) > 1:
-        interval, _ = interval_over_draws(comparison)
+        interval, _ = interval_over_draws(compared)
         row |= bounds(interval, "difference_")
     return row
 

@@ -22,18 +22,15 @@ A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reve
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-import scipy.optimize
 import scipy.stats
-import torch
 
-from llava_bidir.common.bootstrap import Estimate, holm, interval
+from llava_bidir.common.bootstrap import holm
+from probes.evaluation.estimate import Estimate, p_value, standard_error
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
-
-from .effects import subtract
-from .strengths import has_converged, neighbours
 
 COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS = "holds"
@@ -115,33 +112,13 @@ def correct_for_claims(claims: list[dict[str, Any]]) -> None:
         claim["p_holm"] = p
 
 
-def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> float:
-    """Return 1 minus the level of the widest interval that excludes zero; 1 for a value on the other side.
-
-    Args:
-        sign: Of the claim.
-        value: Centre of the interval.
-        parts: Standard error and degrees of freedom of independent parts. Their half widths are added as the sides of
-            a right angle.
-    """
-
-    def excess(p):
-        return math.hypot(*(scipy.stats.t.isf(p / 2, df) * se for se, df in parts)) - abs(value)
-
-    smallest = 1e-12
-    if sign * value <= 0:
-        return 1.0
-    return (
-        smallest if excess(smallest) <= 0 else float(scipy.optimize.brentq(excess, smallest, 1.0))
-    )
-
-
 def unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
     """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
     for run in filter(None, runs):
         names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
         sites = [i for i, site in enumerate(run.sites) if site in names]
-        if not has_converged(run, neighbours(run)["chosen"], sites):
+        chosen = run.strengths.neighbours()["chosen"]
+        if not run.strengths.has_converged(chosen, sites):
             return (
                 f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
                 "run `probes solve` again with stronger --strengths"
@@ -166,7 +143,7 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
     worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
     if verdicts == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
-    p = max(p_value(sign, row["value"], [_standard_error(ci95(row))]) for row in converged)
+    p = max(p_value(sign, row["value"], [standard_error(ci95(row))]) for row in converged)
     more = {"row": worst["row"], "strengths": len(rows), "converged": len(converged), "p": p}
     entry = column(sign, worst["value"], ci95(worst), MARGIN, **more)
     if len(verdicts) > 1:  # holds at some strengths only
@@ -174,94 +151,57 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
     return entry
 
 
-class Effect(NamedTuple):
-    """The number of a claim for one run, or a pair of runs."""
-
-    estimate: Estimate | None  # None if only `as_paper` can be measured
-    # of images; of a knockout, also of mistaken patches and pairs of classes
-    counts: dict[str, int]
-    as_paper: Estimate | None = None  # if the paper measures it in another way
-    # of a knockout: the mean and spread over pairs of classes
-    over_pairs: dict[str, Any] | None = None
-
-    @property
-    def in_paper(self) -> Estimate:
-        """The number as the paper measures it."""
-        return self.as_paper or self.estimate
-
-
-def _standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, float]:
-    """Return the standard error and the degrees of freedom of an interval."""
-    return (ci95[1] - ci95[0]) / 2 / float(scipy.stats.t.ppf(0.975, df)), df
-
-
 def margin_column(
     sign: int, value: float, ci95: Sequence[float], df: float = math.inf, **more: Any
 ) -> dict[str, Any]:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
     return column(
-        sign, value, ci95, MARGIN, p=p_value(sign, value, [_standard_error(ci95, df)]), **more
+        sign, value, ci95, MARGIN, p=p_value(sign, value, [standard_error(ci95, df)]), **more
     )
 
 
-def minus_mean(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
-    """Return an estimate minus the mean of others from the same resamplings."""
-    values, resampled = zip(*others, strict=True)
-    return subtract(estimate, (sum(values) / len(values), torch.stack(resampled).double().mean(0)))
+def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
+    """Return a trained model's number minus the mean of draws of random weights, over images.
 
-
-class Comparison(NamedTuple):
-    """A trained model minus draws of random weights, with the interval over images, and the numbers compared."""
-
-    value: float
-    ci95: list[float]
-    trained: float
-    by_draw: list[float]
-
-
-def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Comparison:
-    """Return the comparison of a trained model with draws of random weights."""
-    difference = minus_mean(trained, draws)
-    return Comparison(
-        difference[0], interval(*difference), trained[0], [value for value, _ in draws]
-    )
+    It is about the numbers that are compared, "trained" and "by_draw".
+    """
+    about = {"trained": trained.value, "by_draw": [draw.value for draw in draws]}
+    return replace(trained - Estimate.mean(draws), about=about)
 
 
 def interval_over_draws(
-    comparison: Comparison, others: Sequence[Comparison] = ()
+    compared: Estimate, others: Sequence[Estimate] = ()
 ) -> tuple[list[float], tuple[float, float]]:
     """Return the 95% interval over images and draws, and the standard error and degrees of freedom of draws.
 
-    The comparison's own interval covers images. The draws add Student's t. Their variance is pooled with
-    `others`: the same claim under other masks, whose degrees of freedom add up. It is never below the comparison's own,
-    so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell would not
-    (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and Satterthwaite's
-    degrees of freedom would cover 89% instead of 95% for two draws that differ.
+    The own interval of what :func:`compare_to_draws` returns covers images. The draws add Student's t. Their variance
+    is pooled with `others`: the same claim under other masks, whose degrees of freedom add up. It is never below that
+    of the own draws, so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell
+    would not (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and
+    Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
     """
-    value, (low, high), *_ = comparison
-    variances = [
-        (statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)
-    ]
+    low, high = compared.ci95
+    value = compared.value
+    by_draw = [x.about["by_draw"] for x in (compared, *others)]
+    variances = [(statistics.variance(numbers), len(numbers) - 1) for numbers in by_draw]
     df = sum(freedom for _, freedom in variances)
-    variance = max(variances[0][0], sum(v * freedom for v, freedom in variances) / df)
-    of_draws = (variance / len(comparison.by_draw)) ** 0.5, df
-    half = float(scipy.stats.t.ppf(0.975, df)) * of_draws[0]
-    return [value - math.hypot(half, value - low), value + math.hypot(half, high - value)], of_draws
+    pooled = sum(variance * freedom for variance, freedom in variances) / df
+    variance = max(variances[0][0], pooled)
+    error = (variance / len(by_draw[0])) ** 0.5
+    half = float(scipy.stats.t.ppf(0.975, df)) * error
+    ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
+    return ci95, (error, df)
 
 
-def judge_draws(
-    sign: int, comparison: Comparison, others: Sequence[Comparison] = ()
-) -> dict[str, Any]:
+def judge_draws(sign: int, compared: Estimate, others: Sequence[Estimate] = ()) -> dict[str, Any]:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
-    value, own, *_ = comparison
-    ci95, of_draws = interval_over_draws(comparison, others)
+    own = compared.ci95
+    ci95, of_draws = interval_over_draws(compared, others)
     more = {
-        "draws": len(comparison.by_draw),
-        "trained": comparison.trained,
-        "by_draw": comparison.by_draw,
-    }
-    more |= {
+        "draws": len(compared.about["by_draw"]),
+        "trained": compared.about["trained"],
+        "by_draw": compared.about["by_draw"],
         "df_of_draws": of_draws[1],
-        "p": p_value(sign, value, [_standard_error(own), of_draws]),
+        "p": p_value(sign, compared.value, [standard_error(own), of_draws]),
     }
-    return column(sign, value, ci95, MARGIN, **more, ci95_without_draws=own)
+    return column(sign, compared.value, ci95, MARGIN, **more, ci95_without_draws=own)

@@ -19,6 +19,9 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.data.registry import open_dataset, split_identity
+from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
+from probes.evaluation.estimate import Estimate
+from probes.evaluation.strengths import Strengths
 from probes.models.sites import ADAPTER
 from probes.tasks import SEGMENTATION, TASKS, Task, targets_of
 from probes.tasks.base import predict_pixels
@@ -199,13 +202,28 @@ class FinishedRun:
         return "optimum" if self.metrics["path"].get("optimum") else "closed_form"
 
     @property
-    def solved_strengths(self) -> list[list[int]]:
-        """Indices of the R solved strengths of each site: the rows of path.safetensors."""
-        score = next(iter(self.metrics.get("scores", {"miou": None})))
-        return [
-            [i for i, value in enumerate(entry[score]) if value is not None]
-            for entry in self.site_paths
-        ]
+    def strengths(self) -> Strengths:
+        """The path of strengths of a run of `probes solve`."""
+        return Strengths(self.site_paths, next(iter(self.metrics.get("scores", {"miou": None}))))
+
+    @cached_property
+    def effects(self) -> dict[str, Estimate]:
+        """The effects of the run's probes by name, with their resamplings: what claims are differences of.
+
+        Those of a run that was made before it wrote them are computed from its counts.
+
+        Raises:
+            UserError: The files of the run are damaged.
+        """
+        path = self.path / EFFECTS_FILE
+        if not path.is_file():
+            return self.compute_effects()
+        check_hash(path, self.manifest.get("files"))
+        return read_effect_file(path)[0]
+
+    def compute_effects(self) -> dict[str, Estimate]:
+        """Return the effects of the run, computed from its scores by image."""
+        raise NotImplementedError
 
     @property
     def is_solved(self) -> bool:

@@ -2,6 +2,7 @@
 
     RUN/metrics.json          scores per site with intervals
     RUN/counts.safetensors    pixel counts per image, from which the scores are computed
+    RUN/effects.safetensors   effects with their resamplings, from which a report evaluates claims
     RUN/path.safetensors      counts and losses at the solved strengths of regularisation, of `probes solve`
     RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
     RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
@@ -16,6 +17,13 @@ from pathlib import Path
 import torch
 
 from llava_bidir.common.errors import UserError
+from probes.evaluation.estimate import Estimate
+from probes.evaluation.layer_effects import (
+    class_sums,
+    effects_by_row,
+    layer_effects,
+    patch_accuracies,
+)
 from probes.evaluation.metrics import Counts
 from probes.tasks import SEGMENTATION
 
@@ -114,13 +122,13 @@ class ProbeRun(FinishedRun):
     def path_counts(self) -> list[Counts]:
         """Return the counts of each row of solved strengths, strong to weak.
 
-        A row has another strength at each site; see `solved_strengths`. The counts have one patch per image.
+        A row has another strength at each site; see `strengths`. The counts have one patch per image.
 
         Raises:
             UserError: If the probes were not solved, or the file is damaged.
         """
         path = self.path / "path.safetensors"
-        sizes = self._sizes | {"R": len(self.solved_strengths[0])}
+        sizes = self._sizes | {"R": len(self.strengths.solved[0])}
         tensors = self._read(path.name)
         labelled = self.counts.labelled
         check_tensors(tensors, path, PATH, sizes, list(PATH))
@@ -135,3 +143,20 @@ class ProbeRun(FinishedRun):
         for at_strength in counts:
             check_totals(at_strength, str(path))
         return counts
+
+    def compute_effects(self) -> dict[str, Estimate]:
+        """Return the effects of the run, computed from its counts.
+
+        Raises:
+            UserError: If a file is damaged.
+        """
+        counts = self.counts
+        sums = class_sums(*counts[:3])
+        effects = layer_effects(self.sites, None, sums, self.weights, self.groups)
+        if self.is_solved:
+            path = torch.stack([class_sums(*row[:3]) for row in self.path_counts()])
+            effects |= effects_by_row(
+                self.sites, self.strengths, None, path, self.weights, self.groups
+            )
+        columns = self.metrics["grid"][1]
+        return effects | patch_accuracies(self.sites, counts, columns, self.weights)

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from llava_bidir.common.errors import UserError
+from probes.evaluation.estimate import Estimate
+from probes.evaluation.layer_effects import effects_by_row, layer_effects
 from probes.tasks import SEGMENTATION, TASKS
 
 from .finished_run import FinishedRun
@@ -85,3 +87,17 @@ class TaskRun(FinishedRun):
                 "according to metrics.json; make the run again"
             )
         return sums
+
+    def compute_effects(self) -> dict[str, Estimate]:
+        """Return the effects of the run in units of its main score, computed from its sums.
+
+        Raises:
+            UserError: If they are damaged.
+        """
+        effects = layer_effects(self.sites, self.task, self.sums, self.weights, self.groups)
+        if self.is_solved and (self.path / "path.safetensors").is_file():
+            path = self._read("path.safetensors")[f"{self.instrument}/sums"]
+            effects |= effects_by_row(
+                self.sites, self.strengths, self.task, path, self.weights, self.groups
+            )
+        return effects

@@ -25,14 +25,24 @@ from probes.evaluation.bootstrap import (
     resampled_scores,
     resampled_task_scores,
 )
+from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
+from probes.evaluation.estimate import Estimate
 from probes.evaluation.image_metrics import TaskSums
+from probes.evaluation.layer_effects import (
+    class_sums,
+    effects_by_row,
+    layer_effects,
+    patch_accuracies,
+)
 from probes.evaluation.metrics import Counts, summary
+from probes.evaluation.strengths import Strengths
 from probes.tasks.base import predict_pixels
 
 from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
 
 log = logging.getLogger(__name__)
 
+COUNTED = ("intersection", "predicted")  # along the path
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
@@ -92,15 +102,52 @@ def save_run(
         sites=sites,
         **({"path": path[0]} if path[0] else {}),
     )
+    effects = run_effects(module, counts, path, weights, groups)
     tensors = counts._asdict() | {"group": groups}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if path[1]:
         files[out / "path.safetensors"] = path[1]
+    files[out / EFFECTS_FILE] = effect_file(effects)
     files[out / "probes.safetensors"] = module.heads.state_dict()
     about = manifest(module, data).model_dump(exclude_unset=True)
     files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
     files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
     write_files(files)
+
+
+def run_effects(
+    module,
+    counts: Counts | TaskSums,
+    path: tuple[dict[str, Any], dict[str, torch.Tensor]],
+    weights: torch.Tensor,
+    groups: torch.Tensor | None,
+) -> dict[str, Estimate]:
+    """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.evaluation.layer_effects`.
+
+    Args:
+        module: The `SiteProbes`.
+        counts: As in :func:`save_run`.
+        path: As in :func:`save_run`.
+        weights: f[R, N], of the bootstrap.
+        groups: Group i64[N] of each image, or None.
+    """
+    task = module.task
+    sites = module.sites
+    sums = counts.sums if task else class_sums(*counts[:3])
+    effects = layer_effects(sites, task, sums, weights, groups)
+    entries, tensors = path
+    if entries:
+        solved = "optimum" if "optimum" in entries else "closed_form"
+        strengths = Strengths(entries[solved]["sites"], task.score if task else "miou")
+        if task:
+            of_path = tensors[f"{solved}/sums"]
+        else:
+            right, predicted = (tensors[f"{solved}/{name}"] for name in COUNTED)
+            of_path = class_sums(right, predicted, counts.labelled)
+        effects |= effects_by_row(sites, strengths, task, of_path, weights, groups)
+    if not task:
+        effects |= patch_accuracies(sites, counts, module.mllm.grid[1], weights)
+    return effects
 
 
 def site_entries(

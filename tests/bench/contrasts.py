@@ -18,9 +18,10 @@ import argparse
 import numpy as np
 import torch
 
-from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, interval
+from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.contrasts import PairedCases, contrast_estimates
 from probes.analyses.knockout.effects import mean_over_classes
+from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import compare_to_draws, interval_over_draws
 
 # shares of mistaken patches
@@ -63,7 +64,7 @@ def pooled(cases: PairedCases, weights: torch.Tensor) -> Estimate:
     weights = weights.double()[:, cases.image] * cases.patches
     values = cases.values[:, 0]
     resampled = weights @ cases.values[:, 0] / weights.sum(1)
-    return (values @ cases.patches / cases.patches.sum()).item(), resampled
+    return Estimate((values @ cases.patches / cases.patches.sum()).item(), resampled)
 
 
 def study(rng: np.random.Generator, images: int) -> dict[str, float]:
@@ -75,12 +76,12 @@ def study(rng: np.random.Generator, images: int) -> dict[str, float]:
 
     cases = simulate(rng, images, [EFFECT])
     (estimate,), by_pair = contrast_estimates(cases, weights)
-    found = interval(*estimate)
+    found = estimate.ci95
     t = mean_over_classes({str(i): x for i, (x,) in enumerate(by_pair)})["ci95"]
     shifted = simulate(rng, images, [0.0], SHIFT)
 
     def excludes(estimate):
-        return 1 - inside(0, interval(*estimate))
+        return 1 - inside(0, estimate.ci95)
 
     own, other = (
         compare_to_draws(first, draws)

@@ -13,8 +13,10 @@ import argparse
 from itertools import product
 
 import numpy as np
+import torch
 
-from probes.report.verdicts import Comparison, interval_over_draws
+from probes.evaluation.estimate import Estimate
+from probes.report.verdicts import interval_over_draws
 
 DRAW_SD = 0.35
 Z = 1.959964
@@ -30,9 +32,11 @@ def simulate(
     values[..., 0] *= ratio  # the judged cell
     error = image_sd * rng.standard_normal(studies) - values[..., 0].mean(1)
     half = np.empty((2, studies))
+    resampled = torch.tensor([-Z * image_sd, Z * image_sd])  # whose interval has this half width
     for i in range(studies):
-        ci95 = [error[i] - Z * image_sd, error[i] + Z * image_sd]
-        judged, *others = [Comparison(error[i], ci95, 0.0, x) for x in values[i].T.tolist()]
+        judged, *others = [
+            Estimate(error[i], resampled, {"by_draw": x}) for x in values[i].T.tolist()
+        ]
         for rule, pooled in enumerate(((), others)):
             low, high = interval_over_draws(judged, pooled)[0]
             half[rule, i] = (high - low) / 2

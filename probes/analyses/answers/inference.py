@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import (
-    Estimate,
     bootstrap_weights,
     holm,
-    interval,
     p_values,
     random_swaps,
 )
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.effects import MIN_IMAGES, Cases, mean_over_classes
+from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
@@ -52,7 +51,7 @@ def answer_statistics(
     swaps = random_swaps(weights.shape[1], seed=seed)
 
     def entry(values, lowest=0.0):
-        return _to_json(_mean(values, cases, weights), lowest=lowest, highest=1.0)
+        return _mean(values, cases, weights).json(lowest=lowest, highest=1.0)
 
     by_site = []
     for site in sites:
@@ -73,9 +72,7 @@ def answer_statistics(
             of_class = _cases(tensors, chosen)
             by_class[name] = _mean(change[chosen], of_class, weights)
             p, _ = p_values(of_class.swapped_mean(change[chosen][:, None], swaps))
-            rows.append(
-                {"class": name, **of_class.counts, **_to_json(by_class[name]), "p": p.item()}
-            )
+            rows.append({"class": name, **of_class.counts, **by_class[name].json(), "p": p.item()})
         for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
             row["p_holm"] = adjusted
         effect = {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
@@ -122,7 +119,7 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
         effects.append(
             {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
         )
-    accuracy = _to_json(_mean(answered, _cases(first), weights))
+    accuracy = _mean(answered, _cases(first), weights).json()
     return {"draws": len(draws), "accuracy": accuracy, "effects": effects}
 
 
@@ -145,11 +142,7 @@ def _cases(tensors: Tensors, chosen: Tensor | slice = slice(None)) -> Cases:
 
 def _mean(values: Tensor, cases: Cases, weights: Tensor) -> Estimate:
     mean, resampled = cases.mean(values, weights)
-    return mean.item(), resampled
-
-
-def _to_json(estimate: Estimate, **limits: float) -> dict[str, Any]:
-    return {"value": estimate[0], "ci95": interval(*estimate, **limits)}
+    return Estimate(mean.item(), resampled)
 
 
 def _chosen(tensors: Tensors, reader: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probes.analyses.base import (
     Analysis,
@@ -17,6 +17,10 @@ from probes.analyses.base import (
 )
 
 from .schema import CONTROLS
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from probes.evaluation.estimate import Estimate
+    from probes.results.probe_run import ProbeRun
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,13 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     return lacks_layers(runs[0])
 
 
+def effects(run: "ProbeRun") -> "dict[str, Estimate]":
+    """Return the effects of a run's knockout; {} without one."""
+    from .contrasts import knockout_effects  # imports torch
+
+    return knockout_effects(run)
+
+
 ANALYSIS = Analysis(
     help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
     question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
@@ -76,18 +87,22 @@ ANALYSIS = Analysis(
             -1,
             "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)",
             "wrong class blocked",
+            against_tokens=True,
         ),
         "knockout_correct": Claim(
             +1,
             "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)",
             "correct class blocked",
+            against_tokens=True,
         ),
         "knockout_specificity": Claim(
             +1,
             "The effect is class-specific: correct minus wrong class, less the same at random",
             "correct − wrong blocked",
+            against_tokens=True,
         ),
     },
+    effects=effects,
     rows=rows,
     lacks=lacks,
 )

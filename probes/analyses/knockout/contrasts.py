@@ -17,14 +17,14 @@ pairs stands beside a contrast and is no part of its interval.
 Shapes: C cases, E effects, R resamplings, N images.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import scipy.stats
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import Estimate
+from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 
 from .effects import (
@@ -38,7 +38,7 @@ from .effects import (
     read_knockout,
     select_cases,
 )
-from .schema import SETS
+from .schema import CONTROLS, SETS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
 EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
@@ -54,43 +54,56 @@ class PairedCases(NamedTuple):
     forward: Tensor  # bool[C], whether the first class of the pair is called the second
 
 
-class Contrast(NamedTuple):
-    """A contrast over images."""
+def knockout_effects(
+    run: ProbeRun, tensors: dict[str, Tensor] | None = None
+) -> dict[str, Estimate]:
+    """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@CONTROL".
 
-    estimate: Estimate
-    counts: dict[str, int]  # of images, mistaken patches, and pairs of classes
-    over_pairs: dict[str, Any]  # see `mean_over_classes`; pairs are the units
+    Args:
+        run: The run.
+        tensors: Content of knockout.safetensors; None to read it. There are no effects without it.
+    """
+    if tensors is None:
+        tensors = read_knockout(run)
+    if not tensors:
+        return {}
+    controls = [name for name in CONTROLS if f"{name}_correct" in list_conditions(tensors)]
+    effects = {
+        name: replace(estimate, about={"controls": controls})
+        for name, estimate in rate_effects(tensors, run.weights).items()
+    }
+    for control in controls:
+        contrasts = patch_contrasts(run, tensors, control)
+        effects |= {f"{name}@{control}": estimate for name, estimate in contrasts.items()}
+    return effects
 
 
-def rate_effects(run: ProbeRun) -> dict[str, Estimate]:
-    """Return each effect as the paper measures it, as a mean over cases; {} without a knockout."""
-    if not (cases := select_cases(read_knockout(run))):
+def rate_effects(tensors: dict[str, Tensor], weights: Tensor) -> dict[str, Estimate]:
+    """Return each effect as the paper measures it, as a mean over cases; {} without cases.
+
+    Args:
+        tensors: Content of knockout.safetensors.
+        weights: f[R, N], of the bootstrap.
+    """
+    if not (cases := select_cases(tensors)):
         return {}
     later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
     incorrect = later["incorrect"] - later["none"]
     correct = later["correct"] - later["none"]
     random = later["random_correct"] - later["random_incorrect"]
-    mean, resampled = cases.mean(
-        torch.stack([incorrect, correct, correct - incorrect - random], 1), run.weights
-    )
-    return {name: (mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
+    effects = torch.stack([incorrect, correct, correct - incorrect - random], 1)
+    mean, resampled = cases.mean(effects, weights)
+    return {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
 
 
-def control_of(runs: Iterable[ProbeRun]) -> str:
-    """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
-    conditions = [list_conditions(tensors) for run in runs if (tensors := read_knockout(run))]
-    if conditions and all("matched_correct" in names for names in conditions):
-        return "matched"
-    return "random"
-
-
-def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
+def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor], control: str) -> dict[str, Estimate]:
     """Return the contrast of each effect with "random" or "matched" tokens.
 
-    {} without a knockout, or if the cases of pairs with both kinds of mistakes are in fewer than
-    `MIN_IMAGES` images, or groups of images.
+    It is about "n": the number of images, mistaken patches and pairs of classes; and "over_pairs", the mean over pairs
+    of :func:`mean_over_classes`. {} without a knockout, or if the cases of pairs with both kinds of mistakes are in
+    fewer than `MIN_IMAGES` images, or groups of images.
     """
-    cases = paired_cases(read_knockout(run), run.metrics["classes"], control)
+    cases = paired_cases(tensors, run.metrics["classes"], control)
     if cases is None or not enough_units(Cases({}, cases.image), run.groups):
         return {}
     means, by_pair = contrast_estimates(cases, run.weights, run.groups)
@@ -103,7 +116,10 @@ def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
     def spread(i):
         return mean_over_classes({str(j): of_pair[i] for j, of_pair in enumerate(by_pair)})
 
-    return {name: Contrast(means[i], counts, spread(i)) for i, name in enumerate(EFFECTS)}
+    return {
+        name: replace(means[i], about={"n": counts, "over_pairs": spread(i)})
+        for i, name in enumerate(EFFECTS)
+    }
 
 
 def paired_cases(
@@ -147,7 +163,7 @@ def contrast_estimates(
     sums, tokens = balance(cases, torch.cat([torch.ones_like(weights[:1]), weights]))
 
     def estimates(values):
-        return [(of_effect[0].item(), of_effect[1:]) for of_effect in values.T]
+        return [Estimate.from_vector(of_effect) for of_effect in values.T]
 
     unit = cases.image if groups is None else groups[cases.image]
     patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(
@@ -158,9 +174,10 @@ def contrast_estimates(
         float(scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)) * ((df + 1) / df) ** 0.5
     )
     means = estimates(sums.sum(0) / tokens.sum(0)[:, None])
-    return [(value, value + wider * (drawn - value)) for value, drawn in means], [
-        estimates(of_pair) for of_pair in sums / tokens[..., None]
+    widened = [
+        Estimate(mean.value, mean.value + wider * (mean.resampled - mean.value)) for mean in means
     ]
+    return widened, [estimates(of_pair) for of_pair in sums / tokens[..., None]]
 
 
 def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:

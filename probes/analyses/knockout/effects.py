@@ -14,7 +14,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, interval, p_values
+from llava_bidir.common.bootstrap import bootstrap_weights, holm, interval, p_values
+from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
@@ -216,12 +217,12 @@ def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
     result = {"value": None, "ci95": None, "units": len(effects), "sd": None}
     if not effects:
         return result
-    values = torch.tensor([value for value, _ in effects.values()], dtype=torch.float64)
+    values = torch.tensor([effect.value for effect in effects.values()], dtype=torch.float64)
     value = values.mean().item()
     if len(values) == 1:
         return result | {"value": value}
     # a resampling can lack all images of a rare class
-    of_images = torch.stack([resampled.double() for _, resampled in effects.values()]).nanmean(0)
+    of_images = torch.stack([effect.resampled.double() for effect in effects.values()]).nanmean(0)
     variance = max(values.var().item() / len(values), of_images[~of_images.isnan()].var().item())
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * variance**0.5
     return result | {

@@ -12,6 +12,7 @@ Effects are therefore read against "none" or a control, never against 1. README.
     knockout.json                  rates with intervals, effects against controls with p-values
     knockout.safetensors           "class/condition" and "class/OUTCOME:condition" f[cases, L + 1], see cases.py;
                                    "class/image" and other fields of a case
+    knockout_effects.safetensors   what claims are made from, see probes/analyses/effects.py
     knockout_windows.json          effects by window of layers, if asked for
     knockout.partial/              finished batches, removed at the end
 
@@ -33,13 +34,16 @@ from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.effects import effects_path
 from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
+from probes.evaluation.effect_file import effect_file
 from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
 from .config import KnockoutPlan, check_has_layers
+from .contrasts import knockout_effects
 from .effects import (
     MIN_IMAGES,
     class_entry,
@@ -67,7 +71,11 @@ def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     swept = {key: tensors.pop(key) for key in list(tensors) if "/swept:" in key}
     results, windows = summarise_cases(run, plan, tensors, swept)
-    files = {out / "knockout.safetensors": tensors, out / "knockout.json": results}
+    files = {
+        out / "knockout.safetensors": tensors,
+        effects_path(out, "knockout"): effect_file(knockout_effects(run, tensors), run.fingerprint),
+        out / "knockout.json": results,
+    }
     if windows:
         files = {out / "knockout_windows.json": windows} | files
     else:

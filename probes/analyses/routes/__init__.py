@@ -2,9 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from probes.evaluation.estimate import Estimate
+    from probes.results.probe_run import ProbeRun
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,13 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
         yield table_row(None, metric, of_all["value"], of_all["ci95"])
 
 
+def effects(run: "ProbeRun") -> dict[str, "Estimate"]:
+    """Return the effects of routes.safetensors, which is imported when a report reads them."""
+    from .effects import claimed_routes
+
+    return claimed_routes(run)
+
+
 ANALYSIS = Analysis(
     help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
     question="Which way does an answer take from the patches of its object to the last token?",
@@ -42,6 +53,7 @@ ANALYSIS = Analysis(
     title="Routes of answers",
     arms=("trained", "random"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
+    effects=effects,
     rows=rows,
     reads_probes=False,
     claims={

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, interval, simultaneous_band
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, simultaneous_band
 from probes.analyses.knockout.effects import Cases
+from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
@@ -72,8 +73,8 @@ def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
     return values - none
 
 
-def claimed_routes(run: ProbeRun) -> dict[str, tuple[Estimate, dict[str, int]]]:
-    """Return the number of each claim about routes, and of how many questions and images; {} without the analysis."""
+def claimed_routes(run: ProbeRun) -> dict[str, Estimate]:
+    """Return the number of each claim about routes; {} without the analysis."""
     results = run.analysis("routes.json")
     if results is None:
         return {}
@@ -85,7 +86,7 @@ def claimed_routes(run: ProbeRun) -> dict[str, tuple[Estimate, dict[str, int]]]:
     )
     mean, resampled = cases.mean(other - own, _weights(tensors, results["seed"]))
     counts = {"images": results["images"], "questions": results["questions"]}
-    return {"route_object": ((mean.item(), resampled), counts)}
+    return {"route_object": Estimate(mean.item(), resampled, {"n": counts})}
 
 
 def _weights(tensors: Tensors, seed: int) -> Tensor:

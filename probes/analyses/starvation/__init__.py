@@ -49,11 +49,13 @@ ANALYSIS = Analysis(
             +1,
             "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)",
             "starvation, patch 0",
+            between_masks="patch_0",
         ),
         "starvation_first_row": Claim(
             +1,
             "The first row starves under causal attention: bidirectional minus causal accuracy",
             "starvation, first row",
+            between_masks="first_row",
         ),
     },
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import Estimate, interval
+from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
 from probes.results.probe_run import ProbeRun
 
@@ -71,11 +71,3 @@ def pooled_gap(
     return {
         key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()
     }
-
-
-def first_gaps(counts: CountsByMask, weights: Tensor, columns: int) -> dict[str, Estimate]:
-    """Return the gap at patch 0, "starvation", and over the first row, "starvation_first_row"."""
-    pooled = {mask: pixels.pool([0], range(columns)) for mask, pixels in counts.items()}
-    gap, resampled = (x["bidirectional"] - x["causal"] for x in patch_accuracy(pooled, weights))
-    names = ("starvation", "starvation_first_row")
-    return {name: (gap[i].item(), resampled[:, i]) for i, name in enumerate(names)}

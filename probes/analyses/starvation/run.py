@@ -19,15 +19,14 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.replacement import check_replaceable
 from probes.results.finished_run import warn_of_changed_data
+from probes.results.pairs import check_pair
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 
 from .by_class import class_results
 from .patch_accuracy import (
     CountsByMask,
-    Estimate,
     accuracy_gap,
-    first_gaps,
     patch_accuracy,
     patch_counts,
     pooled_gap,
@@ -74,23 +73,11 @@ def shared_layer(causal: ProbeRun, bidirectional: ProbeRun) -> str | None:
     return causal.peak_layer if causal.peak_layer in bidirectional.sites else None
 
 
-def gap_estimates(
-    causal: ProbeRun, bidirectional: ProbeRun, site: str | None = None, seed: int = 0
-) -> dict[str, Estimate]:
-    """Return the gap at patch 0, "starvation", and over the first row, "starvation_first_row", with resampled values.
-
-    The values are those of :func:`starvation`, whose arguments have the same names. Pairs of runs on the same images
-    share the resamplings of a seed, so that their difference is paired.
-    """
-    _, counts, weights = _read_pair(causal, bidirectional, site, seed)
-    return first_gaps(counts, weights, causal.metrics["grid"][1])
-
-
 def _read_pair(
     causal: ProbeRun, bidirectional: ProbeRun, site: str | None, seed: int
 ) -> tuple[str, CountsByMask, Tensor]:
     """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
-    _check_pair(causal, bidirectional)
+    check_pair(causal, bidirectional)
     site = site or causal.peak_layer
     if site is None:
         raise UserError(
@@ -101,26 +88,6 @@ def _read_pair(
     }
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
     return site, counts, weights.double()
-
-
-def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
-    for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
-        if (own := run.metrics["image_attention"]) != mask:
-            raise UserError(
-                f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
-            )
-    older = {"match": "none", "draw": 0}  # of runs that do not state them
-    for key in ("dataset", "images", "grid", "untrained", *older):
-        if (ours := (older | causal.metrics)[key]) != (
-            theirs := (older | bidirectional.metrics)[key]
-        ):
-            raise UserError(
-                f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
-                "same data, with the same weights replaced"
-            )
-    causal.check_same_probes(bidirectional)
-    causal.check_same_settings(bidirectional)
-    causal.check_same_images(bidirectional)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from probes.analyses.claims import CLAIMS
 from probes.analyses.style import (
     INTERVALS,
     FigureData,
@@ -12,7 +13,6 @@ from probes.analyses.style import (
     mask_colour,
     new_axes,
 )
-from probes.report.claims import CLAIMS
 from probes.report.verdicts import COLUMNS
 from probes.results.formatting import bounds
 

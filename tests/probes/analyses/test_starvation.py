@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.by_class import standardised_gap
 from probes.analyses.starvation.patch_accuracy import PatchCounts
-from probes.analyses.starvation.run import gap_estimates, starvation
+from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -69,15 +69,16 @@ def test_standardised_gap_equals_a_loop():
 
 
 def test_estimates_are_those_of_the_results(runs):
-    results = starvation(runs["causal"], runs["bidirectional"], "layer_01", seed=3)
-    estimates = gap_estimates(runs["causal"], runs["bidirectional"], "layer_01", seed=3)
+    results = starvation(runs["causal"], runs["bidirectional"], "layer_01")
+    causal, bidirectional = (run.effects for run in runs.values())
     row = results["first_row"]
     for name, value, ci95 in (
-        ("starvation", results["gap"][0], results["gap_ci95"][0]),
-        ("starvation_first_row", row["gap"], row["gap_ci95"]),
+        ("patch_0@layer_01", results["gap"][0], results["gap_ci95"][0]),
+        ("first_row@layer_01", row["gap"], row["gap_ci95"]),
     ):
-        assert estimates[name][0] == pytest.approx(value)
-        assert interval(*estimates[name]) == pytest.approx(ci95)
+        gap = bidirectional[name] - causal[name]
+        assert gap.value == pytest.approx(value)
+        assert gap.ci95 == pytest.approx(ci95)
 
 
 def test_command_writes_every_part(runs, tmp_path, capsys):

@@ -12,7 +12,7 @@ from task_runs import DEPTH_IMAGES, write_depth_run
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import TaskRun
 from probes.cli import main
-from probes.report.beyond_classes import effects, read_task_runs, task_results, task_table
+from probes.report.beyond_classes import read_task_runs, task_results, task_table
 from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
 
 RMSE = [0.5, 0.8, 0.7, 0.55, 0.56]
@@ -33,23 +33,23 @@ def folders(segmentation, tmp_path) -> dict[str, str]:
 def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
     """Lower is better, so that drop and recovery are positive where RMSE rises and falls."""
     run = TaskRun(folders["depth"])
-    ours = effects(run)
+    ours = run.effects
     rmse = run.sums[..., 1].double().numpy()
     weights = bootstrap_weights(DEPTH_IMAGES).double().numpy()
     best = 3 if "layer_02" == run.sites[3] else None
     for name, (a, b) in {"adapter_drop": (1, 0), "recovery": (1, best)}.items():
-        value, resampled = ours[name]
+        value = ours[name].value
         assert value == pytest.approx(rmse[a].mean() - rmse[b].mean())
         assert value > 0
         expected = weights @ (rmse[a] - rmse[b]) / weights.sum(1)
-        np.testing.assert_allclose(resampled.numpy(), expected, rtol=1e-6)
+        np.testing.assert_allclose(ours[name].resampled.numpy(), expected, rtol=1e-6)
 
 
 def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, caplog):
     depth = TaskRun(folders["depth"])
     untrained = TaskRun(folders["random"])
     (entry,) = task_results([depth, untrained])
-    expected = effects(depth)["recovery"][0] - effects(untrained)["recovery"][0]
+    expected = depth.effects["recovery"].value - untrained.effects["recovery"].value
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
     rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
     metrics = {"untrained": ["llm"], "match": "update", "draw": 0}

@@ -9,7 +9,6 @@ import scipy.stats
 from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
 from probes.report.summary_text import format_conclusion, format_results
 from probes.results.probe_run import ProbeRun
@@ -42,17 +41,13 @@ def test_trained_probes_are_judged_however_far_from_the_optimum(write):
     paper = claims_of([trained, solved])["recovery"]["verdicts"]["paper"]
     assert (paper["verdict"], paper["probes"]) == ("holds", "trained")
     assert "reason" not in paper
-    ours, best = (
-        drop_and_recovery(r.sites, r.counts, r.weights)["recovery"]
-        for r in map(ProbeRun, (trained, solved))
-    )
+    ours, best = (ProbeRun(path).effects["recovery"] for path in (trained, solved))
     below = paper["below_optimum"]
-    assert below["value"] == pytest.approx(best[0] - ours[0]), (
+    assert below["value"] == pytest.approx(best.value - ours.value), (
         "the distance of the effect, not of the scores"
     )
-    assert below["ci95"] == pytest.approx(interval(best[0] - ours[0], best[1] - ours[1])), (
-        "paired over images"
-    )
+    paired = interval(best.value - ours.value, best.resampled - ours.resampled)
+    assert below["ci95"] == pytest.approx(paired), "paired over images"
     assert claims_of([trained])["recovery"]["verdicts"]["paper"]["below_optimum"] is None
 
 

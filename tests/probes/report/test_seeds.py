@@ -11,6 +11,7 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
+from probes.evaluation.estimate import Estimate
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.results.study import read_studies
@@ -89,7 +90,7 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
     weights = bootstrap_weights(50, 400)
 
     def effect(x):
-        return (x.mean().item(), weights @ x / weights.sum(1))
+        return Estimate(x.mean().item(), weights @ x / weights.sum(1))
 
     for _ in range(STUDIES):
         images = (

@@ -13,11 +13,11 @@ from probe_runs import ROWS, random_counts, write_run, write_solved
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
+from probes.evaluation.layer_effects import class_sums, cross_validated_layers, image_folds
 from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
-from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.layer_curves import overview_figures
-from probes.report.strengths import neighbours, path_rows, sites_at_edge
+from probes.report.strengths import path_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -147,7 +147,7 @@ def test_cross_validated_layers_equal_a_loop(groups):
     counts = close_layers()
     fold = np.arange(23) % 10 if groups is None else np.asarray(groups)
     expected = numpy_layers(SITES, counts, fold)
-    assert cross_validated_layers(SITES, counts, groups).tolist() == expected
+    assert cross_validated_layers(SITES, None, class_sums(*counts[:3]), groups).tolist() == expected
     assert len(set(expected)) > 1  # the folds disagree, so that the plain maximum would differ
 
 
@@ -161,7 +161,7 @@ def test_cross_validation_of_pure_noise_finds_no_recovery():
             numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled)
             for i in range(12)
         ]
-        best = cross_validated_layers(sites, counts)
+        best = cross_validated_layers(sites, None, class_sums(*counts[:3]))
         picked = numpy_miou(
             counts.intersection[best, images], counts.predicted[best, images], counts.labelled
         )
@@ -173,8 +173,9 @@ def test_cross_validation_of_pure_noise_finds_no_recovery():
 
 def test_without_layers_or_with_one_image():
     counts = close_layers(images=1)
-    assert cross_validated_layers(SITES[:2], counts) is None
-    assert cross_validated_layers(SITES, counts).shape == (1,)
+    sums = class_sums(*counts[:3])
+    assert cross_validated_layers(SITES[:2], None, sums) is None
+    assert cross_validated_layers(SITES, None, sums).shape == (1,)
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
@@ -227,13 +228,13 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
         {"encoder": [3.0, 0.3, 0.03], "others": [1.0, 0.1, 0.01]},
         {"encoder": 0.3, "others": 0.01},
     )
-    rows = {name: row.tolist() for name, row in neighbours(run).items()}
+    rows = {name: row.tolist() for name, row in run.strengths.neighbours().items()}
     assert rows == {
         "stronger": [0, 1, 1, 1, 1, 1],
         "chosen": [1, 2, 2, 2, 2, 2],
         "weaker": [2, 2, 2, 2, 2, 2],
     }
-    assert sites_at_edge(run) == run.sites[1:]
+    assert run.strengths.at_edge() == run.sites[1:]
     rows = path_rows(*read_studies([str(path)]))
     values = {row["row"]: row["value"] for row in rows if row["effect"] == "adapter_drop"}
 
@@ -243,10 +244,10 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
     assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
     run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
-    assert list(neighbours(run)) == ["chosen", "weaker"], "no site has a stronger one"
+    assert list(run.strengths.neighbours()) == ["chosen", "weaker"], "no site has a stronger one"
     solved = ProbeRun(paths["solved"])
-    assert solved.solved_strengths == [[1, 2, 3]] * 6
-    assert sites_at_edge(solved) == []
+    assert solved.strengths.solved == [[1, 2, 3]] * 6
+    assert solved.strengths.at_edge() == []
 
 
 def converged_rows(paths) -> dict[tuple[str, str], bool]:

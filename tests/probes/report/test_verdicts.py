@@ -7,12 +7,12 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
+from probes.evaluation.estimate import Estimate, p_value
 from probes.report.verdicts import (
     MARGIN,
     compare_to_draws,
     judge,
     judge_draws,
-    p_value,
     path_column,
 )
 
@@ -113,7 +113,7 @@ def simulated(truth, spread, draws, images, generator):
     samples = [
         mean + 0.5 * shared + 0.3 * torch.randn(images, generator=generator) for mean in means
     ]
-    trained, *draws = [(x.mean().item(), weights @ x / weights.sum(1)) for x in samples]
+    trained, *draws = [Estimate(x.mean().item(), weights @ x / weights.sum(1)) for x in samples]
     return trained, draws
 
 

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from probes.report.verdicts import Comparison, judge_draws
+from probes.evaluation.estimate import Estimate
+from probes.report.verdicts import judge_draws
 from probes.studies.estimate import TOY_WORLD, Spread, detectable_effect, own_spread
 
 STUDIES = 1000
@@ -29,9 +31,9 @@ def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
     for _ in range(STUDIES):
         of_masks = rng.normal(0, TOY_WORLD.draws, (masks, draws))
         value = effect + rng.normal(0, se) - of_masks[0].mean()
+        resampled = torch.tensor([-1.96 * se, 1.96 * se])  # whose interval has this half width
         own, *others = [
-            Comparison(value, [value - 1.96 * se, value + 1.96 * se], 0.0, x)
-            for x in of_masks.tolist()
+            Estimate(value, resampled, {"trained": 0.0, "by_draw": x}) for x in of_masks.tolist()
         ]
         found += judge_draws(1, own, others)["verdict"] == "holds"
     assert 0.76 <= found / STUDIES <= 0.84

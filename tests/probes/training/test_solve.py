@@ -17,6 +17,7 @@ from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
+from probes.evaluation.effect_file import read_effect_file
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
 from probes.training.optimum_solver import OptimumSolver
@@ -87,6 +88,19 @@ def test_writes_the_files_of_a_fit_and_the_path(run):
     tensors = load_file(run.path / "path.safetensors")
     assert tensors["optimum/intersection"].shape == (2, 3, 5, 3)
     assert tensors["optimum/cross_entropy"].shape == (2, 3, 5)
+
+
+def test_effects_are_written_as_the_counts_say(run):
+    """The file of a run is what a report computes for a run without it, to the last bit."""
+    written, _ = read_effect_file(run.path / "effects.safetensors")
+    computed = run.compute_effects()
+    assert list(written) == list(computed)
+    for name, estimate in computed.items():
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(written[name].vector, estimate.vector, **same)
+        assert written[name].about == estimate.about
+    assert {"recovery", "recovery@chosen", "patch_0@layer_02"} <= written.keys()
+    assert torch.equal(run.effects["recovery"].vector, written["recovery"].vector)
 
 
 def test_by_default_the_best_strength_and_its_neighbours_are_solved(solve):

@@ -10,14 +10,14 @@ from bench.contrasts import simulate as simulate_cases
 from bench.contrasts import study
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.contrasts import (
     EFFECTS,
     contrast_estimates,
-    control_of,
+    knockout_effects,
     patch_contrasts,
-    rate_effects,
 )
+from probes.report.claims import compared_tokens
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
@@ -67,19 +67,19 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(control, run
         np.random.default_rng(1), {"wall": (5.0, 5.0)}, conditions
     )  # no building called wall
     write_knockout(run, tensors)
-    found = patch_contrasts(run, control)
+    found = patch_contrasts(run, tensors, control)
     expected = mantel_haenszel(tensors, CLASSES[:4], control, np.ones(N))
     assert list(found) == list(EFFECTS)
-    assert [x.estimate[0] for x in found.values()] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert [x.value for x in found.values()] == pytest.approx(expected.tolist(), abs=1e-6)
     patches = sum(int(tensors[f"{name}/patches"].sum()) for name in CLASSES[:4])
-    assert found["knockout_correct"].counts["patches"] == patches
-    assert found["knockout_correct"].counts["pairs"] == 2
-    wider = [(x.estimate[1][7].item() - x.estimate[0]) for x in found.values()]
+    assert found["knockout_correct"].about["n"]["patches"] == patches
+    assert found["knockout_correct"].about["n"]["pairs"] == 2
+    wider = [x.resampled[7].item() - x.value for x in found.values()]
     loop = mantel_haenszel(tensors, CLASSES[:4], control, run.weights[7].numpy()) - expected
     assert (
         np.allclose(np.divide(wider, loop), wider[0] / loop[0]) and 1 < wider[0] / loop[0] < 1.1
     ), "Student's t"
-    spread = found["knockout_correct"].over_pairs
+    spread = found["knockout_correct"].about["over_pairs"]
     by_pair = [mantel_haenszel(tensors, CLASSES[i : i + 2], control, np.ones(N))[1] for i in (0, 2)]
     assert (spread["value"], spread["sd"]) == pytest.approx(
         (np.mean(by_pair), np.std(by_pair, ddof=1)), abs=1e-6
@@ -87,15 +87,14 @@ def test_contrasts_equal_a_loop_and_balance_both_mistakes_of_a_pair(control, run
 
 
 def test_without_both_mistakes_or_enough_images_there_is_no_contrast(run):
-    assert patch_contrasts(run, "random") == rate_effects(run) == {}
+    assert knockout_effects(run) == {}
     one_sided = simulate(np.random.default_rng(0), {"sky": (0.1, 0.2), "road": (0.1, 0.2)})
     write_knockout(run, one_sided)
-    assert patch_contrasts(run, "random") == {}
-    assert set(rate_effects(run)) == set(EFFECTS)
+    assert set(knockout_effects(run)) == set(EFFECTS)
     write_knockout(
         run, simulate(np.random.default_rng(0), dict.fromkeys(CLASSES[:2], (0, 0)), cases=2)
     )
-    assert patch_contrasts(run, "random") == {}, "at most four images"
+    assert set(knockout_effects(run)) == set(EFFECTS), "at most four images"
 
 
 def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(run):
@@ -107,15 +106,15 @@ def test_effects_as_in_the_paper_are_means_over_cases_against_nothing_blocked(ru
             [tensors[f"{name}/{key}"][:, 3:].mean(1) for name in ("road", "sky")]
         ).numpy()
 
-    found = rate_effects(run)
-    assert found["knockout_incorrect"][0] == pytest.approx(
+    found = knockout_effects(run)
+    assert found["knockout_incorrect"].value == pytest.approx(
         (later("incorrect") - later("none")).mean(), abs=1e-6
     )
-    assert found["knockout_correct"][0] == pytest.approx(
+    assert found["knockout_correct"].value == pytest.approx(
         (later("correct") - later("none")).mean(), abs=1e-6
     )
-    low, high = interval(*found["knockout_correct"])
-    assert low < found["knockout_correct"][0] < high
+    low, high = found["knockout_correct"].ci95
+    assert low < found["knockout_correct"].value < high
 
 
 def test_matched_tokens_are_the_control_if_all_runs_have_them(run, tmp_path):
@@ -127,9 +126,11 @@ def test_matched_tokens_are_the_control_if_all_runs_have_them(run, tmp_path):
     matched = (*CONDITIONS, "matched_incorrect", "matched_correct")
     effects = dict.fromkeys(CLASSES[:2], (0, 0))
     write_knockout(run, simulate(np.random.default_rng(0), effects, matched))
-    assert control_of([run, other]) == "matched", "a run without a knockout does not count"
+    assert compared_tokens(map(knockout_effects, (run, other))) == "matched", (
+        "a run without a knockout does not count"
+    )
     write_knockout(other, simulate(np.random.default_rng(0), effects))
-    assert control_of([run, other]) == "random"
+    assert compared_tokens(map(knockout_effects, (run, other))) == "random"
 
 
 def test_groups_of_images_are_the_units(tmp_path):
@@ -138,7 +139,7 @@ def test_groups_of_images_are_the_units(tmp_path):
     cases = simulate_cases(np.random.default_rng(0), 60, [0.05])
 
     def spread(groups):
-        return contrast_estimates(cases, weights, groups)[0][0][1].std()
+        return contrast_estimates(cases, weights, groups)[0][0].resampled.std()
 
     assert spread(torch.arange(60)) == spread(None)
     assert spread(torch.arange(60) % 6) > 1.2 * spread(None)

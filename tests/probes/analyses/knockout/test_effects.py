@@ -20,6 +20,7 @@ from probes.analyses.knockout.effects import (
     mean_over_classes,
     select_cases,
 )
+from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 
 N = 60
@@ -190,7 +191,7 @@ def test_interval_over_classes_is_students_t_and_never_shorter_than_over_images(
     noise = rng.normal(0, 0.01, (6, 500))
     mean = mean_over_classes(
         {
-            str(i): (v, torch.tensor(v + e))
+            str(i): Estimate(v, torch.tensor(v + e))
             for i, (v, e) in enumerate(zip(values, noise, strict=True))
         }
     )
@@ -201,17 +202,17 @@ def test_interval_over_classes_is_students_t_and_never_shorter_than_over_images(
     shared = rng.normal(
         0, 1, 500
     )  # images that all classes share: their errors do not cancel in the mean
-    mean = mean_over_classes({str(i): (0.1, torch.tensor(0.1 + shared)) for i in range(6)})
+    mean = mean_over_classes({str(i): Estimate(0.1, torch.tensor(0.1 + shared)) for i in range(6)})
     half = scipy.stats.t.ppf(0.975, 5) * shared.std(ddof=1)
     assert mean["ci95"] == pytest.approx([0.1 - half, 0.1 + half])
     drawn = torch.tensor(
         [[1.0, 2.0, torch.nan, 4.0], [3.0, 1.0, 2.0, torch.nan]]
     )  # resamplings without a class
     half = scipy.stats.t.ppf(0.975, 1) * np.std([2, 1.5, 2, 4], ddof=1)
-    assert mean_over_classes({"a": (0.0, drawn[0]), "b": (0.0, drawn[1])})["ci95"] == pytest.approx(
-        [-half, half]
-    )
-    assert mean_over_classes({"a": (0.5, drawn[0])}) == {
+    assert mean_over_classes({"a": Estimate(0.0, drawn[0]), "b": Estimate(0.0, drawn[1])})[
+        "ci95"
+    ] == pytest.approx([-half, half])
+    assert mean_over_classes({"a": Estimate(0.5, drawn[0])}) == {
         "value": 0.5,
         "ci95": None,
         "units": 1,
@@ -227,7 +228,8 @@ def test_random_effects_hold_by_chance_at_their_nominal_rate():
     for _ in range(500):
         values = rng.normal(0, 1, 6) + rng.normal(0, 0.3, 6)
         estimates = {
-            str(i): (v, torch.tensor(v + rng.normal(0, 0.3, 200))) for i, v in enumerate(values)
+            str(i): Estimate(v, torch.tensor(v + rng.normal(0, 0.3, 200)))
+            for i, v in enumerate(values)
         }
         held += mean_over_classes(estimates)["ci95"][0] > 0
     assert held <= 25

@@ -237,6 +237,7 @@ def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path
     assert set(read_files(tmp_path / "killed")) == {
         "knockout.json",
         "knockout.safetensors",
+        "knockout_effects.safetensors",
         "knockout_windows.json",
     }
 
@@ -246,7 +247,8 @@ def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run,
     argv += ["--out", str(tmp_path)]
     main([*argv, "--layer-windows", "1"])
     main([*argv, "--overwrite", "true"])
-    assert set(read_files(tmp_path)) == {"knockout.json", "knockout.safetensors"}
+    left = {"knockout.json", "knockout.safetensors", "knockout_effects.safetensors"}
+    assert set(read_files(tmp_path)) == left
 
 
 def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monkeypatch):

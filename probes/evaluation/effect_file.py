@@ -1,0 +1,52 @@
+"""Files of effects: "NAME" f64[1 + R], a number and its resamplings, for each effect of a run.
+
+    RUN/effects.safetensors            of the run's own scores
+    RUN/ANALYSIS_effects.safetensors   of an analysis of the run
+
+The metadata are JSON: "about", by effect in the order of the run, and of an analysis "run", the fingerprint of the
+probes that it was made from.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava_bidir.common.errors import UserError
+
+from .estimate import Estimate
+
+EFFECTS_FILE = "effects.safetensors"
+
+
+def effect_file(
+    effects: Mapping[str, Estimate], run: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata of a file of effects; `run` is the fingerprint of the probes of an analysis."""
+    tensors = {name: estimate.vector for name, estimate in effects.items()}
+    metadata = {"about": json.dumps({name: estimate.about for name, estimate in effects.items()})}
+    if run:
+        metadata["run"] = run
+    return tensors, metadata
+
+
+def read_effect_file(path: Path) -> tuple[dict[str, Estimate], str | None]:
+    """Return the effects of a file, and the fingerprint of the probes of an analysis.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            about: dict[str, Any] = json.loads(metadata["about"])
+            effects = {
+                name: Estimate.from_vector(file.get_tensor(name), entry)
+                for name, entry in about.items()
+            }
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+    return effects, metadata.get("run")

@@ -1,0 +1,109 @@
+"""A number with its resamplings, from which its interval and p-value follow.
+
+Shapes: R resamplings.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import scipy.optimize
+import scipy.stats
+import torch
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import interval
+
+SMALLEST_P = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number with its values under resampling.
+
+    Two estimates from the same units, resampled with the same seed, are paired: their difference has the values of the
+    differences. This is why a claim can be the difference of two of them.
+
+    Args:
+        value: The number.
+        resampled: Its values under resampling, f[R].
+        about: What else is known of it, as JSON: "n", what it is a mean over, and more.
+    """
+
+    value: float
+    resampled: Tensor
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_vector(cls, vector: Tensor, about: Mapping[str, Any] | None = None) -> "Estimate":
+        """Return the estimate of a vector f[1 + R]."""
+        return cls(vector[0].item(), vector[1:], about or {})
+
+    @classmethod
+    def mean(cls, estimates: Sequence["Estimate"]) -> "Estimate":
+        """Return the mean of estimates from the same resamplings."""
+        value = sum(estimate.value for estimate in estimates) / len(estimates)
+        resampled = torch.stack([estimate.resampled for estimate in estimates])
+        return cls(value, resampled.double().mean(0))
+
+    @property
+    def vector(self) -> Tensor:
+        """The value, then those under resampling, f64[1 + R]."""
+        value = torch.tensor([self.value], dtype=torch.float64)
+        return torch.cat([value, self.resampled.double()])
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """Return the difference of two estimates from the same resamplings; it is about what the first one is."""
+        return Estimate(self.value - other.value, self.resampled - other.resampled, self.about)
+
+    @property
+    def ci95(self) -> list[float]:
+        """The 95% interval."""
+        return interval(self.value, self.resampled)
+
+    def p(self, sign: int) -> float:
+        """Return the p-value of the claim that the number has this sign."""
+        return p_value(sign, self.value, [standard_error(self.ci95)])
+
+    def json(self, *, lowest: float = -math.inf, highest: float = math.inf) -> dict[str, Any]:
+        """Return {"value", "ci95"}; the interval is cut off at the range of the number."""
+        bounds = interval(self.value, self.resampled, lowest=lowest, highest=highest)
+        return {"value": self.value, "ci95": bounds}
+
+    def text(self, number: str = "+.3g") -> str:
+        """Return the value and its interval in a format of numbers: "+0.12 [+0.1, +0.14]"."""
+        return estimate_text(self.json(), number)
+
+
+def estimate_text(entry: Mapping[str, Any], number: str = "+.3g") -> str:
+    """Return the text of {"value", "ci95"} in a format of numbers: "+0.12 [+0.1, +0.14]"."""
+    low, high = entry["ci95"]
+    return f"{entry['value']:{number}} [{low:{number}}, {high:{number}}]"
+
+
+def standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, float]:
+    """Return the standard error and the degrees of freedom of an interval of Student's t."""
+    half = (ci95[1] - ci95[0]) / 2
+    return half / float(scipy.stats.t.ppf(0.975, df)), df
+
+
+def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> float:
+    """Return 1 minus the level of the widest interval that excludes zero; 1 for a value on the other side.
+
+    Args:
+        sign: Of the claim.
+        value: Centre of the interval.
+        parts: Standard error and degrees of freedom of independent parts. Their half widths are added as the sides of
+            a right angle.
+    """
+
+    def excess(p):
+        halves = [scipy.stats.t.isf(p / 2, df) * error for error, df in parts]
+        return math.hypot(*halves) - abs(value)
+
+    if sign * value <= 0:
+        return 1.0
+    if excess(SMALLEST_P) <= 0:
+        return SMALLEST_P
+    return float(scipy.optimize.brentq(excess, SMALLEST_P, 1.0))

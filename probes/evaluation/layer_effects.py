@@ -1,0 +1,193 @@
+"""Drop-off, recovery and gains over layers, as numbers with resamplings.
+
+The best layer of an effect is chosen by cross-validation over images: no image takes part in the choice of its own
+layer, so that the maximum over many layers is not biased upwards. It is chosen once and kept in all resamplings.
+
+All tasks are treated alike. A score is a function of sums over images, `sums` f[S, N, M]; of segmentation these are
+the pixels of each class that are right, predicted and labelled. Scores are signed so that higher is better.
+
+Shapes: R resamplings, S sites, N images, K classes, T patches, M sums per image, E sites that the effects read:
+encoder, adapter and best layer of an MLLM; first, last and best layer of a bare encoder.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from probes.models.sites import ADAPTER, ENCODER, PATCHES
+from probes.tasks import Task
+
+from .estimate import Estimate
+from .metrics import Counts, scores
+from .strengths import Strengths
+
+FOLDS = 10  # of validation images, to choose the best layer
+BEST_LAYER = "best_layer"
+LAST_LAYER = "last_layer"
+# The sites whose scores each effect subtracts: the first minus the second.
+EFFECTS = {
+    "adapter_drop": (ENCODER, ADAPTER),
+    "recovery": (BEST_LAYER, ADAPTER),
+    "layer_gain": (BEST_LAYER, PATCHES),
+    "over_last": (BEST_LAYER, LAST_LAYER),
+}
+
+
+def class_sums(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
+    """Return the sums of segmentation [..., S, N, 3 K] from counts [..., S, N, K] twice, and [N, K]."""
+    labelled = labelled.to(intersection.dtype).expand_as(intersection)
+    return torch.cat([intersection, predicted, labelled], -1)
+
+
+def main_score(task: Task | None, totals: Tensor) -> Tensor:
+    """Return the main score f64[...] of sums over images f[..., M], higher is better; None is segmentation."""
+    if task:
+        return task.sign * task.dataset_scores(totals)[task.score]
+    intersection, predicted, labelled = totals.unflatten(-1, (3, -1)).unbind(-2)
+    return scores(intersection, predicted, labelled).miou
+
+
+def resampled_main_score(task: Task | None, sums: Tensor, weights: Tensor) -> Tensor:
+    """Return the main score f64[R, S] for weights f[R, N] of the images of sums f[S, N, M]."""
+    totals = torch.einsum("rn,snm->rsm", weights.double(), sums.double())
+    return main_score(task, totals)
+
+
+def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
+    """Return the fold i64[N] of each image, at most FOLDS; images of one of several groups i64[N] share a fold."""
+    unit = torch.arange(images) if groups is None else torch.unique(groups, return_inverse=True)[1]
+    return (unit if unit.any() else torch.arange(images)) % FOLDS
+
+
+def cross_validated_layers(
+    sites: list[str], task: Task | None, sums: Tensor, groups: Tensor | None = None
+) -> Tensor | None:
+    """Return for each image the index i64[N] of the LLM layer with the best score on the images of all other folds.
+
+    None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
+    """
+    layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
+    if not layers:
+        return None
+    fold = image_folds(sums.shape[1], groups)
+    others = fold != torch.arange(int(fold.max()) + 1)[:, None]
+    weights = others if others.any() else ~others
+    best = resampled_main_score(task, sums[layers], weights).nan_to_num(-torch.inf).argmax(1)
+    return torch.tensor(layers)[best][fold]
+
+
+def sites_of_effects(
+    sites: list[str], task: Task | None, sums: Tensor, groups: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
+    index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
+    if PATCHES in sites:  # a bare encoder
+        index[LAST_LAYER] = max(i for i, site in enumerate(sites) if site.startswith("layer_"))
+    images = sums.shape[1]
+    fixed = {site: torch.full((images,), i) for site, i in index.items()}
+    best = cross_validated_layers(sites, task, sums, groups)
+    return fixed if best is None else fixed | {BEST_LAYER: best}
+
+
+def effects_at(
+    task: Task | None, sums: Tensor, sites: dict[str, Tensor], weights: Tensor
+) -> dict[str, Estimate]:
+    """Return the effects of `EFFECTS` at :func:`sites_of_effects`; one is missing if a site of it was not probed.
+
+    The plain maximum over layers, the paper's definition, is "recovery" in the "summary" of metrics.json.
+    """
+    if not sites:
+        return {}
+    read = sums[torch.stack(list(sites.values())), torch.arange(sums.shape[1])]  # [E, N, M]
+    values = main_score(task, read.double().sum(1)).tolist()
+    resampled = resampled_main_score(task, read, weights)
+    estimates = {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(sites)}
+    return {
+        name: estimates[a] - estimates[b]
+        for name, (a, b) in EFFECTS.items()
+        if a in estimates and b in estimates
+    }
+
+
+def layer_effects(
+    sites: list[str],
+    task: Task | None,
+    sums: Tensor,
+    weights: Tensor,
+    groups: Tensor | None = None,
+) -> dict[str, Estimate]:
+    """Return the effects of a run's probes: drop-off and recovery of an MLLM, gains over layers of an encoder.
+
+    Args:
+        sites: Names of the sites.
+        task: The task; None for segmentation.
+        sums: f[S, N, M].
+        weights: f[R, N], of the bootstrap.
+        groups: Group i64[N] of each image, or None.
+    """
+    return effects_at(task, sums, sites_of_effects(sites, task, sums, groups), weights)
+
+
+def effects_by_row(
+    sites: list[str],
+    strengths: Strengths,
+    task: Task | None,
+    path: Tensor,
+    weights: Tensor,
+    groups: Tensor | None = None,
+) -> dict[str, Estimate]:
+    """Return the effects of solved probes at the chosen strengths and their neighbours, "EFFECT@ROW".
+
+    An effect that holds at each of them does not depend on the choice. "converged" says whether the probes of all
+    sites that it reads have converged at its strengths.
+
+    Args:
+        sites: Names of the sites.
+        strengths: The path.
+        task: The task; None for segmentation.
+        path: The sums at the L solved strengths of each site, f[L, S, N, M].
+        weights: f[R, N], of the bootstrap.
+        groups: Group i64[N] of each image, or None.
+    """
+    estimates = {}
+    for name, row in strengths.neighbours().items():
+        sums = path[row, torch.arange(len(sites))]
+        read = sites_of_effects(sites, task, sums, groups)
+        for effect, estimate in effects_at(task, sums, read, weights).items():
+            indices = torch.cat([read[site].unique() for site in EFFECTS[effect]]).tolist()
+            about = {"converged": strengths.has_converged(row, indices)}
+            estimates[f"{effect}@{name}"] = replace(estimate, about=about)
+    return estimates
+
+
+def patch_accuracies(
+    sites: list[str], counts: Counts, columns: int, weights: Tensor
+) -> dict[str, Estimate]:
+    """Return the accuracy under patch 0 and over the first row of patches at each decoder layer.
+
+    Their names are "patch_0@SITE" and "first_row@SITE". They are NaN where no pixel is labelled.
+
+    Args:
+        sites: Names of the sites.
+        counts: The counts, by patch.
+        columns: Patches of a row.
+        weights: f[R, N], of the bootstrap.
+    """
+    weights = weights.double()
+    valid = _pool(counts.patch_valid.double(), columns)
+    estimates = {}
+    for site, right in zip(sites, counts.patch_right, strict=True):
+        if not site.startswith("layer_"):
+            continue
+        right = _pool(right.double(), columns)
+        accuracy = right.sum(0) / valid.sum(0)
+        resampled = (weights @ right) / (weights @ valid)
+        for i, name in enumerate(("patch_0", "first_row")):
+            estimates[f"{name}@{site}"] = Estimate(accuracy[i].item(), resampled[:, i])
+    return estimates
+
+
+def _pool(counts: Tensor, columns: int) -> Tensor:
+    """Return the sums f[N, 2] of counts by patch f[N, T]: of patch 0, and of the first row."""
+    return torch.stack([counts[:, [0]].sum(1), counts[:, :columns].sum(1)], 1)

@@ -1,0 +1,71 @@
+"""The path of strengths of regularisation along which `probes solve` has solved the probes of each site."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# steps along the path, which runs from strong to weak
+ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """The strengths of a solved run, strong to weak.
+
+    A "row" is one strength for each site: the chosen ones, or those that all sites have one step stronger or weaker.
+
+    Args:
+        sites: The entries of the sites in metrics.json["path"].
+        score: Name of the main score.
+    """
+
+    sites: list[dict[str, Any]]
+    score: str
+
+    @property
+    def solved(self) -> list[list[int]]:
+        """Indices of the R solved strengths of each site: the rows of path.safetensors."""
+        return [
+            [i for i, value in enumerate(site[self.score]) if value is not None]
+            for site in self.sites
+        ]
+
+    def neighbours(self) -> dict[str, Tensor]:
+        """Return the rows "stronger", "chosen" and "weaker": the index i64[S] into path.safetensors at each site.
+
+        A site whose choice is at the end of its path has no neighbour there and keeps its choice. A row in which all
+        sites do is left out.
+        """
+        solved = self.solved
+        chosen = [
+            found.index(site["strengths"].index(site["chosen"]))
+            for site, found in zip(self.sites, solved, strict=True)
+        ]
+        last = len(solved[0]) - 1  # all sites have as many solved strengths
+        rows = {name: torch.tensor(chosen).add(step).clamp(0, last) for name, step in ROWS.items()}
+        return {
+            name: row
+            for name, row in rows.items()
+            if name == "chosen" or (row != rows["chosen"]).any()
+        }
+
+    def has_converged(self, row: Tensor, sites: list[int]) -> bool:
+        """Return whether the probes of a row i64[S] have converged at all these sites."""
+        solved = self.solved
+        for site in sites:
+            certificates = self.sites[site].get("certificates")
+            strength = solved[site][int(row[site])]
+            certificate = certificates[strength] if certificates else None
+            if not certificate or not certificate.get("converged"):
+                return False
+        return True
+
+    def at_edge(self) -> list[str]:
+        """Return the sites whose cross-validated loss is lowest at an end of the path, where it may fall further."""
+        return [
+            site["site"]
+            for site in self.sites
+            if site["lowest"] in (site["strengths"][0], site["strengths"][-1])
+        ]

@@ -1,0 +1,139 @@
+"""Effects as vectors: their files are what the counts say, and an analysis outside the repository adds a claim."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import knockouts
+import numpy as np
+import probe_runs
+import pytest
+import torch
+
+import probes
+from llava_bidir.common.atomic_io import write_files
+from probes.analyses import claims as registry
+from probes.analyses.effects import read_effects
+from probes.analyses.knockout.contrasts import knockout_effects
+from probes.evaluation.effect_file import effect_file, read_effect_file
+from probes.report.claims import evaluate_claims
+from probes.results.study import read_studies
+
+EXAMPLE = Path(__file__).parents[2] / "extending/outside_analysis.py"
+CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+
+
+@pytest.fixture
+def runs(write) -> list[str]:
+    """Trained probes, solved ones, and two random LLMs."""
+    random = {"untrained": ["llm"], "match": "update"}
+    draws = [write(f"r{i}", FLAT, 20 + i, solved=True, draw=i, **random) for i in range(2)]
+    return [write("sgd", CURVE), write("solved", CURVE, 1, solved=True), *draws]
+
+
+@pytest.fixture
+def registered():
+    """Forget what a test registers."""
+    before = dict(registry.CLAIMS), dict(registry.ANALYSIS_OF)
+    yield
+    for current, saved in zip((registry.CLAIMS, registry.ANALYSIS_OF), before, strict=True):
+        current.clear()
+        current.update(saved)
+
+
+def test_a_report_from_vectors_is_that_from_counts_to_the_last_bit(runs, monkeypatch):
+    """Claims read no counts where a run has written its effects."""
+    from_counts = evaluate_claims(*read_studies(runs))
+    for path in runs:
+        run = probes.ProbeRun(path)
+        write_files({run.path / "effects.safetensors": effect_file(run.compute_effects())})
+    monkeypatch.setattr(probes.ProbeRun, "counts", property(lambda run: pytest.fail("read")))
+    assert evaluate_claims(*read_studies(runs)) == from_counts
+
+
+def test_a_file_keeps_the_order_and_what_an_effect_is_about(runs, tmp_path):
+    run = probes.ProbeRun(runs[1])
+    write_files({tmp_path / "effects.safetensors": effect_file(run.effects, "of these probes")})
+    effects, made_from = read_effect_file(tmp_path / "effects.safetensors")
+    assert made_from == "of these probes"
+    assert list(effects) == list(run.effects)
+    for name, estimate in run.effects.items():
+        assert torch.equal(effects[name].vector, estimate.vector)
+        assert effects[name].about == estimate.about
+    assert effects["recovery@stronger"].about == {"converged": True}
+
+
+def test_a_knockout_of_an_earlier_version_is_read(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": knockouts.CLASSES}))
+    run = probes.ProbeRun(probe_runs.write_run(tmp_path / "run", CURVE, root=tmp_path))
+    effects = {"sky": (-0.4, 0.4), "ceiling": (-0.4, 0.4)}
+    knockouts.write_knockout(run, knockouts.simulate(np.random.default_rng(0), effects))
+    assert not (run.path / "knockout_effects.safetensors").exists()
+    earlier = read_effects(run)
+    probes.write_effects(run, "knockout", knockout_effects(run))
+    (run.path / "knockout.safetensors").unlink()
+    now = read_effects(run)
+    assert now.keys() == earlier.keys() and "knockout_correct" in now
+    assert all(torch.equal(now[name].vector, earlier[name].vector) for name in now)
+
+
+def test_effects_of_other_probes_are_refused(runs):
+    run = probes.ProbeRun(runs[0])
+    path = run.path / "knockout_effects.safetensors"
+    write_files({path: effect_file({"knockout_correct": run.effects["recovery"]}, "others")})
+    with pytest.raises(ValueError, match="made from other probes than .*; run knockout again"):
+        read_effects(run)
+    path.write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match=r"knockout_effects.safetensors is damaged"):
+        read_effects(run)
+
+
+def test_a_vector_needs_the_resamplings_of_the_run(runs):
+    run = probes.ProbeRun(runs[0])
+    short = probes.Estimate(0.1, torch.zeros(7))
+    with pytest.raises(ValueError, match=r"'mine' of .* has 7 resamplings; expected 2000"):
+        probes.write_effects(run, "mine", {"mine": short})
+
+
+def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
+    runs, tmp_path, registered, monkeypatch
+):
+    """The example, copied out of the repository; layer 1 has 10 points more than the adapter, random ones none."""
+    script = shutil.copy(EXAMPLE, tmp_path / "mine.py")
+    monkeypatch.setattr("sys.argv", ["mine.py", *runs, "--out", str(tmp_path / "report")])
+    runpy.run_path(script, run_name="__main__")
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    (claim,) = [claim for claim in results["claims"] if claim["claim"] == "first_layer"]
+    verdicts = claim["verdicts"]
+    assert {name: column["verdict"] for name, column in verdicts.items()} == dict.fromkeys(
+        ("paper", "optimum", "beyond_random"), "holds"
+    )
+    assert claim["conclusion"] == "supported"
+    counts = probes.ProbeRun(runs[0]).counts
+    accuracy = counts.intersection.sum((1, 2)).double() / counts.labelled.sum()
+    assert claim["value"] == pytest.approx((accuracy[2] - accuracy[1]).item())
+    page = (tmp_path / "report/index.html").read_text()
+    assert "The first layer improves on the adapter" in page
+
+
+def test_what_random_models_or_solved_probes_lack_is_said(runs, registered):
+    probes.register_analysis("mine", {"mine": probes.Claim(+1, "It is: a number", "mine")})
+    run = probes.ProbeRun(runs[0])
+    probes.write_effects(run, "mine", {"mine": run.effects["recovery"]})
+    claims = evaluate_claims(*read_studies(runs))
+    (verdicts,) = [claim["verdicts"] for claim in claims if claim["claim"] == "mine"]
+    assert verdicts["paper"]["verdict"] == "holds"
+    assert verdicts["optimum"]["reason"] == f"no mine of the solved probes: run it on {runs[1]}"
+    assert "run mine on the runs with a random llm" in verdicts["beyond_random"]["reason"]
+
+
+def test_names_are_registered_once(registered):
+    claim = probes.Claim(+1, "It is: a number", "mine")
+    with pytest.raises(ValueError, match="claim 'recovery' of mine exists already"):
+        probes.register_analysis("mine", {"recovery": claim})
+    probes.register_analysis("mine", {"mine": claim})
+    for name, message in (("mine", "registered already"), ("a b", "letters, digits")):
+        with pytest.raises(ValueError, match=message):
+            probes.register_analysis(name, {"other": claim})

@@ -3,8 +3,8 @@
     RUN/effects.safetensors            of the run's own scores
     RUN/ANALYSIS_effects.safetensors   of an analysis of the run
 
-The metadata are JSON: "about", by effect in the order of the run, and of an analysis "run", the fingerprint of the
-probes that it was made from.
+The metadata "effects" are JSON: "about", by effect in the order of the run, and "run", the fingerprint of the probes
+that an analysis was made from, else null. One entry, since safetensors writes several in any order.
 """
 
 import json
@@ -27,10 +27,8 @@ def effect_file(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and metadata of a file of effects; `run` is the fingerprint of the probes of an analysis."""
     tensors = {name: estimate.vector for name, estimate in effects.items()}
-    metadata = {"about": json.dumps({name: estimate.about for name, estimate in effects.items()})}
-    if run:
-        metadata["run"] = run
-    return tensors, metadata
+    about = {name: estimate.about for name, estimate in effects.items()}
+    return tensors, {"effects": json.dumps({"run": run, "about": about})}
 
 
 def read_effect_file(path: Path) -> tuple[dict[str, Estimate], str | None]:
@@ -41,12 +39,11 @@ def read_effect_file(path: Path) -> tuple[dict[str, Estimate], str | None]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            about: dict[str, Any] = json.loads(metadata["about"])
+            metadata: dict[str, Any] = json.loads((file.metadata() or {})["effects"])
             effects = {
                 name: Estimate.from_vector(file.get_tensor(name), entry)
-                for name, entry in about.items()
+                for name, entry in metadata["about"].items()
             }
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
-    return effects, metadata.get("run")
+    return effects, metadata["run"]

@@ -173,16 +173,19 @@ def test_truth_is_printed_beside_what_was_found():
         "claim": "recovery",
         "image_attention": "causal",
         "truth": "planted",
-        "conclusion": "supported",
+        "finding": "supported by itself",
     }
     claim["verdicts"] = {"optimum": columns, "beyond_random": {"value": None, "ci95": None}}
     without = {key: value for key, value in claim.items() if key != "truth"}
     text = demo.format_truth(
         {"studies": [{"dataset": "2 scenes", "model": "clip + llm", "claims": [claim, without]}]}
     )
-    assert text.splitlines()[-1].split() == (
-        "recovery 2 scenes causal planted +12.3 [+10.0, +15.0] untested supported".split()
+    heading, row = text.splitlines()[-2:]
+    assert heading == "- 2 scenes, causal attention"
+    assert row.split() == (
+        "recovery planted +12.3 [+10.0, +15.0] untested supported by itself".split()
     )
+    assert max(map(len, text.splitlines())) <= 100
     assert demo.format_truth({"claims": [without]}) == ""
 
 

@@ -92,36 +92,39 @@ def _common(settings: dict, dataset: str) -> list[str]:
 
 
 def format_truth(results: dict) -> str:
-    """Return the claims whose truth is known as a table: what is true, and what the study found."""
-    columns = (
-        "claim",
-        "pictures",
-        "attention",
-        "truth",
-        "at the optimum",
-        "beyond random",
-        "found",
-    )
-    rows = [columns]
+    """Return the claims whose truth is known as tables by model and mask: what is true, and what the study found."""
+    header = ("claim", "truth", "at the optimum", "beyond random", "found")
+    tables: dict[str, list[tuple[str, ...]]] = {}
     for study in results.get("studies", [results]):
         for claim in study["claims"]:
             if "truth" in claim:
-                numbers = [
-                    _format_column(claim["verdicts"][name]) for name in ("optimum", "beyond_random")
-                ]
                 model = study["model"].partition(", ")[2]  # "3 pairs merged"
                 pictures = ", ".join(filter(None, (study["dataset"], model)))
-                name = claim["claim"].replace("_", " ")
-                attention = claim["image_attention"]
-                rows.append(
-                    (name, pictures, attention, claim["truth"], *numbers, claim["conclusion"])
-                )
-    if len(rows) == 1:
+                heading = f"{pictures}, {claim['image_attention']} attention"
+                tables.setdefault(heading, []).append(_truth_row(claim))
+    if not tables:
         return ""
+    rows = [header, *(row for table in tables.values() for row in table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    title = "What was planted, and what the study found (points, 95% intervals):"
-    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    def line(row: tuple[str, ...]) -> str:
+        return "  ".join(map(str.ljust, row, widths)).rstrip()
+
+    lines = [
+        "",
+        "What was planted, and what the study found (points, 95% intervals):",
+        line(header),
+    ]
+    for heading, table in tables.items():
+        lines += [f"- {heading}", *map(line, table)]
+    return "\n".join(lines)
+
+
+def _truth_row(claim: dict) -> tuple[str, ...]:
+    """Return the cells of a claim."""
+    verdicts = claim["verdicts"]
+    numbers = [_format_column(verdicts[name]) for name in ("optimum", "beyond_random")]
+    return (claim["claim"].replace("_", " "), claim["truth"], *numbers, claim["finding"])
 
 
 def _format_column(column: dict) -> str:

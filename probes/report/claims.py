@@ -68,9 +68,10 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
-    corrected for the number of claims; "truth" if it is known (`truth.py`); "text"; "control": the same number for the
-    untrained model, or None; and "n": the images, for a knockout also the mistaken patches, that it is a mean over.
-    "value", "ci95" and "holds" are those of the main runs, as the paper measures them.
+    corrected for the number of claims; "finding", the conclusion after this correction; "truth" if it is known
+    (`truth.py`); "text"; "control": the same number for the untrained model, or None; and "n": the images, for a
+    knockout also the mistaken patches, that it is a mean over. "value", "ci95" and "holds" are those of the main runs,
+    as the paper measures them.
     """
     numbers = measure_study(study)
     path = path_rows(study)

@@ -19,8 +19,6 @@ from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
-ALPHA = 0.05
-
 
 def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
     """Return the entry "paired" of results.json; None unless the trained model was probed under both masks.

@@ -66,7 +66,6 @@ FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.clai
 FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
 FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
 FILTERS |= {"describe_sites": describe_sites, "shown_sites": shown_rows}
-FILTERS |= {"conclusion": summary_text.format_conclusion}
 FILTERS |= {"truth_rows": summary_text.truth_rows, "best_layer": describe_best_layer}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 

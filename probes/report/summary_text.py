@@ -16,9 +16,8 @@ from probes.results.formatting import (
 from probes.results.steps import describe_step
 
 from .encoder_layers import describe_best_layer
-from .mask_comparison import ALPHA
 from .site_table import describe_sites, shown_rows
-from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED
+from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED
 
 COLUMN_TITLES = {
     "paper": "As the paper measures it",
@@ -39,19 +38,11 @@ def format_count(n: dict[str, int]) -> str:
     return f"{n['seeds']} of {n['of']} seeds" if fewer else f"{n['seeds']} seeds"
 
 
-def format_conclusion(claim: dict[str, Any]) -> str:
-    """Return the conclusion of a claim in words: a supported one also says if correction for all claims undoes it."""
-    conclusion = claim["conclusion"]
-    if conclusion == SUPPORTED and claim["p_holm"] is not None and claim["p_holm"] >= ALPHA:
-        return "supported by itself"
-    return conclusion
-
-
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
     """Return how many of the tested claims are supported, what is concluded about the others, and how many are not."""
     tested = [claim for claim in claims if claim["supported"] is not None]
-    supported = [claim for claim in tested if format_conclusion(claim) == SUPPORTED]
-    conclusions = [format_conclusion(claim) for claim in tested]
+    supported = [claim for claim in tested if claim["finding"] == SUPPORTED]
+    conclusions = [claim["finding"] for claim in tested]
     others = Counter(conclusion for conclusion in conclusions if conclusion != SUPPORTED)
     text = f"{len(supported)} of {len(tested)} tested claims are supported"
     if supported:
@@ -173,7 +164,7 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
     """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
     rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:
-        conclusion = format_conclusion(claim)
+        conclusion = claim["finding"]
         if "seeds" in claim["n"]:
             conclusion += f" ({format_count(claim['n'])})"
         if "truth" in claim:

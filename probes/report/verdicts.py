@@ -43,6 +43,7 @@ ARTEFACT = "artefact of the instrument"
 # The smallest effect that is a finding: one point of mIoU or accuracy, or of the share of patches left wrong. The drop
 # that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
 MARGIN = 0.01
+ALPHA = 0.05  # level of p-values
 POWER = 0.8  # at which an effect counts as detectable
 
 
@@ -104,12 +105,22 @@ def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, A
 
 
 def correct_for_claims(claims: list[dict[str, Any]]) -> None:
-    """Add "p_holm": "p" corrected for the number of claims that have one (Holm)."""
+    """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words."""
     tested = [claim for claim in claims if claim["p"] is not None]
     for claim in claims:
         claim["p_holm"] = None
     for claim, p in zip(tested, holm([claim["p"] for claim in tested]), strict=True):
         claim["p_holm"] = p
+    for claim in claims:
+        claim["finding"] = describe_finding(claim)
+
+
+def describe_finding(claim: dict[str, Any]) -> str:
+    """Return the conclusion of a claim; of a supported one also whether correction for all claims undoes it."""
+    is_undone = claim["p_holm"] is not None and claim["p_holm"] >= ALPHA
+    if claim["conclusion"] == SUPPORTED and is_undone:
+        return "supported by itself"
+    return claim["conclusion"]
 
 
 def unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:

@@ -13,7 +13,7 @@ from probes.analyses.style import (
     new_axes,
     site_depth,
 )
-from probes.report.mask_comparison import ALPHA
+from probes.report.verdicts import ALPHA
 
 
 def mask_difference(comparison: dict[str, Any]) -> FigureData:

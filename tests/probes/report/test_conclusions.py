@@ -10,7 +10,8 @@ from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.report.summary_text import format_conclusion, format_results
+from probes.report.summary_text import format_results
+from probes.report.verdicts import describe_finding
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -215,9 +216,9 @@ def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
 
 def test_a_claim_that_correction_undoes_is_not_called_supported():
     claim = {"conclusion": "supported", "p_holm": 0.049}
-    assert format_conclusion(claim) == "supported"
-    assert format_conclusion(claim | {"p_holm": 0.05}) == "supported by itself"
-    assert format_conclusion({"conclusion": "not learned", "p_holm": 0.5}) == "not learned"
+    assert describe_finding(claim) == "supported"
+    assert describe_finding(claim | {"p_holm": 0.05}) == "supported by itself"
+    assert describe_finding({"conclusion": "not learned", "p_holm": 0.5}) == "not learned"
 
 
 def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(

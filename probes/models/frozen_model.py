@@ -69,6 +69,20 @@ class FrozenModel(nn.Module):
         covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
 
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        side = self.geometry.image_px
+        lines = [
+            f"{type(self).__name__} of {self.model.config.model_type}, {self.model.dtype} on {self.device}",
+            f"  sites: {', '.join(self.sites[:3])}, ..., {self.sites[-1]} ({len(self.sites)})",
+            f"  grid: {rows} x {columns} = {rows * columns} tokens of a {side} px square",
+            f"  images become squares by: {self.geometry.resize}",
+        ]
+        if self.has_llm:
+            own = self.own_image_attention
+            lines.append(f"  image attention: {self.image_attention} (trained with {own})")
+        return "\n".join(lines)
+
     @property
     def device(self) -> torch.device:
         """Device of the inputs and of the returned states."""

@@ -134,6 +134,28 @@ class Geometry:
             )
         )
 
+    def patches(self, mask: Tensor) -> Tensor:
+        """Return the share of each token's pixels that lie in a mask bool[H, W] of its image's size, f64[h, w].
+
+        `patches(mask) > 0.5` are the patches of an object, to block or to paint. A token of padding has no pixel, and
+        a share of 0.
+
+        Raises:
+            UserError: The mask has other than two axes.
+        """
+        mask = torch.as_tensor(mask)
+        if mask.ndim != 2:
+            raise UserError(
+                f"a mask must be bool[height, width] of its image, got {list(mask.shape)}"
+            )
+        size = tuple(mask.shape)
+        rows, columns = self.view(size).token_of_pixel(self.grid, size)
+        in_row = (rows[:, None] == torch.arange(self.grid[0])).double()  # [H, h]
+        in_column = (columns[:, None] == torch.arange(self.grid[1])).double()  # [W, w]
+        inside = in_row.T @ mask.double() @ in_column
+        pixels = in_row.sum(0)[:, None] * in_column.sum(0)
+        return inside / pixels.clamp(min=1)
+
     def _resized(self, length: int, shorter: int) -> int:
         """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""
         return int(self.image_px * length / shorter)

@@ -344,3 +344,12 @@ def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, p
         match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)",
     ):
         broken.states(broken.preprocess(pictures))
+
+
+def test_a_model_is_printed_in_five_lines(checkpoints):
+    lines = repr(probes.load(str(checkpoints["causal"]), "bidirectional")).splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("FrozenMLLM of llava_bidir, torch.float32 on ")
+    assert lines[1] == "  sites: encoder, adapter, layer_01, ..., final_norm (6)"
+    assert lines[2].startswith("  grid: 2 x 2 = 4 tokens of a ")
+    assert lines[-1] == "  image attention: bidirectional (trained with causal)"

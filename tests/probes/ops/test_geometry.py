@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
+from llava_bidir.common.errors import UserError
 from probes.evaluation.metrics import count, patch_labels
 from probes.ops.bilinear import bilinear_weights, upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
@@ -155,3 +156,21 @@ def test_unknown_resize_is_rejected():
         ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"
     ):
         Geometry(**CLIP, resize="crop")
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
+@pytest.mark.parametrize("size", [(180, 300), (300, 180), (240, 240)])
+def test_patches_of_a_mask_are_those_of_its_picture(resize, size):
+    """The brightness of each token in the square of a picture of the mask, white on black."""
+    geometry = Geometry((6, 6), 60, 60, resize)
+    mask = np.zeros(size, dtype=bool)
+    mask[20:150, 35:160] = True
+    picture = geometry.place(Image.fromarray(np.uint8(255 * mask)))
+    tokens = np.asarray(picture)[..., 0].reshape(6, 10, 6, 10).mean((1, 3)) / 255
+    np.testing.assert_allclose(geometry.patches(torch.from_numpy(mask)), tokens, atol=0.12)
+    assert geometry.patches(torch.ones(size, dtype=torch.bool)).max() == 1
+
+
+def test_a_mask_has_two_axes():
+    with pytest.raises(UserError, match=r"bool\[height, width\] of its image, got \[1, 4, 4\]"):
+        Geometry((2, 2), 4, 4).patches(torch.ones(1, 4, 4))

@@ -31,6 +31,7 @@ def commands(monkeypatch):
 
         monkeypatch.setattr(real, "run_missing", run_missing)
         monkeypatch.setattr(real, "measure_step", measure_step)
+        monkeypatch.setattr(real, "end_on_signals", lambda: None)  # handlers of this process
         monkeypatch.setattr(real, "show_language", lambda *args: None)
         monkeypatch.setattr(real, "find_model", lambda: Path("model.gguf"))
         cli.main(["real", "--out", str(out), "--train-only", *words])

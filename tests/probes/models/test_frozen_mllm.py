@@ -324,7 +324,7 @@ def test_bad_arguments_are_errors(mllm, pictures):
             mllm.states(wrong)
     with pytest.raises(ValueError, match="pixels must be"):
         mllm.states(pixels[:0])
-    with pytest.raises(ValueError, match="sites must be a list of names, got 'layer_01'"):
+    with pytest.raises(ValueError, match="sites must be a list of names, or 'all'; got 'layer_01'"):
         mllm.states(pixels, "layer_01")
     with pytest.raises(ValueError, match="got no rows"):
         mllm.states(pixels, rows=[])

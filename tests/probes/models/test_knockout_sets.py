@@ -61,7 +61,7 @@ def sets_of_tokens(mllm, answer: list[int]) -> list[set[str]]:
     prefix = mllm.prefix_ids.shape[1]
     names = [{"prefix"}] * prefix
     names += [{"image", "blocked"} if blocked else {"image"} for blocked in BLOCKED[0].tolist()]
-    # " \n|nam|e|the|sky|\n|A|.|wall|\n|B|.|road|\n|of|this|ASSISTANT:"
+    # the line's end, "name" in two, the|sky|\n; A|.|wall; \n; B|.|road; \n|of|this; ASSISTANT:
     names += [{"question"}] * 7 + [{"options"}] * 3 + [{"question"}] + [{"options"}] * 3
     names += [{"question"}] * 3 + [{"last"}]
     return names + [{"answer"}] * len(answer)

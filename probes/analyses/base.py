@@ -177,6 +177,16 @@ def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> N
     )
 
 
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Add --questions, --images and --limit: the questions about places that the model is asked."""
+    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
+    parser.add_argument("--questions", metavar="FILE", help=text)
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
+    )
+    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+
+
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --seed."""
     parser.add_argument("--seed", type=int, default=0, help=f"random seed of {purpose}")

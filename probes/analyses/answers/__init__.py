@@ -4,19 +4,23 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from probes.analyses.base import Analysis, PlannedRun, Row, add_out, add_run, add_seed, table_row
+from probes.analyses.base import (
+    Analysis,
+    PlannedRun,
+    Row,
+    add_out,
+    add_questions,
+    add_run,
+    add_seed,
+    table_row,
+)
 from probes.models.sites import ADAPTER
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes answers`."""
     add_run(parser)
-    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
-    parser.add_argument("--questions", metavar="FILE", help=text)
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
-    )
-    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+    add_questions(parser)
     text = "draws to average for each condition with random tokens"
     parser.add_argument("--draws", type=int, default=5, help=text)
     parser.add_argument("--batch-size", type=int, default=16, help="questions per batch")

@@ -4,7 +4,16 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
+from probes.analyses.base import (
+    Analysis,
+    Claim,
+    Row,
+    add_out,
+    add_questions,
+    add_run,
+    add_seed,
+    table_row,
+)
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.evaluation.estimate import Estimate
@@ -14,12 +23,7 @@ if TYPE_CHECKING:  # this module answers `probes --help`
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes routes`."""
     add_run(parser)
-    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
-    parser.add_argument("--questions", metavar="FILE", help=text)
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
-    )
-    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+    add_questions(parser)
     text = "layers in a window; each window that fits is cut, and all layers at once"
     parser.add_argument("--window", type=int, default=2, metavar="K", help=text)
     text = "draws of as many random patches to average"

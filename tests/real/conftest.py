@@ -99,6 +99,7 @@ def options(encoder, english):
         words = [
             *("fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out)),
             *("--model.llm", str(llm), "--model.encoder.path", encoder.path),
+            *("--model.encoder.name", "clip", "--model.encoder.image_px", "null"),
             *("--model.image_attention", "bidirectional"),
             *(
                 "--data.images",
@@ -109,6 +110,8 @@ def options(encoder, english):
             *("--data.batch_size", "4", "--data.micro_batch_size", "2"),
             *("--trainer.max_steps", str(STEPS)),
         ]
+        if stage == "stage1":  # of the tiny encoder, whose features have norm 1
+            words += ["--model.adapter_init_scale", "4"]
         if stage == "stage2":  # LLaVA's rate for the LLM
             words += ["--data.val_annotations", "null", "--model.learning_rate", "2e-5"]
         return [*words, *more]

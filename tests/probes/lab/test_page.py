@@ -128,7 +128,7 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp
 
 def test_answers_side_by_side(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1")
-    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     shown = tab.locator("#answers .answer").all_text_contents()
@@ -145,7 +145,7 @@ def test_answers_side_by_side(open_tab, session):
 
 def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
-    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     words = tab.locator("#answers .answer").nth(2).locator(".word")
@@ -243,13 +243,13 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
         "ask",
         lambda request, job: (asked.append(request.photo), more.wait(20), ask(request, job))[-1],
     )
-    tab.get_by_role("textbox", name="PhotoQuestion").fill("Sky?")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
     tab.evaluate("change({ photo: 'split:3' }), undefined")
     more.set()
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.wait_for_selector("#cancel", state="hidden")
-    assert asked == ["split:1", "split:1"] and "PhotoQuestion: Sky? (" in tab.text_content(
+    assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content(
         "#answers"
     )
     assert address(settle(tab))["photo"] == "split:3"

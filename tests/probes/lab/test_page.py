@@ -249,9 +249,7 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
     more.set()
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.wait_for_selector("#cancel", state="hidden")
-    assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content(
-        "#answers"
-    )
+    assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
     assert address(settle(tab))["photo"] == "split:3"
     assert address(tab)["patches"] == "1"
     tab.locator(".word").first.click()

@@ -1,6 +1,7 @@
 """A lab of two tiny runs, shared by the tests of this folder."""
 
 import labs
+import probe_runs
 import pytest
 
 from probes.lab.session import Session
@@ -8,7 +9,8 @@ from probes.lab.session import Session
 
 @pytest.fixture(scope="session")
 def lab_runs(checkpoints, tmp_path_factory) -> list[str]:
-    return labs.fit_runs(checkpoints, tmp_path_factory.mktemp("lab"))
+    runs = probe_runs.fit_two_masks(checkpoints, tmp_path_factory.mktemp("lab"))
+    return [str(run.path) for run in runs.values()]
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_kept_states_are_bounded(session, monkeypatch):
 
 FIRST = {"photo": "split:0", "model": 0}
 UNKNOWN = {
-    "it has 5 images": {"photo": "split:99"},
+    "it has 9 images": {"photo": "split:99"},
     "drop the same file again": {"photo": "upload:" + 64 * "0"},
     "this lab has 2": {"model": 2},
     "patch 4 does not exist": {"intervention": block(4)},

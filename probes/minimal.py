@@ -26,7 +26,7 @@ from torch import Tensor
 
 import probes
 from probes.data.registry import open_dataset
-from probes.evaluation.metrics import count
+from probes.ops.pixel_counts import count
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 NODES = 5  # per cell of the token grid and axis; the loss is then exact to five digits

@@ -54,7 +54,7 @@ def test_checks_and_epoch_hold_no_record():
 PEAKS = """
 import torch
 from memory import peak_mb
-from probes.evaluation.metrics import count, patch_labels
+from probes.ops.pixel_counts import count, patch_labels
 
 torch.set_num_threads(1)
 target = torch.randint(4, (16, 1024, 2048), dtype=torch.uint8)

@@ -20,8 +20,9 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photo
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image
-from probes.data.palette import colorize, palette_of
+from probes.data.palette import palette_of
 from probes.results.probe_run import ProbeRun
+from probes.tasks.segmentation import colorize_classes
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace
 CALL = "`probes segment RUN PHOTO ... --out DIR`"
@@ -107,7 +108,9 @@ def segment(
         pixels += np.bincount(prediction.ravel(), minlength=len(classes))
         indices = Image.fromarray(prediction).convert("P")
         indices.putpalette(palette.tobytes())
-        overlay = Image.blend(image, Image.fromarray(colorize(prediction, palette)), OPACITY)
+        overlay = Image.blend(
+            image, Image.fromarray(colorize_classes(prediction, palette)), OPACITY
+        )
         index_file, overlay_file = _output_paths(photo, out)
         files |= {index_file: _encode_png(indices), overlay_file: _encode_png(overlay)}
     shares = (pixels / pixels.sum()).tolist()

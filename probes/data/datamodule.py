@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import limit_workers, worker_options
-from probes.tasks import SEGMENTATION, TASKS, targets_of
+from probes.tasks import SEGMENTATION, TASKS
 
 from .base import shared_images
 from .batches import CachedFeatures, PreprocessedDataset, collate
@@ -49,7 +49,7 @@ class ProbeData(LightningDataModule):
         self,
         root: str,
         dataset: Literal[*LAYOUTS] = "folder",
-        task: Literal[SEGMENTATION, *TASKS] = SEGMENTATION,
+        task: Literal[*TASKS] = SEGMENTATION,
         options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
@@ -62,7 +62,7 @@ class ProbeData(LightningDataModule):
         self.save_hyperparameters(logger=False, ignore=["task"] if task == SEGMENTATION else [])
 
         def open_split(split):
-            return open_dataset(dataset, root, split, options, targets_of(task))
+            return open_dataset(dataset, root, split, options, TASKS[task].targets)
 
         self.splits = {split: open_split(split) for split in ("training", "validation")}
         self.root = root

@@ -14,10 +14,3 @@ def palette_of(dataset) -> np.ndarray:
     shades = ((0.55, 0.95), (0.8, 0.8), (0.7, 0.6))  # saturation and brightness
     colours = [hsv_to_rgb(k * GOLDEN % 1, *shades[k % 3]) for k in range(len(dataset.classes))]
     return (255 * np.array(colours)).round().astype(np.uint8)
-
-
-def colorize(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Return classes uint8[..., H, W] as colours uint8[..., H, W, 3]; ignored pixels are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table[mask]

@@ -3,10 +3,10 @@
 The best layer of an effect is chosen by cross-validation over images: no image takes part in the choice of its own
 layer, so that the maximum over many layers is not biased upwards. It is chosen once and kept in all resamplings.
 
-All tasks are treated alike. A score is a function of sums over images, `sums` f[S, N, M]; of segmentation these are
-the pixels of each class that are right, predicted and labelled. Scores are signed so that higher is better.
+A score is a function of sums over images, `sums` f[S, N, M], see :mod:`probes.tasks`. Scores are signed so that higher
+is better.
 
-Shapes: R resamplings, S sites, N images, K classes, T patches, M sums per image, E sites that the effects read:
+Shapes: R resamplings, S sites, N images, T patches, M sums per image, E sites that the effects read:
 encoder, adapter and best layer of an MLLM; first, last and best layer of a bare encoder.
 """
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from probes.models.sites import ADAPTER, ENCODER, PATCHES
+from probes.ops.pixel_counts import Counts
 from probes.tasks import Task
 
 from .estimate import Estimate
-from .metrics import Counts, scores
+from .resampling import dataset_scores, resampled_scores
 from .strengths import Strengths
 
 FOLDS = 10  # of validation images, to choose the best layer
@@ -34,24 +35,9 @@ EFFECTS = {
 }
 
 
-def class_sums(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
-    """Return the sums of segmentation [..., S, N, 3 K] from counts [..., S, N, K] twice, and [N, K]."""
-    labelled = labelled.to(intersection.dtype).expand_as(intersection)
-    return torch.cat([intersection, predicted, labelled], -1)
-
-
-def main_score(task: Task | None, totals: Tensor) -> Tensor:
-    """Return the main score f64[...] of sums over images f[..., M], higher is better; None is segmentation."""
-    if task:
-        return task.sign * task.dataset_scores(totals)[task.score]
-    intersection, predicted, labelled = totals.unflatten(-1, (3, -1)).unbind(-2)
-    return scores(intersection, predicted, labelled).miou
-
-
-def resampled_main_score(task: Task | None, sums: Tensor, weights: Tensor) -> Tensor:
-    """Return the main score f64[R, S] for weights f[R, N] of the images of sums f[S, N, M]."""
-    totals = torch.einsum("rn,snm->rsm", weights.double(), sums.double())
-    return main_score(task, totals)
+def resampled_main_score(task: Task, sums: Tensor, weights: Tensor) -> Tensor:
+    """Return the main score f64[R, S], higher is better, for weights f[R, N] of the images of sums f[S, N, M]."""
+    return task.sign * resampled_scores(task, sums, weights)[task.score]
 
 
 def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
@@ -61,7 +47,7 @@ def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
 
 
 def cross_validated_layers(
-    sites: list[str], task: Task | None, sums: Tensor, groups: Tensor | None = None
+    sites: list[str], task: Task, sums: Tensor, groups: Tensor | None = None
 ) -> Tensor | None:
     """Return for each image the index i64[N] of the LLM layer with the best score on the images of all other folds.
 
@@ -78,7 +64,7 @@ def cross_validated_layers(
 
 
 def sites_of_effects(
-    sites: list[str], task: Task | None, sums: Tensor, groups: Tensor | None = None
+    sites: list[str], task: Task, sums: Tensor, groups: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
@@ -91,7 +77,7 @@ def sites_of_effects(
 
 
 def effects_at(
-    task: Task | None, sums: Tensor, sites: dict[str, Tensor], weights: Tensor
+    task: Task, sums: Tensor, sites: dict[str, Tensor], weights: Tensor
 ) -> dict[str, Estimate]:
     """Return the effects of `EFFECTS` at :func:`sites_of_effects`; one is missing if a site of it was not probed.
 
@@ -100,7 +86,7 @@ def effects_at(
     if not sites:
         return {}
     read = sums[torch.stack(list(sites.values())), torch.arange(sums.shape[1])]  # [E, N, M]
-    values = main_score(task, read.double().sum(1)).tolist()
+    values = (task.sign * dataset_scores(task, read)[task.score]).tolist()
     resampled = resampled_main_score(task, read, weights)
     estimates = {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(sites)}
     return {
@@ -112,7 +98,7 @@ def effects_at(
 
 def layer_effects(
     sites: list[str],
-    task: Task | None,
+    task: Task,
     sums: Tensor,
     weights: Tensor,
     groups: Tensor | None = None,
@@ -121,7 +107,7 @@ def layer_effects(
 
     Args:
         sites: Names of the sites.
-        task: The task; None for segmentation.
+        task: The task.
         sums: f[S, N, M].
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.
@@ -132,7 +118,7 @@ def layer_effects(
 def effects_by_row(
     sites: list[str],
     strengths: Strengths,
-    task: Task | None,
+    task: Task,
     path: Tensor,
     weights: Tensor,
     groups: Tensor | None = None,
@@ -145,7 +131,7 @@ def effects_by_row(
     Args:
         sites: Names of the sites.
         strengths: The path.
-        task: The task; None for segmentation.
+        task: The task.
         path: The sums at the L solved strengths of each site, f[L, S, N, M].
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.

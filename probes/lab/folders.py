@@ -14,9 +14,9 @@ from llava_bidir.common.atomic_io import atomic_directory, write_files
 from llava_bidir.common.errors import UserError
 from probes.data.base import IGNORE_INDEX
 from probes.data.folder import FolderDataset
-from probes.evaluation.metrics import patch_labels
 from probes.models.teach import BACKGROUND
 from probes.ops.geometry import Geometry
+from probes.ops.pixel_counts import patch_labels
 
 from .photos import Photo
 from .requests import MAX_CONCEPTS, MAX_PAINTED, Painting

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.explore.readout import most_probable, token_text
-from probes.data.palette import colorize, palette_of
+from probes.data.palette import palette_of
 from probes.models.knockout import Knockout
 from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
+from probes.tasks.segmentation import colorize_classes
 
 from .folders import list_folders, read_folder, write_folder
 from .models import LabModel, check_patches, example_questions, open_split
@@ -151,7 +152,9 @@ class Session:
         maps = logits.mT.unflatten(-1, model.mllm.grid)
         view = model.mllm.geometry.view((height, width))
         prediction = upsampled_argmax(maps[0], (height, width), view).cpu().numpy()
-        png = encode(Image.fromarray(colorize(prediction, np.array(self.palette, np.uint8))), "PNG")
+        png = encode(
+            Image.fromarray(colorize_classes(prediction, np.array(self.palette, np.uint8))), "PNG"
+        )
         return {"png": base64.b64encode(png).decode()}
 
     def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:

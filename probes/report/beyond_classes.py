@@ -12,21 +12,27 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import estimate_text
 from probes.evaluation.layer_effects import EFFECTS
+from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
-from probes.results.task_run import TaskRun
+from probes.tasks import SEGMENTATION
 
 log = logging.getLogger(__name__)
 
 
-def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
+def read_task_runs(paths: Iterable[str]) -> list[FinishedRun]:
     """Return the runs of `probes report --tasks`: folders, or NAME=FOLDER, which names the model.
 
     Raises:
         UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed, or of all
             these but the mask with other probes.
     """
-    runs = [read_run(path, TaskRun) for path in paths]
+    runs = [read_run(path, FinishedRun) for path in paths]
+    for run in runs:
+        if run.task_name == SEGMENTATION:
+            raise UserError(
+                f"{run.path} is a run of {SEGMENTATION}; expected one of another task (--tasks)"
+            )
     seen = {}
     for run in runs:
         compared = (run.task_name, model_name(run), run.metrics["dataset"], run.metrics["seed"])
@@ -39,7 +45,7 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
     return runs
 
 
-def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
+def task_results(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks" of results.json, one entry per trained run.
 
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, and "recovery_beyond_control" if there is
@@ -56,7 +62,7 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
             *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
         )
 
-    controls: dict[tuple, TaskRun] = {}
+    controls: dict[tuple, FinishedRun] = {}
     for run in (run for run in runs if run.arm != "trained"):
         if (other := controls.setdefault(pair_key(run), run)) is not run:
             raise UserError(
@@ -71,7 +77,7 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     return [_entry(run, controls.get(key)) for key, run in trained.items()]
 
 
-def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
+def _entry(run: FinishedRun, control: FinishedRun | None) -> dict[str, Any]:
     own = {name: run.effects[name] for name in EFFECTS if name in run.effects}
     score = run.task.score
     if control:
@@ -97,7 +103,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
     }
 
 
-def _sites(run: TaskRun) -> list[dict[str, Any]]:
+def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     score = run.task.score
     return [
         {"site": site["site"], "value": site[score], "ci95": site[f"{score}_ci95"]}

@@ -5,8 +5,6 @@ Shapes: S sites, N images, K classes, R resamplings.
 
 from typing import Any
 
-from llava_bidir.common.bootstrap import interval
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.models.sites import FINAL_NORM
 from probes.results.formatting import format_interval, format_percent
 from probes.results.probe_run import ProbeRun
@@ -20,22 +18,20 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
     The layer is the best one on the validation images; the claim "over_last" chooses it on other images than it
     scores.
     """
-    layers = [i for i, site in enumerate(run.sites) if site.startswith("layer_")]
+    layers = [site for site in run.sites if site.startswith("layer_")]
     if not layers:
         return None
-    counts = run.counts.at(layers)
-    scores = dataset_scores(counts).miou
-    best = int(scores.argmax())
-    resampled = resampled_scores(counts, run.weights).miou
-    over_last = (scores[best] - scores[-1]).item()
-    entry = run.metrics["sites"][layers[best]]
+    scores = run.site_scores()
+    best = max(layers, key=lambda site: scores[site].value)
+    over_last = scores[best] - scores[layers[-1]]
+    entry = run.metrics["sites"][run.sites.index(best)]
     return {
-        "site": run.sites[layers[best]],
-        "last": run.sites[layers[-1]],
+        "site": best,
+        "last": layers[-1],
         "miou": entry["miou"],
         "ci95": entry["miou_ci95"],
-        "over_last": over_last,
-        "over_last_ci95": interval(over_last, resampled[:, best] - resampled[:, -1]),
+        "over_last": over_last.value,
+        "over_last_ci95": over_last.ci95,
     }
 
 

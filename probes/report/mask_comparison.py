@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
+from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
+from probes.evaluation.resampling import swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
@@ -33,37 +33,31 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str
     # layers of the encoder come before all that the mask changes
     compared = [site for site in causal.sites if site != FINAL_NORM and not is_encoder_layer(site)]
     sites = [site for site in compared if site in bidirectional.sites]
-    counts = [
-        run.counts.at([run.sites.index(site) for site in sites]) for run in (causal, bidirectional)
-    ]
-    weights = causal.weights
     groups = causal.groups
-    seed = causal.metrics["seed"]
-    values = dataset_scores(counts[1]).miou - dataset_scores(counts[0]).miou
-    resampled = (
-        resampled_scores(counts[1], weights).miou - resampled_scores(counts[0], weights).miou
-    )
-    swaps = random_swaps(len(weights[0]), permutations, seed, groups)
-    swapped = [scores.miou for scores in swapped_scores(*counts, swaps)]
+    of_causal = causal.site_scores()
+    of_bidirectional = bidirectional.site_scores()
+    differences = {site: of_bidirectional[site] - of_causal[site] for site in sites}
+    images = causal.metrics["images"]
+    swaps = random_swaps(images, permutations, causal.metrics["seed"], groups)
+    sums = [run.sums[[run.sites.index(site) for site in sites]] for run in (causal, bidirectional)]
+    swapped = [scores["miou"] for scores in swapped_scores(causal.task, *sums, swaps)]
     uncorrected, corrected = p_values(swapped[1] - swapped[0])
-    units = causal.metrics["images"] if groups is None else len(torch.unique(groups))
+    units = images if groups is None else len(torch.unique(groups))
     return {
         "difference": "bidirectional - causal",
-        "images": causal.metrics["images"],
+        "images": images,
         "groups": None if groups is None else units,
         "permutations": permutations,
         "smallest_p": max(1 / (1 + permutations), 2.0 ** (1 - units)),
         "sites": [
             {
                 "site": site,
-                "difference": v,
-                "ci95": interval(v, r),
+                "difference": differences[site].value,
+                "ci95": differences[site].ci95,
                 "p": p.item(),
                 "p_corrected": q.item(),
             }
-            for site, v, r, p, q in zip(
-                sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True
-            )
+            for site, p, q in zip(sites, uncorrected, corrected, strict=True)
         ],
         "effects": _compare_effects(causal, bidirectional, sites, swapped),
     }

@@ -30,13 +30,13 @@ from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
 from probes.results import formatting
-from probes.results.finished_run import warn_of_changed_data
+from probes.results.finished_run import FinishedRun, warn_of_changed_data
 from probes.results.formatting import Rows
 from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
+from probes.results.runs import finished_runs, open_run
 from probes.results.steps import describe_step, unfinished_steps
 from probes.results.study import StudyRuns, model_name, overridden_masks, read_studies
-from probes.results.task_run import TaskRun, finished_runs, open_run
 from probes.tasks import SEGMENTATION, TASKS
 
 from . import latex, summary_text, tables
@@ -137,7 +137,7 @@ def _write_files(
     studies: list[StudyRuns],
     out: Path,
     wall_s: float | None,
-    task_runs: list[TaskRun],
+    task_runs: list[FinishedRun],
     unfinished: list[dict[str, str]],
 ) -> dict[str, Any]:
     single = len(studies) == 1
@@ -270,7 +270,7 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     return runs, tasks
 
 
-def _labels_of_models(folder: Path, runs: list[ProbeRun | TaskRun]) -> dict[Path, str]:
+def _labels_of_models(folder: Path, runs: list[ProbeRun | FinishedRun]) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
     They do if two models have one name and one mask; else two labels are one model under two masks, and {} is returned.

@@ -9,7 +9,6 @@ Shapes: S sites, R resamplings.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.estimate import Estimate
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES
 from probes.results.formatting import Rows, bounds, format_interval, format_percent, format_points
@@ -35,9 +34,9 @@ def site_rows(study: StudyRuns) -> Rows:
 
 def _rows_of_run(study: StudyRuns, mask: str, run: ProbeRun, solved: bool) -> Rows:
     """Return the rows of one mask."""
-    own = _estimates(run)
+    own = run.site_scores()
     draws = {
-        part: [_estimates(of_draw) for of_draw in _random_runs(study, part, mask, solved)]
+        part: [of_draw.site_scores() for of_draw in _random_runs(study, part, mask, solved)]
         for part in ("adapter", "llm")
     }
     rows = []
@@ -69,13 +68,6 @@ def _random_part(site: str) -> str | None:
     if site == FINAL_NORM or (site.startswith("layer_") and site != PATCHES):
         return "llm"
     return None
-
-
-def _estimates(run: ProbeRun) -> dict[str, Estimate]:
-    """Return the mIoU of each site with its resampled values f[R]."""
-    values = dataset_scores(run.counts).miou.tolist()
-    resampled = resampled_scores(run.counts, run.weights).miou
-    return {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(run.sites)}
 
 
 def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:

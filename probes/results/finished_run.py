@@ -1,4 +1,16 @@
-"""A finished run of probes of any task: models, data, identity; `probe_run.py` adds the scores of classes."""
+"""A finished run of probes of any task, read back for the analyses; `write_run.py` writes its files.
+
+    RUN/metrics.json          scores per site with intervals; "task" and "scores" of another task than segmentation
+    RUN/counts.safetensors    what the task counts of each image, from which the scores are computed (probes/tasks)
+    RUN/effects.safetensors   effects with their resamplings, from which a report evaluates claims
+    RUN/path.safetensors      the same counts at the solved strengths of regularisation, of `probes solve`
+    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
+    RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
+
+Files are written atomically, metrics.json last: it marks the run as finished.
+
+Axes: S sites, N images, M sums per image, R solved strengths of each site.
+"""
 
 import hashlib
 import json
@@ -21,17 +33,18 @@ from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
+from probes.evaluation.layer_effects import effects_by_row, layer_effects
+from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import Strengths
 from probes.models.sites import ADAPTER
-from probes.tasks import SEGMENTATION, TASKS, Task, targets_of
-from probes.tasks.base import predict_pixels
+from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
     Manifest,
+    Metrics,
     ModelConfig,
     ModelTraining,
     check_schema,
-    read_metrics,
     read_run_file,
 )
 
@@ -66,14 +79,18 @@ class FinishedRun:
             raise UserError(
                 f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)"
             )
-        self.metrics = read_metrics(self.path / "metrics.json")
-        self.check_task()
+        self.metrics = read_run_file(Metrics, self.path / "metrics.json")
+        self._check_task()
         self.manifest = read_run_file(Manifest, self.path / "manifest.json")
         check_hash(self.path / "metrics.json", self.manifest.get("files"))
         check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
-    def check_task(self) -> None:
+    def _check_task(self) -> None:
         """Raise a UserError if the run's task is not one that this class reads."""
+        if self.task_name not in TASKS:
+            raise UserError(
+                f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}"
+            )
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a file of the run.
@@ -96,9 +113,9 @@ class FinishedRun:
             self._read_probes()
 
     @property
-    def task(self) -> Task | None:
-        """The task; None for segmentation."""
-        return TASKS.get(self.task_name)
+    def task(self) -> Task:
+        """What the probes predict."""
+        return TASKS[self.task_name]
 
     @property
     def task_name(self) -> str:
@@ -122,7 +139,7 @@ class FinishedRun:
     @property
     def channels(self) -> int:
         """Outputs of a probe for each token."""
-        return self.task.channels if self.task else len(self.metrics["classes"])
+        return self.task.channels or len(self.metrics["classes"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,7 +221,7 @@ class FinishedRun:
     @property
     def strengths(self) -> Strengths:
         """The path of strengths of a run of `probes solve`."""
-        return Strengths(self.site_paths, next(iter(self.metrics.get("scores", {"miou": None}))))
+        return Strengths(self.site_paths, self.task.score)
 
     @cached_property
     def effects(self) -> dict[str, Estimate]:
@@ -222,8 +239,55 @@ class FinishedRun:
         return read_effect_file(path)[0]
 
     def compute_effects(self) -> dict[str, Estimate]:
-        """Return the effects of the run, computed from its scores by image."""
-        raise NotImplementedError
+        """Return the effects of the run in units of its main score, computed from its sums.
+
+        Raises:
+            UserError: A file of the run is damaged.
+        """
+        effects = layer_effects(self.sites, self.task, self.sums, self.weights, self.groups)
+        if self.is_solved:
+            effects |= effects_by_row(
+                self.sites, self.strengths, self.task, self.path_sums(), self.weights, self.groups
+            )
+        return effects
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What was counted of each image."""
+        return self._read("counts.safetensors")
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Sums per image, from which the scores are computed, [S, N, M].
+
+        Raises:
+            UserError: They are damaged.
+        """
+        expected = [len(self.sites), self.metrics["images"]]
+        sums = self._tensors.get("sums")
+        if sums is None or list(sums.shape[:-1]) != expected or not sums.isfinite().all():
+            shape = None if sums is None else list(sums.shape)
+            raise UserError(
+                f"{self.path / 'counts.safetensors'}: sums is {shape}; expected finite numbers {[*expected, 'M']} "
+                "according to metrics.json; make the run again"
+            )
+        return sums
+
+    def site_scores(self) -> dict[str, Estimate]:
+        """Return the main score of each site, with its values under resampling of the images."""
+        values = dataset_scores(self.task, self.sums)[self.task.score].tolist()
+        resampled = resampled_scores(self.task, self.sums, self.weights)[self.task.score]
+        return {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(self.sites)}
+
+    def path_sums(self) -> torch.Tensor:
+        """Return the sums per image at each row of solved strengths, strong to weak, [R, S, N, M].
+
+        A row has another strength at each site; see `strengths`.
+
+        Raises:
+            UserError: The probes were not solved, or the file is damaged.
+        """
+        return self._read("path.safetensors")[f"{self.instrument}/sums"]
 
     @property
     def is_solved(self) -> bool:
@@ -305,7 +369,7 @@ class FinishedRun:
             UserError: If its images or masks are not those of the run any more.
         """
         data = self.manifest["data"]
-        targets = targets_of(self.task_name)
+        targets = self.task.targets
         dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"), targets)
         self._check_unchanged("data", lambda: split_identity(split, dataset))
         return dataset
@@ -433,7 +497,7 @@ class FinishedRun:
         photo = as_photo(image)
         logits = self.logits(photo, [*map(self.check_site, sites)])
         size = (photo.height, photo.width)
-        return predict_pixels(self.task, logits, size, self.geometry.view(size))
+        return self.task.predict_pixels(logits, size, self.geometry.view(size))
 
     @property
     def geometry(self) -> "Geometry":

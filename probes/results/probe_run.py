@@ -1,14 +1,4 @@
-"""The files of a finished probe run, and how analyses read them; `write_run.py` writes them.
-
-    RUN/metrics.json          scores per site with intervals
-    RUN/counts.safetensors    pixel counts per image, from which the scores are computed
-    RUN/effects.safetensors   effects with their resamplings, from which a report evaluates claims
-    RUN/path.safetensors      counts and losses at the solved strengths of regularisation, of `probes solve`
-    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
-    RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
-
-Files are written atomically, metrics.json last: it marks the run as finished.
-"""
+"""A finished run of segmentation probes: its counts of pixels by class and by patch."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,13 +8,8 @@ import torch
 
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import (
-    class_sums,
-    effects_by_row,
-    layer_effects,
-    patch_accuracies,
-)
-from probes.evaluation.metrics import Counts
+from probes.evaluation.layer_effects import patch_accuracies
+from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
 from .finished_run import FinishedRun
@@ -86,12 +71,12 @@ class ProbeRun(FinishedRun):
         UserError: If the probes of the run do not predict classes.
     """
 
-    def check_task(self) -> None:
+    def _check_task(self) -> None:
         """Raise a UserError if the probes do not predict classes."""
         if self.task_name != SEGMENTATION:
             raise UserError(
                 f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
-                "segmentation. `probes report RUN --tasks RUN ...` and probes.TaskRun take runs of other tasks"
+                "segmentation. `probes report RUN --tasks RUN ...` and probes.open_run take runs of other tasks"
             )
 
     @cached_property
@@ -144,19 +129,17 @@ class ProbeRun(FinishedRun):
             check_totals(at_strength, str(path))
         return counts
 
-    def compute_effects(self) -> dict[str, Estimate]:
-        """Return the effects of the run, computed from its counts.
+    @property
+    def sums(self) -> torch.Tensor:
+        """Pixels of each class that are right, predicted and labelled in each image, i64[S, N, 3 K]."""
+        return self.task.sums(self._tensors)
 
-        Raises:
-            UserError: If a file is damaged.
-        """
-        counts = self.counts
-        sums = class_sums(*counts[:3])
-        effects = layer_effects(self.sites, None, sums, self.weights, self.groups)
-        if self.is_solved:
-            path = torch.stack([class_sums(*row[:3]) for row in self.path_counts()])
-            effects |= effects_by_row(
-                self.sites, self.strengths, None, path, self.weights, self.groups
-            )
+    def path_sums(self) -> torch.Tensor:
+        """Return these counts at each row of solved strengths, strong to weak, i64[R, S, N, 3 K]."""
+        return torch.stack([self.task.sums(row._asdict()) for row in self.path_counts()])
+
+    def compute_effects(self) -> dict[str, Estimate]:
+        """Return the effects of the run, and the accuracies of single patches, computed from its counts."""
         columns = self.metrics["grid"][1]
-        return effects | patch_accuracies(self.sites, counts, columns, self.weights)
+        accuracies = patch_accuracies(self.sites, self.counts, columns, self.weights)
+        return super().compute_effects() | accuracies

@@ -25,8 +25,8 @@ from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.process_group import end_on_signals, run_missing
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
+from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.results.task_run import finished_runs
 
 from .plan import Settings
 from .run import run_study

@@ -27,7 +27,7 @@ from probes.models.families import family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import is_encoder_layer, wants_all
-from probes.tasks import TASKS
+from probes.tasks import SEGMENTATION, TASKS
 
 from .options import read_setting
 
@@ -381,10 +381,11 @@ def check(settings: Settings) -> None:
     """Raise a UserError if the study cannot be run: what is wrong is said before any work."""
     if settings.draws < 0:
         raise UserError(f"--draws must be 0 or more, got {settings.draws}")
+    others = [task for task in TASKS if task != SEGMENTATION]
     for task in settings.tasks:
-        if task not in TASKS:
+        if task not in others:
             raise UserError(
-                f"there is no task {task!r}; expected one of {', '.join(TASKS)} (--tasks)"
+                f"there is no task {task!r}; expected one of {', '.join(others)} (--tasks)"
             )
     kinds = ("solve", "fit", *ANALYSES, "report")
     for kind in settings.only or ():

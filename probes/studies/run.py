@@ -30,8 +30,8 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
 from probes.report.summary_text import format_results
+from probes.results.runs import finished_runs, open_run
 from probes.results.steps import OUTCOMES, unfinished_steps
-from probes.results.task_run import finished_runs, open_run
 
 from .options import read_setting
 from .plan import Settings, Step, check, make_plan

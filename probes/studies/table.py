@@ -9,7 +9,7 @@ from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
-from probes.results.task_run import finished_runs, open_run
+from probes.results.runs import finished_runs, open_run
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure

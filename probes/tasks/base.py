@@ -1,9 +1,10 @@
-"""What a probe predicts, other than classes: `Task`, one subclass per file of this folder.
+"""What a probe predicts: `Task`, and `ValueTask` for a number or vector at each pixel; one subclass per file.
 
-Legend: P probes, B images, K channels of a probe, H W pixels, M sums per image. A target has the shape [H, W], or
-[H, W, 3] for vectors; predictions have the shape of the target.
+Legend: P probes, B images, N images of a dataset, K channels of a probe, h w token grid, H W pixels, M sums per image.
+A target has the shape [H, W], or [H, W, 3] for vectors; predictions have the shape of the target.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -11,26 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.ops.bilinear import upsample, upsampled_argmax
-from probes.ops.geometry import GridPlacement
+from probes.ops.bilinear import upsample
+from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.pixel_counts import PIXELS_AT_ONCE
 
 
 class Task(ABC):
-    """Targets, loss, scores and colours of a task.
+    """What is counted of an image, and the scores of a dataset.
 
-    Scores of a dataset are functions of sums over its images, so that they can be resampled and added up over
-    processes. By default they are means over the images of `image_scores`.
+    Scores are functions of sums over the images of a dataset, so that they can be resampled and added up over
+    processes.
     """
 
     name: ClassVar[str]
-    # the targets that are read, by `data.task`: depth, normals or boundaries
+    # the targets that are read, by `data.task`: segmentation, depth, normals or boundaries
     targets: ClassVar[str]
-    channels: ClassVar[int]  # K
+    # K; None if there is one for each class of the dataset
+    channels: ClassVar[int | None]
     # name -> higher is better; the first is the one that chooses and is compared
     scores: ClassVar[dict[str, bool]]
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
+    highest: ClassVar[float] = math.inf  # that a score can be
     # by `probes solve`: least_squares, or cross_entropy (targets are classes)
     solved: ClassVar[str] = "least_squares"
+    counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
 
     @property
     def score(self) -> str:
@@ -41,6 +46,50 @@ class Task(ABC):
     def sign(self) -> int:
         """1 if a higher main score is better, else -1."""
         return 1 if self.scores[self.score] else -1
+
+    @abstractmethod
+    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+        """Return what is kept of each image, by the names of `counted`: [P, B, ...], or [B, n] if equal for all probes.
+
+        Args:
+            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            target: [B, H, W] or [B, H, W, 3].
+            geometry: Placement of the tokens on the images.
+        """
+
+    def sums(self, counted: dict[str, Tensor]) -> Tensor:
+        """Return the sums f[P, N, M], or of several paths [..., P, N, M], of what `count` returned of all images."""
+        return counted["sums"]
+
+    @abstractmethod
+    def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the scores f64[...] by name, from sums over images f[..., M]; NaN without a value."""
+
+    @abstractmethod
+    def predict_pixels(
+        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
+    ) -> np.ndarray:
+        """Return the prediction for each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
+
+        It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.
+        """
+
+    @abstractmethod
+    def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """Return a map of predictions as colours, uint8[..., H, W, 3]; `palette` uint8[K, 3] has those of classes."""
+
+    def truth(self, target: Tensor) -> Tensor:
+        """Return targets in the format of predictions, [B, H, W] or [B, H, W, 3]; most are read in it."""
+        return target
+
+
+class ValueTask(Task):
+    """A number or a vector at each pixel.
+
+    By default scores are means over the images of `image_scores`.
+    """
+
+    channels: ClassVar[int]
 
     @abstractmethod
     def values(self, target: Tensor) -> Tensor:
@@ -68,14 +117,6 @@ class Task(ABC):
             target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
 
-    @abstractmethod
-    def colorize(self, prediction: np.ndarray) -> np.ndarray:
-        """Return a map of the prediction, uint8[H, W, 3]."""
-
-    def truth(self, target: Tensor) -> Tensor:
-        """Return targets in the format of predictions, f[B, H, W] or f[B, H, W, 3]; most are read in it."""
-        return target
-
     def valid(self, target: Tensor) -> Tensor:
         """Return which pixels have a value, bool[B, H, W]."""
         return self.values(target).isfinite().all(-1)
@@ -96,25 +137,40 @@ class Task(ABC):
             )
         return sums
 
+    @torch.no_grad()
+    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+        """Return the sums of each image, f32[P, B, M]."""
+        view = geometry.view(tuple(target.shape[1:3]))
+        sums = [
+            self._sums_in_chunks(of_image, truth, view)
+            for of_image, truth in zip(outputs.unbind(1), target, strict=True)
+        ]
+        return {"sums": torch.stack(sums, -2).float()}
+
+    def _sums_in_chunks(self, outputs: Tensor, target: Tensor, view: GridPlacement) -> Tensor:
+        """Return the sums of an image f[P, M] from outputs f[P, K, h, w], some probes at a time."""
+        pixels = PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"])
+        probes_at_once = max(1, pixels // target.numel())
+        size = tuple(target.shape[:2])
+        sums = []
+        for part in outputs.split(probes_at_once):
+            prediction = self.predict(upsample(part, size, view))
+            sums.append(self.image_sums(prediction, target))
+        return torch.cat(sums)
+
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the scores f64[...] by name, from sums over images f[..., M]; NaN without a value."""
+        """Return the means over images."""
         means = sums[..., 1:].double() / sums[..., :1].double()
         return dict(zip(self.scores, means.unbind(-1), strict=True))
+
+    @torch.no_grad()
+    def predict_pixels(
+        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
+    ) -> np.ndarray:
+        """Return the prediction for each pixel, f32[..., H, W] or f32[..., H, W, 3]."""
+        return self.predict(upsample(outputs, size, view)).float().cpu().numpy()
 
 
 def mean_over_valid(error: Tensor, valid: Tensor) -> Tensor:
     """Return the mean f[P, B] of errors f[P, B, H, W] over the valid pixels bool[B, H, W]; 0 where there are none."""
     return torch.where(valid, error, 0).sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
-
-
-@torch.no_grad()
-def predict_pixels(
-    task: Task | None, logits: Tensor, size: tuple[int, int], view: GridPlacement
-) -> np.ndarray:
-    """Return the prediction of each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
-
-    It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.
-    """
-    if task is None:
-        return upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
-    return task.predict(upsample(logits, size, view)).float().cpu().numpy()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Task, mean_over_valid
+from .base import ValueTask, mean_over_valid
 
 IGNORED = 255
 TOLERANCE = 0.0075  # of the image's diagonal. Source: maxDist of BSDS500's correspondPixels
 THRESHOLDS = 99  # equally spaced in (0, 1). Source: nthresh of BSDS500's boundaryBench
 
 
-class Boundaries(Task):
+class Boundaries(ValueTask):
     """Pixels at boundaries.
 
     Scores are those of BSDS500 over the dataset: F at the threshold that is best for all images (ODS), and average
@@ -89,7 +89,7 @@ class Boundaries(Task):
         rise = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
         return {"f": f.amax(-1), "ap": (precision * rise).sum(-1)}
 
-    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+    def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Return likely boundaries bright."""
         # 255: ignored
         grey = (255 * np.where(prediction > 1, 0, prediction)).round().astype(np.uint8)

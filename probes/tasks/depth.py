@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Task, mean_over_valid
+from .base import ValueTask, mean_over_valid
 
 # DINOv2's lower limit for NYUv2, and far beyond what depth cameras measure: the exponential of a bad probe stays finite
 LOWEST_M = 1e-3
@@ -16,7 +16,7 @@ HIGHEST_M = 1e3
 VARIANCE_FOCUS = 0.15
 
 
-class Depth(Task):
+class Depth(ValueTask):
     """Depth in metres.
 
     Scores are computed for each image and averaged over images, as by probe3d (evals/utils/metrics.py) and DINOv2's
@@ -82,7 +82,7 @@ class Depth(Task):
         ]
         return torch.stack([*parts, *((ratio < 1.25**k).float().mean(1) for k in (1, 2, 3))], 1)
 
-    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+    def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Return near pixels bright, far ones dark, from the nearest to the farthest of the map."""
         from matplotlib import colormaps
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Task, mean_over_valid
+from .base import ValueTask, mean_over_valid
 
 WITHIN = (11.25, 22.5, 30.0)  # degrees. Source: Fouhey et al. 2013; probe3d, evals/utils/metrics.py
 
 
-class Normals(Task):
+class Normals(ValueTask):
     """Unit vectors.
 
     Scores are computed from the angle between prediction and target, for each image, and averaged over images as by
@@ -61,6 +61,6 @@ class Normals(Task):
         shares = ((angle < limit).float().mean(1) for limit in WITHIN)
         return torch.stack([angle.mean(1), angle.median(1).values, *shares], 1)
 
-    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+    def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Return x, y and z as red, green and blue, 128 for 0."""
         return np.nan_to_num(127.5 * (prediction + 1)).round().clip(0, 255).astype(np.uint8)

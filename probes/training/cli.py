@@ -22,9 +22,10 @@ from llava_bidir.common.usage_errors import ArgumentParser, natural
 from probes.data.base import shared_images
 from probes.data.datamodule import ProbeData
 from probes.data.label_counts import format_labels
+from probes.tasks import SEGMENTATION
 
 from .module import ProbeModule
-from .run_schema import Manifest, read_metrics, read_run_file
+from .run_schema import Manifest, Metrics, read_run_file
 from .write_run import SavePredictions, ShowMaps
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
@@ -115,18 +116,18 @@ class ProbeCLI(RunCLI):
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""
-        summary = read_metrics(self.out / "metrics.json")["summary"]
+        summary = read_run_file(Metrics, self.out / "metrics.json")["summary"]
         task = self.model.task
         main = {site: summary[site] for site in ("encoder", "adapter")}
         main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
-        text = "{} {:.3g}" if task else "{} {:.1%}"
+        text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"
         scores = ", ".join(
             text.format(site, value) for site, value in main.items() if value is not None
         )
         folders = f"{quote(str(self.out))} --out {quote(str(self.out / 'report'))}"
-        report = f"probes report {'RUN --tasks ' * bool(task)}{folders}"
-        name = task.labels[task.score] if task else "mIoU"
-        return f"{self.out}: {name} {scores or 'in metrics.json'}. To see all scores: {report}"
+        other = "" if task.name == SEGMENTATION else "RUN --tasks "
+        report = f"probes report {other}{folders}"
+        return f"{self.out}: {task.labels[task.score]} {scores or 'in metrics.json'}. To see all scores: {report}"
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Score the probes of a checkpoint and write the files of the run.

@@ -18,11 +18,12 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import PAD_INDEX
-from probes.evaluation.bootstrap import probe_scores
+from probes.evaluation.resampling import dataset_scores
 from probes.models.random_init import MATCHES
 from probes.ops.bilinear import upsample
 from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.quadrature import PreparedMasks
+from probes.tasks import SEGMENTATION
 
 from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS
@@ -92,7 +93,7 @@ class ProbeModule(SiteProbes):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
         states = self.states(batch)
-        target = batch["target" if self.task else "masks"]
+        target = batch["masks" if self.task.name == SEGMENTATION else "target"]
         # padding must not enter batch statistics
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:
             states = {site: x[:0] for site, x in states.items()}
@@ -109,14 +110,14 @@ class ProbeModule(SiteProbes):
 
         With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
         """
-        if self.task:
-            return self._task_losses(logits, target)
+        if self.task.name != SEGMENTATION:
+            return self._value_losses(logits, target)
         valid = all_gather(target.pixels.sum()).mean().clamp(min=1)
         if not len(target):
             return logits.sum((1, 2, 3, 4)) / valid  # 0 with gradient 0
         return upsampled_cross_entropy(logits, target, reduction="sum") / valid
 
-    def _task_losses(self, channels: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+    def _value_losses(self, channels: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Return the mean over the images of the global batch that have a value, f[S], from f[S, B, K, h, w]."""
         geometry = self.mllm.geometry
         images = channels.new_zeros(())
@@ -139,15 +140,15 @@ class ProbeModule(SiteProbes):
         if fitting:
             self.validated_at.append(self.trainer.global_step)
             self.epochs.append(self.trainer.datamodule.epochs_of(self.trainer.global_step))
-        scores = probe_scores(self.task, self._compute())
+        scores = dataset_scores(self.task, self.task.sums(self._compute()))
         for i, site in enumerate(self.sites):
             for score, values in scores.items():
                 self.log(f"{score}/{site}", values[i].item())
             if fitting:
-                self._keep_if_best(site, next(iter(scores.values()))[i].item())
+                self._keep_if_best(site, scores[self.task.score][i].item())
 
     def _keep_if_best(self, site: str, score: float) -> None:
-        sign = self.task.sign if self.task else 1
+        sign = self.task.sign
         if sign * score > max(
             (sign * past for past in self.history.setdefault(site, [])), default=-math.inf
         ):

@@ -23,8 +23,6 @@ from tqdm import tqdm
 from probes.data.available_memory import available_memory
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
-from probes.evaluation.image_metrics import TaskSums
-from probes.evaluation.metrics import Counts
 from probes.ops.quadrature import join_masks
 
 from .closed_form import Moments, SiteSpace
@@ -412,9 +410,9 @@ class OptimumSolver(Solver):
                 self.refinements[site] = refinement
 
     # ------------------------------------------------------------------------------------------------ results
-    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def path_results(self, counted: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors."""
-        path, tensors = super().path_results(counts)
+        path, tensors = super().path_results(counted)
         return {"passes": self.passes, "sample_images": self.sample_images} | path, tensors
 
 

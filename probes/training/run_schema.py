@@ -3,6 +3,7 @@
 Fields are in the order of the files. Fields with a default are missing in older runs. Other keys are ignored.
 """
 
+import math
 from pathlib import Path
 from typing import (
     Annotated,
@@ -16,23 +17,20 @@ from typing_extensions import TypedDict
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from probes.tasks import SEGMENTATION, TASKS
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise ValueError("Input should be a valid number")
     return value
 
 
-def _share(value: Any) -> int | float:
-    if _number(value) < 0 or value > 1:
-        raise ValueError("Input should be from 0 to 1")
-    return value
-
-
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
-Share = Annotated[Any, PlainValidator(_share)]
-Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
 Scores = dict.fromkeys(
@@ -75,18 +73,14 @@ ModelTraining = TypedDict(
 )
 
 
-class SiteScores(BaseModel):
-    """Scores of the probe at a site."""
+class SiteScores(BaseModel, extra="allow"):
+    """Scores of the probe at a site: SCORE and SCORE_ci95 for each score of the task; of classes, their IoUs too."""
 
     site: str
     dim: Annotated[int, Field(ge=1, le=1_000_000)]
-    miou: Share
-    miou_ci95: Interval
-    pacc: Share
-    pacc_ci95: Interval
     best_epoch: Number | None
-    iou_per_class: list[Number | None]
     history: list[Number]
+    iou_per_class: list[Number | None] | None = None
 
 
 class SitePath(BaseModel, extra="allow"):
@@ -150,8 +144,12 @@ def _check_sites(sites: list[Any]) -> None:
         raise ValueError("sites contains duplicates")
 
 
-class RunMetrics(BaseModel):
-    """The part of metrics.json that runs of all tasks have."""
+class Metrics(BaseModel):
+    """metrics.json: scores per site with intervals.
+
+    `task` and `scores` are those of another task than segmentation: `scores` maps the names of its scores to "higher"
+    or "lower", whichever is better, the main score first. `classes` and `baseline` are those of segmentation.
+    """
 
     dataset: str
     split: str = "validation"
@@ -166,13 +164,10 @@ class RunMetrics(BaseModel):
     match: str = "none"
     draw: int = 0
     seed: int
-
-
-class Metrics(RunMetrics):
-    """metrics.json of segmentation: scores per site with intervals."""
-
-    classes: Annotated[list[str], Field(min_length=1)]
-    baseline: Baseline
+    task: str = SEGMENTATION
+    scores: Annotated[dict[str, Literal["higher", "lower"]], Field(min_length=1)] | None = None
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    baseline: Baseline | None = None
     grid: Grid
     probe: _ProbeSettings
     sites: Annotated[list[SiteScores], Field(min_length=1)]
@@ -181,55 +176,48 @@ class Metrics(RunMetrics):
 
     @model_validator(mode="after")
     def _check_agreement(self) -> "Metrics":
+        _check_sites(self.sites)
+        if self.task == SEGMENTATION:
+            self._check_classes()
+            scores = list(TASKS[SEGMENTATION].scores)
+            loss = "cv_cross_entropy"
+            of_path = [*scores, "cross_entropy"]
+        else:
+            if not self.scores:
+                raise ValueError("scores: Field required")
+            scores = list(self.scores)
+            loss = "cv_loss"
+            of_path = scores
+        highest = 1 if self.task == SEGMENTATION else math.inf
+        for site in self.sites:
+            for name in scores:
+                _check_score(site, name, highest)
+        _check_path(self.path, self.sites, loss, of_path)
+        return self
+
+    def _check_classes(self) -> None:
+        for name in ("classes", "baseline"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: Field required")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes contains duplicates")
-        _check_sites(self.sites)
-        _check_path(self.path, self.sites, "cv_cross_entropy", ["miou", "pacc", "cross_entropy"])
         for site in self.sites:
-            if len(site.iou_per_class) != len(self.classes):
+            if len(site.iou_per_class or ()) != len(self.classes):
                 raise ValueError(
                     f"iou_per_class of {site.site!r} does not have one value per class"
                 )
-        return self
 
 
-class TaskSiteScores(BaseModel, extra="allow"):
-    """Scores of the probe at a site: SCORE and SCORE_ci95 for each score of the task."""
-
-    site: str
-    dim: Annotated[int, Field(ge=1, le=1_000_000)]
-    best_epoch: Number | None
-    history: list[Number]
-
-
-class TaskMetrics(RunMetrics):
-    """metrics.json of another task than segmentation.
-
-    `scores` maps the names of the scores to "higher" or "lower", whichever is better, the main score first.
-    """
-
-    task: str
-    scores: Annotated[dict[str, Literal["higher", "lower"]], Field(min_length=1)]
-    grid: Grid
-    probe: _ProbeSettings
-    sites: Annotated[list[TaskSiteScores], Field(min_length=1)]
-    summary: Summary
-    path: SolvedPath | None = None
-
-    @model_validator(mode="after")
-    def _check_agreement(self) -> "TaskMetrics":
-        _check_sites(self.sites)
-        _check_path(self.path, self.sites, "cv_loss", list(self.scores))
-        for site in self.sites:
-            for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
-                value = (site.model_extra or {}).get(key)
-                if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2:
-                    numbers = value
-                else:
-                    numbers = [value]
-                if not all(isinstance(number, int | float) for number in numbers):
-                    raise ValueError(f"{key} of {site.site!r} is {value!r}, not a score")
-        return self
+def _check_score(site: SiteScores, name: str, highest: float) -> None:
+    """Raise unless a site has the score, from 0 to `highest`, and two bounds of its interval."""
+    extra = site.model_extra or {}
+    value = extra.get(name)
+    bounds = extra.get(f"{name}_ci95")
+    if not _is_number(value) or not 0 <= value <= highest:
+        limits = "from 0 to 1" if highest == 1 else "from 0"
+        raise ValueError(f"{name} of {site.site!r} is {value!r}, not a number {limits}")
+    if not isinstance(bounds, list) or len(bounds) != 2 or not all(map(_is_number, bounds)):
+        raise ValueError(f"{name}_ci95 of {site.site!r} is {bounds!r}, not two numbers")
 
 
 class Manifest(BaseModel):
@@ -271,15 +259,4 @@ def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     check_schema(schema, content, path)
-    return content
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Return the content of metrics.json of a run of any task.
-
-    Raises:
-        UserError: If the file is missing, damaged, or does not match the schema of its task.
-    """
-    content = read_json(path)
-    check_schema(TaskMetrics if "task" in content else Metrics, content, path)
     return content

@@ -2,8 +2,8 @@
 
 `module.py` trains the probes by gradient descent, `solver.py` solves them.
 
-Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K classes, or
-channels of another task.
+Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K channels of a
+probe: of segmentation, classes.
 """
 
 from typing import Any
@@ -17,11 +17,10 @@ from torch.utils.data import Dataset
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
 from probes.data.batches import MaskPreparer, group_by_mask_size
-from probes.evaluation.image_metrics import SegmentationMetric, TaskMetric, TaskSums
-from probes.evaluation.metrics import Counts
+from probes.evaluation.image_metrics import TaskMetric
 from probes.models.load import load
 from probes.models.matched_updates import MATCH_IMAGES
-from probes.tasks import TASKS, Task
+from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .heads import Probe
 from .write_run import save_run
@@ -45,7 +44,7 @@ class SiteProbes(LightningModule):
         self.head = head
         self.feature_norm = feature_norm
         self.mllm = None
-        self.task: Task | None = None  # None for segmentation
+        self.task: Task | None = None
         self.identity: Identity | None = None
         self.validated_at: list[int] = []  # optimizer steps
         self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
@@ -94,22 +93,16 @@ class SiteProbes(LightningModule):
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)
-        self.task = TASKS.get(data.task)
+        self.task = TASKS[data.task]
         # layers of the encoder last: the other sites keep their numbers, with or without them
         self._numbered_sites = list(dict.fromkeys([*self.mllm.sites, *self.sites]))
         self.heads = nn.ModuleDict({site: self._build_probe(site) for site in self.sites})
-        images = len(data.splits["validation"])
-        self.metric = self._build_metric(images)
+        self.metric = TaskMetric(self.task, len(data.splits["validation"]), self.mllm.geometry)
 
     @property
     def channels(self) -> int:
         """Outputs of a probe for each token."""
-        return self.task.channels if self.task else self.hparams.num_classes
-
-    def _build_metric(self, images: int) -> SegmentationMetric | TaskMetric:
-        if self.task:
-            return TaskMetric(self.task, images, self.mllm.geometry)
-        return SegmentationMetric(images, self.mllm.geometry)
+        return self.task.channels or self.hparams.num_classes
 
     def _build_probe(self, site: str) -> Probe:
         """Return a probe whose initialisation does not depend on the other probes of the run."""
@@ -122,7 +115,9 @@ class SiteProbes(LightningModule):
 
     def mask_preparer(self) -> MaskPreparer | None:
         """Return what prepares training masks for the loss; None if the probes are not trained on masks of classes."""
-        return None if self.task else MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
+        if self.task.name != SEGMENTATION:
+            return None
+        return MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""
@@ -149,27 +144,28 @@ class SiteProbes(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counts = self._compute()
-        path = self.path_results(counts)
+        counted = self._compute()
+        path = self.path_results(counted)
         if self.trainer.is_global_zero:
-            save_run(self, self.trainer.datamodule, counts, path, self.trainer.default_root_dir)
+            save_run(self, self.trainer.datamodule, counted, path, self.trainer.default_root_dir)
 
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were made, for metrics.json."""
         raise NotImplementedError
 
-    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def path_results(self, counted: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path.
 
-        `counts` are those of the probes of the run.
+        Args:
+            counted: What the task counts of the probes of the run.
         """
         return {}, {}
 
-    def _compute(self) -> Counts | TaskSums:
-        """Return the counts, or for other tasks than segmentation the sums per image, on the CPU."""
-        counts = self.metric.compute()
+    def _compute(self) -> dict[str, Tensor]:
+        """Return what the task counts of each image, by name, on the CPU."""
+        counted = self.metric.compute()
         self.metric.reset()
-        return type(counts)(*(x if x is None else x.cpu() for x in counts))
+        return {name: x.cpu() for name, x in counted.items()}
 
 
 def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:

@@ -103,7 +103,7 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
         )
     solver = LeastSquaresSolver
     options = ("folds", "strengths")
-    if task not in TASKS or TASKS[task].solved == "cross_entropy":
+    if TASKS[task].solved == "cross_entropy":
         solver = OptimumSolver
         options = (*options, "passes", "sample_images")
     elif args.strengths and max(args.strengths) > 1:

@@ -29,12 +29,13 @@ from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.progress import LogProgress
 from llava_bidir.common.run_folder import RESUME_ADVICE, StartOfRun
 from probes.data.batches import MaskPreparer, group_by_mask_size
-from probes.evaluation.bootstrap import dataset_scores, task_scores
-from probes.evaluation.image_metrics import ImageMetric, SegmentationMetric, TaskMetric, TaskSums
-from probes.evaluation.metrics import Counts
+from probes.evaluation.image_metrics import TaskMetric
+from probes.evaluation.resampling import dataset_scores
 from probes.ops.cross_entropy import TIGHT_NODES, loss_and_gradient
 from probes.ops.geometry import Geometry
+from probes.ops.pixel_counts import count
 from probes.ops.quadrature import PreparedMasks
+from probes.tasks import SEGMENTATION, TASKS
 
 from .closed_form import full_precision
 from .distributed import rank, rank_count
@@ -111,28 +112,25 @@ class SolvedSite:
         return entry
 
 
-class PathMetric(SegmentationMetric):
-    """Counts per image of some probes, and the summed losses of all probes.
+class PathMetric(TaskMetric):
+    """Counts per image of the classes by some probes, and the summed losses of all probes.
 
     Args:
         counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
-        images, geometry: As for `SegmentationMetric`.
+        images, geometry: As for `TaskMetric`.
     """
 
     def __init__(self, counted: list[int], images: int, geometry: Geometry):
-        super().__init__(images, geometry, by_token=False)
+        super().__init__(TASKS[SEGMENTATION], images, geometry, (*COUNTED, "cross_entropy"))
         self.counted = counted
-        self.names = (*self.names, "cross_entropy")
-        self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
         """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
-        super().update(logits[self.counted], target, index)
-        self.cross_entropy.append(loss_and_gradient(logits, masks, needs_grad=False)[0].T)
-
-    def compute(self) -> tuple[Counts, Tensor]:
-        """Return the counts of the counted probes, and the loss of each probe and image f64[P, N]."""
-        return super().compute(), ImageMetric.compute(self)["cross_entropy"].T
+        view = self.geometry.view(tuple(target.shape[-2:]))
+        counts = count(logits[self.counted], target, view, by_token=False)
+        kept = {name: getattr(counts, name).to(torch.int32) for name in COUNTED}
+        loss, _ = loss_and_gradient(logits, masks, needs_grad=False)
+        self.add(index, kept | {"cross_entropy": loss[..., None]})
 
 
 class Solver(SiteProbes):
@@ -190,11 +188,12 @@ class Solver(SiteProbes):
         self._report_limits()
         images = len(self.trainer.datamodule.splits["validation"])
         geometry = self.mllm.geometry
-        if self.task:
-            metric = TaskMetric(self.task, images, geometry)
-        else:  # the chosen probes are counted with the scores of the run
-            counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
-            metric = PathMetric(counted, images, geometry)
+        metric = TaskMetric(self.task, images, geometry)
+        if self.task.name == SEGMENTATION:
+            # the chosen probes are counted with the scores of the run
+            chosen = self._chosen()
+            others = [i for i in range(self.rows * len(self.sites)) if i not in chosen]
+            metric = PathMetric(others, images, geometry)
         self.path_metric = metric.to(self.device)
 
     def share(self, images: Iterable[int]) -> list[list[int]]:
@@ -279,11 +278,10 @@ class Solver(SiteProbes):
             )
             logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
             for images, target in group_by_mask_size(batch["target"][part]):
-                masks = (
-                    ()
-                    if self.task
-                    else (MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)(target),)
-                )
+                masks = []
+                if self.task.name == SEGMENTATION:
+                    prepare = MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)
+                    masks = [prepare(target)]
                 self.path_metric.update(logits[:, images], target, index[images], *masks)
         return super()._score(states, batch)
 
@@ -300,37 +298,30 @@ class Solver(SiteProbes):
         settings = {key: self.hparams[key] for key in ("seed", "folds")}
         return {"head": "linear", "feature_norm": "batchnorm", "solved": self.instrument} | settings
 
-    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""
+    def path_results(self, counted: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors.
+
+        Args:
+            counted: What the task counts of the chosen probes.
+        """
+        tensors = {name: x.cpu() for name, x in self.path_metric.compute().items()}
+        loss_name = "cv_loss"
+        if self.task.name == SEGMENTATION:
+            loss_name = "cv_cross_entropy"
+            for name in COUNTED:
+                tensors[name] = self._merge(tensors[name], counted[name]).int()
+            tensors["cross_entropy"] = tensors["cross_entropy"].squeeze(-1)
+        scores = dataset_scores(self.task, self.task.sums(counted | tensors))
+        if self.task.name == SEGMENTATION:
+            scores["cross_entropy"] = tensors["cross_entropy"].sum(1) / counted["labelled"].sum()
 
         def by_site(x):
             return x.unflatten(0, (-1, len(self.sites)))
 
-        loss_name = "cv_loss" if self.task else "cv_cross_entropy"
-        if self.task:
-            sums = self.path_metric.compute().sums.cpu()
-            scores = task_scores(self.task, sums)
-            tensors = {"sums": sums}
-        else:
-            others, loss = self.path_metric.compute()
-            loss = loss.cpu()
-            both = {
-                name: self._merge(getattr(others, name).cpu(), getattr(counts, name))
-                for name in COUNTED
-            }
-            score = dataset_scores(counts._replace(**both))
-            scores = {
-                "miou": score.miou,
-                "pacc": score.pacc,
-                "cross_entropy": loss.sum(1) / counts.labelled.sum(),
-            }
-            tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
-        sites = [
-            solved.entry(
-                site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, loss_name
-            )
-            for i, (site, solved) in enumerate(self.solved.items())
-        ]
+        sites = []
+        for i, (site, solved) in enumerate(self.solved.items()):
+            of_site = {name: by_site(x)[:, i].tolist() for name, x in scores.items()}
+            sites.append(solved.entry(site, of_site, loss_name))
         path = {"passes": self.passes, self.instrument: {"sites": sites}}
         return path, {
             f"{self.instrument}/{name}": by_site(x).contiguous() for name, x in tensors.items()

@@ -1,7 +1,6 @@
 """Write the files of a finished run, and maps to its logger; `probe_run.py` lists the files and reads them back."""
 
 import logging
-import math
 import platform
 import subprocess
 from importlib.metadata import version
@@ -18,38 +17,27 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
 from llava_bidir.common.logged_media import log_images, media_loggers
 from probes.data.batches import group_by_mask_size
-from probes.data.palette import colorize, palette_of
-from probes.evaluation.bootstrap import (
-    dataset_scores,
-    probe_scores,
-    resampled_scores,
-    resampled_task_scores,
-)
+from probes.data.palette import palette_of
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.image_metrics import TaskSums
-from probes.evaluation.layer_effects import (
-    class_sums,
-    effects_by_row,
-    layer_effects,
-    patch_accuracies,
-)
-from probes.evaluation.metrics import Counts, summary
+from probes.evaluation.layer_effects import effects_by_row, layer_effects, patch_accuracies
+from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import Strengths
-from probes.tasks.base import predict_pixels
+from probes.evaluation.summary import summary
+from probes.ops.pixel_counts import Counts
+from probes.tasks import SEGMENTATION
 
-from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
+from .run_schema import Manifest, Metrics, ModelTraining, check_schema
 
 log = logging.getLogger(__name__)
 
-COUNTED = ("intersection", "predicted")  # along the path
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
 def save_run(
     module,
     data,
-    counts: Counts | TaskSums,
+    counted: dict[str, torch.Tensor],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
 ) -> None:
@@ -58,7 +46,7 @@ def save_run(
     Args:
         module: The `SiteProbes`.
         data: Its `ProbeData`.
-        counts: Counts of the probes, or for other tasks than segmentation the sums per image.
+        counted: What the task counts of each image, by name.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
@@ -68,21 +56,18 @@ def save_run(
     images = len(data.splits["validation"])
     groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(images, groups=groups)
-    scores = probe_scores(task, counts)
-    if task:
-        own = {
-            "task": task.name,
-            "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()},
-        }
-        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights))
-    else:
-        own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
-        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict())
-        for site, iou in zip(sites, dataset_scores(counts).iou.tolist(), strict=True):
+    sums = task.sums(counted)
+    scores = dataset_scores(task, sums)
+    sites = site_entries(module, scores, resampled_scores(task, sums, weights))
+    main = dict(zip(module.sites, scores[task.score].tolist(), strict=True))
+    if task.name == SEGMENTATION:
+        own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
+        for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
             site["iou_per_class"] = [None if x != x else x for x in iou]
-    main = dict(zip(module.sites, next(iter(scores.values())).tolist(), strict=True))
-    own["summary"] = task_summary(main, task.sign) if task else summary(main)
-    metrics = (TaskMetrics if task else Metrics)(
+    else:
+        better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
+        own = {"task": task.name, "scores": better}
+    metrics = Metrics(
         dataset=data.name,
         split="validation",
         images=images,
@@ -100,11 +85,12 @@ def save_run(
         grid=list(module.mllm.grid),
         probe=module.probe_settings(),
         sites=sites,
+        summary=summary(main, task.sign),
         **({"path": path[0]} if path[0] else {}),
     )
-    effects = run_effects(module, counts, path, weights, groups)
-    tensors = counts._asdict() | {"group": groups}
-    files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
+    effects = run_effects(module, counted, path, weights, groups)
+    tensors = counted if groups is None else counted | {"group": groups}
+    files = {out / "counts.safetensors": tensors}
     if path[1]:
         files[out / "path.safetensors"] = path[1]
     files[out / EFFECTS_FILE] = effect_file(effects)
@@ -117,7 +103,7 @@ def save_run(
 
 def run_effects(
     module,
-    counts: Counts | TaskSums,
+    counted: dict[str, torch.Tensor],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     weights: torch.Tensor,
     groups: torch.Tensor | None,
@@ -126,27 +112,24 @@ def run_effects(
 
     Args:
         module: The `SiteProbes`.
-        counts: As in :func:`save_run`.
+        counted: As in :func:`save_run`.
         path: As in :func:`save_run`.
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.
     """
     task = module.task
     sites = module.sites
-    sums = counts.sums if task else class_sums(*counts[:3])
-    effects = layer_effects(sites, task, sums, weights, groups)
+    effects = layer_effects(sites, task, task.sums(counted), weights, groups)
     entries, tensors = path
     if entries:
         solved = "optimum" if "optimum" in entries else "closed_form"
-        strengths = Strengths(entries[solved]["sites"], task.score if task else "miou")
-        if task:
-            of_path = tensors[f"{solved}/sums"]
-        else:
-            right, predicted = (tensors[f"{solved}/{name}"] for name in COUNTED)
-            of_path = class_sums(right, predicted, counts.labelled)
-        effects |= effects_by_row(sites, strengths, task, of_path, weights, groups)
-    if not task:
-        effects |= patch_accuracies(sites, counts, module.mllm.grid[1], weights)
+        strengths = Strengths(entries[solved]["sites"], task.score)
+        along_path = {name.partition("/")[2]: x for name, x in tensors.items()}
+        sums = task.sums(counted | along_path)
+        effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
+    if task.name == SEGMENTATION:
+        columns = module.mllm.grid[1]
+        effects |= patch_accuracies(sites, Counts(**counted), columns, weights)
     return effects
 
 
@@ -161,7 +144,7 @@ def site_entries(
         resampled: f64[R, S] by name.
     """
     entries = []
-    sign = module.task.sign if module.task else 1
+    sign = module.task.sign
     for i, site in enumerate(module.sites):
         history = module.history.get(site, [])
         best = (
@@ -175,24 +158,11 @@ def site_entries(
         }
         for name, values in scores.items():
             value = values[i].item()
-            ci95 = interval(
-                value, resampled[name][:, i], lowest=0.0, highest=math.inf if module.task else 1.0
-            )
+            drawn = resampled[name][:, i]
+            ci95 = interval(value, drawn, lowest=0.0, highest=module.task.highest)
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
-
-
-def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:
-    """Return the main score of encoder, adapter and best layer; differences are positive where the layer is better."""
-    signed = summary({site: sign * value for site, value in main.items()})
-
-    def back(value):
-        return None if value is None else sign * value
-
-    return signed | {
-        key: back(signed[key]) for key in ("encoder", "adapter", "peak_llm", "final_norm")
-    }
 
 
 def group_indices(dataset) -> torch.Tensor | None:
@@ -203,9 +173,9 @@ def group_indices(dataset) -> torch.Tensor | None:
     return torch.tensor([sorted(set(groups)).index(group) for group in groups])
 
 
-def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
-    """Return the scores of predicting the most frequent class everywhere."""
-    labelled = counts.labelled.sum(0).double()
+def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
+    """Return the scores of predicting the most frequent class everywhere; `labelled` i64[N, K] are pixels."""
+    labelled = labelled.sum(0).double()
     most = int(labelled.argmax())
     occurring = int((labelled > 0).sum())
     share = (labelled[most] / labelled.sum()).item()
@@ -222,7 +192,7 @@ def manifest(module, data) -> Manifest:
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
-            **({"task": data.task} if module.task else {}),
+            **({} if data.task == SEGMENTATION else {"task": data.task}),
             "options": data.options,
             "fingerprint": describe(module.identity["data"]),
             **_data_notes(data),
@@ -290,20 +260,19 @@ class ShowMaps(Callback):
             return
         task = pl_module.task
         palette = palette_of(trainer.datamodule.splits["validation"])
-
-        def colours(maps):
-            return np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
-
         images, target = group_by_mask_size(batch["target"])[0]
         logits_by_site = outputs[:, images][:, : self.images]
         target = target[: self.images]
         size = tuple(target.shape[1:3])
         view = pl_module.mllm.geometry.view(size)
-        for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
-            log_images(trainer, f"maps/{site}", colours(predict_pixels(task, logits, size, view)))
-        log_images(
-            trainer, "maps/truth", colours((task.truth(target) if task else target).cpu().numpy())
-        )
+        maps = {
+            site: task.predict_pixels(logits, size, view)
+            for site, logits in zip(pl_module.sites, logits_by_site, strict=True)
+        }
+        maps["truth"] = task.truth(target).cpu().numpy()
+        for name, of_images in maps.items():
+            colours = np.stack([task.colorize(x, palette) for x in of_images])
+            log_images(trainer, f"maps/{name}", colours)
 
 
 class SavePredictions(Callback):
@@ -331,8 +300,8 @@ class SavePredictions(Callback):
             for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
                 for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
-                    prediction = predict_pixels(task, logits, size, view)
-                    if task:
-                        np.save(out / site / f"{names[i]}.npy", prediction)
-                    else:
+                    prediction = task.predict_pixels(logits, size, view)
+                    if task.name == SEGMENTATION:
                         Image.fromarray(prediction).save(out / site / f"{names[i]}.png")
+                    else:
+                        np.save(out / site / f"{names[i]}.npy", prediction)

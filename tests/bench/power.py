@@ -12,8 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from probes.report.claims import evaluate_claims
+from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.results.task_run import finished_runs
 from probes.studies.calibrate import DESIGNS, study_settings
 from probes.studies.run import run_study
 

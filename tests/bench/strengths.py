@@ -19,10 +19,10 @@ from transformers import AutoModel
 from probes.data.batches import MaskPreparer
 from probes.data.folder import FolderDataset
 from probes.data.samplers import assign_folds
-from probes.evaluation.bootstrap import dataset_scores
-from probes.evaluation.metrics import Counts, count
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
+from probes.ops.pixel_counts import Counts, count
+from probes.tasks import TASKS
 from probes.training.optimum import LOOSE_NODES, TIGHT_NODES, SiteProblem, solve_site
 
 GRID = (16, 16)
@@ -80,7 +80,9 @@ def score(
     counts = Counts(
         **{k: torch.cat([getattr(p, k) for p in parts], axis) for k, axis in axis_of_images.items()}
     )
-    return dataset_scores(counts).miou, loss / pixels
+    task = TASKS["segmentation"]
+    scores = task.dataset_scores(task.sums(counts._asdict()).sum(1))
+    return scores["miou"], loss / pixels
 
 
 def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProblem, float, Tensor]:

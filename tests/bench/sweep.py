@@ -7,9 +7,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.data.batches import MaskPreparer
-from probes.evaluation.metrics import IGNORE_INDEX, count
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
+from probes.ops.pixel_counts import IGNORE_INDEX, count
 from probes.training.module import ProbeModule
 from probes.training.optimum import loss_sums
 

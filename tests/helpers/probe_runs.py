@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.cli import main
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores
-from probes.evaluation.metrics import Counts
+from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.models.sites import site_names
+from probes.ops.pixel_counts import Counts
 from probes.results.probe_run import ProbeRun
+from probes.tasks import TASKS
 
 GRID = (2, 2)
+CLASSES_TASK = TASKS["segmentation"]
 # of solved runs, strong to weak; the first and last are not solved
 STRENGTHS = {
     True: [3.0, 0.3, 0.03, 0.003, 0.0003],
@@ -104,14 +106,21 @@ def random_counts(
     return Counts(intersection, predicted, labelled, patch, valid)
 
 
+def sums_of(counts: Counts) -> torch.Tensor:
+    """Return the sums of segmentation, [S, N, 3 K]."""
+    return CLASSES_TASK.sums(counts._asdict())
+
+
 def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
     """Return the sites of metrics.json."""
-    score = dataset_scores(counts)
-    drawn = resampled_scores(counts, weights)
+    sums = sums_of(counts)
+    score = dataset_scores(CLASSES_TASK, sums)
+    drawn = resampled_scores(CLASSES_TASK, sums, weights)
+    iou = CLASSES_TASK.iou(sums.sum(1))
     found = []
     for i, site in enumerate(sites):
-        miou = score.miou[i].item()
-        pacc = score.pacc[i].item()
+        miou = score["miou"][i].item()
+        pacc = score["pacc"][i].item()
         entry = {
             "site": site,
             "dim": 16 if site == "encoder" else width,
@@ -119,12 +128,12 @@ def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int 
             "pacc": pacc,
         }
         entry |= {
-            "miou_ci95": interval(miou, drawn.miou[:, i]),
-            "pacc_ci95": interval(pacc, drawn.pacc[:, i]),
+            "miou_ci95": interval(miou, drawn["miou"][:, i]),
+            "pacc_ci95": interval(pacc, drawn["pacc"][:, i]),
         }
         entry |= {
             "best_epoch": 2,
-            "iou_per_class": score.iou[i].tolist(),
+            "iou_per_class": iou[i].tolist(),
             "history": [0.8 * miou, miou],
         }
         found.append(entry)

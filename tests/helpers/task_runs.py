@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from probes.evaluation.summary import summary
 from probes.models.sites import site_names
 from probes.tasks import TASKS
-from probes.training.write_run import task_summary
 
 STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak
 DEPTH_IMAGES = 40  # of written runs
@@ -107,7 +107,7 @@ def write_depth_run(
         | {f"{name}_ci95": [scores[name][i] - 0.01, scores[name][i] + 0.01] for name in scores}
         for i, site in enumerate(sites)
     ]
-    metrics["summary"] = task_summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
+    metrics["summary"] = summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
     along_path = {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
     choice = {"strengths": DEPTH_STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
     metrics["path"] = {
@@ -116,4 +116,6 @@ def write_depth_run(
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")
+    along_path = sums.expand(len(DEPTH_STRENGTHS), *sums.shape).contiguous()
+    save_file({"closed_form/sums": along_path}, path / "path.safetensors")
     return path

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import task_runs as helper
 
-from probes import TaskRun
+from probes import FinishedRun
 from probes.cli import main
 
 
@@ -15,7 +15,7 @@ def task_root(segmentation, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, TaskRun]:
+def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun]:
     """Solved runs of every task under a causal mask, and of depth under a bidirectional one at another strength."""
     runs = {}
     for name in ("depth", "normals", "boundaries", "depth bidirectional"):
@@ -25,5 +25,5 @@ def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, TaskRun]:
             mask
         )  # another probe, so that there is a gap
         main(helper.arguments("solve", task, checkpoints[mask or "causal"], task_root, out, *more))
-        runs[name] = TaskRun(out)
+        runs[name] = FinishedRun(out)
     return runs

@@ -24,11 +24,11 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
 from probes.analyses.knockout.config import KnockoutPlan
-from probes.evaluation.metrics import patch_labels
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ADAPTER, is_before_adapter
 from probes.ops.geometry import GridPlacement
+from probes.ops.pixel_counts import patch_labels
 from probes.results.probe_run import ProbeRun
 
 log = logging.getLogger(__name__)

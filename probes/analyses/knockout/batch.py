@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 

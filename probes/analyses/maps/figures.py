@@ -8,39 +8,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from probes.analyses.style import FigureData
-from probes.data.palette import colorize
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
-from probes.results.task_run import TaskRun
+from probes.tasks import SEGMENTATION
+from probes.tasks.segmentation import colorize_classes
 
 LEGEND_CLASSES = 24
 SHOWN_LAYERS = 6  # of a bare encoder
 
 
-def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
-    """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
-    index = run.analysis("maps.json")
-    maps = read_tensors(run.path / "maps.safetensors")
-    dataset = run.dataset()
-    sites = _shown_sites(run)
-    rows = []
-    for image in index["images"]:
-        sample = dataset[image["index"]]
-        predicted = maps[f"image/{image['index']}"].numpy()
-        rows.append(
-            [np.asarray(sample["image"]), colorize(sample["target"], palette)]
-            + [colorize(predicted[index["sites"].index(site)], palette) for site in sites]
-        )
-    titles = ["image", "label", *(site.replace("_", " ") for site in sites)]
-    return FigureData(_image_grid(rows, titles, legend=_legend(run, palette)), [])
+def site_maps(run: FinishedRun, palette: np.ndarray | None = None) -> FigureData:
+    """Draw images, targets, and the predictions from encoder to the best layer (Figs. 4, 13).
 
-
-def task_maps(run: TaskRun) -> FigureData:
-    """Draw images, targets, and the predictions of another task, from encoder to the best layer.
-
-    Target and predictions of an image share their colours.
+    Target and predictions of an image share their colours; `palette` uint8[K, 3] has those of classes.
     """
     index = run.analysis("maps.json")
     maps = read_tensors(run.path / "maps.safetensors")
@@ -51,12 +33,11 @@ def task_maps(run: TaskRun) -> FigureData:
         sample = dataset[image["index"]]
         predicted = maps[f"image/{image['index']}"].numpy()
         target = run.task.truth(torch.from_numpy(sample["target"])[None])[0].numpy()
-        shown = np.concatenate([target, *(predicted[index["sites"].index(site)] for site in sites)])
-        colours = np.split(run.task.colorize(shown), 1 + len(sites))
-        rows.append([np.asarray(sample["image"]), *colours])
-    return FigureData(
-        _image_grid(rows, ["image", "target", *(site.replace("_", " ") for site in sites)]), []
-    )
+        shown = np.stack([target, *(predicted[index["sites"].index(site)] for site in sites)])
+        rows.append([np.asarray(sample["image"]), *run.task.colorize(shown, palette)])
+    titles = ["image", "target", *(site.replace("_", " ") for site in sites)]
+    legend = _legend(run, palette) if run.task_name == SEGMENTATION else ()
+    return FigureData(_image_grid(rows, titles, legend=legend), [])
 
 
 def _shown_sites(run: FinishedRun) -> list[str]:
@@ -80,9 +61,9 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     predicted = maps[f"knockout/{name}"].numpy()
     layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
     blank = np.full((*sample["target"].shape, 3), 255)
-    first_column = [np.asarray(sample["image"]), colorize(sample["target"], palette), blank]
+    first_column = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), blank]
     rows = [
-        [first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)]
+        [first_column[i], *(colorize_classes(predicted[i, layer], palette) for layer in layers)]
         for i in range(3)
     ]
     titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]

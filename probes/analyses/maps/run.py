@@ -24,12 +24,13 @@ from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
-from probes.results.task_run import TaskRun, open_run
+from probes.results.runs import open_run
+from probes.tasks import SEGMENTATION
 
 MAP_CONDITIONS = ("none", "incorrect", "correct")
 
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes maps`."""
     run = open_run(args.probes)
     out = Path(args.out or args.probes)
-    if isinstance(run, TaskRun) and args.classes:
+    if run.task_name != SEGMENTATION and args.classes:
         raise UserError(
             f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
             "leave it out"
@@ -109,17 +110,11 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(out, "maps.json"):
         check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
         knockouts = []
-        if isinstance(run, TaskRun):
-
-            def predict(sample):
-                return torch.from_numpy(run.predict_sites(sample["image"], run.sites))
-        else:
-            reader = PatchReader(run)
-
-            def predict(sample):
-                return predict_maps(reader, sample, run.sites)
-
-        tensors = {f"image/{i}": predict(dataset[i]) for i in tqdm(args.image, desc="maps")}
+        tensors = {}
+        for i in tqdm(args.image, desc="maps"):
+            predicted = run.predict_sites(dataset[i]["image"], run.sites)
+            tensors[f"image/{i}"] = torch.from_numpy(predicted)
+        reader = PatchReader(run) if args.classes else None
         for name in args.classes:
             if result := predict_knockout_maps(run, reader, name):
                 knockouts.append(result[0])

@@ -23,7 +23,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from probes.data.base import IGNORE_INDEX
 from probes.data.folder import FolderDataset
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.models.frozen_mllm import FrozenMLLM
 
 ROWS = ("first_row", "middle_row", "last_row")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.results.probe_run import ProbeRun
 
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, pooled_gap

@@ -21,7 +21,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
 from probes.analyses.replacement import check_replaceable
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.analyses.maps.figures import task_maps
+from probes.analyses.maps.figures import site_maps
 from probes.analyses.style import (
     FigureData,
     Figures,
@@ -18,8 +18,8 @@ from probes.analyses.style import (
     site_depth,
 )
 from probes.models.sites import ENCODER
+from probes.results.finished_run import FinishedRun
 from probes.results.formatting import bounds
-from probes.results.task_run import TaskRun
 
 Entry = dict[str, Any]
 
@@ -105,7 +105,7 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
     ]
 
 
-def task_figures(runs: list[TaskRun], results: list[Entry]) -> Figures:
+def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
     """Yield the figures of other tasks than segmentation.
 
     Args:
@@ -130,4 +130,4 @@ def task_figures(runs: list[TaskRun], results: list[Entry]) -> Figures:
         yield ReportFigure(
             f"tasks_maps_{i}", f"Predictions by layer, {of}{random}",
             "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
-            task_maps(run), "wide")  # fmt: skip
+            site_maps(run), "wide")  # fmt: skip

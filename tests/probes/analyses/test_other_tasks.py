@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from probes import TaskRun
-from probes.analyses.maps.figures import task_maps
+from probes import FinishedRun
+from probes.analyses.maps.figures import site_maps
 from probes.cli import main
 
 TASKS = ("depth", "normals", "boundaries")
@@ -18,7 +18,7 @@ TASKS = ("depth", "normals", "boundaries")
 def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(
     task, task_runs, tmp_path
 ):
-    run = TaskRun(shutil.copytree(task_runs[task].path, tmp_path / "run"))
+    run = FinishedRun(shutil.copytree(task_runs[task].path, tmp_path / "run"))
     main(["maps", "--probes", str(run.path), "--image", "1", "3"])
     tensors = load_file(run.path / "maps.safetensors")
     index = run.analysis("maps.json")
@@ -33,7 +33,7 @@ def test_maps_equal_the_saved_predictions_and_are_drawn_beside_the_target(
         np.testing.assert_allclose(
             tensors[f"image/{image['index']}"].numpy(), saved, atol=2e-3, rtol=2e-3
         )
-    axes = task_maps(run).figure.axes
+    axes = site_maps(run).figure.axes
     titles = [ax.get_title() for ax in axes if ax.get_title()]
     assert titles[:4] == ["image", "target", "encoder", "adapter"]
     assert len(axes) == 2 * len(titles)

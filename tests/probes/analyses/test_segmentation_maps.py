@@ -15,7 +15,7 @@ from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.knockout.run import knockout
 from probes.analyses.maps.run import predict_maps
 from probes.cli import main
-from probes.evaluation.metrics import true_classes
+from probes.evaluation.true_classes import true_classes
 from probes.results.probe_run import ProbeRun
 
 PLANS = {

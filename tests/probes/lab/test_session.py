@@ -15,7 +15,6 @@ from PIL import Image
 import probes
 from llava_bidir.common.errors import UserError
 from probes.data.folder import FolderDataset
-from probes.data.palette import colorize
 from probes.lab.models import example_questions, load_checkpoint
 from probes.lab.photos import encode
 from probes.lab.requests import (
@@ -35,6 +34,7 @@ from probes.lab.requests import (
     View,
 )
 from probes.lab.session import Session, split_answer
+from probes.tasks.segmentation import colorize_classes
 
 
 def block(*patches: int, **limits) -> Block:
@@ -126,7 +126,7 @@ def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
     shown = Image.open(io.BytesIO(base64.b64decode(session.pixel_map(request, labs.JOB)["png"])))
     run = probes.ProbeRun(lab_runs[0])
     predicted = run.predict(run.dataset()[2]["image"], "layer_02")
-    assert (np.asarray(shown) == colorize(predicted, np.array(session.palette, np.uint8))).all()
+    assert (np.asarray(shown) == colorize_classes(predicted, np.array(session.palette, np.uint8))).all()
 
 
 def test_words_of_a_patch_are_those_of_the_map(session):

@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava_bidir.common.errors import UserError
-from probes.evaluation.metrics import count, patch_labels
 from probes.ops.bilinear import bilinear_weights, upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.geometry import RESIZES, Geometry, GridPlacement
+from probes.ops.pixel_counts import count, patch_labels
 
 pytestmark = pytest.mark.numerics
 

@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import HANGING_S
 
-from probes.evaluation import metrics
-from probes.evaluation.metrics import count
-from probes.ops import bilinear, kernels
+from probes.ops import bilinear, kernels, pixel_counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.geometry import Geometry
+from probes.ops.pixel_counts import count
 from probes.ops.quadrature import prepare_masks
 
 pytest.importorskip("triton", reason="triton is not installed (it is made for Linux alone)")
@@ -40,7 +39,7 @@ def through_triton():
         return logits.dtype != torch.float64
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (bilinear, metrics):
+        for module in (bilinear, pixel_counts):
             patch.setattr(module, "use_triton", choose)
         yield
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from task_runs import DEPTH_IMAGES, write_depth_run
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes import TaskRun
+from probes import FinishedRun
 from probes.cli import main
 from probes.report.beyond_classes import read_task_runs, task_results, task_table
 from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
@@ -32,7 +32,7 @@ def folders(segmentation, tmp_path) -> dict[str, str]:
 
 def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
     """Lower is better, so that drop and recovery are positive where RMSE rises and falls."""
-    run = TaskRun(folders["depth"])
+    run = FinishedRun(folders["depth"])
     ours = run.effects
     rmse = run.sums[..., 1].double().numpy()
     weights = bootstrap_weights(DEPTH_IMAGES).double().numpy()
@@ -46,19 +46,21 @@ def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
 
 
 def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, caplog):
-    depth = TaskRun(folders["depth"])
-    untrained = TaskRun(folders["random"])
+    depth = FinishedRun(folders["depth"])
+    untrained = FinishedRun(folders["random"])
     (entry,) = task_results([depth, untrained])
     expected = depth.effects["recovery"].value - untrained.effects["recovery"].value
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
     rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
     metrics = {"untrained": ["llm"], "match": "update", "draw": 0}
-    matched = TaskRun(write_depth_run(tmp_path / "matched", rmse, segmentation, metrics=metrics))
+    matched = FinishedRun(
+        write_depth_run(tmp_path / "matched", rmse, segmentation, metrics=metrics)
+    )
     assert [task_results([depth, x])[0]["control_is"] for x in (matched, untrained)] == [
         "random",
         "untrained",
     ]
-    other = TaskRun(
+    other = FinishedRun(
         write_depth_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True)
     )
     assert len(task_results([depth, other])) == 1
@@ -96,7 +98,7 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
 
 
 def test_scores_are_in_units_of_the_encoders(folders):
-    (entry,) = task_results([TaskRun(folders["depth"])])
+    (entry,) = task_results([FinishedRun(folders["depth"])])
     rows = relative_scores(entry, "sites")
     assert rows[0]["value"] == 1
     assert rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
@@ -105,7 +107,7 @@ def test_scores_are_in_units_of_the_encoders(folders):
 
 
 def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
-    (entry,) = task_results([TaskRun(folders["depth"])])
+    (entry,) = task_results([FinishedRun(folders["depth"])])
     entry["sites"][1] |= {"value": 0.25, "ci95": [-0.1, 0.4]}
     entry["sites"][2] |= {"value": 0.25, "ci95": [0.0, 0.4]}
     encoder, *rows = relative_scores(entry, "sites")[:3]
@@ -186,4 +188,4 @@ def test_rejects_runs_that_do_not_fit(runs, message, folders, tmp_path):
 def test_damaged_sums_are_named(folders):
     save_file({"sums": torch.ones(2, 3)}, f"{folders['depth']}/counts.safetensors")
     with pytest.raises(ValueError, match="counts.safetensors: sums is"):
-        _ = TaskRun(folders["depth"]).sums
+        _ = FinishedRun(folders["depth"]).sums

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from probe_runs import ROWS, random_counts, write_run, write_solved
+from probe_runs import CLASSES_TASK, ROWS, random_counts, sums_of, write_run, write_solved
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
-from probes.evaluation.layer_effects import class_sums, cross_validated_layers, image_folds
-from probes.evaluation.metrics import Counts
+from probes.evaluation.layer_effects import cross_validated_layers, image_folds
+from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.figures.layer_curves import overview_figures
 from probes.report.strengths import path_rows
@@ -147,7 +147,7 @@ def test_cross_validated_layers_equal_a_loop(groups):
     counts = close_layers()
     fold = np.arange(23) % 10 if groups is None else np.asarray(groups)
     expected = numpy_layers(SITES, counts, fold)
-    assert cross_validated_layers(SITES, None, class_sums(*counts[:3]), groups).tolist() == expected
+    assert cross_validated_layers(SITES, CLASSES_TASK, sums_of(counts), groups).tolist() == expected
     assert len(set(expected)) > 1  # the folds disagree, so that the plain maximum would differ
 
 
@@ -161,7 +161,7 @@ def test_cross_validation_of_pure_noise_finds_no_recovery():
             numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled)
             for i in range(12)
         ]
-        best = cross_validated_layers(sites, None, class_sums(*counts[:3]))
+        best = cross_validated_layers(sites, CLASSES_TASK, sums_of(counts))
         picked = numpy_miou(
             counts.intersection[best, images], counts.predicted[best, images], counts.labelled
         )
@@ -173,9 +173,9 @@ def test_cross_validation_of_pure_noise_finds_no_recovery():
 
 def test_without_layers_or_with_one_image():
     counts = close_layers(images=1)
-    sums = class_sums(*counts[:3])
-    assert cross_validated_layers(SITES[:2], None, sums) is None
-    assert cross_validated_layers(SITES, None, sums).shape == (1,)
+    sums = sums_of(counts)
+    assert cross_validated_layers(SITES[:2], CLASSES_TASK, sums) is None
+    assert cross_validated_layers(SITES, CLASSES_TASK, sums).shape == (1,)
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):

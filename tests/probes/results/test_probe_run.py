@@ -63,7 +63,18 @@ WRONG = [
         [0.5],
         "iou_per_class of 'layer_01' does not have one value per class",
     ),
-    ("metrics.json", ["sites", 2, "miou"], 40.5, r"sites\[2\].miou: .*from 0 to 1, got '40.5'"),
+    (
+        "metrics.json",
+        ["sites", 2, "miou"],
+        40.5,
+        "miou of 'layer_01' is 40.5, not a number from 0 to 1",
+    ),
+    (
+        "metrics.json",
+        ["sites", 1, "miou_ci95"],
+        [0.1],
+        r"miou_ci95 of 'adapter' is \[0.1\], not two numbers",
+    ),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
     (
         "manifest.json",

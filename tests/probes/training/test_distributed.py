@@ -21,7 +21,7 @@ from processes import HANGING_S
 from safetensors.torch import load_file
 
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
-from probes import TaskRun
+from probes import FinishedRun
 from probes.cli import main
 
 SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]
@@ -227,7 +227,7 @@ def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
         load_file(path / "path.safetensors")["closed_form/sums"] for path in (run, alone.path)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(TaskRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
+    torch.testing.assert_close(FinishedRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
 
 
 @pytest.mark.distributed

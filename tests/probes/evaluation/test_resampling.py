@@ -5,10 +5,16 @@ import pytest
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values, random_swaps
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
-from probes.evaluation.metrics import Counts
+from probes.evaluation.resampling import dataset_scores, resampled_scores, swapped_scores
+from probes.ops.pixel_counts import Counts
+from probes.tasks import TASKS
 
 pytestmark = pytest.mark.numerics
+TASK = TASKS["segmentation"]
+
+
+def sums_of(counts: Counts) -> torch.Tensor:
+    return TASK.sums(counts._asdict())
 
 
 def random_counts(seed: int, images: int = 30, classes: int = 4, sites: int = 2) -> Counts:
@@ -26,19 +32,20 @@ def random_counts(seed: int, images: int = 30, classes: int = 4, sites: int = 2)
 def test_resampled_scores_equal_a_loop_over_drawn_images():
     counts = random_counts(0)
     weights = bootstrap_weights(30, 20)
-    ours = resampled_scores(counts, weights)
+    ours = resampled_scores(TASK, sums_of(counts), weights)
     for r in range(20):
         drawn = torch.repeat_interleave(torch.arange(30), weights[r].long())
         again = Counts(*(x[:, drawn] for x in counts[:2]), counts.labelled[drawn], *counts[3:])
-        torch.testing.assert_close(ours.miou[r], dataset_scores(again).miou)
-        torch.testing.assert_close(ours.pacc[r], dataset_scores(again).pacc)
+        again_scores = dataset_scores(TASK, sums_of(again))
+        torch.testing.assert_close(ours["miou"][r], again_scores["miou"])
+        torch.testing.assert_close(ours["pacc"][r], again_scores["pacc"])
 
 
 def test_interval_of_miou_is_not_biased_by_rare_classes():
     """Percentile intervals are biased, so ours are about the estimate."""
     counts = random_counts(2, images=25)
-    resampled = resampled_scores(counts, bootstrap_weights(25)).miou[:, 0]
-    estimate = dataset_scores(counts).miou[0].item()
+    resampled = resampled_scores(TASK, sums_of(counts), bootstrap_weights(25))["miou"][:, 0]
+    estimate = dataset_scores(TASK, sums_of(counts))["miou"][0].item()
     low, high = interval(estimate, resampled)
     assert low < estimate < high
 
@@ -48,7 +55,7 @@ def test_swapped_scores_equal_a_loop_over_swapped_images():
     b = random_counts(1)
     swaps = random_swaps(30, 20, seed=5)
     b = b._replace(labelled=a.labelled)
-    ours = swapped_scores(a, b, swaps)
+    ours = swapped_scores(TASK, sums_of(a), sums_of(b), swaps)
     for r in range(21):
         mixed = []
         for first, second in ((a, b), (b, a)):
@@ -60,10 +67,11 @@ def test_swapped_scores_equal_a_loop_over_swapped_images():
                 pick(first.intersection, second.intersection),
                 pick(first.predicted, second.predicted),
             )
-            mixed.append(dataset_scores(Counts(*fields, a.labelled, *a[3:])))
+            counts = Counts(*fields, a.labelled, *a[3:])
+            mixed.append(dataset_scores(TASK, sums_of(counts)))
         for scored, expected in zip(ours, mixed, strict=True):
-            torch.testing.assert_close(scored.miou[r], expected.miou)
-            torch.testing.assert_close(scored.pacc[r], expected.pacc)
+            for name, values in scored.items():
+                torch.testing.assert_close(values[r], expected[name])
 
 
 def pair_of_counts(
@@ -84,8 +92,8 @@ def pair_of_counts(
 
 def test_a_true_gain_is_found_at_every_site():
     a, b = pair_of_counts(np.random.default_rng(0), gain=0.1)
-    swapped = swapped_scores(a, b, random_swaps(40, 500))
-    raw, corrected = p_values(swapped[1].miou - swapped[0].miou)
+    swapped = swapped_scores(TASK, sums_of(a), sums_of(b), random_swaps(40, 500))
+    raw, corrected = p_values(swapped[1]["miou"] - swapped[0]["miou"])
     assert (raw < 0.01).all()
     assert (corrected < 0.02).all()
 
@@ -99,8 +107,8 @@ def test_rejection_rate_without_a_difference_is_nominal():
     any_corrected = 0
     for i in range(studies):
         a, b = pair_of_counts(rng)
-        swapped = swapped_scores(a, b, random_swaps(40, 199, seed=i))
-        raw, corrected = p_values(swapped[1].miou - swapped[0].miou)
+        swapped = swapped_scores(TASK, sums_of(a), sums_of(b), random_swaps(40, 199, seed=i))
+        raw, corrected = p_values(swapped[1]["miou"] - swapped[0]["miou"])
         one += bool(raw[0] <= 0.1)
         any_raw += bool((raw <= 0.1).any())
         any_corrected += bool((corrected <= 0.1).any())

@@ -1,26 +1,17 @@
-"""Integer pixel counts, and the scores computed from them.
-
-Counts are kept per image, so that bootstrap intervals can resample images. They are keyed by image index, so that each
-image counts once on any number of ranks. Scores are of the dataset: intersections and unions are summed over images
-first.
+"""Pixels of each class that are right, predicted and labelled, counted per image without storing predicted maps.
 
 Legend: S sites, N images, K classes, h w token grid, T = h * w, H W pixels.
 """
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from probes.data.batches import group_by_mask_size
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
-from probes.ops.bilinear import upsampled_argmax
-from probes.ops.geometry import GridPlacement
-from probes.ops.kernels import use_triton
-
-if TYPE_CHECKING:  # a report needs no model
-    from probes.models.frozen_mllm import FrozenMLLM
+from .bilinear import upsampled_argmax
+from .geometry import GridPlacement
+from .kernels import use_triton
 
 IGNORE_INDEX = 255
 BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
@@ -103,8 +94,8 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
     labelled = _histogram(labels.where(valid, classes), valid, classes)
     patch_valid = _histogram(token.expand_as(target), valid, tokens)
     if use_triton(logits):
-        from probes.ops.kernels.argmax_counts import count_cells
-        from probes.ops.kernels.grid_cells import half_cells
+        from .kernels.argmax_counts import count_cells
+        from .kernels.grid_cells import half_cells
 
         axes = half_cells(tuple(grid), size, view, logits.device)
         predictions = count_cells(logits, target, *axes, IGNORE_INDEX)
@@ -200,58 +191,3 @@ def _patch_labels(
     votes = votes.view(images, tokens + 1, classes + 1)[:, :tokens, :classes]
     most, label = votes.max(-1)
     return torch.where(most > 0, label, -1)
-
-
-class Scores(NamedTuple):
-    """Scores of one or many resamplings: miou, pacc f[...], iou f[..., K], NaN for a class that does not occur."""
-
-    miou: Tensor
-    pacc: Tensor
-    iou: Tensor
-
-
-def scores(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Scores:
-    """Return the scores from counts summed over images, [..., K]; mIoU is the mean over classes that occur."""
-    intersection, predicted, labelled = (x.double() for x in (intersection, predicted, labelled))
-    # 0 / 0 = NaN: neither labelled nor predicted
-    iou = intersection / (predicted + labelled - intersection)
-    return Scores(iou.nanmean(-1), intersection.sum(-1) / labelled.sum(-1), iou)
-
-
-def peak_layer(miou: dict[str, float]) -> str | None:
-    """Return the decoder layer with the highest mIoU, without `final_norm` (the last layer, normalised)."""
-    layers = [site for site in miou if site.startswith("layer_")]
-    return max(layers, key=miou.__getitem__, default=None)
-
-
-def summary(miou: dict[str, float]) -> dict[str, Any]:
-    """Return the mIoU of encoder, adapter and peak layer with their differences (Table 2); None if not probed.
-
-    `final_norm` is reported beside the peak: the paper does not say whether its last layer is normalised.
-    """
-    peak = peak_layer(miou)
-    encoder = miou.get(ENCODER)
-    adapter = miou.get(ADAPTER)
-    best = miou.get(peak)
-
-    def minus(a, b):
-        return None if a is None or b is None else a - b
-
-    return {
-        "encoder": encoder,
-        "adapter": adapter,
-        "peak_llm": best,
-        "peak_site": peak,
-        "final_norm": miou.get(FINAL_NORM),
-        "delta_enc": minus(best, encoder),
-        "recovery": minus(best, adapter),
-    }
-
-
-def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: "FrozenMLLM") -> Tensor:
-    """Return the majority class under each token, i64[B, T], -1 if no pixel is labelled; see :func:`patch_labels`."""
-    truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-    for images, target in group_by_mask_size(targets):
-        view = mllm.geometry.view(target.shape[1:])
-        truth[images] = patch_labels(target, classes, mllm.grid, view=view)
-    return truth

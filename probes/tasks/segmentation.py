@@ -1,0 +1,75 @@
+"""Classes of pixels, the paper's task. A probe predicts the logits of the classes.
+
+Targets: uint8[H, W], 255 where ignored.
+
+Legend: P probes, N images, K classes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.ops.bilinear import upsampled_argmax
+from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.pixel_counts import BY_IMAGE, count
+
+from .base import Task
+
+
+class Segmentation(Task):
+    """The class of each pixel.
+
+    Scores are of the dataset: intersections and unions are summed over images first. mIoU is the mean over the classes
+    that occur, labelled or predicted. Sums per image: of each class, the pixels that are right, predicted and labelled.
+    Counts under each token are kept beside them, for the analyses of single patches.
+    """
+
+    name = "segmentation"
+    targets = "segmentation"
+    channels = None
+    scores = {"miou": True, "pacc": True}
+    labels = {"miou": "mIoU", "pacc": "pixel accuracy"}
+    highest = 1.0
+    solved = "cross_entropy"
+    counted = BY_IMAGE
+
+    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+        """Return the fields of :class:`probes.ops.pixel_counts.Counts`, i32."""
+        view = geometry.view(tuple(target.shape[-2:]))
+        counts = count(outputs, target, view)
+        return {name: x.to(torch.int32) for name, x in counts._asdict().items()}
+
+    def sums(self, counted: dict[str, Tensor]) -> Tensor:
+        """Return the counts of right, predicted and labelled pixels side by side, [..., P, N, 3 K]."""
+        right = counted["intersection"]
+        labelled = counted["labelled"].to(right.dtype).expand_as(right)
+        return torch.cat([right, counted["predicted"], labelled], -1)
+
+    def iou(self, sums: Tensor) -> Tensor:
+        """Return the IoU of each class f64[..., K], NaN where it is neither labelled nor predicted."""
+        right, predicted, labelled = sums.double().unflatten(-1, (3, -1)).unbind(-2)
+        return right / (predicted + labelled - right)
+
+    def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return mIoU and pixel accuracy, f64[...]."""
+        right, _, labelled = sums.double().unflatten(-1, (3, -1)).unbind(-2)
+        accuracy = right.sum(-1) / labelled.sum(-1)
+        return {"miou": self.iou(sums).nanmean(-1), "pacc": accuracy}
+
+    @torch.no_grad()
+    def predict_pixels(
+        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
+    ) -> np.ndarray:
+        """Return the class of each pixel, uint8[..., H, W]."""
+        return upsampled_argmax(outputs, size, view).to(torch.uint8).cpu().numpy()
+
+    def colorize(self, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """Return the colours of the classes; ignored pixels are black."""
+        return colorize_classes(prediction, palette)
+
+
+def colorize_classes(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Return the colours uint8[..., H, W, 3] of classes uint8[..., H, W]; ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[classes]

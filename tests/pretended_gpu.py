@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from PIL import Image
 from pretend_gpu import pretend_gpu
-from probe_runs import arguments, fit_two_masks, write_questions
+from probe_runs import arguments, fit, write_questions
 
 import llava_bidir.cli
 import probes
@@ -36,7 +36,13 @@ ANALYSES = {
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    return fit_two_masks(checkpoints, tmp_path_factory.mktemp("runs"))
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5
+    )
+    few = ["--data.batch_size", "2"]
+    return {
+        mask: fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), *few) for mask in MASKS
+    }
 
 
 @pytest.fixture

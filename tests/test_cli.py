@@ -497,3 +497,10 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     )
     assert "hp_metric" not in tags["scalars"], "Lightning's placeholder, always -1"
     assert any("answers" in tag for tag in tags["tensors"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1")])
+def test_shares_out_of_range_are_usage_errors(tmp_path, option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        llava_bidir.cli.main(["demo-assets", str(tmp_path), option, value])
+    assert stop.value.code == 2 and f"{option}: expected" in capsys.readouterr().err

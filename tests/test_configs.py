@@ -245,3 +245,13 @@ def test_probing_protocol_is_the_papers(file):
         assert [trainer[key] for key in length] == [-1, steps, steps // 20, None]
     else:
         assert trainer["max_epochs"] == 20 and not {*length[1:]} & {*trainer}
+
+
+@pytest.mark.parametrize("package", ["llava_bidir", "probes"])
+def test_misspelt_key_is_an_error_that_names_it(package, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model:\n  lerning_rate: 1.0\n")
+    from importlib import import_module
+
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"{package}.cli").main(["fit", "-c", str(tmp_path / "c.yaml")])
+    assert stop.value.code == 2 and "lerning_rate" in capsys.readouterr().err

@@ -131,6 +131,12 @@ def test_length(name):
     assert len(TEXTS[name].splitlines()) <= MOST_LINES[name]
 
 
+def test_every_folder_of_the_readme_has_a_readme():
+    assert {
+        f"{folder}/README.md" for folder in ("llava_bidir", "probes", "configs", "slurm", "tests")
+    } <= set(TEXTS)
+
+
 # ------------------------------------------------------------------------------------------------------ commands
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
 

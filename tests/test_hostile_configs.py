@@ -117,7 +117,6 @@ FILES = {  # content of the file: error
     "model: {seed: 1}\ndata: {}\nmodel: {seed: 2}\n": "c.yaml: the key 'model' occurs twice",
     "model: {learning_rate: 1, learning_rate: 2}\n": "c.yaml: the key 'learning_rate' occurs twice",
     "model: {learning_rate: fast}\n": "model.learning_rate",
-    "model: {lerning_rate: 1.0}\n": "lerning_rate",
     "model: [\n": "while parsing a flow node",
     "- 1\n- 2\n": "Unexpected config",
     "": "Unexpected config",
@@ -265,3 +264,11 @@ def test_any_value_at_any_key_works_or_is_an_error_of_the_config(
         config_error(package, [*arguments[package], "-c", str(file)])  # any other exception fails
 
     check()
+
+
+@pytest.mark.parametrize("option", ["-c {}", "-c={}", "-c{}", "--config {}", "--config={}"])
+def test_a_key_that_occurs_twice_is_noticed_however_the_file_is_named(option, arguments, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {seed: 1}\ndata: {}\nmodel: {seed: 2}\n")
+    words = option.format(tmp_path / "c.yaml").split()
+    message = config_error("probes", [*arguments["probes"], *words])
+    assert message is not None and "the key 'model' occurs twice" in message

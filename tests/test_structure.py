@@ -4,8 +4,11 @@
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +35,32 @@ def test_modeling_code_in_checkpoints_imports_nothing_else_of_ours():
     for name in ("modeling_llava_bidir.py", "attention.py"):
         found = imports(ROOT / "llava_bidir/model" / name) - {"llava_bidir.model.attention"}
         assert {module.split(".")[0] for module in found} <= allowed
+
+
+def test_top_level_files_are_listed():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    files = {
+        "Makefile",
+        ".ci",
+        ".github",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "requirements.lock",
+        "LICENSE",
+    }
+    files |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+    assert top - files <= {
+        *("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")
+    }
+
+
+def test_no_two_classes_have_one_name():
+    names: dict[str, list[str]] = {}
+    for path in sources("llava_bidir") + sources("probes"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}

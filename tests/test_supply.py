@@ -1,10 +1,12 @@
 """The supply chain: installed packages are pinned, hashed and declared."""
 
 import functools
+import hashlib
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -84,6 +86,41 @@ def test_only_torch_and_the_project_are_installed_without_a_hash(target):
         and torch.endswith(f" torch=={torch_version()}")
         and project.endswith("--no-deps --no-build-isolation -e .")
     )
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_file_with_another_hash_is_refused(right, tmp_path):
+    pytest.importorskip("pip")
+    wheel = tmp_path / "brick-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("brick.py", "")
+        file.writestr(
+            "brick-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brick\nVersion: 1.0\n"
+        )
+        file.writestr(
+            "brick-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        file.writestr("brick-1.0.dist-info/RECORD", "")
+    known = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if not right:
+        with zipfile.ZipFile(wheel, "a") as file:
+            file.writestr("brick_too.py", "print('not what was locked')")
+    (tmp_path / "lock").write_text(f"brick==1.0 \\\n    --hash=sha256:{known}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--isolated",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--require-hashes",
+    ]
+    command += ["--find-links", tmp_path, "--target", tmp_path / "there", "-r", tmp_path / "lock"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == right == (tmp_path / "there/brick.py").exists(), done.stderr
+    assert right or "DO NOT MATCH THE HASHES" in done.stderr
 
 
 def declared_lines(*extras: str) -> list[str]:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
+from lightning import Callback
 
 import llava_bidir.cli
 import probes.cli
@@ -59,7 +61,6 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
             "probes solve: unrecognized arguments: --pass 8",
             None,
         ),
-        ("llava-bidir demo-assets OUT --scale 0", "argument --scale: expected", None),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
         (
             f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one",
@@ -78,6 +79,34 @@ def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, 
     is_short = arguments[0] in PAGES[program]
     option = "--help-all" if is_short else "--help"
     assert lines[-1] == f"All options: {lines[0].partition(':')[0]} {option}"
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the first step."""
+
+    def on_train_batch_start(self, *args):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_with_one_line_and_status_130(
+    parts, conversations, tmp_path, monkeypatch, capsys
+):
+    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        llava_bidir.cli.main([*command, "--trainer.callbacks+", f"{__name__}.Interrupt"])
+    assert stop.value.code == 130
+    line = "llava-bidir: interrupted; nothing was saved yet: the same command starts anew"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+    monkeypatch.setattr("probes.analyses.extract.print_sites", Interrupt().on_train_batch_start)
+    monkeypatch.setattr("probes.training.solve.main", Interrupt().on_train_batch_start)
+    for command, promise in (("sites MLLM", " to go on"), (f"solve {MODEL_AND_DATA}", "")):
+        with pytest.raises(SystemExit) as stop:
+            probes.cli.main(command.split())
+        assert stop.value.code == 130
+        assert (
+            capsys.readouterr().err == f"probes: interrupted; run the same command again{promise}\n"
+        )
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -51,14 +50,6 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 def fit(checkpoint, root, out, *more: str) -> ProbeRun:
     main(arguments(checkpoint, root, out, *more))
     return ProbeRun(out)
-
-
-def fit_two_masks(checkpoints, folder: Path) -> dict[str, ProbeRun]:
-    """Return a causal and a bidirectional run on nine images whose patches are often confused."""
-    root = tiny_models.write_segmentation(folder / "data", training=4, validation=9, seed=5)
-    few = ("--data.batch_size", "2")
-    masks = ("causal", "bidirectional")
-    return {mask: fit(checkpoints[mask], root, folder / mask, *few) for mask in masks}
 
 
 def write_questions(run: ProbeRun, folder: Path) -> Path:

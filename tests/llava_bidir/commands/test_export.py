@@ -17,6 +17,7 @@ from transformers import (
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import OWN_KEYS, as_llava, export_hf
+from llava_bidir.model.lora import Lora, add_lora, has_lora
 
 pytestmark = pytest.mark.numerics
 
@@ -49,6 +50,24 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
     )
     assert torch.equal(stock(**inputs(model)).logits, model(**inputs(model)).logits)
     assert AutoProcessor.from_pretrained(tmp_path / "hf").image_processor.do_pad
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal, stock, tmp_path):
+    model, processor = causal
+    add_lora(model, Lora(r=2, alpha=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.eval()
+    expected = model(**inputs(model)).logits
+    export_hf(as_llava(model) if stock else model, processor, tmp_path / "hf")
+    kind = LlavaForConditionalGeneration if stock else LlavaBidirForConditionalGeneration
+    torch.testing.assert_close(
+        kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected
+    )
+    assert not (tmp_path / "hf/merged").exists() and has_lora(model)
 
 
 def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):

@@ -68,7 +68,8 @@ def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(site, run, 
         assert (run.predict(Image.open(photo), site) == maps[-1]).all()
         assert maps[-1].dtype == np.uint8
         blend = (
-            np.asarray(Image.open(photo).convert("RGB")).astype(int) + colorize_classes(maps[-1], palette)
+            np.asarray(Image.open(photo).convert("RGB")).astype(int)
+            + colorize_classes(maps[-1], palette)
         ) / 2
         assert np.abs(np.asarray(Image.open(out / f"{photo.stem}_overlay.png")) - blend).max() <= 1
     legend = json.loads((out / "legend.json").read_text())

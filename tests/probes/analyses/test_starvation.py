@@ -1,5 +1,7 @@
 """Accuracy by patch, also with the classes held fixed."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.by_class import standardised_gap
 from probes.analyses.starvation.patch_accuracy import PatchCounts
 from probes.analyses.starvation.run import starvation
+from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
 N = 80
@@ -78,6 +81,25 @@ def test_estimates_are_those_of_the_results(runs):
         assert gap.ci95 == pytest.approx(ci95)
 
 
+def test_command_writes_every_part(runs, tmp_path, capsys):
+    argv = [
+        "starvation",
+        "--probes",
+        *(str(runs[mask].path) for mask in ("causal", "bidirectional")),
+    ]
+    main([*argv, "--site", "layer_01", "--by-class", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "starvation.json").read_text())
+    plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
+    assert results.pop("options") == plain.pop("options") | {"by_class": True}
+    assert {key: results[key] for key in plain} == plain
+    assert set(results) - set(plain) == {"by_class"}
+    assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
+    out = capsys.readouterr().out
+    assert "first row, frequent classes" in out
+    accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
+    assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,3 +127,12 @@ def test_without_layers_the_site_must_be_named(runs, monkeypatch):
     ):
         starvation(runs["causal"], runs["bidirectional"])
     assert starvation(runs["causal"], runs["bidirectional"], "adapter")["site"] == "adapter"
+
+
+def test_wrong_runs_and_sites_are_errors(runs):
+    with pytest.raises(
+        ValueError, match="has image attention 'bidirectional'; --probes takes the causal run, then"
+    ):
+        starvation(runs["bidirectional"], runs["causal"])
+    with pytest.raises(ValueError, match="has no site 'layer_77'"):
+        starvation(runs["causal"], runs["bidirectional"], "layer_77")

@@ -1,7 +1,6 @@
 """A lab of two tiny runs, shared by the tests of this folder."""
 
 import labs
-import probe_runs
 import pytest
 
 from probes.lab.session import Session
@@ -9,8 +8,7 @@ from probes.lab.session import Session
 
 @pytest.fixture(scope="session")
 def lab_runs(checkpoints, tmp_path_factory) -> list[str]:
-    runs = probe_runs.fit_two_masks(checkpoints, tmp_path_factory.mktemp("lab"))
-    return [str(run.path) for run in runs.values()]
+    return labs.fit_runs(checkpoints, tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture(scope="session")

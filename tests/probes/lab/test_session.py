@@ -126,7 +126,9 @@ def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
     shown = Image.open(io.BytesIO(base64.b64decode(session.pixel_map(request, labs.JOB)["png"])))
     run = probes.ProbeRun(lab_runs[0])
     predicted = run.predict(run.dataset()[2]["image"], "layer_02")
-    assert (np.asarray(shown) == colorize_classes(predicted, np.array(session.palette, np.uint8))).all()
+    assert (
+        np.asarray(shown) == colorize_classes(predicted, np.array(session.palette, np.uint8))
+    ).all()
 
 
 def test_words_of_a_patch_are_those_of_the_map(session):
@@ -191,7 +193,7 @@ def test_kept_states_are_bounded(session, monkeypatch):
 
 FIRST = {"photo": "split:0", "model": 0}
 UNKNOWN = {
-    "it has 9 images": {"photo": "split:99"},
+    "it has 5 images": {"photo": "split:99"},
     "drop the same file again": {"photo": "upload:" + 64 * "0"},
     "this lab has 2": {"model": 2},
     "patch 4 does not exist": {"intervention": block(4)},

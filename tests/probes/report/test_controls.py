@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
         f"starvation.json is left out, since it compares with another run than {other}"
         in caplog.text
     )
+
+
+def test_a_report_without_maps_does_not_need_the_dataset(write, tmp_path):
+    run = write("trained", CURVE)
+    shutil.rmtree(tmp_path / "data")
+    assert write_report([run], tmp_path / "report")["claims"]
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):

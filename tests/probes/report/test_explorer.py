@@ -173,6 +173,14 @@ def test_labels_name_runs_and_blocked_classes(explored):
                 assert f": {image.case.patches};" in condition["note"]
 
 
+def test_command_writes_the_page_and_prints_its_size(runs, tmp_path, capsys):
+    main(
+        ["explore", *(str(run.path) for run in runs), "--images", "1", "3", "--out", str(tmp_path)]
+    )
+    assert re.search(r"explorer.html: 2 images, 0.0 MB\n$", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["explorer.html"]
+
+
 def test_report_links_to_an_explorer_in_its_folder(runs, tmp_path):
     link = '<a href="explorer.html">'
     main(["report", str(runs[0].path), "--out", str(tmp_path)])

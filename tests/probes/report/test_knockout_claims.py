@@ -8,6 +8,8 @@ import probe_runs
 import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
+from llava_bidir.common.bootstrap import interval
+from probes.analyses.knockout.contrasts import knockout_effects
 from probes.report.claims import evaluate_claims
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -76,6 +78,42 @@ def test_conclusions(trained, still_wrong, random, conclusion, write, draws):
     ]
     claims = claims_of([*runs, *draws(random, random, random)])
     assert {claims[name]["conclusion"] for name in KNOCKOUTS} == {conclusion}
+
+
+def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
+    paths = [write("sgd", ANCHORS, 1), write("solved", ANCHORS, 2, solved=True), *draws(NONE, NONE)]
+    ours, best = map(ProbeRun, paths[:2])
+    for name, claim in claims_of(paths).items():
+        if name not in KNOCKOUTS:
+            continue
+        paper, optimum, beyond = claim["verdicts"].values()
+        rate, rate_at_optimum = (knockout_effects(run)[name] for run in (ours, best))
+        assert (
+            (claim["value"], claim["ci95"])
+            == (paper["value"], paper["ci95"])
+            == (rate.value, interval(rate.value, rate.resampled))
+        )
+        below = (
+            rate_at_optimum.value - rate.value,
+            rate_at_optimum.resampled - rate.resampled,
+        )
+        assert paper["below_optimum"] == {
+            "value": pytest.approx(below[0]),
+            "ci95": pytest.approx(interval(*below)),
+        }
+        contrast = knockout_effects(best)[f"{name}@random"]
+        assert (optimum["value"], optimum["ci95"]) == (
+            contrast.value,
+            interval(contrast.value, contrast.resampled),
+        )
+        assert optimum["over_pairs"]["units"] == 3
+        assert optimum["tokens"] == "random"
+        of_draws = [knockout_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:]]
+        assert beyond["by_draw"] == of_draws
+        assert beyond["trained"] == optimum["value"]
+        assert claim["n"]["images"] == N
+        assert claim["n"]["pairs"] == 3
+        assert claim["n"]["patches"] > 6 * N
 
 
 def test_one_class_of_a_pair_is_untested_and_says_what_to_block(write, draws):

@@ -156,6 +156,14 @@ def test_figures_have_fonts_that_journals_accept(page):
         assert b"/Type3" not in pdf.read_bytes(), pdf.name
 
 
+def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
+    main(["report", runs[0], "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {claim["claim"] for claim in results["claims"]} == {"adapter_drop", "recovery"}
+    assert results["starvation"] is None
+    assert (tmp_path / "index.html").is_file()
+
+
 @pytest.mark.parametrize("text", [None, "a b c", "1"])
 def test_timings_of_another_format_are_named(text, tmp_path):
     if text:

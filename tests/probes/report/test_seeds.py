@@ -1,5 +1,7 @@
 """Claims of several seeds jointly: the seed is the unit; images that seeds share count once."""
 
+import json
+
 import numpy as np
 import probe_runs
 import pytest
@@ -12,6 +14,7 @@ from probes.cli import main
 from probes.evaluation.estimate import Estimate
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
+from probes.results.study import read_studies
 
 STUDIES = 500
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]
@@ -119,6 +122,49 @@ def write(folder, root, seed, mask="causal", quality=CURVE, **options):
             folder, quality, root=root, mask=mask, metrics={"seed": seed}, **images | options
         )
     )
+
+
+def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    runs = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]
+    controls = [
+        write(
+            tmp_path / f"control{seed}",
+            root,
+            seed,
+            quality=[0.5, 0.4, 0.52, 0.6, 0.7, 0.7],
+            untrained=True,
+        )
+        for seed in (0, 1, 2)
+    ]
+    assert [(study.seed, len(study.untrained)) for study in read_studies(runs + controls)] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]
+    assert [study.seed for study in read_studies(runs[:1])] == [None], "one seed is not named"
+    main(["report", *runs, *controls, "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    (joint,) = results["joint"]
+    assert joint["seeds"] == [0, 1, 2]
+    assert len(results["studies"]) == 3
+    for entry in joint["claims"]:
+        own = [
+            next(claim for claim in study["claims"] if claim["claim"] == entry["claim"])
+            for study in results["studies"]
+        ]
+        assert entry["value"] == pytest.approx(np.mean([claim["value"] for claim in own]))
+        assert list(entry["verdicts"]["paper"]["by_seed"].values()) == [
+            claim["value"] for claim in own
+        ]
+        judged = "does not hold" if entry["claim"] == "recovery_trained" else "holds"
+        assert entry["verdicts"]["paper"]["verdict"] == judged
+        assert entry["conclusion"] == "untested"
+        assert "seed 0: no solved probes: run `probes solve" in entry["reason"]
+    assert "seeds 0, 1, 2 jointly" in capsys.readouterr().out
+    page = (tmp_path / "out/index.html").read_text()
+    assert "seeds 0, 1, 2 jointly" in page
+    assert "0 of 0 tested claims are supported" in page
 
 
 @pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])

@@ -31,6 +31,21 @@ def pair(root, tmp_path_factory):
     ]
 
 
+@pytest.fixture(scope="module")
+def several(root, tmp_path_factory):
+    """Two models on two datasets under both masks."""
+    folder = tmp_path_factory.mktemp("several")
+    paths = []
+    for dataset in ("ade20k", "voc2012"):
+        for encoder in ("clip", "siglip"):
+            for mask in ("causal", "bidirectional"):
+                out = folder / f"{dataset}-{encoder}-{mask}"
+                paths.append(
+                    write_run(out, CURVE, root=root, mask=mask, dataset=dataset, encoder=encoder)
+                )
+    return list(map(str, paths))
+
+
 def miou(run: ProbeRun, weights=None) -> np.ndarray:
     """mIoU by site in numpy, f[S], or f[S, R] under the multiplicities of images `weights` f[R, N]."""
     right, predicted, labelled = (np.asarray(x, dtype=float) for x in run.counts[:3])
@@ -95,6 +110,21 @@ def test_paired_tests_use_groups(root, tmp_path, pair):
     )  # a clear gain, but three groups are too few
     main(["report", *paths, "--out", str(tmp_path / "report")])
     assert "no p-value can be smaller than 0.250" in (tmp_path / "report/index.html").read_text()
+
+
+def test_runs_are_sorted_by_model_and_dataset(several):
+    studies = read_studies(several)
+    assert [(study.model, study.dataset) for study in studies] == [
+        (f"{encoder} + vicuna-7b-v1.5", dataset)
+        for dataset in ("ade20k", "voc2012")
+        for encoder in ("clip", "siglip")
+    ]
+    assert all(list(study.trained) == ["causal", "bidirectional"] for study in studies)
+
+
+def test_a_run_can_be_told_its_model(pair):
+    first, second = read_studies([f"one={pair[0]}", f"two={pair[1]}"])
+    assert (first.model, list(first.trained), second.model) == ("one", ["causal"], "two")
 
 
 def test_runs_that_differ_are_not_compared(root, tmp_path, pair):

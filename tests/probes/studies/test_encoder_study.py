@@ -16,6 +16,7 @@ from probes.lab.requests import (
     Block,
     PaintedPhoto,
     Painting,
+    PatchWords,
     Replace,
     Teach,
     View,
@@ -90,16 +91,19 @@ def test_claims_compare_layers_and_random_encoders(study):
 def test_the_page_reads_as_one_about_encoders(study):
     out, _ = study
     page = (out / "report" / "index.html").read_text()
-    text = re.sub(r"<[^>]*>", "", page)
-    for said in (
-        "Layer by layer",
-        "IoU by class and layer",
-        "random layers that change the states",
-    ):
-        assert said in text
-    for of_an_llm in ("Table 2", "From drop-off", "attention among image tokens", "random LLMs"):
-        assert of_an_llm not in text
-    assert "bidirectional" not in text, "as a heading of claims"
+    text = re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert "<h1>Layer by layer</h1>" in text and "reads best" in text
+    assert re.search(r"<b>Layer \d of 3 reads best: [^<]* mIoU", text)
+    assert "IoU by class and layer" in text and "wall" in text and "Predictions by layer" in text
+    assert (
+        "Table 2" not in text
+        and "From drop-off" not in text
+        and "attention among image tokens" not in text
+    )
+    assert "random LLMs" not in text and "random layers that change the states" in text
+    assert "bidirectional" not in re.sub(r"<[^>]*>", "", text), "as a heading of claims"
+    maps = json.loads((out / "trained" / "maps.json").read_text())
+    assert [entry["index"] for entry in maps["images"]] == [0, 4, 8]
 
 
 def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
@@ -133,23 +137,34 @@ def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tm
 
 
 def test_the_lab_opens_a_run_of_an_encoder(study):
-    """Without words and answers; blocking, attention and painted concepts as of an MLLM."""
+    """Without words and answers; blocking, replacing, attention and painted concepts as of an MLLM."""
     out, _ = study
     session = labs.open_session([str(out / "trained")])
     (model,) = session.describe()["models"]
     assert (model["word_sites"], model["has_llm"], model["layers"]) == ([], False, 3)
+    assert model["change_sites"] == ["layer_00", "layer_01", "layer_02", "layer_03"]
     view = {"photo": "split:0", "model": 0}
+    plain = session.read(View(**view), labs.JOB)["classes"]
     block = Block(kind="block", patches=(0, 1, 2), layers=(1,))
-    plain = session.read(View(**view), labs.JOB)["probabilities"]
-    assert session.read(View(**view, intervention=block), labs.JOB)["probabilities"] != plain
-    assert session.attention(Attention(**view, layer=2, patch=5), labs.JOB)["to"]
+    mean = Replace(kind="replace", patches=(0, 1), site="layer_00", by="mean")
+    blocked = session.read(View(**view, intervention=block), labs.JOB)["probabilities"]
+    replaced = session.read(View(**view, intervention=mean), labs.JOB)["probabilities"]
+    assert plain and blocked != replaced
+    run = ProbeRun(out / "trained")
+    image = run.dataset()[0]["image"]
+    states = run.mllm().states(run.mllm().preprocess([image]), ["layer_02"])
+    assert states["layer_02"].shape == (1, 64, 16)
+    weights = session.attention(Attention(**view, layer=2, patch=5), labs.JOB)
+    assert weights["to"] and weights["from"]
     photos = tuple(PaintedPhoto(photo=f"split:{i}", patches=((0, 1), (30, 31))) for i in range(2))
     painting = Painting(concepts=("a", "b"), photos=photos, rest=False)
-    scores = session.teach(Teach(**view, painting=painting, random=True), labs.JOB)["scores"]
-    assert len(scores) == len(ProbeRun(out / "trained").sites)
-    other = Replace(kind="replace", patches=(0,), site="layer_01", by="other_mask")
+    for random in (False, True):
+        scores = session.teach(Teach(**view, painting=painting, random=random), labs.JOB)["scores"]
+        assert len(scores) == len(run.sites)
     with pytest.raises(UserError, match="has no other mask"):
+        other = Replace(kind="replace", patches=(0,), site="layer_01", by="other_mask")
         session.read(View(**view, intervention=other), labs.JOB)
+    assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
 
 
 @pytest.mark.parametrize(

@@ -46,25 +46,41 @@ def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     return ProbeRun(out)
 
 
-def test_a_run_keeps_the_best_epoch_of_each_site(run):
-    for site in run.metrics["sites"]:
-        assert len(site["history"]) == 6
-        best = site["history"][site["best_epoch"] - 1]
-        assert best == max(site["history"]) == pytest.approx(site["miou"])
-    assert any(site["best_epoch"] < 6 for site in run.metrics["sites"]), (
-        "else the test cannot distinguish best from last"
-    )
-
-
-def test_a_run_writes_a_summary_and_what_made_it(run):
+def test_run_writes_all_files(run):
+    for name in (
+        "config.yaml",
+        "checkpoints",
+        "probes.safetensors",
+        "manifest.json",
+        "metrics.json",
+    ):
+        assert (run.path / name).exists(), name
     assert list(run.path.glob("events.out.tfevents.*"))
     assert not list(run.path.glob("*.partial"))
-    assert run.metrics["images"] == 5
+    metrics = run.metrics
+    assert metrics["image_attention"] == "causal"
+    assert metrics["images"] == 5
+    assert metrics["seed"] == 0
+    assert [site["site"] for site in metrics["sites"]] == run.sites
     assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
-    miou = {site["site"]: site["miou"] for site in run.metrics["sites"]}
-    summary = run.metrics["summary"]
+    for site in metrics["sites"]:
+        low, high = site["miou_ci95"]
+        assert low <= site["miou"] <= high
+        assert len(site["iou_per_class"]) == 3
+        assert len(site["history"]) == 6
+        assert (
+            site["history"][site["best_epoch"] - 1]
+            == max(site["history"])
+            == pytest.approx(site["miou"])
+        )
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), (
+        "else the test cannot distinguish best from last"
+    )
+    summary = metrics["summary"]
+    miou = {site["site"]: site["miou"] for site in metrics["sites"]}
     assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
+    assert run.manifest["data"]["root"]
     assert run.manifest["versions"]["torch"] == version("torch")
 
 

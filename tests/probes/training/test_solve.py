@@ -66,9 +66,19 @@ def masks(segmentation) -> list[np.ndarray]:
     ]
 
 
-def test_the_path_has_a_certificate_and_counts_of_every_strength(run):
+def test_writes_the_files_of_a_fit_and_the_path(run):
+    files = (
+        "config.yaml",
+        "probes.safetensors",
+        "manifest.json",
+        "metrics.json",
+        "counts.safetensors",
+    )
+    for name in (*files, "path.safetensors"):
+        assert (run.path / name).is_file(), name
     path = run.metrics["path"]
-    assert (path["passes"], path["sample_images"]) == (1, 6)
+    assert path["passes"] == 1
+    assert path["sample_images"] == 6
     assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
     for entry in path["optimum"]["sites"]:
         assert entry["strengths"] == [0.1, 0.01]

@@ -190,6 +190,9 @@ def test_locations_of_windows():
     assert layers("up_to") == [[1], [1, 2], [1, 2, 3]]
 
 
+ALL = ["--controls", "matched", "--layer-windows", "3", "--draws", "2"]
+
+
 def read_files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("knockout*")}
 
@@ -207,6 +210,36 @@ def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]
 
     monkeypatch.setattr(analysis, "knock_out_batch", spy)
     return batches
+
+
+def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path, monkeypatch):
+    """A run killed in its third batch and started again computes only that batch."""
+    argv = [
+        "knockout",
+        "--probes",
+        str(run.path),
+        "--classes",
+        classes[0],
+        "--batch-size",
+        "4",
+        *ALL,
+        "--out",
+    ]
+    main([*argv, str(tmp_path / "complete")])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        record_batches(patch, stop_after=2)
+        main([*argv, str(tmp_path / "killed")])
+    assert not (tmp_path / "killed/knockout.json").exists()
+    again = record_batches(monkeypatch)
+    main([*argv, str(tmp_path / "killed")])
+    assert again == [[8]], "two of the three batches are cached"
+    assert read_files(tmp_path / "complete") == read_files(tmp_path / "killed")
+    assert set(read_files(tmp_path / "killed")) == {
+        "knockout.json",
+        "knockout.safetensors",
+        "knockout_effects.safetensors",
+        "knockout_windows.json",
+    }
 
 
 def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run, classes, tmp_path):

@@ -201,7 +201,7 @@ def test_depth_is_lost_where_an_adapter_loses_its_direction_and_not_another_one(
         tiny_models.write_segmentation(tmp_path / "pictures", 40, 20), tmp_path / "data"
     )
 
-    def solve(checkpoint: Path, name: str) -> TaskRun:
+    def solve(checkpoint: Path, name: str) -> FinishedRun:
         main(
             arguments(
                 "solve",
@@ -213,7 +213,7 @@ def test_depth_is_lost_where_an_adapter_loses_its_direction_and_not_another_one(
                 "[encoder, adapter]",
             )
         )
-        return TaskRun(tmp_path / name)
+        return FinishedRun(tmp_path / name)
 
     intact = solve(checkpoints["causal"], "intact")
     mllm = intact.mllm()

@@ -72,19 +72,34 @@ class Study:
         """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
         from matplotlib.figure import Figure
 
+        from probes.analyses.style import draw_curve, mask_colour
+
         table = self.table().query("metric == @metric and task == @task")
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for (mask, weights, _, probes), rows in table.groupby(
             ["mask", "weights", "draw", "probes"], sort=False, dropna=False
         ):
-            trained = weights == "trained"
-            axes.plot(
-                rows["site"], rows["value"], marker="o", markersize=3, label=f"{mask}, {probes}" if trained else None,
-                color=None if trained else "lightgrey", zorder=2 if trained else 1,
-            )  # fmt: skip
-            if trained:
-                axes.fill_between(rows["site"], rows["low"], rows["high"], alpha=0.2)
+            if weights == "trained":
+                band = rows[["low", "high"]].to_numpy()
+                colour = mask_colour(mask)
+                style = "-" if probes == "solved" else "--"
+                label = f"{mask}, {probes}"
+                draw_curve(
+                    axes,
+                    rows["site"],
+                    rows["value"],
+                    band,
+                    colour,
+                    style,
+                    marker="o",
+                    ms=3,
+                    label=label,
+                )
+            else:
+                axes.plot(
+                    rows["site"], rows["value"], color="lightgrey", marker="o", ms=3, zorder=1
+                )
         axes.set(ylabel=metric, title="grey: random weights")
         axes.tick_params(axis="x", rotation=60)
         axes.legend()

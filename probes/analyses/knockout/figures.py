@@ -12,6 +12,7 @@ from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,
+    draw_curve,
     new_axes,
     new_panels,
 )
@@ -69,11 +70,8 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
     for condition, (colour, dash, label) in CONDITION_STYLES.items():
         mean, resampled = cases.mean(cases.rates[condition], run.weights)
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
-        ax.plot(100 * mean, dash, color=colour, label=label, lw=1.5)
-        if dash == "-":
-            ax.fill_between(
-                range(len(mean)), *(100 * np.array(ci95).T), color=colour, alpha=0.12, lw=0
-            )
+        band = 100 * np.array(ci95) if dash == "-" else None
+        draw_curve(ax, range(len(mean)), 100 * mean, band, colour, dash, label=label)
         common = {
             "image_attention": run.metrics["image_attention"],
             "class": name or "all",

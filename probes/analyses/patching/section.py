@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probes.analyses.base import Section
-from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure
+from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, draw_curve
 from probes.results.formatting import Rows, bounds
 from probes.results.study import StudyRuns
 
@@ -49,19 +49,9 @@ def _draw(
     ax: Axes, places: list[dict[str, Any]], colour: str, dash: str, label: str | None
 ) -> None:
     layers = [place["layer"] for place in places]
-    ax.plot(
-        layers,
-        [place["value"] for place in places],
-        dash,
-        color=colour,
-        lw=1.4,
-        marker="o",
-        ms=3,
-        label=label,
-    )
-    if dash == "-":
-        low, high = zip(*(place["ci95"] for place in places), strict=True)
-        ax.fill_between(layers, low, high, color=colour, alpha=0.12, lw=0)
+    values = [place["value"] for place in places]
+    band = [place["ci95"] for place in places] if dash == "-" else None
+    draw_curve(ax, layers, values, band, colour, dash, marker="o", ms=3, label=label)
 
 
 def effect_rows(results: dict[str, Any]) -> Rows:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
-from probes.analyses.style import COLOURS, FigureData, ReportFigure
+from probes.analyses.style import COLOURS, FigureData, ReportFigure, draw_curve
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
@@ -98,9 +98,8 @@ def _draw(ax: Axes, entry: dict[str, Any], target: str, random: bool = False) ->
                 ax.plot(middles, values, ":", color=colour, lw=1)
                 ax.plot([end], [effect["all"]["value"]], "x", color=colour, ms=4)
                 continue
-            ax.plot(middles, values, "o-", color=colour, ms=3, lw=1.3, label=f"from {source}")
-            low, high = zip(*(window["ci95"] for window in windows), strict=True)
-            ax.fill_between(middles, low, high, color=colour, alpha=0.15, lw=0)
+            band = [window["ci95"] for window in windows]
+            draw_curve(ax, middles, values, band, colour, "o-", ms=3, label=f"from {source}")
             shifted = end + 0.12 * number
             ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)
             ax.plot([shifted], [effect["all"]["value"]], "s", color=colour, ms=4)

@@ -12,6 +12,7 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     caption,
+    draw_curve,
     has_depth,
     label_sites,
     mask_colour,
@@ -66,15 +67,9 @@ def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
         drawn = relative_scores(entry, sites)
         label = entry["image_attention"] if kind == "trained" else None
         x = [site_depth(row["site"]) for row in drawn]
-        ax.plot(x, [row["value"] for row in drawn], style, color=colour, lw=1.6, label=label)
-        if kind == "trained":
-            ax.fill_between(
-                x,
-                *zip(*(row["ci95"] for row in drawn), strict=True),
-                color=colour,
-                alpha=0.12,
-                lw=0,
-            )
+        values = [row["value"] for row in drawn]
+        band = [row["ci95"] for row in drawn] if kind == "trained" else None
+        draw_curve(ax, x, values, band, colour, style, label=label)
         rows += [
             about
             | {"weights": kind, "site": row["site"], "relative": row["value"]}

@@ -19,7 +19,7 @@ from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
-from .layer_curves import depth_and_miou, draw_ci95, with_depth
+from .layer_curves import depth_and_miou, draw_miou, with_depth
 
 TRAINED = COLOURS[0]
 CONTROLS = {"random": ("D", "random layers"), "random, unmatched": ("^", "untrained layers")}
@@ -53,10 +53,7 @@ def encoder_curve(study: StudyRuns) -> FigureData:
     run = study.first
     controls = _controls(study)
     figure, ax = new_axes(6.4, 3.9)
-    ax.plot(
-        *depth_and_miou(run.metrics["sites"]), "-o", color=TRAINED, lw=1.8, ms=4, label="trained"
-    )
-    draw_ci95(ax, run, TRAINED)
+    draw_miou(ax, run, TRAINED, style="-o", ms=4, label="trained")
     _mark_best(ax, run)
     labelled: set[str] = set()
     for control in controls:

@@ -13,6 +13,7 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     caption,
+    draw_curve,
     has_depth,
     label_sites,
     mask_colour,
@@ -41,27 +42,16 @@ def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float
     ]
 
 
-def draw_ci95(ax: Axes, run: ProbeRun, colour: str) -> None:
-    """Draw the band of a run's 95% intervals."""
-    entries = with_depth(run.metrics["sites"])
-    low, high = 100 * np.array([entry["miou_ci95"] for entry in entries]).T
-    ax.fill_between(
-        [site_depth(entry["site"]) for entry in entries], low, high, color=colour, lw=0, alpha=0.12
-    )
+def draw_miou(ax: Axes, run: ProbeRun, colour: str, **kwargs) -> None:
+    """Draw a run's mIoU by site with its 95% intervals."""
+    depth, miou = depth_and_miou(run.metrics["sites"])
+    bands = [100 * np.array(entry["miou_ci95"]) for entry in with_depth(run.metrics["sites"])]
+    draw_curve(ax, depth, miou, bands, colour, **kwargs)
 
 
 def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | None = None) -> None:
     """Draw a trained run's curve with its intervals, the best layer, and its gain over the adapter."""
-    ax.plot(
-        *depth_and_miou(run.metrics["sites"]),
-        "-",
-        color=colour,
-        lw=1.8,
-        marker=marker,
-        ms=4,
-        label=label,
-    )
-    draw_ci95(ax, run, colour)
+    draw_miou(ax, run, colour, marker=marker, ms=4, label=label)
     miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     peak = run.peak_layer
     if peak is not None and ADAPTER in miou:

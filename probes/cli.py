@@ -80,7 +80,7 @@ HELP = {
     ),
 }
 OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
-OWN_PARSERS |= {"solve": "probes.training.solve", "study": "probes.studies.command"}
+OWN_PARSERS |= {"solve": "probes.training.solve.command", "study": "probes.studies.command"}
 
 
 def add_image_px(parser: argparse.ArgumentParser) -> None:

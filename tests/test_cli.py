@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import llava_bidir.cli
 import probes.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from probes.training.solve import build_parser as build_solve_parser
+from probes.training.solve.command import build_parser as build_solve_parser
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_with_one_line_and_status_130(
     assert capsys.readouterr().err.splitlines()[-1] == line
 
     monkeypatch.setattr("probes.analyses.extract.print_sites", Interrupt().on_train_batch_start)
-    monkeypatch.setattr("probes.training.solve.main", Interrupt().on_train_batch_start)
+    monkeypatch.setattr("probes.training.solve.command.main", Interrupt().on_train_batch_start)
     for command, promise in (("sites MLLM", " to go on"), (f"solve {MODEL_AND_DATA}", "")):
         with pytest.raises(SystemExit) as stop:
             probes.cli.main(command.split())

@@ -54,19 +54,23 @@ class LogProgress(Callback):
             text += f", {_duration(left / rate)} left"
         log.info(text)
 
-    def track(self, batches: Sized) -> Iterator:
-        """Yield batches of a pass that is no epoch of training; log as for an epoch."""
-        started = last = time.monotonic()
-        for done, batch in enumerate(batches, 1):
-            yield batch
-            now = time.monotonic()
-            if now - last >= SECONDS or done == len(batches):
-                last = now
-                rate = done / max(now - started, 1e-9)
-                left = _duration((len(batches) - done) / rate)
-                log.info(
-                    f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left"
-                )
+
+def logs_progress(trainer: Trainer) -> bool:
+    """Return whether progress is logged as lines."""
+    return any(isinstance(callback, LogProgress) for callback in trainer.callbacks)
+
+
+def log_pass(batches: Sized) -> Iterator:
+    """Yield batches of a pass that is no epoch of training; log as for an epoch."""
+    started = last = time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        now = time.monotonic()
+        if now - last >= SECONDS or done == len(batches):
+            last = now
+            rate = done / max(now - started, 1e-9)
+            left = _duration((len(batches) - done) / rate)
+            log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
 
 
 class FirstEstimate(Callback):

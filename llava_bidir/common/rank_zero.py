@@ -1,5 +1,6 @@
 """Decide on rank 0 and tell the other ranks, so that all do the same and files are read once."""
 
+import signal
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,12 +26,27 @@ def rank_zero_result(trainer: Trainer, function: Callable[[], T]) -> T:
     return result
 
 
+def run_on_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Start the ranks, as `Trainer.fit` does, and return `function()` of this one. `fit` then finds the ranks running.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the other ranks are ended.
+    """
+    strategy = trainer.strategy
+
+    def run() -> T:
+        strategy.setup_environment()
+        return function()
+
+    if strategy.launcher is None:
+        return run()
+    try:
+        return strategy.launcher.launch(run, trainer=trainer)
+    except KeyboardInterrupt:
+        strategy.launcher.kill(signal.SIGKILL)
+        raise
+
+
 def decide_before_fit(trainer: Trainer, function: Callable[[], T]) -> T:
-    """Start the ranks, as `Trainer.fit` does, and return `rank_zero_result`. `fit` then finds the ranks running."""
-
-    def decide() -> T:
-        trainer.strategy.setup_environment()
-        return rank_zero_result(trainer, function)
-
-    launcher = trainer.strategy.launcher
-    return launcher.launch(decide, trainer=trainer) if launcher else decide()
+    """Start the ranks, and return `rank_zero_result`."""
+    return run_on_all_ranks(trainer, lambda: rank_zero_result(trainer, function))

@@ -101,6 +101,13 @@ def start_run(
     return run
 
 
+def begin_run(trainer: Trainer) -> None:
+    """Write config.yaml and delete what the run replaces, once all settings were accepted; without a training loop."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, StartOfRun):
+            callback.begin(trainer)
+
+
 def check_unfinished(result: Path, overwrite: bool) -> None:
     """Raise a UserError if `result` exists, unless it may be overwritten."""
     if result.exists() and not overwrite:
@@ -167,6 +174,10 @@ class StartOfRun(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml and delete `replaced`."""
+        self.begin(trainer)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Write config.yaml and delete `replaced`; for a run that does not train, too."""
         # trainer.log_dir is the logger's, not the run's
         file = Path(trainer.default_root_dir) / self.config_filename
         if trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -16,7 +16,7 @@ from llava_bidir.common.loader_workers import limit_workers, worker_options
 from probes.tasks import SEGMENTATION, TASKS
 
 from .base import shared_images
-from .batches import CachedFeatures, PreprocessedDataset, collate
+from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
 from .label_counts import (
     LabelCounts,
     add_counts,
@@ -28,6 +28,17 @@ from .label_counts import (
 from .registry import LAYOUTS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
+
+
+class Reader(NamedTuple):
+    """What images are read for, see :meth:`ProbeData.read_for`."""
+
+    mllm: "FrozenMLLM"
+    sites: list[str]
+    prepare: MaskPreparer | None
 
 
 class ProbeData(LightningDataModule):
@@ -80,6 +91,7 @@ class ProbeData(LightningDataModule):
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []
         self._sources: dict[str, Dataset] = {}
+        self._reader: Reader | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -191,6 +203,16 @@ class ProbeData(LightningDataModule):
         """Images per batch of a rank."""
         return math.ceil(self.batch_size / self.trainer.world_size)
 
+    def read_for(self, mllm: "FrozenMLLM", sites: list[str], prepare: MaskPreparer | None) -> None:
+        """Set what images are read for; before the first loader.
+
+        Args:
+            mllm: The model that preprocesses them.
+            sites: Sites whose states are cached, if they are.
+            prepare: Prepares training masks for the loss; None to leave them.
+        """
+        self._reader = Reader(mllm, sites, prepare)
+
     def _loader(self, source: Dataset, batches) -> DataLoader:
         return DataLoader(
             source,
@@ -203,16 +225,17 @@ class ProbeData(LightningDataModule):
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
             trainer = self.trainer
-            module = self.trainer.lightning_module
-            prepare = module.mask_preparer() if split == "training" else None
-            source = PreprocessedDataset(self.splits[split], module.mllm.preprocess, prepare)
+            mllm, sites, prepare = self._reader
+            if split != "training":
+                prepare = None
+            source = PreprocessedDataset(self.splits[split], mllm.preprocess, prepare)
             if self.cache_features:
                 # the precision of states that are not cached
                 with trainer.precision_plugin.forward_context():
                     source = CachedFeatures(
-                        module.mllm,
+                        mllm,
                         source,
-                        module.sites,
+                        sites,
                         batch_size=self.rank_batch_size,
                         workers=self.num_workers,
                         copies=trainer.num_devices,

@@ -286,7 +286,7 @@ def _fit_options(settings: Settings) -> list[str]:
     """Return the further options without those that only the solver has."""
     if not settings.fit:
         return []
-    from probes.training.solve import build_parser  # Lightning takes a second to import
+    from probes.training.solve.command import build_parser  # Lightning takes a second to import
 
     return build_parser().parse_known_args(settings.options)[1]
 

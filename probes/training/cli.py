@@ -25,8 +25,8 @@ from probes.data.label_counts import format_labels
 from probes.tasks import SEGMENTATION
 
 from .module import ProbeModule
+from .prediction_files import SavePredictions, ShowMaps
 from .run_schema import Manifest, Metrics, read_run_file
-from .write_run import SavePredictions, ShowMaps
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
@@ -69,9 +69,14 @@ class ProbeCLI(RunCLI):
         for callback in trainer.checkpoint_callbacks:
             # `--ckpt_path last` requires it; else it would start from scratch
             callback.save_last = True
-        if self._get(self.config_init, "save_predictions"):
+        if self.saves_predictions:
             trainer.callbacks.append(SavePredictions())
         return trainer
+
+    @property
+    def saves_predictions(self) -> bool:
+        """Whether the predictions of every image are written."""
+        return self._get(self.config_init, "save_predictions")
 
     @property
     def out(self) -> Path:

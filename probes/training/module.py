@@ -10,28 +10,35 @@ import math
 from typing import Any, Literal
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import check_same_identity
+from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
+from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.resampling import dataset_scores
 from probes.models.random_init import MATCHES
 from probes.ops.bilinear import upsample
 from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.quadrature import PreparedMasks
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, Task
 
 from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS
-from .site_probes import SiteProbes
+from .scoring import compute_counts, score_batch
+from .site_probes import SiteProbes, load_probes
+from .write_run import RunRecord, save_run
+
+NODES = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
 
-class ProbeModule(SiteProbes):
-    """Probes trained by AdamW; see :class:`SiteProbes`.
+class ProbeModule(LightningModule):
+    """Probes at every site of a frozen MLLM, trained by AdamW.
 
     Args:
         mllm: Checkpoint directory or hub id.
@@ -84,22 +91,60 @@ class ProbeModule(SiteProbes):
     ):
         if not learning_rate > 0:
             raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
-        super().__init__(head, feature_norm)
+        super().__init__()
         self.save_hyperparameters()
+        self.probes: SiteProbes | None = None  # until the model is configured
+        self.task: Task | None = None
+        self.identity: Identity | None = None
+        self.validated_at: list[int] = []  # optimizer steps
+        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
+        self.history: dict[str, list[float]] = {}  # main score by site
         # checkpoints hold the probes only; the MLLM is reloaded from its source
         self.strict_loading = False
         self.best: dict[str, dict[str, Tensor]] = {}
 
+    def models(self) -> dict[str, str]:
+        """Return the paths of the models that the run is made from, by setting."""
+        return {"mllm": self.hparams.mllm}
+
+    def setup(self, stage: str) -> None:
+        """Compute the identity of a run that is not started by the command line."""
+        if stage in ("fit", "test") and self.identity is None:
+
+            def compute():
+                return run_identity(self.trainer, self, self.trainer.datamodule)
+
+            self.identity = rank_zero_result(self.trainer, compute)
+
+    def configure_model(self) -> None:
+        """Load the MLLM and build the probes."""
+        if self.probes is not None:
+            return
+        data = self.trainer.datamodule
+        device = self.trainer.strategy.root_device
+        args = self.hparams
+        probes = load_probes(args, data, device, args.head, args.feature_norm)
+        self.probes = probes
+        self.task = probes.task
+        # as parts of this module, so that Lightning moves, trains and saves them
+        self.mllm = probes.mllm
+        self.heads = probes.heads
+        self.metric = probes.new_metric(len(data.splits["validation"]))
+        prepare = None
+        if self.task.name == SEGMENTATION:
+            prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
+        data.read_for(self.mllm, probes.sites, prepare)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
-        states = self.states(batch)
+        states = self.probes.states(batch)
         target = batch["masks" if self.task.name == SEGMENTATION else "target"]
         # padding must not enter batch statistics
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:
             states = {site: x[:0] for site, x in states.items()}
             target = target[:0]
-        losses = self.losses(self.logits(states), target)
-        for site, loss in zip(self.sites, losses.detach(), strict=True):
+        losses = self.losses(self.probes.logits(states), target)
+        for site, loss in zip(self.probes.sites, losses.detach(), strict=True):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
 
@@ -134,14 +179,20 @@ class ProbeModule(SiteProbes):
             total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
         return total / all_gather(images).mean().clamp(min=1e-9)
 
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
+        return score_batch(self.probes, self.probes.states(batch), batch, self.metric)
+
+    test_step = validation_step
+
     def on_validation_epoch_end(self) -> None:
         """Score every probe, and keep the weights of those with a new best score."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
             self.validated_at.append(self.trainer.global_step)
             self.epochs.append(self.trainer.datamodule.epochs_of(self.trainer.global_step))
-        scores = dataset_scores(self.task, self.task.sums(self._compute()))
-        for i, site in enumerate(self.sites):
+        scores = dataset_scores(self.task, self.task.sums(compute_counts(self.metric)))
+        for i, site in enumerate(self.probes.sites):
             for score, values in scores.items():
                 self.log(f"{score}/{site}", values[i].item())
             if fitting:
@@ -161,6 +212,16 @@ class ProbeModule(SiteProbes):
         """Load the weights of each probe's best epoch."""
         for site, weights in self.best.items():
             self.heads[site].load_state_dict(weights)
+
+    def on_test_epoch_end(self) -> None:
+        """Write the files of the run."""
+        counted = compute_counts(self.metric)
+        if self.trainer.is_global_zero:
+            record = RunRecord(
+                self.hparams, self.identity, self.probe_settings(), self.history, self.epochs
+            )
+            out = self.trainer.default_root_dir
+            save_run(self.probes, record, self.trainer.datamodule, counted, ({}, {}), out)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""
@@ -207,7 +268,7 @@ class ProbeModule(SiteProbes):
             )
         saved = set(checkpoint["state_dict"])
         expected = (
-            saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
+            saved if self.probes is None else {f"heads.{key}" for key in self.heads.state_dict()}
         )
         if different := saved ^ expected:
             raise UserError(

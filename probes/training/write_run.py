@@ -1,23 +1,20 @@
-"""Write the files of a finished run, and maps to its logger; `probe_run.py` lists the files and reads them back."""
+"""Write the files of a finished run; `probe_run.py` lists the files and reads them back."""
 
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
-from PIL import Image
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from llava_bidir.common.identity import describe
-from llava_bidir.common.logged_media import log_images, media_loggers
-from probes.data.batches import group_by_mask_size
-from probes.data.palette import palette_of
+from llava_bidir.common.identity import Identity, describe
+from probes.data.datamodule import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import effects_by_row, layer_effects, patch_accuracies
@@ -28,15 +25,36 @@ from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
 from .run_schema import Manifest, Metrics, ModelTraining, check_schema
+from .site_probes import SiteProbes
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
+@dataclass
+class RunRecord:
+    """How the probes of a run were made.
+
+    Args:
+        settings: Options of the model and of training or solving.
+        identity: Of the run.
+        probe: What metrics.json says of the probes.
+        history: Main score of each validation by site; empty for solved probes.
+        epochs: Of each validation.
+    """
+
+    settings: Mapping[str, Any]
+    identity: Identity
+    probe: dict[str, Any]
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epochs: list[int | float] = field(default_factory=list)
+
+
 def save_run(
-    module,
-    data,
+    probes: SiteProbes,
+    record: RunRecord,
+    data: ProbeData,
     counted: dict[str, torch.Tensor],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
@@ -44,22 +62,24 @@ def save_run(
     """Write all files of a finished run into `out`.
 
     Args:
-        module: The `SiteProbes`.
-        data: Its `ProbeData`.
+        probes: The model and its probes.
+        record: How the probes were made.
+        data: Images and targets.
         counted: What the task counts of each image, by name.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
     out = Path(out)
-    args = module.hparams
-    task = module.task
+    settings = record.settings
+    mllm = probes.mllm
+    task = probes.task
     images = len(data.splits["validation"])
     groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(images, groups=groups)
     sums = task.sums(counted)
     scores = dataset_scores(task, sums)
-    sites = site_entries(module, scores, resampled_scores(task, sums, weights))
-    main = dict(zip(module.sites, scores[task.score].tolist(), strict=True))
+    sites = site_entries(probes, record, scores, resampled_scores(task, sums, weights))
+    main = dict(zip(probes.sites, scores[task.score].tolist(), strict=True))
     if task.name == SEGMENTATION:
         own = {"classes": data.classes, "baseline": baseline(counted["labelled"], data.classes)}
         for site, iou in zip(sites, task.iou(sums.sum(1)).tolist(), strict=True):
@@ -71,38 +91,38 @@ def save_run(
         dataset=data.name,
         split="validation",
         images=images,
-        mllm=args.mllm,
-        model_kind="mllm" if module.mllm.has_llm else "encoder",
-        image_attention=module.mllm.image_attention,
-        own_image_attention=module.mllm.own_image_attention,
-        image_resize=args.image_resize,
-        dtype=str(module.mllm.model.dtype).removeprefix("torch."),
-        untrained=list(args.untrained or ()),
-        match=args.match,
-        draw=args.draw,
-        seed=args.seed,
+        mllm=settings["mllm"],
+        model_kind="mllm" if mllm.has_llm else "encoder",
+        image_attention=mllm.image_attention,
+        own_image_attention=mllm.own_image_attention,
+        image_resize=settings["image_resize"],
+        dtype=str(mllm.model.dtype).removeprefix("torch."),
+        untrained=list(settings["untrained"] or ()),
+        match=settings["match"],
+        draw=settings["draw"],
+        seed=settings["seed"],
         **own,
-        grid=list(module.mllm.grid),
-        probe=module.probe_settings(),
+        grid=list(mllm.grid),
+        probe=record.probe,
         sites=sites,
         summary=summary(main, task.sign),
         **({"path": path[0]} if path[0] else {}),
     )
-    effects = run_effects(module, counted, path, weights, groups)
+    effects = run_effects(probes, counted, path, weights, groups)
     tensors = counted if groups is None else counted | {"group": groups}
     files = {out / "counts.safetensors": tensors}
     if path[1]:
         files[out / "path.safetensors"] = path[1]
     files[out / EFFECTS_FILE] = effect_file(effects)
-    files[out / "probes.safetensors"] = module.heads.state_dict()
-    about = manifest(module, data).model_dump(exclude_unset=True)
+    files[out / "probes.safetensors"] = probes.heads.state_dict()
+    about = manifest(probes, record, data).model_dump(exclude_unset=True)
     files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
     files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
     write_files(files)
 
 
 def run_effects(
-    module,
+    probes: SiteProbes,
     counted: dict[str, torch.Tensor],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     weights: torch.Tensor,
@@ -111,14 +131,14 @@ def run_effects(
     """Return the effects of a run, from which reports evaluate claims; see :mod:`probes.evaluation.layer_effects`.
 
     Args:
-        module: The `SiteProbes`.
+        probes: The model and its probes.
         counted: As in :func:`save_run`.
         path: As in :func:`save_run`.
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.
     """
-    task = module.task
-    sites = module.sites
+    task = probes.task
+    sites = probes.sites
     effects = layer_effects(sites, task, task.sums(counted), weights, groups)
     entries, tensors = path
     if entries:
@@ -128,38 +148,42 @@ def run_effects(
         sums = task.sums(counted | along_path)
         effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
     if task.name == SEGMENTATION:
-        columns = module.mllm.grid[1]
+        columns = probes.mllm.grid[1]
         effects |= patch_accuracies(sites, Counts(**counted), columns, weights)
     return effects
 
 
 def site_entries(
-    module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor]
+    probes: SiteProbes,
+    record: RunRecord,
+    scores: dict[str, torch.Tensor],
+    resampled: dict[str, torch.Tensor],
 ) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
-        module: The `SiteProbes`.
+        probes: The model and its probes.
+        record: How the probes were made.
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
     """
     entries = []
-    sign = module.task.sign
-    for i, site in enumerate(module.sites):
-        history = module.history.get(site, [])
+    sign = probes.task.sign
+    for i, site in enumerate(probes.sites):
+        history = record.history.get(site, [])
         best = (
-            module.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
+            record.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
         )
         entry = {
             "site": site,
-            "dim": module.mllm.widths[site],
+            "dim": probes.mllm.widths[site],
             "best_epoch": best,
             "history": history,
         }
         for name, values in scores.items():
             value = values[i].item()
             drawn = resampled[name][:, i]
-            ci95 = interval(value, drawn, lowest=0.0, highest=module.task.highest)
+            ci95 = interval(value, drawn, lowest=0.0, highest=probes.task.highest)
             entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
@@ -182,23 +206,24 @@ def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
     return {"class": classes[most], "miou": share / occurring, "pacc": share}
 
 
-def manifest(module, data) -> Manifest:
+def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest:
     """Return the versions, commit, configuration, data and hardware of a run."""
-    changed = {"mllm": _absolute(module.hparams.mllm), "update_scales": module.mllm.update_scales}
+    settings = record.settings
+    changed = {"mllm": _absolute(settings["mllm"]), "update_scales": probes.mllm.update_scales}
     return Manifest(
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         git_commit=_git_commit(),
-        config=dict(module.hparams) | changed,
+        config=dict(settings) | changed,
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
             **({} if data.task == SEGMENTATION else {"task": data.task}),
             "options": data.options,
-            "fingerprint": describe(module.identity["data"]),
+            "fingerprint": describe(record.identity["data"]),
             **_data_notes(data),
         },
-        identity=module.identity,
-        mllm_training=_read_training(Path(module.hparams.mllm) / "training.json"),
+        identity=record.identity,
+        mllm_training=_read_training(Path(settings["mllm"]) / "training.json"),
         hardware={
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
@@ -234,74 +259,3 @@ def _absolute(path: str) -> str:
 def _git_commit() -> str | None:
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-class ShowMaps(Callback):
-    """Log the predictions of the first validation images at each site, and their targets.
-
-    Args:
-        images: Number of images.
-    """
-
-    def __init__(self, images: int = 4):
-        self.images = images
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the maps of the first batch."""
-        if batch_idx > 0 or not media_loggers(trainer):
-            return
-        task = pl_module.task
-        palette = palette_of(trainer.datamodule.splits["validation"])
-        images, target = group_by_mask_size(batch["target"])[0]
-        logits_by_site = outputs[:, images][:, : self.images]
-        target = target[: self.images]
-        size = tuple(target.shape[1:3])
-        view = pl_module.mllm.geometry.view(size)
-        maps = {
-            site: task.predict_pixels(logits, size, view)
-            for site, logits in zip(pl_module.sites, logits_by_site, strict=True)
-        }
-        maps["truth"] = task.truth(target).cpu().numpy()
-        for name, of_images in maps.items():
-            colours = np.stack([task.colorize(x, palette) for x in of_images])
-            log_images(trainer, f"maps/{name}", colours)
-
-
-class SavePredictions(Callback):
-    """Write the predicted class of every pixel, by each probe of its best epoch, to RUN/predictions/SITE/NAME.png.
-
-    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
-    """
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the predictions of a batch."""
-        names = trainer.datamodule.splits["validation"].names
-        out = Path(trainer.default_root_dir) / "predictions"
-        for images, target in group_by_mask_size(batch["target"]):
-            size = tuple(target.shape[1:3])
-            task = pl_module.task
-            view = pl_module.mllm.geometry.view(size)
-            for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
-                (out / site).mkdir(parents=True, exist_ok=True)
-                for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
-                    prediction = task.predict_pixels(logits, size, view)
-                    if task.name == SEGMENTATION:
-                        Image.fromarray(prediction).save(out / site / f"{names[i]}.png")
-                    else:
-                        np.save(out / site / f"{names[i]}.npy", prediction)

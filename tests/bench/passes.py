@@ -19,17 +19,14 @@ from probes.data.samplers import assign_folds
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import join_masks, prepare_masks
-from probes.training.closed_form import Moments, SiteSpace
-from probes.training.optimum import (
-    LOOSE_NODES,
-    TIGHT_NODES,
-    PixelProblem,
-    SiteProblem,
-    solve_path,
-    solve_site,
-)
-from probes.training.optimum_by_passes import PassRefinement, PassSums, SampledPixels, null_gradient
-from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
+from probes.training.solve.moments import Moments, SiteSpace
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
+from probes.training.solve.pass_refinement import PassRefinement
+from probes.training.solve.pass_sums import PassSums, null_gradient
+from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
+from probes.training.solve.refinement import solve_site
+from probes.training.solve.sample_hessian import SampledPixels
+from probes.training.solve.strength_path import solve_path
 
 FOLDS = 4
 BATCH = 32
@@ -138,7 +135,7 @@ def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
 def draw_pixels(
     data, images: list[int], targets: list[torch.Tensor], total: int, seed: int
 ) -> Pixels:
-    """Return pixels of a batch, as `OptimumSolver` chooses them."""
+    """Return pixels of a batch, as `PassSolver` chooses them."""
     tokens_of_image = data.grid[0] * data.grid[1]
     parts = []
     for slot, (image, target) in enumerate(zip(images, targets, strict=True)):

@@ -23,7 +23,8 @@ from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
 from probes.tasks import TASKS
-from probes.training.optimum import LOOSE_NODES, TIGHT_NODES, SiteProblem, solve_site
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from probes.training.solve.refinement import solve_site
 
 GRID = (16, 16)
 GEOMETRY = Geometry(GRID, 224, 224)

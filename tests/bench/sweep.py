@@ -11,7 +11,7 @@ from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
 from probes.training.module import ProbeModule
-from probes.training.optimum import loss_sums
+from probes.training.solve.objective import loss_sums
 
 PREFIX, CLASSES, VOCABULARY = (
     36,

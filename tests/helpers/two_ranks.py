@@ -24,6 +24,21 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def environment(rank: int) -> dict[str, str]:
+    """Return the environment of a process, as torchrun sets it, but for MASTER_PORT."""
+    own = {
+        "WORLD_SIZE": RANKS,
+        "LOCAL_WORLD_SIZE": RANKS,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": 1,  # as in this process: sums depend on the number of threads
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+    }
+    return os.environ | {name: str(value) for name, value in own.items()}
+
+
 def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[str, str]:
     """Run commands by name on two processes, and return what both said of each; errors are a part of it."""
     file = folder / "commands.json"
@@ -31,21 +46,11 @@ def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[st
     file.write_text(
         json.dumps([[*item, port] for item, port in zip(commands.items(), ports, strict=True)])
     )
-    group = {
-        "WORLD_SIZE": RANKS,
-        "LOCAL_WORLD_SIZE": RANKS,
-        "GROUP_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": 1,  # as in this process: sums depend on the number of threads
-    }
     running = []
     for rank in range(RANKS):
-        own = group | {"RANK": rank, "LOCAL_RANK": rank}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
         log = (folder / f"{rank}.log").open("w")
         command = [sys.executable, __file__, str(file)]
-        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        running.append(subprocess.Popen(command, env=environment(rank), stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout_s) for process in running]
     finally:

@@ -102,7 +102,7 @@ def test_a_pass_logs_its_rate_and_the_time_left(monkeypatch, caplog):
     clock = iter([0.0, 20.0, 21.0, 30.0])  # a line at the first batch and at the last
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with caplog.at_level("INFO"):
-        assert list(progress.LogProgress().track("abc")) == ["a", "b", "c"]
+        assert list(progress.log_pass("abc")) == ["a", "b", "c"]
     assert caplog.messages == [
         "batch 1/3 of a pass, 0.05 batches/s, 0:00:40 left",
         "batch 3/3 of a pass, 0.1 batches/s, 0:00:00 left",

@@ -24,7 +24,7 @@ from probes.data.label_counts import (
 )
 from probes.report.page import write_report
 from probes.results.probe_run import ProbeRun
-from probes.training.solve import main as solve
+from probes.training.solve.command import main as solve
 
 
 def masks(root: Path, split: str) -> list[Path]:

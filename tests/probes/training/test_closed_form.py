@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probes.training.closed_form import Moments, SiteSpace
+from probes.training.solve.moments import Moments, SiteSpace
 
 pytestmark = pytest.mark.numerics
 
@@ -28,7 +28,7 @@ def test_float32_sums_or_a_missing_pivot_lose_small_variances():
 
 def test_moments_stored_in_blocks_equal_whole_matrices(monkeypatch):
     """A width of several blocks, the last one smaller; two folds, a shift, and the sum with other images."""
-    monkeypatch.setattr("probes.training.closed_form.BLOCK", 5)
+    monkeypatch.setattr("probes.training.solve.moments.BLOCK", 5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(80, 13, generator=generator) + 3
     labels = torch.nn.functional.one_hot(torch.randint(3, (80,), generator=generator), 3).double()

@@ -219,6 +219,46 @@ def test_two_processes_solve_by_passes_as_one(together, checkpoints, segmentatio
     assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
 
 
+DIES_IN_A_PASS = """
+import os, signal, sys
+from probes.cli import main
+from probes.training.solve.by_passes import PassSolver
+
+keep_pixels = PassSolver._keep_pixels
+
+def die(self, batch):
+    if self.passes == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep_pixels(self, batch)
+
+PassSolver._keep_pixels = die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
+    together, checkpoints, segmentation, tmp_path
+):
+    out = tmp_path / "run"
+    command = solving.arguments(checkpoints["causal"], segmentation, out, *SAMPLED, *two_ranks.TWO)
+    port = {"MASTER_PORT": str(two_ranks.free_ports(1)[0])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES_IN_A_PASS, *command], env=two_ranks.environment(rank) | port
+        )
+        for rank in range(two_ranks.RANKS)
+    ]
+    codes = [process.wait(HANGING_S) for process in running]
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert not (out / "metrics.json").exists()
+    two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
+    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+        undisturbed = together[0] / "solve by passes" / name
+        assert (out / name).read_bytes() == undisturbed.read_bytes(), name
+
+
 @pytest.mark.distributed
 def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
     run = together[0] / "normals"

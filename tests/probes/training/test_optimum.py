@@ -8,15 +8,9 @@ from scipy.optimize import minimize as scipy_minimize
 
 from probes.ops.quadrature import prepare_masks
 from probes.training import optimum
-from probes.training.optimum import (
-    LOOSE_NODES,
-    TIGHT_NODES,
-    FoldSearch,
-    Refinement,
-    SiteProblem,
-    loss_sums,
-    solve_site,
-)
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem, loss_sums
+from probes.training.solve.refinement import Refinement, solve_site
+from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
 

@@ -6,24 +6,14 @@ import torch.nn.functional as F
 
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
-from probes.training.closed_form import Moments, SiteSpace
-from probes.training.optimum import (
-    LOOSE_NODES,
-    TIGHT_NODES,
-    PixelProblem,
-    SiteProblem,
-    solve_path,
-    solve_site,
-)
-from probes.training.optimum_by_passes import (
-    PassRefinement,
-    PassSums,
-    SampledPixels,
-    SampleHessian,
-    null_gradient,
-    quasi_newton,
-)
-from probes.training.pixel_sample import AxisRange, choose_pixels
+from probes.training.solve.moments import Moments, SiteSpace
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
+from probes.training.solve.pass_refinement import PassRefinement
+from probes.training.solve.pass_sums import PassSums, null_gradient
+from probes.training.solve.pixel_sample import AxisRange, choose_pixels
+from probes.training.solve.refinement import solve_site
+from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
+from probes.training.solve.strength_path import solve_path
 
 pytestmark = pytest.mark.numerics
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from probes.ops.geometry import GridPlacement
-from probes.training.closed_form import SiteSpace
-from probes.training.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
+from probes.training.solve.moments import SiteSpace
+from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
 
 pytestmark = pytest.mark.numerics
 

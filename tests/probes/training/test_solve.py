@@ -20,7 +20,11 @@ from probes.cli import main
 from probes.evaluation.effect_file import read_effect_file
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
-from probes.training.optimum_solver import OptimumSolver
+from probes.training.site_probes import SiteProbes
+from probes.training.solve.by_passes import PassSolver
+from probes.training.solve.checkpoints import SolverCheckpoints
+from probes.training.solve.in_memory import MemorySolver
+from probes.training.solve.path_scores import PathScores
 
 pytestmark = pytest.mark.numerics
 
@@ -178,9 +182,9 @@ SLOW_REFINEMENT = """
 import sys, time
 from pathlib import Path
 from probes.cli import main
-from probes.training.optimum_solver import OptimumSolver
+from probes.training.solve.in_memory import MemorySolver
 started = Path(sys.argv.pop(1))
-OptimumSolver._gather = lambda *args, **kwargs: (started.touch(), time.sleep(600))
+MemorySolver._gather = lambda *args, **kwargs: (started.touch(), time.sleep(600))
 main(sys.argv[1:])
 """
 
@@ -207,13 +211,13 @@ def die(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
-# method of the solver, the number of calls after which it is killed, and whether the sample is a part
+# class and method, the number of calls after which it is killed, and whether the sample is a part
 KILLS = {
-    "in the first pass": ("add", 2, False),
-    "on the path": ("_to_site", 3, False),
-    "in a later pass": ("states", 5, True),
-    "after a later pass": ("_refine", 2, True),
-    "while it is scored": ("test_step", 1, True),
+    "in the first pass": (MemorySolver, "add", 2, False),
+    "on the path": (SolverCheckpoints, "save", 3, False),
+    "in a later pass": (SiteProbes, "states", 5, True),
+    "after a later pass": (PassSolver, "_refine", 2, True),
+    "while it is scored": (PathScores, "add", 1, True),
 }
 
 
@@ -221,8 +225,8 @@ KILLS = {
 def test_a_killed_run_resumes_to_the_same_bytes(
     when, run, sampled, checkpoints, segmentation, tmp_path, monkeypatch
 ):
-    method, calls, part = KILLS[when]
-    original = getattr(OptimumSolver, method)
+    owner, method, calls, part = KILLS[when]
+    original = getattr(owner, method)
     count = []
 
     def stop(self, *args) -> object:
@@ -231,7 +235,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     killed = arguments(checkpoints["causal"], segmentation, tmp_path, *(SAMPLED if part else []))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(OptimumSolver, method, stop)
+        patch.setattr(owner, method, stop)
         main(killed)
     if when == "on the path":
         assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) in (1, 2)
@@ -276,7 +280,9 @@ def test_rejects_bad_options(option, message, checkpoints, task_root, tmp_path):
 
 
 def test_moments_that_do_not_fit_are_an_error(checkpoints, task_root, tmp_path, monkeypatch):
-    monkeypatch.setattr("probes.training.least_squares_solver.available_memory", lambda: 80_000)
+    monkeypatch.setattr(
+        "probes.training.solve.least_squares_solver.available_memory", lambda: 80_000
+    )
     message = (
         "moments of 6 sites in 2 folds: .* GB are available; choose fewer --folds or --model.sites"
     )
@@ -295,8 +301,8 @@ def test_moments_that_do_not_fit_are_an_error(checkpoints, task_root, tmp_path, 
 
 
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
-    monkeypatch.setattr("probes.training.optimum_solver.available_memory", lambda: 0)
-    monkeypatch.setattr("probes.training.optimum_solver.LEAST", 1)
+    monkeypatch.setattr("probes.training.solve.choose_solver.available_memory", lambda: 0)
+    monkeypatch.setattr("probes.training.solve.choose_solver.LEAST", 1)
     path = solve("--passes", "1").metrics["path"]
     assert path["sample_images"] == 2
     assert np.isfinite([entry["cv_cross_entropy"] for entry in path["optimum"]["sites"]]).all()
@@ -309,7 +315,7 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         seen.add(torch.is_autocast_enabled("cpu"))
         return loss_and_gradient(*args, **kwargs)
 
-    monkeypatch.setattr("probes.training.optimum.loss_and_gradient", record)
+    monkeypatch.setattr("probes.training.solve.objective.loss_and_gradient", record)
     solve(
         "--trainer.precision",
         "bf16-mixed",

@@ -16,7 +16,7 @@ from task_runs import arguments, write_targets
 from probes import FinishedRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
-from probes.training.least_squares_solver import LeastSquaresSolver
+from probes.training.solve.least_squares_solver import LeastSquaresSolver
 
 pytestmark = pytest.mark.numerics
 
@@ -174,7 +174,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     batches, runs, checkpoints, root, tmp_path, monkeypatch
 ):
     """Also when it had added all images, so that no batch is left."""
-    monkeypatch.setattr("probes.training.least_squares_solver.SAVE_SECONDS", -1)
+    monkeypatch.setattr("probes.training.solve.least_squares_solver.SAVE_SECONDS", -1)
     add = LeastSquaresSolver.add
     added = []
 

@@ -2,36 +2,23 @@
 
 import argparse
 import shutil
-import time
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import run_process
+from llava_bidir.common.rank_zero import run_on_all_ranks
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
+from probes.training.cli import ProbeCLI, build_cli
+from probes.training.site_probes import MODEL_SETTINGS
 
-from .cli import ProbeCLI, build_cli
-from .least_squares_solver import LeastSquaresSolver
-from .optimum_solver import OptimumSolver
-from .solver import Solver
-
-# options of `fit` that a solver has too; the others say how probes are trained
-SHARED = (
-    "mllm",
-    "num_classes",
-    "image_attention",
-    "untrained",
-    "match",
-    "draw",
-    "image_px",
-    "image_resize",
-    "dtype",
-    "prefix",
-)
-SHARED += ("sites", "seed")
+from .choose_solver import needs_masks
+from .run import SolveRun, estimate, solve
+from .solver import SolveOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,12 +54,16 @@ def main(argv: list[str]) -> None:
     """Run `probes solve`."""
     args, config = build_parser().parse_known_args(argv[1:])
     check_options(args)
-    gradients = "--trainer.inference_mode=false"
-    cli = build_cli([*config, gradients], run=False, prog="probes solve")
-    cli.model = build_solver(cli.model, args, cli.datamodule.task)
-    cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
+    cli = build_cli(config, run=False, prog="probes solve")
+    data = cli.datamodule
+    data.cache_features = False  # images are read once, or kept as the solver's sample
+    data.trainer = cli.trainer
+    cli.model = describe_run(cli.model.hparams, args, data.task)
     with run_process():
-        dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
+        if args.dry_run:
+            dry_run(cli)
+        else:
+            run(cli, args.ckpt_path)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -91,27 +82,31 @@ def check_options(args: argparse.Namespace) -> None:
         args.strengths = tuple(sorted(set(args.strengths), reverse=True))
 
 
-def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
-    """Return the solver of a task with the settings that it shares with a `ProbeModule`.
+def describe_run(fit: Mapping[str, Any], args: argparse.Namespace, task: str) -> SolveRun:
+    """Return what a run is made from.
+
+    Args:
+        fit: Settings of a `ProbeModule`, of which those of the frozen model are used.
+        args: Options of the solver.
+        task: Kind of targets.
 
     Raises:
-        UserError: The config asks for probes that are not linear.
+        UserError: The config asks for probes that are not linear, or a strength is out of range.
     """
-    if fit.hparams.head != "linear":
+    if fit["head"] != "linear":
         raise UserError(
-            f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`"
+            f"model.head is {fit['head']!r}, but only linear probes can be solved; use `probes fit`"
         )
-    solver = LeastSquaresSolver
-    options = ("folds", "strengths")
-    if TASKS[task].solved == "cross_entropy":
-        solver = OptimumSolver
-        options = (*options, "passes", "sample_images")
-    elif args.strengths and max(args.strengths) > 1:
+    of_classes = needs_masks(TASKS[task])
+    if not of_classes and args.strengths and max(args.strengths) > 1:
         raise UserError(
             f"--strengths of least squares must be at most 1, got {max(args.strengths):g}"
         )
-    shared = {key: fit.hparams[key] for key in SHARED}
-    return solver(**shared, **{key: getattr(args, key) for key in options})
+    own = {"folds": args.folds, "strengths": args.strengths}
+    of_passes = {"passes": args.passes, "sample_images": args.sample_images} if of_classes else {}
+    of_model = {name: fit[name] for name in MODEL_SETTINGS}
+    options = SolveOptions(seed=fit["seed"], **own, **of_passes)
+    return SolveRun(own | of_model | of_passes, options, TASKS[task])
 
 
 def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
@@ -120,57 +115,21 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
         if cli.plan_run(ckpt_path).finished:
             return
         cli.model.resuming = ckpt_path == "last"
+
+        def solve_here() -> None:
+            solve(cli.model, cli.datamodule, cli.trainer, cli.saves_predictions)
+
         with interrupt_says_what_is_saved(cli.checkpoints):
-            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+            run_on_all_ranks(cli.trainer, solve_here)
         if cli.trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
             rank_zero_info(cli.format_scores())
 
 
-def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
-    """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
-    trainer = cli.trainer
-    solver = cli.model
-    data = cli.datamodule
-    training = len(data.splits["training"])
-    if training <= data.batch_size:  # known before the model is loaded
+def dry_run(cli: ProbeCLI) -> None:
+    """Print the time of a pass and the memory. Nothing is written."""
+    training = len(cli.datamodule.splits["training"])
+    if training <= cli.datamodule.batch_size:  # known before the model is loaded
         rank_zero_info(f"time: not measured, since {training} training images are one batch")
         return
-    trainer.callbacks = []
-    trainer.loggers = []
-    trainer.limit_test_batches = 1
-    solver.on_test_start = lambda: print_estimate(solver, batches)
-    solver.test_step = lambda batch, batch_idx: None
-    solver.on_test_epoch_end = lambda: None
-    trainer.test(solver, datamodule=cli.datamodule, verbose=False)
-
-
-def print_estimate(solver: Solver, batches: int) -> None:
-    """Print the time of a pass."""
-    times: list[float] = []
-    images: list[int] = []  # a batch at the end of a fold is smaller
-    for batch in solver.read(solver.prepare()[:batches]):
-        solver.add(batch)
-        if solver.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        images.append(len(batch["index"]))
-    splits = solver.trainer.datamodule.splits
-    training, validation = (len(splits[split]) for split in ("training", "validation"))
-    if len(times) < 2:
-        raise UserError(
-            f"{training} training images are one batch: too few to measure; run it without --dry-run"
-        )
-    seconds = (times[-1] - times[0]) / sum(images[1:]) / solver.trainer.world_size  # of an image
-
-    def hours(images: int) -> str:
-        return f"{images * seconds / 3600:.2f} h"
-
-    passes = solver.hparams.get("passes", 1)
-    rank_zero_info(
-        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
-        f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "
-        "the scores"
-    )
-    if memory := solver.memory():
-        rank_zero_info(memory)
+    run_on_all_ranks(cli.trainer, lambda: estimate(cli.model, cli.datamodule, cli.trainer))

@@ -7,7 +7,7 @@ plus a ridge,
     w_r = argmin (1 - r) E|w (x - mean) + b - y|^2 + r w D w^T        w_r = (1 - r) ((1 - r) C + r D)^-1 c,
 
 so that r -> 0 is least squares and r = 1 predicts the mean of the targets everywhere. This is the optimum of its loss:
-there is nothing to refine. One eigendecomposition gives all r (`closed_form.py`), and one pass over the images all
+there is nothing to refine. One eigendecomposition gives all r (`moments.py`), and one pass over the images all
 moments (`ops/normal_equations.py`). The squared error of left-out images is a polynomial of their moments, so that the
 strength is chosen by an exact cross-validation without another pass.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from probes.ops.normal_equations import NormalEquations, apply_gram
 
-from .closed_form import Moments, standardise
+from .moments import Moments, standardise
 
 
 @dataclass

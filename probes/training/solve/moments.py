@@ -1,4 +1,4 @@
-"""Moments of the states of a site, and the coordinates in which `optimum.py` and `least_squares.py` solve its probes.
+"""Moments of the states of a site, and the coordinates in which `objective.py` and `least_squares.py` solve its probes.
 
 With x the state of a token and t[k] the weight of class k at the token (U^T onehot(label), the adjoint of the bilinear
 upsampling), a pass over the images sums, per site and per fold of images,
@@ -7,7 +7,7 @@ upsampling), a pass over the images sums, per site and per fold of images,
 
 The pivot, the mean state of the first batch, keeps Q small: LLMs have channels whose mean is a thousand times their
 standard deviation, and Q would lose their variance to rounding. Products of a batch are float32, sums over batches
-float64; `tests/probes/training/test_closed_form.py` shows why.
+float64; `tests/probes/training/test_moments.py` shows why.
 
 With the pooled within-class covariance W and D = diag(W), D^-1/2 W D^-1/2 = V diag(s) V^T gives coordinates
 (x - mean) D^-1/2 V in which D is the identity and W is diag(s).

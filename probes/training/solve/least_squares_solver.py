@@ -19,11 +19,13 @@ from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import assign_folds, fold_batches
 from probes.ops.normal_equations import normal_equations
+from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
-from .closed_form import STRENGTHS, packed_size
-from .distributed import all_reduce, broadcast, rank, rank_count
+from .checkpoints import tensors_of
 from .least_squares import LeastSquaresMoments, solve_least_squares
-from .solver import SolvedSite, Solver, tensors_of
+from .moments import STRENGTHS, packed_size
+from .solved_site import SolvedSite
+from .solver import Solver
 
 SAVE_SECONDS = 600  # between two files of moments
 
@@ -34,19 +36,18 @@ class LeastSquaresSolver(Solver):
     instrument = "closed_form"
 
     # ------------------------------------------------------------------------------------------------ pass
-    def prepare(self) -> list[list[int]]:
+    def first_pass(self) -> list[list[int]]:
         """Read the moments that a killed run has left; return the images of this process that they lack, by fold."""
-        training = self.trainer.datamodule.splits["training"]
-        self.fold_of = assign_folds(len(training), self.hparams.folds, training.groups)
+        training = self.reader.data.splits["training"]
+        self.fold_of = assign_folds(len(training), self.options.folds, training.groups)
         self._check_memory()
         self.moments: dict[str, LeastSquaresMoments] = {}
         # images whose moments this process has
         self.added = torch.zeros(len(training), dtype=torch.bool)
         self.saved_at = time.monotonic()
-        seen = self._resume() if self.resuming else self.added
-        batches = fold_batches(
-            self.fold_of, self.trainer.datamodule.rank_batch_size, rank(), rank_count()
-        )
+        seen = self._resume() if self.checkpoints.resuming else self.added
+        size = self.reader.data.rank_batch_size
+        batches = fold_batches(self.fold_of, size, rank(), rank_count())
         left = ([i for i in batch if not seen[i]] for batch in batches)
         return [batch for batch in left if batch]
 
@@ -56,7 +57,7 @@ class LeastSquaresSolver(Solver):
         Raises:
             UserError: They do not fit.
         """
-        folds = self.hparams.folds
+        folds = self.options.folds
         width = self.mllm.widths
         size = {
             site: 8 * folds * (packed_size(width[site]) + self.channels * width[site])
@@ -64,8 +65,8 @@ class LeastSquaresSolver(Solver):
         }
         tokens = self.mllm.grid[0] * self.mllm.grid[1]
         need = sum(size.values())
-        batch = self.trainer.datamodule.rank_batch_size * tokens * self.mllm.model.dtype.itemsize
-        free = available_memory() // max(1, self.trainer.num_devices)
+        batch = self.reader.data.rank_batch_size * tokens * self.mllm.model.dtype.itemsize
+        free = available_memory() // max(1, self.reader.trainer.num_devices)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free
         available = max(0, free - batch * sum(width[site] for site in self.sites))
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
@@ -79,12 +80,12 @@ class LeastSquaresSolver(Solver):
         index = batch["index"].cpu()
         for images, target in group_by_mask_size(batch["target"]):
             view = self.mllm.geometry.view(tuple(target.shape[1:3]))
-            equations = normal_equations(self.task.values(target), self.mllm.grid, view)
+            equations = normal_equations(self.probes.task.values(target), self.mllm.grid, view)
             for site, x in batch["states"].items():
                 if site not in self.moments:
                     pivot = x.flatten(0, 1).float().mean(0)
                     self.moments[site] = LeastSquaresMoments.zeros(
-                        pivot, self.hparams.folds, self.channels
+                        pivot, self.options.folds, self.channels
                     )
                 self.moments[site].add_images(
                     x[images], equations, self.mllm.grid, int(self.fold_of[index[0]])
@@ -96,15 +97,14 @@ class LeastSquaresSolver(Solver):
                 for site, m in self.moments.items()
                 for name, x in vars(m).items()
             }
-            self.save(f"moments_{rank()}.safetensors", named | {"seen": self.added})
+            self.checkpoints.save(f"moments_{rank()}.safetensors", named | {"seen": self.added})
             self.saved_at = time.monotonic()
 
     def _resume(self) -> Tensor:
         """Read all moments on the first process; return the images that they contain on every one, bool[N]."""
         seen = torch.zeros_like(self.added)
-        found = [
-            self.load(file.name) for file in sorted(self.checkpoints.glob("moments_*.safetensors"))
-        ]
+        names = self.checkpoints.names("moments_*.safetensors")
+        found = [self.checkpoints.load(name) for name in names]
         for tensors in sorted(found, key=lambda tensors: -tensors["seen"].sum()):
             if not (tensors["seen"] & ~seen).any():
                 continue  # contained in a larger file, whose process resumed before
@@ -141,7 +141,7 @@ class LeastSquaresSolver(Solver):
     def _sum_over_ranks(self, site: str) -> LeastSquaresMoments:
         """Return the moments of all processes' images; a process may have had none."""
         width = self.mllm.widths[site]
-        folds = self.hparams.folds
+        folds = self.options.folds
         empty = LeastSquaresMoments.zeros(
             torch.zeros(width, device=self.device), folds, self.channels
         )
@@ -152,7 +152,7 @@ class LeastSquaresSolver(Solver):
         return moments
 
     def _solve(self, moments: LeastSquaresMoments) -> SolvedSite:
-        strengths = tuple(sorted(self.hparams.strengths or STRENGTHS, reverse=True))
+        strengths = tuple(sorted(self.options.strengths or STRENGTHS, reverse=True))
         solved = solve_least_squares(moments, strengths)
         return SolvedSite(
             strengths=torch.tensor(strengths, dtype=torch.float64),

@@ -1,18 +1,9 @@
 """Linear probes of one site at the minimum of the paper's loss if the states of all images do not fit into memory.
 
-A pass over all images gives, exactly, the value and the gradient of the objective of `optimum.py` at any
-number of points, and the loss of the images that a fold leaves out. Between two passes each point takes one
-quasi-Newton step:
-
-    step = - L-BFGS(gradient; pairs of earlier steps), started from (H_S + r D + c H_0)^-1
-
-- H_S is the Hessian on a sample of pixels of every image (`pixel_sample.py`), another sample after each pass:
-  what one sample misses, the next ones have. It is applied by conjugate gradients and never stored.
-- H_0 = q_k s_j, with q_k the mean of p_k (1 - p_k) on the sample and s the spectrum of the moments of all
-  tokens, keeps directions that the sample does not have.
-- The pairs (step, change of the exact gradient) correct both. Source: Nocedal and Wright, algorithm 7.4.
-
-A point whose value has risen is taken back; its pair shortens the next step.
+A pass over all images gives, exactly, the value and the gradient of the objective of `objective.py` at any number of
+points (`pass_sums.py`), and the loss of the images that a fold leaves out. Between two passes each point takes one
+quasi-Newton step (`sample_hessian.py`), with another sample of pixels after each pass: what one sample misses, the
+next ones have. A point whose value has risen is taken back; its pair shortens the next step.
 
 The strength is chosen among a few neighbouring ones, a *window*, each with a probe for every fold and one of all
 images. The sample alone would choose too strong a regularisation, as few tokens need more of it. So the window
@@ -20,207 +11,24 @@ begins where the sample chooses and moves with the cross-validated loss of all i
 starts at the point of its neighbour, where value, gradient and pairs are known: the penalty is all that differs.
 
 Legend: W strengths in the window, F folds, G = F + 1 probes of a strength, or 1 when the strength is settled;
-n pixels of the sample, K classes, d width.
+K classes, d width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probes.ops.quadrature import PreparedMasks
-
-from .closed_form import Moments, SiteSpace, full_precision
-from .optimum import CONVERGED, ROUNDING, Certificate, loss_sums, whitened_norm
+from .moments import SiteSpace, full_precision
+from .objective import whitened_norm
+from .refinement import CONVERGED, ROUNDING, Certificate
+from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
 
 PAIRS = 4  # steps that are remembered, in float32
-SHRINKAGE = 0.3  # c
-RESIDUAL = 0.03  # of conjugate gradients, relative
-ITERATIONS = 100  # of conjugate gradients
 WINDOW = 2  # half decades on both sides of the best strength
 # in half decades: 1000 to 1e-8
 STRONGEST = -6
 WEAKEST = 16
-
-
-class PassSums:
-    """Losses and gradients of a site's probes, summed over the images of a pass.
-
-    Args:
-        mean: f64[d], of the states.
-        points: f64[W, G, K, d + 1], weights of x - mean, and biases.
-        left_out: The fold that each of the G probes leaves out.
-        folds: F.
-    """
-
-    def __init__(self, mean: Tensor, points: Tensor, left_out: list[int | None], folds: int):
-        self.mean = mean.float()
-        self.points = points
-        self.left_out = left_out
-        self.loss = points.new_zeros(points.shape[:2])
-        self.gradient = torch.zeros_like(points)
-        self.held_out = points.new_zeros(len(points), folds)
-
-    def add(self, states: Tensor, masks: PreparedMasks, folds: list[int]) -> None:
-        """Add images of states f[B, T, d]; `folds` has the fold of each."""
-        x = states.float() - self.mean
-        inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        for fold in sorted(set(folds)):
-            images = [i for i, own in enumerate(folds) if own == fold]
-            self._add_fold(inputs[images], masks[images], fold)
-
-    def _add_fold(self, inputs: Tensor, masks: PreparedMasks, fold: int) -> None:
-        used = [g for g, left_out in enumerate(self.left_out) if left_out != fold]
-        points = self.points[:, used]
-        loss, gradient = loss_sums(inputs, masks, points.flatten(0, 1))
-        self.loss[:, used] += loss.view(points.shape[:2])
-        self.gradient[:, used] += gradient.view_as(points)
-        if fold in self.left_out:
-            points = self.points[:, self.left_out.index(fold)]
-            self.held_out[:, fold] += loss_sums(inputs, masks, points, needs_grad=False)[0]
-
-    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums, which are added over processes in place."""
-        return self.loss, self.gradient, self.held_out
-
-    def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what :meth:`PassRefinement.accept` takes; `pixels` f64[F] are the labelled ones of each fold."""
-        total = pixels.sum()
-        used = torch.stack(
-            [total if fold is None else total - pixels[fold] for fold in self.left_out]
-        )
-        gradient = torch.cat(
-            [space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1
-        )
-        return self.loss / used, gradient / used[:, None, None], self.held_out / total
-
-
-def null_gradient(space: SiteSpace, moments: Moments) -> Tensor:
-    """Return the gradient of the mean loss of all images at the constant prediction, f64[K, d + 1].
-
-    The prediction is the same everywhere, so that the moments have its gradient.
-    """
-    count, first, _ = moments.without(None)
-    first = first + count[:, None] * (moments.pivot.double() - space.mean)
-    prior = space.log_prior.exp()
-    weights = space.from_gradient(torch.outer(prior, first.sum(0)) - first)
-    biases = prior * count.sum() - count
-    return torch.cat([weights, biases[:, None]], 1) / count.sum()
-
-
-@dataclass
-class SampledPixels:
-    """A sample of pixels of a site on the device of the computation.
-
-    Args:
-        inputs: f32[n, d + 1], states in the coordinates of the site, and ones.
-        weights: f32[n], labelled pixels that each one stands for.
-        folds: i64[n], fold of each pixel's image.
-    """
-
-    inputs: Tensor
-    weights: Tensor
-    folds: Tensor
-
-
-class SampleHessian:
-    """The Hessian of the objectives of some probes on a sample, and its preconditioner.
-
-    Args:
-        sample: The pixels.
-        points: f64[G, K, d + 1].
-        left_out: G folds, or None.
-        ridge: f64[1, d + 1], weights of the squares of a point.
-        spectrum: f64[d + 1], mean squares of the inputs.
-    """
-
-    def __init__(
-        self,
-        sample: SampledPixels,
-        points: Tensor,
-        left_out: list[int | None],
-        ridge: Tensor,
-        spectrum: Tensor,
-    ):
-        self.inputs = sample.inputs
-        self.ridge = ridge
-        used = torch.stack([_used(sample, fold) for fold in left_out], 1)
-        self.weights = (used / used.sum(0))[..., None]  # [n, G, 1]
-        logits = self.inputs @ points.flatten(0, 1).T.to(self.inputs)
-        self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
-        spread = self.probability * (1 - self.probability) * self.weights
-        self.typical = spread.sum(0).double()[..., None] * spectrum + 1e-6  # H_0
-        self.pull = SHRINKAGE * self.typical
-
-    def times(self, direction: Tensor) -> Tensor:
-        """Return the product with f64[G, K, d + 1], with the pull towards the point."""
-        change = (self.inputs @ direction.flatten(0, 1).T.to(self.inputs)).view_as(self.probability)
-        change = self.probability * change
-        change -= self.probability * change.sum(-1, keepdim=True)
-        change *= self.weights
-        product = (change.flatten(1).T @ self.inputs).view_as(direction).double()
-        return product + (self.ridge + self.pull) * direction
-
-    def solve(self, right: Tensor) -> Tensor:
-        """Return H^-1 right by conjugate gradients, f64[G, K, d + 1]."""
-        preconditioner = 1 / (self.typical + self.pull + self.ridge)
-        solution = torch.zeros_like(right)
-        residual = right.clone()
-        scaled = preconditioner * residual
-        direction = scaled.clone()
-        size = _dot(residual, scaled)
-        enough = RESIDUAL**2 * size
-        for _ in range(ITERATIONS):
-            active = size > enough
-            if not active.any():
-                break
-            product = self.times(direction)
-            step = torch.where(active, size / _dot(direction, product).clamp(min=1e-300), 0)[
-                :, None, None
-            ]
-            solution += step * direction
-            residual -= step * product
-            scaled = preconditioner * residual
-            before = size
-            size = _dot(residual, scaled)
-            direction = scaled + (size / before.clamp(min=1e-300))[:, None, None] * direction
-        return solution
-
-
-def _used(sample: SampledPixels, left_out: int | None) -> Tensor:
-    """Return the weights f32[n] of the pixels, 0 in the fold that is left out."""
-    return sample.weights if left_out is None else sample.weights * (sample.folds != left_out)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return the scalar products of points f64[..., K, d + 1]."""
-    return (x * y).sum((-2, -1))
-
-
-def quasi_newton(
-    gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], solve: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return about H^-1 gradient, f64[G, K, d + 1]: the two-loop recursion of L-BFGS around `solve`.
-
-    Args:
-        gradient: f64[G, K, d + 1].
-        pairs: Steps and changes of the gradient, from old to new.
-        solve: Product with a first guess of H^-1.
-    """
-    result = gradient.clone()
-    factors = []
-    for step, change in reversed(pairs):
-        curvature = _dot(step, change)
-        inverse = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
-        factor = inverse * _dot(step, result)
-        result -= factor[:, None, None] * change
-        factors.append((inverse, factor))
-    result = solve(result)
-    for (step, change), (inverse, factor) in zip(pairs, reversed(factors), strict=True):
-        result += (factor - inverse * _dot(change, result))[:, None, None] * step
-    return result
 
 
 class PassRefinement:
@@ -284,7 +92,7 @@ class PassRefinement:
         """
         ridge = self._ridge()
         gradient = gradient + ridge * self.points
-        value = value + _dot(ridge * self.points, self.points) / 2
+        value = value + dot(ridge * self.points, self.points) / 2
         known = self.value.isfinite()
         if known.all():
             step = (self.points - self.kept).float()
@@ -309,7 +117,7 @@ class PassRefinement:
             hessian = SampleHessian(sample, self.kept[row], self.left_out, ridge[0], spectrum)
             pairs = [(step[row].double(), change[row].double()) for step, change in self.pairs]
             direction = quasi_newton(self.gradient[row], pairs, hessian.solve)
-            self.decrease[row] = _dot(direction, self.gradient[row]) / 2
+            self.decrease[row] = dot(direction, self.gradient[row]) / 2
             self.points[row] -= direction
         self._settle()
 
@@ -349,7 +157,7 @@ class PassRefinement:
         self.points = self.kept = self.kept[source]
         self.strengths = window
         added = self._ridge() - before
-        self.value = self.value[source] + _dot(added * self.kept, self.kept) / 2
+        self.value = self.value[source] + dot(added * self.kept, self.kept) / 2
         self.gradient = self.gradient[source] + added * self.kept
         self.held_out = self.held_out[source]
         self.pairs = [

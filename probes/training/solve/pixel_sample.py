@@ -1,4 +1,4 @@
-"""Labelled pixels of every image with the states there: the memory of `optimum_by_passes.py` between two passes.
+"""Labelled pixels of every image with the states there: the memory of `pass_refinement.py` between two passes.
 
 Tokens of an image resemble each other. The memory of a few images, spent on a few pixels of every image,
 describes the curvature of the loss of all images far better, and so do many pixels of few bits instead of few
@@ -18,7 +18,7 @@ from torch import Tensor
 from probes.data.base import IGNORE_INDEX
 from probes.ops.geometry import GridPlacement, axis_nodes
 
-from .closed_form import SiteSpace
+from .moments import SiteSpace
 
 # One byte: 4 bits of exponent, 3 of mantissa. A relative error of 6% at most changes the curvature by less than
 # the choice of the pixels does.

@@ -1,0 +1,101 @@
+"""Predictions of every pixel, as files of a run and as maps in its logger."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from llava_bidir.common.logged_media import log_images, media_loggers
+from probes.data.batches import group_by_mask_size
+from probes.data.palette import palette_of
+from probes.tasks import SEGMENTATION
+
+from .site_probes import SiteProbes
+
+
+def save_predictions(
+    probes: SiteProbes, logits: Tensor, batch: dict[str, Any], names: list[str], folder: Path
+) -> None:
+    """Write the predicted class of every pixel of a batch to FOLDER/SITE/NAME.png.
+
+    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
+
+    Args:
+        probes: The probes.
+        logits: f[S, B, K, h, w] of the batch.
+        batch: Targets, and the index of each image.
+        names: Names of all images of the split.
+        folder: RUN/predictions.
+    """
+    for images, target in group_by_mask_size(batch["target"]):
+        size = tuple(target.shape[1:3])
+        view = probes.mllm.geometry.view(size)
+        for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
+            (folder / site).mkdir(parents=True, exist_ok=True)
+            for i, of_image in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                prediction = probes.task.predict_pixels(of_image, size, view)
+                if probes.task.name == SEGMENTATION:
+                    Image.fromarray(prediction).save(folder / site / f"{names[i]}.png")
+                else:
+                    np.save(folder / site / f"{names[i]}.npy", prediction)
+
+
+class ShowMaps(Callback):
+    """Log the predictions of the first validation images at each site, and their targets.
+
+    Args:
+        images: Number of images.
+    """
+
+    def __init__(self, images: int = 4):
+        self.images = images
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the maps of the first batch."""
+        if batch_idx > 0 or not media_loggers(trainer):
+            return
+        probes = pl_module.probes
+        task = probes.task
+        palette = palette_of(trainer.datamodule.splits["validation"])
+        images, target = group_by_mask_size(batch["target"])[0]
+        logits_by_site = outputs[:, images][:, : self.images]
+        target = target[: self.images]
+        size = tuple(target.shape[1:3])
+        view = probes.mllm.geometry.view(size)
+        maps = {
+            site: task.predict_pixels(logits, size, view)
+            for site, logits in zip(probes.sites, logits_by_site, strict=True)
+        }
+        maps["truth"] = task.truth(target).cpu().numpy()
+        for name, of_images in maps.items():
+            colours = np.stack([task.colorize(x, palette) for x in of_images])
+            log_images(trainer, f"maps/{name}", colours)
+
+
+class SavePredictions(Callback):
+    """Write the predictions of each probe of its best epoch to RUN/predictions/SITE; see `save_predictions`."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the predictions of a batch."""
+        names = trainer.datamodule.splits["validation"].names
+        folder = Path(trainer.default_root_dir) / "predictions"
+        save_predictions(pl_module.probes, outputs, batch, names, folder)

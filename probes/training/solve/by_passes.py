@@ -1,0 +1,308 @@
+"""Solve linear probes of classes if the states of all training images do not fit into memory.
+
+Each pass keeps a few pixels of every image in the memory that there is, and sums the exact losses and gradients of the
+probes; between two passes each site takes a step (`pass_refinement.py`).
+
+    RUN/checkpoints/passes.safetensors    all sites after a pass
+
+Legend: B images, d width, K classes, F folds, n pixels of a sample.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.data.samplers import assign_folds
+from probes.training.distributed import (
+    all_gather_objects,
+    all_reduce,
+    broadcast,
+    gather_images,
+    rank,
+    rank_count,
+)
+
+from .checkpoints import SolverCheckpoints, tensors_of
+from .moments import Moments, SiteSpace
+from .objective import PixelProblem
+from .pass_refinement import PassRefinement, bytes_of_probes
+from .pass_sums import PassSums, null_gradient
+from .pixel_sample import STORED, AxisRange, ChannelRange, Pixels, choose_pixels
+from .sample_hessian import SampledPixels
+from .solved_site import SolvedSite
+from .solver import SolveOptions, Solver
+from .state_reader import StateReader
+from .strength_path import Path, solve_path
+from .workers import in_workers
+
+PASSES = "passes.safetensors"
+MEASURED = 8  # images whose states say how the first pass stores those of all
+
+
+class PassSolver(Solver):
+    """Linear probes of classes at the optimum of the loss of all images, from a sample and passes; see :class:`Solver`.
+
+    Args:
+        reader: Reads batches of training images with their states.
+        options: Options of the command.
+        checkpoints: Files of a killed run.
+        sample_images: Number of images whose memory is used.
+    """
+
+    instrument = "optimum"
+
+    def __init__(
+        self,
+        reader: StateReader,
+        options: SolveOptions,
+        checkpoints: SolverCheckpoints,
+        sample_images: int,
+    ):
+        super().__init__(reader, options, checkpoints)
+        training = reader.data.splits["training"]
+        self.images = len(training)
+        self.sample_images = sample_images
+        self.fold_of = assign_folds(self.images, options.folds, training.groups)
+        self.kept: list[Any] = []  # of this pass, batch by batch
+        self.refinements: dict[str, PassRefinement] = {}  # of the sites that this process solves
+
+    # ------------------------------------------------------------------------------------------------ first pass
+    def first_pass(self) -> list[list[int]]:
+        """Return all of this process's images; none if a killed run has saved a pass."""
+        self.saved_passes = broadcast(self.checkpoints.has(PASSES), 0)
+        if self.saved_passes:
+            return []
+        self._measure_channels()
+        return self.reader.share(range(self.images))
+
+    def memory(self) -> str:
+        """Return that the states of all images do not fit, and the memory that the run takes."""
+        widths = [self.mllm.widths[site] for site in self.sites]
+        tokens = self.mllm.grid[0] * self.mllm.grid[1]
+        kept = self.sample_images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
+        probes = sum(bytes_of_probes(width, self.channels, self.options.folds) for width in widths)
+        return (
+            f"the memory of {self.sample_images:,} of {self.images:,} images is spent on pixels of all of them: "
+            f"{kept / 1e9:.3g} GB, and {probes / 1e9:.3g} GB of probes at most"
+        )
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Keep some of the pixels of a batch, and add its tokens to the moments."""
+        self._keep_pixels(batch)
+        labels = batch["masks"].soft.flatten(2).mT.flatten(0, 1).double()
+        for site, x in batch["states"].items():
+            self.moments[site].update(x.flatten(0, 1), labels, 0)
+
+    # ------------------------------------------------------------------------------------------------ samples
+    def _measure_channels(self) -> None:
+        """Set how the first pass stores states, from the same few images in all processes."""
+        count = min(MEASURED, self.images)
+        images = [i * self.images // count for i in range(count)]
+        size = self.reader.data.rank_batch_size
+        batches = [images[start : start + size] for start in range(0, count, size)]
+        parts = [batch["states"] for batch in self.reader.training(batches, self.passes)]
+        self.ranges = {
+            site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites
+        }
+        self.moments = {
+            site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()
+        }
+
+    def _keep_pixels(self, batch: dict[str, Any]) -> None:
+        """Keep some pixels of each image of a batch, others in each pass."""
+        total = (
+            self.sample_images
+            * self.mllm.grid[0]
+            * self.mllm.grid[1]
+            * self.mllm.model.dtype.itemsize
+        )
+        total *= 2 if self.passes else 1  # of half a byte
+        parts = []
+        for slot, (image, target) in enumerate(
+            zip(batch["index"].tolist(), batch["target"], strict=True)
+        ):
+            # where pixels are fewer than images: others in each pass
+            place = (image + self.passes) % self.images
+            count = (place + 1) * total // self.images - place * total // self.images
+            seed = self.options.seed + 1_000_003 * (image + self.images * self.passes)
+            view = self.mllm.geometry.view(tuple(target.shape))
+            found = choose_pixels(target.cpu(), count, seed, tuple(self.mllm.grid), view)
+            tokens, shares, labels, labelled = found
+            tokens = tokens + slot * self.mllm.grid[0] * self.mllm.grid[1]
+            weights = torch.full(
+                (len(labels),), labelled / max(1, len(labels)), dtype=torch.float64
+            )
+            parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
+        pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
+        at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
+        states = {
+            site: self.ranges[site].store(x).view(torch.uint8).cpu()
+            for site, x in at_pixels.items()
+        }
+        self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
+
+    def _gather_pixels(self) -> None:
+        """Bring the sample of each site to its owner, in the order of the images."""
+        labels, weights, images, states = zip(*self.kept, strict=True)
+        self.kept = []
+        parts = all_gather_objects(tuple(map(torch.cat, (labels, weights, images))))
+        counts = [len(part[0]) for part in parts]
+        labels, weights, images = map(torch.cat, zip(*parts, strict=True))
+        order = images.argsort(stable=True)
+        self.pixels = labels[order], weights[order], self.fold_of[images[order]]
+        self.sample_states = {}
+        for site in self.sites:
+            mine = torch.cat([batch.pop(site) for batch in states])
+            gathered = gather_images(mine, counts, self._owner(site), self.device)
+            if gathered is not None:
+                self.sample_states[site] = gathered[order]
+
+    # ------------------------------------------------------------------------------------------------ passes
+    def solve(self) -> dict[str, SolvedSite]:
+        """Solve the sites by steps between passes, after what the sample of the first pass says."""
+        if self.saved_passes:
+            self._resume_passes()
+        else:
+            sums = {site: self._sum_moments(site) for site in self.sites}
+            self._gather_pixels()
+            self.spaces = {site: sums[site][0] for site in self.sample_states}
+            found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
+            if self.options.passes == 1:
+                return self._shared(
+                    {
+                        site: SolvedSite.of_points(**self._of_sample(*parts))
+                        for site, parts in found.items()
+                    }
+                )
+            self._start_refinements(found, {site: sums[site][1] for site in found})
+            self._save_passes()
+        while not self._converged() and self.passes < self.options.passes:
+            self._refine()
+            self._save_passes()
+        solved = {
+            site: SolvedSite.of_points(**refinement.found())
+            for site, refinement in self.refinements.items()
+        }
+        return self._shared(solved)
+
+    def about(self) -> dict[str, Any]:
+        """Return what metrics.json["path"] says of the passes."""
+        return super().about() | {"sample_images": self.sample_images}
+
+    def _owner(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
+
+    def _shared(self, solved: dict[str, SolvedSite]) -> dict[str, SolvedSite]:
+        """Return the probes of all processes' sites."""
+        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+
+    def _start_refinements(
+        self, found: dict[str, tuple[AxisRange, Path]], null: dict[str, Tensor]
+    ) -> None:
+        """Start from what was found on the sample of the first pass, and from the gradients at w = 0, by site."""
+        for site, (axes, path) in found.items():
+            self.refinements[site] = self._start(axes.space, null[site], path)
+        axes = {site: found[site][0] if site in found else None for site in self.sites}
+        self.ranges = {site: broadcast(axes[site], self._owner(site)) for site in self.sites}
+
+    def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
+        """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
+        moments = self.moments.pop(site)
+        for total in moments.sums().values():
+            all_reduce(total)
+        if rank() != self._owner(site):
+            return None
+        space = SiteSpace.of_moments(moments)
+        return space, null_gradient(space, moments)
+
+    def _solve_sample(self, site: str) -> tuple[AxisRange, Path]:
+        """Solve a site on the sample of the first pass."""
+        space = self.spaces[site]
+        stored = self.sample_states[site].view(STORED)
+        inputs = space.coordinates(self.ranges[site].restore(stored.to(self.device)))
+        labels, weights, folds = (x.to(self.device) for x in self.pixels)
+        problem = PixelProblem(space, inputs, labels, weights, folds, self.options.folds)
+        return AxisRange.of(space, inputs), solve_path(problem, self.options.strengths)
+
+    @staticmethod
+    def _of_sample(axes: AxisRange, path: Path) -> dict[str, Any]:
+        """Return the probes of a sample, which have no certificates: no pass has seen them."""
+        return {
+            **path.path._asdict(),
+            "space": axes.space,
+            "points": path.points,
+            "certificates": [],
+        }
+
+    def _start(self, space: SiteSpace, null: Tensor, path: Path) -> PassRefinement:
+        """Return the refinement of what was found on the sample."""
+        chosen = path.path.solved.index(path.path.chosen)
+        points = torch.cat([path.folds, path.points[chosen][None]])
+        return PassRefinement(
+            space, null, path.path.strengths[path.path.chosen], points, self.options.strengths
+        )
+
+    def _refine(self) -> None:
+        """Take the exact losses and gradients of a pass over the split, and move the probes."""
+        sums = {
+            site: PassSums(*broadcast(self._probes(site), self._owner(site))) for site in self.sites
+        }
+        pixels = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
+        for batch in self.reader.training(self.reader.share(range(self.images)), self.passes):
+            self._keep_pixels(batch)
+            folds = self.fold_of[batch["index"].cpu()]
+            pixels.index_add_(0, folds.to(self.device), batch["masks"].pixels)
+            for site, of_site in sums.items():
+                of_site.add(batch["states"][site], batch["masks"], folds.tolist())
+        self.passes += 1
+        all_reduce(pixels)
+        for site, of_site in sums.items():
+            for total in of_site.totals():
+                all_reduce(total)
+            if site in self.refinements:
+                refinement = self.refinements[site]
+                refinement.accept(*of_site.means(refinement.space, pixels))
+        self._gather_pixels()
+        self.refinements |= dict(in_workers(self._step, list(self.refinements), self.device))
+
+    def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
+        """Return the arguments of `PassSums`; None on processes that do not solve the site."""
+        refinement = self.refinements.get(site)
+        return refinement and refinement.probes()
+
+    def _step(self, site: str) -> PassRefinement:
+        refinement = self.refinements[site]
+        _, weights, folds = (x.to(self.device) for x in self.pixels)
+        inputs = self.ranges[site].restore(self.sample_states[site].to(self.device))
+        refinement.step(SampledPixels(inputs, weights.float(), folds))
+        return refinement
+
+    def _converged(self) -> bool:
+        """Return whether the probes of all sites have a certificate."""
+        return all(sum(all_gather_objects([x.converged for x in self.refinements.values()]), []))
+
+    def _save_passes(self) -> None:
+        """Save all sites in one file, so that they are of the same pass."""
+        tensors = {"passes": torch.tensor(self.passes)}
+        for site in self.sites:
+            tensors[f"{site}/deviation"] = self.ranges[site].deviation
+            state = self.refinements[site].state() if site in self.refinements else None
+            state = broadcast(state, self._owner(site))
+            tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
+        if rank() == 0:
+            self.checkpoints.save(PASSES, tensors)
+
+    def _resume_passes(self) -> None:
+        """Read what a run that was killed in a later pass has saved."""
+        tensors = self.checkpoints.load(PASSES)
+        self.passes = int(tensors["passes"])
+        self.ranges = {}
+        for site in self.sites:
+            state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
+            deviation = state.pop("deviation")
+            refinement = PassRefinement.of_state(state, self.options.strengths)
+            self.ranges[site] = AxisRange(refinement.space, deviation)
+            if rank() == self._owner(site):
+                self.refinements[site] = refinement

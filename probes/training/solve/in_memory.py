@@ -1,0 +1,123 @@
+"""Solve linear probes of classes with the states of all training images in memory.
+
+The first pass keeps the states; then each site is solved by one process, on a CPU by one thread.
+
+    RUN/checkpoints/SITE.safetensors      a solved site
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.data.batches import MaskPreparer
+from probes.data.samplers import assign_folds
+from probes.ops.quadrature import join_masks
+from probes.training.distributed import all_gather_objects, broadcast, gather_images, rank_count
+
+from .checkpoints import SolverCheckpoints
+from .objective import LOOSE_NODES, SiteProblem
+from .refinement import solve_site
+from .solved_site import SolvedSite
+from .solver import SolveOptions, Solver
+from .state_reader import StateReader
+from .workers import in_workers
+
+
+class MemorySolver(Solver):
+    """Linear probes of classes at the optimum of the loss of images in memory; see :class:`Solver`.
+
+    Args:
+        reader: Reads batches of training images with their states.
+        options: Options of the command.
+        checkpoints: Files of a killed run.
+        sample_images: All training images.
+    """
+
+    instrument = "optimum"
+
+    def __init__(
+        self,
+        reader: StateReader,
+        options: SolveOptions,
+        checkpoints: SolverCheckpoints,
+        sample_images: int,
+    ):
+        super().__init__(reader, options, checkpoints)
+        self.images = sample_images
+        training = reader.data.splits["training"]
+        self.fold_of = assign_folds(self.images, options.folds, training.groups)
+        self.kept: list[Any] = []  # batch by batch
+
+    def first_pass(self) -> list[list[int]]:
+        """Return all of this process's images."""
+        return self.reader.share(range(self.images))
+
+    def memory(self) -> str:
+        """Return that the states of all images fit, and the memory that they take."""
+        widths = [self.mllm.widths[site] for site in self.sites]
+        tokens = self.mllm.grid[0] * self.mllm.grid[1]
+        kept = self.images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
+        return f"the states of all {self.images:,} images are kept: {kept / 1e9:.3g} GB, one pass"
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Keep the states and masks of a batch."""
+        prepare = MaskPreparer(self.mllm.geometry, self.channels, LOOSE_NODES)
+        loose = prepare(batch["target"]).to("cpu")
+        states = {site: x.cpu() for site, x in batch["states"].items()}
+        self.kept.append((batch["index"].cpu(), states, loose, batch["masks"].to("cpu")))
+
+    def solve(self) -> dict[str, SolvedSite]:
+        """Solve the sites of this process, several at a time; a site that a killed run has solved is read."""
+        self._gather()
+        file = "{}.safetensors".format
+        saved = broadcast([site for site in self.sites if self.checkpoints.has(file(site))], 0)
+        solved = {site: SolvedSite(**self.checkpoints.load(file(site))) for site in saved}
+        mine = [site for site in self.sample_states if site not in saved]
+        for site, found in in_workers(self._solve_site, mine, self.device):
+            solved[site] = SolvedSite.of_points(**found)
+            self.checkpoints.save(file(site), vars(solved[site]))
+            del self.sample_states[site]
+        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+
+    def about(self) -> dict[str, Any]:
+        """Return what metrics.json["path"] says of the passes."""
+        return super().about() | {"sample_images": self.images}
+
+    def _owner(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
+
+    def _gather(self) -> None:
+        """Bring the states of each site to its owner, and the masks to all processes, in the order of the images."""
+        index, states, *masks = zip(*self.kept, strict=True)
+        self.kept = []
+        parts = all_gather_objects((torch.cat(index), *map(join_masks, masks)))
+        images = [len(index) for index, _, _ in parts]
+        order = torch.cat([index for index, _, _ in parts]).argsort()
+        self.loose, self.tight = (
+            join_masks([part[i] for part in parts])[order.tolist()] for i in (1, 2)
+        )
+        self.sample_states: dict[str, Tensor] = {}
+        for site in self.sites:
+            mine = torch.cat([batch.pop(site) for batch in states])
+            gathered = gather_images(mine, images, self._owner(site), self.device)
+            if gathered is not None:
+                self.sample_states[site] = gathered[order]
+
+    def _solve_site(self, site: str) -> dict[str, Any]:
+        states, loose, tight = (
+            x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight)
+        )
+        problem = SiteProblem(states, loose, tight, self.fold_of)
+        path, refinement = solve_site(problem, self.options.strengths)
+        refinement.solve_in_memory()
+        return {
+            "strengths": path.strengths,
+            "loss": path.loss,
+            "chosen": path.chosen,
+            "solved": path.solved,
+            "space": problem.space,
+            "points": refinement.kept[0],
+            "certificates": refinement.certificates,
+        }

@@ -1,0 +1,237 @@
+"""The objective of linear probes of one site: the paper's loss with a penalty, on images or pixels in memory.
+
+The objective of a strength r is convex:
+
+    f(w, b) = mean cross-entropy of the upsampled logits over labelled pixels + r/2 w^T D w        (D: moments.py)
+
+w is in coordinates in which D is the identity and the pooled within-class covariance diag(s) (`moments.py`). There,
+p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curvature along w_kj: L-BFGS in steps of its
+inverse square root needs no Hessian.
+
+`strength_path.py` uses two nodes per cell (`probes/ops`). Certificates, the last probes and reported losses use five.
+
+Legend: P problems solved together, F folds, B images, T tokens, d width, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.lbfgs import Objective
+from probes.ops.quadrature import PreparedMasks
+
+from .moments import SiteSpace, full_precision
+
+LOOSE_NODES = 2
+TIGHT_NODES = 5
+CHUNK_NUMEL = 2**24  # logits at a time
+
+
+class FoldProblem:
+    """The objective of a site on the images of some folds; a subclass has them in memory.
+
+    Args:
+        space: Coordinates of the site.
+        pixels: f64[F], labelled pixels of each fold.
+    """
+
+    def __init__(self, space: SiteSpace, pixels: Tensor):
+        self.space = space
+        self.pixels = pixels
+
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss f64[P] of points f64[P, K, d + 1] on a fold, and its gradient."""
+        raise NotImplementedError
+
+    @property
+    def start(self) -> Tensor:
+        """The constant prediction, f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
+        return constant_prediction(self.space)
+
+    def scale(self, strengths: Tensor) -> Tensor:
+        """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
+        p = self.space.log_prior.exp().clamp(min=1e-4)
+        spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
+        curvature = (p * (1 - p))[:, None] * spectrum + self.ridge(strengths)
+        return curvature.rsqrt()
+
+    def ridge(self, strengths: Tensor) -> Tensor:
+        """Return the weights f64[P, 1, d + 1] of the squares of a point; 0 for biases."""
+        ridge = strengths[:, None, None].expand(-1, 1, len(self.space.spectrum) + 1).clone()
+        ridge[..., -1] = 0
+        return ridge
+
+    def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
+        """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
+
+        Args:
+            strengths: f64[P].
+            left_out: P folds, or None for all images.
+            nodes: `LOOSE_NODES` or `TIGHT_NODES`.
+        """
+        ridge = self.ridge(strengths)
+
+        def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
+            value = points.new_zeros(len(points))
+            gradient = torch.zeros_like(points)
+            for fold in range(len(self.pixels)):
+                used = [i for i, problem in enumerate(problems) if left_out[problem] != fold]
+                if used:
+                    loss, by_point = self.sums(fold, points[used], nodes)
+                    value[used] += loss
+                    gradient[used] += by_point
+            pixels = torch.stack([self._pixels_without(left_out[problem]) for problem in problems])
+            penalty = ridge[problems] * points
+            value = value / pixels + (penalty * points).sum((1, 2)) / 2
+            return value, gradient / pixels[:, None, None] + penalty
+
+        return value_and_gradient
+
+    def _pixels_without(self, fold: int | None) -> Tensor:
+        return self.pixels.sum() - (0 if fold is None else self.pixels[fold])
+
+    def held_out_loss(self, points: Tensor) -> float:
+        """Return the mean cross-entropy of all images, each under the point f64[F, K, d + 1] of its fold."""
+        by_fold = [(fold, point[None]) for fold, point in enumerate(points)]
+        losses = [
+            self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold
+        ]
+        return (torch.cat(losses).sum() / self.pixels.sum()).item()
+
+    def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
+        """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states."""
+        return whitened_norm(self.space.spectrum, gradient, strengths)
+
+
+class SiteProblem(FoldProblem):
+    """The objective of a site on images in memory.
+
+    Args:
+        states: f[B, T, d], on the device of the computation.
+        loose: The masks of the images, with few nodes.
+        tight: The same with many nodes.
+        fold_of: i64[B], fold of each image.
+    """
+
+    def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
+        self.order = fold_of.argsort(stable=True)
+        self.sizes = fold_of.bincount().tolist()
+        self.space = SiteSpace.of(states, tight.soft)
+        folds = [images.tolist() for images in self.order.split(self.sizes)]
+        self.tokens = [self.space.coordinates(states[images]) for images in folds]
+        both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
+        self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
+        super().__init__(
+            self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        )
+
+    def release(self) -> None:
+        """Free the memory of states and masks; most of it."""
+        self.tokens = []
+        self.masks = {}
+
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
+        return loss_sums(self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
+
+
+class PixelProblem(FoldProblem):
+    """The objective of a site on a sample of pixels; there are no nodes.
+
+    Args:
+        space: Coordinates of the site.
+        inputs: f32[n, d + 1], states in the coordinates, and ones.
+        labels: i64[n].
+        weights: f64[n], labelled pixels that each one stands for.
+        fold_of: i64[n], fold of the image of each pixel.
+        folds: Number of folds.
+    """
+
+    def __init__(
+        self,
+        space: SiteSpace,
+        inputs: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        fold_of: Tensor,
+        folds: int,
+    ):
+        parts = [(fold_of == fold).nonzero().flatten() for fold in range(folds)]
+        self.parts = [(inputs[part], labels[part], weights[part].float()) for part in parts]
+        super().__init__(space, torch.stack([weights[part].sum() for part in parts]))
+
+    @full_precision()
+    def sums(
+        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the summed loss of points on a fold, and its gradient."""
+        inputs, labels, weights = self.parts[fold]
+        count, classes = points.shape[:2]
+        logits = (inputs @ points.flatten(0, 1).T.to(inputs)).view(-1, count, classes)
+        log_probability = logits.log_softmax(-1)
+        at_label = labels[:, None, None].expand(-1, count, 1)
+        loss = -(log_probability.gather(2, at_label)[..., 0] * weights[:, None]).sum(
+            0, dtype=torch.float64
+        )
+        if not needs_grad:
+            return loss, None
+        residual = log_probability.exp()
+        residual.scatter_add_(2, at_label, residual.new_full((1, 1, 1), -1).expand_as(at_label))
+        residual *= weights[:, None, None]
+        return loss, (residual.flatten(1).T @ inputs).view_as(points).double()
+
+
+def constant_prediction(space: SiteSpace) -> Tensor:
+    """Return the constant prediction f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
+    prior = space.log_prior
+    return torch.cat([prior.new_zeros(len(prior), len(space.spectrum)), prior[:, None]], 1)
+
+
+def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tensor:
+    """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states.
+
+    Args:
+        spectrum: f64[d].
+        gradient: Gradients of P problems.
+        strengths: f64[P].
+    """
+    metric = spectrum + strengths[:, None]
+    metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
+    return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
+
+
+@full_precision()
+def loss_sums(
+    tokens: Tensor, masks: PreparedMasks, points: Tensor, needs_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return the summed loss f64[P] of P linear probes on the same images, and its gradient f64[P, K, n].
+
+    Args:
+        tokens: f32[B, T, n], the inputs of the probes.
+        masks: B masks.
+        points: f64[P, K, n], weights of the inputs.
+        needs_grad: If False, the gradient is None.
+    """
+    n_probes, classes = points.shape[:2]
+    weights = points.flatten(0, 1).to(tokens)
+    grid = tuple(masks.soft.shape[2:])
+    loss = torch.zeros(n_probes, dtype=torch.float64, device=points.device)
+    gradient = torch.zeros_like(points) if needs_grad else None
+    step = max(1, CHUNK_NUMEL // (len(weights) * tokens.shape[1]))
+    for start in range(0, len(tokens), step):
+        part = slice(start, start + step)
+        x = tokens[start : start + step].flatten(0, 1)
+        logits = (x @ weights.T).view(-1, *grid, n_probes, classes).permute(3, 0, 4, 1, 2)
+        losses, by_logits = loss_and_gradient(logits, masks[part], needs_grad)
+        loss += losses.sum(1)
+        if needs_grad:
+            gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(
+                points
+            )
+    return loss, gradient

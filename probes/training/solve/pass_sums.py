@@ -1,0 +1,78 @@
+"""What a pass over all images gives about the probes of one site, exactly: losses and gradients at their points.
+
+Legend: W strengths in the window, F folds, G = F + 1 probes of a strength, or 1 when the strength is settled,
+B images, T tokens, K classes, d width.
+"""
+
+import torch
+from torch import Tensor
+
+from probes.ops.quadrature import PreparedMasks
+
+from .moments import Moments, SiteSpace
+from .objective import loss_sums
+
+
+class PassSums:
+    """Losses and gradients of a site's probes, summed over the images of a pass.
+
+    Args:
+        mean: f64[d], of the states.
+        points: f64[W, G, K, d + 1], weights of x - mean, and biases.
+        left_out: The fold that each of the G probes leaves out.
+        folds: F.
+    """
+
+    def __init__(self, mean: Tensor, points: Tensor, left_out: list[int | None], folds: int):
+        self.mean = mean.float()
+        self.points = points
+        self.left_out = left_out
+        self.loss = points.new_zeros(points.shape[:2])
+        self.gradient = torch.zeros_like(points)
+        self.held_out = points.new_zeros(len(points), folds)
+
+    def add(self, states: Tensor, masks: PreparedMasks, folds: list[int]) -> None:
+        """Add images of states f[B, T, d]; `folds` has the fold of each."""
+        x = states.float() - self.mean
+        inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        for fold in sorted(set(folds)):
+            images = [i for i, own in enumerate(folds) if own == fold]
+            self._add_fold(inputs[images], masks[images], fold)
+
+    def _add_fold(self, inputs: Tensor, masks: PreparedMasks, fold: int) -> None:
+        used = [g for g, left_out in enumerate(self.left_out) if left_out != fold]
+        points = self.points[:, used]
+        loss, gradient = loss_sums(inputs, masks, points.flatten(0, 1))
+        self.loss[:, used] += loss.view(points.shape[:2])
+        self.gradient[:, used] += gradient.view_as(points)
+        if fold in self.left_out:
+            points = self.points[:, self.left_out.index(fold)]
+            self.held_out[:, fold] += loss_sums(inputs, masks, points, needs_grad=False)[0]
+
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums, which are added over processes in place."""
+        return self.loss, self.gradient, self.held_out
+
+    def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what :meth:`PassRefinement.accept` takes; `pixels` f64[F] are the labelled ones of each fold."""
+        total = pixels.sum()
+        used = torch.stack(
+            [total if fold is None else total - pixels[fold] for fold in self.left_out]
+        )
+        gradient = torch.cat(
+            [space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1
+        )
+        return self.loss / used, gradient / used[:, None, None], self.held_out / total
+
+
+def null_gradient(space: SiteSpace, moments: Moments) -> Tensor:
+    """Return the gradient of the mean loss of all images at the constant prediction, f64[K, d + 1].
+
+    The prediction is the same everywhere, so that the moments have its gradient.
+    """
+    count, first, _ = moments.without(None)
+    first = first + count[:, None] * (moments.pivot.double() - space.mean)
+    prior = space.log_prior.exp()
+    weights = space.from_gradient(torch.outer(prior, first.sum(0)) - first)
+    biases = prior * count.sum() - count
+    return torch.cat([weights, biases[:, None]], 1) / count.sum()

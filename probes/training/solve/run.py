@@ -1,0 +1,166 @@
+"""A run of `probes solve`, from the first image to its files.
+
+The loop over the training images is the first pass; a solver may take more of them. Then the validation images are
+scored once: the probes of the chosen strengths, which are the run's, and beside them those of the other strengths.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import Identity
+from llava_bidir.common.run_folder import begin_run
+from probes.data.datamodule import ProbeData
+from probes.tasks import Task
+from probes.training.prediction_files import save_predictions
+from probes.training.scoring import compute_counts, score_batch
+from probes.training.site_probes import load_probes
+from probes.training.write_run import RunRecord, save_run
+
+from .checkpoints import SolverCheckpoints
+from .choose_solver import choose_solver, needs_masks
+from .path_scores import PathScores
+from .solved_site import SolvedSite
+from .solver import SolveOptions, Solver
+from .state_reader import StateReader
+
+
+@dataclass
+class SolveRun:
+    """What a run is made from.
+
+    Args:
+        settings: Every option of the model and of the solver, for the identity and the files of the run.
+        options: Those of the solver.
+        task: Task of the probes.
+        identity: Set when the run starts.
+        resuming: Start from the files of a killed run.
+    """
+
+    settings: dict[str, Any]
+    options: SolveOptions
+    task: Task
+    identity: Identity | None = None
+    resuming: bool = False
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The settings, as a LightningModule names them."""
+        return self.settings
+
+    def models(self) -> dict[str, str]:
+        """Return the paths of the models that the run is made from, by setting."""
+        return {"mllm": self.settings["mllm"]}
+
+
+@torch.no_grad()
+def solve(run: SolveRun, data: ProbeData, trainer: Trainer, save_images: bool = False) -> None:
+    """Solve the probes of all sites, score them, and write the files of the run; in all processes.
+
+    Args:
+        run: Model and options.
+        data: Images and targets.
+        trainer: Says device, precision, processes and folder; its loops are not used.
+        save_images: Also write the predictions of every validation image.
+    """
+    data.verify()  # before the model is loaded
+    solver = start_solver(run, data, trainer)
+    begin_run(trainer)
+    reader = solver.reader
+    for batch in reader.training(solver.first_pass(), passes=0):
+        solver.add(batch)
+    solver.passes = 1
+    solved = solver.solve()
+    score(run, solver, solved, data, trainer, save_images)
+
+
+def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
+    """Load the model, and return the solver of the run."""
+    device = trainer.strategy.root_device
+    probes = load_probes(run.settings, data, device, head="linear", feature_norm="batchnorm")
+    probes.mllm.to(device)
+    trainer.precision_plugin.convert_module(probes.mllm)
+    trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
+    reader = StateReader(probes, data, trainer, masks=needs_masks(run.task))
+    folder = Path(trainer.default_root_dir) / "checkpoints"
+    return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
+
+
+def score(
+    run: SolveRun,
+    solver: Solver,
+    solved: dict[str, SolvedSite],
+    data: ProbeData,
+    trainer: Trainer,
+    save_images: bool,
+) -> None:
+    """Score what was solved on the validation split, and write the files of the run."""
+    probes = solver.probes
+    for site, found in solved.items():
+        found.set_probe(probes.heads[site])
+        found.report_limit(site)
+    validation = data.splits["validation"]
+    metric = probes.new_metric(len(validation)).to(solver.device)
+    of_path = PathScores(probes, solved, len(validation), solver.device)
+    out = Path(trainer.default_root_dir)
+    for batch in solver.reader.validation():
+        with solver.reader.precision():
+            states = probes.states(batch)
+            of_path.add(states, batch)
+            logits = score_batch(probes, states, batch, metric)
+        if save_images:
+            save_predictions(probes, logits, batch, validation.names, out / "predictions")
+    counted = compute_counts(metric)
+    entries, tensors = of_path.results(counted)
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        logger.log_hyperparams(run.settings)
+        logger.save()
+        logger.finalize("success")
+    name = solver.instrument
+    path = solver.about() | {name: {"sites": entries}}
+    made = {"head": "linear", "feature_norm": "batchnorm", "solved": name}
+    made |= {key: run.settings[key] for key in ("seed", "folds")}
+    record = RunRecord(run.settings, run.identity, made)
+    named_tensors = {f"{name}/{key}": x for key, x in tensors.items()}
+    save_run(probes, record, data, counted, (path, named_tensors), out)
+
+
+@torch.no_grad()
+def estimate(run: SolveRun, data: ProbeData, trainer: Trainer, batches: int = 3) -> None:
+    """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
+    data.verify()
+    solver = start_solver(run, data, trainer)
+    times: list[float] = []
+    images: list[int] = []  # a batch at the end of a fold is smaller
+    for batch in solver.reader.training(solver.first_pass()[:batches], passes=0):
+        solver.add(batch)
+        if solver.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        images.append(len(batch["index"]))
+    training, validation = (len(data.splits[split]) for split in ("training", "validation"))
+    if len(times) < 2:
+        raise UserError(
+            f"{training} training images are one batch: too few to measure; run it without --dry-run"
+        )
+    seconds = (times[-1] - times[0]) / sum(images[1:]) / trainer.world_size  # of an image
+
+    def hours(images: int) -> str:
+        return f"{images * seconds / 3600:.2f} h"
+
+    passes = run.settings.get("passes", 1)
+    rank_zero_info(
+        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
+        f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "
+        "the scores"
+    )
+    if memory := solver.memory():
+        rank_zero_info(memory)

@@ -1,0 +1,128 @@
+"""What a solver finds for a site: linear probes at some strengths of regularisation.
+
+Legend: R strengths that were solved, B images, T tokens, d width, K channels of a probe.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from probes.training.heads import Probe
+
+from .moments import SiteSpace, full_precision
+from .refinement import Certificate
+
+
+@dataclass
+class SolvedSite:
+    """Linear probes of a site.
+
+    Args:
+        strengths: f64[n], from strong to weak.
+        loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
+        chosen: i64[], index of the chosen strength.
+        solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
+        mean: f64[d] of the states.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f32[R, K, d], of x - mean.
+        bias: f32[R, K].
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form.
+    """
+
+    strengths: Tensor
+    loss: Tensor
+    chosen: Tensor
+    solved: Tensor
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    certificates: Tensor
+
+    @classmethod
+    def of_points(
+        cls,
+        strengths: list[float],
+        loss: list[float],
+        chosen: int,
+        solved: list[int],
+        space: SiteSpace,
+        points: Tensor,
+        certificates: list[Certificate],
+    ) -> "SolvedSite":
+        """Return the probes whose points f64[R, K, d + 1] are in the coordinates of a site."""
+        return cls(
+            strengths=torch.tensor(strengths, dtype=torch.float64),
+            loss=torch.tensor(loss, dtype=torch.float64),
+            chosen=torch.tensor(chosen),
+            solved=torch.tensor(solved),
+            mean=space.mean.cpu(),
+            scale=space.scale.cpu(),
+            weights=space.to_states(points[..., :-1]).float().cpu(),
+            bias=points[..., -1].float().cpu(),
+            certificates=torch.tensor(certificates, dtype=torch.float64).view(-1, 2),
+        )
+
+    @property
+    def row(self) -> int:
+        """Index of the chosen strength among those that were solved."""
+        return self.solved.tolist().index(int(self.chosen))
+
+    @full_precision()
+    def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
+        x = states.float() - self.mean.to(states.device).float()
+        logits = (
+            torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
+        )
+        return logits.unflatten(-1, grid)
+
+    def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
+        """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
+
+        Args:
+            site: Name of the site.
+            scores: R scores by name.
+            loss_name: Name of the cross-validated loss.
+        """
+        strengths = self.strengths.tolist()
+        solved = self.solved.tolist()
+
+        def along(values):
+            return [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+
+        entry = {"site": site, "strengths": strengths, loss_name: self.loss.tolist()}
+        entry |= {
+            "chosen": strengths[int(self.chosen)],
+            "lowest": strengths[int(self.loss.argmin())],
+        }
+        entry |= {name: along(values) for name, values in scores.items()}
+        if len(self.certificates):
+            found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
+            entry["certificates"] = along([c._asdict() | {"converged": c.converged} for c in found])
+        return entry
+
+    def set_probe(self, probe: Probe) -> None:
+        """Give a probe with batch norm the weights of the chosen strength."""
+        norm = probe.norm
+        norm.running_mean.copy_(self.mean)
+        norm.running_var.copy_(torch.where(self.scale > 0, self.scale.clamp(min=1e-30).pow(-2), 1))
+        chosen = self.weights[self.row].to(probe.head.weight)
+        probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
+        probe.head.bias.copy_(self.bias[self.row])
+
+    def report_limit(self, site: str) -> None:
+        """Say so if the lowest loss is at the end of the strengths that were tried."""
+        strengths = self.strengths.tolist()
+        lowest = int(self.loss.argmin())
+        if len(strengths) == 1 or lowest not in (0, len(strengths) - 1):
+            return
+        end = "strongest" if lowest == 0 else "weakest"
+        why = "the states tell little" if lowest == 0 else "more would be used"
+        rank_zero_info(
+            f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
+            f"the probe has {strengths[int(self.chosen)]:g}"
+        )

@@ -1,0 +1,73 @@
+"""What all solvers are made of: a way to read states, options, and files from which a killed run resumes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoints import SolverCheckpoints
+from .solved_site import SolvedSite
+from .state_reader import StateReader
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """Options of `probes solve`.
+
+    Args:
+        folds: F, folds of training images for the cross-validation.
+        strengths: Strengths to solve, above 0; None for a search or, of least squares, for 25.
+        seed: Seed of the pixels that are sampled.
+        passes: Most passes over the training split; of classes.
+        sample_images: Training images whose memory is used; None for as many as fit into a quarter of the available
+            memory; of classes.
+    """
+
+    folds: int = 4
+    strengths: tuple[float, ...] | None = None
+    seed: int = 0
+    passes: int = 10
+    sample_images: int | None = None
+
+
+class Solver:
+    """Linear probes at every site, for several strengths of regularisation.
+
+    `first_pass` says which images a process reads, `add` takes each of their batches, and `solve` returns the probes.
+
+    Args:
+        reader: Reads batches of training images with their states.
+        options: Options of the command.
+        checkpoints: Files of a killed run.
+    """
+
+    instrument: str  # name of the probes' path in metrics.json
+
+    def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
+        self.reader = reader
+        self.options = options
+        self.checkpoints = checkpoints
+        self.probes = reader.probes
+        self.mllm = reader.probes.mllm
+        self.sites = reader.probes.sites
+        self.channels = reader.probes.channels
+        self.device = reader.device
+        self.passes = 0  # that are complete
+
+    def first_pass(self) -> list[list[int]]:
+        """Return this process's training images of the first pass, in batches."""
+        raise NotImplementedError
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Take a batch of the first pass."""
+        raise NotImplementedError
+
+    def memory(self) -> str:
+        """Return a sentence on the memory of the run; empty if there is nothing to say."""
+        return ""
+
+    def solve(self) -> dict[str, SolvedSite]:
+        """Return the probes of all sites after the first pass, the same in all processes."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """Return what metrics.json["path"] says of the passes."""
+        return {"passes": self.passes}

@@ -6,8 +6,8 @@ to the block. Disturbing the input of each layer alone tells a layer that ignore
 an earlier layer has mixed. If the model is loaded under another mask among image tokens than its own, the forward is
 that of `probes`, which replaces the mask.
 
-Blocks are the text before the image, four parts of the image in raster order, and the text after it. A token counts as
-moved if its output changes by more than rounding: 16 units in the last place of the layer's largest output.
+Blocks are the text before the image, four parts of the image in raster order, and the text after it. Which tokens have
+moved is decided by the movements of the layer themselves, see :func:`_threshold`.
 
 Shapes: N tokens, K blocks, d width, L layers.
 """
@@ -28,8 +28,19 @@ from .families import FULL, SLIDING, layer_kinds
 from .sites import layer_site
 
 IMAGE_BLOCKS = 4
+# Those that attend, then those that are attended to; "text" alone is the text after the image, or before it where the
+# text is later.
+DIRECTIONS = (
+    "image to earlier image",
+    "image to later image",
+    "image to text before",
+    "image to text after",
+    "text to image",
+    "text to earlier text",
+    "text before to image",
+    "text to later text",
+)
 TEXT_AFTER = 8  # tokens
-MANY_ULP = 16  # units in the last place; sums of the same numbers in another order differ by a few
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class MeasuredMask:
     blocks: list[Tensor]
 
     def directions(self) -> dict[str, list[Direction]]:
-        """Return the four directions by kind of layer."""
+        """Return the directions by kind of layer."""
         return {
             kind: [self._direction(name, pairs, kind) for name, pairs in self._pairs().items()]
             for kind in dict.fromkeys(self.kinds)
@@ -106,21 +117,20 @@ class MeasuredMask:
         """Return the pairs of tokens and blocks of each direction, bool[N, K]."""
         before, *image, after = self.blocks
         shape = self.moved.shape[1:]
-        pairs = {
-            name: torch.zeros(shape, dtype=torch.bool)
-            for name in (
-                "image to earlier image",
-                "image to later image",
-                "image to text before",
-                "text to image",
-            )
-        }
+        pairs = {name: torch.zeros(shape, dtype=torch.bool) for name in DIRECTIONS}
+        last = len(image) + 1
         for i, queries in enumerate(image):
             pairs["image to earlier image"][queries, 1 : 1 + i] = True
-            pairs["image to later image"][queries, 2 + i : 1 + len(image)] = True
-            pairs["text to image"][after, 1 + i] = True
-            if len(before):
-                pairs["image to text before"][queries, 0] = True
+            pairs["image to later image"][queries, 2 + i : last] = True
+            pairs["image to text before"][queries, 0] = True
+            pairs["image to text after"][queries, last] = True
+        pairs["text to image"][after, 1:last] = True
+        pairs["text to earlier text"][after, 0] = True
+        pairs["text before to image"][before, 1:last] = True
+        pairs["text to later text"][before, last] = True
+        if not len(before):  # no token is disturbed
+            pairs["image to text before"][:] = False
+            pairs["text to earlier text"][:] = False
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
     def _direction(self, name: str, pairs: Tensor, kind: str) -> Direction:
@@ -215,16 +225,36 @@ def _moved_tokens(
     """Run a layer with the states of each block disturbed; return which tokens' outputs move, bool[N, K]."""
     states = args[0] if args else kwargs["hidden_states"]
     clean = output[0] if isinstance(output, tuple) else output
-    rounding = MANY_ULP * torch.finfo(clean.dtype).eps * clean.abs().max()
-    moved = []
+    # by token, since a few tokens of an LLM can have outputs a thousand times as large as the others'
+    size = clean[0].abs().amax(-1)
+    movements = []
     for block in blocks:
         noise = torch.randn(len(block), states.shape[-1], generator=generator).to(states)
         disturbed = states.clone()
         rows = disturbed[:, block]
-        disturbed[:, block] = rows + noise * rows.square().mean().sqrt()
+        scale = rows.square().mean(-1, keepdim=True).sqrt()
+        disturbed[:, block] = rows + noise * scale
         out = _run_again(layer, disturbed, args, kwargs)
-        moved.append((out - clean).abs().amax(-1)[0] > rounding)
-    return torch.stack(moved, 1).cpu()
+        movements.append((out - clean)[0].abs().amax(-1) / size)
+    movement = torch.stack(movements, 1)
+    return (movement > _threshold(movement)).cpu()
+
+
+def _threshold(movement: Tensor) -> float:
+    """Return the movement above which a token of a layer has moved.
+
+    Tokens that do not attend to a block move by rounding or not at all, all others by orders of magnitude more. Between
+    one rounding and half of a number's digits, the threshold is the middle of the widest gap that the movements leave,
+    on a log scale. These two limits make a gap where all tokens move, or none.
+
+    Args:
+        movement: f[N, K], largest change of a token's output, relative to its largest output.
+    """
+    rounding = torch.finfo(movement.dtype).eps
+    limits = movement.new_tensor([rounding, rounding**0.5])
+    levels = torch.cat([movement.flatten().clamp(*limits.tolist()), limits]).log().sort().values
+    widest = int(levels.diff().argmax())
+    return float(levels[widest : widest + 2].mean().exp())
 
 
 def _run_again(layer: nn.Module, states: Tensor, args: tuple, kwargs: dict) -> Tensor:

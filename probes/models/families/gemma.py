@@ -22,6 +22,12 @@ def _gemma3_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> 
     return {"pixel_values": pixels, "token_type_ids": is_image.long()}
 
 
+def _paligemma_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return pixels and the types of tokens: 1, an answer, after the image, so that the prefix ends with it."""
+    images_from_here = is_image.flip(1).cumsum(1).flip(1)
+    return {"pixel_values": pixels, "token_type_ids": (images_from_here == 0).long()}
+
+
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
     patch = patch_size(model.config)
@@ -52,6 +58,7 @@ GEMMA = {
     # A question would be part of the bidirectional block; here there is none. Position ids begin at 1.
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
+        inputs=_paligemma_pixels,
         image_attention="prefix",
         placeholder=None,
         shared_prefix=False,

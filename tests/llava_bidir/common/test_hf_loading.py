@@ -78,7 +78,12 @@ def test_a_long_error_of_a_library_ends_with_a_word():
     assert str(error.value).endswith("instance ...")
 
 
-def test_auto_processor_finds_the_processor_by_the_config_without_asking(checkpoints, tmp_path):
+def test_auto_processor_finds_the_processor_by_the_config_without_asking(
+    checkpoints, tmp_path, monkeypatch
+):
+    """Importing the model class has registered it; transformers would ask whether to run an export's code."""
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+    assert isinstance(AutoProcessor.from_pretrained(checkpoints["causal"]), LlavaProcessor)
     path = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
     for name in ("processor_config.json", "tokenizer_config.json"):
         settings = json.loads((path / name).read_text())

@@ -10,7 +10,9 @@ from transformers import Dinov2Config
 import probes
 from probes.analyses import extract
 from probes.cli import main
+from probes.models import measured_mask
 from probes.models.families import dynamic_resolution, gemma
+from probes.models.measured_mask import DIRECTIONS
 
 pytestmark = pytest.mark.numerics
 
@@ -72,16 +74,66 @@ def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
 def test_a_layer_that_leaks_is_named(checkpoints):
     mllm = with_mask(probes.load(str(checkpoints["causal"])), 3, torch.ones_like)
     assert mllm.measured_mask().disagreements() == [
-        "image to later image: is attended to, against the mask, in layer_03"
+        f"{name}: is attended to, against the mask, in layer_03"
+        for name in (
+            "image to later image",
+            "image to text after",
+            "text before to image",
+            "text to later text",
+        )
     ]
 
 
-def test_command_prints_four_lines(checkpoints, capsys):
+def test_text_that_sees_later_text_is_named(checkpoints):
+    def leak(mask):
+        mask = mask.clone()
+        mask[..., 0, -1] = True
+        return mask
+
+    mllm = with_mask(probes.load(str(checkpoints["causal"])), 2, leak)
+    said = mllm.measured_mask().disagreements()
+    assert said == ["text to later text: is attended to, against the mask, in layer_02"]
+
+
+def test_a_token_with_a_massive_output_hides_no_movement(checkpoints):
+    """Trained LLMs have such tokens, mostly the first one."""
+    mllm = probes.load(str(checkpoints["causal"]))
+
+    def enlarge(_, args):
+        states = args[0].clone()
+        states[:, 0] *= 1e6
+        return (states, *args[1:])
+
+    mllm.layers[1].register_forward_pre_hook(enlarge)
+    assert mllm.measured_mask().disagreements() == []
+    leaking = with_mask(mllm, 3, torch.ones_like).measured_mask().disagreements()
+    assert len(leaking) == 4 and all(line.endswith("in layer_03") for line in leaking)
+
+
+@pytest.mark.parametrize(
+    ("movement", "moved"),
+    [
+        ([0, 0, 0, 0.5], [False, False, False, True]),
+        ([0, 3e-7, 2e-6, 1e-2], [False, False, False, True]),  # rounding
+        ([0, 1e-5, 1e-2, 0.9], [False, True, True, True]),  # a weak movement is one
+        ([1e-5, 1e-3, 1e-2, 0.9], [True] * 4),
+        ([0, 1e-7, 2e-7, 4e-7], [False] * 4),
+    ],
+)
+def test_the_threshold_lies_in_the_gap_between_rounding_and_movement(movement, moved):
+    movement = torch.tensor([movement])
+    assert (movement > measured_mask._threshold(movement)).tolist() == [moved]
+
+
+def test_command_prints_a_line_for_each_direction(checkpoints, capsys):
     main(["mask", str(checkpoints["causal"])])
     lines = capsys.readouterr().out.splitlines()
     assert "causal image attention, its own forward" in lines[0]
     found = [line.split() for line in lines[2:]]
-    assert [row[-2:] for row in found] == [["yes"] * 2, ["no"] * 2, ["yes"] * 2, ["yes"] * 2]
+    shares = {" ".join(row[:-2]): row[-2:] for row in found}
+    never = {"image to later image", "image to text after", "text before to image"}
+    never.add("text to later text")
+    assert shares == {name: ["no" if name in never else "yes"] * 2 for name in DIRECTIONS}
 
 
 def test_a_bare_encoder_has_no_mask_to_measure(tmp_path):

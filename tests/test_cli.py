@@ -203,6 +203,16 @@ def test_commands_import_only_what_they_need():
         assert not unwanted & names, f"{package} {commands}"
 
 
+@pytest.mark.slow
+def test_a_check_of_data_imports_the_parser_of_fit_and_a_tokenizer_only():
+    """Lightning parses its options, which are those of `fit`; transformers has the tokenizer."""
+    module = llava_bidir.cli.MODULES["verify-data"]
+    code = [sys.executable, "-c", IMPORT_IN_ORDER, json.dumps([[module]])]
+    done = subprocess.run(code, capture_output=True, text=True, check=True, timeout=HANGING_S)
+    not_needed = {"peft", "deepspeed", "sklearn", "umap", "torchvision", "tensorboard"}
+    assert not not_needed & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("package", COMMANDS)
 def test_a_program_has_a_version_and_without_a_command_its_help(package, capsys):
     with pytest.raises(SystemExit) as stop:

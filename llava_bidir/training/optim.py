@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
 from llava_bidir.model.build import TRAINABLE
 
@@ -38,4 +37,7 @@ def build_optimizer(
 
 def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):
     """Return a linear warm-up, then a cosine to zero, over `steps` steps. Source: LLaVA scripts/v1_5/*.sh."""
+    # which imports peft, and `verify-data` trains nothing
+    from transformers import get_cosine_schedule_with_warmup
+
     return get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * warmup_ratio), steps)

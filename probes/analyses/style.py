@@ -127,6 +127,14 @@ def label_sites(
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 
+def label_layers(ax: Axes, sites: list[str], max_labels: int = 16, **kwargs) -> None:
+    """Label the layers of a bare encoder on the x axis, with at most about `max_labels` labels."""
+    depths = [site_depth(site) for site in sites]
+    shown = depths[:: 1 + len(depths) // max_labels]
+    ax.set_xticks(shown, [str(depth) for depth in shown], **kwargs)
+    ax.set_xlabel("layer")
+
+
 def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
     scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}

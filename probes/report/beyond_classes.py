@@ -1,8 +1,9 @@
 """Drop-off and recovery of other tasks than segmentation, from solved or trained runs. Exploratory: no claim is made.
 
 All differences are signed so that positive means better: the drop is how much worse the adapter is than the encoder,
-recovery how much better the best layer is than the adapter. The best layer is chosen on other images than those it is
-scored on (`probes/evaluation/layer_effects.py`).
+recovery how much better the best layer is than the adapter. Of a bare encoder, the best layer is compared with the
+patch embeddings and with the last layer. The best layer is chosen on other images than those it is scored on
+(`probes/evaluation/layer_effects.py`).
 """
 
 import logging
@@ -12,12 +13,16 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import estimate_text
 from probes.evaluation.layer_effects import EFFECTS
+from probes.models.sites import ENCODER, PATCHES
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
 from probes.tasks import SEGMENTATION
 
 log = logging.getLogger(__name__)
+
+# effects from which that of random weights is subtracted
+BEYOND_CONTROL = ("recovery", "layer_gain")
 
 
 def read_task_runs(paths: Iterable[str]) -> list[FinishedRun]:
@@ -48,8 +53,9 @@ def read_task_runs(paths: Iterable[str]) -> list[FinishedRun]:
 def task_results(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks" of results.json, one entry per trained run.
 
-    Each has the scores by site, "adapter_drop" and "recovery" with intervals, and "recovery_beyond_control" if there is
-    a run of the same task and mask with random weights; "control_is" says which.
+    Each has the scores by site, "adapter_drop" and "recovery" with intervals ("layer_gain" and "over_last" of a bare
+    encoder), and "recovery_beyond_control" ("layer_gain_beyond_control") if there is a run of the same task and mask
+    with random weights; "control_is" says which. "unit" is the site whose score is 1 in the figure, or None.
 
     Raises:
         UserError: A run has two controls, or one on images that were read in another way.
@@ -86,8 +92,9 @@ def _entry(run: FinishedRun, control: FinishedRun | None) -> dict[str, Any]:
         if control.arm != "adapter":
             run.check_same_layers(control)
             check_differ(run, control, control.sites[1:], "random weights have changed nothing")
-        if "recovery" in own and "recovery" in control.effects:
-            own["recovery_beyond_control"] = own["recovery"] - control.effects["recovery"]
+        for name in BEYOND_CONTROL:
+            if name in own and name in control.effects:
+                own[f"{name}_beyond_control"] = own[name] - control.effects[name]
     return {
         "task": run.task_name,
         "model": model_name(run),
@@ -96,11 +103,25 @@ def _entry(run: FinishedRun, control: FinishedRun | None) -> dict[str, Any]:
         "better": run.metrics["scores"][score],
         "image_attention": run.metrics["image_attention"],
         "seed": run.metrics["seed"],
+        "has_llm": run.has_llm,
+        "unit": _unit_site(run),
         "sites": _sites(run),
         "control": _sites(control) if control else None,
         "control_is": control.arm if control else None,
         **{name: effect.json() for name, effect in own.items()},
     }
+
+
+def _unit_site(run: FinishedRun) -> str | None:
+    """Return the encoder of an MLLM, or the last layer of a bare encoder, if probed."""
+    if run.has_llm:
+        return ENCODER if ENCODER in run.sites else None
+    return last_layer(run.sites)
+
+
+def last_layer(sites: list[str]) -> str | None:
+    """Return the last layer among sites in forward order; None if there is none."""
+    return next((site for site in reversed(sites) if site.startswith("layer_")), None)
 
 
 def _sites(run: FinishedRun) -> list[dict[str, Any]]:
@@ -112,7 +133,7 @@ def _sites(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:
-    """Return a row of text per entry of :func:`task_results`.
+    """Return a row of text per entry of :func:`task_results` that is of an MLLM.
 
     Args:
         results: The entries.
@@ -120,20 +141,57 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
     """
     rows = []
     for entry in results:
-        site = {row["site"]: f"{row['value']:.3g}" for row in entry["sites"]}
-
-        def number(name, entry=entry):
-            return estimate_text(entry[name]) if name in entry else "-"
-
+        if not entry["has_llm"]:
+            continue
+        scores = _score_texts(entry)
         rows.append(
             {key: entry[key] for key in ("task", "model", "dataset")}
-            | {"score": f"{label[entry['task']][entry['score']]}, {entry['better']} is better"}
+            | {"score": _score_name(entry, label)}
             | {"mask": entry["image_attention"], "seed": str(entry["seed"])}
-            | {name: site.get(name, "-") for name in ("encoder", "adapter")}
-            | {"drop": number("adapter_drop"), "recovery": number("recovery")}
-            | {
-                "beyond_control": number("recovery_beyond_control"),
-                "control": entry["control_is"] or "-",
-            }
+            | {name: scores.get(name, "-") for name in ("encoder", "adapter")}
+            | {"drop": _effect_text(entry, "adapter_drop")}
+            | {"recovery": _effect_text(entry, "recovery")}
+            | {"beyond_control": _effect_text(entry, "recovery_beyond_control")}
+            | {"control": entry["control_is"] or "-"}
         )
     return rows
+
+
+def encoder_task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:
+    """Return a row of text per entry of :func:`task_results` that is of a bare encoder.
+
+    Args:
+        results: The entries.
+        label: Names of scores in reports, by task and score.
+    """
+    rows = []
+    for entry in results:
+        if entry["has_llm"]:
+            continue
+        scores = _score_texts(entry)
+        rows.append(
+            {key: entry[key] for key in ("task", "model", "dataset")}
+            | {"score": _score_name(entry, label), "seed": str(entry["seed"])}
+            | {"patch_embeddings": scores.get(PATCHES, "-")}
+            | {"last_layer": scores.get(entry["unit"], "-")}
+            | {"best_over_patches": _effect_text(entry, "layer_gain")}
+            | {"best_over_last": _effect_text(entry, "over_last")}
+            | {"beyond_control": _effect_text(entry, "layer_gain_beyond_control")}
+            | {"control": entry["control_is"] or "-"}
+        )
+    return rows
+
+
+def _score_texts(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the score of an entry at each site as text."""
+    return {row["site"]: f"{row['value']:.3g}" for row in entry["sites"]}
+
+
+def _score_name(entry: dict[str, Any], label: dict[str, dict[str, str]]) -> str:
+    """Return the name of an entry's score, and which way it is better."""
+    return f"{label[entry['task']][entry['score']]}, {entry['better']} is better"
+
+
+def _effect_text(entry: dict[str, Any], name: str) -> str:
+    """Return an effect of an entry with its interval, or "-"."""
+    return estimate_text(entry[name]) if name in entry else "-"

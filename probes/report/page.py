@@ -40,7 +40,7 @@ from probes.results.study import StudyRuns, model_name, overridden_masks, read_s
 from probes.tasks import SEGMENTATION, TASKS
 
 from . import latex, summary_text, tables
-from .beyond_classes import read_task_runs, task_results, task_table
+from .beyond_classes import encoder_task_table, read_task_runs, task_results, task_table
 from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
@@ -147,8 +147,11 @@ def _write_files(
     ]
     tasks = task_results(task_runs)
     table2 = tables.table2([s for s in studies if s.first.has_llm])
-    task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
-    files |= _csv_files({"table2": table2, "tasks_table": task_rows}, out)
+    task_labels = {name: task.labels for name, task in TASKS.items()}
+    task_rows = task_table(tasks, task_labels)
+    encoder_task_rows = encoder_task_table(tasks, task_labels)
+    task_tables = {"tasks_table": task_rows, "encoder_tasks_table": encoder_task_rows}
+    files |= _csv_files({"table2": table2} | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
     page = render(
@@ -160,6 +163,7 @@ def _write_files(
         table2=table2,
         task_figures=_draw(task_figures(task_runs, tasks), out, files),
         task_rows=task_rows,
+        encoder_task_rows=encoder_task_rows,
         paper=PAPER,
         wall_s=wall_s,
         columns=summary_text.COLUMN_TITLES,

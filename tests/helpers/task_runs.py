@@ -74,9 +74,10 @@ def write_depth_run(
     mask: str = "causal",
     untrained: bool = False,
     seed: int = 0,
+    sites: list[str] | None = None,
     **more,
 ):
-    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`."""
+    """Write a depth run whose encoder, adapter, layers and final norm, or `sites`, have the mean RMSE `rmse`."""
     probe_runs.write_run(
         path,
         [0.5] * len(rmse),
@@ -84,9 +85,10 @@ def write_depth_run(
         mask=mask,
         untrained=untrained,
         images=DEPTH_IMAGES,
+        sites=sites,
         **more,
     )
-    sites = site_names(len(rmse) - 3)
+    sites = sites or site_names(len(rmse) - 3)
     task = TASKS["depth"]
     noise = (
         torch.rand(len(rmse), DEPTH_IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1

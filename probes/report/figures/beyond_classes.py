@@ -1,4 +1,4 @@
-"""Figures of other tasks than segmentation: by site, each in units of the encoder's score."""
+"""Figures of other tasks than segmentation: by site, in units of the encoder, or of a bare encoder's last layer."""
 
 import math
 from typing import Any
@@ -8,17 +8,18 @@ from matplotlib.figure import Figure
 
 from probes.analyses.maps.figures import site_maps
 from probes.analyses.style import (
+    COLOURS,
     FigureData,
     Figures,
     ReportFigure,
     caption,
     draw_curve,
     has_depth,
+    label_layers,
     label_sites,
     mask_colour,
     site_depth,
 )
-from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import bounds
 
@@ -26,7 +27,7 @@ Entry = dict[str, Any]
 
 
 def tasks_by_site(results: list[Entry]) -> FigureData:
-    """Draw a panel per task, model and dataset from the entry "tasks" of results.json; 1 is the encoder's score."""
+    """Draw a panel per task, model and dataset from the entry "tasks" of results.json; 1 is the score at "unit"."""
     panels = _panels(results)
     figure = Figure(figsize=(3.4 * len(panels) + 0.3, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -39,13 +40,22 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(title)
         sites = [row["site"] for row in of_task[0]["sites"] if has_depth(row["site"])]
-        label_sites(ax, sites, max_labels=6, fontsize=7)
+        if of_task[0]["has_llm"]:
+            label_sites(ax, sites, max_labels=6, fontsize=7)
+        else:
+            label_layers(ax, sites, max_labels=6, fontsize=7)
         ax.xaxis.label.set_size(8)
         # seeds share one
         labels = {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
         ax.legend(labels.values(), labels, fontsize=7)
-    axes[0].set_ylabel("relative to the encoder; higher is better", fontsize=8)
+    axes[0].set_ylabel(f"relative to {_unit_names(results)}; higher is better", fontsize=8)
     return FigureData(figure, rows)
+
+
+def _unit_names(results: list[Entry]) -> str:
+    """Return "the encoder", "the last layer", or both."""
+    names = ["the encoder" if entry["has_llm"] else "the last layer" for entry in results]
+    return " or ".join(dict.fromkeys(names))
 
 
 def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
@@ -61,11 +71,16 @@ def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
 def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
     """Draw an entry and its control, and return their rows."""
     rows = []
-    colour = mask_colour(entry["image_attention"])
+    if entry["has_llm"]:
+        colour = mask_colour(entry["image_attention"])
+        name = entry["image_attention"]
+    else:  # has no other mask that it could be compared with
+        colour = COLOURS[0]
+        name = "trained"
     about = {key: entry[key] for key in ("task", "model", "dataset", "image_attention", "seed")}
     for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
         drawn = relative_scores(entry, sites)
-        label = entry["image_attention"] if kind == "trained" else None
+        label = name if kind == "trained" else None
         x = [site_depth(row["site"]) for row in drawn]
         values = [row["value"] for row in drawn]
         band = [row["ci95"] for row in drawn] if kind == "trained" else None
@@ -80,22 +95,27 @@ def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
 
 
 def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
-    """Return site, score and interval in units of the trained model's encoder; inverted where lower is better.
+    """Return site, score and interval in units of the trained model's score at "unit"; inverted where lower is better.
 
     Args:
         entry: An entry of results.json["tasks"].
         sites: "sites" or "control".
     """
-    (encoder,) = (row["value"] for row in entry["sites"] if row["site"] == ENCODER)
-    # the bound of an error can be below 0, where its inverse has no bound
-    unit = (
-        (lambda x: encoder / x if x > 0 else math.inf)
-        if entry["better"] == "lower"
-        else (lambda x: x / encoder)
-    )
+    (unit,) = (row["value"] for row in entry["sites"] if row["site"] == entry["unit"])
+
+    def relative(score: float) -> float:
+        if entry["better"] == "higher":
+            return score / unit
+        # the bound of an error can be below 0, where its inverse has no bound
+        return unit / score if score > 0 else math.inf
+
     rows = [row for row in entry[sites] or () if has_depth(row["site"])]
     return [
-        {"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))}
+        {
+            "site": row["site"],
+            "value": relative(row["value"]),
+            "ci95": sorted(map(relative, row["ci95"])),
+        }
         for row in rows
     ]
 
@@ -107,20 +127,19 @@ def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
         runs: Runs of tasks; those with `probes maps` have a figure.
         results: Entry "tasks" of results.json.
     """
-    with_encoder = [
-        entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])
-    ]
-    if with_encoder:
+    drawn = [entry for entry in results if entry["unit"]]
+    if drawn:
         yield ReportFigure(
             "tasks", "Other tasks by site",
             caption(
-                "The main score of each task in units of the encoder's; where lower is better, its inverse.",
-                "Dashed: random weights, one draw." if any(entry["control"] for entry in with_encoder) else "",
+                f"The main score of each task in units of {_unit_names(drawn)}'s; where lower is better, its inverse.",
+                "Dashed: random weights, one draw." if any(entry["control"] for entry in drawn) else "",
                 "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
             ),
-            tasks_by_site(with_encoder), "wide")  # fmt: skip
+            tasks_by_site(drawn), "wide")  # fmt: skip
     for i, run in enumerate(run for run in runs if run.analysis("maps.json")):
-        of = f"{run.task_name}, {run.metrics['image_attention']}, seed {run.metrics['seed']}"
+        mask = f"{run.metrics['image_attention']}, " * run.has_llm
+        of = f"{run.task_name}, {mask}seed {run.metrics['seed']}"
         random = ", random weights" * (run.arm != "trained")
         yield ReportFigure(
             f"tasks_maps_{i}", f"Predictions by layer, {of}{random}",

@@ -10,6 +10,7 @@ from probes.analyses.style import (
     Figures,
     ReportFigure,
     caption,
+    label_layers,
     new_axes,
     score_row,
     site_depth,
@@ -62,9 +63,8 @@ def encoder_curve(study: StudyRuns) -> FigureData:
         labelled.add(label)
         depth, miou = depth_and_miou(control.metrics["sites"])
         ax.plot(depth, miou, marker, color="#444444", mfc="none", ms=5, alpha=0.8, label=shown)
-    depths = [site_depth(entry["site"]) for entry in with_depth(run.metrics["sites"])]
-    ax.set_xticks(depths[:: 1 + len(depths) // 16])
-    ax.set(xlabel="layer", ylabel="mIoU (%)")
+    label_layers(ax, [entry["site"] for entry in with_depth(run.metrics["sites"])])
+    ax.set_ylabel("mIoU (%)")
     ax.legend(fontsize=9)
     runs = [run, *controls]
     return FigureData(

@@ -12,10 +12,16 @@ from task_runs import DEPTH_IMAGES, write_depth_run
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import FinishedRun
 from probes.cli import main
-from probes.report.beyond_classes import read_task_runs, task_results, task_table
-from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
+from probes.report.beyond_classes import (
+    encoder_task_table,
+    read_task_runs,
+    task_results,
+    task_table,
+)
+from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
 
 RMSE = [0.5, 0.8, 0.7, 0.55, 0.56]
+LAYERS = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
 
 
 @pytest.fixture
@@ -115,6 +121,85 @@ def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
         [pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]
     ] * 2
     tasks_by_site([entry]).figure.draw_without_rendering()
+
+
+@pytest.fixture
+def encoder(segmentation, tmp_path) -> FinishedRun:
+    """Return a depth run of a bare encoder, whose layer 2 is the best."""
+    metrics = {"model_kind": "encoder"}
+    rmse = [0.9, 0.7, 0.4, 0.6, 0.58]
+    path = write_depth_run(
+        tmp_path / "encoder", rmse, segmentation, "bidirectional", sites=LAYERS, metrics=metrics
+    )
+    return FinishedRun(path)
+
+
+def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
+    results = task_results([encoder])
+    (figure,) = task_figures([encoder], results)
+    rmse = encoder.sums[..., 1].double().mean(1).numpy()
+    drawn = {row["site"]: row["relative"] for row in figure.data.rows}
+    expected = dict(zip(LAYERS[:4], rmse[3] / rmse[:4], strict=True))
+    assert drawn == pytest.approx(expected)
+    assert "units of the last layer's" in figure.caption
+    (ax,) = figure.data.figure.axes
+    assert ax.get_xlabel() == "layer"
+    assert ax.get_ylabel() == "relative to the last layer; higher is better"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["trained"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_a_bare_encoder_has_a_table_of_its_own_with_the_gains_of_its_best_layer(
+    encoder, segmentation, tmp_path
+):
+    random = {"model_kind": "encoder", "untrained": ["encoder"], "match": "update", "draw": 0}
+    rmse = [0.9, 0.88, 0.8, 0.85, 0.86]
+    path = write_depth_run(
+        tmp_path / "of_random",
+        rmse,
+        segmentation,
+        "bidirectional",
+        sites=LAYERS,
+        metrics=random,
+    )
+    results = task_results([encoder, FinishedRun(path)])
+    labels = {"depth": {"rmse": "RMSE (m)"}}
+    assert task_table(results, labels) == []
+    (row,) = encoder_task_table(results, labels)
+    trained, control = (run.sums[..., 1].double().mean(1) for run in (encoder, FinishedRun(path)))
+    over_patches = (trained[0] - trained[2]).item()
+    expected = {
+        "best_over_patches": over_patches,
+        "best_over_last": (trained[3] - trained[2]).item(),
+        "beyond_control": over_patches - (control[0] - control[2]).item(),
+    }
+    for name, value in expected.items():
+        assert float(row[name].split()[0]) == pytest.approx(value, abs=0.006), name
+    assert (row["patch_embeddings"], row["last_layer"]) == (
+        f"{trained[0]:.3g}",
+        f"{trained[3]:.3g}",
+    )
+    assert row["control"] == "random"
+
+
+def test_the_page_of_a_bare_encoder_asks_for_layers_and_not_for_drop_and_recovery(
+    encoder, segmentation, tmp_path
+):
+    classes = probe_runs.write_run(
+        tmp_path / "classes",
+        [0.5, 0.6, 0.8, 0.7, 0.7],
+        root=segmentation,
+        mask="bidirectional",
+        sites=LAYERS,
+        metrics={"model_kind": "encoder"},
+    )
+    out = tmp_path / "page"
+    main(["report", str(classes), "--tasks", str(encoder.path), "--out", str(out)])
+    page = (out / "index.html").read_text()
+    assert "Which layers read depth, normals and boundaries?" in page
+    assert "Do depth, normals and boundaries drop and recover, too?" not in page
+    tables = {file.name for file in out.glob("*tasks_table.csv")}
+    assert tables == {"encoder_tasks_table.csv"}
 
 
 @pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])

@@ -136,6 +136,7 @@ def test_commands_in_reasons_quote_their_folders(write, tmp_path):
     trained = write("trained", CURVE, solved=True, mllm="my models/hf")
     shutil.move(trained, spaced / "trained")
     (study,) = read_studies([str(spaced / "trained")])
+    study.first.manifest["data"]["root"] = "my photos"
     reasons = [
         column.get("reason", "")
         for claim in evaluate_claims(study)
@@ -143,5 +144,5 @@ def test_commands_in_reasons_quote_their_folders(write, tmp_path):
     ]
     commands = [re.search("`(.*?)`", reason)[1] for reason in reasons if "`" in reason]
     words = [word for command in commands for word in shlex.split(command)]
-    assert "my models/hf" in words
-    assert not {"my", "models/hf", "runs/trained"} & set(words)
+    assert {"my models/hf", "my photos"} <= set(words)
+    assert not {"my", "models/hf", "photos", "runs/trained"} & set(words)

@@ -108,6 +108,10 @@ def measure_routes(
     layers = len(mllm.layers)
     plan.check(layers)
     file = read_questions(plan.questions, classes)
+    if len({question.image for question in file.questions[: plan.limit]}) < 2:
+        raise UserError(
+            f"{plan.questions}: all questions are about one image; expected two or more, since intervals go by image"
+        )
     settings = asdict(plan)
     del settings["questions"], settings["images"]
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings

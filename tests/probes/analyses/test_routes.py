@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.answers.questions import read_questions
 from probes.analyses.routes.run import RoutesPlan, blocked_patches, measure_routes, windows
@@ -64,6 +65,16 @@ def test_routes_equal_a_loop_over_knockouts(measured):
         expected = scores[0, 0].log_softmax(-1)[question.right]
         found = tensors["right:question to last"][number, 2]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_questions_about_one_image_are_refused(measured, tmp_path):
+    """Their intervals, which go by image, would have no width."""
+    run, questions, *_ = measured
+    records = json.loads(questions.read_text())
+    (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
+    plan = RoutesPlan(tmp_path / "one.json", questions.parent)
+    with pytest.raises(UserError, match="all questions are about one image; expected two or more"):
+        measure_routes(run, plan, tmp_path)
 
 
 def test_random_patches_are_as_many_others():

@@ -164,7 +164,8 @@ class FrozenModel(nn.Module):
             taught.map(image, "layer_04")     # f32[concepts, h, w], probabilities
 
         Args:
-            painted: Photos and painted patches bool[h, w] of each concept. Other patches are unknown.
+            painted: Photos and painted patches bool[h, w] of each concept, or masks bool[H, W] of its pixels: a patch
+                is painted if more than half of it is. Other patches are unknown.
             rest_is_background: Other patches of these photos are one more concept, "background".
 
         Raises:

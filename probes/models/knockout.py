@@ -41,8 +41,9 @@ class Knockout:
     """Blocked attention: no token of `rows` attends to a token of `columns`.
 
     Args:
-        blocked: bool[B, T], image tokens that no image token may attend to (B_c of Eq. 1). None if neither `rows` nor
-            `columns` names "blocked".
+        blocked: bool[B, T] or on the grid bool[B, h, w], image tokens that no image token may attend to (B_c of Eq. 1);
+            `geometry.patches(mask) > 0.5` are those of a mask of pixels. None if neither `rows` nor `columns` names
+            "blocked".
         layers: Decoder layers to cut, numbered 1..L as in the site names; or bool[B, L], layers per row of the batch.
             None cuts all layers, as the paper does.
         rows: Tokens that do not attend, as the name of a set of tokens (see above) or several names.
@@ -142,6 +143,8 @@ class Knockout:
 
     def _check_blocked(self, batch: int, tokens: int) -> Tensor:
         given = self.blocked
+        if isinstance(given, Tensor) and given.ndim == 3:
+            given = given.flatten(1)
         fits = isinstance(given, Tensor) and given.shape == (batch, tokens)
         if not fits or given.dtype != torch.bool:
             if isinstance(given, Tensor):

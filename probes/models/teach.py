@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, as_photo
-
+from probes.ops.geometry import Geometry
 from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
 from .knockout import Knockout
 from .random_init import random_layers
@@ -47,7 +47,7 @@ class Taught:
 
     def __init__(self, mllm: nn.Module, painted: Painted, rest_is_background: bool = False):
         self.mllm = mllm
-        self.concepts, self.photos, grids = _read_painted(painted, mllm.grid)
+        self.concepts, self.photos, grids = _read_painted(painted, mllm.geometry)
         if rest_is_background:
             self.concepts.append(BACKGROUND)
         self.paint = paint_of(grids, len(self.concepts), rest_is_background)
@@ -199,7 +199,7 @@ def describe_folds(probes: ConceptProbes) -> str:
 
 
 def _read_painted(
-    painted: Painted, grid: tuple[int, int]
+    painted: Painted, geometry: Geometry
 ) -> tuple[list[str], list[Image.Image], list[Tensor]]:
     """Return concepts, photos and the concept of each patch of each photo, i64[T].
 
@@ -227,11 +227,15 @@ def _read_painted(
                     f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}"
                 )
             image = as_photo(image)
-            if tuple(patches.shape) != tuple(grid) or patches.dtype != torch.bool:
+            size = (image.height, image.width)
+            if patches.dtype != torch.bool or tuple(patches.shape) not in (geometry.grid, size):
                 got = f"{str(patches.dtype).removeprefix('torch.')}{list(patches.shape)}"
                 raise UserError(
-                    f"concept {name!r}: expected painted patches bool{list(grid)}, got {got}"
+                    f"concept {name!r}: expected painted patches bool{list(geometry.grid)}, or pixels of the photo "
+                    f"bool{list(size)}, got {got}"
                 )
+            if tuple(patches.shape) != geometry.grid:
+                patches = geometry.patches(patches) > 0.5
             key = image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
             _, concept = photos.setdefault(key, (image, torch.full((patches.numel(),), -1)))
             mine = patches.flatten()

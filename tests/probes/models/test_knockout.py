@@ -68,6 +68,12 @@ def test_equals_an_attention_written_out(mllm, pixels, name):
         torch.testing.assert_close(states[f"layer_{i:02d}"], expected, **rounding(expected, i))
 
 
+def test_blocked_patches_may_be_a_grid(mllm, pixels):
+    as_tokens = mllm.states(pixels, knockout=Knockout(BLOCKED))
+    on_grid = mllm.states(pixels, knockout=Knockout(BLOCKED.unflatten(1, mllm.grid)))
+    assert all(torch.equal(as_tokens[site], on_grid[site]) for site in mllm.sites)
+
+
 @pytest.mark.parametrize(
     "is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"]
 )

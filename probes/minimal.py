@@ -50,7 +50,15 @@ def prepare(mllm, targets: list[Tensor], classes: int) -> PreparedMasks:
     parts = []
     for target in targets:
         view = mllm.geometry.view(tuple(target.shape))
-        parts.append(probes.prepare_masks(target[None], classes, mllm.grid, nodes=NODES, view=view))
+        parts.append(
+            probes.prepare_masks(
+                target[None],
+                classes,
+                mllm.grid,
+                nodes=NODES,
+                view=view,
+            )
+        )
     return join_masks(parts)
 
 
@@ -70,13 +78,21 @@ def whiten_channels(states: Tensor, masks: PreparedMasks) -> tuple[Tensor, Tenso
     return mean.float(), within.sqrt().float()
 
 
-def logits_of(states: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+def logits_of(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+) -> Tensor:
     """Return the logits f[N, K, h, w] of states f[N, T, d]."""
     return (states @ weight.T + bias).transpose(1, 2).unflatten(2, grid)
 
 
 def solve(
-    states: Tensor, masks: PreparedMasks, grid: tuple[int, int], strength: float
+    states: Tensor,
+    masks: PreparedMasks,
+    grid: tuple[int, int],
+    strength: float,
 ) -> tuple[Tensor, Tensor]:
     """Return weight f[K, d] and bias f[K] at the minimum of the penalised loss."""
     mean, scale = whiten_channels(states, masks)
@@ -105,7 +121,13 @@ def solve(
         return unwhitened, bias - unwhitened @ mean
 
 
-def score(mllm, states: Tensor, targets: list[Tensor], weight: Tensor, bias: Tensor) -> float:
+def score(
+    mllm,
+    states: Tensor,
+    targets: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+) -> float:
     """Return the mIoU over the classes that occur in masks or predictions; pixels of all images are added first."""
     sums = torch.zeros(3, len(bias))  # intersection, predicted, labelled
     for state, target in zip(states, targets, strict=True):
@@ -129,7 +151,13 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     miou = {}
     for site in mllm.sites:
         weight, bias = solve(states[site], masks, mllm.grid, strength)
-        miou[site] = score(mllm, validation_states[site], validation_targets, weight, bias)
+        miou[site] = score(
+            mllm,
+            validation_states[site],
+            validation_targets,
+            weight,
+            bias,
+        )
         print(f"{site:12} {100 * miou[site]:5.1f}", flush=True)
     return miou
 
@@ -142,7 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="checkpoint folder or hub id")
     parser.add_argument("data", help="folder with images/, annotations/ and classes.json")
     parser.add_argument(
-        "--strength", type=float, default=1e-2, help="penalty r: r/2 |w|^2 in whitened units"
+        "--strength",
+        type=float,
+        default=1e-2,
+        help="penalty r: r/2 |w|^2 in whitened units",
     )
     parser.add_argument("--out", default="curve.png", help="picture of the curve")
     args = parser.parse_args(argv)

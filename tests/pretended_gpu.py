@@ -37,7 +37,10 @@ ANALYSES = {
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
     root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5
+        tmp_path_factory.mktemp("data"),
+        training=4,
+        validation=9,
+        seed=5,
     )
     few = ["--data.batch_size", "2"]
     return {
@@ -109,7 +112,13 @@ def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
         ["--model.gradient_checkpointing", "true"],
     ],
 )
-def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
+def test_training_and_its_answers(
+    more,
+    parts,
+    conversations,
+    photo,
+    tmp_path,
+):
     argv = [
         "fit",
         *tiny_models.training_arguments(parts, conversations),
@@ -125,10 +134,24 @@ def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
 @pytest.mark.parametrize(
     "control", ["none", "update", pytest.param("permuted", marks=pytest.mark.slow)]
 )
-def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
+def test_trained_probes(
+    control,
+    checkpoints,
+    segmentation,
+    photo,
+    tmp_path,
+):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
-        main(arguments(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU))
+        main(
+            arguments(
+                checkpoints["causal"],
+                segmentation,
+                tmp_path / "run",
+                *more,
+                *GPU,
+            )
+        )
         main(["segment", "--probes", str(tmp_path / "run"), photo, "--out", str(tmp_path / "maps")])
         main(
             ["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")]
@@ -145,11 +168,21 @@ def test_solved_probes(checkpoints, segmentation, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("task", ["depth", "normals", "boundaries"])
-def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
+def test_probes_of_tasks(
+    task,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
     for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
         argv = task_runs.arguments(
-            command, task, checkpoints["causal"], root, tmp_path / command, *more
+            command,
+            task,
+            checkpoints["causal"],
+            root,
+            tmp_path / command,
+            *more,
         )
         with pretend_gpu():
             main([*argv, *GPU])

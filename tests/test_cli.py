@@ -84,7 +84,12 @@ for command in sys.argv[2:]:
 def test_help_imports_nothing_heavy(package):
     """In a process of its own, like a typing error's answer."""
     command = [sys.executable, "-c", HELP_OF_ALL, package, "", *COMMANDS[package]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert all(command in done.stdout.partition("options:")[0] for command in COMMANDS[package]), (
         "of all at once"
@@ -146,7 +151,10 @@ def test_a_misspelt_option_is_an_error_at_once(package, command):
     code += "except SystemExit as end: assert end.code == 2, end\n"
     code += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
     )
     assert "unrecognized arguments: --trainer.nonsense\n" in done.stderr
     assert done.stdout == "[]\n", done.stdout
@@ -197,7 +205,13 @@ def test_commands_import_only_what_they_need():
         for package, commands, _ in NOT_NEEDED
     ]
     code = [sys.executable, "-c", IMPORT_IN_ORDER, json.dumps(modules)]
-    done = subprocess.run(code, capture_output=True, text=True, check=True, timeout=HANGING_S)
+    done = subprocess.run(
+        code,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANGING_S,
+    )
     imported = [set(line.split()) for line in done.stdout.splitlines()]
     for (package, commands, unwanted), names in zip(NOT_NEEDED, imported, strict=True):
         assert not unwanted & names, f"{package} {commands}"
@@ -208,7 +222,13 @@ def test_a_check_of_data_imports_the_parser_of_fit_and_a_tokenizer_only():
     """Lightning parses its options, which are those of `fit`; transformers has the tokenizer."""
     module = llava_bidir.cli.MODULES["verify-data"]
     code = [sys.executable, "-c", IMPORT_IN_ORDER, json.dumps([[module]])]
-    done = subprocess.run(code, capture_output=True, text=True, check=True, timeout=HANGING_S)
+    done = subprocess.run(
+        code,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANGING_S,
+    )
     not_needed = {"peft", "deepspeed", "sklearn", "umap", "torchvision", "tensorboard"}
     assert not not_needed & set(done.stdout.split())
 
@@ -262,7 +282,12 @@ def test_errors_from_elsewhere_keep_their_traceback(monkeypatch, checkpoints):
         probes.cli.main(["sites", str(checkpoints["causal"])])
 
 
-def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, capsys):
+def test_sites_names_what_states_returns(
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
+):
     probes.cli.main(["sites", str(checkpoints["bidirectional"])])
     text = capsys.readouterr().out
     images = [str(segmentation / f"images/validation/00{i}.png") for i in range(2)]
@@ -329,7 +354,10 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
 
 
 def test_fit_exports_a_model_that_generate_and_export_agree_on(
-    parts, conversations, tmp_path, capsys
+    parts,
+    conversations,
+    tmp_path,
+    capsys,
 ):
     argv = [
         "fit",
@@ -374,7 +402,11 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(
 
 
 def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(
-    parts, conversations, tmp_path, capsys, monkeypatch
+    parts,
+    conversations,
+    tmp_path,
+    capsys,
+    monkeypatch,
 ):
     encoder, llm = parts
     llm = shutil.copytree(llm, tmp_path / "llm")
@@ -440,7 +472,12 @@ def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(
 
 
 @pytest.mark.parametrize("frozen", ["float32", "bfloat16"])
-def test_lora_is_merged_into_what_is_exported(frozen, parts, conversations, tmp_path):
+def test_lora_is_merged_into_what_is_exported(
+    frozen,
+    parts,
+    conversations,
+    tmp_path,
+):
     """Frozen weights keep the dtype that they had in training, in the run's own export and in that of a checkpoint."""
     argv = [
         "fit",
@@ -477,7 +514,10 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(workers, pa
 
 
 def test_data_is_loaded_where_processes_are_not_forked_by_default(
-    parts, conversations, tmp_path, spawn
+    parts,
+    conversations,
+    tmp_path,
+    spawn,
 ):
     argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*argv, "--data.num_workers", "1"])
@@ -510,7 +550,12 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1")])
-def test_shares_out_of_range_are_usage_errors(tmp_path, option, value, capsys):
+def test_shares_out_of_range_are_usage_errors(
+    tmp_path,
+    option,
+    value,
+    capsys,
+):
     with pytest.raises(SystemExit) as stop:
         llava_bidir.cli.main(["demo-assets", str(tmp_path), option, value])
     assert stop.value.code == 2 and f"{option}: expected" in capsys.readouterr().err

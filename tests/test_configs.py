@@ -60,16 +60,29 @@ def encoders(tmp_path_factory):
         "num_attention_heads": 2,
     }
     CLIPVisionModel(tiny_models.vision_config()).save_pretrained(root / "clip")
-    Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(
-        root / "dinov2"
-    )
-    SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(
-        root / "siglip"
-    )
+    Dinov2Model(
+        Dinov2Config(
+            **small,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(root / "dinov2")
+    SiglipVisionModel(
+        SiglipVisionConfig(
+            **small,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(root / "siglip")
     return root
 
 
-def instantiate(files, parts, conversations, encoder_path):
+def instantiate(
+    files,
+    parts,
+    conversations,
+    encoder_path,
+):
     from llava_bidir.training.cli import build_cli
 
     argv = [x for file in files for x in ("-c", str(CONFIGS / file))]
@@ -97,7 +110,13 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("stage", "encoder"), PAIRS)
-def test_training_config_is_instantiated(stage, encoder, parts, conversations, encoders):
+def test_training_config_is_instantiated(
+    stage,
+    encoder,
+    parts,
+    conversations,
+    encoders,
+):
     files = [stage] if stage in OWN_ENCODER else [stage, encoder]
     cli = instantiate(files, parts, conversations, encoders / Path(encoder).stem)
     assert cli.datamodule.collate.processor is cli.model.processor
@@ -111,7 +130,12 @@ def test_options_for_photos_are_instantiated_upon_both_stages(parts, conversatio
 
 
 @pytest.mark.parametrize("cluster", CLUSTER)
-def test_cluster_config_is_instantiated_upon_a_recipe(cluster, parts, conversations, encoders):
+def test_cluster_config_is_instantiated_upon_a_recipe(
+    cluster,
+    parts,
+    conversations,
+    encoders,
+):
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
     if "zero" in cluster and find_spec("deepspeed") is None:
@@ -148,7 +172,13 @@ def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
         ("stage2.yaml", (2e-5, 128, ["adapter", "llm"], "vicuna_v1", "pad", True)),
     ],
 )
-def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
+def test_recipe_is_llava_1_5(
+    stage,
+    numbers,
+    parts,
+    conversations,
+    encoders,
+):
     """Source: LLaVA scripts/v1_5/pretrain.sh and finetune.sh; paper, App. A.1."""
     cli = instantiate([stage, "encoder/clip.yaml"], parts, conversations, encoders / "clip")
     model = cli.model.hparams
@@ -168,7 +198,12 @@ def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
 
 
 @pytest.mark.parametrize("budget", BUDGET)
-def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, encoders):
+def test_budget_accumulates_to_the_recipes_batch(
+    budget,
+    parts,
+    conversations,
+    encoders,
+):
     if "zero.ZeRO" in (CONFIGS / budget).read_text() and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed (extra: cluster) is not installed")
     files = ["stage2.yaml", "encoder/clip.yaml", budget]
@@ -188,7 +223,12 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
 
 @pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
 @pytest.mark.parametrize("file", PROBING)
-def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
+def test_probing_config_is_instantiated(
+    file,
+    more,
+    checkpoints,
+    tmp_path,
+):
     from probes.training.cli import build_cli
 
     write, classes = PROBING[file]

@@ -50,7 +50,12 @@ def run(out: Path) -> str:
     words = [*network_guard.cut(), *command(out, "--extras")]
     environment = network_guard.watched(out / "network")
     done = subprocess.run(
-        words, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=DEMO_S
+        words,
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEMO_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -107,7 +112,13 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
     runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
     words = [sys.executable, ROOT / "tests/bench/cues.py", *runs]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+    )
     assert done.returncode == 0, done.stderr
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     # a line each by run
@@ -130,7 +141,11 @@ def test_second_run_does_nothing(finished):
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
     with exclusive_run_lock(tmp_path, "demo"):
         done = subprocess.run(
-            command(tmp_path), cwd=FOLDER, capture_output=True, text=True, timeout=HANGING_S
+            command(tmp_path),
+            cwd=FOLDER,
+            capture_output=True,
+            text=True,
+            timeout=HANGING_S,
         )
     assert (
         done.returncode != 0
@@ -142,7 +157,13 @@ def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tm
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     words = command(finished, "--seed", "7")
-    done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        words,
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+    )
     assert (
         done.returncode == 1
         and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
@@ -178,7 +199,15 @@ def test_truth_is_printed_beside_what_was_found():
     claim["verdicts"] = {"optimum": columns, "beyond_random": {"value": None, "ci95": None}}
     without = {key: value for key, value in claim.items() if key != "truth"}
     text = demo.format_truth(
-        {"studies": [{"dataset": "2 scenes", "model": "clip + llm", "claims": [claim, without]}]}
+        {
+            "studies": [
+                {
+                    "dataset": "2 scenes",
+                    "model": "clip + llm",
+                    "claims": [claim, without],
+                }
+            ]
+        }
     )
     heading, row = text.splitlines()[-2:]
     assert heading == "- 2 scenes, causal attention"
@@ -206,7 +235,12 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     while not ended():
         assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(command(out), cwd=FOLDER, start_new_session=True, **quiet)
+        running = subprocess.Popen(
+            command(out),
+            cwd=FOLDER,
+            start_new_session=True,
+            **quiet,
+        )
         until = time.monotonic() + chance.uniform(5, 20)
         while time.monotonic() < (until if kills < 3 else deadline) and not ended():
             time.sleep(0.1)

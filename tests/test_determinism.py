@@ -28,7 +28,12 @@ def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     }
     command = [sys.executable, "tests/helpers/demo_pipeline.py", str(out)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGING_S
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     files = [path for path in out.rglob("*") if path.is_file() and not path.match(APART)]
@@ -72,7 +77,12 @@ def forgiving():
 
 
 @pytest.mark.slow
-def test_deterministic_algorithms_change_no_training(forgiving, parts, conversations, tmp_path):
+def test_deterministic_algorithms_change_no_training(
+    forgiving,
+    parts,
+    conversations,
+    tmp_path,
+):
     """On a CPU; it also fills memory that nobody has written with NaN."""
     run = [
         "fit",
@@ -93,7 +103,12 @@ def test_deterministic_algorithms_change_no_training(forgiving, parts, conversat
 
 
 @pytest.mark.slow
-def test_deterministic_algorithms_change_no_probe(forgiving, checkpoints, segmentation, tmp_path):
+def test_deterministic_algorithms_change_no_probe(
+    forgiving,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     run = [
         "fit",
         "-c",

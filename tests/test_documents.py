@@ -24,7 +24,10 @@ from probes.studies import command as study
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
-    ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ["git", "ls-files", "-co", "--exclude-standard"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
 )
 FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
@@ -194,7 +197,12 @@ class Parsed(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if takes_config(row[1])])
-def test_configured_command_parses(name, command, monkeypatch, capsys):
+def test_configured_command_parses(
+    name,
+    command,
+    monkeypatch,
+    capsys,
+):
     """Options, their types, and the keys of all config files."""
     from llava_bidir.common.lightning_cli import RunCLI
 
@@ -291,7 +299,13 @@ def copy(tmp_path) -> Path:
 
 
 def run(command: list[str], folder: Path, **kwargs) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, **kwargs)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 

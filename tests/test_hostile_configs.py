@@ -19,7 +19,12 @@ BUILD = {"probes": probes.training.cli.build_cli, "llava_bidir": llava_bidir.tra
 
 
 @pytest.fixture
-def arguments(parts, conversations, checkpoints, segmentation) -> dict[str, list[str]]:
+def arguments(
+    parts,
+    conversations,
+    checkpoints,
+    segmentation,
+) -> dict[str, list[str]]:
     """Valid arguments of `fit` by package."""
     model = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
     return {
@@ -63,7 +68,11 @@ CALLS = [
 
 @pytest.mark.parametrize(("package", "config"), CALLS)
 def test_config_makes_only_classes_of_declared_kinds(
-    package, config, arguments, tmp_path, monkeypatch
+    package,
+    config,
+    arguments,
+    tmp_path,
+    monkeypatch,
 ):
     """Options and strategy settings have type Any: there jsonargparse calls whatever a class_path names."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -140,7 +149,13 @@ def test_missing_config_is_an_error(package, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"), [("{max_steps: null}", "max_steps"), ("{max_steps: -7}", "passed in -7")]
 )
-def test_error_of_lightning_is_an_error_of_the_config(text, word, package, arguments, tmp_path):
+def test_error_of_lightning_is_an_error_of_the_config(
+    text,
+    word,
+    package,
+    arguments,
+    tmp_path,
+):
     (tmp_path / "c.yaml").write_text(f"trainer: {text}\n")
     message = config_error(package, [*arguments[package], "-c", str(tmp_path / "c.yaml")])
     assert message.startswith("config: ") and word in message

@@ -28,7 +28,11 @@ from probes.data.verify import find_bad_files
 from probes.lab.photos import Photos
 from probes.ops.geometry import Geometry
 
-GEOMETRY = Geometry(grid=(2, 2), image_px=8, covered_px=8)
+GEOMETRY = Geometry(
+    grid=(2, 2),
+    image_px=8,
+    covered_px=8,
+)
 TOO_DEEP = dict.fromkeys(hostile_images.DEEP, "more than 8 bits")
 MESSAGES = {name: message for name, (_, message) in hostile_images.REJECTED.items()} | TOO_DEEP
 MESSAGES |= {name: message for name, (_, message) in hostile_images.NO_FILES.items()}
@@ -49,7 +53,11 @@ def place(folder: Path, name: str) -> Path:
 # ---------------------------------------------------------------------------------------------------- entrances
 def read_record(path: Path, collate) -> Image.Image:
     """Read a record as training does, and check that `verify-data` finds the same."""
-    record = {"id": "r", "image": path.name, "conversations": tiny_models.turns("<image>\nq", "a")}
+    record = {
+        "id": "r",
+        "image": path.name,
+        "conversations": tiny_models.turns("<image>\nq", "a"),
+    }
     file = path.parent / "data.json"
     file.write_text(json.dumps([record]))
     records = read_annotations(file)
@@ -123,7 +131,12 @@ def collate(parts):
 
 
 @pytest.mark.parametrize(("entrance", "name"), HOSTILE)
-def test_hostile_image_is_an_error_that_names_it(entrance, name, collate, tmp_path):
+def test_hostile_image_is_an_error_that_names_it(
+    entrance,
+    name,
+    collate,
+    tmp_path,
+):
     """In training the error also names the record, in a form that the command line shows in one line."""
     path = place(tmp_path, name)
     with pytest.raises(UserError, match=f"{MESSAGES[name]}|{REFUSALS}") as error:
@@ -132,7 +145,12 @@ def test_hostile_image_is_an_error_that_names_it(entrance, name, collate, tmp_pa
 
 
 @pytest.mark.parametrize(("entrance", "name"), UNUSUAL)
-def test_unusual_image_is_read_as_pil_reads_it(entrance, name, collate, tmp_path):
+def test_unusual_image_is_read_as_pil_reads_it(
+    entrance,
+    name,
+    collate,
+    tmp_path,
+):
     path = place(tmp_path, name)
     expected = np.asarray(Image.open(path).convert("RGB"))
     image = ENTRANCES[entrance](path, collate)
@@ -196,7 +214,10 @@ CHANGE = st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6), st.
     end=st.none() | st.integers(0, 2**16),
 )
 def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(
-    tmp_path_factory, content, changes, end
+    tmp_path_factory,
+    content,
+    changes,
+    end,
 ):
     for position, new, insert in changes:
         position %= len(content)

@@ -55,7 +55,13 @@ def test_the_payload_works(tmp_path):
 
 
 @pytest.fixture
-def place(tmp_path, parts, checkpoints, conversations, segmentation):
+def place(
+    tmp_path,
+    parts,
+    checkpoints,
+    conversations,
+    segmentation,
+):
     """Copies of everything that commands read."""
     shutil.copytree(Path(parts[0].path).parent, tmp_path / "parts")
     shutil.copytree(checkpoints["causal"], tmp_path / "hf")
@@ -148,7 +154,12 @@ Path({{marker!r}}).write_text("x")
 @pytest.mark.parametrize(
     "entry", ["generate", "states", "sites", "probe", "encoder", "llm", "adapter"]
 )
-def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeypatch):
+def test_code_in_a_directory_is_never_executed(
+    entry,
+    model_type,
+    place,
+    monkeypatch,
+):
     """auto_map of config, model, tokenizer and processors, with a known and an unknown type; custom_generate/; and a
     user who would confirm a prompt."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -322,7 +333,12 @@ def test_damaged_checkpoint_is_an_error_that_says_where(what, checkpoints, tmp_p
         ("hf", "no adapter", "no tensor named multi_modal_projector"),
     ],
 )
-def test_damaged_parts_are_errors_before_training(which, what, key, place):
+def test_damaged_parts_are_errors_before_training(
+    which,
+    what,
+    key,
+    place,
+):
     DAMAGES[what][0](place[which])
     assert key in refused(llava_bidir.cli.main, place["adapter" if which == "hf" else "train"])
     assert (

@@ -30,10 +30,23 @@ class Wandb(WandbLogger):
     def log_metrics(self, metrics, step=None):
         SAID["metrics"] += [(name, value) for name, value in metrics.items()]
 
-    def log_image(self, key, images, step=None, **kwargs):
+    def log_image(
+        self,
+        key,
+        images,
+        step=None,
+        **kwargs,
+    ):
         SAID["images"].append((key, images))
 
-    def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
+    def log_text(
+        self,
+        key,
+        columns=None,
+        data=None,
+        dataframe=None,
+        step=None,
+    ):
         SAID["text"].append((key, str([columns, *data])))
 
     def after_save_checkpoint(self, checkpoint_callback):
@@ -89,7 +102,13 @@ def names(kind: str) -> set[str]:
     return {name for name, _ in SAID[kind]}
 
 
-def test_training(logger, parts, conversations, tmp_path, monkeypatch):
+def test_training(
+    logger,
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
+):
     arguments = tiny_models.training_arguments(parts, conversations)
     llava_bidir.cli.main(["fit", *arguments, "--out", str(tmp_path / "run"), *logger])
     assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics") and SAID[
@@ -109,7 +128,12 @@ def test_training(logger, parts, conversations, tmp_path, monkeypatch):
     )
 
 
-def test_probes(logger, checkpoints, segmentation, tmp_path):
+def test_probes(
+    logger,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     command = [
         "fit",
         "-c",

@@ -26,7 +26,11 @@ def run(*command: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -78,7 +82,10 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
     peaks = []
     for size in ((64, 128), (512, 1024)):
         root = tiny_models.write_segmentation(
-            tmp_path / str(size[0]), training=2, validation=2, size=size
+            tmp_path / str(size[0]),
+            training=2,
+            validation=2,
+            size=size,
         )
         classes = {"classes": [f"class {k}" for k in range(150)], "ignore_index": 255}
         (root / "classes.json").write_text(json.dumps(classes))
@@ -112,7 +119,7 @@ def test_report_does_not_grow_with_the_images(tmp_path):
     for images in (40, 2000):
         out = tmp_path / f"report{images}"
         folder = tmp_path / str(images)
-        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images)
+        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images,)
                 for mask in ("causal", "bidirectional")]  # fmt: skip
         peaks.append(peak_mb_of_probes("report", *runs, "--out", out))
         sizes.append((out / "index.html").stat().st_size)

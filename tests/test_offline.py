@@ -60,13 +60,22 @@ def test_a_cut_network_has_no_way_out():
     if not network_guard.cut():
         pytest.skip("network namespaces are not allowed here")
     routes = subprocess.run(
-        [*network_guard.cut(), "cat", "/proc/net/route"], capture_output=True, text=True, check=True
+        [*network_guard.cut(), "cat", "/proc/net/route"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert len(routes.stdout.splitlines()) <= 1, "at most a heading"
 
 
 @pytest.mark.slow
-def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmentation, tmp_path):
+def test_commands_reach_for_no_network(
+    checkpoints,
+    parts,
+    conversations,
+    segmentation,
+    tmp_path,
+):
     checkpoint = str(checkpoints["bidirectional"])
     picture = str(segmentation / "images/validation/000.png")
     training = tiny_models.training_arguments(parts, conversations)

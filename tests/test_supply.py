@@ -76,7 +76,11 @@ def test_the_harness_has_the_versions_that_training_has():
 @pytest.mark.parametrize("target", ["venv", "vqa-venv"])
 def test_only_torch_and_the_project_are_installed_without_a_hash(target):
     plan = subprocess.run(
-        ["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-nB", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     installs = [line for line in plan.splitlines() if "pip install" in line]
     hashed = [line for line in installs if "--no-deps" in line and "--require-hashes -r" in line]

@@ -69,7 +69,12 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ),
     ],
 )
-def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, meant, capsys):
+def test_usage_errors_have_three_lines_and_say_what_was_meant(
+    command,
+    message,
+    meant,
+    capsys,
+):
     program, *arguments = command.split()
     with pytest.raises(SystemExit) as stop:
         PROGRAMS[program](arguments)
@@ -89,7 +94,11 @@ class Interrupt(Callback):
 
 
 def test_ctrl_c_ends_with_one_line_and_status_130(
-    parts, conversations, tmp_path, monkeypatch, capsys
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
@@ -131,7 +140,10 @@ def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(
     ]
     command += ["--trainer.accelerator", "cpu", "--data.batch_size", "3", "--data.num_workers", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "probes", *command], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "probes", *command],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = [
         line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line

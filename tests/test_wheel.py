@@ -45,7 +45,12 @@ class Installed:
     def start(self, program: str, *words: str, **options) -> subprocess.Popen:
         command = [self.environment / "bin" / program, *words]
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        options |= {"cwd": self.folder, "env": variables, "text": True, "stdout": subprocess.PIPE}
+        options |= {
+            "cwd": self.folder,
+            "env": variables,
+            "text": True,
+            "stdout": subprocess.PIPE,
+        }
         return subprocess.Popen(command, **options)
 
     def run(self, program: str, *words: str) -> str:
@@ -102,7 +107,12 @@ def test_configs_are_found_in_a_clone_on_a_system_without_links(built, tmp_path)
     command = [sys.executable, "-m", "llava_bidir", "configs"]
     variables = os.environ | {"PYTHONPATH": str(tmp_path / "clone")}
     said = subprocess.run(
-        command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+        command,
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "cluster/zero3" in said
 
@@ -127,8 +137,20 @@ def test_a_demo_a_study_of_own_pictures_and_the_lab_work_without_the_clone(insta
         cookie = {"Cookie": f"lab-{port}={token}"}
         status, page = labs.send(int(port), "GET", "/", **cookie)
         assert status == 200 and b"<title>" in page
-        request = json.dumps({"photo": "split:0", "model": 0, "patch": 3})
-        status, body = labs.send(int(port), "POST", "/run/words_of_patch", request, **cookie)
+        request = json.dumps(
+            {
+                "photo": "split:0",
+                "model": 0,
+                "patch": 3,
+            }
+        )
+        status, body = labs.send(
+            int(port),
+            "POST",
+            "/run/words_of_patch",
+            request,
+            **cookie,
+        )
         assert status == 200 and "result" in json.loads(body.splitlines()[-1]), body
     finally:
         lab.kill()

@@ -18,7 +18,13 @@ def test_the_demo_of_the_context_world_ends_with_a_report_of_both_masks(tmp_path
     # with this environment, which make shall not install anew
     environment = ["-o", ".venv/installed", f"PY={sys.executable}"]
     words = ["make", *environment, "demo", "WORLD=context", "SCALE=0.01", f"OUT={out}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=2 * HANGING_S)
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=2 * HANGING_S,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "settings.json").read_text())["world"] == "context"
     assert (out / "assets/segmentation/targets.json").is_file(), "depth, normals and boundaries"

@@ -53,11 +53,21 @@ def generate(
     check_is_list("prompts", prompts, "['What is it?']")
     for photo in photos:
         read_photo(photo)
-    return _answers_by_photo(model, photos, list(prompts), max_new_tokens, dtype)
+    return _answers_by_photo(
+        model,
+        photos,
+        list(prompts),
+        max_new_tokens,
+        dtype,
+    )
 
 
 def _answers_by_photo(
-    model: str, photos: Sequence[Path], prompts: list[str], max_new_tokens: int, dtype: str
+    model: str,
+    photos: Sequence[Path],
+    prompts: list[str],
+    max_new_tokens: int,
+    dtype: str,
 ) -> Iterator[list[str]]:
     loaded, processor = load(model, dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")

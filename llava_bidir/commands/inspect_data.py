@@ -98,7 +98,12 @@ def main(argv: list[str]) -> None:
         "`llava-bidir fit` (-c CONFIG ..., --data.annotations ..., ...).",
     )
     parser.add_argument(
-        "--index", type=int, nargs="+", default=[0], metavar="I", help="indices of the records"
+        "--index",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="I",
+        help="indices of the records",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args, config = parser.parse_known_args(argv[1:])

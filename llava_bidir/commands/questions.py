@@ -95,7 +95,11 @@ def build_records(
             turns = to_turns([(question.text, question.answer)])
             record = _record(data, photo, prefix) | {"conversations": turns}
             questions.append(record | {"regions": [question.region]})
-    records = {"captions": captions, "dialogues": dialogues, "questions": questions}
+    records = {
+        "captions": captions,
+        "dialogues": dialogues,
+        "questions": questions,
+    }
     for name, rows in records.items():
         if not rows:
             raise UserError(
@@ -131,7 +135,11 @@ def read_classes(data: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _read_facts(
-    data: Path, split: str, classes: list[str], table: np.ndarray, grid: int
+    data: Path,
+    split: str,
+    classes: list[str],
+    table: np.ndarray,
+    grid: int,
 ) -> dict[Path, Facts]:
     """Return what is true of each photo of a split, in the order of their names.
 

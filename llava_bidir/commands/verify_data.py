@@ -87,7 +87,12 @@ class RecordFindings(Dataset):
         record = self.records[index]
         findings = self.check(record)
         return [
-            {"index": index, "id": record["id"], "kind": kind, "detail": detail}
+            {
+                "index": index,
+                "id": record["id"],
+                "kind": kind,
+                "detail": detail,
+            }
             for kind, detail in findings
         ]
 
@@ -177,7 +182,10 @@ def _format_of_suffix(suffix: str) -> str | None:
 def find_problems(dataset: RecordFindings, workers: int) -> list[dict[str, Any]]:
     """Return the findings about all records, checked in `workers` processes; 0 checks in this process."""
     loader = DataLoader(
-        dataset, batch_size=RECORDS_PER_BATCH, collate_fn=list, **worker_options(workers)
+        dataset,
+        batch_size=RECORDS_PER_BATCH,
+        collate_fn=list,
+        **worker_options(workers),
     )
     with tqdm(total=len(dataset), unit=" records") as bar:
         findings = []
@@ -231,10 +239,16 @@ def main(argv: list[str]) -> None:
         "--data.annotations ..., ...).",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the findings to this file"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the findings to this file",
     )
     parser.add_argument(
-        "--workers", type=natural, default=usable_cores(), help="number of processes"
+        "--workers",
+        type=natural,
+        default=usable_cores(),
+        help="number of processes",
     )
     parser.add_argument(
         "--decode",

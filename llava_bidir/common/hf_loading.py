@@ -22,7 +22,12 @@ AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type")  # in config.json of LLa
 CONVERTED = "Use the checkpoint's conversion to transformers' format, for LLaVA those of llava-hf"
 
 
-def read_pretrained(key: str, reader: type, path: str, **kwargs):
+def read_pretrained(
+    key: str,
+    reader: type,
+    path: str,
+    **kwargs,
+):
     """Return `reader.from_pretrained(path)`, a config, tokenizer or processor.
 
     Args:
@@ -109,7 +114,12 @@ def _check_vocabulary(key: str, loaded, path: str) -> None:
             raise UserError(f"{key}: {path} contains no vocabulary; expected one of {files}")
 
 
-def load_weights(key: str, reader: type, path: str, **kwargs) -> "PreTrainedModel":
+def load_weights(
+    key: str,
+    reader: type,
+    path: str,
+    **kwargs,
+) -> "PreTrainedModel":
     """Return the model `reader.from_pretrained(path)` with all weights taken from the checkpoint and finite.
 
     transformers initialises missing weights at random and only logs it, so a model without its LLM would run.

@@ -57,7 +57,11 @@ RACY_NS = 2_000_000_000  # a file can change again within the resolution of its 
 def run_identity(trainer, module, data) -> Identity:
     """Return the identity of a training run: `data.identity()`, `module.models()` and the settings."""
     settings = _settings(trainer, module, data)
-    return {"data": data.identity(), "model": named_identity(module.models()), "settings": settings}
+    return {
+        "data": data.identity(),
+        "model": named_identity(module.models()),
+        "settings": settings,
+    }
 
 
 def named_identity(models: dict[str, str]) -> dict[str, str]:

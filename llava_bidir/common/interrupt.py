@@ -43,7 +43,12 @@ class SaveOnInterrupt(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Save and end if asked to."""
         if self.asked and at_step_boundary(trainer):

@@ -3,10 +3,21 @@
 from collections.abc import Sequence
 
 SPECIAL = {character: "\\" + character for character in "_%&#${}"}
-SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 # at the start of a row they would be options of the previous one
 SPECIAL |= {"[": "{[}", "*": "{*}"}
-ESCAPES = str.maketrans(SPECIAL | {"−": "$-$", "–": "--", "\n": " "})
+ESCAPES = str.maketrans(
+    SPECIAL
+    | {
+        "−": "$-$",
+        "–": "--",
+        "\n": " ",
+    }
+)
 
 
 def latex_table(rows: Sequence[Sequence[str]], names: int) -> str:

@@ -84,7 +84,10 @@ class RunCLI(LightningCLI):
             "--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}"
         )
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="replace the run that OUT holds"
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="replace the run that OUT holds",
         )
         parser.link_arguments("out", "trainer.default_root_dir")
 
@@ -96,7 +99,10 @@ class RunCLI(LightningCLI):
 
         if setting("trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(
-                setting("out"), name="", version="", default_hp_metric=False
+                setting("out"),
+                name="",
+                version="",
+                default_hp_metric=False,
             )
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]

@@ -26,7 +26,12 @@ def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
                 logger.experiment.log_image(logger.run_id, image, key=f"{name}/{i}", step=step)
 
 
-def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[str]]) -> None:
+def log_table(
+    trainer: Trainer,
+    name: str,
+    columns: list[str],
+    rows: list[list[str]],
+) -> None:
     """Log rows of text."""
     step = trainer.global_step
     text = "\n".join(

@@ -8,7 +8,12 @@ from .errors import UserError
 from .usage_errors import ArgumentParser
 
 
-def check_options(program: str, words: Sequence[str], file: Path, required: Sequence[str]) -> None:
+def check_options(
+    program: str,
+    words: Sequence[str],
+    file: Path,
+    required: Sequence[str],
+) -> None:
     """End with a usage error if an option is unknown, or if neither the words nor their configs have a required one.
 
     Options of classes and dictionaries (`--trainer.logger.project`) are left to the command's own parser, and so is a

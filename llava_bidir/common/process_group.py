@@ -52,7 +52,12 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
     with log.open("w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         words = several_commands("llava_bidir", [*again.values()])
-        with process_group(words, stdout=said, stderr=said, env=environment) as process:
+        with process_group(
+            words,
+            stdout=said,
+            stderr=said,
+            env=environment,
+        ) as process:
             status = process.wait()
     if status < 0:
         raise UserError(

@@ -29,7 +29,12 @@ class LogProgress(Callback):
         self.first_batch = trainer.fit_loop.epoch_loop.total_batch_idx
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Log if the last line is some seconds old or the epoch ends."""
         now = time.monotonic()
@@ -81,7 +86,12 @@ class FirstEstimate(Callback):
         self.started: float | None = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Log once."""
         if self.started is None:

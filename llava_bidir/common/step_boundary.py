@@ -31,7 +31,12 @@ class SaveAtStepBoundary(Callback):
         trainer.ckpt_path = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Mark the current step as saved if it is not a boundary."""
         if not at_step_boundary(trainer):

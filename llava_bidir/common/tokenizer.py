@@ -66,7 +66,11 @@ def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBacken
     merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
     backend = tokenizer.backend_tokenizer
     backend.model = BPE(
-        ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True
+        ids,
+        merges,
+        unk_token=tokenizer.unk_token,
+        fuse_unk=True,
+        byte_fallback=True,
     )
     # Metaspace replaces spaces, then adds its character to a text that does not begin with it. `space` below finds no
     # spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).

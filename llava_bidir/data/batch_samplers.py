@@ -15,14 +15,20 @@ from llava_bidir.common.errors import UserError
 
 
 def random_batches(
-    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
+    lengths: ndarray,
+    batch_size: int,
+    micro_batch_size: int,
+    generator: Generator,
 ) -> ndarray:
     """Return all indices in random order, int[batches, batch_size]; the first fill up the last batch (stage 1)."""
     return _split_batches(_shuffle(np.arange(len(lengths)), generator), batch_size)
 
 
 def grouped_batches(
-    lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator
+    lengths: ndarray,
+    batch_size: int,
+    micro_batch_size: int,
+    generator: Generator,
 ) -> ndarray:
     """Return global batches of one modality each, in micro-batches of similar length (LLaVA's stage 2).
 

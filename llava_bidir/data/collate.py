@@ -89,7 +89,11 @@ class Collate:
         tokenizer = self.processor.tokenizer
         image_id = self.processor.image_token_id
         ids, labels = encode(
-            turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id
+            turns,
+            tokenizer,
+            self.template,
+            self.image_tokens if has_image else None,
+            image_id,
         )
         if image_id in ids[self.max_length :]:
             raise UserError(

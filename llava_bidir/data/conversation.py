@@ -94,7 +94,10 @@ def encode(
 
 
 def token_upper_bound(
-    turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None
+    turns: Sequence[Turn],
+    tokenizer,
+    template: str,
+    image_tokens: int | None,
 ) -> int:
     """Return an upper bound on the tokens that :func:`encode` returns, without tokenising.
 
@@ -109,7 +112,12 @@ def token_upper_bound(
     return 1 + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
 
 
-def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
+def _pieces(
+    turns: Sequence[Turn],
+    tokenizer,
+    template: str,
+    has_image: bool,
+) -> list[Piece]:
     """Return the conversation's text under a template, each `<image>` moved to the front of its turn."""
     if template not in TEMPLATES:
         raise UserError(
@@ -130,7 +138,10 @@ def _checked(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
 
 
 def _encode_chat(
-    turns: list[Turn], tokenizer, image_tokens: int | None, image_token_id: int
+    turns: list[Turn],
+    tokenizer,
+    image_tokens: int | None,
+    image_token_id: int,
 ) -> tuple[list[int], list[int]]:
     """Return token ids and labels under the tokenizer's chat template; the ids are those of the complete text."""
     text, spans = render_chat(turns, tokenizer)
@@ -156,7 +167,12 @@ def _encode_chat(
     return expanded_ids, expanded_labels
 
 
-def _tokenize(text: str, tokenizer, continues: bool, literals: re.Pattern = LITERALS) -> list[int]:
+def _tokenize(
+    text: str,
+    tokenizer,
+    continues: bool,
+    literals: re.Pattern = LITERALS,
+) -> list[int]:
     """Return the ids of `text`; text that `continues` other text gets no word-start marker."""
     ids = []
     for part in literals.split(text):

@@ -197,7 +197,11 @@ class InstructionData(LightningDataModule):
         predicts = predicting_positions(batch["labels"])
         batch |= {"predicts": predicts, "supervised": len(predicts)}
         answers = [record["conversations"][1]["value"] for record in records[:count]]
-        return {**batch, "prompts": self.collate.prompts(records), "answers": answers}
+        return {
+            **batch,
+            "prompts": self.collate.prompts(records),
+            "answers": answers,
+        }
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
         return loader(

@@ -104,7 +104,10 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     source = {**fingerprint(path), "rules": RULES}
     try:
         return datasets.Dataset.from_generator(
-            _records, features=FEATURES, gen_kwargs=source, writer_batch_size=WRITER_BATCH_SIZE
+            _records,
+            features=FEATURES,
+            gen_kwargs=source,
+            writer_batch_size=WRITER_BATCH_SIZE,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -115,17 +118,31 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
 def fingerprint(path: Path) -> dict[str, str | int]:
     """Return {"path", "size", "modified"}, which changes when the file is edited."""
     file = path.stat()
-    return {"path": str(path.resolve()), "size": file.st_size, "modified": file.st_mtime_ns}
+    return {
+        "path": str(path.resolve()),
+        "size": file.st_size,
+        "modified": file.st_mtime_ns,
+    }
 
 
-def _records(path: str, size: int, modified: int, rules: int):
+def _records(
+    path: str,
+    size: int,
+    modified: int,
+    rules: int,
+):
     for record in read_records(Path(path)):
         try:
             yield _read_record(record)
         except (UserError, RecursionError) as error:  # deep nesting cannot be printed
             empty = {"image": "", "conversations": []}
             empty |= dict.fromkeys(COUNTS, 0)
-            yield {**empty, "unread": "", "id": _record_id(record), "problem": str(error)}
+            yield {
+                **empty,
+                "unread": "",
+                "id": _record_id(record),
+                "problem": str(error),
+            }
 
 
 def _read_record(record: dict) -> dict:
@@ -218,7 +235,11 @@ class Instructions(Dataset):
             image = read_image(self.images.file(record["image"])) if record["shown"] else None
         except BadImage as error:
             raise UserError(f"record {index} (id {record['id']!r}): {error}") from None
-        return {"id": record["id"], "image": image, "conversations": record["conversations"]}
+        return {
+            "id": record["id"],
+            "image": image,
+            "conversations": record["conversations"],
+        }
 
     def check_answers(self) -> None:
         """Raise if a record has no answer; validation compares with the first one.

@@ -141,7 +141,10 @@ def ask_in_pairs(
 
 
 def _draw_pairs(
-    photos: list[Facts], kind: str, most: int, rng: np.random.Generator
+    photos: list[Facts],
+    kind: str,
+    most: int,
+    rng: np.random.Generator,
 ) -> list[dict[int, MaskQuestion]]:
     """Return up to `most` pairs of questions of a kind by photo; photos with the fewest questions come first."""
     # photos that can still be asked, by what the question is about and by their answer

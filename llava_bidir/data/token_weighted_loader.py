@@ -24,7 +24,11 @@ class StepLoader(DataLoader):
     """
 
     def __init__(
-        self, *args, step_batches: int, mean_over_ranks: Callable[[Tensor], Tensor], **kwargs
+        self,
+        *args,
+        step_batches: int,
+        mean_over_ranks: Callable[[Tensor], Tensor],
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.step_batches = step_batches

@@ -66,7 +66,10 @@ IMAGES_IN_CHAT = (
 
 
 def build_processor(
-    encoder: Encoder, llm: str, image_resize: str = "pad", template: str = "vicuna_v1"
+    encoder: Encoder,
+    llm: str,
+    image_resize: str = "pad",
+    template: str = "vicuna_v1",
 ) -> LlavaProcessor:
     """Return tokenizer, image processor and chat template of a model, without loading weights.
 
@@ -112,7 +115,11 @@ def check_image_attention(name: str) -> None:
 
 
 def build_config(
-    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str
+    encoder: Encoder,
+    llm: str,
+    image_token_id: int,
+    image_attention: str,
+    image_resize: str,
 ) -> LlavaBidirConfig:
     """Return the configuration of encoder, adapter and LLM without loading weights."""
     check_image_attention(image_attention)
@@ -321,7 +328,12 @@ def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
                         name: tensors.get_tensor(name) for name in tensors.keys() if part in name
                     }
             else:
-                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                tensors = torch.load(
+                    file,
+                    map_location="cpu",
+                    mmap=True,
+                    weights_only=True,
+                )
                 matches |= {name: tensor for name, tensor in tensors.items() if part in name}
     return matches
 

@@ -24,7 +24,10 @@ OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to L
 
 
 def export_hf(
-    model: PreTrainedModel, processor: LlavaProcessor, out: Path, training: dict | None = None
+    model: PreTrainedModel,
+    processor: LlavaProcessor,
+    out: Path,
+    training: dict | None = None,
 ) -> None:
     """Write the model to `out` atomically, after comparing the written weights with those in memory.
 

@@ -44,7 +44,10 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # the environment of lmms-eval has none
 
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
     )
     llm = model.model.language_model  # does not include the head
     # peft converts updates to the dtype of their weights, so weights in another dtype are absent meanwhile
@@ -94,7 +97,10 @@ def _merge_layer(layer: nn.Module, file: Path) -> nn.Linear:
     )
     weight = (base.weight.cpu() + layer.get_delta_weight(NAME)).to(base.weight.dtype)
     mapped = torch.from_file(
-        str(file), shared=True, size=weight.numel(), dtype=weight.dtype
+        str(file),
+        shared=True,
+        size=weight.numel(),
+        dtype=weight.dtype,
     ).view_as(weight)
     linear.weight = nn.Parameter(mapped.copy_(weight), requires_grad=False)
     linear.bias = base.bias

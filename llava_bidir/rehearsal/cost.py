@@ -27,5 +27,11 @@ def extrapolate(steps: dict[str, dict[str, Any]], devices: int) -> list[dict[str
             hours = devices * count * speed["step_s"] / speed["samples"] / 3600
             assumes = f"{count:,} samples, each as fast as those of the rehearsal, {speed['samples']} a step"
             part = "probes" if name == "study" else name
-            parts.append({"part": part, "device_hours": round(hours, 2), "assumes": assumes})
+            parts.append(
+                {
+                    "part": part,
+                    "device_hours": round(hours, 2),
+                    "assumes": assumes,
+                }
+            )
     return parts

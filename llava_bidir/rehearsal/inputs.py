@@ -61,7 +61,12 @@ def write_conversations(folder: Path) -> None:
         pixels = rng.integers(0, 255, (PICTURE_PX[0] // 16, PICTURE_PX[1] // 16, 3), np.uint8)
         Image.fromarray(pixels).resize(PICTURE_PX[::-1]).save(folder / f"pictures/{i:06d}.jpg")
 
-    def write_records(name: str, question: str, answer: str, count: int = RECORDS) -> None:
+    def write_records(
+        name: str,
+        question: str,
+        answer: str,
+        count: int = RECORDS,
+    ) -> None:
         turns = [
             {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer},
@@ -71,7 +76,12 @@ def write_conversations(folder: Path) -> None:
             return f"pictures/{i % PICTURES:06d}.jpg"
 
         rows = [
-            {"id": f"{i:06d}", "image": picture(i), "conversations": turns} for i in range(count)
+            {
+                "id": f"{i:06d}",
+                "image": picture(i),
+                "conversations": turns,
+            }
+            for i in range(count)
         ]
         (folder / f"{name}.json").write_text(json.dumps(rows))
 

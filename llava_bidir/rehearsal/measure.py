@@ -35,7 +35,11 @@ def run_measured(command: list[str], log: Path) -> dict[str, float | int]:
         print(*command, file=output, flush=True)
         done = threading.Event()
         with process_group(command, stdout=output, stderr=subprocess.STDOUT) as process:
-            watch = threading.Thread(target=_watch, args=(process.pid, peaks, done), daemon=True)
+            watch = threading.Thread(
+                target=_watch,
+                args=(process.pid, peaks, done),
+                daemon=True,
+            )
             watch.start()
             try:
                 code = process.wait()

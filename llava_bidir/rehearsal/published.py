@@ -136,16 +136,36 @@ def write_encoder(name: str, shrink: int, out: Path) -> None:
 
 def write_vicuna(settings: dict[str, int], out: Path) -> None:
     """Write an LLM as lmsys/vicuna-7b-v1.5: pickled shards in fp16 and a `tokenizer.model` without `tokenizer.json`."""
-    write_model(LlamaForCausalLM, llama_config(settings, WORDS), torch.float16, out, pickled=True)
+    write_model(
+        LlamaForCausalLM,
+        llama_config(settings, WORDS),
+        torch.float16,
+        out,
+        pickled=True,
+    )
     write_tokenizer(out)
-    sampling = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6}  # without do_sample
+    sampling = {
+        "max_length": 4096,
+        "temperature": 0.9,
+        "top_p": 0.6,
+    }  # without do_sample
     _write_json(
         out / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sampling},
+        {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **sampling,
+        },
     )
 
 
-def write_llava_hf(settings: dict[str, int], shrink: int, vicuna: Path, out: Path) -> None:
+def write_llava_hf(
+    settings: dict[str, int],
+    shrink: int,
+    vicuna: Path,
+    out: Path,
+) -> None:
     """Write a model as llava-hf/llava-1.5-7b-hf: three fp16 shards with the old names, and `chat_template.json`."""
     rows = math.ceil((WORDS + len(EXTRA_TOKENS)) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     config = LlavaConfig(
@@ -171,7 +191,11 @@ def write_llava_hf(settings: dict[str, int], shrink: int, vicuna: Path, out: Pat
     _write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     _write_json(
         out / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": WORDS + 1},
+        {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": WORDS + 1,
+        },
     )
     shutil.copy(vicuna / "tokenizer.model", out)
 
@@ -191,7 +215,12 @@ def _old_name(name: str) -> str:
 
 def llama_config(settings: dict[str, int], rows: int) -> LlamaConfig:
     """Return the configuration of an LLM with Vicuna's limits."""
-    return LlamaConfig(vocab_size=rows, max_position_embeddings=4096, rms_norm_eps=1e-5, **settings)
+    return LlamaConfig(
+        vocab_size=rows,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        **settings,
+    )
 
 
 def write_model(
@@ -251,7 +280,12 @@ def write_model(
         _write_json(out / f"{stem}.{suffix}.index.json", {"metadata": sizes, "weight_map": index})
 
 
-def _random_tensor(name: str, shape: torch.Size, pool: Tensor, offset: int) -> Tensor:
+def _random_tensor(
+    name: str,
+    shape: torch.Size,
+    pool: Tensor,
+    offset: int,
+) -> Tensor:
     """Return ones for scales of norms, zeros for biases, and for matrices the numbers of the pool from `offset` on."""
     if len(shape) < 2:
         return torch.full(
@@ -276,9 +310,17 @@ def write_tokenizer(out: Path) -> None:
     model.normalizer_spec.add_dummy_prefix = True
     kinds = model.SentencePiece
     for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
-        model.pieces.add(piece=piece, score=0, type=kind)
+        model.pieces.add(
+            piece=piece,
+            score=0,
+            type=kind,
+        )
     for byte in range(256):
-        model.pieces.add(piece=f"<0x{byte:02X}>", score=0, type=kinds.BYTE)
+        model.pieces.add(
+            piece=f"<0x{byte:02X}>",
+            score=0,
+            type=kinds.BYTE,
+        )
     pieces = dict.fromkeys(["▁", *map(chr, range(33, 127))])
     for word in (
         "▁a",
@@ -307,7 +349,11 @@ def write_tokenizer(out: Path) -> None:
         "add_bos_token": True,
         "padding_side": "right",
     }
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     _write_json(out / "tokenizer_config.json", settings | special)
     _write_json(out / "special_tokens_map.json", special)
 

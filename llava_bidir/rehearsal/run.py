@@ -57,9 +57,17 @@ def run(args: argparse.Namespace) -> None:
 def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
     """Return the contents of `rehearsal.json`, or those of a new rehearsal."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    settings = {"size": size, "encoder": encoder, "devices": gpus or [platform.machine()]}
+    settings = {
+        "size": size,
+        "encoder": encoder,
+        "devices": gpus or [platform.machine()],
+    }
     if not file.is_file():
-        return {**settings, "steps": {}, "cost": []}
+        return {
+            **settings,
+            "steps": {},
+            "cost": [],
+        }
     record = read_json(file)
     for key, value in settings.items():
         if record.get(key) != value:
@@ -78,7 +86,11 @@ def run_step(step: RehearsalStep, done: dict[str, dict[str, Any]], logs: Path) -
     print(f"running   {step.name}", flush=True)
     measured = run_measured(step.command, log)
     status = "failed" if measured["returncode"] else "finished"
-    done[step.name] = {"status": status, **measured, "log": str(log)}
+    done[step.name] = {
+        "status": status,
+        **measured,
+        "log": str(log),
+    }
     if status == "failed":
         lines = log.read_text(errors="replace").strip().splitlines()
         print(f"failed    {step.name}: {lines[-1]}\n          its log is {log}", flush=True)

@@ -84,7 +84,13 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
     models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
     data = ("ade20k", "--data.root", inputs / "ade/ADEChallengeData2016", "--out", out)
     study = _probes(
-        "study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0"
+        "study",
+        *models,
+        *data,
+        "--arms",
+        *ARMS.split(),
+        *STUDY.split(),
+        "explore.images=0",
     )
     steps.append(RehearsalStep("study", study, out / "causal/probes", PROBED))
     if VQA_PYTHON.is_file():  # `make vqa-venv` makes it
@@ -110,7 +116,13 @@ def _probes(*words: object) -> list[str]:
     return [sys.executable, "-m", "probes", *map(str, words)]
 
 
-def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> list[RehearsalStep]:
+def _training(
+    out: Path,
+    inputs: Path,
+    size: str,
+    encoder: str,
+    mask: str,
+) -> list[RehearsalStep]:
     """Return both stages under a mask."""
     steps = []
     for stage in STAGES:

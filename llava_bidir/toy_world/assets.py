@@ -104,14 +104,24 @@ def demo_assets(
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
-        drawn = _draw_splits(pool, partial, sizes, seed, scenes if binding else None)
+        drawn = _draw_splits(
+            pool,
+            partial,
+            sizes,
+            seed,
+            scenes if binding else None,
+        )
         texts = {
             name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()
         }
         train = drawn[TRAINING]
         jobs = [
             pool.submit(
-                _train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed
+                _train_encoder,
+                train,
+                partial / "encoder",
+                round(ENCODER_STEPS * scale),
+                seed,
             )
         ]
         if not english:
@@ -154,12 +164,22 @@ def _one_thread() -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, scenes: int | None
+    pool: ProcessPoolExecutor,
+    out: Path,
+    sizes: dict[Split, int],
+    seed: int,
+    scenes: int | None,
 ) -> dict[Split, list[Scene | Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
         (split, start): pool.submit(
-            _draw_chunk, out, split, start, min(CHUNK, n - start), seed, scenes
+            _draw_chunk,
+            out,
+            split,
+            start,
+            min(CHUNK, n - start),
+            seed,
+            scenes,
         )
         for split, n in sizes.items()
         for start in range(0, n, CHUNK)
@@ -171,7 +191,12 @@ def _draw_splits(
 
 
 def _draw_chunk(
-    out: Path, split: Split, start: int, count: int, seed: int, scenes: int | None
+    out: Path,
+    split: Split,
+    start: int,
+    count: int,
+    seed: int,
+    scenes: int | None,
 ) -> list[Scene | Mosaic]:
     rng = np.random.default_rng([seed, SPLITS.index(split), start])
     if scenes is None:
@@ -239,18 +264,36 @@ def _write_classes(folder: Path) -> None:
     (folder / "classes.json").write_text(json.dumps(classes) + "\n")
 
 
-def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> None:
+def _train_encoder(
+    scenes: list[Scene],
+    out: Path,
+    steps: int,
+    seed: int,
+) -> None:
     images = np.stack([scene.image for scene in scenes])
     masks = np.stack([scene.mask for scene in scenes])
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
-def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, layers: int) -> None:
+def _train_llm(
+    scenes: list[SceneText],
+    out: Path,
+    steps: int,
+    seed: int,
+    layers: int,
+) -> None:
     documents = _generate_documents(scenes, np.random.default_rng([seed, 10]))
     tokenizer = tiny_models.train_tokenizer(
         [format_turns(next(documents)) for _ in range(500)], out
     )
-    tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed, layers=layers)
+    tiny_models.train_llm(
+        documents,
+        tokenizer,
+        out,
+        steps=steps,
+        seed=seed,
+        layers=layers,
+    )
 
 
 def _generate_documents(scenes: list[SceneText], rng: np.random.Generator) -> Iterator[list[dict]]:
@@ -263,7 +306,10 @@ def _generate_documents(scenes: list[SceneText], rng: np.random.Generator) -> It
 
 
 def _build_conversations(
-    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator, look_alikes: bool
+    texts: dict[Split, list[SceneText]],
+    scale: float,
+    rng: np.random.Generator,
+    look_alikes: bool,
 ) -> dict[str, list[dict]]:
     """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
     train = texts[TRAINING]
@@ -274,7 +320,13 @@ def _build_conversations(
     ]
     dialogues = []
     for i in _sample_evenly(rng, len(train), max(1, round(DIALOGUES * scale))):
-        turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
+        turns = build_dialogue(
+            train[i],
+            rng,
+            rows=4,
+            points=8,
+            caption=True,
+        )
         if rng.random() < TEXT_ONLY:
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
@@ -287,7 +339,11 @@ def _build_conversations(
     questions = [
         record | {"regions": find_regions(record["conversations"])} for record in questions
     ]
-    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+    return {
+        "captions": captions,
+        "dialogues": dialogues,
+        "questions": questions,
+    }
 
 
 def _build_english(
@@ -314,7 +370,11 @@ def _build_english(
         asked = plain_english.ask_both(val[first], val[second], rng)
         for i, (turns, regions) in zip((first, second), asked, strict=False):
             questions.append(_record(VALIDATION, i, turns) | {"regions": regions})
-    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+    return {
+        "captions": captions,
+        "dialogues": dialogues,
+        "questions": questions,
+    }
 
 
 def _record(split: Split, index: int, turns: list[dict]) -> dict:

@@ -110,7 +110,12 @@ def _cue_patches(scene: Scene) -> np.ndarray:
     return np.isin(inside, CUE_CLASSES).mean((1, 2)) >= CUE_SHARE
 
 
-def _compose(drawn: list[Scene], scene: np.ndarray, cue: np.ndarray, hues: np.ndarray) -> Mosaic:
+def _compose(
+    drawn: list[Scene],
+    scene: np.ndarray,
+    cue: np.ndarray,
+    hues: np.ndarray,
+) -> Mosaic:
     def take(pixels):
         return np.stack([_patches(p) for p in pixels])[scene, np.arange(GRID**2)]
 
@@ -121,7 +126,14 @@ def _compose(drawn: list[Scene], scene: np.ndarray, cue: np.ndarray, hues: np.nd
     image[:, border] = hue_colours()[hues[scene]][:, None]
     mask[:, border] = IGNORED
     indoor = np.array([s.indoor for s in drawn])
-    return Mosaic(_join(image), _join(mask), scene, indoor, hues, cue)
+    return Mosaic(
+        _join(image),
+        _join(mask),
+        scene,
+        indoor,
+        hues,
+        cue,
+    )
 
 
 @lru_cache

@@ -43,11 +43,21 @@ class Quad:
     plane: Plane = NOWHERE
 
     @classmethod
-    def upright(cls, foot: Point, width: float, height: float, plane: Plane = NOWHERE) -> Quad:
+    def upright(
+        cls,
+        foot: Point,
+        width: float,
+        height: float,
+        plane: Plane = NOWHERE,
+    ) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         (x, y), half = foot, width / 2
         return cls(
-            (x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y), plane
+            (x - half, y - height),
+            (x + half, y - height),
+            (x + half, y),
+            (x - half, y),
+            plane,
         )
 
     def point_at(self, u: float, v: float) -> Point:
@@ -61,7 +71,13 @@ class Quad:
         x = (1 - v) * (ax + u * (bx - ax)) + v * (dx + u * (cx - dx))
         return x, (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
 
-    def part(self, u0: float, u1: float, v0: float, v1: float) -> Quad:
+    def part(
+        self,
+        u0: float,
+        u1: float,
+        v0: float,
+        v1: float,
+    ) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
         corners = (
             self.point_at(u0, v0),
@@ -118,7 +134,11 @@ class Canvas:
         self._draws = not (cue and self._hides_cues)
 
     def polygon(
-        self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS
+        self,
+        quad: Quad,
+        colour: Colour,
+        name: str = "",
+        points: Sequence[Point] = CORNERS,
     ) -> None:
         """Fill a polygon."""
         self._draw("polygon", quad, points, colour, name)
@@ -128,7 +148,12 @@ class Canvas:
         self._draw("ellipse", quad, ((0, 0), (1, 1)), colour, name)
 
     def line(
-        self, quad: Quad, colour: Colour, points: Sequence[Point], width: int = 2, name: str = ""
+        self,
+        quad: Quad,
+        colour: Colour,
+        points: Sequence[Point],
+        width: int = 2,
+        name: str = "",
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
         self._draw("line", quad, points, colour, name, width=width)
@@ -219,7 +244,13 @@ class Camera:
         left = self.far_end.bottom_left
         right = self.far_end.bottom_right
         plane = self.level_plane(left[1], self.far_adult_px)
-        return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7), plane)
+        return Quad(
+            left,
+            right,
+            self.scale_depth(right, 7),
+            self.scale_depth(left, 7),
+            plane,
+        )
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
         """Return the visible parts of the left wall, the far end and the right wall."""
@@ -239,8 +270,20 @@ class Camera:
             self.side_plane(corner[0], self.far_adult_px)
             for corner in (far.top_left, far.top_right)
         ]
-        left = Quad(outer_left[0], far.top_left, far.bottom_left, outer_left[1], planes[0])
-        right = Quad(far.top_right, outer_right[0], outer_right[1], far.bottom_right, planes[1])
+        left = Quad(
+            outer_left[0],
+            far.top_left,
+            far.bottom_left,
+            outer_left[1],
+            planes[0],
+        )
+        right = Quad(
+            far.top_right,
+            outer_right[0],
+            outer_right[1],
+            far.bottom_right,
+            planes[1],
+        )
         return left, replace(far, plane=Plane.facing(self.far_adult_px)), right
 
     def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:

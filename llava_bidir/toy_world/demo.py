@@ -37,7 +37,11 @@ BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
 SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
 # cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
-OTHERS = {"shuffled": ("random", 2), "merged": ("adapter", 5), "intact": ("adapter", 5)}
+OTHERS = {
+    "shuffled": ("random", 2),
+    "merged": ("adapter", 5),
+    "intact": ("adapter", 5),
+}
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
 ADAPTER_SITES = "--model.sites [encoder,adapter]"
 
@@ -45,7 +49,11 @@ ADAPTER_SITES = "--model.sites [encoder,adapter]"
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo`."""
     out = Path(args.out)
-    settings = {"seed": args.seed, "scale": args.scale, "world": args.world}
+    settings = {
+        "seed": args.seed,
+        "scale": args.scale,
+        "world": args.world,
+    }
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, settings)

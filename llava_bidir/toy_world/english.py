@@ -26,7 +26,12 @@ def describe(text: SceneText, rng: np.random.Generator) -> list[Turn]:
 
 
 def build_dialogue(
-    text: SceneText, other: SceneText, rng: np.random.Generator, *, choices: int, points: int
+    text: SceneText,
+    other: SceneText,
+    rng: np.random.Generator,
+    *,
+    choices: int,
+    points: int,
 ) -> list[Turn]:
     """Ask for classes in random order, then for what would have given them away: kind, caption and all rows.
 
@@ -74,7 +79,12 @@ def _differ(first: SceneText, second: SceneText, rng: np.random.Generator) -> li
     return [int(i) for i in rng.permutation(GRID**2) if first.names[i] != second.names[i]]
 
 
-def _ask_choice(place: int, first: SceneText, second: SceneText, rng: np.random.Generator) -> str:
+def _ask_choice(
+    place: int,
+    first: SceneText,
+    second: SceneText,
+    rng: np.random.Generator,
+) -> str:
     one, two = rng.permutation([_noun(first.names[place]), _noun(second.names[place])])
     return f"In {_place(place)}, is there {one} or {two}?"
 

@@ -51,14 +51,24 @@ class GroundObject(NamedTuple):
     cue: bool = True
 
 
-def draw_wall(canvas: Canvas, front: Quad, name: str, tint: float) -> None:
+def draw_wall(
+    canvas: Canvas,
+    front: Quad,
+    name: str,
+    tint: float,
+) -> None:
     """Draw a wall of a room or a house, both with the same plaster, dark base and outline."""
     canvas.polygon(front, shade(SIDE, tint), name)
     canvas.polygon(front.part(0, 1, 0.95, 1), shade(SIDE, tint * 0.84))
     canvas.line(front, shade(SIDE, tint * 0.7), [*CORNERS, CORNERS[0]])
 
 
-def draw_house(canvas: Canvas, front: Quad, tint: float, rng: np.random.Generator) -> None:
+def draw_house(
+    canvas: Canvas,
+    front: Quad,
+    tint: float,
+    rng: np.random.Generator,
+) -> None:
     """Draw a house of two storeys with windows and at random a gable and a door."""
     canvas.begin_object()
     tint *= rng.uniform(0.96, 1.04)
@@ -132,7 +142,13 @@ def draw_hanging_lamp(canvas: Canvas, camera: Camera, rng: np.random.Generator) 
     y = max(18, ceiling_end * rng.uniform(0.8, 1.15))
     size = rng.uniform(24, 31)
     plane = Plane.facing(size / np.mean(SHADE_WIDTH))
-    canvas.line(Quad((x, 0), (x, 0), (x, y), (x, y), plane), INK, [(0, 0), (0, 0.6)], 3, "lamp")
+    canvas.line(
+        Quad((x, 0), (x, 0), (x, y), (x, y), plane),
+        INK,
+        [(0, 0), (0, 0.6)],
+        3,
+        "lamp",
+    )
     draw_lamp_shade(canvas, (x, y), size, plane)
 
 
@@ -145,7 +161,12 @@ def draw_standing_lamp(canvas: Canvas, place: Quad, rng: np.random.Generator) ->
     )
 
 
-def draw_lamp_shade(canvas: Canvas, rim: Point, size: float, plane: Plane) -> None:
+def draw_lamp_shade(
+    canvas: Canvas,
+    rim: Point,
+    size: float,
+    plane: Plane,
+) -> None:
     """Draw a lamp shade and its bulb. `rim` is the middle of the lower edge."""
     place = Quad.upright(rim, size, 0.56 * size, plane)
     canvas.oval(place.part(0.31, 0.69, 0.66, 1.3), (255, 246, 214), "lamp")
@@ -154,7 +175,10 @@ def draw_lamp_shade(canvas: Canvas, rim: Point, size: float, plane: Plane) -> No
 
 
 def draw_on_ground(
-    canvas: Canvas, camera: Camera, standing: list[GroundObject], rng: np.random.Generator
+    canvas: Canvas,
+    camera: Camera,
+    standing: list[GroundObject],
+    rng: np.random.Generator,
 ) -> None:
     """Draw objects and up to two people from far to near, each with its shadow.
 
@@ -212,7 +236,12 @@ def draw_person(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     canvas.oval(body.part(0.41, 0.59, 0.05, 0.23), skin, "person")
 
 
-def draw_bed(camera: Camera, canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
+def draw_bed(
+    camera: Camera,
+    canvas: Canvas,
+    place: Quad,
+    rng: np.random.Generator,
+) -> None:
     """Draw a bed seen from its foot: headboard, mattress, two pillows and a blanket."""
     depth = rng.uniform(0.62, 0.72)
     front = place.part(0, 1, 0.62, 1)

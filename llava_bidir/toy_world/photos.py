@@ -53,7 +53,12 @@ def write_photos(
     questions = {}
     for folder, name in zip(folders, names, strict=True):
         _link(out / name, folder)
-        records = build_records(folder, seed=seed, held_out=held_out, prefix=f"{name}/")
+        records = build_records(
+            folder,
+            seed=seed,
+            held_out=held_out,
+            prefix=f"{name}/",
+        )
         of_masks += records["captions"]
         dialogues += records["dialogues"]
         questions[name] = records["questions"]

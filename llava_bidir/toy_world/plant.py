@@ -45,7 +45,13 @@ RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted")}
 
 
 def plant_recovery(
-    model: Path, world: Path, out: Path, *, steps: int, answer_steps: int = 0, seed: int = 0
+    model: Path,
+    world: Path,
+    out: Path,
+    *,
+    steps: int,
+    answer_steps: int = 0,
+    seed: int = 0,
 ) -> list[float]:
     """Train adapter and LLM on the class of each patch, which a linear head reads off the image tokens.
 
@@ -76,7 +82,13 @@ def plant_recovery(
     def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
         states, of_answers = _forward(
-            net, processor, pixels[chosen], labels[chosen], questions, depth, rng
+            net,
+            processor,
+            pixels[chosen],
+            labels[chosen],
+            questions,
+            depth,
+            rng,
         )
         on_image = F.cross_entropy(
             head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX
@@ -84,16 +96,33 @@ def plant_recovery(
         losses.append(on_image.item())
         return on_image + of_answers
 
-    options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
+    options = {
+        "rate": 3e-3,
+        "betas": (0.9, 0.95),
+        "floor": 0.05,
+        "clip": 1.0,
+    }
     net.train()
     if steps:
         # the others have no gradient
         layers = decoder.layers
         decoder.layers = decoder.layers[:depth]
-        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM", **options)
+        train(
+            weights,
+            lambda: loss(32, 0),
+            steps,
+            "image tokens' LLM",
+            **options,
+        )
         decoder.layers = layers
     if answer_steps:
-        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM", **options)
+        train(
+            weights,
+            lambda: loss(20, QUESTIONS),
+            answer_steps,
+            "answering LLM",
+            **options,
+        )
     record = {
         "planted": "recovery",
         "layer": depth,
@@ -101,7 +130,14 @@ def plant_recovery(
         "answer_steps": answer_steps,
         "seed": seed,
     }
-    _save(net.eval(), processor, model, out, record, RECOVERY if losses else nothing(RECOVERY))
+    _save(
+        net.eval(),
+        processor,
+        model,
+        out,
+        record,
+        RECOVERY if losses else nothing(RECOVERY),
+    )
     return losses
 
 
@@ -133,7 +169,13 @@ def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
 
 
-def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
+def plant_drop(
+    model: Path,
+    world: Path,
+    out: Path,
+    *,
+    pairs: int,
+) -> None:
     """Take the directions that tell `pairs` pairs of classes apart out of the adapter's first layer.
 
     The means of both classes of a pair are then the same in the adapter, so that no linear probe of its input can tell
@@ -229,7 +271,11 @@ def _encode_picture(
     text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
     turns = build_dialogue(text, rng, points=max(1, questions))
     ids, targets = encode(
-        prepend_picture(turns), processor.tokenizer, "vicuna_v1", GRID**2, image_id
+        prepend_picture(turns),
+        processor.tokenizer,
+        "vicuna_v1",
+        GRID**2,
+        image_id,
     )
     end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
     return ids[:end], targets[:end]

@@ -112,7 +112,13 @@ def run(args: argparse.Namespace) -> None:
         share = MODELS_SHARE if args.train_only else TRAINING_SHARE
         plan = make_plan(out, minutes * share, args.steps, data)
         for name in names:
-            train(out, MODELS[name], plan, args.seed, data)
+            train(
+                out,
+                MODELS[name],
+                plan,
+                args.seed,
+                data,
+            )
             show_language(out, name, data)
             if not args.train_only:
                 study(out, name, data, args.seed, args.draws)
@@ -130,7 +136,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace) -> dict:
     """Return what a result depends on."""
-    kept = {"seed": args.seed, "minutes": args.minutes, "steps": args.steps}
+    kept = {
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "steps": args.steps,
+    }
     if args.photos:
         kept |= {
             "photos": ", ".join(str(folder.resolve()) for folder in args.photos),
@@ -185,7 +195,13 @@ def _records(folder: Path) -> tuple[Path, Path, Path]:
     return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
 
 
-def study(out: Path, name: str, data: Data, seed: int, draws: int) -> None:
+def study(
+    out: Path,
+    name: str,
+    data: Data,
+    seed: int,
+    draws: int,
+) -> None:
     """Study a model under both masks, on each data set."""
     model = MODELS[name]
     paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
@@ -219,7 +235,12 @@ def find_model() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def make_plan(out: Path, minutes: float, steps: int | None, data: Data) -> dict:
+def make_plan(
+    out: Path,
+    minutes: float,
+    steps: int | None,
+    data: Data,
+) -> dict:
     """Return precision and steps of both stages, from a measured step unless OUT has a plan already.
 
     Args:
@@ -238,7 +259,11 @@ def make_plan(out: Path, minutes: float, steps: int | None, data: Data) -> dict:
         precision, seconds = measure_step(out / "llm", tokens)
         affordable = minutes * 60 / ((1 + stage1 * STAGE1_SHARE) * seconds)
         steps = steps or max(1, round(affordable))
-        plan = {"precision": precision, "steps": steps, "step_s": seconds}
+        plan = {
+            "precision": precision,
+            "steps": steps,
+            "step_s": seconds,
+        }
         write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
     plan = read_json(file)
     print(
@@ -297,7 +322,13 @@ def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str
     return time.process_time() - started
 
 
-def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
+def train(
+    out: Path,
+    model: Model,
+    plan: dict,
+    seed: int,
+    data: Data,
+) -> None:
     """Train both stages under both masks, two at a time."""
     folder = out / model.folder
     if model.llm != "llm":
@@ -305,7 +336,15 @@ def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
     with ThreadPoolExecutor(2) as pool:
 
         def stages(mask):
-            return _stages(out, folder / mask, mask, model, plan, seed, data)
+            return _stages(
+                out,
+                folder / mask,
+                mask,
+                model,
+                plan,
+                seed,
+                data,
+            )
 
         def steps(mask):
             return training_steps(folder / mask, stages(mask), data.questions)
@@ -314,7 +353,13 @@ def train(out: Path, model: Model, plan: dict, seed: int, data: Data) -> None:
 
 
 def _stages(
-    out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int, data: Data
+    out: Path,
+    folder: Path,
+    mask: str,
+    model: Model,
+    plan: dict,
+    seed: int,
+    data: Data,
 ) -> dict[str, dict]:
     """Return the options of `llava-bidir fit` for both stages."""
     steps = plan["steps"]

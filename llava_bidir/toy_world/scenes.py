@@ -83,7 +83,13 @@ def draw_scene(
         image.shape, np.float32
     )
     pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(indoor, pixels, mask, canvas.surfaces(camera), canvas.cues)
+    return Scene(
+        indoor,
+        pixels,
+        mask,
+        canvas.surfaces(camera),
+        canvas.cues,
+    )
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
@@ -104,7 +110,13 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a room: ceiling, three walls, a board floor, and its objects."""
     names = sample_objects(
-        rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5
+        rng,
+        ("lamp", "picture", "bed"),
+        lamp=0.65,
+        picture=0.75,
+        bed=0.6,
+        window=0.7,
+        door=0.5,
     )
     canvas.polygon(camera.ceiling(), TOP, "ceiling")
     canvas.begin_object()
@@ -131,7 +143,13 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
-    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
+    names = sample_objects(
+        rng,
+        ("tree", "moon", "car"),
+        tree=0.6,
+        moon=0.3,
+        car=0.6,
+    )
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:
         objects.draw_moon(canvas, camera, rng)

@@ -35,7 +35,12 @@ from .dialogues import GRID
 
 
 def train_encoder(
-    images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int
+    images: np.ndarray,
+    masks: np.ndarray,
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
 ) -> None:
     """Train a two-layer CLIP tower to denoise patches and predict each noun's share of the picture. Write it to `out`.
 
@@ -103,11 +108,20 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=specials,
+            show_progress=False,
+        ),
     )
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    tokenizer = LlamaTokenizer(
+        vocab=model["vocab"],
+        merges=merges,
+        add_bos_token=True,
+    )
     # One token for the system prompt: its 30 constant tokens would be a large part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)
@@ -153,7 +167,11 @@ def train_llm(
         rows = [encode(next(documents), tokenizer)[0] for _ in range(24)]
         ids = pad(rows, 0)
         mask = pad([[1] * len(row) for row in rows], 0)
-        return llm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        return llm(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=ids.masked_fill(mask == 0, -100),
+        ).loss
 
     train(
         list(llm.parameters()),
@@ -180,7 +198,13 @@ def train(
     clip: float | None = None,
 ) -> None:
     """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
-    optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        rate,
+        betas=betas,
+        weight_decay=0.0,
+        fused=True,
+    )
     warmup = max(1, int(0.03 * steps))
 
     def cosine(step):

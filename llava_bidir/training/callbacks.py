@@ -96,7 +96,12 @@ class ExportSteps(Callback):
         self.steps = set(steps)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Export after the last micro-batch of a step; a resumed run exports again what it repeats."""
         step = trainer.global_step

@@ -68,7 +68,13 @@ class TrainingCLI(RunCLI):
             def saved():
                 return read_json(record).get("identity")
 
-            run = start_run(self, ckpt_path, folder / "checkpoints", record, saved)
+            run = start_run(
+                self,
+                ckpt_path,
+                folder / "checkpoints",
+                record,
+                saved,
+            )
             if run.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
                 return

@@ -123,7 +123,13 @@ class ZeRO(DeepSpeedStrategy):
         for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.root_device)
 
-    def backward(self, closure_loss: torch.Tensor, optimizer, *args: Any, **kwargs: Any) -> None:
+    def backward(
+        self,
+        closure_loss: torch.Tensor,
+        optimizer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Run backward without DeepSpeed's division by the accumulated batches, since Lightning has done it."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 

@@ -21,7 +21,11 @@ class LossMonitor(Callback):
         self.window: list[tuple[Tensor, dict]] = []
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Keep the batch for `on_before_backward`."""
         self.batch = batch

@@ -219,7 +219,12 @@ class LlavaTraining(LightningModule):
         """Return the features of a black image, f[T, d]."""
         size = self.processor.image_processor.crop_size
         black = torch.zeros(
-            1, 3, size["height"], size["width"], device=self.device, dtype=self.model.dtype
+            1,
+            3,
+            size["height"],
+            size["width"],
+            device=self.device,
+            dtype=self.model.dtype,
         )
         return self.model.get_image_features(black).pooler_output[0]
 
@@ -265,7 +270,9 @@ class LlavaTraining(LightningModule):
         if "pixel_values" not in prompts:
             self._encode_black_image()
         ids = self.model.generate(
-            **prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens
+            **prompts,
+            do_sample=False,
+            max_new_tokens=self.hparams.max_new_tokens,
         )
         return self.processor.tokenizer.batch_decode(
             ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
@@ -298,7 +305,13 @@ class LlavaTraining(LightningModule):
             rates["adapter"] = args.adapter_learning_rate
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
-        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
+        optimizer = build_optimizer(
+            self.model,
+            rates,
+            tuple(args.betas),
+            args.weight_decay,
+            fused,
+        )
         schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

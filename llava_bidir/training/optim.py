@@ -31,8 +31,19 @@ def build_optimizer(
             if p.requires_grad and n.startswith(TRAINABLE[part])
         ]
         if parameters:
-            groups.append({"params": parameters, "lr": rate, "name": part})
-    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=fused)
+            groups.append(
+                {
+                    "params": parameters,
+                    "lr": rate,
+                    "name": part,
+                }
+            )
+    return torch.optim.AdamW(
+        groups,
+        betas=betas,
+        weight_decay=weight_decay,
+        fused=fused,
+    )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):

@@ -45,7 +45,12 @@ class SlurmRequeue(Callback):
             signal.signal(number, lambda number, frame: self.received.add(number))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Save and exit if any rank received a signal."""
         if not at_step_boundary(trainer):

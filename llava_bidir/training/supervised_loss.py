@@ -36,7 +36,10 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
 
 
 def _summed_loss(
-    positions: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], states: Tensor
+    positions: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    states: Tensor,
 ) -> Tensor:
     """Return the summed cross-entropy at these positions of the flattened rows of states, f[B, N, d]."""
     return F.cross_entropy(head(states.flatten(0, 1)[positions]).float(), targets, reduction="sum")

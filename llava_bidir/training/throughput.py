@@ -33,13 +33,22 @@ class Throughput(Callback):
         self.since = time.perf_counter()
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Add the time since the last batch to the time spent waiting for data."""
         self.counts["waited"] += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
     ) -> None:
         """Count the batch, and log the rates at a logged step."""
         self._count(batch)

@@ -50,7 +50,13 @@ class Benchmark:
 
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-WITH_OCR = {"default": {"pre_prompt": "", "post_prompt": SHORT_ANSWER, "ocr": True}}
+WITH_OCR = {
+    "default": {
+        "pre_prompt": "",
+        "post_prompt": SHORT_ANSWER,
+        "ocr": True,
+    }
+}
 
 BENCHMARKS: dict[str, Benchmark] = {
     "gqa": Benchmark(
@@ -66,8 +72,20 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mme": Benchmark(
         "mme",
         {
-            "MME-P": Column("mme_perception_score", mme_terms(PERCEPTION), 1, "MME_P", points=True),
-            "MME-C": Column("mme_cognition_score", mme_terms(COGNITION), 1, "MME_C", points=True),
+            "MME-P": Column(
+                "mme_perception_score",
+                mme_terms(PERCEPTION),
+                1,
+                "MME_P",
+                points=True,
+            ),
+            "MME-C": Column(
+                "mme_cognition_score",
+                mme_terms(COGNITION),
+                1,
+                "MME_C",
+                points=True,
+            ),
         },
         lambda r: r["question_id"],
         2374,

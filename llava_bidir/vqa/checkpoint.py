@@ -7,7 +7,11 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import describe, model_identity
 
 # encoders of Table 1
-TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}
+TABLE_ROWS = {
+    "clip_vision_model": "clip",
+    "dinov2": "dinov2",
+    "siglip_vision_model": "siglip",
+}
 
 
 def resolve_checkpoint(model: str) -> Path:

@@ -107,7 +107,12 @@ def check_local_data(path: str) -> None:
         raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
 
 
-def run_benchmark(benchmark: Benchmark, model, out: Path, config_file: Path) -> dict | None:
+def run_benchmark(
+    benchmark: Benchmark,
+    model,
+    out: Path,
+    config_file: Path,
+) -> dict | None:
     """Return the results of the harness with all samples, None in all processes but the first."""
     import lmms_eval.tasks
     from lmms_eval.evaluator import simple_evaluate

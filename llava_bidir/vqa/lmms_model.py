@@ -35,7 +35,13 @@ class LlavaBidir(lmms):
         UserError: The model is not a LLaVA, or its mask would be ignored.
     """
 
-    def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "auto", **unknown):
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        dtype: str = "auto",
+        **unknown,
+    ):
         super().__init__()
         if unknown.keys() - {"max_batch_size", "device"}:
             raise UserError(
@@ -76,7 +82,15 @@ class LlavaBidir(lmms):
                 raise ItemError(f"item {items}: {type(error).__name__}: {error}") from error
         return answers
 
-    def _images(self, context, options, doc_to_visual, item, task, split) -> list:
+    def _images(
+        self,
+        context,
+        options,
+        doc_to_visual,
+        item,
+        task,
+        split,
+    ) -> list:
         try:
             return doc_to_visual(self.task_dict[task][split][item])
         except Exception as error:

@@ -38,7 +38,12 @@ def results_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
 
-def write_results(out: Path, name: str, info: dict, items: list[Item]) -> None:
+def write_results(
+    out: Path,
+    name: str,
+    info: dict,
+    items: list[Item],
+) -> None:
     """Write both files of a finished task."""
     lines = "".join(json.dumps(item) + "\n" for item in items)
     write_files({out / f"{name}.jsonl": lines, results_file(out, name): info})

@@ -65,7 +65,12 @@ def _is_finished(out: Path, name: str, info: dict) -> bool:
     return True
 
 
-def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: dict) -> None:
+def _run_harness(
+    args: argparse.Namespace,
+    model: Path,
+    names: list[str],
+    info: dict,
+) -> None:
     """Run the harness in its own environment, with its output on the terminal.
 
     Raises:
@@ -89,7 +94,11 @@ def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: 
             "out": str(out),
             "batch_size": args.batch_size,
         },
-        **{"info": info, "package": str(PACKAGE), "local": args.data is not None},
+        **{
+            "info": info,
+            "package": str(PACKAGE),
+            "local": args.data is not None,
+        },
     }
     torchrun = [
         "-m",

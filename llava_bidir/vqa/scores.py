@@ -48,7 +48,12 @@ class ScoreTerms(NamedTuple):
         return torch.from_numpy(sum_ratios(weights @ self.num, weights @ self.den))
 
 
-def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = SWAPS, seed: int = 0) -> float:
+def swap_test(
+    a: ScoreTerms,
+    b: ScoreTerms,
+    swaps: int = SWAPS,
+    seed: int = 0,
+) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
     swapped = random_swaps(len(a.units), swaps, seed).double().numpy()
     num = swapped @ (b.num - a.num)

@@ -49,7 +49,12 @@ def write_tables(folders: list[Path], out: Path) -> str:
     table = {
         "models": models,
         "pairs": [_compare(models, results, i, j) for i, j in _find_pairs(models)],
-        **{"paper": paper, "resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED},
+        **{
+            "paper": paper,
+            "resamplings": RESAMPLINGS,
+            "swaps": SWAPS,
+            "seed": SEED,
+        },
     }
     write_files({out / "table1.csv": _csv(table), out / "table1.json": table})
     return _text(table)
@@ -127,7 +132,12 @@ def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
     ]
 
 
-def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict[str, Any]:
+def _compare(
+    models: list[dict],
+    results: list[Results],
+    i: int,
+    j: int,
+) -> dict[str, Any]:
     """Compare bidirectional (j) with causal (i) on the same questions. Adjust the p-values for the columns."""
     if models[i]["dtype"] != models[j]["dtype"]:
         dtypes = [
@@ -155,10 +165,20 @@ def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict
         columns.values(), holm([c["p"] for c in columns.values()]), strict=True
     ):
         column["p_holm"] = adjusted
-    return {"encoder": models[i]["encoder"], "causal": i, "bidirectional": j, "columns": columns}
+    return {
+        "encoder": models[i]["encoder"],
+        "causal": i,
+        "bidirectional": j,
+        "columns": columns,
+    }
 
 
-def _check_same_questions(a: dict, b: dict, results_a: Results, results_b: Results) -> None:
+def _check_same_questions(
+    a: dict,
+    b: dict,
+    results_a: Results,
+    results_b: Results,
+) -> None:
     for name in results_a.keys() & results_b.keys():
         questions = [
             [
@@ -203,7 +223,16 @@ def _csv(table: dict) -> str:
             who = {key: value for key, value in entry.items() if isinstance(value, str)}
             for title, c in entry["columns"].items():
                 low, high = c["ci95"]
-                rows.append({"what": what, **who, "column": title, **c, "low": low, "high": high})
+                rows.append(
+                    {
+                        "what": what,
+                        **who,
+                        "column": title,
+                        **c,
+                        "low": low,
+                        "high": high,
+                    }
+                )
     file = io.StringIO()
     names = dict.fromkeys(key for row in rows for key in row if key != "ci95")
     writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
@@ -218,7 +247,11 @@ def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
     difference = format_difference
     blocks = []
     for model in table["models"]:
-        lines = {"ours": (score, "score"), "95%": (score, "ci95"), "paper": (score, "paper")}
+        lines = {
+            "ours": (score, "score"),
+            "95%": (score, "ci95"),
+            "paper": (score, "paper"),
+        }
         lines["ours - paper"] = (difference, "difference")
         blocks.append((f"{model['encoder']} {model['image_attention']}", model["columns"], lines))
     for pair in table["pairs"]:
@@ -240,7 +273,12 @@ def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
     ]
 
 
-def _cell(title: str, column: dict | None, formatter: Callable[[str, Any], str], key: str) -> str:
+def _cell(
+    title: str,
+    column: dict | None,
+    formatter: Callable[[str, Any], str],
+    key: str,
+) -> str:
     if column is None:
         return "–"
     value = column[key]

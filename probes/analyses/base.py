@@ -159,21 +159,35 @@ def table_row(
 ) -> Row:
     """Return a row of a study's table."""
     low, high = interval or (None, None)
-    return {"site": site, "metric": metric, "value": value, "low": low, "high": high} | more
+    return {
+        "site": site,
+        "metric": metric,
+        "value": value,
+        "low": low,
+        "high": high,
+    } | more
 
 
 # --------------------------------------------------------------------------------------- options of several commands
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add --probes, a finished run."""
     parser.add_argument(
-        "--probes", required=True, metavar="RUN", help="folder of a finished probe run"
+        "--probes",
+        required=True,
+        metavar="RUN",
+        help="folder of a finished probe run",
     )
 
 
 def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> None:
     """Add an option for images of the validation split."""
     parser.add_argument(
-        option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs
+        option,
+        type=int,
+        nargs="+",
+        metavar="I",
+        help="indices in the validation split",
+        **kwargs,
     )
 
 
@@ -189,7 +203,12 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --seed."""
-    parser.add_argument("--seed", type=int, default=0, help=f"random seed of {purpose}")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help=f"random seed of {purpose}",
+    )
 
 
 def add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:
@@ -201,7 +220,13 @@ def add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite."""
     text = "`true`: replace a result that other options or runs have made"
-    parser.add_argument("--overwrite", type=_read_bool, default="false", metavar="BOOL", help=text)
+    parser.add_argument(
+        "--overwrite",
+        type=_read_bool,
+        default="false",
+        metavar="BOOL",
+        help=text,
+    )
 
 
 def _read_bool(text: str) -> bool:

@@ -66,14 +66,22 @@ def mask_colour(mask: str) -> str:
     return MASK_COLOURS.get(mask, "#009E73")
 
 
-def new_axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figure, Any]:
+def new_axes(
+    width: float,
+    height: float,
+    columns: int = 1,
+    **kwargs,
+) -> tuple[Figure, Any]:
     """Return a figure of width x height inches and its axes in one row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, **kwargs)
 
 
 def new_panels(
-    count: int, height: float = 2.7, columns: int = 3, **kwargs
+    count: int,
+    height: float = 2.7,
+    columns: int = 3,
+    **kwargs,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of `count` panels in rows of at most `columns`; `height` is that of a row in inches."""
     columns = min(columns, count)
@@ -127,7 +135,12 @@ def label_sites(
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 
-def label_layers(ax: Axes, sites: list[str], max_labels: int = 16, **kwargs) -> None:
+def label_layers(
+    ax: Axes,
+    sites: list[str],
+    max_labels: int = 16,
+    **kwargs,
+) -> None:
     """Label the layers of a bare encoder on the x axis, with at most about `max_labels` labels."""
     depths = [site_depth(site) for site in sites]
     shown = depths[:: 1 + len(depths) // max_labels]
@@ -178,15 +191,33 @@ def draw_curve(
     ax.plot(x, values, style, color=colour, **({"lw": 1.6} | kwargs))
     if ci95 is not None:
         low, high = zip(*ci95, strict=True)
-        ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+        ax.fill_between(
+            x,
+            low,
+            high,
+            color=colour,
+            alpha=0.12,
+            lw=0,
+        )
 
 
 def draw_intervals(
-    ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs
+    ax: Axes,
+    x: Sequence[float],
+    values: Sequence,
+    ci95: Sequence,
+    colour: str,
+    **kwargs,
 ) -> None:
     """Draw fractions in percent as points with their 95% intervals."""
     y, (low, high) = 100 * np.array(values, float), 100 * np.array(ci95, float).T
-    ax.errorbar(x, y, [y - low, high - y], color=colour, **kwargs)
+    ax.errorbar(
+        x,
+        y,
+        [y - low, high - y],
+        color=colour,
+        **kwargs,
+    )
 
 
 def signed_colours(*grids: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,10 @@ def render(template: str, filters: dict[str, Callable] | None = None, **values: 
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parents[1])
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= filters or {}
     return environment.get_template(template).render(**values)

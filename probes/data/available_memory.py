@@ -37,7 +37,12 @@ def _has_limit(group: Path, controller: str) -> bool:
     return file.exists() and file.read_text().strip() != "max"
 
 
-def _available_in(group: Path, limit: str, use: str, cached: str) -> int:
+def _available_in(
+    group: Path,
+    limit: str,
+    use: str,
+    cached: str,
+) -> int:
     def read(name):
         return (group / name).read_text()
 

@@ -91,7 +91,11 @@ class ImageDataset(Dataset):
         image_file, *target_files = self.files(index)
         image = open_image(image_file)
         target = self.read_target(image, image_file, *target_files)
-        return {"name": self.names[index], "image": read_rgb(image, image_file), "target": target}
+        return {
+            "name": self.names[index],
+            "image": read_rgb(image, image_file),
+            "target": target,
+        }
 
     def read_target(self, image: Image.Image, image_file: File, *target_files: File) -> ndarray:
         """Return the target of an image, or raise a BadFile that names the file."""
@@ -248,7 +252,12 @@ def check_sizes(
         )
 
 
-def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[str]) -> ndarray:
+def read_labels(
+    mask: Image.Image,
+    file: File,
+    lookup: ndarray,
+    classes: list[str],
+) -> ndarray:
     """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names `file`."""
     if mask.mode not in ("L", "P"):
         advice = {

@@ -69,7 +69,11 @@ class PreprocessedDataset(Dataset):
         pixels = self.preprocess([sample["image"]])[0]
         target = _target(torch.from_numpy(sample["target"]), index)
         prepared = {"masks": self.prepare(target[None])} if self.prepare else {}
-        return {"index": index, "pixels": pixels, "target": target} | prepared
+        return {
+            "index": index,
+            "pixels": pixels,
+            "target": target,
+        } | prepared
 
 
 def _target(target: Tensor, index: int) -> Tensor:

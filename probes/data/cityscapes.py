@@ -65,7 +65,13 @@ class Cityscapes(SegmentationDataset):
             files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}"
         )
         cities = [image.parent.name for image, _ in files.values()]
-        super().__init__(files, CLASSES, _lookup_label_ids(), PALETTE, cities)
+        super().__init__(
+            files,
+            CLASSES,
+            _lookup_label_ids(),
+            PALETTE,
+            cities,
+        )
         self.official_size = SIZES[split]
 
 
@@ -107,11 +113,21 @@ class CityscapesDepth(DepthDataset):
         self.official_size = SIZES[split]
 
     def read_target(
-        self, image: Image.Image, image_file: File, disparity_file: File, camera_file: Path
+        self,
+        image: Image.Image,
+        image_file: File,
+        disparity_file: File,
+        camera_file: Path,
     ) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
         values = read_16_bit(disparity_file)
-        check_sizes(image, values.shape[::-1], image_file, disparity_file, self.target_name)
+        check_sizes(
+            image,
+            values.shape[::-1],
+            image_file,
+            disparity_file,
+            self.target_name,
+        )
         # 1 is infinitely far
         disparity = np.where(values > 1, (values.astype(np.float32) - 1) / 256, np.nan)
         return limit_depth(_metre_pixels(camera_file) / disparity, self.max_depth, disparity_file)

@@ -73,7 +73,13 @@ class ProbeData(LightningDataModule):
         self.save_hyperparameters(logger=False, ignore=["task"] if task == SEGMENTATION else [])
 
         def open_split(split):
-            return open_dataset(dataset, root, split, options, TASKS[task].targets)
+            return open_dataset(
+                dataset,
+                root,
+                split,
+                options,
+                TASKS[task].targets,
+            )
 
         self.splits = {split: open_split(split) for split in ("training", "validation")}
         self.root = root
@@ -156,7 +162,11 @@ class ProbeData(LightningDataModule):
             check_labels(self.classes, self.labels, self.dataset == "folder", self.root)
 
     def find_bad_files(
-        self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True
+        self,
+        workers: int,
+        rank: int = 0,
+        ranks: int = 1,
+        progress: bool = True,
     ) -> list[tuple[str, str]]:
         """Return what `check_files` takes, of the images rank, rank + ranks, ... of both splits."""
         bad_files = []
@@ -178,7 +188,13 @@ class ProbeData(LightningDataModule):
         source = self._source("training")
         rank = self.trainer.global_rank
         ranks = self.trainer.world_size
-        batches = TrainingBatches(len(source), self.batch_size, rank, ranks, self.seed)
+        batches = TrainingBatches(
+            len(source),
+            self.batch_size,
+            rank,
+            ranks,
+            self.seed,
+        )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
         return self._loader(source, batches)

@@ -48,7 +48,13 @@ class DepthDataset(ImageDataset):
         depth = read_16_bit(depth_file).astype(np.float32)
         depth[depth == 0] = np.nan
         depth *= np.float32(self.scale)
-        check_sizes(image, depth.shape[::-1], image_file, depth_file, self.target_name)
+        check_sizes(
+            image,
+            depth.shape[::-1],
+            image_file,
+            depth_file,
+            self.target_name,
+        )
         return limit_depth(depth, self.max_depth, depth_file)
 
 

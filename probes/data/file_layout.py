@@ -49,7 +49,10 @@ def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
 
 
 def files_by_name(
-    folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*"
+    folder: Path,
+    suffixes: Iterable[str],
+    ending: str = "",
+    pattern: str = "*",
 ) -> dict[str, Path]:
     """Return {name: file}, sorted; a name is the file name without `ending` and suffix, with accents composed (NFC).
 
@@ -89,7 +92,10 @@ def _is_text(name: str) -> bool:
 
 
 def pair_files(
-    images: dict[str, Path], targets: dict[str, Path], dataset: str, target_name: str = "mask"
+    images: dict[str, Path],
+    targets: dict[str, Path],
+    dataset: str,
+    target_name: str = "mask",
 ) -> dict[str, tuple[Path, Path]]:
     """Return {name: (image, target)}.
 

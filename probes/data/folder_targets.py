@@ -78,7 +78,10 @@ class FolderBoundaries(InstanceBoundaries):
 
 
 def _pair(
-    root: str | Path, split: str, folder: str, target_name: str
+    root: str | Path,
+    split: str,
+    folder: str,
+    target_name: str,
 ) -> dict[str, tuple[Path, Path]]:
     """Return {name: (image, target)} of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT."""
     root = Path(root)

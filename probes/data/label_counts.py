@@ -72,7 +72,10 @@ def join_counts(parts: Sequence[LabelCounts]) -> LabelCounts:
 
 
 def check_labels(
-    classes: list[str], labels: dict[str, LabelCounts], own_classes: bool, source: str
+    classes: list[str],
+    labels: dict[str, LabelCounts],
+    own_classes: bool,
+    source: str,
 ) -> None:
     """Raise if training images do not have the labels of the classes that probes are to tell apart.
 

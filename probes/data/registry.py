@@ -23,7 +23,11 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "cityscapes": Cityscapes,
 }
 TASK_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other tasks
-    "depth": {"folder": FolderDepth, "nyuv2": NYUv2Depth, "cityscapes": CityscapesDepth},
+    "depth": {
+        "folder": FolderDepth,
+        "nyuv2": NYUv2Depth,
+        "cityscapes": CityscapesDepth,
+    },
     "normals": {"folder": FolderNormals},
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }

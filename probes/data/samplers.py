@@ -31,7 +31,12 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        images: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
     ):
         self.images = images
         self.batch_size = batch_size
@@ -65,7 +70,10 @@ class TrainingBatches:
 
 
 def validation_batches(
-    images: int, batch_size: int, rank: int = 0, world_size: int = 1
+    images: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[list[int]]:
     """Return the batches of one rank; all ranks together have each image once.
 
@@ -116,7 +124,10 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
 
 
 def fold_batches(
-    fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1
+    fold_of: torch.Tensor,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[list[int]]:
     """Return the batches of one rank in a pass, fold by fold, so that all images of a batch are of the same fold.
 

@@ -17,7 +17,11 @@ from llava_bidir.common.errors import UserError
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import find_root, read_text
 
-SIZES = {"train": 1464, "trainaug": 10582, "val": 1449}
+SIZES = {
+    "train": 1464,
+    "trainaug": 10582,
+    "val": 1449,
+}
 CLASSES = [
     *(
         "background",

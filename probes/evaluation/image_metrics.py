@@ -24,7 +24,11 @@ class TaskMetric(Metric):
     full_state_update = False
 
     def __init__(
-        self, task: Task, images: int, geometry: Geometry, names: tuple[str, ...] | None = None
+        self,
+        task: Task,
+        images: int,
+        geometry: Geometry,
+        names: tuple[str, ...] | None = None,
     ):
         super().__init__()
         self.task = task

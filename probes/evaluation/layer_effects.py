@@ -47,7 +47,10 @@ def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
 
 
 def cross_validated_layers(
-    sites: list[str], task: Task, sums: Tensor, groups: Tensor | None = None
+    sites: list[str],
+    task: Task,
+    sums: Tensor,
+    groups: Tensor | None = None,
 ) -> Tensor | None:
     """Return for each image the index i64[N] of the LLM layer with the best score on the images of all other folds.
 
@@ -64,7 +67,10 @@ def cross_validated_layers(
 
 
 def sites_of_effects(
-    sites: list[str], task: Task, sums: Tensor, groups: Tensor | None = None
+    sites: list[str],
+    task: Task,
+    sums: Tensor,
+    groups: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
@@ -77,7 +83,10 @@ def sites_of_effects(
 
 
 def effects_at(
-    task: Task, sums: Tensor, sites: dict[str, Tensor], weights: Tensor
+    task: Task,
+    sums: Tensor,
+    sites: dict[str, Tensor],
+    weights: Tensor,
 ) -> dict[str, Estimate]:
     """Return the effects of `EFFECTS` at :func:`sites_of_effects`; one is missing if a site of it was not probed.
 
@@ -148,7 +157,10 @@ def effects_by_row(
 
 
 def patch_accuracies(
-    sites: list[str], counts: Counts, columns: int, weights: Tensor
+    sites: list[str],
+    counts: Counts,
+    columns: int,
+    weights: Tensor,
 ) -> dict[str, Estimate]:
     """Return the accuracy under patch 0 and over the first row of patches at each decoder layer.
 

@@ -20,7 +20,10 @@ def resampled_scores(task: Task, sums: Tensor, weights: Tensor) -> dict[str, Ten
 
 
 def swapped_scores(
-    task: Task, a: Tensor, b: Tensor, swaps: Tensor
+    task: Task,
+    a: Tensor,
+    b: Tensor,
+    swaps: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the scores f64[R, S] of two conditions on the same images after they exchange some of their images.
 

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 # steps along the path, which runs from strong to weak
-ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}
+ROWS = {
+    "stronger": -1,
+    "chosen": 0,
+    "weaker": 1,
+}
 
 
 @dataclass(frozen=True)

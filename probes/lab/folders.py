@@ -31,7 +31,11 @@ def list_folders(root: Path) -> list[str]:
 
 
 def write_folder(
-    root: Path, painting: Painting, photos: Sequence[Photo], geometry: Geometry, palette: list
+    root: Path,
+    painting: Painting,
+    photos: Sequence[Photo],
+    geometry: Geometry,
+    palette: list,
 ) -> Path:
     """Write a painting into a new folder below `root` and return its path.
 
@@ -65,7 +69,11 @@ def write_folder(
             ):
                 (partial / kind / split).mkdir(parents=True, exist_ok=True)
                 image.save(partial / kind / split / f"{i + 1:02d}.png")
-        classes = {"classes": names, "ignore_index": IGNORE_INDEX, "palette": palette[: len(names)]}
+        classes = {
+            "classes": names,
+            "ignore_index": IGNORE_INDEX,
+            "palette": palette[: len(names)],
+        }
         write_files({partial / "classes.json": classes})
     return folder
 

@@ -135,7 +135,15 @@ def load_runs(paths: Sequence[str]) -> list[LabModel]:
     for label, run in zip(labels, runs, strict=True):
         mllm = run.mllm()
         heads = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
-        models.append(LabModel(label, str(run.path), mllm, run, heads))
+        models.append(
+            LabModel(
+                label,
+                str(run.path),
+                mllm,
+                run,
+                heads,
+            )
+        )
     return models
 
 

@@ -37,7 +37,11 @@ class Photo:
 
     @classmethod
     def from_image(
-        cls, image: Image.Image, name: str, geometries: Sequence[Geometry], **more: Any
+        cls,
+        image: Image.Image,
+        name: str,
+        geometries: Sequence[Geometry],
+        **more: Any,
     ) -> "Photo":
         """Return an RGB image as a photo. Placing a square again does not change it, so that models can be asked it."""
         preview = image.copy()

@@ -137,7 +137,12 @@ def cookie_name(scope: Scope) -> str:
     return f"lab-{scope['server'][1]}"
 
 
-def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> ASGIApp:
+def build_app(
+    session: Session,
+    worker: Worker,
+    token: str,
+    hosts: set[str],
+) -> ASGIApp:
     """Return the application."""
 
     async def show_page(request: Request) -> Response:

@@ -217,7 +217,11 @@ class Session:
             )
         with job.watched(model.mllm):
             weights = model.mllm.answer_attention(
-                pixels, request.question, request.answer, [request.layer], self._knockout(request)
+                pixels,
+                request.question,
+                request.answer,
+                [request.layer],
+                self._knockout(request),
             )
         return {
             "to": _pack(weights[0, :, request.token], np.float32),
@@ -296,7 +300,11 @@ class Session:
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
-        view = View(photo=request.photo, model=request.model, intervention=request.intervention)
+        view = View(
+            photo=request.photo,
+            model=request.model,
+            intervention=request.intervention,
+        )
         if view not in self._states:
             model = self._model(request)
             pixels = self._pixels(request)

@@ -82,7 +82,13 @@ class TextTree(NamedTuple):
         for i, path in enumerate(ancestors):
             visible[i, path] = True
         of_sets = {name: torch.tensor([own == name for own in sets]) for name in TEXT_SETS}
-        return cls(torch.tensor(ids), torch.tensor(positions), visible, targets, of_sets)
+        return cls(
+            torch.tensor(ids),
+            torch.tensor(positions),
+            visible,
+            targets,
+            of_sets,
+        )
 
 
 def question_sets(is_option: Sequence[bool]) -> list[str]:
@@ -153,7 +159,14 @@ def text_states(
             sets = sets_after_image(mllm, text)
             answer_follows = cache is not None
             hooks.enter_context(
-                knockout.apply(layers, masks, is_image, len(layers), sets, answer_follows)
+                knockout.apply(
+                    layers,
+                    masks,
+                    is_image,
+                    len(layers),
+                    sets,
+                    answer_follows,
+                )
             )
 
         def replace_mask(_, args, kwargs):
@@ -283,7 +296,13 @@ def generate_answer(
         mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
     )
     options = option_tokens(mllm, [question], knockout)
-    states = text_states(mllm, pixels, TextTree.from_ids([ids], (), options), knockout, cache)
+    states = text_states(
+        mllm,
+        pixels,
+        TextTree.from_ids([ids], (), options),
+        knockout,
+        cache,
+    )
     for _ in range(min(max_new_tokens, room)):
         token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
         if token in ends:
@@ -336,7 +355,15 @@ def _decode(
             is_image = torch.cat([mllm.is_image, after_image])
             layers = mllm.decoder.layers
             sets = sets_after_image(mllm, text)
-            hooks.enter_context(knockout.apply(layers, masks, is_image, len(layers), sets))
+            hooks.enter_context(
+                knockout.apply(
+                    layers,
+                    masks,
+                    is_image,
+                    len(layers),
+                    sets,
+                )
+            )
             more = {"attention_mask": masks}
         output = mllm.decoder(
             input_ids=torch.tensor([[answer[-1]]], device=mllm.device),

@@ -99,35 +99,58 @@ def make_folds(paint: Paint, photo_width: int) -> Folds:
         paint: The patches.
         photo_width: Columns of the grid.
     """
+    by_photo = _folds_of_photos(paint)
+    if by_photo is not None:
+        return Folds(by_photo[paint.photo], True)
+    return Folds(_folds_of_blocks(paint, photo_width), False)
+
+
+def _folds_of_photos(paint: Paint) -> Tensor | None:
+    """Return the fold i64[P] of each photo; None if a concept would be in no photo of the other folds."""
     photos = int(paint.photo.max()) + 1
     concepts = int(paint.concept.max()) + 1
     shown = torch.zeros(photos, concepts, dtype=torch.bool)
     shown[paint.photo, paint.concept] = True
-    of = torch.full((photos,), -1)
+    fold_of = torch.full((photos,), -1)
     count = min(FOLDS, photos)
+    rarest_first = shown.sum(0).argsort(stable=True).tolist()
     # photos of the rarest concept go into different folds
-    for k in shown.sum(0).argsort(stable=True).tolist():
-        for photo in (shown[:, k] & (of < 0)).nonzero().flatten().tolist():
-            with_k = [int((shown[:, k] & (of == fold)).sum()) for fold in range(count)]
-            of[photo] = min(range(count), key=lambda fold: (with_k[fold], int((of == fold).sum())))
-    if all(shown[of != fold].any(0).all() for fold in range(count)):
-        return Folds(of[paint.photo], True)
+    for concept in rarest_first:
+        with_concept = shown[:, concept]
+        for photo in (with_concept & (fold_of < 0)).nonzero().flatten().tolist():
+            fullness = []
+            for fold in range(count):
+                in_fold = fold_of == fold
+                fullness.append((int((with_concept & in_fold).sum()), int(in_fold.sum())))
+            fold_of[photo] = fullness.index(min(fullness))
+    for fold in range(count):
+        left = shown[fold_of != fold]
+        if not left.any(0).all():
+            return None
+    return fold_of
+
+
+def _folds_of_blocks(paint: Paint, photo_width: int) -> Tensor | None:
+    """Return the fold i64[N] of each patch: the patches of a concept, cut along their longer side.
+
+    None if a concept has one patch only.
+    """
     sizes = paint.concept.bincount()
     count = min(FOLDS, int(sizes.min()))
     if count < 2:
-        return Folds(None, False)
+        return None
     fold = torch.empty_like(paint.concept)
     row = paint.patch // photo_width
     column = paint.patch % photo_width
-    # blocks: the patches of a concept, cut along their longer side
-    for k, size in enumerate(sizes.tolist()):
-        mine = (paint.concept == k).nonzero().flatten()
-        longer, shorter = sorted((row[mine], column[mine]), key=lambda x: -int(x.max() - x.min()))
-        order = mine[
-            (paint.photo[mine] * photo_width**2 * 4 + longer * photo_width * 2 + shorter).argsort()
-        ]
+    for concept, size in enumerate(sizes.tolist()):
+        mine = (paint.concept == concept).nonzero().flatten()
+        sides = [row[mine], column[mine]]
+        longer, shorter = sorted(sides, key=lambda side: -int(side.max() - side.min()))
+        photo = paint.photo[mine]
+        place = photo * photo_width**2 * 4 + longer * photo_width * 2 + shorter
+        order = mine[place.argsort()]
         fold[order] = torch.arange(size) * count // size
-    return Folds(fold, False)
+    return fold
 
 
 def solve_concepts(
@@ -167,17 +190,19 @@ def _solve_sites(
     best = torch.full((sites, 1), len(STRENGTHS) // 2)  # [S, F + 1], the last one of all patches
     start = points.new_zeros(sites, *points.shape[2:])
     if fold_of is not None:
-        paths, losses = _solve_path(
-            tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None], check
-        )
+        folds = torch.arange(int(fold_of.max()) + 1)
+        held = fold_of == folds[:, None]
+        paths, losses = _solve_path(tokens, y, held, check)
         total = losses.sum(2, keepdim=True)
-        # infinite where not solved
-        best = torch.cat([(total - losses).nan_to_num(torch.inf), total], 2).argmin(0)
-        points = paths[best[:, :-1], torch.arange(sites)[:, None], torch.arange(losses.shape[2])]
-        start = paths[best[:, -1], torch.arange(sites)].mean(1)
+        of_others = (total - losses).nan_to_num(torch.inf)  # infinite where not solved
+        best = torch.cat([of_others, total], 2).argmin(0)
+        site = torch.arange(sites)
+        points = paths[best[:, :-1], site[:, None], folds]
+        start = paths[best[:, -1], site].mean(1)
     seen = torch.ones(1, len(y), dtype=torch.bool)
-    problem = _Problem(tokens, y, seen, torch.tensor(STRENGTHS)[best[:, -1]])
-    points = torch.cat([points, problem.solve(start, TOLERANCE)[:, None]], 1)
+    strengths = torch.tensor(STRENGTHS)[best[:, -1]]
+    of_all = _Problem(tokens, y, seen, strengths).solve(start, TOLERANCE)
+    points = torch.cat([points, of_all[:, None]], 1)
     for s, (name, site) in enumerate(zip(states, scaled, strict=True)):
         weights = to_weights(s, points[s, ..., :-1].double()) * site.scale.double()
         result.weights[name] = weights.float()
@@ -203,16 +228,23 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
     coordinates = []
     for x in inputs:
         # x = r^T basis^T
-        basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)
+        if len(x) < x.shape[1]:
+            basis, r = torch.linalg.qr(x.T)
+        else:
+            basis = torch.eye(x.shape[1])
+            r = x.T
         axes = torch.linalg.eigh(r @ r.T)[1]
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
     padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
-    return torch.cat(
-        [padded, ones], -1
-    ), lambda s, w: w[..., : bases[s].shape[1]] @ bases[s].to(w).T
+
+    def to_weights(site: int, weights: Tensor) -> Tensor:
+        basis = bases[site].to(weights)
+        return weights[..., : basis.shape[1]] @ basis.T
+
+    return torch.cat([padded, ones], -1), to_weights
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
@@ -222,7 +254,10 @@ def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
 
 
 def _solve_path(
-    tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]
+    tokens: Tensor,
+    y: Tensor,
+    held: Tensor,
+    check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
@@ -230,16 +265,27 @@ def _solve_path(
     from its own points at the two strengths before, extrapolated, never from a solution of all patches, which has seen
     what the fold leaves out.
     """
-    (sites, patches, _), folds, concepts = tokens.shape, len(held), int(y.max()) + 1
+    sites, patches, _ = tokens.shape
+    folds = len(held)
+    concepts = int(y.max()) + 1
     weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
-    paths = tokens.new_zeros(len(STRENGTHS), sites, folds, concepts, tokens.shape[2])
+    paths = tokens.new_zeros(
+        len(STRENGTHS),
+        sites,
+        folds,
+        concepts,
+        tokens.shape[2],
+    )
     losses = tokens.new_full((len(STRENGTHS), sites, folds), torch.inf)
     left = torch.arange(sites)
     for r, strength in enumerate(STRENGTHS):
         check()
         problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
-        last, before = (paths[max(r - i, 0), left].flatten(0, 1) for i in (1, 2))
-        points = problem.solve(2 * last - before if r > 1 else last, PATH_TOLERANCE)
+        start = paths[max(r - 1, 0), left].flatten(0, 1)
+        if r > 1:
+            before = paths[r - 2, left].flatten(0, 1)
+            start = 2 * start - before
+        points = problem.solve(start, PATH_TOLERANCE)
         logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
         log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
         losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
@@ -261,7 +307,13 @@ class _Problem:
         strengths: f32[P].
     """
 
-    def __init__(self, tokens: Tensor, y: Tensor, seen: Tensor, strengths: Tensor):
+    def __init__(
+        self,
+        tokens: Tensor,
+        y: Tensor,
+        seen: Tensor,
+        strengths: Tensor,
+    ):
         self.tokens = tokens
         self.v = _concept_weights(y, seen)
         self.one_hot = torch.nn.functional.one_hot(y).float()[:, None]  # [N, 1, K]
@@ -276,7 +328,11 @@ class _Problem:
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
         return minimise(
-            self._value_and_gradient, start, scale, tolerance, pairs=deque(maxlen=MEMORY)
+            self._value_and_gradient,
+            start,
+            scale,
+            tolerance,
+            pairs=deque(maxlen=MEMORY),
         )[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:

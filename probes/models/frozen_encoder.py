@@ -24,7 +24,11 @@ BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
 
 
 def check_encoder(
-    path: str, own: str, image_attention: str | None, prefix: str | None, backend: str
+    path: str,
+    own: str,
+    image_attention: str | None,
+    prefix: str | None,
+    backend: str,
 ) -> None:
     """Raise a UserError for settings that only an MLLM has, or an attention backend that ignores masks."""
     if image_attention not in (None, own):
@@ -144,7 +148,12 @@ class FrozenEncoder(FrozenModel):
             stack.callback(handle.remove)
             for site, layer in zip(self.layer_sites[1:], self.layers, strict=True):
 
-                def after(module, args, output, site=site):
+                def after(
+                    module,
+                    args,
+                    output,
+                    site=site,
+                ):
                     return record(site, output)
 
                 stack.callback(layer.register_forward_hook(after).remove)
@@ -182,7 +191,10 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
             mask = torch.where(in_rows[:, None, None, None], cut, allowed)
 
             def replace_mask(
-                module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask
+                module: nn.Module,
+                args: tuple,
+                kwargs: dict,
+                mask: Tensor = mask,
             ) -> tuple:
                 return args[:1], kwargs | {"attention_mask": mask}
 

@@ -120,7 +120,11 @@ class Knockout:
         return cut
 
     def _tokens(
-        self, axis: str, batch: int, is_image: Tensor, text: Mapping[str, Tensor] | None
+        self,
+        axis: str,
+        batch: int,
+        is_image: Tensor,
+        text: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """Return the tokens of rows or columns, bool[B, N]."""
         found = torch.zeros(batch, len(is_image), dtype=torch.bool, device=is_image.device)
@@ -156,7 +160,13 @@ class Knockout:
             )
         return given
 
-    def _no_keys(self, image: int, token: int, columns: Tensor, is_image: Tensor) -> str:
+    def _no_keys(
+        self,
+        image: int,
+        token: int,
+        columns: Tensor,
+        is_image: Tensor,
+    ) -> str:
         """Return what to say of a token that would attend to nothing."""
         number = int(is_image[:token].sum())
         place = f"image token {number}" if is_image[token] else f"token {token}"
@@ -238,7 +248,12 @@ class Knockout:
         with ExitStack() as hooks:
             for layer in cut_layers:
 
-                def hook(_, args, kwargs, layer=layer):
+                def hook(
+                    _,
+                    args,
+                    kwargs,
+                    layer=layer,
+                ):
                     return (args, replace(layer, kwargs))
 
                 hooks.callback(

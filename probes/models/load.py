@@ -93,7 +93,12 @@ def load(
         backend = attn_implementation or "sdpa"
         check_encoder(path, own, image_attention, prefix, backend)
     model = load_weights(
-        "MLLM", family.model_cls, path, attn_implementation=backend, **options, **hub
+        "MLLM",
+        family.model_cls,
+        path,
+        attn_implementation=backend,
+        **options,
+        **hub,
     )
     processors, resize = read_image_processors(path, family, **hub)
     resize = image_resize or getattr(config, "image_resize", None) or resize

@@ -42,7 +42,10 @@ def _relative_update(before: Tensor, after: Tensor) -> float:
 
 
 def match_updates(
-    mllm: nn.Module, pixels: Tensor, updates: Sequence[float], scales: list[float]
+    mllm: nn.Module,
+    pixels: Tensor,
+    updates: Sequence[float],
+    scales: list[float],
 ) -> None:
     """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
 
@@ -66,7 +69,11 @@ def match_updates(
         attended = output
 
     def match(
-        layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple
+        layer: int,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        output: Tensor | tuple,
     ) -> Tensor | tuple:
         nonlocal before
         if layer == 0:
@@ -116,7 +123,13 @@ def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
         return hooks.pop_all()
 
 
-def _scaled_output(scales: Sequence[float], layer: int, module: nn.Module, args: tuple, output):
+def _scaled_output(
+    scales: Sequence[float],
+    layer: int,
+    module: nn.Module,
+    args: tuple,
+    output,
+):
     if isinstance(output, tuple):
         return (output[0] * scales[layer], *output[1:])
     return output * scales[layer]

@@ -147,7 +147,11 @@ class MeasuredMask:
             share = None
         names = [layer_site(layers[i] + 1) for i in differs.any(1).nonzero().flatten().tolist()]
         return Direction(
-            name, moved.float().mean().item(), share, wrong.float().mean().item(), names
+            name,
+            moved.float().mean().item(),
+            share,
+            wrong.float().mean().item(),
+            names,
         )
 
 
@@ -177,7 +181,13 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     with ExitStack() as stack:
         for i, layer in enumerate(mllm.decoder.layers):
 
-            def disturb(module, args, kwargs, output, i=i):
+            def disturb(
+                module,
+                args,
+                kwargs,
+                output,
+                i=i,
+            ):
                 moved[i] = _moved_tokens(module, args, kwargs, output, blocks, generator)
 
             stack.callback(layer.register_forward_hook(disturb, with_kwargs=True).remove)
@@ -257,7 +267,12 @@ def _threshold(movement: Tensor) -> float:
     return float(levels[widest : widest + 2].mean().exp())
 
 
-def _run_again(layer: nn.Module, states: Tensor, args: tuple, kwargs: dict) -> Tensor:
+def _run_again(
+    layer: nn.Module,
+    states: Tensor,
+    args: tuple,
+    kwargs: dict,
+) -> Tensor:
     """Return the output of a layer on other states. Dictionaries that layers share keep what is in them."""
     kwargs = {
         name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()
@@ -288,7 +303,12 @@ def _kinds_of_layers(text_config: PreTrainedConfig, layers: int) -> list[str]:
     return layer_kinds(text_config) * layers
 
 
-def _claimed(mllm: nn.Module, is_image: Tensor, kinds: list[str], blocks: list[Tensor]) -> Tensor:
+def _claimed(
+    mllm: nn.Module,
+    is_image: Tensor,
+    kinds: list[str],
+    blocks: list[Tensor],
+) -> Tensor:
     """Return which tokens may attend to a token of each block, bool[L, N, K], by the name of the mask."""
     text_config = mllm.model.config.get_text_config()
     distinct = list(dict.fromkeys(kinds))

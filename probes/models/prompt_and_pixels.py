@@ -102,7 +102,12 @@ def read_image_processors(
     return processors, family.image_resize or ("pad" if settings.get("do_pad") else crop)
 
 
-def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub: Any) -> list[int]:
+def read_prefix_ids(
+    path: str,
+    family: Family,
+    prefix: str | None = None,
+    **hub: Any,
+) -> list[int]:
     """Return the token ids before the first image token, of `prefix` or of the chat template up to the image.
 
     Raises:

@@ -145,7 +145,13 @@ def replace_weights(
     try:
         for module in moved:
             module.cpu()
-        reinitialize(mllm.model, mllm.family, parts, seed + DRAW_SEEDS * draw, match)
+        reinitialize(
+            mllm.model,
+            mllm.family,
+            parts,
+            seed + DRAW_SEEDS * draw,
+            match,
+        )
     finally:
         for module in moved:
             module.to(device)

@@ -42,7 +42,13 @@ def read_states(
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     mllm.check_pixels(pixels)
     rows = None if rows is None else [int(row) for row in rows]
-    plan = _shared_rows(mllm, len(pixels), knockout, rows, hooks)
+    plan = _shared_rows(
+        mllm,
+        len(pixels),
+        knockout,
+        rows,
+        hooks,
+    )
     given = pixels
 
     def of_rows(tensor: Tensor) -> Tensor:
@@ -99,7 +105,11 @@ def read_states(
                 mllm.model, pixels, mllm.is_image[start:].expand(images, -1)
             )
         with suppress(StopForward):
-            run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
+            run(
+                **mllm.cached(cache),
+                use_cache=cache is not None,
+                **inputs,
+            )
     if skipped:  # so is the encoder
         skipped = [*(site for site in wanted if is_encoder_layer(site)), *skipped]
     states |= {
@@ -141,7 +151,10 @@ def _shared_rows(
 
 @contextmanager
 def _recorded_states(
-    mllm: nn.Module, wanted: list[str], batch: int, start: int
+    mllm: nn.Module,
+    wanted: list[str],
+    batch: int,
+    start: int,
 ) -> Iterator[dict[str, Tensor]]:
     """Record the wanted sites while the context is open, and end the forward after the last of them."""
     states: dict[str, Tensor] = {}
@@ -177,7 +190,12 @@ def _recorded_states(
         )
         for site in (site for site in wanted if site in modules):
 
-            def hook(_, args, out, site=site):
+            def hook(
+                _,
+                args,
+                out,
+                site=site,
+            ):
                 return record(site, out[0] if isinstance(out, tuple) else out)
 
             stack.callback(modules[site].register_forward_hook(hook).remove)
@@ -186,7 +204,10 @@ def _recorded_states(
 
 @contextmanager
 def _recorded_encoder_layers(
-    mllm: nn.Module, wanted: list[str], batch: int, record: Callable[[str, Tensor], None]
+    mllm: nn.Module,
+    wanted: list[str],
+    batch: int,
+    record: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Record the wanted layers of the encoder while the context is open."""
     encoder = mllm.encoder_layers
@@ -204,7 +225,12 @@ def _recorded_encoder_layers(
             if site not in wanted:
                 continue
 
-            def after(_, args: tuple, out: Tensor | tuple, site: str = site) -> None:
+            def after(
+                _,
+                args: tuple,
+                out: Tensor | tuple,
+                site: str = site,
+            ) -> None:
                 hidden = out[0] if isinstance(out, tuple) else out
                 record(site, encoder.to_tokens(hidden, batch))
 

@@ -99,7 +99,13 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
         for layer, rows in zip(layers, plan, strict=True):
             for module, take in ((layer, take_parents), (layer.self_attn, take_masks)):
 
-                def hook(_, args, kwargs, take=take, rows=rows):
+                def hook(
+                    _,
+                    args,
+                    kwargs,
+                    take=take,
+                    rows=rows,
+                ):
                     return take(rows, args, kwargs)
 
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -52,14 +52,20 @@ def replaced_states(
                 return states.index_copy(1, of_image, new.to(states))
 
             def before(
-                _, args: tuple, kwargs: dict, replace: Replacement = replace
+                _,
+                args: tuple,
+                kwargs: dict,
+                replace: Replacement = replace,
             ) -> tuple[tuple, dict]:
                 if args:
                     return (replace(args[0]), *args[1:]), kwargs
                 return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
 
             def after(
-                _, args: tuple, out: Tensor | tuple, replace: Replacement = replace
+                _,
+                args: tuple,
+                out: Tensor | tuple,
+                replace: Replacement = replace,
             ) -> Tensor | tuple:
                 return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
 

@@ -20,6 +20,7 @@ from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.ops.geometry import Geometry
+
 from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
 from .knockout import Knockout
 from .random_init import random_layers
@@ -150,7 +151,12 @@ def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.Data
     return pd.DataFrame(rows, columns=["site", "score", "low", "high", "chance"])
 
 
-def _score(right: Tensor, paint: Paint, concepts: int, folds: Folds) -> tuple[float, float, float]:
+def _score(
+    right: Tensor,
+    paint: Paint,
+    concepts: int,
+    folds: Folds,
+) -> tuple[float, float, float]:
     """Return mean accuracy of the concepts, and its 95% interval over photos: the jackknife with Student's t.
 
     Probes of different folds have seen the same photos, so the variance is multiplied by 1 + F / (F - 1) for F folds.

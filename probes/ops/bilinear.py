@@ -112,7 +112,15 @@ def make_plan(
         last = first + len(list(group))
         for start in range(first, last, most):
             stop = min(start + most, last)
-            bands.append(Band(start, stop, lo, hi, fractions[start:stop]))
+            bands.append(
+                Band(
+                    start,
+                    stop,
+                    lo,
+                    hi,
+                    fractions[start:stop],
+                )
+            )
         first = last
     highest = max(band.stop - band.start for band in bands)
     # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
@@ -166,13 +174,27 @@ def upsampled_argmax(
 
         rows, cols = cells((h, w), size, view or GridPlacement.full(size), logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
-    plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
+    plan = make_plan(
+        max(1, len(grids)),
+        classes,
+        (h, w),
+        size,
+        dtype,
+        logits.device,
+        view=view,
+    )
     out = logits.new_empty(
         (len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16
     )
     # max() with indices does not vectorise. Instead, the maxima are marked and multiplied with class numbers in
     # descending order. The highest product belongs to the first maximum, as in argmax.
-    numbers = torch.arange(classes - 1, -1, -1, dtype=dtype, device=logits.device)[:, None]
+    numbers = torch.arange(
+        classes - 1,
+        -1,
+        -1,
+        dtype=dtype,
+        device=logits.device,
+    )[:, None]
     with torch.autocast(logits.device.type, enabled=False):
         for first in range(0, len(grids), plan.images):
             images = slice(first, first + plan.images)

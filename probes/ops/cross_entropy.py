@@ -84,7 +84,13 @@ def upsampled_cross_entropy(
             )
         dtype = compute_dtype(logits)
         masks = prepare_masks(
-            target, classes, tuple(grid), nodes, ignore_index, view=view, dtype=dtype
+            target,
+            classes,
+            tuple(grid),
+            nodes,
+            ignore_index,
+            view=view,
+            dtype=dtype,
         )
     elif tuple(masks.soft.shape) != (n_images, classes, *grid):
         raise ValueError(
@@ -97,7 +103,12 @@ def upsampled_cross_entropy(
     return losses if logits.ndim == 5 else losses[0]
 
 
-def quadrature_error(logits: Tensor, target: Tensor, nodes: int, **options) -> Tensor:
+def quadrature_error(
+    logits: Tensor,
+    target: Tensor,
+    nodes: int,
+    **options,
+) -> Tensor:
     """Return an estimate of the loss's error with `nodes` nodes, in nats per pixel: the change by one more node.
 
     Args:
@@ -115,7 +126,12 @@ class _CrossEntropySum(torch.autograd.Function):
     """Sum over valid pixels, f[P, B, K, h, w] -> f[P]; the gradient is computed in forward."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, masks: PreparedMasks, needs_grad: bool) -> Tensor:
+    def forward(
+        ctx,
+        logits: Tensor,
+        masks: PreparedMasks,
+        needs_grad: bool,
+    ) -> Tensor:
         totals, grads = loss_and_gradient(logits, masks, needs_grad)
         ctx.save_for_backward(grads)
         ctx.logits_dtype = logits.dtype
@@ -159,7 +175,11 @@ def loss_and_gradient(
                     chunk = slice(p, p + p_step), part
                     z = logits[chunk].to(dtype)
                     totals[chunk], grad = _integrate(
-                        z, *weights, rows.to(dtype), cols.to(dtype), needs_grad
+                        z,
+                        *weights,
+                        rows.to(dtype),
+                        cols.to(dtype),
+                        needs_grad,
                     )
                     if needs_grad:
                         grads[chunk] = grad
@@ -167,7 +187,12 @@ def loss_and_gradient(
 
 
 def _integrate(
-    logits: Tensor, mass: Tensor, soft: Tensor, rows: Tensor, cols: Tensor, needs_grad: bool
+    logits: Tensor,
+    mass: Tensor,
+    soft: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return :func:`loss_and_gradient` of logits f[P, B, K, h, w] in one chunk, in two matrix products each way."""
     by_row = logits.movedim(3, 0).contiguous()  # [h, P, B, K, w]

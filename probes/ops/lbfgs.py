@@ -97,7 +97,12 @@ def minimise(
     return Minimum(points.view(shape), value, gradient.view(shape), decrease)
 
 
-def change_units(pairs: deque, before: Tensor, after: Tensor, added: Tensor) -> None:
+def change_units(
+    pairs: deque,
+    before: Tensor,
+    after: Tensor,
+    added: Tensor,
+) -> None:
     """Bring pairs into the units of a later call of :func:`minimise`, whose objectives have another penalty.
 
     Args:

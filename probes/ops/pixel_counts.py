@@ -42,7 +42,11 @@ class Counts(NamedTuple):
 
 @torch.no_grad()
 def count(
-    logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True
+    logits: Tensor,
+    target: Tensor,
+    view: GridPlacement | None = None,
+    *,
+    by_token: bool = True,
 ) -> Counts:
     """Upsample logits, take the argmax per pixel and count, without storing the predicted maps.
 
@@ -84,7 +88,12 @@ def _image_chunks(target: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
 
 
-def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool) -> Counts:
+def _count_chunk(
+    logits: Tensor,
+    target: Tensor,
+    view: GridPlacement,
+    by_token: bool,
+) -> Counts:
     sites, images, classes, *grid = logits.shape
     size = tuple(target.shape[1:])
     tokens = grid[0] * grid[1]
@@ -104,12 +113,21 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
     intersection, predicted, patch_right = (x.long() for x in predictions)
     if not by_token:
         patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
-    return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid)
+    return Counts(
+        intersection,
+        predicted,
+        labelled,
+        patch_right.flatten(2),
+        patch_valid,
+    )
 
 
 @lru_cache(maxsize=64)
 def _token_of_pixel(
-    view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device
+    view: GridPlacement,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
     row, column = view.token_of_pixel(grid, size)
@@ -120,7 +138,11 @@ def _token_of_pixel(
 
 
 def _count_predictions(
-    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: GridPlacement
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    token: Tensor,
+    view: GridPlacement,
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T], in chunks of maps."""
     (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
@@ -161,7 +183,10 @@ def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:
 
 
 def patch_labels(
-    target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement | None = None
+    target: Tensor,
+    classes: int,
+    grid: tuple[int, int],
+    view: GridPlacement | None = None,
 ) -> Tensor:
     """Return the majority class of the labelled pixels under each token, i64[B, T]; -1 if none is labelled.
 
@@ -179,7 +204,10 @@ def patch_labels(
 
 
 def _patch_labels(
-    target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement
+    target: Tensor,
+    classes: int,
+    grid: tuple[int, int],
+    view: GridPlacement,
 ) -> Tensor:
     images = len(target)
     tokens = grid[0] * grid[1]

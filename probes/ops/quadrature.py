@@ -89,7 +89,11 @@ def join_masks(parts: Sequence[PreparedMasks]) -> PreparedMasks:
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("mass", "soft", "pixels")
     }
-    return PreparedMasks(**tensors, rules=tuple(rules), rule_of=tuple(rule_of))
+    return PreparedMasks(
+        **tensors,
+        rules=tuple(rules),
+        rule_of=tuple(rule_of),
+    )
 
 
 def _find_rule(rules: list[tuple[Tensor, Tensor]], rule: tuple[Tensor, Tensor]) -> int:
@@ -151,7 +155,11 @@ def prepare_masks(
         for k in _classes_in(target, num_classes, ignore_index):
             soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
     return PreparedMasks(
-        mass, soft, labelled.sum((1, 2)).double(), ((rows, cols),), (0,) * len(target)
+        mass,
+        soft,
+        labelled.sum((1, 2)).double(),
+        ((rows, cols),),
+        (0,) * len(target),
     )
 
 
@@ -174,7 +182,10 @@ def _classes_in(target: Tensor, classes: int, ignore_index: int) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def axis_rule(
-    tokens: int, pixels: int, extent: AxisExtent, nodes: int | None
+    tokens: int,
+    pixels: int,
+    extent: AxisExtent,
+    nodes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the nodes of an axis: interpolation from the tokens, f64[M, tokens], and to pixels, f64[pixels, M].
 

@@ -127,7 +127,11 @@ def last_layer(sites: list[str]) -> str | None:
 def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     score = run.task.score
     return [
-        {"site": site["site"], "value": site[score], "ci95": site[f"{score}_ci95"]}
+        {
+            "site": site["site"],
+            "value": site[score],
+            "ci95": site[f"{score}_ci95"],
+        }
         for site in run.metrics["sites"]
     ]
 

@@ -86,7 +86,11 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
 
 
 def _entry(
-    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers, path: Rows
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    numbers: StudyNumbers,
+    path: Rows,
 ) -> dict[str, Any]:
     sign = CLAIMS[claim].sign
     key = (claim, mask)
@@ -198,7 +202,13 @@ def measure_runs(
     if both and all(site in run.sites for run in pair):
         check_pair(*pair)
         causal, bidirectional = (effects[str(run.path)] for run in pair)
-        _add_differences_of_masks(numbers, causal, bidirectional, site, pair[0])
+        _add_differences_of_masks(
+            numbers,
+            causal,
+            bidirectional,
+            site,
+            pair[0],
+        )
     return numbers
 
 
@@ -231,7 +241,12 @@ def _compared_masks(claim: str, mask: str) -> Sequence[str]:
     return MASKS if CLAIMS[claim].between_masks else [mask]
 
 
-def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers) -> dict[str, Any]:
+def _paper_column(
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    numbers: StudyNumbers,
+) -> dict[str, Any]:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     estimate = numbers.main.paper[claim, mask]
     measured = estimate.json()
@@ -242,11 +257,20 @@ def _paper_column(study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.paper.get((claim, mask))
     below = solved and (solved - estimate).json()
-    return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
+    return column(
+        CLAIMS[claim].sign,
+        **measured,
+        probes="trained",
+        below_optimum=below,
+    )
 
 
 def _optimum_column(
-    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers, path: Rows
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    numbers: StudyNumbers,
+    path: Rows,
 ) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
     sign = CLAIMS[claim].sign
@@ -295,7 +319,10 @@ def _no_contrast(run: ProbeRun) -> str:
 
 
 def _beyond_random_column(
-    study: StudyRuns, claim: str, mask: str, numbers: StudyNumbers
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    numbers: StudyNumbers,
 ) -> dict[str, Any]:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
@@ -345,7 +372,12 @@ def _draws_without(analysis: str, runs: str) -> str:
     )
 
 
-def _command(command: str, study: StudyRuns, mask: str, options: str = "") -> str:
+def _command(
+    command: str,
+    study: StudyRuns,
+    mask: str,
+    options: str = "",
+) -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
     run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
     mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""

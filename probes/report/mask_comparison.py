@@ -64,7 +64,10 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str
 
 
 def _compare_effects(
-    causal: ProbeRun, bidirectional: ProbeRun, sites: list[str], swapped: list[Tensor]
+    causal: ProbeRun,
+    bidirectional: ProbeRun,
+    sites: list[str],
+    swapped: list[Tensor],
 ) -> list[dict[str, Any]]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
@@ -80,6 +83,11 @@ def _compare_effects(
         permuted = effect(swapped[1]) - effect(swapped[0])
         p = p_values(permuted[:, None])[0].item()
         entries.append(
-            {"effect": name, "difference": difference.value, "ci95": difference.ci95, "p": p}
+            {
+                "effect": name,
+                "difference": difference.value,
+                "ci95": difference.ci95,
+                "p": p,
+            }
         )
     return entries

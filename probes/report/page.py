@@ -171,7 +171,11 @@ def _write_files(
         explorer=(out / "explorer.html").is_file(),
         unfinished=[*map(describe_step, unfinished)],
     )
-    several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
+    several = {
+        "seed": by_study[0]["seed"],
+        "studies": by_study,
+        "joint": joint,
+    }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks} if tasks else {}
     results |= {"unfinished": unfinished} if unfinished else {}
@@ -196,7 +200,12 @@ def _earlier_files(out: Path) -> set[Path]:
     }
 
 
-def _build_part(study: StudyRuns, out: Path, folder: str, files: Files) -> dict[str, Any]:
+def _build_part(
+    study: StudyRuns,
+    out: Path,
+    folder: str,
+    files: Files,
+) -> dict[str, Any]:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
     claims = evaluate_claims(study)
     out = out / folder

@@ -54,7 +54,10 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
 
 
 def _layers_section(
-    study: StudyRuns, notes: list[str], tables: dict[str, Rows], results: dict[str, Any]
+    study: StudyRuns,
+    notes: list[str],
+    tables: dict[str, Rows],
+    results: dict[str, Any],
 ) -> PageSection:
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:

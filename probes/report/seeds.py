@@ -41,7 +41,11 @@ def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> li
         return len(data(members)) < len(members)  # some seeds have the same validation images
 
     return [
-        {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
+        {
+            "model": model,
+            "dataset": dataset,
+            "seeds": [study.seed for study in members],
+        }
         | _joint_claims({study.seed: claims[study.slug] for study in members}, shared(members))
         for (model, dataset), members in studies_by_model(studies).items()
     ]
@@ -68,7 +72,13 @@ def _joint_claims(
     left_out = []
     for claim, mask in dict.fromkeys(key for claims in by_key.values() for key in claims):
         if lacking := [seed for seed, claims in by_key.items() if (claim, mask) not in claims]:
-            left_out.append({"claim": claim, "image_attention": mask, "lacking": lacking})
+            left_out.append(
+                {
+                    "claim": claim,
+                    "image_attention": mask,
+                    "lacking": lacking,
+                }
+            )
         entries = {
             seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims
         }
@@ -88,7 +98,13 @@ def _joint_claims(
         value = verdicts["paper"]["value"]
         ci95 = verdicts["paper"]["ci95"]
         joint.append(
-            {"claim": claim, "image_attention": mask, "text": text, "value": value, "ci95": ci95}
+            {
+                "claim": claim,
+                "image_attention": mask,
+                "text": text,
+                "value": value,
+                "ci95": ci95,
+            }
             | {
                 "holds": value is not None and judge(sign, value, ci95) == HOLDS,
                 "verdicts": verdicts,
@@ -149,7 +165,13 @@ def join_column(
     if len(judged) < 2:
         return untested(reason, value, ci95, **more)
     if "p" in entries[0]:
-        return margin_column(sign, value, ci95, len(entries) - 1, **more)
+        return margin_column(
+            sign,
+            value,
+            ci95,
+            len(entries) - 1,
+            **more,
+        )
     # the column "paper"
     below = [entry["below_optimum"] for entry in entries if entry["below_optimum"]]
     more["below_optimum"] = (

@@ -32,7 +32,12 @@ def site_rows(study: StudyRuns) -> Rows:
     return [row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, solved)]
 
 
-def _rows_of_run(study: StudyRuns, mask: str, run: ProbeRun, solved: bool) -> Rows:
+def _rows_of_run(
+    study: StudyRuns,
+    mask: str,
+    run: ProbeRun,
+    solved: bool,
+) -> Rows:
     """Return the rows of one mask."""
     own = run.site_scores()
     draws = {
@@ -44,13 +49,22 @@ def _rows_of_run(study: StudyRuns, mask: str, run: ProbeRun, solved: bool) -> Ro
         site = entry["site"]
         part = _random_part(site)
         others = [scores[site] for scores in draws.get(part, ()) if site in scores]
-        row = {"image_attention": mask, "site": site, "miou": entry["miou"]}
+        row = {
+            "image_attention": mask,
+            "site": site,
+            "miou": entry["miou"],
+        }
         row |= bounds(entry["miou_ci95"])
         rows.append(row | _compare(own[site], others))
     return rows
 
 
-def _random_runs(study: StudyRuns, part: str, mask: str, solved: bool) -> list[ProbeRun]:
+def _random_runs(
+    study: StudyRuns,
+    part: str,
+    mask: str,
+    solved: bool,
+) -> list[ProbeRun]:
     """Return the draws of a random part; those of an adapter serve all masks, which it does not depend on."""
     runs = []
     for draw in study.random_draws(part, solved):
@@ -72,7 +86,11 @@ def _random_part(site: str) -> str | None:
 
 def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
     """Return the columns of the random models."""
-    row = {"random": None, "draws": len(others), "difference": None}
+    row = {
+        "random": None,
+        "draws": len(others),
+        "difference": None,
+    }
     row |= bounds([None, None], "difference_")
     if not others:
         return row

@@ -24,7 +24,12 @@ COLUMN_TITLES = {
     "optimum": "At the optimum",
     "beyond_random": "Beyond random",
 }
-MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
+MARKS = {
+    HOLDS: "✓",
+    FAILS: "✗",
+    REVERSED: "✗",
+    UNTESTED: "–",
+}
 # a bootstrap interval of the mean of 10 normal numbers has the true one in 90% of cases, of 2 in 50%
 FEW_IMAGES = 10
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
@@ -67,7 +72,12 @@ def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
     grouped: dict[str, dict[str, Any]] = {}
     for claim in claims:
         text, _, source = claim["text"].partition(": ")
-        entry = {"text": text, "source": source, "truth": claim.get("truth"), "by_mask": {}}
+        entry = {
+            "text": text,
+            "source": source,
+            "truth": claim.get("truth"),
+            "by_mask": {},
+        }
         grouped.setdefault(claim["claim"], entry)["by_mask"][claim["image_attention"]] = claim
 
     def tested(entry):
@@ -183,7 +193,11 @@ def format_sites(sites: Rows) -> list[str]:
     shown = shown_rows(sites)
     with_random = any(row["random"] for row in shown)
     keys = ["mask", "site", "score", "interval"]
-    titles = {"mask": "attention", "score": "mIoU", "interval": "95% interval"}
+    titles = {
+        "mask": "attention",
+        "score": "mIoU",
+        "interval": "95% interval",
+    }
     if with_random:
         keys += ["random", "difference"]
     keys.append("best")

@@ -66,7 +66,11 @@ def table2(studies: list[StudyRuns]) -> Rows:
         for mask, run in study.trained.items()
     ]
     return rows + [
-        {"model": f"paper, {encoder}, ADE20K", "image_attention": mask, "probes": "trained"}
+        {
+            "model": f"paper, {encoder}, ADE20K",
+            "image_attention": mask,
+            "probes": "trained",
+        }
         | _paper_row(encoder, mask)
         | {FINAL_NORM: None}
         | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}
@@ -86,7 +90,12 @@ def _paper_row(encoder: str, mask: str) -> dict[str, float]:
 def class_rows(study: StudyRuns) -> Rows:
     """Return the IoU per class and site."""
     return [
-        run_columns(run) | {"site": entry["site"], "class": name, "iou": iou}
+        run_columns(run)
+        | {
+            "site": entry["site"],
+            "class": name,
+            "iou": iou,
+        }
         for run in study.runs
         for entry in run.metrics["sites"]
         for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)

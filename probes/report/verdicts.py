@@ -47,7 +47,12 @@ ALPHA = 0.05  # level of p-values
 POWER = 0.8  # at which an effect counts as detectable
 
 
-def judge(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0) -> str:
+def judge(
+    sign: int,
+    value: float,
+    ci95: Sequence[float],
+    margin: float = 0.0,
+) -> str:
     """Return the verdict of a value and its interval about a claim of this sign."""
     low, high = sorted(sign * bound for bound in ci95)
     if abs(value) < margin or low <= 0 <= high:
@@ -56,10 +61,18 @@ def judge(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0) -
 
 
 def column(
-    sign: int, value: float, ci95: Sequence[float], margin: float = 0.0, **more: Any
+    sign: int,
+    value: float,
+    ci95: Sequence[float],
+    margin: float = 0.0,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
-    entry = {"value": value, "ci95": list(ci95), "verdict": judge(sign, value, ci95, margin)} | more
+    entry = {
+        "value": value,
+        "ci95": list(ci95),
+        "verdict": judge(sign, value, ci95, margin),
+    } | more
     return entry | ({"detectable": detectable(ci95, margin)} if entry["verdict"] == FAILS else {})
 
 
@@ -70,7 +83,10 @@ def detectable(ci95: Sequence[float], margin: float) -> float:
 
 
 def untested(
-    reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
+    reason: str,
+    value: float | None = None,
+    ci95: Sequence[float] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a column without a verdict, and why."""
     return {
@@ -90,7 +106,11 @@ def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, A
     needed = [verdicts[name] for name in COLUMNS[1:]]
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
     if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
-        result = {"supported": None, "conclusion": UNTESTED, "reason": missing[0]}
+        result = {
+            "supported": None,
+            "conclusion": UNTESTED,
+            "reason": missing[0],
+        }
     elif optimum == HOLDS:
         if beyond == HOLDS:
             conclusion = SUPPORTED
@@ -155,19 +175,39 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
     if verdicts == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
     p = max(p_value(sign, row["value"], [standard_error(ci95(row))]) for row in converged)
-    more = {"row": worst["row"], "strengths": len(rows), "converged": len(converged), "p": p}
-    entry = column(sign, worst["value"], ci95(worst), MARGIN, **more)
+    more = {
+        "row": worst["row"],
+        "strengths": len(rows),
+        "converged": len(converged),
+        "p": p,
+    }
+    entry = column(
+        sign,
+        worst["value"],
+        ci95(worst),
+        MARGIN,
+        **more,
+    )
     if len(verdicts) > 1:  # holds at some strengths only
         entry |= {"verdict": FAILS, "detectable": detectable(ci95(worst), MARGIN)}
     return entry
 
 
 def margin_column(
-    sign: int, value: float, ci95: Sequence[float], df: float = math.inf, **more: Any
+    sign: int,
+    value: float,
+    ci95: Sequence[float],
+    df: float = math.inf,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
     return column(
-        sign, value, ci95, MARGIN, p=p_value(sign, value, [standard_error(ci95, df)]), **more
+        sign,
+        value,
+        ci95,
+        MARGIN,
+        p=p_value(sign, value, [standard_error(ci95, df)]),
+        **more,
     )
 
 

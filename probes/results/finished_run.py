@@ -247,7 +247,12 @@ class FinishedRun:
         effects = layer_effects(self.sites, self.task, self.sums, self.weights, self.groups)
         if self.is_solved:
             effects |= effects_by_row(
-                self.sites, self.strengths, self.task, self.path_sums(), self.weights, self.groups
+                self.sites,
+                self.strengths,
+                self.task,
+                self.path_sums(),
+                self.weights,
+                self.groups,
             )
         return effects
 
@@ -370,7 +375,13 @@ class FinishedRun:
         """
         data = self.manifest["data"]
         targets = self.task.targets
-        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"), targets)
+        dataset = open_dataset(
+            data["dataset"],
+            data["root"],
+            split,
+            data.get("options"),
+            targets,
+        )
         self._check_unchanged("data", lambda: split_identity(split, dataset))
         return dataset
 
@@ -438,7 +449,11 @@ class FinishedRun:
             prefix = f"{site['site']}."
             with error_context(self.path / "probes.safetensors"):
                 probe = Probe(
-                    site["dim"], self.channels, grid, settings["feature_norm"], settings["head"]
+                    site["dim"],
+                    self.channels,
+                    grid,
+                    settings["feature_norm"],
+                    settings["head"],
                 )
                 probe.load_state_dict(
                     {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

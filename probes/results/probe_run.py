@@ -24,7 +24,11 @@ COUNTS = {
 }
 COUNTS |= {"confusion": "SKK", "group": "N"}  # the first in runs of earlier versions
 # R solved strengths of each site
-PATH = {"optimum/intersection": "RSNK", "optimum/predicted": "RSNK", "optimum/cross_entropy": "RSN"}
+PATH = {
+    "optimum/intersection": "RSNK",
+    "optimum/predicted": "RSNK",
+    "optimum/cross_entropy": "RSN",
+}
 
 
 def check_tensors(
@@ -83,7 +87,13 @@ class ProbeRun(FinishedRun):
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = self._read("counts.safetensors")
         path = self.path / "counts.safetensors"
-        check_tensors(tensors, path, COUNTS, self._sizes, list(COUNTS)[:5])
+        check_tensors(
+            tensors,
+            path,
+            COUNTS,
+            self._sizes,
+            list(COUNTS)[:5],
+        )
         check_totals(Counts(*(tensors[name] for name in list(COUNTS)[:5])), str(path))
         return tensors
 
@@ -116,12 +126,22 @@ class ProbeRun(FinishedRun):
         sizes = self._sizes | {"R": len(self.strengths.solved[0])}
         tensors = self._read(path.name)
         labelled = self.counts.labelled
-        check_tensors(tensors, path, PATH, sizes, list(PATH))
+        check_tensors(
+            tensors,
+            path,
+            PATH,
+            sizes,
+            list(PATH),
+        )
         intersection, predicted, _ = (tensors[name] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
         counts = [
             Counts(
-                right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid
+                right,
+                total,
+                labelled,
+                patch_right=right.sum(-1, keepdim=True),
+                patch_valid=valid,
             )
             for right, total in zip(intersection, predicted, strict=True)
         ]

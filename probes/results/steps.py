@@ -14,7 +14,13 @@ def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
         record = read_json(file)
         for key, outcome in OUTCOMES.items():
             if record.get(key):
-                found.append({"step": record["step"], "outcome": outcome, "reason": record[key]})
+                found.append(
+                    {
+                        "step": record["step"],
+                        "outcome": outcome,
+                        "reason": record[key],
+                    }
+                )
     return found
 
 

@@ -57,7 +57,11 @@ class StudyRuns:
             if main or run.metrics["image_attention"] not in self.trained:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
                 log.warning(
-                    text, run.path, kinds[run.is_solved], self.title, kinds[not run.is_solved]
+                    text,
+                    run.path,
+                    kinds[run.is_solved],
+                    self.title,
+                    kinds[not run.is_solved],
                 )
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
@@ -231,7 +235,12 @@ def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     return list(groups.values())
 
 
-def check_differ(run: FinishedRun, other: FinishedRun, sites: Iterable[str], advice: str) -> None:
+def check_differ(
+    run: FinishedRun,
+    other: FinishedRun,
+    sites: Iterable[str],
+    advice: str,
+) -> None:
     """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
     shared = [site for site in sites if site in run.content and site in other.content]
     if shared and all(run.content[site] == other.content[site] for site in shared):

@@ -20,26 +20,68 @@ def build_parser() -> ArgumentParser:
     )
     text = "checkpoint directory or hub id, or two of them as causal=DIR bidirectional=DIR; then a folder of images "
     text += "and masks (probes/README.md), or the name of a layout (ade20k, with --data.root DIR)"
-    parser.add_argument("inputs", nargs="+", metavar="MODEL ... DATA", help=text)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the study")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="MODEL ... DATA",
+        help=text,
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the study",
+    )
     text = "draws of random LLMs, and of random adapters"
-    parser.add_argument("--draws", type=int, default=3, metavar="N", help=text)
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=3,
+        metavar="N",
+        help=text,
+    )
     text = "arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws)"
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=text)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help=text,
+    )
     parser.add_argument("--fit", action="store_true", help="also train probes, as the paper does")
     text = "other tasks: depth, normals, boundaries"
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=text)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help=text,
+    )
     further = ", ".join(name for name, analysis in ANALYSES.items() if not analysis.default)
     text = f"further analyses ({further}), or options of one: knockout.classes=sky,road"
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME[.OPTION=VALUE]", help=text)
+    parser.add_argument(
+        "--add",
+        nargs="+",
+        default=[],
+        metavar="NAME[.OPTION=VALUE]",
+        help=text,
+    )
     text = f"only these steps: {', '.join(['solve', 'fit', *ANALYSES, 'report'])}"
-    parser.add_argument("--only", nargs="+", metavar="STEP", help=text)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="STEP",
+        help=text,
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the steps, time, disk and detectable effect"
     )
     text = "`true`: replace results that other settings, models or images have made"
     parser.add_argument(
-        "--overwrite", choices=["true", "false"], default="false", metavar="BOOL", help=text
+        "--overwrite",
+        choices=["true", "false"],
+        default="false",
+        metavar="BOOL",
+        help=text,
     )
     return parser
 
@@ -62,7 +104,13 @@ def main(argv: list[str]) -> None:
     tuples = {key: tuple(getattr(args, key)) for key in ("tasks", "add")}
     tuples |= {key: getattr(args, key) and tuple(getattr(args, key)) for key in ("arms", "only")}
     settings = Settings(
-        labelled, data, Path(args.out), args.draws, fit=args.fit, options=tuple(options), **tuples
+        labelled,
+        data,
+        Path(args.out),
+        args.draws,
+        fit=args.fit,
+        options=tuple(options),
+        **tuples,
     )
     if args.dry_run:
         from .estimate import print_estimate

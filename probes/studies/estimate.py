@@ -58,7 +58,12 @@ def print_estimate(settings: Settings) -> None:
         run_command([*words, "--dry-run"])
 
 
-def disk_mb(images: int, classes: int, runs: int, sites: int = 40) -> float:
+def disk_mb(
+    images: int,
+    classes: int,
+    runs: int,
+    sites: int = 40,
+) -> float:
     """Return the size of the counts of all images and of the solved path, with 4 bytes a number."""
     return runs * sites * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
 
@@ -90,7 +95,12 @@ def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[floa
     return images * ((ci95[1] - ci95[0]) / 2 / 1.96) ** 2, float(np.var(by_draw, ddof=1))
 
 
-def detectable_effect(images: int, draws: int, masks: int, spread: Spread) -> float | None:
+def detectable_effect(
+    images: int,
+    draws: int,
+    masks: int,
+    spread: Spread,
+) -> float | None:
     """Return the effect that 80% of studies find beyond random draws, as a fraction; None if it cannot be tested.
 
     Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks.

@@ -165,7 +165,16 @@ def make_plan(settings: Settings) -> list[Step]:
                 str(report),
             )
             lacks = ANALYSES[name].why_left_out([planned[run] for run in runs], options)
-            steps.append(Step(name, words, report / ANALYSES[name].result, name, runs, lacks))
+            steps.append(
+                Step(
+                    name,
+                    words,
+                    report / ANALYSES[name].result,
+                    name,
+                    runs,
+                    lacks,
+                )
+            )
     steps.append(
         Step(
             "report",
@@ -214,7 +223,11 @@ def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, Planned
             ):  # all random models share the encoder, so only this one reads its layers
                 compared = [*filter(is_encoder_layer, probed), *compared]
             planned[_join(label, arm)] = PlannedRun(
-                _join(label, arm), mask, compared, sites, has_llm
+                _join(label, arm),
+                mask,
+                compared,
+                sites,
+                has_llm,
             )
     return planned
 
@@ -253,7 +266,12 @@ def _runs(
     given = {"solve": settings.options, "fit": _fit_options(settings)}
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
-    def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
+    def run(
+        arm: str,
+        kind: str,
+        name: str,
+        more: Sequence[str] = (),
+    ) -> Step:
         weights = _weights(arm, planned[_join(label, arm)].has_llm)
         draw = re.sub(r"\D", "", arm)
         options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
@@ -268,7 +286,13 @@ def _runs(
             lacks = (
                 f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
             )
-        return Step(_join(label, name), command, out / "metrics.json", kind, lacks=lacks)
+        return Step(
+            _join(label, name),
+            command,
+            out / "metrics.json",
+            kind,
+            lacks=lacks,
+        )
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
@@ -430,7 +454,11 @@ def _words(options: dict[str, str]) -> list[str]:
 
 
 def _analysis(
-    settings: Settings, label: str, planned: PlannedRun, name: str, options: dict[str, str]
+    settings: Settings,
+    label: str,
+    planned: PlannedRun,
+    name: str,
+    options: dict[str, str],
 ) -> Step:
     """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
     run = settings.out / planned.name
@@ -440,11 +468,21 @@ def _analysis(
         (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
     )
     lacks = ANALYSES[name].why_left_out([planned], options)
-    return Step(f"{planned.name}/{name}", command, run / ANALYSES[name].result, name, needs, lacks)
+    return Step(
+        f"{planned.name}/{name}",
+        command,
+        run / ANALYSES[name].result,
+        name,
+        needs,
+        lacks,
+    )
 
 
 def _pair(
-    settings: Settings, pair: Sequence[PlannedRun], name: str, options: dict[str, str]
+    settings: Settings,
+    pair: Sequence[PlannedRun],
+    name: str,
+    options: dict[str, str],
 ) -> Step:
     """Return the step that compares two runs, the causal one first, whatever the order of the models."""
     pair = sorted(pair, key=lambda run: run.mask != "causal")
@@ -452,5 +490,10 @@ def _pair(
     command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
     result = settings.out / runs[1] / ANALYSES[name].result
     return Step(
-        f"{runs[1]}/{name}", command, result, name, runs, ANALYSES[name].why_left_out(pair, options)
+        f"{runs[1]}/{name}",
+        command,
+        result,
+        name,
+        runs,
+        ANALYSES[name].why_left_out(pair, options),
     )

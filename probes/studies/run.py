@@ -177,7 +177,12 @@ def _outcome_of_trained_arm(step: Step, out: Path) -> str | None:
     return next((key for key in OUTCOMES if record.get(key)), None)
 
 
-def _leave_out(step: Step, out: Path, reason: str, overwrite: bool) -> None:
+def _leave_out(
+    step: Step,
+    out: Path,
+    reason: str,
+    overwrite: bool,
+) -> None:
     """Record that a step was left out; a result of other probes than are there now would be none of the study."""
     if overwrite:
         step.result.unlink(missing_ok=True)
@@ -246,7 +251,12 @@ def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
     return missing
 
 
-def _write_record(step: Step, out: Path, seconds: float, outcome: dict[str, str]) -> None:
+def _write_record(
+    step: Step,
+    out: Path,
+    seconds: float,
+    outcome: dict[str, str],
+) -> None:
     """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
     now = {
         "command": list(step.command),

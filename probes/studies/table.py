@@ -98,7 +98,12 @@ class Study:
                 )
             else:
                 axes.plot(
-                    rows["site"], rows["value"], color="lightgrey", marker="o", ms=3, zorder=1
+                    rows["site"],
+                    rows["value"],
+                    color="lightgrey",
+                    marker="o",
+                    ms=3,
+                    zorder=1,
                 )
         axes.set(ylabel=metric, title="grey: random weights")
         axes.tick_params(axis="x", rotation=60)

@@ -29,7 +29,11 @@ from .prediction_files import SavePredictions, ShowMaps
 from .run_schema import Manifest, Metrics, read_run_file
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
-REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
+REQUIRED = {
+    "fast_dev_run": False,
+    "overfit_batches": 0.0,
+    "accumulate_grad_batches": 1,
+}
 # 1 is one batch, 1.0 are all
 REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}
 WHY_REQUIRED = (
@@ -187,7 +191,10 @@ def verify_data(argv: list[str]) -> None:
         "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
     )
     parser.add_argument(
-        "--workers", type=natural, default=usable_cores(), help="number of processes"
+        "--workers",
+        type=natural,
+        default=usable_cores(),
+        help="number of processes",
     )
     args, config = parser.parse_known_args(argv)
     trainer = [f"--trainer.{key}={value}" for key, value in CPU.items()]

@@ -49,7 +49,12 @@ def all_gather_objects(x: Any) -> list[Any]:
     return parts
 
 
-def gather_images(x: Tensor, images: list[int], owner: int, device: torch.device) -> Tensor | None:
+def gather_images(
+    x: Tensor,
+    images: list[int],
+    owner: int,
+    device: torch.device,
+) -> Tensor | None:
     """Return the rows of all processes on process `owner`, on the CPU, and None on the others.
 
     Args:

@@ -218,7 +218,11 @@ class ProbeModule(LightningModule):
         counted = compute_counts(self.metric)
         if self.trainer.is_global_zero:
             record = RunRecord(
-                self.hparams, self.identity, self.probe_settings(), self.history, self.epochs
+                self.hparams,
+                self.identity,
+                self.probe_settings(),
+                self.history,
+                self.epochs,
             )
             out = self.trainer.default_root_dir
             save_run(self.probes, record, self.trainer.datamodule, counted, ({}, {}), out)
@@ -244,7 +248,11 @@ class ProbeModule(LightningModule):
         settings = {
             key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")
         }
-        settings |= {"batch_size": data.batch_size, "epochs": data.epochs_of(steps), "steps": steps}
+        settings |= {
+            "batch_size": data.batch_size,
+            "epochs": data.epochs_of(steps),
+            "steps": steps,
+        }
         return settings | {"validated_at": self.validated_at}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

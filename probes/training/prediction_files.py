@@ -17,7 +17,11 @@ from .site_probes import SiteProbes
 
 
 def save_predictions(
-    probes: SiteProbes, logits: Tensor, batch: dict[str, Any], names: list[str], folder: Path
+    probes: SiteProbes,
+    logits: Tensor,
+    batch: dict[str, Any],
+    names: list[str],
+    folder: Path,
 ) -> None:
     """Write the predicted class of every pixel of a batch to FOLDER/SITE/NAME.png.
 

@@ -32,7 +32,14 @@ def _number(value: Any) -> int | float:
 
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
-Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
+Baseline = TypedDict(
+    "Baseline",
+    {
+        "class": str,
+        "miou": Number,
+        "pacc": Number,
+    },
+)
 Scores = dict.fromkeys(
     ("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None
 )
@@ -60,15 +67,32 @@ class _Data(TypedDict):
 # the part of Manifest.config that is needed to load the model
 ModelConfig = TypedDict(
     "ModelConfig",
-    {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
-    | {"image_resize": str, "dtype": str, "seed": int, "prefix": str | None}
-    | {"match": str, "draw": int, "update_scales": list[Number] | None}
+    {
+        "mllm": str,
+        "image_attention": str | None,
+        "untrained": list[str] | None,
+    }
+    | {
+        "image_resize": str,
+        "dtype": str,
+        "seed": int,
+        "prefix": str | None,
+    }
+    | {
+        "match": str,
+        "draw": int,
+        "update_scales": list[Number] | None,
+    }
     | {"image_px": NotRequired[int | None]},
 )
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(
     "ModelTraining",
-    {"encoder": TypedDict("Encoder", {"name": str}), "llm": str, "val/answer_accuracy": Number},
+    {
+        "encoder": TypedDict("Encoder", {"name": str}),
+        "llm": str,
+        "val/answer_accuracy": Number,
+    },
     total=False,
 )
 
@@ -113,7 +137,12 @@ class SolvedPath(BaseModel):
     closed_form: PathOfSites | None = None
 
 
-def _check_path(path: SolvedPath | None, sites: list[Any], loss: str, scores: list[str]) -> None:
+def _check_path(
+    path: SolvedPath | None,
+    sites: list[Any],
+    loss: str,
+    scores: list[str],
+) -> None:
     """Raise unless each site has strengths in order and all lists, and all sites the same number of solved ones."""
     if path is None:
         return

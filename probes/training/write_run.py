@@ -139,7 +139,13 @@ def run_effects(
     """
     task = probes.task
     sites = probes.sites
-    effects = layer_effects(sites, task, task.sums(counted), weights, groups)
+    effects = layer_effects(
+        sites,
+        task,
+        task.sums(counted),
+        weights,
+        groups,
+    )
     entries, tensors = path
     if entries:
         solved = "optimum" if "optimum" in entries else "closed_form"
@@ -203,7 +209,11 @@ def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:
     most = int(labelled.argmax())
     occurring = int((labelled > 0).sum())
     share = (labelled[most] / labelled.sum()).item()
-    return {"class": classes[most], "miou": share / occurring, "pacc": share}
+    return {
+        "class": classes[most],
+        "miou": share / occurring,
+        "pacc": share,
+    }
 
 
 def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest:

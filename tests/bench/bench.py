@@ -26,7 +26,10 @@ TEXT = 64  # tokens after the image
 
 
 def paired(
-    ours: Callable[[], object], other: Callable[[], object], rounds: int, repeat: int = 1
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    rounds: int,
+    repeat: int = 1,
 ) -> dict:
     """Times both in turn after one warm-up each, ours as the mean of `repeat` calls if it takes only milliseconds."""
     times = ([], [])
@@ -52,7 +55,13 @@ def peak_memory_mb(step: str) -> float:
         "MALLOC_MMAP_THRESHOLD_": "65536"
     }  # what is freed goes back to the system
     return float(
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            command,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     )
 
 
@@ -88,7 +97,12 @@ def bench_text(rounds: int) -> list[dict]:
 
     @torch.no_grad()
     def whole() -> None:
-        mllm.model(input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False)
+        mllm.model(
+            input_ids=ids,
+            pixel_values=pixels,
+            output_hidden_states=True,
+            use_cache=False,
+        )
 
     timed = paired(lambda: mllm.states(pixels), whole, rounds)
     return [
@@ -114,9 +128,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--rounds", type=int, default=7, help="paired runs of each (7)")
     parser.add_argument(
-        "--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)"
+        "--rounds",
+        type=int,
+        default=7,
+        help="paired runs of each (7)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=BENCHES,
+        default=list(BENCHES),
+        help="some of them (all)",
     )
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -25,7 +25,11 @@ def read_photo(file: Path, px: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def read_split(
-    model, data: Path, split: str, layer: int, px: int
+    model,
+    data: Path,
+    split: str,
+    layer: int,
+    px: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the states f32[N, T, d] without CLS, and N masks uint8[H, W]."""
     files = sorted((data / "images" / split).iterdir())

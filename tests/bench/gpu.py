@@ -90,9 +90,19 @@ def bench_loss(args: argparse.Namespace) -> dict:
     generator = torch.Generator(args.device).manual_seed(0)
     shape = (args.images, CLASSES, 24, 24)
     size = (args.images, args.mask_px, args.mask_px)
-    logits = torch.randn(shape, generator=generator, device=args.device, requires_grad=True)
+    logits = torch.randn(
+        shape,
+        generator=generator,
+        device=args.device,
+        requires_grad=True,
+    )
     target = torch.randint(
-        0, CLASSES, size, generator=generator, device=args.device, dtype=torch.uint8
+        0,
+        CLASSES,
+        size,
+        generator=generator,
+        device=args.device,
+        dtype=torch.uint8,
     )
 
     def ours(z: torch.Tensor, nodes: int = 3) -> torch.Tensor:
@@ -125,9 +135,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--images", type=int, default=16, help="a step (16)")
-    parser.add_argument("--mask-px", type=int, default=512, help="height and width of masks (512)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each (5)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=16,
+        help="a step (16)",
+    )
+    parser.add_argument(
+        "--mask-px",
+        type=int,
+        default=512,
+        help="height and width of masks (512)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="of each (5)",
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()

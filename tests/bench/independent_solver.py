@@ -33,7 +33,13 @@ from transformers import AutoModel
 IGNORED = 255
 NORM_EPS = 1e-5  # of BatchNorm
 # Steps end where a step's relative decrease is about what float32 losses resolve.
-OPTIONS = {"maxiter": 500, "maxfun": 1000, "ftol": 1e-7, "gtol": 1e-6, "maxcor": 20}
+OPTIONS = {
+    "maxiter": 500,
+    "maxfun": 1000,
+    "ftol": 1e-7,
+    "gtol": 1e-6,
+    "maxcor": 20,
+}
 
 
 class Split(NamedTuple):
@@ -195,7 +201,13 @@ def main() -> None:
     )
     objective = Objective(training, len(metrics["classes"]), path["chosen"])
     start = np.zeros(objective.classes * (training.states.shape[2] + 1))
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
+    found = minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options=OPTIONS,
+    )
     evaluations = objective.evaluations
     solved = read_probe(args.run, site)
     value, gradient = objective(objective.point_of(*solved))

@@ -83,7 +83,12 @@ class Rows:
                 for layer, is_cut in zip(mllm.decoder.layers, self.layers[i].tolist(), strict=True):
                     given = cut if is_cut else mask
 
-                    def hook(_, args, kwargs, given=given):
+                    def hook(
+                        _,
+                        args,
+                        kwargs,
+                        given=given,
+                    ):
                         return (
                             args,
                             {**kwargs, "attention_mask": given},
@@ -94,7 +99,10 @@ class Rows:
                     )
                 pixels = self.pixels[[image]]
                 out = mllm.model.model(
-                    input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False
+                    input_ids=ids,
+                    pixel_values=pixels,
+                    output_hidden_states=True,
+                    use_cache=False,
                 )
             rows.append(
                 torch.stack(

@@ -77,7 +77,13 @@ class Images:
 class Synthetic:
     """Gaussian classes with a decaying spectrum, drawn for each batch from its number; nothing is kept."""
 
-    def __init__(self, images: int, side: int, width: int, classes: int):
+    def __init__(
+        self,
+        images: int,
+        side: int,
+        width: int,
+        classes: int,
+    ):
         self.images = images
         self.grid = (side, side)
         self.width = width
@@ -133,7 +139,11 @@ def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
 
 
 def draw_pixels(
-    data, images: list[int], targets: list[torch.Tensor], total: int, seed: int
+    data,
+    images: list[int],
+    targets: list[torch.Tensor],
+    total: int,
+    seed: int,
 ) -> Pixels:
     """Return pixels of a batch, as `PassSolver` chooses them."""
     tokens_of_image = data.grid[0] * data.grid[1]
@@ -143,7 +153,11 @@ def draw_pixels(
         count = (place + 1) * total // len(data) - place * total // len(data)
         view = GridPlacement.full(tuple(target.shape))
         tokens, shares, labels, labelled = choose_pixels(
-            target, count, 1_000_003 * (image + len(data) * seed), data.grid, view
+            target,
+            count,
+            1_000_003 * (image + len(data) * seed),
+            data.grid,
+            view,
         )
         weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
         parts.append(
@@ -196,7 +210,13 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
             pixel_count.index_add_(0, folds, masks.pixels)
-            pixels = draw_pixels(data, images, targets, 2 * total, number - 1)
+            pixels = draw_pixels(
+                data,
+                images,
+                targets,
+                2 * total,
+                number - 1,
+            )
             kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept(*sums.means(space, pixel_count))
         stored, _, weights, folds = gather(kept, fold_of)
@@ -276,10 +296,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("states", nargs="?")
     parser.add_argument("--site", choices=["states", "random_adapter"], default="states")
-    parser.add_argument("--share", type=float, nargs="+", default=[1, 0.08, 0.02, 0.005])
+    parser.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[1, 0.08, 0.02, 0.005],
+    )
     parser.add_argument("--passes", type=int, default=10)
-    parser.add_argument("--side", type=int, default=16, help="tokens of a side")
-    parser.add_argument("--synthetic", type=int, nargs=3, metavar=("IMAGES", "WIDTH", "CLASSES"))
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=16,
+        help="tokens of a side",
+    )
+    parser.add_argument(
+        "--synthetic",
+        type=int,
+        nargs=3,
+        metavar=("IMAGES", "WIDTH", "CLASSES"),
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.synthetic:

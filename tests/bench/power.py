@@ -47,8 +47,19 @@ def main() -> None:
         metavar="DIR",
         help="of `probes calibrate`",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
-    parser.add_argument("--draws", type=int, default=5, metavar="D")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="N",
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=5,
+        metavar="D",
+    )
     args = parser.parse_args()
     rows = defaultdict(list)
     for seed in args.seeds:

@@ -38,7 +38,13 @@ def measure(f: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def build_batch(model, image_tokens: int, side_px: int, text: int, supervised: int) -> dict:
+def build_batch(
+    model,
+    image_tokens: int,
+    side_px: int,
+    text: int,
+    supervised: int,
+) -> dict:
     """Return a batch of random samples: an image, then text whose last tokens are supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 10_000, (SAMPLES, image_tokens + text), generator=generator)
@@ -71,7 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("encoder", help="DINOv2, from `llava-bidir import-dinov2`")
     parser.add_argument("llm", help="language model, from `llava-bidir import-gguf`")
-    parser.add_argument("--sides", type=int, nargs="+", default=[112, 168, 224])
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs="+",
+        default=[112, 168, 224],
+    )
     parser.add_argument("--mask", default="causal")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -84,7 +95,13 @@ def main() -> None:
         model = build_model(encoder, args.llm, processor, image_attention=args.mask)
         tokens = model.config.image_seq_length
         captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
-        dialogues = build_batch(model, tokens, side, DIALOGUE_TOKENS, 6 * ANSWER_TOKENS)
+        dialogues = build_batch(
+            model,
+            tokens,
+            side,
+            DIALOGUE_TOKENS,
+            6 * ANSWER_TOKENS,
+        )
 
         encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)
         set_trainable(model, ["adapter"])

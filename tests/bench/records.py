@@ -149,11 +149,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=665_298)
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes of the checks and of the loader"
+        "--workers",
+        type=int,
+        default=2,
+        help="processes of the checks and of the loader",
     )
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument(
-        "--phase", nargs=2, metavar=("NAME", "FOLDER"), help="one of them, in this process"
+        "--phases",
+        nargs="+",
+        choices=PHASES,
+        default=list(PHASES),
+    )
+    parser.add_argument(
+        "--phase",
+        nargs=2,
+        metavar=("NAME", "FOLDER"),
+        help="one of them, in this process",
     )
     args = parser.parse_args()
     if args.phase:
@@ -182,7 +193,11 @@ def main() -> None:
                 folder,
             ]
             done = subprocess.run(
-                command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+                command,
+                env=environment,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             found[phase] = json.loads(done.stdout)
             print(phase, done.stdout, file=sys.stderr)

@@ -31,7 +31,12 @@ GEOMETRY = Geometry(GRID, 224, 224)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 FOLDS = 4
-STEPS = {"stronger": 0.5, "chosen": 0.0, "weaker": -0.5, "a decade weaker": -1.0}  # decades
+STEPS = {
+    "stronger": 0.5,
+    "chosen": 0.0,
+    "weaker": -0.5,
+    "a decade weaker": -1.0,
+}  # decades
 
 
 @torch.inference_mode()
@@ -54,7 +59,10 @@ def read_states(
 
 
 def score(
-    problem: SiteProblem, points: Tensor, states: Tensor, targets: list[Tensor]
+    problem: SiteProblem,
+    points: Tensor,
+    states: Tensor,
+    targets: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
     weights = problem.space.to_states(points[..., :-1]).float()
@@ -107,9 +115,19 @@ def main() -> None:
     )
     parser.add_argument("encoder")
     parser.add_argument("data", nargs="+")
-    parser.add_argument("--images", type=int, nargs="+", default=[24, 48, 100, 200])
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[24, 48, 100, 200],
+    )
     parser.add_argument("--subsets", type=int, default=2)
-    parser.add_argument("--validation", type=int, default=1000, help="most validation photos")
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=1000,
+        help="most validation photos",
+    )
     args = parser.parse_args()
     encoder = AutoModel.from_pretrained(args.encoder).eval()
     print(

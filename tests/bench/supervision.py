@@ -72,7 +72,7 @@ def write_dialogues(assets: Path, seed: int) -> None:
             turns = build_dialogue(text, rng, **options)
             each = 2 if arm == "raster" else len(turns)  # messages of a dialogue
             parts = [turns[i : i + each] for i in range(0, len(turns), each)]
-            records += [{"id": f"{image} {i}", "image": image, "conversations": prepend_picture(part)}
+            records += [{"id": f"{image} {i}", "image": image, "conversations": prepend_picture(part),}
                         for i, part in enumerate(parts)]  # fmt: skip
         (assets / f"{arm}.json").write_text(json.dumps(records))
     asked = []
@@ -80,7 +80,11 @@ def write_dialogues(assets: Path, seed: int) -> None:
     for i in range(QUESTIONS):
         image, text = val[i % len(val)]
         turns = build_dialogue(text, rng, points=1, look_alikes=True)
-        record = {"id": f"{image} {i}", "image": image, "conversations": prepend_picture(turns)}
+        record = {
+            "id": f"{image} {i}",
+            "image": image,
+            "conversations": prepend_picture(turns),
+        }
         asked.append(record | {"regions": find_regions(record["conversations"])})
     (assets / "look_alikes.json").write_text(json.dumps(asked))
 
@@ -150,7 +154,12 @@ def words(*parts: object) -> list[str]:
     return [str(part) for part in parts]
 
 
-def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
+def study(
+    folder: Path,
+    mask: str,
+    arm: str,
+    seed: int,
+) -> dict:
     """Return recovery and answers of a model, studied beside two random LLMs."""
     assets = folder / "assets"
     out = folder / mask / arm / "study"
@@ -172,8 +181,18 @@ def main() -> None:
     """Run the seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/supervision"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each model")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=600,
+        help="optimizer steps of each model",
+    )
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

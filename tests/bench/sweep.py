@@ -49,7 +49,13 @@ CLIP_DEMO = {
 CLIP_DEMO |= {"image_size": 96, "patch_size": 12}
 
 
-def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+def llama(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+) -> dict[str, int]:
     return {
         "hidden_size": width,
         "intermediate_size": inner,
@@ -93,7 +99,11 @@ def frozen_model(
     model = random_model("bidirectional", shape, dtype, device)
     prefix = list(range(1, PREFIX + 1))
     mllm = FrozenMLLM(
-        model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional"
+        model,
+        FAMILIES["llava_bidir"],
+        [CLIPImageProcessorPil()],
+        prefix,
+        "bidirectional",
     )
     return mllm.to(device)
 

@@ -17,7 +17,11 @@ def python(*words: object) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=HANGING_S
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -7,7 +7,12 @@ import numpy as np
 from PIL import Image
 
 
-def picture(folder: Path, name: str, array: np.ndarray, **kwargs) -> Path:
+def picture(
+    folder: Path,
+    name: str,
+    array: np.ndarray,
+    **kwargs,
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(folder / name, **kwargs)
     return folder / name

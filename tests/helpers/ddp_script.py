@@ -66,7 +66,14 @@ class Recorder(Callback):
         self.losses = []
         self.text_only = []
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self,
+        trainer,
+        module,
+        outputs,
+        batch,
+        batch_idx,
+    ):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
         self.losses.append((tuple(batch["ids"]), loss))
         self.text_only.append(batch["pixel_values"] is None)
@@ -75,12 +82,21 @@ class Recorder(Callback):
 
 
 def prepare(
-    strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2, **settings
+    strategy: str,
+    precision: str,
+    llm: str = "llm",
+    callbacks=(),
+    epochs: int = 2,
+    **settings,
 ):
     torch.manual_seed(0)
     encoder = Encoder("clip", SPEC["encoder"], layer=-1)
     llm = SPEC[llm]
-    settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
+    settings |= {
+        "learning_rate": 1e-2,
+        "adapter_learning_rate": 5e-3,
+        "max_new_tokens": 3,
+    }
     module = LlavaTraining(encoder, llm, ["adapter", "llm"], **settings)
     folder = SPEC["conversations"]
     data = InstructionData(
@@ -114,7 +130,12 @@ def prepare(
 
 
 def fit(
-    strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs
+    strategy: str,
+    precision: str,
+    resume: str | None = None,
+    save=None,
+    callbacks=(),
+    **kwargs,
 ) -> dict:
     recorder = Recorder(save or {})
     trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
@@ -130,13 +151,23 @@ def fit(
             name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()
         }
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    results = {"losses": recorder.losses, "text_only": recorder.text_only, "weights": weights}
+    results = {
+        "losses": recorder.losses,
+        "text_only": recorder.text_only,
+        "weights": weights,
+    }
     return results | {"metrics": metrics, "shares": shares}
 
 
 def uninterrupted(strategy, precision):
     save = {MIDDLE: f"{strategy}-middle-{precision}.ckpt", END: f"{strategy}-end-{precision}.ckpt"}
-    return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
+    return fit(
+        strategy,
+        precision,
+        llm="dropout_llm",
+        save=save,
+        callbacks=[ExportModel()],
+    )
 
 
 def resume(strategy, precision):
@@ -147,7 +178,12 @@ def validate(strategy, precision):
     """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
     checkpoint = OUT / f"{strategy}-end-{precision}.ckpt"
-    trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    trainer.validate(
+        module,
+        datamodule=data,
+        ckpt_path=checkpoint,
+        verbose=False,
+    )
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 
@@ -173,7 +209,13 @@ def kill_self():
 def faulty(strategy, precision, fault: Callback):
     """Train with a checkpoint at MIDDLE and one at END, at which rank 1 has failed."""
     callbacks = [fault, ExportModel()]
-    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=callbacks)
+    return fit(
+        strategy,
+        precision,
+        llm="dropout_llm",
+        save=FAULTY,
+        callbacks=callbacks,
+    )
 
 
 def kill_in_save(strategy, precision):
@@ -211,7 +253,13 @@ class Fault(Callback):
     def __init__(self, fault):
         self.fault = fault
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+    def on_train_batch_start(
+        self,
+        trainer,
+        module,
+        batch,
+        batch_idx,
+    ):
         if trainer.global_step == END - 1 and trainer.global_rank == 1:
             self.start_fault()
 
@@ -225,7 +273,12 @@ class FaultInSave(Fault):
     def start_fault(self):
         original = torch.save
 
-        def save(state, file, *args, **kwargs):
+        def save(
+            state,
+            file,
+            *args,
+            **kwargs,
+        ):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
                 self.fault()

@@ -24,7 +24,13 @@ class FakeWeights(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         kwargs = kwargs or {}
         if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)

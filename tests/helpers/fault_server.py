@@ -40,7 +40,12 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
     return lambda: count
 
 
-def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:
+def run(
+    argv: list[str],
+    log: Path,
+    folder: Path | None = None,
+    at: int = 0,
+) -> None:
     """Run `probes ARGV`. With a folder, print the number of its changes, and kill the process before change `at`."""
     from probes.cli import main
 

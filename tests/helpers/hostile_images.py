@@ -13,7 +13,13 @@ from PIL import Image
 SIZE = (12, 8)  # width and height, where there is a picture
 
 
-def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
+def png(
+    width: int,
+    height: int,
+    depth: int = 8,
+    colour: int = 0,
+    data: bytes = b"",
+) -> bytes:
     """Return a PNG with this header; `data` may be too short for it."""
 
     def chunk(kind, body):
@@ -37,7 +43,15 @@ def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
 
 
 def noise(mode: str = "RGB") -> Image.Image:
-    shape = (SIZE[1], SIZE[0], {"RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode, 1))
+    shape = (
+        SIZE[1],
+        SIZE[0],
+        {
+            "RGB": 3,
+            "RGBA": 4,
+            "CMYK": 4,
+        }.get(mode, 1),
+    )
     return Image.fromarray(
         np.random.default_rng(0).integers(0, 255, shape, np.uint8).squeeze(), mode
     )
@@ -101,7 +115,12 @@ VALID: dict[str, bytes] = {
     "rgba.png": encoded(noise("RGBA"), "PNG"),
     "palette.png": encoded(noise().quantize(8), "PNG", transparency=bytes([0, 128, 255])),
     "grey.png": encoded(noise("L"), "PNG"),
-    "rgb16.png": png(*SIZE, depth=16, colour=2, data=(b"\0" + bytes(range(72))) * 8),
+    "rgb16.png": png(
+        *SIZE,
+        depth=16,
+        colour=2,
+        data=(b"\0" + bytes(range(72))) * 8,
+    ),
     "animated.gif": encoded(noise(), "GIF", **ANIMATED),
     "animated.webp": encoded(noise(), "WEBP", **ANIMATED),
     "animated.png": encoded(noise(), "PNG", **ANIMATED),

@@ -16,13 +16,20 @@ from probes.lab.session import Session
 
 TOKEN = "secret"
 JOB = SimpleNamespace(  # without a client
-    watched=lambda mllm: nullcontext(), report=lambda event: None, check=lambda: None
+    watched=lambda mllm: nullcontext(),
+    report=lambda event: None,
+    check=lambda: None,
 )
 
 
 def fit_runs(checkpoints, folder) -> list[str]:
     """Train a causal and a bidirectional run on images of 24 x 20 pixels."""
-    root = tiny_models.write_segmentation(folder / "data", training=4, validation=5, seed=5)
+    root = tiny_models.write_segmentation(
+        folder / "data",
+        training=4,
+        validation=5,
+        seed=5,
+    )
     runs = [str(folder / mask) for mask in ("causal", "bidirectional")]
     for mask, run in zip(("causal", "bidirectional"), runs, strict=True):
         demo = [
@@ -60,7 +67,11 @@ def serve(session: Session):
 
     with listen("127.0.0.1", 0) as listener:
         server = build_server(session, Worker(), TOKEN, {"localhost"})
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread = threading.Thread(
+            target=server.run,
+            kwargs={"sockets": [listener]},
+            daemon=True,
+        )
         thread.start()
         yield listener.getsockname()[1]
         server.should_exit = True
@@ -68,7 +79,11 @@ def serve(session: Session):
 
 
 def send(
-    port: int, method: str, path: str, body: bytes | str | None = None, **headers
+    port: int,
+    method: str,
+    path: str,
+    body: bytes | str | None = None,
+    **headers,
 ) -> tuple[int, bytes]:
     """Send a request with the token's cookie; return status and body. Headers replace the usual ones."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

@@ -18,7 +18,12 @@ def write(root: Path, items: int = 6) -> Path:
     return root
 
 
-def write_one(folder: Path, config: str, split: str, records: list[dict]) -> None:
+def write_one(
+    folder: Path,
+    config: str,
+    split: str,
+    records: list[dict],
+) -> None:
     """Write a parquet file, and the README.md that names its configuration and split."""
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records).to_parquet(folder / f"{config}.parquet")
@@ -109,7 +114,11 @@ def mmmu(items: int) -> Iterator[dict]:
 def pope(items: int) -> Iterator[dict]:
     for i in range(items):
         yield {
-            **{"id": str(i), "question_id": str(i), "question": f"Is there a {WORDS[i % 3]}?"},
+            **{
+                "id": str(i),
+                "question_id": str(i),
+                "question": f"Is there a {WORDS[i % 3]}?",
+            },
             **{
                 "image": picture(i // 2),
                 "answer": ("yes", "no")[i % 2],

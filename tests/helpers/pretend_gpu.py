@@ -58,7 +58,13 @@ PLACEMENT = Placement()  # for the whole process, since caches outlive a test
 class CheckDevices(TorchDispatchMode):
     """Fail as CUDA does if an operation has tensors of both devices; results are where their arguments are."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_gpu = [x in PLACEMENT for x in tensors]
@@ -84,7 +90,13 @@ class CheckDevices(TorchDispatchMode):
 class MoveTensors(TorchFunctionMode):
     """Move tensors to and from the pretended GPU, and answer where they are."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__" and func in GETTERS:
@@ -158,7 +170,11 @@ def _copy(x: Tensor, to_gpu: bool) -> Tensor:
     return PLACEMENT.add(copied) if to_gpu else copied
 
 
-GETTERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
+GETTERS = {
+    Tensor.device.__get__: GPU,
+    Tensor.is_cuda.__get__: True,
+    Tensor.is_cpu.__get__: False,
+}
 
 
 def _run_backward(*args, **kwargs) -> Any:

@@ -33,7 +33,12 @@ SETTINGS = {
 }
 
 
-def arguments(checkpoint, root, out, *more: str) -> list[str]:
+def arguments(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
     """Return a command that trains the demo's probes for one epoch, unless `more` says otherwise."""
     demo = [
         "fit",
@@ -47,7 +52,12 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
     return [*demo, "--data.root", str(root), "--out", str(out), *more]
 
 
-def fit(checkpoint, root, out, *more: str) -> ProbeRun:
+def fit(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> ProbeRun:
     main(arguments(checkpoint, root, out, *more))
     return ProbeRun(out)
 
@@ -59,14 +69,24 @@ def write_questions(run: ProbeRun, folder: Path) -> Path:
     turns = [{"from": "human", "value": "<image>\nname the wall"}, {"from": "gpt", "value": "sky"}]
     regions = [{"box": [0, 0, 0.5, 0.5], "class": "sky"}]
     records = [
-        {"id": name, "image": name, "conversations": turns, "regions": regions} for name in names
+        {
+            "id": name,
+            "image": name,
+            "conversations": turns,
+            "regions": regions,
+        }
+        for name in names
     ]
     (folder / "questions.json").write_text(json.dumps(records))
     return folder / "questions.json"
 
 
 def random_counts(
-    quality: list[float], images: int, classes: int, seed: int, cohort: int = 0
+    quality: list[float],
+    images: int,
+    classes: int,
+    seed: int,
+    cohort: int = 0,
 ) -> Counts:
     """Return the counts of sites with the pixel accuracies `quality`.
 
@@ -102,7 +122,12 @@ def sums_of(counts: Counts) -> torch.Tensor:
     return CLASSES_TASK.sums(counts._asdict())
 
 
-def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
+def entries(
+    sites: list[str],
+    counts: Counts,
+    weights: torch.Tensor,
+    width: int = 32,
+) -> list[dict]:
     """Return the sites of metrics.json."""
     sums = sums_of(counts)
     score = dataset_scores(CLASSES_TASK, sums)
@@ -162,8 +187,18 @@ def write_run(
     sites = sites or site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
     counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
-    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "seed": 0}
-    probe |= {"batch_size": 64, "epochs": 2, "steps": 20, "validated_at": [10, 20]}
+    probe = {
+        "head": "linear",
+        "feature_norm": "none",
+        "learning_rate": 0.001,
+        "seed": 0,
+    }
+    probe |= {
+        "batch_size": 64,
+        "epochs": 2,
+        "steps": 20,
+        "validated_at": [10, 20],
+    }
     main = entries(sites, counts, weights)
     tensors = {name: x for name, x in counts._asdict().items() if x is not None}
     if groups is not None:
@@ -192,7 +227,11 @@ def write_run(
         "classes": classes,
     }
     facts |= {
-        "baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3},
+        "baseline": {
+            "class": classes[0],
+            "miou": 0.1,
+            "pacc": 0.3,
+        },
         "grid": list(GRID),
         "sites": main,
     }
@@ -202,13 +241,25 @@ def write_run(
         if encoder is None
         else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
     )
-    manifest = {"versions": {"torch": "2", "transformers": "5"}, "git_commit": None, "config": {}}
+    manifest = {
+        "versions": {"torch": "2", "transformers": "5"},
+        "git_commit": None,
+        "config": {},
+    }
     manifest |= {
-        "data": {"root": str(root), "dataset": "folder", "fingerprint": f"{dataset} {images}"}
+        "data": {
+            "root": str(root),
+            "dataset": "folder",
+            "fingerprint": f"{dataset} {images}",
+        }
     }
     manifest |= {
         "mllm_training": training,
-        "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None},
+        "hardware": {
+            "machine": "none",
+            "cpu_threads": 1,
+            "gpu": None,
+        },
     }
     path.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
@@ -227,7 +278,14 @@ def record_hashes(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, **options) -> str:
+def write_solved(
+    path: Path,
+    curves,
+    *,
+    root,
+    converged=lambda row, site: True,
+    **options,
+) -> str:
     """Write a solved run; `curves` are the pixel accuracies at `ROWS`, of which the second is the run's."""
     write_run(path, curves[1], root=root, **options)
     metrics = json.loads((path / "metrics.json").read_text())
@@ -238,7 +296,11 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
         torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted")
     )
     loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
-    tensors = {"intersection": right.int(), "predicted": predicted.int(), "cross_entropy": loss}
+    tensors = {
+        "intersection": right.int(),
+        "predicted": predicted.int(),
+        "cross_entropy": loss,
+    }
     sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}
@@ -247,12 +309,23 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
         scores = dict.fromkeys(("miou", "pacc", "cross_entropy"), [None, 0.5, 0.5, 0.5, None])
         certificates = [
             None,
-            *({"gradient": 0.0, "decrease": 0.0, "converged": converged(r, site)} for r in ROWS),
+            *(
+                {
+                    "gradient": 0.0,
+                    "decrease": 0.0,
+                    "converged": converged(r, site),
+                }
+                for r in ROWS
+            ),
             None,
         ]
-        sites.append({"site": site, "strengths": strengths, "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9], **scores}
-                     | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates})  # fmt: skip
-    solved = {"passes": 1, "sample_images": 1, "optimum": {"sites": sites}}
+        sites.append({"site": site, "strengths": strengths, "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9], **scores,}
+                     | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates,})  # fmt: skip
+    solved = {
+        "passes": 1,
+        "sample_images": 1,
+        "optimum": {"sites": sites},
+    }
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
     save_file(
         {f"optimum/{name}": x.contiguous() for name, x in tensors.items()},

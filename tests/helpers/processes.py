@@ -128,7 +128,14 @@ def run_ranks(command: list[str], folder: Path, processes: int = 2) -> tuple[lis
         variables = group | {"RANK": rank, "LOCAL_RANK": rank}
         environment = os.environ | {key: str(value) for key, value in variables.items()}
         with (folder / f"{rank}.log").open("w") as log:
-            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            running.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
     try:
         codes = [process.wait(timeout=HANGING_S) for process in running]
     finally:

@@ -10,7 +10,12 @@ from torch import Tensor
 IGNORED = 255
 
 
-def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
+def allowed(
+    name: str,
+    is_image: list[bool],
+    q: int,
+    k: int,
+) -> bool:
     """Return True if query q may attend to key k in a sequence without padding."""
     causal = q >= k
     if name == "causal":
@@ -36,7 +41,12 @@ def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
     return mask
 
 
-def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor) -> list[Tensor]:
+def llama_states(
+    decoder,
+    inputs: Tensor,
+    masks: list[Tensor],
+    positions: Tensor,
+) -> list[Tensor]:
     """Return the states of a Llama after each layer, with attention as a loop over heads and one mask per layer.
 
     Args:
@@ -95,7 +105,10 @@ def eager_attention(mllm, pixels) -> list[Tensor]:
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():
         return decoder(
-            inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            output_attentions=True,
+            use_cache=False,
         ).attentions
 
 
@@ -118,7 +131,15 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
     return sum(known) / len(known), right / total, iou
 
 
-def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0, dtype=torch.float64):
+def make_case(
+    shape,
+    size,
+    *,
+    ignored=0.2,
+    scale=3.0,
+    seed=0,
+    dtype=torch.float64,
+):
     """Return random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale

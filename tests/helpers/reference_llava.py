@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def llava_logits(model, image_attention: str, ids: Tensor, pixels: Tensor | None) -> Tensor:
+def llava_logits(
+    model,
+    image_attention: str,
+    ids: Tensor,
+    pixels: Tensor | None,
+) -> Tensor:
     """Return the logits f[N, V] of a sample without padding.
 
     Args:

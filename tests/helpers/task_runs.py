@@ -42,7 +42,14 @@ def write_targets(segmentation: Path, root: Path) -> Path:
     return root
 
 
-def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
+def arguments(
+    command,
+    task,
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
     """Return a command that solves probes in closed form, or trains them for two epochs."""
     demo = [
         command,
@@ -104,17 +111,35 @@ def write_depth_run(
         "scores": {k: "higher" if up else "lower" for k, up in task.scores.items()},
     }
     metrics["sites"] = [
-        {"site": site, "dim": 8, "best_epoch": None, "history": []}
+        {
+            "site": site,
+            "dim": 8,
+            "best_epoch": None,
+            "history": [],
+        }
         | {name: scores[name][i] for name in scores}
         | {f"{name}_ci95": [scores[name][i] - 0.01, scores[name][i] + 0.01] for name in scores}
         for i, site in enumerate(sites)
     ]
     metrics["summary"] = summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
     along_path = {name: [1.0] * len(DEPTH_STRENGTHS) for name in ("cv_loss", *scores)}
-    choice = {"strengths": DEPTH_STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
+    choice = {
+        "strengths": DEPTH_STRENGTHS,
+        "chosen": 1e-3,
+        "lowest": 1e-3,
+    }
     metrics["path"] = {
         "passes": 1,
-        "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]},
+        "closed_form": {
+            "sites": [
+                {
+                    "site": x,
+                    **choice,
+                    **along_path,
+                }
+                for x in sites
+            ]
+        },
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")

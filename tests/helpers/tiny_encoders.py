@@ -83,7 +83,11 @@ class StockEncoder:
         """Write a checkpoint with its image processor, and return its path."""
         settings = VISION | self.settings
         if self.two_towers:
-            settings = {"vision_config": settings, "text_config": TEXT, "projection_dim": 16}
+            settings = {
+                "vision_config": settings,
+                "text_config": TEXT,
+                "projection_dim": 16,
+            }
         config = AutoConfig.for_model(self.model_type, **settings)
         torch.manual_seed(0)
         model = transformers.AutoModel.from_config(config) if self.two_towers else self.cls(config)

@@ -57,7 +57,11 @@ LLM = {
         "head_dim": 8,
         "max_position_embeddings": 2048,
     },
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 VISION = {
     "hidden_size": 16,
@@ -65,7 +69,12 @@ VISION = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-SIGLIP = {"model_type": "siglip_vision_model", **VISION, "image_size": 24, "patch_size": 4}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    **VISION,
+    "image_size": 24,
+    "patch_size": 4,
+}
 CLIP = {
     "model_type": "clip_vision_model",
     **VISION,
@@ -73,7 +82,11 @@ CLIP = {
     "patch_size": 4,
     "projection_dim": 16,
 }
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [1, 1, 2],
+}
 
 
 def _normalised(images: list[Image.Image]) -> dict:
@@ -83,7 +96,12 @@ def _normalised(images: list[Image.Image]) -> dict:
 
 
 def _processor(kind, **kwargs):
-    return kind(do_resize=False, image_mean=MEAN, image_std=STD, **kwargs)
+    return kind(
+        do_resize=False,
+        image_mean=MEAN,
+        image_std=STD,
+        **kwargs,
+    )
 
 
 def _stock(name: str, **kwargs) -> Callable:
@@ -105,9 +123,12 @@ def _tiles(images: list[Image.Image]) -> dict:
 
 def _gemma4(images: list[Image.Image]) -> dict:
     """Padded with patches at (-1, -1), as the stock processor does."""
-    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(
-        images
-    )
+    inputs = _stock(
+        "Gemma4ImageProcessorPil",
+        patch_size=2,
+        max_soft_tokens=70,
+        do_normalize=True,
+    )(images)
     return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
@@ -182,10 +203,19 @@ class Stock:
 
 
 def _llm(kind: str, **kwargs) -> dict:
-    return {"model_type": kind, **LLM, **kwargs}
+    return {
+        "model_type": kind,
+        **LLM,
+        **kwargs,
+    }
 
 
-def _config(kind: str, vision: dict, text: dict, **kwargs) -> dict:
+def _config(
+    kind: str,
+    vision: dict,
+    text: dict,
+    **kwargs,
+) -> dict:
     key = "image_token_index" if kind in INDEXED else "image_token_id"
     return {
         "model_type": kind,
@@ -197,19 +227,54 @@ def _config(kind: str, vision: dict, text: dict, **kwargs) -> dict:
 
 
 def _patched(
-    kind: str, encoder: str, vision: dict, text: dict, placeholder: str = "<|image_pad|>", **kwargs
+    kind: str,
+    encoder: str,
+    vision: dict,
+    text: dict,
+    placeholder: str = "<|image_pad|>",
+    **kwargs,
 ) -> Stock:
     """Encoders that take patches."""
     name = "Glm4vImageProcessorPil" if kind.startswith("glm") else "Qwen2VLImageProcessorPil"
-    text = {"model_type": f"{kind}_text", **LLM, "rope_parameters": MROPE, **text}
+    text = {
+        "model_type": f"{kind}_text",
+        **LLM,
+        "rope_parameters": MROPE,
+        **text,
+    }
     config = _config(kind, {"model_type": kind, **vision}, text)
-    config |= {"vision_start_token_id": 97, "vision_end_token_id": 98, "video_token_id": 96}
-    inputs = _stock(name, patch_size=2, merge_size=2, temporal_patch_size=2)
-    settings = {"types": ("mm_token_type_ids", 1, 0), "placeholder": placeholder, "inputs": inputs}
-    return Stock(config, encoder, 64, (SIDE, SIDE), 4 * SIDE, **settings | kwargs)
+    config |= {
+        "vision_start_token_id": 97,
+        "vision_end_token_id": 98,
+        "video_token_id": 96,
+    }
+    inputs = _stock(
+        name,
+        patch_size=2,
+        merge_size=2,
+        temporal_patch_size=2,
+    )
+    settings = {
+        "types": ("mm_token_type_ids", 1, 0),
+        "placeholder": placeholder,
+        "inputs": inputs,
+    }
+    return Stock(
+        config,
+        encoder,
+        64,
+        (SIDE, SIDE),
+        4 * SIDE,
+        **settings | kwargs,
+    )
 
 
-def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
+def _pixtral(
+    kind: str,
+    text: dict,
+    encoder: str,
+    **kwargs,
+) -> Stock:
     vision = {
         "model_type": "pixtral",
         **VISION,
@@ -230,7 +295,12 @@ def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
 
 
 def _idefics(kind: str) -> Stock:
-    vision = {"model_type": f"{kind}_vision", **VISION, "image_size": 24, "patch_size": 2}
+    vision = {
+        "model_type": f"{kind}_vision",
+        **VISION,
+        "image_size": 24,
+        "patch_size": 2,
+    }
     processor = _stock(
         "Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24}
     )
@@ -291,7 +361,11 @@ LINEAR = {
     },
     "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 QWEN_VISION = {
     "depth": 2,
     "hidden_size": 16,
@@ -300,7 +374,11 @@ QWEN_VISION = {
     "patch_size": 2,
 }
 QWEN3_VISION = QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16}
-GLM_VISION = QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
+GLM_VISION = QWEN_VISION | {
+    "out_hidden_size": 32,
+    "image_size": 4 * SIDE,
+    "intermediate_size": 24,
+}
 SAM = {
     **{
         "model_type": "sam_vision_model",
@@ -347,7 +425,13 @@ STOCK = {
     "janus": Stock(
         _config(
             "janus",
-            VISION | {"image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0},
+            VISION
+            | {
+                "image_size": 24,
+                "patch_size": 4,
+                "projection_dim": 32,
+                "mlp_ratio": 2.0,
+            },
             _llm("llama"),
         )
         | {
@@ -386,7 +470,13 @@ STOCK = {
     "ovis2": Stock(
         _config(
             "ovis2",
-            VISION | {"image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2},
+            VISION
+            | {
+                "image_size": 24,
+                "patch_size": 4,
+                "vocab_size": 40,
+                "hidden_stride": 2,
+            },
             _llm("qwen2"),
         )
         | {
@@ -411,7 +501,12 @@ STOCK = {
     "gemma4": Stock(
         _config(
             "gemma4",
-            {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2},
+            {
+                **VISION,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 2,
+            },
             {
                 **{
                     **LLM,
@@ -471,7 +566,12 @@ STOCK = {
     "qwen2_5_vl": _patched(
         "qwen2_5_vl",
         f"{MERGER}.mlp",
-        QWEN_VISION | {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+        QWEN_VISION
+        | {
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
         {},
     ),
     "qwen3_vl": _patched(
@@ -516,7 +616,14 @@ STOCK = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "hello": 3, "\n\n": 4, "<unk>": 5}
+    words = {
+        "<pad>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "hello": 3,
+        "\n\n": 4,
+        "<unk>": 5,
+    }
     words |= {
         token: 10 + i
         for i, token in enumerate(["<IMG_START>", *(t for t in SPECIAL if t != "<IMG_START>")])
@@ -524,7 +631,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("hello", "isolated")
     built = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
     built.add_special_tokens({"additional_special_tokens": SPECIAL})
     return built

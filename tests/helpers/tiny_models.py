@@ -35,7 +35,13 @@ def vision_config(**kwargs) -> CLIPVisionConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    return CLIPVisionConfig(**settings, image_size=8, patch_size=4, projection_dim=16, **kwargs)
+    return CLIPVisionConfig(
+        **settings,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+        **kwargs,
+    )
 
 
 def llama_config(vocabulary: int = VOCABULARY, **kwargs) -> LlamaConfig:
@@ -64,7 +70,10 @@ def config(cls=LlavaBidirConfig, **kwargs):
 
 
 def model(
-    image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0, **kwargs
+    image_attention: str = "causal",
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+    **kwargs,
 ):
     """Return a random model whose attention is far from uniform, so that masks change its states."""
     torch.manual_seed(seed)
@@ -111,7 +120,13 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pixels(images: int, seed: int = 2) -> torch.Tensor:
-    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        images,
+        3,
+        8,
+        8,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def write_parts(folder: Path) -> tuple[Encoder, str]:
@@ -140,7 +155,11 @@ def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "
 
 
 def write_segmentation(
-    root: Path, training: int = 6, validation: int = 5, size=(24, 20), seed: int = 0
+    root: Path,
+    training: int = 6,
+    validation: int = 5,
+    size=(24, 20),
+    seed: int = 0,
 ) -> Path:
     """Write a folder dataset of random rectangles, one colour per class, with some ignored pixels."""
     rng = np.random.default_rng(seed)

@@ -50,7 +50,14 @@ def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[st
     for rank in range(RANKS):
         log = (folder / f"{rank}.log").open("w")
         command = [sys.executable, __file__, str(file)]
-        running.append(subprocess.Popen(command, env=environment(rank), stdout=log, stderr=log))
+        running.append(
+            subprocess.Popen(
+                command,
+                env=environment(rank),
+                stdout=log,
+                stderr=log,
+            )
+        )
     try:
         codes = [process.wait(timeout_s) for process in running]
     finally:

@@ -16,7 +16,12 @@ ANSWERS = {
 
 
 def write(
-    out: Path, name: str, right: np.ndarray, mask: str = "causal", encoder: str = "clip", **info
+    out: Path,
+    name: str,
+    right: np.ndarray,
+    mask: str = "causal",
+    encoder: str = "clip",
+    **info,
 ) -> Path:
     """Write a finished task with two questions per unit, whose targets alternate between the two answers."""
     columns = BENCHMARKS[name].columns

@@ -69,7 +69,12 @@ def check(export: str) -> None:
         "processor_kwargs": {"padding": True, "return_tensors": "pt"},
         "add_generation_prompt": True,
     }
-    inputs = processor.apply_chat_template(CHATS, tokenize=True, return_dict=True, **settings)
+    inputs = processor.apply_chat_template(
+        CHATS,
+        tokenize=True,
+        return_dict=True,
+        **settings,
+    )
     pixels = inputs["pixel_values"].split([2, 1, 0])
     width = inputs["input_ids"].shape[1]
     fixed = {
@@ -78,7 +83,11 @@ def check(export: str) -> None:
         "do_sample": False,
         "suppress_tokens": [image_id],
     }
-    details = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    details = {
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+    }
 
     @torch.no_grad()
     def expected(prompt: int, answer: torch.Tensor) -> torch.Tensor:
@@ -87,11 +96,20 @@ def check(export: str) -> None:
         )
         mask = mask_of(name, ids == image_id)[None, None]
         views = pixels[prompt] if len(pixels[prompt]) else None
-        out = stock(input_ids=ids[None], attention_mask=mask, pixel_values=views, use_cache=False)
+        out = stock(
+            input_ids=ids[None],
+            attention_mask=mask,
+            pixel_values=views,
+            use_cache=False,
+        )
         return out.logits[0, -NEW - 1 : -1]
 
     def compare(path: str, generator, **kwargs) -> torch.Tensor:
-        out = generator.generate(**inputs, **fixed | kwargs, **details)
+        out = generator.generate(
+            **inputs,
+            **fixed | kwargs,
+            **details,
+        )
         answers = out.sequences[:, width:]
         per_prompt = len(answers) // len(CHATS)
         for row, answer in enumerate(answers):
@@ -120,7 +138,12 @@ def check(export: str) -> None:
     pipe = pipeline("image-text-to-text", model=export, **options)
     fixed["max_length"] = None
     for size in (1, 2):
-        answers = pipe(CHATS[:2], batch_size=size, return_full_text=False, generate_kwargs=fixed)
+        answers = pipe(
+            CHATS[:2],
+            batch_size=size,
+            return_full_text=False,
+            generate_kwargs=fixed,
+        )
         answers = [answer[0]["generated_text"] for answer in answers]
         assert answers == texts[:2], (
             f"{export}, pipeline of {size}: {answers}, expected {texts[:2]}"

@@ -99,7 +99,11 @@ def outcomes(mask: str) -> dict[str, str]:
     with open(FOLDER / f"{mask}.log", "w") as log:
         command = [sys.executable, "-m", "pytest", *options, f"tests/models/llava/{TESTS.name}"]
         status = subprocess.run(
-            command, cwd=FOLDER, env=environment, stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=FOLDER,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         ).returncode
     if status not in (0, 1):  # 1: some tests failed
         sys.exit(f"the tests could not run; see {FOLDER / mask}.log")

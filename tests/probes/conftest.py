@@ -24,6 +24,15 @@ def task_runs(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun
         more = ["--passes", "1"] + ["--strengths", "1e-2"] * bool(
             mask
         )  # another probe, so that there is a gap
-        main(helper.arguments("solve", task, checkpoints[mask or "causal"], task_root, out, *more))
+        main(
+            helper.arguments(
+                "solve",
+                task,
+                checkpoints[mask or "causal"],
+                task_root,
+                out,
+                *more,
+            )
+        )
         runs[name] = FinishedRun(out)
     return runs

@@ -105,7 +105,11 @@ class Study:
         }[step]
 
     def run(
-        self, step: str, *fault, mask: str = "causal", kill_after_s: float | None = None
+        self,
+        step: str,
+        *fault,
+        mask: str = "causal",
+        kill_after_s: float | None = None,
     ) -> int:
         return fault_server.process(
             self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s

@@ -21,7 +21,12 @@ import probes
 )
 def test_imports_wait_until_they_are_needed(code, unwanted):
     command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
-    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     assert "probes" in loaded
     assert not unwanted & set(loaded)
 

@@ -10,10 +10,19 @@ from probes.results.probe_run import ProbeRun
 
 @pytest.mark.numerics
 def test_scores_are_those_of_solve_at_the_same_strength(
-    checkpoints, segmentation, tmp_path, capsys
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
 ):
     strength = "3e-2"
-    argv = arguments(checkpoints["causal"], segmentation, tmp_path / "run", "--strengths", strength)
+    argv = arguments(
+        checkpoints["causal"],
+        segmentation,
+        tmp_path / "run",
+        "--strengths",
+        strength,
+    )
     main(["solve", *argv[1:]])
     capsys.readouterr()
     sites = ProbeRun(tmp_path / "run").metrics["sites"]

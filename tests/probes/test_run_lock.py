@@ -32,10 +32,19 @@ def paths(tmp_path) -> dict[str, str]:
     quality = [0.5, 0.4, 0.5, 0.6, 0.6]
     run = probe_runs.write_run(tmp_path / "run", quality, root=root, images=5)
     other = probe_runs.write_run(
-        tmp_path / "other", quality, root=root, images=5, mask="bidirectional"
+        tmp_path / "other",
+        quality,
+        root=root,
+        images=5,
+        mask="bidirectional",
     )
     image = root / "images/validation/000.png"
-    return {"RUN": str(run), "OTHER": str(other), "DATA": str(root), "IMAGE": str(image)}
+    return {
+        "RUN": str(run),
+        "OTHER": str(other),
+        "DATA": str(root),
+        "IMAGE": str(image),
+    }
 
 
 def argv(command: str, paths: dict[str, str]) -> list[str]:

@@ -72,7 +72,13 @@ def english(tmp_path_factory) -> Path:
         picture = {"image": f"{i}.png"} if i < 10 else {}
         records.append({"id": f"r{i}", "conversations": tiny_models.turns(*turns)} | picture)
         caption = tiny_models.turns("<image>\nDescribe the picture.", turns[-1])
-        captions.append({"id": f"c{i}", "image": f"{i}.png", "conversations": caption})
+        captions.append(
+            {
+                "id": f"c{i}",
+                "image": f"{i}.png",
+                "conversations": caption,
+            }
+        )
     (root / "dialogues.json").write_text(json.dumps(records))
     (root / "captions.json").write_text(json.dumps(captions))
     return root
@@ -94,7 +100,12 @@ def two_layers(llm, tmp_path_factory) -> Path:
 def options(encoder, english):
     """A function that returns the options of `llava-bidir fit` for a stage of three steps."""
 
-    def build(stage: str, llm: Path, out: Path, *more: str) -> list[str]:
+    def build(
+        stage: str,
+        llm: Path,
+        out: Path,
+        *more: str,
+    ) -> list[str]:
         records = "captions" if stage == "stage1" else "dialogues"
         words = [
             *("fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out)),
@@ -123,7 +134,15 @@ def trained(options, llm: Path, runs: Path) -> tuple[Path, Path]:
     """Train both stages on an LLM and return their exports."""
     main(options("stage1", llm, runs / "stage1"))
     stage1 = runs / "stage1/hf"
-    main(options("stage2", llm, runs / "stage2", "--model.adapter", str(stage1)))
+    main(
+        options(
+            "stage2",
+            llm,
+            runs / "stage2",
+            "--model.adapter",
+            str(stage1),
+        )
+    )
     return stage1, runs / "stage2/hf"
 
 

@@ -26,8 +26,16 @@ def out(two_layers, tmp_path, monkeypatch) -> Path:
     out.mkdir()
     (out / "llm").symlink_to(two_layers)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = Dinov2Config(**sizes, patch_size=real.PATCH_PX, image_size=5 * real.PATCH_PX)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    config = Dinov2Config(
+        **sizes,
+        patch_size=real.PATCH_PX,
+        image_size=5 * real.PATCH_PX,
+    )
     Dinov2Model(config).save_pretrained(out / "encoder")
     seconds = 60 * real.TRAINING_SHARE / ((1 + real.STAGE1_SHARE) * STEPS)
     monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", seconds))
@@ -95,7 +103,13 @@ def photos(tmp_path) -> Path:
             {"from": "gpt", "value": f"{i} cars."},
         ]
         image = f"images/training/{i}.png"
-        records.append({"id": str(i), "image": image, "conversations": turns})
+        records.append(
+            {
+                "id": str(i),
+                "image": image,
+                "conversations": turns,
+            }
+        )
     (root / "captions.json").write_text(json.dumps(records))
     return root
 

@@ -49,7 +49,10 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 def greedy(model, tokenizer, text: str) -> str:
     ids = tokenizer(text, return_tensors="pt").input_ids
     said = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=8,
     )
     return tokenizer.decode(said[0], skip_special_tokens=True)
 
@@ -68,12 +71,19 @@ def prompt(path: Path, images: int = 1) -> dict[str, torch.Tensor]:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    return processor(text=text, images=[image] * images, return_tensors="pt")
+    return processor(
+        text=text,
+        images=[image] * images,
+        return_tensors="pt",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- language
 def test_greedy_text_is_that_of_transformers_before_and_after_the_export(
-    gguf_file, llm, language_model, stages
+    gguf_file,
+    llm,
+    language_model,
+    stages,
 ):
     """The file by transformers' own reader, its import, and an MLLM whose adapter was trained on it."""
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
@@ -125,7 +135,11 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
     ids, labels = encode(
-        tiny_models.turns(*pairs), tokenizer, name, IMAGE_TOKENS if shown else None, image_id
+        tiny_models.turns(*pairs),
+        tokenizer,
+        name,
+        IMAGE_TOKENS if shown else None,
+        image_id,
     )
     if name == "chat":
         roles = ("user", "assistant")
@@ -164,7 +178,11 @@ def test_the_mask_reaches_each_of_the_30_layers(stages):
     model = load(stages[0])
     inputs = prompt(stages[0])
     with torch.no_grad():
-        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        states = model(
+            **inputs,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
     is_image = inputs["input_ids"][0] == model.config.image_token_id
     places = torch.arange(len(inputs["input_ids"][0]))
     causal = places[:, None] >= places
@@ -232,7 +250,13 @@ class DieAt(Callback):
     def __init__(self, step: int):
         self.step = step
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self,
+        trainer,
+        pl_module,
+        batch,
+        batch_idx,
+    ):
         if trainer.global_step == self.step:
             die()
 
@@ -266,7 +290,10 @@ def test_a_killed_training_resumes_to_the_same_weights(
 )
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.nightly)])
 def test_two_processes_under_zero_end_at_the_weights_of_one(
-    zero, small_stage2_options, small_stages, tmp_path
+    zero,
+    small_stage2_options,
+    small_stages,
+    tmp_path,
 ):
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
     more = ["-c", f"configs/cluster/{zero}.yaml", "--trainer.devices", "2"]
@@ -309,7 +336,12 @@ def test_the_lab_answers_with_and_without_blocked_patches(stages, monkeypatch):
     Image.effect_noise((8, 8), 60).convert("RGB").save(photo, "PNG")
     key = session.photos.add(photo.getvalue(), "noise.png")
     block = Block(kind="block", patches=(0, 1, 2))
-    question = PhotoQuestion(photo=key, model=0, question="What is it?", intervention=block)
+    question = PhotoQuestion(
+        photo=key,
+        model=0,
+        question="What is it?",
+        intervention=block,
+    )
     result = session.ask(question, labs.JOB)
     assert "".join(result["tokens"]) == result["answer"] and len(result["answer"].split()) > 1
     square = session.photos.get(key).squares[0]

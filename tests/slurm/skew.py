@@ -21,13 +21,26 @@ class Skew(Callback):
         self.seconds = seconds
         self.pause_after = pause_after
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self,
+        trainer,
+        pl_module,
+        batch,
+        batch_idx,
+    ):
         while trainer.global_step == self.pause_after and "SLURM_RESTART_COUNT" not in os.environ:
             time.sleep(0.1)
         if trainer.global_rank == trainer.world_size - 1:
             time.sleep(self.seconds)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self,
+        trainer,
+        pl_module,
+        outputs,
+        batch,
+        batch_idx,
+    ):
         if trainer.is_global_zero:
             with Path(self.losses).open("a") as file:
                 restarts = os.environ.get("SLURM_RESTART_COUNT", 0)

@@ -31,14 +31,23 @@ def settings(tmp_path_factory) -> dict[str, str]:
     encoder, llm = tiny_models.write_parts(folder)
     tiny_models.write_conversations(folder, count=96, text_only=16)
     segmentation = str(tiny_models.write_segmentation(folder / "photos/segmentation"))
-    entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
+    entry = {
+        "name": "clip",
+        "path": encoder.path,
+        "layer": encoder.layer,
+    }
     (folder / "clip.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
     pictures = [record for record in json.loads(Path(data).read_text()) if "image" in record]
     (folder / "questions.json").write_text(json.dumps(pictures[:4]))
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     return {
-        **{"GRES": "", "TASKS_PER_NODE": "2", "CPUS_PER_TASK": "1", "PYTHON": sys.executable},
+        **{
+            "GRES": "",
+            "TASKS_PER_NODE": "2",
+            "CPUS_PER_TASK": "1",
+            "PYTHON": sys.executable,
+        },
         "STRATEGY": f"-c configs/cluster/{'zero3' if find_spec('deepspeed') else 'ddp'}.yaml --trainer.accelerator cpu",
         **{
             "RUNS": str(folder / "runs"),
@@ -66,7 +75,11 @@ def shell(command: str, settings: dict[str, str]) -> str:
     """Run a command line after slurm/env.sh and return its output."""
     line = f"set -euo pipefail; source slurm/env.sh; {command}"
     done = subprocess.run(
-        ["bash", "-c", line], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -75,7 +88,10 @@ def shell(command: str, settings: dict[str, str]) -> str:
 def job_state(job: str) -> dict[str, str]:
     """Return the state of a job."""
     shown = subprocess.run(
-        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
+        ["scontrol", "show", "job", job],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
@@ -96,7 +112,12 @@ def wait_for_end(job: str, log: Path) -> dict[str, str]:
     return wait_until(lambda state: state["JobState"] not in ON_THE_WAY, job, log)
 
 
-def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
+def submit(
+    script: str,
+    settings: dict[str, str],
+    log: Path,
+    more: str = "",
+) -> str:
     """Submit a script with further options `more` of its command. Return the job id."""
     resources = "$NODE" if script == "study" else "$TRAINING"
     command = (
@@ -109,7 +130,13 @@ def lines_of(path: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def signal_at(micro_batches: int, losses: Path, job: str, log: Path, *options: str) -> None:
+def signal_at(
+    micro_batches: int,
+    losses: Path,
+    job: str,
+    log: Path,
+    *options: str,
+) -> None:
     wait_until(lambda state: len(lines_of(losses)) >= micro_batches, job, log)
     subprocess.run(["scancel", *options, job], check=True)
 
@@ -159,7 +186,10 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
 
 
 def test_requeued_study_resumes_after_the_last_complete_epoch(
-    settings, checkpoints, segmentation, tmp_path
+    settings,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     model = tmp_path / "clip-causal/stage2/hf"
     model.parent.mkdir(parents=True)
@@ -167,7 +197,11 @@ def test_requeued_study_resumes_after_the_last_complete_epoch(
     log = tmp_path / "log"
     losses = tmp_path / "losses"
     epochs = "--trainer.max_epochs 8"
-    there = {"TASKS_PER_NODE": "1", "RUNS": str(tmp_path), "STUDY": f"{PROBES} --fit {epochs}"}
+    there = {
+        "TASKS_PER_NODE": "1",
+        "RUNS": str(tmp_path),
+        "STUDY": f"{PROBES} --fit {epochs}",
+    }
     pause = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.losses={losses} --trainer.callbacks.pause_after=10"
     job = submit("study", settings | there, log, f"--arms trained --only fit {pause}")
     signal_at(10, losses, job, log, "--batch", "--signal=USR1")

@@ -26,12 +26,22 @@ DATA += ["CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES"]
 def test_script_is_valid_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
-        check = subprocess.run(["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True)
+        check = subprocess.run(
+            ["shellcheck", "-x", path],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert check.returncode == 0, check.stdout
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "photos"])
-def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatch, checkpoints):
+def test_study_job_runs_a_study_that_can_be_planned(
+    layout,
+    tmp_path,
+    monkeypatch,
+    checkpoints,
+):
     """Its words are options of `probes study`, and of the parser of `probes solve`."""
     (tmp_path / "srun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "srun").chmod(0o755)
@@ -52,7 +62,12 @@ def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatc
         }
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
     done = subprocess.run(
-        job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True
+        job,
+        cwd=ROOT,
+        env=os.environ | there,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (tmp_path / "clip-causal/study.done").is_file(), "for six_configurations.sh"
     words = done.stdout.splitlines()
@@ -142,7 +157,13 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
 
 def test_a_study_split_by_arm_solves_controls_after_the_trained_model(study):
     """Controls block the classes that the trained model confuses most."""
-    done, _ = study("--dry-run", SPLIT="yes", ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
+    done, _ = study(
+        "--dry-run",
+        SPLIT="yes",
+        ENCODERS="clip",
+        MASKS="causal",
+        VQA_PYTHON="",
+    )
     jobs = planned(done)
     needed = dict.fromkeys(ARMS, "clip-causal/study-trained") | {"trained": "clip-causal/stage2"}
     for arm in ARMS:
@@ -158,14 +179,29 @@ def test_a_study_split_by_arm_solves_controls_after_the_trained_model(study):
         ([], {"CAPTIONS": "/nowhere/a.json"}, 1, "CAPTIONS=/nowhere/a.json does not exist\n"),
     ],
 )
-def test_a_mistake_submits_nothing(arguments, settings, code, message, study):
+def test_a_mistake_submits_nothing(
+    arguments,
+    settings,
+    code,
+    message,
+    study,
+):
     done, calls = study(*arguments, check=False, **settings)
     assert done.returncode == code and calls == [] and message in done.stderr
 
 
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
-    cluster = {"NODES": "2", "TASKS_PER_NODE": "4", "GRES": "gpu:h100"}
-    _, calls = study(ENCODERS="clip", PARTITION="fast", ACCOUNT="me", **cluster)
+    cluster = {
+        "NODES": "2",
+        "TASKS_PER_NODE": "4",
+        "GRES": "gpu:h100",
+    }
+    _, calls = study(
+        ENCODERS="clip",
+        PARTITION="fast",
+        ACCOUNT="me",
+        **cluster,
+    )
     waits = []
     for call in calls:
         waits += [[w.partition(":")[2] for w in call if w.startswith("--dependency=afterok")]]
@@ -198,8 +234,16 @@ def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
         f"43 {ROOT}/study",
     ]
     (tmp_path / "queue").write_text("\n".join(queue) + "\n")
-    here = {"ENCODERS": "clip", "MASKS": "causal", "VQA_PYTHON": ""}
-    done, calls = study(**here, SPLIT="yes", ARMS="trained random0 random1")
+    here = {
+        "ENCODERS": "clip",
+        "MASKS": "causal",
+        "VQA_PYTHON": "",
+    }
+    done, calls = study(
+        **here,
+        SPLIT="yes",
+        ARMS="trained random0 random1",
+    )
     assert [" ".join(call[call.index("slurm/study.sbatch") + 1 :]) for call in calls] == [
         "clip causal --arms trained --only solve fit knockout",
         "clip causal --arms random1 --only solve fit knockout",

@@ -22,8 +22,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_questions(parser)
     text = "draws to average for each condition with random tokens"
-    parser.add_argument("--draws", type=int, default=5, help=text)
-    parser.add_argument("--batch-size", type=int, default=16, help="questions per batch")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=5,
+        help=text,
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="questions per batch",
+    )
     add_seed(parser, "the controls and the bootstrap")
     add_out(parser)
 

@@ -53,7 +53,12 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
             fontsize=7,
         )
         left.set(title=mask, ylabel="correct at the same places (%)")
-        left.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        left.legend(
+            fontsize=7,
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.22),
+        )
         right.set_yticks(range(len(EFFECT_LABELS)), EFFECT_LABELS.values(), fontsize=7)
         right.set_ylim(len(EFFECT_LABELS) - 0.5, -0.5)
         right.axvline(0, color="black", lw=0.8)
@@ -61,7 +66,13 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
     return FigureData(figure, effect_rows(answers))
 
 
-def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, dash: str) -> None:
+def _draw_accuracies(
+    ax: Axes,
+    entry: dict[str, Any],
+    model: str,
+    colour: str,
+    dash: str,
+) -> None:
     sites = [site for site in entry["sites"] if has_depth(site["site"])]
     shift = 0.12 * (dash == ":")  # so that the intervals of two models do not cover each other
     depths = [site_depth(site["site"]) + shift for site in sites]
@@ -82,18 +93,41 @@ def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, d
         100 * entry["accuracy"]["value"],
         (100 * bound for bound in entry["accuracy"]["ci95"]),
     )
-    ax.axhline(answer, color=colour, ls=dash, lw=2.2, label=f"answers, {model}")
-    ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
+    ax.axhline(
+        answer,
+        color=colour,
+        ls=dash,
+        lw=2.2,
+        label=f"answers, {model}",
+    )
+    ax.axhspan(
+        low,
+        high,
+        color=colour,
+        alpha=0.12,
+        lw=0,
+    )
 
 
-def _draw_effects(ax: Axes, entry: dict[str, Any], colour: str, offset: float) -> None:
+def _draw_effects(
+    ax: Axes,
+    entry: dict[str, Any],
+    colour: str,
+    offset: float,
+) -> None:
     means = {
         (effect["condition"], effect["control"]): effect["mean"] for effect in entry["effects"]
     }
     for y, effect in enumerate(EFFECT_LABELS):
         if (mean := means[effect])["value"] is not None:
             ax.plot(mean["ci95"] or [mean["value"]] * 2, [y + offset] * 2, color=colour, lw=1.4)
-            ax.plot([mean["value"]], [y + offset], "o", color=colour, ms=4.5)
+            ax.plot(
+                [mean["value"]],
+                [y + offset],
+                "o",
+                color=colour,
+                ms=4.5,
+            )
 
 
 def answer_figures(answers: dict[str, Any]) -> Figures:
@@ -106,4 +140,4 @@ def answer_figures(answers: dict[str, Any]) -> Figures:
             "class are hidden from other image tokens, as means over classes. Grey: random LLMs that change the states "
             "as much as the trained one. Exploratory: the paper makes no claim about answers. Lines and bands: 95% "
             "intervals over images, and over classes on the right.",
-            answers_and_probes(answers), "wide")  # fmt: skip
+            answers_and_probes(answers), "wide",)  # fmt: skip

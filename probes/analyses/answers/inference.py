@@ -34,7 +34,10 @@ Tensors = dict[str, Tensor]  # content of answers.safetensors
 
 
 def answer_statistics(
-    tensors: Tensors, sites: Sequence[str], classes: Sequence[str], seed: int
+    tensors: Tensors,
+    sites: Sequence[str],
+    classes: Sequence[str],
+    seed: int,
 ) -> dict[str, Any]:
     """Return the statistics of a run's answers; values with intervals are {"value", "ci95"}.
 
@@ -72,13 +75,28 @@ def answer_statistics(
             of_class = _cases(tensors, chosen)
             by_class[name] = _mean(change[chosen], of_class, weights)
             p, _ = p_values(of_class.swapped_mean(change[chosen][:, None], swaps))
-            rows.append({"class": name, **of_class.counts, **by_class[name].json(), "p": p.item()})
+            rows.append(
+                {
+                    "class": name,
+                    **of_class.counts,
+                    **by_class[name].json(),
+                    "p": p.item(),
+                }
+            )
         for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
             row["p_holm"] = adjusted
-        effect = {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
+        effect = {
+            "condition": condition,
+            "control": control,
+            "mean": mean_over_classes(by_class),
+        }
         effects.append(effect | {"classes": rows})
     counts = {"questions": len(answered), "images": cases.counts["images"]}
-    return counts | {"accuracy": entry(answered), "sites": by_site, "effects": effects}
+    return counts | {
+        "accuracy": entry(answered),
+        "sites": by_site,
+        "effects": effects,
+    }
 
 
 def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | None:
@@ -117,10 +135,18 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
             for name, chosen in _questions_by_class(first, classes).items()
         }
         effects.append(
-            {"condition": condition, "control": control, "mean": mean_over_classes(by_class)}
+            {
+                "condition": condition,
+                "control": control,
+                "mean": mean_over_classes(by_class),
+            }
         )
     accuracy = _mean(answered, _cases(first), weights).json()
-    return {"draws": len(draws), "accuracy": accuracy, "effects": effects}
+    return {
+        "draws": len(draws),
+        "accuracy": accuracy,
+        "effects": effects,
+    }
 
 
 def _change(tensors: Tensors, condition: str, control: str) -> Tensor:

@@ -70,7 +70,10 @@ class AnswersPlan:
 
 
 def ask_questions(
-    run: ProbeRun, plan: AnswersPlan, out: Path, overwrite: bool = False
+    run: ProbeRun,
+    plan: AnswersPlan,
+    out: Path,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Ask all questions, write the files named above, and return the content of answers.json.
 
@@ -102,7 +105,13 @@ def ask_questions(
         "images": str(plan.images),
         "run": run.fingerprint,
     }
-    batches = cached_batches(out / "answers.partial", arguments, asked, plan.batch_size, compute)
+    batches = cached_batches(
+        out / "answers.partial",
+        arguments,
+        asked,
+        plan.batch_size,
+        compute,
+    )
     tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     check_effects(tensors)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
@@ -158,10 +167,26 @@ def ask_batch(
     visible = reader.visible()
     rows: dict[str, list[Tensor]] = {}
     for i, (question, place) in enumerate(zip(questions, places, strict=True)):
-        case = _case(question, i, int(results["wrong"][i]), predicted[i], place)
-        features = MatchingFeatures.from_case(case, mllm.grid, visible, states[ADAPTER][i], mass[i])
+        case = _case(
+            question,
+            i,
+            int(results["wrong"][i]),
+            predicted[i],
+            place,
+        )
+        features = MatchingFeatures.from_case(
+            case,
+            mllm.grid,
+            visible,
+            states[ADAPTER][i],
+            mass[i],
+        )
         scored = _score(
-            mllm, pixels[i : i + 1], question.text, classes, _blocked(case, features, plan)
+            mllm,
+            pixels[i : i + 1],
+            question.text,
+            classes,
+            _blocked(case, features, plan),
         )
         row = {"answer": scored["none"]} | {
             f"right:{key}": scored[key][question.right] for key in CONDITIONS
@@ -173,7 +198,11 @@ def ask_batch(
 
 
 def _case(
-    question: Question, row: int, wrong: int, predicted: Tensor, place: Tensor
+    question: Question,
+    row: int,
+    wrong: int,
+    predicted: Tensor,
+    place: Tensor,
 ) -> ConfusionCase:
     """Return the question as a case of the knockout, whose "mistaken" patches are those at the place."""
     blocked = {"incorrect": predicted == wrong, "correct": predicted == question.right}
@@ -187,7 +216,12 @@ def _blocked(
     case: ConfusionCase, features: MatchingFeatures, plan: AnswersPlan
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens of each condition, one or several draws bool[T]."""
-    knockout = KnockoutPlan((), controls=("matched",), draws=plan.draws, seed=plan.seed)
+    knockout = KnockoutPlan(
+        (),
+        controls=("matched",),
+        draws=plan.draws,
+        seed=plan.seed,
+    )
     tokens = blocked_by_condition(case, features, knockout) | {
         "none": [torch.zeros_like(case.mistaken)]
     }
@@ -195,7 +229,11 @@ def _blocked(
 
 
 def _score(
-    mllm, pixels: Tensor, question: str, classes: list[str], blocked: dict[str, list[Tensor]]
+    mllm,
+    pixels: Tensor,
+    question: str,
+    classes: list[str],
+    blocked: dict[str, list[Tensor]],
 ) -> dict[str, Tensor]:
     """Return the log-probability of each class as the answer, f[K] by condition, mean over draws; one forward."""
     draws = [tokens for values in blocked.values() for tokens in values]

@@ -156,14 +156,30 @@ def explore(
             for i, (c, b) in enumerate(blocked.items())
         }
         readouts.append(
-            ImageReadout(image, grid_box(view, sample["target"].shape), truth, case, readings)
+            ImageReadout(
+                image,
+                grid_box(view, sample["target"].shape),
+                truth,
+                case,
+                readings,
+            )
         )
     return RunReadout(
-        run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts), plan.describe()
+        run,
+        run.sites,
+        list(word_heads),
+        readouts,
+        _read_vocabulary(run, readouts),
+        plan.describe(),
     )
 
 
-def _check_known(option: str, values: Sequence, known: Sequence, owner: str) -> None:
+def _check_known(
+    option: str,
+    values: Sequence,
+    known: Sequence,
+    owner: str,
+) -> None:
     for value in values:
         if value not in known:
             listed = (
@@ -184,7 +200,10 @@ def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, 
 
 
 def most_confused(
-    predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]
+    predicted: Tensor,
+    truth: Tensor,
+    image: int,
+    classes: Sequence[int],
 ) -> ConfusionCase | None:
     """Return the case of the class that most patches are wrongly predicted as, among `classes`; None without one.
 
@@ -195,12 +214,21 @@ def most_confused(
     count, wrong_class = max(((wrong.count(k), -k) for k in classes), default=(0, 0))
     if not count:
         return None
-    (case,) = find_cases(predicted[:, None], truth[None], torch.tensor([image]), -wrong_class, 1)
+    (case,) = find_cases(
+        predicted[:, None],
+        truth[None],
+        torch.tensor([image]),
+        -wrong_class,
+        1,
+    )
     return case
 
 
 def blocked_patches(
-    case: ConfusionCase, conditions: Sequence[str], states: Tensor, rng: np.random.Generator
+    case: ConfusionCase,
+    conditions: Sequence[str],
+    states: Tensor,
+    rng: np.random.Generator,
 ) -> dict[str, Tensor]:
     """Return the patches that each condition blocks, bool[T]; random ones from the same pool as the knockout's.
 
@@ -225,7 +253,13 @@ def most_probable(
 ) -> tuple[Tensor, Tensor]:
     """Return the `count` most probable classes or words and their probabilities, [C, count, S, T] each."""
     conditions, tokens = next(iter(states.values())).shape[:2]
-    ids = torch.zeros(conditions, count, len(heads), tokens, dtype=torch.long)
+    ids = torch.zeros(
+        conditions,
+        count,
+        len(heads),
+        tokens,
+        dtype=torch.long,
+    )
     probabilities = torch.zeros(ids.shape)
     for s, (site, head) in enumerate(heads.items()):
         for c in range(conditions):  # one at a time, since V is large

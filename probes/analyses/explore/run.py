@@ -43,7 +43,12 @@ UNLABELLED = 255
 LARGE_MB = 50  # size above which the command warns; Chromium opens 50 MB in about one second
 
 
-def pack_readout(truth: Tensor, readout: PatchReadout, word_index: Tensor, planes: int) -> bytes:
+def pack_readout(
+    truth: Tensor,
+    readout: PatchReadout,
+    word_index: Tensor,
+    planes: int,
+) -> bytes:
     """Return the block of one condition in the layout above, before compression.
 
     `truth` is long[T], -1 if unlabelled; `word_index` long[V], token id -> index into the table of words.
@@ -118,7 +123,11 @@ def describe_condition(condition: str, image: ImageReadout, explored: RunReadout
     }[condition]
     note = f"Patches wrongly predicted as {wrong} at the adapter: {image.case.patches}; most of them are {correct}."
     note += f" As in the run's knockout: {explored.how}." if explored.how else ""
-    return {"name": condition, "label": label, "note": note}
+    return {
+        "name": condition,
+        "label": label,
+        "note": note,
+    }
 
 
 def run_labels(explored: list[RunReadout]) -> list[str]:
@@ -162,7 +171,12 @@ def _encode_image(sample: dict[str, Any]) -> dict[str, Any]:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"name": sample["name"], "source": source, "width": size[0], "height": size[1]}
+    return {
+        "name": sample["name"],
+        "source": source,
+        "width": size[0],
+        "height": size[1],
+    }
 
 
 def write_page(explored: list[RunReadout], out: str | Path) -> Path:
@@ -172,7 +186,11 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     runs = [run_readout.run for run_readout in explored]
     model = ", ".join(dict.fromkeys(model_name(run) for run in runs))
     page = render(
-        "analyses/explore/explorer.html.j2", data=data, blocks=blocks, model=model, runs=runs
+        "analyses/explore/explorer.html.j2",
+        data=data,
+        blocks=blocks,
+        model=model,
+        runs=runs,
     )
     write_files({out / "explorer.html": page})
     return out / "explorer.html"

@@ -27,23 +27,64 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes knockout`."""
     add_run(parser)
     text = "classes c, or auto:N for the N most often confused"
-    parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help=text)
+    parser.add_argument(
+        "--classes",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=text,
+    )
     text = "layers to cut, counted from 1 (default: all)"
-    parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="L",
+        help=text,
+    )
     text = "site whose predictions define the blocked tokens"
-    parser.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
+    parser.add_argument(
+        "--block-by",
+        default="adapter",
+        metavar="SITE",
+        help=text,
+    )
     text = "controls besides random tokens: tokens matched in distance and attention received"
-    parser.add_argument("--controls", nargs="+", default=[], choices=CONTROLS[1:], help=text)
+    parser.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        choices=CONTROLS[1:],
+        help=text,
+    )
     text = "draws to average for each condition with random tokens"
-    parser.add_argument("--draws", type=int, default=5, help=text)
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=5,
+        help=text,
+    )
     text = "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l "
     text += "(RUN/knockout_windows.json)"
-    parser.add_argument("--layer-windows", type=int, metavar="K", help=text)
     parser.add_argument(
-        "--min-patches", type=int, default=1, help="leave out images with fewer wrong patches"
+        "--layer-windows",
+        type=int,
+        metavar="K",
+        help=text,
+    )
+    parser.add_argument(
+        "--min-patches",
+        type=int,
+        default=1,
+        help="leave out images with fewer wrong patches",
     )
     parser.add_argument("--limit", type=int, help="number of images to read (default: all)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images, or cases, per forward",
+    )
     add_seed(parser, "the controls and the bootstrap")
     add_out(parser)
 

@@ -32,7 +32,10 @@ class ForwardRow(NamedTuple):
 
 
 def knock_out_batch(
-    reader: PatchReader, plan: KnockoutPlan, classes: list[str], batch: dict
+    reader: PatchReader,
+    plan: KnockoutPlan,
+    classes: list[str],
+    batch: dict,
 ) -> dict[str, Tensor]:
     """Return the results of a batch, collated by data/batches.py, by "class/key", one row per case.
 
@@ -47,7 +50,13 @@ def knock_out_batch(
     how = (reader.layers.index(plan.block_by), plan.min_patches)
     cases: list[ConfusionCase] = []
     for name in plan.classes:
-        cases += find_cases(predicted, truth, batch["index"], classes.index(name), *how)
+        cases += find_cases(
+            predicted,
+            truth,
+            batch["index"],
+            classes.index(name),
+            *how,
+        )
     if not cases:
         return {}
     adapter = states[ADAPTER]
@@ -62,7 +71,13 @@ def knock_out_batch(
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
         mass = None if attention is None else attention[i].mean(0)
-        features = MatchingFeatures.from_case(case, mllm.grid, visible, adapter[case.row], mass)
+        features = MatchingFeatures.from_case(
+            case,
+            mllm.grid,
+            visible,
+            adapter[case.row],
+            mass,
+        )
         blocked = blocked_by_condition(case, features, plan)
         result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
         unmodified = case.outcomes(predicted[:, case.row])

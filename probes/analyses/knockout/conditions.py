@@ -105,7 +105,10 @@ def random_tokens(
 
 
 def matched_tokens(
-    values: np.ndarray, blocked: np.ndarray, avoided: np.ndarray, rng: np.random.Generator
+    values: np.ndarray,
+    blocked: np.ndarray,
+    avoided: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Draw for each blocked token a different one with similar values f[T, F], without replacement, bool[T].
 
@@ -124,7 +127,10 @@ def matched_tokens(
 
 
 def measure_balance(
-    case: ConfusionCase, features: MatchingFeatures, condition: str, draws: list[Tensor]
+    case: ConfusionCase,
+    features: MatchingFeatures,
+    condition: str,
+    draws: list[Tensor],
 ) -> Tensor:
     """Return how well a condition's tokens match, by `BALANCE`: f[5], mean over draws, NaN if undefined.
 

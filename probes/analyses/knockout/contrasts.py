@@ -149,7 +149,13 @@ def paired_cases(
     if not both.any():
         return None
     pair = torch.unique(pair[both], return_inverse=True)[1]
-    return PairedCases(values[both], patches[both].double(), image[both], pair, forward[both])
+    return PairedCases(
+        values[both],
+        patches[both].double(),
+        image[both],
+        pair,
+        forward[both],
+    )
 
 
 def contrast_estimates(

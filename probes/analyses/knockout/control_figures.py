@@ -21,10 +21,20 @@ SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
 def window_effects(sweep: dict[str, Any]) -> FigureData:
     """Draw the effect against random tokens by layers cut and layer read."""
     sliding = f"{sweep['layer_windows']} layers"
-    kinds = {"single": "1 layer", "sliding": sliding, "from": "from layer", "up_to": "up to layer"}
+    kinds = {
+        "single": "1 layer",
+        "sliding": sliding,
+        "from": "from layer",
+        "up_to": "up to layer",
+    }
     places = sweep["places"]
     entry = sweep["classes"][0]
-    figure, axes = new_panels(2 * len(kinds), height=2.3, columns=len(kinds), sharey="row")
+    figure, axes = new_panels(
+        2 * len(kinds),
+        height=2.3,
+        columns=len(kinds),
+        sharey="row",
+    )
     maps = {name: 100 * np.array(entry["effect"][name]["mean"]) for name in SET_COLOURS}
     colours = signed_colours(*maps.values())
     rows = []
@@ -44,7 +54,11 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
         ax.set_title(f"{SET_LABELS[name]}, {kinds[kind]}", fontsize=7.5)
         effect = entry["effect"][name]
         rows += [
-            {"image_attention": sweep["image_attention"], "condition": name, "kind": kind}
+            {
+                "image_attention": sweep["image_attention"],
+                "condition": name,
+                "kind": kind,
+            }
             | {
                 "first": places[i]["layers"][0],
                 "last": places[i]["layers"][-1],
@@ -58,7 +72,12 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
         ]
     figure.supxlabel("layer read", fontsize=9)
     figure.supylabel("layers cut", fontsize=9)
-    figure.colorbar(image, ax=axes, label="effect (pp)", shrink=0.6)
+    figure.colorbar(
+        image,
+        ax=axes,
+        label="effect (pp)",
+        shrink=0.6,
+    )
     return FigureData(figure, rows)
 
 
@@ -71,4 +90,4 @@ def control_figures(mask: str, run: ProbeRun) -> Figures:
             "Effect against as many random patches when only some layers are cut. Rows: first layer cut (for up to "
             "layer, the last). Columns: layer read. Look for windows after which the effect persists: these layers "
             "correct patches.",
-            window_effects(sweep), "wide")  # fmt: skip
+            window_effects(sweep), "wide",)  # fmt: skip

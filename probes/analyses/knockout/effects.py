@@ -23,7 +23,11 @@ from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, SETS
 
 SPECIFICITY = "correct - incorrect"
 # of the effects that the paper claims (App. C.2)
-CLAIMED_SIGN = {"incorrect": -1, "correct": +1, SPECIFICITY: +1}
+CLAIMED_SIGN = {
+    "incorrect": -1,
+    "correct": +1,
+    SPECIFICITY: +1,
+}
 # A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
 # to swap are as extreme as the observed.
 MIN_IMAGES = 6
@@ -99,14 +103,22 @@ def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def class_entry(
-    name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None
+    name: str,
+    tensors: dict[str, Tensor],
+    seed: int,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the rates of a class by condition with intervals, and the balance: an entry of "classes" in knockout.json.
 
     Takes the content of knockout.safetensors, the bootstrap's seed, and long[N], groups of images to resample together.
     """
     if f"{name}/image" not in tensors:
-        return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
+        return {
+            "class": name,
+            "images": 0,
+            "remaining": {},
+            "ci95": {},
+        }
     images = len(tensors[f"{name}/image"])
     groups = None if groups is None else groups[tensors[f"{name}/image"]]
     weights = bootstrap_weights(images, seed=seed, groups=groups)
@@ -132,7 +144,12 @@ def class_entry(
     return entry
 
 
-def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> list[dict[str, Any]]:
+def effect_entries(
+    name: str,
+    cases: Cases,
+    weights: Tensor,
+    swaps: Tensor,
+) -> list[dict[str, Any]]:
     """Return the effect of each condition against its controls, and specificity, for a class or all.
 
     Specificity is (correct - incorrect) minus the same difference of a control. It is positive if the blocked class
@@ -214,7 +231,12 @@ def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
         {"value", "ci95", "units": U, "sd": over units}. "ci95" and "sd" are None for a single unit, which says nothing
         about others; "value" is None without any.
     """
-    result = {"value": None, "ci95": None, "units": len(effects), "sd": None}
+    result = {
+        "value": None,
+        "ci95": None,
+        "units": len(effects),
+        "sd": None,
+    }
     if not effects:
         return result
     values = torch.tensor([effect.value for effect in effects.values()], dtype=torch.float64)

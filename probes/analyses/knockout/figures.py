@@ -44,19 +44,32 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
     """Draw the wrong patches left per layer and condition, over all classes and by class (Fig. 11)."""
     tensors = read_knockout(run)
     names = [entry["class"] for entry in run.analysis("knockout.json")["classes"]]
-    figure, axes = new_panels(1 + len(names), height=1.9, columns=4, sharex=True)
+    figure, axes = new_panels(
+        1 + len(names),
+        height=1.9,
+        columns=4,
+        sharex=True,
+    )
     rows = []
     for ax, name in zip(axes, (None, *names), strict=True):
         rows += _draw_rates(ax, run, tensors, name)
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
     )
     return FigureData(figure, rows)
 
 
-def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | None) -> Rows:
+def _draw_rates(
+    ax: Axes,
+    run: ProbeRun,
+    tensors: dict[str, Any],
+    name: str | None,
+) -> Rows:
     """Draw n_c(l) / n_c(0) of one class, or of all, with intervals over images; return the rows of the CSV file."""
     cases = select_cases(tensors, None if name is None else [name])
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -71,7 +84,15 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
         mean, resampled = cases.mean(cases.rates[condition], run.weights)
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
         band = 100 * np.array(ci95) if dash == "-" else None
-        draw_curve(ax, range(len(mean)), 100 * mean, band, colour, dash, label=label)
+        draw_curve(
+            ax,
+            range(len(mean)),
+            100 * mean,
+            band,
+            colour,
+            dash,
+            label=label,
+        )
         common = {
             "image_attention": run.metrics["image_attention"],
             "class": name or "all",
@@ -79,7 +100,12 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
         }
         rows += [
             common
-            | {"layer": layer, "cases": len(cases.images), "remaining": m, **bounds(ci95[layer])}
+            | {
+                "layer": layer,
+                "cases": len(cases.images),
+                "remaining": m,
+                **bounds(ci95[layer]),
+            }
             for layer, m in enumerate(mean.tolist())
         ]
     return rows
@@ -121,7 +147,14 @@ def effects_by_class(knockout: dict[str, Any]) -> FigureData:
             p = later["p"] if entry["class"] == "all" else later["p_holm"]
             ax.plot(100 * np.array(later["ci95"]), [y, y], color=colour, lw=1.2)
             fill = colour if p is not None and p < 0.05 else "white"
-            ax.plot([100 * later["value"]], [y], "o", color=colour, mfc=fill, ms=3.5)
+            ax.plot(
+                [100 * later["value"]],
+                [y],
+                "o",
+                color=colour,
+                mfc=fill,
+                ms=3.5,
+            )
         ax.set_title(
             f"{title}\nclaimed: {'below' if CLAIMED_SIGN[condition] < 0 else 'above'} 0", fontsize=8
         )
@@ -132,10 +165,18 @@ def effects_by_class(knockout: dict[str, Any]) -> FigureData:
     axes[1].set_xlabel("change in wrong patches left (pp)", fontsize=8)
     for number, control in enumerate(controls):
         axes[0].plot(
-            [], [], "o", color=COLOURS[number], ms=3.5, label=f"against {CONTROL_LABELS[control]}"
+            [],
+            [],
+            "o",
+            color=COLOURS[number],
+            ms=3.5,
+            label=f"against {CONTROL_LABELS[control]}",
         )
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
     )
     return FigureData(figure, effect_rows(knockout))
 
@@ -147,11 +188,11 @@ def knockout_figures(mask: str, run: ProbeRun) -> Figures:
         "Share of the adapter's wrong patches still wrong at each layer, over all images, and by wrongly predicted "
         "class (Fig. 11). The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class "
         "blocked) above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
-        wrong_patches_left(run), "wide")  # fmt: skip
+        wrong_patches_left(run), "wide",)  # fmt: skip
     yield ReportFigure(
         f"knockout_effects_{mask}", f"Effects against controls, {mask}",
         "Change in wrong patches left in the later half of the layers, over the cases of all classes and by class, "
         "against no blocking and against blocking as many other patches. Correct − wrong measures how class-specific "
         "the effect is. Filled: p < 0.05 in a permutation test, of classes with Holm's correction for their number. "
         f"{INTERVALS}",
-        effects_by_class(run.analysis("knockout.json")), "wide")  # fmt: skip
+        effects_by_class(run.analysis("knockout.json")), "wide",)  # fmt: skip

@@ -55,7 +55,11 @@ def cut_locations(width: int | None, depth: int) -> list[CutLocation]:
 
 
 def sweep_entry(
-    name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor
+    name: str,
+    rates: dict[str, Tensor],
+    cases: Cases,
+    weights: Tensor,
+    swaps: Tensor,
 ) -> dict[str, Any]:
     """Return the effects of a class (or all) by location, an entry of "classes" in knockout_windows.json.
 
@@ -64,7 +68,12 @@ def sweep_entry(
     Takes `rates` by condition, f[C, W, L + 1], the same cases with their rates without a knockout, `weights` f[R, N] of
     the bootstrap and `swaps` f[1 + R, N] of the permutations.
     """
-    entry: dict[str, Any] = {"class": name, **cases.counts, "change": {}, "effect": {}}
+    entry: dict[str, Any] = {
+        "class": name,
+        **cases.counts,
+        "change": {},
+        "effect": {},
+    }
     shape = rates["correct"].shape[1:]
     for condition in ("incorrect", "correct"):
         change = rates[condition] - cases.rates["none"][:, None]

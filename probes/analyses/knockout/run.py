@@ -87,7 +87,10 @@ def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
 
 
 def summarise_cases(
-    run: ProbeRun, plan: KnockoutPlan, tensors: dict[str, Tensor], swept: dict[str, Tensor]
+    run: ProbeRun,
+    plan: KnockoutPlan,
+    tensors: dict[str, Tensor],
+    swept: dict[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the contents of knockout.json and of knockout_windows.json, None without windows.
 
@@ -121,7 +124,16 @@ def summarise_cases(
     def rates(name):
         return {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
 
-    entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
+    entries = [
+        sweep_entry(
+            name,
+            rates(name),
+            cases[name],
+            weights,
+            swaps,
+        )
+        for name in cases
+    ]
     places = [
         location._asdict() for location in cut_locations(plan.layer_windows, len(run.layers) - 1)
     ]
@@ -129,7 +141,10 @@ def summarise_cases(
 
 
 def _compute_cases(
-    run: ProbeRun, plan: KnockoutPlan, reader: PatchReader, partial: Path
+    run: ProbeRun,
+    plan: KnockoutPlan,
+    reader: PatchReader,
+    partial: Path,
 ) -> dict[str, Tensor]:
     """Return the results of the split by "class/key", one row per case; finished batches are kept in `partial`."""
     classes = run.metrics["classes"]
@@ -164,7 +179,11 @@ def run(args: argparse.Namespace) -> None:
             if name in KnockoutPlan.__dataclass_fields__
         }
     )
-    made_from = {"runs": [probe_run.fingerprint], **asdict(plan), "layers": plan.layers or "all"}
+    made_from = {
+        "runs": [probe_run.fingerprint],
+        **asdict(plan),
+        "layers": plan.layers or "all",
+    }
 
     def classes_of(results):
         return results | {"classes": [entry["class"] for entry in results["classes"]]}

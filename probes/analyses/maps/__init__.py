@@ -10,7 +10,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_images(parser, "--image", default=[0])
     text = "classes in RUN/knockout.json to show under knockout"
-    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help=text)
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=text,
+    )
     add_out(parser)
 
 

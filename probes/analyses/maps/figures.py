@@ -75,7 +75,12 @@ def _legend(run: ProbeRun, palette: np.ndarray) -> list[Patch]:
     """Return the colours of the first classes."""
     names = run.metrics["classes"][:LEGEND_CLASSES]
     return [
-        Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n)
+        Patch(
+            facecolor=palette[k] / 255,
+            edgecolor="#333333",
+            lw=0.3,
+            label=n,
+        )
         for k, n in enumerate(names)
     ]
 
@@ -98,5 +103,10 @@ def _image_grid(
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8)
     if legend:
-        figure.legend(handles=legend, loc="outside lower center", ncols=7, fontsize=7)
+        figure.legend(
+            handles=legend,
+            loc="outside lower center",
+            ncols=7,
+            fontsize=7,
+        )
     return figure

@@ -78,7 +78,13 @@ def predict_knockout_maps(
     truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
     how = (run.layers.index(plan.block_by), plan.min_patches)
-    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how)
+    (case,) = find_cases(
+        predicted,
+        truth,
+        torch.tensor([image]),
+        classes.index(name),
+        *how,
+    )
     blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
     maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]
     entry = {
@@ -102,7 +108,11 @@ def run(args: argparse.Namespace) -> None:
     dataset = run.dataset()
     for image in args.image:
         check_image(image, len(dataset))
-    made_from = {"runs": [run.fingerprint], "image": args.image, "classes": args.classes}
+    made_from = {
+        "runs": [run.fingerprint],
+        "image": args.image,
+        "classes": args.classes,
+    }
 
     def images_of(results):
         return results | {"image": [entry["index"] for entry in results["images"]]}

@@ -31,7 +31,13 @@ def map_figures(study: StudyRuns) -> Figures:
         )
         title = f"Predictions by layer, {mask}" if run.has_llm else "Predictions by layer"
         text = of_mllm if run.has_llm else of_encoder
-        yield ReportFigure(f"maps_{mask}", title, text, site_maps(run, palette), "wide")
+        yield ReportFigure(
+            f"maps_{mask}",
+            title,
+            text,
+            site_maps(run, palette),
+            "wide",
+        )
         for case in result["knockout"]:
             wrong = case["class"]
             correct = case["correct_class"]
@@ -41,4 +47,4 @@ def map_figures(study: StudyRuns) -> Figures:
                 f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
                 f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
                 f"class blocked{how}.",
-                knockout_maps(run, wrong, palette), "wide")  # fmt: skip
+                knockout_maps(run, wrong, palette), "wide",)  # fmt: skip

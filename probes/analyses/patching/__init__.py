@@ -18,12 +18,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--site", help="site of the read-out (default: the run's best decoder layer)"
     )
     text = "layers whose states are replaced, 0 for the adapter (default: all before the read-out)"
-    parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="L",
+        help=text,
+    )
     parser.add_argument(
         "--limit", type=int, help="number of images, and of pairs, to read (default: all)"
     )
-    parser.add_argument("--draws", type=int, default=3, help="draws of random tokens to average")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per batch")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=3,
+        help="draws of random tokens to average",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="images per batch",
+    )
     add_seed(parser, "the random tokens and the bootstrap")
     add_out(parser)
 

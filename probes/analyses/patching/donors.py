@@ -39,7 +39,12 @@ class Batch(NamedTuple):
     sets: dict[str, Tensor]  # bool[B, T], tokens by the name of their set
 
 
-def mask_batch(mllm: FrozenMLLM, dataset, index: list[int], classes: int) -> Batch:
+def mask_batch(
+    mllm: FrozenMLLM,
+    dataset,
+    index: list[int],
+    classes: int,
+) -> Batch:
     """Return images of a split with the sets of tokens that receive states of another mask."""
     samples = [dataset[i] for i in index]
     pixels = mllm.preprocess([sample["image"] for sample in samples])
@@ -52,10 +57,21 @@ def mask_batch(mllm: FrozenMLLM, dataset, index: list[int], classes: int) -> Bat
         for name, row in zip(ROWS, (0, rows // 2, rows - 1), strict=True)
     }
     largest = F.one_hot(truth + 1, classes + 1).sum(1)[:, 1:].argmax(1, keepdim=True)
-    return Batch(index, pixels, pixels, truth, sets | {"class": truth == largest})
+    return Batch(
+        index,
+        pixels,
+        pixels,
+        truth,
+        sets | {"class": truth == largest},
+    )
 
 
-def pair_batch(mllm: FrozenMLLM, pairs: "Pairs", index: list[int], classes: int) -> Batch:
+def pair_batch(
+    mllm: FrozenMLLM,
+    pairs: "Pairs",
+    index: list[int],
+    classes: int,
+) -> Batch:
     """Return pictures without a cue, their pairs with it as donors, and the tokens under the pixels that differ."""
     without, cued = ([split[i] for i in index] for split in (pairs.without, pairs.cued))
     pixels, donor = (
@@ -78,7 +94,13 @@ def pair_batch(mllm: FrozenMLLM, pairs: "Pairs", index: list[int], classes: int)
                 f"the pictures with and without {sample['name']} differ in all patches; expected a cue in some, and "
                 "equal pixels elsewhere (JPEG changes them all: use PNG)"
             )
-    return Batch(index, pixels, donor, _truth(mllm, cued, classes), {"cue": cue})
+    return Batch(
+        index,
+        pixels,
+        donor,
+        _truth(mllm, cued, classes),
+        {"cue": cue},
+    )
 
 
 def _truth(mllm: FrozenMLLM, samples: Sequence[dict], classes: int) -> Tensor:

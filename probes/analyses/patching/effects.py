@@ -17,7 +17,10 @@ GROUPS = ("patched", "others", "random", "difference")
 
 
 def patching_effects(
-    tensors: dict[str, Tensor], layers: Sequence[int], seed: int, groups: Tensor | None = None
+    tensors: dict[str, Tensor],
+    layers: Sequence[int],
+    seed: int,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the effects in the content of patching.safetensors.
 
@@ -43,7 +46,14 @@ def patching_effects(
         ]
         mean, resampled = nan_mean(total[:, None], weights)
         entry = {"value": mean.item(), "ci95": interval(mean.item(), resampled[:, 0])}
-        experiments.append({"experiment": name, "images": len(total), "total": entry, "sets": sets})
+        experiments.append(
+            {
+                "experiment": name,
+                "images": len(total),
+                "total": entry,
+                "sets": sets,
+            }
+        )
     return {"experiments": experiments}
 
 
@@ -54,7 +64,10 @@ def set_names(tensors: dict[str, Tensor], experiment: str) -> list[str]:
 
 
 def _groups(
-    tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights: Tensor
+    tensors: dict[str, Tensor],
+    key: str,
+    layers: Sequence[int],
+    weights: Tensor,
 ) -> dict[str, Any]:
     results = {}
     for group in GROUPS:
@@ -64,7 +77,11 @@ def _groups(
         mean, resampled = nan_mean(values, weights)
         bounds = zip(*simultaneous_band(mean, resampled), strict=True)
         results[group] = [
-            {"layer": layer, "value": value, "ci95": [low.item(), high.item()]}
+            {
+                "layer": layer,
+                "value": value,
+                "ci95": [low.item(), high.item()],
+            }
             for layer, value, (low, high) in zip(layers, mean.tolist(), bounds, strict=True)
         ]
     return results

@@ -87,7 +87,15 @@ class Experiment:
                 tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index]
             )
             by_layer = [
-                self._patch_set(batch, site, new[site], tokens, random, unpatched, plain)
+                self._patch_set(
+                    batch,
+                    site,
+                    new[site],
+                    tokens,
+                    random,
+                    unpatched,
+                    plain,
+                )
                 for site in sites
             ]
             results |= {
@@ -110,7 +118,14 @@ class Experiment:
         replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
         images = list(range(len(plain))) * len(replaced)
         change = (
-            self._run_patched(batch, site, new, replaced.flatten(0, 1), images, unpatched)
+            self._run_patched(
+                batch,
+                site,
+                new,
+                replaced.flatten(0, 1),
+                images,
+                unpatched,
+            )
             - plain[images]
         )
         of_set, *of_draws = change.unflatten(0, replaced.shape[:2])
@@ -142,7 +157,11 @@ class Experiment:
             return torch.where(chosen, new[images], states)
 
         states = self.mllm.states(
-            batch.pixels, [self.plan.site], rows=images, hooks={site: replace}, known=unpatched
+            batch.pixels,
+            [self.plan.site],
+            rows=images,
+            hooks={site: replace},
+            known=unpatched,
         )
         return self._log_odds(states[self.plan.site], batch.truth[images])
 
@@ -178,7 +197,11 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
 
 
 def patch_states(
-    run: ProbeRun, plan: PatchingPlan, pairs: Pairs | None, out: Path, overwrite: bool = False
+    run: ProbeRun,
+    plan: PatchingPlan,
+    pairs: Pairs | None,
+    out: Path,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
@@ -209,7 +232,11 @@ def patch_states(
     for name, (donor, images, read) in work.items():
         experiment = Experiment(mllm, donor, probe, plan)
         count = min(images, plan.limit or images)
-        arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": identity}
+        arguments = {
+            "plan": asdict(plan),
+            "run": run.fingerprint,
+            "pairs": identity,
+        }
         folder = out / "patching.partial" / name
 
         def patch(index, experiment=experiment, read=read):
@@ -233,7 +260,13 @@ def _in_batches(
     size: int,
     patch: Callable[[list[int]], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    batches = cached_batches(folder, arguments, list(range(images)), size, patch)
+    batches = cached_batches(
+        folder,
+        arguments,
+        list(range(images)),
+        size,
+        patch,
+    )
     return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 

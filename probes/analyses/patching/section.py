@@ -27,7 +27,13 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         shown = [entry for entry in experiment["sets"] if "others" in entry]
         for number, entry in enumerate(shown):
-            _draw(ax, entry["others"], COLOURS[number], "-", entry["set"].replace("_", " "))
+            _draw(
+                ax,
+                entry["others"],
+                COLOURS[number],
+                "-",
+                entry["set"].replace("_", " "),
+            )
             if "random" in entry:
                 _draw(
                     ax,
@@ -38,7 +44,13 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
                 )
         total = experiment["total"]["value"]
         if len(shown) == 1:
-            ax.axhline(total, color="#777777", ls="--", lw=1, label="all tokens: the donor")
+            ax.axhline(
+                total,
+                color="#777777",
+                ls="--",
+                lw=1,
+                label="all tokens: the donor",
+            )
         elif len(shown) > 1:
             ax.plot([], [], ":", color="#777777", label="as many random tokens")
         ax.legend(fontsize=7)
@@ -46,12 +58,26 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
 
 
 def _draw(
-    ax: Axes, places: list[dict[str, Any]], colour: str, dash: str, label: str | None
+    ax: Axes,
+    places: list[dict[str, Any]],
+    colour: str,
+    dash: str,
+    label: str | None,
 ) -> None:
     layers = [place["layer"] for place in places]
     values = [place["value"] for place in places]
     band = [place["ci95"] for place in places] if dash == "-" else None
-    draw_curve(ax, layers, values, band, colour, dash, marker="o", ms=3, label=label)
+    draw_curve(
+        ax,
+        layers,
+        values,
+        band,
+        colour,
+        dash,
+        marker="o",
+        ms=3,
+        label=label,
+    )
 
 
 def effect_rows(results: dict[str, Any]) -> Rows:
@@ -91,4 +117,4 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
                 "Look for the layers from which on a set's states change nothing elsewhere: by then it has passed on "
                 "what others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
                 "Bands: 95% intervals over images, for all layers together.",
-                patching_effects(patched), "wide")  # fmt: skip
+                patching_effects(patched), "wide",)  # fmt: skip

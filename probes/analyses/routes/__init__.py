@@ -25,11 +25,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_questions(parser)
     text = "layers in a window; each window that fits is cut, and all layers at once"
-    parser.add_argument("--window", type=int, default=2, metavar="K", help=text)
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=2,
+        metavar="K",
+        help=text,
+    )
     text = "draws of as many random patches to average"
-    parser.add_argument("--draws", type=int, default=3, help=text)
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=3,
+        help=text,
+    )
     text = "forwards that run together, each of one question under one knockout"
-    parser.add_argument("--batch-size", type=int, default=32, help=text)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help=text,
+    )
     add_seed(parser, "the random patches and the bootstrap")
     add_out(parser)
 

@@ -61,7 +61,12 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
     return counts | {"accuracy": accuracy, "effects": effects}
 
 
-def change(tensors: Tensors, outcome: str, source: str, target: str) -> Tensor:
+def change(
+    tensors: Tensors,
+    outcome: str,
+    source: str,
+    target: str,
+) -> Tensor:
     """Return the change of an outcome, "right" or "changed", when a route is cut, f[Q, 1 + W]."""
     if source == CONTRAST:
         own, other = (change(tensors, outcome, name, target) for name in CONTRAST.split(" - "))
@@ -102,7 +107,11 @@ def _window_entries(
 ) -> list[dict[str, Any]]:
     low, high = simultaneous_band(values, resampled)
     return [
-        {"layers": list(place), "value": value, "ci95": ci95}
+        {
+            "layers": list(place),
+            "value": value,
+            "ci95": ci95,
+        }
         for place, value, ci95 in zip(
             places, values.tolist(), torch.stack([low, high], 1).tolist(), strict=True
         )

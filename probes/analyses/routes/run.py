@@ -91,7 +91,10 @@ def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
 
 
 def measure_routes(
-    run: ProbeRun, plan: RoutesPlan, out: Path, overwrite: bool = False
+    run: ProbeRun,
+    plan: RoutesPlan,
+    out: Path,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Cut each route for each question, write the files named above, and return the content of routes.json.
 
@@ -232,7 +235,12 @@ def _scores(
     return torch.cat(scores)[:, 0].log_softmax(-1)
 
 
-def _outcomes(route: str, scores: Tensor, none: Tensor, right: int) -> dict[str, Tensor]:
+def _outcomes(
+    route: str,
+    scores: Tensor,
+    none: Tensor,
+    right: int,
+) -> dict[str, Tensor]:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
     changed = (scores.argmax(-1) != none.argmax()).float()
     return {f"right:{route}": scores[..., right].mean(0), f"changed:{route}": changed.mean(0)}

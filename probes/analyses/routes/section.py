@@ -29,7 +29,7 @@ def section(study: StudyRuns) -> Section:
             "windows of layers (points, at the middle of the window) and in all layers (right). object: the patches "
             "that the question is about; random: as many others. Dotted: random LLMs, one line per draw. Bands: 95% "
             "intervals over images, for all windows of a route together.",
-            routes_figure(of_mask), "wide")
+            routes_figure(of_mask), "wide",)
         for mask, of_mask in routes.items()
     ]  # fmt: skip
     by_mask = {"routes": {mask: routes.get(mask) for mask in study.trained}}
@@ -85,7 +85,12 @@ def routes_figure(of_mask: dict[str, Any]) -> FigureData:
     return FigureData(figure, route_rows(of_mask))
 
 
-def _draw(ax: Axes, entry: dict[str, Any], target: str, random: bool = False) -> None:
+def _draw(
+    ax: Axes,
+    entry: dict[str, Any],
+    target: str,
+    random: bool = False,
+) -> None:
     effects = [effect for effect in entry["effects"] if effect["target"] == target]
     for number, source in enumerate(DRAWN):
         for effect in (effect for effect in effects if effect["source"] == source):
@@ -96,13 +101,25 @@ def _draw(ax: Axes, entry: dict[str, Any], target: str, random: bool = False) ->
             values = [window["value"] for window in windows]
             if random:
                 ax.plot(middles, values, ":", color=colour, lw=1)
-                ax.plot([end], [effect["all"]["value"]], "x", color=colour, ms=4)
+                ax.plot(
+                    [end],
+                    [effect["all"]["value"]],
+                    "x",
+                    color=colour,
+                    ms=4,
+                )
                 continue
             band = [window["ci95"] for window in windows]
             draw_curve(ax, middles, values, band, colour, "o-", ms=3, label=f"from {source}")
             shifted = end + 0.12 * number
             ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)
-            ax.plot([shifted], [effect["all"]["value"]], "s", color=colour, ms=4)
+            ax.plot(
+                [shifted],
+                [effect["all"]["value"]],
+                "s",
+                color=colour,
+                ms=4,
+            )
 
 
 def route_rows(of_mask: dict[str, Any]) -> Rows:
@@ -112,7 +129,11 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
     rows = []
     for model, entry in models.items():
         for effect in entry["effects"]:
-            common = {"model": model, "source": effect["source"], "target": effect["target"]}
+            common = {
+                "model": model,
+                "source": effect["source"],
+                "target": effect["target"],
+            }
             pairs = [("all", effect["all"], effect["changed"])]
             pairs += [
                 ("{}-{}".format(*window["layers"]), window, changed)

@@ -10,7 +10,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes starvation`."""
     text = "folders of finished probe runs on the same images"
     runs = ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
-    parser.add_argument("--probes", required=True, nargs=2, metavar=runs, help=text)
+    parser.add_argument(
+        "--probes",
+        required=True,
+        nargs=2,
+        metavar=runs,
+        help=text,
+    )
     parser.add_argument(
         "--site", help="site to compare at (default: the causal run's best decoder layer)"
     )

@@ -59,7 +59,10 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
 
 
 def standardised_gap(
-    counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor
+    counts: CountsByMask,
+    labels: Tensor,
+    share: Tensor,
+    weights: Tensor,
 ) -> dict[str, list]:
     """Return :func:`accuracy_gap` with the same mix of classes, `share` f[K], at every patch.
 

@@ -25,12 +25,23 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     x = np.arange(count)
     gap = 100 * np.array(starvation["gap"][:count], float)
     low, high = 100 * np.array(starvation["gap_ci95"][:count], float).T
-    ax.bar(x, gap, color=mask_colour("bidirectional"), alpha=0.75, width=0.85)
+    ax.bar(
+        x,
+        gap,
+        color=mask_colour("bidirectional"),
+        alpha=0.75,
+        width=0.85,
+    )
     ax.vlines(x, low, high, color="#555555", lw=0.8)
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     for row in range(starvation["grid"][1], count, starvation["grid"][1]):
-        ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
+        ax.axvline(
+            row - 0.5,
+            color="#999999",
+            lw=0.6,
+            ls=":",
+        )
     ax.set(
         xlabel="patch, in raster order (dotted: start of a row)",
         ylabel="bidirectional − causal (pp)",
@@ -59,7 +70,17 @@ def compare_gaps(
     )
     gap = standardised["gap"][: len(x)]
     ci95 = standardised["gap_ci95"][: len(x)]
-    draw_intervals(ax, x, gap, ci95, POINTS, fmt="o", ms=3, lw=0.8, label="same class frequencies")
+    draw_intervals(
+        ax,
+        x,
+        gap,
+        ci95,
+        POINTS,
+        fmt="o",
+        ms=3,
+        lw=0.8,
+        label="same class frequencies",
+    )
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")
@@ -67,7 +88,14 @@ def compare_gaps(
     gaps = zip(measured["gap"], standardised["gap"], strict=False)
     return FigureData(
         figure,
-        [{"patch": i, "gap": gap, "standardised": fixed} for i, (gap, fixed) in enumerate(gaps)],
+        [
+            {
+                "patch": i,
+                "gap": gap,
+                "standardised": fixed,
+            }
+            for i, (gap, fixed) in enumerate(gaps)
+        ],
     )
 
 

@@ -74,7 +74,10 @@ def shared_layer(causal: ProbeRun, bidirectional: ProbeRun) -> str | None:
 
 
 def _read_pair(
-    causal: ProbeRun, bidirectional: ProbeRun, site: str | None, seed: int
+    causal: ProbeRun,
+    bidirectional: ProbeRun,
+    site: str | None,
+    seed: int,
 ) -> tuple[str, CountsByMask, Tensor]:
     """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
     check_pair(causal, bidirectional)

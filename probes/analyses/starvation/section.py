@@ -31,7 +31,12 @@ def section(study: StudyRuns) -> Section:
     ]
     shown = {"Table 3: accuracy at the first patches, in percent": texts}
     figures = [*starvation_figures(result, further_analyses(*pair))]
-    return Section(figures, tables={"table3": rows}, shown=shown, results={"starvation": result})
+    return Section(
+        figures,
+        tables={"table3": rows},
+        shown=shown,
+        results={"starvation": result},
+    )
 
 
 def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | None:

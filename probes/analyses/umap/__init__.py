@@ -12,7 +12,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_images(parser, "--image", default=[0])
     text = "sites (default: adapter, half-way, best layer)"
-    parser.add_argument("--sites", nargs="+", metavar="SITE", help=text)
+    parser.add_argument(
+        "--sites",
+        nargs="+",
+        metavar="SITE",
+        help=text,
+    )
     add_seed(parser, "UMAP")
     add_out(parser)
 

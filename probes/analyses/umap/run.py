@@ -27,7 +27,10 @@ from probes.results.probe_run import ProbeRun
 
 
 def umap_of_images(
-    run: ProbeRun, images: Sequence[int], sites: Sequence[str] | None = None, seed: int = 0
+    run: ProbeRun,
+    images: Sequence[int],
+    sites: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return the content of umap.json.
 
@@ -57,7 +60,12 @@ def umap_of_images(
             {"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()
         ]
         entries.append(
-            {"image": image, "name": sample["name"], "labels": labels.tolist(), "sites": embedded}
+            {
+                "image": image,
+                "name": sample["name"],
+                "labels": labels.tolist(),
+                "sites": embedded,
+            }
         )
     header = {
         "image_attention": run.metrics["image_attention"],
@@ -77,7 +85,10 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     x = states.numpy()
     threads = torch.get_num_threads()
     xy = UMAP(
-        n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1
+        n_neighbors=min(15, len(x) - 1),
+        metric="cosine",
+        random_state=seed,
+        n_jobs=1,
     ).fit_transform(x)
     # numba sets all cores, and sums of other threads have other last bits
     torch.set_num_threads(threads)
@@ -115,7 +126,12 @@ def run(args: argparse.Namespace) -> None:
     run = ProbeRun(args.probes)
     out = Path(args.out or args.probes)
     sites = args.sites or _default_sites(run)
-    made_from = {"runs": [run.fingerprint], "seed": args.seed, "image": args.image, "sites": sites}
+    made_from = {
+        "runs": [run.fingerprint],
+        "seed": args.seed,
+        "image": args.image,
+        "sites": sites,
+    }
     with exclusive_run_lock(out, "umap.json"):
         check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
         results = umap_of_images(run, args.image, sites, args.seed)

@@ -39,7 +39,12 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
     for ax, entry in zip(axes[0], image["sites"], strict=True):
         xy = np.array(entry["xy"])
         other = ~np.isin(labels, common)
-        ax.scatter(*xy[other].T, s=14, c="#CCCCCC", label="other")
+        ax.scatter(
+            *xy[other].T,
+            s=14,
+            c="#CCCCCC",
+            label="other",
+        )
         for k in common:
             ax.scatter(
                 *xy[labels == k].T,
@@ -54,10 +59,19 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
         purity = "unknown" if entry["knn_purity"] is None else f"{entry['knn_purity']:.0%}"
         ax.set_title(f"{entry['site']}\nneighbours of the same class: {purity}", fontsize=8)
         rows += [
-            {"site": entry["site"], "patch": i, "label": int(labels[i]), "x": x, "y": y}
+            {
+                "site": entry["site"],
+                "patch": i,
+                "label": int(labels[i]),
+                "x": x,
+                "y": y,
+            }
             for i, (x, y) in enumerate(entry["xy"])
         ]
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=8,
     )
     return FigureData(figure, rows)

@@ -31,11 +31,20 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
     return {"pixel_values": low, "high_res_pixel_values": high}
 
 
-_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
+_COMMON = {
+    "adapter": ("aligner",),
+    "image_resize": None,
+    "placeholder": "<image_placeholder>",
+}
 _TOWER = {"vision_tower": "vision_model"}
 
 DEEPSEEK = {
-    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", answers=True, **_TOWER, **_COMMON),
+    "deepseek_vl": Family(
+        "DeepseekVLForConditionalGeneration",
+        answers=True,
+        **_TOWER,
+        **_COMMON,
+    ),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
@@ -52,6 +61,9 @@ DEEPSEEK = {
         **_COMMON,
     ),
     "janus": Family(
-        "JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_TOWER, **_COMMON
+        "JanusForConditionalGeneration",
+        image_start_text="<begin_of_image>",
+        **_TOWER,
+        **_COMMON,
     ),
 }

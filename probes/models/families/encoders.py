@@ -183,15 +183,29 @@ class EncoderFamily:
         return [(layers, name) for name, _ in layers.named_children()]
 
 
-_DINOV2 = {"layers": "encoder.layer", "norm": "layernorm", "image_px": published_side}
+_DINOV2 = {
+    "layers": "encoder.layer",
+    "norm": "layernorm",
+    "image_px": published_side,
+}
 _TOWER = {"layers": "encoder.layers", "norm": "post_layernorm"}
-_VIT = {"layers": "layers", "norm": "layernorm", "inputs": interpolating_inputs}
+_VIT = {
+    "layers": "layers",
+    "norm": "layernorm",
+    "inputs": interpolating_inputs,
+}
 
 _CLIP = EncoderFamily(
-    "CLIPVisionModel", extra_tokens=cls_token, inputs=interpolating_inputs, **_TOWER
+    "CLIPVisionModel",
+    extra_tokens=cls_token,
+    inputs=interpolating_inputs,
+    **_TOWER,
 )
 _SIGLIP = EncoderFamily(
-    "SiglipVisionModel", extra_tokens=no_extra_tokens, inputs=interpolating_inputs, **_TOWER
+    "SiglipVisionModel",
+    extra_tokens=no_extra_tokens,
+    inputs=interpolating_inputs,
+    **_TOWER,
 )
 _SIGLIP2 = EncoderFamily(
     "Siglip2VisionModel",
@@ -206,7 +220,10 @@ ENCODERS: dict[str, EncoderFamily] = {
         "Dinov2WithRegistersModel", extra_tokens=cls_and_registers, **_DINOV2
     ),
     "dinov3_vit": EncoderFamily(
-        "DINOv3ViTModel", layers="model.layer", norm="norm", extra_tokens=cls_and_registers
+        "DINOv3ViTModel",
+        layers="model.layer",
+        norm="norm",
+        extra_tokens=cls_and_registers,
     ),
     "clip": _CLIP,
     "clip_vision_model": _CLIP,

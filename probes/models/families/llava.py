@@ -53,7 +53,12 @@ def _llava(model_class, **kwargs) -> Family:
     return Family(model_class, **settings | kwargs)
 
 
-_TILED = {"image_px": image_size, "inputs": _full_view, "image_resize": "squash", "answers": False}
+_TILED = {
+    "image_px": image_size,
+    "inputs": _full_view,
+    "image_resize": "squash",
+    "answers": False,
+}
 LLAVA = {
     "llava_bidir": _llava(LlavaBidirForConditionalGeneration),
     "llava": _llava("LlavaForConditionalGeneration"),

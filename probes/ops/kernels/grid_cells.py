@@ -29,7 +29,10 @@ class Axis(NamedTuple):
 
 
 def cells(
-    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    view: GridPlacement,
+    device: torch.device,
 ) -> list[Axis]:
     """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
     return [
@@ -39,7 +42,10 @@ def cells(
 
 
 def half_cells(
-    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    view: GridPlacement,
+    device: torch.device,
 ) -> list[Axis]:
     """Return rows and columns of half cells, whose pixels are also covered by the same token.
 
@@ -53,13 +59,23 @@ def half_cells(
 
 
 @lru_cache(maxsize=256)
-def _cells(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.device) -> Axis:
+def _cells(
+    n_nodes: int,
+    pixels: int,
+    extent: AxisExtent,
+    device: torch.device,
+) -> Axis:
     nodes, fractions = axis_nodes(n_nodes, pixels, extent)
     return _axis(nodes, fractions, n_nodes, device)
 
 
 @lru_cache(maxsize=256)
-def _half_cells(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.device) -> Axis:
+def _half_cells(
+    n_nodes: int,
+    pixels: int,
+    extent: AxisExtent,
+    device: torch.device,
+) -> Axis:
     nodes, fractions = axis_nodes(n_nodes, pixels, extent)
     token = extent.token_of_pixel(n_nodes, pixels)
     covered = 1 + 2 * token + (nodes == token)
@@ -67,7 +83,12 @@ def _half_cells(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.dev
     return _axis(torch.where(token >= 0, covered, outside), fractions, 2 * n_nodes + 2, device)
 
 
-def _axis(cell: Tensor, fraction: Tensor, n_cells: int, device: torch.device) -> Axis:
+def _axis(
+    cell: Tensor,
+    fraction: Tensor,
+    n_cells: int,
+    device: torch.device,
+) -> Axis:
     start = torch.searchsorted(cell.contiguous(), torch.arange(n_cells + 1))
     return Axis(start.to(device, torch.int32), fraction.to(device, torch.float32))
 
@@ -78,7 +99,18 @@ def block_of(classes: int) -> int:
 
 
 @triton.jit
-def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: tl.constexpr):
+def load_corners(
+    logits,
+    i,
+    j,
+    h,
+    w,
+    stride_h,
+    stride_w,
+    stride_k,
+    classes,
+    K: tl.constexpr,
+):
     """Return the logits f32[K] of the four nodes around cell (i, j); the last row and column neighbour themselves."""
     k = tl.arange(0, K)
     below = tl.minimum(i + 1, h - 1)
@@ -93,7 +125,15 @@ def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: t
 
 
 @triton.jit
-def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
+def pixel_row(
+    z00,
+    z01,
+    z10,
+    z11,
+    down,
+    classes,
+    K: tl.constexpr,
+):
     """Return the logits f32[K] at the left end of pixel row `down`, and their change to the right end of the cell."""
     left = z00 + down * (z10 - z00)
     change = z01 + down * (z11 - z01) - left

@@ -36,7 +36,14 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
         for entry in of_task:
             rows += _draw_scores(ax, entry)
         if any(entry["control"] for entry in of_task):
-            ax.plot([], [], "--", color="#777777", lw=1.6, label="random weights")
+            ax.plot(
+                [],
+                [],
+                "--",
+                color="#777777",
+                lw=1.6,
+                label="random weights",
+            )
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(title)
         sites = [row["site"] for row in of_task[0]["sites"] if has_depth(row["site"])]
@@ -87,7 +94,11 @@ def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
         draw_curve(ax, x, values, band, colour, style, label=label)
         rows += [
             about
-            | {"weights": kind, "site": row["site"], "relative": row["value"]}
+            | {
+                "weights": kind,
+                "site": row["site"],
+                "relative": row["value"],
+            }
             | bounds(row["ci95"])
             for row in drawn
         ]
@@ -136,7 +147,7 @@ def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
                 "Dashed: random weights, one draw." if any(entry["control"] for entry in drawn) else "",
                 "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
             ),
-            tasks_by_site(drawn), "wide")  # fmt: skip
+            tasks_by_site(drawn), "wide",)  # fmt: skip
     for i, run in enumerate(run for run in runs if run.analysis("maps.json")):
         mask = f"{run.metrics['image_attention']}, " * run.has_llm
         of = f"{run.task_name}, {mask}seed {run.metrics['seed']}"
@@ -144,4 +155,4 @@ def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
         yield ReportFigure(
             f"tasks_maps_{i}", f"Predictions by layer, {of}{random}",
             "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
-            site_maps(run), "wide")  # fmt: skip
+            site_maps(run), "wide",)  # fmt: skip

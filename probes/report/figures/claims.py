@@ -39,7 +39,14 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
                 low, high = (100 * bound for bound in found["ci95"])
                 ax.plot([low, high], [y + offset] * 2, color=colour, lw=1.3)
                 fill = colour if filled else "white"
-                ax.plot([100 * found["value"]], [y + offset], "o", color=colour, mfc=fill, ms=4.5)
+                ax.plot(
+                    [100 * found["value"]],
+                    [y + offset],
+                    "o",
+                    color=colour,
+                    mfc=fill,
+                    ms=4.5,
+                )
         draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
         ax.plot(
             [100 * x for x in draws],
@@ -51,7 +58,13 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
         )
         if draws:
             trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
-            ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
+            ax.plot(
+                [trained],
+                [y + DRAWS_OFFSET],
+                "d",
+                color=colour,
+                ms=5.5,
+            )
         rows += _rows(entry, draws)
     labels = [CLAIMS[claim["claim"]].name for claim in claims]
     if has_llm:
@@ -63,7 +76,12 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("percentage points")
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        handles=_legend(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
     return FigureData(figure, rows)
 
 
@@ -83,12 +101,42 @@ def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
 
 
 def _legend() -> list[Line2D]:
-    point = {"color": "#444444", "ms": 4.5, "ls": ""}
+    point = {
+        "color": "#444444",
+        "ms": 4.5,
+        "ls": "",
+    }
     return [
-        Line2D([], [], marker="o", mfc="white", label="as the paper measures it", **point),
-        Line2D([], [], marker="o", label="probes at the optimum", **point),
-        Line2D([], [], marker="D", mfc="none", label="random models", **point),
-        Line2D([], [], marker="d", label="trained model, same probes as the random ones", **point),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            mfc="white",
+            label="as the paper measures it",
+            **point,
+        ),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            label="probes at the optimum",
+            **point,
+        ),
+        Line2D(
+            [],
+            [],
+            marker="D",
+            mfc="none",
+            label="random models",
+            **point,
+        ),
+        Line2D(
+            [],
+            [],
+            marker="d",
+            label="trained model, same probes as the random ones",
+            **point,
+        ),
     ]
 
 

@@ -54,7 +54,14 @@ def encoder_curve(study: StudyRuns) -> FigureData:
     run = study.first
     controls = _controls(study)
     figure, ax = new_axes(6.4, 3.9)
-    draw_miou(ax, run, TRAINED, style="-o", ms=4, label="trained")
+    draw_miou(
+        ax,
+        run,
+        TRAINED,
+        style="-o",
+        ms=4,
+        label="trained",
+    )
     _mark_best(ax, run)
     labelled: set[str] = set()
     for control in controls:
@@ -62,7 +69,16 @@ def encoder_curve(study: StudyRuns) -> FigureData:
         shown = None if label in labelled else label
         labelled.add(label)
         depth, miou = depth_and_miou(control.metrics["sites"])
-        ax.plot(depth, miou, marker, color="#444444", mfc="none", ms=5, alpha=0.8, label=shown)
+        ax.plot(
+            depth,
+            miou,
+            marker,
+            color="#444444",
+            mfc="none",
+            ms=5,
+            alpha=0.8,
+            label=shown,
+        )
     label_layers(ax, [entry["site"] for entry in with_depth(run.metrics["sites"])])
     ax.set_ylabel("mIoU (%)")
     ax.legend(fontsize=9)
@@ -76,15 +92,32 @@ def _mark_best(ax: Axes, run: ProbeRun) -> None:
     miou = {entry["site"]: 100 * entry["miou"] for entry in run.metrics["sites"]}
     if run.peak_layer:
         depth = site_depth(run.peak_layer)
-        ax.axvline(depth, color=TRAINED, ls="--", lw=0.9, alpha=0.7)
+        ax.axvline(
+            depth,
+            color=TRAINED,
+            ls="--",
+            lw=0.9,
+            alpha=0.7,
+        )
         at = (depth, miou[run.peak_layer])
         ax.annotate(
-            f"{at[1]:.1f}", at, (4, 5), color=TRAINED, textcoords="offset points", fontsize=9
+            f"{at[1]:.1f}",
+            at,
+            (4, 5),
+            color=TRAINED,
+            textcoords="offset points",
+            fontsize=9,
         )
     if FINAL_NORM in miou:
         last = max(site_depth(site) for site in miou if site != FINAL_NORM) if len(miou) > 1 else 0
         ax.plot(
-            [last], [miou[FINAL_NORM]], "*", color=TRAINED, ms=9, mfc="none", label="final norm"
+            [last],
+            [miou[FINAL_NORM]],
+            "*",
+            color=TRAINED,
+            ms=9,
+            mfc="none",
+            label="final norm",
         )
 
 

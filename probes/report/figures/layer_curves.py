@@ -42,22 +42,46 @@ def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float
     ]
 
 
-def draw_miou(ax: Axes, run: ProbeRun, colour: str, **kwargs) -> None:
+def draw_miou(
+    ax: Axes,
+    run: ProbeRun,
+    colour: str,
+    **kwargs,
+) -> None:
     """Draw a run's mIoU by site with its 95% intervals."""
     depth, miou = depth_and_miou(run.metrics["sites"])
     bands = [100 * np.array(entry["miou_ci95"]) for entry in with_depth(run.metrics["sites"])]
     draw_curve(ax, depth, miou, bands, colour, **kwargs)
 
 
-def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | None = None) -> None:
+def draw_run(
+    ax: Axes,
+    run: ProbeRun,
+    colour: str,
+    label: str,
+    marker: str | None = None,
+) -> None:
     """Draw a trained run's curve with its intervals, the best layer, and its gain over the adapter."""
-    draw_miou(ax, run, colour, marker=marker, ms=4, label=label)
+    draw_miou(
+        ax,
+        run,
+        colour,
+        marker=marker,
+        ms=4,
+        label=label,
+    )
     miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     peak = run.peak_layer
     if peak is not None and ADAPTER in miou:
-        ax.axvline(site_depth(peak), color=colour, ls="--", lw=0.9, alpha=0.7)
+        ax.axvline(
+            site_depth(peak),
+            color=colour,
+            ls="--",
+            lw=0.9,
+            alpha=0.7,
+        )
         ax.annotate(f"{100 * (miou[peak] - miou[ADAPTER]):+.1f}", (site_depth(peak), 100 * miou[peak]), (4, 5),
-                    color=colour, textcoords="offset points", fontsize=9)  # fmt: skip
+                    color=colour, textcoords="offset points", fontsize=9,)  # fmt: skip
 
 
 def sites_by_depth(*runs: ProbeRun) -> list[str]:
@@ -77,7 +101,13 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     figure, ax = new_axes(6.4, 3.9)
     for mask, run in trained.items():
         marker = "os"[mask == "bidirectional"] if len(run.sites) < 20 else None
-        draw_run(ax, run, mask_colour(mask), mask, marker)
+        draw_run(
+            ax,
+            run,
+            mask_colour(mask),
+            mask,
+            marker,
+        )
     for mask, run in untrained.items():
         label = f"{mask}, untrained"
         ax.plot(
@@ -108,12 +138,26 @@ def _shown_untrained(study: StudyRuns, solved: bool) -> dict[str, ProbeRun]:
     return {mask: run for mask, run in untrained.items() if run.is_solved == solved}
 
 
-def _draw_random(ax: Axes, run: ProbeRun, colour: str, label: str | None = None) -> None:
+def _draw_random(
+    ax: Axes,
+    run: ProbeRun,
+    colour: str,
+    label: str | None = None,
+) -> None:
     """Draw the layers of a random LLM as hollow points; its encoder and adapter are those of the trained model."""
     depth, miou = depth_and_miou(
         [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
     )
-    ax.plot(depth, miou, "D", color=colour, mfc="none", ms=5, alpha=0.8, label=label)
+    ax.plot(
+        depth,
+        miou,
+        "D",
+        color=colour,
+        mfc="none",
+        ms=5,
+        alpha=0.8,
+        label=label,
+    )
 
 
 def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[ProbeRun]:
@@ -122,7 +166,16 @@ def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[Prob
     for number, run in enumerate(runs):
         label = "random adapter" if number == 0 else None
         depth, miou = depth_and_miou([x for x in run.metrics["sites"] if x["site"] == ADAPTER])
-        ax.plot(depth, miou, "D", color="#777777", mfc="none", ms=5, alpha=0.8, label=label)
+        ax.plot(
+            depth,
+            miou,
+            "D",
+            color="#777777",
+            mfc="none",
+            ms=5,
+            alpha=0.8,
+            label=label,
+        )
     return runs
 
 
@@ -159,7 +212,13 @@ def models_by_dataset(
         if over_adapter:
             adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
             x, y = depth_and_miou(run_rows)
-            ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=label)
+            ax.plot(
+                x,
+                [v - 100 * adapter for v in y],
+                color=colour,
+                lw=1.8,
+                label=label,
+            )
             run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
         else:
             draw_run(ax, run, colour, label)
@@ -177,7 +236,12 @@ def models_by_dataset(
         Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model)
         for i, model in enumerate(models)
     ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
     axes[0].set_ylabel("mIoU minus the adapter's (pp)" if over_adapter else "mIoU (%)")
     spread_labels(figure, axes)
     return FigureData(figure, rows)
@@ -228,7 +292,12 @@ def layer_figures(study: StudyRuns) -> Figures:
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
 
 
-def _layer_figure(study: StudyRuns, name: str, title: str, solved: bool) -> ReportFigure:
+def _layer_figure(
+    study: StudyRuns,
+    name: str,
+    title: str,
+    solved: bool,
+) -> ReportFigure:
     return ReportFigure(
         name, title,
         caption(
@@ -251,7 +320,7 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
                 f"models_{mask}", f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
                         "Diamonds: its random LLMs." if any(s.random_draws("llm", True) for s in with_mask) else "",
-                        _kinds_caption(with_mask), "Bands: 95% intervals."),
+                        _kinds_caption(with_mask), "Bands: 95% intervals.",),
                 models_by_dataset(with_mask, mask))  # fmt: skip
         if with_adapter:
             yield ReportFigure(

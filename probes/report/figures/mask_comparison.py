@@ -26,15 +26,38 @@ def mask_difference(comparison: dict[str, Any]) -> FigureData:
         y = 100 * entry["difference"]
         ax.vlines(x, *(100 * bound for bound in entry["ci95"]), color=colour, lw=1.4)
         face = colour if entry["p_corrected"] < ALPHA else "white"
-        ax.plot(x, y, "o", ms=6, markerfacecolor=face, markeredgecolor=colour)
+        ax.plot(
+            x,
+            y,
+            "o",
+            ms=6,
+            markerfacecolor=face,
+            markeredgecolor=colour,
+        )
     ax.axhline(0, color="black", lw=0.8)
     label_sites(ax, [entry["site"] for entry in sites])
     ax.set_ylabel("bidirectional − causal (pp)")
-    marker = {"marker": "o", "ls": "", "markeredgecolor": colour}
+    marker = {
+        "marker": "o",
+        "ls": "",
+        "markeredgecolor": colour,
+    }
     ax.legend(
         handles=[
-            Line2D([], [], markerfacecolor=colour, label=f"corrected p < {ALPHA}", **marker),
-            Line2D([], [], markerfacecolor="white", label="not significant", **marker),
+            Line2D(
+                [],
+                [],
+                markerfacecolor=colour,
+                label=f"corrected p < {ALPHA}",
+                **marker,
+            ),
+            Line2D(
+                [],
+                [],
+                markerfacecolor="white",
+                label="not significant",
+                **marker,
+            ),
         ],
         fontsize=8,
     )

@@ -91,5 +91,10 @@ def _label_parts(ax: Axes, sites: list[str]) -> None:
     before_llm = in_encoder + len(named)
     for edge in np.unique([in_encoder, before_llm]):
         if 0 < edge < len(sites):
-            ax.axvline(edge - 0.5, color="black", lw=0.6, ls=":")
+            ax.axvline(
+                edge - 0.5,
+                color="black",
+                lw=0.6,
+                ls=":",
+            )
     ax.set_xlabel("encoder layer, encoder and adapter, LLM layer")

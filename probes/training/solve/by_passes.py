@@ -127,7 +127,13 @@ class PassSolver(Solver):
             count = (place + 1) * total // self.images - place * total // self.images
             seed = self.options.seed + 1_000_003 * (image + self.images * self.passes)
             view = self.mllm.geometry.view(tuple(target.shape))
-            found = choose_pixels(target.cpu(), count, seed, tuple(self.mllm.grid), view)
+            found = choose_pixels(
+                target.cpu(),
+                count,
+                seed,
+                tuple(self.mllm.grid),
+                view,
+            )
             tokens, shares, labels, labelled = found
             tokens = tokens + slot * self.mllm.grid[0] * self.mllm.grid[1]
             weights = torch.full(
@@ -241,7 +247,11 @@ class PassSolver(Solver):
         chosen = path.path.solved.index(path.path.chosen)
         points = torch.cat([path.folds, path.points[chosen][None]])
         return PassRefinement(
-            space, null, path.path.strengths[path.path.chosen], points, self.options.strengths
+            space,
+            null,
+            path.path.strengths[path.path.chosen],
+            points,
+            self.options.strengths,
         )
 
     def _refine(self) -> None:

@@ -32,16 +32,35 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     text = "most passes over the training images; one is enough where the states of all images fit into memory"
-    parser.add_argument("--passes", type=int, default=10, help=text)
     parser.add_argument(
-        "--folds", type=int, default=4, help="folds of training images that choose the strength"
+        "--passes",
+        type=int,
+        default=10,
+        help=text,
+    )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=4,
+        help="folds of training images that choose the strength",
     )
     text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
     text += "neighbours; for depth and normals 25 from 1e-6 to 1)"
-    parser.add_argument("--strengths", type=float, nargs="+", metavar="R", help=text)
+    parser.add_argument(
+        "--strengths",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help=text,
+    )
     text = "training images whose memory is used: for all states if it is all images, else for a few pixels of each "
     text += "image in every pass (default: as many as fit into a quarter of it)"
-    parser.add_argument("--sample-images", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--sample-images",
+        type=int,
+        metavar="N",
+        help=text,
+    )
     text = "`last` resumes a killed run and leaves a finished one alone"
     parser.add_argument("--ckpt_path", choices=["last"], help=text)
     parser.add_argument(
@@ -105,7 +124,11 @@ def describe_run(fit: Mapping[str, Any], args: argparse.Namespace, task: str) ->
     own = {"folds": args.folds, "strengths": args.strengths}
     of_passes = {"passes": args.passes, "sample_images": args.sample_images} if of_classes else {}
     of_model = {name: fit[name] for name in MODEL_SETTINGS}
-    options = SolveOptions(seed=fit["seed"], **own, **of_passes)
+    options = SolveOptions(
+        seed=fit["seed"],
+        **own,
+        **of_passes,
+    )
     return SolveRun(own | of_model | of_passes, options, TASKS[task])
 
 

@@ -48,7 +48,11 @@ class LeastSquaresMoments(Moments):
 
     @torch.no_grad()
     def add_images(
-        self, states: Tensor, equations: NormalEquations, grid: tuple[int, int], fold: int
+        self,
+        states: Tensor,
+        equations: NormalEquations,
+        grid: tuple[int, int],
+        fold: int,
     ) -> None:
         """Add the states f[B, T, d] of images, with their normal equations, to a fold."""
         rest = equations.weight - equations.projected.sum(-1)
@@ -131,7 +135,13 @@ def solve_least_squares(moments: LeastSquaresMoments, strengths: tuple[float, ..
     for fold in range(len(moments.count)):
         others, _, w, b = _solve(moments, fold, strengths)
         loss += moments.squared_error(fold, w, b - w @ (others - moments.pivot.double()))
-    return LeastSquares(mean, scale, weights, bias, loss / moments.count.sum())
+    return LeastSquares(
+        mean,
+        scale,
+        weights,
+        bias,
+        loss / moments.count.sum(),
+    )
 
 
 def _solve(

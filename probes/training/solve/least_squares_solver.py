@@ -129,7 +129,12 @@ class LeastSquaresSolver(Solver):
         """Return the closed form of all sites."""
         solved = {}
         for number, site in enumerate(
-            tqdm(self.sites, desc="solving sites", disable=rank() > 0, mininterval=5)
+            tqdm(
+                self.sites,
+                desc="solving sites",
+                disable=rank() > 0,
+                mininterval=5,
+            )
         ):
             moments = self._sum_over_ranks(site)
             owner = number % rank_count()

@@ -95,7 +95,11 @@ class Moments:
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums by name."""
-        return {"count": self.count, "first": self.first, "second": self.second}
+        return {
+            "count": self.count,
+            "first": self.first,
+            "second": self.second,
+        }
 
     def without(self, fold: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
@@ -182,7 +186,13 @@ class SiteSpace:
         scale, spectrum, basis = standardise(within, second.diagonal() / total + mean.square())
         log_prior = torch.where(seen, count, 0.5).log() - total.log()
         # basis is sent between processes
-        return cls(mean, scale, basis.contiguous(), spectrum, log_prior)
+        return cls(
+            mean,
+            scale,
+            basis.contiguous(),
+            spectrum,
+            log_prior,
+        )
 
     def to_states(self, weights: Tensor) -> Tensor:
         """Return weights f[..., K, d] of the coordinates as weights of x - mean."""

@@ -42,7 +42,11 @@ class FoldProblem:
         self.pixels = pixels
 
     def sums(
-        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+        self,
+        fold: int,
+        points: Tensor,
+        nodes: int,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss f64[P] of points f64[P, K, d + 1] on a fold, and its gradient."""
         raise NotImplementedError
@@ -117,7 +121,13 @@ class SiteProblem(FoldProblem):
         fold_of: i64[B], fold of each image.
     """
 
-    def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
+    def __init__(
+        self,
+        states: Tensor,
+        loose: PreparedMasks,
+        tight: PreparedMasks,
+        fold_of: Tensor,
+    ):
         self.order = fold_of.argsort(stable=True)
         self.sizes = fold_of.bincount().tolist()
         self.space = SiteSpace.of(states, tight.soft)
@@ -135,7 +145,11 @@ class SiteProblem(FoldProblem):
         self.masks = {}
 
     def sums(
-        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+        self,
+        fold: int,
+        points: Tensor,
+        nodes: int,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
         return loss_sums(self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
@@ -168,7 +182,11 @@ class PixelProblem(FoldProblem):
 
     @full_precision()
     def sums(
-        self, fold: int, points: Tensor, nodes: int, needs_grad: bool = True
+        self,
+        fold: int,
+        points: Tensor,
+        nodes: int,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss of points on a fold, and its gradient."""
         inputs, labels, weights = self.parts[fold]
@@ -208,7 +226,10 @@ def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tens
 
 @full_precision()
 def loss_sums(
-    tokens: Tensor, masks: PreparedMasks, points: Tensor, needs_grad: bool = True
+    tokens: Tensor,
+    masks: PreparedMasks,
+    points: Tensor,
+    needs_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss f64[P] of P linear probes on the same images, and its gradient f64[P, K, n].
 

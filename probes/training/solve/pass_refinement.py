@@ -114,7 +114,13 @@ class PassRefinement:
         spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
         self.points, self.decrease = self.kept.clone(), torch.zeros_like(self.value)
         for row, ridge in enumerate(self._ridge()):
-            hessian = SampleHessian(sample, self.kept[row], self.left_out, ridge[0], spectrum)
+            hessian = SampleHessian(
+                sample,
+                self.kept[row],
+                self.left_out,
+                ridge[0],
+                spectrum,
+            )
             pairs = [(step[row].double(), change[row].double()) for step, change in self.pairs]
             direction = quasi_newton(self.gradient[row], pairs, hessian.solve)
             self.decrease[row] = dot(direction, self.gradient[row]) / 2
@@ -261,7 +267,13 @@ class PassRefinement:
         space = SiteSpace(
             **{name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
         )
-        refinement = cls(space, state["null"], float(state["best"]), state["points"][0], given)
+        refinement = cls(
+            space,
+            state["null"],
+            float(state["best"]),
+            state["points"][0],
+            given,
+        )
         for name in ("points", "value", "gradient", "kept", "decrease", "held_out"):
             setattr(refinement, name, state[name])
         count = sum(name.startswith("step_") for name in state)

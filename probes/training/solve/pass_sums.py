@@ -23,7 +23,13 @@ class PassSums:
         folds: F.
     """
 
-    def __init__(self, mean: Tensor, points: Tensor, left_out: list[int | None], folds: int):
+    def __init__(
+        self,
+        mean: Tensor,
+        points: Tensor,
+        left_out: list[int | None],
+        folds: int,
+    ):
         self.mean = mean.float()
         self.points = points
         self.left_out = left_out

@@ -37,7 +37,13 @@ class PathMetric(TaskMetric):
         super().__init__(TASKS[SEGMENTATION], images, geometry, (*COUNTED, "cross_entropy"))
         self.counted = counted
 
-    def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        index: Tensor,
+        masks: PreparedMasks,
+    ) -> None:
         """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
         view = self.geometry.view(tuple(target.shape[-2:]))
         counts = count(logits[self.counted], target, view, by_token=False)

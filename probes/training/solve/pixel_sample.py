@@ -54,7 +54,11 @@ class Pixels(NamedTuple):
 
 
 def choose_pixels(
-    target: Tensor, count: int, seed: int, grid: tuple[int, int], view: GridPlacement
+    target: Tensor,
+    count: int,
+    seed: int,
+    grid: tuple[int, int],
+    view: GridPlacement,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return the tokens i64[n, 4], shares f32[n, 4] and labels i64[n] of random pixels, and the labelled pixels.
 
@@ -91,7 +95,10 @@ def choose_pixels(
 
 
 def _neighbours(
-    at: Tensor, tokens: int, pixels: int, extent
+    at: Tensor,
+    tokens: int,
+    pixels: int,
+    extent,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (token, share) before and after each position on an axis."""
     first, fraction = axis_nodes(tokens, pixels, extent)

@@ -61,7 +61,11 @@ class Refinement:
     """
 
     def __init__(
-        self, problem: SiteProblem, strengths: Tensor, points: Tensor, pairs: deque | None = None
+        self,
+        problem: SiteProblem,
+        strengths: Tensor,
+        points: Tensor,
+        pairs: deque | None = None,
     ):
         self.problem = problem
         self.strengths = strengths

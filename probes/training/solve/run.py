@@ -60,7 +60,12 @@ class SolveRun:
 
 
 @torch.no_grad()
-def solve(run: SolveRun, data: ProbeData, trainer: Trainer, save_images: bool = False) -> None:
+def solve(
+    run: SolveRun,
+    data: ProbeData,
+    trainer: Trainer,
+    save_images: bool = False,
+) -> None:
     """Solve the probes of all sites, score them, and write the files of the run; in all processes.
 
     Args:
@@ -115,7 +120,13 @@ def score(
             of_path.add(states, batch)
             logits = score_batch(probes, states, batch, metric)
         if save_images:
-            save_predictions(probes, logits, batch, validation.names, out / "predictions")
+            save_predictions(
+                probes,
+                logits,
+                batch,
+                validation.names,
+                out / "predictions",
+            )
     counted = compute_counts(metric)
     entries, tensors = of_path.results(counted)
     if not trainer.is_global_zero:
@@ -126,7 +137,11 @@ def score(
         logger.finalize("success")
     name = solver.instrument
     path = solver.about() | {name: {"sites": entries}}
-    made = {"head": "linear", "feature_norm": "batchnorm", "solved": name}
+    made = {
+        "head": "linear",
+        "feature_norm": "batchnorm",
+        "solved": name,
+    }
     made |= {key: run.settings[key] for key in ("seed", "folds")}
     record = RunRecord(run.settings, run.identity, made)
     named_tensors = {f"{name}/{key}": x for key, x in tensors.items()}
@@ -134,7 +149,12 @@ def score(
 
 
 @torch.no_grad()
-def estimate(run: SolveRun, data: ProbeData, trainer: Trainer, batches: int = 3) -> None:
+def estimate(
+    run: SolveRun,
+    data: ProbeData,
+    trainer: Trainer,
+    batches: int = 3,
+) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
     data.verify()
     solver = start_solver(run, data, trainer)

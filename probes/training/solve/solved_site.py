@@ -94,7 +94,11 @@ class SolvedSite:
         def along(values):
             return [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
 
-        entry = {"site": site, "strengths": strengths, loss_name: self.loss.tolist()}
+        entry = {
+            "site": site,
+            "strengths": strengths,
+            loss_name: self.loss.tolist(),
+        }
         entry |= {
             "chosen": strengths[int(self.chosen)],
             "lowest": strengths[int(self.loss.argmin())],

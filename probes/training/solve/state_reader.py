@@ -29,7 +29,13 @@ class StateReader:
         masks: Prepare the masks of training images for the loss, as "masks" of a batch.
     """
 
-    def __init__(self, probes: SiteProbes, data: ProbeData, trainer: Trainer, masks: bool):
+    def __init__(
+        self,
+        probes: SiteProbes,
+        data: ProbeData,
+        trainer: Trainer,
+        masks: bool,
+    ):
         self.probes = probes
         self.data = data
         self.trainer = trainer

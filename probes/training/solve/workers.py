@@ -30,7 +30,10 @@ def in_workers(
         else {}
     )
     results = DataLoader(
-        _Results(work, sites), batch_size=None, collate_fn=lambda result: result, **processes
+        _Results(work, sites),
+        batch_size=None,
+        collate_fn=lambda result: result,
+        **processes,
     )
     yield from zip(
         sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True

@@ -78,8 +78,17 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
     encoder = parts[0]
     llm = tmp_path / "vicuna"
     shutil.copytree(parts[1], llm)
-    settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_length": 4096}
-    settings |= {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.05}
+    settings = {
+        "bos_token_id": 1,
+        "eos_token_id": [2, 7],
+        "pad_token_id": 0,
+        "max_length": 4096,
+    }
+    settings |= {
+        "temperature": 0.9,
+        "top_p": 0.6,
+        "repetition_penalty": 1.05,
+    }
     (llm / "generation_config.json").write_text(json.dumps(settings))
     processor = build_processor(encoder, str(llm))
     model = build_model(encoder, str(llm), processor)
@@ -97,7 +106,12 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
 
 
 @pytest.mark.parametrize(("own", "exported"), [(None, 2), (2, 2), (7, [2, 7]), ([7, 9], [2, 7, 9])])
-def test_generation_ends_at_the_token_that_ends_answers_in_training(own, exported, parts, tmp_path):
+def test_generation_ends_at_the_token_that_ends_answers_in_training(
+    own,
+    exported,
+    parts,
+    tmp_path,
+):
     encoder = parts[0]
     llm = tmp_path / "llm"
     shutil.copytree(parts[1], llm)

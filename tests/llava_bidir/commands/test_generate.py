@@ -43,7 +43,13 @@ def test_batches_of_unlike_questions_are_answered_as_each_alone(asked, monkeypat
     assert len(set(alone)) == 3
 
 
-def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, monkeypatch):
+def test_answers_that_were_cut_are_named(
+    asked,
+    checkpoints,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     """An answer ends by itself with </s>, at the latest in the last token that it may have."""
     pictures(0)[0].save(tmp_path / "x.png")
     prompts, (model, _) = ["name the sky", "wall"], asked
@@ -87,7 +93,11 @@ def test_prompt_without_room_for_an_answer_is_an_error(asked):
 
 @pytest.mark.parametrize(("cpu", "fast"), [("AVX512", "bfloat16"), ("AVX2", "float32")])
 def test_16_bits_that_a_cpu_has_no_instructions_for_are_named_as_slow(
-    cpu, fast, checkpoints, tmp_path, monkeypatch
+    cpu,
+    fast,
+    checkpoints,
+    tmp_path,
+    monkeypatch,
 ):
     """Released checkpoints are in float16 or bfloat16."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
@@ -131,7 +141,10 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(
-    asked, tmp_path, capsys, monkeypatch
+    asked,
+    tmp_path,
+    capsys,
+    monkeypatch,
 ):
     """A second photo was asked as a question about the first one."""
     monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
@@ -179,7 +192,11 @@ def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch)
     assert np.array_equal(np.asarray(seen[0]), np.rot90(np.asarray(stored), -1))
 
 
-PENALTIES = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
+PENALTIES = {
+    "repetition_penalty": 1.8,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 3,
+}
 
 
 def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_path):
@@ -198,7 +215,12 @@ def test_greedy_answers_obey_no_penalty_of_a_checkpoint(asked, checkpoints, tmp_
     assert answer(model, processor, *given) != expected, "else the test could not fail"
 
 
-def test_all_answers_end_at_the_same_tokens(asked, checkpoints, tmp_path, monkeypatch):
+def test_all_answers_end_at_the_same_tokens(
+    asked,
+    checkpoints,
+    tmp_path,
+    monkeypatch,
+):
     """Some checkpoints name only one of two tokens that end answers in their generation settings."""
     path = shutil.copytree(checkpoints["bidirectional"], tmp_path / "hf")
     settings = json.loads((path / "generation_config.json").read_text())

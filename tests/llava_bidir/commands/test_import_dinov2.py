@@ -25,8 +25,18 @@ FORMER = {
 def dinov2():
     """Return a tiny model with the proportions that every DINOv2 has: heads of 64, an MLP of four widths."""
     torch.manual_seed(0)
-    settings = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = Dinov2Model(Dinov2Config(**settings, image_size=56, patch_size=14)).eval()
+    settings = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = Dinov2Model(
+        Dinov2Config(
+            **settings,
+            image_size=56,
+            patch_size=14,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -71,7 +81,13 @@ def test_weights_sizes_and_states_are_those_of_the_model(dinov2, tmp_path, capsy
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-    pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(
+        1,
+        3,
+        42,
+        42,
+        generator=torch.Generator().manual_seed(1),
+    )
     with torch.no_grad():
         assert torch.equal(loaded(pixels).last_hidden_state, dinov2(pixels).last_hidden_state)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")

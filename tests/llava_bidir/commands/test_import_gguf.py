@@ -42,7 +42,11 @@ def byte_level_bpe() -> Tokenizer:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=alphabet,
+        special_tokens=SPECIAL,
+    )
     raw.train_from_iterator(
         ["the cat sat on the mat, then the cat went\n away \n\n  with it"] * 4, trainer
     )
@@ -62,9 +66,19 @@ def llama(vocabulary: int, tied: bool) -> LlamaForCausalLM:
         "num_key_value_heads": KEY_HEADS,
         "max_position_embeddings": 64,
     }
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    ids = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
     built = LlamaForCausalLM(
-        LlamaConfig(**sizes, **heads, **ids, rope_theta=500.0, tie_word_embeddings=tied)
+        LlamaConfig(
+            **sizes,
+            **heads,
+            **ids,
+            rope_theta=500.0,
+            tie_word_embeddings=tied,
+        )
     ).eval()
     with torch.no_grad():
         for parameter in built.parameters():

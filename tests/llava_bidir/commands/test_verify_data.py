@@ -61,10 +61,20 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def findings(folder, parts, template="vicuna_v1", decode=False, name="data.json") -> list[dict]:
+def findings(
+    folder,
+    parts,
+    template="vicuna_v1",
+    decode=False,
+    name="data.json",
+) -> list[dict]:
     collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, max_length=100)
     records = RecordFindings(
-        read_annotations(folder / name), ImageFolder(folder), collate, decode, "prefix"
+        read_annotations(folder / name),
+        ImageFolder(folder),
+        collate,
+        decode,
+        "prefix",
     )
     return find_problems(records, 0)
 
@@ -89,7 +99,11 @@ def test_template_plain_supervises_a_newline_and_requires_an_image(folder, parts
 
 def test_image_that_is_not_shown_is_not_read(folder, parts):
     """As in training, which does not open it either."""
-    record = {"id": "h", "image": "none.png", "conversations": turns("name", "wall")}
+    record = {
+        "id": "h",
+        "image": "none.png",
+        "conversations": turns("name", "wall"),
+    }
     (folder / "hidden.json").write_text(json.dumps([record]))
     assert kinds(folder, parts, name="hidden.json") == {"h": ["image_without_placeholder"]}
 
@@ -118,7 +132,15 @@ def test_decoding_detects_a_truncated_file(folder, parts):
     picture.save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:1200])
     (folder / "cut.json").write_text(
-        json.dumps([{"id": "c", **RECORDS["fine"], "image": "cut.jpg"}])
+        json.dumps(
+            [
+                {
+                    "id": "c",
+                    **RECORDS["fine"],
+                    "image": "cut.jpg",
+                }
+            ]
+        )
     )
     assert kinds(folder, parts, name="cut.json") == {}, "its header is complete"
     assert kinds(folder, parts, name="cut.json", decode=True) == {"c": ["corrupt"]}
@@ -132,7 +154,12 @@ def test_bound_holds_for_any_text(llama_tokenizer, texts, has_image):
     assert len(ids) <= token_upper_bound(turns(*texts), llama_tokenizer, "vicuna_v1", image_tokens)
 
 
-def arguments(parts, folder, out, annotations="data.json") -> list[str]:
+def arguments(
+    parts,
+    folder,
+    out,
+    annotations="data.json",
+) -> list[str]:
     encoder, llm = parts
     return [
         *(
@@ -155,7 +182,12 @@ def arguments(parts, folder, out, annotations="data.json") -> list[str]:
     ]
 
 
-def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
+def test_command_lists_everything_and_fails(
+    folder,
+    parts,
+    tmp_path,
+    capsys,
+):
     on_a_cluster = [
         "--trainer.devices",
         "8",
@@ -176,13 +208,23 @@ def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))
 
 
-def test_command_has_no_findings_in_valid_data(conversations, parts, tmp_path, capsys):
+def test_command_has_no_findings_in_valid_data(
+    conversations,
+    parts,
+    tmp_path,
+    capsys,
+):
     llava_bidir.cli.main(arguments(parts, conversations, tmp_path / "r.json"))
     assert "no findings" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
 
 
-def test_turned_photos_are_counted_and_are_no_fault(folder, parts, tmp_path, capsys):
+def test_turned_photos_are_counted_and_are_no_fault(
+    folder,
+    parts,
+    tmp_path,
+    capsys,
+):
     """They are trained as stored, which is LLaVA's rule, but not what viewers show."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -190,8 +232,19 @@ def test_turned_photos_are_counted_and_are_no_fault(folder, parts, tmp_path, cap
         Image.new("RGB", (9, 7), "red").save(tmp_path / f"turned.{suffix}", exif=exif)
     Image.new("RGB", (9, 7), "red").save(tmp_path / "upright.png")
     names = [file.name for file in sorted(tmp_path.iterdir())]
-    asked = {"conversations": turns("<image>\nname", "wall"), "model": "", "height": 7}
-    records = [{"id": name, "image": name, **asked} for name in names]
+    asked = {
+        "conversations": turns("<image>\nname", "wall"),
+        "model": "",
+        "height": 7,
+    }
+    records = [
+        {
+            "id": name,
+            "image": name,
+            **asked,
+        }
+        for name in names
+    ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     llava_bidir.cli.main(arguments(parts, tmp_path, tmp_path / "r.json"))
     result = json.loads((tmp_path / "r.json").read_text())["files"][0]

@@ -51,7 +51,11 @@ def write_directory(path: Path, text: str) -> None:
     ],
 )
 def test_a_kill_before_the_rename_leaves_the_old_version(
-    write, result, moment, tmp_path, monkeypatch
+    write,
+    result,
+    moment,
+    tmp_path,
+    monkeypatch,
 ):
     write(tmp_path / "path", "old")
 
@@ -68,7 +72,12 @@ def test_a_kill_before_the_rename_leaves_the_old_version(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_files_have_the_permissions_of_other_new_files(umask, mode, parts, tmp_path):
+def test_files_have_the_permissions_of_other_new_files(
+    umask,
+    mode,
+    parts,
+    tmp_path,
+):
     """safetensors writes 0600, which a group cannot read."""
     before = os.umask(umask)
     try:
@@ -238,7 +247,12 @@ def test_checkpoint_on_a_full_disk(disk):
     assert torch.equal(torch.load(folder / "last.ckpt")["weight"], large["weight"])
 
 
-def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversations, monkeypatch):
+def test_fit_into_a_read_only_folder_fails_before_training(
+    disk,
+    parts,
+    conversations,
+    monkeypatch,
+):
     monkeypatch.setattr(
         "lightning.Trainer.fit", lambda *args, **kwargs: pytest.fail("training began")
     )

@@ -64,7 +64,10 @@ def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
     ],
 )
 def test_a_config_of_a_demo_that_is_not_there_says_how_to_make_it(
-    words, message, tmp_path, monkeypatch
+    words,
+    message,
+    tmp_path,
+    monkeypatch,
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):

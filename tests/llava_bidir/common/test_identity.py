@@ -36,7 +36,12 @@ def settled(monkeypatch):
     monkeypatch.setattr(identity, "RACY_NS", -(10**12))
 
 
-def test_checksums_are_sha256_and_files_are_read_once(cache, hashed, settled, tmp_path):
+def test_checksums_are_sha256_and_files_are_read_once(
+    cache,
+    hashed,
+    settled,
+    tmp_path,
+):
     files = {f"folder/{i}.bin": os.urandom(i * 1000) for i in range(5)}
     for name, content in files.items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +54,12 @@ def test_checksums_are_sha256_and_files_are_read_once(cache, hashed, settled, tm
     assert identity.checksums(tmp_path / "data/../data", files) == expected and len(hashed) == 5
 
 
-def test_a_changed_file_is_read_again_whatever_its_time_and_size(cache, hashed, settled, tmp_path):
+def test_a_changed_file_is_read_again_whatever_its_time_and_size(
+    cache,
+    hashed,
+    settled,
+    tmp_path,
+):
     file = tmp_path / "weights"
     file.write_bytes(b"old")
     before = identity.checksums(tmp_path, ["weights"])
@@ -68,7 +78,13 @@ def test_a_file_that_was_just_written_is_not_cached(cache, hashed, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"weights": 3', "\0"])
-def test_a_damaged_cache_is_ignored(cache, hashed, settled, tmp_path, content):
+def test_a_damaged_cache_is_ignored(
+    cache,
+    hashed,
+    settled,
+    tmp_path,
+    content,
+):
     (tmp_path / "weights").write_bytes(b"1")
     expected = identity.checksums(tmp_path, ["weights"])
     (file,) = cache.rglob("*.json")

@@ -56,7 +56,12 @@ def test_no_entrance_makes_more_pixels_than_the_square_needs(entrance, monkeypat
     made = []
     resize = Image.Image.resize
 
-    def record(image, size, *args, **kwargs):
+    def record(
+        image,
+        size,
+        *args,
+        **kwargs,
+    ):
         return made.append(size[0] * size[1]) or resize(image, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", record)

@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from llava_bidir.common.latex import latex_table
 
-COMMANDS = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"}
+COMMANDS = {
+    "textbackslash": "\\",
+    "textasciitilde": "~",
+    "textasciicircum": "^",
+}
 
 
 def typeset(line: str) -> list[str]:

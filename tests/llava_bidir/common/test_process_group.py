@@ -52,7 +52,13 @@ def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     reset = f"import signal; signal.signal({int(number)}, signal.default_int_handler)\n"
     words = [sys.executable, "-c", reset + DEMO.format(step=STEP)]
-    demo = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    demo = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     started = [tmp_path / f"started_{i}" for i in (0, 1)]
     try:
         assert wait_until(lambda: all(file.exists() for file in started))

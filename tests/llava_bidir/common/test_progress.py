@@ -8,7 +8,11 @@ from llava_bidir.common import progress
 
 
 def trainer_at(
-    batches_done: int, epochs: int, steps: int, accumulated: int = 2, batches: int = 512
+    batches_done: int,
+    epochs: int,
+    steps: int,
+    accumulated: int = 2,
+    batches: int = 512,
 ):
     """A trainer after so many batches of its first epoch."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches_done))
@@ -24,7 +28,13 @@ def trainer_at(
     )
 
 
-def lines_of(callback, trainers, monkeypatch, caplog, seconds: float = 200.0) -> list[str]:
+def lines_of(
+    callback,
+    trainers,
+    monkeypatch,
+    caplog,
+    seconds: float = 200.0,
+) -> list[str]:
     """The lines that a callback logs after each batch, each of which takes so many seconds."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -50,7 +60,12 @@ def lines_of(callback, trainers, monkeypatch, caplog, seconds: float = 200.0) ->
         ),
     ],
 )
-def test_time_left_is_that_until_the_nearest_limit(limits, expected, monkeypatch, caplog):
+def test_time_left_is_that_until_the_nearest_limit(
+    limits,
+    expected,
+    monkeypatch,
+    caplog,
+):
     trainers = [trainer_at(done, *limits) for done in (1, 2)]
     assert lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)[-1] == expected
 
@@ -88,9 +103,21 @@ def test_batches_that_are_steps_are_not_counted_twice(monkeypatch, caplog):
         (3, 1.0, None),
     ],
 )
-def test_the_first_batch_says_how_long_the_run_takes(steps, seconds, expected, monkeypatch, caplog):
+def test_the_first_batch_says_how_long_the_run_takes(
+    steps,
+    seconds,
+    expected,
+    monkeypatch,
+    caplog,
+):
     trainers = [trainer_at(done, 1, steps, accumulated=8) for done in (1, 2, 3)]
-    lines = lines_of(progress.FirstEstimate(), trainers, monkeypatch, caplog, seconds)
+    lines = lines_of(
+        progress.FirstEstimate(),
+        trainers,
+        monkeypatch,
+        caplog,
+        seconds,
+    )
     if expected is None:
         assert lines == []
     else:

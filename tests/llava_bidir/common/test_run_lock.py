@@ -85,7 +85,12 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
-def test_a_second_fit_into_a_run_is_an_error(more, parts, conversations, tmp_path):
+def test_a_second_fit_into_a_run_is_an_error(
+    more,
+    parts,
+    conversations,
+    tmp_path,
+):
     with (
         processes.inside(exclusive_run_lock(tmp_path)),
         pytest.raises(SystemExit, match="is in use by process"),

@@ -37,7 +37,12 @@ def export(parts, llama_folder, tmp_path_factory):
 
 
 @given(text=llama_tokenizers.texts(*SlowLlama.SPECIAL))
-def test_an_exports_ids_are_llavas_under_every_loader(text, export, slow_llama, loaded_exports):
+def test_an_exports_ids_are_llavas_under_every_loader(
+    text,
+    export,
+    slow_llama,
+    loaded_exports,
+):
     for tokenizer in loaded_exports:
         assert tokenizer.encode(text) == slow_llama.encode(text)
 
@@ -65,7 +70,12 @@ def test_settings_of_the_tokenizer_are_kept(llama_folder, llama_tokenizer):
 
 @pytest.mark.parametrize("model_type", ["llama", "llava"])
 @pytest.mark.parametrize("beside", ["nothing", "another vocabulary"])
-def test_tokenizer_json_alone_keeps_the_ids_it_defines(model_type, beside, llama_folder, tmp_path):
+def test_tokenizer_json_alone_keeps_the_ids_it_defines(
+    model_type,
+    beside,
+    llama_folder,
+    tmp_path,
+):
     AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     if beside == "another vocabulary":

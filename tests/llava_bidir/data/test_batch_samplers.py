@@ -26,7 +26,13 @@ def epoch(sampler, number=0):
     world=st.integers(1, 3),
     accumulate=st.integers(1, 3),
 )
-def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, world, accumulate):
+def test_every_sample_is_drawn_and_ranks_get_as_many(
+    grouped,
+    lengths,
+    micro,
+    world,
+    accumulate,
+):
     ranks = [
         epoch(
             BatchSampler(
@@ -48,7 +54,12 @@ def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, wo
     assert repeats < micro * world * accumulate, "only the last global batch is topped up"
 
 
-def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -> list[list[int]]:
+def llava_megabatches(
+    lengths: list[int],
+    batch: int,
+    devices: int,
+    generator,
+) -> list[list[int]]:
     """get_modality_length_grouped_indices, split_to_even_chunks on lists. Source: LLaVA llava_trainer.py:38-130."""
     megabatches = []
     rest = []
@@ -79,7 +90,12 @@ def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -
     devices=st.integers(1, 4),
     seed=st.integers(0, 9),
 )
-def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, devices, seed):
+def test_grouped_batches_are_llavas_with_the_longest_in_front(
+    lengths,
+    micro,
+    devices,
+    seed,
+):
     """Same draws, same batches: of the full ones two change places, and the last are cut and topped up."""
     batch = micro * devices
     ours = grouped_batches(

@@ -31,7 +31,11 @@ INST = (
     "\n  {%- for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {"ChatML": CHATML, "ChatML on lines, trimmed": LINES, "INST": INST}
+TEMPLATES = {
+    "ChatML": CHATML,
+    "ChatML on lines, trimmed": LINES,
+    "INST": INST,
+}
 
 
 def byte_level(template: str | None, **settings) -> PreTrainedTokenizerFast:
@@ -41,13 +45,18 @@ def byte_level(template: str | None, **settings) -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unused>", "<pad>", "<image>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
+        vocab_size=330,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
     )
     raw.train_from_iterator(
         ["a cat, \n\n\n  the wall\n\n is   it? user\n assistant\n system\n"] * 9, trainer
     )
     built = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<pad>", **settings
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        **settings,
     )
     built.add_special_tokens({"additional_special_tokens": special})
     built.chat_template = template
@@ -84,7 +93,11 @@ def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_super
     is_prompt = not answered or messages[-1]["content"] == ""
     messages = messages[:-1] if answered and is_prompt else messages
     ids, labels = encode(
-        tiny_models.turns(*records), tokenizer, "chat", TOKENS if has_image else None, IMAGE_ID
+        tiny_models.turns(*records),
+        tokenizer,
+        "chat",
+        TOKENS if has_image else None,
+        IMAGE_ID,
     )
 
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt)["input_ids"]
@@ -141,12 +154,30 @@ def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, t
     messages = [{"role": role, "content": part(text, shown)} for role, text, shown in turns]
     records = tiny_models.turns("<image>\nWhat is it?", "a cat", "\n Why? ", "the wall")
     image_id = processor.image_token_id
-    trained, labels = encode(records, TOKENIZERS[name], "chat", TOKENS, image_id)
+    trained, labels = encode(
+        records,
+        TOKENIZERS[name],
+        "chat",
+        TOKENS,
+        image_id,
+    )
     prompt = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
     )
     prompt = prompt["input_ids"][0]
-    assert prompt == encode(records[:-1], processor.tokenizer, "chat", TOKENS, image_id)[0]
+    assert (
+        prompt
+        == encode(
+            records[:-1],
+            processor.tokenizer,
+            "chat",
+            TOKENS,
+            image_id,
+        )[0]
+    )
     assert prompt.count(image_id) == TOKENS and prompt == trained[: len(prompt)]
     assert processor(
         text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[IMAGE]
@@ -157,7 +188,11 @@ def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, t
 def test_words_of_our_tokens_in_texts_are_text():
     tokenizer = TOKENIZERS["ChatML"]
     ids, _ = encode(
-        tiny_models.turns("a <image> <pad>", "<pad>"), tokenizer, "chat", None, IMAGE_ID
+        tiny_models.turns("a <image> <pad>", "<pad>"),
+        tokenizer,
+        "chat",
+        None,
+        IMAGE_ID,
     )
     assert IMAGE_ID not in ids and tokenizer.pad_token_id not in ids
     assert tokenizer.decode(ids).endswith(
@@ -216,12 +251,22 @@ def test_a_tokenizer_that_begins_texts_unlike_its_template_is_an_error(parts, tm
             {"Sequence": {"id": "B", "type_id": 1}},
         ],
         "special_tokens": {
-            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+            "<|endoftext|>": {
+                "id": "<|endoftext|>",
+                "ids": [0],
+                "tokens": ["<|endoftext|>"],
+            }
         },
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     changed = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="begins texts with a token that its chat template lacks"):
-        encode(tiny_models.turns("What is it?", "a cat"), changed, "chat", None, IMAGE_ID)
+        encode(
+            tiny_models.turns("What is it?", "a cat"),
+            changed,
+            "chat",
+            None,
+            IMAGE_ID,
+        )
     with pytest.raises(UserError, match="has no chat template; use vicuna_v1"):
         build_processor(*parts, template="chat")

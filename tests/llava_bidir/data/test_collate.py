@@ -12,12 +12,26 @@ from llava_bidir.model.build import build_processor
 
 @pytest.fixture(scope="module")
 def collate(parts):
-    return Collate(build_processor(*parts), image_tokens=4, template="vicuna_v1", max_length=60)
+    return Collate(
+        build_processor(*parts),
+        image_tokens=4,
+        template="vicuna_v1",
+        max_length=60,
+    )
 
 
-def sample(question: str, answer: str, image: bool, name: str = "s") -> dict:
+def sample(
+    question: str,
+    answer: str,
+    image: bool,
+    name: str = "s",
+) -> dict:
     picture = Image.new("RGB", (9, 5), "red") if image else None
-    return {"id": name, "image": picture, "conversations": turns(question, answer)}
+    return {
+        "id": name,
+        "image": picture,
+        "conversations": turns(question, answer),
+    }
 
 
 def test_batch_is_padded_and_says_where_it_predicts(collate):

@@ -23,7 +23,13 @@ def whole_text_ids(text: str, tokenizer, image_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("caption", ["a cat", "  two  cats", "\n    x = 1\n"])
 def test_plain_trains_the_caption_and_its_newline(caption, llama_tokenizer, slow_llama):
-    ids, labels = encode(turns("Describe <image>", caption), llama_tokenizer, "plain", 3, IMAGE_ID)
+    ids, labels = encode(
+        turns("Describe <image>", caption),
+        llama_tokenizer,
+        "plain",
+        3,
+        IMAGE_ID,
+    )
     assert ids == whole_text_ids(f"<image>{caption}\n", slow_llama, 3)
     assert labels == [IGNORE_INDEX] * 4 + ids[4:] and ids[-1] == 13
     pieces = "".join(llama_tokenizer.convert_ids_to_tokens(ids[4:]))
@@ -37,7 +43,13 @@ def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(
     llama_tokenizer, slow_llama, texts
 ):
     texts = texts[: len(texts) // 2 * 2]
-    ids, labels = encode(turns(*texts), llama_tokenizer, "vicuna_v1", 4, IMAGE_ID)
+    ids, labels = encode(
+        turns(*texts),
+        llama_tokenizer,
+        "vicuna_v1",
+        4,
+        IMAGE_ID,
+    )
     text = f"{SYSTEM} " + "".join(
         f"USER: {q} ASSISTANT: {a}</s>" for q, a in zip(texts[::2], texts[1::2], strict=True)
     )

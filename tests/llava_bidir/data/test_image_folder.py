@@ -19,7 +19,11 @@ def ask(parts, tmp_path):
     """A function from an image's name to its findings in verify-data, and to the image or error in training."""
 
     def asked(name: str, **kwargs):
-        record = {"id": "r", "image": name, "conversations": tiny_models.turns("<image>\nq", "a")}
+        record = {
+            "id": "r",
+            "image": name,
+            "conversations": tiny_models.turns("<image>\nq", "a"),
+        }
         (tmp_path / "data.json").write_text(json.dumps([record]))
         records = read_annotations(tmp_path / "data.json")
         collate = Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")

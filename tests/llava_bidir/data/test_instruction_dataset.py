@@ -32,7 +32,11 @@ def write(path, records) -> str:
 
 
 def record(**kwargs) -> dict:
-    return {"id": 7, "image": "a.png", "conversations": turns("<image>\nwhat", "a cat")} | kwargs
+    return {
+        "id": 7,
+        "image": "a.png",
+        "conversations": turns("<image>\nwhat", "a cat"),
+    } | kwargs
 
 
 def test_records_come_back_as_written(conversations):
@@ -108,7 +112,12 @@ def test_every_bad_record_is_kept_with_its_problem(tmp_path):
         (turns("what", "a cat"), 0, 1),
     ],
 )
-def test_what_llava_trains_on_loads(conversations, shown, answers, tmp_path):
+def test_what_llava_trains_on_loads(
+    conversations,
+    shown,
+    answers,
+    tmp_path,
+):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     data = Instructions(
         write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path
@@ -128,7 +137,10 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
-    mask, conversation, parts, tmp_path
+    mask,
+    conversation,
+    parts,
+    tmp_path,
 ):
     """The reference exchanges the first token of the first answer and compares the logits that predict it."""
     Image.effect_noise((9, 7), 90).convert("RGB").save(tmp_path / "a.png")
@@ -299,14 +311,23 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", READING, str(tmp_path / "big.json")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     records, grown = map(int, run.stdout.split())
     assert records == count and grown < 80, f"MiB, for a file of {size >> 20}"
 
 
 ASKED = "<image>\nwhat"
 UNSHOWN = {
-    "a list": {"image": None, "images": ["a.png"], "conversations": turns(ASKED, "cat")},
+    "a list": {
+        "image": None,
+        "images": ["a.png"],
+        "conversations": turns(ASKED, "cat"),
+    },
     "no key": {"image": None, "conversations": turns(ASKED, "cat")},
     "another spelling": {"conversations": turns("<Image> what", "cat")},
 }

@@ -15,7 +15,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("json")
 
 
-values = json_values(text=st.text(st.characters(exclude_categories=("Cs",))), most=4, leaves=12)
+values = json_values(
+    text=st.text(st.characters(exclude_categories=("Cs",))),
+    most=4,
+    leaves=12,
+)
 
 
 @given(
@@ -25,7 +29,13 @@ values = json_values(text=st.text(st.characters(exclude_categories=("Cs",))), mo
     st.booleans(),
 )
 @example([12345, 6.5e-7, -0.0, "\U0001f600\0"], None, False, True)
-def test_any_list_equals_json_loads(folder, elements, indent, ascii, bom):
+def test_any_list_equals_json_loads(
+    folder,
+    elements,
+    indent,
+    ascii,
+    bom,
+):
     content = json.dumps(elements, indent=indent, ensure_ascii=ascii).encode()
     (folder / "list.json").write_bytes(b"\xef\xbb\xbf" * bom + content)
     assert repr(list(read_records(folder / "list.json"))) == repr(elements)
@@ -83,7 +93,12 @@ def test_broken_file_is_an_error_with_the_number_of_records(content, message, tm
     st.sampled_from([b"\n", b"\r\n", b"\n\n"]),
     st.booleans(),
 )
-def test_json_lines_equal_json_loads_of_each_line(folder, records, newline, bom):
+def test_json_lines_equal_json_loads_of_each_line(
+    folder,
+    records,
+    newline,
+    bom,
+):
     lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
     content = newline.join(lines)
     (folder / "list.jsonl").write_bytes(b"\xef\xbb\xbf" * bom + content)

@@ -112,7 +112,16 @@ def test_ids_and_labels_equal_llavas(case, tokenizer, slow_llama):
     texts = list(AGREEING[case])
     expected = expanded(*llava_v1(texts, slow_llama, has_image=True))
     assert any(label != IGNORE_INDEX for label in expected[1]), "LLaVA trains on it"
-    assert encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID) == expected
+    assert (
+        encode(
+            turns(*texts),
+            tokenizer,
+            "vicuna_v1",
+            T,
+            IMAGE_ID,
+        )
+        == expected
+    )
 
 
 TEXT_ONLY = {
@@ -129,7 +138,13 @@ TEXT_ONLY = {
 @pytest.mark.parametrize("case", TEXT_ONLY)
 def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, slow_llama):
     texts = list(TEXT_ONLY[case])
-    ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", None, IMAGE_ID)
+    ids, labels = encode(
+        turns(*texts),
+        tokenizer,
+        "vicuna_v1",
+        None,
+        IMAGE_ID,
+    )
     assert (ids, labels) == llava_v1(texts, slow_llama, has_image=False)
     assert IMAGE_ID not in ids and any(label != IGNORE_INDEX for label in labels)
 
@@ -147,7 +162,13 @@ def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, toke
     """Deviates: LLaVA finds "ASSISTANT:" by searching, miscounts, and then masks the whole sample."""
     texts = list(LOST[case])
     theirs = expanded(*llava_v1(texts, slow_llama, has_image=True))
-    ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID)
+    ids, labels = encode(
+        turns(*texts),
+        tokenizer,
+        "vicuna_v1",
+        T,
+        IMAGE_ID,
+    )
     assert ids == theirs[0] and set(theirs[1]) == {IGNORE_INDEX}
     trained = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     assert trained.split() == "".join(f" {answer}</s>" for answer in texts[1::2] if answer).split()
@@ -168,7 +189,13 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
     }
     short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
     sample["conversations"][-1]["value"] = "two" + "\n" * (2048 - len(short) + missing)
-    whole = encode(sample["conversations"], tokenizer, "vicuna_v1", 576, IMAGE_ID)
+    whole = encode(
+        sample["conversations"],
+        tokenizer,
+        "vicuna_v1",
+        576,
+        IMAGE_ID,
+    )
     assert len(whole[0]) == 2048 + missing
     ids, labels = Collate(Processor, 576, "vicuna_v1").encode(sample)
     assert (ids, labels) == (whole[0][:2048], whole[1][:2048]) and ids.count(IMAGE_ID) == 576
@@ -199,7 +226,12 @@ def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(noise, "RGBA").convert(mode)
 
 
-def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarray:
+def llava_pixels(
+    image: Image.Image,
+    entry,
+    side: int,
+    aspect: str,
+) -> np.ndarray:
     width, height = image.size
     if aspect == "pad" and width != height:
         square = Image.new(

@@ -40,11 +40,22 @@ def test_equal_images_are_found_under_any_name_and_no_others(folder):
 def test_fit_warns_of_images_that_are_trained_on_and_records_them(folder):
     for name, images in (("train", TRAINED), ("val", ASKED[:4])):
         asked = turns("<image>\nq", "a")
-        records = [{"id": image, "image": image, "conversations": asked} for image in images]
+        records = [
+            {
+                "id": image,
+                "image": image,
+                "conversations": asked,
+            }
+            for image in images
+        ]
         (folder / f"{name}.json").write_text(json.dumps(records))
     files = {name: str(folder / f"{name}.json") for name in ("train", "val")}
     data = InstructionData(
-        files["train"], str(folder), files["val"], batch_size=4, micro_batch_size=4
+        files["train"],
+        str(folder),
+        files["val"],
+        batch_size=4,
+        micro_batch_size=4,
     )
     data.trainer = SimpleNamespace(
         is_global_zero=True,

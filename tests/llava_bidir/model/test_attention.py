@@ -14,7 +14,12 @@ from llava_bidir.model.modeling_llava_bidir import build_mask
 MASKS = tuple(IMAGE_ATTENTION)  # tests/helpers/reference.py defines each of them
 
 
-def built(name: str, is_image, padding, implementation: str = "sdpa"):
+def built(
+    name: str,
+    is_image,
+    padding,
+    implementation: str = "sdpa",
+):
     config = tiny_models.llama_config()
     config._attn_implementation = implementation
     return build_mask(name, config, is_image, padding)

@@ -123,11 +123,24 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
         ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
         ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
         ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
-        ("dinov3", DINOv3ViTConfig(image_size=224, patch_size=16, num_register_tokens=4), (21, 21)),
+        (
+            "dinov3",
+            DINOv3ViTConfig(
+                image_size=224,
+                patch_size=16,
+                num_register_tokens=4,
+            ),
+            (21, 21),
+        ),
         ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
     ],
 )
-def test_grids_of_released_encoders(name, config, grid, tmp_path):
+def test_grids_of_released_encoders(
+    name,
+    config,
+    grid,
+    tmp_path,
+):
     """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
     config.save_pretrained(tmp_path)
     encoder = Encoder(name, str(tmp_path))
@@ -146,7 +159,11 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
         "patch_size": 14,
     }
     settings |= {"num_register_tokens": entry.extra_tokens - 1} if entry.extra_tokens > 1 else {}
-    config = entry.config_class(**settings, intermediate_size=32, image_size=side)
+    config = entry.config_class(
+        **settings,
+        intermediate_size=32,
+        image_size=side,
+    )
     entry.model_class(config).save_pretrained(tmp_path / "encoder")
     _, llm = tiny_models.write_parts(tmp_path / "parts")
     encoder = Encoder(name, str(tmp_path / "encoder"))

@@ -17,9 +17,16 @@ IMAGE = Image.new("RGB", (8, 8))
 
 
 @pytest.fixture(
-    scope="module", params=[None, True, False], ids=["as saved", "legacy", "not legacy"]
+    scope="module",
+    params=[None, True, False],
+    ids=["as saved", "legacy", "not legacy"],
 )
-def processor(request, parts, llama_folder, tmp_path_factory):
+def processor(
+    request,
+    parts,
+    llama_folder,
+    tmp_path_factory,
+):
     """The processor of an export, read by AutoProcessor."""
     folder = tmp_path_factory.mktemp("processor")
     shutil.copytree(llama_folder, folder / "llm")
@@ -71,7 +78,10 @@ def test_prompts_equal_the_ids_of_training_in_one_step_and_in_two(turns, process
         image_token_id=processor.image_token_id,
     )
     one_step = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
     )
     assert one_step["input_ids"][0] == expected
     text = processor.apply_chat_template(messages, add_generation_prompt=True)

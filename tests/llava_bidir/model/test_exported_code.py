@@ -29,7 +29,11 @@ def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-I", SCRIPT, *map(str, checkpoints.values()), str(saved)]
-    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    pipes = {
+        "stdin": subprocess.DEVNULL,
+        "capture_output": True,
+        "text": True,
+    }
     run = subprocess.run(command, env=environment | {"PATH": ""}, **pipes)
     assert run.returncode == 0, run.stderr[-3000:]
 

@@ -22,7 +22,11 @@ GREEDY = {
     "eos_token_id": None,
     "suppress_tokens": [tiny_models.IMAGE_ID],
 }
-DETAILS = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+DETAILS = {
+    "return_dict_in_generate": True,
+    "output_logits": True,
+    "output_scores": True,
+}
 
 
 def batch() -> dict:
@@ -35,7 +39,13 @@ def batch() -> dict:
 
 
 @torch.no_grad()
-def stock_logits(model, inputs: dict, answers: torch.Tensor, row: int, prompt: int) -> torch.Tensor:
+def stock_logits(
+    model,
+    inputs: dict,
+    answers: torch.Tensor,
+    row: int,
+    prompt: int,
+) -> torch.Tensor:
     """Return the logits f[NEW, V] of the answer in `answers[row]` to a prompt, from one forward without a cache."""
     padding = torch.cat(
         [inputs["attention_mask"][prompt], torch.ones(NEW, dtype=torch.long)]
@@ -47,7 +57,10 @@ def stock_logits(model, inputs: dict, answers: torch.Tensor, row: int, prompt: i
     start = sum(IMAGES[:prompt])
     pixels = inputs["pixel_values"][start : start + IMAGES[prompt]] if IMAGES[prompt] else None
     out = tiny_models.stock(model)(
-        input_ids=ids, attention_mask=mask[:, None], pixel_values=pixels, use_cache=False
+        input_ids=ids,
+        attention_mask=mask[:, None],
+        pixel_values=pixels,
+        use_cache=False,
     )
     return out.logits[0, -NEW - 1 : -1]
 
@@ -69,10 +82,21 @@ def test_beams_score_answers_about_the_images_of_their_prompt(name, cache):
     model = tiny_models.model(name)
     inputs = batch()
     out = model.generate(
-        **inputs, **GREEDY, **DETAILS, **cache, num_beams=3, num_return_sequences=2
+        **inputs,
+        **GREEDY,
+        **DETAILS,
+        **cache,
+        num_beams=3,
+        num_return_sequences=2,
     )
     for row in range(2 * len(ROWS)):
-        logits = stock_logits(model, inputs, out.sequences, row, row // 2)
+        logits = stock_logits(
+            model,
+            inputs,
+            out.sequences,
+            row,
+            row // 2,
+        )
         score = logits.log_softmax(-1).gather(1, out.sequences[row, -NEW:, None]).mean()
         torch.testing.assert_close(out.sequences_scores[row], score, rtol=1e-4, atol=1e-4)
 
@@ -83,7 +107,12 @@ def test_an_image_token_in_an_answer_is_text(name):
     ids, _ = tiny_models.ids("ttiiiitt")
     pixels = tiny_models.pixels(1)
     forced = GREEDY | {"suppress_tokens": None, "sequence_bias": [[[tiny_models.IMAGE_ID], 1e4]]}
-    out = model.generate(input_ids=ids, pixel_values=pixels, **forced, **DETAILS)
+    out = model.generate(
+        input_ids=ids,
+        pixel_values=pixels,
+        **forced,
+        **DETAILS,
+    )
     assert (out.sequences[:, -NEW:] == tiny_models.IMAGE_ID).all()
     embed = model.get_input_embeddings()
     prompt = embed(ids).masked_scatter(
@@ -113,8 +142,19 @@ def test_embeddings_in_place_of_ids_give_the_same_logits(name):
     }
     assert torch.equal(model(**embedded).logits, model(**inputs).logits)
     for cache in ({}, {"cache_implementation": "static"}):
-        expected = model.generate(**inputs, **GREEDY, **cache)[:, -NEW:]
-        assert torch.equal(model.generate(**embedded, **GREEDY, **cache), expected), cache
+        expected = model.generate(
+            **inputs,
+            **GREEDY,
+            **cache,
+        )[:, -NEW:]
+        assert torch.equal(
+            model.generate(
+                **embedded,
+                **GREEDY,
+                **cache,
+            ),
+            expected,
+        ), cache
 
 
 @pytest.mark.parametrize("name", MASKS)

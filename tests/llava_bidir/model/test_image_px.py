@@ -25,8 +25,16 @@ STORED_PX = 56
 def write_encoder(name: str, folder: Path) -> Encoder:
     """Write a small random encoder of the real class, whose stored positions are a 4 x 4 grid."""
     entry = ENCODERS[name]
-    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    settings |= {"patch_size": PATCH_PX, "image_size": STORED_PX, "intermediate_size": 32}
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    settings |= {
+        "patch_size": PATCH_PX,
+        "image_size": STORED_PX,
+        "intermediate_size": 32,
+    }
     if entry.extra_tokens > 1:
         settings["num_register_tokens"] = entry.extra_tokens - 1
     torch.manual_seed(0)
@@ -52,7 +60,12 @@ def stock_patches(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
 def test_states_equal_the_stock_models_interpolation(name, side, tmp_path):
     encoder = replace(write_encoder(name, tmp_path), image_px=side)
     pixels = torch.randn(
-        2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        2,
+        3,
+        side,
+        side,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(1),
     )
     tower = encoder.load_tower(dtype=torch.float64).eval()
     states = tower(pixels, output_hidden_states=True).hidden_states[-2][
@@ -72,7 +85,13 @@ def test_export_records_the_side_and_probes_read_the_same_states(name, tmp_path)
     model = build_model(encoder, llm, processor).eval()
     export_hf(model, processor, tmp_path / "hf", {})
     loaded = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(
+        1,
+        3,
+        42,
+        42,
+        generator=torch.Generator().manual_seed(1),
+    )
     features = loaded.get_image_features(pixels).pooler_output[0]
     assert torch.equal(features, model.get_image_features(pixels).pooler_output[0])
     mllm = probes.load(str(tmp_path / "hf"), device="cpu")

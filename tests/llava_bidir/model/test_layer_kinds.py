@@ -39,11 +39,17 @@ SIZES |= {
     "vocab_size": tiny_models.VOCABULARY,
     "max_position_embeddings": 512,
 }
-SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES |= {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SLIDING_LLMS = {
     "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma3": Gemma3TextConfig(
-        **SIZES, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]
+        **SIZES,
+        sliding_window=WINDOW,
+        layer_types=[SLIDING, FULL, SLIDING],
     ),
 }
 UNMASKED_LLMS = {
@@ -59,7 +65,11 @@ IMAGES = (slice(0, 2), slice(2, 3))  # of each row
 
 def batch() -> dict:
     ids, mask = tiny_models.ids(*ROWS, pad="left")
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(3)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": tiny_models.pixels(3),
+    }
 
 
 def looped_masks(config, name: str, is_image: torch.Tensor):
@@ -82,7 +92,10 @@ def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor
         model.config.text_config, model.config.image_attention, ids == tiny_models.IMAGE_ID
     )
     return tiny_models.stock(model)(
-        input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False
+        input_ids=ids,
+        attention_mask=masks,
+        pixel_values=pixels,
+        use_cache=False,
     ).logits
 
 
@@ -100,7 +113,12 @@ def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
     }
     for cache in caches:
         out = model.generate(
-            **inputs, **details, **cache, max_new_tokens=NEW, do_sample=False, eos_token_id=[]
+            **inputs,
+            **details,
+            **cache,
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=[],
         )
         for row, real in enumerate(inputs["attention_mask"].bool()):
             ids = out.sequences[row][torch.cat([real, torch.ones(NEW, dtype=torch.bool)])][None]
@@ -162,7 +180,12 @@ def test_probes_refuse_a_mask_that_the_layers_do_not_take(kind, build, tmp_path)
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("llm", SLIDING_LLMS)
-def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_path):
+def test_probes_read_the_states_of_the_models_own_forward(
+    llm,
+    name,
+    build,
+    tmp_path,
+):
     model, processor = build(copy.deepcopy(SLIDING_LLMS[llm]), name)
     tiny_models.sharpen(model)
     export_hf(model, processor, tmp_path / "hf")
@@ -170,7 +193,9 @@ def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_
     pixels = tiny_models.pixels(2)
     states = mllm(pixels)
     own = model(
-        input_ids=mllm.ids.expand(2, -1), pixel_values=pixels, output_hidden_states=True
+        input_ids=mllm.ids.expand(2, -1),
+        pixel_values=pixels,
+        output_hidden_states=True,
     ).hidden_states
     for layer in (1, 2):  # the last entry of hidden_states is normed
         expected = own[layer][:, mllm.is_image]
@@ -193,7 +218,12 @@ def test_packed_samples_equal_each_sample_alone(name, backend):
     ids = torch.stack([torch.cat(row) for row in rows])
     positions = torch.stack([torch.cat([torch.arange(len(x)) for x in row]) for row in rows])
     pixels = tiny_models.pixels(5)
-    packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False)
+    packed = model(
+        input_ids=ids,
+        position_ids=positions,
+        pixel_values=pixels,
+        use_cache=False,
+    )
     images = iter(pixels)
     for row, pack in enumerate(packs):
         found = packed.logits[row].split([len(sample) for sample, _ in pack])

@@ -16,7 +16,14 @@ def updated():
     """Return a tiny model with updates as large as its weights."""
     model = tiny_models.model("bidirectional")
     torch.manual_seed(5)
-    add_lora(model, Lora(r=3, alpha=6, dropout=0.1))
+    add_lora(
+        model,
+        Lora(
+            r=3,
+            alpha=6,
+            dropout=0.1,
+        ),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -27,7 +34,11 @@ def updated():
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     ids, mask = tiny_models.ids("ttiiiitt", "tiiiitt")
-    return model(input_ids=ids, attention_mask=mask, pixel_values=tiny_models.pixels(2)).logits
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=tiny_models.pixels(2),
+    ).logits
 
 
 def test_updates_start_at_zero_in_every_linear_layer_of_the_llm():

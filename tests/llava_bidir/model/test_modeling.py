@@ -22,11 +22,19 @@ BATCH = ("tiiiittiiiitt", "ttiiiittt", "tttttttt", "tiiiit")
 
 def batch(pad: str = "right"):
     ids, mask = tiny_models.ids(*BATCH, pad=pad)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(4)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": tiny_models.pixels(4),
+    }
 
 
 def states(model, **inputs):
-    return model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    return model(
+        **inputs,
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -89,4 +97,8 @@ def test_images_after_cached_tokens_are_rejected(name):
     cache = model(input_ids=ids, use_cache=True)[CACHE]
     later, _ = tiny_models.ids("iiii")
     with pytest.raises(ValueError, match="got images after cached tokens"):
-        model(input_ids=later, pixel_values=tiny_models.pixels(1), **{name: cache})
+        model(
+            input_ids=later,
+            pixel_values=tiny_models.pixels(1),
+            **{name: cache},
+        )

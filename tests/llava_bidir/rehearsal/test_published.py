@@ -31,7 +31,10 @@ def vicuna(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "tokens"), [("clip", 576), ("dinov2", 576), ("siglip", 729)])
 def test_encoder_and_sharded_pickled_llm_make_a_model_of_the_published_grid(
-    name, tokens, vicuna, tmp_path
+    name,
+    tokens,
+    vicuna,
+    tmp_path,
 ):
     write_encoder(name, TINY.encoders_shrink, tmp_path / name)
     encoder = Encoder(name, str(tmp_path / name))

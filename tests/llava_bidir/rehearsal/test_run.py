@@ -103,10 +103,22 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
 
 
 def test_certificates_of_solved_probes_are_described(tmp_path):
-    true = {"gradient": 2e-4, "decrease": 1e-6, "converged": True}
-    false = {"gradient": 5e-2, "decrease": 3e-3, "converged": False}
+    true = {
+        "gradient": 2e-4,
+        "decrease": 1e-6,
+        "converged": True,
+    }
+    false = {
+        "gradient": 5e-2,
+        "decrease": 3e-3,
+        "converged": False,
+    }
     sites = [{"certificates": [true, None]}, {"certificates": [false, None]}]
-    path = {"passes": 4, "sample_images": 2, "optimum": {"sites": sites}}
+    path = {
+        "passes": 4,
+        "sample_images": 2,
+        "optimum": {"sites": sites},
+    }
     (tmp_path / "causal/trained").mkdir(parents=True)
     (tmp_path / "causal/trained/metrics.json").write_text(json.dumps({"path": path}))
     (line,) = rehearsal.describe_certificates(tmp_path)
@@ -141,7 +153,12 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
         "tiny",
     ]
     file = tmp_path / "out/rehearsal.json"
-    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
 
     def steps():
         return json.loads(file.read_text())["steps"] if file.exists() else {}
@@ -152,7 +169,12 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait(HANGING_S)
     before = steps()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("certificates hold") == 2, "a mask each"
     record = json.loads(file.read_text())

@@ -14,5 +14,11 @@ def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("world") / "assets"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assets, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-        assets.demo_assets(out, seed=1, scale=0.01, world="binding", scenes=2)
+        assets.demo_assets(
+            out,
+            seed=1,
+            scale=0.01,
+            world="binding",
+            scenes=2,
+        )
     return out

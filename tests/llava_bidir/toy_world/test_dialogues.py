@@ -17,7 +17,13 @@ def test_regions_are_the_patches_of_the_questions_and_their_classes():
     rng = np.random.default_rng(0)
     scene = draw_scene(rng)
     turns = prepend_picture(
-        build_dialogue(SceneText.from_scene(scene), rng, rows=2, points=GRID**2, caption=True)
+        build_dialogue(
+            SceneText.from_scene(scene),
+            rng,
+            rows=2,
+            points=GRID**2,
+            caption=True,
+        )
     )
     regions = find_regions(turns)
     assert len(regions) == len(turns) / 2 == 2 + GRID**2 + 1

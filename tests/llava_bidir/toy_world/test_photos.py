@@ -47,7 +47,13 @@ def captions(tmp_path) -> Path:
                 {"from": "human", "value": "<image>\nDescribe the picture."},
                 {"from": "gpt", "value": f"Caption {k} of {i}."},
             ]
-            records.append({"id": f"{i}_{k}", "image": f"images/{i}.png", "conversations": turns})
+            records.append(
+                {
+                    "id": f"{i}_{k}",
+                    "image": f"images/{i}.png",
+                    "conversations": turns,
+                }
+            )
     file = tmp_path / "captions.json"
     file.write_text(json.dumps(records))
     return file
@@ -91,4 +97,11 @@ def test_held_out_questions_are_about_validation_photos_of_each_set(sets, tmp_pa
 def test_two_sets_of_one_name_are_an_error(sets, tmp_path):
     other = write_set(tmp_path / "more/streets", 2)
     with pytest.raises(UserError, match="expected different names"):
-        write_photos(tmp_path / "out", [*sets, other], None, None, seed=0, held_out=4)
+        write_photos(
+            tmp_path / "out",
+            [*sets, other],
+            None,
+            None,
+            seed=0,
+            held_out=4,
+        )

@@ -74,7 +74,13 @@ def test_questions_are_learned_along(planted, world, model):
         return AutoModelForImageTextToText.from_pretrained(folder).lm_head.weight
 
     assert torch.equal(head(planted[0]), head(model))
-    losses = plant_recovery(model, world, world.parent / "asked", steps=0, answer_steps=2)
+    losses = plant_recovery(
+        model,
+        world,
+        world.parent / "asked",
+        steps=0,
+        answer_steps=2,
+    )
     assert len(losses) == 2 and not torch.equal(head(world.parent / "asked"), head(model))
 
 

@@ -69,7 +69,13 @@ def test_steps_fit_the_time_on_the_world_and_on_photos(commands, photos, tmp_pat
         assert steps == [249, 249]
         assert 3 * steps[0] + 10 * steps[1] == pytest.approx(0.9 * 3600, rel=0.01)
         assert option(stage2, "--model.image_attention") == mask
-    found = commands(tmp_path / "photos", "--photos", str(photos), "--hours", "1")
+    found = commands(
+        tmp_path / "photos",
+        "--photos",
+        str(photos),
+        "--hours",
+        "1",
+    )
     stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
     steps = [int(option(words, "--trainer.max_steps")) for words in (stage1, stage2)]
     assert steps == [334, 223]
@@ -79,7 +85,13 @@ def test_steps_fit_the_time_on_the_world_and_on_photos(commands, photos, tmp_pat
 def test_models_on_photos_are_exported_at_a_tenth_and_a_third_of_stage_2(
     commands, photos, tmp_path
 ):
-    found = commands(tmp_path / "out", "--photos", str(photos), "--steps", "600")
+    found = commands(
+        tmp_path / "out",
+        "--photos",
+        str(photos),
+        "--steps",
+        "600",
+    )
     stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
     assert option(stage1, "--trainer.max_steps") == "900"
     assert option(stage2, "--trainer.callbacks.steps") == "[60, 200]"

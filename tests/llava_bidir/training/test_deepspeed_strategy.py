@@ -67,7 +67,13 @@ def spec(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def start(spec: dict, name: str, runs: list[str], processes: int = 2, **more):
+def start(
+    spec: dict,
+    name: str,
+    runs: list[str],
+    processes: int = 2,
+    **more,
+):
     """Execute runs of the worker; return the folder, the exit codes and the output of the processes."""
     out = Path(spec["root"]) / name
     out.mkdir()
@@ -114,7 +120,12 @@ def results(folder: Path, run: str) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(("run", "tolerance"), AS_ONE.items())
-def test_two_processes_train_as_one(run, tolerance, one, two):
+def test_two_processes_train_as_one(
+    run,
+    tolerance,
+    one,
+    two,
+):
     """Compare losses, gradient norm and validation."""
     function = run.split(":")[1]
     single = result(one, f"ddp:{function}:32-true")
@@ -161,7 +172,12 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(strategy, precision
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize(("strategy", "precision"), ZERO)
-def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, two, tmp_path):
+def test_export_of_a_checkpoint_equals_the_model_in_memory(
+    strategy,
+    precision,
+    two,
+    tmp_path,
+):
     """Export by the callback at the end of the run, and by the command, without the processes of the run."""
     checkpoint = two / f"{strategy}-end-{precision}.ckpt"
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "hf")])

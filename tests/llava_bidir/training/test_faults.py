@@ -117,7 +117,11 @@ def test_killed_runs_end_as_an_undisturbed_one(faults, train, tmp_path):
     ids=["validation", "export"],
 )
 def test_a_run_killed_after_its_last_step_is_validated_and_exported(
-    function, parts, conversations, tmp_path, monkeypatch
+    function,
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
 ):
     """It resumes from Lightning's checkpoint at the end of the epoch, after which no step is left.
 

@@ -24,7 +24,13 @@ def handler():
 
 
 @pytest.fixture
-def fit(parts, conversations, tmp_path, monkeypatch, capsys):
+def fit(
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     """Run `llava-bidir fit` with Ctrl-C in some micro-batches; two of them are a step, six of them an epoch."""
 
     def run(*more: str, interrupts: dict[int, int] | None = None) -> tuple[int, str]:

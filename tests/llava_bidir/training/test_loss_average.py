@@ -37,7 +37,12 @@ def gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-def fit_one_step(parts, folder, loss_average: str, micro_batch_size: int) -> Recorded:
+def fit_one_step(
+    parts,
+    folder,
+    loss_average: str,
+    micro_batch_size: int,
+) -> Recorded:
     torch.manual_seed(0)
     module = Recorded(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
     data = InstructionData(
@@ -82,7 +87,12 @@ def summed_losses(model, batches) -> tuple[list[torch.Tensor], list[int]]:
 @pytest.mark.parametrize(
     ("loss_average", "micro"), [("tokens", 8), ("tokens", 2), ("llava", 8), ("llava", 2)]
 )
-def test_gradients_of_a_step_are_those_of_the_average(loss_average, micro, parts, conversations):
+def test_gradients_of_a_step_are_those_of_the_average(
+    loss_average,
+    micro,
+    parts,
+    conversations,
+):
     """`tokens` averages over the whole global batch, `llava` over the means of the micro-batches."""
     step = fit_one_step(parts, conversations, loss_average, micro)
     sums, counts = summed_losses(step.model, step.batches)

@@ -21,7 +21,10 @@ def arguments(parts, conversations, out) -> list[str]:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
-    parts, conversations, tmp_path, monkeypatch
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
 ):
     loss = LlavaTraining.loss
     seen = []

@@ -26,12 +26,22 @@ from llava_bidir.training.throughput import Throughput
 
 pytestmark = pytest.mark.numerics
 
-LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
+LORA = {
+    "lora": Lora(
+        r=2,
+        alpha=4,
+        dropout=0.0,
+    )
+}
 MICRO_BATCHES = 6  # of an epoch: 12 samples, two of them a micro-batch, two micro-batches a step
 
 
 def module(parts, **kwargs) -> LlavaTraining:
-    settings = {"trainable": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
+    settings = {
+        "trainable": ["adapter", "llm"],
+        "learning_rate": 1e-2,
+        "max_new_tokens": 3,
+    }
     return LlavaTraining(*parts, **(settings | kwargs))
 
 
@@ -44,7 +54,12 @@ def module_with_model(parts, **kwargs) -> LlavaTraining:
 
 
 def data(folder, parts, **kwargs) -> InstructionData:
-    settings = {"batch_size": 4, "micro_batch_size": 2, "num_workers": 0, "group_by_length": True}
+    settings = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "num_workers": 0,
+        "group_by_length": True,
+    }
     return InstructionData(
         str(folder / "data.json"),
         str(folder),
@@ -54,7 +69,13 @@ def data(folder, parts, **kwargs) -> InstructionData:
     )
 
 
-def questions(folder, parts, ranks: int = 1, rank: int = 0, **kwargs) -> InstructionData:
+def questions(
+    folder,
+    parts,
+    ranks: int = 1,
+    rank: int = 0,
+    **kwargs,
+) -> InstructionData:
     """Return data that is set up for validation on a rank."""
     source = data(folder, parts, **kwargs)
     source.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
@@ -108,7 +129,12 @@ def moved_parameters(built: LlavaTraining, fresh: LlavaTraining) -> set[str]:
 
 # ---------------------------------------------------------------------------------------------------- parts
 @pytest.mark.parametrize("train", [["adapter"], ["adapter", "llm"]])
-def test_a_stage_moves_and_saves_its_parts_and_nothing_else(train, parts, fit, tmp_path):
+def test_a_stage_moves_and_saves_its_parts_and_nothing_else(
+    train,
+    parts,
+    fit,
+    tmp_path,
+):
     built, _, run = fit(settings={"trainable": train})
     moved = moved_parameters(built, module_with_model(parts, trainable=train))
     kinds = {name.removeprefix("model.").split(".")[0] for name in moved}
@@ -156,7 +182,11 @@ def test_new_adapter_is_scaled_and_a_loaded_one_keeps_its_scale(parts, checkpoin
 @pytest.mark.parametrize("published", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("stage", [{"trainable": ["adapter"]}, LORA])
 def test_frozen_weights_are_read_in_bfloat16_as_if_converted_after_loading(
-    stage, published, parts, conversations, tmp_path
+    stage,
+    published,
+    parts,
+    conversations,
+    tmp_path,
 ):
     """Weights, buffers and losses are equal bit for bit, the rows of added tokens and new low-rank updates included."""
     llm = shutil.copytree(parts[1], tmp_path / "llm")
@@ -246,16 +276,30 @@ def test_limited_epochs_end_the_schedule_and_are_resumed_with_the_samples_of_the
     """The schedule was that of complete epochs; a resumed epoch left out as many samples as the last one had."""
     save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     settings = {"max_epochs": 2, "limit_train_batches": limit}
-    _, losses, run = fit(enable_checkpointing=True, callbacks=[save], **settings)
+    _, losses, run = fit(
+        enable_checkpointing=True,
+        callbacks=[save],
+        **settings,
+    )
     assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0)
     _, rest, _ = fit(ckpt_path=tmp_path / "epoch=0.ckpt", **settings)
     assert len(losses) == 6 and rest == losses[3:]
 
 
 @pytest.mark.parametrize(("step", "settings"), [(2, {}), (4, LORA)])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, fit, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    step,
+    settings,
+    fit,
+    tmp_path,
+):
     """A resume that restarts the epoch would train some samples twice and others never."""
-    save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, monitor=None)
+    save = ModelCheckpoint(
+        tmp_path,
+        filename="at",
+        every_n_train_steps=step,
+        monitor=None,
+    )
     hook = save.on_train_batch_end
 
     def save_once(run, *args):
@@ -264,7 +308,11 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, fit
 
     save.on_train_batch_end = save_once
     run = {"max_epochs": 2, "settings": settings}
-    whole, losses, _ = fit(enable_checkpointing=True, callbacks=[save], **run)
+    whole, losses, _ = fit(
+        enable_checkpointing=True,
+        callbacks=[save],
+        **run,
+    )
     resumed, rest, _ = fit(ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 2 * MICRO_BATCHES and rest == losses[2 * step :]
     assert moved_parameters(whole, resumed) == set()
@@ -272,7 +320,12 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, fit
 
 def test_models_are_exported_on_the_way_with_the_weights_of_their_step(fit, tmp_path):
     """Compared with the checkpoint of that step; two micro-batches are a step, and three steps an epoch."""
-    save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_train_steps=1)
+    save = ModelCheckpoint(
+        tmp_path,
+        save_top_k=-1,
+        filename="{step}",
+        every_n_train_steps=1,
+    )
     fit(enable_checkpointing=True, callbacks=[ExportSteps([2]), SaveAtStepBoundary(), save])
     assert [folder.name for folder in (tmp_path / "steps").iterdir()] == ["2"]
     exported = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "steps/2/hf")
@@ -285,11 +338,19 @@ def test_models_are_exported_on_the_way_with_the_weights_of_their_step(fit, tmp_
 
 
 def test_a_validation_within_a_step_saves_no_checkpoint(
-    parts, conversations, tmp_path, monkeypatch
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
 ):
     """A resume would lose the step's first gradients, and group all later micro-batches into other steps."""
     callbacks = [SaveAtStepBoundary(), ModelCheckpoint(tmp_path, save_top_k=-1)]
-    run = trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks, val_check_interval=3)
+    run = trainer(
+        tmp_path,
+        enable_checkpointing=True,
+        callbacks=callbacks,
+        val_check_interval=3,
+    )
     within = []
     write = run.save_checkpoint
 
@@ -317,7 +378,12 @@ def test_gradients_can_be_clipped_in_mixed_precision(fit):
 
 
 # ---------------------------------------------------------------------------------------------------- settings
-def test_settings_that_do_not_fit_are_errors(parts, conversations, tmp_path, fit):
+def test_settings_that_do_not_fit_are_errors(
+    parts,
+    conversations,
+    tmp_path,
+    fit,
+):
     file = str(conversations / "data.json")
     cases = {
         "frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true": lambda: fit(

@@ -128,7 +128,12 @@ def test_a_change_of_settings_data_or_models_changes_its_key_of_the_identity_and
 
 @pytest.mark.parametrize("key", ["settings.model.image_attention", "data.images"])
 def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
-    key, finished, unfinished, parts, conversations, tmp_path
+    key,
+    finished,
+    unfinished,
+    parts,
+    conversations,
+    tmp_path,
 ):
     run, command = finished
     copy, resuming = unfinished
@@ -171,7 +176,11 @@ def test_settings_that_change_no_result_may_change(finished, unfinished, caplog)
 # ---------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
 def test_options_after_which_a_trial_would_count_as_finished_are_refused(
-    option, value, parts, conversations, tmp_path
+    option,
+    value,
+    parts,
+    conversations,
+    tmp_path,
 ):
     options = tiny_models.training_arguments(parts, conversations)
     command = ["fit", *options, "--out", str(tmp_path / "run"), f"--trainer.{option}", value]

@@ -51,15 +51,33 @@ class SignalAt(Callback):
         self.micro_batch = micro_batch
         self.losses = []
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self,
+        trainer,
+        pl_module,
+        batch,
+        batch_idx,
+    ):
         if len(self.losses) == self.micro_batch:
             os.kill(os.getpid(), self.number)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self,
+        trainer,
+        pl_module,
+        outputs,
+        batch,
+        batch_idx,
+    ):
         self.losses.append(outputs["loss"].item())
 
 
-def arguments(parts, conversations, out, *more) -> list[str]:
+def arguments(
+    parts,
+    conversations,
+    out,
+    *more,
+) -> list[str]:
     """Two epochs of three optimizer steps, two micro-batches each."""
     shorter = [
         "--data.micro_batch_size",
@@ -78,7 +96,14 @@ def arguments(parts, conversations, out, *more) -> list[str]:
     ]
 
 
-def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt_path=None):
+def fit(
+    parts,
+    conversations,
+    out,
+    number=signal.SIGUSR1,
+    micro_batch=None,
+    ckpt_path=None,
+):
     """Return the losses, the trainer, and the exit status, 0 for a finished run."""
     cli = build_cli(arguments(parts, conversations, out), run=False)
     sender = SignalAt(number, micro_batch)
@@ -100,7 +125,13 @@ def uninterrupted(parts, conversations, tmp_path_factory) -> tuple[list[float], 
 
 @pytest.mark.parametrize(("micro_batch", "step"), [(2, 2), (9, 5)])
 def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupted_run(
-    micro_batch, step, uninterrupted, parts, conversations, scontrol, tmp_path
+    micro_batch,
+    step,
+    uninterrupted,
+    parts,
+    conversations,
+    scontrol,
+    tmp_path,
 ):
     whole, folder = uninterrupted
     losses, trainer, status = fit(parts, conversations, tmp_path / "cut", micro_batch=micro_batch)
@@ -116,7 +147,12 @@ def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupte
     ).read_bytes()
 
 
-def test_sigterm_saves_but_does_not_requeue(parts, conversations, scontrol, tmp_path):
+def test_sigterm_saves_but_does_not_requeue(
+    parts,
+    conversations,
+    scontrol,
+    tmp_path,
+):
     """Slurm itself requeues a preempted job; a cancelled one must not return."""
     _, trainer, status = fit(parts, conversations, tmp_path, signal.SIGTERM, micro_batch=3)
     assert (
@@ -129,7 +165,11 @@ def test_sigterm_saves_but_does_not_requeue(parts, conversations, scontrol, tmp_
 
 @pytest.mark.parametrize("micro_batch", [11])
 def test_signal_in_the_last_step_does_not_stop_the_run(
-    micro_batch, parts, conversations, scontrol, tmp_path
+    micro_batch,
+    parts,
+    conversations,
+    scontrol,
+    tmp_path,
 ):
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=micro_batch)
     assert (
@@ -146,21 +186,34 @@ def test_signal_in_the_last_step_does_not_stop_the_run(
 
 
 def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(
-    parts, conversations, scontrol, tmp_path
+    parts,
+    conversations,
+    scontrol,
+    tmp_path,
 ):
     """A checkpoint after the last batch would count the epoch as finished in one place and not in another."""
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=5)
     assert status == INTERRUPTED and trainer.global_step == 4 and trainer.current_epoch == 1
 
 
-def test_failure_of_scontrol_is_an_error(parts, conversations, tmp_path, scontrol):
+def test_failure_of_scontrol_is_an_error(
+    parts,
+    conversations,
+    tmp_path,
+    scontrol,
+):
     (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(Exception, match="scontrol.*requeue.*77"):
         fit(parts, conversations, tmp_path, micro_batch=1)
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
-def test_requeueing_is_on_under_srun_only(parts, conversations, tmp_path, monkeypatch):
+def test_requeueing_is_on_under_srun_only(
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
+):
     off = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
     assert not any(isinstance(callback, SlurmRequeue) for callback in off.callbacks)
     for name, value in UNDER_SRUN.items():

@@ -26,7 +26,11 @@ def samples(shown: bool = True) -> list[dict]:
         image = Image.new("RGB", (8, 8), (40 * i, 255 - 30 * i, 90)) if shown and i != 2 else None
         question = "name the sky" if image is None else "<image>\nname the sky"
         made.append(
-            {"id": f"s{i}", "image": image, "conversations": tiny_models.turns(question, answer)}
+            {
+                "id": f"s{i}",
+                "image": image,
+                "conversations": tiny_models.turns(question, answer),
+            }
         )
     # Shown twice
     made[1]["conversations"] += tiny_models.turns("<image>\nagain" if shown else "again", "road")
@@ -35,7 +39,12 @@ def samples(shown: bool = True) -> list[dict]:
 
 def build(parts, name: str, **settings) -> tuple[LlavaTraining, Collate]:
     torch.manual_seed(0)
-    module = LlavaTraining(*parts, trainable=["adapter", "llm"], image_attention=name, **settings)
+    module = LlavaTraining(
+        *parts,
+        trainable=["adapter", "llm"],
+        image_attention=name,
+        **settings,
+    )
     module.configure_model()
     with torch.no_grad():
         for parameter in module.model.model.language_model.parameters():
@@ -58,7 +67,11 @@ def assert_equal(ours, expected) -> None:
     for name, gradient in expected[1].items():
         near = 1e-5 * gradient.abs().max().item()
         torch.testing.assert_close(
-            ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}"
+            ours[1][name],
+            gradient,
+            rtol=0,
+            atol=near,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -79,7 +92,10 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
 
 
 def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
-    parts, conversations, tmp_path, monkeypatch
+    parts,
+    conversations,
+    tmp_path,
+    monkeypatch,
 ):
     """Losses, answers in validation, and the check of the export, on batches with images and of text alone."""
     warnings = []

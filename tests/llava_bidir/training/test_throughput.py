@@ -17,8 +17,16 @@ def test_sample_that_shows_its_image_twice_counts_once_as_one_with_an_image(part
     turns = tiny_models.turns("<image>\nname", "wall", "<image>\nand", "sky")
     image = Image.new("RGB", (8, 8))
     samples = [
-        {"id": "a", "image": image, "conversations": turns},
-        {"id": "b", "image": None, "conversations": turns},
+        {
+            "id": "a",
+            "image": image,
+            "conversations": turns,
+        },
+        {
+            "id": "b",
+            "image": None,
+            "conversations": turns,
+        },
     ]
     callback = Throughput()
     callback.counts = Counter()
@@ -30,7 +38,11 @@ def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):
     now = 0.0
     logged = {}
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
-    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=1)
+    trainer = SimpleNamespace(
+        global_step=0,
+        log_every_n_steps=2,
+        world_size=1,
+    )
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.update)
     batch = {
         "lengths": [3, 5],

@@ -9,8 +9,20 @@ from llava_bidir.vqa.benchmarks import BENCHMARKS, COGNITION, PERCEPTION, TABLE1
 from llava_bidir.vqa.scores import accuracy_terms, circular_terms, f1_terms, mme_terms
 
 
-def item(right, unit=0, group=None, answer="", target=""):
-    return {"right": right, "unit": unit, "group": group, "answer": answer, "target": target}
+def item(
+    right,
+    unit=0,
+    group=None,
+    answer="",
+    target="",
+):
+    return {
+        "right": right,
+        "unit": unit,
+        "group": group,
+        "answer": answer,
+        "target": target,
+    }
 
 
 def test_mean_counts_items_and_keeps_units():

@@ -56,7 +56,12 @@ def stubbed(tmp_path, monkeypatch):
     return make
 
 
-def vqa(model, out, data, *more) -> None:
+def vqa(
+    model,
+    out,
+    data,
+    *more,
+) -> None:
     """Run the command."""
     argv = [
         "vqa",
@@ -152,7 +157,13 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
         for item in items(runs / "bidirectional", name):
             record = split[item["item"] // 2 if name == "gqa" else item["item"]]
             images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
-            expected = answer(model, processor, [item["question"]], [images], longest)
+            expected = answer(
+                model,
+                processor,
+                [item["question"]],
+                [images],
+                longest,
+            )
             assert [item["answer"]] == expected, name
     assert (
         "Reference OCR token: sky, wall"
@@ -162,10 +173,20 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
 
 
 def test_finished_tasks_are_not_run_again_but_checked_again(
-    runs, checkpoints, data, tmp_path, capsys
+    runs,
+    checkpoints,
+    data,
+    tmp_path,
+    capsys,
 ):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
-    vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
+    vqa(
+        checkpoints["causal"],
+        out,
+        data,
+        "--python",
+        "/nowhere",
+    )
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.jsonl").write_text(
         "".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1])
@@ -173,7 +194,13 @@ def test_finished_tasks_are_not_run_again_but_checked_again(
     with pytest.raises(
         SystemExit, match="pope: 1 of 6 items have no or several results, e.g. item 5$"
     ):
-        vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
+        vqa(
+            checkpoints["causal"],
+            out,
+            data,
+            "--python",
+            "/nowhere",
+        )
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
@@ -183,20 +210,50 @@ def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
     with pytest.raises(
         SystemExit, match=r"causal/gqa.json belongs to another checkpoint .* choose another --out"
     ):
-        vqa(checkpoints["bidirectional"], runs / "causal", data, "--python", "/nowhere")
+        vqa(
+            checkpoints["bidirectional"],
+            runs / "causal",
+            data,
+            "--python",
+            "/nowhere",
+        )
 
 
-def test_results_on_other_data_are_not_reused(runs, checkpoints, data, tmp_path):
+def test_results_on_other_data_are_not_reused(
+    runs,
+    checkpoints,
+    data,
+    tmp_path,
+):
     copy = shutil.copytree(data, tmp_path / "data")
     with pytest.raises(
         SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"
     ):
-        vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
+        vqa(
+            checkpoints["causal"],
+            runs / "causal",
+            copy,
+            "--tasks",
+            "pope",
+            "--python",
+            "/nowhere",
+        )
 
 
-def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
+def test_scores_are_the_harnesss_where_some_answers_are_right(
+    checkpoints,
+    data,
+    tmp_path,
+    stubbed,
+):
     """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
-    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"))
+    vqa(
+        checkpoints["causal"],
+        tmp_path / "out",
+        data,
+        "--python",
+        stubbed("oracle"),
+    )
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
     assert scores == pytest.approx(
@@ -220,7 +277,12 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data,
     )
 
 
-def test_item_that_cannot_be_answered_ends_the_run_by_name(checkpoints, data, tmp_path, stubbed):
+def test_item_that_cannot_be_answered_ends_the_run_by_name(
+    checkpoints,
+    data,
+    tmp_path,
+    stubbed,
+):
     with pytest.raises(
         SystemExit, match="^llava-bidir: pope: item 4, 5: FloatingPointError: out of range$"
     ):
@@ -239,7 +301,16 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(checkpoints, data, tm
 def test_harness_that_succeeds_without_results_is_an_error(checkpoints, data, tmp_path):
     """The harness's own command does this for every exception."""
     with pytest.raises(SystemExit, match="gqa, mme: the harness succeeded but wrote no results"):
-        vqa(checkpoints["causal"], tmp_path, data, "--python", "/bin/true", "--tasks", "gqa", "mme")
+        vqa(
+            checkpoints["causal"],
+            tmp_path,
+            data,
+            "--python",
+            "/bin/true",
+            "--tasks",
+            "gqa",
+            "mme",
+        )
 
 
 def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path):
@@ -254,20 +325,36 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
             gqa, config, split, records[:-1] if name == "GQA:images" else records
         )
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
-        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
+        vqa(
+            checkpoints["causal"],
+            tmp_path / "out",
+            pictures,
+            "--tasks",
+            "gqa",
+        )
     whole = lmms_datasets.picture(0).resize((64, 64))
     whole.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-2000])
     turns = [{"from": "human", "value": "<image>\nsky"}, {"from": "gpt", "value": "wall"}]
     records = [
-        {"id": str(i), "image": name, "conversations": turns}
+        {
+            "id": str(i),
+            "image": name,
+            "conversations": turns,
+        }
         for i, name in enumerate(("whole.png", "cut.png"))
     ]
     (tmp_path / "questions.json").write_text(json.dumps(records))
     with pytest.raises(
         SystemExit, match="toy: item 1, its image: OSError: image file is truncated"
     ):
-        vqa(checkpoints["causal"], tmp_path / "out", tmp_path, "--tasks", "toy")
+        vqa(
+            checkpoints["causal"],
+            tmp_path / "out",
+            tmp_path,
+            "--tasks",
+            "toy",
+        )
 
 
 @pytest.mark.parametrize(
@@ -278,26 +365,54 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
     ],
 )
 def test_other_versions_and_other_code_are_rejected(
-    stub, message, checkpoints, data, tmp_path, stubbed
+    stub,
+    message,
+    checkpoints,
+    data,
+    tmp_path,
+    stubbed,
 ):
     with pytest.raises(SystemExit, match=f"setting up: the harness's environment {message}"):
-        vqa(checkpoints["causal"], tmp_path, data, "--python", stubbed(stub), "--tasks", "gqa")
+        vqa(
+            checkpoints["causal"],
+            tmp_path,
+            data,
+            "--python",
+            stubbed(stub),
+            "--tasks",
+            "gqa",
+        )
 
 
 def test_bad_options_are_errors_before_the_harness_answers(checkpoints, data, tmp_path):
     with pytest.raises(
         SystemExit, match="/nowhere/python does not exist; create it with `make vqa-venv`"
     ):
-        vqa(checkpoints["causal"], tmp_path, data, "--python", "/nowhere/python")
+        vqa(
+            checkpoints["causal"],
+            tmp_path,
+            data,
+            "--python",
+            "/nowhere/python",
+        )
     with pytest.raises(SystemExit, match="--data .*/none is not a folder"):
         vqa(checkpoints["causal"], tmp_path, tmp_path / "none")
     with pytest.raises(SystemExit, match="gqa: --data .* has no folder lmms-lab-encoder/GQA"):
-        vqa(checkpoints["causal"], tmp_path, tmp_path, "--tasks", "gqa")
+        vqa(
+            checkpoints["causal"],
+            tmp_path,
+            tmp_path,
+            "--tasks",
+            "gqa",
+        )
 
 
 @pytest.mark.distributed
 def test_two_processes_answer_every_item_once_with_the_same_results(
-    runs, checkpoints, data, tmp_path
+    runs,
+    checkpoints,
+    data,
+    tmp_path,
 ):
     """Five records cannot be split evenly. The harness then repeats one."""
     vqa(
@@ -332,7 +447,13 @@ def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, t
     (tmp_path / "questions.json").write_text(json.dumps(records))
     export_hf(as_llava(model), processor, tmp_path / "stock")
     for name, path in (("ours", checkpoints["causal"]), ("stock", tmp_path / "stock")):
-        vqa(path, tmp_path / name, tmp_path, "--tasks", "toy")
+        vqa(
+            path,
+            tmp_path / name,
+            tmp_path,
+            "--tasks",
+            "toy",
+        )
         (found,) = json.loads((tmp_path / name / "table1.json").read_text())["models"]
         assert found["columns"]["Toy"]["score"] == 0.5
     assert items(tmp_path / "ours", "toy") == items(tmp_path / "stock", "toy")

@@ -9,7 +9,11 @@ from llava_bidir.vqa.scores import ScoreTerms, accuracy_terms, mme_terms, swap_t
 def items(right, units=None, group=None) -> list[dict]:
     units = range(len(right)) if units is None else units
     return [
-        {"unit": unit, "group": group, "right": float(r)}
+        {
+            "unit": unit,
+            "group": group,
+            "right": float(r),
+        }
         for unit, r in zip(units, right, strict=True)
     ]
 

@@ -110,10 +110,19 @@ HALVES = {"dtype": "torch.bfloat16"}
     ids=["other questions", "other precisions"],
 )
 def test_models_that_differ_in_more_than_the_mask_are_not_compared(
-    right, precisions, message, tmp_path
+    right,
+    precisions,
+    message,
+    tmp_path,
 ):
     vqa_results.write(tmp_path / "a", "gqa", CAUSAL, **precisions[0])
-    vqa_results.write(tmp_path / "b", "gqa", right, "bidirectional", **precisions[1])
+    vqa_results.write(
+        tmp_path / "b",
+        "gqa",
+        right,
+        "bidirectional",
+        **precisions[1],
+    )
     with pytest.raises(SystemExit, match=message):
         make_table(tmp_path, "a", "b")
 
@@ -127,7 +136,13 @@ def test_intervals_stay_within_the_range_of_the_score(tmp_path):
 
 def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     for mask in ("causal", "prefix"):
-        vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask, "dinov3")
+        vqa_results.write(
+            tmp_path / mask,
+            "gqa",
+            CAUSAL,
+            mask,
+            "dinov3",
+        )
     vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
     table = make_table(tmp_path, "causal", "prefix", "b")
     papers = [model["columns"]["GQA"]["paper"] for model in table["models"]]

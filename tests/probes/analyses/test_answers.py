@@ -32,7 +32,12 @@ def record(image: str, *regions: tuple[list[float], str] | None) -> dict:
     listed = [
         None if region is None else {"box": region[0], "class": region[1]} for region in regions
     ]
-    return {"id": image, "image": image, "conversations": turns, "regions": listed}
+    return {
+        "id": image,
+        "image": image,
+        "conversations": turns,
+        "regions": listed,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,12 @@ def arguments(run: ProbeRun, questions, out) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
-def asked(request, runs, questions, tmp_path_factory):
+def asked(
+    request,
+    runs,
+    questions,
+    tmp_path_factory,
+):
     """A run, its answers.json and its answers.safetensors."""
     out = tmp_path_factory.mktemp("answers")
     main(arguments(runs[request.param], questions, out))
@@ -206,7 +216,12 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
         assert found[nearest]
 
 
-def simulate(images: int, effect: float, seed: int, skill: float = 0.5) -> dict[str, torch.Tensor]:
+def simulate(
+    images: int,
+    effect: float,
+    seed: int,
+    skill: float = 0.5,
+) -> dict[str, torch.Tensor]:
     """Return answers.safetensors of two questions per image; hiding the right class changes its answer by `effect`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -266,7 +281,12 @@ def test_beyond_random_is_the_paired_difference(runs, tmp_path):
         tensors = simulate(60, effect, number, skill)
         tensors |= {"right": simulate(60, 0, 0)["right"]}  # the same questions
         statistics = answer_statistics(tensors, ["adapter"], CLASSES, 0)
-        header = {"runs": [run.fingerprint], "classes": CLASSES, "seed": 0, "questions_sha256": "x"}
+        header = {
+            "runs": [run.fingerprint],
+            "classes": CLASSES,
+            "seed": 0,
+            "questions_sha256": "x",
+        }
         write_files(
             {
                 run.path / "answers.safetensors": tensors,

@@ -123,7 +123,13 @@ def test_other_options_do_not_replace_a_result_unless_asked_to(name, study, tmp_
     assert CASES[name].made in said
     assert "--overwrite true replaces it, --out DIR writes elsewhere" in said
     assert result.read_bytes() == before
-    study.run(name, *out, *CASES[name].others, "--overwrite", "true")
+    study.run(
+        name,
+        *out,
+        *CASES[name].others,
+        "--overwrite",
+        "true",
+    )
     assert result.read_bytes() != before
 
 
@@ -208,7 +214,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), BAD)
-def test_a_bad_option_is_an_error_in_one_line(name, options, message, study, tmp_path):
+def test_a_bad_option_is_an_error_in_one_line(
+    name,
+    options,
+    message,
+    study,
+    tmp_path,
+):
     with pytest.raises(SystemExit, match=f"^probes: .*{message}") as error:
         study.run(name, *options, "--out", str(tmp_path))
     assert "\n" not in str(error.value)

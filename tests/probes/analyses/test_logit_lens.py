@@ -42,7 +42,11 @@ def stock_states(run: ProbeRun, image: int) -> dict[str, tuple[torch.Tensor, tor
     norm = model.model.language_model.norm
     norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     with torch.no_grad():
-        output = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+        output = model(
+            input_ids=ids,
+            pixel_values=pixels,
+            output_hidden_states=True,
+        )
     *hidden, last = output.hidden_states
     states = dict(
         zip(["adapter", *(f"layer_{i:02d}" for i in (1, 2, 3))], [*hidden, before[0]], strict=True)
@@ -95,7 +99,12 @@ def test_text_of_a_token_is_visible(run):
         name: token_text(tokenizer, tokenizer.convert_tokens_to_ids(name))
         for name in ("▁sky", "▁", "<0xE2>", "a")
     }
-    assert text == {"▁sky": "sky", "▁": "▁", "<0xE2>": "<0xE2>", "a": "a"}
+    assert text == {
+        "▁sky": "sky",
+        "▁": "▁",
+        "<0xE2>": "<0xE2>",
+        "a": "a",
+    }
     assert token_text(tokenizer, len(tokenizer)) == f"<row {len(tokenizer)}>"
 
 
@@ -105,7 +114,17 @@ def test_random_tokens_are_those_of_the_knockout():
     states = torch.ones(24, 8)
     states[11] *= 10
     blocked = {"incorrect": tokens < 4, "correct": (tokens >= 4) & (tokens < 9)}
-    case = ConfusionCase(0, 0, 4, 5, 1, 2, tokens < 4, torch.full((24,), 2), blocked)
+    case = ConfusionCase(
+        0,
+        0,
+        4,
+        5,
+        1,
+        2,
+        tokens < 4,
+        torch.full((24,), 2),
+        blocked,
+    )
     for seed in range(20):
         drawn = blocked_patches(
             case, ["random_correct", "correct"], states, np.random.default_rng(seed)

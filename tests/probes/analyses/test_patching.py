@@ -28,7 +28,14 @@ READ_OUT = "layer_02"
 
 def plan(mask: str, **changes) -> PatchingPlan:
     return PatchingPlan(
-        **{"site": READ_OUT, "mask": mask, "layers": (0, 1), "draws": 2, "batch_size": 4} | changes
+        **{
+            "site": READ_OUT,
+            "mask": mask,
+            "layers": (0, 1),
+            "draws": 2,
+            "batch_size": 4,
+        }
+        | changes
     )
 
 
@@ -50,7 +57,12 @@ def pairs(runs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
-def patched(request, runs, pairs, tmp_path_factory):
+def patched(
+    request,
+    runs,
+    pairs,
+    tmp_path_factory,
+):
     """A run, patching.json and patching.safetensors."""
     out = tmp_path_factory.mktemp("patching")
     options = [
@@ -74,7 +86,12 @@ def patched(request, runs, pairs, tmp_path_factory):
 
 
 def forward_by_hand(
-    mllm, pixels, mask: str, layer: int = 0, tokens=None, new=None
+    mllm,
+    pixels,
+    mask: str,
+    layer: int = 0,
+    tokens=None,
+    new=None,
 ) -> list[torch.Tensor]:
     """Return the input of the LLM and the output of each layer, f[N, d], of a full forward of one image.
 
@@ -117,7 +134,11 @@ def forward_by_hand(
 
     handles += [each.register_forward_hook(after) for each in layers]
     with torch.no_grad():
-        mllm.model.model(input_ids=ids, pixel_values=pixels, use_cache=False)
+        mllm.model.model(
+            input_ids=ids,
+            pixel_values=pixels,
+            use_cache=False,
+        )
     for handle in handles:
         handle.remove()
     return states
@@ -152,13 +173,24 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
                 where = torch.zeros_like(mllm.is_image)
                 where[mllm.is_image.nonzero().flatten()[tokens[0]]] = True
                 for layer in (0, 1):
-                    states = forward_by_hand(mllm, batch.pixels, own, layer, where, donor[layer])
+                    states = forward_by_hand(
+                        mllm,
+                        batch.pixels,
+                        own,
+                        layer,
+                        where,
+                        donor[layer],
+                    )
                     change = odds(states[2], truth) - plain
                     for group, patches in (("patched", tokens[0]), ("others", ~tokens[0])):
                         expected = change[labelled & patches].mean()  # NaN of no patch, too
                         found = tensors[f"{name}/{set_name}/{group}"][i, layer]
                         torch.testing.assert_close(
-                            found, expected, rtol=2e-3, atol=2e-4, equal_nan=True
+                            found,
+                            expected,
+                            rtol=2e-3,
+                            atol=2e-4,
+                            equal_nan=True,
                         )
 
 
@@ -178,7 +210,14 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
 
     states = FrozenMLLM.states
 
-    def ignore(self, pixels, sites=None, rows=None, hooks=None, known=None):
+    def ignore(
+        self,
+        pixels,
+        sites=None,
+        rows=None,
+        hooks=None,
+        known=None,
+    ):
         return states(self, pixels, sites, rows=rows)
 
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
@@ -189,7 +228,11 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
 def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
     root = runs["causal"].manifest["data"]["root"]
     run = probe_runs.fit(
-        checkpoints["causal"], root, tmp_path, "--model.sites", "[adapter,layer_02,final_norm]"
+        checkpoints["causal"],
+        root,
+        tmp_path,
+        "--model.sites",
+        "[adapter,layer_02,final_norm]",
     )
     for site, layers in (("layer_02", [0, 1]), ("final_norm", [0, 1, 2, 3])):
         out = tmp_path / site

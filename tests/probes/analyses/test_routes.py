@@ -39,7 +39,11 @@ def test_routes_equal_a_loop_over_knockouts(measured):
     run, path, _, tensors = measured
     mllm = run.mllm()
     file = read_questions(path, CLASSES)
-    sets = {"question": "question", "last": "last", "text": ("question", "last", "answer")}
+    sets = {
+        "question": "question",
+        "last": "last",
+        "text": ("question", "last", "answer"),
+    }
     for number, question in list(enumerate(file.questions))[:2]:
         pixels = mllm.preprocess([Image.open(path.parent / file.images[question.image])])
         left, top, right, bottom = question.box
@@ -49,7 +53,11 @@ def test_routes_equal_a_loop_over_knockouts(measured):
             for column in range(2)
         ]
         place = torch.tensor(place)
-        blocked = {"image": place | True, "object": place, "others": ~place}
+        blocked = {
+            "image": place | True,
+            "object": place,
+            "others": ~place,
+        }
         for target, rows in (sets | {"image": "image"}).items():
             for source, patches in blocked.items():
                 for i, layers in enumerate((None, [1, 2], [2, 3])):

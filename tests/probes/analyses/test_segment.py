@@ -16,7 +16,12 @@ from probes.tasks.segmentation import colorize_classes
 
 
 @pytest.fixture(scope="module", params=["squash", "pad"])
-def run(request, checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+def run(
+    request,
+    checkpoints,
+    segmentation,
+    tmp_path_factory,
+) -> ProbeRun:
     out = tmp_path_factory.mktemp(request.param)
     more = ["--model.image_resize", request.param, "--model.learning_rate", "0.3"]
     return probe_runs.fit(checkpoints["bidirectional"], segmentation, out, *more)
@@ -25,7 +30,11 @@ def run(request, checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
 @pytest.fixture
 def photos(tmp_path) -> list:
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 4), np.uint8)
-    pictures = {"odd.jpg": noise[..., :3], "grey.png": noise[:11, :, 0], "rgba.png": noise[:, :9]}
+    pictures = {
+        "odd.jpg": noise[..., :3],
+        "grey.png": noise[:11, :, 0],
+        "rgba.png": noise[:, :9],
+    }
     for name, array in pictures.items():
         Image.fromarray(array).resize((array.shape[1] * 3, array.shape[0] * 3)).save(
             tmp_path / name
@@ -48,12 +57,22 @@ def expected_map(run: ProbeRun, photo, site: str) -> np.ndarray:
     return square[top : top + height, left : left + width].numpy()
 
 
-def segment(run, photos, out, *more: str) -> None:
+def segment(
+    run,
+    photos,
+    out,
+    *more: str,
+) -> None:
     main(["segment", "--probes", str(run.path), *map(str, photos), "--out", str(out), *more])
 
 
 @pytest.mark.parametrize("site", [None, "adapter"])
-def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(site, run, photos, tmp_path):
+def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(
+    site,
+    run,
+    photos,
+    tmp_path,
+):
     out = tmp_path / "out"
     best = run.metrics["summary"]["peak_site"]
     segment(run, photos, out, *([] if site is None else ["--site", site]))
@@ -87,7 +106,13 @@ def test_maps_equal_an_own_forward_and_overlay_and_legend_match_them(site, run, 
 
 
 def test_own_files_are_replaced_and_others_are_not(run, photos, tmp_path):
-    segment(run, photos[:1], tmp_path / "out", "--site", "encoder")
+    segment(
+        run,
+        photos[:1],
+        tmp_path / "out",
+        "--site",
+        "encoder",
+    )
     segment(run, photos[1:], tmp_path / "out")
     segment(run, photos, tmp_path / "out")
     with pytest.raises(
@@ -100,7 +125,10 @@ def test_own_files_are_replaced_and_others_are_not(run, photos, tmp_path):
 
 
 def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(
-    run, photos, tmp_path, monkeypatch
+    run,
+    photos,
+    tmp_path,
+    monkeypatch,
 ):
     monkeypatch.setattr("probes.models.load.load", None)
     (tmp_path / "other").mkdir()
@@ -122,7 +150,12 @@ def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(
         assert not out.exists()
 
 
-def test_dataset_may_be_missing(run, photos, tmp_path, monkeypatch):
+def test_dataset_may_be_missing(
+    run,
+    photos,
+    tmp_path,
+    monkeypatch,
+):
     shutil.copytree(run.path, tmp_path / "run")
     manifest = json.loads((run.path / "manifest.json").read_text())
     manifest["data"]["root"] = "/nowhere"
@@ -138,7 +171,13 @@ def test_python_turns_a_photo_as_the_command_does(run, tmp_path):
     noise = np.random.default_rng(1).integers(0, 256, (37, 53, 3), np.uint8)
     photo = tmp_path / "turned.png"
     Image.fromarray(noise).resize((159, 111)).save(photo, exif=exif)
-    segment(run, [photo], tmp_path / "out", "--site", "adapter")
+    segment(
+        run,
+        [photo],
+        tmp_path / "out",
+        "--site",
+        "adapter",
+    )
     written = np.asarray(Image.open(tmp_path / "out/turned.png"))
     assert written.shape == (159, 111)
     for given in (photo, str(photo), Image.open(photo)):

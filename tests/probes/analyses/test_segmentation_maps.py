@@ -39,7 +39,13 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutPlan, dict]:
         truth = true_classes(torch.from_numpy(sample["target"])[None], 3, reader.mllm)
         predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
         layer = run.layers.index(plan.block_by)
-        for case in find_cases(predicted, truth, torch.tensor([image]), classes.index(name), layer):
+        for case in find_cases(
+            predicted,
+            truth,
+            torch.tensor([image]),
+            classes.index(name),
+            layer,
+        ):
             tokens[image] = case.blocked
     return run, plan, tokens
 
@@ -56,7 +62,11 @@ def test_maps_are_those_of_the_runs_knockout(blocked):
     sample = run.dataset()[entry["image"]]
     for i, condition in enumerate(("incorrect", "correct"), 1):
         expected = predict_maps(
-            reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers
+            reader,
+            sample,
+            run.layers,
+            tokens[entry["image"]][condition],
+            plan.layers,
         )
         assert torch.equal(maps[i], expected), condition
 

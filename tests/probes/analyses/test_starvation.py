@@ -32,7 +32,12 @@ def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
     }
 
 
-def standardised_by_loop(counts, labels, share, patch: int) -> dict[str, float]:
+def standardised_by_loop(
+    counts,
+    labels,
+    share,
+    patch: int,
+) -> dict[str, float]:
     expected = {}
     for mask, (right, valid) in counts.items():
         accuracy = 0.0
@@ -115,7 +120,11 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
 def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message):
     other = ProbeRun(runs["bidirectional"].path)
     probe = other.metrics["probe"] | change.get("probe", {})
-    other.metrics = {**other.metrics, **change, "probe": probe}
+    other.metrics = {
+        **other.metrics,
+        **change,
+        "probe": probe,
+    }
     with pytest.raises(UserError, match=message):
         starvation(runs["causal"], other, "layer_01")
 

@@ -42,7 +42,11 @@ def test_purity_leaves_out_unlabelled_patches():
 def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path):
     one, none = (
         probe_runs.fit(
-            checkpoints["causal"], segmentation, tmp_path / sites, "--model.sites", sites
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / sites,
+            "--model.sites",
+            sites,
         )
         for sites in ("[layer_02]", "[encoder,adapter]")
     )

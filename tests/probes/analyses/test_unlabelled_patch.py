@@ -17,7 +17,10 @@ from probes.cli import main
 def runs(checkpoints, tmp_path_factory) -> list[str]:
     """A causal and a bidirectional run on images whose upper left quarter is never labelled: patch 0 of 2 x 2."""
     root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5
+        tmp_path_factory.mktemp("data"),
+        training=4,
+        validation=9,
+        seed=5,
     )
     for file in root.glob("annotations/*/*.png"):
         mask = np.array(Image.open(file))

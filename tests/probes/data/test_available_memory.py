@@ -12,7 +12,11 @@ GB = 10**9
 
 
 def write_group(
-    folder: Path, version: int, limit: int | str, use: int = 0, cached: int = 0
+    folder: Path,
+    version: int,
+    limit: int | str,
+    use: int = 0,
+    cached: int = 0,
 ) -> None:
     """Write the files of a control group, as the kernel does."""
     names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
@@ -39,7 +43,13 @@ def machine(monkeypatch):
         ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_1\n0::/\n", "memory", 1),
     ],
 )
-def test_limits_of_all_groups_count_and_cached_files_do_not(own, root, version, machine, tmp_path):
+def test_limits_of_all_groups_count_and_cached_files_do_not(
+    own,
+    root,
+    version,
+    machine,
+    tmp_path,
+):
     (tmp_path / "own").write_text(own)
 
     def available():
@@ -49,7 +59,13 @@ def test_limits_of_all_groups_count_and_cached_files_do_not(own, root, version, 
     unlimited = "max" if version == 2 else 2**63 - 4096
     group = tmp_path / "mount" / root / "slurm"
     write_group(group, version, unlimited, 90 * GB)
-    write_group(group / "job_1", version, 64 * GB, use=60 * GB, cached=40 * GB)
+    write_group(
+        group / "job_1",
+        version,
+        64 * GB,
+        use=60 * GB,
+        cached=40 * GB,
+    )
     assert available() == 44 * GB
     write_group(group, version, 91 * GB, 90 * GB)
     assert available() == 1 * GB, "the limit of the parent"

@@ -29,7 +29,10 @@ masks = arrays.arrays(
     st.lists(mutation),
 )
 def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(
-    segmentation_of_one, kind, content, changes
+    segmentation_of_one,
+    kind,
+    content,
+    changes,
 ):
     for place, new in changes:
         place %= max(len(content), 1)

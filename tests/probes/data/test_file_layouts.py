@@ -189,10 +189,25 @@ def test_cityscapes_has_19_classes_and_cities(city):
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
-def test_wrong_root_says_what_was_expected_and_what_is_there(layout, tmp_path, ade, voc, city):
-    root = {"ade20k": ade, "voc2012": voc, "cityscapes": city}[layout]
+def test_wrong_root_says_what_was_expected_and_what_is_there(
+    layout,
+    tmp_path,
+    ade,
+    voc,
+    city,
+):
+    root = {
+        "ade20k": ade,
+        "voc2012": voc,
+        "cityscapes": city,
+    }[layout]
     inside = (
-        root / {"ade20k": "images", "voc2012": "JPEGImages", "cityscapes": "leftImg8bit"}[layout]
+        root
+        / {
+            "ade20k": "images",
+            "voc2012": "JPEGImages",
+            "cityscapes": "leftImg8bit",
+        }[layout]
     )
     with pytest.raises(
         ValueError, match=rf"{inside} lacks .*it contains .*; did you mean {root}\?"

@@ -31,7 +31,12 @@ def masks(root: Path, split: str) -> list[Path]:
     return sorted((root / "annotations" / split).iterdir())
 
 
-def relabel(root: Path, split: str, old: int, new: int) -> None:
+def relabel(
+    root: Path,
+    split: str,
+    old: int,
+    new: int,
+) -> None:
     for file in masks(root, split):
         mask = np.asarray(Image.open(file)).copy()
         mask[mask == old] = new
@@ -126,7 +131,12 @@ def test_an_ignored_class_has_no_logit(tmp_path):
     palette = [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
     plain = np.stack([item["target"] for item in FolderDataset(root, "training")])
     for ignored in range(3):
-        write_classes(root, classes=["x", "y", "z"], ignore_index=[ignored, 255], palette=palette)
+        write_classes(
+            root,
+            classes=["x", "y", "z"],
+            ignore_index=[ignored, 255],
+            palette=palette,
+        )
         dataset = FolderDataset(root, "training")
         kept = [k for k in range(3) if k != ignored]
         assert dataset.classes == ["xyz"[k] for k in kept]

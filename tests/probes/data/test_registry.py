@@ -10,8 +10,18 @@ from probes.data.registry import DATASETS, open_dataset, register_dataset
 class Unfinished(SegmentationDataset):
     """A layout with an option without a type, and parts that do not match."""
 
-    def __init__(self, root, split, tiles=1, **parts):
-        matching = {"files": {"a": ()}, "classes": ["x", "y"], "lookup": lookup(2)}
+    def __init__(
+        self,
+        root,
+        split,
+        tiles=1,
+        **parts,
+    ):
+        matching = {
+            "files": {"a": ()},
+            "classes": ["x", "y"],
+            "lookup": lookup(2),
+        }
         super().__init__(**matching | parts)
 
 

@@ -40,7 +40,13 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, rank
 
 
 def test_order_of_one_rank_is_that_of_torchs_sampler():
-    sampler = DistributedSampler(range(10), 1, 0, shuffle=True, seed=3)
+    sampler = DistributedSampler(
+        range(10),
+        1,
+        0,
+        shuffle=True,
+        seed=3,
+    )
     sampler.set_epoch(2)
     ours = TrainingBatches(10, 4, seed=3)
     ours.set_epoch(2)

@@ -34,8 +34,19 @@ def root(tmp_path):
     return dataset_layouts.write_folder_targets(tmp_path / "data")
 
 
-def opened(root, task, split="validation", **kwargs):
-    return open_dataset("folder", str(root), split, task=task, **kwargs)
+def opened(
+    root,
+    task,
+    split="validation",
+    **kwargs,
+):
+    return open_dataset(
+        "folder",
+        str(root),
+        split,
+        task=task,
+        **kwargs,
+    )
 
 
 def raw(path) -> np.ndarray:

@@ -35,7 +35,10 @@ def fit(root, out, *more):
 
 
 def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(
-    broken, checkpoints, tmp_path, monkeypatch
+    broken,
+    checkpoints,
+    tmp_path,
+    monkeypatch,
 ):
     monkeypatch.delattr("probes.training.site_probes.load")
     with pytest.raises(SystemExit) as stop:
@@ -135,11 +138,29 @@ def test_workers_find_what_one_process_finds(tmp_path):
         )
     dataset = open_dataset("folder", str(root), "training")
     alone, together = (
-        find_bad_files(dataset, "", range(80), workers, progress=False) for workers in (0, 2)
+        find_bad_files(
+            dataset,
+            "",
+            range(80),
+            workers,
+            progress=False,
+        )
+        for workers in (0, 2)
     )
     assert sorted(alone) == sorted(together)
     assert len(alone) == 3
-    assert len(find_bad_files(dataset, "", range(0, 80, 2), 0, progress=False)) == 1, "a share"
+    assert (
+        len(
+            find_bad_files(
+                dataset,
+                "",
+                range(0, 80, 2),
+                0,
+                progress=False,
+            )
+        )
+        == 1
+    ), "a share"
 
 
 def test_incomplete_official_split_is_a_warning(tmp_path):

@@ -14,7 +14,11 @@ pytestmark = pytest.mark.numerics
 def purity_of_image(states: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
     states = states[labels >= 0]
     labels = labels[labels >= 0]
-    search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(states)
+    search = NearestNeighbors(
+        n_neighbors=k,
+        metric="cosine",
+        algorithm="brute",
+    ).fit(states)
     nearest = search.kneighbors(return_distance=False)  # of the fitted points, each without itself
     return (labels[nearest] == labels[:, None]).mean()
 

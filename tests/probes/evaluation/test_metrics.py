@@ -25,7 +25,13 @@ GEOMETRY = Geometry(GRID, 12, 12)
 TASK = TASKS["segmentation"]
 
 
-def random_batch(seed: int, images: int = 3, sites: int = 2, size=(11, 13), absent: int | None = 3):
+def random_batch(
+    seed: int,
+    images: int = 3,
+    sites: int = 2,
+    size=(11, 13),
+    absent: int | None = 3,
+):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(sites, images, CLASSES, *GRID, generator=generator) * 3
     target = torch.randint(0, CLASSES, (images, *size), generator=generator)

@@ -17,7 +17,12 @@ def sums_of(counts: Counts) -> torch.Tensor:
     return TASK.sums(counts._asdict())
 
 
-def random_counts(seed: int, images: int = 30, classes: int = 4, sites: int = 2) -> Counts:
+def random_counts(
+    seed: int,
+    images: int = 30,
+    classes: int = 4,
+    sites: int = 2,
+) -> Counts:
     rng = np.random.default_rng(seed)
     labelled = rng.multinomial(100, [0.6, 0.25, 0.1, 0.05], images)
     intersection = rng.binomial(labelled, [0.8, 0.6, 0.4, 0.3], (sites, images, classes))
@@ -75,7 +80,10 @@ def test_swapped_scores_equal_a_loop_over_swapped_images():
 
 
 def pair_of_counts(
-    rng, images: int = 40, sites: int = 5, gain: float = 0.0
+    rng,
+    images: int = 40,
+    sites: int = 5,
+    gain: float = 0.0,
 ) -> tuple[Counts, Counts]:
     """Return two conditions that are exchangeable by image, except for a gain of the second; sites are correlated."""
     labelled = rng.multinomial(200, [0.5, 0.3, 0.2], images)

@@ -58,7 +58,15 @@ def check_numbers(session, tab, views: list[View]) -> None:
 def views_of(photo: str, change=None) -> list[View]:
     """Return the views of the panels, in their order."""
     changes = [None] if change is None else [None, change]
-    return [View(photo=photo, model=model, intervention=c) for model in (0, 1) for c in changes]
+    return [
+        View(
+            photo=photo,
+            model=model,
+            intervention=c,
+        )
+        for model in (0, 1)
+        for c in changes
+    ]
 
 
 def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(open_tab, session):
@@ -76,18 +84,40 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     tab.get_by_label("in layers").press("Enter")
     settle(tab)
     check_numbers(
-        session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3)))
+        session,
+        tab,
+        views_of(
+            "split:1",
+            Block(
+                kind="block",
+                patches=(0, 1),
+                layers=(2, 3),
+            ),
+        ),
     )
     tab.get_by_role("radio", name="replace by the mean").check()
     settle(tab)
     check_numbers(
         session,
         tab,
-        views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")),
+        views_of(
+            "split:1",
+            Replace(
+                kind="replace",
+                patches=(0, 1),
+                site="adapter",
+                by="mean",
+            ),
+        ),
     )
     tab.get_by_role("radio", name="replace by the other mask's").check()
     settle(tab)
-    change = Replace(kind="replace", patches=(0, 1), site="adapter", by="other_mask")
+    change = Replace(
+        kind="replace",
+        patches=(0, 1),
+        site="adapter",
+        by="other_mask",
+    )
     check_numbers(session, tab, views_of("split:1", change))
     assert "those under the other mask" in tab.locator("figcaption").nth(1).inner_text()
     assert tab.locator("#history li").count() == 4
@@ -96,7 +126,12 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     assert tab.locator("#panels figure").count() == 2
 
 
-def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp_path, monkeypatch):
+def test_a_photo_is_uploaded_and_a_link_restores_the_view(
+    open_tab,
+    session,
+    tmp_path,
+    monkeypatch,
+):
     tab = open_tab()
     monkeypatch.chdir(tmp_path)  # where the exported code opens it
     content = encode(
@@ -104,7 +139,11 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp
     )
     (tmp_path / HOSTILE).write_bytes(content)
     tab.locator("#file").set_input_files(
-        {"name": HOSTILE, "mimeType": "image/png", "buffer": content}
+        {
+            "name": HOSTILE,
+            "mimeType": "image/png",
+            "buffer": content,
+        }
     )
     tab.wait_for_selector("img.picture[src*=upload]")
     settle(tab)
@@ -169,7 +208,11 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
             Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
         )
         weights = session.models[view.model].mllm.answer_attention(
-            session._pixels(view), "Sky?", answer, [2], knockout
+            session._pixels(view),
+            "Sky?",
+            answer,
+            [2],
+            knockout,
         )
         assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
     best = tab.evaluate("Array.from(selected().weights)")
@@ -295,7 +338,11 @@ def test_picture_and_code(open_tab, session):
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
     tab.get_by_role("button", name="Python").click()
     tab.wait_for_selector("#code:not([hidden])")
-    request = Export(photo="split:1", model=0, intervention=Block(kind="block", patches=(1,)))
+    request = Export(
+        photo="split:1",
+        model=0,
+        intervention=Block(kind="block", patches=(1,)),
+    )
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 

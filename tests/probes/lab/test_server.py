@@ -24,8 +24,17 @@ pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 
 VIEW = {"photo": "split:0", "model": 0}
-BLOCK = {"kind": "block", "patches": [0, 2], "layers": [1, 2]}
-REPLACE = {"kind": "replace", "patches": [1], "site": "layer_01", "by": "split:2"}
+BLOCK = {
+    "kind": "block",
+    "patches": [0, 2],
+    "layers": [1, 2],
+}
+REPLACE = {
+    "kind": "replace",
+    "patches": [1],
+    "site": "layer_01",
+    "by": "split:2",
+}
 PAINTING = {
     "concepts": ["road", "sky"],
     "photos": [{"photo": f"split:{i}", "patches": [[0], [1, 3]]} for i in range(3)],
@@ -38,7 +47,13 @@ REQUESTS = {  # one of each operation
     "pixel_map": VIEW | {"site": "layer_03", "square": True},
     "ask": VIEW | {"question": "Sky?", "intervention": BLOCK},
     "attention": VIEW | {"patch": 1, "layer": 2},
-    "answer_attention": VIEW | {"question": "Sky?", "answer": "the sky", "token": 0, "layer": 2},
+    "answer_attention": VIEW
+    | {
+        "question": "Sky?",
+        "answer": "the sky",
+        "token": 0,
+        "layer": 2,
+    },
     "snippet": VIEW | {"intervention": REPLACE, "question": ""},
     "teach": VIEW | {"painting": PAINTING, "random": True},
     "save": VIEW | {"painting": PAINTING},
@@ -102,10 +117,20 @@ FOREIGN = {
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")]
 )
-def test_foreign_requests_are_refused(port, still_serves, case, method, path):
+def test_foreign_requests_are_refused(
+    port,
+    still_serves,
+    case,
+    method,
+    path,
+):
     headers = {k: v and v.replace("{port}", str(port)) for k, v in FOREIGN[case].items()}
     status, body = send(
-        port, method, path, json.dumps(VIEW) if method == "POST" else None, **headers
+        port,
+        method,
+        path,
+        json.dumps(VIEW) if method == "POST" else None,
+        **headers,
     )
     assert status in (400, 403)
     assert b"classes" not in body
@@ -114,7 +139,12 @@ def test_foreign_requests_are_refused(port, still_serves, case, method, path):
 def test_own_origin_and_names_are_accepted(port):
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
         status, _ = send(
-            port, "POST", "/run/read", json.dumps(VIEW), Host=host, Origin=f"http://{host}"
+            port,
+            "POST",
+            "/run/read",
+            json.dumps(VIEW),
+            Host=host,
+            Origin=f"http://{host}",
         )
         assert status == 200
 
@@ -213,7 +243,12 @@ def test_invalid_json_is_refused(port, still_serves, case):
 )
 @pytest.mark.parametrize("operation", ["read", "teach", "save", "snippet"])
 def test_paint_that_is_on_no_photo_is_named(
-    port, still_serves, session, operation, photos, message
+    port,
+    still_serves,
+    session,
+    operation,
+    photos,
+    message,
 ):
     before = sorted(session.saved.glob("*"))
     assert (
@@ -265,7 +300,13 @@ def test_valid_images_are_read_whatever_they_are_called(port):
         ("GET", "/" + "x" * 60_000, 404),
     ],
 )
-def test_unknown_addresses_are_refused(port, still_serves, method, path, status):
+def test_unknown_addresses_are_refused(
+    port,
+    still_serves,
+    method,
+    path,
+    status,
+):
     assert send(port, method, path, "{}" if method == "POST" else None)[0] == status
 
 
@@ -300,7 +341,12 @@ def test_huge_uploads_are_refused_before_and_while_they_arrive(port, still_serve
 
 
 @pytest.mark.parametrize("name", ["photo", "run/read"])
-def test_a_client_whose_body_is_too_long_gets_the_answer(port, still_serves, monkeypatch, name):
+def test_a_client_whose_body_is_too_long_gets_the_answer(
+    port,
+    still_serves,
+    monkeypatch,
+    name,
+):
     for limit in ("MAX_PHOTO_BYTES", "MAX_JSON_BYTES"):
         monkeypatch.setattr(f"probes.lab.server.{limit}", 4 << 20)
     for _ in range(5):  # 16 MB do not fit into the socket's buffers
@@ -340,7 +386,10 @@ def test_half_open_requests_leave_room_for_those_with_the_token(port, still_serv
 
 @pytest.mark.parametrize("kept_alive", [False, True])
 def test_headers_have_a_deadline_that_further_bytes_do_not_extend(
-    port, still_serves, monkeypatch, kept_alive
+    port,
+    still_serves,
+    monkeypatch,
+    kept_alive,
 ):
     monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
     connection = raw(
@@ -392,7 +441,12 @@ def test_a_flood_of_strokes_leaves_the_lab_answering(port, still_serves):
     assert time.monotonic() < deadline, "strokes that nobody waits for are not solved"
 
 
-def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):
+def test_a_client_that_leaves_cancels_its_request(
+    port,
+    still_serves,
+    session,
+    monkeypatch,
+):
     entered = threading.Event()
     cancelled = threading.Event()
 
@@ -436,7 +490,12 @@ def test_a_cancelled_forward_stops_at_its_next_layer(session):
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_words_are_sent_before_the_next_one_is_computed_and_a_client_that_leaves_ends_the_answer(
-    port, still_serves, session, monkeypatch, request, leaves
+    port,
+    still_serves,
+    session,
+    monkeypatch,
+    request,
+    leaves,
 ):
     shown = threading.Event()
     forwards = []
@@ -476,7 +535,13 @@ def test_words_are_sent_before_the_next_one_is_computed_and_a_client_that_leaves
         assert len(forwards) > 6
 
 
-def test_a_crash_ends_one_request(port, still_serves, session, monkeypatch, capfd):
+def test_a_crash_ends_one_request(
+    port,
+    still_serves,
+    session,
+    monkeypatch,
+    capfd,
+):
     def crash(request, job):
         raise RuntimeError("a secret detail")
 
@@ -538,13 +603,23 @@ def test_command_prints_its_address_and_ends_at_once(checkpoints, prepare):
         "--port",
         "0",
     ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     process = subprocess.Popen(command, preexec_fn=prepare, **pipes)
     address = re.fullmatch(
         r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})\n", process.stdout.readline()
     )
     port = int(address[1])
-    body = json.dumps({"photo": "upload:" + 64 * "0", "model": 0, "question": "x"}).encode()
+    body = json.dumps(
+        {
+            "photo": "upload:" + 64 * "0",
+            "model": 0,
+            "question": "x",
+        }
+    ).encode()
     cookie = f"lab-{port}={address[2]}"
     assert send(port, "POST", "/run/ask", body, Cookie=cookie)[0] == 200
     held = raw(port, head(port, "/photo", "Content-Length: 100"))

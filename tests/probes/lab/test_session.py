@@ -38,7 +38,11 @@ from probes.tasks.segmentation import colorize_classes
 
 
 def block(*patches: int, **limits) -> Block:
-    return Block(kind="block", patches=patches, **limits)
+    return Block(
+        kind="block",
+        patches=patches,
+        **limits,
+    )
 
 
 def hidden(*patches: int) -> probes.Knockout:
@@ -51,9 +55,24 @@ CHANGES = {
     "none": None,
     "block": BLOCK,
     "layers": block(1, layers=(2, 3)),
-    "mean": Replace(kind="replace", patches=(0, 3), site="layer_01", by="mean"),
-    "other mask": Replace(kind="replace", patches=(1, 2), site="layer_01", by="other_mask"),
-    "other photo": Replace(kind="replace", patches=(1, 2), site="adapter", by="split:3"),
+    "mean": Replace(
+        kind="replace",
+        patches=(0, 3),
+        site="layer_01",
+        by="mean",
+    ),
+    "other mask": Replace(
+        kind="replace",
+        patches=(1, 2),
+        site="layer_01",
+        by="other_mask",
+    ),
+    "other photo": Replace(
+        kind="replace",
+        patches=(1, 2),
+        site="adapter",
+        by="split:3",
+    ),
 }
 
 
@@ -65,8 +84,18 @@ def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     """Return classes and probabilities as the page receives them."""
     result = session.read(request, labs.JOB)
     sites = len(session.models[request.model].sites)
-    return numbers(result["classes"], "u1", 3, sites, 4), numbers(
-        result["probabilities"], "<f4", 3, sites, 4
+    return numbers(
+        result["classes"],
+        "u1",
+        3,
+        sites,
+        4,
+    ), numbers(
+        result["probabilities"],
+        "<f4",
+        3,
+        sites,
+        4,
     )
 
 
@@ -79,7 +108,11 @@ def execute(session: Session, request: Export) -> dict:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("model", [0, 1])
 def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
-    view = {"photo": "split:1", "model": model, "intervention": CHANGES[change]}
+    view = {
+        "photo": "split:1",
+        "model": model,
+        "intervention": CHANGES[change],
+    }
     names = execute(session, Export(**view))
     best = torch.stack(list(names["probabilities"].values())).topk(3)  # [S, T, k]
     classes, shares = read(session, View(**view))
@@ -89,7 +122,10 @@ def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_exported_code_opens_an_uploaded_photo_and_asks(
-    session, tmp_path, monkeypatch, orientation
+    session,
+    tmp_path,
+    monkeypatch,
+    orientation,
 ):
     """A phone's photo is turned by its EXIF tag, as viewers show it."""
     monkeypatch.chdir(tmp_path)
@@ -100,7 +136,11 @@ def test_exported_code_opens_an_uploaded_photo_and_asks(
     content = file.getvalue()
     name = 'it\'s a "photo".png'
     (tmp_path / name).write_bytes(content)
-    view = {"photo": session.photos.add(content, name), "model": 1, "intervention": BLOCK}
+    view = {
+        "photo": session.photos.add(content, name),
+        "model": 1,
+        "intervention": BLOCK,
+    }
     assert session.photos.get(view["photo"]).size == ((30, 50) if orientation == 6 else (50, 30))
     names = execute(session, Export(**view, question="What is 'it'?"))
     _, shares = read(session, View(**view))
@@ -115,14 +155,25 @@ def test_exported_code_opens_an_uploaded_photo_and_asks(
 
 def test_interventions_change_what_is_read(session):
     shares = [
-        read(session, View(photo="split:1", model=1, intervention=change))[1]
+        read(
+            session,
+            View(
+                photo="split:1",
+                model=1,
+                intervention=change,
+            ),
+        )[1]
         for change in CHANGES.values()
     ]
     assert len({x.tobytes() for x in shares}) == len(CHANGES)
 
 
 def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
-    request = SiteView(photo="split:2", model=0, site="layer_02")
+    request = SiteView(
+        photo="split:2",
+        model=0,
+        site="layer_02",
+    )
     shown = Image.open(io.BytesIO(base64.b64decode(session.pixel_map(request, labs.JOB)["png"])))
     run = probes.ProbeRun(lab_runs[0])
     predicted = run.predict(run.dataset()[2]["image"], "layer_02")
@@ -132,7 +183,11 @@ def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
 
 
 def test_words_of_a_patch_are_those_of_the_map(session):
-    view = {"photo": "split:0", "model": 0, "intervention": BLOCK}
+    view = {
+        "photo": "split:0",
+        "model": 0,
+        "intervention": BLOCK,
+    }
     by_site = session.words_of_patch(PatchWords(**view, patch=2), labs.JOB)["words"]
     model = session.models[0]
     for site, words in zip(model.word_sites, by_site, strict=True):
@@ -149,7 +204,11 @@ def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, c
     other = probes.load(
         str(checkpoints[("causal", "bidirectional")[model]]), ("bidirectional", "causal")[model]
     )
-    view = View(photo="split:1", model=model, intervention=CHANGES["other mask"])
+    view = View(
+        photo="split:1",
+        model=model,
+        intervention=CHANGES["other mask"],
+    )
     mllm = session.models[model].mllm
     pixels = session._pixels(view)
     patch = other.states(pixels, ["layer_01"])["layer_01"][:, 1:3]
@@ -163,12 +222,28 @@ def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, c
 
 @pytest.mark.parametrize("change", [None, BLOCK])
 def test_exported_code_gives_the_attention_of_the_page(session, change):
-    view = {"photo": "split:1", "model": 1, "intervention": change, "layer": 2}
-    names = execute(session, Export(**view, attention="attention", patch=3))
+    view = {
+        "photo": "split:1",
+        "model": 1,
+        "intervention": change,
+        "layer": 2,
+    }
+    names = execute(
+        session,
+        Export(
+            **view,
+            attention="attention",
+            patch=3,
+        ),
+    )
     result = session.attention(Attention(**view, patch=3), labs.JOB)
     for direction, name in (("to", "attention_of_patch"), ("from", "attention_to_patch")):
         assert numbers(result[direction], "<f4", -1).tolist() == names[name].flatten().tolist()
-    word = view | {"question": "Sky?", "answer": "the sky", "token": 1}
+    word = view | {
+        "question": "Sky?",
+        "answer": "the sky",
+        "token": 1,
+    }
     result = session.answer_attention(AnswerAttention(**word), labs.JOB)
     names = execute(session, Export(**word, attention="answer_attention"))
     assert numbers(result["to"], "<f4", 4, 4).tolist() == names["attention"].tolist()
@@ -199,7 +274,12 @@ UNKNOWN = {
     "patch 4 does not exist": {"intervention": block(4)},
     "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
     "hook at 'final_norm'": {
-        "intervention": Replace(kind="replace", patches=(1,), site="final_norm", by="mean")
+        "intervention": Replace(
+            kind="replace",
+            patches=(1,),
+            site="final_norm",
+            by="mean",
+        )
     },
 }
 
@@ -211,10 +291,21 @@ def test_a_view_that_does_not_exist_is_named(session, message):
 
 
 def test_answers_and_attention_under_replaced_states_say_that_they_are_not_read(session):
-    view = {"photo": "split:0", "model": 0, "intervention": CHANGES["mean"]}
+    view = {
+        "photo": "split:0",
+        "model": 0,
+        "intervention": CHANGES["mean"],
+    }
     for operation, request in (
         (session.ask, PhotoQuestion(**view, question="x")),
-        (session.attention, Attention(**view, patch=0, layer=1)),
+        (
+            session.attention,
+            Attention(
+                **view,
+                patch=0,
+                layer=1,
+            ),
+        ),
     ):
         with pytest.raises(UserError, match="not under replaced states"):
             operation(request, labs.JOB)
@@ -228,27 +319,58 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     assert facts["classes"] == []
     assert facts["models"][0]["cannot_answer"] is None
     assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
-    words = session.words_of_patch(PatchWords(photo=key, model=0, patch=1), labs.JOB)["words"]
+    words = session.words_of_patch(
+        PatchWords(
+            photo=key,
+            model=0,
+            patch=1,
+        ),
+        labs.JOB,
+    )["words"]
     assert len(words) == len(session.models[0].word_sites)
-    code = session.snippet(Export(photo=key, model=0, intervention=CHANGES["mean"]), labs.JOB)[
-        "python"
-    ]
+    code = session.snippet(
+        Export(
+            photo=key,
+            model=0,
+            intervention=CHANGES["mean"],
+        ),
+        labs.JOB,
+    )["python"]
     assert "probes.load(" in code
     assert "states.mean(1, keepdim=True)" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
-        session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)
+        session.pixel_map(
+            SiteView(
+                photo=key,
+                model=0,
+                site="layer_01",
+            ),
+            labs.JOB,
+        )
 
 
 def test_a_run_of_the_encoder_only_has_no_words(session, monkeypatch):
     monkeypatch.setattr(type(session.models[0]), "sites", ["encoder"])
     monkeypatch.setattr(session, "_states", type(session._states)())
-    request = PatchWords(photo="split:0", model=0, patch=2)
+    request = PatchWords(
+        photo="split:0",
+        model=0,
+        patch=2,
+    )
     assert session.words_of_patch(request, labs.JOB) == {"words": []}
 
 
 @pytest.mark.parametrize(
     "change",
-    [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")],
+    [
+        block(1, layers=(3,)),
+        Replace(
+            kind="replace",
+            patches=(0,),
+            site="layer_02",
+            by="mean",
+        ),
+    ],
 )
 def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, monkeypatch):
     view = {"photo": "split:4", "model": 1}
@@ -283,11 +405,22 @@ def painting(*photos: tuple, rest: bool = False) -> Painting:
 @pytest.mark.parametrize("rest", [False, True])
 @pytest.mark.parametrize("change", [None, BLOCK])
 def test_exported_code_teaches_what_the_page_shows(session, change, rest):
-    view = {"photo": "split:1", "model": 0, "intervention": change, "painting": painting(rest=rest)}
+    view = {
+        "photo": "split:1",
+        "model": 0,
+        "intervention": change,
+        "painting": painting(rest=rest),
+    }
     names = execute(session, Export(**view))
     best = torch.stack(list(names["probabilities"].values())).topk(2 + rest)
     result = session.read(View(**view), labs.JOB)
-    shares = numbers(result["probabilities"], "<f4", 2 + rest, 6, 4)
+    shares = numbers(
+        result["probabilities"],
+        "<f4",
+        2 + rest,
+        6,
+        4,
+    )
     np.testing.assert_allclose(shares, best.values.permute(2, 0, 1).numpy(), atol=2e-3)
     taught = names["taught"]
     assert taught.concepts == ["road", "it's", *["background"] * rest]
@@ -316,8 +449,16 @@ def cancelled(mllm):
 
 
 def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session):
-    request = {"photo": "split:0", "model": 1, "painting": painting()}
-    view = View(photo="split:0", model=1, intervention=BLOCK)
+    request = {
+        "photo": "split:0",
+        "model": 1,
+        "painting": painting(),
+    }
+    view = View(
+        photo="split:0",
+        model=1,
+        intervention=BLOCK,
+    )
     trained = session.teach(Teach(**request), labs.JOB)
     before = read(session, view)
     with pytest.raises(InterruptedError):
@@ -336,7 +477,14 @@ def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session)
 def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "saved", tmp_path / "saved")
     request = painting()
-    result = session.save(Save(photo="split:0", model=0, painting=request), labs.JOB)
+    result = session.save(
+        Save(
+            photo="split:0",
+            model=0,
+            painting=request,
+        ),
+        labs.JOB,
+    )
     assert result["folder"] == str(tmp_path / "saved/001")
     assert "probes study" in result["command"]
     splits = [FolderDataset(result["folder"], split) for split in ("training", "validation")]
@@ -352,13 +500,28 @@ def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_pat
     content = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*.*")}
     rest = painting(rest=True)
     assert (
-        session.save(Save(photo="split:0", model=0, painting=rest), labs.JOB)["folders"][0] == "002"
+        session.save(
+            Save(
+                photo="split:0",
+                model=0,
+                painting=rest,
+            ),
+            labs.JOB,
+        )["folders"][0]
+        == "002"
     )
     assert all(file.read_bytes() == before for file, before in content.items()), (
         "nothing saved is replaced"
     )
     assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"][:12, 10:] == 2).all()
-    opened = session.open(Open(photo="split:0", model=0, folder="001"), labs.JOB)
+    opened = session.open(
+        Open(
+            photo="split:0",
+            model=0,
+            folder="001",
+        ),
+        labs.JOB,
+    )
     assert opened["concepts"] == ["road", "it's"]
     patches = {name: patches for _, name, patches in opened["photos"]}
     assert patches == {
@@ -386,7 +549,14 @@ def test_folders_that_the_lab_cannot_paint_are_named(session, tmp_path, monkeypa
         ("empty", "no images"),
     ):
         with pytest.raises(UserError, match=message):
-            session.open(Open(photo="split:0", model=0, folder=name), labs.JOB)
+            session.open(
+                Open(
+                    photo="split:0",
+                    model=0,
+                    folder=name,
+                ),
+                labs.JOB,
+            )
 
 
 def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
@@ -398,15 +568,43 @@ def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
     paint = Painting(
         concepts=("a", "b"), photos=tuple(PaintedPhoto(photo=k, patches=((0,), (3,))) for k in keys)
     )
-    result = session.read(View(photo=keys[0], model=0, painting=paint), labs.JOB)
-    assert numbers(result["classes"], "u1", 2, 6, 4).max() == 1
+    result = session.read(
+        View(
+            photo=keys[0],
+            model=0,
+            painting=paint,
+        ),
+        labs.JOB,
+    )
+    assert (
+        numbers(
+            result["classes"],
+            "u1",
+            2,
+            6,
+            4,
+        ).max()
+        == 1
+    )
     assert (
         "2 photos are too few"
-        in session.teach(Teach(photo=keys[0], model=0, painting=paint), labs.JOB)["note"]
+        in session.teach(
+            Teach(
+                photo=keys[0],
+                model=0,
+                painting=paint,
+            ),
+            labs.JOB,
+        )["note"]
     )
 
 
-def test_questions_of_the_data_set_are_offered(session, lab_runs, tmp_path, monkeypatch):
+def test_questions_of_the_data_set_are_offered(
+    session,
+    lab_runs,
+    tmp_path,
+    monkeypatch,
+):
     model = session.models[0]
     assert example_questions(model) == []
 

@@ -51,7 +51,12 @@ def painting(*photos: tuple[int, tuple, tuple], rest: bool = False) -> Painting:
 
 
 def curve_of(session, paint: Painting, **more) -> list[float]:
-    request = Teach(photo=paint.photos[0].photo, model=0, painting=paint, **more)
+    request = Teach(
+        photo=paint.photos[0].photo,
+        model=0,
+        painting=paint,
+        **more,
+    )
     return [score for score, _, _ in session.teach(request, labs.JOB)["scores"]]
 
 
@@ -89,7 +94,11 @@ def test_two_concepts_are_taught_on_one_photo_and_read_on_others(open_tab, sessi
     assert "There is one photo" in tab.inner_text("#taught-note")
     assert strip(tab) == ["split:0", "split:2", "split:1"]
     for key in ("split:0", "split:1"):
-        view = View(photo=key, model=0, painting=paint)
+        view = View(
+            photo=key,
+            model=0,
+            painting=paint,
+        )
         tab.evaluate(f"change({{ photo: '{key}' }}), undefined")
         settle(tab)
         shown = tab.evaluate("Array.from(panels[0].readout.predicted(view.site))")

@@ -22,7 +22,11 @@ MASKS = ("causal", "bidirectional", "prefix")
 QUESTIONS = ["name the sky", "wall", "road of the rest", "a", "it and sky"]
 ANSWERS = ["sky wall", "road", "name this road of the rest", "sky"]
 BLOCKED = torch.tensor([[False, True, False, True]])
-KNOCKOUTS = {"none": None, "all layers": Knockout(BLOCKED), "one layer": Knockout(BLOCKED, [2])}
+KNOCKOUTS = {
+    "none": None,
+    "all layers": Knockout(BLOCKED),
+    "one layer": Knockout(BLOCKED, [2]),
+}
 
 
 @pytest.fixture(scope="module", params=MASKS)
@@ -40,7 +44,11 @@ def mllm(request, checkpoints):
 @pytest.fixture(scope="module")
 def picture():
     pixels = torch.randint(
-        0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        0,
+        255,
+        (20, 30, 3),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.uint8,
     )
     return Image.fromarray(pixels.numpy())
 
@@ -60,7 +68,12 @@ def written_out_masks(mllm, length: int, knockout: Knockout | None) -> list[torc
     return masks
 
 
-def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> torch.Tensor:
+def next_logits(
+    mllm,
+    pixels,
+    text: list[int],
+    knockout: Knockout | None,
+) -> torch.Tensor:
     """Logits after the text, by an attention written out over prefix, image and text, without a cache."""
     image = mllm.states(pixels, ["adapter"])["adapter"]
     embed = mllm.decoder.embed_tokens
@@ -71,7 +84,11 @@ def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> tor
 
 
 def answer_by_loop(
-    mllm, pixels, question: str, knockout: Knockout | None, max_new_tokens: int
+    mllm,
+    pixels,
+    question: str,
+    knockout: Knockout | None,
+    max_new_tokens: int,
 ) -> str:
     ids = mllm.chat.question_ids(question)
     tokens = []
@@ -142,13 +159,23 @@ def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, pic
             with_kwargs=True,
         )
     with torch.no_grad():
-        full = decoder(inputs_embeds=inputs, output_attentions=True, use_cache=False).attentions
+        full = decoder(
+            inputs_embeds=inputs,
+            output_attentions=True,
+            use_cache=False,
+        ).attentions
     first = prefix + tiny_models.TOKENS + len(question) - 1
     expected = torch.cat(full)[
         :, :, first : first + len(answer), prefix : prefix + tiny_models.TOKENS
     ]
     torch.testing.assert_close(weights, expected, **rounding(expected, len(mllm.decoder.layers)))
-    last = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], [3], knockout)
+    last = mllm.answer_attention(
+        pixels,
+        QUESTIONS[0],
+        ANSWERS[2],
+        [3],
+        knockout,
+    )
     assert torch.equal(last, weights[2:])
     assert len(answer) > 3
     assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().amax((1, 3)).min() > 1e-3, (
@@ -159,7 +186,13 @@ def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, pic
 @pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
 def test_tokens_are_reported_while_the_answer_grows(mllm, picture, knockout):
     shown = []
-    answer = mllm.answer(picture, QUESTIONS[1], knockout, 5, on_token=shown.append)
+    answer = mllm.answer(
+        picture,
+        QUESTIONS[1],
+        knockout,
+        5,
+        on_token=shown.append,
+    )
     assert shown == [
         mllm.answer(picture, QUESTIONS[1], knockout, n) for n in range(1, len(shown) + 1)
     ]
@@ -170,7 +203,13 @@ def test_tokens_are_reported_while_the_answer_grows(mllm, picture, knockout):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mllm.answer(picture, QUESTIONS[1], knockout, 5, on_token=stop)
+        mllm.answer(
+            picture,
+            QUESTIONS[1],
+            knockout,
+            5,
+            on_token=stop,
+        )
     assert mllm.answer(picture, QUESTIONS[1], knockout, 5) == answer, "hooks are removed"
 
 
@@ -255,7 +294,11 @@ def test_other_families_equal_their_own_full_forward(name, tmp_path):
     mllm = probes.load(str(path))
     side = stock.image_px
     pixels = torch.randint(
-        0, 255, (side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+        0,
+        255,
+        (side, side, 3),
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.uint8,
     )
     images = [Image.fromarray(pixels.numpy())]
     hello = mllm.chat.tokenizer.get_vocab()["hello"]
@@ -269,7 +312,10 @@ def test_other_families_equal_their_own_full_forward(name, tmp_path):
         for i, token in enumerate(ids, len(prompt) - 1):
             expected += logits[i].log_softmax(-1)[token]
         answer = mllm.model.generate(
-            input_ids=torch.tensor([prompt]), **inputs, do_sample=False, max_new_tokens=5
+            input_ids=torch.tensor([prompt]),
+            **inputs,
+            do_sample=False,
+            max_new_tokens=5,
         )
     torch.testing.assert_close(score.squeeze(), expected, **rounding(logits, 10))
     expected = mllm.chat.tokenizer.decode(answer[0, -5:], skip_special_tokens=True).strip()

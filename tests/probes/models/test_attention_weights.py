@@ -44,7 +44,16 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
             layer.self_attn.q_proj.weight *= 8  # attention that is not uniform
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attention(module, query, key, value, mask, *args, scaling, **kwargs):
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        *args,
+        scaling,
+        **kwargs,
+    ):
         if module in {layer.self_attn for layer in mllm.decoder.layers}:
             keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
             logits = (query.double() @ keys.mT * scaling).masked_fill(~mask, -torch.inf)

@@ -12,7 +12,12 @@ from probes.models.concept_probes import STRENGTHS, Folds, Paint, make_folds, so
 pytestmark = pytest.mark.numerics
 
 
-def painted(patches: int, photos: int, concepts: int = 3, seed: int = 0) -> Paint:
+def painted(
+    patches: int,
+    photos: int,
+    concepts: int = 3,
+    seed: int = 0,
+) -> Paint:
     """Paint patches of a grid of 8 columns at random."""
     generator = torch.Generator().manual_seed(seed)
     return Paint(
@@ -22,7 +27,12 @@ def painted(patches: int, photos: int, concepts: int = 3, seed: int = 0) -> Pain
     )
 
 
-def states_of(paint: Paint, width: int, signal: float = 1.0, seed: int = 1) -> torch.Tensor:
+def states_of(
+    paint: Paint,
+    width: int,
+    signal: float = 1.0,
+    seed: int = 1,
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(3, width, generator=generator)
     x = signal * means[paint.concept] + 1.5 * torch.randn(
@@ -34,12 +44,19 @@ def states_of(paint: Paint, width: int, signal: float = 1.0, seed: int = 1) -> t
 
 
 def reference(
-    x: torch.Tensor, y: torch.Tensor, everything: torch.Tensor, strength: float
+    x: torch.Tensor,
+    y: torch.Tensor,
+    everything: torch.Tensor,
+    strength: float,
 ) -> LogisticRegression:
     """Fit scikit-learn's solver at the same penalty; its loss is C times the weighted sum, plus |w|^2 / 2."""
     scaler = StandardScaler().fit(everything.double())
     weights = 1 / y.bincount().double()[y] / (int(y.max()) + 1)
-    model = LogisticRegression(C=1 / strength, tol=1e-10, max_iter=10_000)
+    model = LogisticRegression(
+        C=1 / strength,
+        tol=1e-10,
+        max_iter=10_000,
+    )
     scale = np.sqrt(everything.shape[1])
     return scaler, model.fit(scaler.transform(x.double()) / scale, y, sample_weight=weights), scale
 

@@ -110,7 +110,13 @@ def stock_hidden_states(frozen, name: str, pixels: torch.Tensor) -> list[torch.T
     return [*found[:-1], *last] if last else found
 
 
-def by_image_token(hidden, extra: int, merged: int, grid, by_token: bool) -> torch.Tensor:
+def by_image_token(
+    hidden,
+    extra: int,
+    merged: int,
+    grid,
+    by_token: bool,
+) -> torch.Tensor:
     """Return the patches of each image token, one by one, concatenated."""
     rows, columns = grid
     tokens = []

@@ -107,7 +107,12 @@ def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids), is_image
 
 
-def stock_states(name: str, model, images, mask=None) -> dict[str, torch.Tensor]:
+def stock_states(
+    name: str,
+    model,
+    images,
+    mask=None,
+) -> dict[str, torch.Tensor]:
     """The states, and the logits, of the stock class's full forward, with text after the image, by hooks."""
     stock, (ids, is_image), found = STOCK[name], stock_ids(name), {}
     decoder = attrgetter(stock.decoder)(model)
@@ -136,7 +141,11 @@ def stock_states(name: str, model, images, mask=None) -> dict[str, torch.Tensor]
         argument, of_image, of_text = stock.types
         types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
     with torch.no_grad():
-        fed = {"input_ids": ids.expand(len(images), -1), **stock.inputs(images), **types}
+        fed = {
+            "input_ids": ids.expand(len(images), -1),
+            **stock.inputs(images),
+            **types,
+        }
         found["logits"] = model(use_cache=False, **fed).logits
     for hook in hooks:
         hook.remove()
@@ -204,7 +213,10 @@ def test_no_family_replaces_another(monkeypatch):
     ],
 )
 def test_an_entry_that_does_not_fit_its_model_is_an_error_that_says_where(
-    wrong, message, checkpoint, monkeypatch
+    wrong,
+    message,
+    checkpoint,
+    monkeypatch,
 ):
     monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], **wrong))
     with pytest.raises(ValueError, match=message):
@@ -243,7 +255,12 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
 @pytest.mark.parametrize(
     ("name", "cap"), [(name, None) for name in ALL] + [("paligemma", 0.05), ("gemma4", 0.05)]
 )
-def test_logit_lens_equals_the_logits_of_the_stock_forward(name, cap, mllm, monkeypatch):
+def test_logit_lens_equals_the_logits_of_the_stock_forward(
+    name,
+    cap,
+    mllm,
+    monkeypatch,
+):
     read = mllm(name)
     images = pictures(name)
     depth = 3 + 3 * layer_depth(name) + 1  # encoder and adapter, LLM, word head
@@ -409,7 +426,12 @@ def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
     trained = mllm(name)
     images = pictures(name)
     pixels = trained.preprocess(images)
-    control = probes.load(checkpoint(name), untrained=["llm"], match="update", match_images=images)
+    control = probes.load(
+        checkpoint(name),
+        untrained=["llm"],
+        match="update",
+        match_images=images,
+    )
     assert layer_updates(control, pixels) == pytest.approx(layer_updates(trained, pixels), rel=0.01)
     assert torch.equal(control.states(pixels)["adapter"], trained.states(pixels)["adapter"])
     for match in ("none", "permuted"):
@@ -446,7 +468,12 @@ def test_image_start_texts_are_those_of_the_stock_processors():
         image_seq_len=2, fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>",
         global_image_token="<global-img>", img_line_break_token="BREAK", eoi_token="END",
     )  # fmt: skip
-    one = {"num_patches": [1], "grids": torch.tensor([[1, 1]]), "rows": [[0]], "cols": [[0]]}
+    one = {
+        "num_patches": [1],
+        "grids": torch.tensor([[1, 1]]),
+        "rows": [[0]],
+        "cols": [[0]],
+    }
     for (
         name,
         prefix,
@@ -567,7 +594,11 @@ def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentati
     from probes.cli import main
 
     metrics = probe_runs.fit(
-        checkpoint("gemma3"), segmentation, tmp_path, "--data.batch_size", "3"
+        checkpoint("gemma3"),
+        segmentation,
+        tmp_path,
+        "--data.batch_size",
+        "3",
     ).metrics
     assert metrics["image_attention"] == "bidirectional"
     assert metrics["grid"] == [3, 3]

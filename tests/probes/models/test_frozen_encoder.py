@@ -97,7 +97,11 @@ def test_random_layers_change_the_states_as_much_as_the_trained_ones(name, folde
     assert matched == pytest.approx(updates, rel=2e-3)
     assert torch.equal(random["layer_00"], trained["layer_00"])
     assert not torch.allclose(random["layer_01"], trained["layer_01"], atol=1e-2)
-    settings = {"untrained": ["encoder"], "match": "update", "device": "cpu"}
+    settings = {
+        "untrained": ["encoder"],
+        "match": "update",
+        "device": "cpu",
+    }
     loaded = probes.load(folders[name], **settings, match_images=photos)
     assert loaded.update_scales == scales
     again = probes.load(folders[name], **settings, update_scales=scales).states(pixels)
@@ -118,7 +122,11 @@ def test_every_matrix_of_a_random_encoder_is_drawn_again(name, folders):
 
 
 def test_permuted_weights_are_the_trained_ones_in_another_order(dinov2, folders):
-    settings = {"untrained": ["encoder"], "match": "permuted", "device": "cpu"}
+    settings = {
+        "untrained": ["encoder"],
+        "match": "permuted",
+        "device": "cpu",
+    }
     permuted = probes.load(folders["dinov2"], **settings)
     for trained, other in zip(
         dinov2.layers.parameters(), permuted.layers.parameters(), strict=True

@@ -84,7 +84,16 @@ def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
     first = is_image.index(True)
     tokens = len(is_image)
     queries = tokens if prefix_runs_along else tokens - first
-    mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = (
+        torch.rand(
+            2,
+            1,
+            queries,
+            tokens,
+            generator=torch.Generator().manual_seed(0),
+        )
+        < 0.7
+    )
     mask[..., first] = True
     blocked = torch.tensor([[False, True, False, True], [False, False, True, False]])
     cut = Knockout(blocked).cut(mask, torch.tensor(is_image))

@@ -67,7 +67,13 @@ def sets_of_tokens(mllm, answer: list[int]) -> list[set[str]]:
     return names + [{"answer"}] * len(answer)
 
 
-def masks_by_hand(mllm, names: list[set[str]], rows, columns, layers) -> list[torch.Tensor]:
+def masks_by_hand(
+    mllm,
+    names: list[set[str]],
+    rows,
+    columns,
+    layers,
+) -> list[torch.Tensor]:
     """bool[1, N, N] by layer, by a loop over pairs of tokens."""
     is_image = ["image" in own for own in names]
     rows = {rows} if isinstance(rows, str) else set(rows)
@@ -83,7 +89,12 @@ def masks_by_hand(mllm, names: list[set[str]], rows, columns, layers) -> list[to
     return masks
 
 
-def states_by_hand(mllm, pixels, answer: list[int], cut) -> list[torch.Tensor]:
+def states_by_hand(
+    mllm,
+    pixels,
+    answer: list[int],
+    cut,
+) -> list[torch.Tensor]:
     """The states of all tokens after each layer, without a cache."""
     embed = mllm.decoder.embed_tokens
     image = mllm.states(pixels, ["adapter"])["adapter"]
@@ -144,7 +155,10 @@ def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("cut", [CUTS[0], *CUTS[11:14]], ids=str)
 def test_states_equal_the_mask_written_out_with_a_cached_prefix_and_without(
-    mllms, cut, mask, backend
+    mllms,
+    cut,
+    mask,
+    backend,
 ):
     mllm = mllms(mask, backend)
     knockout = Knockout(BLOCKED if "blocked" in str(cut) else None, cut[2], cut[0], cut[1])

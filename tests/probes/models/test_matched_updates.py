@@ -84,9 +84,17 @@ def deep(checkpoints, tmp_path_factory):
 def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures):
     trained = probes.load(deep)
     pixels = trained.preprocess(pictures)
-    control = probes.load(deep, **LLM, match="update", match_images=pictures)
+    control = probes.load(
+        deep,
+        **LLM,
+        match="update",
+        match_images=pictures,
+    )
     same_draw = probes.load(
-        deep, **LLM, match="update", update_scales=[1.0] * len(control.decoder.layers)
+        deep,
+        **LLM,
+        match="update",
+        update_scales=[1.0] * len(control.decoder.layers),
     )
     expected = matched_from_the_first_layer(same_draw, pixels, reference_updates(trained, pixels))
     assert control.update_scales == pytest.approx(expected, rel=1e-4)
@@ -101,7 +109,12 @@ def test_no_layer_runs_again_for_the_layers_after_it(deep, pictures, monkeypatch
         return original(layer, *args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
-    probes.load(deep, **LLM, match="update", match_images=pictures)
+    probes.load(
+        deep,
+        **LLM,
+        match="update",
+        match_images=pictures,
+    )
     # the trained update (prompt and image), and a few steps of its own: as many for the first layer as for the last
     assert set(calls) == set(range(6)) and max(calls.values()) <= 8, calls
 
@@ -117,7 +130,13 @@ def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path,
     of_other = other.states(pixels)
     drawn = []
     for draw in (0, 2):
-        loaded = probes.load(path, **LLM, match=match, draw=draw, match_images=images)
+        loaded = probes.load(
+            path,
+            **LLM,
+            match=match,
+            draw=draw,
+            match_images=images,
+        )
         drawn.append(loaded.states(pixels)["layer_03"])
         with random_layers(mllm, match, draw, match_images=images):
             assert mllm.update_scales == loaded.update_scales
@@ -167,7 +186,12 @@ def test_what_does_not_describe_a_control_is_an_error(path, pictures):
     with pytest.raises(
         ValueError, match="match 'update' describes a random LLM; add llm to untrained"
     ):
-        probes.load(path, untrained=["adapter"], match="update", match_images=pictures)
+        probes.load(
+            path,
+            untrained=["adapter"],
+            match="update",
+            match_images=pictures,
+        )
     with pytest.raises(
         ValueError, match="unknown match 'updates'; expected none, update, permuted"
     ):

@@ -53,7 +53,13 @@ def with_mask(mllm, layer: int, change):
         mask = kwargs["attention_mask"]
         if mask is None:  # sdpa's is_causal
             tokens = kwargs["hidden_states"] if not args else args[0]
-            mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+            mask = torch.ones(
+                1,
+                1,
+                tokens.shape[1],
+                tokens.shape[1],
+                dtype=torch.bool,
+            ).tril()
         return args, {**kwargs, "attention_mask": change(mask)}
 
     mllm.layers[layer - 1].register_forward_pre_hook(replace, with_kwargs=True)

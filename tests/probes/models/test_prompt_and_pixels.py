@@ -57,7 +57,13 @@ def test_bos_comes_from_the_template_or_the_tokenizer_alone(llava):
     tokenizer = json.loads((llava / "tokenizer.json").read_text())
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     single = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
-    tokens = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    tokens = {
+        "<s>": {
+            "id": "<s>",
+            "ids": [1],
+            "tokens": ["<s>"],
+        }
+    }
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
         "single": single,

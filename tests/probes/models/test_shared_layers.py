@@ -111,7 +111,12 @@ def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change
     ("change", "expected"),
     [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3]), ("rows", [2, 3])],
 )
-def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, expected):
+def test_only_layers_from_the_first_change_on_run(
+    checkpoints,
+    pixels,
+    change,
+    expected,
+):
     mllm = probes.load(str(checkpoints["bidirectional"]))
     ran = []
     plain = mllm.states(pixels)
@@ -122,7 +127,12 @@ def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, e
     assert ran == expected
 
 
-def count_device_reads(mllm, pixels, sites, **options) -> int:
+def count_device_reads(
+    mllm,
+    pixels,
+    sites,
+    **options,
+) -> int:
     with DeviceReads() as mode:
         mllm.states(pixels, sites, **options)
     return len(mode.reads)
@@ -158,7 +168,12 @@ def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
 @pytest.mark.parametrize(
     ("own", "other"), [("causal", "bidirectional"), ("bidirectional", "causal")]
 )
-def test_known_states_of_another_forward_are_an_error(checkpoints, pixels, own, other):
+def test_known_states_of_another_forward_are_an_error(
+    checkpoints,
+    pixels,
+    own,
+    other,
+):
     mllm = probes.load(str(checkpoints[own]))
     block = Knockout(BLOCKED, [3])
     plain = mllm.states(pixels)

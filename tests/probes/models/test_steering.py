@@ -38,7 +38,9 @@ def stock_states(mllm, pixels, site):
     ids = torch.cat([mllm.ids, torch.tensor([[5, 6, 7]])], 1).expand(len(pixels), -1)
     with torch.no_grad():
         states = mllm.model(
-            input_ids=ids, pixel_values=pixels, output_hidden_states=True
+            input_ids=ids,
+            pixel_values=pixels,
+            output_hidden_states=True,
         ).hidden_states
     handle.remove()
     return dict(
@@ -101,6 +103,11 @@ def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
         ({"layer_01": lambda s: None}, r"hook at 'layer_01' returned NoneType"),
     ],
 )
-def test_misfits_are_errors(mllm, pixels, hooks, message):
+def test_misfits_are_errors(
+    mllm,
+    pixels,
+    hooks,
+    message,
+):
     with pytest.raises(ValueError, match=message):
         mllm.states(pixels, hooks=hooks)

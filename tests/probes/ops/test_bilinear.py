@@ -40,7 +40,11 @@ def test_weights_refuse_an_empty_axis():
         bilinear_weights(3, 0)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+)
 @given(
     leading=st.sampled_from([(), (1,), (3,), (2, 3)]),
     classes=st.sampled_from([1, 2, 5, 17]),
@@ -49,7 +53,14 @@ def test_weights_refuse_an_empty_axis():
     numel=st.sampled_from([1, 700, 2**19]),
     seed=st.integers(0, 1000),
 )
-def test_argmax_equals_torch_but_for_ties(leading, classes, grid, size, numel, seed):
+def test_argmax_equals_torch_but_for_ties(
+    leading,
+    classes,
+    grid,
+    size,
+    numel,
+    seed,
+):
     logits = (
         torch.randn(*leading, classes, *grid, generator=torch.Generator().manual_seed(seed)) * 5
     )

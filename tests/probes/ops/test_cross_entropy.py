@@ -30,7 +30,14 @@ def torch_losses(logits, target, ignore_index=IGNORED):
     )
 
 
-def assert_equals_torch(logits, target, *, double: bool, scale: float, **options) -> None:
+def assert_equals_torch(
+    logits,
+    target,
+    *,
+    double: bool,
+    scale: float,
+    **options,
+) -> None:
     """Value and gradient of all probes, which differ in what comes from upstream."""
     weights = torch.randn(
         len(logits), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
@@ -56,7 +63,11 @@ def assert_equals_torch(logits, target, *, double: bool, scale: float, **options
 SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7)))
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+)
 @given(
     shape=SHAPE,
     size=st.tuples(st.integers(1, 20), st.one_of(st.integers(1, 20), st.integers(60, 100))),
@@ -65,15 +76,32 @@ SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7)))
     double=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_with_all_pixels_as_nodes_it_is_exact(shape, size, scale, numel, double, seed):
+def test_with_all_pixels_as_nodes_it_is_exact(
+    shape,
+    size,
+    scale,
+    numel,
+    double,
+    seed,
+):
     logits, target = make_case(shape, size, scale=scale, seed=seed)
     with mock.patch.dict(
         loss_module.CHUNK_NUMEL, cpu=numel
     ):  # small chunks: of rows, images and probes
-        assert_equals_torch(logits, target, double=double, scale=scale, nodes=None)
+        assert_equals_torch(
+            logits,
+            target,
+            double=double,
+            scale=scale,
+            nodes=None,
+        )
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+)
 @given(
     shape=SHAPE,
     nodes=st.integers(2, 5),
@@ -81,10 +109,22 @@ def test_with_all_pixels_as_nodes_it_is_exact(shape, size, scale, numel, double,
     seed=st.integers(0, 1000),
     data=st.data(),
 )
-def test_masks_with_few_pixels_use_them_as_nodes(shape, nodes, double, seed, data):
+def test_masks_with_few_pixels_use_them_as_nodes(
+    shape,
+    nodes,
+    double,
+    seed,
+    data,
+):
     sides = [st.integers(1, 2 + nodes * (tokens - 1)) for tokens in shape[-2:]]
     logits, target = make_case(shape, data.draw(st.tuples(*sides)), scale=300.0, seed=seed)
-    assert_equals_torch(logits, target, double=double, scale=300.0, nodes=nodes)
+    assert_equals_torch(
+        logits,
+        target,
+        double=double,
+        scale=300.0,
+        nodes=nodes,
+    )
 
 
 def test_pixels_that_a_crop_leaves_outside_count_as_one_position():
@@ -252,7 +292,13 @@ def test_full_resolution_logits_never_exist():
     class Largest(TorchDispatchMode):
         numel = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self,
+            function,
+            types,
+            args=(),
+            kwargs=None,
+        ):
             out = function(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())

@@ -15,8 +15,16 @@ from probes.ops.pixel_counts import count, patch_labels
 
 pytestmark = pytest.mark.numerics
 
-CLIP = {"grid": (24, 24), "image_px": 336, "covered_px": 336}
-SIGLIP = {"grid": (27, 27), "image_px": 384, "covered_px": 378}
+CLIP = {
+    "grid": (24, 24),
+    "image_px": 336,
+    "covered_px": 336,
+}
+SIGLIP = {
+    "grid": (27, 27),
+    "image_px": 384,
+    "covered_px": 378,
+}
 SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]
 
 
@@ -33,7 +41,16 @@ def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> 
         : geometry.covered_px, : geometry.covered_px
     ]
     patch = geometry.covered_px // geometry.grid[0]
-    tokens = square.reshape(geometry.grid[0], patch, geometry.grid[1], patch, 3).mean((1, 3)) / 255
+    tokens = (
+        square.reshape(
+            geometry.grid[0],
+            patch,
+            geometry.grid[1],
+            patch,
+            3,
+        ).mean((1, 3))
+        / 255
+    )
     rows = bilinear_weights(geometry.grid[0], height, view.rows, dtype=torch.float64).numpy()
     cols = bilinear_weights(geometry.grid[1], width, view.cols, dtype=torch.float64).numpy()
     x = rows @ tokens[..., 0] @ cols.T * width
@@ -131,15 +148,26 @@ def test_squares_equal_those_of_the_stock_processors(size, resize):
     """pad: LLaVA's processor; center_crop: CLIP's."""
     pad = {"do_pad": True, "do_center_crop": False} if resize == "pad" else {}
     kind = LlavaImageProcessorPil if resize == "pad" else CLIPImageProcessorPil
-    processor = kind(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, **pad)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-    theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")[
-        "pixel_values"
-    ][0]
-    padding = tuple(int(255 * x) for x in processor.image_mean)
-    ours = np.asarray(Geometry(**CLIP, resize=resize, padding=padding).place(image)).transpose(
-        2, 0, 1
+    processor = kind(
+        size={"shortest_edge": 336},
+        crop_size={"height": 336, "width": 336},
+        **pad,
     )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    theirs = processor(
+        image,
+        do_normalize=False,
+        do_rescale=False,
+        return_tensors="np",
+    )["pixel_values"][0]
+    padding = tuple(int(255 * x) for x in processor.image_mean)
+    ours = np.asarray(
+        Geometry(
+            **CLIP,
+            resize=resize,
+            padding=padding,
+        ).place(image)
+    ).transpose(2, 0, 1)
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 

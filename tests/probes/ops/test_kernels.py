@@ -96,7 +96,11 @@ def assert_same_counts(logits, target, view=None):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (2, 2, 6, 4, 4))),
     size=st.tuples(st.integers(1, 12), st.integers(1, 20)),
@@ -115,7 +119,14 @@ def test_argmax_of_a_tie_is_the_first_class():
 def test_kernels_are_for_gpus_float32_and_as_many_classes_as_labels_can_name():
     def logits(**kind):
         return types.SimpleNamespace(
-            **({"is_cuda": True, "dtype": torch.float32, "shape": (5, 3, 3)} | kind)
+            **(
+                {
+                    "is_cuda": True,
+                    "dtype": torch.float32,
+                    "shape": (5, 3, 3),
+                }
+                | kind
+            )
         )
 
     assert kernels.use_triton(logits())
@@ -127,7 +138,11 @@ def test_kernels_are_for_gpus_float32_and_as_many_classes_as_labels_can_name():
 def test_without_triton_a_gpu_gets_the_chunked_form_and_one_warning(monkeypatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     kernels._installed.cache_clear()
-    logits = types.SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(5, 3, 3))
+    logits = types.SimpleNamespace(
+        is_cuda=True,
+        dtype=torch.float32,
+        shape=(5, 3, 3),
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert not kernels.use_triton(logits)
@@ -145,7 +160,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         "PYTHONPATH": str(ROOT)
     }
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=HANGING_S
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)

@@ -51,7 +51,13 @@ def test_pairs_in_other_units_describe_the_objective_with_its_new_penalty():
     before, after = 0.5 + torch.rand(2, 2, 1, 6, generator=generator, dtype=torch.float64)
     added = torch.tensor([0.7, -0.3]).double()[:, None, None].expand(2, 1, 6)
     pairs = deque(maxlen=MEMORY)
-    minimise(quadratic, torch.zeros(2, 1, 6).double(), before, 1e-3, pairs=pairs)
+    minimise(
+        quadratic,
+        torch.zeros(2, 1, 6).double(),
+        before,
+        1e-3,
+        pairs=pairs,
+    )
     assert len(pairs) > 2
     change_units(pairs, before, after, added)
     changed = hessian + torch.diag_embed(added[:, 0])

@@ -34,7 +34,13 @@ def write(tmp_path):
         **metrics,
     ) -> str:
         path = tmp_path / f"{mask}_{name}"
-        options = {"root": root, "mask": mask, "seed": number, "metrics": metrics, "images": images}
+        options = {
+            "root": root,
+            "mask": mask,
+            "seed": number,
+            "metrics": metrics,
+            "images": images,
+        }
         options["sites"] = sites
         if solved:
             return probe_runs.write_solved(path, curves or [quality] * 3, **options)

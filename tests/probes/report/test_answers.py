@@ -16,7 +16,12 @@ QUALITY = [0.5, 0.45, 0.6, 0.65, 0.64]
 QUESTIONS = 90
 
 
-def write_answers(run: ProbeRun, skill: float, seed: int, sha256: str = "x") -> None:
+def write_answers(
+    run: ProbeRun,
+    skill: float,
+    seed: int,
+    sha256: str = "x",
+) -> None:
     """Write answers to the same questions; the right answer is `skill` logits above the others."""
     classes = run.metrics["classes"]
     generator = torch.Generator().manual_seed(seed)
@@ -34,7 +39,12 @@ def write_answers(run: ProbeRun, skill: float, seed: int, sha256: str = "x") -> 
         tensors[f"right:{condition}"] = (
             torch.randn(QUESTIONS, generator=generator) - (condition == "correct") * skill
         )
-    header = {"runs": [run.fingerprint], "classes": classes, "seed": 0, "questions_sha256": sha256}
+    header = {
+        "runs": [run.fingerprint],
+        "classes": classes,
+        "seed": 0,
+        "questions_sha256": sha256,
+    }
     statistics = answer_statistics(tensors, run.sites, classes, 0)
     write_files(
         {run.path / "answers.safetensors": tensors, run.path / "answers.json": header | statistics}
@@ -48,7 +58,14 @@ def runs(tmp_path, segmentation) -> list[ProbeRun]:
     def write(name, **kwargs):
         return ProbeRun(probe_runs.write_run(tmp_path / name, QUALITY, root=segmentation, **kwargs))
 
-    random = [{"untrained": ["llm"], "match": "update", "draw": draw} for draw in (0, 1)]
+    random = [
+        {
+            "untrained": ["llm"],
+            "match": "update",
+            "draw": draw,
+        }
+        for draw in (0, 1)
+    ]
     return [
         write("trained"),
         *(write(f"random{i}", metrics=metrics, seed=1 + i) for i, metrics in enumerate(random)),

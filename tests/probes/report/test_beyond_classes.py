@@ -28,12 +28,20 @@ LAYERS = ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
 def folders(segmentation, tmp_path) -> dict[str, str]:
     trained = write_depth_run(tmp_path / "depth", RMSE, segmentation)
     control = write_depth_run(
-        tmp_path / "random", [0.5, 1.0, 1.1, 0.95, 0.96], segmentation, untrained=True, seed=1
+        tmp_path / "random",
+        [0.5, 1.0, 1.1, 0.95, 0.96],
+        segmentation,
+        untrained=True,
+        seed=1,
     )
     classes = probe_runs.write_run(
         tmp_path / "classes", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation
     )
-    return {"depth": str(trained), "random": str(control), "classes": str(classes)}
+    return {
+        "depth": str(trained),
+        "random": str(control),
+        "classes": str(classes),
+    }
 
 
 def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
@@ -51,14 +59,23 @@ def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
         np.testing.assert_allclose(ours[name].resampled.numpy(), expected, rtol=1e-6)
 
 
-def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, caplog):
+def test_a_control_is_subtracted_and_named(
+    segmentation,
+    folders,
+    tmp_path,
+    caplog,
+):
     depth = FinishedRun(folders["depth"])
     untrained = FinishedRun(folders["random"])
     (entry,) = task_results([depth, untrained])
     expected = depth.effects["recovery"].value - untrained.effects["recovery"].value
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
     rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
-    metrics = {"untrained": ["llm"], "match": "update", "draw": 0}
+    metrics = {
+        "untrained": ["llm"],
+        "match": "update",
+        "draw": 0,
+    }
     matched = FinishedRun(
         write_depth_run(tmp_path / "matched", rmse, segmentation, metrics=metrics)
     )
@@ -67,7 +84,13 @@ def test_a_control_is_subtracted_and_named(segmentation, folders, tmp_path, capl
         "untrained",
     ]
     other = FinishedRun(
-        write_depth_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True)
+        write_depth_run(
+            tmp_path / "other",
+            rmse,
+            segmentation,
+            "bidirectional",
+            untrained=True,
+        )
     )
     assert len(task_results([depth, other])) == 1
     assert f"{other.path} is left out" in caplog.text
@@ -129,7 +152,12 @@ def encoder(segmentation, tmp_path) -> FinishedRun:
     metrics = {"model_kind": "encoder"}
     rmse = [0.9, 0.7, 0.4, 0.6, 0.58]
     path = write_depth_run(
-        tmp_path / "encoder", rmse, segmentation, "bidirectional", sites=LAYERS, metrics=metrics
+        tmp_path / "encoder",
+        rmse,
+        segmentation,
+        "bidirectional",
+        sites=LAYERS,
+        metrics=metrics,
     )
     return FinishedRun(path)
 
@@ -152,7 +180,12 @@ def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
 def test_a_bare_encoder_has_a_table_of_its_own_with_the_gains_of_its_best_layer(
     encoder, segmentation, tmp_path
 ):
-    random = {"model_kind": "encoder", "untrained": ["encoder"], "match": "update", "draw": 0}
+    random = {
+        "model_kind": "encoder",
+        "untrained": ["encoder"],
+        "match": "update",
+        "draw": 0,
+    }
     rmse = [0.9, 0.88, 0.8, 0.85, 0.86]
     path = write_depth_run(
         tmp_path / "of_random",
@@ -230,7 +263,12 @@ def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["control", "mask"])
-def test_trained_probes_are_not_compared_with_solved_ones(other, folders, segmentation, tmp_path):
+def test_trained_probes_are_not_compared_with_solved_ones(
+    other,
+    folders,
+    segmentation,
+    tmp_path,
+):
     more = {"untrained": True} if other == "control" else {"mask": "bidirectional"}
     trained = write_depth_run(tmp_path / "trained", RMSE, segmentation, **more)
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -256,7 +294,12 @@ def test_trained_probes_are_not_compared_with_solved_ones(other, folders, segmen
     ("runs", "message"),
     [(["depth", "depth"], "pass one"), (["classes"], "is a run of segmentation")],
 )
-def test_rejects_runs_that_do_not_fit(runs, message, folders, tmp_path):
+def test_rejects_runs_that_do_not_fit(
+    runs,
+    message,
+    folders,
+    tmp_path,
+):
     with pytest.raises(SystemExit, match=message):
         main(
             [

@@ -44,7 +44,17 @@ def edit_manifest(run: str, section: str, **values) -> None:
 
 def test_controls_at_other_layers_are_refused(write):
     trained = write("trained", CURVE, solved=True)
-    draws = [write(f"r{i}", FLAT, 7 + i, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    draws = [
+        write(
+            f"r{i}",
+            FLAT,
+            7 + i,
+            solved=True,
+            **RANDOM,
+            draw=i,
+        )
+        for i in (0, 1)
+    ]
     assert read_studies([trained, *draws])
     keep_sites(trained, ["adapter", "layer_01"])
     with pytest.raises(
@@ -58,7 +68,14 @@ def test_controls_at_other_layers_are_refused(write):
 
 def test_random_adapters_need_no_layers(write):
     trained = write("trained", CURVE, solved=True)
-    adapter = write("a0", FLAT, 7, solved=True, untrained=["adapter"], draw=0)
+    adapter = write(
+        "a0",
+        FLAT,
+        7,
+        solved=True,
+        untrained=["adapter"],
+        draw=0,
+    )
     keep_sites(adapter, ["encoder", "adapter"])
     assert read_studies([trained, adapter])
 
@@ -70,9 +87,21 @@ def test_random_adapters_need_no_layers(write):
         ("data", {"options": {}}, {"options": {"background": "class"}}),
     ],
 )
-def test_other_prefixes_and_data_options_are_refused(section, ours, theirs, write):
+def test_other_prefixes_and_data_options_are_refused(
+    section,
+    ours,
+    theirs,
+    write,
+):
     trained = write("trained", CURVE, solved=True)
-    draw = write("r0", FLAT, 7, solved=True, **RANDOM, draw=0)
+    draw = write(
+        "r0",
+        FLAT,
+        7,
+        solved=True,
+        **RANDOM,
+        draw=0,
+    )
     for run in (trained, draw):
         edit_manifest(run, "data", options={})
         edit_manifest(run, section, **ours)
@@ -87,12 +116,39 @@ def test_other_prefixes_and_data_options_are_refused(section, ours, theirs, writ
 def test_two_equal_draws_are_refused(write, tmp_path):
     """As if all seeds were one: two draws would seem to have no spread at all."""
     trained = write("trained", CURVE, solved=True)
-    same = [write(f"r{i}", FLAT, 7, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    same = [
+        write(
+            f"r{i}",
+            FLAT,
+            7,
+            solved=True,
+            **RANDOM,
+            draw=i,
+        )
+        for i in (0, 1)
+    ]
     with pytest.raises(UserError, match="same probes at layer_01.*not two draws.*--model.draw"):
         read_studies([trained, *same])
-    other = write("r2", FLAT, 8, solved=True, **RANDOM, draw=2)
+    other = write(
+        "r2",
+        FLAT,
+        8,
+        solved=True,
+        **RANDOM,
+        draw=2,
+    )
     assert read_studies([trained, same[0], other])
-    adapters = [write(f"a{i}", FLAT, 9, solved=True, untrained=["adapter"], draw=i) for i in (0, 1)]
+    adapters = [
+        write(
+            f"a{i}",
+            FLAT,
+            9,
+            solved=True,
+            untrained=["adapter"],
+            draw=i,
+        )
+        for i in (0, 1)
+    ]
     with pytest.raises(UserError, match="same probes at adapter"):
         read_studies([trained, *adapters])
 
@@ -100,7 +156,17 @@ def test_two_equal_draws_are_refused(write, tmp_path):
 def test_equal_draws_are_known_by_their_probes(write):
     """Few images can be predicted the same by probes of different weights."""
     trained = write("trained", CURVE, solved=True)
-    draws = [write(f"r{i}", FLAT, 7, solved=True, **RANDOM, draw=i) for i in (0, 1)]
+    draws = [
+        write(
+            f"r{i}",
+            FLAT,
+            7,
+            solved=True,
+            **RANDOM,
+            draw=i,
+        )
+        for i in (0, 1)
+    ]
     for i, run in enumerate(draws):
         sites = [
             entry["site"] for entry in json.loads((Path(run) / "metrics.json").read_text())["sites"]
@@ -117,7 +183,14 @@ def test_equal_draws_are_known_by_their_probes(write):
 
 def test_a_control_equal_to_the_trained_model_is_refused(write):
     trained = write("trained", CURVE, 7, solved=True)
-    same = write("r0", CURVE, 7, solved=True, **RANDOM, draw=0)
+    same = write(
+        "r0",
+        CURVE,
+        7,
+        solved=True,
+        **RANDOM,
+        draw=0,
+    )
     with pytest.raises(UserError, match="random weights have changed nothing"):
         read_studies([trained, same])
 

@@ -25,7 +25,15 @@ def draws(write):
     """Write matched random LLMs, solved, one for each curve."""
     llm = {"untrained": ["llm"], "match": "update"}
     return lambda *curves, mask="causal", first=20: [
-        write(f"r{i}", curve, first + i, mask=mask, solved=True, **llm, draw=i)
+        write(
+            f"r{i}",
+            curve,
+            first + i,
+            mask=mask,
+            solved=True,
+            **llm,
+            draw=i,
+        )
         for i, curve in enumerate(curves)
     ]
 
@@ -77,7 +85,14 @@ def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, 
         (CURVE, FLAT, None, "artefact of the instrument"),  # no control would change this
     ],
 )
-def test_conclusions(trained, solved, random, conclusion, write, draws):
+def test_conclusions(
+    trained,
+    solved,
+    random,
+    conclusion,
+    write,
+    draws,
+):
     runs = [write("sgd", trained)] + ([write("solved", solved, 1, solved=True)] if solved else [])
     recovery = claims_of(runs + (draws(random, random) if random else []))["recovery"]
     assert recovery["conclusion"] == conclusion
@@ -144,7 +159,15 @@ def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
         runs.append(write("solved", CURVE, seed, mask=mask, solved=True))
         for i in (0, 1):
             runs.append(
-                write(f"a{i}", FLAT, 30 + i, mask=mask, solved=True, untrained=["adapter"], draw=i)
+                write(
+                    f"a{i}",
+                    FLAT,
+                    30 + i,
+                    mask=mask,
+                    solved=True,
+                    untrained=["adapter"],
+                    draw=i,
+                )
             )
     claims = write_report(runs, tmp_path / "report")["claims"]
     drops = {
@@ -222,17 +245,45 @@ def test_a_claim_that_correction_undoes_is_not_called_supported():
 
 
 def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
-    write, draws, tmp_path, capsys
+    write,
+    draws,
+    tmp_path,
+    capsys,
 ):
     """Seed 2 has no trained probes and one random LLM only."""
     runs = []
     for seed in (0, 1, 2):
-        common = {"seed": seed, "mllm": "models/one", "images": 40}
+        common = {
+            "seed": seed,
+            "mllm": "models/one",
+            "images": 40,
+        }
         runs += [write(f"sgd{seed}", LOW, seed, **common)] if seed < 2 else []
-        runs.append(write(f"s{seed}", CURVE, 5 + seed, solved=True, **common))
+        runs.append(
+            write(
+                f"s{seed}",
+                CURVE,
+                5 + seed,
+                solved=True,
+                **common,
+            )
+        )
         for i in range(2 if seed < 2 else 1):
-            llm = {"untrained": ["llm"], "match": "update", "draw": i}
-            runs.append(write(f"r{seed}{i}", FLAT, 30 + 2 * seed + i, solved=True, **common, **llm))
+            llm = {
+                "untrained": ["llm"],
+                "match": "update",
+                "draw": i,
+            }
+            runs.append(
+                write(
+                    f"r{seed}{i}",
+                    FLAT,
+                    30 + 2 * seed + i,
+                    solved=True,
+                    **common,
+                    **llm,
+                )
+            )
     main(["report", *runs, "--out", str(tmp_path / "report")])
     results = json.loads((tmp_path / "report/results.json").read_text())
     (joint,) = results["joint"]

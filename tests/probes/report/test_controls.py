@@ -41,9 +41,25 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write):
     for mask in MASKS:
         runs.append(write("trained", peaks["trained"], mask=mask))
         random = {"untrained": ["llm"], "match": "update"}
-        solved = [write("solved", peaks["solved"], 5, mask=mask, solved=True)]
+        solved = [
+            write(
+                "solved",
+                peaks["solved"],
+                5,
+                mask=mask,
+                solved=True,
+            )
+        ]
         solved += [
-            write(f"r{i}", peaks["solved"], 7 + i, mask=mask, solved=True, **random, draw=i)
+            write(
+                f"r{i}",
+                peaks["solved"],
+                7 + i,
+                mask=mask,
+                solved=True,
+                **random,
+                draw=i,
+            )
             for i in (0, 1)
         ]
         for run in solved:
@@ -67,7 +83,14 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
     trained = [write("trained", CURVE, mask=mask) for mask in MASKS]
     draws = {"causal": (0, 2, 1), "bidirectional": (1, 2)}
     random = [
-        write(f"r{i}", FLAT, 3 + i, mask=mask, **control, draw=i)
+        write(
+            f"r{i}",
+            FLAT,
+            3 + i,
+            mask=mask,
+            **control,
+            draw=i,
+        )
         for mask in MASKS
         for i in draws[mask]
     ]
@@ -101,7 +124,16 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         write("untrained", FLAT, 1, untrained=["adapter", "llm"], draw=0),
     ]
     runs += [write("again", FLAT, 2, untrained=["adapter", "llm"], draw=1)]
-    runs += [write(f"adapter{i}", CURVE, 3 + i, untrained=["adapter"], draw=i) for i in (0, 2)]
+    runs += [
+        write(
+            f"adapter{i}",
+            CURVE,
+            3 + i,
+            untrained=["adapter"],
+            draw=i,
+        )
+        for i in (0, 2)
+    ]
     for order in permutations(runs):
         (study,) = read_studies(order)
         assert study.control("causal").path == Path(runs[1])
@@ -118,7 +150,17 @@ def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
     runs = [write("trained", CURVE), write("solved", CURVE, 1, solved=True)]
     runs.append(write("untrained", FLAT, 2, solved=True, untrained=["adapter", "llm"]))
     random = {"untrained": ["llm"], "match": "update"}
-    runs += [write(f"r{i}", FLAT, 3 + i, solved=i < 2, **random, draw=i) for i in range(3)]
+    runs += [
+        write(
+            f"r{i}",
+            FLAT,
+            3 + i,
+            solved=i < 2,
+            **random,
+            draw=i,
+        )
+        for i in range(3)
+    ]
     results = write_report(runs, tmp_path / "report")
     draws = [entry["probing"]["draw"] for entry in results["controls"]["random"]["causal"]]
     assert draws == [0, 1, 2]

@@ -29,7 +29,17 @@ FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
 def runs(write) -> list[str]:
     """Trained probes, solved ones, and two random LLMs."""
     random = {"untrained": ["llm"], "match": "update"}
-    draws = [write(f"r{i}", FLAT, 20 + i, solved=True, draw=i, **random) for i in range(2)]
+    draws = [
+        write(
+            f"r{i}",
+            FLAT,
+            20 + i,
+            solved=True,
+            draw=i,
+            **random,
+        )
+        for i in range(2)
+    ]
     return [write("sgd", CURVE), write("solved", CURVE, 1, solved=True), *draws]
 
 
@@ -98,7 +108,10 @@ def test_a_vector_needs_the_resamplings_of_the_run(runs):
 
 
 def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
-    runs, tmp_path, registered, monkeypatch
+    runs,
+    tmp_path,
+    registered,
+    monkeypatch,
 ):
     """The example, copied out of the repository; layer 1 has 10 points more than the adapter, random ones none."""
     script = shutil.copy(EXAMPLE, tmp_path / "mine.py")

@@ -17,13 +17,28 @@ def claims_of(write):
     """Return a function that returns the claims of an encoder and of two random ones, by name."""
 
     def claims_of(trained, random) -> dict:
-        kind = {"sites": SITES, "solved": True, "mask": "bidirectional"}
+        kind = {
+            "sites": SITES,
+            "solved": True,
+            "mask": "bidirectional",
+        }
         runs = [write("trained", trained, 1, model_kind="encoder", **kind)]
         for draw in (0, 1):
-            weights = {"untrained": ["encoder"], "match": "update", "draw": draw}
+            weights = {
+                "untrained": ["encoder"],
+                "match": "update",
+                "draw": draw,
+            }
             number = 10 + draw
             runs.append(
-                write(f"random{draw}", random, number, model_kind="encoder", **weights, **kind)
+                write(
+                    f"random{draw}",
+                    random,
+                    number,
+                    model_kind="encoder",
+                    **weights,
+                    **kind,
+                )
             )
         claims = {claim["claim"]: claim for claim in evaluate_claims(*read_studies(runs))}
         miou = {entry["site"]: entry["miou"] for entry in ProbeRun(runs[0]).metrics["sites"]}

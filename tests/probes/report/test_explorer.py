@@ -28,7 +28,10 @@ NAME = "<img src=x onerror=window.hacked=1>"
 def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
     """A causal and a bidirectional run on images with hostile names."""
     root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5
+        tmp_path_factory.mktemp("data"),
+        training=4,
+        validation=5,
+        seed=5,
     )
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES, "ignore_index": 255}))
     for kind in ("images", "annotations"):
@@ -36,7 +39,11 @@ def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
 
     def fit(mask):
         return probe_runs.fit(
-            checkpoints[mask], root, tmp_path_factory.mktemp(mask), "--data.batch_size", "2"
+            checkpoints[mask],
+            root,
+            tmp_path_factory.mktemp(mask),
+            "--data.batch_size",
+            "2",
         )
 
     return [fit(mask) for mask in ("causal", "bidirectional")]
@@ -190,7 +197,12 @@ def test_report_links_to_an_explorer_in_its_folder(runs, tmp_path):
     assert link in (tmp_path / "index.html").read_text()
 
 
-def test_runs_on_other_images_are_rejected(runs, checkpoints, segmentation, tmp_path):
+def test_runs_on_other_images_are_rejected(
+    runs,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run")
     with pytest.raises(
         SystemExit,
@@ -246,7 +258,10 @@ def percent(probability: float) -> str:
 
 
 def expected_rows(
-    run: RunReadout, image: int, condition: str, patch: int
+    run: RunReadout,
+    image: int,
+    condition: str,
+    patch: int,
 ) -> list[list[tuple[str, str]]]:
     """Return (text, percent) of classes and words per site, from the readout."""
     readout = run.images[image].readings[condition]

@@ -49,7 +49,11 @@ def claims() -> list[str]:
     random = {"untrained": ["llm"], "match": "update"}
     runs = []
     for mask in MASKS:
-        options = {"root": root, "mask": mask, "images": knockouts.N}
+        options = {
+            "root": root,
+            "mask": mask,
+            "images": knockouts.N,
+        }
         trained = probe_runs.write_run(Path(f"{mask}_trained"), CURVE, seed=1, **options)
         untrained = Path(f"{mask}_untrained")
         runs += [
@@ -73,10 +77,20 @@ def models() -> list[str]:
     root = tiny_models.write_segmentation(Path("data"), 1, 1)
     runs = []
     for dataset, mask in (("ade20k", "causal"), ("ade20k", "bidirectional"), ("voc2012", "causal")):
-        options = {"root": root, "mask": mask, "dataset": dataset}
+        options = {
+            "root": root,
+            "mask": mask,
+            "dataset": dataset,
+        }
         own = {"own_image_attention": "causal"}
         trained = Path(f"{dataset}_clip_{mask}")
-        probe_runs.write_run(trained, CURVE, encoder="clip", metrics=own, **options)
+        probe_runs.write_run(
+            trained,
+            CURVE,
+            encoder="clip",
+            metrics=own,
+            **options,
+        )
         runs.append(str(trained))
         if dataset == "ade20k":
             solved = Path(f"{dataset}_siglip_{mask}")
@@ -100,7 +114,13 @@ def seeds() -> list[str]:
                 "metrics": {"seed": seed},
             }
             quality = FLAT if untrained else CURVE
-            probe_runs.write_run(Path(name), quality, dataset="toy", images=40 + seed, **options)
+            probe_runs.write_run(
+                Path(name),
+                quality,
+                dataset="toy",
+                images=40 + seed,
+                **options,
+            )
             runs.append(name)
             if seed < 2:
                 rmse = [0.5, 1.0, 1.1, 0.95, 0.96] if untrained else [0.5, 0.8, 0.7, 0.55, 0.56]
@@ -109,7 +129,11 @@ def seeds() -> list[str]:
     return [*runs, "--tasks", *depth]
 
 
-STUDIES = {"claims": claims, "models": models, "seeds": seeds}
+STUDIES = {
+    "claims": claims,
+    "models": models,
+    "seeds": seeds,
+}
 
 
 # ------------------------------------------------------------------------------------------ text
@@ -183,7 +207,12 @@ def figures(monkeypatch, no_pictures) -> list[str]:
     lines: list[str] = []
     save = Figure.savefig
 
-    def record(figure, file, format: str, **options) -> None:
+    def record(
+        figure,
+        file,
+        format: str,
+        **options,
+    ) -> None:
         if format == "png":
             lines.extend(["figure", *labels_of(figure)])
         save(figure, file, format=format, **options)
@@ -205,7 +234,13 @@ def assert_same_text(found: str, expected: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_report_says_what_its_golden_files_say(name, figures, tmp_path, monkeypatch, capsys):
+def test_a_report_says_what_its_golden_files_say(
+    name,
+    figures,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     main(["report", *STUDIES[name](), "--out", "report"])
     folder = tmp_path / "report"

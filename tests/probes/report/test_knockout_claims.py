@@ -28,10 +28,22 @@ def write(tmp_path):
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
 
     def write(
-        name, effects, number, *, solved=False, still_wrong=None, classes=CLASSES, **metrics
+        name,
+        effects,
+        number,
+        *,
+        solved=False,
+        still_wrong=None,
+        classes=CLASSES,
+        **metrics,
     ) -> str:
         path = tmp_path / name
-        options = {"root": root, "seed": number, "images": N, "metrics": metrics}
+        options = {
+            "root": root,
+            "seed": number,
+            "images": N,
+            "metrics": metrics,
+        }
         curves = [CURVE] * 3 if solved else CURVE
         run = ProbeRun(
             (probe_runs.write_solved if solved else probe_runs.write_run)(path, curves, **options)
@@ -52,9 +64,20 @@ def write(tmp_path):
 
 @pytest.fixture
 def draws(write):
-    llm = {"untrained": ["llm"], "match": "update", "solved": True}
+    llm = {
+        "untrained": ["llm"],
+        "match": "update",
+        "solved": True,
+    }
     return lambda *effects: [
-        write(f"r{i}", x, 20 + i, **llm, draw=i) for i, x in enumerate(effects)
+        write(
+            f"r{i}",
+            x,
+            20 + i,
+            **llm,
+            draw=i,
+        )
+        for i, x in enumerate(effects)
     ]
 
 
@@ -71,7 +94,14 @@ def claims_of(paths) -> dict[str, dict]:
         (NONE, NONE, NONE, "does not hold"),
     ],
 )
-def test_conclusions(trained, still_wrong, random, conclusion, write, draws):
+def test_conclusions(
+    trained,
+    still_wrong,
+    random,
+    conclusion,
+    write,
+    draws,
+):
     runs = [
         write("sgd", trained, 1),
         write("solved", trained, 2, solved=True, still_wrong=still_wrong),
@@ -154,7 +184,11 @@ def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(write, tm
     """What neither knows has no truth."""
     run = write("solved", None, 2, solved=True)
     assert not any("truth" in claim for claim in claims_of([run]).values())
-    of_data = {"adapter_drop": "absent", "recovery": "absent", "depth": "planted"}
+    of_data = {
+        "adapter_drop": "absent",
+        "recovery": "absent",
+        "depth": "planted",
+    }
     (tmp_path / "data/truth.json").write_text(json.dumps(of_data))
     manifest = Path(run) / "manifest.json"
     truth = {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}
@@ -172,7 +206,12 @@ def test_what_was_planted_is_known_from_the_checkpoint_before_the_data(write, tm
         ('["recovery"]', "truth.json"),
     ],
 )
-def test_a_truth_that_is_no_truth_is_named(text, message, write, tmp_path):
+def test_a_truth_that_is_no_truth_is_named(
+    text,
+    message,
+    write,
+    tmp_path,
+):
     path = write("solved", NONE, 2, solved=True)
     (tmp_path / "data/truth.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -111,7 +111,14 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(
     assert np.median(lengths) < 1, "several seeds say more than one of them"
 
 
-def write(folder, root, seed, mask="causal", quality=CURVE, **options):
+def write(
+    folder,
+    root,
+    seed,
+    mask="causal",
+    quality=CURVE,
+    **options,
+):
     images = {
         "seed": seed,
         "dataset": "toy world",
@@ -119,7 +126,12 @@ def write(folder, root, seed, mask="causal", quality=CURVE, **options):
     }  # each seed has images of its own
     return str(
         probe_runs.write_run(
-            folder, quality, root=root, mask=mask, metrics={"seed": seed}, **images | options
+            folder,
+            quality,
+            root=root,
+            mask=mask,
+            metrics={"seed": seed},
+            **images | options,
         )
     )
 
@@ -181,13 +193,23 @@ def test_studies_of_one_folder_are_an_error(names, tmp_path):
 
 def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others():
     def paper(value, below):
-        return {"value": value, "ci95": [value - 0.01, value + 0.01], "verdict": "holds"} | {
+        return {
+            "value": value,
+            "ci95": [value - 0.01, value + 0.01],
+            "verdict": "holds",
+        } | {
             "probes": "trained",
             "below_optimum": below and {"value": below, "ci95": [below - 0.01, below + 0.01]},
         }
 
     joint = join_column(
-        1, {0: paper(0.1, 0.03), 1: paper(0.2, None), 2: paper(0.3, 0.05)}, shared_images=False
+        1,
+        {
+            0: paper(0.1, 0.03),
+            1: paper(0.2, None),
+            2: paper(0.3, 0.05),
+        },
+        shared_images=False,
     )
     assert joint["value"] == pytest.approx(0.2)
     assert joint["below_optimum"]["value"] == pytest.approx(0.04)

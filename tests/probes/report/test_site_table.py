@@ -25,12 +25,28 @@ def study(tmp_path, monkeypatch):
 
     def write(model: list[float], random: list[float], draws: int = 3) -> StudyRuns:
         runs = []
-        options = {"root": root, "mask": "causal", "images": IMAGES}
+        options = {
+            "root": root,
+            "mask": "causal",
+            "images": IMAGES,
+        }
         for draw in range(-1, draws):
-            metrics = {"untrained": ["llm"], "match": "update", "draw": draw} if draw >= 0 else {}
+            metrics = (
+                {
+                    "untrained": ["llm"],
+                    "match": "update",
+                    "draw": draw,
+                }
+                if draw >= 0
+                else {}
+            )
             curve = model if draw < 0 else random
             path = probe_runs.write_solved(
-                Path(f"run{draw}"), [curve] * 3, seed=draw + 9, metrics=metrics, **options
+                Path(f"run{draw}"),
+                [curve] * 3,
+                seed=draw + 9,
+                metrics=metrics,
+                **options,
             )
             runs.append(str(path))
         return read_studies(runs)[0]

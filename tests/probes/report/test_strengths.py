@@ -42,17 +42,38 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
     return {
         "sgd": str(write_run(folder / "sgd", CURVE, root=root)),
         "sgd_untrained": str(
-            write_run(folder / "sgd_untrained", FLAT, root=root, untrained=True, seed=3)
+            write_run(
+                folder / "sgd_untrained",
+                FLAT,
+                root=root,
+                untrained=True,
+                seed=3,
+            )
         ),
-        "solved": write_solved(folder / "solved", curves, root=root, converged=unconverged, seed=5),
+        "solved": write_solved(
+            folder / "solved",
+            curves,
+            root=root,
+            converged=unconverged,
+            seed=5,
+        ),
         "solved_untrained": write_solved(
-            folder / "su", [FLAT] * 3, root=root, untrained=True, seed=6
+            folder / "su",
+            [FLAT] * 3,
+            root=root,
+            untrained=True,
+            seed=6,
         ),
     }
 
 
 # ------------------------------------------------------------------------------------------------ numpy
-def numpy_miou(right, predicted, labelled, weights=None) -> float:
+def numpy_miou(
+    right,
+    predicted,
+    labelled,
+    weights=None,
+) -> float:
     """mIoU of one site from counts [N, K]; `weights` are the multiplicities of the images."""
     weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
     right, predicted, labelled = (
@@ -76,7 +97,12 @@ def numpy_layers(sites, counts: Counts, fold) -> list[int]:
     return chosen
 
 
-def numpy_values(counts: Counts, sites, fold, weights=None) -> dict[str, float]:
+def numpy_values(
+    counts: Counts,
+    sites,
+    fold,
+    weights=None,
+) -> dict[str, float]:
     """Drop-off and recovery."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
     images = np.arange(len(labelled))
@@ -276,7 +302,11 @@ def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
         return (row, site) != ("weaker", "adapter")
 
     control = write_solved(
-        tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged
+        tmp_path / "run",
+        [FLAT] * 3,
+        root=root,
+        untrained=True,
+        converged=converged,
     )
     found = converged_rows([paths["solved"], control])
     missing = [key for key, converged in found.items() if not converged]
@@ -361,7 +391,12 @@ def damage(name, change):
         ),
     ],
 )
-def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
+def test_damaged_counts_of_the_path_are_named(
+    paths,
+    tmp_path,
+    change,
+    message,
+):
     shutil.copytree(paths["solved"], tmp_path / "run")
     save_file(
         change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors"
@@ -399,7 +434,10 @@ def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
     ],
 )
 def test_a_path_of_an_earlier_version_or_with_other_lists_is_named(
-    paths, tmp_path, change, message
+    paths,
+    tmp_path,
+    change,
+    message,
 ):
     shutil.copytree(paths["solved"], tmp_path / "run")
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -425,7 +463,13 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     """Curves and Table 2 had shown trained probes of one mask beside solved ones of the other."""
     sgd = str(write_run(tmp_path / "sgd", CURVE, root=root))
     solved = [
-        write_solved(tmp_path / mask, [CURVE] * 3, root=root, mask=mask, seed=i)
+        write_solved(
+            tmp_path / mask,
+            [CURVE] * 3,
+            root=root,
+            mask=mask,
+            seed=i,
+        )
         for i, mask in enumerate(("causal", "bidirectional"))
     ]
     (study,) = read_studies([sgd, *solved])

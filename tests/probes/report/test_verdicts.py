@@ -52,7 +52,12 @@ def test_p_values_are_those_of_t_and_invert_the_interval():
     assert p_value(1, 1e9, parts[:1]) <= 1e-12
 
 
-def row(name, low, high, converged=True):
+def row(
+    name,
+    low,
+    high,
+    converged=True,
+):
     return {
         "row": name,
         "value": (low + high) / 2,
@@ -103,7 +108,13 @@ def beyond_draws(trained, draws, others=()):
     return entry["value"], entry["ci95"]
 
 
-def simulated(truth, spread, draws, images, generator):
+def simulated(
+    truth,
+    spread,
+    draws,
+    images,
+    generator,
+):
     """A trained model's estimate and those of random draws: means over images whose difficulty they share."""
     shared = torch.randn(images, generator=generator)
     weights = bootstrap_weights(

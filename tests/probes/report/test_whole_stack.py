@@ -26,7 +26,15 @@ def write(tmp_path):
         quality = [*IN_ENCODER, *OF_LLM] if encoder_layers else OF_LLM
         sites = SITES if encoder_layers else SITES[4:]
         out = tmp_path / f"{mask}_{len(sites)}"
-        return str(probe_runs.write_run(out, quality, root=root, mask=mask, sites=sites))
+        return str(
+            probe_runs.write_run(
+                out,
+                quality,
+                root=root,
+                mask=mask,
+                sites=sites,
+            )
+        )
 
     return write
 

@@ -41,7 +41,14 @@ def several(root, tmp_path_factory):
             for mask in ("causal", "bidirectional"):
                 out = folder / f"{dataset}-{encoder}-{mask}"
                 paths.append(
-                    write_run(out, CURVE, root=root, mask=mask, dataset=dataset, encoder=encoder)
+                    write_run(
+                        out,
+                        CURVE,
+                        root=root,
+                        mask=mask,
+                        dataset=dataset,
+                        encoder=encoder,
+                    )
                 )
     return list(map(str, paths))
 
@@ -97,7 +104,11 @@ def test_paired_tests_use_groups(root, tmp_path, pair):
     paths = [
         str(
             write_run(
-                tmp_path / mask, [q + shift for q in CURVE], root=root, mask=mask, groups=groups
+                tmp_path / mask,
+                [q + shift for q in CURVE],
+                root=root,
+                mask=mask,
+                groups=groups,
             )
         )
         for mask, shift in (("causal", 0.0), ("bidirectional", 0.05))
@@ -132,7 +143,11 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
         "feature_norm": "batchnorm"
     }
     other = write_run(
-        tmp_path / "run", CURVE, root=root, mask="bidirectional", metrics={"probe": probe}
+        tmp_path / "run",
+        CURVE,
+        root=root,
+        mask="bidirectional",
+        metrics={"probe": probe},
     )
     with pytest.raises(
         ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"

@@ -28,7 +28,12 @@ def study(checkpoints, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_read_scores_only_warn_of_changed_masks(command, study, tmp_path, caplog):
+def test_commands_that_read_scores_only_warn_of_changed_masks(
+    command,
+    study,
+    tmp_path,
+    caplog,
+):
     folder, root = study
     warn_of_changed_data([ProbeRun(folder / mask) for mask in MASKS])
     assert "former data" not in caplog.text
@@ -51,7 +56,12 @@ def test_commands_that_read_scores_only_warn_of_changed_masks(command, study, tm
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_read_scores_only_work_without_the_data(command, study, tmp_path, caplog):
+def test_commands_that_read_scores_only_work_without_the_data(
+    command,
+    study,
+    tmp_path,
+    caplog,
+):
     runs = [shutil.copytree(study[0] / mask, tmp_path / mask) for mask in MASKS]
     for run in runs:
         manifest = json.loads((run / "manifest.json").read_text())

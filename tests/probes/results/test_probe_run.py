@@ -86,7 +86,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), WRONG)
-def test_json_of_another_shape_is_named(file, keys, value, message, run):
+def test_json_of_another_shape_is_named(
+    file,
+    keys,
+    value,
+    message,
+    run,
+):
     rewrite(run / file, *keys, value=value)
     with pytest.raises(ValueError, match=f"{file}: .*{message}.*make the run again"):
         ProbeRun(run)

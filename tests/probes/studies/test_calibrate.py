@@ -27,7 +27,15 @@ def claims(seeds: int = 10) -> list[dict]:
         ):
             said = {column: bool(rng.random() < 0.5) for column in COLUMNS}
             said["paper"] = None if seed % 3 == 0 else said["paper"]
-            found.append({"study": study, "claim": claim, "truth": truth, "seed": seed} | said)
+            found.append(
+                {
+                    "study": study,
+                    "claim": claim,
+                    "truth": truth,
+                    "seed": seed,
+                }
+                | said
+            )
             found[-1]["beyond_random_value"] = float(rng.normal())
     return found
 
@@ -56,7 +64,15 @@ def test_intervals_are_those_of_clopper_and_pearson(yes, low, high):
     """Ten seeds; from the tables of the binomial distribution."""
     entries = [dict.fromkeys(COLUMNS, i < yes) | {"beyond_random_value": 0.1} for i in range(10)]
     rows = count_verdicts(
-        [{"study": "planted", "claim": "recovery", "truth": "planted"} | e for e in entries]
+        [
+            {
+                "study": "planted",
+                "claim": "recovery",
+                "truth": "planted",
+            }
+            | e
+            for e in entries
+        ]
     )
     assert all(abs(row["low"] - low) < 1e-4 and abs(row["high"] - high) < 1e-4 for row in rows)
 
@@ -128,7 +144,13 @@ def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
         "--draws",
         "2",
     ]
-    done = subprocess.run(power, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        power,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+    )
     assert done.returncode == 0, done.stderr
     rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
     assert [row.split()[:2] for row in rows[:2]] == [

@@ -33,7 +33,12 @@ OPTIONS += ("--folds", "2", "--strengths", "1e-2", "1e-1", "1")
 def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
     encoder = tiny_encoders.STOCK["dinov2"].write(root / "dinov2")
-    data = tiny_models.write_segmentation(root / "data", training=8, validation=12, size=(32, 32))
+    data = tiny_models.write_segmentation(
+        root / "data",
+        training=8,
+        validation=12,
+        size=(32, 32),
+    )
     return encoder, str(data)
 
 
@@ -47,7 +52,15 @@ def study(parts, tmp_path_factory):
     printed = StringIO()
     arms = ("trained", "random0", "random1", "permuted0")
     with redirect_stdout(printed):
-        run_study(Settings({"": parts[0]}, parts[1], out, arms=arms, options=OPTIONS))
+        run_study(
+            Settings(
+                {"": parts[0]},
+                parts[1],
+                out,
+                arms=arms,
+                options=OPTIONS,
+            )
+        )
     return out, printed.getvalue()
 
 
@@ -119,7 +132,15 @@ def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
 def test_a_second_call_has_nothing_to_do(study, parts, capsys):
     out, _ = study
     arms = ("trained", "random0", "random1", "permuted0")
-    run_study(Settings({"": parts[0]}, parts[1], out, arms=arms, options=OPTIONS))
+    run_study(
+        Settings(
+            {"": parts[0]},
+            parts[1],
+            out,
+            arms=arms,
+            options=OPTIONS,
+        )
+    )
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -145,8 +166,17 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     assert model["change_sites"] == ["layer_00", "layer_01", "layer_02", "layer_03"]
     view = {"photo": "split:0", "model": 0}
     plain = session.read(View(**view), labs.JOB)["classes"]
-    block = Block(kind="block", patches=(0, 1, 2), layers=(1,))
-    mean = Replace(kind="replace", patches=(0, 1), site="layer_00", by="mean")
+    block = Block(
+        kind="block",
+        patches=(0, 1, 2),
+        layers=(1,),
+    )
+    mean = Replace(
+        kind="replace",
+        patches=(0, 1),
+        site="layer_00",
+        by="mean",
+    )
     blocked = session.read(View(**view, intervention=block), labs.JOB)["probabilities"]
     replaced = session.read(View(**view, intervention=mean), labs.JOB)["probabilities"]
     assert plain and blocked != replaced
@@ -154,15 +184,38 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     image = run.dataset()[0]["image"]
     states = run.mllm().states(run.mllm().preprocess([image]), ["layer_02"])
     assert states["layer_02"].shape == (1, 64, 16)
-    weights = session.attention(Attention(**view, layer=2, patch=5), labs.JOB)
+    weights = session.attention(
+        Attention(
+            **view,
+            layer=2,
+            patch=5,
+        ),
+        labs.JOB,
+    )
     assert weights["to"] and weights["from"]
     photos = tuple(PaintedPhoto(photo=f"split:{i}", patches=((0, 1), (30, 31))) for i in range(2))
-    painting = Painting(concepts=("a", "b"), photos=photos, rest=False)
+    painting = Painting(
+        concepts=("a", "b"),
+        photos=photos,
+        rest=False,
+    )
     for random in (False, True):
-        scores = session.teach(Teach(**view, painting=painting, random=random), labs.JOB)["scores"]
+        scores = session.teach(
+            Teach(
+                **view,
+                painting=painting,
+                random=random,
+            ),
+            labs.JOB,
+        )["scores"]
         assert len(scores) == len(run.sites)
     with pytest.raises(UserError, match="has no other mask"):
-        other = Replace(kind="replace", patches=(0,), site="layer_01", by="other_mask")
+        other = Replace(
+            kind="replace",
+            patches=(0,),
+            site="layer_01",
+            by="other_mask",
+        )
         session.read(View(**view, intervention=other), labs.JOB)
     assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
 

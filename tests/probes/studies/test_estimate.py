@@ -48,7 +48,11 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
         return {"beyond_random": {"ci95_without_draws": [-half, half], "by_draw": by_draw}}
 
     def claim(name, verdicts):
-        return {"claim": name, "n": {"images": 100}, "verdicts": verdicts}
+        return {
+            "claim": name,
+            "n": {"images": 100},
+            "verdicts": verdicts,
+        }
 
     first = [
         claim("recovery", column(0.0196, [0.01, 0.03])),

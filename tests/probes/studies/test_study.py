@@ -39,7 +39,12 @@ OPTIONS = [
 PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
 
 
-def arguments(models: list[str], data: Path, out: Path, *more: str) -> list[str]:
+def arguments(
+    models: list[str],
+    data: Path,
+    out: Path,
+    *more: str,
+) -> list[str]:
     return ["study", *models, str(data), "--out", str(out), *PARTS, *more, *OPTIONS]
 
 
@@ -88,7 +93,12 @@ def test_a_study_has_arms_analyses_report_and_table(finished):
 
 
 @pytest.mark.slow
-def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, tmp_path):
+def test_the_trained_arm_is_a_run_of_solve(
+    finished,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     """Arms of one process must not leave anything to the next: random layers, hooks, seeds."""
     solve = ["solve", *OPTIONS, "--data.root", str(segmentation), "--model.mllm"]
     draw = ["--model.untrained", "[llm]", "--model.match", "update", "--model.draw", "1"]
@@ -131,7 +141,11 @@ def test_the_table_answers_questions_in_one_line(finished):
 
 @pytest.mark.slow
 def test_a_second_call_does_nothing_and_a_new_draw_no_more(
-    finished, checkpoints, segmentation, tmp_path, capsys
+    finished,
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
 ):
     out = tmp_path / "study"
     shutil.copytree(finished, out)
@@ -148,19 +162,40 @@ def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     main(arguments(both(checkpoints), segmentation, out))
     assert "nothing to do" in capsys.readouterr().out
     assert run_bytes(out) == before
-    main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
+    main(
+        arguments(
+            both(checkpoints),
+            segmentation,
+            out,
+            "--draws",
+            "3",
+        )
+    )
     after = run_bytes(out)
     assert {"causal/random2/metrics.json", "bidirectional/adapter2/metrics.json"} <= after.keys()
     results = ("metrics.json", "safetensors", "knockout.json", "starvation.json")
     assert all(after[name] == content for name, content in before.items() if name.endswith(results))
     assert set(probes.Study(out).table().query("weights == 'random'").draw) == {0, 1, 2}
     (out / "causal/random0/knockout.json").unlink()
-    main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
+    main(
+        arguments(
+            both(checkpoints),
+            segmentation,
+            out,
+            "--draws",
+            "3",
+        )
+    )
     assert "causal/random0/knockout" in (said := capsys.readouterr().out)
     assert "causal/random1/knockout" not in said
 
 
-def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
+def test_a_dry_run_writes_nothing(
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
+):
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
     assert "random1/knockout" in said
@@ -192,10 +227,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation, tmp_path):
+def test_bad_input_is_one_error_before_any_work(
+    what,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     words, expected = BAD[what]
     shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
-    places = {"MODEL": checkpoints["causal"], "DATA": segmentation, "EMPTY": tmp_path / "empty"}
+    places = {
+        "MODEL": checkpoints["causal"],
+        "DATA": segmentation,
+        "EMPTY": tmp_path / "empty",
+    }
 
     def in_place(label, equals, name):
         return f"{label}{equals}{places.get(name, name)}"
@@ -213,7 +257,13 @@ def test_changed_masks_end_the_study(checkpoints, segmentation, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(segmentation, data)
     command = arguments(
-        [str(checkpoints["causal"])], data, out, "--arms", "trained", "--only", "solve"
+        [str(checkpoints["causal"])],
+        data,
+        out,
+        "--arms",
+        "trained",
+        "--only",
+        "solve",
     )
     main(command)
     mask = next((data / "annotations/training").iterdir())
@@ -237,7 +287,16 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
     models = {mask: str(checkpoints[mask]) for mask in ("causal", "bidirectional")}
     tasks = ("boundaries",)
     add = ("maps", "umap", "patching.draws=2")
-    steps = make_plan(Settings(models, str(segmentation), tmp_path, fit=True, tasks=tasks, add=add))
+    steps = make_plan(
+        Settings(
+            models,
+            str(segmentation),
+            tmp_path,
+            fit=True,
+            tasks=tasks,
+            add=add,
+        )
+    )
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert names[-1] == "report"
@@ -251,7 +310,12 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
 
 
 @pytest.mark.nightly
-def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
+def test_kills_change_no_result(
+    finished,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     """kill -9 at five moments; then it is let finish."""
     out = tmp_path / "study"
     command = [sys.executable, "-m", "probes", *arguments(both(checkpoints), segmentation, out)]
@@ -261,7 +325,12 @@ def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
         time.sleep(seconds)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait(HANGING_S)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for file in finished.rglob("*"):
         if file.name in (
@@ -275,7 +344,11 @@ def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
 
 
 def test_a_study_from_python(checkpoints, segmentation, tmp_path):
-    options = {"draws": 0, "only": ["solve"], "options": OPTIONS}
+    options = {
+        "draws": 0,
+        "only": ["solve"],
+        "options": OPTIONS,
+    }
     study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, **options)
     assert set(study.table().run) == {"trained"}
     with pytest.raises(UserError, match="not finished"):
@@ -284,7 +357,10 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
 
 @pytest.mark.slow
 def test_an_analysis_without_a_case_is_left_out_with_its_controls(
-    checkpoints, segmentation, tmp_path, capsys
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
 ):
     """As of few photos painted in the lab, of which the probes are right everywhere."""
     more = {
@@ -292,7 +368,13 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
         "add": ["knockout.min-patches=99"],
         "options": OPTIONS,
     }
-    study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, draws=1, **more)
+    study = probes.study(
+        checkpoints["causal"],
+        segmentation,
+        out=tmp_path,
+        draws=1,
+        **more,
+    )
     said = capsys.readouterr().out
     assert "trained/knockout left out: " in said
     assert "no image has 99 or more patches wrongly predicted" in said
@@ -303,7 +385,10 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
 
 
 def test_a_control_without_a_case_leaves_out_no_other(
-    checkpoints, segmentation, tmp_path, monkeypatch
+    checkpoints,
+    segmentation,
+    tmp_path,
+    monkeypatch,
 ):
     ran = []
 
@@ -316,7 +401,13 @@ def test_a_control_without_a_case_leaves_out_no_other(
     monkeypatch.setattr(run, "_command", lambda step, *_: step.command)
     models = {"": str(checkpoints["causal"])}
     run.run_study(
-        Settings(models, str(segmentation), tmp_path, draws=2, only=("solve", "knockout"))
+        Settings(
+            models,
+            str(segmentation),
+            tmp_path,
+            draws=2,
+            only=("solve", "knockout"),
+        )
     )
     assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
 
@@ -345,7 +436,11 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
         "2",
     )
     settings = Settings(
-        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
+        {"": str(checkpoints["causal"])},
+        str(segmentation),
+        tmp_path,
+        fit=True,
+        options=given,
     )
     commands = {step.name: step.command for step in make_plan(settings)}
     assert commands["trained"][1 : len(given) + 1] == given
@@ -398,7 +493,10 @@ def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmenta
 
 @pytest.mark.parametrize("chosen", ["all", "[encoder_00, encoder_02, encoder, adapter, layer_02]"])
 def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
-    chosen, checkpoints, segmentation, tmp_path
+    chosen,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     """Random models share the encoder, so these sites would be solved again for the same states."""
     arms = ("trained", "random0", "permuted0", "adapter0", "untrained0")

@@ -113,9 +113,25 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     options = ("--data.root", str(root), "--data.options.background", "class")
     models = {"": str(checkpoints["causal"])}
     add = ("knockout.classes=background",)
-    check(Settings(models, "voc2012", tmp_path / "out", add=add, options=options))
+    check(
+        Settings(
+            models,
+            "voc2012",
+            tmp_path / "out",
+            add=add,
+            options=options,
+        )
+    )
     with pytest.raises(UserError, match="no class 'background'"):
-        check(Settings(models, "voc2012", tmp_path / "out", add=add, options=options[:2]))
+        check(
+            Settings(
+                models,
+                "voc2012",
+                tmp_path / "out",
+                add=add,
+                options=options[:2],
+            )
+        )
 
 
 @pytest.mark.parametrize("order", [("causal", "bidirectional"), ("bidirectional", "causal")])
@@ -215,14 +231,24 @@ def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(se
     )
 
 
-def run_study(checkpoints, segmentation, tmp_path, words: list[str]) -> None:
+def run_study(
+    checkpoints,
+    segmentation,
+    tmp_path,
+    words: list[str],
+) -> None:
     model = str(checkpoints["causal"])
     main(["study", model, str(segmentation), "--out", str(tmp_path / "out"), *words])
 
 
 @pytest.mark.parametrize("only", ["fit", "solve"])
 def test_a_dry_run_of_few_photos_ends_well(
-    only, checkpoints, segmentation, tmp_path, capsys, caplog
+    only,
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
+    caplog,
 ):
     words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
     with caplog.at_level("INFO"):
@@ -252,7 +278,10 @@ def test_weights_are_chosen_by_arms_alone(settings):
 
 @pytest.mark.slow
 def test_two_models_of_one_mask_at_some_sites_end_with_a_page(
-    checkpoints, segmentation, tmp_path, capsys
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
 ):
     out = tmp_path / "study"
     words = [

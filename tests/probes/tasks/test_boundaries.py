@@ -24,7 +24,10 @@ def draw(seed: int = 0, size: tuple[int, int] = (30, 41)) -> tuple[torch.Tensor,
 
 
 def counts_of(
-    probability: np.ndarray, target: np.ndarray, threshold: float, radius: float
+    probability: np.ndarray,
+    target: np.ndarray,
+    threshold: float,
+    radius: float,
 ) -> tuple[int, int, int]:
     """Return pixels predicted, right ones, and boundary pixels found, by looping over pixels."""
     predicted = [tuple(p) for p in np.argwhere((probability >= threshold) & (target != IGNORED))]
@@ -92,7 +95,14 @@ def test_a_perfect_prediction_has_score_1_and_a_shift_within_the_tolerance_chang
 
 def test_loss_weighs_both_classes_alike():
     (_, target), task = draw(), Boundaries()
-    maps = torch.randn(3, 1, 2, 30, 41, generator=torch.Generator().manual_seed(0))
+    maps = torch.randn(
+        3,
+        1,
+        2,
+        30,
+        41,
+        generator=torch.Generator().manual_seed(0),
+    )
     counts = torch.tensor([(target == k).sum() for k in (0, 1)])
     expected = [
         F.cross_entropy(z, target[None].long(), 1 / counts, ignore_index=IGNORED) for z in maps

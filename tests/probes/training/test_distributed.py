@@ -59,7 +59,12 @@ def uneven(tmp_path_factory) -> Path:
     return root
 
 
-def arguments(checkpoint, root, out, *more: str) -> list[str]:
+def arguments(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
     three = [
         "--trainer.max_epochs",
@@ -81,16 +86,32 @@ def processes(
         "OMP_NUM_THREADS": "1"
     }  # as in this process: sums depend on the number of threads
     env = os.environ | one_thread | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S, env=env)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        env=env,
+    )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 
 
 def killed(
-    run: list[str], folder: Path, hook: str, step: int, rank: int = 0
+    run: list[str],
+    folder: Path,
+    hook: str,
+    step: int,
+    rank: int = 0,
 ) -> subprocess.CompletedProcess:
     """The run, in which a rank is killed; checkpoints are saved on the way."""
-    (folder / "killer.py").write_text(KILLER.format(hook=hook, step=step, rank=rank))
+    (folder / "killer.py").write_text(
+        KILLER.format(
+            hook=hook,
+            step=step,
+            rank=rank,
+        )
+    )
     (folder / "killing.yaml").write_text(KILLING)
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
     return processes([*run, "-c", str(folder / "killing.yaml")], fails=True, PYTHONPATH=path)
@@ -116,19 +137,40 @@ def bad(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(one, bad, checkpoints, uneven, segmentation, task_root, tmp_path_factory):
+def together(
+    one,
+    bad,
+    checkpoints,
+    uneven,
+    segmentation,
+    task_root,
+    tmp_path_factory,
+):
     """(Folder with a run per command on two processes, what both processes said of each)."""
     folder = tmp_path_factory.mktemp("together")
     model = checkpoints["causal"]
     last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
-    copy = arguments(model, uneven, shutil.copytree(one, folder / "copy"), "--ckpt_path", "last")
+    copy = arguments(
+        model,
+        uneven,
+        shutil.copytree(one, folder / "copy"),
+        "--ckpt_path",
+        "last",
+    )
     commands = {"finished": copy, "another rate": [*copy, "--model.learning_rate", "0.5"]}
     for cache in ("true", "false"):
         name = f"cache {cache}"
         options = ["--data.cache_features", cache]
         commands[name] = arguments(model, uneven, folder / name, *options)
     for name, workers in WORKERS.items():
-        test = arguments(model, uneven, folder / name, "--data.num_workers", workers, *last)
+        test = arguments(
+            model,
+            uneven,
+            folder / name,
+            "--data.num_workers",
+            workers,
+            *last,
+        )
         commands[name] = ["test", *test[1:]]
     commands["bad"] = arguments(model, bad, folder / "bad")
     commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
@@ -136,7 +178,11 @@ def together(one, bad, checkpoints, uneven, segmentation, task_root, tmp_path_fa
         model, segmentation, folder / "solve by passes", *SAMPLED
     )
     commands["normals"] = task_commands.arguments(
-        "solve", "normals", model, task_root, folder / "normals"
+        "solve",
+        "normals",
+        model,
+        task_root,
+        folder / "normals",
     )
     commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder, HANGING_S)
@@ -181,7 +227,11 @@ def test_the_same_probes_count_the_same_pixels(who, one, together):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_any_number_of_data_workers_counts_the_same_pixels(
-    workers, one, checkpoints, uneven, tmp_path
+    workers,
+    one,
+    checkpoints,
+    uneven,
+    tmp_path,
 ):
     last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
     more = ["--data.num_workers", workers, *last]
@@ -197,7 +247,12 @@ def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(together):
 
 
 @pytest.mark.distributed
-def test_two_processes_solve_the_probes_of_one(together, checkpoints, segmentation, tmp_path):
+def test_two_processes_solve_the_probes_of_one(
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path))
     ours, theirs = (
         load_file(run / "path.safetensors")["optimum/cross_entropy"]
@@ -208,7 +263,12 @@ def test_two_processes_solve_the_probes_of_one(together, checkpoints, segmentati
 
 
 @pytest.mark.distributed
-def test_two_processes_solve_by_passes_as_one(together, checkpoints, segmentation, tmp_path):
+def test_two_processes_solve_by_passes_as_one(
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED))
     run = together[0] / "solve by passes"
     ours, theirs = (
@@ -239,10 +299,19 @@ main(sys.argv[1:])
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_bytes(
-    together, checkpoints, segmentation, tmp_path
+    together,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     out = tmp_path / "run"
-    command = solving.arguments(checkpoints["causal"], segmentation, out, *SAMPLED, *two_ranks.TWO)
+    command = solving.arguments(
+        checkpoints["causal"],
+        segmentation,
+        out,
+        *SAMPLED,
+        *two_ranks.TWO,
+    )
     port = {"MASTER_PORT": str(two_ranks.free_ports(1)[0])}
     running = [
         subprocess.Popen(
@@ -273,7 +342,10 @@ def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
-    rank, checkpoints, uneven, tmp_path
+    rank,
+    checkpoints,
+    uneven,
+    tmp_path,
 ):
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *two_ranks.TWO)
     killed(
@@ -286,7 +358,11 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(
 @pytest.mark.slow
 @pytest.mark.parametrize("death", DEATHS)
 def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(
-    death, one, checkpoints, uneven, tmp_path
+    death,
+    one,
+    checkpoints,
+    uneven,
+    tmp_path,
 ):
     hook, step, saved_step = DEATHS[death]
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run")

@@ -59,7 +59,10 @@ def test_trained_probes_of_other_sites_do_not_depend_on_these(checkpoints, segme
 
 
 def test_states_of_all_sites_are_written_and_sites_say_what_there_is(
-    checkpoints, segmentation, tmp_path, capsys
+    checkpoints,
+    segmentation,
+    tmp_path,
+    capsys,
 ):
     photo = next((segmentation / "images/validation").iterdir())
     model = str(checkpoints["causal"])

@@ -99,7 +99,12 @@ def test_batchnorm_of_one_process_is_torchs_to_the_bit():
     )
 
 
-def _normalise(rank: int, file: str, batches: list[torch.Tensor], results) -> None:
+def _normalise(
+    rank: int,
+    file: str,
+    batches: list[torch.Tensor],
+    results,
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
     norm = BatchNorm(4)

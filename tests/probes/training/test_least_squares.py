@@ -24,7 +24,12 @@ CHANNELS = 3
 IMAGES = 4
 
 
-def draw(grid, size, seed: int = 0, images: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    grid,
+    size,
+    seed: int = 0,
+    images: int = IMAGES,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return states f64[B, T, d] with correlated channels, and targets f64[B, H, W, K] of which a third is ignored."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,7 +59,13 @@ def pixels(states, target, up) -> tuple[torch.Tensor, torch.Tensor]:
     return (up @ states).flatten(0, 1)[labelled], flat[labelled]
 
 
-def moments_of(states, target, grid, view, folds: int = 2) -> LeastSquaresMoments:
+def moments_of(
+    states,
+    target,
+    grid,
+    view,
+    folds: int = 2,
+) -> LeastSquaresMoments:
     """Return moments in float64, where image i is in fold i % folds."""
     moments = LeastSquaresMoments.zeros(states[0].mean(0), folds, CHANNELS)
     for i in range(len(states)):

@@ -25,7 +25,12 @@ pytestmark = pytest.mark.numerics
 STEPS = 2 * 6
 
 
-def arguments(checkpoint, root, out, *more: str) -> list[str]:
+def arguments(
+    checkpoint,
+    root,
+    out,
+    *more: str,
+) -> list[str]:
     two = ["--trainer.max_epochs", "2", "--data.batch_size", "3"]
     return probe_runs.arguments(checkpoint, root, out, *two, *more)
 
@@ -125,12 +130,20 @@ def test_saved_probes_give_the_saved_predictions(run):
 
 
 def test_probes_trained_together_equal_probes_trained_alone(
-    run, checkpoints, segmentation, tmp_path
+    run,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
     main(
         arguments(
-            checkpoints["causal"], segmentation, tmp_path, "--model.sites", "[layer_02]", *more
+            checkpoints["causal"],
+            segmentation,
+            tmp_path,
+            "--model.sites",
+            "[layer_02]",
+            *more,
         )
     )
     alone = ProbeRun(tmp_path).probes()["layer_02"]
@@ -142,12 +155,20 @@ def test_probes_trained_together_equal_probes_trained_alone(
 
 
 def test_cached_states_train_the_same_probes_as_recomputed_ones(
-    run, checkpoints, segmentation, tmp_path
+    run,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
     main(
         arguments(
-            checkpoints["causal"], segmentation, tmp_path, "--data.cache_features", "false", *more
+            checkpoints["causal"],
+            segmentation,
+            tmp_path,
+            "--data.cache_features",
+            "false",
+            *more,
         )
     )
     for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
@@ -161,7 +182,15 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
             path = root / kind / split / "000.png"
             image = Image.open(path)
             image.resize((31, 17), Image.Resampling.NEAREST).save(path)
-    main(arguments(checkpoints["causal"], root, tmp_path / "run", "--save_predictions", "true"))
+    main(
+        arguments(
+            checkpoints["causal"],
+            root,
+            tmp_path / "run",
+            "--save_predictions",
+            "true",
+        )
+    )
     run = ProbeRun(tmp_path / "run")
     assert Image.open(run.path / "predictions/adapter/000.png").size == (31, 17)
     targets = [
@@ -209,7 +238,15 @@ def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, t
 
 
 def test_model_in_bfloat16_has_probes_in_float32(checkpoints, segmentation, tmp_path):
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.dtype", "bfloat16"))
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path,
+            "--model.dtype",
+            "bfloat16",
+        )
+    )
     run = ProbeRun(tmp_path)
     assert run.mllm().model.dtype == torch.bfloat16
     assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
@@ -259,7 +296,11 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
     ],
 )
 def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
-    option, found, checkpoints, segmentation, tmp_path
+    option,
+    found,
+    checkpoints,
+    segmentation,
+    tmp_path,
 ):
     with pytest.raises(
         SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"
@@ -274,17 +315,36 @@ def test_checkpoints_hold_the_probes_only(run):
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_resumed_run_equals_an_uninterrupted_one(head, checkpoints, segmentation, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(
+    head,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
     save = tmp_path / "save.yaml"
     save.write_text(
         "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
     )
     more = ["--trainer.max_epochs", "3", "--model.head", head]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(save), *more))
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "a",
+            "-c",
+            str(save),
+            *more,
+        )
+    )
     (first,) = (tmp_path / "a/checkpoints").glob("epoch=0-*.ckpt")
     main(
         arguments(
-            checkpoints["causal"], segmentation, tmp_path / "b", *more, "--ckpt_path", str(first)
+            checkpoints["causal"],
+            segmentation,
+            tmp_path / "b",
+            *more,
+            "--ckpt_path",
+            str(first),
         )
     )
     whole, resumed = (ProbeRun(tmp_path / name) for name in "ab")

@@ -45,7 +45,11 @@ def problem(data, images: slice = slice(None)) -> SiteProblem:
 
 
 def objective(
-    data, at: SiteProblem, strength: float, point: torch.Tensor, images=slice(None)
+    data,
+    at: SiteProblem,
+    strength: float,
+    point: torch.Tensor,
+    images=slice(None),
 ) -> torch.Tensor:
     """Return the objective with F.interpolate and F.cross_entropy, in float64."""
     states = data[0][images]
@@ -62,7 +66,10 @@ def objective(
 
 
 def scipy_optimum(
-    data, at: SiteProblem, strength: float, images=slice(None)
+    data,
+    at: SiteProblem,
+    strength: float,
+    images=slice(None),
 ) -> tuple[float, torch.Tensor]:
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x).view_as(at.start).requires_grad_()
@@ -70,9 +77,19 @@ def scipy_optimum(
         value.backward()
         return value.item(), point.grad.flatten().numpy()
 
-    options = {"maxiter": 5000, "gtol": 1e-9, "ftol": 0}
+    options = {
+        "maxiter": 5000,
+        "gtol": 1e-9,
+        "ftol": 0,
+    }
     start = np.zeros(at.start.numel())
-    found = scipy_minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
+    found = scipy_minimize(
+        value_and_gradient,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options=options,
+    )
     return found.fun, torch.from_numpy(found.x).view_as(at.start)
 
 
@@ -142,7 +159,13 @@ def test_the_loss_with_many_nodes_is_computed_once_at_each_point(data, monkeypat
     seen = []
     inner = SiteProblem.sums
 
-    def sums(self, fold, points, nodes, needs_grad=True):
+    def sums(
+        self,
+        fold,
+        points,
+        nodes,
+        needs_grad=True,
+    ):
         if nodes == TIGHT_NODES and needs_grad and fold == 0:
             seen.extend(point.flatten().tolist() for point in points)
         return inner(self, fold, points, nodes, needs_grad)

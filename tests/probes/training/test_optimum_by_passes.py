@@ -57,7 +57,11 @@ class Data:
             mine = (image + 1) * count // IMAGES - image * count // IMAGES
             view = GridPlacement.full(SIZE)
             tokens, shares, label, pixels = choose_pixels(
-                target, mine, seed * IMAGES + image, GRID, view
+                target,
+                mine,
+                seed * IMAGES + image,
+                GRID,
+                view,
             )
             inputs.append((self.states[image][tokens] * shares[..., None]).sum(1))
             labels.append(label)
@@ -79,13 +83,24 @@ class Data:
         """Return what the first pass ends with."""
         sample, labels = self.sample(count, 0)
         problem = PixelProblem(
-            self.space, sample.inputs, labels, sample.weights.double(), sample.folds, FOLDS
+            self.space,
+            sample.inputs,
+            labels,
+            sample.weights.double(),
+            sample.folds,
+            FOLDS,
         )
         found = solve_path(problem, strengths)
         chosen = found.path.chosen
         points = torch.cat([found.folds, found.points[found.path.solved.index(chosen)][None]])
         null = null_gradient(self.space, self.moments)
-        return PassRefinement(self.space, null, found.path.strengths[chosen], points, strengths)
+        return PassRefinement(
+            self.space,
+            null,
+            found.path.strengths[chosen],
+            points,
+            strengths,
+        )
 
     def take_pass(self, refinement: PassRefinement) -> None:
         """Give a refinement the exact sums of all images, in batches of mixed folds."""
@@ -167,7 +182,12 @@ def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
 def test_sample_hessian_is_the_derivative_of_the_gradient(data):
     sample, labels = data.sample(400, 3)
     problem = PixelProblem(
-        data.space, sample.inputs, labels, sample.weights.double(), sample.folds, FOLDS
+        data.space,
+        sample.inputs,
+        labels,
+        sample.weights.double(),
+        sample.folds,
+        FOLDS,
     )
     generator = torch.Generator().manual_seed(2)
     points = 0.3 * torch.randn(2, CLASSES, WIDTH + 1, generator=generator).double()
@@ -180,7 +200,13 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data):
 
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     spectrum = torch.cat([data.space.spectrum, torch.ones(1)])
-    hessian = SampleHessian(sample, points, left_out, problem.ridge(strengths)[0, 0], spectrum)
+    hessian = SampleHessian(
+        sample,
+        points,
+        left_out,
+        problem.ridge(strengths)[0, 0],
+        spectrum,
+    )
     product = hessian.times(direction) - hessian.pull * direction
     torch.testing.assert_close(product, expected, atol=1e-3, rtol=1e-2)
     solved = hessian.solve(direction)

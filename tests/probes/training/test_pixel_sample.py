@@ -26,9 +26,19 @@ def target() -> torch.Tensor:
 
 def test_states_at_pixels_are_interpolated(target):
     states = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(1))
-    tokens, shares, labels, labelled = choose_pixels(target, 50, 7, GRID, GridPlacement.full(SIZE))
+    tokens, shares, labels, labelled = choose_pixels(
+        target,
+        50,
+        7,
+        GRID,
+        GridPlacement.full(SIZE),
+    )
     pixels = Pixels(
-        tokens + 12, shares, labels, torch.ones(50).double(), torch.ones(50).long()
+        tokens + 12,
+        shares,
+        labels,
+        torch.ones(50).double(),
+        torch.ones(50).long(),
     )  # of the second image
     up = F.interpolate(states[1:].mT.unflatten(2, GRID), SIZE, mode="bilinear")[0].flatten(1).T
     distance = (pixels.interpolate(states)[:, None] - up).norm(dim=2)
@@ -39,18 +49,35 @@ def test_states_at_pixels_are_interpolated(target):
 
 
 def test_pixels_are_spread_over_the_labelled_ones(target):
-    tokens, _, _, _ = choose_pixels(target, 60, 7, GRID, GridPlacement.full(SIZE))
+    tokens, _, _, _ = choose_pixels(
+        target,
+        60,
+        7,
+        GRID,
+        GridPlacement.full(SIZE),
+    )
     rows = tokens[:, 0] // GRID[1]
     assert rows.bincount().tolist() == [30, 30], "of the upper and the lower half"
     again, other = (
-        choose_pixels(target, 60, seed, GRID, GridPlacement.full(SIZE))[1] for seed in (7, 8)
+        choose_pixels(
+            target,
+            60,
+            seed,
+            GRID,
+            GridPlacement.full(SIZE),
+        )[1]
+        for seed in (7, 8)
     )
     assert not torch.equal(again, other)
 
 
 def test_a_mask_without_labels_has_no_pixels():
     tokens, shares, labels, labelled = choose_pixels(
-        torch.full(SIZE, 255, dtype=torch.uint8), 5, 0, GRID, GridPlacement.full(SIZE)
+        torch.full(SIZE, 255, dtype=torch.uint8),
+        5,
+        0,
+        GRID,
+        GridPlacement.full(SIZE),
     )
     assert len(tokens) == len(shares) == len(labels) == labelled == 0
 
@@ -74,7 +101,13 @@ def test_half_a_byte_adds_one_percent_to_the_variance_of_each_axis(width):
     axes = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
     scale = torch.logspace(-3, 0, width)
     like = torch.ones(width, dtype=torch.float64)
-    space = SiteSpace(like, like, axes.contiguous(), like, torch.zeros(3).double())
+    space = SiteSpace(
+        like,
+        like,
+        axes.contiguous(),
+        like,
+        torch.zeros(3).double(),
+    )
     states = (torch.randn(20_000, width, generator=generator) * scale) @ axes.T.float() + 1
     inputs = space.coordinates(states)
     kept = AxisRange.of(space, inputs)

@@ -40,7 +40,11 @@ def solve(checkpoints, segmentation, tmp_path):
     def run(*more: str, out: str = "run", strengths: tuple[str, ...] = STRENGTHS) -> ProbeRun:
         main(
             arguments(
-                checkpoints["causal"], segmentation, tmp_path / out, *more, strengths=strengths
+                checkpoints["causal"],
+                segmentation,
+                tmp_path / out,
+                *more,
+                strengths=strengths,
             )
         )
         return ProbeRun(tmp_path / out)
@@ -51,7 +55,15 @@ def solve(checkpoints, segmentation, tmp_path):
 @pytest.fixture(scope="module")
 def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved")
-    main(arguments(checkpoints["causal"], segmentation, out, "--save_predictions", "true"))
+    main(
+        arguments(
+            checkpoints["causal"],
+            segmentation,
+            out,
+            "--save_predictions",
+            "true",
+        )
+    )
     return ProbeRun(out)
 
 
@@ -100,7 +112,11 @@ def test_effects_are_written_as_the_counts_say(run):
     computed = run.compute_effects()
     assert list(written) == list(computed)
     for name, estimate in computed.items():
-        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        same = {
+            "rtol": 0,
+            "atol": 0,
+            "equal_nan": True,
+        }
         torch.testing.assert_close(written[name].vector, estimate.vector, **same)
         assert written[name].about == estimate.about
     assert {"recovery", "recovery@chosen", "patch_0@layer_02"} <= written.keys()
@@ -223,7 +239,13 @@ KILLS = {
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_run_resumes_to_the_same_bytes(
-    when, run, sampled, checkpoints, segmentation, tmp_path, monkeypatch
+    when,
+    run,
+    sampled,
+    checkpoints,
+    segmentation,
+    tmp_path,
+    monkeypatch,
 ):
     owner, method, calls, part = KILLS[when]
     original = getattr(owner, method)
@@ -249,7 +271,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
+def test_a_finished_run_is_left_alone(
+    run,
+    checkpoints,
+    segmentation,
+    caplog,
+):
     before = run_bytes(run.path)
     command = arguments(checkpoints["causal"], segmentation, run.path)
     main([*command, "--ckpt_path", "last"])
@@ -274,12 +301,23 @@ def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
         (["--trainer.limit_test_batches", "0.5"], "limit_test_batches must be 1.0, got 0.5"),
     ],
 )
-def test_rejects_bad_options(option, message, checkpoints, task_root, tmp_path):
+def test_rejects_bad_options(
+    option,
+    message,
+    checkpoints,
+    task_root,
+    tmp_path,
+):
     with pytest.raises((SystemExit, UserError), match=message):
         main(arguments(checkpoints["causal"], task_root, tmp_path, *option))
 
 
-def test_moments_that_do_not_fit_are_an_error(checkpoints, task_root, tmp_path, monkeypatch):
+def test_moments_that_do_not_fit_are_an_error(
+    checkpoints,
+    task_root,
+    tmp_path,
+    monkeypatch,
+):
     monkeypatch.setattr(
         "probes.training.solve.least_squares_solver.available_memory", lambda: 80_000
     )
@@ -329,7 +367,12 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
     assert seen == {False}
 
 
-def test_dry_run_states_the_memory_of_passes(checkpoints, segmentation, tmp_path, caplog):
+def test_dry_run_states_the_memory_of_passes(
+    checkpoints,
+    segmentation,
+    tmp_path,
+    caplog,
+):
     few = ("--dry-run", "--sample-images", "2", "--passes", "5")
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *few))
     assert "at most 5 passes" in caplog.text
@@ -351,7 +394,11 @@ def test_sites_solved_on_one_thread_and_on_two_are_equal(run, solve):
 
 
 def test_dry_run_measures_and_writes_nothing(
-    checkpoints, segmentation, tmp_path, caplog, monkeypatch
+    checkpoints,
+    segmentation,
+    tmp_path,
+    caplog,
+    monkeypatch,
 ):
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
     assert "images/s; a pass over 6 training images" in caplog.text

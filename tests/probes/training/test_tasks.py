@@ -40,7 +40,13 @@ def fitted(checkpoints, task_root, tmp_path_factory) -> dict[str, FinishedRun]:
         out = tmp_path_factory.mktemp(f"fitted_{task}")
         main(
             arguments(
-                "fit", task, checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"
+                "fit",
+                task,
+                checkpoints["causal"],
+                task_root,
+                out,
+                "--model.learning_rate",
+                "0.1",
             )
         )
         runs[task] = FinishedRun(out)
@@ -81,7 +87,13 @@ SCORES = {"depth": depth_scores, "normals": normals_scores}
 
 @pytest.mark.parametrize("command", ["solve", "fit"])
 @pytest.mark.parametrize("task", TASKS)
-def test_scores_equal_numpy_on_the_saved_predictions(task, command, runs, fitted, root):
+def test_scores_equal_numpy_on_the_saved_predictions(
+    task,
+    command,
+    runs,
+    fitted,
+    root,
+):
     run = {"solve": runs, "fit": fitted}[command][task]
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
@@ -171,7 +183,12 @@ def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
 
 @pytest.mark.parametrize("batches", [2, 4])
 def test_a_killed_run_resumes_to_the_same_bytes(
-    batches, runs, checkpoints, root, tmp_path, monkeypatch
+    batches,
+    runs,
+    checkpoints,
+    root,
+    tmp_path,
+    monkeypatch,
 ):
     """Also when it had added all images, so that no batch is left."""
     monkeypatch.setattr("probes.training.solve.least_squares_solver.SAVE_SECONDS", -1)
@@ -184,7 +201,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         if len(added) == batches:
             raise KeyboardInterrupt
 
-    command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)
+    command = arguments(
+        "solve",
+        "depth",
+        checkpoints["causal"],
+        root,
+        tmp_path,
+    )
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(LeastSquaresSolver, "add", die)
         main(command)
@@ -267,11 +290,20 @@ def test_predict_gives_the_saved_prediction(task, runs, root):
 
 
 def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(
-    runs, checkpoints, root, tmp_path
+    runs,
+    checkpoints,
+    root,
+    tmp_path,
 ):
     shutil.copytree(runs["depth"].path, tmp_path / "run")
     before = run_bytes(tmp_path / "run")
-    command = arguments("solve", "normals", checkpoints["causal"], root, tmp_path / "run")
+    command = arguments(
+        "solve",
+        "normals",
+        checkpoints["causal"],
+        root,
+        tmp_path / "run",
+    )
     with pytest.raises(SystemExit, match="task|depth"):
         main([*command, "--ckpt_path", "last"])
     assert run_bytes(tmp_path / "run") == before
@@ -279,9 +311,20 @@ def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(
 
 @pytest.mark.parametrize("command", ["solve", "fit"])
 def test_a_command_leaves_the_precision_of_products_to_the_next(
-    command, checkpoints, root, tmp_path
+    command,
+    checkpoints,
+    root,
+    tmp_path,
 ):
     """Else a solve after a fit, in one study, would give other bits than alone."""
     before = torch.get_float32_matmul_precision()
-    main(arguments(command, "depth", checkpoints["causal"], root, tmp_path))
+    main(
+        arguments(
+            command,
+            "depth",
+            checkpoints["causal"],
+            root,
+            tmp_path,
+        )
+    )
     assert torch.get_float32_matmul_precision() == before == "highest"

@@ -24,7 +24,15 @@ def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9))
 
     blocked = {"incorrect": mask(incorrect), "correct": mask(correct)}
     return ConfusionCase(
-        5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.full((T,), 2), blocked
+        5,
+        0,
+        len(wrong),
+        len(correct),
+        1,
+        2,
+        mask(wrong),
+        torch.full((T,), 2),
+        blocked,
     )
 
 
@@ -34,12 +42,20 @@ def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatur
     states[list(high)] *= 10
     mass = torch.linspace(0, 1, T)
     return MatchingFeatures.from_case(
-        case, GRID, visible.tril() if causal else visible, states, mass
+        case,
+        GRID,
+        visible.tril() if causal else visible,
+        states,
+        mass,
     )
 
 
 def blocked_of(case, features, **kwargs) -> dict:
-    settings = {"controls": CONTROLS, "draws": 4, "seed": 0} | kwargs
+    settings = {
+        "controls": CONTROLS,
+        "draws": 4,
+        "seed": 0,
+    } | kwargs
     return blocked_by_condition(case, features, KnockoutPlan(classes=(), **settings))
 
 
@@ -72,7 +88,11 @@ def test_controls_block_as_many_tokens_none_of_high_norm_and_none_of_the_set_if_
 
 def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
     """Tokens after all mistaken patches are seen by none of them, so blocking them has no effect."""
-    case = case_of(wrong=(12, 13), incorrect=(12, 13), correct=(0, 1, 2, 3, 4))
+    case = case_of(
+        wrong=(12, 13),
+        incorrect=(12, 13),
+        correct=(0, 1, 2, 3, 4),
+    )
     features = features_of(case, causal=True, high=())
     features = features._replace(mass=features.visibility / 14)  # all seen tokens alike
     blocked = blocked_of(case, features, draws=100)
@@ -91,7 +111,11 @@ def test_matched_in_both_finds_the_tokens_that_match_in_both():
     mass = np.full(T, 0.001)
     distance[:14], mass[8:14] = 1, 0.9
     features = MatchingFeatures(distance, np.ones(T), mass, np.zeros(T, dtype=bool))
-    case = case_of(wrong=(23,), incorrect=(0, 1), correct=(0, 1))
+    case = case_of(
+        wrong=(23,),
+        incorrect=(0, 1),
+        correct=(0, 1),
+    )
     blocked = blocked_of(case, features, draws=100)
     drawn = {
         name: set(np.flatnonzero(torch.stack(draws).any(0))) for name, draws in blocked.items()
@@ -157,10 +181,22 @@ def test_cases_follow_the_paper():
     ]  # also the patch that is correctly 1
     assert case.blocked["correct"].tolist() == [False, False, False, True]
     assert case.anchors == 1
-    (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, block_layer=1)
+    (later,) = find_cases(
+        predicted,
+        truth,
+        torch.tensor([7, 8]),
+        wrong_class=1,
+        block_layer=1,
+    )
     assert later.blocked["incorrect"].tolist() == [True, False, False, False]
     assert later.patches == 2
-    assert not find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, min_patches=3)
+    assert not find_cases(
+        predicted,
+        truth,
+        torch.tensor([7, 8]),
+        wrong_class=1,
+        min_patches=3,
+    )
     outcomes = {name: values.tolist() for name, values in case.outcomes(predicted[:, 0]).items()}
     assert outcomes == {"rate": [1, 0.5], "still_wrong": [1, 0.5]}
 

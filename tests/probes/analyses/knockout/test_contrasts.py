@@ -35,7 +35,12 @@ def run(tmp_path) -> ProbeRun:
     )
 
 
-def mantel_haenszel(tensors, names, control, weights):
+def mantel_haenszel(
+    tensors,
+    names,
+    control,
+    weights,
+):
     """Return the three contrasts under image weights f[N], by a loop over patches' cases."""
     total = np.zeros(3)
     share = 0.0

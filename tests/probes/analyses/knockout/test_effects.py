@@ -35,7 +35,11 @@ def cases_of(shift: float, seed: int = 0) -> Cases:
     def noise():
         return torch.tensor(rng.normal(0, 0.1, (2 * N, L + 1)))
 
-    rates = {"none": 1 + noise(), "incorrect": 1 + noise(), "random_incorrect": 1 + noise()}
+    rates = {
+        "none": 1 + noise(),
+        "incorrect": 1 + noise(),
+        "random_incorrect": 1 + noise(),
+    }
     rates |= {"random_correct": 1 + noise(), "correct": 1 + noise()}
     rates["correct"][:, 3:] += shift
     for values in rates.values():
@@ -172,9 +176,18 @@ def test_p_values_are_those_of_all_swaps_and_corrected_by_holm(run):
 
 
 @pytest.mark.parametrize(("groups", "tested"), [(3, 0), (6, len(CLASSES))])
-def test_a_class_in_few_groups_of_images_is_not_tested(groups, tested, run, tmp_path):
+def test_a_class_in_few_groups_of_images_is_not_tested(
+    groups,
+    tested,
+    run,
+    tmp_path,
+):
     """Swapping three cities can never give p < 0.05, so that no verdict would say anything."""
-    options = {"root": tmp_path, "images": IMAGES, "groups": torch.arange(IMAGES) % groups}
+    options = {
+        "root": tmp_path,
+        "images": IMAGES,
+        "groups": torch.arange(IMAGES) % groups,
+    }
     run = ProbeRun(probe_runs.write_run(tmp_path / "cities", [0.6, 0.5, 0.6, 0.5], **options))
     results = write_knockout(
         run, simulate(np.random.default_rng(10), dict.fromkeys(CLASSES, (-0.4, 0.4)))

@@ -40,7 +40,13 @@ def run(checkpoints, runs, tmp_path_factory) -> ProbeRun:
             weights[name] = 64 * weights[name]
     save_file(weights, file, {"format": "pt"})
     root = runs["bidirectional"].manifest["data"]["root"]
-    return probe_runs.fit(model, root, folder / "run", "--data.batch_size", "2")
+    return probe_runs.fit(
+        model,
+        root,
+        folder / "run",
+        "--data.batch_size",
+        "2",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,12 @@ def classes(run) -> list[str]:
     return names
 
 
-def masks_written_out(mllm, length: int, blocked, layers) -> list[torch.Tensor]:
+def masks_written_out(
+    mllm,
+    length: int,
+    blocked,
+    layers,
+) -> list[torch.Tensor]:
     """bool[1, N, N] by layer, without the pairs of image tokens whose key is blocked."""
     prefix = mllm.prefix_ids.shape[1]
     is_image = torch.arange(length) >= prefix
@@ -68,7 +79,13 @@ def masks_written_out(mllm, length: int, blocked, layers) -> list[torch.Tensor]:
     return masks
 
 
-def predicted(run, reader, image: int, blocked=None, layers=None) -> np.ndarray:
+def predicted(
+    run,
+    reader,
+    image: int,
+    blocked=None,
+    layers=None,
+) -> np.ndarray:
     """[L + 1, T] predicted class of each patch of one image, by an attention written out, once."""
     key = (run.path, image, str(blocked), str(layers))
     if key not in PREDICTED:
@@ -95,7 +112,12 @@ def truth(run, image: int) -> list[int]:
 
 
 @torch.no_grad()
-def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str, list[float]]]]:
+def c1_by_loop(
+    run,
+    reader,
+    c: int,
+    layers=None,
+) -> dict[int, dict[str, dict[str, list[float]]]]:
     """Outcomes by image, condition of the paper and name."""
     outcomes = {}
     for image in range(len(run.dataset())):
@@ -121,7 +143,12 @@ def c1_by_loop(run, reader, c: int, layers=None) -> dict[int, dict[str, dict[str
     [{}, {"layers": [1]}, {"layers": [2]}, {"layers": [3]}, {"layers": [2, 3]}],
     ids=["paper", "1", "2", "3", "2 and 3"],
 )
-def test_equals_a_loop_over_images(run, classes, tmp_path, options):
+def test_equals_a_loop_over_images(
+    run,
+    classes,
+    tmp_path,
+    options,
+):
     reader = PatchReader(run)
     results = knockout(run, KnockoutPlan(classes, batch_size=2, **options), tmp_path)
     tensors = load_file(tmp_path / "knockout.safetensors")
@@ -156,7 +183,16 @@ def test_windows_equal_the_loop_too(run, classes, tmp_path):
     """In batches that mix them with all other conditions."""
     reader = PatchReader(run)
     index = tiny_models.CLASSES.index
-    knockout(run, KnockoutPlan(classes, batch_size=7, layer_windows=2, draws=1), tmp_path)
+    knockout(
+        run,
+        KnockoutPlan(
+            classes,
+            batch_size=7,
+            layer_windows=2,
+            draws=1,
+        ),
+        tmp_path,
+    )
     swept = json.loads((tmp_path / "knockout_windows.json").read_text())
     base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
     pooled = swept["classes"][0]
@@ -202,7 +238,12 @@ def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]
     batches = []
     knock_out_batch = analysis.knock_out_batch
 
-    def spy(reader, plan, classes, batch):
+    def spy(
+        reader,
+        plan,
+        classes,
+        batch,
+    ):
         if len(batches) == stop_after:
             raise KeyboardInterrupt
         batches.append(batch["index"].tolist())
@@ -212,7 +253,12 @@ def record_batches(monkeypatch, stop_after: int | None = None) -> list[list[int]
     return batches
 
 
-def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path, monkeypatch):
+def test_same_seed_gives_the_same_files_also_after_a_kill(
+    run,
+    classes,
+    tmp_path,
+    monkeypatch,
+):
     """A run killed in its third batch and started again computes only that batch."""
     argv = [
         "knockout",
@@ -251,7 +297,12 @@ def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run,
     assert set(read_files(tmp_path)) == left
 
 
-def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monkeypatch):
+def test_another_plan_does_not_reuse_cached_batches(
+    run,
+    classes,
+    tmp_path,
+    monkeypatch,
+):
     plan = KnockoutPlan(classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         record_batches(patch, stop_after=1)
@@ -269,10 +320,20 @@ def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monk
     ],
 )
 def test_a_run_without_all_layers_is_an_error_that_names_them(
-    checkpoints, segmentation, tmp_path, sites, missing
+    checkpoints,
+    segmentation,
+    tmp_path,
+    sites,
+    missing,
 ):
     """Layers are numbered by position, so another layer than the one of that number would be cut."""
-    probe_runs.fit(checkpoints["causal"], segmentation, tmp_path, "--model.sites", sites)
+    probe_runs.fit(
+        checkpoints["causal"],
+        segmentation,
+        tmp_path,
+        "--model.sites",
+        sites,
+    )
     with pytest.raises(
         SystemExit, match=rf"no probes at {missing}.*`--model.sites null` probes all"
     ):

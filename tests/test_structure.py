@@ -6,6 +6,7 @@
 import ast
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,37 @@ def test_top_level_files_are_listed():
     assert top - files <= {
         *("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")
     }
+
+
+DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+
+
+def density(paths: list[Path]) -> float:
+    """Return the tokens of a line of code, without comments, docstrings and blank lines."""
+    tokens = 0
+    lines = 0
+    for path in paths:
+        docstrings = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
+                docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        code = set()
+        with tokenize.open(path) as file:
+            for token in tokenize.generate_tokens(file.readline):
+                if token.type in COUNTED and token.start[0] not in docstrings:
+                    tokens += 1
+                    code.update(range(token.start[0], token.end[0] + 1))
+        lines += len(code)
+    return tokens / lines
+
+
+@pytest.mark.parametrize(
+    ("folder", "most"), [("llava_bidir", 8.0), ("probes", 8.5), ("tests", 9.0)]
+)
+def test_code_is_not_dense(folder, most):
+    """litgpt has 6.7 tokens a line, DINOv2 7.5. A dense line is one that a reader has to take apart."""
+    assert density(sources(folder)) <= most
 
 
 def test_no_two_classes_have_one_name():

@@ -170,7 +170,8 @@ def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
     """Warn of weights of 16 bits that this CPU takes several times as long to compute with as with others."""
     fast = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
     if dtype not in (torch.float32, fast) and not torch.cuda.is_available():
-        slow, name = (str(d).removeprefix("torch.") for d in (dtype, fast))
+        slow = str(dtype).removeprefix("torch.")
+        name = str(fast).removeprefix("torch.")
         warnings.warn(
             f"{key}: {path} is computed in {slow}, which takes this CPU up to ten times as long as {name}; consider "
             f"`--model.dtype {name}`, for `llava-bidir generate` `--dtype {name}`",

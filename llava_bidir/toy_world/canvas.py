@@ -51,7 +51,8 @@ class Quad:
         plane: Plane = NOWHERE,
     ) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
-        (x, y), half = foot, width / 2
+        x, y = foot
+        half = width / 2
         return cls(
             (x - half, y - height),
             (x + half, y - height),
@@ -62,12 +63,10 @@ class Quad:
 
     def point_at(self, u: float, v: float) -> Point:
         """Return the pixel coordinates of (u, v)."""
-        (ax, ay), (bx, by), (cx, cy), (dx, dy) = (
-            self.top_left,
-            self.top_right,
-            self.bottom_right,
-            self.bottom_left,
-        )
+        ax, ay = self.top_left
+        bx, by = self.top_right
+        cx, cy = self.bottom_right
+        dx, dy = self.bottom_left
         x = (1 - v) * (ax + u * (bx - ax)) + v * (dx + u * (cx - dx))
         return x, (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
 
@@ -215,7 +214,8 @@ class Camera:
 
     def scale_depth(self, point: Point, scale: float) -> Point:
         """Move a point on its line through the vanishing point: nearer to the viewer for scale > 1, else farther."""
-        (x, y), (eye_x, eye_y) = point, self.eye
+        x, y = point
+        eye_x, eye_y = self.eye
         return eye_x + scale * (x - eye_x), eye_y + scale * (y - eye_y)
 
     @property

@@ -86,7 +86,8 @@ def train_encoder(
 
 def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]
+    std = torch.tensor(OPENAI_CLIP_STD)[:, None, None]
     return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
 

@@ -160,7 +160,8 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
     for ax in axes:
         placed: list[Bbox] = []
         for text in sorted(ax.texts, key=lambda text: text.xy[1]):
-            box, (x, y) = text.get_window_extent(), text.xyann
+            box = text.get_window_extent()
+            x, y = text.xyann
             for other in placed:
                 if box.overlaps(other):
                     box = box.translated(0, other.y1 - box.y0 + 1)
@@ -210,7 +211,8 @@ def draw_intervals(
     **kwargs,
 ) -> None:
     """Draw fractions in percent as points with their 95% intervals."""
-    y, (low, high) = 100 * np.array(values, float), 100 * np.array(ci95, float).T
+    y = 100 * np.array(values, float)
+    low, high = 100 * np.array(ci95, float).T
     ax.errorbar(
         x,
         y,

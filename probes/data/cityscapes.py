@@ -59,7 +59,8 @@ class Cityscapes(SegmentationDataset):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
         if split not in SPLITS:
             raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
-        images, masks = (root / part / SPLITS[split] for part in ("leftImg8bit", "gtFine"))
+        images = root / "leftImg8bit" / SPLITS[split]
+        masks = root / "gtFine" / SPLITS[split]
         mask_files = files_by_name(masks, (".png",), "_gtFine_labelIds", "*/*")
         files = pair_files(
             files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}"

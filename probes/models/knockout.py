@@ -272,7 +272,8 @@ class Knockout:
         """Raise a UserError if a row of the batch that is cut in some layer keeps all its pairs, both bool[B]."""
         unchanged = (is_cut & ~changed).nonzero().flatten().tolist()
         if unchanged:
-            rows, columns = (" and ".join(self.names(axis)) for axis in ("rows", "columns"))
+            rows = " and ".join(self.names("rows"))
+            columns = " and ".join(self.names("columns"))
             raise UserError(
                 f"the knockout changes nothing in row {unchanged[0]} of the batch: under this mask, no token of {rows} "
                 f"attends to one of {columns}; name columns that are in the prompt and that the rows may attend to"

@@ -97,11 +97,13 @@ def make_plan(
     The type of the device sets the chunk size. `view` is the position of the grid on the pixels; None: the grid covers
     them exactly.
     """
-    (h, w), (height, width) = grid, size
+    h, w = grid
+    height, width = size
     view = view or GridPlacement.full(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device).T.contiguous()
-    (nodes, fractions), n_cols = axis_nodes(h, height, view.rows), cols.shape[1]
+    nodes, fractions = axis_nodes(h, height, view.rows)
+    n_cols = cols.shape[1]
     fractions = fractions.to(device, dtype)[:, None, None]
     # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
     most = max(1, numel // (classes * min(n_cols, 64)))
@@ -166,7 +168,9 @@ def upsampled_argmax(
         raise ValueError(
             f"expected logits [..., K, h, w] without empty axes, got {list(logits.shape)}"
         )
-    (*leading, classes, h, w), size, dtype = logits.shape, tuple(size), compute_dtype(logits)
+    *leading, classes, h, w = logits.shape
+    size = tuple(size)
+    dtype = compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
     if use_triton(logits):
         from probes.ops.kernels.argmax_counts import argmax_map
@@ -201,7 +205,8 @@ def upsampled_argmax(
             for tile in plan.tiles:
                 stretched = grids[images].to(dtype) @ plan.cols[:, tile]
                 for band in plan.bands:
-                    upper, lower = (stretched.narrow(-3, row, 1) for row in (band.lo, band.hi - 1))
+                    upper = stretched.narrow(-3, band.lo, 1)
+                    lower = stretched.narrow(-3, band.hi - 1, 1)
                     up = torch.lerp(upper, lower, band.fractions)  # [N, R, K, C]
                     highest = up.eq_(up.amax(-2, keepdim=True)).mul_(numbers).amax(-2)
                     out[images, band.start : band.stop, tile] = classes - 1 - highest

@@ -115,10 +115,8 @@ def quadrature_error(
         logits, target, options: As for :func:`upsampled_cross_entropy`.
         nodes: Nodes per cell and axis.
     """
-    few, more = (
-        upsampled_cross_entropy(logits.detach(), target, nodes=n, **options)
-        for n in (nodes, nodes + 1)
-    )
+    few = upsampled_cross_entropy(logits.detach(), target, nodes=nodes, **options)
+    more = upsampled_cross_entropy(logits.detach(), target, nodes=nodes + 1, **options)
     return (few - more).abs()
 
 

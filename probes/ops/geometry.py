@@ -99,7 +99,8 @@ class Geometry:
         image = to_rgb(image)
         px = self.image_px
         if self.resize == "pad":
-            side, (left, top) = max(image.size), _padding(image.size)
+            side = max(image.size)
+            left, top = _padding(image.size)
             square = Image.new("RGB", (side, side), self.padding)
             square.paste(image, (left, top))
             image = square

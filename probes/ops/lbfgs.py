@@ -55,7 +55,9 @@ def minimise(
         pairs: What an earlier call has learned of nearly the same curvature in the same units; steps are added to it.
         known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
     """
-    shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
+    shape = points.shape
+    points = points.flatten(1)
+    scale = scale.flatten(1)
 
     def evaluate(x, problems):
         return tuple(
@@ -65,7 +67,8 @@ def minimise(
     if known is None:
         value, gradient = evaluate(points, list(range(len(points))))
     else:
-        value, gradient = known[0], known[1].flatten(1)
+        value = known[0]
+        gradient = known[1].flatten(1)
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     # no step decreases the value: it is exact to rounding
     blocked = torch.zeros_like(value, dtype=torch.bool)
@@ -89,7 +92,8 @@ def minimise(
             if not trying:
                 break
             step[trying] /= 2
-        step[trying], blocked[trying] = 0.0, True
+        step[trying] = 0.0
+        blocked[trying] = True
         s = step[:, None] * direction
         y = (new[2] - gradient) * scale
         points, value, gradient = new

@@ -76,7 +76,8 @@ def apply_gram(
     couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]
 ) -> Tensor:
     """Return G X, f[B, h * w, d], of states X f[B, h * w, d]."""
-    (h, w), x = grid, states.unflatten(1, grid)
+    h, w = grid
+    x = states.unflatten(1, grid)
     total = torch.zeros_like(x)
 
     def part(steps, length):

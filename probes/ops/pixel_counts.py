@@ -112,7 +112,8 @@ def _count_chunk(
         predictions = _count_predictions(logits, labels, valid, token, view)
     intersection, predicted, patch_right = (x.long() for x in predictions)
     if not by_token:
-        patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
+        patch_right = intersection.sum(-1, keepdim=True)
+        patch_valid = labelled.sum(-1, keepdim=True)
     return Counts(
         intersection,
         predicted,
@@ -145,13 +146,14 @@ def _count_predictions(
     view: GridPlacement,
 ) -> list[Tensor]:
     """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T], in chunks of maps."""
-    (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
+    sites, images, classes, *grid = logits.shape
+    size = tuple(labels.shape[1:])
     grids = sites * images
     tokens = grid[0] * grid[1]
     number = torch.arange(grids, device=labels.device)
-    intersection, predicted, patch_right = (
-        labels.new_empty(grids, n) for n in (classes, classes, tokens)
-    )
+    intersection = labels.new_empty(grids, classes)
+    predicted = labels.new_empty(grids, classes)
+    patch_right = labels.new_empty(grids, tokens)
     step = max(
         1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel()
     )

@@ -206,7 +206,8 @@ def axis_rule(
         inner = torch.arange(tokens - 1, dtype=torch.float64)[:, None] + gauss
         places = torch.cat([at.new_zeros(1), inner.flatten(), at.new_full((1,), tokens - 1)])
         to_pixels = at.new_zeros(pixels, count)
-        to_pixels[at <= 0, 0], to_pixels[at >= tokens - 1, -1] = 1, 1
+        to_pixels[at <= 0, 0] = 1
+        to_pixels[at >= tokens - 1, -1] = 1
         inside = ((at > 0) & (at < tokens - 1)).nonzero().flatten()
         cell = at[inside].long()
         column = 1 + cell[:, None] * nodes + torch.arange(nodes)

@@ -37,7 +37,8 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
 
 def describe_best_layer(best: dict[str, Any]) -> str:
     """Return "layer 8 of 12 reads best: 53.7 [..] mIoU, 1.6 points above the last"."""
-    layer, last = (int(best[key].removeprefix("layer_")) for key in ("site", "last"))
+    layer = int(best["site"].removeprefix("layer_"))
+    last = int(best["last"].removeprefix("layer_"))
     low, high = (format_percent(bound) for bound in best["ci95"])
     text = (
         f"layer {layer} of {last} reads best: {format_percent(best['miou'])} [{low}, {high}] mIoU"

@@ -111,7 +111,8 @@ def describe_sites(rows: Rows) -> list[str]:
         of_mask = [row for row in rows if row["image_attention"] == mask]
         best = max(of_mask, key=lambda row: row["miou"])
         under = f" under {mask} attention" if len(masks) > 1 else ""
-        low, high = (format_percent(best[end]) for end in ("low", "high"))
+        low = format_percent(best["low"])
+        high = format_percent(best["high"])
         score = f"{format_percent(best['miou'])} [{low}, {high}] mIoU"
         sentences.append(f"Best at {name_site(best['site'])}{under}: {score}.")
         sentences += _describe_differences(of_mask, under)

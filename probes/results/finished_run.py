@@ -342,7 +342,8 @@ class FinishedRun:
 
     def check_same_layers(self, other: "FinishedRun") -> None:
         """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
-        ours, theirs = ([site for site in run.layers if site != ADAPTER] for run in (self, other))
+        ours = [site for site in self.layers if site != ADAPTER]
+        theirs = [site for site in other.layers if site != ADAPTER]
         if ours and theirs and ours != theirs:
             raise UserError(
                 f"{self.path} and {other.path} cannot be compared: the first has probes at {_some(ours)}, the "

@@ -52,14 +52,14 @@ class Boundaries(ValueTask):
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean over both classes of their mean cross-entropies, f[P, B]; one class if there is one only."""
         interior, boundary = maps.unbind(-3)
-        losses = []
-        for label, margin in ((0, interior - boundary), (1, boundary - interior)):
+        margins = {0: interior - boundary, 1: boundary - interior}  # for the class, by label
+        total = maps.new_zeros(maps.shape[:2])
+        present = torch.zeros(len(target), device=target.device)
+        for label, margin in margins.items():
             of_class = target == label
-            losses.append(
-                (mean_over_valid(F.softplus(-margin), of_class), of_class.any(-1).any(-1))
-            )
-        present = torch.stack([there for _, there in losses]).sum(0).clamp(min=1)
-        return sum(loss for loss, _ in losses) / present
+            total = total + mean_over_valid(F.softplus(-margin), of_class)
+            present = present + of_class.any(-1).any(-1)
+        return total / present.clamp(min=1)
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Boundaries have no score of a single image."""
@@ -72,12 +72,11 @@ class Boundaries(ValueTask):
         near = dilate(boundary[None].to(prediction), radius)[0] > 0
         valid = target != IGNORED
         reached = dilate(prediction.masked_fill(~valid, 0), radius)
-        sums = [histogram(prediction[:, pixels]) for pixels in (valid, valid & near)]
-        sums += [
-            histogram(reached[:, boundary]),
-            boundary.sum().to(prediction).expand(len(prediction), 1),
-        ]
-        return torch.cat(sums, 1)
+        predicted = histogram(prediction[:, valid])
+        right = histogram(prediction[:, valid & near])
+        found = histogram(reached[:, boundary])
+        boundaries = boundary.sum().to(prediction).expand(len(prediction), 1)
+        return torch.cat([predicted, right, found, boundaries], 1)
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
         """Return F at the best threshold and average precision, f64[...]."""
@@ -98,15 +97,15 @@ class Boundaries(ValueTask):
 
 def dilate(maps: Tensor, radius: float) -> Tensor:
     """Return the maximum of non-negative maps f[P, H, W] over the pixels within a radius in pixels."""
-    reach, (height, _) = int(radius), maps.shape[-2:]
+    reach = int(radius)
+    height, _ = maps.shape[-2:]
     padded = F.pad(maps, (0, 0, reach, reach))
     result = maps
     for row in range(-reach, reach + 1):
         half = int(math.sqrt(radius**2 - row**2))
         shifted = padded[:, reach + row : reach + row + height]
-        result = torch.maximum(
-            result, F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))[:, 0]
-        )
+        row_maximum = F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))
+        result = torch.maximum(result, row_maximum[:, 0])
     return result
 
 

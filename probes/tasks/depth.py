@@ -75,12 +75,14 @@ class Depth(ValueTask):
         """Return RMSE, AbsRel, log10 and the three shares, f[P, 6]."""
         error = prediction - target
         ratio = torch.maximum(prediction / target, target / prediction)
-        parts = [
+        scores = [
             error.square().mean(1).sqrt(),
             (error.abs() / target).mean(1),
             ratio.log10().mean(1),
         ]
-        return torch.stack([*parts, *((ratio < 1.25**k).float().mean(1) for k in (1, 2, 3))], 1)
+        for power in (1, 2, 3):
+            scores.append((ratio < 1.25**power).float().mean(1))
+        return torch.stack(scores, 1)
 
     def colorize(self, prediction: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Return near pixels bright, far ones dark, from the nearest to the farthest of the map."""

@@ -261,8 +261,10 @@ class ProbeModule(LightningModule):
             k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")
         }
         checkpoint["identity"] = self.identity
-        checkpoint["best"], checkpoint["history"] = self.best, self.history
-        checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
+        checkpoint["best"] = self.best
+        checkpoint["history"] = self.history
+        checkpoint["validated_at"] = self.validated_at
+        checkpoint["epochs"] = self.epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history of validations.

@@ -76,7 +76,8 @@ def _draw_accuracies(
     sites = [site for site in entry["sites"] if has_depth(site["site"])]
     shift = 0.12 * (dash == ":")  # so that the intervals of two models do not cover each other
     depths = [site_depth(site["site"]) + shift for site in sites]
-    values, ci95 = ([site["accuracy"][key] for site in sites] for key in ("value", "ci95"))
+    values = [site["accuracy"]["value"] for site in sites]
+    ci95 = [site["accuracy"]["ci95"] for site in sites]
     draw_intervals(
         ax,
         depths,
@@ -89,10 +90,8 @@ def _draw_accuracies(
         ls=dash,
         lw=1.2,
     )
-    answer, (low, high) = (
-        100 * entry["accuracy"]["value"],
-        (100 * bound for bound in entry["accuracy"]["ci95"]),
-    )
+    answer = 100 * entry["accuracy"]["value"]
+    low, high = (100 * bound for bound in entry["accuracy"]["ci95"])
     ax.axhline(
         answer,
         color=colour,

@@ -282,7 +282,9 @@ def print_answers(results: dict[str, Any]) -> None:
         bounds = (
             "no interval" if mean["ci95"] is None else "[{:+.3f}, {:+.3f}]".format(*mean["ci95"])
         )
-        value = "no class" if mean["value"] is None else f"{mean['value']:+.3f} {bounds}"
+        value = "no class"
+        if mean["value"] is not None:
+            value = f"{mean['value']:+.3f} {bounds}"
         print(
             f"  {comparison:<36} {value}; significant in {held} of {len(effect['classes'])} classes"
         )

@@ -190,7 +190,8 @@ def _check_known(
 
 def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return left, top, width and height of the grid as fractions of an image [H, W]."""
-    (height, width), (rows, cols) = size, view
+    height, width = size
+    rows, cols = view
     return (
         cols.start_px / width,
         rows.start_px / height,
@@ -269,7 +270,8 @@ def most_probable(
                     f"asked for the {count} most probable of {logits.shape[-1]} at {site}; ask for fewer"
                 )
             best = logits.softmax(-1).topk(count)
-            ids[c, :, s], probabilities[c, :, s] = best.indices.mT.cpu(), best.values.mT.cpu()
+            ids[c, :, s] = best.indices.mT.cpu()
+            probabilities[c, :, s] = best.values.mT.cpu()
     return ids, probabilities
 
 

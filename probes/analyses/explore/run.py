@@ -114,7 +114,8 @@ def describe_condition(condition: str, image: ImageReadout, explored: RunReadout
     if condition == "none":
         return {"name": "none", "label": "no blocking"}
     classes = explored.run.metrics["classes"]
-    wrong, correct = (f"“{classes[k]}”" for k in (image.case.wrong_class, image.case.correct_class))
+    wrong = f"“{classes[image.case.wrong_class]}”"
+    correct = f"“{classes[image.case.correct_class]}”"
     label = {
         "incorrect": f"{wrong} blocked (wrong class)",
         "correct": f"{correct} blocked (correct class)",

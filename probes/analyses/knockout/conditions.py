@@ -55,7 +55,10 @@ class MatchingFeatures(NamedTuple):
         at = np.stack(np.unravel_index(np.arange(len(case.mistaken)), grid), 1)
         mistaken = case.mistaken.numpy()
         distance = np.linalg.norm(at[:, None] - at[mistaken][None], axis=-1).min(1)
-        mass = np.full(len(at), np.nan) if mass is None else mass.cpu().numpy()
+        if mass is None:
+            mass = np.full(len(at), np.nan)
+        else:
+            mass = mass.cpu().numpy()
         return cls(
             distance, visible.cpu().numpy()[mistaken].mean(0), mass, high_norm_tokens(states)
         )

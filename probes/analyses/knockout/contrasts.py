@@ -142,7 +142,9 @@ def paired_cases(
     wrong = torch.cat(
         [torch.full_like(tensors[f"{name}/image"], classes.index(name)) for name in blocked]
     )
-    true, patches, image = (read(key) for key in ("correct_class", "patches", "image"))
+    true = read("correct_class")
+    patches = read("patches")
+    image = read("image")
     pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
     forward = wrong > true
     both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])

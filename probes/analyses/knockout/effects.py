@@ -120,7 +120,8 @@ def class_entry(
             "ci95": {},
         }
     images = len(tensors[f"{name}/image"])
-    groups = None if groups is None else groups[tensors[f"{name}/image"]]
+    if groups is not None:
+        groups = groups[tensors[f"{name}/image"]]
     weights = bootstrap_weights(images, seed=seed, groups=groups)
     weights /= weights.sum(1, keepdim=True)
     entry: dict[str, Any] = {

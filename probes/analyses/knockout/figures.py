@@ -130,9 +130,8 @@ def effects_by_class(knockout: dict[str, Any]) -> FigureData:
     def control_of(entry):
         return entry["control"].removesuffix(f"_{entry['condition']}")
 
-    names, controls = (
-        list(dict.fromkeys(map(key, shown))) for key in (lambda entry: entry["class"], control_of)
-    )
+    names = list(dict.fromkeys(entry["class"] for entry in shown))
+    controls = list(dict.fromkeys(control_of(entry) for entry in shown))
     figure, axes = new_axes(
         6.8, 0.9 + 0.11 * (len(controls) + 1) * len(names), len(EFFECT_TITLES), sharey=True
     )

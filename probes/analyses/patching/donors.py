@@ -73,10 +73,10 @@ def pair_batch(
     classes: int,
 ) -> Batch:
     """Return pictures without a cue, their pairs with it as donors, and the tokens under the pixels that differ."""
-    without, cued = ([split[i] for i in index] for split in (pairs.without, pairs.cued))
-    pixels, donor = (
-        mllm.preprocess([sample["image"] for sample in samples]) for samples in (without, cued)
-    )
+    without = [pairs.without[i] for i in index]
+    cued = [pairs.cued[i] for i in index]
+    pixels = mllm.preprocess([sample["image"] for sample in without])
+    donor = mllm.preprocess([sample["image"] for sample in cued])
     for one, other in zip(without, cued, strict=True):
         if one["image"].size != other["image"].size:
             raise UserError(

@@ -317,12 +317,16 @@ def run(args: argparse.Namespace) -> None:
     check_has_llm(probe_run, "patching")
     out = Path(args.out or args.probes)
     site = probe_run.check_site(args.site)
-    layers = None if args.layers is None else tuple(sorted(set(args.layers)))
+    layers = None
+    if args.layers is not None:
+        layers = tuple(sorted(set(args.layers)))
     mask = args.mask or (
         "causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional"
     )
     numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
     plan = PatchingPlan(site, mask, layers, **numbers)
-    pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None
+    pairs = None
+    if args.pairs:
+        pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"])
     with exclusive_run_lock(out, "patching.json"):
         print_effects(patch_states(probe_run, plan, pairs, out, args.overwrite))

@@ -58,7 +58,8 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
 
 
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
-    one, other = run.analysis("routes.json"), draw.analysis("routes.json")
+    one = run.analysis("routes.json")
+    other = draw.analysis("routes.json")
     if any(one[key] != other[key] for key in ("questions_sha256", "questions", "window", "seed")):
         raise UserError(
             f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
@@ -151,9 +152,9 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
 def summarize(mask: str, of_mask: dict[str, Any]) -> str:
     """Return one sentence per mask: what text reads from the object's patches."""
     effects = {(effect["source"], effect["target"]): effect for effect in of_mask["effects"]}
-    own, random, more = (
-        _nats(effects[source, "text"]) for source in ("object", "random", "object - random")
-    )
+    own = _nats(effects["object", "text"])
+    random = _nats(effects["random", "text"])
+    more = _nats(effects["object - random", "text"])
     return (
         f"{mask.capitalize()}: if no text attends to the patches that a question is about, the right answer's "
         f"log-probability changes by {own}; without as many random patches by {random} (difference {more})."

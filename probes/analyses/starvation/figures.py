@@ -101,7 +101,9 @@ def compare_gaps(
 
 def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
     """Yield the figures of context starvation; `analysis` is starvation.json, which may be of another site."""
-    at = f"at {analysis['site'].replace('_', ' ')}" if analysis else ""
+    at = ""
+    if analysis:
+        at = f"at {analysis['site'].replace('_', ' ')}"
     yield ReportFigure(
         "starvation", "Accuracy gap by patch",
         f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "

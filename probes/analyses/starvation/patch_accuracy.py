@@ -55,7 +55,8 @@ def patch_accuracy(
 
 def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor]) -> dict[str, list]:
     """Return {"causal", "bidirectional", "gap": [T], "gap_ci95": [[lo, hi]]} from the results of `patch_accuracy`."""
-    gap, resampled_gap = (x["bidirectional"] - x["causal"] for x in (accuracy, resampled))
+    gap = accuracy["bidirectional"] - accuracy["causal"]
+    resampled_gap = resampled["bidirectional"] - resampled["causal"]
     return {
         **{mask: values.tolist() for mask, values in accuracy.items()},
         "gap": gap.tolist(),

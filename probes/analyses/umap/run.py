@@ -138,7 +138,6 @@ def run(args: argparse.Namespace) -> None:
         write_files({out / "umap.json": results})
     for image in results["images"]:
         for site in image["sites"]:
-            purity, silhouette = (
-                "–" if x is None else f"{x:.2f}" for x in (site["knn_purity"], site["silhouette"])
-            )
+            purity = "–" if site["knn_purity"] is None else f"{site['knn_purity']:.2f}"
+            silhouette = "–" if site["silhouette"] is None else f"{site['silhouette']:.2f}"
             print(f"{image['name']}, {site['site']}: knn_purity {purity}, silhouette {silhouette}")

@@ -95,9 +95,8 @@ class MemorySolver(Solver):
         parts = all_gather_objects((torch.cat(index), *map(join_masks, masks)))
         images = [len(index) for index, _, _ in parts]
         order = torch.cat([index for index, _, _ in parts]).argsort()
-        self.loose, self.tight = (
-            join_masks([part[i] for part in parts])[order.tolist()] for i in (1, 2)
-        )
+        self.loose = join_masks([part[1] for part in parts])[order.tolist()]
+        self.tight = join_masks([part[2] for part in parts])[order.tolist()]
         self.sample_states: dict[str, Tensor] = {}
         for site in self.sites:
             mine = torch.cat([batch.pop(site) for batch in states])
@@ -106,9 +105,9 @@ class MemorySolver(Solver):
                 self.sample_states[site] = gathered[order]
 
     def _solve_site(self, site: str) -> dict[str, Any]:
-        states, loose, tight = (
-            x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight)
-        )
+        states = self.sample_states[site].to(self.device)
+        loose = self.loose.to(self.device)
+        tight = self.tight.to(self.device)
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
         refinement.solve_in_memory()

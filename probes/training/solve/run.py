@@ -166,7 +166,8 @@ def estimate(
             torch.cuda.synchronize()
         times.append(time.perf_counter())
         images.append(len(batch["index"]))
-    training, validation = (len(data.splits[split]) for split in ("training", "validation"))
+    training = len(data.splits["training"])
+    validation = len(data.splits["validation"])
     if len(times) < 2:
         raise UserError(
             f"{training} training images are one batch: too few to measure; run it without --dry-run"

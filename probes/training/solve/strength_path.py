@@ -104,15 +104,20 @@ class FoldSearch:
         path: list[tuple[float, float, Tensor]] = []
         last = before = start
         for strength in sorted(strengths or STRENGTHS, reverse=True):
-            guess = 2 * last - before if len(path) > 1 else last
+            guess = last
+            if len(path) > 1:
+                guess = 2 * last - before
             before = last
             path.append(self._solve(strength, guess))
             last = path[-1][2]
             losses = [loss for _, loss, _ in path]
             if strengths is None and len(path) > 2 and min(losses[-2:]) > min(losses[:-2]):
                 break
-        for strength in STRONGER if strengths is None else ():
-            if min(path, key=lambda entry: entry[1])[0] < max(entry[0] for entry in path):
+        stronger = STRONGER if strengths is None else ()
+        for strength in stronger:
+            best = min(path, key=lambda entry: entry[1])
+            strongest = max(path, key=lambda entry: entry[0])
+            if best[0] < strongest[0]:
                 break
             path.append(self._solve(strength, start))
         return sorted(path, key=lambda entry: -entry[0])
@@ -137,6 +142,6 @@ class FoldSearch:
         """Keep what is known of the first fold, for `count` problems: most of the images of all are its own."""
         self.learned_at = self.learned_at[:1].expand(count)
         for _ in range(len(self.pairs)):
-            self.pairs.append(
-                tuple(x[:1].expand(count, *x.shape[1:]) for x in self.pairs.popleft())
-            )
+            pair = self.pairs.popleft()
+            of_first = tuple(x[:1].expand(count, *x.shape[1:]) for x in pair)
+            self.pairs.append(of_first)

@@ -10,7 +10,7 @@ from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import apply_gram, normal_equations
-from probes.training import least_squares_solver
+from probes.training.solve import least_squares_solver
 from probes.training.solve.least_squares import LeastSquaresMoments, solve_least_squares
 from probes.training.solve.moments import STRENGTHS
 

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from scipy.optimize import minimize as scipy_minimize
 
 from probes.ops.quadrature import prepare_masks
-from probes.training import optimum
+from probes.training.solve import objective as objectives
+from probes.training.solve import refinement as refinements
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem, loss_sums
 from probes.training.solve.refinement import Refinement, solve_site
-from probes.training.solve.strength_path import FoldSearch
+from probes.training.solve.strength_path import STRENGTHS, FoldSearch
 
 pytestmark = pytest.mark.numerics
 
@@ -125,7 +126,7 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
 def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
     path, refinement = solve_site(problem(data))
     assert path.strengths == sorted(path.strengths, reverse=True)
-    assert len(path.strengths) < len(optimum.STRENGTHS)
+    assert len(path.strengths) < len(STRENGTHS)
     assert path.loss[path.chosen] == min(path.loss)
     assert path.solved == [path.chosen + i for i in (-1, 0, 1)]
     assert min(path.loss[-2:]) > path.loss[path.chosen], "risen twice"
@@ -137,7 +138,7 @@ def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_
 def test_states_that_tell_nothing_need_more_regularisation_than_the_first_strength(data):
     noise = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(3))
     path, _ = solve_site(problem((noise, data[1])))
-    assert path.strengths[0] > max(optimum.STRENGTHS), "stronger ones were tried"
+    assert path.strengths[0] > max(STRENGTHS), "stronger ones were tried"
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
@@ -216,7 +217,7 @@ _minimise = FoldSearch._minimise
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
-    monkeypatch.setattr(optimum, "TIGHT_ROUNDS", 0)
+    monkeypatch.setattr(refinements, "TIGHT_ROUNDS", 0)
     at = problem(data)
     refinement = Refinement(at, torch.tensor([1e-3]).double(), at.start[None] + 1)
     refinement.solve_in_memory()
@@ -229,5 +230,5 @@ def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
     masks = prepare_masks(data[1], CLASSES, GRID)
     points = torch.randn(2, CLASSES, 4, dtype=torch.float64)
     whole = loss_sums(tokens, masks, points)
-    monkeypatch.setattr(optimum, "CHUNK_NUMEL", 1)  # one image at a time
+    monkeypatch.setattr(objectives, "CHUNK_NUMEL", 1)  # one image at a time
     torch.testing.assert_close(loss_sums(tokens, masks, points), whole, rtol=1e-4, atol=1e-2)

@@ -27,6 +27,7 @@ _MODULES = {
     "write_effects": ".analyses.effects",
     "study": ".studies.run",
     "Study": ".studies.table",
+    "solve_features": ".training.solve.features",
     "prepare_masks": ".ops.quadrature",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }

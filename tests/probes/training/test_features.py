@@ -1,0 +1,72 @@
+"""Probes of one's own features against a run of `probes solve` on the same states."""
+
+import numpy as np
+import pytest
+from solving import arguments
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+
+pytestmark = pytest.mark.numerics
+
+SITE = "layer_02"
+
+
+@pytest.fixture(scope="module")
+def solved(checkpoints, segmentation, tmp_path_factory):
+    """A run of one site, and the states and masks of its training images."""
+    out = tmp_path_factory.mktemp("features")
+    more = ("--model.sites", f"[{SITE}]")
+    main(arguments(checkpoints["causal"], segmentation, out / "run", *more))
+    run = probes.ProbeRun(out / "run")
+    mllm = run.mllm()
+    training = run.dataset("training")
+    samples = [training[i] for i in range(len(training))]
+    states = mllm.states(mllm.preprocess([sample["image"] for sample in samples]), [SITE])[SITE]
+    features = states.unflatten(1, mllm.grid)
+    return run, features, [sample["target"] for sample in samples]
+
+
+def test_equals_the_run_of_a_model(solved):
+    run, features, masks = solved
+    strengths = run.site_paths[0]["strengths"]
+    chosen = run.site_paths[0]["chosen"]
+    classes = len(run.metrics["classes"])
+    probe = probes.solve_features(features, masks, classes, chosen, folds=2)
+    assert probe.converged
+    assert probe.loss == pytest.approx(
+        run.site_paths[0]["cv_cross_entropy"][strengths.index(chosen)], abs=1e-4
+    )
+    validation = run.dataset()
+    mllm = run.mllm()
+    for i in range(len(validation)):
+        image = validation[i]["image"]
+        states = mllm.states(mllm.preprocess([image]), [SITE])[SITE].unflatten(1, mllm.grid)
+        ours = probe.predict(states, (image.height, image.width))[0]
+        assert (ours == run.predict(image, SITE)).mean() > 0.999
+
+
+def test_the_strength_of_held_out_images_is_chosen(solved):
+    run, features, masks = solved
+    classes = len(run.metrics["classes"])
+    best = probes.solve_features(features, masks, classes)
+    assert best.converged
+    for strength in (best.strength * 10**0.5, best.strength / 10**0.5):
+        other = probes.solve_features(features, masks, classes, strength)
+        assert other.loss > best.loss - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, m: (f.flatten(1, 2), m), "features must be floats .*got float32"),
+        (lambda f, m: (f, m[1:]), "images, and .* masks"),
+        (lambda f, m: (f, [m[0] * 0 + 9, *m[1:]]), "mask 0.*9"),
+    ],
+)
+def test_misfits_are_errors(solved, change, message):
+    _, features, masks = solved
+    features, masks = change(features, [np.array(mask) for mask in masks])
+    with pytest.raises(UserError, match=message):
+        probes.solve_features(features, masks, 3)

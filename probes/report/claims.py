@@ -23,6 +23,7 @@ from probes.evaluation.estimate import Estimate
 from probes.results.formatting import Rows
 from probes.results.pairs import check_pair
 from probes.results.probe_run import ProbeRun
+from probes.results.steps import study_folder
 from probes.results.study import MASKS, StudyRuns
 
 from .strengths import path_rows
@@ -355,12 +356,15 @@ def _beyond_random_column(
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
             return untested(_draws_without(ANALYSIS_OF[claim], runs))
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
+    too_few = f"draws of a random {name}: {max(draws)}, two are needed"
+    if study_folder(study.first.path):
+        return untested(f"{too_few}: give the same `probes study` again with `--draws 2`")
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     if not study.first.has_llm:
         options = "--model.untrained '[encoder]' --model.match update"
     command = _command("solve", study, mask, f"{options} --model.draw {max(draws)}")
     again = ", and the same with --model.draw 1" * (max(draws) == 0)
-    return untested(f"draws of a random {name}: {max(draws)}, two are needed: run {command}{again}")
+    return untested(f"{too_few}: run {command}{again}")
 
 
 def _draws_without(analysis: str, runs: str) -> str:

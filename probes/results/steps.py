@@ -24,6 +24,15 @@ def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
     return found
 
 
+def study_folder(run: Path) -> Path | None:
+    """Return the folder of the study that a run DIR/ARM or DIR/MODEL/ARM belongs to; None if it was made by itself."""
+    for folder in (run.parent, run.parent.parent):
+        name = ".".join(run.relative_to(folder).parts)
+        if (folder / "steps" / f"{name}.json").is_file():
+            return folder
+    return None
+
+
 def describe_step(entry: dict[str, str]) -> str:
     """Return one line about a step of :func:`unfinished_steps`."""
     return f"{entry['step']} {entry['outcome']}: {entry['reason']}"

@@ -1,6 +1,7 @@
 """What a study concludes about each claim, from its trained, solved and random runs to results.json."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_one_draw_is_not_enough_and_the_reason_names_the_next(write, draws):
     assert beyond["value"] is None
     assert "draws of a random llm: 1, two are needed" in beyond["reason"]
     assert "--model.draw 1" in beyond["reason"]
+
+
+def test_in_a_study_the_reason_names_its_own_option(write, draws):
+    runs = [write("solved", CURVE, 1, solved=True), *draws(FLAT)]
+    steps = Path(runs[0]).parent / "steps"
+    steps.mkdir()
+    (steps / f"{Path(runs[0]).name}.json").write_text("{}")
+    beyond = claims_of(runs)["recovery"]["verdicts"]["beyond_random"]
+    assert beyond["reason"].endswith("give the same `probes study` again with `--draws 2`")
 
 
 def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, draws):

@@ -24,7 +24,7 @@ from .geometry import GridPlacement
 from .quadrature import PreparedMasks, prepare_masks
 
 # Nodes per cell and axis for a mask that is prepared for one call: preparing it costs more than these.
-TIGHT_NODES = 8
+SCORE_NODES = 8
 # If no logit of a token is further below the token's maximum, exp cannot underflow in float32 at any node: the nearest
 # token has weight >= 1/4, so the sum is >= exp(-0.75 * 80). Subtracting the maximum per node is then unnecessary.
 SAFE_RANGE = 80.0
@@ -38,7 +38,7 @@ def upsampled_cross_entropy(
     ignore_index: int = 255,
     *,
     view: GridPlacement | None = None,
-    nodes: int | None = TIGHT_NODES,
+    nodes: int | None = SCORE_NODES,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the cross-entropy of the upsampled logits: a scalar, or f[P] for P probes that share the target.

@@ -12,7 +12,7 @@ from torch import Tensor
 from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.evaluation.image_metrics import TaskMetric
 from probes.evaluation.resampling import dataset_scores
-from probes.ops.cross_entropy import TIGHT_NODES, loss_and_gradient
+from probes.ops.cross_entropy import SCORE_NODES, loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import count
 from probes.ops.quadrature import PreparedMasks
@@ -96,7 +96,7 @@ class PathScores:
         for images, target in group_by_mask_size(batch["target"][part]):
             masks = []
             if self.probes.task.name == SEGMENTATION:
-                prepare = MaskPreparer(mllm.geometry, self.probes.channels, TIGHT_NODES)
+                prepare = MaskPreparer(mllm.geometry, self.probes.channels, SCORE_NODES)
                 masks = [prepare(target)]
             self.metric.update(logits[:, images], target, index[images], *masks)
 

@@ -20,7 +20,7 @@ import wheels
 from processes import HANGING_S
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".lock", ".md", ".ipynb")  # for a checkout only
+LEFT_OUT = (".lock", ".md", ".png", ".ipynb")  # for a checkout only
 
 pytestmark = pytest.mark.slow
 

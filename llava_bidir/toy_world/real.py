@@ -26,7 +26,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals, run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-from .steps import MASKS, check_settings, run_studies, training_steps
+from .steps import MASKS, check_settings, run_studies, to_words, training_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ PHOTOS_STAGE1 = (
 )
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
+GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
 SOLVE = "-c demo/probes --only solve starvation report"
 ANSWERS = "answers --add answers.limit=40 answers.draws=1"
@@ -214,7 +215,7 @@ def study(
         if not data.is_photos:  # whose questions are beside the data set
             words += ANSWERS.split()
         words += ["--arms", *arms, "--data.name", label, "--seed_everything", str(seed)]
-        studies.append([*words, "--model.sites", SITES])
+        studies.append([*words, "--model.sites", SITES, *to_words(on_gpu())])
     run_studies(out / name, studies)
 
 
@@ -267,17 +268,18 @@ def make_plan(
         write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
     plan = read_json(file)
     print(
-        f"a step of stage 2 takes {plan['step_s']:.1f} s on one thread in {plan['precision']}: "
+        f"a step of stage 2 takes {plan['step_s']:.2g} s in {plan['precision']}: "
         f"{plan['stage1_steps']} steps of stage 1, {plan['steps']} of stage 2"
     )
     return plan
 
 
 def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
-    """Return the faster precision, by Lightning's name, and the seconds of a step of stage 2 in it on an idle core.
+    """Return the faster precision, by Lightning's name, and the seconds of a step of stage 2 in it.
 
-    The precision is that in which a linear layer of the LLM takes less CPU time: without instructions for bfloat16, a
-    complete step in it takes minutes. The step's time is the CPU time of the second of two micro-batches.
+    The precision is that in which a linear layer of the LLM is faster: on a CPU without instructions for bfloat16, a
+    complete step in it takes minutes. The step's time is that of the second of two micro-batches: the CPU time of one
+    thread or, on a GPU, twice the time, because two trainings share it.
 
     Args:
         llm: Hugging Face directory.
@@ -286,13 +288,14 @@ def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).model
-        inputs = torch.randn(
-            4, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
-        )
+        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).model.to(device)
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(4, tokens, model.config.hidden_size, generator=generator).to(device)
         linear = model.layers[0].mlp.up_proj
         by_precision = {
             precision: _measure(linear, inputs, precision)
@@ -303,23 +306,38 @@ def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
         def step(inputs_embeds):
             return model(inputs_embeds=inputs_embeds).last_hidden_state
 
-        return precision, MICRO_BATCHES * _measure(step, inputs, precision)
+        seconds = MICRO_BATCHES * _measure(step, inputs, precision)
+        return precision, len(MASKS) * seconds if gpu else seconds
     finally:
         torch.set_num_threads(threads)
 
 
 def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str) -> float:
-    """Return the CPU seconds of the second of two forwards and backwards."""
+    """Return the seconds of the second of two forwards and backwards: CPU time, or time on a GPU."""
     import time
 
     import torch
 
+    gpu = inputs.device.type == "cuda"
     for _ in range(2):
-        started = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        if gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter() if gpu else time.process_time()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             outputs = f(inputs)
         outputs.float().square().mean().backward()
-    return time.process_time() - started
+        if gpu:
+            torch.cuda.synchronize()
+    return (time.perf_counter() if gpu else time.process_time()) - started
+
+
+def on_gpu() -> dict[str, str | int]:
+    """Return the options by which a command uses the GPU that is there; none without one: configs/real are for CPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"--trainer.accelerator": "gpu", "--data.num_workers": GPU_WORKERS}
 
 
 def train(
@@ -367,6 +385,7 @@ def _stages(
     common |= {"--model.llm": out / model.llm, "--data.images": data.images}
     common |= {"--seed_everything": seed, "--trainer.precision": plan["precision"]}
     common |= {"--trainer.max_epochs": -1}
+    common |= on_gpu()
     if data.is_photos:
         common |= {"--config": "real/photos", "--model.encoder.image_px": data.image_px}
     stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": data.captions}

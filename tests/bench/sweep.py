@@ -1,5 +1,7 @@
 """A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from probes.data.batches import MaskPreparer
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
+from probes.tasks import SEGMENTATION
 from probes.training.module import ProbeModule
 from probes.training.solve.objective import loss_sums
 
@@ -139,9 +142,8 @@ class Sweep:
         self.heads = nn.ModuleDict(
             {s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()}
         )
-        # segmentation
         self.optimizers = {}
-        self.task = None
+        self.task = SimpleNamespace(name=SEGMENTATION)
         self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import pytest
 from processes import HANGING_S
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.nightly
 
 
 def python(*words: object) -> str:
@@ -27,6 +26,7 @@ def python(*words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
     options = "--device cpu --shape toy --images 2 --mask-px 64 --rounds 1".split()
     python(HERE / "gpu.py", *options, "--out", tmp_path / "found.json")
@@ -37,6 +37,7 @@ def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
     assert found["sweep"]["hours"] > 0 and found["loss"]["gradient_error"] < 1e-4
 
 
+@pytest.mark.nightly
 def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():
     code = "import sys, bench, draws, loss; loss.CASES = {'small': (5, 1, (96, 128))}; "
     code += "loss.bench_loss(bench.paired, lambda step: 1.0, rounds=1); "

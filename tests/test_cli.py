@@ -528,7 +528,9 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
-    llava_bidir.cli.main([*argv, "--trainer.log_every_n_steps", "1"])
+    llava_bidir.cli.main(
+        [*argv, "--trainer.log_every_n_steps", "1", "--throughput.peak_tflops", "1"]
+    )
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
@@ -540,7 +542,8 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
         "train/tokens_per_s",
     }
     wanted |= {
-        f"train/{name}" for name in ("step_s", "data_share", "padding_share", "text_only_share")
+        f"train/{name}"
+        for name in ("step_s", "data_share", "padding_share", "text_only_share", "mfu")
     }
     assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(
         tags["scalars"]

@@ -33,8 +33,9 @@ class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --out and --overwrite, and link the data to the model's processor."""
+        """Add --out, --overwrite and --throughput, and link the data to the model's processor."""
         self.add_run_options(parser, "runs/llava", "hf/")
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
@@ -107,7 +108,6 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
         LearningRateMonitor("step"),
-        Throughput(),
         LossMonitor(),
         ShowAnswers(),
         SaveAtStepBoundary(),

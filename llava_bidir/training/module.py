@@ -215,10 +215,10 @@ class LlavaTraining(LightningModule):
         with self._black_image(needed=batch["pixel_values"] is None):
             return supervised_loss(self.model, batch)
 
-    def _encode_black_image(self) -> Tensor:
-        """Return the features of a black image, f[T, d]."""
+    def black_image(self) -> Tensor:
+        """Return the pixels of an image without content, f[1, 3, H, W]."""
         size = self.processor.image_processor.crop_size
-        black = torch.zeros(
+        return torch.zeros(
             1,
             3,
             size["height"],
@@ -226,7 +226,10 @@ class LlavaTraining(LightningModule):
             device=self.device,
             dtype=self.model.dtype,
         )
-        return self.model.get_image_features(black).pooler_output[0]
+
+    def _encode_black_image(self) -> Tensor:
+        """Return the features of a black image, f[T, d]."""
+        return self.model.get_image_features(self.black_image()).pooler_output[0]
 
     @contextmanager
     def _black_image(self, needed: bool) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Training speed: samples/s, tokens/s, and the shares of waiting, padding and text-only samples."""
+"""Training speed: samples/s, tokens/s, MFU, and the shares of waiting, padding and text-only samples."""
 
 import time
 from collections import Counter
@@ -6,26 +6,51 @@ from collections import Counter
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.step_boundary import is_logged
 
+from .flops import ModelFlops, count_flops, peak_flops
+
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
-TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb".split()
+TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
 
 
 class Throughput(Callback):
     """Log the training speed, averaged between two logged steps, or since a validation between them.
 
     Over all devices: samples/s, tokens/s (without padding). For this device: seconds per step, share of time spent
-    waiting for data, shares of padding and text-only samples, peak memory.
+    waiting for data, shares of padding and text-only samples, peak memory, and MFU (flops.py).
 
     Lightning's ThroughputMonitor synchronises with the GPU after each batch; this callback reads the clock when a step
     is logged. Rates over all devices assume that all are as fast as this one.
+
+    Args:
+        peak_tflops: 10^12 operations per second that a device can do at most, for MFU. None: what Lightning knows of
+            the GPU; of one that it does not know, and of a CPU, no MFU is logged.
+
+    Raises:
+        UserError: `peak_tflops` is not positive.
     """
 
+    def __init__(self, peak_tflops: float | None = None):
+        if peak_tflops is not None and not peak_tflops > 0:
+            raise UserError(f"throughput.peak_tflops must be positive, got {peak_tflops}")
+        self.peak_tflops = peak_tflops
+        self.flops: ModelFlops | None = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Count the operations of the model if there is a peak to compare them with, and start the clock."""
+        self.peak = self._peak(trainer, pl_module.device)
+        if self.peak is not None:
+            with trainer.precision_plugin.forward_context():
+                self.flops = count_flops(pl_module.model, pl_module.black_image())
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
+
+    def _peak(self, trainer: Trainer, device: torch.device) -> float | None:
+        if self.peak_tflops is not None:
+            return 1e12 * self.peak_tflops
+        return peak_flops(device, trainer.precision)
 
     def _start_window(self, trainer: Trainer) -> None:
         self.counts = Counter()
@@ -75,6 +100,9 @@ class Throughput(Callback):
             tokens=sum(lengths),
             padded=batch["input_ids"].numel(),
         )
+        if self.flops is not None:
+            images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
+            self.counts["flops"] += self.flops.of_batch(images, lengths, batch["supervised"])
 
     def _rates(self, steps: int, devices: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -87,4 +115,6 @@ class Throughput(Callback):
             "padding_share": 1 - counts["tokens"] / counts["padded"],
             "text_only_share": counts["text_only"] / counts["samples"],
         }
+        if self.flops is not None:
+            rates["mfu"] = counts["flops"] / elapsed / self.peak
         return {f"train/{name}": float(value) for name, value in rates.items()}

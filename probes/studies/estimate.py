@@ -25,7 +25,7 @@ class Spread(NamedTuple):
 
 SIMULATED = 20_000  # studies
 # bench/draws.py
-TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world: yours can spread otherwise")
+TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world, which yours need not")
 
 
 def print_estimate(settings: Settings) -> None:
@@ -40,15 +40,7 @@ def print_estimate(settings: Settings) -> None:
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    spread = own_spread(settings.out) or TOY_WORLD
-    effect = detectable_effect(len(validation), settings.draws, len(settings.models), spread)
-    if effect:
-        size = f"{100 * effect:.1f} points beyond {settings.draws} random draws"
-    else:
-        size = "nothing beyond random draws"
-    print(
-        f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}"
-    )
+    print(describe_power(settings, len(validation)))
     trained = next(
         (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
         None,
@@ -56,6 +48,21 @@ def print_estimate(settings: Settings) -> None:
     if trained:
         words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
         run_command([*words, "--dry-run"])
+
+
+def describe_power(settings: Settings, images: int) -> str:
+    """Return which effects a study can tell from those of random models."""
+    spread = own_spread(settings.out) or TOY_WORLD
+    draws = settings.draws
+    if settings.arms is not None:
+        draws = sum(arm.startswith("random") for arm in settings.arms)
+    effect = detectable_effect(images, draws, len(settings.models), spread)
+    if effect is None:
+        return "with fewer than two random draws, nothing can be told from random models: give --draws 2 or more"
+    return (
+        f"{images} validation images, {draws} random draws: an effect must exceed those of random models by "
+        f"{100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in {spread.of}"
+    )
 
 
 def disk_mb(

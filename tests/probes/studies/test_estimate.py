@@ -8,7 +8,8 @@ import torch
 
 from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import judge_draws
-from probes.studies.estimate import TOY_WORLD, Spread, detectable_effect, own_spread
+from probes.studies.estimate import TOY_WORLD, Spread, describe_power, detectable_effect, own_spread
+from probes.studies.plan import Settings
 
 STUDIES = 1000
 
@@ -73,3 +74,17 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     assert found == Spread(
         pytest.approx(of_images**0.5), pytest.approx(of_draws**0.5), f"the study in {tmp_path}"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"draws": 1}, "give --draws 2 or more"),
+        ({"arms": ("trained", "random0", "adapter0")}, "give --draws 2 or more"),
+        ({"draws": 4}, "30 validation images, 4 random draws: an effect must exceed"),
+        ({"arms": ("random1", "random0")}, "30 validation images, 2 random draws"),
+    ],
+)
+def test_a_dry_run_says_what_random_draws_can_tell(tmp_path, settings, said):
+    settings = Settings(models={"": "model"}, data="photos", out=tmp_path, **settings)
+    assert said in describe_power(settings, 30)

@@ -199,7 +199,7 @@ def test_a_dry_run_writes_nothing(
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
     assert "random1/knockout" in said
-    assert "points beyond 2 random draws" in said
+    assert "2 random draws: an effect must exceed those of random models by" in said
     assert "MB" in said
     assert not (tmp_path / "study").exists()
 

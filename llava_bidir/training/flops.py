@@ -1,0 +1,112 @@
+"""Floating-point operations that a training step needs, and those that a device can do.
+
+Their ratio is the model FLOPs utilisation (MFU). Source: Chowdhery et al., PaLM, 2022, appendix B: matrix products
+alone, without recomputation and padding; attention counts all pairs of tokens, also those that a causal mask hides. A
+product of n x k and k x m has 2 n k m operations.
+
+Unlike there, the parts of this model differ: frozen weights have no gradient, the encoder no backward pass, and the
+head sees supervised tokens only.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+
+
+class ModelFlops(NamedTuple):
+    """Operations of a training step, forward and backward.
+
+    Args:
+        image: Of an image, in encoder and adapter.
+        token: Of a token, in the LLM's layers without attention.
+        pair: Of a pair of tokens, in the attention of all layers; a sample of N tokens has N^2.
+        supervised: Of a supervised token, in the head.
+    """
+
+    image: float
+    token: float
+    pair: float
+    supervised: float
+
+    def of_batch(self, images: int, lengths: Sequence[int], supervised: int) -> float:
+        """Return the operations of a micro-batch.
+
+        Args:
+            images: Number of images.
+            lengths: Tokens of each sample, without padding.
+            supervised: Number of supervised tokens.
+        """
+        tokens = sum(lengths)
+        pairs = sum(length**2 for length in lengths)
+        of_llm = tokens * self.token + pairs * self.pair + supervised * self.supervised
+        return images * self.image + of_llm
+
+
+def count_flops(model: LlavaBidirForConditionalGeneration, image: Tensor) -> ModelFlops:
+    """Return what a step needs with the weights that train now.
+
+    Args:
+        model: Model in training.
+        image: Pixels f[1, 3, H, W] of any image; encoder and adapter are run on it.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None)
+    width = config.num_attention_heads * (
+        head_dim or config.hidden_size // config.num_attention_heads
+    )
+    scores_and_sums = 2 * 2 * width
+    forward_and_backward = 3  # the gradient has twice as many products: each factor has one
+    return ModelFlops(
+        image=_count_image(model, image),
+        token=sum(_count_linear(layer) for layer in _linear_layers(model.model.language_model)),
+        pair=config.num_hidden_layers * scores_and_sums * forward_and_backward,
+        supervised=_count_linear(model.get_output_embeddings()),
+    )
+
+
+@torch.no_grad()
+def _count_image(model: LlavaBidirForConditionalGeneration, image: Tensor) -> float:
+    """Return the operations of encoder and adapter, and those of the adapter's backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        tokens = len(torch.cat(model.get_image_features(image).pooler_output))
+    backward = 0
+    reached = False  # a layer whose input depends on weights that train
+    for layer in _linear_layers(model.model.multi_modal_projector):
+        trains = layer.weight.requires_grad
+        backward += 2 * _size(layer.weight) * (trains + reached)
+        reached = reached or trains
+    return counter.get_total_flops() + tokens * backward
+
+
+def _linear_layers(part: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+
+
+def _count_linear(layer: nn.Linear) -> int:
+    """Return the operations of a linear layer above the adapter for one token: forward, and gradients."""
+    return 2 * _size(layer.weight) * (2 + layer.weight.requires_grad)
+
+
+def _size(weight: Tensor) -> int:
+    """Return the number of entries, of which ZeRO-3 leaves none in the parameter itself."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the operations per second that a device can do at most, None if Lightning's table does not have it.
+
+    Args:
+        device: Device of the training.
+        precision: Lightning's name: bf16-mixed, 32-true, ...
+    """
+    if device.type != "cuda":
+        return None
+    by_name = {"bf16": torch.bfloat16, "16": torch.float16}
+    dtype = by_name.get(precision.split("-")[0], torch.float32)
+    return get_available_flops(device, dtype)

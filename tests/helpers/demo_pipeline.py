@@ -20,73 +20,32 @@ MASKS = ("causal", "bidirectional")
 
 
 def run(out: Path) -> None:
+    """Run the commands, one after the other; `out` has no space in it."""
     assets = out / "assets"
     model = out / "stage2/hf"
-    few = ["--trainer.max_epochs", "2"]
-    llava_bidir(["demo-assets", str(assets), "--scale", "0.01"])
-    llava_bidir(
-        [
-            "fit",
-            "-c",
-            "configs/demo/stage2.yaml",
-            "--out",
-            str(out / "stage2"),
-            "--model.llm",
-            str(assets / "llm"),
-        ]
-        + [
-            "--model.encoder.path",
-            str(assets / "encoder"),
-            "--data.annotations",
-            str(assets / "dialogues.json"),
-        ]
-        + ["--data.val_annotations", str(assets / "questions.json"), "--data.images", str(assets)]
+    photos = assets / "segmentation"
+    llava_bidir(f"demo-assets {assets} --scale 0.01".split())
+    data = (
+        f"--data.annotations {assets}/dialogues.json --data.val_annotations {assets}/questions.json"
     )
-    runs = [str(out / mask) for mask in MASKS]
-    for mask, path in zip(MASKS, runs, strict=True):
-        probes(
-            [
-                "fit",
-                "-c",
-                "configs/demo/probes.yaml",
-                "--model.mllm",
-                str(model),
-                "--model.image_attention",
-                mask,
-                *few,
-            ]
-            + ["--save_predictions", "true", "--out", path]
-            + ["--data.root", str(assets / "segmentation")]
-        )
-        probes(
-            [
-                "knockout",
-                "--probes",
-                path,
-                "--classes",
-                "auto:3",
-                "--controls",
-                "distance",
-                "--draws",
-                "2",
-            ]
-        )
-    probes(
-        ["solve", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--data.root"]
-        + [
-            str(assets / "segmentation"),
-            "--out",
-            str(out / "solved"),
-            "--model.sites",
-            "[encoder, adapter, layer_01]",
-        ]
-        + ["--folds", "2", "--strengths", "1e-2", "1"]
+    parts = f"--model.encoder.path {assets}/encoder --model.llm {assets}/llm"
+    train = (
+        f"fit -c configs/demo/stage2.yaml --out {out}/stage2 {parts} {data} --data.images {assets}"
     )
-    probes(["maps", "--probes", runs[0], "--image", "0", "1"])
-    probes(["umap", "--probes", runs[0], "--image", "0"])
-    probes(["starvation", "--probes", *runs, "--by-class"])
-    probes(["explore", *runs, "--images", "0", "1", "--out", str(out / "report")])
-    probes(["report", *runs, str(out / "solved"), "--out", str(out / "report")])
+    llava_bidir(train.split())
+    probed = f"-c configs/demo/probes.yaml --model.mllm {model} --data.root {photos}"
+    for mask in MASKS:
+        fit = f"fit {probed} --model.image_attention {mask} --trainer.max_epochs 2"
+        probes(f"{fit} --save_predictions true --out {out}/{mask}".split())
+        knockout = f"knockout --probes {out}/{mask} --classes auto:3 --controls matched --draws 2"
+        probes(knockout.split())
+    probes(f"solve {probed} --out {out}/solved --folds 2 --strengths 1e-2 1".split())
+    first, second = (out / mask for mask in MASKS)
+    probes(f"maps --probes {first} --image 0 1".split())
+    probes(f"umap --probes {first} --image 0".split())
+    probes(f"starvation --probes {first} {second} --by-class".split())
+    probes(f"explore {first} {second} --images 0 1 --out {out}/report".split())
+    probes(f"report {first} {second} {out}/solved --out {out}/report".split())
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def label_notes(classes: list[str], labels: dict[str, LabelCounts]) -> list[str]
         )
     if unscored:
         notes.append(
-            f"No validation pixel is labelled {_some(unscored)}, so that mIoU leaves it out."
+            f"No validation pixel is labelled {_some(unscored)}, so that mIoU is over the other classes."
         )
     if absent:
         notes.append(f"No pixel of either split is labelled {_some(absent)}.")

@@ -35,7 +35,7 @@ from probes.results.formatting import Rows
 from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.runs import finished_runs, open_run
-from probes.results.steps import describe_step, unfinished_steps
+from probes.results.steps import describe_steps, unfinished_steps
 from probes.results.study import StudyRuns, model_name, overridden_masks, read_studies
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -169,7 +169,7 @@ def _write_files(
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
-        unfinished=[*map(describe_step, unfinished)],
+        unfinished=describe_steps(unfinished),
     )
     several = {
         "seed": by_study[0]["seed"],

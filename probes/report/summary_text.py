@@ -13,7 +13,7 @@ from probes.results.formatting import (
     format_p,
     format_points,
 )
-from probes.results.steps import describe_step
+from probes.results.steps import describe_steps
 
 from .encoder_layers import describe_best_layer
 from .site_table import describe_sites, shown_rows
@@ -44,24 +44,17 @@ def format_count(n: dict[str, int]) -> str:
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return how many of the tested claims are supported, what is concluded about the others, and how many are not."""
+    """Return how many claims are supported, and which; the numbers of other conclusions, and of untested claims."""
     tested = [claim for claim in claims if claim["supported"] is not None]
     supported = [claim for claim in tested if claim["finding"] == SUPPORTED]
-    conclusions = [claim["finding"] for claim in tested]
-    others = Counter(conclusion for conclusion in conclusions if conclusion != SUPPORTED)
-    text = f"{len(supported)} of {len(tested)} tested claims are supported"
-    if supported:
-        text += ": " + ", ".join(
-            f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported
-        )
-    why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
-    text += f". The others: {why}." if why else "."
-    untested = len(claims) - len(tested)
-    return (
-        f"{text} Untested, so neither supported nor not: {untested} of {len(claims)}."
-        if untested
-        else text
-    )
+    names = ", ".join(f"{c['claim'].replace('_', ' ')} {c['image_attention']}" for c in supported)
+    parts = [f"{len(supported)} supported" + (f" ({names})" if names else "")]
+    others = Counter(claim["finding"] for claim in tested if claim["finding"] != SUPPORTED)
+    for finding, count in others.most_common():
+        parts.append(f"{count} {finding if count == 1 else finding.replace('does not', 'do not')}")
+    if len(claims) > len(tested):
+        parts.append(f"{len(claims) - len(tested)} untested")
+    return f"Of {len(claims)} claims: {', '.join(parts)}."
 
 
 def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,7 +207,7 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 def format_results(results: dict[str, Any]) -> str:
     """Return the verdicts of results.json as text."""
-    lines = [describe_step(entry) for entry in results.get("unfinished", ())]
+    lines = describe_steps(results.get("unfinished", ()))
     lines += [""] * bool(lines)
     for joint in results.get("joint", []):
         lines += [

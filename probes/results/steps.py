@@ -1,5 +1,6 @@
 """Steps of a study that were left out or have failed, as DIR/steps/*.json say; the report names them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
@@ -33,6 +34,9 @@ def study_folder(run: Path) -> Path | None:
     return None
 
 
-def describe_step(entry: dict[str, str]) -> str:
-    """Return one line about a step of :func:`unfinished_steps`."""
-    return f"{entry['step']} {entry['outcome']}: {entry['reason']}"
+def describe_steps(unfinished: Iterable[dict[str, str]]) -> list[str]:
+    """Return a line for each outcome and reason of :func:`unfinished_steps`, with the steps that have it."""
+    steps: dict[tuple[str, str], list[str]] = {}
+    for entry in unfinished:
+        steps.setdefault((entry["outcome"], entry["reason"]), []).append(entry["step"])
+    return [f"{', '.join(names)} {outcome}: {reason}" for (outcome, reason), names in steps.items()]

@@ -301,8 +301,8 @@ def _layer_figure(
     return ReportFigure(
         name, title,
         caption(
-            "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
-            "and a rise over the LLM layers.", _peak_caption(study),
+            "Segmentation quality of the probe at each site (Figs. 3 and 8). The paper reports a drop from encoder to "
+            "adapter and a rise over the LLM layers.", _peak_caption(study),
             "Dotted: the untrained model." if _shown_untrained(study, solved) else "",
             "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
             "not be learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
@@ -341,7 +341,7 @@ def _peak_caption(*studies: StudyRuns) -> str:
     runs = [run for study in studies for run in study.trained.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
     return (
-        "Dashed: the best layer, with its gain over the adapter in percentage points."
+        "Dashed: the best layer, with its difference from the adapter in percentage points."
         if marked
         else ""
     )

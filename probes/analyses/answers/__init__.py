@@ -8,6 +8,8 @@ from probes.analyses.base import (
     Analysis,
     PlannedRun,
     Row,
+    add_batch_size,
+    add_draws,
     add_out,
     add_questions,
     add_run,
@@ -21,19 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes answers`."""
     add_run(parser)
     add_questions(parser)
-    text = "draws to average for each condition with random tokens"
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=5,
-        help=text,
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        help="questions per batch",
-    )
+    add_draws(parser, 5)
+    add_batch_size(parser, 16, "questions")
     add_seed(parser, "the controls and the bootstrap")
     add_out(parser)
 

@@ -9,6 +9,8 @@ from probes.analyses.base import (
     Claim,
     PlannedRun,
     Row,
+    add_batch_size,
+    add_draws,
     add_out,
     add_run,
     add_seed,
@@ -57,13 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=CONTROLS[1:],
         help=text,
     )
-    text = "draws to average for each condition with random tokens"
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=5,
-        help=text,
-    )
+    add_draws(parser, 5)
     text = "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l "
     text += "(RUN/knockout_windows.json)"
     parser.add_argument(
@@ -79,12 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="leave out images with fewer wrong patches",
     )
     parser.add_argument("--limit", type=int, help="number of images to read (default: all)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        help="images, or cases, per forward",
-    )
+    add_batch_size(parser, 64, "images, or cases,")
     add_seed(parser, "the controls and the bootstrap")
     add_out(parser)
 

@@ -3,7 +3,15 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
-from probes.analyses.base import Analysis, PlannedRun, add_out, add_run, add_seed
+from probes.analyses.base import (
+    Analysis,
+    PlannedRun,
+    add_batch_size,
+    add_draws,
+    add_out,
+    add_run,
+    add_seed,
+)
 from probes.models.sites import ADAPTER, is_before_adapter
 
 
@@ -28,18 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, help="number of images, and of pairs, to read (default: all)"
     )
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=3,
-        help="draws of random tokens to average",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        help="images per batch",
-    )
+    add_draws(parser, 3)
+    add_batch_size(parser, 16, "images")
     add_seed(parser, "the random tokens and the bootstrap")
     add_out(parser)
 

@@ -8,6 +8,8 @@ from probes.analyses.base import (
     Analysis,
     Claim,
     Row,
+    add_batch_size,
+    add_draws,
     add_out,
     add_questions,
     add_run,
@@ -32,20 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=text,
     )
-    text = "draws of as many random patches to average"
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=3,
-        help=text,
-    )
-    text = "forwards that run together, each of one question under one knockout"
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help=text,
-    )
+    add_draws(parser, 3)
+    add_batch_size(parser, 32, "questions, each under one knockout,")
     add_seed(parser, "the random patches and the bootstrap")
     add_out(parser)
 

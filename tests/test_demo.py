@@ -232,17 +232,20 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
     def ended() -> bool:
         return all((out / file).is_file() for file in PLANTED)
 
+    said = tmp_path / "said"
     while not ended():
         assert time.monotonic() < deadline
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = subprocess.Popen(
-            command(out),
-            cwd=FOLDER,
-            start_new_session=True,
-            **quiet,
-        )
+        with said.open("w") as log:
+            running = subprocess.Popen(
+                command(out),
+                cwd=FOLDER,
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
         until = time.monotonic() + chance.uniform(5, 20)
         while time.monotonic() < (until if kills < 3 else deadline) and not ended():
+            assert running.poll() in (None, 0), said.read_text()
             time.sleep(0.1)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait(HANGING_S)

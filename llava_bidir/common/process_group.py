@@ -16,13 +16,31 @@ from typing import Any
 from .errors import UserError
 
 SEVERAL = "import json, sys; from {package}.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
+# A command that was killed outright cannot end its processes: they end themselves.
+WATCH = "import sys; from llava_bidir.common.process_group import end_with_parent; end_with_parent(int(sys.argv[2]))\n"
+WATCH_S = 0.5
 LOG_LINES = 20  # of a step that failed
 Step = tuple[Path, list[str], Path | None]  # result, command of `llava-bidir`, and what it needs
 
 
 def several_commands(package: str, commands: list[list[str]]) -> list[str]:
-    """Return the words that run commands of a package in one process: importing takes as long as many of them."""
-    return [sys.executable, "-c", SEVERAL.format(package=package), json.dumps(commands)]
+    """Return the words that run commands of a package in one process: importing takes as long as many of them.
+
+    The process ends with this one, even if this one is killed: commands of the next call would meet it in their folder.
+    """
+    code = WATCH + SEVERAL.format(package=package)
+    return [sys.executable, "-c", code, json.dumps(commands), str(os.getpid())]
+
+
+def end_with_parent(parent: int) -> None:
+    """Kill this process and its group as soon as its parent is another than the process `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_missing(out: Path, name: str, steps: list[Step]) -> None:

@@ -1,8 +1,7 @@
 """The demo: what is done twice, what is not, and that a kill at any moment changes no result.
 
-With DEMO=FOLDER, the tests use what `llava-bidir demo --out FOLDER --scale 0.05 --extras` has made; without such a folder,
-they make it.
-`.ci/run` has it made by a wheel that is installed without the clone.
+With DEMO=FOLDER, the tests use what `llava-bidir demo --out FOLDER --scale 0.05 --extras` has made; without such a
+folder, they make it. `.ci/run` has it made by a wheel that is installed without the clone.
 """
 
 import json

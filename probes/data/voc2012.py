@@ -126,7 +126,8 @@ def _list_file(root: Path, name: str) -> Path:
 def _read_list(root: Path, name: str) -> list[str]:
     file = _list_file(root, name)
     # a line is NAME or "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-    names = [Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()]
+    lines = read_text(file).splitlines()
+    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
         raise UserError(f"{file} lists no images")
     if invalid := [name for name in names if "\0" in name or len(name) > 200]:

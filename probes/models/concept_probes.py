@@ -237,7 +237,9 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
-    padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
+    padded = torch.stack(
+        [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates],
+    )
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
 
     def to_weights(site: int, weights: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
 def _relative_update(before: Tensor, after: Tensor) -> float:
     before = before.float()
     after = after.float()
-    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
+    change = (after - before).norm(dim=-1)
+    return (change / before.norm(dim=-1)).mean().item()
 
 
 def match_updates(

@@ -145,7 +145,8 @@ class MeasuredMask:
         else:  # recurrent layers and convolutions see a part of what comes earlier
             differs = wrong
             share = None
-        names = [layer_site(layers[i] + 1) for i in differs.any(1).nonzero().flatten().tolist()]
+        differing = differs.any(1).nonzero().flatten().tolist()
+        names = [layer_site(layers[i] + 1) for i in differing]
         return Direction(
             name,
             moved.float().mean().item(),
@@ -169,7 +170,8 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
         mllm: A loaded model, best in float32: differences must exceed the rounding of its dtype.
         seed: Seed of the image of noise and of the disturbances.
     """
-    ids = torch.cat([mllm.ids, mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))], 1)
+    text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
+    ids = torch.cat([mllm.ids, text], 1)
     is_image = ids == mllm.model.config.image_token_id
     blocks = _blocks(is_image[0])
     rng = np.random.default_rng(seed)
@@ -262,7 +264,8 @@ def _threshold(movement: Tensor) -> float:
     """
     rounding = torch.finfo(movement.dtype).eps
     limits = movement.new_tensor([rounding, rounding**0.5])
-    levels = torch.cat([movement.flatten().clamp(*limits.tolist()), limits]).log().sort().values
+    between = movement.flatten().clamp(*limits.tolist())
+    levels = torch.cat([between, limits]).log().sort().values
     widest = int(levels.diff().argmax())
     return float(levels[widest : widest + 2].mean().exp())
 

@@ -90,7 +90,8 @@ class Taught:
             UserError: The site is unknown, or the knockout does not fit the model.
         """
         states = self.mllm.states(self.mllm.preprocess(image), [site], knockout)[site]
-        return self.probes.logits(states[0], site).softmax(-1).T.unflatten(1, self.mllm.grid).cpu()
+        probability = self.probes.logits(states[0], site).softmax(-1)
+        return probability.T.unflatten(1, self.mllm.grid).cpu()
 
     def _read_states(self, knockout: Knockout | None = None) -> dict[str, Tensor]:
         """Return the states f[N, d] of the painted patches at all sites."""
@@ -115,7 +116,8 @@ def paint_of(grids: Sequence[Tensor], concepts: int, rest_is_background: bool) -
     painted = torch.stack([grid.clone() for grid in grids])
     if rest_is_background:
         rest = (painted < 0).nonzero()
-        rest = rest[torch.linspace(0, len(rest) - 1, min(len(rest), MOST_REST)).round().long()]
+        chosen = torch.linspace(0, len(rest) - 1, min(len(rest), MOST_REST))
+        rest = rest[chosen.round().long()]
         painted[rest[:, 0], rest[:, 1]] = concepts - 1
     photo, patch = (painted >= 0).nonzero().T
     paint = Paint(painted[photo, patch], photo, patch)

@@ -200,7 +200,8 @@ def mean_over_seeds(
     halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)
     of_images = halves.square().mean().sqrt().item()
     value = values.mean().item()
-    of_seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std().item() / len(values) ** 0.5
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
+    of_seeds = quantile * values.std().item() / len(values) ** 0.5
     half = (
         math.hypot(of_seeds, of_images)
         if shared_images

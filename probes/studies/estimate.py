@@ -99,7 +99,8 @@ def own_spread(out: Path) -> Spread | None:
 
 def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[float, float]:
     """Return the variance of one image and of draws; the interval is over images."""
-    return images * ((ci95[1] - ci95[0]) / 2 / 1.96) ** 2, float(np.var(by_draw, ddof=1))
+    error = (ci95[1] - ci95[0]) / 2 / 1.96
+    return images * error**2, float(np.var(by_draw, ddof=1))
 
 
 def detectable_effect(

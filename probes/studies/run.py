@@ -103,7 +103,8 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     steps = make_plan(settings)
     out = settings.out
     check_words(steps)
-    part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
+    names = [*filter(None, settings.models), *(settings.arms or ())]
+    part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         missing = _missing(steps, out, _changed_models(steps, overwrite))
         failed = _run_steps(missing, settings, overwrite)
@@ -347,7 +348,8 @@ def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
             for word in words
         ]
     start = words.index("--classes") + 1
-    stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    later_options = (i for i in range(start, len(words)) if words[i].startswith("--"))
+    stop = next(later_options, len(words))
     return (
         words[:start] + [entry["class"] for entry in read_json(trained)["classes"]] + words[stop:]
     )

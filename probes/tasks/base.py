@@ -173,4 +173,6 @@ class ValueTask(Task):
 
 def mean_over_valid(error: Tensor, valid: Tensor) -> Tensor:
     """Return the mean f[P, B] of errors f[P, B, H, W] over the valid pixels bool[B, H, W]; 0 where there are none."""
-    return torch.where(valid, error, 0).sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
+    total = torch.where(valid, error, 0).sum((-2, -1))
+    pixels = valid.sum((-2, -1)).clamp(min=1)
+    return total / pixels

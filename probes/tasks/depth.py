@@ -89,5 +89,6 @@ class Depth(ValueTask):
         from matplotlib import colormaps
 
         log = np.log(prediction)
-        span = np.nanmax(log) - np.nanmin(log)
-        return colormaps["viridis_r"]((log - np.nanmin(log)) / max(span, 1e-6), bytes=True)[..., :3]
+        nearest = np.nanmin(log)
+        span = max(np.nanmax(log) - nearest, 1e-6)
+        return colormaps["viridis_r"]((log - nearest) / span, bytes=True)[..., :3]

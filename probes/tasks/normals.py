@@ -47,7 +47,9 @@ class Normals(ValueTask):
     def predict(self, maps: Tensor) -> Tensor:
         """Return unit vectors, f[..., H, W, 3]."""
         # F.normalize takes ten times as long over three channels on a CPU
-        return (maps * maps.square().sum(-3, keepdim=True).clamp(min=1e-24).rsqrt()).movedim(-3, -1)
+        squared_norm = maps.square().sum(-3, keepdim=True)
+        unit = maps * squared_norm.clamp(min=1e-24).rsqrt()
+        return unit.movedim(-3, -1)
 
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean of 1 - cosine, f[P, B]."""

@@ -70,7 +70,8 @@ class GridConv(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return logits f[B, T, K]."""
-        return self.conv(states.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+        maps = states.transpose(1, 2).unflatten(2, self.grid)
+        return self.conv(maps).flatten(2).transpose(1, 2)
 
 
 # name -> factory (width, classes, grid) of a module f[B, T, d] -> f[B, T, K]. B may be 0: a rank without an image.

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -113,10 +114,7 @@ def make_nanovlm(clone: Path, batch: dict) -> tuple[nn.Module, Callable[[], torc
     processors.get_tokenizer = lambda *args: SimpleNamespace(image_token_id=IMAGE_ID)
     sys.modules |= {"data": ModuleType("data"), "data.processors": processors}
     sys.path.insert(0, str(clone))
-    from models.config import VLMConfig
-    from models.vision_language_model import VisionLanguageModel
-
-    config = VLMConfig(
+    config = import_module("models.config").VLMConfig(
         vit_hidden_dim=VISION_WIDTH,
         vit_inter_dim=VISION_INNER,
         vit_patch_size=PATCH_PX,
@@ -132,7 +130,11 @@ def make_nanovlm(clone: Path, batch: dict) -> tuple[nn.Module, Callable[[], torc
         mp_pixel_shuffle_factor=1,
         mp_image_token_length=IMAGE_TOKENS,
     )
-    model = VisionLanguageModel(config, load_backbone=False).to(batch["input_ids"].device)
+    model = (
+        import_module("models.vision_language_model")
+        .VisionLanguageModel(config, load_backbone=False)
+        .to(batch["input_ids"].device)
+    )
     model.vision_encoder.requires_grad_(False)
 
     def loss() -> torch.Tensor:

@@ -178,9 +178,8 @@ def contrast_estimates(
         0, unit, cases.patches
     )
     df = (patches.sum().square() / patches.square().sum()).item() - 1
-    wider = (
-        float(scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)) * ((df + 1) / df) ** 0.5
-    )
+    tails = scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)
+    wider = float(tails) * ((df + 1) / df) ** 0.5
     means = estimates(sums.sum(0) / tokens.sum(0)[:, None])
     widened = [
         Estimate(mean.value, mean.value + wider * (mean.resampled - mean.value)) for mean in means

@@ -48,7 +48,8 @@ def window_effects(sweep: dict[str, Any]) -> FigureData:
         ]
         step = -(-len(labels) // 8)
         ax.set_yticks(range(len(labels))[::step], labels[::step], fontsize=7)
-        ticks = range(0, maps[name].shape[1] - 1, -(-(maps[name].shape[1] - 1) // 6))
+        columns = maps[name].shape[1] - 1
+        ticks = range(0, columns, -(-columns // 6))
         ax.set_xticks(ticks, [tick + 1 for tick in ticks], fontsize=7)
         ax.grid(False)
         ax.set_title(f"{SET_LABELS[name]}, {kinds[kind]}", fontsize=7.5)

@@ -246,7 +246,8 @@ def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
         return result | {"value": value}
     # a resampling can lack all images of a rare class
     of_images = torch.stack([effect.resampled.double() for effect in effects.values()]).nanmean(0)
-    variance = max(values.var().item() / len(values), of_images[~of_images.isnan()].var().item())
+    of_draws = values.var().item() / len(values)
+    variance = max(of_draws, of_images[~of_images.isnan()].var().item())
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * variance**0.5
     return result | {
         "value": value,

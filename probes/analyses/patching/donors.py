@@ -56,7 +56,8 @@ def mask_batch(
         name: (row_of == row).expand_as(truth)
         for name, row in zip(ROWS, (0, rows // 2, rows - 1), strict=True)
     }
-    largest = F.one_hot(truth + 1, classes + 1).sum(1)[:, 1:].argmax(1, keepdim=True)
+    patches = F.one_hot(truth + 1, classes + 1).sum(1)[:, 1:]
+    largest = patches.argmax(1, keepdim=True)
     return Batch(
         index,
         pixels,

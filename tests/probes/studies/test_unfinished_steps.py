@@ -298,7 +298,9 @@ def test_two_models_of_one_mask_at_some_sites_end_with_a_page(
     path = checkpoints["causal"]
     main(["study", f"a={path}", f"b={path}", str(segmentation), "--out", str(out), *words])
     said = capsys.readouterr().out
-    assert "a/trained/knockout left out: no probes at layer_01, layer_03" in said
+    assert (
+        "a/trained/knockout, b/trained/knockout left out: no probes at layer_01, layer_03" in said
+    )
     assert (
         "b/trained/starvation left out: the masks of the two models are causal and causal" in said
     )

@@ -311,4 +311,6 @@ def test_two_models_of_one_mask_at_some_sites_end_with_a_page(
         "b/trained/knockout",
         "b/trained/starvation",
     }
-    assert "a/trained/knockout left out" in (out / "report/index.html").read_text()
+    assert (
+        "a/trained/knockout, b/trained/knockout left out" in (out / "report/index.html").read_text()
+    )

@@ -73,7 +73,8 @@ def whiten_channels(states: Tensor, masks: PreparedMasks) -> tuple[Tensor, Tenso
     mean = torch.einsum("nkt,ntd->d", soft, x) / total
     x = x - mean
     class_sums = torch.einsum("nkt,ntd->kd", soft, x)
-    between = (class_sums.square() / soft.sum((0, 2)).clamp(min=1e-12)[:, None]).sum(0)
+    weights = soft.sum((0, 2)).clamp(min=1e-12)
+    between = (class_sums.square() / weights[:, None]).sum(0)
     within = (torch.einsum("nkt,ntd->d", soft, x.square()) - between) / total
     return mean.float(), within.sqrt().float()
 

@@ -22,21 +22,25 @@ def write_loss_curves(out: Path, runs: dict[str, Path]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("training", "step", "name", "value"))
     for training, folder in runs.items():
-        for name in SCALARS:
-            for step, value in read_curve(folder, name):
+        for name, curve in read_curves(folder).items():
+            for step, value in curve:
                 table.writerow((training, step, name.removeprefix("train/"), f"{value:.6g}"))
     write_files({out: text.getvalue()})
 
 
-def read_curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Return the steps and values of a scalar; of a step that a resumed run repeated, the last value."""
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of each scalar; of a step that a resumed run repeated, the last value.
+
+    A folder that does not exist has none.
+    """
     if not folder.is_dir():
-        return []
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if name not in events.Tags()["scalars"]:
-        return []
-    by_step = {}
-    for event in sorted(events.Scalars(name), key=lambda event: event.wall_time):
-        by_step[event.step] = event.value
-    return sorted(by_step.items())
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    logged = events.Tags()["scalars"]
+    curves = {}
+    for name in SCALARS:
+        if name in logged:
+            in_time = sorted(events.Scalars(name), key=lambda event: event.wall_time)
+            by_step = {event.step: event.value for event in in_time}
+            curves[name] = sorted(by_step.items())
+    return curves

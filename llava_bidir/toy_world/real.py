@@ -320,16 +320,16 @@ def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str
     import torch
 
     gpu = inputs.device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
     for _ in range(2):
-        if gpu:
-            torch.cuda.synchronize()
-        started = time.perf_counter() if gpu else time.process_time()
+        started = clock()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             outputs = f(inputs)
         outputs.float().square().mean().backward()
         if gpu:
             torch.cuda.synchronize()
-    return (time.perf_counter() if gpu else time.process_time()) - started
+        seconds = clock() - started
+    return seconds
 
 
 def on_gpu() -> dict[str, str | int]:

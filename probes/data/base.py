@@ -97,12 +97,7 @@ class ImageDataset(Dataset):
             "target": target,
         }
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        *target_files: File,
-    ) -> ndarray:
+    def read_target(self, image: Image.Image, image_file: File, *target_files: File) -> ndarray:
         """Return the target of an image, or raise a BadFile that names the file."""
         raise NotImplementedError
 
@@ -164,23 +159,14 @@ class SegmentationDataset(ImageDataset):
         super().__init__(files, classes, palette, groups)
         self._lookup = lookup
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        mask_file: File,
-    ) -> ndarray:
+    def read_target(self, image: Image.Image, image_file: File, mask_file: File) -> ndarray:
         """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names the file."""
         mask = open_image(mask_file, ("PNG",))
         check_sizes(image, mask.size, image_file, mask_file, self.target_name)
         return read_labels(mask, mask_file, self._lookup, self.classes)
 
 
-def lookup(
-    classes: int,
-    first: int = 0,
-    ignored: tuple[int, ...] = (IGNORE_INDEX,),
-) -> ndarray:
+def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDEX,)) -> ndarray:
     """Return the table int16[256] from raw label to class: 255 if ignored, -1 if invalid.
 
     Args:

@@ -219,12 +219,7 @@ class ProbeData(LightningDataModule):
         """Images per batch of a rank."""
         return math.ceil(self.batch_size / self.trainer.world_size)
 
-    def read_for(
-        self,
-        mllm: "FrozenMLLM",
-        sites: list[str],
-        prepare: MaskPreparer | None,
-    ) -> None:
+    def read_for(self, mllm: "FrozenMLLM", sites: list[str], prepare: MaskPreparer | None) -> None:
         """Set what images are read for; before the first loader.
 
         Args:

@@ -43,12 +43,7 @@ class DepthDataset(ImageDataset):
         """Return what the split is: its images, depth maps, and how their values are read."""
         return super().identity() | {"depth_values": f"x {self.scale}, at most {self.max_depth} m"}
 
-    def read_target(
-        self,
-        image: Image.Image,
-        image_file: File,
-        depth_file: File,
-    ) -> ndarray:
+    def read_target(self, image: Image.Image, image_file: File, depth_file: File) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
         depth = read_16_bit(depth_file).astype(np.float32)
         depth[depth == 0] = np.nan
@@ -63,11 +58,7 @@ class DepthDataset(ImageDataset):
         return limit_depth(depth, self.max_depth, depth_file)
 
 
-def limit_depth(
-    depth: ndarray,
-    max_depth: float | None,
-    file: File,
-) -> ndarray:
+def limit_depth(depth: ndarray, max_depth: float | None, file: File) -> ndarray:
     """Return the depth with NaN where it exceeds the limit, or raise a BadFile if no value is left."""
     if np.isnan(depth).all():
         raise BadFile(

@@ -13,11 +13,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_CHARACTERS = 10_000_000  # of a text file; VOC's list of 10,582 training images has 130,000
 
 
-def find_root(
-    root: str | Path,
-    name: str,
-    parts: tuple[str, ...],
-) -> Path:
+def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
     """Return the folder that contains all `parts`: `root`, or its subfolder `name` (may contain slashes).
 
     Raises:

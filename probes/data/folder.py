@@ -101,11 +101,7 @@ def _ignored_labels(settings: dict) -> list:
     return ignored if isinstance(ignored, list) else [ignored]
 
 
-def _check_palette(
-    path: Path,
-    palette: Any,
-    classes: int,
-) -> None:
+def _check_palette(path: Path, palette: Any, classes: int) -> None:
     if palette is None:
         return
     if not isinstance(palette, list) or not all(

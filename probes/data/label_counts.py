@@ -61,7 +61,10 @@ def add_counts(counts: Iterable[ndarray], classes: int) -> LabelCounts:
     rows = np.array([*counts], dtype=np.int64).reshape(-1, max(classes, 1) + 1)
     pixels = rows[:, :-1]
     return LabelCounts(
-        len(rows), pixels.sum(0).tolist(), (pixels > 0).sum(0).tolist(), int(rows[:, -1].sum())
+        images=len(rows),
+        pixels=pixels.sum(0).tolist(),
+        images_of_class=(pixels > 0).sum(0).tolist(),
+        ignored=int(rows[:, -1].sum()),
     )
 
 

@@ -130,11 +130,7 @@ def _option_types(layout: type) -> dict[str, Any]:
     return types
 
 
-def _check_options(
-    layout: type,
-    dataset: str,
-    options: dict[str, Any],
-) -> None:
+def _check_options(layout: type, dataset: str, options: dict[str, Any]) -> None:
     """Raise unless the options match the signature, where a type is a class or a Literal of strings."""
     types = _option_types(layout) if options else {}
     for name, value in options.items():

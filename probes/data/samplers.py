@@ -99,11 +99,7 @@ def validation_batches(
     return [mine[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def assign_folds(
-    images: int,
-    folds: int,
-    groups: list[str] | None = None,
-) -> torch.Tensor:
+def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> torch.Tensor:
     """Return the fold of each image, i64[N]; images of a group share a fold.
 
     Blocks of up to eight images, or groups, in the order of the dataset are dealt out in turns. Neighbours in that

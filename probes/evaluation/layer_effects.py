@@ -188,4 +188,5 @@ def patch_accuracies(
 
 def _pool(counts: Tensor, columns: int) -> Tensor:
     """Return the sums f[N, 2] of counts by patch f[N, T]: of patch 0, and of the first row."""
-    return torch.stack([counts[:, [0]].sum(1), counts[:, :columns].sum(1)], 1)
+    first_row = counts[:, :columns].sum(1)
+    return torch.stack([counts[:, 0], first_row], 1)

@@ -48,7 +48,8 @@ class Strengths:
             for site, found in zip(self.sites, solved, strict=True)
         ]
         last = len(solved[0]) - 1  # all sites have as many solved strengths
-        rows = {name: torch.tensor(chosen).add(step).clamp(0, last) for name, step in ROWS.items()}
+        indices = torch.tensor(chosen)
+        rows = {name: indices.add(step).clamp(0, last) for name, step in ROWS.items()}
         return {
             name: row
             for name, row in rows.items()

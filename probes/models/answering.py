@@ -144,9 +144,8 @@ def text_states(
         mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None)
     )
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
-    positions = (
-        torch.cat([torch.arange(tokens), tokens + text.positions]).to(mllm.device).expand(batch, -1)
-    )
+    positions = torch.cat([torch.arange(tokens), tokens + text.positions])
+    positions = positions.to(mllm.device).expand(batch, -1)
     is_image = torch.cat(
         [mllm.is_image, torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)]
     )

@@ -206,7 +206,8 @@ def _solve_sites(
     for s, (name, site) in enumerate(zip(states, scaled, strict=True)):
         weights = to_weights(s, points[s, ..., :-1].double()) * site.scale.double()
         result.weights[name] = weights.float()
-        result.bias[name] = (points[s, ..., -1].double() - weights @ site.mean.double()).float()
+        at_mean = weights @ site.mean.double()
+        result.bias[name] = (points[s, ..., -1].double() - at_mean).float()
         result.strengths[name] = STRENGTHS[best[s, -1]]
 
 
@@ -237,9 +238,7 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
-    padded = torch.stack(
-        [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates],
-    )
+    padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
 
     def to_weights(site: int, weights: Tensor) -> Tensor:

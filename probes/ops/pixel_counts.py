@@ -132,9 +132,9 @@ def _token_of_pixel(
 ) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
     row, column = view.token_of_pixel(grid, size)
-    token = torch.where(
-        (row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1]
-    )
+    row = row[:, None]
+    inside = (row >= 0) & (column >= 0)
+    token = torch.where(inside, row * grid[1] + column, grid[0] * grid[1])
     return token.to(device)
 
 

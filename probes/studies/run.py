@@ -350,9 +350,8 @@ def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
     start = words.index("--classes") + 1
     later_options = (i for i in range(start, len(words)) if words[i].startswith("--"))
     stop = next(later_options, len(words))
-    return (
-        words[:start] + [entry["class"] for entry in read_json(trained)["classes"]] + words[stop:]
-    )
+    classes = [entry["class"] for entry in read_json(trained)["classes"]]
+    return words[:start] + classes + words[stop:]
 
 
 def _run_step(step: Step, command: list[str], settings: Settings) -> None:

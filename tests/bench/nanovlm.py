@@ -14,7 +14,6 @@ with several --threads, those of all together.
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import real_step
 import torch
 from torch import nn
 from transformers import LlamaConfig, SiglipVisionConfig
@@ -161,25 +161,21 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5)
 
-    def step() -> float:
+    losses = []
+
+    def step() -> None:
         value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return value.item()  # waits for a GPU
+        losses.append(value.item())  # waits for a GPU
 
-    clock = clock_of(args.device)
-    step()
-    seconds = []
-    for _ in range(args.rounds):
-        started = clock()
-        value = step()
-        seconds.append(clock() - started)
+    seconds = real_step.measure(step, args.rounds, clock_of(args.device))
     found = {
-        "seconds": statistics.median(seconds),
+        "seconds": seconds,
         "memory": peak_memory(args.device) - before,
         "trainable": sum(weight.numel() for weight in weights),
-        "loss": value,
+        "loss": losses[-1],
     }
     if args.side == "ours":
         flops = count_flops(model, batch["pixel_values"][:1])

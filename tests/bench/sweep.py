@@ -1,7 +1,5 @@
 """A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from probes.data.batches import MaskPreparer
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import IGNORE_INDEX, count
-from probes.tasks import SEGMENTATION
+from probes.tasks import SEGMENTATION, TASKS
 from probes.training.module import ProbeModule
 from probes.training.solve.objective import loss_sums
 
@@ -143,7 +141,7 @@ class Sweep:
             {s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()}
         )
         self.optimizers = {}
-        self.task = SimpleNamespace(name=SEGMENTATION)
+        self.task = TASKS[SEGMENTATION]
         self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:

@@ -149,5 +149,6 @@ def measure_balance(
         else:
             distance = features.distance[b].mean()
             visibility = features.visibility[b].mean()
-            rows.append([b.sum(), distance, visibility, features.mass[b].sum(), compared[b].mean()])
+            mass = features.mass[b].sum()
+            rows.append([b.sum(), distance, visibility, mass, compared[b].mean()])
     return torch.tensor(np.mean(rows, 0), dtype=torch.float32)

@@ -81,7 +81,9 @@ class RoutesPlan:
 
 def windows(width: int, layers: int) -> list[list[int]]:
     """Return the first and the last layer of each window, "all layers" first."""
-    return [[1, layers], *([first, first + width - 1] for first in range(1, layers - width + 2))]
+    last_start = layers - width + 1
+    sliding = [[first, first + width - 1] for first in range(1, last_start + 1)]
+    return [[1, layers], *sliding]
 
 
 def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:

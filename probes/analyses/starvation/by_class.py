@@ -83,9 +83,9 @@ def standardised_gap(
                 valid > 0, all_weights @ (right * of_class) / valid, 0.0
             )
     accuracy = {mask: values / mix for mask, values in total.items()}
-    return accuracy_gap(
-        {mask: x[0] for mask, x in accuracy.items()}, {mask: x[1:] for mask, x in accuracy.items()}
-    )
+    estimate = {mask: values[0] for mask, values in accuracy.items()}
+    resampled = {mask: values[1:] for mask, values in accuracy.items()}
+    return accuracy_gap(estimate, resampled)
 
 
 def _frequency_groups(

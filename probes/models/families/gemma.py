@@ -32,7 +32,8 @@ def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
     patch = patch_size(model.config)
     # B, h, w, p, p, C
-    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    split = split.permute(0, 2, 4, 3, 5, 1)
     rows, columns = split.shape[1:3]
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return {

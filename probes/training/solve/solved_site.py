@@ -113,7 +113,8 @@ class SolvedSite:
         """Give a probe with batch norm the weights of the chosen strength."""
         norm = probe.norm
         norm.running_mean.copy_(self.mean)
-        norm.running_var.copy_(torch.where(self.scale > 0, self.scale.clamp(min=1e-30).pow(-2), 1))
+        variance = self.scale.clamp(min=1e-30).pow(-2)
+        norm.running_var.copy_(torch.where(self.scale > 0, variance, 1))
         chosen = self.weights[self.row].to(probe.head.weight)
         probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
         probe.head.bias.copy_(self.bias[self.row])

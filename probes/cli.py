@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     text = "plant effects in models of a toy world and count how often each verdict says yes, where it should and not"
-    p = command("calibrate", "probes.studies.calibrate:run", text)
+    p = command("calibrate", "llava_bidir.toy_world.calibrate:run", text)
     p.add_argument(
         "--out",
         default="runs/calibrate",

@@ -134,7 +134,8 @@ def score(
     for state, target in zip(states, targets, strict=True):
         logits = logits_of(state[None], weight, bias, mllm.grid)
         found = count(logits[None], target[None], mllm.geometry.view(tuple(target.shape)))
-        sums += torch.stack([found.intersection[0, 0], found.predicted[0, 0], found.labelled[0]])
+        counted = [found.intersection[0, 0], found.predicted[0, 0], found.labelled[0]]
+        sums += torch.stack(counted)
     intersection, predicted, labelled = sums
     union = predicted + labelled - intersection
     return (intersection / union)[union > 0].mean().item()

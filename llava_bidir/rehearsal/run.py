@@ -12,12 +12,14 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import find_missing, read_record, run_steps
 
 from .cost import extrapolate
 from .inputs import write_inputs
-from .measure import read_speed, run_measured
+from .measure import NAMES, read_speed, run_measured
 from .study import MASKS, RehearsalStep, plan_study
 
+MEASURED = ("wall_s", "host_gb", "host_with_files_gb", "device_gb", "samples", *NAMES)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -40,18 +42,17 @@ def run(args: argparse.Namespace) -> None:
         if args.inputs_only:
             return
         os.environ |= OFFLINE
-        for step in plan_study(args.out, args.size, args.encoder):
-            run_step(step, record["steps"], args.out / "logs")
-            record["cost"] = extrapolate(record["steps"], len(record["devices"]))
-            write_files({args.out / "rehearsal.json": record})
+        logs = args.out / "logs"
+        steps = plan_study(args.out, args.size, args.encoder)
+        failed = run_steps(find_missing(steps, logs), logs, run_step)
+        record["steps"] = {step.name: read_measurements(step, logs) for step in steps}
+        record["cost"] = extrapolate(record["steps"], len(record["devices"]))
+        write_files({args.out / "rehearsal.json": record})
     print(format_table(record))
     for line in describe_certificates(args.out):
         print(line)
-    failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
     if failed:
-        raise UserError(
-            f"{len(failed)} steps failed: {', '.join(failed)}; their logs are in {args.out / 'logs'}"
-        )
+        raise UserError(f"{len(failed)} steps failed: {'; '.join(failed)}")
 
 
 def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
@@ -77,25 +78,28 @@ def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
     return record
 
 
-def run_step(step: RehearsalStep, done: dict[str, dict[str, Any]], logs: Path) -> None:
-    """Run a step unless it is finished, and record its status and measurements in `done`."""
-    if done.get(step.name, {}).get("status") == "finished":
-        print(f"finished  {step.name}", flush=True)
-        return
-    log = logs / f"{step.name}.log"
-    print(f"running   {step.name}", flush=True)
-    measured = run_measured(step.command, log)
-    status = "failed" if measured["returncode"] else "finished"
-    done[step.name] = {
-        "status": status,
-        **measured,
-        "log": str(log),
-    }
-    if status == "failed":
+def run_step(step: RehearsalStep) -> dict[str, Any]:
+    """Run a step and return what was measured.
+
+    Raises:
+        UserError: It has failed.
+    """
+    log = step.result
+    measured = run_measured(list(step.command), log)
+    if measured.pop("returncode"):
         lines = log.read_text(errors="replace").strip().splitlines()
-        print(f"failed    {step.name}: {lines[-1]}\n          its log is {log}", flush=True)
-    elif step.events is not None:
-        done[step.name] |= {"samples": step.samples, **read_speed(step.events)}
+        raise UserError(f"{step.name}: {lines[-1]} (its log is {log})")
+    if step.events is not None:
+        measured |= {"samples": step.samples, **read_speed(step.events)}
+    return measured
+
+
+def read_measurements(step: RehearsalStep, logs: Path) -> dict[str, Any]:
+    """Return status, log and measurements of a step that has run, from its record."""
+    record = read_record(step.name, logs)
+    status = "failed" if record.get("failed") else "finished"
+    measured = {key: value for key, value in record.items() if key in MEASURED}
+    return {"status": status, "log": str(step.result)} | measured
 
 
 def describe_certificates(out: Path) -> list[str]:

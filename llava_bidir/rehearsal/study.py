@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from llava_bidir.common.steps import Step
+
 from .inputs import ARMS, PROBED, QUESTION, STEPS, STUDY
 
 MASKS = ("causal", "bidirectional")
@@ -17,20 +19,35 @@ LORA = "lora_24gb"
 
 
 @dataclass(frozen=True)
-class RehearsalStep:
-    """A command of the study.
+class RehearsalStep(Step):
+    """A command of the study, whose result is its log; the others run if it fails.
 
     Args:
-        name: Unique name, also of its log.
-        command: Words of the command.
         events: Run folder with TensorBoard events to take the speed from, if it is a training.
         samples: Samples of an optimizer step.
     """
 
-    name: str
-    command: list[str]
     events: Path | None = None
     samples: int = 1
+
+
+def rehearsal_step(
+    out: Path,
+    name: str,
+    command: list[str],
+    events: Path | None = None,
+    samples: int = 1,
+) -> RehearsalStep:
+    """Return the step of a command, with its log below OUT."""
+    return RehearsalStep(
+        name,
+        tuple(command),
+        result=out / "logs" / f"{name}.log",
+        kind=name,
+        optional=True,
+        events=events,
+        samples=samples,
+    )
 
 
 def micro_batch_size(stage: str) -> int:
@@ -76,8 +93,8 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
     if not torch.cuda.is_available():
         ask += ["--dtype", "bfloat16"]  # ten times as fast as the checkpoint's float16
     steps = [
-        RehearsalStep("published_sites", _probes("sites", inputs / "llava-hf")),
-        RehearsalStep("published_generate", ask),
+        rehearsal_step(out, "published_sites", _probes("sites", inputs / "llava-hf")),
+        rehearsal_step(out, "published_generate", ask),
     ]
     for mask in MASKS:
         steps += _training(out, inputs, size, encoder, mask)
@@ -92,7 +109,15 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
         *STUDY.split(),
         "explore.images=0",
     )
-    steps.append(RehearsalStep("study", study, out / "causal/probes", PROBED))
+    steps.append(
+        rehearsal_step(
+            out,
+            "study",
+            study,
+            events=out / "causal/probes",
+            samples=PROBED,
+        )
+    )
     if VQA_PYTHON.is_file():  # `make vqa-venv` makes it
         ask = _llava(
             "vqa",
@@ -104,7 +129,7 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
             "--python",
             VQA_PYTHON,
         )
-        steps.append(RehearsalStep("benchmarks", [*ask, "--out", str(out / "causal/vqa")]))
+        steps.append(rehearsal_step(out, "benchmarks", [*ask, "--out", str(out / "causal/vqa")]))
     return steps
 
 
@@ -140,5 +165,13 @@ def _training(
             options += ["--model.adapter", out / mask / "stage1/hf"]
         command = _llava("fit", *real, *hardware_options(stage, size), *options)
         command += ["--out", str(run), "--ckpt_path", "last"]
-        steps.append(RehearsalStep(f"{mask}_{stage}", command, run, batch_size(stage)))
+        steps.append(
+            rehearsal_step(
+                out,
+                f"{mask}_{stage}",
+                command,
+                events=run,
+                samples=batch_size(stage),
+            )
+        )
     return steps

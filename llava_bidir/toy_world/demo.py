@@ -14,36 +14,17 @@ that was deleted is made again, and what was made from it.
 """
 
 import argparse
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.process_group import Step, end_on_signals, run_missing
+from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import Step, run_in_process
 
-from .steps import MASKS, WEIGHTS, check_settings, run_studies, to_words, training_steps
+from .steps import MASKS, SCENES, WEIGHTS, check_settings, make_step, to_words, training_steps
 
-ARMS = "trained random0 random1 adapter0 adapter1"
-LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
-STUDY = f"--fit --arms {ARMS} --add knockout.classes={LOOK_ALIKES} knockout.draws=1 answers.limit=80 answers.draws=1"
-STUDY += " explore"
-# What no claim needs; it takes half of the time of a small demo.
-EXTRAS = "patching.limit=100 patching.draws=1 maps.classes=ceiling,road umap --tasks depth normals boundaries"
-# The binding world. The drop, at the encoder and the adapter, has studies of its own.
-SCENES = 2
-BINDING = "--arms trained random0 random1 --add explore answers.limit=80 answers.draws=1"
-BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
-SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
-# Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
-# cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
-OTHERS = {
-    "shuffled": ("random", 2),
-    "merged": ("adapter", 5),
-    "intact": ("adapter", 5),
-}
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
-ADAPTER_SITES = "--model.sites [encoder,adapter]"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,46 +38,13 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, settings)
-        run_missing(out, "assets", [(out / "assets/questions.json", _assets(out, settings), None)])
+        run_in_process(out, "assets", [_assets(out, settings)])
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda mask: _train(out, mask, settings), MASKS))
-        commands = _binding_studies(out, settings, args.extras) if args.world == "binding" else []
-        commands = commands or [_study(out, settings, args.extras)]
-        run_studies(out, commands)
+        from .demo_studies import run_studies  # imports torch
+
+        run_studies(out, settings, args.extras)
         print(format_truth(read_json(out / "report/results.json")))
-
-
-def _study(out: Path, settings: dict, extras: bool) -> list[str]:
-    """Return the words of the study of both masks, in the world of one scene, whose truth is unknown."""
-    models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
-    study = shlex.split(STUDY)
-    if extras or settings["scale"] >= 1:
-        study += [f"patching.pairs={out}/assets/pairs", *shlex.split(EXTRAS)]
-    study += _common(settings, "toy world")
-    return [*models, str(out / "assets/segmentation"), "--out", str(out), *study]
-
-
-def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]:
-    """Return the words of the studies; the last one writes the report of all."""
-    commands = []
-    world = str(out / "assets/segmentation")
-    common = _common(settings, f"{SCENES} scenes")
-    for name, (kind, draws) in OTHERS.items():
-        arms = ["--arms", "trained", *(f"{kind}{draw}" for draw in range(draws)), "--only", "solve"]
-        sites = shlex.split(SITES if kind == "random" else ADAPTER_SITES)
-        commands.append(
-            [str(out / name / "hf"), world, *arms, *sites, "--out", str(out / name), *common]
-        )
-    models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]
-    study = [*shlex.split(BINDING), "--fit"]
-    # knockouts take half of the time, and no truth is known about them
-    if not (extras or settings["scale"] >= 1):
-        study += ["--only", "solve", "fit", "starvation", "answers", "explore", "report"]
-    return [*commands, [*models, world, "--out", str(out), *study, *shlex.split(SITES), *common]]
-
-
-def _common(settings: dict, dataset: str) -> list[str]:
-    return ["-c", "demo/probes", "--seed_everything", str(settings["seed"]), "--data.name", dataset]
 
 
 def format_truth(results: dict) -> str:
@@ -142,11 +90,13 @@ def _format_column(column: dict) -> str:
     return f"{100 * column['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _assets(out: Path, settings: dict) -> list[str]:
+def _assets(out: Path, settings: dict) -> Step:
+    """Return the step that draws the world."""
     options = {f"--{k}": v for k, v in settings.items()}
     if settings["world"] == "binding":
         options["--scenes"] = SCENES
-    return ["demo-assets", f"{out}/assets", *to_words(options)]
+    words = ["demo-assets", f"{out}/assets", *to_words(options)]
+    return make_step(out, words, out / "assets/questions.json")
 
 
 def _train(out: Path, mask: str, settings: dict) -> None:
@@ -169,10 +119,15 @@ def _train(out: Path, mask: str, settings: dict) -> None:
         "stage1": {"-c": "demo/stage1"} | common | stage1,
         "stage2": {"-c": "demo/stage2"} | common | stage2,
     }
-    steps = training_steps(folder, stages, assets / "questions.json")
+    steps = training_steps(
+        out,
+        folder,
+        stages,
+        assets / "questions.json",
+    )
     if settings["world"] == "binding":
         steps += _plant(out, mask, settings)
-    run_missing(out, mask, steps)
+    run_in_process(out, mask, steps)
 
 
 def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
@@ -196,11 +151,15 @@ def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
             ("intact", "drop", {"--pairs": 0}),
         ):
             jobs.append((what, out / mask / "planted", out / name, options))
-    return [
-        (
-            target / WEIGHTS,
-            ["plant", what, f"{source}/hf", f"{out}/assets", f"{target}/hf", *to_words(options)],
-            source / WEIGHTS,
+    steps = []
+    for what, source, target, options in jobs:
+        words = ["plant", what, f"{source}/hf", f"{out}/assets", f"{target}/hf", *to_words(options)]
+        steps.append(
+            make_step(
+                out,
+                words,
+                target / WEIGHTS,
+                source / WEIGHTS,
+            )
         )
-        for what, source, target, options in jobs
-    ]
+    return steps

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import end_on_signals, run_missing
+from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import run_in_process
 
-from .steps import MASKS, check_settings, run_studies, to_words, training_steps
+from .steps import MASKS, check_settings, make_step, to_words, training_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,8 @@ EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
-SOLVE = "-c demo/probes --only solve starvation report"
-ANSWERS = "answers --add answers.limit=40 answers.draws=1"
+STEPS = ("solve", "starvation", "report")
+ANSWERS = ("answers.limit=40", "answers.draws=1")
 
 
 class Data(NamedTuple):
@@ -159,18 +160,18 @@ def write_models(out: Path) -> None:
     steps = []
     encoder = out / "encoder/config.json"
     if not encoder.is_file():
-        steps.append((encoder, ["import-dinov2", f"{out}/encoder"], None))
+        steps.append(make_step(out, ["import-dinov2", f"{out}/encoder"], encoder))
     llm = out / "llm/config.json"
     if not llm.is_file():
-        steps.append((llm, ["import-gguf", str(find_model()), f"{out}/llm"], None))
-    run_missing(out, "models", steps)
+        steps.append(make_step(out, ["import-gguf", str(find_model()), f"{out}/llm"], llm))
+    run_in_process(out, "models", steps)
 
 
 def write_world(out: Path, seed: int) -> Data:
     """Draw the toy world, unless it is there."""
     assets = out / "assets"
     words = ["demo-assets", str(assets), "--english", "--scale", str(SCALE), "--seed", str(seed)]
-    run_missing(out, "assets", [(assets / "questions.json", words, None)])
+    run_in_process(out, "assets", [make_step(out, words, assets / "questions.json")])
     studied = {"toy world": assets / "segmentation"}
     return Data(assets, *_records(assets), studied)
 
@@ -205,19 +206,27 @@ def study(
     draws: int,
 ) -> None:
     """Study a model under both masks, on each data set."""
+    from probes.studies.plan import Settings
+    from probes.studies.run import run_study
+
     model = MODELS[name]
-    paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
-    arms = ["trained"]
-    arms += [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
-    studies = []
+    controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
     for label, folder in data.studied.items():
-        studied = out / name / label if data.is_photos else out / name
-        words = [*paths, str(folder), "--out", str(studied), *SOLVE.split()]
-        if not data.is_photos:  # whose questions are beside the data set
-            words += ANSWERS.split()
-        words += ["--arms", *arms, "--data.name", label, "--seed_everything", str(seed)]
-        studies.append([*words, "--model.sites", SITES, *to_words(on_gpu())])
-    run_studies(out / name, studies)
+        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
+        options += ["--model.sites", SITES, *to_words(on_gpu())]
+        run_study(
+            Settings(
+                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
+                str(folder),
+                out / name / label if data.is_photos else out / name,
+                arms=("trained", *controls),
+                # the questions about photos are not beside the data set
+                only=STEPS if data.is_photos else (*STEPS, "answers"),
+                add=() if data.is_photos else ANSWERS,
+                options=tuple(options),
+            ),
+            overwrite=True,  # the results of models that were made again
+        )
 
 
 def find_model() -> Path:
@@ -367,14 +376,21 @@ def train(
                 data,
             )
 
-        def steps(mask):
-            return training_steps(folder / mask, stages(mask), data.questions)
+        def run(mask):
+            steps = training_steps(
+                out,
+                folder / mask,
+                stages(mask),
+                data.questions,
+            )
+            return run_in_process(out, f"{model.folder}_{mask}", steps)
 
-        list(pool.map(lambda mask: run_missing(out, f"{model.folder}_{mask}", steps(mask)), MASKS))
-    runs = {
-        f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in ("stage1", "stage2")
-    }
-    write_loss_curves(folder / "loss_curves.csv", runs)
+        trained = any(list(pool.map(run, MASKS)))
+    curves = folder / "loss_curves.csv"
+    if trained or not curves.is_file():
+        stages_of = ("stage1", "stage2")
+        runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
+        write_loss_curves(curves, runs)
 
 
 def _stages(

@@ -1,13 +1,14 @@
-"""Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes, and only those that are missing."""
+"""Steps of `llava-bidir demo`, `llava-bidir real` and `probes calibrate`: commands that make worlds and models."""
 
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import Step, process_group, several_commands
+from llava_bidir.common.steps import Step
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"
+SCENES = 2  # in a picture of the demo's binding world
 
 
 def check_settings(out: Path, settings: dict) -> None:
@@ -23,34 +24,59 @@ def check_settings(out: Path, settings: dict) -> None:
         write_files({file: settings})
 
 
-def training_steps(folder: Path, stages: dict[str, dict], needed: Path) -> list[Step]:
+def make_step(
+    out: Path,
+    words: list[str],
+    result: Path,
+    reads: Path | None = None,
+) -> Step:
+    """Return the step of a command of `llava-bidir` that makes a folder below OUT.
+
+    Args:
+        out: OUT.
+        words: Words of the command.
+        result: A file of the folder, which is written last.
+        reads: If this file changes, the step is done again.
+    """
+    folder = result.parent.parent if result.match(WEIGHTS) else result.parent
+    return Step(
+        str(folder.relative_to(out)),
+        tuple(words),
+        result,
+        kind=f"llava-bidir {words[0]}",
+        reads={} if reads is None else {str(reads.relative_to(out)): reads},
+        takes_overwrite=words[0] == "fit",
+    )
+
+
+def training_steps(
+    out: Path,
+    folder: Path,
+    stages: dict[str, dict],
+    reads: Path,
+) -> list[Step]:
     """Return the steps that train a model into FOLDER/STAGE.
 
     Args:
-        folder: Folder of the model.
+        out: OUT.
+        folder: Folder of the model, below OUT.
         stages: Options of `llava-bidir fit` by stage.
-        needed: What the first stage needs; each other one needs the one before.
+        reads: File that the first stage reads; each other one reads the model of the one before.
     """
-    steps: list[Step] = []
+    steps = []
     for stage, options in stages.items():
         result = folder / stage / WEIGHTS
-        how = ["--overwrite", "true"] if result.is_file() else ["--ckpt_path", "last"]
+        words = ["fit", *to_words(options), "--out", f"{folder}/{stage}", "--ckpt_path", "last"]
         steps.append(
-            (result, ["fit", *to_words(options), "--out", f"{folder}/{stage}", *how], needed)
+            make_step(
+                out,
+                words,
+                result,
+                reads,
+            )
         )
-        needed = result
+        reads = result
     return steps
-
-
-def run_studies(out: Path, studies: list[list[str]]) -> None:
-    """Run `probes study` with each list of words in one process; results of models made again are replaced."""
-    commands = [["study", *words, "--overwrite", "true"] for words in studies]
-    with process_group(several_commands("probes", commands)) as process:
-        status = process.wait()
-    if status:
-        raise UserError(
-            f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study"
-        )
 
 
 def to_words(options: dict) -> list[str]:

@@ -191,36 +191,6 @@ def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> N
     )
 
 
-def add_questions(parser: argparse.ArgumentParser) -> None:
-    """Add --questions, --images and --limit: the questions about places that the model is asked."""
-    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
-    parser.add_argument("--questions", metavar="FILE", help=text)
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images (default: that of the questions)"
-    )
-    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
-
-
-def add_draws(parser: argparse.ArgumentParser, default: int) -> None:
-    """Add --draws."""
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=default,
-        help="draws to average for each condition with random tokens",
-    )
-
-
-def add_batch_size(parser: argparse.ArgumentParser, default: int, of: str) -> None:
-    """Add --batch-size."""
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=default,
-        help=f"{of} per forward",
-    )
-
-
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --seed."""
     parser.add_argument(

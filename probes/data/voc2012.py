@@ -53,9 +53,11 @@ CLASSES = [
 
 def _colour(label: int) -> list[int]:
     """Return VOC's colour: the bits of the label, distributed in turn to red, green and blue from the highest bit."""
-    return [
-        sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3)) for channel in range(3)
-    ]
+    colour = []
+    for channel in range(3):
+        bits = [label >> (3 * i + channel) & 1 for i in range(3)]
+        colour.append(sum(bit << (7 - i) for i, bit in enumerate(bits)))
+    return colour
 
 
 class VOC2012(SegmentationDataset):

@@ -26,7 +26,8 @@ def knn_purity(unit: Tensor, labels: Tensor) -> Tensor:
         return purity
     labelled = labels >= 0
     cosine = unit @ unit.transpose(1, 2)
-    cosine.masked_fill_(~labelled[:, None], -torch.inf).diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    cosine.masked_fill_(~labelled[:, None], -torch.inf)
+    cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     nearest = cosine.topk(NEIGHBOURS).indices  # [B, T, k]
     same = labels[:, None].expand_as(cosine).gather(2, nearest) == labels[..., None]
     share = same.double().mean(-1)

@@ -62,7 +62,8 @@ def write_folder(
                 geometry.grid, (height, width)
             )
             patch = rows[:, None] * geometry.grid[1] + columns
-            patch = torch.where((rows[:, None] < 0) | (columns < 0), -1, patch).numpy()
+            is_padding = (rows[:, None] < 0) | (columns < 0)
+            patch = torch.where(is_padding, -1, patch).numpy()
             for kind, image in (
                 ("images", photo.preview),
                 ("annotations", Image.fromarray(labels[patch])),

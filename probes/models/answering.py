@@ -187,7 +187,10 @@ def text_states(
 def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
     """Return the tokens of each set of the text after the image, bool[N + Q] by name."""
     before = torch.zeros(mllm.ids.shape[1], dtype=torch.bool)
-    return {name: torch.cat([before, tokens]).to(mllm.device) for name, tokens in text.sets.items()}
+    sets = {}
+    for name, tokens in text.sets.items():
+        sets[name] = torch.cat([before, tokens]).to(mllm.device)
+    return sets
 
 
 def append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:

@@ -219,7 +219,8 @@ class _Channels:
         self.mean = states.mean(0)
         variance = (states - self.mean).square().mean(0)
         alive = variance > DEAD * states.square().mean(0)
-        self.scale = torch.where(alive, (variance.clamp(min=1e-30) * len(variance)).rsqrt(), 0)
+        norms = variance.clamp(min=1e-30) * len(variance)
+        self.scale = torch.where(alive, norms.rsqrt(), 0)
         self.x = (states - self.mean) * self.scale
 
 
@@ -238,14 +239,14 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
-    padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
+    padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates]
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
 
     def to_weights(site: int, weights: Tensor) -> Tensor:
         basis = bases[site].to(weights)
         return weights[..., : basis.shape[1]] @ basis.T
 
-    return torch.cat([padded, ones], -1), to_weights
+    return torch.cat([torch.stack(padded), ones], -1), to_weights
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
@@ -289,7 +290,8 @@ def _solve_path(
         points = problem.solve(start, PATH_TOLERANCE)
         logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
         log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
-        losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
+        of_labels = log_p[:, torch.arange(patches), :, y]
+        losses[r, left] = -(of_labels * weights.T[:, None]).sum(0)
         paths[r, left] = points.view(len(left), folds, concepts, -1)
         totals = losses[:, left].sum(2)
         left = left[totals[r] <= totals[max(r - 1, 0)]]
@@ -344,11 +346,12 @@ class _Problem:
         x = self.tokens if len(rows) == len(self.tokens) else self.tokens[rows]
         w = points.new_zeros(len(rows) * folds, *points.shape[1:])
         w[at] = points
-        # [S, N, F, K]
-        logits = (x @ w.view(len(rows), -1, w.shape[2]).mT).view(*x.shape[:2], folds, -1)
+        of_site = w.view(len(rows), -1, w.shape[2])
+        logits = (x @ of_site.mT).view(*x.shape[:2], folds, -1)  # [S, N, F, K]
         log_p = logits.log_softmax(-1)
-        value = -((log_p * self.one_hot).sum(-1) * self.v.T).sum(1).flatten()
-        error = ((log_p.exp() - self.one_hot) * self.v.T[..., None]).flatten(2)
-        gradient = (error.mT @ x).view_as(w)
+        of_label = (log_p * self.one_hot).sum(-1)
+        value = -(of_label * self.v.T).sum(1).flatten()
+        error = (log_p.exp() - self.one_hot) * self.v.T[..., None]
+        gradient = (error.flatten(2).mT @ x).view_as(w)
         penalty = self.ridge[which] * points
         return value[at] + (penalty * points).sum((1, 2)) / 2, gradient[at] + penalty

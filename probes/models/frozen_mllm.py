@@ -354,15 +354,15 @@ class FrozenMLLM(FrozenModel):
                 )
             self._prefix_kv = [(layer.keys, layer.values) for layer in cache.layers]
             self._prefix_weights = weights
-        counts = (
-            [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
-        )
-        pairs = zip(self._prefix_kv, counts, strict=True)
-        return DynamicCache(
-            ddp_cache_data=[
-                (k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for (k, v), n in pairs
-            ]
-        )
+        if plan is None:
+            counts = [images] * len(self._prefix_kv)
+        else:
+            counts = [len(rows.first) for rows in plan]
+        repeated = []
+        for (keys, values), count in zip(self._prefix_kv, counts, strict=True):
+            shape = (count, -1, -1, -1)
+            repeated.append((keys.expand(shape), values.expand(shape)))
+        return DynamicCache(ddp_cache_data=repeated)
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:

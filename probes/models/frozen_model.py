@@ -223,4 +223,5 @@ class FrozenModel(nn.Module):
         """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return autocast, [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]
+        weights = [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]
+        return autocast, weights

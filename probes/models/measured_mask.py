@@ -322,6 +322,8 @@ def _claimed(
     else:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)
     by_kind = dict(zip(distinct, allowed, strict=True))
-    return torch.stack(
-        [torch.stack([by_kind[kind][:, block].any(1) for block in blocks], 1) for kind in kinds]
-    )
+    by_layer = []
+    for kind in kinds:
+        reached = [by_kind[kind][:, block].any(1) for block in blocks]
+        by_layer.append(torch.stack(reached, 1))
+    return torch.stack(by_layer)

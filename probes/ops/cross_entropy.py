@@ -221,4 +221,6 @@ def _integrate(
             adjoint = part if adjoint is None else adjoint.add_(part)
     if not needs_grad:
         return loss, None
-    return loss, (adjoint.view(*by_row.shape[:4], len(cols)) @ cols - soft).movedim(0, 3)
+    by_column = adjoint.view(*by_row.shape[:4], len(cols))
+    gradient = by_column @ cols - soft
+    return loss, gradient.movedim(0, 3)

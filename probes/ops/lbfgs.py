@@ -60,9 +60,8 @@ def minimise(
     scale = scale.flatten(1)
 
     def evaluate(x, problems):
-        return tuple(
-            y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
-        )
+        found = objective(x.view(-1, *shape[1:]), problems)
+        return tuple(y if y.ndim == 1 else y.flatten(1) for y in found)
 
     if known is None:
         value, gradient = evaluate(points, list(range(len(points))))
@@ -81,13 +80,15 @@ def minimise(
             break
         step = value.new_zeros(len(value))
         new = (points.clone(), value.clone(), gradient.clone())
-        step[active], trying = 1.0, active
+        step[active] = 1.0
+        trying = active
         for _ in range(HALVINGS):
             x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
             found, by_x = evaluate(x, trying)
             enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
             for old, at in zip(new, (x, found, by_x), strict=True):
-                old[trying] = torch.where(enough.view(-1, *[1] * (at.ndim - 1)), at, old[trying])
+                is_better = enough.view(-1, *[1] * (at.ndim - 1))
+                old[trying] = torch.where(is_better, at, old[trying])
             trying = [i for i, ok in zip(trying, enough.tolist(), strict=True) if not ok]
             if not trying:
                 break
@@ -126,7 +127,8 @@ def _pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return a step, the change of the gradient, both f64[P, n], and the factors of the recursion; 0 where s y <= 0."""
     curvature = (s * y).sum(1)
     rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
-    size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), 0)
+    stretched = (rho * y.square().sum(1)).clamp(min=1e-300)
+    size = torch.where(rho > 0, 1 / stretched, 0)
     return s, y, rho, size
 
 

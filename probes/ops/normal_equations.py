@@ -62,13 +62,16 @@ def normal_equations(
     def apart(axis, steps):
         return axis[:, : axis.shape[1] - steps] * axis[:, steps:]
 
-    couplings = {
-        (i, j): apart(rows, i).T @ valid @ apart(cols, j) for i, j in product((0, 1), repeat=2)
-    }
+    couplings = {}
+    for i, j in product((0, 1), repeat=2):
+        couplings[i, j] = apart(rows, i).T @ valid @ apart(cols, j)
     projected = rows.T @ y.permute(0, 3, 1, 2) @ cols  # [B, K, h, w]
     weight = rows.T @ valid @ cols
     return NormalEquations(
-        couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((0, 1, 2))
+        couplings,
+        weight.flatten(1),
+        projected.flatten(2).mT,
+        y.square().sum((0, 1, 2)),
     )
 
 
@@ -85,5 +88,6 @@ def apply_gram(
 
     for i, j in product((-1, 0, 1), repeat=2):
         coupling = couplings[abs(i), abs(j)].to(x)[..., None]
-        total[:, part(-i, h), part(-j, w)] += coupling * x[:, part(i, h), part(j, w)]
+        neighbour = x[:, part(i, h), part(j, w)]
+        total[:, part(-i, h), part(-j, w)] += coupling * neighbour
     return total.flatten(1, 2)

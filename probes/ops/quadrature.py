@@ -204,7 +204,9 @@ def axis_rule(
             ), to_pixels
         gauss = torch.from_numpy((np.polynomial.legendre.leggauss(nodes)[0] + 1) / 2)
         inner = torch.arange(tokens - 1, dtype=torch.float64)[:, None] + gauss
-        places = torch.cat([at.new_zeros(1), inner.flatten(), at.new_full((1,), tokens - 1)])
+        first = at.new_zeros(1)
+        last = at.new_full((1,), tokens - 1)
+        places = torch.cat([first, inner.flatten(), last])
         to_pixels = at.new_zeros(pixels, count)
         to_pixels[at <= 0, 0] = 1
         to_pixels[at >= tokens - 1, -1] = 1

@@ -53,21 +53,30 @@ from .verdicts import MARGIN
 Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 
-FILTERS = {
-    "points": formatting.format_points,
-    "percent": formatting.format_percent,
-    "p": formatting.format_p,
-}
-FILTERS |= {
+
+def to_anchor(heading: str) -> str:
+    """Return the heading as the name of a place in the page."""
+    return "".join(c if c.isalnum() else "-" for c in heading.lower())
+
+
+FILTERS = {  # of the page's template
+    "anchor": to_anchor,
+    "best_layer": describe_best_layer,
+    "by_claim": summary_text.group_claims,
+    "claim_notes": summary_text.claim_notes,
+    "count": summary_text.format_count,
+    "describe_column": summary_text.describe_column,
+    "describe_sites": describe_sites,
     "difference": formatting.format_difference,
+    "effect": summary_text.format_effect,
+    "p": formatting.format_p,
+    "percent": formatting.format_percent,
+    "points": formatting.format_points,
+    "shown_sites": shown_rows,
+    "summary": summary_text.summarize_claims,
+    "truth_rows": summary_text.truth_rows,
     "verdict_reasons": summary_text.verdict_reasons,
 }
-FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
-FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
-FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
-FILTERS |= {"describe_sites": describe_sites, "shown_sites": shown_rows}
-FILTERS |= {"truth_rows": summary_text.truth_rows, "best_layer": describe_best_layer}
-FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
 def study_results(

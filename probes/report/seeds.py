@@ -197,7 +197,8 @@ def mean_over_seeds(
     (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
     """
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
-    halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)
+    widths = [high - low for _, (low, high) in estimates]
+    halves = torch.tensor(widths, dtype=torch.float64) / 2
     of_images = halves.square().mean().sqrt().item()
     value = values.mean().item()
     quantile = scipy.stats.t.ppf(0.975, len(values) - 1)

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
-
-OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
+from llava_bidir.common.steps import OUTCOMES
 
 
 def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:

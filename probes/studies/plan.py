@@ -15,11 +15,13 @@ Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import describe
+from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.data.registry import DATASETS, open_dataset
@@ -27,6 +29,8 @@ from probes.models.families import family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import is_encoder_layer, wants_all
+from probes.results.runs import finished_runs
+from probes.results.steps import unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
 from .options import read_setting
@@ -105,24 +109,18 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command.
+class ReportStep(Step):
+    """The report, which reads all finished runs of the study's folder, those of earlier calls, too."""
 
-    Args:
-        name: Unique in the study, e.g. "causal/random0/knockout".
-        command: Its words after `probes`.
-        result: The file that says that it is done.
-        kind: "solve", "fit", "report", or the name of an analysis.
-        needs: Names of the arms whose results it reads; the report reads all.
-        lacks: Why it is left out, known before any work; "" if it is run.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    result: Path
-    kind: str
-    needs: tuple[str, ...] = field(default=())
-    lacks: str = ""
+    def inputs(self) -> dict[str, str | None]:
+        """Return the hashes of all results, and one of what has no result."""
+        out = self.result.parents[1]
+        names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
+        files = [run / name for run in finished_runs(out) for name in names]
+        hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
+        if unfinished := unfinished_steps(out):
+            hashes["unfinished steps"] = describe(unfinished)
+        return hashes
 
 
 def make_plan(settings: Settings) -> list[Step]:
@@ -164,23 +162,24 @@ def make_plan(settings: Settings) -> list[Step]:
                 "--out",
                 str(report),
             )
-            lacks = ANALYSES[name].why_left_out([planned[run] for run in runs], options)
             steps.append(
                 Step(
                     name,
                     words,
                     report / ANALYSES[name].result,
-                    name,
-                    runs,
-                    lacks,
+                    kind=name,
+                    reads=_metrics(settings, runs),
+                    optional=True,
+                    lacks=ANALYSES[name].why_left_out([planned[run] for run in runs], options),
                 )
             )
     steps.append(
-        Step(
+        ReportStep(
             "report",
             ("report", str(settings.out), "--out", str(report)),
             report / "results.json",
-            "report",
+            kind="report",
+            reads={step.name: step.result for step in steps},
         )
     )
     return [step for step in steps if settings.only is None or step.kind in settings.only]
@@ -291,6 +290,7 @@ def _runs(
             command,
             out / "metrics.json",
             kind,
+            takes_overwrite=True,
             lacks=lacks,
         )
 
@@ -462,19 +462,21 @@ def _analysis(
 ) -> Step:
     """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
     run = settings.out / planned.name
-    command = (name, "--probes", str(run), *_words(options))
-    own = planned.name == _join(label, "probes")  # its probes have mistakes of their own
-    needs = (
-        (planned.name,) if own else tuple(dict.fromkeys((planned.name, _join(label, "trained"))))
-    )
-    lacks = ANALYSES[name].why_left_out([planned], options)
+    trained = _join(label, "trained")
+    is_control = planned.name not in (
+        trained,
+        _join(label, "probes"),
+    )  # "probes" have mistakes of their own
     return Step(
         f"{planned.name}/{name}",
-        command,
+        (name, "--probes", str(run), *_words(options)),
         run / ANALYSES[name].result,
-        name,
-        needs,
-        lacks,
+        kind=name,
+        reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,)),
+        takes_overwrite=True,
+        follows=f"{trained}/{name}" if is_control else "",
+        optional=True,
+        lacks=ANALYSES[name].why_left_out([planned], options),
     )
 
 
@@ -487,13 +489,18 @@ def _pair(
     """Return the step that compares two runs, the causal one first, whatever the order of the models."""
     pair = sorted(pair, key=lambda run: run.mask != "causal")
     runs = tuple(run.name for run in pair)
-    command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
-    result = settings.out / runs[1] / ANALYSES[name].result
     return Step(
         f"{runs[1]}/{name}",
-        command,
-        result,
-        name,
-        runs,
-        ANALYSES[name].why_left_out(pair, options),
+        (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options)),
+        settings.out / runs[1] / ANALYSES[name].result,
+        kind=name,
+        reads=_metrics(settings, runs),
+        takes_overwrite=True,
+        optional=True,
+        lacks=ANALYSES[name].why_left_out(pair, options),
     )
+
+
+def _metrics(settings: Settings, runs: Sequence[str]) -> dict[str, Path]:
+    """Return the file that says that a run is finished, by the run's name."""
+    return {run: settings.out / run / "metrics.json" for run in runs}

@@ -8,33 +8,28 @@ DIR/study.log             what the steps print
 """
 
 import gc
-import hashlib
 import os
 import re
-import resource
 import shlex
 import sys
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.arguments import check_is_list
-from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import NothingToMeasure, UserError
-from llava_bidir.common.identity import describe
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
 from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
 from probes.report.summary_text import format_results
 from probes.results.runs import finished_runs, open_run
-from probes.results.steps import OUTCOMES, unfinished_steps
 
 from .options import read_setting
-from .plan import Settings, Step, check, make_plan
+from .plan import Settings, check, make_plan
 from .table import Study, write_table
 
 # Settings that are lists, with an example for errors
@@ -106,8 +101,17 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     names = [*filter(None, settings.models), *(settings.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing = _missing(steps, out, _changed_models(steps, overwrite))
-        failed = _run_steps(missing, settings, overwrite)
+        changed = _changed_models(steps, overwrite)
+        missing = find_missing(
+            steps, out, lambda step: step.kind in RUNS and _model(step) in changed
+        )
+        failed = run_steps(
+            _without_early_report(missing, out),
+            out,
+            lambda step: _run_step(step, _command(step, out, overwrite), settings),
+            log=out / "study.log",
+            overwrite=overwrite,
+        )
         if any(step.kind == "report" for step in missing):
             write_table(out)  # like the report, by one job only
     if not missing:
@@ -130,150 +134,14 @@ def check_words(steps: list[Step]) -> None:
             parser.parse_args(step.command)
 
 
-def _run_steps(missing: list[Step], settings: Settings, overwrite: bool) -> list[str]:
-    """Run steps, record what became of each, and return what those that failed have said."""
-    failed: list[str] = []
-    out = settings.out
-    for i, step in enumerate(missing):
-        if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
-            print("no report: the trained model is not solved yet")
-            continue
-        if step.lacks:
-            print(f"{step.name} is left out: {step.lacks}", flush=True)
-            _leave_out(step, out, step.lacks, overwrite)
-            continue
-        if outcome := _outcome_of_trained_arm(step, out):
-            if outcome == "left_out":  # of one that failed, the next call tries both
-                _leave_out(
-                    step,
-                    out,
-                    "so was that of the trained model, with which it is compared",
-                    overwrite,
-                )
-            continue
-        left = _time_left(missing[i:], out)
-        print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
-        started = time.perf_counter()
-        failure: dict[str, str] = {}
-        try:
-            _run_step(step, _command(step, out, overwrite), settings)
-        except NothingToMeasure as error:
-            print(f"left out: {error}", flush=True)
-            _leave_out(step, out, str(error), overwrite)
-            continue
-        except Exception as error:
-            if step.kind not in ANALYSES:
-                raise
-            failed.append(_describe_failure(step, error, settings))
-            print(f"failed: {failed[-1]}", flush=True)
-            failure = {"failed": failed[-1].removeprefix(f"{step.name}: ")}
-        _write_record(step, out, time.perf_counter() - started, failure)
-    return failed
-
-
-def _outcome_of_trained_arm(step: Step, out: Path) -> str | None:
-    """Return "left_out" or "failed" if the analysis of the trained model was, with which a control is compared."""
-    trained = f"{step.needs[-1]}/{step.kind}" if step.needs else step.name
-    record = _read_record(trained, out) if trained != step.name else {}
-    return next((key for key in OUTCOMES if record.get(key)), None)
-
-
-def _leave_out(
-    step: Step,
-    out: Path,
-    reason: str,
-    overwrite: bool,
-) -> None:
-    """Record that a step was left out; a result of other probes than are there now would be none of the study."""
-    if overwrite:
-        step.result.unlink(missing_ok=True)
-    _write_record(step, out, 0.0, {"left_out": reason})
-
-
-def _describe_failure(step: Step, error: Exception, settings: Settings) -> str:
-    """Return what a step that failed has said; the traceback of a bug goes to the log of the study."""
-    if isinstance(error, UserError):
-        return str(error)
-    log_file = settings.out / "study.log"
-    with log_file.open("a") as stream:
-        traceback.print_exception(error, file=stream)
-    return f"{step.name}: {type(error).__name__}: {error} (traceback in {log_file})"
-
-
-# ---------------------------------------------------------------------------------------------------- what is done
-def _record_file(step: str, out: Path) -> Path:
-    return out / "steps" / f"{step.replace('/', '.')}.json"
-
-
-def _read_record(step: str, out: Path) -> dict[str, Any]:
-    file = _record_file(step, out)
-    return read_json(file) if file.is_file() else {}
-
-
-def _digest(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def _inputs(step: Step, out: Path) -> dict[str, str | None]:
-    """Return the hashes of what a step reads: of its arms, or for the report of all results."""
-    if step.kind != "report":
-        return {name: _digest(out / name / "metrics.json") for name in step.needs}
-    names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
-    files = [run / name for run in finished_runs(out) for name in names]
-    unfinished = unfinished_steps(out)
-    named = {"unfinished steps": describe(unfinished)} if unfinished else {}
-    return {str(file.relative_to(out)): _digest(file) for file in files if file.is_file()} | named
-
-
-def _is_done(step: Step, out: Path) -> bool:
-    """Return whether this command, from what is there now, has made the result or had none to make."""
-    record = _read_record(step.name, out)
-    if step.lacks:
-        return record.get("left_out") == step.lacks
-    if record.get("failed") or record.get("lacks"):
-        return False
-    now = {
-        "command": list(step.command),
-        "inputs": _inputs(step, out),
-        "result": _digest(step.result),
-    }
-    is_there = step.result.is_file() or bool(record.get("left_out"))
-    return is_there and all(record.get(key) == value for key, value in now.items())
-
-
-def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
-    """Return the steps that are not done, are of changed models, or read what other missing steps write."""
-    missing: list[Step] = []
-    for step in steps:
-        names = {other.name for other in missing}
-        again = (names and step.kind == "report") or names & set(step.needs)
-        if again or (step.kind in RUNS and _model(step) in changed) or not _is_done(step, out):
-            missing.append(step)
-    return missing
-
-
-def _write_record(
-    step: Step,
-    out: Path,
-    seconds: float,
-    outcome: dict[str, str],
-) -> None:
-    """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
-    now = {
-        "command": list(step.command),
-        "inputs": _inputs(step, out),
-        "result": _digest(step.result),
-    }
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
-    record = {
-        "step": step.name,
-        "kind": step.kind,
-        **now,
-        "seconds": round(seconds, 1),
-        "peak_gb": round(peak_gb, 2),
-    }
-    known_before = {"lacks": step.lacks} if step.lacks else {}
-    write_files({_record_file(step.name, out): record | known_before | outcome})
+def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
+    """Return the steps without the report if the trained model is not solved before it."""
+    solved = [run.name for run in finished_runs(out)]
+    solved += [Path(step.name).name for step in missing if step.kind == "solve"]
+    kept = [step for step in missing if step.kind != "report" or "trained" in solved]
+    if len(kept) < len(missing):
+        print("no report: the trained model is not solved yet")
+    return kept
 
 
 def _changed_models(steps: list[Step], overwrite: bool) -> set[str]:
@@ -301,47 +169,21 @@ def _model(step: Step) -> str:
     return step.command[step.command.index("--model.mllm") + 1]
 
 
-def _time_left(steps: list[Step], out: Path) -> str:
-    """Return the time that the steps will take, as far as steps of their kind were timed; "" if none was."""
-    seconds: dict[str, list[float]] = {}
-    for file in (out / "steps").glob("*.json"):
-        record = read_json(file)
-        if any(record.get(key) for key in OUTCOMES):
-            continue
-        seconds.setdefault(record["kind"], []).append(record["seconds"])
-    known = [
-        sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds
-    ]
-    return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
-
-
 # ---------------------------------------------------------------------------------------------------- one step
 def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
     """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
-    words = list(step.command)
-    record = _read_record(step.name, out)
-    if step.kind == "report" or (step.kind in ANALYSES and ANALYSES[step.kind].of == "page"):
-        return words  # pages replace their own earlier output
-    outdated = record.get("command") == words and record["inputs"] != _inputs(step, out)
-    if step.kind == "knockout":
-        words = _same_classes(step, words, out)
-    if not step.result.is_file() or not (overwrite or outdated):
-        return words
-    if step.kind in RUNS:
-        words = words[: words.index("--ckpt_path")] + words[words.index("--ckpt_path") + 2 :]
-    return [*words, "--overwrite", "true"]
+    words = command_now(step, out, overwrite=overwrite)
+    return _same_classes(step, words) if step.kind == "knockout" else words
 
 
-def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
+def _same_classes(step: Step, words: list[str]) -> list[str]:
     """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
 
     Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
     """
-    trained = out / step.needs[-1] / step.result.name
-    if (
-        step.result.parent in (trained.parent, trained.parent.with_name("probes"))
-        or not trained.is_file()
-    ):
+    compared = [*step.reads.values()][-1].parent  # the trained arm, or the step's own
+    trained = compared / step.result.name
+    if step.result.parent == compared or not trained.is_file():
         known = len(read_json(step.result.parent / "metrics.json")["classes"])
         return [
             f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word

@@ -72,4 +72,5 @@ def gather_images(
     torch.distributed.gather(padded, parts, owner)
     if parts is None:
         return None
-    return torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])
+    own = [part[:count].cpu() for part, count in zip(parts, images, strict=True)]
+    return torch.cat(own)

@@ -200,13 +200,12 @@ class ProbeModule(LightningModule):
 
     def _keep_if_best(self, site: str, score: float) -> None:
         sign = self.task.sign
-        if sign * score > max(
-            (sign * past for past in self.history.setdefault(site, [])), default=-math.inf
-        ):
-            self.best[site] = {
-                k: v.detach().cpu().clone() for k, v in self.heads[site].state_dict().items()
-            }
-        self.history[site].append(score)
+        past = self.history.setdefault(site, [])
+        best = max((sign * earlier for earlier in past), default=-math.inf)
+        if sign * score > best:
+            weights = self.heads[site].state_dict()
+            self.best[site] = {name: w.detach().cpu().clone() for name, w in weights.items()}
+        past.append(score)
 
     def on_test_start(self) -> None:
         """Load the weights of each probe's best epoch."""

@@ -11,10 +11,10 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from llava_bidir.toy_world.calibrate import DESIGNS, study_settings
 from probes.report.claims import evaluate_claims
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.studies.calibrate import DESIGNS, study_settings
 from probes.studies.run import run_study
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import probes
-from llava_bidir.common.process_group import run_missing
+from llava_bidir.common.steps import run_in_process
 from llava_bidir.toy_world.binding import GRID
 from llava_bidir.toy_world.canvas import CLASSES
 from llava_bidir.toy_world.dialogues import (
@@ -36,7 +36,7 @@ from llava_bidir.toy_world.dialogues import (
     prepend_picture,
 )
 from llava_bidir.toy_world.plant import read_pictures
-from llava_bidir.toy_world.steps import WEIGHTS
+from llava_bidir.toy_world.steps import WEIGHTS, make_step
 
 MASKS = ("causal", "bidirectional")
 ARMS = {
@@ -110,9 +110,8 @@ def train(folder: Path, seed: int, count: int) -> None:
     """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
     world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
-    run_missing(
-        folder, "world", [(assets / "questions.json", words("demo-assets", assets, *world), None)]
-    )
+    draw = words("demo-assets", assets, *world)
+    run_in_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
     for mask in MASKS:
@@ -126,11 +125,11 @@ def train(folder: Path, seed: int, count: int) -> None:
             "--seed_everything",
             seed,
         ]
-        common += ["--overwrite", "true"]
+        common += ["--ckpt_path", "last"]
         stage1 = folder / mask / "stage1"
         captions = ["--data.annotations", assets / "captions.json"]
         fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
-        steps = [(stage1 / WEIGHTS, fit, None)]
+        steps = [make_step(folder, fit, stage1 / WEIGHTS)]
         for arm, options in ARMS.items():
             out = folder / mask / arm
             data = ["--data.annotations", assets / f"{arm}.json", "--data.val_annotations", "null"]
@@ -146,8 +145,14 @@ def train(folder: Path, seed: int, count: int) -> None:
             if options is None:
                 models = stage1 / "hf", assets, out / "hf"
                 command = words("plant", "recovery", *models, "--steps", count, "--seed", seed)
-            steps.append((out / WEIGHTS, command, stage1 / WEIGHTS))
-        run_missing(folder, mask, steps)
+            step = make_step(
+                folder,
+                command,
+                out / WEIGHTS,
+                reads=stage1 / WEIGHTS,
+            )
+            steps.append(step)
+        run_in_process(folder, mask, steps)
 
 
 def words(*parts: object) -> list[str]:

@@ -2,30 +2,40 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from probes.analyses.base import (
     Analysis,
     PlannedRun,
     Row,
-    add_batch_size,
-    add_draws,
     add_out,
-    add_questions,
     add_run,
-    add_seed,
     table_row,
 )
+from probes.analyses.options import (
+    QuestionOptions,
+    add_fields,
+    batch_size_option,
+    draws_option,
+    seed_option,
+)
 from probes.models.sites import ADAPTER
+
+
+@dataclass(frozen=True)
+class AnswersOptions(QuestionOptions):
+    """What to ask."""
+
+    draws: int = draws_option(5)
+    batch_size: int = batch_size_option(16, "questions")
+    seed: int = seed_option("the controls and the bootstrap")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes answers`."""
     add_run(parser)
-    add_questions(parser)
-    add_draws(parser, 5)
-    add_batch_size(parser, 16, "questions")
-    add_seed(parser, "the controls and the bootstrap")
+    add_fields(parser, AnswersOptions)
     add_out(parser)
 
 

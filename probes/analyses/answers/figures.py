@@ -119,7 +119,8 @@ def _draw_effects(
     }
     for y, effect in enumerate(EFFECT_LABELS):
         if (mean := means[effect])["value"] is not None:
-            ax.plot(mean["ci95"] or [mean["value"]] * 2, [y + offset] * 2, color=colour, lw=1.4)
+            ends = mean["ci95"] or [mean["value"]] * 2
+            ax.plot(ends, [y + offset] * 2, color=colour, lw=1.4)
             ax.plot(
                 [mean["value"]],
                 [y + offset],

@@ -21,7 +21,7 @@ Shapes: B questions of a batch, Q questions, K classes, T image tokens, R condit
 
 import argparse
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
@@ -38,35 +37,24 @@ from probes.analyses.knockout.cases import ConfusionCase, PatchReader
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
 from probes.analyses.knockout.config import KnockoutPlan, check_has_layers
 from probes.analyses.knockout.schema import SETS
+from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
+from . import AnswersOptions
 from .inference import CONDITIONS, answer_statistics
 from .questions import Question, QuestionFile, read_question_image, read_questions, tokens_in_box
 
 
-@dataclass(frozen=True)
-class AnswersPlan:
-    """What to ask."""
-
-    questions: Path  # file of questions about places
-    images: Path  # folder of its images
-    limit: int | None = None  # number of questions; None for all
-    draws: int = 5  # of each condition with random tokens
-    batch_size: int = 16  # questions per batch
-    seed: int = 0  # of the draws and the bootstrap
+class AnswersPlan(AnswersOptions):
+    """What to ask, of files that are there."""
 
     def check(self) -> None:
         """Raise a `UserError` if a number is too small or a path is missing."""
-        for name in ("limit", "draws", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if not self.questions.is_file():
-            raise UserError(
-                f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)"
-            )
+        check_ranges(self)
+        check_questions(self)
 
 
 def ask_questions(
@@ -152,7 +140,9 @@ def ask_batch(
     places = [
         tokens_in_box(mllm.geometry, size, q.box) for size, q in zip(sizes, questions, strict=True)
     ]
-    logits = {site: probe(states[site].float()).cpu() for site, probe in reader.probes.items()}
+    logits = {}
+    for site, probe in reader.probes.items():
+        logits[site] = probe(states[site].float()).cpu()
     at_place = {
         site: torch.stack([values[i, place].mean(0) for i, place in enumerate(places)])
         for site, values in logits.items()
@@ -161,7 +151,8 @@ def ask_batch(
     results |= {
         key: torch.tensor([getattr(q, key) for q in questions]) for key in ("image", "right")
     }
-    results["wrong"] = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf).argmax(1)
+    others = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf)
+    results["wrong"] = others.argmax(1)
     predicted = logits[ADAPTER].argmax(-1)
     mass = attention_from(mllm, pixels, list(enumerate(places))).mean(1)
     visible = reader.visible()
@@ -250,11 +241,8 @@ def run(args: argparse.Namespace) -> None:
     probe_run = ProbeRun(args.probes)
     check_has_llm(probe_run, "answers")
     out = Path(args.out or args.probes)
-    questions = Path(
-        args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json"
-    )
-    options = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
-    plan = AnswersPlan(questions, Path(args.images or questions.parent), **options)
+    paths = read_questions_path(args, probe_run.manifest["data"]["root"])
+    plan = read_fields(AnswersPlan, args, **paths)
     with exclusive_run_lock(out, "answers.json"):
         results = ask_questions(probe_run, plan, out, args.overwrite)
     print_answers(results)

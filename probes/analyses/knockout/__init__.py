@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from probes.analyses.base import (
@@ -9,14 +10,19 @@ from probes.analyses.base import (
     Claim,
     PlannedRun,
     Row,
-    add_batch_size,
-    add_draws,
     add_out,
     add_run,
-    add_seed,
     lacks_layers,
     table_row,
 )
+from probes.analyses.options import (
+    add_fields,
+    batch_size_option,
+    draws_option,
+    option,
+    seed_option,
+)
+from probes.models.sites import ADAPTER
 
 from .schema import CONTROLS
 
@@ -25,58 +31,45 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.results.probe_run import ProbeRun
 
 
+@dataclass(frozen=True)
+class KnockoutOptions:
+    """What to run for each case; knockout.json has all of it."""
+
+    classes: Sequence[str] = option(
+        "classes c, or auto:N for the N most often confused",
+        metavar="NAME",
+    )
+    layers: Sequence[int] | None = option(
+        "layers to cut, counted from 1 (default: all)",
+        None,
+        metavar="L",
+    )
+    block_by: str = option(
+        "site whose predictions define the blocked tokens",
+        ADAPTER,
+        metavar="SITE",
+    )
+    min_patches: int = option("leave out images with fewer wrong patches", 1, at_least=1)
+    limit: int | None = option("number of images to read (default: all)", None, at_least=1)
+    batch_size: int = batch_size_option(64, "images, or cases,")
+    controls: Sequence[str] = option(
+        "controls besides random tokens: tokens matched in distance and attention received",
+        (),
+        choices=CONTROLS[1:],
+    )
+    draws: int = draws_option(5)
+    layer_windows: int | None = option(
+        "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)",
+        None,
+        metavar="K",
+    )
+    seed: int = seed_option("the controls and the bootstrap")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes knockout`."""
     add_run(parser)
-    text = "classes c, or auto:N for the N most often confused"
-    parser.add_argument(
-        "--classes",
-        required=True,
-        nargs="+",
-        metavar="NAME",
-        help=text,
-    )
-    text = "layers to cut, counted from 1 (default: all)"
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        type=int,
-        metavar="L",
-        help=text,
-    )
-    text = "site whose predictions define the blocked tokens"
-    parser.add_argument(
-        "--block-by",
-        default="adapter",
-        metavar="SITE",
-        help=text,
-    )
-    text = "controls besides random tokens: tokens matched in distance and attention received"
-    parser.add_argument(
-        "--controls",
-        nargs="+",
-        default=[],
-        choices=CONTROLS[1:],
-        help=text,
-    )
-    add_draws(parser, 5)
-    text = "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l "
-    text += "(RUN/knockout_windows.json)"
-    parser.add_argument(
-        "--layer-windows",
-        type=int,
-        metavar="K",
-        help=text,
-    )
-    parser.add_argument(
-        "--min-patches",
-        type=int,
-        default=1,
-        help="leave out images with fewer wrong patches",
-    )
-    parser.add_argument("--limit", type=int, help="number of images to read (default: all)")
-    add_batch_size(parser, 64, "images, or cases,")
-    add_seed(parser, "the controls and the bootstrap")
+    add_fields(parser, KnockoutOptions)
     add_out(parser)
 
 

@@ -38,7 +38,8 @@ class PatchReader:
     def __init__(self, run: ProbeRun):
         self.mllm: FrozenMLLM = run.mllm()
         self.layers = run.layers
-        self.probes = {site: probe.to(self.mllm.device) for site, probe in run.probes().items()}
+        device = self.mllm.device
+        self.probes = {site: probe.to(device) for site, probe in run.probes().items()}
 
     def visible(self) -> Tensor:
         """Return the image tokens that each one sees in any layer, bool[T, T]."""

@@ -54,7 +54,8 @@ class MatchingFeatures(NamedTuple):
         """Compute the features from `visible` bool[T, T] (query, key), adapter states f[T, d] and `mass` f[T]."""
         at = np.stack(np.unravel_index(np.arange(len(case.mistaken)), grid), 1)
         mistaken = case.mistaken.numpy()
-        distance = np.linalg.norm(at[:, None] - at[mistaken][None], axis=-1).min(1)
+        apart = at[:, None] - at[mistaken][None]
+        distance = np.linalg.norm(apart, axis=-1).min(1)
         if mass is None:
             mass = np.full(len(at), np.nan)
         else:
@@ -122,7 +123,8 @@ def matched_tokens(
     for token in rng.permutation(np.flatnonzero(blocked)):
         pool = np.flatnonzero(next(candidates for candidates in pools if candidates.any()))
         distance = np.linalg.norm(values[pool] - values[token], axis=-1)
-        pick = rng.choice(pool[np.lexsort((rng.random(len(pool)), distance))[:MATCH_CANDIDATES]])
+        nearest = np.lexsort((rng.random(len(pool)), distance))[:MATCH_CANDIDATES]
+        pick = rng.choice(pool[nearest])
         taken[pick] = True
         for candidates in pools:
             candidates[pick] = False

@@ -1,12 +1,13 @@
 """Settings of `probes knockout`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from llava_bidir.common.errors import UserError, error_context
+from probes.analyses.options import check_ranges
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 
+from . import KnockoutOptions
 from .layer_sweep import cut_locations
 from .schema import CONTROLS
 
@@ -20,20 +21,8 @@ def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class KnockoutPlan:
-    """What to run for each case; knockout.json has all of it."""
-
-    classes: Sequence[str]  # the classes c
-    layers: Sequence[int] | None = None  # decoder layers to cut; None for all
-    block_by: str = ADAPTER  # site whose predictions define the blocked tokens
-    min_patches: int = 1  # smallest n_c(0) of a case
-    limit: int | None = None  # number of images to read; None for all
-    batch_size: int = 64  # images, or rows of cases and conditions, per forward
-    controls: Sequence[str] = ()  # besides random tokens: matched
-    draws: int = 5  # of each condition with random tokens
-    layer_windows: int | None = None  # also cut windows of layers; the width of the sliding ones
-    seed: int = 0  # of the draws and the bootstrap
+class KnockoutPlan(KnockoutOptions):
+    """The options of a knockout, which fit a run."""
 
     @classmethod
     def of_run(cls, run: ProbeRun) -> "KnockoutPlan":
@@ -73,9 +62,7 @@ class KnockoutPlan:
                     raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
         if repeated := [name for i, name in enumerate(self.classes) if name in self.classes[:i]]:
             raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
-        for option in ("limit", "draws", "min_patches", "batch_size"):
-            if (value := getattr(self, option)) is not None and value < 1:
-                raise UserError(f"{option} must be at least 1, got {value}")
+        check_ranges(self)
         cut_locations(self.layer_windows, len(run.layers) - 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):

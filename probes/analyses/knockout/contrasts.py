@@ -198,6 +198,7 @@ def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
             (weights[:, x] @ cases.values[x], weights[:, x].sum(1)) for x in kinds
         )
         total = (n_a + n_b).clamp(min=1)  # a resampling can lack the pair
-        sums.append((sum_a * n_b[:, None] + sum_b * n_a[:, None]) / (2 * total[:, None]))
+        crossed = sum_a * n_b[:, None] + sum_b * n_a[:, None]
+        sums.append(crossed / (2 * total[:, None]))
         tokens.append(n_a * n_b / total)
     return torch.stack(sums), torch.stack(tokens)

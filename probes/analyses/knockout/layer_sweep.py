@@ -82,10 +82,11 @@ def sweep_entry(
         # one family: every location and layer
         _, corrected = p_values(cases.swapped_mean(effect, swaps))
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
+        starts = range(0, len(ci95), shape[1])
         entry["change"][condition] = change.mean(0).tolist()
         entry["effect"][condition] = {
             "mean": mean.view(shape).tolist(),
-            "ci95": [ci95[i : i + shape[1]] for i in range(0, len(ci95), shape[1])],
+            "ci95": [ci95[i : i + shape[1]] for i in starts],
             "p_corrected": corrected.view(shape).tolist(),
         }
     return entry

@@ -35,6 +35,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
+from probes.analyses.options import read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
 from probes.evaluation.effect_file import effect_file
@@ -170,15 +171,9 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes knockout`."""
     probe_run = ProbeRun(args.probes)
     check_has_llm(probe_run, "knockout")
-    args.classes = _resolve_classes(probe_run, args.classes)
+    classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
-    plan = KnockoutPlan(
-        **{
-            name: value
-            for name, value in vars(args).items()
-            if name in KnockoutPlan.__dataclass_fields__
-        }
-    )
+    plan = read_fields(KnockoutPlan, args, classes=classes)
     made_from = {
         "runs": [probe_run.fingerprint],
         **asdict(plan),

@@ -45,7 +45,8 @@ def _shown_sites(run: FinishedRun) -> list[str]:
     layers = [site for site in run.layers if site != ADAPTER]
     peak = run.peak_layer
     if not run.has_llm:
-        evenly = np.linspace(0, len(layers) - 1, min(SHOWN_LAYERS, len(layers))).round().astype(int)
+        count = min(SHOWN_LAYERS, len(layers))
+        evenly = np.linspace(0, len(layers) - 1, count).round().astype(int)
         shown = {*evenly.tolist(), layers.index(peak)}
         return [layers[i] for i in sorted(shown)]
     between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
@@ -59,7 +60,8 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     (case,) = [case for case in index["knockout"] if case["class"] == name]
     sample = run.dataset()[case["image"]]
     predicted = maps[f"knockout/{name}"].numpy()
-    layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
+    evenly = np.linspace(0, predicted.shape[1] - 1, 7)
+    layers = np.unique(evenly.round().astype(int))
     blank = np.full((*sample["target"].shape, 3), 255)
     first_column = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), blank]
     rows = [

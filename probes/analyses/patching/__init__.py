@@ -2,43 +2,50 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from probes.analyses.base import (
-    Analysis,
-    PlannedRun,
-    add_batch_size,
-    add_draws,
-    add_out,
-    add_run,
-    add_seed,
+from probes.analyses.base import Analysis, PlannedRun, add_out, add_run
+from probes.analyses.options import (
+    add_fields,
+    batch_size_option,
+    draws_option,
+    option,
+    seed_option,
 )
 from probes.models.sites import ADAPTER, is_before_adapter
+
+
+@dataclass(frozen=True)
+class PatchingPlan:
+    """What to patch."""
+
+    site: str | None = option("site of the read-out (default: the run's best decoder layer)", None)
+    mask: str | None = option(
+        "mask under which replacement states are computed (default: bidirectional, or causal for a run that is not)",
+        None,
+        metavar="NAME",
+    )
+    layers: Sequence[int] | None = option(
+        "layers whose states are replaced, 0 for the adapter (default: all before the read-out)",
+        None,
+        metavar="L",
+    )
+    limit: int | None = option(
+        "number of images, and of pairs, to read (default: all)",
+        None,
+        at_least=1,
+    )
+    draws: int = draws_option(3)
+    batch_size: int = batch_size_option(16, "images")
+    seed: int = seed_option("the random tokens and the bootstrap")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes patching`."""
     add_run(parser)
-    text = "mask under which replacement states are computed (default: bidirectional, or causal for a run that is not)"
-    parser.add_argument("--mask", metavar="NAME", help=text)
     text = "also patch pictures without a cue by those with it: a folder data set with the splits `with` and `without`"
     parser.add_argument("--pairs", metavar="DIR", help=text)
-    parser.add_argument(
-        "--site", help="site of the read-out (default: the run's best decoder layer)"
-    )
-    text = "layers whose states are replaced, 0 for the adapter (default: all before the read-out)"
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        type=int,
-        metavar="L",
-        help=text,
-    )
-    parser.add_argument(
-        "--limit", type=int, help="number of images, and of pairs, to read (default: all)"
-    )
-    add_draws(parser, 3)
-    add_batch_size(parser, 16, "images")
-    add_seed(parser, "the random tokens and the bootstrap")
+    add_fields(parser, PatchingPlan)
     add_out(parser)
 
 

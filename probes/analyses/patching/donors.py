@@ -84,7 +84,8 @@ def pair_batch(
                 f"the pictures with and without {one['name']} differ in size; expected the same pixels"
             )
     both = [[np.asarray(sample["image"]) for sample in samples] for samples in (without, cued)]
-    differs = [torch.from_numpy((a != b).any(-1)) for a, b in zip(*both, strict=True)]
+    pairs = zip(*both, strict=True)
+    differs = [torch.from_numpy((a != b).any(-1)) for a, b in pairs]
     cue = (
         true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm)
         == 0

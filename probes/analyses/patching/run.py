@@ -31,31 +31,19 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import ADAPTER, is_before_adapter, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
+from . import PatchingPlan
 from .donors import Batch, Pairs, mask_batch, pair_batch
 from .effects import patching_effects, print_effects, set_names
 
 # Change of log-odds that rounding explains: some processors sum a batch in another order than a part of it.
 NO_EFFECT = 1e-6
-
-
-@dataclass(frozen=True)
-class PatchingPlan:
-    """What to patch."""
-
-    site: str  # of the read-out
-    mask: str  # under which the donor runs
-    # whose states are replaced; 0 is the adapter, None for all before the read-out
-    layers: tuple[int, ...] | None
-    limit: int | None = None  # number of images, and of pairs; None for all
-    draws: int = 3  # of the random tokens
-    batch_size: int = 16  # images
-    seed: int = 0  # of the random tokens and the bootstrap
 
 
 @dataclass(frozen=True)
@@ -286,9 +274,7 @@ def check_plan(plan: PatchingPlan, mllm: FrozenMLLM) -> PatchingPlan:
     Raises:
         UserError: A number is too small, the mask is the run's, or a layer is not before the read-out.
     """
-    for name in ("limit", "draws", "batch_size"):
-        if (value := getattr(plan, name)) is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+    check_ranges(plan)
     if plan.mask == mllm.image_attention:
         raise UserError(
             f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own"
@@ -323,8 +309,13 @@ def run(args: argparse.Namespace) -> None:
     mask = args.mask or (
         "causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional"
     )
-    numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
-    plan = PatchingPlan(site, mask, layers, **numbers)
+    plan = read_fields(
+        PatchingPlan,
+        args,
+        site=site,
+        mask=mask,
+        layers=layers,
+    )
     pairs = None
     if args.pairs:
         pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"])

@@ -2,19 +2,24 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from probes.analyses.base import (
     Analysis,
     Claim,
     Row,
-    add_batch_size,
-    add_draws,
     add_out,
-    add_questions,
     add_run,
-    add_seed,
     table_row,
+)
+from probes.analyses.options import (
+    QuestionOptions,
+    add_fields,
+    batch_size_option,
+    draws_option,
+    option,
+    seed_option,
 )
 
 if TYPE_CHECKING:  # this module answers `probes --help`
@@ -22,21 +27,24 @@ if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.results.probe_run import ProbeRun
 
 
+@dataclass(frozen=True)
+class RoutesOptions(QuestionOptions):
+    """What to ask, and what to cut."""
+
+    window: int = option(
+        "layers in a window; each window that fits is cut, and all layers at once",
+        2,
+        metavar="K",
+    )
+    draws: int = draws_option(3)
+    batch_size: int = batch_size_option(32, "questions, each under one knockout,")
+    seed: int = seed_option("the random patches and the bootstrap")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes routes`."""
     add_run(parser)
-    add_questions(parser)
-    text = "layers in a window; each window that fits is cut, and all layers at once"
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=2,
-        metavar="K",
-        help=text,
-    )
-    add_draws(parser, 3)
-    add_batch_size(parser, 32, "questions, each under one knockout,")
-    add_seed(parser, "the random patches and the bootstrap")
+    add_fields(parser, RoutesOptions)
     add_out(parser)
 
 

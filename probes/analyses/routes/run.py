@@ -24,7 +24,7 @@ Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +43,27 @@ from probes.analyses.answers.questions import (
     tokens_in_box,
 )
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
 
+from . import RoutesOptions
 from .effects import print_routes, route_effects
 
 QUESTIONS_PER_FILE = 8
 
 
-@dataclass(frozen=True)
-class RoutesPlan:
-    """What to ask, and what to cut."""
-
-    questions: Path  # file of questions about places
-    images: Path  # folder of its images
-    limit: int | None = None  # number of questions; None for all
-    window: int = 2  # layers
-    draws: int = 3  # of random patches
-    batch_size: int = 32  # rows of a forward
-    seed: int = 0  # of the random patches and the bootstrap
+class RoutesPlan(RoutesOptions):
+    """What to ask and what to cut, of files that are there and a model with these layers."""
 
     def check(self, layers: int) -> None:
         """Raise a UserError if a number is out of range or a path is missing."""
-        for name in ("limit", "draws", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_ranges(self)
         if not 1 <= self.window <= layers:
             raise UserError(f"window is {self.window}; expected 1 to {layers}, the model's layers")
-        if not self.questions.is_file():
-            raise UserError(
-                f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)"
-            )
+        check_questions(self)
 
 
 def windows(width: int, layers: int) -> list[list[int]]:
@@ -252,11 +239,8 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes routes`."""
     probe_run = ProbeRun(args.probes)
     out = Path(args.out or args.probes)
-    beside_data = Path(probe_run.manifest["data"]["root"]).parent / "questions.json"
-    questions = Path(args.questions or beside_data)
-    names = ("limit", "window", "draws", "batch_size", "seed")
-    options = {name: getattr(args, name) for name in names}
-    plan = RoutesPlan(questions, Path(args.images or questions.parent), **options)
+    paths = read_questions_path(args, probe_run.manifest["data"]["root"])
+    plan = read_fields(RoutesPlan, args, **paths)
     with exclusive_run_lock(out, "routes.json"):
         results = measure_routes(probe_run, plan, out, args.overwrite)
     print_routes(results)

@@ -22,9 +22,12 @@ class PatchCounts(NamedTuple):
 
     def pool(self, *groups: Sequence[int]) -> "PatchCounts":
         """Return the sums over G groups of patches, f[N, G]."""
-        return PatchCounts(
-            *(torch.stack([x[:, list(patches)].sum(1) for patches in groups], 1) for x in self)
-        )
+
+        def sum_groups(counts: Tensor) -> Tensor:
+            sums = [counts[:, list(patches)].sum(1) for patches in groups]
+            return torch.stack(sums, 1)
+
+        return PatchCounts(sum_groups(self.right), sum_groups(self.valid))
 
 
 CountsByMask = dict[str, PatchCounts]  # keys "causal" and "bidirectional"

@@ -56,9 +56,10 @@ def umap_of_images(
         sample = dataset[image]
         labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
         states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
-        embedded = [
-            {"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()
-        ]
+        embedded = []
+        for site, x in states.items():
+            points = embed(x[0].float().cpu(), labels, seed)
+            embedded.append({"site": site} | points)
         entries.append(
             {
                 "image": image,

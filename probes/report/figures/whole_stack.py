@@ -85,7 +85,11 @@ def _label_parts(ax: Axes, sites: list[str]) -> None:
     named = [i for i in shown if sites[i] in LABELS]
     if step > 1:  # a number beside "enc." or "adapt." would overlap it
         shown = [i for i in shown if i in named or not {i - 1, i + 1} & set(named)]
-    names = [LABELS.get(sites[i]) or str(int(sites[i].rpartition("_")[2])) for i in shown]
+
+    def name(site: str) -> str:
+        return LABELS.get(site) or str(int(site.rpartition("_")[2]))
+
+    names = [name(sites[i]) for i in shown]
     ax.set_xticks(shown, names, fontsize=8)
     in_encoder = sum(map(is_encoder_layer, sites))
     before_llm = in_encoder + len(named)

@@ -169,7 +169,8 @@ class SiteSpace:
     def of(cls, states: Tensor, soft: Tensor) -> "SiteSpace":
         """Return the coordinates of states f[B, T, d] with soft labels f[B, K, h, w]."""
         moments = Moments.zeros(states[0].float().mean(0), 1, soft.shape[1])
-        for x, labels in zip(states.split(32), soft.flatten(2).mT.split(32), strict=True):
+        by_token = soft.flatten(2).mT
+        for x, labels in zip(states.split(32), by_token.split(32), strict=True):
             moments.update(x.flatten(0, 1), labels.flatten(0, 1).double(), 0)
         return cls.of_moments(moments)
 
@@ -200,7 +201,8 @@ class SiteSpace:
 
     def coordinates(self, states: Tensor) -> Tensor:
         """Return states f[..., d] in the coordinates, f32[..., d + 1], with a last column of ones for biases."""
-        x = (states.float() - self.mean.float()) * self.scale.float() @ self.basis.float()
+        scaled = (states.float() - self.mean.float()) * self.scale.float()
+        x = scaled @ self.basis.float()
         return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:

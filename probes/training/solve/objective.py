@@ -208,7 +208,8 @@ class PixelProblem(FoldProblem):
 def constant_prediction(space: SiteSpace) -> Tensor:
     """Return the constant prediction f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
     prior = space.log_prior
-    return torch.cat([prior.new_zeros(len(prior), len(space.spectrum)), prior[:, None]], 1)
+    weights = prior.new_zeros(len(prior), len(space.spectrum))
+    return torch.cat([weights, prior[:, None]], 1)
 
 
 def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tensor:
@@ -248,11 +249,11 @@ def loss_sums(
     for start in range(0, len(tokens), step):
         part = slice(start, start + step)
         x = tokens[start : start + step].flatten(0, 1)
-        logits = (x @ weights.T).view(-1, *grid, n_probes, classes).permute(3, 0, 4, 1, 2)
+        by_token = (x @ weights.T).view(-1, *grid, n_probes, classes)
+        logits = by_token.permute(3, 0, 4, 1, 2)
         losses, by_logits = loss_and_gradient(logits, masks[part], needs_grad)
         loss += losses.sum(1)
         if needs_grad:
-            gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(
-                points
-            )
+            by_weight_row = by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+            gradient += (by_weight_row @ x).view_as(points)
     return loss, gradient

@@ -191,8 +191,11 @@ class PassRefinement:
         def rest(x):
             return x[rows][:, -1:]
 
-        self.points, self.kept, self.value = rest(self.points), rest(self.kept), rest(self.value)
-        self.gradient, self.decrease = rest(self.gradient), rest(self.decrease)
+        self.points = rest(self.points)
+        self.kept = rest(self.kept)
+        self.value = rest(self.value)
+        self.gradient = rest(self.gradient)
+        self.decrease = rest(self.decrease)
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
 
     @property

@@ -75,9 +75,8 @@ class SolvedSite:
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
         x = states.float() - self.mean.to(states.device).float()
-        logits = (
-            torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
-        )
+        bias = self.bias.to(x)[:, None, :, None]
+        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + bias
         return logits.unflatten(-1, grid)
 
     def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
@@ -92,7 +91,8 @@ class SolvedSite:
         solved = self.solved.tolist()
 
         def along(values):
-            return [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+            by_strength = dict(zip(solved, values, strict=True))
+            return [by_strength.get(i) for i in range(len(strengths))]
 
         entry = {
             "site": site,

@@ -18,7 +18,7 @@ import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(f"pids_{os.getpid()}", "w") as file:  # a name of its own: two steps start at once
     file.write(f"{os.getpid()} {child.pid}")
-os.rename(file.name, f"started_{sys.argv[1].count('b')}")
+os.rename(file.name, "started_1" if '"b"' in sys.argv[1] else "started_0")
 try:
     time.sleep(600)
 except KeyboardInterrupt:
@@ -28,13 +28,14 @@ except KeyboardInterrupt:
 DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from llava_bidir.common import process_group
+from llava_bidir.common import process_group, steps
 from llava_bidir.common.errors import one_line_errors
-process_group.SEVERAL = {step!r}.replace("{{", "{{{{").replace("}}", "}}}}")
+steps.IN_PROCESS = process_group.WATCH + {step!r}
 with one_line_errors("demo", ["demo"]):
     process_group.end_on_signals()
     with ThreadPoolExecutor(2) as pool:
-        run = lambda name: process_group.run_missing(Path("."), name, [(Path("x"), [name], None)])
+        def run(name):
+            steps.run_in_process(Path("."), name, [steps.Step(name, (), Path(name), "fit")])
         list(pool.map(run, ["a", "b"]))
 """
 

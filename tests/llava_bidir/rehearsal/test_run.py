@@ -13,10 +13,11 @@ import pytest
 from processes import HANGING_S
 
 from llava_bidir import cli
+from llava_bidir.common.steps import find_missing, run_steps
 from llava_bidir.rehearsal import run as rehearsal
 from llava_bidir.rehearsal.cost import extrapolate
 from llava_bidir.rehearsal.measure import run_measured
-from llava_bidir.rehearsal.study import RehearsalStep
+from llava_bidir.rehearsal.study import rehearsal_step
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,27 +26,28 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
+def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path):
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     bad = python("raise SystemExit('the reason')")
-    steps = [
-        RehearsalStep("good", python(count)),
-        RehearsalStep("bad", bad),
-        RehearsalStep("after_bad", python(count)),
-    ]
-    done = {}
-    for step in steps:
-        rehearsal.run_step(step, done, tmp_path / "logs")
-    assert [done[step.name]["status"] for step in steps] == ["finished", "failed", "finished"]
-    assert (
-        f"failed    bad: the reason\n          its log is {tmp_path}/logs/bad.log"
-        in capsys.readouterr().out
-    )
-    before = dict(done["good"])
-    steps[1] = RehearsalStep("bad", python("print('mended')"))
-    for step in steps:
-        rehearsal.run_step(step, done, tmp_path / "logs")
-    assert {step["status"] for step in done.values()} == {"finished"} and done["good"] == before
+    commands = {
+        "good": python(count),
+        "bad": bad,
+        "after_bad": python(count),
+    }
+    logs = tmp_path / "logs"
+
+    def rehearse() -> tuple[list[str], dict[str, dict]]:
+        steps = [rehearsal_step(tmp_path, name, words) for name, words in commands.items()]
+        failed = run_steps(find_missing(steps, logs), logs, rehearsal.run_step)
+        return failed, {step.name: rehearsal.read_measurements(step, logs) for step in steps}
+
+    failed, first = rehearse()
+    assert failed == [f"bad: the reason (its log is {logs}/bad.log)"]
+    assert [step["status"] for step in first.values()] == ["finished", "failed", "finished"]
+    commands["bad"] = python("print('mended')")
+    failed, second = rehearse()
+    assert not failed and {step["status"] for step in second.values()} == {"finished"}
+    assert second["good"] == first["good"] and "wall_s" in second["good"]
     assert (tmp_path / "count").read_text() == "xx", "finished steps are not run again"
 
 
@@ -160,8 +162,9 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
         stdout=subprocess.DEVNULL,
     )
 
-    def steps():
-        return json.loads(file.read_text())["steps"] if file.exists() else {}
+    def steps() -> dict[str, float]:
+        records = map(json.loads, map(Path.read_text, (tmp_path / "out/logs/steps").glob("*.json")))
+        return {record["step"]: record["wall_s"] for record in records}
 
     deadline = time.monotonic() + HANGING_S
     while len(steps()) < 2 and first.poll() is None and time.monotonic() < deadline:
@@ -178,7 +181,8 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("certificates hold") == 2, "a mask each"
     record = json.loads(file.read_text())
-    assert before and all(record["steps"][name] == step for name, step in before.items())
+    assert before
+    assert all(record["steps"][name]["wall_s"] == seconds for name, seconds in before.items())
     assert {step["status"] for step in record["steps"].values()} == {"finished"}
     assert all(record["steps"][f"causal_{name}"]["step_s"] > 0 for name in ("stage1", "stage2"))
     assert {part["part"] for part in record["cost"]} == {

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 import probes
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.steps import Step
 from probes.cli import main
 from probes.studies import run
 from probes.studies.command import label_models
-from probes.studies.plan import Settings, Step, make_plan, planned_runs
+from probes.studies.plan import Settings, make_plan, planned_runs
 from probes.studies.run import _command
 
 OPTIONS = [
@@ -378,7 +379,7 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
     said = capsys.readouterr().out
     assert "trained/knockout left out: " in said
     assert "no image has 99 or more patches wrongly predicted" in said
-    assert "random0/knockout left out: so was that of the trained model" in said
+    assert "random0/knockout left out: so was trained/knockout" in said
     assert "] random0/knockout" not in said, "it was run"
     assert len(study.claims())
     assert not list(tmp_path.rglob("knockout.json"))
@@ -463,7 +464,8 @@ def test_answers_are_asked_for_if_there_are_questions_about_places(
 def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):
     page = tmp_path / "explorer.html"
     page.write_text("earlier")
-    step = Step("explore", ("explore", "run", "--out", str(tmp_path)), page, "explore")
+    words = ("explore", "run", "--out", str(tmp_path))
+    step = Step("explore", words, page, kind="explore")
     assert _command(step, tmp_path, overwrite=True) == list(step.command)
 
 

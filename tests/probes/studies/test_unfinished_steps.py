@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.steps import Step
 from probes.cli import main
 from probes.results.steps import unfinished_steps
 from probes.studies import run
 from probes.studies.options import read_setting
-from probes.studies.plan import Settings, Step, check, make_plan
+from probes.studies.plan import Settings, check, make_plan
 
 
 @pytest.fixture

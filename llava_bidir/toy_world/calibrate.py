@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
-from llava_bidir.common.process_group import end_on_signals, run_missing
+from llava_bidir.common.process_group import end_on_signals
+from llava_bidir.common.steps import run_in_process
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
+from probes.studies.plan import Settings
+from probes.studies.run import run_study
 
-from .plan import Settings
-from .run import run_study
+from .steps import MASKS, WEIGHTS, make_step, to_words, training_steps
 
-MASKS = ("causal", "bidirectional")
 LLM = ("trained", "random0", "random1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
@@ -89,24 +90,22 @@ def calibrate(
         scenes: Scenes in a picture.
         studies: Some of `DESIGNS`; None for all.
     """
+    names = list(studies or DESIGNS)
     for seed in seeds:
+        print(f"seed {seed}", flush=True)
         folder = out / f"seed{seed}"
+        _make_models(
+            folder,
+            seed,
+            scale,
+            scenes,
+            [DESIGNS[name] for name in names],
+        )
         file = folder / "claims.json"
         claims = read_json(file)["claims"] if file.is_file() else []
-        missing = [
-            name for name in studies or DESIGNS if name not in {claim["study"] for claim in claims}
-        ]
-        if missing:
-            print(f"seed {seed}", flush=True)
-            _make_models(
-                folder,
-                seed,
-                scale,
-                scenes,
-                [DESIGNS[name] for name in missing],
-            )
-            claims += [claim for name in missing for claim in _study(folder, name, seed)]
-            write_files({file: {"claims": claims}})
+        claims = [claim for claim in claims if claim["study"] not in names]
+        claims += [claim for name in names for claim in _study(folder, name, seed)]
+        write_files({file: {"claims": claims}})
     claims = [
         claim
         for file in sorted(out.glob("seed*/claims.json"))
@@ -213,46 +212,50 @@ def _make_models(
 ) -> None:
     """Draw the world of a seed, train adapters on captions, and plant what is missing of the designs' models."""
     assets = folder / "assets"
-    common = ["--seed", str(seed)]
-    world = ["--world", "binding", "--scenes", str(scenes), "--scale", str(scale), *common]
-    run_missing(
-        folder, "world", [(assets / "questions.json", ["demo-assets", str(assets), *world], None)]
-    )
-    jobs = []
+    drawn = assets / "questions.json"
+    world = {
+        "--world": "binding",
+        "--scenes": scenes,
+        "--scale": scale,
+        "--seed": seed,
+    }
+    words = ["demo-assets", str(assets), *to_words(world)]
+    run_in_process(folder, "world", [make_step(folder, words, drawn)])
+    steps = []
     for mask in MASKS:
         models = folder / "models" / mask
-        parts = ["--model.encoder.path", f"{assets}/encoder", "--model.llm", f"{assets}/llm"]
-        data = ["--data.images", str(assets), "--data.annotations", f"{assets}/captions.json"]
-        options = ["--model.image_attention", mask, *parts, *data, "--seed_everything", str(seed)]
-        command = [
-            "fit",
-            "-c",
-            "demo/stage1",
-            *options,
-            "--out",
-            f"{models}/stage1",
-            "--ckpt_path",
-            "last",
-        ]
-        jobs.append((models / "stage1/hf/model.safetensors", command, None))
+        options = {
+            "-c": "demo/stage1",
+            "--model.image_attention": mask,
+            "--model.encoder.path": assets / "encoder",
+            "--model.llm": assets / "llm",
+            "--data.images": assets,
+            "--data.annotations": assets / "captions.json",
+            "--seed_everything": seed,
+        }
+        steps += training_steps(
+            folder,
+            models,
+            {"stage1": options},
+            drawn,
+        )
         studied = {design.model for design in designs if mask in design.masks}
         sources = {MODELS[name].source for name in studied}
         for name, model in MODELS.items():
             if name not in studied | sources:
                 continue
-            source = models / (model.source or "stage1") / "hf"
-            target = models / name / "hf"
-            words = [
-                "plant",
-                model.what,
-                str(source),
-                str(assets),
-                str(target),
-                *model.options,
-                *common,
-            ]
-            jobs.append((target / "model.safetensors", words, None))
-    run_missing(folder, "models", jobs)
+            source = models / (model.source or "stage1")
+            words = ["plant", model.what, f"{source}/hf", str(assets), f"{models}/{name}/hf"]
+            words += [*model.options, "--seed", str(seed)]
+            steps.append(
+                make_step(
+                    folder,
+                    words,
+                    models / name / WEIGHTS,
+                    source / WEIGHTS,
+                )
+            )
+    run_in_process(folder, "models", steps)
 
 
 def study_settings(

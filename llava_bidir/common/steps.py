@@ -1,0 +1,321 @@
+"""Steps of long work: each is done once, and again if what it was made from has changed.
+
+FOLDER/steps/NAME.json records of each step its command, hashes of what it read and wrote, its seconds and memory, or
+why it has made nothing. Studies, the demo, the real model, calibrations and rehearsals are made of such steps.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .atomic_io import read_json, write_files
+from .errors import NothingToMeasure, UserError
+from .process_group import WATCH, process_group
+
+OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
+LOG_LINES = 20  # of a process that failed
+# Importing takes as long as many commands, so that several of them share a process.
+IN_PROCESS = (
+    WATCH + "from llava_bidir.cli import main; from llava_bidir.common.steps import run_given; "
+    "run_given(sys.argv[1], main)"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of long work: one command with its result.
+
+    Args:
+        name: Unique among the steps of the work, e.g. "causal/random0/knockout".
+        command: Words of the command.
+        result: The file that says that it is done.
+        kind: Steps of one kind take about the same time.
+        reads: Files that it reads, by their names in the record.
+        takes_overwrite: The command refuses to replace a result without `--overwrite true`.
+        follows: Step that it is compared with, and left out with.
+        optional: If it fails, the steps after it run nevertheless.
+        lacks: Why it is left out, known before any work; "" if it is run.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    result: Path
+    kind: str
+    reads: Mapping[str, Path] = field(default_factory=dict)
+    takes_overwrite: bool = False
+    follows: str = ""
+    optional: bool = False
+    lacks: str = ""
+
+    def inputs(self) -> dict[str, str | None]:
+        """Return the hashes of what the step reads, None for a file that is not there."""
+        return {name: digest(file) for name, file in self.reads.items()}
+
+
+def digest(file: Path) -> str | None:
+    """Return the SHA-256 of a file, None if there is none."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- what is done
+def read_record(name: str, folder: Path) -> dict[str, Any]:
+    """Return the record of a step, {} if there is none."""
+    file = _record_file(name, folder)
+    return read_json(file) if file.is_file() else {}
+
+
+def _record_file(name: str, folder: Path) -> Path:
+    return folder / "steps" / f"{name.replace('/', '.')}.json"
+
+
+def is_done(step: Step, folder: Path) -> bool:
+    """Return whether this command, from what is there now, has made the result or had none to make."""
+    record = read_record(step.name, folder)
+    if step.lacks:
+        return record.get("left_out") == step.lacks
+    if record.get("failed") or record.get("lacks"):
+        return False
+    is_there = step.result.is_file() or bool(record.get("left_out"))
+    return is_there and all(record.get(key) == value for key, value in _state(step).items())
+
+
+def find_missing(
+    steps: Sequence[Step],
+    folder: Path,
+    must_repeat: Callable[[Step], bool] | None = None,
+) -> list[Step]:
+    """Return the steps that are not done or read what other missing steps write.
+
+    Args:
+        steps: Each after those whose results it reads.
+        folder: Folder of the records.
+        must_repeat: Says whether a finished step is done again nevertheless.
+    """
+    missing: list[Step] = []
+    for step in steps:
+        written = {other.result for other in missing}
+        again = bool(written & set(step.reads.values())) or (must_repeat and must_repeat(step))
+        if again or not is_done(step, folder):
+            missing.append(step)
+    return missing
+
+
+def _state(step: Step) -> dict[str, Any]:
+    return {
+        "command": list(step.command),
+        "inputs": step.inputs(),
+        "result": digest(step.result),
+    }
+
+
+def _write_record(
+    step: Step,
+    folder: Path,
+    seconds: float,
+    more: Mapping[str, Any],
+) -> None:
+    """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
+    record = {
+        "step": step.name,
+        "kind": step.kind,
+        **_state(step),
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak_gb, 2),
+    }
+    known_before = {"lacks": step.lacks} if step.lacks else {}
+    write_files({_record_file(step.name, folder): record | known_before | more})
+
+
+def command_now(
+    step: Step,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+) -> list[str]:
+    """Return the words of a step's command; a result that it made from other inputs is replaced.
+
+    Args:
+        step: The step.
+        folder: Folder of the records.
+        overwrite: Replace any other result, too.
+    """
+    words = list(step.command)
+    if not step.takes_overwrite or not step.result.is_file():
+        return words
+    record = read_record(step.name, folder)
+    outdated = record.get("command") == words and record["inputs"] != step.inputs()
+    if not (overwrite or outdated):
+        return words
+    if "--ckpt_path" in words:  # to resume, which is the opposite
+        start = words.index("--ckpt_path")
+        words = words[:start] + words[start + 2 :]
+    return [*words, "--overwrite", "true"]
+
+
+# ---------------------------------------------------------------------------------------------------- running
+def run_steps(
+    missing: Sequence[Step],
+    folder: Path,
+    run: Callable[[Step], Mapping[str, Any] | None],
+    *,
+    log: Path | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Run steps in order and record what became of each.
+
+    Args:
+        missing: Steps that are not done.
+        folder: Folder of the records.
+        run: Runs a step and returns what else its record keeps. A raised `NothingToMeasure` leaves the step out; any
+            other error ends the work, unless the step is optional.
+        log: File for tracebacks of optional steps.
+        overwrite: Delete the earlier result of a step that is left out.
+
+    Returns:
+        What each optional step that failed has said.
+    """
+    failed: list[str] = []
+    for i, step in enumerate(missing):
+        if step.lacks:
+            print(f"{step.name} is left out: {step.lacks}", flush=True)
+            _leave_out(step, folder, step.lacks, overwrite)
+            continue
+        followed = read_record(step.follows, folder) if step.follows else {}
+        if followed.get("left_out"):
+            reason = f"so was {step.follows}, with which it is compared"
+            _leave_out(step, folder, reason, overwrite)
+            continue
+        if followed.get("failed"):  # the next call tries both
+            continue
+        left = describe_time_left(missing[i:], folder)
+        print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
+        started = time.perf_counter()
+        try:
+            more = run(step) or {}
+        except NothingToMeasure as error:
+            print(f"left out: {error}", flush=True)
+            _leave_out(step, folder, str(error), overwrite)
+            continue
+        except Exception as error:
+            if not step.optional:
+                raise
+            failed.append(_describe_failure(step, error, log))
+            print(f"failed: {failed[-1]}", flush=True)
+            more = {"failed": failed[-1].removeprefix(f"{step.name}: ")}
+        _write_record(step, folder, time.perf_counter() - started, more)
+    return failed
+
+
+def _leave_out(
+    step: Step,
+    folder: Path,
+    reason: str,
+    overwrite: bool,
+) -> None:
+    """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
+    if overwrite:
+        step.result.unlink(missing_ok=True)
+    _write_record(step, folder, 0.0, {"left_out": reason})
+
+
+def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
+    """Return what a step that failed has said; the traceback of a bug goes to the log."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = f"{step.name}: {type(error).__name__}: {error}"
+    if log is None:
+        return text
+    with log.open("a") as stream:
+        traceback.print_exception(error, file=stream)
+    return f"{text} (traceback in {log})"
+
+
+def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
+    """Return the time that steps will take, as far as steps of their kind were timed; "" if none was."""
+    seconds: dict[str, list[float]] = {}
+    for file in (folder / "steps").glob("*.json"):
+        record = read_json(file)
+        if not any(record.get(key) for key in OUTCOMES):
+            seconds.setdefault(record["kind"], []).append(record["seconds"])
+    known = [
+        sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds
+    ]
+    return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
+
+
+# ---------------------------------------------------------------------------------------------------- in a process
+def run_in_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
+    """Run what is missing of steps that are commands of `llava-bidir`, in one process on one thread.
+
+    The process ends with this one, even if this one is killed: steps of the next call would meet it in their folder.
+
+    Args:
+        out: The output goes to OUT/logs/NAME.log, records to OUT/logs/steps.
+        name: Of these steps together.
+        steps: In order.
+
+    Returns:
+        Whether any was missing.
+
+    Raises:
+        UserError: A command has failed.
+    """
+    folder = out / "logs"
+    missing = find_missing(steps, folder)
+    if not missing:
+        return False
+    log = folder / f"{name}.log"
+    started = time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name} begins, see {log}", flush=True)
+    given = json.dumps([str(folder), [vars(step) for step in missing]], default=str)
+    command = [sys.executable, "-c", IN_PROCESS, given, str(os.getpid())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (
+        log.open("w") as said,
+        process_group(command, stdout=said, stderr=said, env=environment) as process,
+    ):
+        status = process.wait()
+    if status < 0:
+        raise UserError(
+            f"{name} was ended by signal {-status}; the same command goes on where it stopped"
+        )
+    if status:
+        print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
+        raise UserError(f"{name} has failed; all it said is in {log}")
+    print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
+    return True
+
+
+def run_given(given: str, main: Callable[[list[str]], None]) -> None:
+    """Run steps that `run_in_process` has given as JSON, each by `main` with the words of its command."""
+    folder, found = json.loads(given)
+    folder = Path(folder)
+    steps = [
+        Step(
+            **fields
+            | {
+                "command": tuple(fields["command"]),
+                "result": Path(fields["result"]),
+                "reads": {name: Path(file) for name, file in fields["reads"].items()},
+            }
+        )
+        for fields in found
+    ]
+
+    def run(step: Step) -> None:
+        main(command_now(step, folder))
+
+    run_steps(steps, folder, run)

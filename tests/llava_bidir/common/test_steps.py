@@ -1,0 +1,186 @@
+"""Steps are done once, and again if what they were made from has changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_bidir.common.errors import NothingToMeasure
+from llava_bidir.common.steps import (
+    Step,
+    command_now,
+    describe_time_left,
+    find_missing,
+    read_record,
+    run_given,
+    run_steps,
+)
+
+
+def chain(folder: Path, **options) -> list[Step]:
+    """Return three trainings: b reads the model of a, and c that of b."""
+    source = folder / "data.json"
+    steps = []
+    for name in "abc":
+        words = ("fit", "--name", name, "--ckpt_path", "last")
+        result = folder / name / "model"
+        steps.append(
+            Step(
+                name,
+                words,
+                result,
+                kind="fit",
+                reads={source.name: source},
+                takes_overwrite=True,
+                **options,
+            )
+        )
+        source = result
+    return steps
+
+
+class Commands(list):
+    """Run a step by writing its result from what it reads, and keep the names."""
+
+    failing: str = ""
+
+    def __call__(self, step: Step) -> None:
+        self.append(step.name)
+        if step.name == self.failing:
+            raise RuntimeError("a bug")
+        step.result.parent.mkdir(exist_ok=True)
+        (source,) = step.reads.values()
+        step.result.write_text(f"{source.read_text()} {step.name}")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "data.json").write_text("first")
+    return tmp_path
+
+
+def run(steps: list[Step], folder: Path) -> list[str]:
+    commands = Commands()
+    run_steps(find_missing(steps, folder), folder, commands)
+    return commands
+
+
+def test_finished_steps_are_not_done_again(folder):
+    steps = chain(folder)
+    assert run(steps, folder) == ["a", "b", "c"]
+    assert run(steps, folder) == []
+    assert read_record("b", folder)["command"] == list(steps[1].command)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: (folder / "data.json").write_text("second"), ["a", "b", "c"]),
+        (lambda folder: (folder / "b/model").unlink(), ["b", "c"]),
+        (lambda folder: (folder / "b/model").write_text("of another program"), ["b", "c"]),
+        (lambda folder: (folder / "steps/c.json").unlink(), ["c"]),
+        (lambda folder: (folder / "data.json").touch(), []),
+    ],
+)
+def test_what_was_made_from_something_changed_is_made_again(change, expected, folder):
+    steps = chain(folder)
+    run(steps, folder)
+    change(folder)
+    assert run(steps, folder) == expected
+
+
+def test_another_command_is_run_with_all_that_read_its_result(folder):
+    first, second, third = chain(folder)
+    run([first, second, third], folder)
+    other = Step(**vars(second) | {"command": ("fit", "--name", "other")})
+    assert run([first, other, third], folder) == ["b", "c"]
+
+
+def test_a_result_is_replaced_if_its_inputs_have_changed_and_else_resumed(folder):
+    """A training that was killed has no record, and must go on from its checkpoint."""
+    step, *_ = chain(folder)
+    assert command_now(step, folder) == list(step.command)
+    step.result.parent.mkdir()
+    step.result.write_text("made, and killed before the record was written")
+    assert command_now(step, folder) == list(step.command)
+    run([step], folder)
+    assert command_now(step, folder) == list(step.command)
+    (folder / "data.json").write_text("second")
+    replaced = ["fit", "--name", "a", "--overwrite", "true"]
+    assert command_now(step, folder) == replaced
+    (folder / "data.json").write_text("first")
+    assert command_now(step, folder, overwrite=True) == replaced
+
+
+def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
+    commands = Commands()
+    commands.failing = "b"
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_steps(chain(folder), folder, commands)
+    assert commands == ["a", "b"] and not read_record("b", folder)
+    steps = [Step(**vars(step) | {"optional": True}) for step in chain(folder)]
+    log = folder / "log"
+    commands = Commands()
+    commands.failing = "c"
+    (failed,) = run_steps(
+        find_missing(steps, folder),
+        folder,
+        commands,
+        log=log,
+    )
+    assert commands == ["b", "c"]
+    assert failed == f"c: RuntimeError: a bug (traceback in {log})"
+    assert "Traceback" in log.read_text()
+    assert [step.name for step in find_missing(steps, folder)] == ["c"], "it is tried again"
+
+
+def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
+    result = folder / "result"
+    steps = [
+        Step("trained", ("knockout",), result, kind="knockout"),
+        Step("random0", ("knockout",), result, kind="knockout", follows="trained"),
+    ]  # fmt: skip
+    ran = []
+
+    def nothing(step: Step) -> None:
+        ran.append(step.name)
+        raise NothingToMeasure("no image has a wrong patch")
+
+    run_steps(steps, folder, nothing)
+    assert ran == ["trained"]
+    assert read_record("random0", folder)["left_out"].startswith("so was trained")
+    assert find_missing(steps, folder) == []
+
+
+def test_time_left_is_that_of_steps_of_the_same_kind(folder):
+    steps = chain(folder)
+    (folder / "steps").mkdir()
+    for name, record in {
+        "a": {"kind": "fit", "seconds": 100.0},
+        "b": {"kind": "fit", "seconds": 200.0},
+        "c": {"kind": "fit", "seconds": 0.0, "left_out": "why"},
+        "d": {"kind": "report", "seconds": 9000.0},
+    }.items():  # fmt: skip
+        (folder / f"steps/{name}.json").write_text(json.dumps(record))
+    assert describe_time_left(steps[:2], folder) == "about 5 min left"
+    assert describe_time_left([Step("x", (), folder, kind="new")], folder) == ""
+
+
+def test_steps_of_another_process_are_recorded_one_by_one(folder):
+    """As after a kill: what was finished is not done again."""
+    steps = chain(folder)
+    given = json.dumps([str(folder), [vars(step) for step in steps]], default=str)
+    ran = []
+
+    def main(words: list[str]) -> None:
+        name = words[words.index("--name") + 1]
+        ran.append(name)
+        if name == "b":
+            raise SystemExit("llava-bidir: no memory")
+        (folder / name).mkdir()
+        (folder / name / "model").write_text(name)
+
+    with pytest.raises(SystemExit, match="no memory"):
+        run_given(given, main)
+    assert ran == ["a", "b"]
+    assert [step.name for step in find_missing(steps, folder)] == ["b", "c"]

@@ -31,23 +31,23 @@ def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows
 
 
 def _score_rows(study: StudyRuns) -> list[list[str]]:
-    mixed = len({run.probe_kind for run in study.runs}) > 1
-    titles = [
-        run.metrics["image_attention"]
-        + ", untrained" * bool(run.metrics["untrained"])
-        + f", {run.probe_kind} probes" * mixed
-        for run in study.runs
-    ]
-    sites = list(
-        dict.fromkeys(entry["site"] for run in study.runs for entry in run.metrics["sites"])
-    )
-    by_site = [
-        {entry["site"]: _score(entry) for entry in run.metrics["sites"]} for run in study.runs
-    ]
-    return [
-        ["site", *titles],
-        *([site, *(scores.get(site, "–") for scores in by_site)] for site in sites),
-    ]
+    """Return a row for each site, and a column for each run."""
+    is_mixed = len({run.probe_kind for run in study.runs}) > 1
+    titles = []
+    columns = []
+    for run in study.runs:
+        words = [run.metrics["image_attention"]]
+        if run.metrics["untrained"]:
+            words.append("untrained")
+        if is_mixed:
+            words.append(f"{run.probe_kind} probes")
+        titles.append(", ".join(words))
+        columns.append({entry["site"]: _score(entry) for entry in run.metrics["sites"]})
+    sites = dict.fromkeys(site for column in columns for site in column)
+    rows = [["site", *titles]]
+    for site in sites:
+        rows.append([site, *(column.get(site, "–") for column in columns)])
+    return rows
 
 
 def _score(entry: dict[str, Any]) -> str:
@@ -83,8 +83,17 @@ def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _knockout_rows(effects: Rows) -> list[list[str]]:
-    return [["image attention", "class", "blocked", "control", "change", "p"]] + [
-        [row["image_attention"], row["class"], row["condition"], row["control"].replace("_", " ")]
-        + [format_difference(row | {"ci95": [row["low"], row["high"]]}), format_p(row["p"])]
-        for row in effects
-    ]
+    rows = [["image attention", "class", "blocked", "control", "change", "p"]]
+    for row in effects:
+        change = row | {"ci95": [row["low"], row["high"]]}
+        rows.append(
+            [
+                row["image_attention"],
+                row["class"],
+                row["condition"],
+                row["control"].replace("_", " "),
+                format_difference(change),
+                format_p(row["p"]),
+            ]
+        )
+    return rows

@@ -54,7 +54,8 @@ def summarize_claims(claims: list[dict[str, Any]]) -> str:
         parts.append(f"{count} {finding if count == 1 else finding.replace('does not', 'do not')}")
     if len(claims) > len(tested):
         parts.append(f"{len(claims) - len(tested)} untested")
-    return f"Of {len(claims)} claims: {', '.join(parts)}."
+    counted = "1 claim" if len(claims) == 1 else f"{len(claims)} claims"
+    return f"Of {counted}: {', '.join(parts)}."
 
 
 def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:

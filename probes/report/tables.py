@@ -12,37 +12,39 @@ from .verdicts import COLUMNS
 
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     """Return one row per claim: the main runs' number, the untrained control, and the three columns of verdicts."""
-    controls = [claim["control"] or {"value": None, "ci95": [None, None]} for claim in claims]
-    return [
-        {key: claim[key] for key in ("claim", "image_attention", "value")}
-        | bounds(claim["ci95"])
-        | {
+    rows = []
+    for claim in claims:
+        control = claim["control"] or {"value": None, "ci95": [None, None]}
+        row = {
+            "claim": claim["claim"],
+            "image_attention": claim["image_attention"],
+            "value": claim["value"],
+            **bounds(claim["ci95"]),
             "holds": claim["holds"],
             "images": claim["n"]["images"],
             "patches": claim["n"].get("patches"),
+            "untrained": control["value"],
+            **bounds(control["ci95"], "untrained_"),
         }
-        | {"untrained": control["value"]}
-        | bounds(control["ci95"], "untrained_")
-        | {
-            key: value
-            for name in COLUMNS
-            for key, value in _verdict_columns(name, claim["verdicts"][name]).items()
-        }
-        | {key: claim.get(key) for key in ("supported", "conclusion", "truth", "p", "p_holm")}
-        for claim, control in zip(claims, controls, strict=True)
-    ]
+        for name in COLUMNS:
+            row |= _verdict_columns(name, claim["verdicts"][name])
+        for key in ("supported", "conclusion", "truth", "p", "p_holm"):
+            row[key] = claim.get(key)
+        rows.append(row)
+    return rows
 
 
 def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    numbers = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
-    below = entry.get("below_optimum") or {"value": None, "ci95": [None, None]}
-    numbers |= (
-        {"below_optimum": below["value"]} | bounds(below["ci95"], "below_optimum_")
-        if name == "paper"
-        else {}
-    )
-    numbers |= {f"{name}_verdict": entry["verdict"], f"{name}_detectable": entry.get("detectable")}
-    return numbers | {f"{name}_reason": entry.get("reason")}
+    """Return the entries of a row about one column of verdicts."""
+    row = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
+    if name == "paper":
+        below = entry.get("below_optimum") or {"value": None, "ci95": [None, None]}
+        row["below_optimum"] = below["value"]
+        row |= bounds(below["ci95"], "below_optimum_")
+    row[f"{name}_verdict"] = entry["verdict"]
+    row[f"{name}_detectable"] = entry.get("detectable")
+    row[f"{name}_reason"] = entry.get("reason")
+    return row
 
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
@@ -52,39 +54,37 @@ def table2(studies: list[StudyRuns]) -> Rows:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper; [] without runs."""
     if not studies:
         return []
-    rows = [
-        {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
-        | {"probes": run.probe_kind}
-        | {key: run.metrics["summary"][key] for key in SUMMARY}
-        | {
-            FINAL_NORM: next(
-                (entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM),
-                None,
-            )
-        }
-        for study in studies
-        for mask, run in study.trained.items()
-    ]
-    return rows + [
-        {
-            "model": f"paper, {encoder}, ADE20K",
-            "image_attention": mask,
-            "probes": "trained",
-        }
-        | _paper_row(encoder, mask)
-        | {FINAL_NORM: None}
-        | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}
-        for encoder in ("clip", "dinov2", "siglip")
-        for mask in ("causal", "bidirectional")
-    ]
+    rows = []
+    for study in studies:
+        for mask, run in study.trained.items():
+            row = {
+                "model": study.title if len(studies) > 1 else "this run",
+                "image_attention": mask,
+                "probes": run.probe_kind,
+            }
+            for key in SUMMARY:
+                row[key] = run.metrics["summary"][key]
+            scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
+            row[FINAL_NORM] = scores.get(FINAL_NORM)
+            rows.append(row)
+    for encoder in ("clip", "dinov2", "siglip"):
+        for mask in ("causal", "bidirectional"):
+            row = {
+                "model": f"paper, {encoder}, ADE20K",
+                "image_attention": mask,
+                "probes": "trained",
+                **_paper_row(encoder, mask),
+                FINAL_NORM: None,
+                "read_from": PAPER["read_from"]["table2_ade20k_miou"],
+            }
+            rows.append(row)
+    return rows
 
 
 def _paper_row(encoder: str, mask: str) -> dict[str, float]:
     numbers = PAPER["table2_ade20k_miou"][encoder]
-    return {
-        k: number / 100
-        for k, number in zip(SUMMARY, [numbers["encoder"], *numbers[mask]], strict=True)
-    }
+    values = [numbers["encoder"], *numbers[mask]]
+    return {key: value / 100 for key, value in zip(SUMMARY, values, strict=True)}
 
 
 def class_rows(study: StudyRuns) -> Rows:

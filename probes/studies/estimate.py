@@ -54,11 +54,13 @@ def describe_power(settings: Settings, images: int) -> str:
     """Return which effects a study can tell from those of random models."""
     spread = own_spread(settings.out) or TOY_WORLD
     draws = settings.draws
+    remedy = "--draws 2 or more"
     if settings.arms is not None:
         draws = sum(arm.startswith("random") for arm in settings.arms)
+        remedy = "random0 and random1 among --arms"
     effect = detectable_effect(images, draws, len(settings.models), spread)
     if effect is None:
-        return "with fewer than two random draws, nothing can be told from random models: give --draws 2 or more"
+        return f"with fewer than two random draws, nothing can be told from random models: give {remedy}"
     return (
         f"{images} validation images, {draws} random draws: an effect must exceed those of random models by "
         f"{100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in {spread.of}"

@@ -12,8 +12,6 @@ from torch import Tensor
 
 RESAMPLINGS = 2000
 
-Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
-
 
 def bootstrap_weights(
     units: int,

@@ -27,6 +27,7 @@ RESULTS = (
     "metrics.json",
     "manifest.json",
     "counts.safetensors",
+    "effects.safetensors",
     "recipes.safetensors",  # of earlier versions
     "path.safetensors",
     "probes.safetensors",
@@ -50,7 +51,7 @@ class RunPlan:
     replaced: list[Path] = field(default_factory=list)
 
 
-def start_run(
+def plan_run(
     cli: LightningCLI,
     ckpt_path: str | None,
     checkpoints: Path,

@@ -4,7 +4,6 @@ FOLDER/steps/NAME.json records of each step its command, hashes of what it read 
 why it has made nothing. Studies, the demo, the real model, calibrations and rehearsals are made of such steps.
 """
 
-import hashlib
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .atomic_io import read_json, write_files
+from .atomic_io import read_json, sha256, write_files
 from .errors import NothingToMeasure, UserError
 from .process_group import WATCH, process_group
 
@@ -42,7 +41,7 @@ class Step:
         takes_overwrite: The command refuses to replace a result without `--overwrite true`.
         follows: Step that it is compared with, and left out with.
         optional: If it fails, the steps after it run nevertheless.
-        lacks: Why it is left out, known before any work; "" if it is run.
+        why_left_out: Known before any work; "" if it is run.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Step:
     takes_overwrite: bool = False
     follows: str = ""
     optional: bool = False
-    lacks: str = ""
+    why_left_out: str = ""
 
     def inputs(self) -> dict[str, str | None]:
         """Return the hashes of what the step reads, None for a file that is not there."""
@@ -62,10 +61,7 @@ class Step:
 
 def digest(file: Path) -> str | None:
     """Return the SHA-256 of a file, None if there is none."""
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file) if file.is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------------- what is done
@@ -82,9 +78,11 @@ def _record_file(name: str, folder: Path) -> Path:
 def is_done(step: Step, folder: Path) -> bool:
     """Return whether this command, from what is there now, has made the result or had none to make."""
     record = read_record(step.name, folder)
-    if step.lacks:
-        return record.get("left_out") == step.lacks
-    if record.get("failed") or record.get("lacks"):
+    if step.why_left_out:
+        return record.get("left_out") == step.why_left_out
+    if record.get("failed"):
+        return False
+    if record.get("lacks"):  # an earlier plan left it out for a reason that is gone
         return False
     is_there = step.result.is_file() or bool(record.get("left_out"))
     return is_there and all(record.get(key) == value for key, value in _state(step).items())
@@ -134,7 +132,7 @@ def _write_record(
         "seconds": round(seconds, 1),
         "peak_gb": round(peak_gb, 2),
     }
-    known_before = {"lacks": step.lacks} if step.lacks else {}
+    known_before = {"lacks": step.why_left_out} if step.why_left_out else {}
     write_files({_record_file(step.name, folder): record | known_before | more})
 
 
@@ -188,9 +186,9 @@ def run_steps(
     """
     failed: list[str] = []
     for i, step in enumerate(missing):
-        if step.lacks:
-            print(f"{step.name} is left out: {step.lacks}", flush=True)
-            _leave_out(step, folder, step.lacks, overwrite)
+        if step.why_left_out:
+            print(f"{step.name} is left out: {step.why_left_out}", flush=True)
+            _leave_out(step, folder, step.why_left_out, overwrite)
             continue
         followed = read_record(step.follows, folder) if step.follows else {}
         if followed.get("left_out"):

@@ -136,7 +136,8 @@ class BatchSampler:
             raise UserError("data.annotations contains no records")
         self.lengths = np.asarray(lengths, np.int32)
         self.global_batch_size = batch_size
-        self.batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.batch_size = micro_batch_size  # Lightning's DeepSpeedStrategy reads it
         self.draw = grouped_batches if grouped else random_batches
         self.rank = rank
         self.world_size = world_size
@@ -155,13 +156,13 @@ class BatchSampler:
 
     def __len__(self) -> int:
         batches = math.ceil(len(self.lengths) / self.global_batch_size)
-        return batches * self.global_batch_size // (self.batch_size * self.world_size)
+        return batches * self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.start
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
-        micro_batches = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]
+        batches = self.draw(self.lengths, self.global_batch_size, self.micro_batch_size, generator)
+        micro_batches = batches.reshape(-1, self.micro_batch_size)[self.rank :: self.world_size]
         for micro_batch in micro_batches[start:]:
             yield micro_batch.tolist()

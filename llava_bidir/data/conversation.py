@@ -74,7 +74,7 @@ def encode(
     """
     if template == CHAT:
         return _encode_chat(
-            _checked(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id
+            _images_first(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id
         )
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
@@ -105,7 +105,7 @@ def token_upper_bound(
     word-start marker. Arguments and errors are those of :func:`encode`.
     """
     if template == CHAT:
-        texts = [render_chat(_checked(turns, image_tokens is not None), tokenizer)[0]]
+        texts = [render_chat(_images_first(turns, image_tokens is not None), tokenizer)[0]]
     else:
         texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
     images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
@@ -123,18 +123,18 @@ def _pieces(
         raise UserError(
             f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
         )
-    turns = _checked(turns, has_image)
+    turns = _images_first(turns, has_image)
     if template == "plain" and not has_image:
         raise UserError("template 'plain' requires an image")
     return TEMPLATES[template](turns, tokenizer.eos_token)
 
 
-def _checked(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Return the turns from the first human turn on, each `<image>` at the front of its turn; see `check_turns`."""
-    turns = check_turns(turns)
-    return (
-        [{**turn, "value": _image_first(turn["value"])} for turn in turns] if has_image else turns
-    )
+def _images_first(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
+    """Return the usable turns (`usable_turns`), each `<image>` at the front of its turn."""
+    turns = usable_turns(turns)
+    if not has_image:
+        return turns
+    return [{**turn, "value": _image_first(turn["value"])} for turn in turns]
 
 
 def _encode_chat(
@@ -184,8 +184,8 @@ def _tokenize(
     return ids
 
 
-def check_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns from the first human turn on.
+def usable_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns from the first human turn on, if all are valid.
 
     Raises:
         UserError: A turn has no text or another role, roles do not alternate, or there is no human turn.

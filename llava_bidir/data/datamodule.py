@@ -17,7 +17,7 @@ from llava_bidir.common.loader_workers import limit_workers, worker_options
 
 from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
-from .conversation import IGNORE_INDEX, check_turns
+from .conversation import IGNORE_INDEX, usable_turns
 from .instruction_dataset import Instructions, read_annotations
 from .shared_images import describe_shared, shared_images
 from .token_weighted_loader import StepLoader
@@ -188,7 +188,7 @@ class InstructionData(LightningDataModule):
         A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
         """
         records = [
-            {**sample, "conversations": check_turns(sample["conversations"])}
+            {**sample, "conversations": usable_turns(sample["conversations"])}
             for sample, _ in samples
         ]
         count = sum(is_counted for _, is_counted in samples)

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
 
-from .conversation import IMAGE, check_turns
+from .conversation import IMAGE, usable_turns
 from .image_folder import BadImage, ImageFolder, check_name, read_image
 from .json_stream import read_records
 
@@ -154,7 +154,7 @@ def _read_record(record: dict) -> dict:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError("expected an object with a list 'conversations'")
     turns = record["conversations"]
-    used = check_turns(turns)
+    used = usable_turns(turns)
     image = "" if record.get("image") is None else record["image"]
     if not isinstance(image, str):
         raise UserError(f"'image' must be the path of one image, got {str(image)[:80]!r}")

@@ -15,7 +15,7 @@ from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
-from llava_bidir.common.run_folder import start_run
+from llava_bidir.common.run_folder import plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
@@ -69,17 +69,17 @@ class TrainingCLI(RunCLI):
             def saved():
                 return read_json(record).get("identity")
 
-            run = start_run(
+            plan = plan_run(
                 self,
                 ckpt_path,
                 folder / "checkpoints",
                 record,
                 saved,
             )
-            if run.finished:
+            if plan.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
                 return
-            ckpt_path = run.checkpoint
+            ckpt_path = plan.checkpoint
             with interrupt_says_what_is_saved(folder / "checkpoints"):
                 self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
             # removed if the run has saved a newer one

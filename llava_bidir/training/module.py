@@ -212,7 +212,7 @@ class LlavaTraining(LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
-        with self._black_image(needed=batch["pixel_values"] is None):
+        with self._keep_adapter_in_graph(needed=batch["pixel_values"] is None):
             return supervised_loss(self.model, batch)
 
     def black_image(self) -> Tensor:
@@ -232,7 +232,7 @@ class LlavaTraining(LightningModule):
         return self.model.get_image_features(self.black_image()).pooler_output[0]
 
     @contextmanager
-    def _black_image(self, needed: bool) -> Iterator[None]:
+    def _keep_adapter_in_graph(self, needed: bool) -> Iterator[None]:
         """Encode a black image for a batch without images, and add zero times its features to the word embeddings.
 
         Without it, this rank's adapter would have no gradients. Under ZeRO-3 the ranks would gather different weights

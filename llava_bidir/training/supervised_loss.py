@@ -27,6 +27,7 @@ def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
         _head_computes(model, partial(_summed_loss, batch["predicts"], targets)),
         _not_warned(model),
     ):
+        # the head returns the summed loss in place of logits
         total = model(
             inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),

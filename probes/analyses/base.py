@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.evaluation.estimate import Estimate
@@ -64,7 +64,7 @@ def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str
 
 def lacks_layers(run: PlannedRun) -> str:
     """Return which of the adapter and all decoder layers a run will have no probes at; "" if none."""
-    needed = [site for site in run.model_sites if site == ADAPTER or site.startswith("layer_")]
+    needed = [site for site in run.model_sites if site == ADAPTER or is_layer(site)]
     missing = [site for site in needed if site not in run.sites]
     if not missing:
         return ""

@@ -129,10 +129,7 @@ class CachedFeatures(Dataset):
         copies: int = 1,
         name: str = "states",
     ):
-        tokens = mllm.grid[0] * mllm.grid[1]
-        dtype = mllm.model.dtype
-        states = tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
-        need = copies * len(images) * (states + images[0]["target"].nbytes)
+        need = copies * len(images) * (mllm.state_bytes(sites) + images[0]["target"].nbytes)
         available = available_memory()
         size = (
             f"{copies} x " * (copies > 1)
@@ -144,9 +141,9 @@ class CachedFeatures(Dataset):
                 f"data.cache_features needs {size} for {name}, but {available / 1e9:.1f} GB are available; choose "
                 "fewer model.sites or set data.cache_features to false"
             )
-        self.states = {
-            site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites
-        }
+        shape = (len(images), mllm.grid[0] * mllm.grid[1])
+        dtype = mllm.model.dtype
+        self.states = {site: torch.empty(*shape, mllm.widths[site], dtype=dtype) for site in sites}
         self.targets: list[Tensor] = []
         self.masks: list[PreparedMasks] = []
         loader = DataLoader(images, batch_size, collate_fn=collate, **worker_options(workers))
@@ -170,7 +167,7 @@ class CachedFeatures(Dataset):
         } | _join([self.masks[i] for i in indices if self.masks])
 
 
-def group_by_mask_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
+def group_by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
     """Group the masks of a batch by size: (indices of the images, uint8[n, H, W]) per size."""
     if isinstance(target, Tensor):
         return [(slice(None), target)]

@@ -22,7 +22,7 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "voc2012": VOC2012,
     "cityscapes": Cityscapes,
 }
-TASK_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other tasks
+TARGET_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other tasks
     "depth": {
         "folder": FolderDepth,
         "nyuv2": NYUv2Depth,
@@ -31,9 +31,9 @@ TASK_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other task
     "normals": {"folder": FolderNormals},
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }
-TASKS = ("segmentation", *TASK_DATASETS)
+TARGETS = ("segmentation", *TARGET_DATASETS)
 LAYOUTS = tuple(
-    dict.fromkeys([*DATASETS, *(name for layouts in TASK_DATASETS.values() for name in layouts)])
+    dict.fromkeys([*DATASETS, *(name for layouts in TARGET_DATASETS.values() for name in layouts)])
 )
 
 
@@ -51,7 +51,7 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     if not (
         isinstance(cls, type)
         and issubclass(cls, ImageDataset)
-        and getattr(cls, "task", None) in TASKS
+        and getattr(cls, "task", None) in TARGETS
     ):
         raise UserError(
             f"dataset {name!r}: {cls!r} is not a subclass of SegmentationDataset or of another task's class"
@@ -79,13 +79,13 @@ def open_dataset(
         root: Folder of the dataset, or what else the layout takes.
         split: "training" or "validation".
         options: Options of the layout.
-        task: Kind of targets, one of `TASKS`.
+        task: Kind of targets, one of `TARGETS`.
 
     Raises:
         UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
-    if task not in TASKS:
-        raise UserError(f"unknown data.task {task!r}; expected one of {', '.join(TASKS)}")
+    if task not in TARGETS:
+        raise UserError(f"unknown data.task {task!r}; expected one of {', '.join(TARGETS)}")
     if task == "boundaries" and dataset in DATASETS and not _has_instances(dataset, root):
         return ClassBoundaries(open_dataset(dataset, root, split, options))
     layouts = _layouts(task)
@@ -102,12 +102,12 @@ def open_dataset(
 
 
 def _layouts(task: str) -> dict[str, type[ImageDataset]]:
-    return DATASETS if task == "segmentation" else TASK_DATASETS[task]
+    return DATASETS if task == "segmentation" else TARGET_DATASETS[task]
 
 
 def _has_instances(dataset: str, root: str) -> bool:
     """Return whether boundaries are those of instances; a folder dataset may have them."""
-    return dataset in TASK_DATASETS["boundaries"] and (
+    return dataset in TARGET_DATASETS["boundaries"] and (
         dataset != "folder" or (Path(root) / "instances").is_dir()
     )
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from probes.models.sites import ADAPTER, ENCODER, PATCHES
+from probes.models.sites import ADAPTER, ENCODER, PATCHES, is_layer
 from probes.ops.pixel_counts import Counts
 from probes.tasks import Task
 
@@ -56,7 +56,7 @@ def cross_validated_layers(
 
     None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
     """
-    layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
+    layers = [i for i, site in enumerate(sites) if is_layer(site)]
     if not layers:
         return None
     fold = image_folds(sums.shape[1], groups)
@@ -75,7 +75,7 @@ def sites_of_effects(
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
     if PATCHES in sites:  # a bare encoder
-        index[LAST_LAYER] = max(i for i, site in enumerate(sites) if site.startswith("layer_"))
+        index[LAST_LAYER] = max(i for i, site in enumerate(sites) if is_layer(site))
     images = sums.shape[1]
     fixed = {site: torch.full((images,), i) for site, i in index.items()}
     best = cross_validated_layers(sites, task, sums, groups)
@@ -176,7 +176,7 @@ def patch_accuracies(
     valid = _pool(counts.patch_valid.double(), columns)
     estimates = {}
     for site, right in zip(sites, counts.patch_right, strict=True):
-        if not site.startswith("layer_"):
+        if not is_layer(site):
             continue
         right = _pool(right.double(), columns)
         accuracy = right.sum(0) / valid.sum(0)

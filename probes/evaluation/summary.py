@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_layer
 
 
 def peak_layer(scores: dict[str, float], sign: int = 1) -> str | None:
@@ -12,7 +12,7 @@ def peak_layer(scores: dict[str, float], sign: int = 1) -> str | None:
         scores: The main score by site.
         sign: 1 if a higher score is better, else -1.
     """
-    layers = [site for site in scores if site.startswith("layer_")]
+    layers = [site for site in scores if is_layer(site)]
     return max(layers, key=lambda site: sign * scores[site], default=None)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import group_by_size
 from probes.ops.pixel_counts import patch_labels
 
 if TYPE_CHECKING:  # a report needs no model
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a report needs no model
 def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: "FrozenMLLM") -> Tensor:
     """Return the majority class under each token, i64[B, T], -1 if no pixel is labelled; see :func:`patch_labels`."""
     truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-    for images, target in group_by_mask_size(targets):
+    for images, target in group_by_size(targets):
         view = mllm.geometry.view(target.shape[1:])
         truth[images] = patch_labels(target, classes, mllm.grid, view=view)
     return truth

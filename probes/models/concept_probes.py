@@ -25,7 +25,7 @@ from torch import Tensor
 
 from probes.ops.lbfgs import minimise
 
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+CONCEPT_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE = 1e-6
@@ -187,7 +187,9 @@ def _solve_sites(
     scaled = [_Channels(x) for x in states.values()]
     tokens, to_weights = _coordinates([site.x for site in scaled])
     points = torch.zeros(sites, 0, int(y.max()) + 1, tokens.shape[2])  # [S, F, K, m + 1]
-    best = torch.full((sites, 1), len(STRENGTHS) // 2)  # [S, F + 1], the last one of all patches
+    best = torch.full(
+        (sites, 1), len(CONCEPT_STRENGTHS) // 2
+    )  # [S, F + 1], the last one of all patches
     start = points.new_zeros(sites, *points.shape[2:])
     if fold_of is not None:
         folds = torch.arange(int(fold_of.max()) + 1)
@@ -200,7 +202,7 @@ def _solve_sites(
         points = paths[best[:, :-1], site[:, None], folds]
         start = paths[best[:, -1], site].mean(1)
     seen = torch.ones(1, len(y), dtype=torch.bool)
-    strengths = torch.tensor(STRENGTHS)[best[:, -1]]
+    strengths = torch.tensor(CONCEPT_STRENGTHS)[best[:, -1]]
     of_all = _Problem(tokens, y, seen, strengths).solve(start, TOLERANCE)
     points = torch.cat([points, of_all[:, None]], 1)
     for s, (name, site) in enumerate(zip(states, scaled, strict=True)):
@@ -208,7 +210,7 @@ def _solve_sites(
         result.weights[name] = weights.float()
         at_mean = weights @ site.mean.double()
         result.bias[name] = (points[s, ..., -1].double() - at_mean).float()
-        result.strengths[name] = STRENGTHS[best[s, -1]]
+        result.strengths[name] = CONCEPT_STRENGTHS[best[s, -1]]
 
 
 class _Channels:
@@ -272,15 +274,15 @@ def _solve_path(
     concepts = int(y.max()) + 1
     weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
     paths = tokens.new_zeros(
-        len(STRENGTHS),
+        len(CONCEPT_STRENGTHS),
         sites,
         folds,
         concepts,
         tokens.shape[2],
     )
-    losses = tokens.new_full((len(STRENGTHS), sites, folds), torch.inf)
+    losses = tokens.new_full((len(CONCEPT_STRENGTHS), sites, folds), torch.inf)
     left = torch.arange(sites)
-    for r, strength in enumerate(STRENGTHS):
+    for r, strength in enumerate(CONCEPT_STRENGTHS):
         check()
         problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
         start = paths[max(r - 1, 0), left].flatten(0, 1)

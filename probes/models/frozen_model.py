@@ -3,7 +3,7 @@
 Shapes: B images, T patches or image tokens, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,11 @@ class FrozenModel(nn.Module):
         side = family.side_px(model.config)
         covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
+
+    def state_bytes(self, sites: Iterable[str]) -> int:
+        """Return the memory of the states of an image at some sites, in bytes."""
+        channels = sum(self.widths[site] for site in sites)
+        return self.grid[0] * self.grid[1] * channels * self.model.dtype.itemsize
 
     def __repr__(self) -> str:
         rows, columns = self.grid

@@ -17,8 +17,13 @@ def encoder_site(layer: int) -> str:
     return f"{ENCODER}_{layer:02d}"
 
 
+def is_layer(site: str) -> bool:
+    """Return whether a site is a layer of the LLM or, of a bare encoder, one of its layers."""
+    return site.startswith("layer_")
+
+
 def is_encoder_layer(site: str) -> bool:
-    """Return whether a site is one of the encoder's own layers in an MLLM."""
+    """Return whether a site is one of the encoder's own layers in an MLLM; of a bare encoder none is."""
     return site.startswith(f"{ENCODER}_")
 
 

@@ -35,10 +35,6 @@ class Counts(NamedTuple):
     patch_right: Tensor
     patch_valid: Tensor
 
-    def at(self, sites: list[int]) -> "Counts":
-        """Return the counts of these sites, by index; those by token stay as they are."""
-        return self._replace(intersection=self.intersection[sites], predicted=self.predicted[sites])
-
 
 @torch.no_grad()
 def count(

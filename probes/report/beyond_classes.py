@@ -13,7 +13,7 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import estimate_text
 from probes.evaluation.layer_effects import EFFECTS
-from probes.models.sites import ENCODER, PATCHES
+from probes.models.sites import ENCODER, PATCHES, is_layer
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
@@ -121,7 +121,7 @@ def _unit_site(run: FinishedRun) -> str | None:
 
 def last_layer(sites: list[str]) -> str | None:
     """Return the last layer among sites in forward order; None if there is none."""
-    return next((site for site in reversed(sites) if site.startswith("layer_")), None)
+    return next((site for site in reversed(sites) if is_layer(site)), None)
 
 
 def _sites(run: FinishedRun) -> list[dict[str, Any]]:

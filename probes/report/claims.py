@@ -38,8 +38,8 @@ from .verdicts import (
     judge_draws,
     margin_column,
     path_column,
-    unconverged,
     untested,
+    why_unconverged,
 )
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
     claims = [
         _entry(study, claim, mask, numbers, path)
         for claim in CLAIMS
-        for mask in study.trained
+        for mask in study.main_runs
         if (claim, mask) in numbers.main.paper
     ]
     correct_for_claims(claims)
@@ -97,7 +97,7 @@ def _entry(
     key = (claim, mask)
     number = numbers.main.paper[key]
     control = numbers.control.paper.get(key)
-    truth = read_truth(study.trained[mask], CLAIMS).get(claim)
+    truth = read_truth(study.main_runs[mask], CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
@@ -127,14 +127,14 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
     def numbers_of(runs: Mapping[str, ProbeRun], site: str | None) -> Numbers:
         return measure_runs(runs, effects, site, tokens)
 
-    controls = {mask: run for mask in study.trained if (run := study.control(mask))}
-    main_site = next((run.peak_layer for run in study.trained.values()), None)
-    main = numbers_of(study.trained, main_site)
+    controls = {mask: run for mask in study.main_runs if (run := study.control(mask))}
+    main_site = next((run.peak_layer for run in study.main_runs.values()), None)
+    main = numbers_of(study.main_runs, main_site)
     control = numbers_of(controls, main_site)
     _add_recovery_trained(main, control)
     solved_site = main_site
     solved = main
-    if study.solved != study.trained:
+    if study.solved != study.main_runs:
         solved_site = next((run.peak_layer for run in study.solved.values()), None)
         solved = numbers_of(study.solved, solved_site)
         _add_recovery_trained(solved, numbers_of(study.solved_untrained, solved_site))
@@ -253,7 +253,7 @@ def _paper_column(
     measured = estimate.json()
     if claim in WITHOUT_PROBES:
         return column(CLAIMS[claim].sign, **measured)
-    if study.trained[mask].is_solved:
+    if study.main_runs[mask].is_solved:
         reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.paper.get((claim, mask))
@@ -281,7 +281,7 @@ def _optimum_column(
         return untested(f"no solved probes: run {_command('solve', study, missing[0])}")
     if path:
         controls = [study.solved_untrained.get(mask)] if claim == "recovery_trained" else []
-        return path_column(sign, path, unconverged([solved[mask], *controls], claim))
+        return path_column(sign, path, why_unconverged([solved[mask], *controls], claim))
     if claim == "recovery_trained":
         options = "--model.untrained '[adapter, llm]'"
         return untested(
@@ -295,7 +295,7 @@ def _optimum_column(
     measured = estimate.json()
     if claim in WITHOUT_PROBES:
         return margin_column(sign, **measured)
-    if reason := unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
+    if reason := why_unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
     more = {}
     if over_pairs := estimate.about.get("over_pairs"):
@@ -343,28 +343,39 @@ def _beyond_random_column(
             judged = judge_draws(CLAIMS[claim].sign, compared, others) | {"probes": kind} | same
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
-            reason = None if claim in WITHOUT_PROBES else unconverged(runs, claim)
-            return (
-                untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
-            )
-    draws = {len(study.random_draws(part, solved)) for solved in (True, False)}
+            reason = None if claim in WITHOUT_PROBES else why_unconverged(runs, claim)
+            if reason is None:
+                return judged
+            return untested(reason, judged["value"], judged["ci95"], probes=kind)
+    return untested(_why_no_draws(study, claim, mask, numbers))
+
+
+def _why_no_draws(
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    numbers: StudyNumbers,
+) -> str:
+    """Return why a claim was not compared with random models, and the command that changes it."""
+    part = _random_part(claim)
     name = part if study.first.has_llm else "encoder"
-    if max(draws) >= 2:
-        runs = f"the runs with a random {name}"
+    count = max(len(study.random_draws(part, solved)) for solved in (True, False))
+    if count >= 2:
+        which_runs = f"the runs with a random {name}"
         if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
-            return untested(_no_contrast(study.trained[mask]))
+            return _no_contrast(study.main_runs[mask])
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
-            return untested(_draws_without(ANALYSIS_OF[claim], runs))
-        return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
-    too_few = f"draws of a random {name}: {max(draws)}, two are needed"
+            return _draws_without(ANALYSIS_OF[claim], which_runs)
+        return f"fewer than two draws under the same mask: solve {which_runs} under each mask"
+    too_few = f"draws of a random {name}: {count}, two are needed"
     if study_folder(study.first.path):
-        return untested(f"{too_few}: give the same `probes study` again with `--draws 2`")
+        return f"{too_few}: give the same `probes study` again with `--draws 2`"
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     if not study.first.has_llm:
         options = "--model.untrained '[encoder]' --model.match update"
-    command = _command("solve", study, mask, f"{options} --model.draw {max(draws)}")
-    again = ", and the same with --model.draw 1" * (max(draws) == 0)
-    return untested(f"{too_few}: run {command}{again}")
+    command = _command("solve", study, mask, f"{options} --model.draw {count}")
+    again = ", and the same with --model.draw 1" if count == 0 else ""
+    return f"{too_few}: run {command}{again}"
 
 
 def _draws_without(analysis: str, runs: str) -> str:
@@ -383,7 +394,9 @@ def _command(
     options: str = "",
 ) -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
-    run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
+    run = next(
+        (runs[mask] for runs in (study.main_runs, study.solved) if mask in runs), study.first
+    )
     mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""
     model = f"--model.mllm {quote(run.metrics['mllm'])}{mask_option}"
     options = f"{options} " * bool(options) + model

@@ -5,7 +5,7 @@ Shapes: S sites, N images, K classes, R resamplings.
 
 from typing import Any
 
-from probes.models.sites import FINAL_NORM
+from probes.models.sites import FINAL_NORM, is_layer
 from probes.results.formatting import format_interval, format_percent
 from probes.results.probe_run import ProbeRun
 
@@ -18,7 +18,7 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
     The layer is the best one on the validation images; the claim "over_last" chooses it on other images than it
     scores.
     """
-    layers = [site for site in run.sites if site.startswith("layer_")]
+    layers = [site for site in run.sites if is_layer(site)]
     if not layers:
         return None
     scores = run.site_scores()
@@ -51,7 +51,7 @@ def describe_best_layer(best: dict[str, Any]) -> str:
 
 def class_table(run: ProbeRun) -> list[dict[str, str]]:
     """Return the IoU of each class in percent at some layers, the best one of them, and at the final norm."""
-    layers = [entry for entry in run.metrics["sites"] if entry["site"].startswith("layer_")]
+    layers = [entry for entry in run.metrics["sites"] if is_layer(entry["site"])]
     best = max(layers, key=lambda entry: entry["miou"])
     steps = max(1, len(layers) - 1)
     evenly = {round(i * steps / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
 from probes.evaluation.resampling import swapped_scores
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -70,7 +70,7 @@ def _compare_effects(
     swapped: list[Tensor],
 ) -> list[dict[str, Any]]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
-    layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
+    layers = [i for i, site in enumerate(sites) if is_layer(site)]
     effect_of_miou = {
         "adapter_drop": lambda miou: miou[:, sites.index(ENCODER)] - miou[:, sites.index(ADAPTER)],
         "recovery": lambda miou: miou[:, layers].amax(1) - miou[:, sites.index(ADAPTER)],

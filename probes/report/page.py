@@ -100,7 +100,7 @@ def study_results(
         "model": study.model,
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
-        "masks": {mask: entry(mask, run) for mask, run in study.trained.items()},
+        "masks": {mask: entry(mask, run) for mask, run in study.main_runs.items()},
         "controls": {
             "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
             "random": {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from probes.evaluation.estimate import Estimate
-from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES
+from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer
 from probes.results.formatting import Rows, bounds, format_interval, format_percent, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
@@ -27,8 +27,8 @@ def site_rows(study: StudyRuns) -> Rows:
     "difference" is the score minus the mean of the random models', paired over images; its interval covers images and
     draws and needs two draws. Scores and differences are fractions 0..1, None where nothing is random.
     """
-    solved = study.solved.keys() == study.trained.keys()
-    runs = study.solved if solved else study.trained
+    solved = study.solved.keys() == study.main_runs.keys()
+    runs = study.solved if solved else study.main_runs
     return [row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, solved)]
 
 
@@ -79,7 +79,7 @@ def _random_part(site: str) -> str | None:
     """Return what must be random for a site to have other states than the trained model's."""
     if site == ADAPTER:
         return "adapter"
-    if site == FINAL_NORM or (site.startswith("layer_") and site != PATCHES):
+    if site == FINAL_NORM or (is_layer(site) and site != PATCHES):
         return "llm"
     return None
 
@@ -158,7 +158,7 @@ def name_site(site: str) -> str:
 def name_sites(sites: Iterable[str]) -> str:
     """Return the names of sites in a sentence: "the adapter, layers 1 to 4 and 9 and the final norm"."""
     sites = list(sites)
-    layers = [site for site in sites if site.startswith("layer_") and site != PATCHES]
+    layers = [site for site in sites if is_layer(site) and site != PATCHES]
     numbers = [int(site.removeprefix("layer_")) for site in layers]
     names = []
     for site in sites:

@@ -56,7 +56,7 @@ def table2(studies: list[StudyRuns]) -> Rows:
         return []
     rows = []
     for study in studies:
-        for mask, run in study.trained.items():
+        for mask, run in study.main_runs.items():
             row = {
                 "model": study.title if len(studies) > 1 else "this run",
                 "image_attention": mask,

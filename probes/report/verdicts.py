@@ -17,6 +17,10 @@ A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reve
     does not hold               all else
     untested                    one of these two columns is untested, and the other one does not decide: "supported" is
                                 then neither true nor false, but null
+
+Some claims have a word of their own for "not learned", as "also in random layers" (`Claim.unlearned`). The page and the
+terminal print the "finding": the conclusion, or "supported by itself" where the correction for all claims of the report
+(Holm) undoes it.
 """
 
 import math
@@ -143,7 +147,7 @@ def describe_finding(claim: dict[str, Any]) -> str:
     return claim["conclusion"]
 
 
-def unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
+def why_unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
     """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
     for run in filter(None, runs):
         names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers

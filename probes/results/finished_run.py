@@ -36,7 +36,7 @@ from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import effects_by_row, layer_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import Strengths
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, is_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -198,7 +198,7 @@ class FinishedRun:
     @property
     def layers(self) -> list[str]:
         """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
-        return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
+        return [site for site in self.sites if site == ADAPTER or is_layer(site)]
 
     @property
     def site_paths(self) -> list[dict[str, Any]]:

@@ -47,14 +47,14 @@ class StudyRuns:
         self.members.sort(
             key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run))
         )
-        if not self.trained:
+        if not self.main_runs:
             raise UserError(
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
             )
         kinds = ("trained", "solved")
         main = self.first.is_solved
         for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
-            if main or run.metrics["image_attention"] not in self.trained:
+            if main or run.metrics["image_attention"] not in self.main_runs:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
                 log.warning(
                     text,
@@ -76,8 +76,8 @@ class StudyRuns:
         return found
 
     @property
-    def trained(self) -> dict[str, ProbeRun]:
-        """The main runs by mask: with the kind of probes that more masks have, trained ones if as many."""
+    def main_runs(self) -> dict[str, ProbeRun]:
+        """The runs of the trained model by mask, with the kind of probes that more masks have (fitted, if as many)."""
         return max(self.select(False, "trained"), self.select(True, "trained"), key=len)
 
     @property
@@ -103,7 +103,7 @@ class StudyRuns:
     @property
     def runs(self) -> list[ProbeRun]:
         """Trained and untrained runs."""
-        return [*self.trained.values(), *self.untrained.values()]
+        return [*self.main_runs.values(), *self.untrained.values()]
 
     @property
     def random(self) -> list[ProbeRun]:
@@ -115,7 +115,7 @@ class StudyRuns:
     @property
     def first(self) -> ProbeRun:
         """The first trained run, whose dataset and settings stand for the study."""
-        return next(iter(self.trained.values()))
+        return next(iter(self.main_runs.values()))
 
     @property
     def model(self) -> str:
@@ -136,14 +136,14 @@ class StudyRuns:
 
     def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
         """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
-        for runs in (self.trained, self.solved):
+        for runs in (self.main_runs, self.solved):
             if all(mask in runs for mask in MASKS):
                 return runs[MASKS[0]], runs[MASKS[1]]
         return None
 
     def control(self, mask: str) -> ProbeRun | None:
         """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
-        return self.select(self.trained[mask].is_solved, *UNTRAINED).get(mask)
+        return self.select(self.main_runs[mask].is_solved, *UNTRAINED).get(mask)
 
     def random_draws(self, part: str, solved: bool) -> list[dict[str, ProbeRun]]:
         """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
@@ -272,12 +272,12 @@ def _check_seeds_differ(studies: list[StudyRuns]) -> None:
     """Raise if the trained runs of two seeds are equal: the mean over seeds would count one training twice."""
     for i, study in enumerate(studies):
         for other in studies[:i]:
-            for mask in study.trained.keys() & other.trained.keys():
-                run = study.trained[mask]
-                same_kind = other.trained[mask].is_solved == run.is_solved
+            for mask in study.main_runs.keys() & other.main_runs.keys():
+                run = study.main_runs[mask]
+                same_kind = other.main_runs[mask].is_solved == run.is_solved
                 if same_kind and run.layers:
                     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
-                    check_differ(other.trained[mask], run, run.sites, advice)
+                    check_differ(other.main_runs[mask], run, run.sites, advice)
 
 
 def _mask(run: FinishedRun) -> str:
@@ -338,6 +338,6 @@ def model_name(run: FinishedRun) -> str:
 def overridden_masks(study: StudyRuns) -> dict[str, str]:
     """Return, per mask of a run, the different mask that its model was trained with."""
     trained_with = {
-        mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()
+        mask: run.metrics.get("own_image_attention") for mask, run in study.main_runs.items()
     }
     return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}

@@ -170,7 +170,9 @@ def make_plan(settings: Settings) -> list[Step]:
                     kind=name,
                     reads=_metrics(settings, runs),
                     optional=True,
-                    lacks=ANALYSES[name].why_left_out([planned[run] for run in runs], options),
+                    why_left_out=ANALYSES[name].why_left_out(
+                        [planned[run] for run in runs], options
+                    ),
                 )
             )
     steps.append(
@@ -280,9 +282,9 @@ def _runs(
         command = (kind, *given[kind], *base, *options, "--out", str(out))
         compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
         if compared:
-            lacks = ""
+            why_left_out = ""
         else:
-            lacks = (
+            why_left_out = (
                 f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
             )
         return Step(
@@ -291,7 +293,7 @@ def _runs(
             out / "metrics.json",
             kind,
             takes_overwrite=True,
-            lacks=lacks,
+            why_left_out=why_left_out,
         )
 
     steps = [run(arm, "solve", arm) for arm in arms]
@@ -476,7 +478,7 @@ def _analysis(
         takes_overwrite=True,
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
-        lacks=ANALYSES[name].why_left_out([planned], options),
+        why_left_out=ANALYSES[name].why_left_out([planned], options),
     )
 
 
@@ -497,7 +499,7 @@ def _pair(
         reads=_metrics(settings, runs),
         takes_overwrite=True,
         optional=True,
-        lacks=ANALYSES[name].why_left_out(pair, options),
+        why_left_out=ANALYSES[name].why_left_out(pair, options),
     )
 
 

@@ -173,27 +173,31 @@ def _model(step: Step) -> str:
 def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
     """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
     words = command_now(step, out, overwrite=overwrite)
-    return _same_classes(step, words) if step.kind == "knockout" else words
+    return _same_classes(step, words, out) if step.kind == "knockout" else words
 
 
-def _same_classes(step: Step, words: list[str]) -> list[str]:
+def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
     """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
 
-    Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
+    Probes that were trained for a few steps only may predict none of them, so they have classes of their own. auto:N is
+    of no more classes than there are.
     """
-    compared = [*step.reads.values()][-1].parent  # the trained arm, or the step's own
-    trained = compared / step.result.name
-    if step.result.parent == compared or not trained.is_file():
-        known = len(read_json(step.result.parent / "metrics.json")["classes"])
-        return [
-            f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word
-            for word in words
-        ]
+    trained = (out / step.follows).with_name(step.result.name)  # of LABEL/trained/knockout
+    if not step.follows or not trained.is_file():
+        return [_clamp_auto(word, step) for word in words]
     start = words.index("--classes") + 1
     later_options = (i for i in range(start, len(words)) if words[i].startswith("--"))
     stop = next(later_options, len(words))
     classes = [entry["class"] for entry in read_json(trained)["classes"]]
     return words[:start] + classes + words[stop:]
+
+
+def _clamp_auto(word: str, step: Step) -> str:
+    """Return auto:N with N no larger than the number of classes; any other word as it is."""
+    if not re.fullmatch(r"auto:\d+", word):
+        return word
+    classes = read_json(step.result.parent / "metrics.json")["classes"]
+    return f"auto:{min(int(word[5:]), len(classes))}"
 
 
 def _run_step(step: Step, command: list[str], settings: Settings) -> None:

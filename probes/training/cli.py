@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.loader_workers import usable_cores
-from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
+from llava_bidir.common.run_folder import RunPlan, check_unfinished, plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.usage_errors import ArgumentParser, natural
@@ -112,13 +112,13 @@ class ProbeCLI(RunCLI):
             rank_zero_info(self.format_scores())
 
     def plan_run(self, ckpt_path: str | None) -> RunPlan:
-        """Return whether to start, resume or leave alone the run in OUT; see `start_run`."""
+        """Return whether to start, resume or leave alone the run in OUT; see `run_folder.plan_run`."""
         metrics_file = self.out / "metrics.json"
 
         def saved():
             return read_run_file(Manifest, self.out / "manifest.json").get("identity")
 
-        plan = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
+        plan = plan_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
         if plan.finished:
             rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
         return plan

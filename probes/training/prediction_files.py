@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.logged_media import log_images, media_loggers
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import group_by_size
 from probes.data.palette import palette_of
 from probes.tasks import SEGMENTATION
 
@@ -34,7 +34,7 @@ def save_predictions(
         names: Names of all images of the split.
         folder: RUN/predictions.
     """
-    for images, target in group_by_mask_size(batch["target"]):
+    for images, target in group_by_size(batch["target"]):
         size = tuple(target.shape[1:3])
         view = probes.mllm.geometry.view(size)
         for site, logits_by_image in zip(probes.sites, logits[:, images], strict=True):
@@ -72,7 +72,7 @@ class ShowMaps(Callback):
         probes = pl_module.probes
         task = probes.task
         palette = palette_of(trainer.datamodule.splits["validation"])
-        images, target = group_by_mask_size(batch["target"])[0]
+        images, target = group_by_size(batch["target"])[0]
         logits_by_site = outputs[:, images][:, : self.images]
         target = target[: self.images]
         size = tuple(target.shape[1:3])

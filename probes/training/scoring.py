@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import group_by_size
 from probes.evaluation.image_metrics import TaskMetric
 
 from .site_probes import SiteProbes
@@ -25,7 +25,7 @@ def score_batch(
         metric: Receives the counts.
     """
     logits = probes.logits(states)
-    for images, target in group_by_mask_size(batch["target"]):
+    for images, target in group_by_size(batch["target"]):
         metric.update(logits[:, images], target, batch["index"][images])
     return logits
 

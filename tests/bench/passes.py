@@ -26,7 +26,7 @@ from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
 from probes.training.solve.refinement import solve_site
 from probes.training.solve.sample_hessian import SampledPixels
-from probes.training.solve.strength_path import solve_path
+from probes.training.solve.strength_path import FoldSearch
 
 FOLDS = 4
 BATCH = 32
@@ -193,11 +193,10 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     stored, labels, weights, folds = gather(kept, fold_of)
     inputs = space.coordinates(channels.restore(stored))
     axes = AxisRange.of(space, inputs)
-    found = solve_path(PixelProblem(space, inputs, labels, weights, folds, FOLDS))
+    found = FoldSearch(PixelProblem(space, inputs, labels, weights, folds, FOLDS)).solve()
     chosen = found.path.strengths[found.path.chosen]
-    points = torch.cat(
-        [found.folds, found.points[found.path.solved.index(found.path.chosen)][None]]
-    )
+    of_all_images = found.points[found.path.solved.index(found.path.chosen)]
+    points = torch.cat([found.fold_points, of_all_images[None]])
     refinement = PassRefinement(space, null, chosen, points, None)
     print(
         f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
@@ -218,7 +217,7 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
                 number - 1,
             )
             kept.append((axes.store(pixels.interpolate(states)), pixels))
-        refinement.accept(*sums.means(space, pixel_count))
+        refinement.accept_losses(*sums.means(space, pixel_count))
         stored, _, weights, folds = gather(kept, fold_of)
         refinement.step(SampledPixels(axes.restore(stored), weights.float(), folds))
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
@@ -251,18 +250,7 @@ def solve_in_memory(data) -> dict:
     problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = solve_site(problem)
     refinement.solve_in_memory()
-    found = {
-        "strengths": path.strengths,
-        "loss": path.loss,
-        "chosen": path.chosen,
-        "solved": path.solved,
-    }
-    found |= {
-        "space": problem.space,
-        "points": refinement.kept[0],
-        "certificates": refinement.certificates,
-    }
-    return found | {"passes": 1, "converged": refinement.converged}
+    return refinement.found(path) | {"passes": 1, "converged": refinement.converged}
 
 
 def mean_iou(data, found: dict, row: int) -> float:

@@ -16,7 +16,7 @@ KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.jso
 def section(study: StudyRuns) -> Section:
     """Return the section of a study."""
     answers = study_answers(study)
-    by_mask = {"answers": {mask: answers.get(mask) for mask in study.trained}}
+    by_mask = {"answers": {mask: answers.get(mask) for mask in study.main_runs}}
     tables = {"answer_accuracy": accuracy_rows(answers)}
     return Section([*answer_figures(answers)], summarize_answers(answers), tables, by_mask=by_mask)
 
@@ -29,8 +29,8 @@ def study_answers(study: StudyRuns) -> dict[str, dict[str, Any]]:
         "beyond_random": see :func:`beyond_random`}}.
     """
     by_mask = {}
-    for mask in study.trained:
-        runs = [study.solved.get(mask), study.trained[mask]]
+    for mask in study.main_runs:
+        runs = [study.solved.get(mask), study.main_runs[mask]]
         run = next((run for run in runs if run and run.analysis("answers.json")), None)
         if run is None:
             continue

@@ -39,6 +39,7 @@ from probes.analyses.options import read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
 from probes.evaluation.effect_file import effect_file
+from probes.models.sites import is_layer
 from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out_batch
@@ -68,7 +69,7 @@ def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
     """
     plan.check(run)
     reader = PatchReader(run)
-    check_has_layers(run, [site for site in reader.mllm.sites if site.startswith("layer_")])
+    check_has_layers(run, [site for site in reader.mllm.sites if is_layer(site)])
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     swept = {key: tensors.pop(key) for key in list(tensors) if "/swept:" in key}
     results, windows = summarise_cases(run, plan, tensors, swept)

@@ -16,9 +16,9 @@ ABOUT_CLAIMS = (
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its main runs."""
-    found = {mask: run.analysis("knockout.json") for mask, run in study.trained.items()}
+    found = {mask: run.analysis("knockout.json") for mask, run in study.main_runs.items()}
     figures = []
-    for mask, run in study.trained.items():
+    for mask, run in study.main_runs.items():
         if found[mask]:
             figures += [*knockout_figures(mask, run), *control_figures(mask, run)]
     return Section(figures, [ABOUT_CLAIMS] if figures else [], by_mask={"knockout": found})

@@ -15,10 +15,10 @@ def section(study: StudyRuns) -> Section:
 
 def map_figures(study: StudyRuns) -> Figures:
     """Yield the maps of a study's runs; they need the dataset."""
-    if not any(run.analysis("maps.json") for run in study.trained.values()):
+    if not any(run.analysis("maps.json") for run in study.main_runs.values()):
         return
     palette = palette_of(study.first.dataset())
-    for mask, run in study.trained.items():
+    for mask, run in study.main_runs.items():
         if not (result := run.analysis("maps.json")):
             continue
         of_encoder = (

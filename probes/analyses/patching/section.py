@@ -101,7 +101,7 @@ def effect_rows(results: dict[str, Any]) -> Rows:
 
 def section(study: StudyRuns) -> Section:
     """Return the section of a study: of its solved runs, else of the main ones."""
-    runs = {mask: study.solved.get(mask, run) for mask, run in study.trained.items()}
+    runs = {mask: study.solved.get(mask, run) for mask, run in study.main_runs.items()}
     results = {mask: run.analysis("patching.json") for mask, run in runs.items()}
     return Section([*patching_figures(results)], by_mask={"patching": results})
 

@@ -32,7 +32,7 @@ def section(study: StudyRuns) -> Section:
             routes_figure(of_mask), "wide",)
         for mask, of_mask in routes.items()
     ]  # fmt: skip
-    by_mask = {"routes": {mask: routes.get(mask) for mask in study.trained}}
+    by_mask = {"routes": {mask: routes.get(mask) for mask in study.main_runs}}
     return Section(figures, [summarize(mask, routes[mask]) for mask in routes], by_mask=by_mask)
 
 
@@ -43,8 +43,8 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         UserError: A random LLM was asked other questions than the trained one.
     """
     by_mask = {}
-    for mask in study.trained:
-        runs = [study.solved.get(mask), study.trained[mask]]
+    for mask in study.main_runs:
+        runs = [study.solved.get(mask), study.main_runs[mask]]
         run = next((run for run in runs if run and run.analysis("routes.json")), None)
         if run is None:
             continue

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from probes.analyses.base import Analysis, Claim, PlannedRun, add_out, add_seed
+from probes.models.sites import is_layer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     masks = [run.mask for run in runs]
     if masks != ["causal", "bidirectional"]:
         return f"the masks of the two models are {' and '.join(masks)}; it compares causal with bidirectional"
-    if "site" not in options and not any(site.startswith("layer_") for site in runs[0].sites):
+    if "site" not in options and not any(is_layer(site) for site in runs[0].sites):
         return "no probe at a decoder layer; choose another site by --add starvation.site=SITE"
     if len(runs[0].model_sites) != len(runs[1].model_sites):
         return "the two models differ in their number of layers"

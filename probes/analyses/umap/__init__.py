@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from probes.analyses.base import Analysis, PlannedRun, add_images, add_out, add_run, add_seed
-from probes.models.sites import ADAPTER, PATCHES
+from probes.models.sites import ADAPTER, PATCHES, is_layer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     """Return which of the default sites a planned run has no probe at, "" if none is missing."""
     sites = runs[0].sites
     start = ADAPTER if runs[0].has_llm else PATCHES
-    if "sites" in options or (start in sites and any(site.startswith("layer_") for site in sites)):
+    if "sites" in options or (start in sites and any(is_layer(site) for site in sites)):
         return ""
     return f"no probes at {start} and a later layer; choose others by --add umap.sites=SITE,SITE"
 

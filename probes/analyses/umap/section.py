@@ -17,7 +17,7 @@ def section(study: StudyRuns) -> Section:
 
 def umap_figures(study: StudyRuns) -> Figures:
     """Yield a figure for each image of each run; they need the dataset."""
-    for mask, run in study.trained.items():
+    for mask, run in study.main_runs.items():
         result = run.analysis("umap.json")
         palette = palette_of(study.first.dataset()) if result else None
         for image in result["images"] if result else ():

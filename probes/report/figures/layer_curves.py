@@ -23,7 +23,7 @@ from probes.analyses.style import (
     site_depth,
     spread_labels,
 )
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, is_layer
 from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS, StudyRuns
@@ -95,7 +95,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
 
     `solved` draws the runs whose probes are solved, else those whose probes are trained.
     """
-    trained = study.solved if solved else study.trained
+    trained = study.solved if solved else study.main_runs
     untrained = _shown_untrained(study, solved)
     random = [list(runs.values()) for runs in study.random_draws("llm", solved)]
     figure, ax = new_axes(6.4, 3.9)
@@ -145,9 +145,7 @@ def _draw_random(
     label: str | None = None,
 ) -> None:
     """Draw the layers of a random LLM as hollow points; its encoder and adapter are those of the trained model."""
-    depth, miou = depth_and_miou(
-        [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
-    )
+    depth, miou = depth_and_miou([x for x in run.metrics["sites"] if is_layer(x["site"])])
     ax.plot(
         depth,
         miou,
@@ -249,8 +247,8 @@ def models_by_dataset(
 
 def _runs_to_compare(studies: list[StudyRuns]) -> list[dict[str, ProbeRun]]:
     """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
-    solved = all(study.solved.keys() == study.trained.keys() for study in studies)
-    return [study.solved if solved else study.trained for study in studies]
+    solved = all(study.solved.keys() == study.main_runs.keys() for study in studies)
+    return [study.solved if solved else study.main_runs for study in studies]
 
 
 def _probes_suffixes(runs: list[ProbeRun]) -> list[str]:
@@ -312,9 +310,9 @@ def _layer_figure(
 
 def overview_figures(studies: list[StudyRuns]) -> Figures:
     """Yield the figures that compare several models and datasets; the first one has the mask of most models."""
-    by_mask = {mask: [study for study in studies if mask in study.trained] for mask in MASKS}
+    by_mask = {mask: [study for study in studies if mask in study.main_runs] for mask in MASKS}
     for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
-        with_adapter = [study for study in with_mask if ADAPTER in study.trained[mask].sites]
+        with_adapter = [study for study in with_mask if ADAPTER in study.main_runs[mask].sites]
         if with_mask:
             yield ReportFigure(
                 f"models_{mask}", f"All models, {mask}",
@@ -338,7 +336,7 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
 
 
 def _peak_caption(*studies: StudyRuns) -> str:
-    runs = [run for study in studies for run in study.trained.values()]
+    runs = [run for study in studies for run in study.main_runs.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
     return (
         "Dashed: the best layer, with its difference from the adapter in percentage points."

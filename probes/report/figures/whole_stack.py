@@ -26,7 +26,7 @@ MOST_LABELS = 14
 def stack_figures(study: StudyRuns) -> Figures:
     """Yield the curve from the pixels on, if the encoder's own layers were probed."""
     runs = {
-        mask: run for mask, run in study.trained.items() if any(map(is_encoder_layer, run.sites))
+        mask: run for mask, run in study.main_runs.items() if any(map(is_encoder_layer, run.sites))
     }
     if runs:
         yield ReportFigure(

@@ -20,7 +20,6 @@ from probes.training.distributed import (
     broadcast,
     gather_images,
     rank,
-    rank_count,
 )
 
 from .checkpoints import SolverCheckpoints, tensors_of
@@ -33,7 +32,7 @@ from .sample_hessian import SampledPixels
 from .solved_site import SolvedSite
 from .solver import SolveOptions, Solver
 from .state_reader import StateReader
-from .strength_path import Path, solve_path
+from .strength_path import FoldSearch, PathSolution
 from .workers import in_workers
 
 PASSES = "passes.safetensors"
@@ -64,14 +63,22 @@ class PassSolver(Solver):
         self.images = len(training)
         self.sample_images = sample_images
         self.fold_of = assign_folds(self.images, options.folds, training.groups)
-        self.kept: list[Any] = []  # of this pass, batch by batch
-        self.refinements: dict[str, PassRefinement] = {}  # of the sites that this process solves
+        self.has_saved_pass = False
+        # How the states of a sample are stored, and the moments of the first pass, by site
+        self.ranges: dict[str, ChannelRange | AxisRange] = {}
+        self.moments: dict[str, Moments] = {}
+        self.kept: list[Any] = []  # pixels of this pass, batch by batch
+        # Labels, weights and folds of the n pixels of a pass, and of the sites that this process solves their states
+        self.sample_pixels: tuple[Tensor, Tensor, Tensor] | None = None
+        self.sample_states: dict[str, Tensor] = {}
+        self.spaces: dict[str, SiteSpace] = {}
+        self.refinements: dict[str, PassRefinement] = {}
 
     # ------------------------------------------------------------------------------------------------ first pass
-    def first_pass(self) -> list[list[int]]:
-        """Return all of this process's images; none if a killed run has saved a pass."""
-        self.saved_passes = broadcast(self.checkpoints.has(PASSES), 0)
-        if self.saved_passes:
+    def prepare_first_pass(self) -> list[list[int]]:
+        """Measure how states are stored, and return all of this process's images; none if a killed run saved a pass."""
+        self.has_saved_pass = broadcast(self.checkpoints.has(PASSES), 0)
+        if self.has_saved_pass:
             return []
         self._measure_channels()
         return self.reader.share(range(self.images))
@@ -79,8 +86,7 @@ class PassSolver(Solver):
     def memory(self) -> str:
         """Return that the states of all images do not fit, and the memory that the run takes."""
         widths = [self.mllm.widths[site] for site in self.sites]
-        tokens = self.mllm.grid[0] * self.mllm.grid[1]
-        kept = self.sample_images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
+        kept = self.sample_images * self.mllm.state_bytes(self.sites)
         probes = sum(bytes_of_probes(width, self.channels, self.options.folds) for width in widths)
         return (
             f"the memory of {self.sample_images:,} of {self.images:,} images is spent on pixels of all of them: "
@@ -101,7 +107,7 @@ class PassSolver(Solver):
         images = [i * self.images // count for i in range(count)]
         size = self.reader.data.rank_batch_size
         batches = [images[start : start + size] for start in range(0, count, size)]
-        parts = [batch["states"] for batch in self.reader.training(batches, self.passes)]
+        parts = [batch["states"] for batch in self.reader.training(batches, "channels")]
         self.ranges = {
             site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites
         }
@@ -156,18 +162,18 @@ class PassSolver(Solver):
         counts = [len(part[0]) for part in parts]
         labels, weights, images = map(torch.cat, zip(*parts, strict=True))
         order = images.argsort(stable=True)
-        self.pixels = labels[order], weights[order], self.fold_of[images[order]]
+        self.sample_pixels = labels[order], weights[order], self.fold_of[images[order]]
         self.sample_states = {}
         for site in self.sites:
             mine = torch.cat([batch.pop(site) for batch in states])
-            gathered = gather_images(mine, counts, self._owner(site), self.device)
+            gathered = gather_images(mine, counts, self.owner_of(site), self.device)
             if gathered is not None:
                 self.sample_states[site] = gathered[order]
 
     # ------------------------------------------------------------------------------------------------ passes
     def solve(self) -> dict[str, SolvedSite]:
         """Solve the sites by steps between passes, after what the sample of the first pass says."""
-        if self.saved_passes:
+        if self.has_saved_pass:
             self._resume_passes()
         else:
             sums = {site: self._sum_moments(site) for site in self.sites}
@@ -196,84 +202,84 @@ class PassSolver(Solver):
         """Return what metrics.json["path"] says of the passes."""
         return super().about() | {"sample_images": self.sample_images}
 
-    def _owner(self, site: str) -> int:
-        """Return the process that solves a site."""
-        return self.sites.index(site) % rank_count()
-
     def _shared(self, solved: dict[str, SolvedSite]) -> dict[str, SolvedSite]:
         """Return the probes of all processes' sites."""
-        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+        return {site: broadcast(solved.get(site), self.owner_of(site)) for site in self.sites}
 
     def _start_refinements(
-        self, found: dict[str, tuple[AxisRange, Path]], null: dict[str, Tensor]
+        self, found: dict[str, tuple[AxisRange, PathSolution]], null: dict[str, Tensor]
     ) -> None:
         """Start from what was found on the sample of the first pass, and from the gradients at w = 0, by site."""
-        for site, (axes, path) in found.items():
-            self.refinements[site] = self._start(axes.space, null[site], path)
+        for site, (axes, solution) in found.items():
+            self.refinements[site] = self._start(axes.space, null[site], solution)
         axes = {site: found[site][0] if site in found else None for site in self.sites}
-        self.ranges = {site: broadcast(axes[site], self._owner(site)) for site in self.sites}
+        self.ranges = {site: broadcast(axes[site], self.owner_of(site)) for site in self.sites}
 
     def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
         """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
         moments = self.moments.pop(site)
         for total in moments.sums().values():
             all_reduce(total)
-        if rank() != self._owner(site):
+        if rank() != self.owner_of(site):
             return None
         space = SiteSpace.of_moments(moments)
         return space, null_gradient(space, moments)
 
-    def _solve_sample(self, site: str) -> tuple[AxisRange, Path]:
+    def _solve_sample(self, site: str) -> tuple[AxisRange, PathSolution]:
         """Solve a site on the sample of the first pass."""
         space = self.spaces[site]
         stored = self.sample_states[site].view(STORED)
         inputs = space.coordinates(self.ranges[site].restore(stored.to(self.device)))
-        labels, weights, folds = (x.to(self.device) for x in self.pixels)
+        labels, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         problem = PixelProblem(space, inputs, labels, weights, folds, self.options.folds)
-        return AxisRange.of(space, inputs), solve_path(problem, self.options.strengths)
+        return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
 
     @staticmethod
-    def _of_sample(axes: AxisRange, path: Path) -> dict[str, Any]:
+    def _of_sample(axes: AxisRange, solution: PathSolution) -> dict[str, Any]:
         """Return the probes of a sample, which have no certificates: no pass has seen them."""
         return {
-            **path.path._asdict(),
+            **solution.path._asdict(),
             "space": axes.space,
-            "points": path.points,
+            "points": solution.points,
             "certificates": [],
         }
 
-    def _start(self, space: SiteSpace, null: Tensor, path: Path) -> PassRefinement:
+    def _start(
+        self, space: SiteSpace, null_gradient: Tensor, solution: PathSolution
+    ) -> PassRefinement:
         """Return the refinement of what was found on the sample."""
-        chosen = path.path.solved.index(path.path.chosen)
-        points = torch.cat([path.folds, path.points[chosen][None]])
+        path = solution.path
+        of_all_images = solution.points[path.solved.index(path.chosen)]
         return PassRefinement(
             space,
-            null,
-            path.path.strengths[path.path.chosen],
-            points,
+            null_gradient,
+            path.strengths[path.chosen],
+            torch.cat([solution.fold_points, of_all_images[None]]),
             self.options.strengths,
         )
 
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
         sums = {
-            site: PassSums(*broadcast(self._probes(site), self._owner(site))) for site in self.sites
+            site: PassSums(*broadcast(self._probes(site), self.owner_of(site)))
+            for site in self.sites
         }
-        pixels = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
-        for batch in self.reader.training(self.reader.share(range(self.images)), self.passes):
+        labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
+        images = self.reader.share(range(self.images))
+        for batch in self.reader.training(images, f"pass {self.passes + 1}"):
             self._keep_pixels(batch)
             folds = self.fold_of[batch["index"].cpu()]
-            pixels.index_add_(0, folds.to(self.device), batch["masks"].pixels)
+            labelled.index_add_(0, folds.to(self.device), batch["masks"].pixels)
             for site, of_site in sums.items():
                 of_site.add(batch["states"][site], batch["masks"], folds.tolist())
         self.passes += 1
-        all_reduce(pixels)
+        all_reduce(labelled)
         for site, of_site in sums.items():
             for total in of_site.totals():
                 all_reduce(total)
             if site in self.refinements:
                 refinement = self.refinements[site]
-                refinement.accept(*of_site.means(refinement.space, pixels))
+                refinement.accept_losses(*of_site.means(refinement.space, labelled))
         self._gather_pixels()
         self.refinements |= dict(in_workers(self._step, list(self.refinements), self.device))
 
@@ -284,7 +290,7 @@ class PassSolver(Solver):
 
     def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
-        _, weights, folds = (x.to(self.device) for x in self.pixels)
+        _, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         inputs = self.ranges[site].restore(self.sample_states[site].to(self.device))
         refinement.step(SampledPixels(inputs, weights.float(), folds))
         return refinement
@@ -299,7 +305,7 @@ class PassSolver(Solver):
         for site in self.sites:
             tensors[f"{site}/deviation"] = self.ranges[site].deviation
             state = self.refinements[site].state() if site in self.refinements else None
-            state = broadcast(state, self._owner(site))
+            state = broadcast(state, self.owner_of(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
         if rank() == 0:
             self.checkpoints.save(PASSES, tensors)
@@ -314,5 +320,5 @@ class PassSolver(Solver):
             deviation = state.pop("deviation")
             refinement = PassRefinement.of_state(state, self.options.strengths)
             self.ranges[site] = AxisRange(refinement.space, deviation)
-            if rank() == self._owner(site):
+            if rank() == self.owner_of(site):
                 self.refinements[site] = refinement

@@ -16,7 +16,7 @@ from .state_reader import StateReader
 LEAST = 4  # images of each fold in memory, however little there is
 
 
-def needs_masks(task: Task) -> bool:
+def is_cross_entropy(task: Task) -> bool:
     """Return whether the probes of a task minimise a cross-entropy over masks of classes."""
     return task.solved == "cross_entropy"
 
@@ -25,7 +25,7 @@ def choose_solver(
     reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints
 ) -> Solver:
     """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
-    if not needs_masks(reader.probes.task):
+    if not is_cross_entropy(reader.probes.task):
         return LeastSquaresSolver(reader, options, checkpoints)
     images = len(reader.data.splits["training"])
     wanted = options.sample_images
@@ -40,9 +40,12 @@ def images_that_fit(reader: StateReader, folds: int) -> int:
     mllm = reader.probes.mllm
     widths = [mllm.widths[site] for site in reader.probes.sites]
     tokens = mllm.grid[0] * mllm.grid[1]
-    per_image = tokens * mllm.model.dtype.itemsize * sum(widths)
     processes = max(1, reader.trainer.num_devices)  # of this machine
-    kept = int(available_memory() / 4 / per_image) * rank_count() // processes
+    kept = (
+        int(available_memory() / 4 / mllm.state_bytes(reader.probes.sites))
+        * rank_count()
+        // processes
+    )
     # tokens of a site in float32, with logits and copies, on the device
     solved = 12 * tokens * max(widths)
     if reader.device.type == "cuda":

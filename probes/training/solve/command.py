@@ -16,7 +16,7 @@ from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_cli
 from probes.training.site_probes import MODEL_SETTINGS
 
-from .choose_solver import needs_masks
+from .choose_solver import is_cross_entropy
 from .run import SolveRun, estimate, solve
 from .solver import SolveOptions
 
@@ -77,7 +77,9 @@ def main(argv: list[str]) -> None:
     data = cli.datamodule
     data.cache_features = False  # images are read once, or kept as the solver's sample
     data.trainer = cli.trainer
-    cli.model = describe_run(cli.model.hparams, args, data.task)
+    cli.model = make_solve_run(
+        cli.model.hparams, args, data.task
+    )  # of which identity and plan are made
     with run_process():
         if args.dry_run:
             dry_run(cli)
@@ -101,31 +103,35 @@ def check_options(args: argparse.Namespace) -> None:
         args.strengths = tuple(sorted(set(args.strengths), reverse=True))
 
 
-def describe_run(fit: Mapping[str, Any], args: argparse.Namespace, task: str) -> SolveRun:
+def make_solve_run(
+    module_settings: Mapping[str, Any],
+    args: argparse.Namespace,
+    task: str,
+) -> SolveRun:
     """Return what a run is made from.
 
     Args:
-        fit: Settings of a `ProbeModule`, of which those of the frozen model are used.
+        module_settings: Settings of a `ProbeModule`, of which those of the frozen model are used.
         args: Options of the solver.
         task: Kind of targets.
 
     Raises:
         UserError: The config asks for probes that are not linear, or a strength is out of range.
     """
-    if fit["head"] != "linear":
+    if module_settings["head"] != "linear":
         raise UserError(
-            f"model.head is {fit['head']!r}, but only linear probes can be solved; use `probes fit`"
+            f"model.head is {module_settings['head']!r}, but only linear probes can be solved; use `probes fit`"
         )
-    of_classes = needs_masks(TASKS[task])
+    of_classes = is_cross_entropy(TASKS[task])
     if not of_classes and args.strengths and max(args.strengths) > 1:
         raise UserError(
             f"--strengths of least squares must be at most 1, got {max(args.strengths):g}"
         )
     own = {"folds": args.folds, "strengths": args.strengths}
     of_passes = {"passes": args.passes, "sample_images": args.sample_images} if of_classes else {}
-    of_model = {name: fit[name] for name in MODEL_SETTINGS}
+    of_model = {name: module_settings[name] for name in MODEL_SETTINGS}
     options = SolveOptions(
-        seed=fit["seed"],
+        seed=module_settings["seed"],
         **own,
         **of_passes,
     )

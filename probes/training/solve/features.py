@@ -82,15 +82,7 @@ def solve_features(
     problem = SiteProblem(features.flatten(1, 2), loose, tight, assign_folds(len(masks), folds))
     path, refinement = solve_site(problem, None if strength is None else [strength])
     refinement.solve_in_memory()
-    solved = SolvedSite.of_points(
-        path.strengths,
-        path.loss,
-        path.chosen,
-        path.solved,
-        problem.space,
-        refinement.kept[0],
-        refinement.certificates,
-    )
+    solved = SolvedSite.of_points(**refinement.found(path))
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
     return FeatureProbe(

@@ -13,7 +13,7 @@ from torch import Tensor
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
 from probes.ops.quadrature import join_masks
-from probes.training.distributed import all_gather_objects, broadcast, gather_images, rank_count
+from probes.training.distributed import all_gather_objects, broadcast, gather_images
 
 from .checkpoints import SolverCheckpoints
 from .objective import LOOSE_NODES, SiteProblem
@@ -49,15 +49,13 @@ class MemorySolver(Solver):
         self.fold_of = assign_folds(self.images, options.folds, training.groups)
         self.kept: list[Any] = []  # batch by batch
 
-    def first_pass(self) -> list[list[int]]:
+    def prepare_first_pass(self) -> list[list[int]]:
         """Return all of this process's images."""
         return self.reader.share(range(self.images))
 
     def memory(self) -> str:
         """Return that the states of all images fit, and the memory that they take."""
-        widths = [self.mllm.widths[site] for site in self.sites]
-        tokens = self.mllm.grid[0] * self.mllm.grid[1]
-        kept = self.images * tokens * self.mllm.model.dtype.itemsize * sum(widths)
+        kept = self.images * self.mllm.state_bytes(self.sites)
         return f"the states of all {self.images:,} images are kept: {kept / 1e9:.3g} GB, one pass"
 
     def add(self, batch: dict[str, Any]) -> None:
@@ -78,15 +76,11 @@ class MemorySolver(Solver):
             solved[site] = SolvedSite.of_points(**found)
             self.checkpoints.save(file(site), vars(solved[site]))
             del self.sample_states[site]
-        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+        return {site: broadcast(solved.get(site), self.owner_of(site)) for site in self.sites}
 
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""
         return super().about() | {"sample_images": self.images}
-
-    def _owner(self, site: str) -> int:
-        """Return the process that solves a site."""
-        return self.sites.index(site) % rank_count()
 
     def _gather(self) -> None:
         """Bring the states of each site to its owner, and the masks to all processes, in the order of the images."""
@@ -100,7 +94,7 @@ class MemorySolver(Solver):
         self.sample_states: dict[str, Tensor] = {}
         for site in self.sites:
             mine = torch.cat([batch.pop(site) for batch in states])
-            gathered = gather_images(mine, images, self._owner(site), self.device)
+            gathered = gather_images(mine, images, self.owner_of(site), self.device)
             if gathered is not None:
                 self.sample_states[site] = gathered[order]
 
@@ -111,12 +105,4 @@ class MemorySolver(Solver):
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
         refinement.solve_in_memory()
-        return {
-            "strengths": path.strengths,
-            "loss": path.loss,
-            "chosen": path.chosen,
-            "solved": path.solved,
-            "space": problem.space,
-            "points": refinement.kept[0],
-            "certificates": refinement.certificates,
-        }
+        return refinement.found(path)

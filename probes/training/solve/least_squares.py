@@ -25,6 +25,8 @@ from probes.ops.normal_equations import NormalEquations, apply_gram
 
 from .moments import Moments, standardise
 
+LEAST_SQUARES_STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # 1e-6 to 1
+
 
 @dataclass
 class LeastSquaresMoments(Moments):

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import group_by_size
 from probes.data.samplers import assign_folds, fold_batches
 from probes.ops.normal_equations import normal_equations
 from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
 from .checkpoints import tensors_of
-from .least_squares import LeastSquaresMoments, solve_least_squares
-from .moments import STRENGTHS, packed_size
+from .least_squares import LEAST_SQUARES_STRENGTHS, LeastSquaresMoments, solve_least_squares
+from .moments import packed_size
 from .solved_site import SolvedSite
 from .solver import Solver
 
@@ -36,7 +36,7 @@ class LeastSquaresSolver(Solver):
     instrument = "closed_form"
 
     # ------------------------------------------------------------------------------------------------ pass
-    def first_pass(self) -> list[list[int]]:
+    def prepare_first_pass(self) -> list[list[int]]:
         """Read the moments that a killed run has left; return the images of this process that they lack, by fold."""
         training = self.reader.data.splits["training"]
         self.fold_of = assign_folds(len(training), self.options.folds, training.groups)
@@ -78,7 +78,7 @@ class LeastSquaresSolver(Solver):
     def add(self, batch: dict[str, Any]) -> None:
         """Add a batch of one fold to the moments, and save them every ten minutes."""
         index = batch["index"].cpu()
-        for images, target in group_by_mask_size(batch["target"]):
+        for images, target in group_by_size(batch["target"]):
             view = self.mllm.geometry.view(tuple(target.shape[1:3]))
             equations = normal_equations(self.probes.task.values(target), self.mllm.grid, view)
             for site, x in batch["states"].items():
@@ -157,7 +157,7 @@ class LeastSquaresSolver(Solver):
         return moments
 
     def _solve(self, moments: LeastSquaresMoments) -> SolvedSite:
-        strengths = tuple(sorted(self.options.strengths or STRENGTHS, reverse=True))
+        strengths = tuple(sorted(self.options.strengths or LEAST_SQUARES_STRENGTHS, reverse=True))
         solved = solve_least_squares(moments, strengths)
         return SolvedSite(
             strengths=torch.tensor(strengths, dtype=torch.float64),

@@ -7,7 +7,7 @@ upsampling), a pass over the images sums, per site and per fold of images,
 
 The pivot, the mean state of the first batch, keeps Q small: LLMs have channels whose mean is a thousand times their
 standard deviation, and Q would lose their variance to rounding. Products of a batch are float32, sums over batches
-float64; `tests/probes/training/test_moments.py` shows why.
+float64; `tests/probes/training/test_closed_form.py` shows why.
 
 With the pooled within-class covariance W and D = diag(W), D^-1/2 W D^-1/2 = V diag(s) V^T gives coordinates
 (x - mean) D^-1/2 V in which D is the identity and W is diag(s).
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # of least squares: 1e-6 to 1
 # A channel whose variance is below this share of its mean square is constant up to rounding of float32 states.
 DEAD = 1e-12
 # rows of Q per product; Q is symmetric, so that blocks below the diagonal are neither computed nor stored

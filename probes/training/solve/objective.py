@@ -54,7 +54,9 @@ class FoldProblem:
     @property
     def start(self) -> Tensor:
         """The constant prediction, f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
-        return constant_prediction(self.space)
+        prior = self.space.log_prior
+        weights = prior.new_zeros(len(prior), len(self.space.spectrum))
+        return torch.cat([weights, prior[:, None]], 1)
 
     def scale(self, strengths: Tensor) -> Tensor:
         """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
@@ -203,13 +205,6 @@ class PixelProblem(FoldProblem):
         residual.scatter_add_(2, at_label, residual.new_full((1, 1, 1), -1).expand_as(at_label))
         residual *= weights[:, None, None]
         return loss, (residual.flatten(1).T @ inputs).view_as(points).double()
-
-
-def constant_prediction(space: SiteSpace) -> Tensor:
-    """Return the constant prediction f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
-    prior = space.log_prior
-    weights = prior.new_zeros(len(prior), len(space.spectrum))
-    return torch.cat([weights, prior[:, None]], 1)
 
 
 def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tensor:

@@ -24,6 +24,15 @@ from .objective import whitened_norm
 from .refinement import CONVERGED, ROUNDING, Certificate
 from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
 
+SAVED = {  # attributes by their names in the file of a killed run
+    "null": "null_gradient",
+    "points": "points",
+    "value": "value",
+    "gradient": "gradient",
+    "kept": "accepted_points",
+    "decrease": "decrease",
+    "held_out": "held_out",
+}
 PAIRS = 4  # steps that are remembered, in float32
 WINDOW = 2  # half decades on both sides of the best strength
 # in half decades: 1000 to 1e-8
@@ -36,7 +45,7 @@ class PassRefinement:
 
     Args:
         space: Coordinates of the site, from all images.
-        null: f64[K, d + 1], gradient at w = 0, from all images.
+        null_gradient: f64[K, d + 1], gradient at w = 0, from all images.
         strength: Strength that the sample has chosen.
         points: f64[G, K, d + 1], probes of that strength: of the folds, then of all images.
         given: Strengths to solve; None to search for the best one.
@@ -45,20 +54,20 @@ class PassRefinement:
     def __init__(
         self,
         space: SiteSpace,
-        null: Tensor,
+        null_gradient: Tensor,
         strength: float,
         points: Tensor,
         given: tuple[float, ...] | None,
     ):
         self.space = space
-        self.null = null
+        self.null_gradient = null_gradient
         self.given = given
         self.folds = len(points) - 1
         self.strengths = [strength]
         self.points = points[None]
         self.value = points.new_full((1, len(points)), torch.inf)
         self.gradient = torch.zeros_like(self.points)
-        self.kept = self.points
+        self.accepted_points = self.points
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.held_out = points.new_zeros(1, self.folds)
         self.losses: dict[float, float] = {}  # cross-validated, by strength
@@ -82,7 +91,7 @@ class PassRefinement:
             self.folds,
         )
 
-    def accept(self, value: Tensor, gradient: Tensor, held_out: Tensor) -> None:
+    def accept_losses(self, value: Tensor, gradient: Tensor, held_out: Tensor) -> None:
         """Take what a pass has found at `points`, without penalties.
 
         Args:
@@ -95,12 +104,14 @@ class PassRefinement:
         value = value + dot(ridge * self.points, self.points) / 2
         known = self.value.isfinite()
         if known.all():
-            step = (self.points - self.kept).float()
+            step = (self.points - self.accepted_points).float()
             change = (gradient - self.gradient).float()
             self.pairs = [*self.pairs, (step, change)][-PAIRS:]
         better = value <= self.value + ROUNDING
         self.value = torch.where(better, value, self.value)
-        self.kept = torch.where(better[..., None, None], self.points, self.kept)
+        self.accepted_points = torch.where(
+            better[..., None, None], self.points, self.accepted_points
+        )
         self.gradient = torch.where(better[..., None, None], gradient, self.gradient)
         if not self.settled:  # of the points that are kept, too
             self.held_out = torch.where(better[:, :-1], held_out, self.held_out)
@@ -108,15 +119,15 @@ class PassRefinement:
 
     @full_precision()
     def step(self, sample: SampledPixels) -> None:
-        """Choose the window, and move its probes; :meth:`accept` must have been called."""
+        """Choose the window, and move its probes; :meth:`accept_losses` must have been called."""
         if not self.settled:
             self._move_window()
         spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
-        self.points, self.decrease = self.kept.clone(), torch.zeros_like(self.value)
+        self.points, self.decrease = self.accepted_points.clone(), torch.zeros_like(self.value)
         for row, ridge in enumerate(self._ridge()):
             hessian = SampleHessian(
                 sample,
-                self.kept[row],
+                self.accepted_points[row],
                 self.left_out,
                 ridge[0],
                 spectrum,
@@ -160,11 +171,13 @@ class PassRefinement:
             new: self.losses[self.strengths[old]] for old, new in zip(source, window, strict=True)
         }
         before = self._ridge()[source]
-        self.points = self.kept = self.kept[source]
+        self.points = self.accepted_points = self.accepted_points[source]
         self.strengths = window
         added = self._ridge() - before
-        self.value = self.value[source] + dot(added * self.kept, self.kept) / 2
-        self.gradient = self.gradient[source] + added * self.kept
+        self.value = (
+            self.value[source] + dot(added * self.accepted_points, self.accepted_points) / 2
+        )
+        self.gradient = self.gradient[source] + added * self.accepted_points
         self.held_out = self.held_out[source]
         self.pairs = [
             (step[source], (change[source] + added * step[source]).float())
@@ -192,7 +205,7 @@ class PassRefinement:
             return x[rows][:, -1:]
 
         self.points = rest(self.points)
-        self.kept = rest(self.kept)
+        self.accepted_points = rest(self.accepted_points)
         self.value = rest(self.value)
         self.gradient = rest(self.gradient)
         self.decrease = rest(self.decrease)
@@ -219,7 +232,7 @@ class PassRefinement:
         strengths = self.value.new_tensor([self.strengths[row] for row in rows])
         norm = whitened_norm(self.space.spectrum, self.gradient[rows, -1], strengths)
         null = whitened_norm(
-            self.space.spectrum, self.null.expand(len(rows), -1, -1), strengths
+            self.space.spectrum, self.null_gradient.expand(len(rows), -1, -1), strengths
         ).clamp(min=1e-300)
         pairs = zip((norm / null).tolist(), self.decrease[rows, -1].tolist(), strict=True)
         return [Certificate(*pair) for pair in pairs]
@@ -234,7 +247,7 @@ class PassRefinement:
             "chosen": path.index(self.strengths[self.chosen]),
             "solved": [path.index(self.strengths[row]) for row in rows],
             "space": self.space,
-            "points": self.kept[rows, -1],
+            "points": self.accepted_points[rows, -1],
             "certificates": self.certificates,
         }
 
@@ -245,10 +258,7 @@ class PassRefinement:
 
     def state(self) -> dict[str, Tensor]:
         """Return what a killed run needs to resume from a pass."""
-        tensors = {
-            name: getattr(self, name).clone()
-            for name in ("null", "points", "value", "gradient", "kept", "decrease", "held_out")
-        }
+        tensors = {name: getattr(self, key).clone() for name, key in SAVED.items()}
         tensors |= {f"space_{name}": x for name, x in vars(self.space).items()}
         tensors |= {f"step_{i}": step for i, (step, _) in enumerate(self.pairs)}
         tensors |= {f"change_{i}": change for i, (_, change) in enumerate(self.pairs)}
@@ -277,8 +287,8 @@ class PassRefinement:
             state["points"][0],
             given,
         )
-        for name in ("points", "value", "gradient", "kept", "decrease", "held_out"):
-            setattr(refinement, name, state[name])
+        for name, key in SAVED.items():
+            setattr(refinement, key, state[name])
         count = sum(name.startswith("step_") for name in state)
         refinement.pairs = [(state[f"step_{i}"], state[f"change_{i}"]) for i in range(count)]
         refinement.strengths = state["strengths"].tolist()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.data.batches import MaskPreparer, group_by_mask_size
+from probes.data.batches import MaskPreparer, group_by_size
 from probes.evaluation.image_metrics import TaskMetric
 from probes.evaluation.resampling import dataset_scores
 from probes.ops.cross_entropy import SCORE_NODES, loss_and_gradient
@@ -93,7 +93,7 @@ class PathScores:
             [solved.logits(states[site][part], mllm.grid) for site, solved in self.solved.items()]
         )
         logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
-        for images, target in group_by_mask_size(batch["target"][part]):
+        for images, target in group_by_size(batch["target"][part]):
             masks = []
             if self.probes.task.name == SEGMENTATION:
                 prepare = MaskPreparer(mllm.geometry, self.probes.channels, SCORE_NODES)

@@ -5,7 +5,7 @@ Legend: R strengths, d width, K classes.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from probes.ops.lbfgs import MEMORY, Minimum, Objective, minimise
 
 from .objective import LOOSE_NODES, TIGHT_NODES, FoldProblem, SiteProblem
-from .strength_path import FoldSearch, StrengthSearch
+from .strength_path import FoldSearch, StrengthPath
 
 # Of the probes of all images. At 5e-7, half the evaluations are enough for certificates, but mIoU moves by 0.07 points
 # (46 photos of CamVid).
@@ -41,6 +41,14 @@ class Certificate(NamedTuple):
     def converged(self) -> bool:
         """Both are below their tolerance."""
         return self.gradient < GRADIENT and self.decrease < CONVERGED
+
+
+class Evaluated(NamedTuple):
+    """Points f64[R, K, d + 1] with the values f64[R] and gradients of the objective there."""
+
+    points: Tensor
+    value: Tensor
+    gradient: Tensor
 
 
 class Refinement:
@@ -71,14 +79,14 @@ class Refinement:
         self.strengths = strengths
         self.points = points
         self.pairs = deque(maxlen=MEMORY) if pairs is None else pairs
-        # with value and gradient
-        self.kept = points, torch.full_like(strengths, torch.inf), torch.zeros_like(points)
+        unknown = torch.full_like(strengths, torch.inf)
+        self.accepted = Evaluated(points, unknown, torch.zeros_like(points))
         self.certificates: list[Certificate] = []
         start = problem.start.expand_as(points)
         at_zero = self._objective(LOOSE_NODES)(start, self._everything)[1]
-        self.null = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
+        self.null_norm = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
         # for the norm of the gradient
-        self.tolerance = min(TOLERANCE, (GRADIENT * self.null.min().item()) ** 2 / 8)
+        self.tolerance = min(TOLERANCE, (GRADIENT * self.null_norm.min().item()) ** 2 / 8)
 
     @property
     def _everything(self) -> list[int]:
@@ -102,7 +110,7 @@ class Refinement:
         self.accept(*exact(self.points, self._everything))
         self._certify(decrease)
         for _ in range(TIGHT_ROUNDS):
-            points, value, gradient = self.kept
+            points, value, gradient = self.accepted
             found = self._minimise(exact, points, (value, gradient))
             self.points = found.points
             self.accept(found.value, found.gradient)
@@ -113,17 +121,21 @@ class Refinement:
 
     def accept(self, value: Tensor, gradient: Tensor) -> None:
         """Take exact values f64[R] and gradients f64[R, K, d + 1] of the objective at `points`."""
-        better = value <= self.kept[1] + ROUNDING
+        better = value <= self.accepted.value + ROUNDING
 
         def choose(new, old):
             return torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
 
-        self.kept = tuple(map(choose, (self.points, value, gradient), self.kept))
-        self.points = self.kept[0]
+        self.accepted = Evaluated(
+            choose(self.points, self.accepted.points),
+            choose(value, self.accepted.value),
+            choose(gradient, self.accepted.gradient),
+        )
+        self.points = self.accepted.points
 
     def _step_with_few_nodes(self) -> Tensor:
         """Move the accepted points to the minima of their models; return the decreases of these, f64[R]."""
-        points, _, gradient = self.kept
+        points, _, gradient = self.accepted
         few = self._objective(LOOSE_NODES)
         value, of_few = few(points, self._everything)
         tilt = gradient - of_few
@@ -148,15 +160,25 @@ class Refinement:
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""
-        gradient = self.problem.whitened_norm(self.kept[2], self.strengths) / self.null
+        norm = self.problem.whitened_norm(self.accepted.gradient, self.strengths)
+        gradient = norm / self.null_norm
         self.certificates = [
             Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)
         ]
 
+    def found(self, path: StrengthPath) -> dict[str, Any]:
+        """Return the accepted probes and the path by which their strengths were chosen, for `SolvedSite.of_points`."""
+        return {
+            **path._asdict(),
+            "space": self.problem.space,
+            "points": self.accepted.points,
+            "certificates": self.certificates,
+        }
+
 
 def solve_site(
     problem: FoldProblem, strengths: Sequence[float] | None = None
-) -> tuple[StrengthSearch, Refinement]:
+) -> tuple[StrengthPath, Refinement]:
     """Return the path of a site, with probes of all images in memory, and their exact refinement.
 
     Args:

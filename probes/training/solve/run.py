@@ -24,7 +24,7 @@ from probes.training.site_probes import load_probes
 from probes.training.write_run import RunRecord, save_run
 
 from .checkpoints import SolverCheckpoints
-from .choose_solver import choose_solver, needs_masks
+from .choose_solver import choose_solver, is_cross_entropy
 from .path_scores import PathScores
 from .solved_site import SolvedSite
 from .solver import SolveOptions, Solver
@@ -36,27 +36,23 @@ class SolveRun:
     """What a run is made from.
 
     Args:
-        settings: Every option of the model and of the solver, for the identity and the files of the run.
+        hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
+            the files of the run.
         options: Those of the solver.
         task: Task of the probes.
         identity: Set when the run starts.
         resuming: Start from the files of a killed run.
     """
 
-    settings: dict[str, Any]
+    hparams: dict[str, Any]
     options: SolveOptions
     task: Task
     identity: Identity | None = None
     resuming: bool = False
 
-    @property
-    def hparams(self) -> dict[str, Any]:
-        """The settings, as a LightningModule names them."""
-        return self.settings
-
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
-        return {"mllm": self.settings["mllm"]}
+        return {"mllm": self.hparams["mllm"]}
 
 
 @torch.no_grad()
@@ -77,10 +73,7 @@ def solve(
     data.verify()  # before the model is loaded
     solver = start_solver(run, data, trainer)
     begin_run(trainer)
-    reader = solver.reader
-    for batch in reader.training(solver.first_pass(), passes=0):
-        solver.add(batch)
-    solver.passes = 1
+    solver.read_first_pass()
     solved = solver.solve()
     score(run, solver, solved, data, trainer, save_images)
 
@@ -88,11 +81,11 @@ def solve(
 def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
     """Load the model, and return the solver of the run."""
     device = trainer.strategy.root_device
-    probes = load_probes(run.settings, data, device, head="linear", feature_norm="batchnorm")
+    probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
     trainer.precision_plugin.convert_module(probes.mllm)
     trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=needs_masks(run.task))
+    reader = StateReader(probes, data, trainer, masks=is_cross_entropy(run.task))
     folder = Path(trainer.default_root_dir) / "checkpoints"
     return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
 
@@ -132,7 +125,7 @@ def score(
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        logger.log_hyperparams(run.settings)
+        logger.log_hyperparams(run.hparams)
         logger.save()
         logger.finalize("success")
     name = solver.instrument
@@ -142,8 +135,8 @@ def score(
         "feature_norm": "batchnorm",
         "solved": name,
     }
-    made |= {key: run.settings[key] for key in ("seed", "folds")}
-    record = RunRecord(run.settings, run.identity, made)
+    made |= {key: run.hparams[key] for key in ("seed", "folds")}
+    record = RunRecord(run.hparams, run.identity, made)
     named_tensors = {f"{name}/{key}": x for key, x in tensors.items()}
     save_run(probes, record, data, counted, (path, named_tensors), out)
 
@@ -160,7 +153,7 @@ def estimate(
     solver = start_solver(run, data, trainer)
     times: list[float] = []
     images: list[int] = []  # a batch at the end of a fold is smaller
-    for batch in solver.reader.training(solver.first_pass()[:batches], passes=0):
+    for batch in solver.reader.training(solver.prepare_first_pass()[:batches], "pass 1"):
         solver.add(batch)
         if solver.device.type == "cuda":
             torch.cuda.synchronize()
@@ -177,7 +170,7 @@ def estimate(
     def hours(images: int) -> str:
         return f"{images * seconds / 3600:.2f} h"
 
-    passes = run.settings.get("passes", 1)
+    passes = run.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
         f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "

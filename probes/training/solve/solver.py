@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from probes.training.distributed import rank_count
+
 from .checkpoints import SolverCheckpoints
 from .solved_site import SolvedSite
 from .state_reader import StateReader
@@ -31,7 +33,8 @@ class SolveOptions:
 class Solver:
     """Linear probes at every site, for several strengths of regularisation.
 
-    `first_pass` says which images a process reads, `add` takes each of their batches, and `solve` returns the probes.
+    `prepare_first_pass` says which images a process reads, `add` takes each of their batches, and `solve` returns the
+    probes.
 
     Args:
         reader: Reads batches of training images with their states.
@@ -52,9 +55,19 @@ class Solver:
         self.device = reader.device
         self.passes = 0  # that are complete
 
-    def first_pass(self) -> list[list[int]]:
+    def prepare_first_pass(self) -> list[list[int]]:
         """Return this process's training images of the first pass, in batches."""
         raise NotImplementedError
+
+    def read_first_pass(self) -> None:
+        """Read the training images of the first pass."""
+        for batch in self.reader.training(self.prepare_first_pass(), "pass 1"):
+            self.add(batch)
+        self.passes = 1
+
+    def owner_of(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
 
     def add(self, batch: dict[str, Any]) -> None:
         """Take a batch of the first pass."""

@@ -50,10 +50,10 @@ class StateReader:
         size = self.data.rank_batch_size
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
-    def training(self, batches: list[list[int]], passes: int) -> Iterator[dict[str, Any]]:
-        """Yield batches of training images with their "states"; `passes` are complete."""
+    def training(self, batches: list[list[int]], label: str) -> Iterator[dict[str, Any]]:
+        """Yield batches of training images with their "states"; the progress bar shows `label`."""
         loader = self.data.training_loader(batches)
-        for batch in self._progress(loader, f"pass {passes + 1}"):
+        for batch in self._progress(loader, label):
             batch = move_data_to_device(batch, self.device)
             with self.precision():
                 states = self.probes.states(batch)

@@ -19,13 +19,13 @@ from probes.ops.lbfgs import MEMORY, change_units, minimise
 
 from .objective import LOOSE_NODES, FoldProblem
 
-STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
+PATH_STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
 STRONGER = tuple(10 ** (k / 2) for k in range(-1, 7))  # 0.3 to 1000, if 0.1 is the best of those
 # predicted decrease, nats; at 2e-4, folds are 0.01 nats too good at weak strengths
 PATH_TOLERANCE = 1e-5
 
 
-class StrengthSearch(NamedTuple):
+class StrengthPath(NamedTuple):
     """The strengths of a site and their cross-validated losses.
 
     Args:
@@ -41,28 +41,23 @@ class StrengthSearch(NamedTuple):
     solved: list[int]
 
 
-class Path(NamedTuple):
+class PathSolution(NamedTuple):
     """A path of strengths on the images in memory, and the probes that it ends with.
 
     Args:
         path: The strengths and their cross-validated losses.
-        folds: f64[F, K, d + 1], probes of the folds at the chosen strength.
+        fold_points: f64[F, K, d + 1], probes of the folds at the chosen strength.
         points: f64[R, K, d + 1], probes of all images at `path.solved`.
     """
 
-    path: StrengthSearch
-    folds: Tensor
+    path: StrengthPath
+    fold_points: Tensor
     points: Tensor
 
     @property
     def strengths(self) -> Tensor:
         """Strengths of `points`, f64[R]."""
         return self.points.new_tensor([self.path.strengths[i] for i in self.path.solved])
-
-
-def solve_path(problem: FoldProblem, strengths: Sequence[float] | None = None) -> Path:
-    """Return the path of a site, and its probes; arguments as for :func:`solve_site`."""
-    return FoldSearch(problem).solve(strengths)
 
 
 class FoldSearch:
@@ -82,45 +77,50 @@ class FoldSearch:
         self.pairs: deque = deque(maxlen=MEMORY)
         self.learned_at: Tensor | None = None  # strengths f64[P] of the pairs
 
-    def solve(self, strengths: Sequence[float] | None) -> Path:
-        """Return the path, and the probes of all images at the strengths that are scored."""
-        path = self.run(strengths)
-        losses = [loss for _, loss, _ in path]
+    def solve(self, strengths: Sequence[float] | None = None) -> PathSolution:
+        """Return the path, and the probes of all images at the strengths that are scored.
+
+        Args:
+            strengths: Strengths to solve, all of them; None to search for the best one.
+        """
+        visited = self.follow(strengths)
+        losses = [loss for _, loss, _ in visited]
         chosen = losses.index(min(losses))
-        solved = list(range(len(path)))
+        solved = list(range(len(visited)))
         if strengths is None:
-            chosen = min(max(chosen, 1), len(path) - 2)
+            chosen = min(max(chosen, 1), len(visited) - 2)
             solved = [chosen - 1, chosen, chosen + 1]
-        found = StrengthSearch([strength for strength, _, _ in path], losses, chosen, solved)
-        start = torch.stack([path[i][2].mean(0) for i in solved])
-        at = start.new_tensor([found.strengths[i] for i in solved])
+        path = StrengthPath([strength for strength, _, _ in visited], losses, chosen, solved)
+        start = torch.stack([visited[i][2].mean(0) for i in solved])
+        at = start.new_tensor([path.strengths[i] for i in solved])
         self._keep_first_fold(len(solved))
         points = self._minimise(at, [None] * len(solved), start)
-        return Path(found, path[chosen][2], points)
+        return PathSolution(path, visited[chosen][2], points)
 
-    def run(self, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
+    def follow(self, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
         """Return strength, loss of left-out images and points of the folds, f64[F, K, d + 1], from strong to weak."""
         start = self.problem.start.expand(self.folds, -1, -1)
-        path: list[tuple[float, float, Tensor]] = []
+        visited: list[tuple[float, float, Tensor]] = []
         last = before = start
-        for strength in sorted(strengths or STRENGTHS, reverse=True):
+        for strength in sorted(strengths or PATH_STRENGTHS, reverse=True):
             guess = last
-            if len(path) > 1:
+            if len(visited) > 1:
                 guess = 2 * last - before
             before = last
-            path.append(self._solve(strength, guess))
-            last = path[-1][2]
-            losses = [loss for _, loss, _ in path]
-            if strengths is None and len(path) > 2 and min(losses[-2:]) > min(losses[:-2]):
+            visited.append(self._solve(strength, guess))
+            last = visited[-1][2]
+            losses = [loss for _, loss, _ in visited]
+            has_risen_twice = len(visited) > 2 and min(losses[-2:]) > min(losses[:-2])
+            if strengths is None and has_risen_twice:
                 break
         stronger = STRONGER if strengths is None else ()
         for strength in stronger:
-            best = min(path, key=lambda entry: entry[1])
-            strongest = max(path, key=lambda entry: entry[0])
+            best = min(visited, key=lambda entry: entry[1])
+            strongest = max(visited, key=lambda entry: entry[0])
             if best[0] < strongest[0]:
                 break
-            path.append(self._solve(strength, start))
-        return sorted(path, key=lambda entry: -entry[0])
+            visited.append(self._solve(strength, start))
+        return sorted(visited, key=lambda entry: -entry[0])
 
     def _solve(self, strength: float, start: Tensor) -> tuple[float, float, Tensor]:
         r = torch.full((self.folds,), strength, dtype=torch.float64, device=start.device)

@@ -18,8 +18,8 @@ from probes.data.boundaries import find_boundaries
 from probes.data.datamodule import ProbeData
 from probes.data.registry import (
     DATASETS,
-    TASK_DATASETS,
-    TASKS,
+    TARGET_DATASETS,
+    TARGETS,
     open_dataset,
     register_dataset,
     split_identity,
@@ -208,15 +208,15 @@ def test_batches_keep_targets_and_pad_with_no_value(root):
 
 
 def test_identity_changes_with_the_targets_and_how_they_are_read(root):
-    before = {task: split_identity("validation", opened(root, task)) for task in TASKS}
-    assert len({json.dumps(identity) for identity in before.values()}) == len(TASKS)
+    before = {task: split_identity("validation", opened(root, task)) for task in TARGETS}
+    assert len({json.dumps(identity) for identity in before.values()}) == len(TARGETS)
     for kind in ("depth", "normals", "instances"):
         path = root / kind / "validation/0.png"
         array = np.asarray(Image.open(path)).copy()
         array[3, 3] = array[4, 4]
         Image.fromarray(array).save(path)
     changed = {
-        task for task in TASKS if split_identity("validation", opened(root, task)) != before[task]
+        task for task in TARGETS if split_identity("validation", opened(root, task)) != before[task]
     }
     assert changed == {"depth", "normals", "boundaries"}
     depth = split_identity("validation", opened(root, "depth"))
@@ -243,9 +243,9 @@ def test_tasks_and_layouts_that_do_not_exist_are_errors(root, monkeypatch):
         UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"
     ):
         ProbeData(str(root), dataset="nyuv2")
-    monkeypatch.setitem(TASK_DATASETS, "normals", dict(TASK_DATASETS["normals"]))
+    monkeypatch.setitem(TARGET_DATASETS, "normals", dict(TARGET_DATASETS["normals"]))
 
-    class OtherNormals(TASK_DATASETS["normals"]["folder"]):
+    class OtherNormals(TARGET_DATASETS["normals"]["folder"]):
         pass
 
     register_dataset("other", OtherNormals)
@@ -419,7 +419,7 @@ def test_verify_data_checks_the_targets_of_the_task(root, capsys):
         "--data.root",
         str(root),
     ]
-    for task in TASKS:
+    for task in TARGETS:
         main([*config, "--data.task", task])
         targets = task if task in ("depth", "normals") else "2 classes"
         assert (

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from probes.models import concept_probes
-from probes.models.concept_probes import STRENGTHS, Folds, Paint, make_folds, solve_concepts
+from probes.models.concept_probes import CONCEPT_STRENGTHS, Folds, Paint, make_folds, solve_concepts
 
 pytestmark = pytest.mark.numerics
 
@@ -66,7 +66,7 @@ def reference(
 )
 @pytest.mark.parametrize("strength", [1e-1, 1e-3])
 def test_probabilities_are_those_of_scikit_learn_at_the_same_penalty(width, strength, monkeypatch):
-    monkeypatch.setattr(concept_probes, "STRENGTHS", (1.0, strength))
+    monkeypatch.setattr(concept_probes, "CONCEPT_STRENGTHS", (1.0, strength))
     paint = painted(90, photos=6)
     x = states_of(paint, width)
     new = states_of(painted(40, 1, seed=5), width, seed=7)
@@ -91,7 +91,7 @@ def test_strength_has_the_lowest_loss_on_left_out_photos():
     x = states_of(paint, 200, signal=0.3)
     folds = make_folds(paint, 8)
     losses = []
-    for strength in STRENGTHS:
+    for strength in CONCEPT_STRENGTHS:
         loss = 0.0
         for fold in range(5):
             out = folds.of == fold
@@ -102,7 +102,8 @@ def test_strength_has_the_lowest_loss_on_left_out_photos():
             loss -= (weight.numpy() * log_p[np.arange(len(y)), y]).sum()
         losses.append(loss)
     assert (
-        solve_concepts({"a": x}, paint, folds).strengths["a"] == STRENGTHS[int(np.argmin(losses))]
+        solve_concepts({"a": x}, paint, folds).strengths["a"]
+        == CONCEPT_STRENGTHS[int(np.argmin(losses))]
     )
 
 

@@ -16,7 +16,7 @@ from probes.analyses.starvation.section import further_analyses
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.report.verdicts import unconverged
+from probes.report.verdicts import why_unconverged
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -67,7 +67,7 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write):
             set_accuracy_of_patch_0(run, [0.3 + x for x in gap])
         runs += solved
     (study,) = read_studies(runs)
-    assert study.trained["causal"].peak_layer == "layer_02"
+    assert study.main_runs["causal"].peak_layer == "layer_02"
     assert study.solved["causal"].peak_layer == "layer_01"
     (claim,) = [claim for claim in evaluate_claims(study) if claim["claim"] == "starvation"]
     assert claim["verdicts"]["optimum"]["value"] == pytest.approx(0.1, abs=0.01)
@@ -226,13 +226,15 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
             "verdicts"
         ]["optimum"]
 
-    assert unconverged([ProbeRun(run)], "recovery") is None
+    assert why_unconverged([ProbeRun(run)], "recovery") is None
     assert optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
-    assert "have not converged at the chosen strength" in unconverged([ProbeRun(run)], "recovery")
+    assert "have not converged at the chosen strength" in why_unconverged(
+        [ProbeRun(run)], "recovery"
+    )
     assert optimum()["verdict"] == "untested"
     assert "run `probes solve` again" in optimum()["reason"]

@@ -36,7 +36,7 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("paths")
     curves = [[0.4, *CURVE[1:]], CURVE, CURVE]
 
-    def unconverged(row, site):
+    def why_unconverged(row, site):
         return (row, site) != ("weaker", "encoder")
 
     return {
@@ -54,7 +54,7 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
             folder / "solved",
             curves,
             root=root,
-            converged=unconverged,
+            converged=why_unconverged,
             seed=5,
         ),
         "solved_untrained": write_solved(
@@ -290,8 +290,8 @@ def test_rows_count_if_the_sites_that_they_read_have_converged(paths, root, tmp_
     ]
     for site, missing in (("layer_01", 0), ("layer_03", 3)):
 
-        def converged(row, name, unconverged=site):
-            return name != unconverged
+        def converged(row, name, why_unconverged=site):
+            return name != why_unconverged
 
         path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=converged)
         assert list(converged_rows([path]).values()).count(False) == missing
@@ -339,7 +339,7 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     assert str(study.control("causal").path) == paths["solved_untrained"]
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
     (study,) = read_studies([other, paths["sgd"]])
-    assert list(study.trained) == ["causal"]
+    assert list(study.main_runs) == ["causal"]
     assert study.pair() is None
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
@@ -473,11 +473,11 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
         for i, mask in enumerate(("causal", "bidirectional"))
     ]
     (study,) = read_studies([sgd, *solved])
-    assert study.trained == study.solved
-    assert list(study.trained) == ["causal", "bidirectional"]
+    assert study.main_runs == study.solved
+    assert list(study.main_runs) == ["causal", "bidirectional"]
     assert f"{sgd} is left out" in caplog.text
     (study,) = read_studies([sgd, solved[1]])
-    assert list(study.trained) == ["causal"]
+    assert list(study.main_runs) == ["causal"]
     assert f"{solved[1]} is left out" in caplog.text
 
 

@@ -47,9 +47,9 @@ def lines_of(axes) -> list[tuple[list[float], list[float]]]:
 
 def test_the_curve_has_every_site_in_forward_order(write):
     (study,) = read_studies([write(mask, encoder_layers=True) for mask in ("causal", "prefix")])
-    figure, rows = stack_curve(study.trained)
+    figure, rows = stack_curve(study.main_runs)
     (axes,) = figure.axes
-    for (x, y), run in zip(lines_of(axes), study.trained.values(), strict=True):
+    for (x, y), run in zip(lines_of(axes), study.main_runs.values(), strict=True):
         scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
         assert x == list(range(9))
         assert y == pytest.approx([100 * scores[site] for site in SITES[:-1]])
@@ -63,7 +63,7 @@ def test_deep_stacks_are_labelled_sparsely(tmp_path):
     sites = [*(f"encoder_{i:02d}" for i in range(26)), *site_names(32)]
     run = probe_runs.write_run(tmp_path / "run", [0.4] * len(sites), root=root, sites=sites)
     (study,) = read_studies([str(run)])
-    (axes,) = stack_curve(study.trained).figure.axes
+    (axes,) = stack_curve(study.main_runs).figure.axes
     ticks = dict(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))
     assert 8 <= len(ticks) <= 16
     assert [ticks[26].get_text(), ticks[27].get_text()] == ["enc.", "adapt."]

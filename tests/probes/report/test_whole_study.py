@@ -130,12 +130,12 @@ def test_runs_are_sorted_by_model_and_dataset(several):
         for dataset in ("ade20k", "voc2012")
         for encoder in ("clip", "siglip")
     ]
-    assert all(list(study.trained) == ["causal", "bidirectional"] for study in studies)
+    assert all(list(study.main_runs) == ["causal", "bidirectional"] for study in studies)
 
 
 def test_a_run_can_be_told_its_model(pair):
     first, second = read_studies([f"one={pair[0]}", f"two={pair[1]}"])
-    assert (first.model, list(first.trained), second.model) == ("one", ["causal"], "two")
+    assert (first.model, list(first.main_runs), second.model) == ("one", ["causal"], "two")
 
 
 def test_runs_that_differ_are_not_compared(root, tmp_path, pair):

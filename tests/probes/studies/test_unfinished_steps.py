@@ -56,15 +56,19 @@ def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
     steps = make_plan(
         settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     )
-    lacks = {step.name: step.lacks for step in steps if step.lacks}
+    lacks = {step.name: step.why_left_out for step in steps if step.why_left_out}
     assert lacks.keys() == {"trained/knockout", "random0/knockout"}
     assert "layer_01" in lacks["trained/knockout"]
-    assert not any(step.lacks for step in make_plan(settings({"": "causal"})))
+    assert not any(step.why_left_out for step in make_plan(settings({"": "causal"})))
 
 
 def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settings):
     steps = make_plan(settings({"": "causal"}, options=("--model.sites", "[encoder]")))
-    assert {step.name for step in steps if not step.lacks} == {"trained", "adapter0", "report"}
+    assert {step.name for step in steps if not step.why_left_out} == {
+        "trained",
+        "adapter0",
+        "report",
+    }
 
 
 def test_sites_in_a_file_are_those_of_every_arm(settings, tmp_path):
@@ -140,7 +144,7 @@ def test_a_pair_is_ordered_by_its_masks(order, settings):
     step = next(
         s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation"
     )
-    assert step.name == "bidirectional/trained/starvation" and not step.lacks
+    assert step.name == "bidirectional/trained/starvation" and not step.why_left_out
     assert [Path(word).parent.name for word in step.command[2:4]] == ["causal", "bidirectional"]
 
 
@@ -148,12 +152,12 @@ def test_two_models_of_one_mask_have_no_starvation(settings):
     step = next(
         s for s in make_plan(settings({"a": "causal", "b": "causal"})) if s.kind == "starvation"
     )
-    assert "causal and causal" in step.lacks
+    assert "causal and causal" in step.why_left_out
     both = settings(
         {"a": "causal", "b": "bidirectional"}, options=("--model.image_attention", "causal")
     )
     step = next(s for s in make_plan(both) if s.kind == "starvation")
-    assert "causal and causal" in step.lacks, "the mask is that of the option"
+    assert "causal and causal" in step.why_left_out, "the mask is that of the option"
 
 
 def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):

@@ -11,8 +11,11 @@ from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import apply_gram, normal_equations
 from probes.training.solve import least_squares_solver
-from probes.training.solve.least_squares import LeastSquaresMoments, solve_least_squares
-from probes.training.solve.moments import STRENGTHS
+from probes.training.solve.least_squares import (
+    LEAST_SQUARES_STRENGTHS,
+    LeastSquaresMoments,
+    solve_least_squares,
+)
 
 pytestmark = pytest.mark.numerics
 
@@ -109,7 +112,7 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
     size = SIZES[0]
     view = Geometry(grid, 48, 42, "pad").view(size)
     states, target = draw(grid, size)
-    solved = solve_least_squares(moments_of(states, target, grid, view), STRENGTHS)
+    solved = solve_least_squares(moments_of(states, target, grid, view), LEAST_SQUARES_STRENGTHS)
     up = dense(grid, size, view)
 
     def ridge(
@@ -121,7 +124,7 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
 
-    error = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+    error = torch.zeros(len(LEAST_SQUARES_STRENGTHS), dtype=torch.float64)
     count = 0
     for fold in range(2):
         held_out, others = (
@@ -129,11 +132,11 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         )
         x, y = pixels(states[held_out], target[held_out], up)
         count += len(x)
-        for r, strength in enumerate(STRENGTHS):
+        for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
             weights, mean, bias = ridge(others, strength)
             error[r] += ((x - mean) @ weights + bias - y).square().sum()
     torch.testing.assert_close(solved.loss, error / count, rtol=1e-9, atol=0)
-    for r, strength in enumerate(STRENGTHS):
+    for r, strength in enumerate(LEAST_SQUARES_STRENGTHS):
         weights, mean, bias = ridge(list(range(IMAGES)), strength)
         torch.testing.assert_close(solved.weights[r], weights.T, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close((solved.mean, solved.bias[r]), (mean, bias))
@@ -149,8 +152,10 @@ def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
         states.mT.unflatten(2, grid)[:, :CHANNELS], size, mode="bilinear"
     ).permute(0, 2, 3, 1)
     single = states.float()
-    exact = solve_least_squares(moments_of(single.double(), target, grid, view), STRENGTHS)
-    ours = solve_least_squares(moments_of(single, target, grid, view), STRENGTHS)
+    exact = solve_least_squares(
+        moments_of(single.double(), target, grid, view), LEAST_SQUARES_STRENGTHS
+    )
+    ours = solve_least_squares(moments_of(single, target, grid, view), LEAST_SQUARES_STRENGTHS)
     torch.testing.assert_close(ours.loss, exact.loss, rtol=1e-5, atol=0)
 
 

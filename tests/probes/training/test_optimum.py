@@ -11,7 +11,7 @@ from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem, loss_sums
 from probes.training.solve.refinement import Refinement, solve_site
-from probes.training.solve.strength_path import STRENGTHS, FoldSearch
+from probes.training.solve.strength_path import PATH_STRENGTHS, FoldSearch
 
 pytestmark = pytest.mark.numerics
 
@@ -112,7 +112,7 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data):
 def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
     """Within 0.003 nats, at every strength of the path; a fold sees none of the images that it is scored on."""
     at = problem(data)
-    for strength, loss, _ in FoldSearch(at).run(None):
+    for strength, loss, _ in FoldSearch(at).follow(None):
         total = pixels = 0
         for fold in range(FOLDS):
             left_out = [i for i in range(IMAGES) if i not in others(fold)]
@@ -126,7 +126,7 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
 def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
     path, refinement = solve_site(problem(data))
     assert path.strengths == sorted(path.strengths, reverse=True)
-    assert len(path.strengths) < len(STRENGTHS)
+    assert len(path.strengths) < len(PATH_STRENGTHS)
     assert path.loss[path.chosen] == min(path.loss)
     assert path.solved == [path.chosen + i for i in (-1, 0, 1)]
     assert min(path.loss[-2:]) > path.loss[path.chosen], "risen twice"
@@ -138,7 +138,7 @@ def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_
 def test_states_that_tell_nothing_need_more_regularisation_than_the_first_strength(data):
     noise = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(3))
     path, _ = solve_site(problem((noise, data[1])))
-    assert path.strengths[0] > max(STRENGTHS), "stronger ones were tried"
+    assert path.strengths[0] > max(PATH_STRENGTHS), "stronger ones were tried"
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
@@ -151,8 +151,8 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement.points = start + 100
     refinement.accept(torch.tensor([0.4, 0.6], dtype=torch.float64), gradient + 1)
     assert torch.equal(refinement.points, torch.stack([start[0] + 100, start[1]]))
-    assert refinement.kept[1].tolist() == [0.4, 0.5]
-    assert not refinement.kept[2][1].any()
+    assert refinement.accepted.value.tolist() == [0.4, 0.5]
+    assert not refinement.accepted.gradient[1].any()
 
 
 def test_the_loss_with_many_nodes_is_computed_once_at_each_point(data, monkeypatch):

@@ -13,7 +13,7 @@ from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, choose_pixels
 from probes.training.solve.refinement import solve_site
 from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
-from probes.training.solve.strength_path import solve_path
+from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
 
@@ -90,9 +90,9 @@ class Data:
             sample.folds,
             FOLDS,
         )
-        found = solve_path(problem, strengths)
+        found = FoldSearch(problem).solve(strengths)
         chosen = found.path.chosen
-        points = torch.cat([found.folds, found.points[found.path.solved.index(chosen)][None]])
+        points = torch.cat([found.fold_points, found.points[found.path.solved.index(chosen)][None]])
         null = null_gradient(self.space, self.moments)
         return PassRefinement(
             self.space,
@@ -112,7 +112,7 @@ class Data:
         pixels = torch.stack(
             [self.tight.pixels[self.fold_of == fold].sum() for fold in range(FOLDS)]
         )
-        refinement.accept(*sums.means(self.space, pixels))
+        refinement.accept_losses(*sums.means(self.space, pixels))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
             value = whole.problem.objective(whole.strengths[rows], [None], TIGHT_NODES)(
                 point[None], [0]
             )[0].item()
-            assert value == pytest.approx(whole.kept[1][rows[0]].item(), abs=2e-4)
+            assert value == pytest.approx(whole.accepted.value[rows[0]].item(), abs=2e-4)
 
 
 def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
@@ -227,12 +227,12 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement = data.start(400, (1e-1, 1e-2))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    before = refinement.kept.clone()
+    before = refinement.accepted_points.clone()
     value = refinement.value.clone()
     losses = dict(refinement.losses)
     refinement.points = refinement.points + 100
     data.take_pass(refinement)
-    assert torch.equal(refinement.kept, before) and torch.equal(refinement.value, value)
+    assert torch.equal(refinement.accepted_points, before) and torch.equal(refinement.value, value)
     assert refinement.losses == losses, (
         "the cross-validated loss, too, is that of the points that are kept"
     )
@@ -247,7 +247,7 @@ def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own
     refinement.step(data.sample(400, 1)[0])
     value = refinement.value.clone()
     gradient = refinement.gradient.clone()
-    kept = refinement.kept.clone()
+    kept = refinement.accepted_points.clone()
     refinement.points = kept
     refinement.value = torch.full_like(value, torch.inf)
     data.take_pass(refinement)

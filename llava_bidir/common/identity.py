@@ -157,7 +157,7 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
     return {"": f"{path}@{read_pretrained(key, AutoConfig, str(path))._commit_hash}"}
 
 
-def describe(content: Any, count: int | None = None) -> str:
+def describe_digest(content: Any, count: int | None = None) -> str:
     """Return "COUNT, sha256 DIGEST" of JSON values, e.g. of names and checksums."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGITS]
     return f"sha256 {digest}" if count is None else f"{count:,}, sha256 {digest}"

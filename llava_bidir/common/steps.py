@@ -22,7 +22,7 @@ from .process_group import WATCH, process_group
 OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
 LOG_LINES = 20  # of a process that failed
 # Importing takes as long as many commands, so that several of them share a process.
-IN_PROCESS = (
+IN_CHILD_PROCESS = (
     WATCH + "from llava_bidir.cli import main; from llava_bidir.common.steps import run_given; "
     "run_given(sys.argv[1], main)"
 )
@@ -254,7 +254,7 @@ def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- in a process
-def run_in_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
+def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
     """Run what is missing of steps that are commands of `llava-bidir`, in one process on one thread.
 
     The process ends with this one, even if this one is killed: steps of the next call would meet it in their folder.
@@ -279,7 +279,7 @@ def run_in_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name} begins, see {log}", flush=True)
     given = json.dumps([str(folder), [vars(step) for step in missing]], default=str)
-    command = [sys.executable, "-c", IN_PROCESS, given, str(os.getpid())]
+    command = [sys.executable, "-c", IN_CHILD_PROCESS, given, str(os.getpid())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as said,
@@ -298,7 +298,7 @@ def run_in_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
 
 
 def run_given(given: str, main: Callable[[list[str]], None]) -> None:
-    """Run steps that `run_in_process` has given as JSON, each by `main` with the words of its command."""
+    """Run steps that `run_in_child_process` has given as JSON, each by `main` with the words of its command."""
     folder, found = json.loads(given)
     folder = Path(folder)
     steps = [

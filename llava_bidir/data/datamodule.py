@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import checksums, describe, file_sizes
+from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.loader_workers import limit_workers, worker_options
 
 from .batch_samplers import BatchSampler
@@ -224,7 +224,7 @@ class InstructionData(LightningDataModule):
                 )
                 images |= records.image_names()
         names = sorted(images)
-        identity["images"] = describe([names, file_sizes(self.images, names)], len(names))
+        identity["images"] = describe_digest([names, file_sizes(self.images, names)], len(names))
         return identity
 
     def state_dict(self) -> dict:

@@ -23,7 +23,7 @@ import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.process_group import end_on_signals
-from llava_bidir.common.steps import run_in_process
+from llava_bidir.common.steps import run_in_child_process
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
@@ -220,7 +220,7 @@ def _make_models(
         "--seed": seed,
     }
     words = ["demo-assets", str(assets), *to_words(world)]
-    run_in_process(folder, "world", [make_step(folder, words, drawn)])
+    run_in_child_process(folder, "world", [make_step(folder, words, drawn)])
     steps = []
     for mask in MASKS:
         models = folder / "models" / mask
@@ -255,7 +255,7 @@ def _make_models(
                     source / WEIGHTS,
                 )
             )
-    run_in_process(folder, "models", steps)
+    run_in_child_process(folder, "models", steps)
 
 
 def study_settings(

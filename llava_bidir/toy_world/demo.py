@@ -20,7 +20,7 @@ from pathlib import Path
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, run_in_process
+from llava_bidir.common.steps import Step, run_in_child_process
 
 from .steps import MASKS, SCENES, WEIGHTS, check_settings, make_step, to_words, training_steps
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
         check_settings(out, settings)
-        run_in_process(out, "assets", [_assets(out, settings)])
+        run_in_child_process(out, "assets", [_assets(out, settings)])
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda mask: _train(out, mask, settings), MASKS))
         from .demo_studies import run_studies  # imports torch
@@ -127,7 +127,7 @@ def _train(out: Path, mask: str, settings: dict) -> None:
     )
     if settings["world"] == "binding":
         steps += _plant(out, mask, settings)
-    run_in_process(out, mask, steps)
+    run_in_child_process(out, mask, steps)
 
 
 def _plant(out: Path, mask: str, settings: dict) -> list[Step]:

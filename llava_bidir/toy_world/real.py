@@ -26,7 +26,7 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import run_in_process
+from llava_bidir.common.steps import run_in_child_process
 
 from .steps import MASKS, check_settings, make_step, to_words, training_steps
 
@@ -164,14 +164,14 @@ def write_models(out: Path) -> None:
     llm = out / "llm/config.json"
     if not llm.is_file():
         steps.append(make_step(out, ["import-gguf", str(find_model()), f"{out}/llm"], llm))
-    run_in_process(out, "models", steps)
+    run_in_child_process(out, "models", steps)
 
 
 def write_world(out: Path, seed: int) -> Data:
     """Draw the toy world, unless it is there."""
     assets = out / "assets"
     words = ["demo-assets", str(assets), "--english", "--scale", str(SCALE), "--seed", str(seed)]
-    run_in_process(out, "assets", [make_step(out, words, assets / "questions.json")])
+    run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
     studied = {"toy world": assets / "segmentation"}
     return Data(assets, *_records(assets), studied)
 
@@ -383,7 +383,7 @@ def train(
                 stages(mask),
                 data.questions,
             )
-            return run_in_process(out, f"{model.folder}_{mask}", steps)
+            return run_in_child_process(out, f"{model.folder}_{mask}", steps)
 
         trained = any(list(pool.map(run, MASKS)))
     curves = folder / "loss_curves.csv"

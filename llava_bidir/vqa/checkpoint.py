@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.identity import describe, model_identity
+from llava_bidir.common.identity import describe_digest, model_identity
 
 # encoders of Table 1
 TABLE_ROWS = {
@@ -73,7 +73,7 @@ def read_encoder_name(model: str | Path) -> str:
 
 def fingerprint(path: Path) -> str:
     """Return a digest of the config, the processor and all weights. 13 GB take less than a minute, once."""
-    return describe(model_identity("model", path)).split()[-1]
+    return describe_digest(model_identity("model", path)).split()[-1]
 
 
 def _read_config(model: str | Path) -> dict:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import checksums, describe
+from llava_bidir.common.identity import checksums, describe_digest
 from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded, orientation
 
 IGNORE_INDEX = 255
@@ -107,7 +107,10 @@ class ImageDataset(Dataset):
 
     def identity(self) -> dict[str, str]:
         """Return what the split is: number and digest of its images and of their targets, by name and content."""
-        return {part: describe([self.names, self.digests(part)], len(self)) for part in self.parts}
+        return {
+            part: describe_digest([self.names, self.digests(part)], len(self))
+            for part in self.parts
+        }
 
     def digests(self, part: str) -> list[str]:
         """Return the checksum of each image's file of a part, such as "images"; "" of one that cannot be read."""

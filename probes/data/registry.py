@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe
+from llava_bidir.common.identity import describe_digest
 
 from .ade20k import ADE20K
 from .base import ImageDataset, SegmentationDataset
@@ -115,7 +115,7 @@ def _has_instances(dataset: str, root: str) -> bool:
 def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
     """Return what a split is, see `common/identity.py`: its classes, images and targets by content."""
     parts = {f"{split}_{part}": value for part, value in dataset.identity().items()}
-    return {"classes": describe(dataset.classes, len(dataset.classes)), **parts}
+    return {"classes": describe_digest(dataset.classes, len(dataset.classes)), **parts}
 
 
 def _option_types(layout: type) -> dict[str, Any]:

@@ -221,6 +221,8 @@ def _build_part(
     sections = study_sections(study, claims)
     results = study_results(study, claims, sections)
     drawn = [(section, _draw(section.content.figures, out, files)) for section in sections]
+    first, *others = drawn[0][1]  # the curve by layer, which stands above all sections
+    drawn[0] = (sections[0], others)
     files |= _csv_files({"sites": results["sites"]}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
@@ -231,7 +233,7 @@ def _build_part(
         "study": study,
         "folder": folder,
         "results": results,
-        "first": drawn[0][1].pop(0),
+        "first": first,
         "sections": [
             (section, figures) for section, figures in drawn if figures or section.content.shown
         ],

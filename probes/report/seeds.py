@@ -97,24 +97,20 @@ def _joint_claims(
         # the numbers of the main runs
         value = verdicts["paper"]["value"]
         ci95 = verdicts["paper"]["ci95"]
-        joint.append(
-            {
-                "claim": claim,
-                "image_attention": mask,
-                "text": text,
-                "value": value,
-                "ci95": ci95,
-            }
-            | {
-                "holds": value is not None and judge(sign, value, ci95) == HOLDS,
-                "verdicts": verdicts,
-            }
-            | {
-                **conclude(verdicts, CLAIMS[claim].unlearned),
-                "n": _count_seeds(verdicts, len(entries)),
-            }
-            | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
-        )
+        entry = {
+            "claim": claim,
+            "image_attention": mask,
+            "text": text,
+            "value": value,
+            "ci95": ci95,
+            "holds": value is not None and judge(sign, value, ci95) == HOLDS,
+            "verdicts": verdicts,
+            **conclude(verdicts, CLAIMS[claim].unlearned),
+            "n": _count_seeds(verdicts, len(entries)),
+        }
+        if len(truths) == 1 and None not in truths:
+            entry["truth"] = truths.pop()
+        joint.append(entry)
     correct_for_claims(joint)
     return {"claims": joint, "left_out": left_out}
 

@@ -232,8 +232,8 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     if comparison["groups"]:
         units = f"{comparison['groups']} groups of images ({comparison['images']} images)"
     significant = [entry["difference"] for entry in sites if entry["p_corrected"] < ALPHA]
-    better = sum(1 * difference > 0 for difference in significant)
-    worse = sum(-1 * difference > 0 for difference in significant)
+    better = sum(difference > 0 for difference in significant)
+    worse = sum(difference < 0 for difference in significant)
     lines = [
         f"Bidirectional attention is significantly better at {better} and worse at {worse} of {len(sites)} sites "
         f"(corrected p < {ALPHA}; {comparison['permutations']} permutations of {units}).",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe
+from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
@@ -119,7 +119,7 @@ class ReportStep(Step):
         files = [run / name for run in finished_runs(out) for name in names]
         hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
         if unfinished := unfinished_steps(out):
-            hashes["unfinished steps"] = describe(unfinished)
+            hashes["unfinished steps"] = describe_digest(unfinished)
         return hashes
 
 
@@ -146,9 +146,9 @@ def make_plan(settings: Settings) -> list[Step]:
                     analysed = analysed[:1]  # said once
                 runs = [planned[_join(label, arm)] for arm in analysed]
                 steps += [_analysis(settings, label, run, name, options) for run in runs]
-    for name, options in (
-        analyses.items() if all("trained" in arms for arms in arms_of.values()) else ()
-    ):
+    if not all("trained" in arms for arms in arms_of.values()):
+        analyses = {}  # nothing to compare
+    for name, options in analyses.items():
         if ANALYSES[name].of == "pair" and len(settings.models) == 2:
             for arm in ("trained", *fitted):
                 pair = [planned[_join(label, arm)] for label in settings.models]

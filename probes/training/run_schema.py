@@ -64,27 +64,22 @@ class _Data(TypedDict):
     shared_images: NotRequired[list[list[str]]]  # names in training and in validation
 
 
-# the part of Manifest.config that is needed to load the model
-ModelConfig = TypedDict(
-    "ModelConfig",
-    {
-        "mllm": str,
-        "image_attention": str | None,
-        "untrained": list[str] | None,
-    }
-    | {
-        "image_resize": str,
-        "dtype": str,
-        "seed": int,
-        "prefix": str | None,
-    }
-    | {
-        "match": str,
-        "draw": int,
-        "update_scales": list[Number] | None,
-    }
-    | {"image_px": NotRequired[int | None]},
-)
+class ModelConfig(TypedDict):
+    """The part of `Manifest.config` that is needed to load the model."""
+
+    mllm: str
+    image_attention: str | None
+    untrained: list[str] | None
+    image_resize: str
+    dtype: str
+    seed: int
+    prefix: str | None
+    match: str
+    draw: int
+    update_scales: list[Number] | None
+    image_px: NotRequired[int | None]
+
+
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(
     "ModelTraining",

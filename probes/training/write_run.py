@@ -13,7 +13,7 @@ import torch
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from llava_bidir.common.identity import Identity, describe
+from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.datamodule import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
@@ -229,7 +229,7 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest
             "dataset": data.dataset,
             **({} if data.task == SEGMENTATION else {"task": data.task}),
             "options": data.options,
-            "fingerprint": describe(record.identity["data"]),
+            "fingerprint": describe_digest(record.identity["data"]),
             **_data_notes(data),
         },
         identity=record.identity,

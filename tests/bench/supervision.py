@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import probes
-from llava_bidir.common.steps import run_in_process
+from llava_bidir.common.steps import run_in_child_process
 from llava_bidir.toy_world.binding import GRID
 from llava_bidir.toy_world.canvas import CLASSES
 from llava_bidir.toy_world.dialogues import (
@@ -111,7 +111,7 @@ def train(folder: Path, seed: int, count: int) -> None:
     assets = folder / "assets"
     world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
     draw = words("demo-assets", assets, *world)
-    run_in_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
+    run_in_child_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
     for mask in MASKS:
@@ -152,7 +152,7 @@ def train(folder: Path, seed: int, count: int) -> None:
                 reads=stage1 / WEIGHTS,
             )
             steps.append(step)
-        run_in_process(folder, mask, steps)
+        run_in_child_process(folder, mask, steps)
 
 
 def words(*parts: object) -> list[str]:

@@ -30,12 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from llava_bidir.common import process_group, steps
 from llava_bidir.common.errors import one_line_errors
-steps.IN_PROCESS = process_group.WATCH + {step!r}
+steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
 with one_line_errors("demo", ["demo"]):
     process_group.end_on_signals()
     with ThreadPoolExecutor(2) as pool:
         def run(name):
-            steps.run_in_process(Path("."), name, [steps.Step(name, (), Path(name), "fit")])
+            steps.run_in_child_process(Path("."), name, [steps.Step(name, (), Path(name), "fit")])
         list(pool.map(run, ["a", "b"]))
 """
 

@@ -23,13 +23,13 @@ def commands(monkeypatch):
     def run(out: Path, *words: str) -> dict[str, list[str]]:
         found = {}
 
-        def run_in_process(folder, name, steps):
+        def run_in_child_process(folder, name, steps):
             found.update({str(step.result.relative_to(out)): list(step.command) for step in steps})
 
         def measure_step(llm, tokens):
             return "32-true", STEP_S
 
-        monkeypatch.setattr(real, "run_in_process", run_in_process)
+        monkeypatch.setattr(real, "run_in_child_process", run_in_child_process)
         monkeypatch.setattr(real, "measure_step", measure_step)
         monkeypatch.setattr(real, "end_on_signals", lambda: None)  # handlers of this process
         monkeypatch.setattr(real, "show_language", lambda *args: None)

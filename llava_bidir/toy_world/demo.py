@@ -7,7 +7,7 @@ OUT/shuffled                the bidirectional one with a shuffled LLM, in which 
 OUT/merged, OUT/intact      the same with a planted drop at the adapter, and without
 OUT/MASK/ARM, OUT/report    one study of both (probes/studies/README.md)
 OUT/shuffled/ARM, ...       those of the other three, in the same report
-OUT/logs                    what each step said
+OUT/logs                    what each step said, and below logs/steps what it was made from
 
 In the binding world the truth about a claim is known, and the last table has it beside what the study found. A result
 that was deleted is made again, and what was made from it.

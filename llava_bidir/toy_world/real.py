@@ -9,7 +9,7 @@ OUT/tuned/loss_curves.csv   loss and norm of the gradient of all four trainings 
 OUT/language.json           perplexity and conversations of each model
 OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); with --photos, OUT/tuned/DATA/...
 OUT/ARM/...                 with --controls, the same for each control of `MODELS`
-OUT/logs                    what each step said
+OUT/logs                    what each step said, and below logs/steps what it was made from
 
 How many steps a stage has follows from the time that one takes here; OUT/plan.json records it.
 """

@@ -224,7 +224,7 @@ class ProbeModule(LightningModule):
                 self.epochs,
             )
             out = self.trainer.default_root_dir
-            save_run(self.probes, record, self.trainer.datamodule, counted, ({}, {}), out)
+            save_run(self.probes, record, self.trainer.datamodule, counted, out)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with polynomial decay."""

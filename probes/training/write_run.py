@@ -1,4 +1,4 @@
-"""Write the files of a finished run; `probe_run.py` lists the files and reads them back."""
+"""Write the files of a finished run; `results/finished_run.py` lists the files and reads them back."""
 
 import logging
 import platform
@@ -32,6 +32,21 @@ log = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
+@dataclass(frozen=True)
+class SolvedPath:
+    """The path of strengths of solved probes.
+
+    Args:
+        instrument: How they were solved: "optimum" or "closed_form".
+        about: metrics.json["path"].
+        counted: What the task counts of each image at the solved strengths, by name, [R, S, N, ...].
+    """
+
+    instrument: str
+    about: dict[str, Any]
+    counted: dict[str, torch.Tensor]
+
+
 @dataclass
 class RunRecord:
     """How the probes of a run were made.
@@ -42,6 +57,7 @@ class RunRecord:
         probe: What metrics.json says of the probes.
         history: Main score of each validation by site; empty for solved probes.
         epochs: Of each validation.
+        path: Of solved probes.
     """
 
     settings: Mapping[str, Any]
@@ -49,6 +65,7 @@ class RunRecord:
     probe: dict[str, Any]
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int | float] = field(default_factory=list)
+    path: SolvedPath | None = None
 
 
 def save_run(
@@ -56,7 +73,6 @@ def save_run(
     record: RunRecord,
     data: ProbeData,
     counted: dict[str, torch.Tensor],
-    path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
 ) -> None:
     """Write all files of a finished run into `out`.
@@ -66,7 +82,6 @@ def save_run(
         record: How the probes were made.
         data: Images and targets.
         counted: What the task counts of each image, by name.
-        path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
     out = Path(out)
@@ -106,13 +121,15 @@ def save_run(
         probe=record.probe,
         sites=sites,
         summary=summary(main, task.sign),
-        **({"path": path[0]} if path[0] else {}),
+        **({"path": record.path.about} if record.path else {}),
     )
-    effects = run_effects(probes, counted, path, weights, groups)
+    effects = run_effects(probes, counted, record.path, weights, groups)
     tensors = counted if groups is None else counted | {"group": groups}
     files = {out / "counts.safetensors": tensors}
-    if path[1]:
-        files[out / "path.safetensors"] = path[1]
+    if record.path:
+        files[out / "path.safetensors"] = {
+            f"{record.path.instrument}/{name}": x for name, x in record.path.counted.items()
+        }
     files[out / EFFECTS_FILE] = effect_file(effects)
     files[out / "probes.safetensors"] = probes.heads.state_dict()
     about = manifest(probes, record, data).model_dump(exclude_unset=True)
@@ -124,7 +141,7 @@ def save_run(
 def run_effects(
     probes: SiteProbes,
     counted: dict[str, torch.Tensor],
-    path: tuple[dict[str, Any], dict[str, torch.Tensor]],
+    path: SolvedPath | None,
     weights: torch.Tensor,
     groups: torch.Tensor | None,
 ) -> dict[str, Estimate]:
@@ -133,7 +150,7 @@ def run_effects(
     Args:
         probes: The model and its probes.
         counted: As in :func:`save_run`.
-        path: As in :func:`save_run`.
+        path: Of solved probes.
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.
     """
@@ -146,12 +163,9 @@ def run_effects(
         weights,
         groups,
     )
-    entries, tensors = path
-    if entries:
-        solved = "optimum" if "optimum" in entries else "closed_form"
-        strengths = Strengths(entries[solved]["sites"], task.score)
-        along_path = {name.partition("/")[2]: x for name, x in tensors.items()}
-        sums = task.sums(counted | along_path)
+    if path:
+        strengths = Strengths(path.about[path.instrument]["sites"], task.score)
+        sums = task.sums(counted | path.counted)
         effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
     if task.name == SEGMENTATION:
         columns = probes.mllm.grid[1]

@@ -21,7 +21,7 @@ from probes.tasks import Task
 from probes.training.prediction_files import save_predictions
 from probes.training.scoring import compute_counts, score_batch
 from probes.training.site_probes import load_probes
-from probes.training.write_run import RunRecord, save_run
+from probes.training.write_run import RunRecord, SolvedPath, save_run
 
 from .checkpoints import SolverCheckpoints
 from .choose_solver import choose_solver, is_cross_entropy
@@ -129,16 +129,15 @@ def score(
         logger.save()
         logger.finalize("success")
     name = solver.instrument
-    path = solver.about() | {name: {"sites": entries}}
+    path = SolvedPath(name, solver.about() | {name: {"sites": entries}}, tensors)
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",
         "solved": name,
     }
     made |= {key: run.hparams[key] for key in ("seed", "folds")}
-    record = RunRecord(run.hparams, run.identity, made)
-    named_tensors = {f"{name}/{key}": x for key, x in tensors.items()}
-    save_run(probes, record, data, counted, (path, named_tensors), out)
+    record = RunRecord(run.hparams, run.identity, made, path=path)
+    save_run(probes, record, data, counted, out)
 
 
 @torch.no_grad()

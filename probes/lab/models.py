@@ -16,6 +16,7 @@ from probes.data.palette import palette_of
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ENCODER, is_before_adapter
+from probes.results.comparable import check_same_images
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
@@ -113,7 +114,7 @@ def load_runs(paths: Sequence[str]) -> list[LabModel]:
     """
     runs = [ProbeRun(path) for path in paths]
     for run in runs[1:]:
-        runs[0].check_same_images(run, "; open them in two labs")
+        check_same_images(runs[0], run, "; open them in two labs")
         for key, values in (
             ("sites", (runs[0].sites, run.sites)),
             ("grid", _values("grid", runs[0], run)),

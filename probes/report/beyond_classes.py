@@ -14,6 +14,12 @@ from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import estimate_text
 from probes.evaluation.layer_effects import EFFECTS
 from probes.models.sites import ENCODER, PATCHES, is_layer
+from probes.results.comparable import (
+    check_same_images,
+    check_same_layers,
+    check_same_probes,
+    check_same_settings,
+)
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.study import check_differ, model_name, read_run, study_keys
@@ -41,7 +47,7 @@ def read_task_runs(paths: Iterable[str]) -> list[FinishedRun]:
     seen = {}
     for run in runs:
         compared = (run.task_name, model_name(run), run.metrics["dataset"], run.metrics["seed"])
-        seen.setdefault(compared, run).check_same_probes(run)
+        check_same_probes(seen.setdefault(compared, run), run)
         key = (*compared, run.metrics["image_attention"], run.arm == "trained")
         if seen.setdefault(key, run) is not run:
             raise UserError(
@@ -87,10 +93,10 @@ def _entry(run: FinishedRun, control: FinishedRun | None) -> dict[str, Any]:
     own = {name: run.effects[name] for name in EFFECTS if name in run.effects}
     score = run.task.score
     if control:
-        run.check_same_images(control)
-        run.check_same_settings(control)
+        check_same_images(run, control)
+        check_same_settings(run, control)
         if control.arm != "adapter":
-            run.check_same_layers(control)
+            check_same_layers(run, control)
             check_differ(run, control, control.sites[1:], "random weights have changed nothing")
         for name in BEYOND_CONTROL:
             if name in own and name in control.effects:

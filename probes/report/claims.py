@@ -20,8 +20,8 @@ from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
 from probes.evaluation.estimate import Estimate
+from probes.results.comparable import check_pair
 from probes.results.formatting import Rows
-from probes.results.pairs import check_pair
 from probes.results.probe_run import ProbeRun
 from probes.results.steps import study_folder
 from probes.results.study import MASKS, StudyRuns

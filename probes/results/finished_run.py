@@ -309,65 +309,6 @@ class FinishedRun:
         """i64[N]: group (city) of each validation image; None for a dataset without groups."""
         return self._tensors.get("group")
 
-    def check_same_images(self, other: "FinishedRun", advice: str = "") -> None:
-        """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
-        if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-            raise UserError(
-                f"{self.path} and {other.path} were scored on different images or classes{advice}"
-            )
-        for key in ("image_resize", "dtype"):
-            values = [run.metrics.get(key) for run in (self, other)]
-            if None not in values and values[0] != values[1]:
-                raise UserError(
-                    f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
-                )
-
-    def check_same_settings(self, other: "FinishedRun") -> None:
-        """Raise a UserError unless both runs read their data with the same options, and the same text before the image.
-
-        A setting that an older run does not record is not compared.
-        """
-        runs = (self, other)
-        settings = {
-            "data.options": [run.manifest["data"].get("options") or {} for run in runs],
-            "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
-        }
-        recorded = all("options" in run.manifest["data"] for run in runs)
-        for key, (ours, theirs) in settings.items():
-            if recorded and ours != theirs:
-                raise UserError(
-                    f"{self.path} and {other.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
-                    "make both with the same settings"
-                )
-
-    def check_same_layers(self, other: "FinishedRun") -> None:
-        """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
-        ours = [site for site in self.layers if site != ADAPTER]
-        theirs = [site for site in other.layers if site != ADAPTER]
-        if ours and theirs and ours != theirs:
-            raise UserError(
-                f"{self.path} and {other.path} cannot be compared: the first has probes at {_some(ours)}, the "
-                f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
-                "the same --model.sites"
-            )
-
-    def check_same_probes(self, other: "FinishedRun") -> None:
-        """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
-        if self.is_solved != other.is_solved:
-            solved, trained = (self, other) if self.is_solved else (other, self)
-            raise UserError(
-                f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
-                "the second were trained; make both in the same way"
-            )
-        ours = self.metrics["probe"]
-        theirs = other.metrics["probe"]
-        for key in ("solved", *(key for key in theirs if key in ours)):
-            if ours.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{self.path} and {other.path} cannot be compared: their probes differ in {key}, "
-                    f"{ours.get(key)!r} and {theirs.get(key)!r}; make both with the same settings"
-                )
-
     def dataset(self, split: str = "validation"):
         """Return a split of the dataset.
 
@@ -527,13 +468,6 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _some(sites: list[str]) -> str:
-    """Return how many sites there are, and the first and the last of them."""
-    if len(sites) == 1:
-        return sites[0]
-    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"
 
 
 def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:

@@ -16,6 +16,12 @@ from typing import TypeVar
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
 
+from .comparable import (
+    check_same_images,
+    check_same_layers,
+    check_same_probes,
+    check_same_settings,
+)
 from .finished_run import FinishedRun
 from .probe_run import ProbeRun
 
@@ -214,13 +220,14 @@ def read_studies(paths: Iterable[str]) -> list[StudyRuns]:
     reference: dict[tuple, ProbeRun] = {}
     for study in studies:
         for run in study.members:
-            reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
+            compared = reference.setdefault((study.dataset, study.seed), run)
+            check_same_images(compared, run)
         first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
         for run in study.members:
-            first.setdefault(run.is_solved, run).check_same_probes(run)
-            study.first.check_same_settings(run)
+            check_same_probes(first.setdefault(run.is_solved, run), run)
+            check_same_settings(study.first, run)
             if run.arm != "adapter":  # random adapters are compared at the adapter
-                study.first.check_same_layers(run)
+                check_same_layers(study.first, run)
         _check_draws_differ(study.members)
     for of_model in _by_model(studies):
         _check_seeds_differ(of_model)

@@ -33,6 +33,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.templates import render
 from probes.data.palette import palette_of
+from probes.results.comparable import check_same_images
 from probes.results.probe_run import ProbeRun
 from probes.results.study import model_name
 
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     for run in runs:
         check_has_llm(run, "explore")
     for run in runs[1:]:
-        runs[0].check_same_images(run, "; explore them separately")
+        check_same_images(runs[0], run, "; explore them separately")
     names = ("conditions", "classes", "top_classes", "top_words", "word_sites", "seed")
     options = {name: getattr(args, name) for name in names}
     with exclusive_run_lock(Path(args.out), "explorer.html"):

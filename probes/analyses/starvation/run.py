@@ -18,8 +18,8 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.replacement import check_replaceable
+from probes.results.comparable import check_pair
 from probes.results.finished_run import warn_of_changed_data
-from probes.results.pairs import check_pair
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 

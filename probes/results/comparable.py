@@ -1,0 +1,98 @@
+"""Check that runs can be compared: the same images, settings, layers and kind of probes."""
+
+from llava_bidir.common.errors import UserError
+from probes.models.sites import ADAPTER
+
+from .finished_run import FinishedRun
+from .probe_run import ProbeRun
+
+
+def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
+    """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
+    for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
+        if (own := run.metrics["image_attention"]) != mask:
+            raise UserError(
+                f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
+            )
+    older = {"match": "none", "draw": 0}  # of runs that do not state them
+    for key in ("dataset", "images", "grid", "untrained", *older):
+        ours = (older | causal.metrics)[key]
+        theirs = (older | bidirectional.metrics)[key]
+        if ours != theirs:
+            raise UserError(
+                f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
+                "same data, with the same weights replaced"
+            )
+    check_same_probes(causal, bidirectional)
+    check_same_settings(causal, bidirectional)
+    check_same_images(causal, bidirectional)
+
+
+def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "") -> None:
+    """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
+    if first.manifest["data"]["fingerprint"] != second.manifest["data"]["fingerprint"]:
+        raise UserError(
+            f"{first.path} and {second.path} were scored on different images or classes{advice}"
+        )
+    for key in ("image_resize", "dtype"):
+        values = [run.metrics.get(key) for run in (first, second)]
+        if None not in values and values[0] != values[1]:
+            raise UserError(
+                f"{first.path} was scored with {key} {values[0]}, but {second.path} with {values[1]}{advice}"
+            )
+
+
+def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError unless both runs read their data with the same options, and the same text before the image.
+
+    A setting that an older run does not record is not compared.
+    """
+    runs = (first, second)
+    settings = {
+        "data.options": [run.manifest["data"].get("options") or {} for run in runs],
+        "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
+    }
+    recorded = all("options" in run.manifest["data"] for run in runs)
+    for key, (ours, theirs) in settings.items():
+        if recorded and ours != theirs:
+            raise UserError(
+                f"{first.path} and {second.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
+                "make both with the same settings"
+            )
+
+
+def check_same_layers(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
+    ours = [site for site in first.layers if site != ADAPTER]
+    theirs = [site for site in second.layers if site != ADAPTER]
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"{first.path} and {second.path} cannot be compared: the first has probes at {_some(ours)}, the "
+            f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
+            "the same --model.sites"
+        )
+
+
+def check_same_probes(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
+    if first.is_solved != second.is_solved:
+        solved, trained = (first, second) if first.is_solved else (second, first)
+        raise UserError(
+            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
+            "the second were trained; make both in the same way"
+        )
+    ours = first.metrics["probe"]
+    theirs = second.metrics["probe"]
+    for key in ("solved", *(key for key in theirs if key in ours)):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{first.path} and {second.path} cannot be compared: their probes differ in {key}, "
+                f"{ours.get(key)!r} and {theirs.get(key)!r}; make both with the same settings"
+            )
+
+
+def _some(sites: list[str]) -> str:
+    """Return how many sites there are, and the first and the last of them."""
+    if len(sites) == 1:
+        return sites[0]
+    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"

@@ -124,9 +124,19 @@ def read_classes(data: Path) -> tuple[list[str], np.ndarray]:
     names = settings.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{file} needs a list of names under 'classes'")
-    first = int(settings.get("reduce_zero_label", False))
+    first = settings.get("reduce_zero_label", False)
+    if not isinstance(first, bool):
+        raise UserError(f"{file}: reduce_zero_label must be true or false, got {first!r}")
+    if not 0 < len(names) <= IGNORED - first:
+        raise UserError(
+            f"{file} names {len(names)} classes; expected 1 to {IGNORED - first}, for masks of 8 bits"
+        )
     ignored = settings.get("ignore_index", IGNORED)
     ignored = ignored if isinstance(ignored, list) else [ignored]
+    if not all(isinstance(label, int) for label in ignored):
+        raise UserError(
+            f"{file}: ignore_index must be a label or a list of labels, got {ignored!r}"
+        )
     kept = [i for i in range(len(names)) if i + first not in ignored]
     table = np.full(256, IGNORED, np.uint8)
     for index, i in enumerate(kept):

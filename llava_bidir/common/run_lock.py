@@ -19,16 +19,17 @@ NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def exclusive_run_lock(folder: Path, result: str = "") -> Iterator[None]:
+def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1) -> Iterator[None]:
     """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
 
-    The OS releases the lock when the process exits, even after SIGKILL; a stale lock file does not block later runs.
+    It waits `wait_s` seconds for another process; one second is for a process that is exiting. The OS releases the lock
+    when the process exits, even after SIGKILL; a stale lock file does not block later runs.
 
     Raises:
         UserError: Another process holds the lock (the message names the process), or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
-    lock = FileLock(file, timeout=1, fallback_to_soft=False)  # 1 s for a process that is exiting
+    lock = FileLock(file, timeout=wait_s, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

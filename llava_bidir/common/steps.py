@@ -120,15 +120,20 @@ def _state(step: Step) -> dict[str, Any]:
 def _write_record(
     step: Step,
     folder: Path,
+    before: Mapping[str, Any],
     seconds: float,
     more: Mapping[str, Any],
 ) -> None:
-    """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing."""
+    """Write what a step has read and made, or under "left_out" or "failed" why it has made nothing.
+
+    The inputs are those `before` it ran: what has changed since was not read.
+    """
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
     record = {
         "step": step.name,
         "kind": step.kind,
-        **_state(step),
+        **before,
+        "result": digest(step.result),
         "seconds": round(seconds, 1),
         "peak_gb": round(peak_gb, 2),
     }
@@ -152,14 +157,21 @@ def command_now(
     words = list(step.command)
     if not step.takes_overwrite or not step.result.is_file():
         return words
-    record = read_record(step.name, folder)
-    outdated = record.get("command") == words and record["inputs"] != step.inputs()
-    if not (overwrite or outdated):
+    if not (overwrite or _is_outdated(step, folder)):
         return words
     if "--ckpt_path" in words:  # to resume, which is the opposite
         start = words.index("--ckpt_path")
         words = words[:start] + words[start + 2 :]
     return [*words, "--overwrite", "true"]
+
+
+def _is_outdated(step: Step, folder: Path) -> bool:
+    """Return whether the result that is there was made by this command from other inputs."""
+    record = read_record(step.name, folder)
+    if record.get("command") != list(step.command):
+        return False
+    # a step that failed has not replaced what was there
+    return bool(record.get("failed")) or record["inputs"] != step.inputs()
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -170,16 +182,18 @@ def run_steps(
     *,
     log: Path | None = None,
     overwrite: bool = False,
+    after: Callable[[], None] | None = None,
 ) -> list[str]:
     """Run steps in order and record what became of each.
 
     Args:
         missing: Steps that are not done.
         folder: Folder of the records.
-        run: Runs a step and returns what else its record keeps. A raised `NothingToMeasure` leaves the step out; any
-            other error ends the work, unless the step is optional.
+        run: Runs a step and returns what else its record keeps; "failed" is why an optional step has failed. A raised
+            `NothingToMeasure` leaves the step out; any other error ends the work, unless the step is optional.
         log: File for tracebacks of optional steps.
         overwrite: Delete the earlier result of a step that is left out.
+        after: Called after each step, when its record is written.
 
     Returns:
         What each optional step that failed has said.
@@ -200,6 +214,7 @@ def run_steps(
         left = describe_time_left(missing[i:], folder)
         print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
         started = time.perf_counter()
+        before = _state(step)
         try:
             more = run(step) or {}
         except NothingToMeasure as error:
@@ -209,10 +224,13 @@ def run_steps(
         except Exception as error:
             if not step.optional:
                 raise
-            failed.append(_describe_failure(step, error, log))
+            more = {"failed": _describe_failure(step, error, log)}
+        if "failed" in more:
+            failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
-            more = {"failed": failed[-1].removeprefix(f"{step.name}: ")}
-        _write_record(step, folder, time.perf_counter() - started, more)
+        _write_record(step, folder, before, time.perf_counter() - started, more)
+        if after is not None:
+            after()
     return failed
 
 
@@ -223,16 +241,16 @@ def _leave_out(
     overwrite: bool,
 ) -> None:
     """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
-    if overwrite:
+    if overwrite or _is_outdated(step, folder):
         step.result.unlink(missing_ok=True)
-    _write_record(step, folder, 0.0, {"left_out": reason})
+    _write_record(step, folder, _state(step), 0.0, {"left_out": reason})
 
 
 def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
     """Return what a step that failed has said; the traceback of a bug goes to the log."""
     if isinstance(error, UserError):
-        return str(error)
-    text = f"{step.name}: {type(error).__name__}: {error}"
+        return str(error).removeprefix(f"{step.name}: ")
+    text = f"{type(error).__name__}: {error}"
     if log is None:
         return text
     with log.open("a") as stream:
@@ -254,7 +272,7 @@ def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- in a process
-def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
+def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
     """Run what is missing of steps that are commands of `llava-bidir`, in one process on one thread.
 
     The process ends with this one, even if this one is killed: steps of the next call would meet it in their folder.
@@ -264,16 +282,13 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
         name: Of these steps together.
         steps: In order.
 
-    Returns:
-        Whether any was missing.
-
     Raises:
         UserError: A command has failed.
     """
     folder = out / "logs"
     missing = find_missing(steps, folder)
     if not missing:
-        return False
+        return
     log = folder / f"{name}.log"
     started = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +309,6 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> bool:
         print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise UserError(f"{name} has failed; all it said is in {log}")
     print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
-    return True
 
 
 def run_given(given: str, main: Callable[[list[str]], None]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ def run(args: argparse.Namespace) -> None:
         if args.inputs_only:
             return
         os.environ |= OFFLINE
-        logs = args.out / "logs"
-        steps = plan_study(args.out, args.size, args.encoder)
-        failed = run_steps(find_missing(steps, logs), logs, run_step)
-        record["steps"] = {step.name: read_measurements(step, logs) for step in steps}
-        record["cost"] = extrapolate(record["steps"], len(record["devices"]))
-        write_files({args.out / "rehearsal.json": record})
+        out = (
+            args.out.resolve()
+        )  # the same however it is spelled: steps are compared by their words
+        logs = out / "logs"
+        steps = plan_study(out, args.size, args.encoder)
+
+        def save() -> None:
+            measured = {step.name: read_measurements(step, logs) for step in steps}
+            record["steps"] = {name: found for name, found in measured.items() if found}
+            record["cost"] = extrapolate(record["steps"], len(record["devices"]))
+            write_files({args.out / "rehearsal.json": record})
+
+        failed = run_steps(
+            find_missing(steps, logs),
+            logs,
+            run_step,
+            after=save,
+        )
     print(format_table(record))
     for line in describe_certificates(args.out):
         print(line)
@@ -79,24 +92,23 @@ def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
 
 
 def run_step(step: RehearsalStep) -> dict[str, Any]:
-    """Run a step and return what was measured.
-
-    Raises:
-        UserError: It has failed.
-    """
+    """Run a step and return what was measured, also if it has failed."""
     log = step.result
-    measured = run_measured(list(step.command), log)
+    package, *words = step.command
+    measured = run_measured([sys.executable, "-m", package, *words], log)
     if measured.pop("returncode"):
         lines = log.read_text(errors="replace").strip().splitlines()
-        raise UserError(f"{step.name}: {lines[-1]} (its log is {log})")
-    if step.events is not None:
+        measured["failed"] = f"{lines[-1]} (its log is {log})"
+    elif step.events is not None:
         measured |= {"samples": step.samples, **read_speed(step.events)}
     return measured
 
 
 def read_measurements(step: RehearsalStep, logs: Path) -> dict[str, Any]:
-    """Return status, log and measurements of a step that has run, from its record."""
+    """Return status, log and measurements of a step from its record, {} if it has not run."""
     record = read_record(step.name, logs)
+    if not record:
+        return {}
     status = "failed" if record.get("failed") else "finished"
     measured = {key: value for key, value in record.items() if key in MEASURED}
     return {"status": status, "log": str(step.result)} | measured

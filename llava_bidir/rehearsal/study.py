@@ -1,6 +1,5 @@
 """Steps of a rehearsal: the project's own commands with the real configs on the inputs of inputs.py."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ LORA = "lora_24gb"
 
 @dataclass(frozen=True)
 class RehearsalStep(Step):
-    """A command of the study, whose result is its log; the others run if it fails.
+    """A command of the study, "llava_bidir" or "probes" first; its result is its log. The others run if it fails.
 
     Args:
         events: Run folder with TensorBoard events to take the speed from, if it is a training.
@@ -134,11 +133,11 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
 
 
 def _llava(*words: object) -> list[str]:
-    return [sys.executable, "-m", "llava_bidir", *map(str, words)]
+    return ["llava_bidir", *map(str, words)]
 
 
 def _probes(*words: object) -> list[str]:
-    return [sys.executable, "-m", "probes", *map(str, words)]
+    return ["probes", *map(str, words)]
 
 
 def _training(

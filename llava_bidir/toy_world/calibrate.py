@@ -23,6 +23,7 @@ import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.process_group import end_on_signals
+from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import run_in_child_process
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
@@ -31,7 +32,7 @@ from probes.results.study import read_studies
 from probes.studies.plan import Settings
 from probes.studies.run import run_study
 
-from .steps import MASKS, WEIGHTS, make_step, to_words, training_steps
+from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 LLM = ("trained", "random0", "random1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
@@ -90,30 +91,35 @@ def calibrate(
         scenes: Scenes in a picture.
         studies: Some of `DESIGNS`; None for all.
     """
-    names = list(studies or DESIGNS)
+    out = out.resolve()  # the same however it is spelled: steps are compared by their words
     for seed in seeds:
-        print(f"seed {seed}", flush=True)
         folder = out / f"seed{seed}"
+        check_settings(folder, {"scale": scale, "scenes": scenes})
+        file = folder / "claims.json"
+        claims = read_json(file)["claims"] if file.is_file() else []
+        finished = {claim["study"] for claim in claims}
+        missing = [name for name in studies or DESIGNS if name not in finished]
+        if not missing:
+            continue
+        print(f"seed {seed}", flush=True)
         _make_models(
             folder,
             seed,
             scale,
             scenes,
-            [DESIGNS[name] for name in names],
+            [DESIGNS[name] for name in missing],
         )
-        file = folder / "claims.json"
-        claims = read_json(file)["claims"] if file.is_file() else []
-        claims = [claim for claim in claims if claim["study"] not in names]
-        claims += [claim for name in names for claim in _study(folder, name, seed)]
+        claims += [claim for name in missing for claim in _study(folder, name, seed)]
         write_files({file: {"claims": claims}})
-    claims = [
-        claim
-        for file in sorted(out.glob("seed*/claims.json"))
-        for claim in read_json(file)["claims"]
-    ]
-    rows = count_verdicts(claims)
-    write_table(rows, out / "calibration.csv")
-    draw(rows, out / "calibration.png")
+    with exclusive_run_lock(out, "calibration.csv", wait_s=60):  # jobs of other seeds write it, too
+        claims = [
+            claim
+            for file in sorted(out.glob("seed*/claims.json"))
+            for claim in read_json(file)["claims"]
+        ]
+        rows = count_verdicts(claims)
+        write_table(rows, out / "calibration.csv")
+        draw(rows, out / "calibration.png")
     print(f"{out / 'calibration.csv'}\n{out / 'calibration.png'}")
 
 
@@ -233,12 +239,7 @@ def _make_models(
             "--data.annotations": assets / "captions.json",
             "--seed_everything": seed,
         }
-        steps += training_steps(
-            folder,
-            models,
-            {"stage1": options},
-            drawn,
-        )
+        steps += training_steps(folder, models, {"stage1": options})
         studied = {design.model for design in designs if mask in design.masks}
         sources = {MODELS[name].source for name in studied}
         for name, model in MODELS.items():
@@ -252,7 +253,7 @@ def _make_models(
                     folder,
                     words,
                     models / name / WEIGHTS,
-                    source / WEIGHTS,
+                    reads=[source / WEIGHTS, drawn],
                 )
             )
     run_in_child_process(folder, "models", steps)
@@ -289,7 +290,7 @@ def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
     """Study the models of a design, and return its claims with a known truth."""
     settings = study_settings(folder, folder / name, seed, DESIGNS[name])
     with contextlib.redirect_stdout(io.StringIO()):
-        run_study(settings)
+        run_study(settings, overwrite=True)  # the results of models that were made again
     (study,) = read_studies([str(run) for run in finished_runs(settings.out)])
     return [_verdicts(claim, name, seed) for claim in evaluate_claims(study) if "truth" in claim]
 

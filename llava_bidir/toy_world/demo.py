@@ -9,7 +9,7 @@ OUT/MASK/ARM, OUT/report    one study of both (probes/studies/README.md)
 OUT/shuffled/ARM, ...       those of the other three, in the same report
 OUT/logs                    what each step said, and below logs/steps what it was made from
 
-In the binding world the truth about a claim is known, and the last table has it beside what the study found. A result
+In the binding world the truth about a claim is known, and the last table has it beside what the study found. A folder
 that was deleted is made again, and what was made from it.
 """
 
@@ -29,7 +29,9 @@ PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at mo
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo`."""
-    out = Path(args.out)
+    out = Path(
+        args.out
+    ).resolve()  # the same however it is spelled: steps are compared by their words
     settings = {
         "seed": args.seed,
         "scale": args.scale,
@@ -119,12 +121,7 @@ def _train(out: Path, mask: str, settings: dict) -> None:
         "stage1": {"-c": "demo/stage1"} | common | stage1,
         "stage2": {"-c": "demo/stage2"} | common | stage2,
     }
-    steps = training_steps(
-        out,
-        folder,
-        stages,
-        assets / "questions.json",
-    )
+    steps = training_steps(out, folder, stages)
     if settings["world"] == "binding":
         steps += _plant(out, mask, settings)
     run_in_child_process(out, mask, steps)
@@ -159,7 +156,7 @@ def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
                 out,
                 words,
                 target / WEIGHTS,
-                source / WEIGHTS,
+                reads=[source / WEIGHTS, out / "assets/questions.json"],
             )
         )
     return steps

@@ -26,9 +26,9 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import run_in_child_process
+from llava_bidir.common.steps import digest, run_in_child_process
 
-from .steps import MASKS, check_settings, make_step, to_words, training_steps
+from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,9 @@ MODELS = {  # why: real.md
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir real`."""
     check_arguments(args)
-    out = Path(args.out)
+    out = Path(
+        args.out
+    ).resolve()  # the same however it is spelled: steps are compared by their words
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         end_on_signals()
@@ -377,19 +379,15 @@ def train(
             )
 
         def run(mask):
-            steps = training_steps(
-                out,
-                folder / mask,
-                stages(mask),
-                data.questions,
-            )
-            return run_in_child_process(out, f"{model.folder}_{mask}", steps)
+            steps = training_steps(out, folder / mask, stages(mask))
+            run_in_child_process(out, f"{model.folder}_{mask}", steps)
 
-        trained = any(list(pool.map(run, MASKS)))
+        list(pool.map(run, MASKS))
+    stages_of = ("stage1", "stage2")
+    runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
     curves = folder / "loss_curves.csv"
-    if trained or not curves.is_file():
-        stages_of = ("stage1", "stage2")
-        runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
+    newest = max((run / WEIGHTS).stat().st_mtime for run in runs.values())
+    if not curves.is_file() or curves.stat().st_mtime < newest:
         write_loss_curves(curves, runs)
 
 
@@ -462,12 +460,11 @@ def show_language(out: Path, name: str, data: Data) -> None:
     for mask in MASKS:
         label = f"{name}, {mask}"
         path = out / model.folder / mask / model.stage / "hf"
-        if (
-            label not in known
-            or file.stat().st_mtime < (path / "model.safetensors").stat().st_mtime
-        ):
+        weights = digest(path / "model.safetensors")
+        if known.get(label, {}).get("weights") != weights:
             asked = (CAPTION,) if data.is_photos else (KIND, CAPTION)
-            found[label] = describe_mllm(path, words, questions, data.images, asked)
+            said = describe_mllm(path, words, questions, data.images, asked)
+            found[label] = said | {"weights": weights}
     if found:
         write_files({file: known | found})
     for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):

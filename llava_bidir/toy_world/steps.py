@@ -1,5 +1,7 @@
 """Steps of `llava-bidir demo`, `llava-bidir real` and `probes calibrate`: commands that make worlds and models."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json, write_files
@@ -8,6 +10,9 @@ from llava_bidir.common.steps import Step
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"
+# Options of `llava-bidir fit` that name records, and folders of models
+RECORDS = ("--data.annotations", "--data.val_annotations")
+MODELS = ("--model.encoder.path", "--model.llm", "--model.adapter")
 SCENES = 2  # in a picture of the demo's binding world
 
 
@@ -28,7 +33,7 @@ def make_step(
     out: Path,
     words: list[str],
     result: Path,
-    reads: Path | None = None,
+    reads: Sequence[Path] = (),
 ) -> Step:
     """Return the step of a command of `llava-bidir` that makes a folder below OUT.
 
@@ -36,46 +41,40 @@ def make_step(
         out: OUT.
         words: Words of the command.
         result: A file of the folder, which is written last.
-        reads: If this file changes, the step is done again.
+        reads: If one of these files changes, the step is done again.
     """
     folder = result.parent.parent if result.match(WEIGHTS) else result.parent
     return Step(
         str(folder.relative_to(out)),
         tuple(words),
         result,
-        kind=f"llava-bidir {words[0]}",
-        reads={} if reads is None else {str(reads.relative_to(out)): reads},
+        kind=f"llava-bidir {words[0]} {folder.name}",
+        reads={os.path.relpath(file, out): file for file in reads},
         takes_overwrite=words[0] == "fit",
     )
 
 
-def training_steps(
-    out: Path,
-    folder: Path,
-    stages: dict[str, dict],
-    reads: Path,
-) -> list[Step]:
+def training_steps(out: Path, folder: Path, stages: dict[str, dict]) -> list[Step]:
     """Return the steps that train a model into FOLDER/STAGE.
 
     Args:
         out: OUT.
         folder: Folder of the model, below OUT.
-        stages: Options of `llava-bidir fit` by stage.
-        reads: File that the first stage reads; each other one reads the model of the one before.
+        stages: Options of `llava-bidir fit` by stage. Each reads its records and the weights that it begins with.
     """
     steps = []
     for stage, options in stages.items():
-        result = folder / stage / WEIGHTS
         words = ["fit", *to_words(options), "--out", f"{folder}/{stage}", "--ckpt_path", "last"]
+        reads = [Path(options[name]) for name in RECORDS if name in options]
+        reads += [Path(options[name]) / "model.safetensors" for name in MODELS if name in options]
         steps.append(
             make_step(
                 out,
                 words,
-                result,
+                folder / stage / WEIGHTS,
                 reads,
             )
         )
-        reads = result
     return steps
 
 

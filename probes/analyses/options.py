@@ -54,7 +54,7 @@ def batch_size_option(default: int, of: str) -> Any:
 
 def seed_option(purpose: str) -> Any:
     """Return the field `seed`."""
-    return option(f"random seed of {purpose}", 0)
+    return option(f"random seed of {purpose}", 0, at_least=0)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def render(template: str, filters: dict[str, Callable] | None = None, **values: 
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,  # a name that no longer exists is an error, not empty text
     )
     environment.filters |= filters or {}
     return environment.get_template(template).render(**values)

@@ -189,7 +189,7 @@ class Knockout:
         chosen = self.select_layers(layers, batch).cpu()
         if self.blocked is None:
             return [b""] * batch, chosen
-        blocked = self.blocked.cpu()
+        blocked = self.blocked.flatten(1).cpu()
         cuts = [row.numpy().tobytes() for row in blocked]
         return cuts, chosen & blocked.any(1, keepdim=True)
 

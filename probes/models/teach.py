@@ -50,6 +50,10 @@ class Taught:
         self.mllm = mllm
         self.concepts, self.photos, grids = _read_painted(painted, mllm.geometry)
         if rest_is_background:
+            if BACKGROUND in self.concepts:
+                raise UserError(
+                    "a concept is called 'background', and so is the rest; rename it, or leave rest_is_background out"
+                )
             self.concepts.append(BACKGROUND)
         self.paint = paint_of(grids, len(self.concepts), rest_is_background)
         self._states = self._read_states()
@@ -227,7 +231,17 @@ def _read_painted(
             raise UserError(
                 f"concept {name!r} has no photo; expected pairs of an image and its painted patches"
             )
-        for image, patches in pairs:
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise UserError(
+                    f"concept {name!r}: expected pairs of an image and its painted patches, got {pair!r:.80}"
+                )
+            image, patches = pair
+            if not isinstance(patches, np.ndarray | Tensor | list):
+                kind = type(patches).__name__
+                raise UserError(
+                    f"concept {name!r}: expected painted patches as an array, got {kind}"
+                )
             patches = torch.as_tensor(patches)
             if not isinstance(image, PhotoLike):
                 kind = type(image).__name__

@@ -451,7 +451,13 @@ def _words(options: dict[str, str]) -> list[str]:
     """Return {"classes": "sky,road", "by-class": "true"} as --classes sky road --by-class."""
     words: list[str] = []
     for key, value in options.items():
-        words += [f"--{key}", *([] if value == "true" else value.split(","))]
+        if value == "true":
+            values = []
+        elif Path(value).exists():  # its name may contain a comma
+            values = [value]
+        else:
+            values = value.split(",")
+        words += [f"--{key}", *values]
     return words
 
 
@@ -474,7 +480,8 @@ def _analysis(
         (name, "--probes", str(run), *_words(options)),
         run / ANALYSES[name].result,
         kind=name,
-        reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,)),
+        reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,))
+        | _files(name, options),
         takes_overwrite=True,
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
@@ -501,6 +508,15 @@ def _pair(
         optional=True,
         why_left_out=ANALYSES[name].why_left_out(pair, options),
     )
+
+
+def _files(name: str, options: dict[str, str]) -> dict[str, Path]:
+    """Return the files that stand beside the data and that an analysis reads, by their options."""
+    return {
+        f"{name}.{option}": Path(options[option])
+        for option in ANALYSES[name].beside_data
+        if option in options
+    }
 
 
 def _metrics(settings: Settings, runs: Sequence[str]) -> dict[str, Path]:

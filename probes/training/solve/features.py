@@ -69,16 +69,24 @@ def solve_features(
         UserError: Features and masks do not fit together, or a label is not a class.
     """
     check_is_list("masks", masks, "[mask, ...]")
+    if not isinstance(features, Tensor):
+        raise UserError(f"features must be a tensor, got {type(features).__name__}")
     if features.ndim != 4 or not features.is_floating_point():
         got = f"{str(features.dtype).removeprefix('torch.')}{list(features.shape)}"
         raise UserError(f"features must be floats [images, rows, columns, width], got {got}")
     if len(features) != len(masks):
         raise UserError(f"got features of {len(features)} images, and {len(masks)} masks")
+    if not 2 <= folds <= len(masks):
+        raise UserError(f"folds must be 2 to {len(masks)}, the number of images; got {folds}")
+    if not features.isfinite().all():
+        raise UserError("features must be finite, but some are NaN or infinite")
     if strength is not None and not strength > 0:
         raise UserError(f"strength must be above 0, got {strength}")
     grid = (features.shape[1], features.shape[2])
     loose = _prepare(masks, classes, grid, LOOSE_NODES).to(features.device)
     tight = _prepare(masks, classes, grid, TIGHT_NODES).to(features.device)
+    if not tight.pixels.sum() > 0:
+        raise UserError("no mask has a labelled pixel: all are 255")
     problem = SiteProblem(features.flatten(1, 2), loose, tight, assign_folds(len(masks), folds))
     path, refinement = solve_site(problem, None if strength is None else [strength])
     refinement.solve_in_memory()

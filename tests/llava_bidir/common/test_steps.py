@@ -112,6 +112,38 @@ def test_a_result_is_replaced_if_its_inputs_have_changed_and_else_resumed(folder
     assert command_now(step, folder, overwrite=True) == replaced
 
 
+def test_an_input_that_changes_while_a_step_runs_was_not_read(folder):
+    """As an arm that another job finishes while a report is written."""
+    step, *_ = chain(folder)
+
+    def run_beside_another_job(step: Step) -> None:
+        Commands()(step)
+        (folder / "data.json").write_text("second")
+
+    run_steps([step], folder, run_beside_another_job)
+    assert find_missing([step], folder) == [step]
+
+
+def test_a_failed_step_and_one_that_is_left_out_keep_no_result_of_other_inputs(folder):
+    step, *_ = chain(folder, optional=True)
+    run([step], folder)
+    (folder / "data.json").write_text("second")
+
+    def fail(step: Step) -> None:
+        raise RuntimeError("no memory")
+
+    run_steps([step], folder, fail)
+    assert "--overwrite" in command_now(step, folder), "the next call replaces the earlier result"
+    run([step], folder)
+    (folder / "data.json").write_text("third")
+
+    def leave_out(step: Step) -> None:
+        raise NothingToMeasure("no case")
+
+    run_steps([step], folder, leave_out)
+    assert not step.result.exists()
+
+
 def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
     commands = Commands()
     commands.failing = "b"

@@ -26,25 +26,45 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def run_code(code: str) -> list[str]:
+    """Return the command of a step, a module and its words, that runs code."""
+    return ["timeit", "-n1", "-r1", code]
+
+
 def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path):
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
-    bad = python("raise SystemExit('the reason')")
+    bad = "block = bytearray(b'x') * 100_000_000; import time; time.sleep(1); raise SystemExit('the reason')"
     commands = {
-        "good": python(count),
-        "bad": bad,
-        "after_bad": python(count),
+        "good": run_code(count),
+        "bad": run_code(bad),
+        "after_bad": run_code(count),
     }
     logs = tmp_path / "logs"
+    afterwards: list[list[str]] = []
 
     def rehearse() -> tuple[list[str], dict[str, dict]]:
         steps = [rehearsal_step(tmp_path, name, words) for name, words in commands.items()]
-        failed = run_steps(find_missing(steps, logs), logs, rehearsal.run_step)
-        return failed, {step.name: rehearsal.read_measurements(step, logs) for step in steps}
+
+        def measured() -> dict[str, dict]:
+            found = {step.name: rehearsal.read_measurements(step, logs) for step in steps}
+            return {name: entry for name, entry in found.items() if entry}
+
+        failed = run_steps(
+            find_missing(steps, logs),
+            logs,
+            rehearsal.run_step,
+            after=lambda: afterwards.append([*measured()]),
+        )
+        return failed, measured()
 
     failed, first = rehearse()
     assert failed == [f"bad: the reason (its log is {logs}/bad.log)"]
     assert [step["status"] for step in first.values()] == ["finished", "failed", "finished"]
-    commands["bad"] = python("print('mended')")
+    assert first["bad"]["host_gb"] > 0.09, (
+        "of memory that did not suffice, the peak is what one wants"
+    )
+    assert afterwards == [["good"], ["good", "bad"], ["good", "bad", "after_bad"]]
+    commands["bad"] = run_code("print('mended')")
     failed, second = rehearse()
     assert not failed and {step["status"] for step in second.values()} == {"finished"}
     assert second["good"] == first["good"] and "wall_s" in second["good"]
@@ -163,8 +183,8 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     )
 
     def steps() -> dict[str, float]:
-        records = map(json.loads, map(Path.read_text, (tmp_path / "out/logs/steps").glob("*.json")))
-        return {record["step"]: record["wall_s"] for record in records}
+        found = json.loads(file.read_text())["steps"] if file.exists() else {}
+        return {name: step["wall_s"] for name, step in found.items()}
 
     deadline = time.monotonic() + HANGING_S
     while len(steps()) < 2 and first.poll() is None and time.monotonic() < deadline:

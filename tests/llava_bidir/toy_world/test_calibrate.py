@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from processes import HANGING_S
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.toy_world import calibrate
 from llava_bidir.toy_world.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts
 
@@ -78,13 +79,20 @@ def test_intervals_are_those_of_clopper_and_pearson(yes, low, high):
 
 
 def test_finished_seeds_are_kept_and_counted_with_new_ones(tmp_path, monkeypatch):
-    """That finished models and studies are not made again is the steps' own promise."""
-    monkeypatch.setattr(calibrate, "_make_models", lambda *_: None)
+    made = []
+
+    def make(folder, *_) -> None:
+        made.append(folder.name)
+
+    monkeypatch.setattr(calibrate, "_make_models", make)
     monkeypatch.setattr(
         calibrate, "_study", lambda folder, name, seed: [claims(1)[0] | {"study": name}]
     )
     for seeds in ([0, 1], [1, 2]):
         calibrate.calibrate(tmp_path, seeds)
+    with pytest.raises(UserError, match="holds a result of scale 0.1, scenes 2"):
+        calibrate.calibrate(tmp_path, [0, 3], scale=0.2)
+    assert made == ["seed0", "seed1", "seed2"]
     table = pd.read_csv(tmp_path / "calibration.csv").query("column == 'supported'")
     assert set(table["study"]) == set(DESIGNS)
     assert set(table["of"]) == {3}, "seed 1 counts once"

@@ -1,6 +1,7 @@
 """`llava-bidir real` without training: which commands it would run, on the toy world and on photos."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from llava_bidir import cli
 from llava_bidir.common.option_names import check_options
+from llava_bidir.common.steps import find_missing, run_steps
 from llava_bidir.toy_world import real
 
 MINUTES = 60
@@ -99,6 +101,47 @@ def test_models_on_photos_are_exported_at_a_tenth_and_a_third_of_stage_2(
     for words in (stage1, stage2):
         assert option(words, "--model.encoder.image_px") == "112"
         check_options("llava-bidir fit", words[1:], cli.OPTIONS, ())
+
+
+def test_models_are_trained_again_if_their_records_have_changed(photos, tmp_path, monkeypatch):
+    """Corrected captions do not change the questions, which are made from masks."""
+    captions = tmp_path / "captions.json"
+    out = tmp_path / "out"
+    trained = []
+
+    def run_in_child_process(folder, name, steps):
+        missing = find_missing(steps, folder / "logs")
+        trained.extend(step.name for step in missing)
+        run_steps(missing, folder / "logs", write_weights)
+
+    def write_weights(step):
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        step.result.write_text("weights")
+
+    def call(text: str) -> list[str]:
+        turns = [("human", "<image>\nDescribe it."), ("gpt", text)]
+        record = {
+            "id": "0",
+            "image": "0.png",
+            "conversations": [{"from": who, "value": said} for who, said in turns],
+        }
+        captions.write_text(json.dumps([record]))
+        shutil.rmtree(out / "photos", ignore_errors=True)
+        trained.clear()
+        folder = str(photos / "images/training")
+        words = ["--photos", str(photos), "--captions", str(captions), "--caption-images", folder]
+        cli.main(["real", "--out", str(out), "--train-only", "--steps", "6", *words])
+        return sorted(trained)
+
+    monkeypatch.setattr(real, "run_in_child_process", run_in_child_process)
+    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", STEP_S))
+    monkeypatch.setattr(real, "end_on_signals", lambda: None)
+    monkeypatch.setattr(real, "show_language", lambda *args: None)
+    monkeypatch.setattr(real, "write_models", lambda out: None)
+    every_stage = sorted(f"tuned/{mask}/{stage}" for mask in real.MASKS for stage in STAGES)
+    assert call("wrong") == every_stage
+    assert call("wrong") == []
+    assert set(call("right")) >= {f"tuned/{mask}/stage1" for mask in real.MASKS}
 
 
 def test_options_of_photos_without_photos_are_an_error(tmp_path):

@@ -199,7 +199,7 @@ def test_weaker_strengths_know_the_curvature_of_the_stronger_ones(data, monkeypa
         search = FoldSearch(problem(data))
         if not learn:
             monkeypatch.setattr(FoldSearch, "_minimise", _minimise_without_pairs)
-        search.run([10 ** (-k / 2) for k in range(2, 9)])
+        search.follow([10 ** (-k / 2) for k in range(2, 9)])
         monkeypatch.undo()
         return len(calls)
 

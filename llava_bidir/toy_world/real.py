@@ -386,7 +386,8 @@ def train(
     stages_of = ("stage1", "stage2")
     runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
     curves = folder / "loss_curves.csv"
-    newest = max((run / WEIGHTS).stat().st_mtime for run in runs.values())
+    weights = [run / WEIGHTS for run in runs.values()]
+    newest = max((file.stat().st_mtime for file in weights if file.is_file()), default=0.0)
     if not curves.is_file() or curves.stat().st_mtime < newest:
         write_loss_curves(curves, runs)
 

@@ -58,7 +58,7 @@ def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path):
         return failed, measured()
 
     failed, first = rehearse()
-    assert failed == [f"bad: the reason (its log is {logs}/bad.log)"]
+    assert failed == [f"bad: SystemExit: the reason (its log is {logs}/bad.log)"]
     assert [step["status"] for step in first.values()] == ["finished", "failed", "finished"]
     assert first["bad"]["host_gb"] > 0.09, (
         "of memory that did not suffice, the peak is what one wants"

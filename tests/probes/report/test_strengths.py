@@ -318,9 +318,9 @@ def test_the_order_of_the_runs_does_not_matter(paths):
     for order in itertools.permutations(paths.values()):
         (study,) = read_studies(order)
         found = {kind: [str(run.path) for run in getattr(study, kind).values()]
-                 for kind in ("trained", "untrained", "solved", "solved_untrained")}  # fmt: skip
+                 for kind in ("main_runs", "untrained", "solved", "solved_untrained")}  # fmt: skip
         assert found == {
-            "trained": [paths["sgd"]],
+            "main_runs": [paths["sgd"]],
             "untrained": [paths["sgd_untrained"]],
             "solved": [paths["solved"]],
             "solved_untrained": [paths["solved_untrained"]],

@@ -8,6 +8,7 @@ DATA is a folder data set (probes/README.md, "Your own data"). What is asked: ll
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ Records = dict[str, list[dict[str, Any]]]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `llava-bidir questions`."""
+    """Run `llava-bidir questions`.
+
+    Raises:
+        UserError: OUT has other records already, or the photos give none.
+    """
+    if args.held_out < 2:
+        raise UserError(
+            f"--held-out must be at least 2, as questions come in pairs; got {args.held_out}"
+        )
     records = build_records(
         args.data,
         seed=args.seed,
@@ -44,7 +53,13 @@ def run(args: argparse.Namespace) -> None:
         per_photo=args.per_photo,
         held_out=args.held_out,
     )
-    write_files({args.out / f"{name}.json": rows for name, rows in records.items()})
+    files = {args.out / f"{name}.json": rows for name, rows in records.items()}
+    for file, rows in files.items():
+        if file.is_file() and json.loads(file.read_text()) != rows:
+            raise UserError(
+                f"{file} has records of other photos or options; choose another --out, or delete it"
+            )
+    write_files(files)
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in records.items())
     print(f"{args.out}: {counts}; train with --data.images {args.data}")
 

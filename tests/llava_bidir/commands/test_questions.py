@@ -169,6 +169,35 @@ def test_a_folder_without_classes_or_masks_is_named(data, tmp_path):
             main(["questions", str(broken), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": []}, "names 0 classes; expected 1 to 255"),
+        ({"classes": ["a"] * 256}, "names 256 classes; expected 1 to 255"),
+        ({"classes": NAMES, "reduce_zero_label": "no"}, "must be true or false, got 'no'"),
+        ({"classes": NAMES, "ignore_index": "x"}, "must be a label or a list of labels"),
+    ],
+)
+def test_impossible_classes_are_errors(settings, message, data, tmp_path):
+    for part in ("images", "annotations"):
+        (tmp_path / part).symlink_to(data / part)
+    (tmp_path / "classes.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match=message):
+        main(["questions", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_records_are_not_replaced_by_others(data, tmp_path):
+    words = ["questions", str(data), "--out", str(tmp_path)]
+    main(words)
+    main(words)
+    before = (tmp_path / "questions.json").read_bytes()
+    with pytest.raises(SystemExit, match="has records of other photos or options"):
+        main([*words, "--seed", "1"])
+    assert (tmp_path / "questions.json").read_bytes() == before
+    with pytest.raises(SystemExit, match="--held-out must be at least 2"):
+        main([*words, "--held-out", "1"])
+
+
 def copy(source: Path, target: Path, without: Path) -> None:
     """Link files of a folder at another place, except for one file or folder."""
     if source == without:

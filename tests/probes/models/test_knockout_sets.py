@@ -172,6 +172,20 @@ def test_states_equal_the_mask_written_out_with_a_cached_prefix_and_without(
             torch.testing.assert_close(found[f"layer_{i:02d}"], expected, **rounding(expected, i))
 
 
+def test_blocked_tokens_on_the_grid_are_those_in_a_row_also_where_rows_of_the_batch_share_work(
+    mllms,
+):
+    mllm = mllms("causal")
+    pixels = tiny_models.pixels(2)
+    blocked = torch.cat([BLOCKED, ~BLOCKED, ~BLOCKED])
+    rows = [0, 0, 1]
+    in_a_row = mllm.states(pixels, knockout=Knockout(blocked), rows=rows)
+    on_the_grid = blocked.unflatten(1, mllm.grid)
+    found = mllm.states(pixels, knockout=Knockout(on_the_grid), rows=rows)
+    for site, expected in in_a_row.items():
+        assert torch.equal(found[site], expected), site
+
+
 def test_rows_of_the_prefix_are_cut_where_it_sees_the_image(mllms):
     cut = ("prefix", "image", None)
     mllm = mllms("prefix")

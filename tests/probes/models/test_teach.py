@@ -152,6 +152,13 @@ def test_one_photo_warns_that_its_patches_resemble_each_other(mllm):
         assert mllm.teach(painted).curve().score.isna().all()
 
 
+def test_a_concept_is_not_called_as_the_rest_is(mllm):
+    painted = halves(2)
+    painted["background"] = painted.pop("grass")
+    with pytest.raises(UserError, match="rename it"):
+        mllm.teach(painted, rest_is_background=True)
+
+
 def test_one_concept_needs_the_rest_as_background(mllm):
     grass = {"grass": halves(5)["grass"]}
     with pytest.raises(UserError, match="let the rest be background"):
@@ -191,6 +198,8 @@ def test_the_rest_is_a_bounded_even_sample_of_all_photos():
             lambda p, i: p["grass"].append((p["brick"][0][0], patches(".x", ".."))),
             "patch 1 of a photo is painted as 'grass' and 'brick'",
         ),
+        (lambda p, i: p["grass"].append((i,)), "expected pairs"),
+        (lambda p, i: p["grass"].append((i, None)), "as an array, got NoneType"),
         (lambda p, i: p.clear(), "got no concepts"),
     ],
 )

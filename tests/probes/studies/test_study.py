@@ -451,6 +451,22 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
     assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
 
 
+def test_answers_are_asked_again_if_the_questions_have_changed(checkpoints, segmentation, tmp_path):
+    root = tmp_path / "a, b"  # a comma is part of a path
+    shutil.copytree(segmentation, root / "data")
+    settings = Settings(
+        {"": str(checkpoints["causal"])}, str(root / "data"), tmp_path / "study", draws=0
+    )
+    questions = root / "questions.json"
+    inputs = []
+    for content in ('[{"regions": []}]', '[{"regions": [1]}]'):
+        questions.write_text(content)
+        (step,) = (step for step in make_plan(settings) if step.kind == "answers")
+        inputs.append(step.inputs()["answers.questions"])
+        assert str(questions) in step.command
+    assert inputs[0] != inputs[1]
+
+
 def test_answers_are_asked_for_if_there_are_questions_about_places(
     checkpoints, segmentation, tmp_path
 ):

@@ -63,6 +63,10 @@ def test_the_strength_of_held_out_images_is_chosen(solved):
         (lambda f, m: (f.flatten(1, 2), m), "features must be floats .*got float32"),
         (lambda f, m: (f, m[1:]), "images, and .* masks"),
         (lambda f, m: (f, [m[0] * 0 + 9, *m[1:]]), "mask 0.*9"),
+        (lambda f, m: (f.numpy(), m), "must be a tensor, got ndarray"),
+        (lambda f, m: (f * float("nan"), m), "must be finite"),
+        (lambda f, m: (f, [mask * 0 + 255 for mask in m]), "no mask has a labelled pixel"),
+        (lambda f, m: (f[:0], []), "folds must be 2 to 0"),
     ],
 )
 def test_misfits_are_errors(solved, change, message):
@@ -70,3 +74,11 @@ def test_misfits_are_errors(solved, change, message):
     features, masks = change(features, [np.array(mask) for mask in masks])
     with pytest.raises(UserError, match=message):
         probes.solve_features(features, masks, 3)
+
+
+@pytest.mark.parametrize("folds", [0, 1, 1000])
+def test_as_many_folds_as_can_be_left_out(solved, folds):
+    """With one fold, nothing is left out, and the strength would be chosen by the training loss."""
+    _, features, masks = solved
+    with pytest.raises(UserError, match=f"folds must be 2 to .*got {folds}"):
+        probes.solve_features(features, masks, 3, folds=folds)

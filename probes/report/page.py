@@ -54,9 +54,6 @@ Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 
 
-WAIT_S = 600  # for the report of another job of the same study
-
-
 def to_anchor(heading: str) -> str:
     """Return the heading as the name of a place in the page."""
     return "".join(c if c.isalnum() else "-" for c in heading.lower())
@@ -140,7 +137,7 @@ def write_report(
     studies = read_studies(paths)
     out = Path(out)
     warn_of_changed_data([*(study.first for study in studies), *others])
-    with exclusive_run_lock(out, wait_s=WAIT_S), mpl.rc_context(STYLE):
+    with exclusive_run_lock(out), mpl.rc_context(STYLE):
         wall_s = summary_text.total_wall_s(Path(timings)) if timings else None
         return _write_files(studies, out, wall_s, others, [*unfinished])
 

@@ -33,7 +33,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
 @dataclass(frozen=True)
-class SolvedPath:
+class StrengthsRecord:
     """The path of strengths of solved probes.
 
     Args:
@@ -65,7 +65,7 @@ class RunRecord:
     probe: dict[str, Any]
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int | float] = field(default_factory=list)
-    path: SolvedPath | None = None
+    path: StrengthsRecord | None = None
 
 
 def save_run(
@@ -141,7 +141,7 @@ def save_run(
 def run_effects(
     probes: SiteProbes,
     counted: dict[str, torch.Tensor],
-    path: SolvedPath | None,
+    path: StrengthsRecord | None,
     weights: torch.Tensor,
     groups: torch.Tensor | None,
 ) -> dict[str, Estimate]:

@@ -21,7 +21,7 @@ from probes.tasks import Task
 from probes.training.prediction_files import save_predictions
 from probes.training.scoring import compute_counts, score_batch
 from probes.training.site_probes import load_probes
-from probes.training.write_run import RunRecord, SolvedPath, save_run
+from probes.training.write_run import RunRecord, StrengthsRecord, save_run
 
 from .checkpoints import SolverCheckpoints
 from .choose_solver import choose_solver, is_cross_entropy
@@ -129,7 +129,7 @@ def score(
         logger.save()
         logger.finalize("success")
     name = solver.instrument
-    path = SolvedPath(name, solver.about() | {name: {"sites": entries}}, tensors)
+    path = StrengthsRecord(name, solver.about() | {name: {"sites": entries}}, tensors)
     made = {
         "head": "linear",
         "feature_norm": "batchnorm",

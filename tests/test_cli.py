@@ -274,6 +274,14 @@ def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
         llava_bidir.cli.main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")])
 
 
+def test_missing_records_are_named_before_a_model_is_looked_up(tmp_path):
+    """README's command, typed without data, tried to reach the hub for 40 seconds."""
+    words = ["fit", "-c", "stage1", "-c", "clip", "--model.encoder.path", "no/encoder"]
+    words += ["--data.annotations", str(tmp_path / "none.json"), "--data.images", str(tmp_path)]
+    with pytest.raises(SystemExit, match="data.annotations: no file .*none.json"):
+        MAIN["llava_bidir"]([*words, "--out", str(tmp_path / "run")])
+
+
 def test_errors_from_elsewhere_keep_their_traceback(monkeypatch, checkpoints):
     import probes.analyses.extract
 

@@ -75,6 +75,12 @@ COUNTS = (
 RULES = 4  # part of the cache key; increase it when the same file would be read differently
 
 
+def check_annotations(path: str | Path) -> None:
+    """Raise a UserError if there is no such file."""
+    if not os.path.isfile(path):
+        raise UserError(f"data.annotations: no file {path}{how_to_make(Path(path))}")
+
+
 def read_annotations(path: str | Path) -> datasets.Dataset:
     """Return LLaVA's JSON as memory-mapped Arrow, converted once and cached; workers and ranks share one copy.
 
@@ -97,8 +103,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         UserError: The file cannot be read, or is not a JSON list with records.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        raise UserError(f"data.annotations: no file {path}{how_to_make(path)}")
+    check_annotations(path)
     datasets.disable_progress_bars()
     # size and modification time are part of the cache key, so that an edited file is read again
     source = {**fingerprint(path), "rules": RULES}

@@ -19,6 +19,7 @@ from llava_bidir.common.run_folder import plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.data.instruction_dataset import check_annotations
 from llava_bidir.model.hf_export import TRAINING_JSON, export_hf
 
 from .callbacks import ExportModel, ShowAnswers
@@ -93,10 +94,16 @@ class TrainingCLI(RunCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run."""
+        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run.
+
+        Missing records are named before a model is looked up, which may be on a hub that does not answer.
+        """
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         run = self.config.get(command or "") or {}
+        for name in ("data.annotations", "data.val_annotations"):
+            if run.get(name):
+                check_annotations(run[name])
         if run.get("ckpt_path") and command != "fit":
             folder = Path(run["out"]) / "checkpoints"
             run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], folder)

@@ -254,7 +254,10 @@ def _paper_column(
     if claim in WITHOUT_PROBES:
         return column(CLAIMS[claim].sign, **measured)
     if study.main_runs[mask].is_solved:
-        reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
+        remedy = f"run {_command('fit', study, mask)}, the paper's recipe"
+        if study_folder(study.first.path):
+            remedy = "give the same `probes study` again with `--fit`, the paper's recipe"
+        reason = f"the number is that of solved probes: {remedy}"
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.paper.get((claim, mask))
     below = solved and (solved - estimate).json()

@@ -122,8 +122,10 @@ def test_in_a_study_the_reason_names_its_own_option(write, draws):
     steps = Path(runs[0]).parent / "steps"
     steps.mkdir()
     (steps / f"{Path(runs[0]).name}.json").write_text("{}")
-    beyond = claims_of(runs)["recovery"]["verdicts"]["beyond_random"]
-    assert beyond["reason"].endswith("give the same `probes study` again with `--draws 2`")
+    verdicts = claims_of(runs)["recovery"]["verdicts"]
+    again = "give the same `probes study` again with"
+    assert verdicts["beyond_random"]["reason"].endswith(f"{again} `--draws 2`")
+    assert f"{again} `--fit`" in verdicts["paper"]["reason"]
 
 
 def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, draws):

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ LISTS = {
     "only": "['solve', 'report']",
     "options": "['--data.batch_size', '2']",
 }
+REPORT_WAIT_S = 600
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
 
 
@@ -208,7 +209,10 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
         NothingToMeasure: It has no case.
     """
     log_file = settings.out / "study.log"
-    with _output_to(log_file):
+    turn = nullcontext()
+    if step.kind == "report":  # jobs of several arms may end together
+        turn = exclusive_run_lock(settings.out, "report-step", wait_s=REPORT_WAIT_S)
+    with turn, _output_to(log_file):
         print(f"$ probes {shlex.join(command)}", flush=True)
         if step.kind in RUNS and uses_several_devices(settings):
             end_on_signals()

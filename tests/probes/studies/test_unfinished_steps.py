@@ -1,11 +1,13 @@
 """Steps that a study leaves out, that fail, or that have nothing to measure; settings from words and from files."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step
 from probes.cli import main
 from probes.results.steps import unfinished_steps
@@ -214,6 +216,20 @@ def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     assert {"trained/knockout", "random0/knockout", "random1/knockout"} <= set(ran), (
         "other probes can have mistakes"
     )
+
+
+def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
+    """Jobs of a cluster, each of some arms, can end together; the second one failed."""
+    made = settings({"": "causal"})
+    (report,) = (step for step in make_plan(made) if step.kind == "report")
+    wrote = threading.Event()
+    monkeypatch.setattr(run, "run_command", lambda words: wrote.set())
+    job = threading.Thread(target=run._run_step, args=(report, ["report"], made))
+    with exclusive_run_lock(made.out, "report-step"):
+        job.start()
+        assert not wrote.wait(0.5)
+    job.join(60)
+    assert wrote.is_set()
 
 
 def test_trained_probes_have_mistakes_of_their_own(settings, ran):

@@ -121,7 +121,7 @@ def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
             f"{images} validation images tell next to nothing: such intervals are too short, and a verdict is no more "
             f"than a trial of the command. Add images; from {FEW_IMAGES} on, intervals mean something."
         )
-    if tested:
+    if len(tested) > 1:
         notes.append(
             f"{len(tested)} claims are tested. One is called supported if p, corrected for their number (Holm), is "
             f"below {ALPHA}, and supported by itself if only the uncorrected p is."

@@ -11,7 +11,7 @@ from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.report.summary_text import format_results
+from probes.report.summary_text import claim_notes, format_results
 from probes.report.verdicts import describe_finding
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -247,6 +247,16 @@ def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
             ) < 0.02  # bootstraps are not symmetric
     page = (tmp_path / "report/index.html").read_text()
     assert f"{len(tested)} claims are tested. One is called supported if p, corrected" in page
+
+
+def test_correction_is_explained_where_there_is_more_than_one_claim():
+    claim = {
+        "p_holm": 0.01,
+        "n": {"images": 50},
+        "verdicts": {"beyond_random": {"verdict": "holds"}},
+    }
+    assert not any("Holm" in note for note in claim_notes([claim]))
+    assert any(note.startswith("2 claims are tested") for note in claim_notes([claim] * 2))
 
 
 def test_a_claim_that_correction_undoes_is_not_called_supported():

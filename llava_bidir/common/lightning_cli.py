@@ -149,9 +149,13 @@ class RunCLI(LightningCLI):
         `fit` raises if they differ (`common/identity.py`).
         """
 
+    def check_inputs(self) -> None:
+        """Raise if something that the command reads is missing, before anything is built."""
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; errors of libraries are errors of the config, those of our code are bugs."""
         check_classes(self.config)
+        self.check_inputs()
         try:
             super().instantiate_classes()
         except UserError:

@@ -94,21 +94,22 @@ class TrainingCLI(RunCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run.
-
-        Missing records are named before a model is looked up, which may be on a hub that does not answer.
-        """
+        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         run = self.config.get(command or "") or {}
-        for name in ("data.annotations", "data.val_annotations"):
-            if run.get(name):
-                check_annotations(run[name])
         if run.get("ckpt_path") and command != "fit":
             folder = Path(run["out"]) / "checkpoints"
             run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], folder)
             if run["ckpt_path"] is None:
                 raise UserError(f"--ckpt_path last: no valid checkpoint in {folder}")
+
+    def check_inputs(self) -> None:
+        """Raise if there are no records: a model may be looked up on a hub that does not answer."""
+        settings = self.config.get(self.config.get("subcommand") or "") or self.config
+        for name in ("data.annotations", "data.val_annotations"):
+            if settings.get(name):
+                check_annotations(settings[name])
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:

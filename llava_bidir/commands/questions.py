@@ -55,7 +55,11 @@ def run(args: argparse.Namespace) -> None:
     )
     files = {args.out / f"{name}.json": rows for name, rows in records.items()}
     for file, rows in files.items():
-        if file.is_file() and json.loads(file.read_text()) != rows:
+        if not file.is_file():
+            continue
+        with error_context(file):
+            earlier = json.loads(file.read_text())
+        if earlier != rows:
             raise UserError(
                 f"{file} has records of other photos or options; choose another --out, or delete it"
             )

@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> None:
         if args.inputs_only:
             return
         os.environ |= OFFLINE
-        out = (
-            args.out.resolve()
-        )  # the same however it is spelled: steps are compared by their words
+        # the same however it is spelled: steps are compared by their words
+        out = args.out.resolve()
         logs = out / "logs"
         steps = plan_study(out, args.size, args.encoder)
 

@@ -24,7 +24,6 @@ import scipy.stats
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import run_in_child_process
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
@@ -32,6 +31,7 @@ from probes.results.study import read_studies
 from probes.studies.plan import Settings
 from probes.studies.run import run_study
 
+from .child_process import run_in_child_process
 from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 LLM = ("trained", "random0", "random1")

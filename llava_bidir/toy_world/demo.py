@@ -20,8 +20,9 @@ from pathlib import Path
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, run_in_child_process
+from llava_bidir.common.steps import Step
 
+from .child_process import run_in_child_process
 from .steps import MASKS, SCENES, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each

@@ -26,8 +26,9 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import digest, run_in_child_process
+from llava_bidir.common.steps import digest
 
+from .child_process import run_in_child_process
 from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 if TYPE_CHECKING:

@@ -106,10 +106,9 @@ class TrainingCLI(RunCLI):
 
     def check_inputs(self) -> None:
         """Raise if there are no records: a model may be looked up on a hub that does not answer."""
-        settings = self.config.get(self.config.get("subcommand") or "") or self.config
         for name in ("data.annotations", "data.val_annotations"):
-            if settings.get(name):
-                check_annotations(settings[name])
+            if path := self._get(self.config, name):
+                check_annotations(path)
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:

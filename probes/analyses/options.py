@@ -86,8 +86,9 @@ def add_fields(parser: argparse.ArgumentParser, options: type) -> None:
 def _argument(entry: Field, annotation: Any) -> dict[str, Any]:
     """Return the keywords of `add_argument` for a field: str, int, Path, or a sequence of one of them."""
     words = dict(entry.metadata["words"])
-    known = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
-    kind = annotation if get_origin(annotation) is Sequence else known[0]
+    kind = annotation
+    if type(None) in get_args(kind):  # "int | None"
+        kind = get_args(kind)[0]
     if get_origin(kind) is Sequence:
         words["nargs"] = "+"
         (kind,) = get_args(kind)

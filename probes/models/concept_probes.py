@@ -187,9 +187,8 @@ def _solve_sites(
     scaled = [_Channels(x) for x in states.values()]
     tokens, to_weights = _coordinates([site.x for site in scaled])
     points = torch.zeros(sites, 0, int(y.max()) + 1, tokens.shape[2])  # [S, F, K, m + 1]
-    best = torch.full(
-        (sites, 1), len(CONCEPT_STRENGTHS) // 2
-    )  # [S, F + 1], the last one of all patches
+    # [S, F + 1], the last one of all patches
+    best = torch.full((sites, 1), len(CONCEPT_STRENGTHS) // 2)
     start = points.new_zeros(sites, *points.shape[2:])
     if fold_of is not None:
         folds = torch.arange(int(fold_of.max()) + 1)

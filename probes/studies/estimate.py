@@ -34,9 +34,8 @@ def print_estimate(settings: Settings) -> None:
     steps = make_plan(settings)
     check_words(steps)
     for step in steps:
-        print(
-            f"  {step.name}" + (f" is left out: {step.why_left_out}" if step.why_left_out else "")
-        )
+        outcome = f" is left out: {step.why_left_out}" if step.why_left_out else ""
+        print(f"  {step.name}{outcome}")
     steps = [step for step in steps if not step.why_left_out]
     runs = [step for step in steps if step.kind in RUNS]
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")

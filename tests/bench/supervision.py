@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 import probes
-from llava_bidir.common.steps import run_in_child_process
 from llava_bidir.toy_world.binding import GRID
 from llava_bidir.toy_world.canvas import CLASSES
+from llava_bidir.toy_world.child_process import run_in_child_process
 from llava_bidir.toy_world.dialogues import (
     LOOK_ALIKE,
     SceneText,

@@ -28,14 +28,16 @@ except KeyboardInterrupt:
 DEMO = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from llava_bidir.common import process_group, steps
+from llava_bidir.common import process_group
+from llava_bidir.common.steps import Step
+from llava_bidir.toy_world import child_process
 from llava_bidir.common.errors import one_line_errors
-steps.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
+child_process.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
 with one_line_errors("demo", ["demo"]):
     process_group.end_on_signals()
     with ThreadPoolExecutor(2) as pool:
         def run(name):
-            steps.run_in_child_process(Path("."), name, [steps.Step(name, (), Path(name), "fit")])
+            child_process.run_in_child_process(Path("."), name, [Step(name, (), Path(name), "fit")])
         list(pool.map(run, ["a", "b"]))
 """
 

@@ -12,9 +12,9 @@ from llava_bidir.common.steps import (
     describe_time_left,
     find_missing,
     read_record,
-    run_given,
     run_steps,
 )
+from llava_bidir.toy_world.child_process import run_given
 
 
 def chain(folder: Path, **options) -> list[Step]:

@@ -94,8 +94,12 @@ def instantiate(
         "--data.images",
         str(conversations),
     ]
-    argv += ["--data.annotations", str(conversations / "data.json"), "--trainer.accelerator", "cpu"]
+    records = str(conversations / "data.json")
+    argv += ["--data.annotations", records, "--trainer.accelerator", "cpu"]
     argv += ["--trainer.precision", "32-true"]
+    configs = [yaml.safe_load((CONFIGS / file).read_text()) for file in files]
+    if any("val_annotations" in config.get("data", {}) for config in configs):
+        argv += ["--data.val_annotations", records]
     if "real/stage2.yaml" in files:  # tiny LLMs have no chat template
         argv += ["--data.template", "vicuna_v1"]
     return build_cli(argv, run=False)

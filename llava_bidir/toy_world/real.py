@@ -29,7 +29,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
 
 from .child_process import run_in_child_process
-from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
+from .steps import MASKS, check_settings, make_step, to_words, training_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -386,11 +386,7 @@ def train(
         list(pool.map(run, MASKS))
     stages_of = ("stage1", "stage2")
     runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
-    curves = folder / "loss_curves.csv"
-    weights = [run / WEIGHTS for run in runs.values()]
-    newest = max((file.stat().st_mtime for file in weights if file.is_file()), default=0.0)
-    if not curves.is_file() or curves.stat().st_mtime < newest:
-        write_loss_curves(curves, runs)
+    write_loss_curves(folder / "loss_curves.csv", runs)
 
 
 def _stages(

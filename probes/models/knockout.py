@@ -19,6 +19,7 @@ Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L laye
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -300,8 +301,9 @@ def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int)
     chosen = range(1, count + 1) if chosen is None else chosen
     check_is_list("layers of a knockout", chosen, "[1, 2]")
     for number in chosen:
-        if isinstance(number, bool) or not 1 <= number <= count:
+        is_number = isinstance(number, Integral) and not isinstance(number, bool)
+        if not is_number or not 1 <= number <= count:
             raise UserError(
-                f"knockout layer {number} is out of range; this model has layers 1..{count}"
+                f"knockout layer {number!r} is out of range; this model has layers 1..{count}"
             )
     return torch.tensor([number in chosen for number in range(1, count + 1)]).expand(rows, count)

@@ -106,6 +106,21 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
     return QuestionFile(questions, list(images), hashlib.sha256(content).hexdigest()[:16])
 
 
+def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Question]:
+    """Return the first `limit` questions of a file, None for all.
+
+    Raises:
+        UserError: They are about one image. Intervals resample images, and one has no spread.
+    """
+    questions = file.questions[:limit]
+    if len({question.image for question in questions}) < 2:
+        raise UserError(
+            f"{path}: the first {len(questions)} questions are about one image; expected two or more, since intervals "
+            "go by image (--limit)"
+        )
+    return questions
+
+
 def _as_json_list(content: bytes) -> bytes:
     """Return JSON Lines as a JSON list, and other contents without a byte order mark."""
     content = content.removeprefix(BOM_UTF8)

@@ -45,7 +45,14 @@ from probes.results.probe_run import ProbeRun
 
 from . import AnswersOptions
 from .inference import CONDITIONS, answer_statistics
-from .questions import Question, QuestionFile, read_question_image, read_questions, tokens_in_box
+from .questions import (
+    Question,
+    QuestionFile,
+    first_questions,
+    read_question_image,
+    read_questions,
+    tokens_in_box,
+)
 
 
 class AnswersPlan(AnswersOptions):
@@ -75,6 +82,7 @@ def ask_questions(
     plan.check()
     classes = run.metrics["classes"]
     file = read_questions(plan.questions, classes)
+    asked = first_questions(plan.questions, file, plan.limit)
     check_has_layers(run, [])
     settings = {
         key: value for key, value in asdict(plan).items() if key not in ("questions", "images")
@@ -82,7 +90,6 @@ def ask_questions(
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
     check_replaceable(out / "answers.json", made_from, overwrite)
     reader = PatchReader(run)
-    asked = file.questions[: plan.limit]
 
     def compute(questions):
         return ask_batch(reader, plan, file, questions, classes)

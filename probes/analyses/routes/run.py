@@ -38,6 +38,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.answers.questions import (
     Question,
     QuestionFile,
+    first_questions,
     read_question_image,
     read_questions,
     tokens_in_box,
@@ -100,10 +101,7 @@ def measure_routes(
     layers = len(mllm.layers)
     plan.check(layers)
     file = read_questions(plan.questions, classes)
-    if len({question.image for question in file.questions[: plan.limit]}) < 2:
-        raise UserError(
-            f"{plan.questions}: all questions are about one image; expected two or more, since intervals go by image"
-        )
+    asked = range(len(first_questions(plan.questions, file, plan.limit)))
     settings = asdict(plan)
     del settings["questions"], settings["images"]
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
@@ -114,7 +112,6 @@ def measure_routes(
         results = [ask(mllm, plan, file, number, classes, places) for number in numbers]
         return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
-    asked = range(len(file.questions[: plan.limit]))
     arguments = made_from | {"images": str(plan.images)}
     partial = out / "routes.partial"
     batches = cached_batches(partial, arguments, asked, QUESTIONS_PER_FILE, compute)

@@ -180,11 +180,14 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="is not a file; expected questions with regions"):
         main(["answers", "--probes", str(run.path), *out])
-    (tmp_path / "q.json").write_text(json.dumps([record("../secret.png", (BOXES[0], "sky"))]))
+    records = [record(name, (BOXES[0], "sky")) for name in ("../secret.png", "../other.png")]
+    (tmp_path / "q.json").write_text(json.dumps(records))
     with pytest.raises(SystemExit, match="leads out of"):
         main(["answers", "--probes", str(run.path), *out, "--questions", str(tmp_path / "q.json")])
     with pytest.raises(SystemExit, match="draws must be at least 1, got 0"):
         main(arguments(run, questions, tmp_path / "out") + ["--draws", "0"])
+    with pytest.raises(SystemExit, match="the first 1 questions are about one image"):
+        main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
 
 
 @pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])

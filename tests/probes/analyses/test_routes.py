@@ -81,7 +81,7 @@ def test_questions_about_one_image_are_refused(measured, tmp_path):
     records = json.loads(questions.read_text())
     (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
     plan = RoutesPlan(tmp_path / "one.json", questions.parent)
-    with pytest.raises(UserError, match="all questions are about one image; expected two or more"):
+    with pytest.raises(UserError, match="are about one image; expected two or more"):
         measure_routes(run, plan, tmp_path)
 
 

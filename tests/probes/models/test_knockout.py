@@ -131,6 +131,8 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED.numpy()))
     with pytest.raises(ValueError, match=r"layer True is out of range"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[True, True, True]))
+    with pytest.raises(ValueError, match=r"layer '2' is out of range"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=["2"]))
     with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
     with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):

@@ -12,7 +12,7 @@ from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
-from probes.analyses.base import add_overwrite
+from probes.analyses.options import add_overwrite
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNING_COMMANDS
 REQUIRED = ("model.mllm", "data.root")

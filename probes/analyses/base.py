@@ -168,63 +168,6 @@ def table_row(
     } | more
 
 
-# --------------------------------------------------------------------------------------- options of several commands
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add --probes, a finished run."""
-    parser.add_argument(
-        "--probes",
-        required=True,
-        metavar="RUN",
-        help="folder of a finished probe run",
-    )
-
-
-def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> None:
-    """Add an option for images of the validation split."""
-    parser.add_argument(
-        option,
-        type=int,
-        nargs="+",
-        metavar="I",
-        help="indices in the validation split",
-        **kwargs,
-    )
-
-
-def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add --seed."""
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help=f"random seed of {purpose}",
-    )
-
-
-def add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:
-    """Add --out and --overwrite."""
-    parser.add_argument("--out", metavar="DIR", help=f"output folder (default: {default})")
-    add_overwrite(parser)
-
-
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite."""
-    text = "`true`: replace a result that other options or runs have made"
-    parser.add_argument(
-        "--overwrite",
-        type=_read_bool,
-        default="false",
-        metavar="BOOL",
-        help=text,
-    )
-
-
-def _read_bool(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text == "true"
-
-
 def check_image(image: int, images: int) -> None:
     """Raise a UserError if there is no image of that index."""
     if not 0 <= image < images:

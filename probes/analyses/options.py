@@ -22,6 +22,7 @@ def option(
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
     at_least: int | None = None,
+    may_be_empty: bool = False,
 ) -> Any:
     """Return a field of a dataclass that is also an option.
 
@@ -31,11 +32,13 @@ def option(
         metavar: Name of a value in the help.
         choices: All values that it can have.
         at_least: Smallest value, which :func:`check_ranges` holds.
+        may_be_empty: Of several values, none can be given.
     """
     words = {
         "help": help,
         "metavar": metavar,
         "choices": choices,
+        "nargs": "*" if may_be_empty else None,
     }
     known = {key: value for key, value in words.items() if value is not None}
     return field(default=default, metadata={"words": known, "at_least": at_least})
@@ -57,6 +60,11 @@ def seed_option(purpose: str) -> Any:
     return option(f"random seed of {purpose}", 0, at_least=0)
 
 
+def images_option(default: Any = MISSING) -> Any:
+    """Return a field for images of the validation split."""
+    return option("indices in the validation split", default, metavar="I")
+
+
 @dataclass(frozen=True)
 class QuestionOptions:
     """Questions about places that the model is asked."""
@@ -74,6 +82,42 @@ class QuestionOptions:
     limit: int | None = option("number of questions to ask (default: all)", None, at_least=1)
 
 
+# ------------------------------------------------------------------------------ options that stand in no dataclass
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add --probes, a finished run."""
+    parser.add_argument(
+        "--probes",
+        required=True,
+        metavar="RUN",
+        help="folder of a finished probe run",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:
+    """Add --out and --overwrite."""
+    parser.add_argument("--out", metavar="DIR", help=f"output folder (default: {default})")
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite."""
+    text = "`true`: replace a result that other options or runs have made"
+    parser.add_argument(
+        "--overwrite",
+        type=_read_bool,
+        default="false",
+        metavar="BOOL",
+        help=text,
+    )
+
+
+def _read_bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
+# ----------------------------------------------------------------------------------- from fields to the command line
 def add_fields(parser: argparse.ArgumentParser, options: type) -> None:
     """Add an option for each field of a dataclass."""
     types = get_type_hints(options)
@@ -84,13 +128,15 @@ def add_fields(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def _argument(entry: Field, annotation: Any) -> dict[str, Any]:
-    """Return the keywords of `add_argument` for a field: str, int, Path, or a sequence of one of them."""
+    """Return the keywords of `add_argument` for a field: bool, str, int, float, Path, or a sequence of one."""
     words = dict(entry.metadata["words"])
     kind = annotation
+    if kind is bool:
+        return words | {"action": "store_true"}
     if type(None) in get_args(kind):  # "int | None"
         kind = get_args(kind)[0]
     if get_origin(kind) is Sequence:
-        words["nargs"] = "+"
+        words.setdefault("nargs", "+")
         (kind,) = get_args(kind)
     words["type"] = kind
     if entry.default is MISSING:

@@ -9,13 +9,13 @@ from probes.analyses.base import (
     Analysis,
     PlannedRun,
     Row,
-    add_out,
-    add_run,
     table_row,
 )
 from probes.analyses.options import (
     QuestionOptions,
     add_fields,
+    add_out,
+    add_run,
     batch_size_option,
     draws_option,
     seed_option,

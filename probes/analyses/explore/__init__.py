@@ -1,70 +1,63 @@
 """A page of classes, words and knockouts by image, layer and patch."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from probes.analyses.base import Analysis, add_images
+from probes.analyses.base import Analysis
+from probes.analyses.options import add_fields, images_option, option, seed_option
+
+
+@dataclass(frozen=True)
+class ExploreOptions:
+    """What the page shows."""
+
+    images: Sequence[int] = images_option()
+    conditions: Sequence[str] = option(
+        "knockouts to show, of incorrect, correct, random_incorrect, random_correct",
+        ("incorrect", "correct"),
+        metavar="NAME",
+        may_be_empty=True,
+    )
+    classes: Sequence[str] | None = option(
+        "wrong classes to knock out (default: each image's most frequent)",
+        None,
+        metavar="NAME",
+    )
+    top_classes: int = option(
+        "most probable classes per patch",
+        3,
+        metavar="N",
+    )
+    top_words: int = option(
+        "most probable words per patch",
+        3,
+        metavar="N",
+    )
+    word_sites: Sequence[str] | None = option(
+        "sites with words (default: all from the adapter on)",
+        None,
+        metavar="SITE",
+        may_be_empty=True,
+    )
+    seed: int = seed_option("the controls")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes explore`."""
-    text = "finished probe runs on the same images, one per mask"
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
-        help=text,
+        help="finished probe runs on the same images, one per mask",
     )
-    add_images(parser, "--images", required=True)
-    text = "folder for explorer.html, a self-contained file"
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help=text,
+        help="folder for explorer.html, a self-contained file",
     )
-    text = "knockouts to show, of incorrect, correct, random_incorrect, random_correct"
-    sets = ["incorrect", "correct"]
-    parser.add_argument(
-        "--conditions",
-        nargs="*",
-        default=sets,
-        metavar="NAME",
-        help=text,
-    )
-    text = "wrong classes to knock out (default: each image's most frequent)"
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
-        help=text,
-    )
-    parser.add_argument(
-        "--top-classes",
-        type=int,
-        default=3,
-        metavar="N",
-        help="most probable classes per patch",
-    )
-    parser.add_argument(
-        "--top-words",
-        type=int,
-        default=3,
-        metavar="N",
-        help="most probable words per patch",
-    )
-    text = "sites with words (default: all from the adapter on)"
-    parser.add_argument(
-        "--word-sites",
-        nargs="*",
-        metavar="SITE",
-        help=text,
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="random seed of the controls",
-    )
+    add_fields(parser, ExploreOptions)
 
 
 ANALYSIS = Analysis(

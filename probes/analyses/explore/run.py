@@ -21,6 +21,7 @@ import base64
 import io
 import zlib
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
+from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.templates import render
 from probes.data.palette import palette_of
 from probes.results.comparable import check_same_images
 from probes.results.probe_run import ProbeRun
 from probes.results.study import model_name
 
+from . import ExploreOptions
 from .readout import ImageReadout, PatchReadout, RunReadout, explore
 
 IMAGE_PX = 448  # longer side of an image on the page
@@ -205,10 +208,10 @@ def run(args: argparse.Namespace) -> None:
         check_has_llm(run, "explore")
     for run in runs[1:]:
         check_same_images(runs[0], run, "; explore them separately")
-    names = ("conditions", "classes", "top_classes", "top_words", "word_sites", "seed")
-    options = {name: getattr(args, name) for name in names}
+    options = read_fields(ExploreOptions, args)
+    check_ranges(options)
     with exclusive_run_lock(Path(args.out), "explorer.html"):
-        path = write_page([explore(run, args.images, **options) for run in runs], args.out)
+        path = write_page([explore(run, **asdict(options)) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6
     print(f"{path}: {len(args.images)} image{'s' * (len(args.images) != 1)}, {size_mb:.1f} MB")
     if size_mb > LARGE_MB:

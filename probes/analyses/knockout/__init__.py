@@ -10,13 +10,13 @@ from probes.analyses.base import (
     Claim,
     PlannedRun,
     Row,
-    add_out,
-    add_run,
     lacks_layers,
     table_row,
 )
 from probes.analyses.options import (
     add_fields,
+    add_out,
+    add_run,
     batch_size_option,
     draws_option,
     option,

@@ -1,22 +1,29 @@
 """Predicted maps by site, and under knockout."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from probes.analyses.base import Analysis, add_images, add_out, add_run
+from probes.analyses.base import Analysis
+from probes.analyses.options import add_fields, add_out, add_run, images_option, option
+
+
+@dataclass(frozen=True)
+class MapsOptions:
+    """What to show."""
+
+    image: Sequence[int] = images_option((0,))
+    classes: Sequence[str] = option(
+        "classes in RUN/knockout.json to show under knockout",
+        (),
+        metavar="NAME",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes maps`."""
     add_run(parser)
-    add_images(parser, "--image", default=[0])
-    text = "classes in RUN/knockout.json to show under knockout"
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=text,
-    )
+    add_fields(parser, MapsOptions)
     add_out(parser)
 
 

@@ -23,6 +23,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.options import read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
@@ -31,6 +32,8 @@ from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 from probes.results.runs import open_run
 from probes.tasks import SEGMENTATION
+
+from . import MapsOptions
 
 MAP_CONDITIONS = ("none", "incorrect", "correct")
 
@@ -98,20 +101,21 @@ def predict_knockout_maps(
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes maps`."""
+    options = read_fields(MapsOptions, args)
     run = open_run(args.probes)
     out = Path(args.out or args.probes)
-    if run.task_name != SEGMENTATION and args.classes:
+    if run.task_name != SEGMENTATION and options.classes:
         raise UserError(
             f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
             "leave it out"
         )
     dataset = run.dataset()
-    for image in args.image:
+    for image in options.image:
         check_image(image, len(dataset))
     made_from = {
         "runs": [run.fingerprint],
-        "image": args.image,
-        "classes": args.classes,
+        "image": options.image,
+        "classes": options.classes,
     }
 
     def images_of(results):
@@ -121,11 +125,11 @@ def run(args: argparse.Namespace) -> None:
         check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
         knockouts = []
         tensors = {}
-        for i in tqdm(args.image, desc="maps"):
+        for i in tqdm(options.image, desc="maps"):
             predicted = run.predict_sites(dataset[i]["image"], run.sites)
             tensors[f"image/{i}"] = torch.from_numpy(predicted)
-        reader = PatchReader(run) if args.classes else None
-        for name in args.classes:
+        reader = PatchReader(run) if options.classes else None
+        for name in options.classes:
             if result := predict_knockout_maps(run, reader, name):
                 knockouts.append(result[0])
                 tensors[f"knockout/{name}"] = result[1]
@@ -134,9 +138,9 @@ def run(args: argparse.Namespace) -> None:
             "runs": [run.fingerprint],
             "sites": run.sites,
             "layers": run.layers,
-            "classes": args.classes,
-            "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+            "classes": options.classes,
+            "images": [{"index": i, "name": dataset.names[i]} for i in options.image],
             "knockout": knockouts,
         }
         write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
-    print(f"{out / 'maps.safetensors'}: images: {len(args.image)}, knockouts: {len(knockouts)}")
+    print(f"{out / 'maps.safetensors'}: images: {len(options.image)}, knockouts: {len(knockouts)}")

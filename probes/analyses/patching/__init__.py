@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from probes.analyses.base import Analysis, PlannedRun, add_out, add_run
+from probes.analyses.base import Analysis, PlannedRun
 from probes.analyses.options import (
     add_fields,
+    add_out,
+    add_run,
     batch_size_option,
     draws_option,
     option,

@@ -2,28 +2,34 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from probes.analyses.base import Analysis, Claim, PlannedRun, add_out, add_seed
+from probes.analyses.base import Analysis, Claim, PlannedRun
+from probes.analyses.options import add_fields, add_out, option, seed_option
 from probes.models.sites import is_layer
+
+
+@dataclass(frozen=True)
+class StarvationOptions:
+    """What to compare."""
+
+    site: str | None = option(
+        "site to compare at (default: the causal run's best decoder layer)", None
+    )
+    by_class: bool = option("also hold the classes fixed: early patches are mostly sky", False)
+    seed: int = seed_option("the bootstrap")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes starvation`."""
-    text = "folders of finished probe runs on the same images"
-    runs = ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
     parser.add_argument(
         "--probes",
         required=True,
         nargs=2,
-        metavar=runs,
-        help=text,
+        metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"),
+        help="folders of finished probe runs on the same images",
     )
-    parser.add_argument(
-        "--site", help="site to compare at (default: the causal run's best decoder layer)"
-    )
-    text = "also hold the classes fixed: early patches are mostly sky"
-    parser.add_argument("--by-class", action="store_true", help=text)
-    add_seed(parser, "the bootstrap")
+    add_fields(parser, StarvationOptions)
     add_out(parser, "the bidirectional run's folder")
 
 

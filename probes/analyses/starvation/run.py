@@ -9,6 +9,7 @@ by_class.py therefore holds the classes fixed.
 import argparse
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -17,12 +18,14 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.results.comparable import check_pair
 from probes.results.finished_run import warn_of_changed_data
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 
+from . import StarvationOptions
 from .by_class import class_results
 from .patch_accuracy import (
     CountsByMask,
@@ -95,18 +98,19 @@ def _read_pair(
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes starvation`."""
+    options = read_fields(StarvationOptions, args)
+    check_ranges(options)
     causal, bidirectional = map(ProbeRun, args.probes)
     warn_of_changed_data([causal, bidirectional])
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
-        options = {"by_class": args.by_class}
         made_from = {
             "runs": [causal.fingerprint, bidirectional.fingerprint],
-            "site": args.site or causal.peak_layer,
+            "site": options.site or causal.peak_layer,
+            "options": {"seed": options.seed, "by_class": options.by_class},
         }
-        made_from |= {"options": {"seed": args.seed, **options}}
         check_replaceable(out / "starvation.json", made_from, args.overwrite)
-        results = starvation(causal, bidirectional, args.site, args.seed, **options)
+        results = starvation(causal, bidirectional, **asdict(options))
         write_files({out / "starvation.json": results})
     for where, gap in _gaps(results):
         print(f"{where}: {_format_gap(gap)}")

@@ -2,23 +2,37 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from probes.analyses.base import Analysis, PlannedRun, add_images, add_out, add_run, add_seed
+from probes.analyses.base import Analysis, PlannedRun
+from probes.analyses.options import (
+    add_fields,
+    add_out,
+    add_run,
+    images_option,
+    option,
+    seed_option,
+)
 from probes.models.sites import ADAPTER, PATCHES, is_layer
+
+
+@dataclass(frozen=True)
+class UmapOptions:
+    """What to embed."""
+
+    image: Sequence[int] = images_option((0,))
+    sites: Sequence[str] | None = option(
+        "sites (default: adapter, half-way, best layer)",
+        None,
+        metavar="SITE",
+    )
+    seed: int = seed_option("UMAP")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `probes umap`."""
     add_run(parser)
-    add_images(parser, "--image", default=[0])
-    text = "sites (default: adapter, half-way, best layer)"
-    parser.add_argument(
-        "--sites",
-        nargs="+",
-        metavar="SITE",
-        help=text,
-    )
-    add_seed(parser, "UMAP")
+    add_fields(parser, UmapOptions)
     add_out(parser)
 
 

@@ -20,10 +20,13 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
+from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
+
+from . import UmapOptions
 
 
 def umap_of_images(
@@ -124,18 +127,20 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes umap`."""
+    options = read_fields(UmapOptions, args)
+    check_ranges(options)
     run = ProbeRun(args.probes)
     out = Path(args.out or args.probes)
-    sites = args.sites or _default_sites(run)
+    sites = options.sites or _default_sites(run)
     made_from = {
         "runs": [run.fingerprint],
-        "seed": args.seed,
-        "image": args.image,
+        "seed": options.seed,
+        "image": options.image,
         "sites": sites,
     }
     with exclusive_run_lock(out, "umap.json"):
         check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
-        results = umap_of_images(run, args.image, sites, args.seed)
+        results = umap_of_images(run, options.image, sites, options.seed)
         write_files({out / "umap.json": results})
     for image in results["images"]:
         for site in image["sites"]:

@@ -1,121 +1,92 @@
-"""Drop-off and recovery of other tasks than segmentation, from solved or trained runs. Exploratory: no claim is made.
+"""Claims about other tasks than segmentation, judged as those about classes are (claims.py, verdicts.py).
 
-All differences are signed so that positive means better: the drop is how much worse the adapter is than the encoder,
-recovery how much better the best layer is than the adapter. Of a bare encoder, the best layer is compared with the
-patch embeddings and with the last layer. The best layer is chosen on other images than those it is scored on
-(`probes/evaluation/layer_effects.py`).
+They are about the layers alone: drop and recovery of an MLLM, gains over layers of a bare encoder. Differences are
+signed so that positive means better for a drop or gain, whether a high score is good or a low one. The paper makes no
+claim about these tasks.
 """
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.claims import CLAIMS
 from probes.evaluation.estimate import estimate_text
-from probes.evaluation.layer_effects import EFFECTS
-from probes.models.sites import ENCODER, PATCHES, is_layer
-from probes.results.comparable import (
-    check_same_images,
-    check_same_layers,
-    check_same_probes,
-    check_same_settings,
-)
+from probes.models.sites import ENCODER, is_layer
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows
-from probes.results.study import check_differ, model_name, read_run, study_keys
-from probes.tasks import SEGMENTATION
+from probes.results.formatting import Rows, bounds, format_p
+from probes.results.study import StudyRuns, read_studies
+from probes.tasks import SEGMENTATION, TASKS, Task
 
-log = logging.getLogger(__name__)
+from .claims import evaluate_claims
+from .seeds import joint_studies
+from .summary_text import align_rows, verdict_reasons
+from .tables import claim_rows
 
-# effects from which that of random weights is subtracted
-BEYOND_CONTROL = ("recovery", "layer_gain")
+Entry = dict[str, Any]
+
+TEXTS = {  # of claims that are about classes in the paper's words
+    "adapter_drop": "{task} drops at the adapter: how much worse its {score} is than the encoder's",
+    "recovery": "LLM layers recover it after the adapter: how much better the best layer's {score} is than its",
+    "layer_gain": "The encoder's layers make it readable: how much better the best layer's {score} is than that of the "
+    "patch embeddings",
+    "over_last": "A layer reads better than the last one: how much better the best layer's {score} is than the last's",
+}
 
 
-def read_task_runs(paths: Iterable[str]) -> list[FinishedRun]:
-    """Return the runs of `probes report --tasks`: folders, or NAME=FOLDER, which names the model.
+def read_task_studies(paths: Iterable[str]) -> list[StudyRuns]:
+    """Return the studies of `probes report --tasks`: of folders, or NAME=FOLDER, which names the model.
 
     Raises:
-        UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed, or of all
-            these but the mask with other probes.
+        UserError: A run is of segmentation, or runs do not fit together, see :func:`read_studies`.
     """
-    runs = [read_run(path, FinishedRun) for path in paths]
-    for run in runs:
-        if run.task_name == SEGMENTATION:
+    studies = read_studies(paths, FinishedRun)
+    for study in studies:
+        if study.task.name == SEGMENTATION:
             raise UserError(
-                f"{run.path} is a run of {SEGMENTATION}; expected one of another task (--tasks)"
+                f"{study.first.path} is a run of {SEGMENTATION}; expected one of another task (--tasks)"
             )
-    seen = {}
-    for run in runs:
-        compared = (run.task_name, model_name(run), run.metrics["dataset"], run.metrics["seed"])
-        check_same_probes(seen.setdefault(compared, run), run)
-        key = (*compared, run.metrics["image_attention"], run.arm == "trained")
-        if seen.setdefault(key, run) is not run:
-            raise UserError(
-                f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one"
-            )
-    return runs
+    return studies
 
 
-def task_results(runs: list[FinishedRun]) -> list[dict[str, Any]]:
+def task_results(studies: list[StudyRuns]) -> list[Entry]:
     """Return the entry "tasks" of results.json, one entry per trained run.
 
-    Each has the scores by site, "adapter_drop" and "recovery" with intervals ("layer_gain" and "over_last" of a bare
-    encoder), and "recovery_beyond_control" ("layer_gain_beyond_control") if there is a run of the same task and mask
-    with random weights; "control_is" says which. "unit" is the site whose score is 1 in the figure, or None.
-
-    Raises:
-        UserError: A run has two controls, or one on images that were read in another way.
+    Each has the scores by site of the run, and of the models with "random" weights under the same mask; "claims" as
+    :func:`evaluate_claims` returns them; and "unit", the site whose score is 1 in the figure, or None.
     """
-    key_of = study_keys([run for run in runs if run.arm == "trained"])
-
-    def pair_key(run):
-        return (
-            *key_of(run),
-            *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
-        )
-
-    controls: dict[tuple, FinishedRun] = {}
-    for run in (run for run in runs if run.arm != "trained"):
-        if (other := controls.setdefault(pair_key(run), run)) is not run:
-            raise UserError(
-                f"{other.path} and {run.path} are two controls of the same runs; pass one"
-            )
-    trained = {pair_key(run): run for run in runs if run.arm == "trained"}
-    for control in (control for key, control in controls.items() if key not in trained):
-        log.warning(
-            "%s is left out: no run of the trained model has its task, mask, seed and images",
-            control.path,
-        )
-    return [_entry(run, controls.get(key)) for key, run in trained.items()]
+    return [entry for study in studies for entry in _study_entries(study)]
 
 
-def _entry(run: FinishedRun, control: FinishedRun | None) -> dict[str, Any]:
-    own = {name: run.effects[name] for name in EFFECTS if name in run.effects}
-    score = run.task.score
-    if control:
-        check_same_images(run, control)
-        check_same_settings(run, control)
-        if control.arm != "adapter":
-            check_same_layers(run, control)
-            check_differ(run, control, control.sites[1:], "random weights have changed nothing")
-        for name in BEYOND_CONTROL:
-            if name in own and name in control.effects:
-                own[f"{name}_beyond_control"] = own[name] - control.effects[name]
-    return {
-        "task": run.task_name,
-        "model": model_name(run),
-        "dataset": run.metrics["dataset"],
-        "score": score,
-        "better": run.metrics["scores"][score],
-        "image_attention": run.metrics["image_attention"],
-        "seed": run.metrics["seed"],
-        "has_llm": run.has_llm,
-        "unit": _unit_site(run),
-        "sites": _sites(run),
-        "control": _sites(control) if control else None,
-        "control_is": control.arm if control else None,
-        **{name: effect.json() for name, effect in own.items()},
-    }
+def _study_entries(study: StudyRuns) -> list[Entry]:
+    claims = evaluate_claims(study)
+    task = study.task
+    entries = []
+    for mask, run in study.main_runs.items():
+        of_mask = [claim for claim in claims if claim["image_attention"] == mask]
+        entry = {
+            "task": task.name,
+            "model": study.name,
+            "dataset": study.dataset,
+            "score": task.score,
+            "better": "higher" if task.sign > 0 else "lower",
+            "image_attention": mask,
+            "seed": run.metrics["seed"],
+            "has_llm": run.has_llm,
+            "unit": _unit_site(run),
+            "sites": _sites(run),
+            "random": _random_scores(study, mask),
+            "claims": [claim | {"text": _claim_text(claim["claim"], task)} for claim in of_mask],
+        }
+        entries.append(entry)
+    return entries
+
+
+def _claim_text(claim: str, task: Task) -> str:
+    """Return what a claim says of a task."""
+    text = TEXTS.get(claim, CLAIMS[claim].text)
+    return text.replace("{task}", task.name.capitalize()).replace(
+        "{score}", task.labels[task.score]
+    )
 
 
 def _unit_site(run: FinishedRun) -> str | None:
@@ -131,6 +102,7 @@ def last_layer(sites: list[str]) -> str | None:
 
 
 def _sites(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return the main score of a run at each site."""
     score = run.task.score
     return [
         {
@@ -142,66 +114,144 @@ def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     ]
 
 
-def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:
-    """Return a row of text per entry of :func:`task_results` that is of an MLLM.
+def _random_scores(study: StudyRuns, mask: str) -> list[dict[str, Any]]:
+    """Return the scores of the models with random weights under a mask, with the kind of probes of the trained one."""
+    solved = study.main_runs[mask].is_solved
+    return [
+        {
+            "weights": run.arm,
+            "draw": run.metrics.get("draw", 0),
+            "sites": _sites(run),
+        }
+        for run in study.members
+        if run.arm != "trained" and run.is_solved == solved and _mask_of(run) == mask
+    ]
 
-    Args:
-        results: The entries.
-        label: Names of scores in reports, by task and score.
-    """
+
+def _mask_of(run: FinishedRun) -> str:
+    return run.metrics["image_attention"]
+
+
+def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:
+    """Return the claims of each task over the seeds of a model, see :func:`joint_studies`, with its "task"."""
+    joint = []
+    for name in dict.fromkeys(study.task.name for study in studies):
+        of_task = [study for study in studies if study.task.name == name]
+        results = [{"claims": _claims_of(study, entries)} for study in of_task]
+        joint += [{"task": name} | result for result in joint_studies(of_task, results)]
+    return joint
+
+
+def _claims_of(study: StudyRuns, entries: list[Entry]) -> list[dict[str, Any]]:
+    """Return the claims of a study, from the entries of its masks."""
+    own = (study.task.name, study.name, study.dataset, study.first.metrics["seed"])
+    return [
+        claim
+        for entry in entries
+        if (entry["task"], entry["model"], entry["dataset"], entry["seed"]) == own
+        for claim in entry["claims"]
+    ]
+
+
+def task_score_rows(entries: list[Entry]) -> Rows:
+    """Return a row for each score: of the trained run at each site, and of models with random weights."""
     rows = []
-    for entry in results:
-        if not entry["has_llm"]:
-            continue
-        scores = _score_texts(entry)
-        rows.append(
-            {key: entry[key] for key in ("task", "model", "dataset")}
-            | {"score": _score_name(entry, label)}
-            | {"mask": entry["image_attention"], "seed": str(entry["seed"])}
-            | {name: scores.get(name, "-") for name in ("encoder", "adapter")}
-            | {"drop": _effect_text(entry, "adapter_drop")}
-            | {"recovery": _effect_text(entry, "recovery")}
-            | {"beyond_control": _effect_text(entry, "recovery_beyond_control")}
-            | {"control": entry["control_is"] or "-"}
-        )
+    for entry in entries:
+        common = {
+            key: entry[key] for key in ("task", "model", "dataset", "seed", "image_attention")
+        }
+        trained = {"weights": "trained", "draw": None, "sites": entry["sites"]}
+        for run in (trained, *entry["random"]):
+            about = common | {"weights": run["weights"], "draw": run["draw"]}
+            rows += [
+                about
+                | {"site": row["site"], "score": entry["score"], "value": row["value"]}
+                | bounds(row["ci95"])
+                for row in run["sites"]
+            ]
     return rows
 
 
-def encoder_task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:
-    """Return a row of text per entry of :func:`task_results` that is of a bare encoder.
-
-    Args:
-        results: The entries.
-        label: Names of scores in reports, by task and score.
-    """
+def task_claim_rows(entries: list[Entry]) -> Rows:
+    """Return a row for each claim, in the units of its score; see :func:`probes.report.tables.claim_rows`."""
     rows = []
-    for entry in results:
-        if entry["has_llm"]:
-            continue
-        scores = _score_texts(entry)
-        rows.append(
-            {key: entry[key] for key in ("task", "model", "dataset")}
-            | {"score": _score_name(entry, label), "seed": str(entry["seed"])}
-            | {"patch_embeddings": scores.get(PATCHES, "-")}
-            | {"last_layer": scores.get(entry["unit"], "-")}
-            | {"best_over_patches": _effect_text(entry, "layer_gain")}
-            | {"best_over_last": _effect_text(entry, "over_last")}
-            | {"beyond_control": _effect_text(entry, "layer_gain_beyond_control")}
-            | {"control": entry["control_is"] or "-"}
-        )
+    for entry in entries:
+        common = {key: entry[key] for key in ("task", "model", "dataset", "seed")}
+        rows += [common | row for row in claim_rows(entry["claims"])]
     return rows
 
 
-def _score_texts(entry: dict[str, Any]) -> dict[str, str]:
-    """Return the score of an entry at each site as text."""
-    return {row["site"]: f"{row['value']:.3g}" for row in entry["sites"]}
+def claim_texts(entries: list[Entry]) -> Rows:
+    """Return a row of text for each claim, in the units of its score."""
+    rows = []
+    for entry in entries:
+        task = TASKS[entry["task"]]
+        about = {
+            "task": entry["task"],
+            "model": entry["model"],
+            "dataset": entry["dataset"],
+            "score": f"{task.labels[entry['score']]}, {entry['better']} is better",
+            "attention": entry["image_attention"] if entry["has_llm"] else "–",
+            "seed": str(entry["seed"]),
+        }
+        rows += [about | _claim_cells(claim) for claim in entry["claims"]]
+    return rows
 
 
-def _score_name(entry: dict[str, Any], label: dict[str, dict[str, str]]) -> str:
-    """Return the name of an entry's score, and which way it is better."""
-    return f"{label[entry['task']][entry['score']]}, {entry['better']} is better"
+def joint_claim_texts(joint: list[dict[str, Any]]) -> Rows:
+    """Return a row of text for each claim over seeds."""
+    return [
+        {
+            "task": result["task"],
+            "model": result["model"],
+            "dataset": result["dataset"],
+            "seeds": ", ".join(map(str, result["seeds"])),
+            "attention": claim["image_attention"],
+        }
+        | _claim_cells(claim)
+        for result in joint
+        for claim in result["claims"]
+    ]
 
 
-def _effect_text(entry: dict[str, Any], name: str) -> str:
-    """Return an effect of an entry with its interval, or "-"."""
-    return estimate_text(entry[name]) if name in entry else "-"
+def _claim_cells(claim: dict[str, Any]) -> dict[str, str]:
+    """Return name, numbers and finding of a claim as text."""
+    optimum = claim["verdicts"]["optimum"]
+    measured = claim if optimum["ci95"] is None else optimum
+    beyond = claim["verdicts"]["beyond_random"]
+    return {
+        "claim": CLAIMS[claim["claim"]].name,
+        "effect": "–" if measured["ci95"] is None else estimate_text(measured),
+        "beyond_random": "–" if beyond["ci95"] is None else estimate_text(beyond),
+        "p": format_p(claim["p"]),
+        "finding": claim["finding"],
+    }
+
+
+def task_notes(entries: list[Entry]) -> list[str]:
+    """Return from where on an effect counts, by task, and why columns are untested; the paper has no such claims."""
+    tasks = [TASKS[name] for name in dict.fromkeys(entry["task"] for entry in entries)]
+    notes = [
+        f"{task.name.capitalize()}: at the optimum and beyond random, an effect counts from {task.margin:g} of "
+        f"{task.labels[task.score]}."
+        for task in tasks
+    ]
+    reasons = [
+        reason
+        for entry in entries
+        for claim in entry["claims"]
+        for reason in verdict_reasons({k: v for k, v in claim["verdicts"].items() if k != "paper"})
+    ]
+    return [*notes, *dict.fromkeys(reasons)]
+
+
+def format_tasks(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
+    """Return the claims about other tasks as lines for the terminal."""
+    lines = []
+    for rows in (claim_texts(entries), joint_claim_texts(joint)):
+        if rows:
+            shown = ["task", "seeds" if "seeds" in rows[0] else "attention"]
+            shown += ["claim", "effect", "beyond_random", "finding"]
+            titles = [key.replace("_", " ") for key in shown]
+            lines += [*align_rows([titles, *([row[key] for key in shown] for row in rows)]), ""]
+    return [*lines, *task_notes(entries)] if lines else []

@@ -21,10 +21,11 @@ from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
 from probes.evaluation.estimate import Estimate
 from probes.results.comparable import check_pair
+from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
-from probes.results.probe_run import ProbeRun
 from probes.results.steps import study_folder
 from probes.results.study import MASKS, StudyRuns
+from probes.tasks import SEGMENTATION
 
 from .strengths import path_rows
 from .truth import read_truth
@@ -97,7 +98,9 @@ def _entry(
     key = (claim, mask)
     number = numbers.main.paper[key]
     control = numbers.control.paper.get(key)
-    truth = read_truth(study.main_runs[mask], CLAIMS).get(claim)
+    truth = None
+    if study.task.name == SEGMENTATION:  # what is known of a world is about its classes
+        truth = read_truth(study.main_runs[mask], CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
@@ -124,7 +127,7 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
     effects = {str(run.path): read_effects(run) for run in study.members}
     tokens = compared_tokens(effects.values())
 
-    def numbers_of(runs: Mapping[str, ProbeRun], site: str | None) -> Numbers:
+    def numbers_of(runs: Mapping[str, FinishedRun], site: str | None) -> Numbers:
         return measure_runs(runs, effects, site, tokens)
 
     controls = {mask: run for mask in study.main_runs if (run := study.control(mask))}
@@ -138,8 +141,11 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
         solved_site = next((run.peak_layer for run in study.solved.values()), None)
         solved = numbers_of(study.solved, solved_site)
         _add_recovery_trained(solved, numbers_of(study.solved_untrained, solved_site))
+    kinds = [("solved", solved, solved_site)]
+    if not study.first.is_solved:
+        kinds.append(("trained", main, main_site))
     beyond = {}
-    for kind, numbers, site in (("solved", solved, solved_site), ("trained", main, main_site)):
+    for kind, numbers, site in kinds:
         draws = {
             part: [numbers_of(runs, site) for runs in study.random_draws(part, kind == "solved")]
             for part in ("llm", "adapter")
@@ -175,7 +181,7 @@ def _random_part(claim: str) -> str:
 
 
 def measure_runs(
-    runs: Mapping[str, ProbeRun],
+    runs: Mapping[str, FinishedRun],
     effects: Mapping[str, Mapping[str, Estimate]],
     site: str | None,
     tokens: str,
@@ -213,7 +219,7 @@ def measure_runs(
     return numbers
 
 
-def _with_images(estimate: Estimate, run: ProbeRun) -> Estimate:
+def _with_images(estimate: Estimate, run: FinishedRun) -> Estimate:
     """Return an estimate that says what it is a mean over: of a run's own scores, the images."""
     return replace(estimate, about={"n": {"images": run.metrics["images"]}} | dict(estimate.about))
 
@@ -223,7 +229,7 @@ def _add_differences_of_masks(
     causal: Mapping[str, Estimate],
     bidirectional: Mapping[str, Estimate],
     site: str,
-    run: ProbeRun,
+    run: FinishedRun,
 ) -> None:
     """Add the claims that are differences of masks, from the effects of both at a site; `run` is the causal one."""
     for name, claim in CLAIMS.items():
@@ -284,7 +290,8 @@ def _optimum_column(
         return untested(f"no solved probes: run {_command('solve', study, missing[0])}")
     if path:
         controls = [study.solved_untrained.get(mask)] if claim == "recovery_trained" else []
-        return path_column(sign, path, why_unconverged([solved[mask], *controls], claim))
+        reason = why_unconverged([solved[mask], *controls], claim)
+        return path_column(sign, path, reason, study.task.margin)
     if claim == "recovery_trained":
         options = "--model.untrained '[adapter, llm]'"
         return untested(
@@ -297,16 +304,16 @@ def _optimum_column(
         return untested(_no_contrast(solved[mask]))
     measured = estimate.json()
     if claim in WITHOUT_PROBES:
-        return margin_column(sign, **measured)
+        return margin_column(sign, **measured, margin=study.task.margin)
     if reason := why_unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
-    more = {}
+    more = {"margin": study.task.margin}
     if over_pairs := estimate.about.get("over_pairs"):
-        more = {"over_pairs": over_pairs, "tokens": numbers.tokens}
+        more |= {"over_pairs": over_pairs, "tokens": numbers.tokens}
     return margin_column(sign, **measured, **more)
 
 
-def _not_analysed(claim: str, run: ProbeRun) -> str:
+def _not_analysed(claim: str, run: FinishedRun) -> str:
     """Return why a claim of an analysis has no number at the optimum, and what to do."""
     name = ANALYSIS_OF[claim]
     missing = f"no {name} of the solved probes: run"
@@ -315,7 +322,7 @@ def _not_analysed(claim: str, run: ProbeRun) -> str:
     return f"{missing} `probes {name} --probes {quote(str(run.path))}`"
 
 
-def _no_contrast(run: ProbeRun) -> str:
+def _no_contrast(run: FinishedRun) -> str:
     return (
         f"the knockout of {run.path} has no two classes that are mistaken for each other, in enough images: run "
         f"`probes knockout --probes {quote(str(run.path))} --classes` with both classes of a pair"
@@ -343,7 +350,8 @@ def _beyond_random_column(
             masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
             others = [found[claim, of, kind] for of in masks if of != mask and part == "llm"]
             same = {"same_draws_as": masks[0]} if part == "adapter" and masks[0] != mask else {}
-            judged = judge_draws(CLAIMS[claim].sign, compared, others) | {"probes": kind} | same
+            judged = judge_draws(CLAIMS[claim].sign, compared, others, study.task.margin)
+            judged |= {"probes": kind} | same
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
             reason = None if claim in WITHOUT_PROBES else why_unconverged(runs, claim)
@@ -402,6 +410,8 @@ def _command(
     )
     mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""
     model = f"--model.mllm {quote(run.metrics['mllm'])}{mask_option}"
+    if study.task.name != SEGMENTATION:
+        model = f"--data.task {study.task.name} {model}"
     options = f"{options} " * bool(options) + model
     data = run.manifest["data"]
     config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"

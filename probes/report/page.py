@@ -37,10 +37,20 @@ from probes.results.probe_run import ProbeRun
 from probes.results.runs import finished_runs, open_run
 from probes.results.steps import describe_steps, unfinished_steps
 from probes.results.study import StudyRuns, model_name, overridden_masks, read_studies
-from probes.tasks import SEGMENTATION, TASKS
+from probes.tasks import SEGMENTATION
 
 from . import latex, summary_text, tables
-from .beyond_classes import encoder_task_table, read_task_runs, task_results, task_table
+from .beyond_classes import (
+    claim_texts,
+    format_tasks,
+    joint_claim_texts,
+    joint_tasks,
+    read_task_studies,
+    task_claim_rows,
+    task_notes,
+    task_results,
+    task_score_rows,
+)
 from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
@@ -130,23 +140,23 @@ def write_report(
     Args:
         paths: See :func:`read_studies`.
         timings: A log of lines "start end step", for the total wall time.
-        task_runs: Runs of other tasks than segmentation.
+        task_runs: The same, of other tasks than segmentation.
         unfinished: Steps that have no result, see :func:`unfinished_steps`.
     """
-    others = read_task_runs(task_runs)
+    task_studies = read_task_studies(task_runs)
     studies = read_studies(paths)
     out = Path(out)
-    warn_of_changed_data([*(study.first for study in studies), *others])
+    warn_of_changed_data(study.first for study in (*studies, *task_studies))
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
         wall_s = summary_text.total_wall_s(Path(timings)) if timings else None
-        return _write_files(studies, out, wall_s, others, [*unfinished])
+        return _write_files(studies, out, wall_s, task_studies, [*unfinished])
 
 
 def _write_files(
     studies: list[StudyRuns],
     out: Path,
     wall_s: float | None,
-    task_runs: list[FinishedRun],
+    task_studies: list[StudyRuns],
     unfinished: list[dict[str, str]],
 ) -> dict[str, Any]:
     single = len(studies) == 1
@@ -154,12 +164,10 @@ def _write_files(
     parts = [
         _build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies
     ]
-    tasks = task_results(task_runs)
+    tasks = task_results(task_studies)
+    joint_of_tasks = joint_tasks(task_studies, tasks)
     table2 = tables.table2([s for s in studies if s.first.has_llm])
-    task_labels = {name: task.labels for name, task in TASKS.items()}
-    task_rows = task_table(tasks, task_labels)
-    encoder_task_rows = encoder_task_table(tasks, task_labels)
-    task_tables = {"tasks_table": task_rows, "encoder_tasks_table": encoder_task_rows}
+    task_tables = {"task_scores": task_score_rows(tasks), "task_claims": task_claim_rows(tasks)}
     files |= _csv_files({"table2": table2} | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
@@ -170,9 +178,10 @@ def _write_files(
         joint=joint,
         overview=[] if single else _draw(overview_figures(studies), out, files),
         table2=table2,
-        task_figures=_draw(task_figures(task_runs, tasks), out, files),
-        task_rows=task_rows,
-        encoder_task_rows=encoder_task_rows,
+        task_figures=_draw(task_figures(task_studies, tasks), out, files),
+        task_claims=claim_texts(tasks),
+        joint_task_claims=joint_claim_texts(joint_of_tasks),
+        task_notes=task_notes(tasks),
         paper=PAPER,
         wall_s=wall_s,
         columns=summary_text.COLUMN_TITLES,
@@ -186,7 +195,7 @@ def _write_files(
         "joint": joint,
     }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
-    results |= {"tasks": tasks} if tasks else {}
+    results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}
     results |= {"unfinished": unfinished} if unfinished else {}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)
@@ -276,7 +285,9 @@ def run(args: argparse.Namespace) -> None:
         entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)
     ]
     results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
-    print(f"{summary_text.format_results(results)}\n{Path(args.out) / 'index.html'}")
+    lines = [summary_text.format_results(results)]
+    lines += format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
+    print("\n".join([*lines, str(Path(args.out) / "index.html")]))
 
 
 def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:

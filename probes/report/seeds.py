@@ -17,6 +17,7 @@ from probes.results.study import StudyRuns
 from .verdicts import (
     COLUMNS,
     HOLDS,
+    MARGIN,
     UNTESTED,
     column,
     conclude,
@@ -46,7 +47,11 @@ def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> li
             "dataset": dataset,
             "seeds": [study.seed for study in members],
         }
-        | _joint_claims({study.seed: claims[study.slug] for study in members}, shared(members))
+        | _joint_claims(
+            {study.seed: claims[study.slug] for study in members},
+            shared(members),
+            members[0].task.margin,
+        )
         for (model, dataset), members in studies_by_model(studies).items()
     ]
 
@@ -61,7 +66,9 @@ def studies_by_model(studies: list[StudyRuns]) -> dict[tuple[str, str], list[Stu
 
 
 def _joint_claims(
-    claims_by_seed: dict[int, list[dict[str, Any]]], shared_images: bool
+    claims_by_seed: dict[int, list[dict[str, Any]]],
+    shared_images: bool,
+    margin: float,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
     by_key = {
@@ -85,14 +92,15 @@ def _joint_claims(
         if len(entries) < 2:
             continue
         sign = CLAIMS[claim].sign
-        text = CLAIMS[claim].text
+        text = next(iter(entries.values()))["text"]
         truths = {entry.get("truth") for entry in entries.values()}
         columns = {
             name: {seed: entry["verdicts"][name] for seed, entry in entries.items()}
             for name in COLUMNS
         }
         verdicts = {
-            name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()
+            name: join_column(sign, by_seed, shared_images, margin)
+            for name, by_seed in columns.items()
         }
         # the numbers of the main runs
         value = verdicts["paper"]["value"]
@@ -122,7 +130,10 @@ def _count_seeds(verdicts: dict[str, dict[str, Any]], seeds: int) -> dict[str, i
 
 
 def join_column(
-    sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool
+    sign: int,
+    by_seed: dict[int, dict[str, Any]],
+    shared_images: bool,
+    margin: float = MARGIN,
 ) -> dict[str, Any]:
     """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
 
@@ -166,6 +177,7 @@ def join_column(
             value,
             ci95,
             len(entries) - 1,
+            margin,
             **more,
         )
     # the column "paper"

@@ -16,8 +16,8 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import EFFECTS
 from probes.evaluation.strengths import ROWS
+from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
-from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
 
@@ -31,7 +31,9 @@ def path_rows(study: StudyRuns) -> Rows:
     ]
 
 
-def _effects_by_row(run: ProbeRun, control: ProbeRun | None) -> dict[str, dict[str, Estimate]]:
+def _effects_by_row(
+    run: FinishedRun, control: FinishedRun | None
+) -> dict[str, dict[str, Estimate]]:
     """Return the effects of a run by name and row; with a control also "recovery_trained", recovery minus its own."""
     by_effect = {effect: _at_rows(run, effect) for effect in EFFECTS}
     if control:
@@ -43,7 +45,7 @@ def _effects_by_row(run: ProbeRun, control: ProbeRun | None) -> dict[str, dict[s
     return {effect: by_row for effect, by_row in by_effect.items() if by_row}
 
 
-def _at_rows(run: ProbeRun, effect: str) -> dict[str, Estimate]:
+def _at_rows(run: FinishedRun, effect: str) -> dict[str, Estimate]:
     named = {row: run.effects.get(f"{effect}@{row}") for row in ROWS}
     return {row: estimate for row, estimate in named.items() if estimate}
 

@@ -179,7 +179,7 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
     reasons = dict.fromkeys(
         reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
     )
-    return "\n".join([*_align(rows), *claim_notes(claims), *reasons])
+    return "\n".join([*align_rows(rows), *claim_notes(claims), *reasons])
 
 
 def format_sites(sites: Rows) -> list[str]:
@@ -197,10 +197,10 @@ def format_sites(sites: Rows) -> list[str]:
     keys.append("best")
     rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
     rows += [[row[key] for key in keys] for row in shown]
-    return [*_align(rows), "", *describe_sites(sites)]
+    return [*align_rows(rows), "", *describe_sites(sites)]
 
 
-def _align(rows: list[list[str]]) -> list[str]:
+def align_rows(rows: list[list[str]]) -> list[str]:
     """Return rows of equally many cells as lines whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

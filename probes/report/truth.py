@@ -10,14 +10,14 @@ from typing import Any
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
-from probes.results.probe_run import ProbeRun
+from probes.results.finished_run import FinishedRun
 
 FILE = "truth.json"
 TRUTHS = ("planted", "absent")
 OTHER_CLAIMS = ("answers", "depth")  # which a report does not judge
 
 
-def read_truth(run: ProbeRun, claims: Iterable[str]) -> dict[str, str]:
+def read_truth(run: FinishedRun, claims: Iterable[str]) -> dict[str, str]:
     """Return the truth about each claim that the run's data or checkpoint record; {} for those that do not.
 
     Raises:

@@ -8,8 +8,8 @@
     beyond_random  the claim's number minus that of random models which change the states as much
 
 A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
-"does not hold". In the last two columns the value must also be at least `MARGIN`. A column whose runs are missing is
-"untested", and its "reason" names the command to run.
+"does not hold". In the last two columns the value must also be at least the task's margin. A column whose runs are
+missing is "untested", and its "reason" names the command to run.
 
     supported                   holds at the optimum and beyond random
     artefact of the instrument  holds as the paper measures it, but not at the optimum
@@ -34,7 +34,8 @@ import scipy.stats
 from llava_bidir.common.bootstrap import holm
 from probes.evaluation.estimate import Estimate, p_value, standard_error
 from probes.models.sites import ADAPTER, ENCODER
-from probes.results.probe_run import ProbeRun
+from probes.results.finished_run import FinishedRun
+from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS = "holds"
@@ -44,9 +45,8 @@ UNTESTED = "untested"
 SUPPORTED = "supported"
 ARTEFACT = "artefact of the instrument"
 
-# The smallest effect that is a finding: one point of mIoU or accuracy, or of the share of patches left wrong. The drop
-# that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
-MARGIN = 0.01
+# The smallest effect that is a finding, of claims about classes: a point of mIoU, accuracy, or of patches left wrong.
+MARGIN = TASKS[SEGMENTATION].margin
 ALPHA = 0.05  # level of p-values
 POWER = 0.8  # at which an effect counts as detectable
 
@@ -147,7 +147,7 @@ def describe_finding(claim: dict[str, Any]) -> str:
     return claim["conclusion"]
 
 
-def why_unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
+def why_unconverged(runs: Iterable[FinishedRun | None], claim: str) -> str | None:
     """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
     for run in filter(None, runs):
         names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
@@ -161,7 +161,12 @@ def why_unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
     return None
 
 
-def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
+def path_column(
+    sign: int,
+    rows: list[dict[str, Any]],
+    reason: str,
+    margin: float = MARGIN,
+) -> dict[str, Any]:
     """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
     It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count;
@@ -174,7 +179,7 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
     def ci95(row):
         return (row["low"], row["high"])
 
-    verdicts = {judge(sign, row["value"], ci95(row), MARGIN) for row in converged}
+    verdicts = {judge(sign, row["value"], ci95(row), margin) for row in converged}
     worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
     if verdicts == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
@@ -189,11 +194,11 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
         sign,
         worst["value"],
         ci95(worst),
-        MARGIN,
+        margin,
         **more,
     )
     if len(verdicts) > 1:  # holds at some strengths only
-        entry |= {"verdict": FAILS, "detectable": detectable(ci95(worst), MARGIN)}
+        entry |= {"verdict": FAILS, "detectable": detectable(ci95(worst), margin)}
     return entry
 
 
@@ -202,6 +207,7 @@ def margin_column(
     value: float,
     ci95: Sequence[float],
     df: float = math.inf,
+    margin: float = MARGIN,
     **more: Any,
 ) -> dict[str, Any]:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
@@ -209,7 +215,7 @@ def margin_column(
         sign,
         value,
         ci95,
-        MARGIN,
+        margin,
         p=p_value(sign, value, [standard_error(ci95, df)]),
         **more,
     )
@@ -248,7 +254,12 @@ def interval_over_draws(
     return ci95, (error, df)
 
 
-def judge_draws(sign: int, compared: Estimate, others: Sequence[Estimate] = ()) -> dict[str, Any]:
+def judge_draws(
+    sign: int,
+    compared: Estimate,
+    others: Sequence[Estimate] = (),
+    margin: float = MARGIN,
+) -> dict[str, Any]:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     own = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)
@@ -259,4 +270,4 @@ def judge_draws(sign: int, compared: Estimate, others: Sequence[Estimate] = ()) 
         "df_of_draws": of_draws[1],
         "p": p_value(sign, compared.value, [standard_error(own), of_draws]),
     }
-    return column(sign, compared.value, ci95, MARGIN, **more, ci95_without_draws=own)
+    return column(sign, compared.value, ci95, margin, **more, ci95_without_draws=own)

@@ -4,10 +4,9 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
 
 from .finished_run import FinishedRun
-from .probe_run import ProbeRun
 
 
-def check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
+def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
     """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
         if (own := run.metrics["image_attention"]) != mask:

@@ -35,7 +35,7 @@ from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import effects_by_row, layer_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
-from probes.evaluation.strengths import Strengths
+from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.models.sites import ADAPTER, is_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
@@ -216,12 +216,12 @@ class FinishedRun:
     @property
     def instrument(self) -> str:
         """How the probes were solved: "closed_form" for least squares, else "optimum"."""
-        return "optimum" if self.metrics["path"].get("optimum") else "closed_form"
+        return "optimum" if self.metrics["path"].get("optimum") else CLOSED_FORM
 
     @property
     def strengths(self) -> Strengths:
         """The path of strengths of a run of `probes solve`."""
-        return Strengths(self.site_paths, self.task.score)
+        return Strengths(self.site_paths, self.task.score, self.instrument == CLOSED_FORM)
 
     @cached_property
     def effects(self) -> dict[str, Estimate]:

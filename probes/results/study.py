@@ -1,4 +1,4 @@
-"""Group the runs of a report by model and dataset, then by attention mask, trained and untrained.
+"""Group the runs of a report by task, model and dataset, then by attention mask, trained and untrained.
 
 Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of
 `probes fit` train theirs with AdamW. Where a study has both, the page shows the trained probes and compares the solved
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
+from probes.tasks import SEGMENTATION, Task
 
 from .comparable import (
     check_same_images,
@@ -35,12 +36,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StudyRuns:
-    """One model on one dataset: its runs, the paper's masks first. What a run is says its metrics.json."""
+    """One model on one dataset: its runs of one task, the paper's masks first. What a run is says its metrics.json."""
 
     name: str  # of the model
     dataset: str
     seed: int | None = None  # if the report has several
-    members: list[ProbeRun] = field(default_factory=list)
+    members: list[FinishedRun] = field(default_factory=list)
 
     def __post_init__(self):
         """Sort the runs, and leave out trained probes where more masks have solved ones.
@@ -72,9 +73,9 @@ class StudyRuns:
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
 
-    def select(self, solved: bool, *arms: str) -> dict[str, ProbeRun]:
+    def select(self, solved: bool, *arms: str) -> dict[str, FinishedRun]:
         """Return by mask the first run of these arms with solved or trained probes."""
-        found: dict[str, ProbeRun] = {}
+        found: dict[str, FinishedRun] = {}
         for arm in arms:
             for run in self.members:
                 if run.arm == arm and run.is_solved == solved:
@@ -82,22 +83,22 @@ class StudyRuns:
         return found
 
     @property
-    def main_runs(self) -> dict[str, ProbeRun]:
+    def main_runs(self) -> dict[str, FinishedRun]:
         """The runs of the trained model by mask, with the kind of probes that more masks have (fitted, if as many)."""
         return max(self.select(False, "trained"), self.select(True, "trained"), key=len)
 
     @property
-    def solved(self) -> dict[str, ProbeRun]:
+    def solved(self) -> dict[str, FinishedRun]:
         """The runs of the trained model with solved probes; if no others are there, they are the main ones too."""
         return self.select(True, "trained")
 
     @property
-    def untrained(self) -> dict[str, ProbeRun]:
+    def untrained(self) -> dict[str, FinishedRun]:
         """The model, or its LLM, as it is before training; with trained probes if there are such."""
         return self.solved_untrained | self.select(False, *UNTRAINED)
 
     @property
-    def solved_untrained(self) -> dict[str, ProbeRun]:
+    def solved_untrained(self) -> dict[str, FinishedRun]:
         """The same with solved probes."""
         return self.select(True, *UNTRAINED)
 
@@ -107,21 +108,26 @@ class StudyRuns:
         return list(dict.fromkeys(run.metrics["image_attention"] for run in self.members))
 
     @property
-    def runs(self) -> list[ProbeRun]:
+    def runs(self) -> list[FinishedRun]:
         """Trained and untrained runs."""
         return [*self.main_runs.values(), *self.untrained.values()]
 
     @property
-    def random(self) -> list[ProbeRun]:
+    def random(self) -> list[FinishedRun]:
         """All other controls: further draws of the untrained model, random adapters, random and permuted LLMs."""
         untrained = [*self.untrained.values(), *self.solved_untrained.values()]
         others = [run for run in self.members if run.arm != "trained" and run not in untrained]
         return sorted(others, key=lambda run: not run.is_solved)
 
     @property
-    def first(self) -> ProbeRun:
+    def first(self) -> FinishedRun:
         """The first trained run, whose dataset and settings stand for the study."""
         return next(iter(self.main_runs.values()))
+
+    @property
+    def task(self) -> Task:
+        """The task of all runs."""
+        return self.first.task
 
     @property
     def model(self) -> str:
@@ -130,8 +136,9 @@ class StudyRuns:
 
     @property
     def title(self) -> str:
-        """Heading of the study on the page."""
-        return f"{self.model}, {self.dataset}"
+        """Heading of the study on the page, with its task unless that is the paper's."""
+        task = self.members[0].task_name
+        return f"{self.model}, {self.dataset}" + f", {task}" * (task != SEGMENTATION)
 
     @property
     def slug(self) -> str:
@@ -140,18 +147,18 @@ class StudyRuns:
             c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}"
         )
 
-    def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
+    def pair(self) -> tuple[FinishedRun, FinishedRun] | None:
         """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
         for runs in (self.main_runs, self.solved):
             if all(mask in runs for mask in MASKS):
                 return runs[MASKS[0]], runs[MASKS[1]]
         return None
 
-    def control(self, mask: str) -> ProbeRun | None:
+    def control(self, mask: str) -> FinishedRun | None:
         """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
         return self.select(self.main_runs[mask].is_solved, *UNTRAINED).get(mask)
 
-    def random_draws(self, part: str, solved: bool) -> list[dict[str, ProbeRun]]:
+    def random_draws(self, part: str, solved: bool) -> list[dict[str, FinishedRun]]:
         """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
 
         Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
@@ -160,7 +167,7 @@ class StudyRuns:
         arms = ("adapter", "untrained") if part == "adapter" else ("random",)
         if part == "llm" and not self.select(solved, "random"):
             arms = ("permuted",)
-        draws: dict[tuple[int, int], dict[str, ProbeRun]] = {}
+        draws: dict[tuple[int, int], dict[str, FinishedRun]] = {}
         for run in sorted(
             (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)
         ):
@@ -171,7 +178,7 @@ class StudyRuns:
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
-        seen: dict[tuple, ProbeRun] = {}
+        seen: dict[tuple, FinishedRun] = {}
         for run in self.members:
             mask = run.metrics["image_attention"]
             draw = run.metrics.get("draw", 0)
@@ -194,35 +201,36 @@ class StudyRuns:
             )
 
 
-def _control_order(run: ProbeRun) -> tuple[int, int]:
+def _control_order(run: FinishedRun) -> tuple[int, int]:
     """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
     return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
 
 
-def read_studies(paths: Iterable[str]) -> list[StudyRuns]:
-    """Read finished runs and group them into studies, in the order in which these first appear.
+def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> list[StudyRuns]:
+    """Read finished runs and group them into studies of one task, in the order in which these first appear.
 
     Args:
         paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
+        kind: Class of the runs, which reads those of segmentation only or those of any task.
 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
             report, or runs do not fit together.
     """
-    runs = [read_run(path, ProbeRun) for path in paths]
+    runs = [read_run(path, kind) for path in paths]
     members = {}
     key_of = study_keys(runs)
     for run in runs:
-        members.setdefault(key_of(run), []).append(run)
-    studies = [StudyRuns(*key, members=of_study) for key, of_study in members.items()]
+        members.setdefault((run.task_name, *key_of(run)), []).append(run)
+    studies = [StudyRuns(*key[1:], members=of_study) for key, of_study in members.items()]
     _check_folders_differ(studies)
-    # by dataset and seed: the run whose images all others must share
-    reference: dict[tuple, ProbeRun] = {}
+    # by task, dataset and seed: the run whose images all others must share
+    reference: dict[tuple, FinishedRun] = {}
     for study in studies:
         for run in study.members:
-            compared = reference.setdefault((study.dataset, study.seed), run)
+            compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
             check_same_images(compared, run)
-        first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
+        first: dict[bool, FinishedRun] = {}  # of the solved runs, and of the others
         for run in study.members:
             check_same_probes(first.setdefault(run.is_solved, run), run)
             check_same_settings(study.first, run)
@@ -235,10 +243,10 @@ def read_studies(paths: Iterable[str]) -> list[StudyRuns]:
 
 
 def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
-    """Return the studies of each model and dataset, one per seed."""
-    groups: dict[tuple[str, str], list[StudyRuns]] = {}
+    """Return the studies of each task, model and dataset, one per seed."""
+    groups: dict[tuple[str, str, str], list[StudyRuns]] = {}
     for study in studies:
-        groups.setdefault((study.name, study.dataset), []).append(study)
+        groups.setdefault((study.task.name, study.name, study.dataset), []).append(study)
     return list(groups.values())
 
 
@@ -256,7 +264,7 @@ def check_differ(
         )
 
 
-def _check_draws_differ(members: list[ProbeRun]) -> None:
+def _check_draws_differ(members: list[FinishedRun]) -> None:
     """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
     for i, run in enumerate(members):
         for other in members[:i]:
@@ -293,9 +301,9 @@ def _mask(run: FinishedRun) -> str:
 
 def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
     """Raise if two studies would be written to the same folder, as "a b" and "a_b" or "a, seed 1" and seed 1 of "a"."""
-    by_slug: dict[str, StudyRuns] = {}
+    by_folder: dict[tuple[str, str], StudyRuns] = {}
     for study in studies:
-        if (other := by_slug.setdefault(study.slug, study)) is not study:
+        if (other := by_folder.setdefault((study.task.name, study.slug), study)) is not study:
             raise UserError(
                 f"{other.title!r} and {study.title!r} would be written to the same folder, {study.slug}; "
                 "give the model of one another name: NAME=RUN"

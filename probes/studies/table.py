@@ -10,6 +10,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
 from probes.results.runs import finished_runs, open_run
+from probes.tasks import SEGMENTATION
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ class Study:
         return DataFrame(rows, columns=list(COLUMNS))
 
     def claims(self) -> "DataFrame":
-        """Return a row for each claim and mask: its conclusion, effect and interval, and the verdict of each column.
+        """Return a row for each claim, task and mask: conclusion, effect and interval, and the verdict of each column.
 
         Raises:
             UserError: There is no report yet.
@@ -66,7 +67,9 @@ class Study:
         file = Path(self.path) / "report" / "results.json"
         if not file.is_file():
             raise UserError(f"{file} does not exist; the study is not finished")
-        return DataFrame([row for study in _studies(read_json(file)) for row in _claim_rows(study)])
+        results = read_json(file)
+        judged = [*_studies(results), *results.get("tasks", [])]
+        return DataFrame([row for study in judged for row in _claim_rows(study)])
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
         """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
@@ -165,11 +168,13 @@ def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the claims of a study of classes, or of an entry of results.json["tasks"]."""
     for claim in study["claims"]:
         low, high = claim["ci95"] or (None, None)
         row = {
             "model": study["model"],
             "dataset": study["dataset"],
+            "task": study.get("task", SEGMENTATION),
             "mask": claim["image_attention"],
         }
         row |= {

@@ -33,6 +33,8 @@ class Task(ABC):
     scores: ClassVar[dict[str, bool]]
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
     highest: ClassVar[float] = math.inf  # that a score can be
+    # smallest difference of the main score that is a finding, chosen before any result
+    margin: ClassVar[float] = 0.0
     # by `probes solve`: least_squares, or cross_entropy (targets are classes)
     solved: ClassVar[str] = "least_squares"
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns

@@ -37,6 +37,7 @@ class Boundaries(ValueTask):
     channels = 2
     scores = {"f": True, "ap": True}
     labels = {"f": "F (best threshold)", "ap": "average precision"}
+    margin = 0.01  # one point, as of segmentation
     solved = "cross_entropy"
 
     def values(self, target: Tensor) -> Tensor:

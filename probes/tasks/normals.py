@@ -39,6 +39,7 @@ class Normals(ValueTask):
         "within_22": "within 22.5 degrees",
         "within_30": "within 30 degrees",
     }
+    margin = 1.0  # degree
 
     def values(self, target: Tensor) -> Tensor:
         """Return the vectors, f[B, H, W, 3]."""

@@ -30,6 +30,8 @@ class Segmentation(Task):
     scores = {"miou": True, "pacc": True}
     labels = {"miou": "mIoU", "pacc": "pixel accuracy"}
     highest = 1.0
+    # One point of mIoU. The drop that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
+    margin = 0.01
     solved = "cross_entropy"
     counted = BY_IMAGE
 

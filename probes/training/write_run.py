@@ -19,7 +19,7 @@ from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import effects_by_row, layer_effects, patch_accuracies
 from probes.evaluation.resampling import dataset_scores, resampled_scores
-from probes.evaluation.strengths import Strengths
+from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
@@ -164,7 +164,8 @@ def run_effects(
         groups,
     )
     if path:
-        strengths = Strengths(path.about[path.instrument]["sites"], task.score)
+        of_sites = path.about[path.instrument]["sites"]
+        strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
         sums = task.sums(counted | path.counted)
         effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
     if task.name == SEGMENTATION:

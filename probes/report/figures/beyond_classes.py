@@ -20,8 +20,8 @@ from probes.analyses.style import (
     mask_colour,
     site_depth,
 )
-from probes.results.finished_run import FinishedRun
 from probes.results.formatting import bounds
+from probes.results.study import StudyRuns
 
 Entry = dict[str, Any]
 
@@ -35,7 +35,7 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     for (title, of_task), ax in zip(panels.items(), axes, strict=True):
         for entry in of_task:
             rows += _draw_scores(ax, entry)
-        if any(entry["control"] for entry in of_task):
+        if any(entry["random"] for entry in of_task):
             ax.plot(
                 [],
                 [],
@@ -76,41 +76,50 @@ def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
-    """Draw an entry and its control, and return their rows."""
-    rows = []
+    """Draw the trained run of an entry and its random ones, and return their rows."""
     if entry["has_llm"]:
         colour = mask_colour(entry["image_attention"])
         name = entry["image_attention"]
     else:  # has no other mask that it could be compared with
         colour = COLOURS[0]
         name = "trained"
-    about = {key: entry[key] for key in ("task", "model", "dataset", "image_attention", "seed")}
-    for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
-        drawn = relative_scores(entry, sites)
-        label = name if kind == "trained" else None
-        x = [site_depth(row["site"]) for row in drawn]
-        values = [row["value"] for row in drawn]
-        band = [row["ci95"] for row in drawn] if kind == "trained" else None
-        draw_curve(ax, x, values, band, colour, style, label=label)
-        rows += [
-            about
-            | {
-                "weights": kind,
-                "site": row["site"],
-                "relative": row["value"],
-            }
-            | bounds(row["ci95"])
-            for row in drawn
-        ]
+    drawn = relative_scores(entry, entry["sites"])
+    band = [row["ci95"] for row in drawn]
+    draw_curve(ax, *_points(drawn), band, colour, "-", label=name)
+    rows = _csv_rows(entry, "trained", None, drawn)
+    for random in entry["random"]:
+        drawn = relative_scores(entry, random["sites"])
+        draw_curve(ax, *_points(drawn), None, colour, "--")
+        rows += _csv_rows(entry, random["weights"], random["draw"], drawn)
     return rows
 
 
-def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
+def _points(drawn: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return where the scores of sites stand, and the scores."""
+    return [site_depth(row["site"]) for row in drawn], [row["value"] for row in drawn]
+
+
+def _csv_rows(
+    entry: Entry,
+    weights: str,
+    draw: int | None,
+    drawn: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return what is drawn of a run as rows of a CSV file."""
+    about = {key: entry[key] for key in ("task", "model", "dataset", "image_attention", "seed")}
+    about |= {"weights": weights, "draw": draw}
+    return [
+        about | {"site": row["site"], "relative": row["value"]} | bounds(row["ci95"])
+        for row in drawn
+    ]
+
+
+def relative_scores(entry: Entry, sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return site, score and interval in units of the trained model's score at "unit"; inverted where lower is better.
 
     Args:
         entry: An entry of results.json["tasks"].
-        sites: "sites" or "control".
+        sites: Its "sites", or those of one of its "random" models.
     """
     (unit,) = (row["value"] for row in entry["sites"] if row["site"] == entry["unit"])
 
@@ -120,22 +129,22 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
         # the bound of an error can be below 0, where its inverse has no bound
         return unit / score if score > 0 else math.inf
 
-    rows = [row for row in entry[sites] or () if has_depth(row["site"])]
     return [
         {
             "site": row["site"],
             "value": relative(row["value"]),
             "ci95": sorted(map(relative, row["ci95"])),
         }
-        for row in rows
+        for row in sites
+        if has_depth(row["site"])
     ]
 
 
-def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
+def task_figures(studies: list[StudyRuns], results: list[Entry]) -> Figures:
     """Yield the figures of other tasks than segmentation.
 
     Args:
-        runs: Runs of tasks; those with `probes maps` have a figure.
+        studies: Runs of tasks; those with `probes maps` have a figure.
         results: Entry "tasks" of results.json.
     """
     drawn = [entry for entry in results if entry["unit"]]
@@ -144,11 +153,12 @@ def task_figures(runs: list[FinishedRun], results: list[Entry]) -> Figures:
             "tasks", "Other tasks by site",
             caption(
                 f"The main score of each task in units of {_unit_names(drawn)}'s; where lower is better, its inverse.",
-                "Dashed: random weights, one draw." if any(entry["control"] for entry in drawn) else "",
+                "Dashed: random weights, a line for each draw." if any(entry["random"] for entry in drawn) else "",
                 "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
             ),
             tasks_by_site(drawn), "wide",)  # fmt: skip
-    for i, run in enumerate(run for run in runs if run.analysis("maps.json")):
+    runs = [run for study in studies for run in study.members if run.analysis("maps.json")]
+    for i, run in enumerate(runs):
         mask = f"{run.metrics['image_attention']}, " * run.has_llm
         of = f"{run.task_name}, {mask}seed {run.metrics['seed']}"
         random = ", random weights" * (run.arm != "trained")

@@ -1,6 +1,7 @@
-"""The report's section on other tasks: effects against numpy, controls, the path, and what it shows."""
+"""The report's section on other tasks: effects against numpy, verdicts beyond random draws, and what it shows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -13,10 +14,11 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import FinishedRun
 from probes.cli import main
 from probes.report.beyond_classes import (
-    encoder_task_table,
-    read_task_runs,
+    claim_texts,
+    joint_tasks,
+    read_task_studies,
     task_results,
-    task_table,
+    task_score_rows,
 )
 from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
 
@@ -59,60 +61,106 @@ def test_drop_and_recovery_equal_numpy_on_the_sums(folders):
         np.testing.assert_allclose(ours[name].resampled.numpy(), expected, rtol=1e-6)
 
 
-def test_a_control_is_subtracted_and_named(
+def results_of(*runs) -> list[dict]:
+    return task_results(read_task_studies(map(str, runs)))
+
+
+def random_draws(folder, root, rmse: list[float], untrained: list[str], **more) -> list[str]:
+    """Write two draws of random weights, 0.01 m apart."""
+    draws = []
+    for draw in (0, 1):
+        metrics = {"untrained": untrained, "match": "update", "draw": draw} | more
+        if untrained == ["adapter"]:
+            metrics["match"] = "none"
+        path = folder / f"{untrained[0]}{draw}"
+        values = [value + 0.01 * draw for value in rmse]
+        draws.append(str(write_depth_run(path, values, root, seed=1 + draw, metrics=metrics)))
+    return draws
+
+
+@pytest.mark.parametrize(
+    ("random_rmse", "finding"),
+    [([0.5, 0.8, 0.79, 0.78, 0.8], "supported"), (RMSE, "not learned")],
+)
+def test_recovery_is_supported_only_beyond_random_llms(
+    random_rmse,
+    finding,
     segmentation,
-    folders,
     tmp_path,
-    caplog,
+    folders,
 ):
-    depth = FinishedRun(folders["depth"])
-    untrained = FinishedRun(folders["random"])
-    (entry,) = task_results([depth, untrained])
-    expected = depth.effects["recovery"].value - untrained.effects["recovery"].value
-    assert entry["recovery_beyond_control"]["value"] == pytest.approx(expected)
-    rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
-    metrics = {
-        "untrained": ["llm"],
-        "match": "update",
-        "draw": 0,
-    }
-    matched = FinishedRun(
-        write_depth_run(tmp_path / "matched", rmse, segmentation, metrics=metrics)
-    )
-    assert [task_results([depth, x])[0]["control_is"] for x in (matched, untrained)] == [
-        "random",
-        "untrained",
-    ]
-    other = FinishedRun(
-        write_depth_run(
-            tmp_path / "other",
-            rmse,
-            segmentation,
-            "bidirectional",
-            untrained=True,
+    """It is of 0.25 m; random LLMs recover 0.02 m, or as much."""
+    draws = random_draws(tmp_path, segmentation, random_rmse, ["llm"])
+    (entry,) = results_of(folders["depth"], *draws)
+    claims = {claim["claim"]: claim for claim in entry["claims"]}
+    recovery = claims["recovery"]
+    assert recovery["conclusion"] == finding
+    runs = [FinishedRun(path) for path in (folders["depth"], *draws)]
+    trained, first, second = (run.effects["recovery"].value for run in runs)
+    beyond = recovery["verdicts"]["beyond_random"]
+    assert beyond["value"] == pytest.approx(trained - (first + second) / 2)
+    assert "RMSE (m)" in recovery["text"]
+    assert claims["adapter_drop"]["conclusion"] == "untested", "no random adapter"
+    assert [random["draw"] for random in entry["random"]] == [0, 1]
+
+
+def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
+    """5 mm, with intervals a hundred times as short: significant, but depth counts from 0.01 m."""
+    run = write_depth_run(tmp_path / "depth", [0.5, 0.805, 0.8, 0.9, 0.9], segmentation)
+    sums = FinishedRun(run).sums.clone()
+    sums[..., 1] = torch.tensor([0.5, 0.805, 0.8, 0.9, 0.9])[:, None]
+    for name, kept in (
+        ("counts", {"sums": sums}),
+        ("path", {"closed_form/sums": sums.expand(4, *sums.shape)}),
+    ):
+        save_file({key: x.contiguous() for key, x in kept.items()}, run / f"{name}.safetensors")
+    (entry,) = results_of(run)
+    (recovery,) = (claim for claim in entry["claims"] if claim["claim"] == "recovery")
+    assert recovery["verdicts"]["optimum"]["value"] == pytest.approx(0.005)
+    assert recovery["verdicts"]["optimum"]["ci95"][0] > 0
+    assert recovery["verdicts"]["optimum"]["verdict"] == "does not hold"
+
+
+def test_claims_of_several_seeds_are_joined(segmentation, tmp_path):
+    runs = []
+    for seed in (0, 1):
+        metrics = {"seed": seed}
+        runs.append(
+            write_depth_run(
+                tmp_path / f"seed{seed}",
+                RMSE,
+                segmentation,
+                seed=seed,
+                metrics=metrics,
+            )
         )
-    )
-    assert len(task_results([depth, other])) == 1
-    assert f"{other.path} is left out" in caplog.text
+    studies = read_task_studies(map(str, runs))
+    entries = task_results(studies)
+    (joint,) = joint_tasks(studies, entries)
+    assert (joint["task"], joint["seeds"]) == ("depth", [0, 1])
+    by_seed = [entry["claims"][0]["verdicts"]["optimum"]["value"] for entry in entries]
+    column = joint["claims"][0]["verdicts"]["optimum"]
+    assert column["by_seed"] == dict(zip((0, 1), by_seed, strict=True))
+    assert column["value"] == pytest.approx(sum(by_seed) / 2)
 
 
-def test_runs_of_tasks_can_be_told_their_model(folders, tmp_path):
-    runs = read_task_runs(
-        [f"ours={folders['depth']}", f"theirs={folders['depth']}", f"ours={folders['random']}"]
+def test_runs_of_tasks_can_be_told_their_model(folders):
+    entries = results_of(
+        f"ours={folders['depth']}", f"theirs={folders['depth']}", f"ours={folders['random']}"
     )
-    assert [(entry["model"], entry["control"] is None) for entry in task_results(runs)] == [
-        ("ours", False),
-        ("theirs", True),
+    assert [(entry["model"], len(entry["random"])) for entry in entries] == [
+        ("ours", 1),
+        ("theirs", 0),
     ]
 
 
 def test_several_models_are_told_apart(segmentation, tmp_path):
     runs = [
-        f"{model}={write_depth_run(tmp_path / f'{model}_{mask}', [0.5, 0.8, 0.7, 0.55, 0.56], segmentation, mask=mask)}"
+        f"{model}={write_depth_run(tmp_path / f'{model}_{mask}', RMSE, segmentation, mask=mask)}"
         for model in ("ours", "theirs")
         for mask in ("causal", "bidirectional")
     ]
-    tasks = task_results(read_task_runs(runs))
+    tasks = results_of(*runs)
     models = ["ours", "theirs"]
     figure, rows = tasks_by_site(tasks)
     assert [ax.get_title() for ax in figure.axes] == [
@@ -122,24 +170,23 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
         "causal",
         "bidirectional",
     ]
-    for table in (rows, task_table(tasks, {"depth": {"rmse": "RMSE"}})):
+    for table in (rows, claim_texts(tasks), task_score_rows(tasks)):
         assert list(dict.fromkeys(row["model"] for row in table)) == models
 
 
 def test_scores_are_in_units_of_the_encoders(folders):
-    (entry,) = task_results([FinishedRun(folders["depth"])])
-    rows = relative_scores(entry, "sites")
+    (entry,) = results_of(folders["depth"])
+    rows = relative_scores(entry, entry["sites"])
     assert rows[0]["value"] == 1
     assert rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
     assert all(low <= row["value"] <= high for row in rows for low, high in [row["ci95"]])
-    assert relative_scores(entry, "control") == []
 
 
 def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
-    (entry,) = task_results([FinishedRun(folders["depth"])])
+    (entry,) = results_of(folders["depth"])
     entry["sites"][1] |= {"value": 0.25, "ci95": [-0.1, 0.4]}
     entry["sites"][2] |= {"value": 0.25, "ci95": [0.0, 0.4]}
-    encoder, *rows = relative_scores(entry, "sites")[:3]
+    encoder, *rows = relative_scores(entry, entry["sites"])[:3]
     assert [row["ci95"] for row in rows] == [
         [pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]
     ] * 2
@@ -163,8 +210,8 @@ def encoder(segmentation, tmp_path) -> FinishedRun:
 
 
 def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
-    results = task_results([encoder])
-    (figure,) = task_figures([encoder], results)
+    studies = read_task_studies([str(encoder.path)])
+    (figure,) = task_figures(studies, task_results(studies))
     rmse = encoder.sums[..., 1].double().mean(1).numpy()
     drawn = {row["site"]: row["relative"] for row in figure.data.rows}
     expected = dict(zip(LAYERS[:4], rmse[3] / rmse[:4], strict=True))
@@ -177,47 +224,46 @@ def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1", "2", "3"]
 
 
-def test_a_bare_encoder_has_a_table_of_its_own_with_the_gains_of_its_best_layer(
+def test_claims_of_a_bare_encoder_are_over_its_patch_embeddings_and_its_last_layer(
     encoder, segmentation, tmp_path
 ):
-    random = {
-        "model_kind": "encoder",
-        "untrained": ["encoder"],
-        "match": "update",
-        "draw": 0,
-    }
     rmse = [0.9, 0.88, 0.8, 0.85, 0.86]
-    path = write_depth_run(
-        tmp_path / "of_random",
-        rmse,
-        segmentation,
-        "bidirectional",
-        sites=LAYERS,
-        metrics=random,
+    draws = []
+    for draw in (0, 1):
+        random = {
+            "model_kind": "encoder",
+            "untrained": ["encoder"],
+            "match": "update",
+            "draw": draw,
+        }
+        draws.append(
+            write_depth_run(
+                tmp_path / f"random{draw}",
+                rmse,
+                segmentation,
+                "bidirectional",
+                seed=draw,
+                sites=LAYERS,
+                metrics=random,
+            )
+        )
+    (entry,) = results_of(encoder.path, *draws)
+    trained, *random = (
+        run.sums[..., 1].double().mean(1) for run in (encoder, *map(FinishedRun, draws))
     )
-    results = task_results([encoder, FinishedRun(path)])
-    labels = {"depth": {"rmse": "RMSE (m)"}}
-    assert task_table(results, labels) == []
-    (row,) = encoder_task_table(results, labels)
-    trained, control = (run.sums[..., 1].double().mean(1) for run in (encoder, FinishedRun(path)))
-    over_patches = (trained[0] - trained[2]).item()
-    expected = {
-        "best_over_patches": over_patches,
-        "best_over_last": (trained[3] - trained[2]).item(),
-        "beyond_control": over_patches - (control[0] - control[2]).item(),
-    }
-    for name, value in expected.items():
-        assert float(row[name].split()[0]) == pytest.approx(value, abs=0.006), name
-    assert (row["patch_embeddings"], row["last_layer"]) == (
-        f"{trained[0]:.3g}",
-        f"{trained[3]:.3g}",
+    gain = (trained[0] - trained[2]).item()
+    of_random = sum((mean[0] - mean[2]).item() for mean in random) / 2
+    claims = {claim["claim"]: claim for claim in entry["claims"]}
+    assert claims.keys() == {"layer_gain", "over_last"}
+    assert claims["layer_gain"]["value"] == pytest.approx(gain)
+    assert claims["layer_gain"]["verdicts"]["beyond_random"]["value"] == pytest.approx(
+        gain - of_random
     )
-    assert row["control"] == "random"
+    assert claims["over_last"]["value"] == pytest.approx((trained[3] - trained[2]).item())
+    assert [row["finding"] for row in claim_texts([entry])] == ["supported", "supported"]
 
 
-def test_the_page_of_a_bare_encoder_asks_for_layers_and_not_for_drop_and_recovery(
-    encoder, segmentation, tmp_path
-):
+def test_page_and_terminal_have_the_claims_of_tasks(encoder, segmentation, tmp_path, capsys):
     classes = probe_runs.write_run(
         tmp_path / "classes",
         [0.5, 0.6, 0.8, 0.7, 0.7],
@@ -229,10 +275,13 @@ def test_the_page_of_a_bare_encoder_asks_for_layers_and_not_for_drop_and_recover
     out = tmp_path / "page"
     main(["report", str(classes), "--tasks", str(encoder.path), "--out", str(out)])
     page = (out / "index.html").read_text()
-    assert "Which layers read depth, normals and boundaries?" in page
-    assert "Do depth, normals and boundaries drop and recover, too?" not in page
-    tables = {file.name for file in out.glob("*tasks_table.csv")}
-    assert tables == {"encoder_tasks_table.csv"}
+    assert "Claims by task" in page
+    assert "best layer − last layer" in page
+    printed = capsys.readouterr().out
+    assert "an effect counts from 0.01 of RMSE (m)" in printed
+    assert "give the same" not in printed, "it is no study"
+    assert "--data.task depth" in printed, "the command that makes the missing controls"
+    assert {"task_scores.csv", "task_claims.csv"} <= {file.name for file in out.glob("*.csv")}
 
 
 @pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])
@@ -253,46 +302,33 @@ def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
     assert json.loads((tmp_path / "out/results.json").read_text())["starvation"] is None
 
 
-def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
-    """Recovery beyond control would be that of whichever is passed first: here +0.2 or 0.0."""
-    more = {"untrained": True, "metrics": {"draw": 1}}
-    second = write_depth_run(tmp_path / "draw1", [0.5, 1.0, 1.1, 0.75, 0.96], segmentation, **more)
-    runs = [folders["depth"], folders["random"], str(second)]
-    with pytest.raises(SystemExit, match="random and .*draw1 are .*; pass one"):
+def test_two_equal_draws_are_an_error(folders, segmentation, tmp_path):
+    metrics = {"untrained": ["llm"], "match": "update"}
+    runs = [folders["depth"]]
+    for draw in (0, 1):
+        path = tmp_path / f"draw{draw}"
+        more = {"metrics": metrics | {"draw": draw}}
+        runs.append(str(write_depth_run(path, RMSE, segmentation, seed=1, **more)))
+    with pytest.raises(SystemExit, match="draw0 and .*draw1 have the same probes"):
         main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", *runs])
 
 
-@pytest.mark.parametrize("other", ["control", "mask"])
-def test_trained_probes_are_not_compared_with_solved_ones(
-    other,
-    folders,
-    segmentation,
-    tmp_path,
-):
-    more = {"untrained": True} if other == "control" else {"mask": "bidirectional"}
-    trained = write_depth_run(tmp_path / "trained", RMSE, segmentation, **more)
-    metrics = json.loads((trained / "metrics.json").read_text())
-    del metrics["path"]
-    (trained / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(
-        SystemExit, match="depth and .*trained cannot be compared: .* solved, .* trained"
-    ):
-        main(
-            [
-                "report",
-                folders["classes"],
-                "--out",
-                str(tmp_path / "r"),
-                "--tasks",
-                folders["depth"],
-                str(trained),
-            ]
-        )
+def test_trained_probes_are_not_compared_with_solved_ones(folders, segmentation, tmp_path):
+    draws = random_draws(tmp_path, segmentation, RMSE, ["llm"])
+    for folder in draws:
+        file = Path(folder) / "metrics.json"
+        metrics = json.loads(file.read_text())
+        del metrics["path"]
+        file.write_text(json.dumps(metrics))
+    (entry,) = results_of(folders["depth"], *draws)
+    assert entry["random"] == []
+    (recovery,) = (claim for claim in entry["claims"] if claim["claim"] == "recovery")
+    assert recovery["verdicts"]["beyond_random"]["verdict"] == "untested"
 
 
 @pytest.mark.parametrize(
     ("runs", "message"),
-    [(["depth", "depth"], "pass one"), (["classes"], "is a run of segmentation")],
+    [(["depth", "depth"], "pass only one"), (["classes"], "is a run of segmentation")],
 )
 def test_rejects_runs_that_do_not_fit(
     runs,

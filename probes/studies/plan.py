@@ -382,11 +382,11 @@ def data_root(settings: Settings) -> str:
     raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
 
 
-def open_split(settings: Settings, split: str):
-    """Return the dataset of a split; a UserError says if it has no images."""
+def open_split(settings: Settings, split: str, task: str = SEGMENTATION):
+    """Return the dataset of a split with the targets of a task; a UserError says if it has no images or targets."""
     dataset = settings.data if settings.data in DATASETS else "folder"
     options = read_setting(settings.options, "data.options")
-    return open_dataset(dataset, data_root(settings), split, options)
+    return open_dataset(dataset, data_root(settings), split, options, TASKS[task].targets)
 
 
 def describe_model(model: str, image_px: int | None = None) -> tuple[bool, str, list[str]]:
@@ -436,6 +436,9 @@ def check(settings: Settings) -> None:
             f"there is no class {unknown[0]!r}; expected some of {', '.join(classes)} (--add)"
         )
     open_split(settings, "training")
+    for task in settings.tasks:
+        for split in ("training", "validation"):
+            open_split(settings, split, task)
 
 
 def _kind(arm: str) -> str:

@@ -222,6 +222,7 @@ BAD = {
     ),
     "a split without images": (["MODEL", "EMPTY"], "validation"),
     "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
+    "a task without targets": (["MODEL", "DATA", "--tasks", "depth"], "no folder .*depth/training"),
     "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "both models"),
     "three models": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "one model or two"),
 }

@@ -19,7 +19,7 @@ from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .claims import evaluate_claims
 from .seeds import joint_studies
-from .summary_text import align_rows, verdict_reasons
+from .summary_text import verdict_reasons
 from .tables import claim_rows
 
 Entry = dict[str, Any]
@@ -243,15 +243,3 @@ def task_notes(entries: list[Entry]) -> list[str]:
         for reason in verdict_reasons({k: v for k, v in claim["verdicts"].items() if k != "paper"})
     ]
     return [*notes, *dict.fromkeys(reasons)]
-
-
-def format_tasks(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
-    """Return the claims about other tasks as lines for the terminal."""
-    lines = []
-    for rows in (claim_texts(entries), joint_claim_texts(joint)):
-        if rows:
-            shown = ["task", "seeds" if "seeds" in rows[0] else "attention"]
-            shown += ["claim", "effect", "beyond_random", "finding"]
-            titles = [key.replace("_", " ") for key in shown]
-            lines += [*align_rows([titles, *([row[key] for key in shown] for row in rows)]), ""]
-    return [*lines, *task_notes(entries)] if lines else []

@@ -42,7 +42,6 @@ from probes.tasks import SEGMENTATION
 from . import latex, summary_text, tables
 from .beyond_classes import (
     claim_texts,
-    format_tasks,
     joint_claim_texts,
     joint_tasks,
     read_task_studies,
@@ -58,6 +57,7 @@ from .figures.layer_curves import overview_figures
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
 from .site_table import describe_sites, shown_rows, site_rows
+from .terminal import format_results
 from .verdicts import MARGIN
 
 Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
@@ -285,9 +285,7 @@ def run(args: argparse.Namespace) -> None:
         entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)
     ]
     results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
-    lines = [summary_text.format_results(results)]
-    lines += format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
-    print("\n".join([*lines, str(Path(args.out) / "index.html")]))
+    print(f"{format_results(results)}\n{Path(args.out) / 'index.html'}")
 
 
 def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -7,16 +7,12 @@ from typing import Any
 
 from llava_bidir.common.errors import error_context
 from probes.results.formatting import (
-    Rows,
     format_difference,
     format_interval,
     format_p,
     format_points,
 )
-from probes.results.steps import describe_steps
 
-from .encoder_layers import describe_best_layer
-from .site_table import describe_sites, shown_rows
 from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED
 
 COLUMN_TITLES = {
@@ -162,67 +158,6 @@ def describe_column(entry: dict[str, Any]) -> str:
     if "detectable" in entry:
         notes.append(f"detectable: {100 * entry['detectable']:.1f}")
     return "; ".join(notes)
-
-
-def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
-    rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
-    for claim in claims:
-        conclusion = claim["finding"]
-        if "seeds" in claim["n"]:
-            conclusion += f" ({format_count(claim['n'])})"
-        if "truth" in claim:
-            conclusion += f" (truth: {claim['truth']})"
-        verdicts = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
-        effects = [format_difference(verdict) for verdict in verdicts]
-        rows.append([claim["claim"], claim["image_attention"], *effects, conclusion])
-    reasons = dict.fromkeys(
-        reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
-    )
-    return "\n".join([*align_rows(rows), *claim_notes(claims), *reasons])
-
-
-def format_sites(sites: Rows) -> list[str]:
-    """Return the table of sites as lines for the terminal, with its two sentences."""
-    shown = shown_rows(sites)
-    with_random = any(row["random"] for row in shown)
-    keys = ["mask", "site", "score", "interval"]
-    titles = {
-        "mask": "attention",
-        "score": "mIoU",
-        "interval": "95% interval",
-    }
-    if with_random:
-        keys += ["random", "difference"]
-    keys.append("best")
-    rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
-    rows += [[row[key] for key in keys] for row in shown]
-    return [*align_rows(rows), "", *describe_sites(sites)]
-
-
-def align_rows(rows: list[list[str]]) -> list[str]:
-    """Return rows of equally many cells as lines whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """Return the verdicts of results.json as text."""
-    lines = describe_steps(results.get("unfinished", ()))
-    lines += [""] * bool(lines)
-    for joint in results.get("joint", []):
-        lines += [
-            f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"
-        ]
-        lines += [format_claims(joint["claims"]), ""]
-    for study in results.get("studies", [results]):
-        lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
-        notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
-        lines += [*format_sites(study["sites"]), ""]
-        lines += [format_claims(study["claims"]), *notes, ""]
-        if best := study.get("best_layer"):
-            lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
-    return "\n".join(lines)
 
 
 def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:

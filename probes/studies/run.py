@@ -25,7 +25,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
 from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
-from probes.report.summary_text import format_results
+from probes.report.terminal import format_results
 from probes.results.runs import finished_runs, open_run
 
 from .options import read_setting

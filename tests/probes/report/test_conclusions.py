@@ -11,7 +11,8 @@ from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.report.summary_text import claim_notes, format_results
+from probes.report.summary_text import claim_notes
+from probes.report.terminal import format_results
 from probes.report.verdicts import describe_finding
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies

@@ -36,12 +36,7 @@ ANALYSES = {
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"),
-        training=4,
-        validation=9,
-        seed=5,
-    )
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 4, 9, seed=5)
     few = ["--data.batch_size", "2"]
     return {
         mask: fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), *few) for mask in MASKS
@@ -74,42 +69,12 @@ def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
             operation(x)
 
 
-def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
-    with pretend_gpu():
-        layer = torch.nn.Linear(3, 4).to("cuda")
-        x = torch.zeros(2, 3, device="cuda")
-        x[torch.tensor([0])] = torch.tensor(1.0)
-        y = layer(x)
-        y.sum().backward()
-        made = (
-            x,
-            y,
-            layer.weight.grad,
-            x.new_zeros(1),
-            torch.ones_like(x),
-            x.double(),
-            x[:, :1].T,
-            y.detach(),
-        )
-        assert all(t.is_cuda and t.device.type == "cuda" for t in made)
-        assert not any(
-            t.is_cuda for t in (x.cpu(), y.to("cpu"), torch.ones(1), torch.tensor(y.sum().item()))
-        )
-
-
 @pytest.mark.parametrize(
     "more",
     [
-        [],
-        [
-            "--model.lora.r",
-            "2",
-            "--model.frozen_dtype",
-            "bfloat16",
-            "--trainer.precision",
-            "bf16-mixed",
-        ],
-        ["--model.gradient_checkpointing", "true"],
+        "",
+        "--model.lora.r 2 --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed",
+        "--model.gradient_checkpointing true",
     ],
 )
 def test_training_and_its_answers(
@@ -119,15 +84,8 @@ def test_training_and_its_answers(
     photo,
     tmp_path,
 ):
-    argv = [
-        "fit",
-        *tiny_models.training_arguments(parts, conversations),
-        "--out",
-        str(tmp_path / "run"),
-        *more,
-    ]
     with pretend_gpu():
-        llava_bidir.cli.main([*argv, *GPU])
+        tiny_models.fit(parts, conversations, tmp_path / "run", *more.split(), *GPU)
         llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
 
 
@@ -143,19 +101,9 @@ def test_trained_probes(
 ):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
-        main(
-            arguments(
-                checkpoints["causal"],
-                segmentation,
-                tmp_path / "run",
-                *more,
-                *GPU,
-            )
-        )
-        main(["segment", "--probes", str(tmp_path / "run"), photo, "--out", str(tmp_path / "maps")])
-        main(
-            ["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")]
-        )
+        fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
+        main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
+        main(f"explore {tmp_path}/run --images 0 --out {tmp_path}/explorer".split())
 
 
 @pytest.mark.nightly
@@ -176,14 +124,8 @@ def test_probes_of_tasks(
 ):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
     for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
-        argv = task_runs.arguments(
-            command,
-            task,
-            checkpoints["causal"],
-            root,
-            tmp_path / command,
-            *more,
-        )
+        out = tmp_path / command
+        argv = task_runs.arguments(command, task, checkpoints["causal"], root, out, *more)
         with pretend_gpu():
             main([*argv, *GPU])
 

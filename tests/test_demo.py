@@ -16,11 +16,10 @@ from pathlib import Path
 import network_guard
 import numpy as np
 import pytest
-from processes import HANGING_S
+from processes import HANGING_S, run_command
 from safetensors.numpy import load_file
 
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.toy_world import demo
 
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
@@ -50,16 +49,7 @@ def run(out: Path) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
     words = [*network_guard.cut(), *command(out, "--extras")]
     environment = network_guard.watched(out / "network")
-    done = subprocess.run(
-        words,
-        cwd=FOLDER,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEMO_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_command(words, cwd=FOLDER, env=environment, timeout=DEMO_S).stdout
 
 
 def results(out: Path) -> dict:
@@ -114,15 +104,7 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
 
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
     runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
-    words = [sys.executable, ROOT / "tests/bench/cues.py", *runs]
-    done = subprocess.run(
-        words,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_command([sys.executable, "tests/bench/cues.py", *runs], cwd=ROOT)
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     # a line each by run
     probes = found[::2]
@@ -143,34 +125,18 @@ def test_second_run_does_nothing(finished):
 
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
     with exclusive_run_lock(tmp_path, "demo"):
-        done = subprocess.run(
-            command(tmp_path),
-            cwd=FOLDER,
-            capture_output=True,
-            text=True,
-            timeout=HANGING_S,
-        )
-    assert (
-        done.returncode != 0
-        and f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
-    )
-    assert not (tmp_path / "settings.json").exists() and not (tmp_path / "logs").exists()
+        done = run_command(command(tmp_path), must_pass=False, cwd=FOLDER)
+    assert done.returncode != 0
+    assert f"{tmp_path / 'demo'} is in use by process {os.getpid()} on" in done.stderr
+    assert not (tmp_path / "settings.json").exists()
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
-    words = command(finished, "--seed", "7")
-    done = subprocess.run(
-        words,
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-    )
-    assert (
-        done.returncode == 1
-        and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
-    )
+    done = run_command(command(finished, "--seed", "7"), must_pass=False, cwd=FOLDER)
+    assert done.returncode == 1
+    assert "holds a result of seed 0, scale 0.05, world binding" in done.stderr
     assert results(finished) == before
 
 
@@ -189,36 +155,6 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
         "report",
     }
     assert results(finished) == before
-
-
-def test_truth_is_printed_beside_what_was_found():
-    columns = {"value": 0.123, "ci95": [0.1, 0.15]}
-    claim = {
-        "claim": "recovery",
-        "image_attention": "causal",
-        "truth": "planted",
-        "finding": "supported by itself",
-    }
-    claim["verdicts"] = {"optimum": columns, "beyond_random": {"value": None, "ci95": None}}
-    without = {key: value for key, value in claim.items() if key != "truth"}
-    text = demo.format_truth(
-        {
-            "studies": [
-                {
-                    "dataset": "2 scenes",
-                    "model": "clip + llm",
-                    "claims": [claim, without],
-                }
-            ]
-        }
-    )
-    heading, row = text.splitlines()[-2:]
-    assert heading == "- 2 scenes, causal attention"
-    assert row.split() == (
-        "recovery planted +12.3 [+10.0, +15.0] untested supported by itself".split()
-    )
-    assert max(map(len, text.splitlines())) <= 100
-    assert demo.format_truth({"claims": [without]}) == ""
 
 
 @pytest.mark.nightly

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_bidir.commands.generate import generate
 from llava_bidir.commands.verify_data import RecordFindings
@@ -174,21 +174,7 @@ def test_a_pipe_is_refused_before_a_model_is_loaded(tmp_path):
     assert not out.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- the opener
-@pytest.mark.parametrize("name", [*hostile_images.REJECTED, *hostile_images.NO_FILES])
-def test_the_opener_says_what_is_wrong(name, tmp_path):
-    path = place(tmp_path, name)
-    kinds = (OSError, ValueError, Image.DecompressionBombError)
-    with pytest.raises(kinds, match=MESSAGES[name]), open_bounded(path) as image:
-        image.load()
-
-
-def test_formats_can_be_restricted(tmp_path):
-    hostile_images.noise().save(tmp_path / "a.gif")
-    with pytest.raises(UnidentifiedImageError):
-        open_bounded(tmp_path / "a.gif", ("PNG",))
-
-
+# ---------------------------------------------------------------------------------------------------- a bomb
 def test_decompression_bomb_uses_no_memory_and_no_time(tmp_path):
     (tmp_path / "bomb.png").write_bytes(hostile_images.png(12_000, 12_000, colour=2))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -231,4 +217,5 @@ def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(
         assert str(error).startswith(f"image {path} cannot be read: ")
         assert not str(error).endswith(": ")
     else:
-        assert image.mode == "RGB" and max(image.size) ** 2 <= Image.MAX_IMAGE_PIXELS
+        assert image.mode == "RGB"
+        assert max(image.size) ** 2 <= Image.MAX_IMAGE_PIXELS

@@ -5,12 +5,10 @@ Weights & Biases and MLflow are not installed here; Lightning's classes for them
 
 from collections import defaultdict
 
+import probe_runs
 import pytest
 import tiny_models
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-
-import llava_bidir.cli
-import probes.cli
 
 SAID = defaultdict(list)  # by kind: (name, content)
 
@@ -109,23 +107,21 @@ def test_training(
     tmp_path,
     monkeypatch,
 ):
-    arguments = tiny_models.training_arguments(parts, conversations)
-    llava_bidir.cli.main(["fit", *arguments, "--out", str(tmp_path / "run"), *logger])
-    assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics") and SAID[
-        "settings"
-    ]
+    tiny_models.fit(parts, conversations, tmp_path / "run", *logger)
+    assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics")
+    assert SAID["settings"]
     assert names("images") == {"validation/images", "validation/attention_mask"}
     assert all(
         image.ndim == 3 and image.dtype == "uint8"
         for _, images in SAID["images"]
         for image in images
     )
-    assert names("text") == {"validation/answers"} and "expected" in SAID["text"][0][1]
+    assert names("text") == {"validation/answers"}
+    assert "expected" in SAID["text"][0][1]
     (masks,) = {images[0].shape for name, images in SAID["images"] if "mask" in name}
     assert masks[0] == masks[1] > tiny_models.TOKENS
-    assert (tmp_path / "run/config.yaml").is_file() and list(
-        (tmp_path / "run/checkpoints").glob("*.ckpt")
-    )
+    assert (tmp_path / "run/config.yaml").is_file()
+    assert list((tmp_path / "run/checkpoints").glob("*.ckpt"))
 
 
 def test_probes(
@@ -134,26 +130,16 @@ def test_probes(
     segmentation,
     tmp_path,
 ):
-    command = [
-        "fit",
-        "-c",
-        "demo/probes",
-        "--trainer.max_epochs",
-        "1",
-        "--data.batch_size",
-        "2",
-        *logger,
-    ]
-    command += ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
-    probes.cli.main([*command, "--out", str(tmp_path / "run")])
-    sites = set(probes.ProbeRun(tmp_path / "run").sites)
+    more = ["--data.batch_size", "2", *logger]
+    run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
+    sites = set(run.sites)
     assert names("images") == {"maps/truth", *(f"maps/{site}" for site in sites)}
     assert all(
         image.ndim == 3 and image.dtype == "uint8"
         for _, images in SAID["images"]
         for image in images
     )
-    assert {f"miou/{site}" for site in sites} <= names("metrics") and SAID["settings"]
-    assert (tmp_path / "run/config.yaml").is_file() and list(
-        (tmp_path / "run/checkpoints").glob("*.ckpt")
-    )
+    assert {f"miou/{site}" for site in sites} <= names("metrics")
+    assert SAID["settings"]
+    assert (tmp_path / "run/config.yaml").is_file()
+    assert list((tmp_path / "run/checkpoints").glob("*.ckpt"))

@@ -4,7 +4,6 @@ held once."""
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
+from processes import run_command
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -25,15 +25,7 @@ def run(*command: str) -> str:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}:{ROOT / 'tests/bench'}",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_command([sys.executable, *command], cwd=ROOT, env=environment).stdout
 
 
 def peak_mb_of(code: str, *arguments: str) -> float:
@@ -49,7 +41,8 @@ def peak_mb_of_probes(*arguments: str) -> float:
 def test_checks_and_epoch_hold_no_record():
     """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
     phases = json.loads(run("tests/bench/records.py", "--records", "4000", "--workers", "0"))
-    assert phases["epoch"]["samples"] == 4096 and phases["checks"]["findings"] == {}
+    assert phases["epoch"]["samples"] == 4096
+    assert phases["checks"]["findings"] == {}
     for phase in ("checks", "epoch"):
         held = phases[phase]["held_mb"]
         assert held[-1] - held[0] < 40, phase
@@ -89,24 +82,10 @@ def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
         )
         classes = {"classes": [f"class {k}" for k in range(150)], "ignore_index": 255}
         (root / "classes.json").write_text(json.dumps(classes))
-        command = [
-            "fit",
-            "-c",
-            "configs/demo/probes.yaml",
-            "--model.mllm",
-            checkpoints["causal"],
-            "--data.root",
-            root,
-        ]
-        command += [
-            "--out",
-            tmp_path / f"run{size[0]}",
-            "--trainer.max_epochs",
-            "1",
-            "--data.batch_size",
-            "2",
-        ]
-        peaks.append(peak_mb_of_probes(*command, "--save_predictions", "true"))
+        out = tmp_path / f"run{size[0]}"
+        more = "--data.batch_size 2 --save_predictions true".split()
+        command = probe_runs.arguments(checkpoints["causal"], root, out, *more)
+        peaks.append(peak_mb_of_probes(*command))
     assert peaks[1] - peaks[0] < 500
 
 
@@ -123,7 +102,8 @@ def test_report_does_not_grow_with_the_images(tmp_path):
                 for mask in ("causal", "bidirectional")]  # fmt: skip
         peaks.append(peak_mb_of_probes("report", *runs, "--out", out))
         sizes.append((out / "index.html").stat().st_size)
-    assert sizes[1] < 1.2 * sizes[0] and sizes[1] < 3e6
+    assert sizes[1] < 1.2 * sizes[0]
+    assert sizes[1] < 3e6
     assert peaks[1] - peaks[0] < 200
 
 

@@ -124,8 +124,9 @@ def train(folder: Path, seed: int, count: int) -> None:
             assets,
             "--seed_everything",
             seed,
+            "--ckpt_path",
+            "last",
         ]
-        common += ["--ckpt_path", "last"]
         stage1 = folder / mask / "stage1"
         captions = ["--data.annotations", assets / "captions.json"]
         fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)

@@ -25,29 +25,33 @@ CLIP_LARGE = {
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
 }
-CLIP_LARGE |= {"image_size": 336, "patch_size": 14}
 CLIP_SMALL = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "image_size": 168,
+    "patch_size": 14,
 }
-CLIP_SMALL |= {"image_size": 168, "patch_size": 14}
 CLIP_TOY = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
-CLIP_TOY |= {"image_size": 28, "patch_size": 14}
 CLIP_DEMO = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "image_size": 96,
+    "patch_size": 12,
 }
-CLIP_DEMO |= {"image_size": 96, "patch_size": 12}
 
 
 def llama(

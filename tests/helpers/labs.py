@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs
 
+import probe_runs
 import tiny_models
 
-from probes.cli import main
 from probes.lab.models import load_runs
 from probes.lab.session import Session
 
@@ -24,34 +24,10 @@ JOB = SimpleNamespace(  # without a client
 
 def fit_runs(checkpoints, folder) -> list[str]:
     """Train a causal and a bidirectional run on images of 24 x 20 pixels."""
-    root = tiny_models.write_segmentation(
-        folder / "data",
-        training=4,
-        validation=5,
-        seed=5,
-    )
+    root = tiny_models.write_segmentation(folder / "data", 4, 5, seed=5)
     runs = [str(folder / mask) for mask in ("causal", "bidirectional")]
     for mask, run in zip(("causal", "bidirectional"), runs, strict=True):
-        demo = [
-            "-c",
-            "configs/demo/probes.yaml",
-            "--trainer.max_epochs",
-            "1",
-            "--data.batch_size",
-            "2",
-        ]
-        main(
-            [
-                "fit",
-                *demo,
-                "--model.mllm",
-                str(checkpoints[mask]),
-                "--data.root",
-                str(root),
-                "--out",
-                run,
-            ]
-        )
+        probe_runs.fit(checkpoints[mask], root, run, "--data.batch_size", "2")
     return runs
 
 

@@ -61,20 +61,17 @@ def mmbench(items: int) -> Iterator[dict]:
         question, turned = divmod(i, 2)
         options = dict(zip("ABCD", [*WORDS[turned:], *WORDS[:turned], "nan"], strict=True))
         yield {
-            **{
-                "index": question + 1_000_000 * turned,
-                "question": "name it",
-                "hint": "nan",
-                **options,
-            },
-            **{
-                "answer": "CB"[turned],
-                "category": "c",
-                "L2-category": "l",
-                "source": "s",
-                "split": "dev",
-            },
-            **{"comment": "nan", "image": picture(question)},
+            "index": question + 1_000_000 * turned,
+            "question": "name it",
+            "hint": "nan",
+            **options,
+            "answer": "CB"[turned],
+            "category": "c",
+            "L2-category": "l",
+            "source": "s",
+            "split": "dev",
+            "comment": "nan",
+            "image": picture(question),
         }
 
 
@@ -84,12 +81,11 @@ def mme(items: int) -> Iterator[dict]:
         category = ("existence", "code_reasoning")[i // 2 % 2]
         question = ("Is it sky?", "Is it wall?")[i % 2]
         yield {
-            **{
-                "question_id": f"{category}/{i // 2}.png",
-                "category": category,
-                "image": picture(i // 2),
-            },
-            **{"question": f"{question} Please answer yes or no.", "answer": ("Yes", "No")[i % 2]},
+            "question_id": f"{category}/{i // 2}.png",
+            "category": category,
+            "image": picture(i // 2),
+            "question": f"{question} Please answer yes or no.",
+            "answer": ("Yes", "No")[i % 2],
         }
 
 
@@ -99,32 +95,25 @@ def mmmu(items: int) -> Iterator[dict]:
         kind = "open" if i % 3 == 2 else "multiple-choice"
         images = {f"image_{n}": picture(i + n) if n <= 1 + i % 2 else None for n in range(1, 8)}
         yield {
-            **{
-                "id": f"validation_Art_{i}",
-                "question": "name <image 1>" + " and <image 2>" * (i % 2),
-            },
-            **{
-                "options": str(WORDS if kind != "open" else []),
-                "answer": "A" if kind != "open" else "sky",
-            },
-            **{"question_type": kind, **images},
+            "id": f"validation_Art_{i}",
+            "question": "name <image 1>" + " and <image 2>" * (i % 2),
+            "options": str(WORDS if kind != "open" else []),
+            "answer": "A" if kind != "open" else "sky",
+            "question_type": kind,
+            **images,
         }
 
 
 def pope(items: int) -> Iterator[dict]:
     for i in range(items):
         yield {
-            **{
-                "id": str(i),
-                "question_id": str(i),
-                "question": f"Is there a {WORDS[i % 3]}?",
-            },
-            **{
-                "image": picture(i // 2),
-                "answer": ("yes", "no")[i % 2],
-                "image_source": f"COCO_{i // 2}",
-                "category": "random",
-            },
+            "id": str(i),
+            "question_id": str(i),
+            "question": f"Is there a {WORDS[i % 3]}?",
+            "image": picture(i // 2),
+            "answer": ("yes", "no")[i % 2],
+            "image_source": f"COCO_{i // 2}",
+            "category": "random",
         }
 
 
@@ -143,13 +132,12 @@ def scienceqa(items: int) -> Iterator[dict]:
 def textvqa(items: int) -> Iterator[dict]:
     for i in range(items):
         yield {
-            **{
-                "image_id": f"t{i // 2}",
-                "question_id": i,
-                "question": "name the road",
-                "image": picture(i // 2),
-            },
-            **{"ocr_tokens": ["sky", "wall"], "answers": [WORDS[i % 3]] * 3 + ["rest"] * 7},
+            "image_id": f"t{i // 2}",
+            "question_id": i,
+            "question": "name the road",
+            "image": picture(i // 2),
+            "ocr_tokens": ["sky", "wall"],
+            "answers": [WORDS[i % 3]] * 3 + ["rest"] * 7,
         }
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -40,16 +41,13 @@ def arguments(
     *more: str,
 ) -> list[str]:
     """Return a command that trains the demo's probes for one epoch, unless `more` says otherwise."""
-    demo = [
-        "fit",
-        "-c",
-        "configs/demo/probes.yaml",
-        "--trainer.max_epochs",
-        "1",
-        "--model.mllm",
-        str(checkpoint),
-    ]
-    return [*demo, "--data.root", str(root), "--out", str(out), *more]
+    demo = "fit -c configs/demo/probes.yaml --trainer.max_epochs 1"
+    return [*demo.split(), *places(checkpoint, root, out), *more]
+
+
+def places(checkpoint, root, out) -> list[str]:
+    """Return the options of a run for its model, data and folder."""
+    return ["--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out)]
 
 
 def fit(
@@ -66,17 +64,10 @@ def write_questions(run: ProbeRun, folder: Path) -> Path:
     """Write questions with regions about two validation images of a run, and return their file."""
     root = Path(run.manifest["data"]["root"]) / "images/validation"
     names = [shutil.copy(file, folder) and file.name for file in sorted(root.iterdir())[:2]]
-    turns = [{"from": "human", "value": "<image>\nname the wall"}, {"from": "gpt", "value": "sky"}]
+    turns = tiny_models.turns("<image>\nname the wall", "sky")
     regions = [{"box": [0, 0, 0.5, 0.5], "class": "sky"}]
-    records = [
-        {
-            "id": name,
-            "image": name,
-            "conversations": turns,
-            "regions": regions,
-        }
-        for name in names
-    ]
+    asked = {"conversations": turns, "regions": regions}
+    records = [{"id": name, "image": name} | asked for name in names]
     (folder / "questions.json").write_text(json.dumps(records))
     return folder / "questions.json"
 
@@ -142,12 +133,8 @@ def entries(
             "dim": 16 if site == "encoder" else width,
             "miou": miou,
             "pacc": pacc,
-        }
-        entry |= {
             "miou_ci95": interval(miou, drawn["miou"][:, i]),
             "pacc_ci95": interval(pacc, drawn["pacc"][:, i]),
-        }
-        entry |= {
             "best_epoch": 2,
             "iou_per_class": iou[i].tolist(),
             "history": [0.8 * miou, miou],
@@ -192,8 +179,6 @@ def write_run(
         "feature_norm": "none",
         "learning_rate": 0.001,
         "seed": 0,
-    }
-    probe |= {
         "batch_size": 64,
         "epochs": 2,
         "steps": 20,
@@ -219,14 +204,10 @@ def write_run(
         "images": images,
         "mllm": "some/hf",
         "image_attention": mask,
-    }
-    facts |= {
         "untrained": ["adapter", "llm"] if untrained else [],
         "seed": 0,
         "probe": probe,
         "classes": classes,
-    }
-    facts |= {
         "baseline": {
             "class": classes[0],
             "miou": 0.1,
@@ -245,15 +226,11 @@ def write_run(
         "versions": {"torch": "2", "transformers": "5"},
         "git_commit": None,
         "config": {},
-    }
-    manifest |= {
         "data": {
             "root": str(root),
             "dataset": "folder",
             "fingerprint": f"{dataset} {images}",
-        }
-    }
-    manifest |= {
+        },
         "mllm_training": training,
         "hardware": {
             "machine": "none",

@@ -17,6 +17,14 @@ import torch
 HANGING_S = 1200
 
 
+def run_command(command: list, must_pass: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end and return what it said; exit codes other than 0 are failures unless they are wanted."""
+    settings = {"capture_output": True, "text": True, "timeout": HANGING_S}
+    done = subprocess.run([str(word) for word in command], **settings | options)
+    assert done.returncode == 0 or not must_pass, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done
+
+
 def fork(run: Callable[[], None], log: Path | None = None) -> int:
     """Return the id of a process that calls `run` and exits with 0, or 1 if it raises; output goes to `log`."""
     child = os.fork()
@@ -99,13 +107,19 @@ def inside(context) -> Iterator[int]:
             pass  # the test has killed it
 
 
-def run_ranks(command: list[str], folder: Path, processes: int = 2) -> tuple[list[int], str]:
+def run_ranks(
+    command: list[str],
+    folder: Path,
+    processes: int = 2,
+    timeout_s: int = HANGING_S,
+) -> tuple[list[int], str]:
     """Run a command once per rank, as torchrun does.
 
     Args:
         command: The same words for every rank.
         folder: Where the log of each rank is written.
         processes: Number of ranks, on this machine.
+        timeout_s: Limit of the wait for each.
 
     Returns:
         Exit code of each rank, negative for a signal, and the ends of their logs.
@@ -120,7 +134,7 @@ def run_ranks(command: list[str], folder: Path, processes: int = 2) -> tuple[lis
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": 1,
+        "OMP_NUM_THREADS": 1,  # sums depend on the number of threads
         "PYTHONWARNINGS": "ignore",
     }
     running = []
@@ -137,7 +151,7 @@ def run_ranks(command: list[str], folder: Path, processes: int = 2) -> tuple[lis
                 )
             )
     try:
-        codes = [process.wait(timeout=HANGING_S) for process in running]
+        codes = [process.wait(timeout=timeout_s) for process in running]
     finally:
         for process in running:
             process.kill()

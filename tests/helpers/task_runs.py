@@ -51,27 +51,10 @@ def arguments(
     *more: str,
 ) -> list[str]:
     """Return a command that solves probes in closed form, or trains them for two epochs."""
-    demo = [
-        command,
-        "-c",
-        "configs/demo/probes.yaml",
-        "--data.batch_size",
-        "2",
-        "--data.task",
-        task,
-    ]
+    demo = f"{command} -c configs/demo/probes.yaml --data.batch_size 2 --data.task {task}".split()
     demo += ["--folds", "2", "--strengths", *map(str, STRENGTHS)] if command == "solve" else []
-    demo += ["--trainer.max_epochs", "2", "--save_predictions", "true"]
-    return [
-        *demo,
-        "--model.mllm",
-        str(checkpoint),
-        "--data.root",
-        str(root),
-        "--out",
-        str(out),
-        *more,
-    ]
+    demo += "--trainer.max_epochs 2 --save_predictions true".split()
+    return [*demo, *probe_runs.places(checkpoint, root, out), *more]
 
 
 def write_depth_run(

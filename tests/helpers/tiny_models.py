@@ -206,20 +206,16 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
 def training_arguments(parts, conversations) -> list[str]:
     """Return the flags of a `llava-bidir fit` of the demo's stage 2 with tiny parts."""
     encoder, llm = parts
-    return [
-        "-c",
-        "configs/demo/stage2.yaml",
-        "--model.encoder.path",
-        encoder.path,
-        "--model.llm",
-        llm,
-    ] + [
-        *(
-            "--data.annotations",
-            str(conversations / "data.json"),
-            "--data.images",
-            str(conversations),
-        ),
-        *("--data.val_annotations", str(conversations / "data.json"), "--data.batch_size", "4"),
-        *("--data.micro_batch_size", "4"),
-    ]
+    records = conversations / "data.json"
+    model = f"--model.encoder.path {encoder.path} --model.llm {llm}"
+    data = f"--data.images {conversations} --data.annotations {records} --data.val_annotations {records}"
+    sizes = "--data.batch_size 4 --data.micro_batch_size 4"
+    return f"-c configs/demo/stage2.yaml {model} {data} {sizes}".split()
+
+
+def fit(parts, conversations, out: Path, *more: str) -> Path:
+    """Run `llava-bidir fit` on tiny parts and return the folder of the run."""
+    from llava_bidir.cli import main
+
+    main(["fit", *training_arguments(parts, conversations), "--out", str(out), *more])
+    return out

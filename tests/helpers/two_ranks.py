@@ -6,10 +6,11 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+
+from processes import run_ranks
 
 RANKS = 2
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -24,21 +25,6 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def environment(rank: int) -> dict[str, str]:
-    """Return the environment of a process, as torchrun sets it, but for MASTER_PORT."""
-    own = {
-        "WORLD_SIZE": RANKS,
-        "LOCAL_WORLD_SIZE": RANKS,
-        "GROUP_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": 1,  # as in this process: sums depend on the number of threads
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-    }
-    return os.environ | {name: str(value) for name, value in own.items()}
-
-
 def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[str, str]:
     """Run commands by name on two processes, and return what both said of each; errors are a part of it."""
     file = folder / "commands.json"
@@ -46,25 +32,9 @@ def run(commands: dict[str, list[str]], folder: Path, timeout_s: int) -> dict[st
     file.write_text(
         json.dumps([[*item, port] for item, port in zip(commands.items(), ports, strict=True)])
     )
-    running = []
-    for rank in range(RANKS):
-        log = (folder / f"{rank}.log").open("w")
-        command = [sys.executable, __file__, str(file)]
-        running.append(
-            subprocess.Popen(
-                command,
-                env=environment(rank),
-                stdout=log,
-                stderr=log,
-            )
-        )
-    try:
-        codes = [process.wait(timeout_s) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    codes, ends = run_ranks([sys.executable, __file__, str(file)], folder, RANKS, timeout_s)
+    assert codes == [0] * RANKS, ends
     logs = [(folder / f"{rank}.log").read_text() for rank in range(RANKS)]
-    assert codes == [0] * RANKS, "\n".join(log[-3000:] for log in logs)
     said = dict.fromkeys(commands, "")
     for log in logs:
         for part in log.split(MARK)[1:]:

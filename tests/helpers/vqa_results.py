@@ -39,18 +39,14 @@ def write(
         }
         items.append(item | {"answer": answers[i % 2 if r else 1 - i % 2], "right": float(r)})
     results = {
-        **{
-            "benchmark": name,
-            "model": f"{encoder}-{mask}",
-            "encoder": encoder,
-            "image_attention": mask,
-        },
-        **{
-            "fingerprint": f"{encoder}{mask}",
-            "documents": len(items),
-            "versions": pinned_versions(),
-            "data": "here",
-        },
+        "benchmark": name,
+        "model": f"{encoder}-{mask}",
+        "encoder": encoder,
+        "image_attention": mask,
+        "fingerprint": f"{encoder}{mask}",
+        "documents": len(items),
+        "versions": pinned_versions(),
+        "data": "here",
         "harness": {title: column.terms(items).score() for title, column in columns.items()},
     }
     write_results(out, name, results | info, items)

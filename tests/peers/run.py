@@ -94,8 +94,8 @@ def outcomes(mask: str) -> dict[str, str]:
         "no:cacheprovider",
         "-W",
         "ignore",
+        f"--junitxml={report}",
     ]
-    options += [f"--junitxml={report}"]
     with open(FOLDER / f"{mask}.log", "w") as log:
         command = [sys.executable, "-m", "pytest", *options, f"tests/models/llava/{TESTS.name}"]
         status = subprocess.run(

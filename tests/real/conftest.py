@@ -67,18 +67,13 @@ def english(tmp_path_factory) -> Path:
         turns = [
             "<image>\n" * (i < 10) + "Is this a room or a street?",
             ("a room", "a street")[i % 2],
+            "Describe the picture.",
+            f"A street with {i + 2} trees,\nthe sky and a car.",
         ]
-        turns += ["Describe the picture.", f"A street with {i + 2} trees,\nthe sky and a car."]
         picture = {"image": f"{i}.png"} if i < 10 else {}
         records.append({"id": f"r{i}", "conversations": tiny_models.turns(*turns)} | picture)
         caption = tiny_models.turns("<image>\nDescribe the picture.", turns[-1])
-        captions.append(
-            {
-                "id": f"c{i}",
-                "image": f"{i}.png",
-                "conversations": caption,
-            }
-        )
+        captions.append({"id": f"c{i}", "image": f"{i}.png"} | {"conversations": caption})
     (root / "dialogues.json").write_text(json.dumps(records))
     (root / "captions.json").write_text(json.dumps(captions))
     return root
@@ -107,25 +102,16 @@ def options(encoder, english):
         *more: str,
     ) -> list[str]:
         records = "captions" if stage == "stage1" else "dialogues"
-        words = [
-            *("fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out)),
-            *("--model.llm", str(llm), "--model.encoder.path", encoder.path),
-            *("--model.encoder.name", "clip", "--model.encoder.image_px", "null"),
-            *("--model.image_attention", "bidirectional"),
-            *(
-                "--data.images",
-                str(english),
-                "--data.annotations",
-                str(english / f"{records}.json"),
-            ),
-            *("--data.batch_size", "4", "--data.micro_batch_size", "2"),
-            *("--trainer.max_steps", str(STEPS)),
-        ]
+        words = f"fit -c configs/real/{stage}.yaml --out {out} --model.llm {llm}"
+        words += f" --model.encoder.path {encoder.path} --model.encoder.name clip"
+        words += " --model.encoder.image_px null --model.image_attention bidirectional"
+        words += f" --data.images {english} --data.annotations {english}/{records}.json"
+        words += f" --data.batch_size 4 --data.micro_batch_size 2 --trainer.max_steps {STEPS}"
         if stage == "stage1":  # of the tiny encoder, whose features have norm 1
-            words += ["--model.adapter_init_scale", "4"]
+            words += " --model.adapter_init_scale 4"
         if stage == "stage2":  # LLaVA's rate for the LLM
-            words += ["--data.val_annotations", "null", "--model.learning_rate", "2e-5"]
-        return [*words, *more]
+            words += " --data.val_annotations null --model.learning_rate 2e-5"
+        return [*words.split(), *more]
 
     return build
 
@@ -134,15 +120,7 @@ def trained(options, llm: Path, runs: Path) -> tuple[Path, Path]:
     """Train both stages on an LLM and return their exports."""
     main(options("stage1", llm, runs / "stage1"))
     stage1 = runs / "stage1/hf"
-    main(
-        options(
-            "stage2",
-            llm,
-            runs / "stage2",
-            "--model.adapter",
-            str(stage1),
-        )
-    )
+    main(options("stage2", llm, runs / "stage2", "--model.adapter", str(stage1)))
     return stage1, runs / "stage2/hf"
 
 

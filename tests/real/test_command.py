@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tiny_models
 import torch
-from PIL import Image
 from run_bytes import run_bytes
 from transformers import Dinov2Config, Dinov2Model
 
@@ -85,39 +84,19 @@ def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_t
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """A folder data set of random masks, named streets, and captions of its training photos."""
-    root = tmp_path / "streets"
-    rng = np.random.default_rng(0)
-    for split in ("training", "validation"):
-        for part in ("images", "annotations"):
-            (root / part / split).mkdir(parents=True)
-        for i in range(12):
-            mask = rng.integers(0, 3, (4, 4)).astype(np.uint8)
-            Image.fromarray(mask).save(root / f"annotations/{split}/{i}.png")
-            pixels = rng.integers(0, 255, (4, 4, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / f"images/{split}/{i}.png")
-    (root / "classes.json").write_text(json.dumps({"classes": ["road", "sky", "car"]}))
+    root = tiny_models.write_segmentation(tmp_path / "streets", 12, 12)
     records = []
     for i in range(12):
-        turns = [
-            {"from": "human", "value": "<image>\nDescribe the picture."},
-            {"from": "gpt", "value": f"{i} cars."},
-        ]
-        image = f"images/training/{i}.png"
-        records.append(
-            {
-                "id": str(i),
-                "image": image,
-                "conversations": turns,
-            }
-        )
+        turns = tiny_models.turns("<image>\nDescribe the picture.", f"{i} cars.")
+        record = {"id": str(i), "image": f"images/training/{i:03d}.png"}
+        records.append(record | {"conversations": turns})
     (root / "captions.json").write_text(json.dumps(records))
     return root
 
 
 def test_photos_are_trained_on_once(out, photos, capsys):
-    words = ["real", "--out", str(out), "--photos", str(photos), "--steps", "3", "--train-only"]
-    words += ["--captions", str(photos / "captions.json"), "--image-px", "28"]
-    words += ["--questions", "8"]
+    options = f"--photos {photos} --captions {photos}/captions.json --image-px 28 --questions 8"
+    words = f"real --out {out} --steps 3 --train-only {options}".split()
     main(words)
     assert "4 steps of stage 1, 3 of stage 2" in capsys.readouterr().out
     for mask in MASKS:

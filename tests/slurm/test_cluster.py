@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from processes import HANGING_S
+from processes import HANGING_S, run_command
 from safetensors.torch import load_file
 
 import probes.cli
@@ -42,29 +42,25 @@ def settings(tmp_path_factory) -> dict[str, str]:
     (folder / "questions.json").write_text(json.dumps(pictures[:4]))
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     return {
-        **{
-            "GRES": "",
-            "TASKS_PER_NODE": "2",
-            "CPUS_PER_TASK": "1",
-            "PYTHON": sys.executable,
-        },
+        "GRES": "",
+        "TASKS_PER_NODE": "2",
+        "CPUS_PER_TASK": "1",
+        "PYTHON": sys.executable,
         "STRATEGY": f"-c configs/cluster/{'zero3' if find_spec('deepspeed') else 'ddp'}.yaml --trainer.accelerator cpu",
-        **{
-            "RUNS": str(folder / "runs"),
-            "LLM": llm,
-            "ENCODERS": "clip",
-            "ENCODER_CONFIGS": str(folder),
-        },
-        **{
-            "CAPTIONS": data,
-            "CAPTION_IMAGES": str(folder),
-            "INSTRUCTIONS": data,
-            "INSTRUCTION_IMAGES": str(folder),
-        },
+        "RUNS": str(folder / "runs"),
+        "LLM": llm,
+        "ENCODERS": "clip",
+        "ENCODER_CONFIGS": str(folder),
+        "CAPTIONS": data,
+        "CAPTION_IMAGES": str(folder),
+        "INSTRUCTIONS": data,
+        "INSTRUCTION_IMAGES": str(folder),
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
-        **{"LAYOUT": segmentation, "SEGMENTATION": segmentation},
-        **{"ARMS": "trained random0 random1", "STUDY": f"{PROBES} --fit --add knockout.draws=1"},
+        "LAYOUT": segmentation,
+        "SEGMENTATION": segmentation,
+        "ARMS": "trained random0 random1",
+        "STUDY": f"{PROBES} --fit --add knockout.draws=1",
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
         "VQA": f"--tasks toy --data {folder} --batch-size 4",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
@@ -74,25 +70,12 @@ def settings(tmp_path_factory) -> dict[str, str]:
 def shell(command: str, settings: dict[str, str]) -> str:
     """Run a command line after slurm/env.sh and return its output."""
     line = f"set -euo pipefail; source slurm/env.sh; {command}"
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_command(["bash", "-c", line], cwd=ROOT, env=os.environ | settings).stdout
 
 
 def job_state(job: str) -> dict[str, str]:
     """Return the state of a job."""
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    shown = run_command(["scontrol", "show", "job", job]).stdout
     return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
 
@@ -169,7 +152,8 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
     rows = [lines_of(tmp_path / name) for name in ("whole", "cut")]
-    assert len(rows[0]) == 24 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
+    assert len(rows[0]) == 24
+    assert [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
     assert {row[0] for row in rows[1]} == {"0", "1"}, "resumed after it was requeued"
     weights = [
         load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors")
@@ -178,10 +162,8 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
     again = wait_for_end(submit("stage2", settings, log, more), log)
-    assert (
-        again["JobState"] == "COMPLETED"
-        and "this run is finished; nothing to do" in log.read_text()
-    )
+    assert again["JobState"] == "COMPLETED"
+    assert "this run is finished; nothing to do" in log.read_text()
     assert len(lines_of(losses)) == 24
 
 
@@ -218,7 +200,8 @@ def test_requeued_study_resumes_after_the_last_complete_epoch(
         json.loads((tmp_path / f"{name}/metrics.json").read_text())
         for name in ("clip/causal/probes", "whole")
     )
-    assert cut["sites"] == whole["sites"] and len(cut["sites"][0]["history"]) == 8
+    assert cut["sites"] == whole["sites"]
+    assert len(cut["sites"][0]["history"]) == 8
 
 
 def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
@@ -249,9 +232,8 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     assert (tmp_path / "clip/bidirectional/trained/starvation.json").is_file()
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())
-        assert len(table["models"]) == 2 and all(
-            "Toy" in model["columns"] for model in table["models"]
-        )
+        assert len(table["models"]) == 2
+        assert all("Toy" in model["columns"] for model in table["models"])
     plan = shell("slurm/six_configurations.sh", settings)
     assert plan.count(" finished") == JOBS and plan.endswith("submitted:\n"), (
         "nothing is left to submit"

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 
 from llava_bidir.rehearsal.inputs import STUDY
 from probes.cli import main
@@ -18,21 +18,22 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
 ARMS = ["trained", "random0", "random1", "adapter0", "adapter1"]
 MASKS = ["causal", "bidirectional"]
-DATA = ["PYTHON", "VQA_PYTHON", "SEGMENTATION"]
-DATA += ["CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES"]
+DATA = [
+    "PYTHON",
+    "VQA_PYTHON",
+    "SEGMENTATION",
+    "CAPTIONS",
+    "CAPTION_IMAGES",
+    "INSTRUCTIONS",
+    "INSTRUCTION_IMAGES",
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_script_is_valid_bash(path):
-    subprocess.run(["bash", "-n", path], check=True)
+    run_command(["bash", "-n", path])
     if shutil.which("shellcheck"):
-        check = subprocess.run(
-            ["shellcheck", "-x", path],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert check.returncode == 0, check.stdout
+        run_command(["shellcheck", "-x", path], cwd=ROOT)
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "voc2012", "photos"])
@@ -53,22 +54,15 @@ def test_study_job_runs_a_study_that_can_be_planned(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SEGMENTATION": "masks",
         "RUNS": str(tmp_path),
+        "SLURM_JOB_NAME": f"{tmp_path}/clip-causal/study",
     }
-    there |= {"SLURM_JOB_NAME": f"{tmp_path}/clip-causal/study"}
     if layout != "ade20k":  # the default
         there |= {"LAYOUT": str(tmp_path / layout) if layout == "photos" else layout}
         there |= {
             "STUDY": f"-c {'folder' if layout == 'photos' else layout} --add knockout.classes=auto:5"
         }
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
-    done = subprocess.run(
-        job,
-        cwd=ROOT,
-        env=os.environ | there,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_command(job, cwd=ROOT, env=os.environ | there)
     assert (tmp_path / "clip-causal/study.done").is_file(), "for six_configurations.sh"
     words = done.stdout.splitlines()
     planned = []
@@ -83,12 +77,12 @@ def test_study_job_runs_a_study_that_can_be_planned(
     assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
     command = steps["causal/trained"].command
     config = Path(command[command.index("-c") + 1])
-    assert config.stem == (layout if layout != "photos" else "folder") and config.is_file()
+    assert config.stem == (layout if layout != "photos" else "folder")
+    assert config.is_file()
     if layout == "ade20k":  # Fig. 11 of the paper
         classes = {"sky", "ceiling", "grass"}
-        assert classes < {*steps["causal/trained/knockout"].command} and classes <= {
-            *ade20k.CLASSES
-        }
+        assert classes < {*steps["causal/trained/knockout"].command}
+        assert classes <= {*ade20k.CLASSES}
 
 
 @pytest.fixture
@@ -110,14 +104,8 @@ def study(tmp_path):
         there = dict.fromkeys(DATA, str(tmp_path)) | {"RUNS": str(tmp_path / "runs")}
         path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         script = ROOT / "slurm/six_configurations.sh"
-        done = subprocess.run(
-            [script, *arguments],
-            env=os.environ | path | there | settings,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 or not check, done.stderr
+        variables = os.environ | path | there | settings
+        done = run_command([script, *arguments], must_pass=check, env=variables, cwd=tmp_path)
         calls = (
             (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
         )
@@ -151,7 +139,8 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
         words = [encoder, *MASKS, "--only", "starvation", "report", *after]
         expected[f"{encoder}/report"] = ["slurm/study.sbatch", *words]
     expected["table1/table1"] = ["slurm/table1.sbatch", "after", *(f"{run}/vqa" for run in runs)]
-    assert planned(done) == expected and calls == []
+    assert planned(done) == expected
+    assert calls == []
     assert all((ROOT / words[0]).is_file() for words in expected.values())
 
 
@@ -168,7 +157,8 @@ def test_a_study_split_by_arm_solves_controls_after_the_trained_model(study):
     needed = dict.fromkeys(ARMS, "clip-causal/study-trained") | {"trained": "clip-causal/stage2"}
     for arm in ARMS:
         words = jobs[f"clip-causal/study-{arm}"]
-        assert words[3:5] == ["--arms", arm] and words[-1] == needed[arm]
+        assert words[3:5] == ["--arms", arm]
+        assert words[-1] == needed[arm]
     assert jobs["clip/report"][-5:] == [f"clip-causal/study-{arm}" for arm in ARMS]
 
 
@@ -187,7 +177,9 @@ def test_a_mistake_submits_nothing(
     study,
 ):
     done, calls = study(*arguments, check=False, **settings)
-    assert done.returncode == code and calls == [] and message in done.stderr
+    assert done.returncode == code
+    assert calls == []
+    assert message in done.stderr
 
 
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
@@ -263,22 +255,23 @@ def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
         "SIZE": "tiny",
         "VQA_PYTHON": "/nowhere/python",
         "PYTHONPATH": str(ROOT),
+        "LAYOUT": "voc2012",
+        "STUDY": "-c voc2012",
     }
-    there |= {"LAYOUT": "voc2012", "STUDY": "-c voc2012"}
     done, calls = study("--rehearse", **there, ENCODERS="dinov2 clip")
     scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
-    assert len(scripts) == 2 * 3 + 1 and scripts.count("slurm/study.sbatch") == 3
+    assert len(scripts) == 2 * 3 + 1
+    assert scripts.count("slurm/study.sbatch") == 3
     assert "no benchmarks: /nowhere/python does not exist" in done.stdout
     jobs = dict(
         line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
     )
     folder = tmp_path / "runs/rehearsal"
-    assert (
-        jobs["RUNS"] == str(folder)
-        and jobs["LLM"] == f"{folder}/inputs/vicuna"
-        and jobs["ENCODERS"] == "dinov2"
-    )
+    assert jobs["RUNS"] == str(folder)
+    assert jobs["LLM"] == f"{folder}/inputs/vicuna"
+    assert jobs["ENCODERS"] == "dinov2"
     assert jobs["STAGE2"] == "-c configs/stage2.yaml --trainer.max_steps 2"
     assert jobs["LAYOUT"] == "ade20k" and jobs["STUDY"] == STUDY, "whatever the study's dataset is"
     config = json.loads((folder / "inputs/dinov2.yaml").read_text())
-    assert Path(config["model"]["encoder"]["path"]).is_dir() and Path(jobs["CAPTIONS"]).is_file()
+    assert Path(config["model"]["encoder"]["path"]).is_dir()
+    assert Path(jobs["CAPTIONS"]).is_file()

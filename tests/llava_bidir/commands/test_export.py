@@ -37,11 +37,9 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
     model, processor = causal
     export_hf(as_llava(model), processor, tmp_path / "hf", {"stage": "adapter+llm"})
     config = json.loads((tmp_path / "hf/config.json").read_text())
-    assert (
-        config["model_type"] == "llava"
-        and not set(OWN_KEYS) & set(config)
-        and "auto_map" not in config
-    )
+    assert config["model_type"] == "llava"
+    assert not set(OWN_KEYS) & set(config)
+    assert "auto_map" not in config
     assert not list((tmp_path / "hf").glob("*.py")), "nothing that asks for trust_remote_code"
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     assert (
@@ -67,7 +65,8 @@ def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal
     torch.testing.assert_close(
         kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected
     )
-    assert not (tmp_path / "hf/merged").exists() and has_lora(model)
+    assert not (tmp_path / "hf/merged").exists()
+    assert has_lora(model)
 
 
 def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):
@@ -83,8 +82,6 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
         "eos_token_id": [2, 7],
         "pad_token_id": 0,
         "max_length": 4096,
-    }
-    settings |= {
         "temperature": 0.9,
         "top_p": 0.6,
         "repetition_penalty": 1.05,
@@ -99,10 +96,8 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
             [2, 7],
             processor.tokenizer.pad_token_id,
         )
-        assert (
-            saved.temperature is saved.top_p is saved.repetition_penalty is None
-            and not saved.do_sample
-        )
+        assert saved.temperature is saved.top_p is saved.repetition_penalty is None
+        assert not saved.do_sample
 
 
 @pytest.mark.parametrize(("own", "exported"), [(None, 2), (2, 2), (7, [2, 7]), ([7, 9], [2, 7, 9])])
@@ -145,15 +140,6 @@ def test_stock_llava_directories_load_as_ours_under_any_mask(causal, tmp_path):
     assert torch.equal(same(**inputs(model)).logits, logits)
     assert not torch.allclose(other(**inputs(model)).logits, logits)
     assert isinstance(LlavaConfig.from_pretrained(tmp_path / "hf"), LlavaConfig)
-
-
-def test_model_card_says_what_it_is_and_how_it_was_made(parts, tmp_path):
-    processor = build_processor(*parts)
-    model = build_model(*parts, processor, image_attention="bidirectional")
-    export_hf(model, processor, tmp_path / "hf", {"stage": "adapter+llm", "learning_rate": 2e-5})
-    card = (tmp_path / "hf/README.md").read_text()
-    assert "bidirectional attention among image tokens" in card and "- learning_rate: 2e-05" in card
-    assert card.count("DIR, trust_remote_code=True") == 2 and "4 image tokens" in card
 
 
 def test_a_directory_that_reads_back_otherwise_is_not_left_behind(causal, tmp_path, monkeypatch):

@@ -172,7 +172,8 @@ def test_tensors_and_logits_are_those_of_the_file(quantised, tied, tmp_path):
     assert written.keys() == stored.keys()
     for name, value in stored.items():
         assert np.array_equal(written[name], value), name
-    assert imported.dtype == torch.float32 and not hasattr(imported.config, "quantization_config")
+    assert imported.dtype == torch.float32
+    assert not hasattr(imported.config, "quantization_config")
     if not quantised:
         ids = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -227,7 +228,8 @@ def test_files_that_cannot_be_imported_are_errors_that_say_why(tmp_path):
             file.write_bytes(content)
         with pytest.raises(SystemExit) as stop:
             main(["import-gguf", str(file), str(out)])
-        assert str(file) in str(stop.value) and not out.exists()
+        assert str(file) in str(stop.value)
+        assert not out.exists()
         return str(stop.value)
 
     assert "is not a GGUF file: it begins with b'PK" in failure(b"PK\x03\x04" + whole)

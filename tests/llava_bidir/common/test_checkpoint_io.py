@@ -78,7 +78,9 @@ def test_last_is_the_latest_valid_checkpoint_and_logs_skipped_ones(tmp_path, cap
     assert [str(path) in text for path, text in zip(paths[4:1:-1], passed, strict=True)] == [
         True
     ] * 3
-    assert "share_0.pt" in passed[0] and "share_1.pt" in passed[1] and "truncated" in passed[2]
+    assert "share_0.pt" in passed[0]
+    assert "share_1.pt" in passed[1]
+    assert "truncated" in passed[2]
 
 
 def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
@@ -90,10 +92,8 @@ def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
         match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt",
     ):
         resolve_ckpt_path(str(bad), tmp_path)
-    assert (
-        resolve_ckpt_path(str(good), tmp_path) == str(good)
-        and resolve_ckpt_path(None, tmp_path) is None
-    )
+    assert resolve_ckpt_path(str(good), tmp_path) == str(good)
+    assert resolve_ckpt_path(None, tmp_path) is None
     assert find_defect(tmp_path / "none.ckpt") == "no such file or directory"
     assert resolve_ckpt_path("last", tmp_path / "nowhere") is None
 
@@ -132,7 +132,8 @@ def test_last_skips_a_checkpoint_with_a_flipped_bit(tmp_path, caplog):
     assert not torch.equal(torch.load(bad)["weight"], NEW["weight"]), "loaded silently"
     os.utime(good, (1, 1))
     assert resolve_ckpt_path("last", tmp_path) == str(good)
-    assert "skipping" in caplog.text and "2.ckpt is damaged" in caplog.text
+    assert "skipping" in caplog.text
+    assert "2.ckpt is damaged" in caplog.text
 
 
 def position(processed: int, completed: int) -> dict:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 from llava_bidir.cli import main as llava_bidir_main
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_pretrained
 from probes.cli import main as probes_main
 
@@ -70,12 +70,6 @@ def test_an_early_config_with_the_llm_beside_the_encoder_is_read(tmp_path):
 def test_an_unknown_kind_is_named_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="knows no model_type 'foo'; a later version may$"):
         read_pretrained("MLLM", AutoConfig, write(tmp_path, {"model_type": "foo"}))
-
-
-def test_a_long_error_of_a_library_ends_with_a_word():
-    with pytest.raises(UserError) as error, error_context("x"):
-        raise ValueError("instance " * 100)
-    assert str(error.value).endswith("instance ...")
 
 
 def test_auto_processor_finds_the_processor_by_the_config_without_asking(

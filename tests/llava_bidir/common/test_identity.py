@@ -47,11 +47,13 @@ def test_checksums_are_sha256_and_files_are_read_once(
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(content)
     expected = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in files.items()}
-    assert identity.checksums(tmp_path / "data", files) == expected and len(hashed) == 5
+    assert identity.checksums(tmp_path / "data", files) == expected
+    assert len(hashed) == 5
     assert identity.checksums(tmp_path / "data", list(files)[:3]) == dict(
         list(expected.items())[:3]
     )
-    assert identity.checksums(tmp_path / "data/../data", files) == expected and len(hashed) == 5
+    assert identity.checksums(tmp_path / "data/../data", files) == expected
+    assert len(hashed) == 5
 
 
 def test_a_changed_file_is_read_again_whatever_its_time_and_size(
@@ -67,14 +69,16 @@ def test_a_changed_file_is_read_again_whatever_its_time_and_size(
     time.sleep(0.01)
     file.write_bytes(b"new")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync and cp -p do
-    assert identity.checksums(tmp_path, ["weights"]) != before and len(hashed) == 2
+    assert identity.checksums(tmp_path, ["weights"]) != before
+    assert len(hashed) == 2
 
 
 def test_a_file_that_was_just_written_is_not_cached(cache, hashed, tmp_path):
     (tmp_path / "weights").write_bytes(b"1")
     for _ in range(2):
         identity.checksums(tmp_path, ["weights"])
-    assert len(hashed) == 2 and not cache.exists()
+    assert len(hashed) == 2
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"weights": 3', "\0"])
@@ -90,7 +94,8 @@ def test_a_damaged_cache_is_ignored(
     (file,) = cache.rglob("*.json")
     file.write_text(content)
     assert identity.checksums(tmp_path, ["weights"]) == expected
-    assert identity.checksums(tmp_path, ["weights"]) == expected and len(hashed) == 2
+    assert identity.checksums(tmp_path, ["weights"]) == expected
+    assert len(hashed) == 2
 
 
 def test_missing_files_have_no_checksum_and_no_size(cache, tmp_path):
@@ -120,7 +125,9 @@ def test_identities_are_the_same_if_their_json_is(before, now):
         assert same
     except UserError as error:
         key = str(error).split("=")[0][-1]
-        assert not same and before.get(key) is not now.get(key) and str(error).endswith("; stop")
+        assert not same
+        assert before.get(key) is not now.get(key)
+        assert str(error).endswith("; stop")
 
 
 def test_a_result_without_identity_is_not_taken_for_the_same():

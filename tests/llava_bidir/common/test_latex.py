@@ -39,5 +39,6 @@ def test_cells_are_typeset_as_they_are(cells):
     text = latex_table([["name", "x"], cells], names=1)
     assert text.startswith("\\begin{tabular}{lr}\n\\toprule\nname & x \\\\\n\\midrule\n")
     row = text.split("\n")[4]
-    assert row.endswith(r" \\") and not row.startswith(("[", "*"))
+    assert row.endswith(r" \\")
+    assert not row.startswith(("[", "*"))
     assert typeset(row.removesuffix(r" \\")) == cells

@@ -77,7 +77,8 @@ def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
             os.kill(pid, signal.SIGKILL)
     expected = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     assert demo.returncode == expected.get(number, 128 + number)
-    assert len(pids) == 4 and ended
+    assert len(pids) == 4
+    assert ended
     if number == signal.SIGINT:
         assert (tmp_path / "asked").read_text() == "xx", "a training saves a checkpoint then"
         assert told == "demo: interrupted; run the same command again to go on\n"

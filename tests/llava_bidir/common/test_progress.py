@@ -89,12 +89,6 @@ def test_a_last_step_that_is_shorter_is_not_begun_after_the_epoch():
     assert progress.total_steps(trainer_at(5, -1, -1)) is None
 
 
-def test_batches_that_are_steps_are_not_counted_twice(monkeypatch, caplog):
-    trainers = [trainer_at(1, 2, -1, accumulated=1, batches=6)]
-    lines = lines_of(progress.LogProgress(), trainers, monkeypatch, caplog)
-    assert lines == ["epoch 1/2, batch 1/6, loss 1, 0.005 batches/s, 0:36:40 left"]
-
-
 @pytest.mark.parametrize(
     ("steps", "seconds", "expected"),
     [
@@ -121,16 +115,6 @@ def test_the_first_batch_says_how_long_the_run_takes(
     if expected is None:
         assert lines == []
     else:
-        assert len(lines) == 1 and expected in lines[0]
+        assert len(lines) == 1
+        assert expected in lines[0]
         assert ("more than a day" in lines[0]) == (steps == 60)
-
-
-def test_a_pass_logs_its_rate_and_the_time_left(monkeypatch, caplog):
-    clock = iter([0.0, 20.0, 21.0, 30.0])  # a line at the first batch and at the last
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with caplog.at_level("INFO"):
-        assert list(progress.log_pass("abc")) == ["a", "b", "c"]
-    assert caplog.messages == [
-        "batch 1/3 of a pass, 0.05 batches/s, 0:00:40 left",
-        "batch 3/3 of a pass, 0.1 batches/s, 0:00:00 left",
-    ]

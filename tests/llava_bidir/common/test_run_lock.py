@@ -95,15 +95,7 @@ def test_a_second_fit_into_a_run_is_an_error(
         processes.inside(exclusive_run_lock(tmp_path)),
         pytest.raises(SystemExit, match="is in use by process"),
     ):
-        cli.main(
-            [
-                "fit",
-                *tiny_models.training_arguments(parts, conversations),
-                "--out",
-                str(tmp_path),
-                *more,
-            ]
-        )
+        tiny_models.fit(parts, conversations, tmp_path, *more)
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], (
         "the second process has written nothing"
     )

@@ -63,7 +63,8 @@ def test_settings_of_the_tokenizer_are_kept(llama_folder, llama_tokenizer):
         "all_special_ids",
     ):
         assert getattr(llama_tokenizer, name) == getattr(stock, name)
-    assert llama_tokenizer.get_vocab() == stock.get_vocab() and len(llama_tokenizer) == 32000
+    assert llama_tokenizer.get_vocab() == stock.get_vocab()
+    assert len(llama_tokenizer) == 32000
     ids = llama_tokenizer.encode("  def  f(x):\n\treturn 猫")
     assert llama_tokenizer.decode(ids) == stock.decode(ids)
 

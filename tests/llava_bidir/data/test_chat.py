@@ -1,13 +1,11 @@
 """The template `chat`: ids of the complete text, supervised answers, and the prompts of exported models."""
 
-import json
-
 import pytest
 import tiny_models
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from llava_bidir.commands.generate import prompt_template
@@ -128,7 +126,8 @@ def test_ids_are_those_of_the_complete_text_and_answers_with_their_end_are_super
     for text, answer in zip(texts, answers, strict=True):
         # White space that shares a token with the prompt's
         joined = (answer + end).removesuffix(text)
-        assert (answer + end).endswith(text) and not joined.strip()
+        assert (answer + end).endswith(text)
+        assert not joined.strip()
         if not answer[0].isspace():
             assert text == answer + end
 
@@ -178,11 +177,13 @@ def test_prompts_and_exported_processors_have_the_ids_of_training(name, parts, t
             image_id,
         )[0]
     )
-    assert prompt.count(image_id) == TOKENS and prompt == trained[: len(prompt)]
+    assert prompt.count(image_id) == TOKENS
+    assert prompt == trained[: len(prompt)]
     assert processor(
         text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[IMAGE]
     )["input_ids"][0] == (prompt)
-    assert labels[len(prompt)] == trained[len(prompt)] and labels[len(prompt) - 1] == IGNORE_INDEX
+    assert labels[len(prompt)] == trained[len(prompt)]
+    assert labels[len(prompt) - 1] == IGNORE_INDEX
 
 
 def test_words_of_our_tokens_in_texts_are_text():
@@ -194,7 +195,8 @@ def test_words_of_our_tokens_in_texts_are_text():
         None,
         IMAGE_ID,
     )
-    assert IMAGE_ID not in ids and tokenizer.pad_token_id not in ids
+    assert IMAGE_ID not in ids
+    assert tokenizer.pad_token_id not in ids
     assert tokenizer.decode(ids).endswith(
         "user\na <image> <pad><|im_end|>\n<|im_start|>assistant\n<pad><|im_end|>\n"
     )
@@ -237,29 +239,11 @@ def test_templates_whose_answers_cannot_be_found_are_errors(template, message):
         )
 
 
-def test_a_tokenizer_that_begins_texts_unlike_its_template_is_an_error(parts, tmp_path):
-    tokenizer = TOKENIZERS["ChatML"]
-    tokenizer.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    start = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            start,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {
-            "<|endoftext|>": {
-                "id": "<|endoftext|>",
-                "ids": [0],
-                "tokens": ["<|endoftext|>"],
-            }
-        },
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    changed = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+def test_a_tokenizer_that_begins_texts_unlike_its_template_is_an_error(parts):
+    changed = byte_level(CHATML)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     with pytest.raises(UserError, match="begins texts with a token that its chat template lacks"):
         encode(
             tiny_models.turns("What is it?", "a cat"),

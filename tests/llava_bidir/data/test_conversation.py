@@ -31,7 +31,8 @@ def test_plain_trains_the_caption_and_its_newline(caption, llama_tokenizer, slow
         IMAGE_ID,
     )
     assert ids == whole_text_ids(f"<image>{caption}\n", slow_llama, 3)
-    assert labels == [IGNORE_INDEX] * 4 + ids[4:] and ids[-1] == 13
+    assert labels == [IGNORE_INDEX] * 4 + ids[4:]
+    assert ids[-1] == 13
     pieces = "".join(llama_tokenizer.convert_ids_to_tokens(ids[4:]))
     assert pieces == "▁" + f"{caption}\n".replace(" ", "▁").replace("\n", "<0x0A>")
 

@@ -85,7 +85,8 @@ def test_broken_file_is_an_error_with_the_number_of_records(content, message, tm
     (tmp_path / "list.json").write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         list(read_records(tmp_path / "list.json"))
-    assert str(error.value).startswith(str(tmp_path / "list.json")) and len(str(error.value)) < 400
+    assert str(error.value).startswith(str(tmp_path / "list.json"))
+    assert len(str(error.value)) < 400
 
 
 @given(

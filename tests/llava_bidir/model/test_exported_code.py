@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from processes import run_command
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from llava_bidir import IMAGE_ATTENTION
@@ -29,13 +30,7 @@ def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-I", SCRIPT, *map(str, checkpoints.values()), str(saved)]
-    pipes = {
-        "stdin": subprocess.DEVNULL,
-        "capture_output": True,
-        "text": True,
-    }
-    run = subprocess.run(command, env=environment | {"PATH": ""}, **pipes)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_command(command, env=environment | {"PATH": ""}, stdin=subprocess.DEVNULL)
 
 
 def test_a_causal_export_read_by_the_stock_class_is_complete(checkpoints):
@@ -56,7 +51,8 @@ def test_a_mask_that_is_registered_elsewhere_is_in_the_export(monkeypatch, tmp_p
     export = tiny_models.write_checkpoint(tmp_path / "pairs", "pairs")
     shipped = runpy.run_path(str(export / "attention.py"))["IMAGE_ATTENTION"]["pairs"]
     is_image = torch.tensor([[False, True, True, True, True, False]])
-    assert shipped is not pairs and torch.equal(shipped(is_image), pairs(is_image))
+    assert shipped is not pairs
+    assert torch.equal(shipped(is_image), pairs(is_image))
 
     monkeypatch.setitem(IMAGE_ATTENTION, "borrowed", lambda is_image: pairs(is_image))
     with pytest.raises(

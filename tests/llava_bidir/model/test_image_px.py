@@ -29,8 +29,6 @@ def write_encoder(name: str, folder: Path) -> Encoder:
         "hidden_size": 16,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
-    }
-    settings |= {
         "patch_size": PATCH_PX,
         "image_size": STORED_PX,
         "intermediate_size": 32,
@@ -95,7 +93,8 @@ def test_export_records_the_side_and_probes_read_the_same_states(name, tmp_path)
     features = loaded.get_image_features(pixels).pooler_output[0]
     assert torch.equal(features, model.get_image_features(pixels).pooler_output[0])
     mllm = probes.load(str(tmp_path / "hf"), device="cpu")
-    assert mllm.grid == (3, 3) and mllm.geometry.image_px == 42
+    assert mllm.grid == (3, 3)
+    assert mllm.geometry.image_px == 42
     expected = stock_patches(encoder, pixels.double()).float()
     torch.testing.assert_close(
         mllm.states(pixels, ["encoder"])["encoder"], expected, rtol=1e-4, atol=1e-5

@@ -33,13 +33,9 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "head_dim": 8,
-}
-SIZES |= {
     "num_key_value_heads": 2,
     "vocab_size": tiny_models.VOCABULARY,
     "max_position_embeddings": 512,
-}
-SIZES |= {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

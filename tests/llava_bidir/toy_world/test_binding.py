@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 
 from llava_bidir.toy_world.binding import (
-    CUE_CLASSES,
-    CUES,
     GRID,
-    HUES,
     IGNORED,
     PATCH_PX,
     Mosaic,
     draw_mosaic,
-    hue_colours,
     mix_mosaics,
 )
 from llava_bidir.toy_world.canvas import CLASSES, PAIR_OF
@@ -51,19 +47,6 @@ def names_by_hue(mosaic: Mosaic) -> dict[tuple, list[set[str]]]:
     return found
 
 
-def test_a_border_of_one_pixel_has_the_hue_of_the_scene_and_no_class(mosaics):
-    for mosaic in mosaics:
-        for t, (row, column) in enumerate(PATCHES):
-            pixels = patch(mosaic.image, row, column)
-            labels = patch(mosaic.mask, row, column)
-            expected = hue_colours()[mosaic.hues[mosaic.scene[t]]]
-            for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
-                assert (edge == expected).all()
-            assert (labels != IGNORED).sum() == (PATCH_PX - 2) ** 2
-            assert (labels[1:-1, 1:-1] < len(CLASSES)).all()
-    assert len(np.unique(hue_colours(), axis=0)) == HUES
-
-
 def test_look_alikes_follow_from_the_cues_of_their_own_scene_and_of_no_other(mosaics):
     """A reader of borders and cues is always right; one that takes the cues of another scene is at chance."""
     own = []
@@ -79,17 +62,6 @@ def test_look_alikes_follow_from_the_cues_of_their_own_scene_and_of_no_other(mos
     assert all(own)
     if len(mosaics[0].indoor) > 1:  # else the other scene is the same
         assert 0.35 < np.mean(other) < 0.65
-
-
-def test_each_scene_has_as_many_patches_and_enough_cues(mosaics):
-    for mosaic in mosaics:
-        count = len(mosaic.indoor)
-        assert (np.bincount(mosaic.scene, minlength=count) == GRID**2 // count).all()
-        assert len(set(mosaic.hues.tolist())) == count
-        known = np.where(mosaic.mask == IGNORED, 0, mosaic.mask)
-        shares = patch_shares(known)[:, CUE_CLASSES].sum(1)
-        assert (np.bincount(mosaic.scene[shares > 0.15], minlength=count) >= CUES).all()
-        assert (shares[mosaic.cue] > 0.15).all()
 
 
 def test_position_alone_does_not_tell_look_alikes_apart():
@@ -110,23 +82,9 @@ def test_position_alone_does_not_tell_look_alikes_apart():
     assert 0.46 < (guess == truth)[ambiguous].mean() < 0.54
 
 
-def test_world_has_pictures_of_several_scenes_and_of_one_and_asks_about_look_alikes(world):
-    for folder, splits in (("segmentation", 2), ("one_scene", 2), ("llava", 1)):
-        classes = json.loads((world / folder / "classes.json").read_text())
-        assert classes["ignore_index"] == IGNORED
-        assert len(list((world / folder / "images").iterdir())) == splits
-    patches = json.loads((world / "segmentation/patches.json").read_text())
-    assert {split: len(entries) for split, entries in patches.items()} == {
-        "training": 16,
-        "validation": 16,
-    }
-    assert all(
-        sorted(set(entry["scene"])) == [0, 1] and len(entry["cue"]) == 64
-        for entry in patches["validation"]
-    )
+def test_questions_are_about_look_alikes(world):
     questions = json.loads((world / "questions.json").read_text())
-    assert questions and all(
-        LOOK_ALIKE[q["regions"][0]["class"]] != q["regions"][0]["class"] for q in questions
-    )
-    for record in json.loads((world / "dialogues.json").read_text()):
-        assert "image" not in record or (world / record["image"]).is_file()
+    assert questions
+    for question in questions:
+        name = question["regions"][0]["class"]
+        assert LOOK_ALIKE[name] != name

@@ -1,14 +1,13 @@
 """The table of the calibration: counts against a loop, and what is left out of them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from processes import HANGING_S
+from processes import run_command
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.toy_world import calibrate
@@ -136,24 +135,8 @@ def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before
-    power = [
-        sys.executable,
-        ROOT / "tests/bench/power.py",
-        "--out",
-        tmp_path,
-        "--seeds",
-        "3",
-        "--draws",
-        "2",
-    ]
-    done = subprocess.run(
-        power,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=HANGING_S,
-    )
-    assert done.returncode == 0, done.stderr
+    power = f"tests/bench/power.py --out {tmp_path} --seeds 3 --draws 2".split()
+    done = run_command([sys.executable, *power], cwd=ROOT)
     rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
     assert [row.split()[:2] for row in rows[:2]] == [
         ["recovery", "(causal)"],

@@ -40,7 +40,8 @@ def planted(world, model):
 
 def test_loss_on_image_tokens_falls_and_the_checkpoint_is_an_ordinary_one(planted, model):
     folder, losses = planted
-    assert len(losses) == 12 and np.mean(losses[-3:]) < 0.8 * losses[0]
+    assert len(losses) == 12
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
     net = AutoModelForImageTextToText.from_pretrained(folder)
     before = AutoModelForImageTextToText.from_pretrained(model)
     assert net.config.image_attention == "bidirectional"
@@ -50,21 +51,9 @@ def test_loss_on_image_tokens_falls_and_the_checkpoint_is_an_ordinary_one(plante
         if not torch.equal(weight, before.state_dict()[name])
     }
     assert not any("vision_tower" in name for name in changed)
-    assert any("multi_modal_projector" in name for name in changed) and any(
-        "layers.2" in name for name in changed
-    )
+    assert any("multi_modal_projector" in name for name in changed)
+    assert any("layers.2" in name for name in changed)
     assert not any("layers.3" in name for name in changed)  # it fetches answers
-
-
-def test_what_was_planted_is_recorded_with_the_truth_by_folder(planted, world):
-    training = read_json(planted[0] / "training.json")
-    assert training["llm"].endswith("llm") and training["planted"][0]["steps"] == 12
-    planted_claims = dict.fromkeys(("recovery", "starvation", "starvation_first_row"), "planted")
-    assert training["truth"] == {"segmentation": planted_claims}
-    plant_drop(planted[0], world, world.parent / "both", pairs=1)
-    training = read_json(world.parent / "both/training.json")
-    assert [record["planted"] for record in training["planted"]] == ["recovery", "drop"]
-    assert training["truth"]["segmentation"] == planted_claims | {"adapter_drop": "planted"}
 
 
 def test_questions_are_learned_along(planted, world, model):
@@ -81,7 +70,8 @@ def test_questions_are_learned_along(planted, world, model):
         steps=0,
         answer_steps=2,
     )
-    assert len(losses) == 2 and not torch.equal(head(world.parent / "asked"), head(model))
+    assert len(losses) == 2
+    assert not torch.equal(head(world.parent / "asked"), head(model))
 
 
 def test_a_random_llm_has_the_same_entries_in_other_places(planted, world):
@@ -110,7 +100,8 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
         return net.model.multi_modal_projector.linear_1.weight.detach()
 
     left = (directions @ first(after).T).norm(dim=1) / (directions @ first(before).T).norm(dim=1)
-    assert (left[:pairs] < 1e-4).all() and (left[pairs:] > 0.1).all()
+    assert (left[:pairs] < 1e-4).all()
+    assert (left[pairs:] > 0.1).all()
     truth = "planted" if pairs else "absent"
     assert read_json(out / "training.json")["truth"]["segmentation"]["adapter_drop"] == truth
 

@@ -4,9 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+import tiny_models
 
 from llava_bidir import cli
 from llava_bidir.common.option_names import check_options
@@ -16,6 +15,13 @@ from llava_bidir.toy_world import real
 MINUTES = 60
 STEP_S = 10.0
 STAGES = ("stage1", "stage2")
+
+
+@pytest.fixture(autouse=True)
+def without_models(monkeypatch):
+    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", STEP_S))
+    monkeypatch.setattr(real, "end_on_signals", lambda: None)  # handlers of this process
+    monkeypatch.setattr(real, "show_language", lambda *args: None)
 
 
 @pytest.fixture
@@ -28,13 +34,7 @@ def commands(monkeypatch):
         def run_in_child_process(folder, name, steps):
             found.update({str(step.result.relative_to(out)): list(step.command) for step in steps})
 
-        def measure_step(llm, tokens):
-            return "32-true", STEP_S
-
         monkeypatch.setattr(real, "run_in_child_process", run_in_child_process)
-        monkeypatch.setattr(real, "measure_step", measure_step)
-        monkeypatch.setattr(real, "end_on_signals", lambda: None)  # handlers of this process
-        monkeypatch.setattr(real, "show_language", lambda *args: None)
         monkeypatch.setattr(real, "find_model", lambda: Path("model.gguf"))
         cli.main(["real", "--out", str(out), "--train-only", *words])
         return found
@@ -44,18 +44,7 @@ def commands(monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder data set of random masks."""
-    root = tmp_path / "streets"
-    rng = np.random.default_rng(0)
-    for split in ("training", "validation"):
-        for part in ("images", "annotations"):
-            (root / part / split).mkdir(parents=True)
-        for i in range(6):
-            mask = rng.integers(0, 3, (4, 4)).astype(np.uint8)
-            Image.fromarray(mask).save(root / f"annotations/{split}/{i}.png")
-            Image.new("RGB", (4, 4)).save(root / f"images/{split}/{i}.png")
-    (root / "classes.json").write_text(json.dumps({"classes": ["road", "sky", "car"]}))
-    return root
+    return tiny_models.write_segmentation(tmp_path / "streets", 8, 8)
 
 
 def option(words: list[str], name: str) -> str:
@@ -71,13 +60,7 @@ def test_steps_fit_the_time_on_the_world_and_on_photos(commands, photos, tmp_pat
         assert steps == [249, 249]
         assert 3 * steps[0] + 10 * steps[1] == pytest.approx(0.9 * 3600, rel=0.01)
         assert option(stage2, "--model.image_attention") == mask
-    found = commands(
-        tmp_path / "photos",
-        "--photos",
-        str(photos),
-        "--hours",
-        "1",
-    )
+    found = commands(tmp_path / "photos", "--photos", str(photos), "--hours", "1")
     stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
     steps = [int(option(words, "--trainer.max_steps")) for words in (stage1, stage2)]
     assert steps == [334, 223]
@@ -87,13 +70,7 @@ def test_steps_fit_the_time_on_the_world_and_on_photos(commands, photos, tmp_pat
 def test_models_on_photos_are_exported_at_a_tenth_and_a_third_of_stage_2(
     commands, photos, tmp_path
 ):
-    found = commands(
-        tmp_path / "out",
-        "--photos",
-        str(photos),
-        "--steps",
-        "600",
-    )
+    found = commands(tmp_path / "out", "--photos", str(photos), "--steps", "600")
     stage1, stage2 = (found[f"tuned/causal/{s}/hf/model.safetensors"] for s in STAGES)
     assert option(stage1, "--trainer.max_steps") == "900"
     assert option(stage2, "--trainer.callbacks.steps") == "[60, 200]"
@@ -119,24 +96,16 @@ def test_models_are_trained_again_if_their_records_have_changed(photos, tmp_path
         step.result.write_text("weights")
 
     def call(text: str) -> list[str]:
-        turns = [("human", "<image>\nDescribe it."), ("gpt", text)]
-        record = {
-            "id": "0",
-            "image": "0.png",
-            "conversations": [{"from": who, "value": said} for who, said in turns],
-        }
+        turns = tiny_models.turns("<image>\nDescribe it.", text)
+        record = {"id": "0", "image": "000.png", "conversations": turns}
         captions.write_text(json.dumps([record]))
         shutil.rmtree(out / "photos", ignore_errors=True)
         trained.clear()
-        folder = str(photos / "images/training")
-        words = ["--photos", str(photos), "--captions", str(captions), "--caption-images", folder]
-        cli.main(["real", "--out", str(out), "--train-only", "--steps", "6", *words])
+        words = f"real --out {out} --train-only --steps 6 --photos {photos} --captions {captions}"
+        cli.main([*words.split(), "--caption-images", str(photos / "images/training")])
         return sorted(trained)
 
     monkeypatch.setattr(real, "run_in_child_process", run_in_child_process)
-    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", STEP_S))
-    monkeypatch.setattr(real, "end_on_signals", lambda: None)
-    monkeypatch.setattr(real, "show_language", lambda *args: None)
     monkeypatch.setattr(real, "write_models", lambda out: None)
     every_stage = sorted(f"tuned/{mask}/{stage}" for mask in real.MASKS for stage in STAGES)
     assert call("wrong") == every_stage

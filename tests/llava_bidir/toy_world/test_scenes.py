@@ -9,8 +9,6 @@ from llava_bidir.toy_world.scenes import draw_pair, draw_scene
 
 LABEL = {name: index for index, name in enumerate(CLASSES)}
 SURFACES = [("ceiling", "sky"), ("wall", "building"), ("floor", "road")]
-ROOM_ONLY = [LABEL[n] for n in ("ceiling", "wall", "floor", "bed", "lamp", "picture")]
-STREET_ONLY = [LABEL[n] for n in ("sky", "building", "road", "car", "tree")]
 CUES = [LABEL[n] for n in ("lamp", "picture", "bed", "tree", "car")]
 
 
@@ -26,14 +24,6 @@ def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def without_evidence():
     return draw_many(400)
-
-
-def test_every_class_is_large_enough_to_be_seen_in_its_kind_of_scene(without_evidence):
-    indoor, _, masks = without_evidence
-    share = np.bincount(masks.ravel(), minlength=len(CLASSES)) / masks.size
-    assert len(share) == len(CLASSES) and share.min() > 0.012
-    assert not np.isin(masks[indoor], STREET_ONLY).any()
-    assert not np.isin(masks[~indoor], ROOM_ONLY).any()
 
 
 def test_every_scene_shows_a_cue(without_evidence):
@@ -68,22 +58,6 @@ def test_the_two_of_a_pair_have_the_same_colour(monkeypatch):
     assert np.abs(bed - car).max() < 0.05
 
 
-def test_canvas_decides_the_mask_by_pixel_centres():
-    rng = np.random.default_rng(2)
-    axes = np.mgrid[:SIZE_PX, :SIZE_PX]
-    offsets = []
-    for _ in range(100):
-        canvas = scenes.Canvas()
-        place = scenes.Quad.upright(rng.uniform(30, 66, 2), *rng.uniform(8, 50, 2))
-        canvas.polygon(place, (255, 255, 255), "tree", [(0.5, 0), (1, 1), (0, 0.8)])
-        covered = canvas.image()[..., 0]
-        chosen = canvas.mask() == LABEL["tree"]
-        assert chosen[covered == 1].all() and not chosen[covered == 0].any()
-        centres = [np.average(axis, weights=covered) - axis[chosen].mean() for axis in axes]
-        offsets.append(centres)
-    assert np.abs(np.mean(offsets, axis=0)).max() < 0.02
-
-
 def test_pairs_differ_in_one_cue_only():
     """Where pixels differ, the mask of the scene shows a cue or its surroundings; all else is equal to the bit."""
     rng = np.random.default_rng(3)
@@ -92,7 +66,8 @@ def test_pairs_differ_in_one_cue_only():
         cued, without = draw_pair(rng)
         differs = (cued.image != without.image).any(-1)
         assert 0 < differs.mean() < 0.5
-        assert cued.cues == without.cues == 1 and cued.indoor == without.indoor
+        assert cued.cues == without.cues == 1
+        assert cued.indoor == without.indoor
         assert (cued.mask == without.mask)[~differs].all()
         assert not np.isin(without.mask, CUES).any()
         shown = set(CUES) & set(np.unique(cued.mask[differs]))

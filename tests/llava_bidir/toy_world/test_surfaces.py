@@ -1,9 +1,6 @@
-"""Depth, normals and objects of scenes against ray tracing and finite differences; pictures and masks as before."""
-
-import hashlib
+"""Depth, normals and objects of scenes against ray tracing and finite differences."""
 
 import numpy as np
-import PIL
 import pytest
 
 from llava_bidir.toy_world.canvas import SIZE_PX, Canvas, sample_camera
@@ -19,21 +16,6 @@ CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW
 def scenes():
     rng = np.random.default_rng(0)
     return [draw_scene(rng) for _ in range(150)]
-
-
-@pytest.mark.skipif(
-    PIL.__version__.split(".")[0] != "13", reason="another version of Pillow may draw other pixels"
-)
-def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
-    """The digest was computed by the commit before."""
-    rng = np.random.default_rng(5)
-    digest = hashlib.sha256()
-    for _ in range(30):
-        scene = draw_scene(rng)
-        digest.update(scene.image.tobytes())
-        digest.update(scene.mask.tobytes())
-    assert digest.hexdigest()[:16] == "72b59f8fe4853e4f"
-    assert rng.integers(2**63) == 7063252287448839693, "geometry consumes random numbers"
 
 
 def trace_room(camera) -> np.ndarray:
@@ -103,17 +85,6 @@ def test_normals_are_those_of_the_points_that_depth_gives(scenes):
         compared += inside.sum()
     assert compared > 100_000
     assert {tuple(normal) for normal in given[inside].round(3) + 0.0} > {(0, 0, 1), (0, -1, 0)}
-
-
-def test_only_the_sky_has_no_depth(scenes):
-    for scene in scenes:
-        nowhere = np.isnan(scene.surfaces.depth())
-        assert nowhere[scene.mask == SKY].all() and (nowhere & (scene.mask != SKY)).sum() <= 5
-        assert (np.isnan(scene.surfaces.normals()).all(-1) == nowhere).all()
-        assert (np.nanmin(scene.surfaces.depth()) > 2) and (
-            np.nanmax(scene.surfaces.depth()) < 14.5
-        )
-    assert sum(np.isnan(scene.surfaces.depth()).any() for scene in scenes) > 50
 
 
 def test_objects_are_finer_than_classes(scenes):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,6 @@ import torch
 from processes import die, fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_bidir import cli
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, latest_valid_checkpoint
 from llava_bidir.training.throughput import TIMING_METRICS
 
@@ -41,18 +41,11 @@ def train(parts, conversations):
     def run(out: Path) -> None:
         # So that kills also interrupt the reading of conversations
         datasets.config.HF_DATASETS_CACHE = out / "cache"
-        cli.main(
-            [
-                "fit",
-                *tiny_models.training_arguments(parts, conversations),
-                *("--data.micro_batch_size", "2"),
-                *("--trainer.max_epochs", "10", "--trainer.check_val_every_n_epoch", "4"),
-                *("--trainer.log_every_n_steps", "1", "--trainer.callbacks+=ModelCheckpoint"),
-                "--trainer.callbacks.save_last=true",
-                "--trainer.callbacks.every_n_train_steps=1",
-                *("--out", str(out), "--ckpt_path", "last"),
-            ]
-        )
+        more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1 --ckpt_path last"
+        more += " --trainer.max_epochs 10 --trainer.check_val_every_n_epoch 4"
+        more += " --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true"
+        more += " --trainer.callbacks.every_n_train_steps=1"
+        tiny_models.fit(parts, conversations, out, *more.split())
 
     return run
 
@@ -128,15 +121,14 @@ def test_a_run_killed_after_its_last_step_is_validated_and_exported(
     The export is then made from the checkpoint.
     """
     log = tmp_path / "log"
-    options = [
-        *tiny_models.training_arguments(parts, conversations),
-        *("--trainer.log_every_n_steps", "1", "--ckpt_path", "last"),
-        *("--model.lora.r", "2", "--model.frozen_dtype", "bfloat16"),
-        *("--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "null"),
-    ]
+    more = "--trainer.log_every_n_steps 1 --ckpt_path last --model.lora.r 2"
+    more += " --model.frozen_dtype bfloat16 --trainer.precision bf16-mixed"
+    more += " --trainer.gradient_clip_val null"
 
     def train(name: str) -> int:
-        return wait(fork(lambda: cli.main(["fit", *options, "--out", str(tmp_path / name)]), log))
+        out = tmp_path / name
+        run = partial(tiny_models.fit, parts, conversations, out, *more.split())
+        return wait(fork(run, log))
 
     assert train("undisturbed") == 0, log.read_text()
     with monkeypatch.context() as patch:

@@ -91,10 +91,6 @@ def test_utilisation_is_the_share_of_what_a_device_can_do(training, monkeypatch)
     assert logged["train/mfu"] == 2 * needed / 2 / 3e12
 
 
-def test_without_a_known_peak_no_utilisation_is_logged(training, monkeypatch):
-    assert "train/mfu" not in logged_rates(*training, monkeypatch)
-
-
 def test_a_peak_that_is_not_positive_is_an_error():
     with pytest.raises(UserError, match="peak_tflops must be positive, got 0"):
         Throughput(peak_tflops=0.0)

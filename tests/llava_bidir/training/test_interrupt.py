@@ -8,7 +8,6 @@ import pytest
 import tiny_models
 import torch
 
-from llava_bidir.cli import main
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.training.module import LlavaTraining
@@ -43,13 +42,11 @@ def fit(
             count[0] += 1
             return step(module, batch, batch_idx)
 
-        words = ["fit", *tiny_models.training_arguments(parts, conversations)]
-        words += ["--data.micro_batch_size", "2", "--data.val_annotations", "null"]
-        words += ["--out", str(tmp_path / "run"), *more]
+        words = "--data.micro_batch_size 2 --data.val_annotations null".split()
         with monkeypatch.context() as patch:
             patch.setattr(LlavaTraining, "training_step", interrupted_step)
             try:
-                main(words)
+                tiny_models.fit(parts, conversations, tmp_path / "run", *words, *more)
             except SystemExit as stop:
                 return stop.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
@@ -66,7 +63,8 @@ def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(fit, tmp_pat
     status, told = fit(interrupts={2: 1})
     last = tmp_path / "run/checkpoints/last.ckpt"
     advice = f"run the same command again with `--ckpt_path last` to go on from {last}"
-    assert status == 130 and told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
+    assert status == 130
+    assert told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert len(events(tmp_path)) == 1, "of the batches that were done"
     assert fit("--ckpt_path", "last")[0] == 0
@@ -76,7 +74,8 @@ def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(fit, tmp_pat
 def test_a_second_ctrl_c_ends_at_once_and_promises_nothing(fit, tmp_path):
     status, told = fit(interrupts={0: 2})
     advice = "nothing was saved yet: the same command starts anew"
-    assert status == 130 and told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
+    assert status == 130
+    assert told.splitlines()[-1] == f"llava-bidir: interrupted; {advice}"
     assert events(tmp_path) == []
 
 
@@ -88,8 +87,9 @@ def test_a_start_that_fails_leaves_no_event_file(fit, tmp_path):
 
 def test_ctrl_c_before_a_run_begins_promises_no_checkpoint(tmp_path, capsys):
     for command, advice in (("fit", "again"), ("solve", "again"), ("study", "again to go on")):
-        with pytest.raises(SystemExit), one_line_errors("probes", [command]):
+        with pytest.raises(SystemExit) as stop, one_line_errors("probes", [command]):
             raise KeyboardInterrupt
+        assert stop.value.code == 130
         assert capsys.readouterr().err == f"probes: interrupted; run the same command {advice}\n"
     for name in ("", "x.ckpt.partial", "moments_0.safetensors"):
         if name:

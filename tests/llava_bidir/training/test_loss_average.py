@@ -96,7 +96,8 @@ def test_gradients_of_a_step_are_those_of_the_average(
     """`tokens` averages over the whole global batch, `llava` over the means of the micro-batches."""
     step = fit_one_step(parts, conversations, loss_average, micro)
     sums, counts = summed_losses(step.model, step.batches)
-    assert len(counts) == GLOBAL_BATCH and len(set(counts)) > 2
+    assert len(counts) == GLOBAL_BATCH
+    assert len(set(counts)) > 2
     assert len(step.batches) == GLOBAL_BATCH // micro
     size = GLOBAL_BATCH if loss_average == "tokens" else micro
     cuts = range(0, GLOBAL_BATCH, size)

@@ -4,20 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from llava_bidir.cli import main
 from llava_bidir.training.module import LlavaTraining
-
-
-def arguments(parts, conversations, out) -> list[str]:
-    shorter = [
-        "--data.micro_batch_size",
-        "2",
-        "--trainer.log_every_n_steps",
-        "1",
-        "--out",
-        str(out),
-    ]
-    return ["fit", *tiny_models.training_arguments(parts, conversations), *shorter]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
@@ -41,10 +28,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
         return loss(self, batch) * (float("nan") if len(seen) == 3 else 1.0)
 
     monkeypatch.setattr(LlavaTraining, "loss", nan_in_step_2)
+    more = "--data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     with pytest.raises(
         SystemExit, match=r"loss is not finite at step 1: samples r\d+, r\d+\. .*nonfinite has"
     ):
-        main(arguments(parts, conversations, tmp_path))
+        tiny_models.fit(parts, conversations, tmp_path, *more.split())
     window = torch.load(tmp_path / "nonfinite/rank0.pt", weights_only=False)
     assert [item["batch"]["ids"] for item in window] == seen[2:4]
     assert [torch.tensor(item["loss"]).isfinite().item() for item in window] == [False, True]

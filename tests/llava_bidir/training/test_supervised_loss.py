@@ -9,7 +9,6 @@ from PIL import Image
 from reference_llava import llava_logits
 
 from llava_bidir import IMAGE_ATTENTION
-from llava_bidir.cli import main
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
 from llava_bidir.training.module import LlavaTraining
@@ -100,10 +99,10 @@ def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
     """Losses, answers in validation, and the check of the export, on batches with images and of text alone."""
     warnings = []
     monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
-    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
-    command += ["--data.micro_batch_size", "1", "--trainer.max_epochs", "1"]
-    main([*command, "--model.image_attention", "bidirectional"])
-    assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
+    more = "--data.micro_batch_size 1 --trainer.max_epochs 1 --model.image_attention bidirectional"
+    tiny_models.fit(parts, conversations, tmp_path, *more.split())
+    assert (tmp_path / "hf/model.safetensors").is_file()
+    assert not warnings
 
 
 def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):

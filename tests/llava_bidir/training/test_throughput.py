@@ -1,37 +1,11 @@
 """What the training speed counts."""
 
-from collections import Counter
 from types import SimpleNamespace
 
-import tiny_models
 import torch
-from PIL import Image
 
-from llava_bidir.data.collate import Collate
-from llava_bidir.model.build import build_processor
 from llava_bidir.training import throughput
 from llava_bidir.training.throughput import Throughput
-
-
-def test_sample_that_shows_its_image_twice_counts_once_as_one_with_an_image(parts):
-    turns = tiny_models.turns("<image>\nname", "wall", "<image>\nand", "sky")
-    image = Image.new("RGB", (8, 8))
-    samples = [
-        {
-            "id": "a",
-            "image": image,
-            "conversations": turns,
-        },
-        {
-            "id": "b",
-            "image": None,
-            "conversations": turns,
-        },
-    ]
-    callback = Throughput()
-    callback.counts = Counter()
-    callback._count(Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")(samples))
-    assert callback.counts["text_only"] == 1
 
 
 def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):

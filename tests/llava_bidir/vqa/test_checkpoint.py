@@ -23,10 +23,8 @@ def copy_with_config(source, folder, **changes):
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 def test_mask_and_encoder_are_those_of_the_config(mask, checkpoints):
-    assert (
-        read_image_attention(checkpoints[mask]) == mask
-        and read_encoder_name(checkpoints[mask]) == "clip"
-    )
+    assert read_image_attention(checkpoints[mask]) == mask
+    assert read_encoder_name(checkpoints[mask]) == "clip"
 
 
 def test_stock_llava_with_a_mask_is_rejected(checkpoints, tmp_path):

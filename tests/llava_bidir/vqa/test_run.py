@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lmms_datasets
 import pytest
+import tiny_models
 from datasets import load_dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -56,26 +57,10 @@ def stubbed(tmp_path, monkeypatch):
     return make
 
 
-def vqa(
-    model,
-    out,
-    data,
-    *more,
-) -> None:
-    """Run the command."""
-    argv = [
-        "vqa",
-        str(model),
-        "--out",
-        str(out),
-        "--data",
-        str(data),
-        "--python",
-        str(PYTHON),
-        "--batch-size",
-        "4",
-    ]
-    cli.main([*argv, *more])
+def vqa(model, out, data, more: str = "") -> None:
+    """Run the command, with more words of it."""
+    words = f"vqa {model} --out {out} --data {data} --python {PYTHON} --batch-size 4 {more}"
+    cli.main(words.split())
 
 
 def items(out: Path, name: str) -> list[dict]:
@@ -96,31 +81,22 @@ def runs(checkpoints, data, tmp_path_factory):
         patch.setenv("NUM_IMAGE", "2")
         for mask in ("causal", "bidirectional"):
             vqa(checkpoints[mask], root / mask, data)
-        vqa(
-            checkpoints["bidirectional"],
-            root / "single",
-            data,
-            "--batch-size",
-            "1",
-            "--tasks",
-            *TABLE1,
-            "toy",
-        )
+        tasks = " ".join([*TABLE1, "toy"])
+        more = f"--batch-size 1 --tasks {tasks}"
+        vqa(checkpoints["bidirectional"], root / "single", data, more)
     return root
 
 
 def test_all_nine_run_and_fill_the_papers_row(runs):
     (model,) = json.loads((runs / "bidirectional/table1.json").read_text())["models"]
-    assert len(model["columns"]) == 11 and model["columns"]["VizWiz"]["paper"] == 0.575
+    assert len(model["columns"]) == 11
+    assert model["columns"]["VizWiz"]["paper"] == 0.575
     assert all(len(items(runs / "bidirectional", name)) == 6 for name in TABLE1)
     info = json.loads((runs / "bidirectional/gqa.json").read_text())
-    assert info["versions"]["lmms_eval"] == "0.7.3" and info["image_attention"] == "bidirectional"
-    assert [info[key] for key in ("documents", "batch_size", "processes", "device")] == [
-        6,
-        4,
-        1,
-        "cpu",
-    ]
+    assert info["versions"]["lmms_eval"] == "0.7.3"
+    assert info["image_attention"] == "bidirectional"
+    assert (info["documents"], info["batch_size"]) == (6, 4)
+    assert (info["processes"], info["device"]) == (1, "cpu")
 
 
 def test_answers_do_not_depend_on_the_batch(runs):
@@ -180,13 +156,7 @@ def test_finished_tasks_are_not_run_again_but_checked_again(
     capsys,
 ):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
-    vqa(
-        checkpoints["causal"],
-        out,
-        data,
-        "--python",
-        "/nowhere",
-    )
+    vqa(checkpoints["causal"], out, data, "--python /nowhere")
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.jsonl").write_text(
         "".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1])
@@ -194,13 +164,7 @@ def test_finished_tasks_are_not_run_again_but_checked_again(
     with pytest.raises(
         SystemExit, match="pope: 1 of 6 items have no or several results, e.g. item 5$"
     ):
-        vqa(
-            checkpoints["causal"],
-            out,
-            data,
-            "--python",
-            "/nowhere",
-        )
+        vqa(checkpoints["causal"], out, data, "--python /nowhere")
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
@@ -210,13 +174,7 @@ def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
     with pytest.raises(
         SystemExit, match=r"causal/gqa.json belongs to another checkpoint .* choose another --out"
     ):
-        vqa(
-            checkpoints["bidirectional"],
-            runs / "causal",
-            data,
-            "--python",
-            "/nowhere",
-        )
+        vqa(checkpoints["bidirectional"], runs / "causal", data, "--python /nowhere")
 
 
 def test_results_on_other_data_are_not_reused(
@@ -229,15 +187,7 @@ def test_results_on_other_data_are_not_reused(
     with pytest.raises(
         SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"
     ):
-        vqa(
-            checkpoints["causal"],
-            runs / "causal",
-            copy,
-            "--tasks",
-            "pope",
-            "--python",
-            "/nowhere",
-        )
+        vqa(checkpoints["causal"], runs / "causal", copy, "--tasks pope --python /nowhere")
 
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(
@@ -247,34 +197,14 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(
     stubbed,
 ):
     """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
-    vqa(
-        checkpoints["causal"],
-        tmp_path / "out",
-        data,
-        "--python",
-        stubbed("oracle"),
-    )
+    vqa(checkpoints["causal"], tmp_path / "out", data, f"--python {stubbed('oracle')}")
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
-    assert scores == pytest.approx(
-        {
-            **{
-                "GQA": 1 / 2,
-                "MMBench": 1 / 3,
-                "MME-P": 100,
-                "MME-C": 50,
-                "MMMU": 1 / 2,
-                "POPE": 1 / 2,
-            },
-            **{
-                "POPE F1": 4 / 7,
-                "SQA-I": 1 / 2,
-                "TextVQA": 0.45,
-                "TextVQA OCR": 0.45,
-                "VizWiz": 1 / 2,
-            },
-        }
-    )
+    expected = dict.fromkeys(("GQA", "MMMU", "POPE", "SQA-I", "VizWiz"), 1 / 2)
+    expected |= {"MMBench": 1 / 3, "POPE F1": 4 / 7}
+    expected |= {"MME-P": 100, "MME-C": 50}
+    expected |= {"TextVQA": 0.45, "TextVQA OCR": 0.45}
+    assert scores == pytest.approx(expected)
 
 
 def test_item_that_cannot_be_answered_ends_the_run_by_name(
@@ -286,31 +216,15 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(
     with pytest.raises(
         SystemExit, match="^llava-bidir: pope: item 4, 5: FloatingPointError: out of range$"
     ):
-        vqa(
-            checkpoints["causal"],
-            tmp_path / "out",
-            data,
-            "--python",
-            stubbed("raises"),
-            "--tasks",
-            "pope",
-        )
+        more = f"--python {stubbed('raises')} --tasks pope"
+        vqa(checkpoints["causal"], tmp_path / "out", data, more)
     assert not (tmp_path / "out/pope.json").exists()
 
 
 def test_harness_that_succeeds_without_results_is_an_error(checkpoints, data, tmp_path):
     """The harness's own command does this for every exception."""
     with pytest.raises(SystemExit, match="gqa, mme: the harness succeeded but wrote no results"):
-        vqa(
-            checkpoints["causal"],
-            tmp_path,
-            data,
-            "--python",
-            "/bin/true",
-            "--tasks",
-            "gqa",
-            "mme",
-        )
+        vqa(checkpoints["causal"], tmp_path, data, "--python /bin/true --tasks gqa mme")
 
 
 def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path):
@@ -325,36 +239,17 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
             gqa, config, split, records[:-1] if name == "GQA:images" else records
         )
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
-        vqa(
-            checkpoints["causal"],
-            tmp_path / "out",
-            pictures,
-            "--tasks",
-            "gqa",
-        )
+        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks gqa")
     whole = lmms_datasets.picture(0).resize((64, 64))
     whole.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-2000])
-    turns = [{"from": "human", "value": "<image>\nsky"}, {"from": "gpt", "value": "wall"}]
-    records = [
-        {
-            "id": str(i),
-            "image": name,
-            "conversations": turns,
-        }
-        for i, name in enumerate(("whole.png", "cut.png"))
-    ]
+    asked = {"conversations": tiny_models.turns("<image>\nsky", "wall")}
+    records = [{"id": name, "image": f"{name}.png"} | asked for name in ("whole", "cut")]
     (tmp_path / "questions.json").write_text(json.dumps(records))
     with pytest.raises(
         SystemExit, match="toy: item 1, its image: OSError: image file is truncated"
     ):
-        vqa(
-            checkpoints["causal"],
-            tmp_path / "out",
-            tmp_path,
-            "--tasks",
-            "toy",
-        )
+        vqa(checkpoints["causal"], tmp_path / "out", tmp_path, "--tasks toy")
 
 
 @pytest.mark.parametrize(
@@ -373,38 +268,18 @@ def test_other_versions_and_other_code_are_rejected(
     stubbed,
 ):
     with pytest.raises(SystemExit, match=f"setting up: the harness's environment {message}"):
-        vqa(
-            checkpoints["causal"],
-            tmp_path,
-            data,
-            "--python",
-            stubbed(stub),
-            "--tasks",
-            "gqa",
-        )
+        vqa(checkpoints["causal"], tmp_path, data, f"--python {stubbed(stub)} --tasks gqa")
 
 
 def test_bad_options_are_errors_before_the_harness_answers(checkpoints, data, tmp_path):
     with pytest.raises(
         SystemExit, match="/nowhere/python does not exist; create it with `make vqa-venv`"
     ):
-        vqa(
-            checkpoints["causal"],
-            tmp_path,
-            data,
-            "--python",
-            "/nowhere/python",
-        )
+        vqa(checkpoints["causal"], tmp_path, data, "--python /nowhere/python")
     with pytest.raises(SystemExit, match="--data .*/none is not a folder"):
         vqa(checkpoints["causal"], tmp_path, tmp_path / "none")
     with pytest.raises(SystemExit, match="gqa: --data .* has no folder lmms-lab-encoder/GQA"):
-        vqa(
-            checkpoints["causal"],
-            tmp_path,
-            tmp_path,
-            "--tasks",
-            "gqa",
-        )
+        vqa(checkpoints["causal"], tmp_path, tmp_path, "--tasks gqa")
 
 
 @pytest.mark.distributed
@@ -415,17 +290,7 @@ def test_two_processes_answer_every_item_once_with_the_same_results(
     tmp_path,
 ):
     """Five records cannot be split evenly. The harness then repeats one."""
-    vqa(
-        checkpoints["bidirectional"],
-        tmp_path,
-        data,
-        "--devices",
-        "2",
-        "--tasks",
-        "gqa",
-        "mme",
-        "toy",
-    )
+    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices 2 --tasks gqa mme toy")
     for name in ("gqa", "mme", "toy"):
         assert items(tmp_path, name) == items(runs / "single", name)
         assert json.loads((tmp_path / f"{name}.json").read_text())["processes"] == 2
@@ -447,13 +312,7 @@ def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, t
     (tmp_path / "questions.json").write_text(json.dumps(records))
     export_hf(as_llava(model), processor, tmp_path / "stock")
     for name, path in (("ours", checkpoints["causal"]), ("stock", tmp_path / "stock")):
-        vqa(
-            path,
-            tmp_path / name,
-            tmp_path,
-            "--tasks",
-            "toy",
-        )
+        vqa(path, tmp_path / name, tmp_path, "--tasks toy")
         (found,) = json.loads((tmp_path / name / "table1.json").read_text())["models"]
         assert found["columns"]["Toy"]["score"] == 0.5
     assert items(tmp_path / "ours", "toy") == items(tmp_path / "stock", "toy")

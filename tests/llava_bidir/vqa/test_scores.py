@@ -1,9 +1,12 @@
-"""Resampling and exchange of whole units, against brute force and scipy."""
+"""Resampling and exchange of whole units, against brute force; F1 against sklearn."""
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
-from llava_bidir.vqa.scores import ScoreTerms, accuracy_terms, mme_terms, swap_test
+from llava_bidir import cli
+from llava_bidir.vqa.benchmarks import BENCHMARKS, TABLE1
+from llava_bidir.vqa.scores import ScoreTerms, f1_terms, mme_terms, swap_test
 
 
 def items(right, units=None, group=None) -> list[dict]:
@@ -16,15 +19,6 @@ def items(right, units=None, group=None) -> list[dict]:
         }
         for unit, r in zip(units, right, strict=True)
     ]
-
-
-def test_questions_of_one_image_are_resampled_together():
-    """Ten questions per image, all right or all wrong: the uncertainty is that of the images."""
-    right = np.repeat(np.random.default_rng(1).random(40) < 0.5, 10)
-    by_image = accuracy_terms(items(right, np.repeat(np.arange(40), 10))).resampled_scores(4000)
-    assert by_image.std() == pytest.approx(right.std() / 40**0.5, rel=0.05)
-    by_question = accuracy_terms(items(right)).resampled_scores(4000)
-    assert by_question.std() == pytest.approx(right.std() / 400**0.5, rel=0.05)
 
 
 def test_images_are_resampled_within_their_category_of_mme():
@@ -71,3 +65,19 @@ def test_ratios_swap_their_denominators_too():
         differences.append(n[1] / d[1] - n[0] / d[0])
     exact = np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12)
     assert swap_test(*terms, 40_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_f1_equals_sklearns_for_yes_and_no():
+    rng = np.random.default_rng(0)
+    truth, said = (rng.random((2, 200)) < 0.4).astype(int)
+    answers = [
+        {"unit": i // 3, "group": None} | {"answer": ("No", "Yes")[s], "target": ("no", "yes")[t]}
+        for i, (s, t) in enumerate(zip(said, truth, strict=True))
+    ]
+    assert f1_terms(answers).score() == pytest.approx(f1_score(truth, said))
+    assert f1_terms([answers[0] | {"answer": "maybe", "target": "yes"}]).score() == 0
+
+
+def test_command_offers_every_benchmark():
+    assert cli.VQA == list(BENCHMARKS)
+    assert cli.VQA[:-1] == TABLE1

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +39,24 @@ def test_scores_intervals_and_the_papers_numbers(table):
     first, second = (model["columns"] for model in table["models"])
     assert list(first) == ["GQA", "MMBench", "MME-P", "MME-C", "POPE", "POPE F1", "TextVQA OCR"]
     images = CAUSAL.reshape(-1, 2)
-    assert first["GQA"]["score"] == pytest.approx(CAUSAL.mean()) and first["GQA"]["paper"] == 0.626
+    assert first["GQA"]["score"] == pytest.approx(CAUSAL.mean())
+    assert first["GQA"]["paper"] == 0.626
     assert second["GQA"]["difference"] == pytest.approx(BIDIRECTIONAL.mean() - 0.627)
     spread = images.mean(1).std() / 200**0.5
     assert first["GQA"]["ci95"] == pytest.approx(
         [CAUSAL.mean() - 1.96 * spread, CAUSAL.mean() + 1.96 * spread], abs=0.005
     )
-    assert first["MMBench"]["score"] == images.all(1).mean() and first["MMBench"]["units"] == 200
+    assert first["MMBench"]["score"] == images.all(1).mean()
+    assert first["MMBench"]["units"] == 200
     assert second["MME-P"]["paper"] == 1538
     perception = images[::2]
     assert first["MME-P"]["score"] == pytest.approx(
         100 * (perception.mean() + perception.all(1).mean())
     )
-    assert first["TextVQA OCR"]["paper"] is None and first["POPE F1"]["difference"] is None
-    assert not first["GQA"]["official"] and first["GQA"]["unusable"] == 0
+    assert first["TextVQA OCR"]["paper"] is None
+    assert first["POPE F1"]["difference"] is None
+    assert not first["GQA"]["official"]
+    assert first["GQA"]["unusable"] == 0
 
 
 def test_paired_differences_on_the_same_questions(table):
@@ -62,13 +65,13 @@ def test_paired_differences_on_the_same_questions(table):
     gqa = pair["columns"]["GQA"]
     per_image = (BIDIRECTIONAL.astype(float) - CAUSAL).reshape(-1, 2).mean(1)
     spread = per_image.std() / 200**0.5
-    assert gqa["difference"] == pytest.approx(per_image.mean()) and gqa["paper"] == pytest.approx(
-        0.001
-    )
+    assert gqa["difference"] == pytest.approx(per_image.mean())
+    assert gqa["paper"] == pytest.approx(0.001)
     assert gqa["ci95"] == pytest.approx(
         [per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005
     )
-    assert gqa["p"] < 0.001 and all(c["p_holm"] >= c["p"] for c in pair["columns"].values())
+    assert gqa["p"] < 0.001
+    assert all(c["p_holm"] >= c["p"] for c in pair["columns"].values())
     coins = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ per_image / 200
     mmbench = (
         BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)
@@ -79,22 +82,13 @@ def test_paired_differences_on_the_same_questions(table):
     assert pair["columns"]["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
 
 
-def test_csv_and_text_say_the_same(root, table, capsys):
-    assert make_table(root, "a", "b") == table
-    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    first = table["models"][0]["columns"]["GQA"]
-    low, high = (f"{100 * end:.1f}" for end in first["ci95"])
-    assert [line[:3] for line in lines[1:4]] == [
-        ["clip causal", "ours", f"{100 * CAUSAL.mean():.1f}"],
-        ["clip causal", "95%", f"{low} to {high}"],
-        ["clip causal", "paper", "62.6"],
-    ]
-    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"]
-    assert lines[4][1] == "ours - paper" and lines[-1][1:3] == ["p (Holm)", "0.001"]
-    assert len(lines) == 1 + 3 * 4
+def test_csv_says_the_same(root, table):
     rows = list(csv.DictReader((root / "out/table1.csv").open()))
-    assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
-    assert float(rows[0]["score"]) == first["score"] and rows[0]["paper"] == "0.626"
+    assert len(rows) == 3 * 7
+    assert {row["what"] for row in rows} == {"score", "difference"}
+    first = table["models"][0]["columns"]["GQA"]
+    assert float(rows[0]["score"]) == first["score"]
+    assert rows[0]["paper"] == "0.626"
 
 
 FLOATS = {"dtype": "torch.float32"}
@@ -146,7 +140,8 @@ def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
     table = make_table(tmp_path, "causal", "prefix", "b")
     papers = [model["columns"]["GQA"]["paper"] for model in table["models"]]
-    assert table["pairs"] == [] and papers == [None, None, 0.627]
+    assert table["pairs"] == []
+    assert papers == [None, None, 0.627]
 
 
 def test_folders_without_complete_results_of_one_checkpoint_are_errors(tmp_path):

@@ -81,24 +81,24 @@ def run(port: int, operation: str, request: dict) -> dict:
 
 
 @contextmanager
-def browser_tabs(chromium, port):
-    """Yield a function that opens the page; a request elsewhere, or an error in the page, fails the test."""
+def browser_tabs(chromium, address: str, own: tuple[str, ...]):
+    """Yield a function that opens a page at a fragment of its address.
+
+    A request to another address than those that begin with `own`, or an error in the page, fails the test.
+    """
     contexts = []
     errors = []
 
-    def open_tab(fragment: str = "", **settings):
-        contexts.append(
-            chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings))
-        )
+    def open_tab(fragment: str = ""):
+        contexts.append(chromium.new_context(viewport={"width": 1280, "height": 720}))
         tab = contexts[-1].new_page()
-        own = (f"http://127.0.0.1:{port}/", "data:", "blob:")
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on(
             "console",
             lambda message: errors.append(message.text) if message.type == "error" else None,
         )
         tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
-        tab.goto(f"http://127.0.0.1:{port}/?token={TOKEN}{fragment}")
+        tab.goto(address + fragment)
         tab.wait_for_selector("html[data-ready]")
         return settle(tab)
 

@@ -5,8 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import tiny_models
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
@@ -58,6 +60,11 @@ def fit(
 ) -> ProbeRun:
     main(arguments(checkpoint, root, out, *more))
     return ProbeRun(out)
+
+
+def read_masks(folder: Path) -> list[np.ndarray]:
+    """Return the masks of a folder in the order of their names."""
+    return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
 
 
 def write_questions(run: ProbeRun, folder: Path) -> Path:

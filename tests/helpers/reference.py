@@ -1,8 +1,11 @@
 """Slow reference implementations, which share no code with the packages, and cases to compare them on."""
 
 import copy
+import itertools
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +96,44 @@ def llama_states(
     return states
 
 
+def masks_by_layer(
+    mllm,
+    length: int,
+    gone: Callable[[int, int, int], bool],
+) -> list[Tensor]:
+    """Return the mask of each layer on prefix, image and text, bool[1, N, N], by a loop over pairs.
+
+    Args:
+        mllm: Its mask among image tokens is the one in :func:`allowed`.
+        length: Number N of tokens.
+        gone: Whether a layer, 1..L, lacks the pair of a query and a key.
+    """
+    first = mllm.prefix_ids.shape[1]
+    tokens = mllm.grid[0] * mllm.grid[1]
+    is_image = [first <= i < first + tokens for i in range(length)]
+    masks = []
+    for layer in range(1, len(mllm.decoder.layers) + 1):
+        mask = torch.zeros(1, length, length, dtype=torch.bool)
+        for q, k in itertools.product(range(length), repeat=2):
+            mask[0, q, k] = allowed(mllm.image_attention, is_image, q, k) and not gone(layer, q, k)
+        masks.append(mask)
+    return masks
+
+
+def uncached_states(
+    mllm,
+    pixels,
+    text: list[int],
+    masks: list[Tensor],
+) -> list[Tensor]:
+    """Return the states of prefix, image and text after each layer, f[B, N, d], under one mask per layer."""
+    embed = mllm.decoder.embed_tokens
+    image = mllm.states(pixels, ["adapter"])["adapter"]
+    parts = [embed(mllm.prefix_ids), image, embed(torch.tensor([text], dtype=torch.long))]
+    inputs = torch.cat([part.expand(len(pixels), -1, -1) for part in parts], 1)
+    return llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
+
+
 def eager_attention(mllm, pixels) -> list[Tensor]:
     """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention that returns its weights."""
     decoder = copy.deepcopy(mllm.decoder)
@@ -129,6 +170,22 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
     iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]
     known = [x for x in iou if x is not None]
     return sum(known) / len(known), right / total, iou
+
+
+def miou_of_counts(
+    right,
+    predicted,
+    labelled,
+    weights=None,
+):
+    """Return the mIoU of one site from counts [N, K] by numpy, or one for each row of weights [R, N]."""
+    right, predicted, labelled = (np.asarray(x, dtype=float) for x in (right, predicted, labelled))
+    weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
+    intersection = weights @ right
+    union = weights @ predicted + weights @ labelled - intersection
+    iou = np.full(union.shape, np.nan)
+    np.divide(intersection, union, out=iou, where=union > 0)
+    return np.nanmean(iou, -1)
 
 
 def make_case(

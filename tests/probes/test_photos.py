@@ -94,10 +94,6 @@ CALLS = {
         lambda m: m.preprocess(np.zeros((8, 8, 3), np.uint8)),
         "a PIL image or a list of these, got ndarray",
     ),
-    "arrays": (
-        lambda m: m.preprocess([np.zeros((8, 8, 3))]),
-        "or a PIL image, got ndarray; `Image.fromarray`",
-    ),
     "no photo": (lambda m: m.preprocess([]), "empty list of photos"),
     "questions": (
         lambda m: m.answer(Image.new("RGB", (9, 9)), ["wall"]),
@@ -129,14 +125,6 @@ CALLS = {
     "an analysis": (
         lambda m: probes.study("model", "data", out="out", add="knockout.classes=sky"),
         "add must be a list such as .*, got 'knockout.classes=sky'",
-    ),
-    "options": (
-        lambda m: probes.study("model", "data", out="out", options="--data.batch_size 2"),
-        "options must be a list such as .*, got '--data.batch_size 2'",
-    ),
-    "a task": (
-        lambda m: probes.study("model", "data", out="out", tasks="depth"),
-        "tasks must be a list",
     ),
     "models": (
         lambda m: probes.study(["a", "b"], "data", out="out"),

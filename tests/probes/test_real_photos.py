@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import probe_runs
 import pytest
 import reference
@@ -18,15 +17,11 @@ CAMVID = Path(os.environ["LLAVA_BIDIR_TEST_DATA"]) / "camvid"
 def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
     more = ["--data.name", "camvid", "--data.cache_features", "true", "--save_predictions", "true"]
     run = probe_runs.fit(checkpoints["bidirectional"], CAMVID, tmp_path, *more)
-    targets = [
-        np.asarray(Image.open(path))
-        for path in sorted((CAMVID / "annotations/validation").glob("*.png"))
-    ]
+    targets = probe_runs.read_masks(CAMVID / "annotations/validation")
     assert run.metrics["images"] == len(targets) == 51
     assert len(run.metrics["classes"]) == 11
     for site in run.metrics["sites"]:
-        saved = sorted((tmp_path / "predictions" / site["site"]).glob("*.png"))
-        predictions = [np.asarray(Image.open(path)) for path in saved]
+        predictions = probe_runs.read_masks(tmp_path / "predictions" / site["site"])
         miou, pacc, iou = reference.scores(predictions, targets, 11)
         assert site["miou"] == pytest.approx(miou)
         assert site["pacc"] == pytest.approx(pacc)

@@ -1,7 +1,6 @@
 """Answers beside probes and under knockouts: questions, the analysis against loops, statistics on simulated data."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -11,13 +10,12 @@ from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
 from probes import Knockout
-from probes.analyses.answers.inference import CONDITIONS, answer_statistics, beyond_random
+from probes.analyses.answers.inference import CONDITIONS, answer_statistics
 from probes.analyses.answers.questions import read_questions, tokens_in_box
 from probes.analyses.answers.run import check_effects
 from probes.cli import main
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
-from probes.results.run_files import read_tensors
 
 CLASSES = ["sky", "wall", "road"]
 BOXES = [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.0, 0.0, 1.0, 0.5]]
@@ -184,8 +182,6 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
     (tmp_path / "q.json").write_text(json.dumps(records))
     with pytest.raises(SystemExit, match="leads out of"):
         main(["answers", "--probes", str(run.path), *out, "--questions", str(tmp_path / "q.json")])
-    with pytest.raises(SystemExit, match="draws must be at least 1, got 0"):
-        main(arguments(run, questions, tmp_path / "out") + ["--draws", "0"])
     with pytest.raises(SystemExit, match="the first 1 questions are about one image"):
         main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
 
@@ -273,44 +269,6 @@ def test_intervals_resample_images_with_all_their_questions():
     assert often["accuracy"]["ci95"] == pytest.approx(once["accuracy"]["ci95"])
     difference = [found["sites"][0]["difference"]["ci95"] for found in (once, often)]
     assert difference[0] == pytest.approx(difference[1])
-
-
-def test_beyond_random_is_the_paired_difference(runs, tmp_path):
-    from llava_bidir.common.atomic_io import write_files
-
-    copies = []
-    for number, (skill, effect) in enumerate([(2.0, -0.5), (0.0, -0.1), (0.0, 0.1)]):
-        run = ProbeRun(shutil.copytree(runs["causal"].path, tmp_path / str(number)))
-        tensors = simulate(60, effect, number, skill)
-        tensors |= {"right": simulate(60, 0, 0)["right"]}  # the same questions
-        statistics = answer_statistics(tensors, ["adapter"], CLASSES, 0)
-        header = {
-            "runs": [run.fingerprint],
-            "classes": CLASSES,
-            "seed": 0,
-            "questions_sha256": "x",
-        }
-        write_files(
-            {
-                run.path / "answers.safetensors": tensors,
-                run.path / "answers.json": header | statistics,
-            }
-        )
-        copies.append(run)
-    trained, *draws = copies
-    found = beyond_random(trained, draws)
-    accuracy = [run.analysis("answers.json")["accuracy"]["value"] for run in copies]
-    assert found["draws"] == 2
-    assert found["accuracy"]["value"] == pytest.approx(accuracy[0] - np.mean(accuracy[1:]))
-    values = [run.analysis("answers.json")["effects"][2]["mean"]["value"] for run in copies]
-    assert found["effects"][2]["mean"]["value"] == pytest.approx(values[0] - np.mean(values[1:]))
-    assert beyond_random(trained, []) is None
-    tensors = read_tensors(draws[0].path / "answers.safetensors")
-    write_files(
-        {draws[0].path / "answers.safetensors": tensors | {"image": tensors["image"].flip(0)}}
-    )
-    with pytest.raises(UserError, match="were asked different questions"):
-        beyond_random(trained, draws)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

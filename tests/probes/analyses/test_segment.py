@@ -182,8 +182,6 @@ def test_python_turns_a_photo_as_the_command_does(run, tmp_path):
     assert written.shape == (159, 111)
     for given in (photo, str(photo), Image.open(photo)):
         assert np.array_equal(run.predict(given, "adapter"), written)
-    with pytest.raises(ValueError, match="has no site 'layer_31'"):
-        run.predict_sites(photo, ["layer_31"])
 
 
 def test_the_run_can_stand_first(run, photos, tmp_path):
@@ -200,21 +198,3 @@ def test_the_run_can_stand_first(run, photos, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             main(["segment", *words, "--out", str(tmp_path / "third")])
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_a_better_site_than_the_default_is_named(
-    run, photos, tmp_path, monkeypatch, capsys, better
-):
-    from probes.analyses import segment as module
-
-    entries = run.metrics["sites"]
-    scored = [entry | {"miou": 0.2} for entry in entries]
-    scored[run.sites.index("encoder" if better else run.peak_layer)]["miou"] = 0.9
-    monkeypatch.setattr(run, "metrics", run.metrics | {"sites": scored})
-    monkeypatch.setattr(module, "ProbeRun", lambda folder: run)
-    files = {tmp_path / "out/legend.json": {}}
-    monkeypatch.setattr(module, "segment", lambda *args: (files, [0.0] * 3))
-    main(["segment", str(run.path), str(photos[0]), "--out", str(tmp_path / "out")])
-    said = capsys.readouterr().out
-    assert ("better is encoder, 90.0%: --site encoder" in said) is better

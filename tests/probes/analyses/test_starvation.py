@@ -1,7 +1,5 @@
 """Accuracy by patch, also with the classes held fixed."""
 
-import json
-
 import pytest
 import torch
 
@@ -10,26 +8,11 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.by_class import standardised_gap
 from probes.analyses.starvation.patch_accuracy import PatchCounts
 from probes.analyses.starvation.run import starvation
-from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
 N = 80
 T = 16
 K = 3
-
-
-def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
-    """Counts of 100 pixels per patch in which bidirectional is better by `gap`, f[T] or f[N, T]."""
-    generator = torch.Generator().manual_seed(seed)
-    valid = torch.full((N, T), 100.0, dtype=torch.double)
-
-    def noise():
-        return torch.randn(N, T, generator=generator, dtype=torch.double)
-
-    return {
-        "causal": PatchCounts(50 + noise(), valid),
-        "bidirectional": PatchCounts(50 + 100 * gap + noise(), valid),
-    }
 
 
 def standardised_by_loop(
@@ -86,25 +69,6 @@ def test_estimates_are_those_of_the_results(runs):
         assert gap.ci95 == pytest.approx(ci95)
 
 
-def test_command_writes_every_part(runs, tmp_path, capsys):
-    argv = [
-        "starvation",
-        "--probes",
-        *(str(runs[mask].path) for mask in ("causal", "bidirectional")),
-    ]
-    main([*argv, "--site", "layer_01", "--by-class", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "starvation.json").read_text())
-    plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
-    assert results.pop("options") == plain.pop("options") | {"by_class": True}
-    assert {key: results[key] for key in plain} == plain
-    assert set(results) - set(plain) == {"by_class"}
-    assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
-    out = capsys.readouterr().out
-    assert "first row, frequent classes" in out
-    accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
-    assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,12 +100,3 @@ def test_without_layers_the_site_must_be_named(runs, monkeypatch):
     ):
         starvation(runs["causal"], runs["bidirectional"])
     assert starvation(runs["causal"], runs["bidirectional"], "adapter")["site"] == "adapter"
-
-
-def test_wrong_runs_and_sites_are_errors(runs):
-    with pytest.raises(
-        ValueError, match="has image attention 'bidirectional'; --probes takes the causal run, then"
-    ):
-        starvation(runs["bidirectional"], runs["causal"])
-    with pytest.raises(ValueError, match="has no site 'layer_77'"):
-        starvation(runs["causal"], runs["bidirectional"], "layer_77")

@@ -57,6 +57,4 @@ def test_it_has_no_accuracy(runs, tmp_path, capsys):
     assert "starvation_first_row" in claims
     assert "starvation" not in claims
     assert "nan" not in capsys.readouterr().out
-    page = (tmp_path / "index.html").read_text()
-    assert "Accuracy gap with equal class frequencies" in page
-    assert ">nan" not in page
+    assert ">nan" not in (tmp_path / "index.html").read_text()

@@ -6,13 +6,11 @@ import unicodedata
 import dataset_layouts
 import numpy as np
 import pytest
-import tiny_models
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.data import ade20k, cityscapes, voc2012
 from probes.data.file_layout import files_by_name, pair_files
-from probes.data.palette import palette_of
 from probes.data.registry import open_dataset
 
 # cityscapesScripts' labels.py: trainId of each id from 0 to 33
@@ -83,7 +81,6 @@ def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
     assert len(data.classes) == 20
     assert data.classes[0] == "aeroplane"
     assert data.classes[-1] == "tvmonitor"
-    assert len(data.palette) == 20
     table = {k: k - 1 for k in range(1, 21)}
     assert (
         data[0]["target"] == expected(raw(voc / "SegmentationClass/2007_000033.png"), table)
@@ -100,7 +97,6 @@ def test_voc2012_with_background_has_21_classes(voc):
     data = open_dataset("voc2012", str(voc), "validation", {"background": "class"})
     assert len(data.classes) == 21
     assert data.classes[0] == "background"
-    assert data.palette[0] == [0, 0, 0]
     labels = raw(voc / "SegmentationClass/2007_000033.png")
     assert (data[0]["target"] == labels).all()
     assert {0, 20, 255} <= set(labels.flat)
@@ -238,24 +234,11 @@ def test_options_are_those_of_the_layout(segmentation):
         open_dataset("folder", str(segmentation), "training", {"labels": "labelIds"})
 
 
-def test_class_names_and_colours_are_the_official_ones():
+def test_class_names_are_the_official_ones():
     for module, count in ((ade20k, 150), (cityscapes, 19)):
         assert len(set(module.CLASSES)) == len(module.CLASSES) == len(module.PALETTE) == count
         assert all(len(colour) == 3 for colour in module.PALETTE)
     assert len(set(voc2012.CLASSES)) == 21
-    known = {
-        "wall": (120, 120, 120),
-        "building": (180, 120, 120),
-        "sky": (6, 230, 230),
-        "bed": (204, 5, 255),
-    }
-    known |= {
-        "person": (150, 5, 61),
-        "car": (0, 102, 200),
-        "television": (0, 255, 194),
-        "flag": (92, 0, 255),
-    }
-    assert {name: tuple(ade20k.PALETTE[ade20k.CLASSES.index(name)]) for name in known} == known
     assert [ade20k.CLASSES[i] for i in (7, 8, 58, 130, 141)] == [
         "bed",
         "windowpane",
@@ -263,38 +246,6 @@ def test_class_names_and_colours_are_the_official_ones():
         "screen",
         "crt screen",
     ]
-    known = {
-        "road": (128, 64, 128),
-        "sky": (70, 130, 180),
-        "car": (0, 0, 142),
-        "bicycle": (119, 11, 32),
-    }
-    assert {
-        name: tuple(cityscapes.PALETTE[cityscapes.CLASSES.index(name)]) for name in known
-    } == known
-
-
-def test_voc_colours_are_the_devkits(voc):
-    """By VOCdevkit's own rule (VOClabelcolormap.m), bit by bit."""
-    palette = palette_of(open_dataset("voc2012", str(voc), "training", {"background": "class"}))
-    for label in range(21):
-        red = green = blue = 0
-        bits = label
-        for bit in range(7, -1, -1):
-            red |= (bits & 1) << bit
-            green |= (bits >> 1 & 1) << bit
-            blue |= (bits >> 2 & 1) << bit
-            bits >>= 3
-        assert palette[label].tolist() == [red, green, blue]
-    assert palette[15].tolist() == [192, 128, 128]
-    assert palette[20].tolist() == [0, 64, 128]
-
-
-def test_folders_of_our_own_have_no_groups_and_no_official_size(segmentation):
-    data = open_dataset("folder", str(segmentation), "training")
-    assert data.groups is None
-    assert data.official_size is None
-    assert data.classes == tiny_models.CLASSES
 
 
 def test_hidden_files_of_macos_are_skipped_and_accents_are_matched(tmp_path):

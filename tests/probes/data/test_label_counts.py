@@ -60,12 +60,10 @@ def test_counts_equal_numpy_over_all_masks(segmentation):
 
 
 def test_parts_of_a_split_add_up():
-    target = np.array([[0, 1, 255], [1, 1, 255]], np.uint8)
-    a = count_labels(target, 3)
-    b = count_labels(np.full((2, 3), 2, np.uint8), 3)
-    assert a.tolist() == [1, 3, 0, 2]
-    assert join_counts([add_counts([a], 3), add_counts([b], 3)]) == add_counts([a, b], 3)
-    assert add_counts([a, b], 3) == LabelCounts(2, [1, 3, 6], [1, 1, 1], 2)
+    targets = np.array([[[0, 1, 255]], [[1, 1, 255]], [[2, 2, 2]]], np.uint8)
+    counts = [count_labels(target, 3) for target in targets]
+    joined = join_counts([add_counts(counts[:1], 3), add_counts(counts[1:], 3)])
+    assert joined == add_counts(counts, 3) == LabelCounts(3, [1, 3, 3], [1, 2, 1], 2)
     depth = np.array([[1.0, np.nan]], np.float32)
     assert add_counts([count_labels(depth, 0)], 0) == LabelCounts(1, [1], [1], 1)
 

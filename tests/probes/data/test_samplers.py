@@ -1,7 +1,6 @@
 """Batches: the same images a step on any number of ranks, validation once each, resumable."""
 
 import pytest
-from torch.utils.data import DistributedSampler
 
 from llava_bidir.common.errors import UserError
 from probes.data.samplers import (
@@ -37,21 +36,6 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, rank
         assert all(mine for step in together for mine in step), (
             "a rank without a batch would hold up the others"
         )
-
-
-def test_order_of_one_rank_is_that_of_torchs_sampler():
-    sampler = DistributedSampler(
-        range(10),
-        1,
-        0,
-        shuffle=True,
-        seed=3,
-    )
-    sampler.set_epoch(2)
-    ours = TrainingBatches(10, 4, seed=3)
-    ours.set_epoch(2)
-    assert sum(ours, []) == list(sampler)
-    assert [len(batch) for batch in ours] == [4, 4, 2]
 
 
 def test_skip_leaves_out_what_was_trained_once():

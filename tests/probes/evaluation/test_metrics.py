@@ -139,18 +139,3 @@ def test_patch_labels_are_majorities():
     target[0, 2:, 2:4] = torch.tensor([[4, 255], [4, 4]])
     target[0, 2:, 4:] = torch.tensor([[0, 3], [3, 0]])
     assert patch_labels(target, CLASSES, GRID).tolist() == [[1, -1, -1, -1, 4, 0]]
-
-
-def test_metric_state_of_two_ranks_joins_to_that_of_one():
-    """What torchmetrics does over ranks, by hand: states are joined."""
-    logits, target = random_batch(4)
-    one, joined, *ranks = (TaskMetric(TASK, 3, GEOMETRY) for _ in range(4))
-    one.update(logits, target, torch.arange(3))
-    for rank, images in zip(ranks, ([0, 2], [1]), strict=True):
-        rank.update(logits[:, images], target[images], torch.tensor(images))
-    for name in ("index", *pixel_counts.BY_IMAGE):
-        setattr(joined, name, [torch.cat(getattr(rank, name)) for rank in ranks])
-    joined._update_count = 1
-    counted = joined.compute()
-    for name, alone in one.compute().items():
-        assert torch.equal(alone, counted[name])

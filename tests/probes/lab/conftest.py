@@ -24,5 +24,7 @@ def port(session):
 
 @pytest.fixture
 def open_tab(chromium, port):
-    with labs.browser_tabs(chromium, port) as open_tab:
+    server = f"http://127.0.0.1:{port}/"
+    address = f"{server}?token={labs.TOKEN}"
+    with labs.browser_tabs(chromium, address, (server, "data:", "blob:")) as open_tab:
         yield open_tab

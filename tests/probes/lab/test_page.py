@@ -176,10 +176,6 @@ def test_answers_side_by_side(open_tab, session):
         result = session.ask(PhotoQuestion(**view.model_dump(), question="Sky?"), labs.JOB)
         expected += [result["answer"], result["blocked"]["answer"]]
     assert shown == expected
-    change = result["blocked"]["log_probability"] - result["log_probability"]
-    assert f"changes by {'−' if change < 0 else '+'}{abs(change):.2f} nats" in tab.inner_text(
-        "#answers"
-    )
 
 
 def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
@@ -198,7 +194,6 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     settle(tab)
     assert words.nth(1).get_attribute("aria-pressed") == "true"
     assert address(tab)["word"] == str(number)
-    assert f"“{words.nth(1).inner_text().strip()}”" in tab.inner_text("#note")
     tab.locator("#head").select_option("2")
     settle(tab)
     for i, view in enumerate(
@@ -215,10 +210,6 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
             knockout,
         )
         assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
-    best = tab.evaluate("Array.from(selected().weights)")
-    t = max(range(4), key=best.__getitem__)
-    place = f"row {t // 2 + 1}, column {t % 2 + 1} ({100 * best[t]:.1f}%)"
-    assert f"Strongest attention: {place}; " in tab.inner_text("#description")
     again = open_tab(tab.evaluate("location.hash"))
     for i in range(4):
         assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import labs
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 
@@ -142,15 +143,12 @@ def test_exported_code_opens_an_uploaded_photo_and_asks(
         "intervention": BLOCK,
     }
     assert session.photos.get(view["photo"]).size == ((30, 50) if orientation == 6 else (50, 30))
-    names = execute(session, Export(**view, question="What is 'it'?"))
+    question = "What is 'it'?"
+    names = execute(session, Export(**view, question=question))
     _, shares = read(session, View(**view))
     assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()
-    assert (
-        names["answer"]
-        == session.ask(PhotoQuestion(**view, question="What is 'it'?"), labs.JOB)["blocked"][
-            "answer"
-        ]
-    )
+    asked = session.ask(PhotoQuestion(**view, question=question), labs.JOB)
+    assert names["answer"] == asked["blocked"]["answer"]
 
 
 def test_interventions_change_what_is_read(session):
@@ -196,28 +194,6 @@ def test_words_of_a_patch_are_those_of_the_map(session):
     states = model.mllm.states(session._pixels(View(**view)), ["final_norm"], hidden(0, 2))
     best = model.mllm.logit_lens(states["final_norm"][0, 2], "final_norm").softmax(-1).max()
     assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("model", [0, 1])
-def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, checkpoints, model):
-    """The causal model takes the bidirectional one's, and the other way round."""
-    other = probes.load(
-        str(checkpoints[("causal", "bidirectional")[model]]), ("bidirectional", "causal")[model]
-    )
-    view = View(
-        photo="split:1",
-        model=model,
-        intervention=CHANGES["other mask"],
-    )
-    mllm = session.models[model].mllm
-    pixels = session._pixels(view)
-    patch = other.states(pixels, ["layer_01"])["layer_01"][:, 1:3]
-    expected = mllm.states(
-        pixels,
-        hooks={"layer_01": lambda states: torch.cat([states[:, :1], patch, states[:, 3:]], 1)},
-    )
-    states = session._read_states(view, labs.JOB)
-    assert all(torch.equal(states[site], expected[site]) for site in session.models[model].sites)
 
 
 @pytest.mark.parametrize("change", [None, BLOCK])
@@ -314,80 +290,18 @@ def test_answers_and_attention_under_replaced_states_say_that_they_are_not_read(
 def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
     key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
+    view = {"photo": key, "model": 0}
     facts = session.describe()
     assert facts["images"] == 0
     assert facts["classes"] == []
     assert facts["models"][0]["cannot_answer"] is None
-    assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
-    words = session.words_of_patch(
-        PatchWords(
-            photo=key,
-            model=0,
-            patch=1,
-        ),
-        labs.JOB,
-    )["words"]
+    assert session.read(View(**view), labs.JOB) == {"classes": None}
+    words = session.words_of_patch(PatchWords(**view, patch=1), labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
-    code = session.snippet(
-        Export(
-            photo=key,
-            model=0,
-            intervention=CHANGES["mean"],
-        ),
-        labs.JOB,
-    )["python"]
+    code = session.snippet(Export(**view, intervention=CHANGES["mean"]), labs.JOB)["python"]
     assert "probes.load(" in code
-    assert "states.mean(1, keepdim=True)" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
-        session.pixel_map(
-            SiteView(
-                photo=key,
-                model=0,
-                site="layer_01",
-            ),
-            labs.JOB,
-        )
-
-
-def test_a_run_of_the_encoder_only_has_no_words(session, monkeypatch):
-    monkeypatch.setattr(type(session.models[0]), "sites", ["encoder"])
-    monkeypatch.setattr(session, "_states", type(session._states)())
-    request = PatchWords(
-        photo="split:0",
-        model=0,
-        patch=2,
-    )
-    assert session.words_of_patch(request, labs.JOB) == {"words": []}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        block(1, layers=(3,)),
-        Replace(
-            kind="replace",
-            patches=(0,),
-            site="layer_02",
-            by="mean",
-        ),
-    ],
-)
-def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, monkeypatch):
-    view = {"photo": "split:4", "model": 1}
-    monkeypatch.setattr(session, "_states", type(session._states)())
-    full = read(session, View(**view, intervention=change))
-    session._states.clear()
-    read(session, View(**view))
-    ran = []
-    layers = session.models[1].mllm.decoder.layers
-    hooks = [
-        layer.mlp.register_forward_hook(lambda *_, number=i: ran.append(number))
-        for i, layer in enumerate(layers, 1)
-    ]
-    again = read(session, View(**view, intervention=change))
-    [hook.remove() for hook in hooks]
-    assert ran == ([3] if isinstance(change, Block) else [2, 3])
-    assert all((a == b).all() for a, b in zip(full, again, strict=True))
+        session.pixel_map(SiteView(**view, site="layer_01"), labs.JOB)
 
 
 def painting(*photos: tuple, rest: bool = False) -> Painting:
@@ -477,51 +391,25 @@ def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session)
 def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "saved", tmp_path / "saved")
     request = painting()
-    result = session.save(
-        Save(
-            photo="split:0",
-            model=0,
-            painting=request,
-        ),
-        labs.JOB,
-    )
+    result = session.save(Save(**FIRST, painting=request), labs.JOB)
     assert result["folder"] == str(tmp_path / "saved/001")
-    assert "probes study" in result["command"]
     splits = [FolderDataset(result["folder"], split) for split in ("training", "validation")]
     assert [len(split) for split in splits] == [3, 2]
     assert splits[0].classes == ["road", "it's"]
-    target = splits[0][0][
-        "target"
-    ]  # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
-    assert (target[:12, :10] == 0).all()
-    assert (target[12:, 10:] == 1).all()
-    assert (target[:12, 10:] == 255).all()
-    assert (target[12:, :10] == 255).all()
+    # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
+    expected = np.full((24, 20), 255)
+    expected[:12, :10] = 0
+    expected[12:, 10:] = 1
+    assert (splits[0][0]["target"] == expected).all()
     content = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*.*")}
-    rest = painting(rest=True)
-    assert (
-        session.save(
-            Save(
-                photo="split:0",
-                model=0,
-                painting=rest,
-            ),
-            labs.JOB,
-        )["folders"][0]
-        == "002"
-    )
+    again = session.save(Save(**FIRST, painting=painting(rest=True)), labs.JOB)
+    assert again["folders"][0] == "002"
     assert all(file.read_bytes() == before for file, before in content.items()), (
         "nothing saved is replaced"
     )
-    assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"][:12, 10:] == 2).all()
-    opened = session.open(
-        Open(
-            photo="split:0",
-            model=0,
-            folder="001",
-        ),
-        labs.JOB,
-    )
+    expected[expected == 255] = 2
+    assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"] == expected).all()
+    opened = session.open(Open(**FIRST, folder="001"), labs.JOB)
     assert opened["concepts"] == ["road", "it's"]
     patches = {name: patches for _, name, patches in opened["photos"]}
     assert patches == {
@@ -531,72 +419,44 @@ def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_pat
         assert session.photos.get(key).preview.size == (20, 24)
 
 
-def test_folders_that_the_lab_cannot_paint_are_named(session, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("classes", "images", "message"),
+    [(2, 33, "has 33 pictures"), (21, 1, "has 21 classes"), (2, 0, "no images")],
+)
+def test_folders_that_the_lab_cannot_paint_are_named(
+    session,
+    tmp_path,
+    monkeypatch,
+    classes,
+    images,
+    message,
+):
     monkeypatch.setattr(session, "saved", tmp_path)
-    for name, classes, images in (("many", 2, 33), ("classes", 21, 1), ("empty", 2, 0)):
-        for kind in ("images", "annotations"):
-            (tmp_path / name / kind / "training").mkdir(parents=True)
-            for i in range(images):
-                Image.new("RGB" if kind == "images" else "L", (8, 8)).save(
-                    tmp_path / name / kind / f"training/{i}.png"
-                )
-        (tmp_path / name / "classes.json").write_text(
-            json.dumps({"classes": [str(k) for k in range(classes)]})
-        )
-    for name, message in (
-        ("many", "has 33 pictures"),
-        ("classes", "has 21 classes"),
-        ("empty", "no images"),
-    ):
-        with pytest.raises(UserError, match=message):
-            session.open(
-                Open(
-                    photo="split:0",
-                    model=0,
-                    folder=name,
-                ),
-                labs.JOB,
-            )
+    folder = tmp_path / "data"
+    tiny_models.write_segmentation(folder, images, 0, size=(8, 8))
+    for kind in ("images", "annotations"):
+        (folder / kind / "validation").rmdir()
+    names = [str(k) for k in range(classes)]
+    (folder / "classes.json").write_text(json.dumps({"classes": names}))
+    with pytest.raises(UserError, match=message):
+        session.open(Open(**FIRST, folder="data"), labs.JOB)
 
 
 def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
     session = Session(load_checkpoint(str(checkpoints["causal"])), tmp_path)
-    keys = []
+    photos = []
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
-        keys.append(session.photos.add(encode(Image.fromarray(pixels), "PNG"), f"{i}.png"))
-    paint = Painting(
-        concepts=("a", "b"), photos=tuple(PaintedPhoto(photo=k, patches=((0,), (3,))) for k in keys)
-    )
-    result = session.read(
-        View(
-            photo=keys[0],
-            model=0,
-            painting=paint,
-        ),
-        labs.JOB,
-    )
-    assert (
-        numbers(
-            result["classes"],
-            "u1",
-            2,
-            6,
-            4,
-        ).max()
-        == 1
-    )
-    assert (
-        "2 photos are too few"
-        in session.teach(
-            Teach(
-                photo=keys[0],
-                model=0,
-                painting=paint,
-            ),
-            labs.JOB,
-        )["note"]
-    )
+        key = session.photos.add(encode(Image.fromarray(pixels), "PNG"), f"{i}.png")
+        photos.append(PaintedPhoto(photo=key, patches=((0,), (3,))))
+    view = {
+        "photo": photos[0].photo,
+        "model": 0,
+        "painting": Painting(concepts=("a", "b"), photos=tuple(photos)),
+    }
+    result = session.read(View(**view), labs.JOB)
+    assert numbers(result["classes"], "u1", 2, 6, 4).max() == 1
+    assert "2 photos are too few" in session.teach(Teach(**view), labs.JOB)["note"]
 
 
 def test_questions_of_the_data_set_are_offered(

@@ -7,13 +7,6 @@ from llava_bidir.common.errors import UserError
 from probes.models.families import family_of
 
 
-@pytest.mark.parametrize(
-    "kind", ["Dinov2Config", "CLIPVisionConfig", "SiglipVisionConfig", "ViTConfig"]
-)
-def test_an_encoder_without_a_language_model_has_a_family(kind):
-    assert not family_of(getattr(transformers, kind)()).has_llm
-
-
 @pytest.mark.parametrize("kind", ["DeiTConfig", "ViTMSNConfig"])
 def test_an_encoder_that_is_not_registered_is_told_how_to_add_it(kind):
     expected = (

@@ -180,19 +180,6 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
         )
 
 
-def test_taught_concepts_are_read_at_every_site(dinov2):
-    patches = torch.zeros(dinov2.grid, dtype=torch.bool)
-    patches[:3] = True
-    painted = {
-        "top": [(photo(i), patches) for i in range(5)],
-        "low": [(photo(i), ~patches) for i in range(5)],
-    }
-    taught = dinov2.teach(painted)
-    assert [*taught.curve().site] == dinov2.sites
-    assert taught.map(photo(), "layer_02").shape == (2, *dinov2.grid)
-    assert [*taught.random_curve().site] == dinov2.sites
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

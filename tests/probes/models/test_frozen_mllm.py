@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from PIL import Image
 from tolerances import rounding
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor
 
 import probes
 from llava_bidir import IMAGE_ATTENTION
@@ -297,16 +297,10 @@ def test_stays_frozen_and_in_eval_mode(mllm):
     assert not any(parameter.requires_grad for parameter in mllm.parameters())
 
 
-def test_unknown_site_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
+def test_unknown_site_and_checkpoint_are_errors(mllm, tmp_path):
     with pytest.raises(ValueError, match="unknown site 'layer_9'; this model has encoder, adapter"):
         mllm.states(torch.zeros(1, 3, 8, 8), ["layer_9"])
     with pytest.raises(ValueError, match="contains no config.json"):
-        probes.load(str(tmp_path))
-    AutoTokenizer.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        ValueError, match="no MLLM or encoder family 'llama'; registered: llava_bidir, llava"
-    ):
         probes.load(str(tmp_path))
 
 
@@ -324,8 +318,6 @@ def test_bad_arguments_are_errors(mllm, pictures):
             mllm.states(wrong)
     with pytest.raises(ValueError, match="pixels must be"):
         mllm.states(pixels[:0])
-    with pytest.raises(ValueError, match="sites must be a list of names, or 'all'; got 'layer_01'"):
-        mllm.states(pixels, "layer_01")
     with pytest.raises(ValueError, match="got no rows"):
         mllm.states(pixels, rows=[])
     with pytest.raises(ValueError, match="got no layers; expected some of 1 to 3"):
@@ -344,12 +336,3 @@ def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, p
         match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)",
     ):
         broken.states(broken.preprocess(pictures))
-
-
-def test_a_model_is_printed_in_five_lines(checkpoints):
-    lines = repr(probes.load(str(checkpoints["causal"]), "bidirectional")).splitlines()
-    assert len(lines) == 5
-    assert lines[0].startswith("FrozenMLLM of llava_bidir, torch.float32 on ")
-    assert lines[1] == "  sites: encoder, adapter, layer_01, ..., final_norm (6)"
-    assert lines[2].startswith("  grid: 2 x 2 = 4 tokens of a ")
-    assert lines[-1] == "  image attention: bidirectional (trained with causal)"

@@ -1,7 +1,5 @@
 """Knockouts with rows and columns of the prompt, against masks written out by hand."""
 
-import itertools
-
 import pytest
 import reference
 import tiny_models
@@ -74,19 +72,15 @@ def masks_by_hand(
     columns,
     layers,
 ) -> list[torch.Tensor]:
-    """bool[1, N, N] by layer, by a loop over pairs of tokens."""
-    is_image = ["image" in own for own in names]
+    """bool[1, N, N] by layer, without the pairs of rows and columns."""
     rows = {rows} if isinstance(rows, str) else set(rows)
     columns = {columns} if isinstance(columns, str) else set(columns)
-    masks = []
-    for layer in range(1, 4):
-        mask = torch.zeros(1, len(names), len(names), dtype=torch.bool)
-        for q, k in itertools.product(range(len(names)), repeat=2):
-            gone = bool(names[q] & rows and names[k] & columns)
-            gone &= layers is None or layer in layers
-            mask[0, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
-        masks.append(mask)
-    return masks
+
+    def gone(layer, q, k) -> bool:
+        cut = layers is None or layer in layers
+        return cut and bool(names[q] & rows and names[k] & columns)
+
+    return reference.masks_by_layer(mllm, len(names), gone)
 
 
 def states_by_hand(
@@ -96,14 +90,9 @@ def states_by_hand(
     cut,
 ) -> list[torch.Tensor]:
     """The states of all tokens after each layer, without a cache."""
-    embed = mllm.decoder.embed_tokens
-    image = mllm.states(pixels, ["adapter"])["adapter"]
+    masks = masks_by_hand(mllm, sets_of_tokens(mllm, answer), *cut)
     text = mllm.chat.question_ids(QUESTION) + answer
-    inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([text]))], 1)
-    names = sets_of_tokens(mllm, answer)
-    assert len(names) == inputs.shape[1]
-    masks = masks_by_hand(mllm, names, *cut)
-    return reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    return reference.uncached_states(mllm, pixels, text, masks)
 
 
 def log_probs_by_hand(mllm, pixels, cut) -> torch.Tensor:

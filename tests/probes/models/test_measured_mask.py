@@ -90,17 +90,6 @@ def test_a_layer_that_leaks_is_named(checkpoints):
     ]
 
 
-def test_text_that_sees_later_text_is_named(checkpoints):
-    def leak(mask):
-        mask = mask.clone()
-        mask[..., 0, -1] = True
-        return mask
-
-    mllm = with_mask(probes.load(str(checkpoints["causal"])), 2, leak)
-    said = mllm.measured_mask().disagreements()
-    assert said == ["text to later text: is attended to, against the mask, in layer_02"]
-
-
 def test_a_token_with_a_massive_output_hides_no_movement(checkpoints):
     """Trained LLMs have such tokens, mostly the first one."""
     mllm = probes.load(str(checkpoints["causal"]))

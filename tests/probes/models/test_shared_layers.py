@@ -60,18 +60,6 @@ def test_each_layer_runs_only_what_differs(mllm, pixels):
     assert ran == dict(enumerate([3, *histories]))
 
 
-def test_rows_without_a_knockout_are_copies(mllm, pixels):
-    plain = mllm.states(pixels)
-    for states in (
-        mllm.states(pixels, rows=[2, 0]),
-        mllm.states(pixels, knockout=Knockout(BLOCKED[[2, 2]]), rows=[2, 0]),
-    ):
-        for depth, site in enumerate(mllm.sites):
-            torch.testing.assert_close(
-                states[site], plain[site][[2, 0]], **rounding(plain[site], max(depth, 1))
-            )
-
-
 def steer(states: torch.Tensor) -> torch.Tensor:
     return 0.5 * states.flip(0)
 

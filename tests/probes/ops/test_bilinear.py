@@ -13,7 +13,6 @@ from probes.ops.bilinear import bilinear_weights, make_plan, upsampled_argmax
 
 pytestmark = pytest.mark.numerics
 
-CPU = torch.device("cpu")
 SIZE = st.integers(1, 40)
 
 

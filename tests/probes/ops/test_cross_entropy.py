@@ -261,22 +261,6 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, found, expected))
 
 
-def test_no_gradient_no_work():
-    logits, target = make_case((2, 2, 5, 3, 3), (19, 21))
-    leaf = logits.clone().requires_grad_()
-    with mock.patch.object(loss_module, "_integrate", wraps=loss_module._integrate) as inner:
-        expected = upsampled_cross_entropy(leaf, target)
-        with torch.no_grad():
-            quiet = upsampled_cross_entropy(leaf, target)
-        frozen = upsampled_cross_entropy(logits, target)
-    assert [call.args[-1] for call in inner.call_args_list] == [True, False, False]
-    assert expected.requires_grad
-    assert not quiet.requires_grad
-    assert not frozen.requires_grad
-    assert torch.equal(quiet, expected)
-    assert torch.equal(frozen, expected)
-
-
 def test_training_after_validation_in_inference_mode():
     logits, target = make_case((1, 2, 5, 3, 3), (19, 23))
     axis_rule.cache_clear()

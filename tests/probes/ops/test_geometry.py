@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava_bidir.common.errors import UserError
-from probes.ops.bilinear import bilinear_weights, upsampled_argmax
+from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import RESIZES, Geometry, GridPlacement
+from probes.ops.geometry import RESIZES, Geometry
 from probes.ops.pixel_counts import count, patch_labels
 
 pytestmark = pytest.mark.numerics
@@ -20,56 +20,7 @@ CLIP = {
     "image_px": 336,
     "covered_px": 336,
 }
-SIGLIP = {
-    "grid": (27, 27),
-    "image_px": 384,
-    "covered_px": 378,
-}
 SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]
-
-
-def coordinate_image(height: int, width: int) -> Image.Image:
-    """Red rises with x and green with y, over the whole range of 8 bits."""
-    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    return Image.fromarray((np.stack([x, y, 0 * x], -1) * 255).round().astype(np.uint8))
-
-
-def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> float:
-    """Mean distance between each pixel inside the grid and its position, as read from the tokens and upsampled."""
-    height, width = size
-    square = np.asarray(geometry.place(coordinate_image(height, width)), np.float64)[
-        : geometry.covered_px, : geometry.covered_px
-    ]
-    patch = geometry.covered_px // geometry.grid[0]
-    tokens = (
-        square.reshape(
-            geometry.grid[0],
-            patch,
-            geometry.grid[1],
-            patch,
-            3,
-        ).mean((1, 3))
-        / 255
-    )
-    rows = bilinear_weights(geometry.grid[0], height, view.rows, dtype=torch.float64).numpy()
-    cols = bilinear_weights(geometry.grid[1], width, view.cols, dtype=torch.float64).numpy()
-    x = rows @ tokens[..., 0] @ cols.T * width
-    y = rows @ tokens[..., 1] @ cols.T * height
-    margin = int(0.1 * max(size))  # the clamped rim, and tokens that mix in padding
-    distance = np.hypot(x - (np.arange(width) + 0.5), y - (np.arange(height) + 0.5)[:, None])
-    inside = [
-        slice(max(0, int(start)) + margin, min(n, int(start + length)) - margin)
-        for n, (start, length) in zip(size, view, strict=True)
-    ]
-    return distance[tuple(inside)].mean()
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("resize", RESIZES)
-@pytest.mark.parametrize("encoder", [CLIP, SIGLIP], ids=["clip", "siglip"])
-def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
-    geometry = Geometry(**encoder, resize=resize)
-    assert error_px(geometry, size, geometry.view(size)) < 0.6
 
 
 def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:

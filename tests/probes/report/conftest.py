@@ -47,3 +47,25 @@ def write(tmp_path):
         return str(probe_runs.write_run(path, quality, **options))
 
     return write
+
+
+@pytest.fixture
+def draws(write):
+    """Write matched random LLMs, solved, one for each curve; with step 0 they have equal counts."""
+    llm = {"untrained": ["llm"], "match": "update"}
+
+    def draws(*curves, mask="causal", first=20, step=1) -> list[str]:
+        return [
+            write(
+                f"r{i}",
+                curve,
+                first + step * i,
+                mask=mask,
+                solved=True,
+                **llm,
+                draw=i,
+            )
+            for i, curve in enumerate(curves)
+        ]
+
+    return draws

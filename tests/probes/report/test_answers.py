@@ -3,12 +3,15 @@
 import csv
 import json
 
+import numpy as np
 import probe_runs
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_bidir.common.atomic_io import write_files
-from probes.analyses.answers.inference import CONDITIONS, answer_statistics
+from llava_bidir.common.errors import UserError
+from probes.analyses.answers.inference import CONDITIONS, answer_statistics, beyond_random
 from probes.report.page import write_report
 from probes.results.probe_run import ProbeRun
 
@@ -79,24 +82,26 @@ def report(runs, out) -> tuple[dict, str]:
 
 def test_answers_are_reported_beside_random_llms_and_outside_of_the_claims(runs, tmp_path):
     before, _ = report(runs, tmp_path / "before")
-    for skill, seed, run in zip(
-        (2.0, 0.0), (0, 1), runs[:2], strict=True
-    ):  # as in the demo: one draw was asked
-        write_answers(run, skill, seed)
+    for seed, run in enumerate(runs):
+        write_answers(run, 2.0 * (seed == 0), seed)
     results, page = report(runs, tmp_path / "report")
     assert results["claims"] == before["claims"], "exploratory: no claim, no verdict"
     answers = results["masks"]["causal"]["answers"]
-    own = [run.analysis("answers.json") for run in runs[:2]]
+    own = [run.analysis("answers.json") for run in runs]
     assert answers["accuracy"] == own[0]["accuracy"]
     assert answers["sites"] == own[0]["sites"]
     assert [(entry["draw"], entry["accuracy"]) for entry in answers["random"]] == [
-        (0, own[1]["accuracy"])
+        (draw, own[1 + draw]["accuracy"]) for draw in (0, 1)
     ]
-    difference = own[0]["accuracy"]["value"] - own[1]["accuracy"]["value"]
-    assert answers["beyond_random"]["accuracy"]["value"] == pytest.approx(difference)
+    beyond = answers["beyond_random"]
+    assert beyond["draws"] == 2
+    accuracy = [found["accuracy"]["value"] for found in own]
+    difference = accuracy[0] - np.mean(accuracy[1:])
+    assert beyond["accuracy"]["value"] == pytest.approx(difference)
     assert difference > 0.2
+    effect = [found["effects"][2]["mean"]["value"] for found in own]
+    assert beyond["effects"][2]["mean"]["value"] == pytest.approx(effect[0] - np.mean(effect[1:]))
     assert "<h2>Answers</h2>" in page
-    assert f"of {QUESTIONS} questions, the right class" in page
     rows = list(csv.DictReader((tmp_path / "report/answers.csv").open()))
     models = {(row["model"], row["class"]) for row in rows}
     assert {
@@ -105,5 +110,10 @@ def test_answers_are_reported_beside_random_llms_and_outside_of_the_claims(runs,
         ("trained", "sky"),
     } <= models
     accuracies = list(csv.DictReader((tmp_path / "report/answer_accuracy.csv").open()))
-    assert len(accuracies) == 2 * (1 + len(runs[0].sites))
+    assert len(accuracies) == 3 * (1 + len(runs[0].sites))
     assert float(accuracies[0]["accuracy"]) == own[0]["accuracy"]["value"]
+    tensors = load_file(runs[1].path / "answers.safetensors")
+    tensors["image"] = tensors["image"].flip(0)
+    write_files({runs[1].path / "answers.safetensors": tensors})
+    with pytest.raises(UserError, match="were asked different questions"):
+        beyond_random(runs[0], runs[1:])

@@ -155,23 +155,13 @@ def test_runs_of_tasks_can_be_told_their_model(folders):
 
 
 def test_several_models_are_told_apart(segmentation, tmp_path):
-    runs = [
-        f"{model}={write_depth_run(tmp_path / f'{model}_{mask}', RMSE, segmentation, mask=mask)}"
-        for model in ("ours", "theirs")
-        for mask in ("causal", "bidirectional")
-    ]
+    runs = []
+    for model in ("ours", "theirs"):
+        path = write_depth_run(tmp_path / model, RMSE, segmentation)
+        runs.append(f"{model}={path}")
     tasks = results_of(*runs)
-    models = ["ours", "theirs"]
-    figure, rows = tasks_by_site(tasks)
-    assert [ax.get_title() for ax in figure.axes] == [
-        f"depth\n{model}, toy world" for model in models
-    ]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
-        "causal",
-        "bidirectional",
-    ]
-    for table in (rows, claim_texts(tasks), task_score_rows(tasks)):
-        assert list(dict.fromkeys(row["model"] for row in table)) == models
+    for table in (tasks_by_site(tasks).rows, claim_texts(tasks), task_score_rows(tasks)):
+        assert list(dict.fromkeys(row["model"] for row in table)) == ["ours", "theirs"]
 
 
 def test_scores_are_in_units_of_the_encoders(folders):
@@ -216,12 +206,6 @@ def test_a_bare_encoder_is_drawn_in_units_of_its_last_layer(encoder):
     drawn = {row["site"]: row["relative"] for row in figure.data.rows}
     expected = dict(zip(LAYERS[:4], rmse[3] / rmse[:4], strict=True))
     assert drawn == pytest.approx(expected)
-    assert "units of the last layer's" in figure.caption
-    (ax,) = figure.data.figure.axes
-    assert ax.get_xlabel() == "layer"
-    assert ax.get_ylabel() == "relative to the last layer; higher is better"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["trained"]
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1", "2", "3"]
 
 
 def test_claims_of_a_bare_encoder_are_over_its_patch_embeddings_and_its_last_layer(

@@ -42,28 +42,18 @@ def edit_manifest(run: str, section: str, **values) -> None:
     file.write_text(json.dumps(manifest))
 
 
-def test_controls_at_other_layers_are_refused(write):
+def test_controls_at_other_layers_are_refused(write, draws):
     trained = write("trained", CURVE, solved=True)
-    draws = [
-        write(
-            f"r{i}",
-            FLAT,
-            7 + i,
-            solved=True,
-            **RANDOM,
-            draw=i,
-        )
-        for i in (0, 1)
-    ]
-    assert read_studies([trained, *draws])
+    random = draws(FLAT, FLAT)
+    assert read_studies([trained, *random])
     keep_sites(trained, ["adapter", "layer_01"])
     with pytest.raises(
         UserError, match=r"layer_01, the second at 3 layers, layer_01 to layer_03.*--model.sites"
     ):
-        read_studies([trained, *draws])
-    for draw in draws:
-        keep_sites(draw, ["adapter", "layer_01"])
-    assert read_studies([trained, *draws])
+        read_studies([trained, *random])
+    for run in random:
+        keep_sites(run, ["adapter", "layer_01"])
+    assert read_studies([trained, *random])
 
 
 def test_random_adapters_need_no_layers(write):
@@ -92,16 +82,10 @@ def test_other_prefixes_and_data_options_are_refused(
     ours,
     theirs,
     write,
+    draws,
 ):
     trained = write("trained", CURVE, solved=True)
-    draw = write(
-        "r0",
-        FLAT,
-        7,
-        solved=True,
-        **RANDOM,
-        draw=0,
-    )
+    (draw,) = draws(FLAT)
     for run in (trained, draw):
         edit_manifest(run, "data", options={})
         edit_manifest(run, section, **ours)
@@ -113,20 +97,10 @@ def test_other_prefixes_and_data_options_are_refused(
         read_studies([trained, draw])
 
 
-def test_two_equal_draws_are_refused(write, tmp_path):
+def test_two_equal_draws_are_refused(write, draws):
     """As if all seeds were one: two draws would seem to have no spread at all."""
     trained = write("trained", CURVE, solved=True)
-    same = [
-        write(
-            f"r{i}",
-            FLAT,
-            7,
-            solved=True,
-            **RANDOM,
-            draw=i,
-        )
-        for i in (0, 1)
-    ]
+    same = draws(FLAT, FLAT, step=0)
     with pytest.raises(UserError, match="same probes at layer_01.*not two draws.*--model.draw"):
         read_studies([trained, *same])
     other = write(
@@ -153,21 +127,11 @@ def test_two_equal_draws_are_refused(write, tmp_path):
         read_studies([trained, *adapters])
 
 
-def test_equal_draws_are_known_by_their_probes(write):
+def test_equal_draws_are_known_by_their_probes(write, draws):
     """Few images can be predicted the same by probes of different weights."""
     trained = write("trained", CURVE, solved=True)
-    draws = [
-        write(
-            f"r{i}",
-            FLAT,
-            7,
-            solved=True,
-            **RANDOM,
-            draw=i,
-        )
-        for i in (0, 1)
-    ]
-    for i, run in enumerate(draws):
+    random = draws(FLAT, FLAT, step=0)
+    for i, run in enumerate(random):
         sites = [
             entry["site"] for entry in json.loads((Path(run) / "metrics.json").read_text())["sites"]
         ]
@@ -175,24 +139,16 @@ def test_equal_draws_are_known_by_their_probes(write):
             {f"{site}.head.weight": torch.full((2, 2), float(i)) for site in sites},
             Path(run) / "probes.safetensors",
         )
-    assert read_studies([trained, *draws])
-    shutil.copy(Path(draws[0]) / "probes.safetensors", draws[1])
+    assert read_studies([trained, *random])
+    shutil.copy(Path(random[0]) / "probes.safetensors", random[1])
     with pytest.raises(UserError, match="not two draws"):
-        read_studies([trained, *draws])
+        read_studies([trained, *random])
 
 
-def test_a_control_equal_to_the_trained_model_is_refused(write):
+def test_a_control_equal_to_the_trained_model_is_refused(write, draws):
     trained = write("trained", CURVE, 7, solved=True)
-    same = write(
-        "r0",
-        CURVE,
-        7,
-        solved=True,
-        **RANDOM,
-        draw=0,
-    )
     with pytest.raises(UserError, match="random weights have changed nothing"):
-        read_studies([trained, same])
+        read_studies([trained, *draws(CURVE, first=7)])
 
 
 def test_equal_trainings_are_not_two_seeds(write):

@@ -11,8 +11,6 @@ from llava_bidir.common.bootstrap import holm, interval
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.report.summary_text import claim_notes
-from probes.report.terminal import format_results
 from probes.report.verdicts import describe_finding
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -20,24 +18,6 @@ from probes.results.study import read_studies
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
 LOW = [x - 0.25 for x in CURVE]  # trained probes, far below the optimum
-
-
-@pytest.fixture
-def draws(write):
-    """Write matched random LLMs, solved, one for each curve."""
-    llm = {"untrained": ["llm"], "match": "update"}
-    return lambda *curves, mask="causal", first=20: [
-        write(
-            f"r{i}",
-            curve,
-            first + i,
-            mask=mask,
-            solved=True,
-            **llm,
-            draw=i,
-        )
-        for i, curve in enumerate(curves)
-    ]
 
 
 def claims_of(paths) -> dict[str, dict]:
@@ -62,23 +42,12 @@ def test_trained_probes_are_judged_however_far_from_the_optimum(write):
     assert claims_of([trained])["recovery"]["verdicts"]["paper"]["below_optimum"] is None
 
 
-def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, draws):
-    runs = [write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
-    for paths in ([write("sgd", LOW), *runs], runs):
-        recovery = claims_of(paths)["recovery"]
-        assert recovery["supported"]
-        assert recovery["conclusion"] == "supported"
-    assert claims_of(runs)["recovery"]["verdicts"]["paper"]["verdict"] == "untested"
-    assert (
-        "`probes fit -c folder --model.mllm some/hf"
-        in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
-    )
-
-
 @pytest.mark.parametrize(
     ("trained", "solved", "random", "conclusion"),
     [
         (CURVE, FLAT, FLAT, "artefact of the instrument"),
+        (LOW, CURVE, FLAT, "supported"),
+        (None, CURVE, FLAT, "supported"),
         (CURVE, CURVE, CURVE, "not learned"),
         (FLAT, FLAT, FLAT, "does not hold"),
         (FLAT, CURVE, CURVE, "does not hold"),
@@ -95,10 +64,12 @@ def test_conclusions(
     write,
     draws,
 ):
-    runs = [write("sgd", trained)] + ([write("solved", solved, 1, solved=True)] if solved else [])
-    recovery = claims_of(runs + (draws(random, random) if random else []))["recovery"]
+    runs = [write("sgd", trained)] if trained else []
+    runs += [write("solved", solved, 1, solved=True)] if solved else []
+    runs += draws(random, random) if random else []
+    recovery = claims_of(runs)["recovery"]
     assert recovery["conclusion"] == conclusion
-    assert recovery["supported"] is (None if conclusion == "untested" else False)
+    assert recovery["supported"] is {"supported": True, "untested": None}.get(conclusion, False)
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
         missing = "-c matched --model.draw 0" if solved else "`probes solve -c folder --model.mllm"
@@ -193,10 +164,6 @@ def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
     assert [drops[mask]["df_of_draws"] for mask in drops] == [1, 1], (
         "the same draws cannot be counted twice"
     )
-    assert (
-        "Random adapters are the same under both masks: one"
-        in (tmp_path / "report/index.html").read_text()
-    )
 
 
 def test_the_spread_of_draws_is_pooled_over_masks(write, draws):
@@ -246,18 +213,6 @@ def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
             assert (entry["p"] < 0.05) == excludes_zero or abs(
                 entry["p"] - 0.05
             ) < 0.02  # bootstraps are not symmetric
-    page = (tmp_path / "report/index.html").read_text()
-    assert f"{len(tested)} claims are tested. One is called supported if p, corrected" in page
-
-
-def test_correction_is_explained_where_there_is_more_than_one_claim():
-    claim = {
-        "p_holm": 0.01,
-        "n": {"images": 50},
-        "verdicts": {"beyond_random": {"verdict": "holds"}},
-    }
-    assert not any("Holm" in note for note in claim_notes([claim]))
-    assert any(note.startswith("2 claims are tested") for note in claim_notes([claim] * 2))
 
 
 def test_a_claim_that_correction_undoes_is_not_called_supported():
@@ -271,7 +226,6 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     write,
     draws,
     tmp_path,
-    capsys,
 ):
     """Seed 2 has no trained probes and one random LLM only."""
     runs = []
@@ -313,7 +267,6 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     recovery = next(claim for claim in joint["claims"] if claim["claim"] == "recovery")
     assert recovery["conclusion"] == "supported"
     assert recovery["n"] == {"seeds": 2, "of": 3}, "two columns have a number of two seeds"
-    assert "(2 of 3 seeds)" in format_results(results)
     columns = recovery["verdicts"]
     assert {name: list(x.get("left_out", {})) for name, x in columns.items()} == {
         "paper": ["2"],
@@ -324,5 +277,4 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
     assert columns["beyond_random"]["value"] == pytest.approx((by_seed["0"] + by_seed["1"]) / 2)
     assert by_seed["2"] is None
     assert columns["paper"]["below_optimum"]["value"] > 0
-    assert "Beyond random: without seed 2, draws of a random llm: 1" in capsys.readouterr().out
     assert recovery["p_holm"] >= recovery["p"] > 0

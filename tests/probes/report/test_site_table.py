@@ -6,9 +6,10 @@ import numpy as np
 import probe_runs
 import pytest
 import tiny_models
+from reference import miou_of_counts
 
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.report.site_table import describe_sites, name_sites, shown_rows, site_rows
+from probes.report.site_table import describe_sites, shown_rows, site_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns, read_studies
 
@@ -54,16 +55,12 @@ def study(tmp_path, monkeypatch):
     return write
 
 
-def miou(run: ProbeRun, site: int, weights: np.ndarray) -> np.ndarray:
-    """Return the mIoU of weighted images f[R] by numpy."""
-    counts = {
-        name: getattr(run.counts, name).double().numpy()
-        for name in ("intersection", "predicted", "labelled")
-    }
-    intersection = weights @ counts["intersection"][site]
-    union = weights @ counts["predicted"][site] + weights @ counts["labelled"] - intersection
-    with np.errstate(invalid="ignore"):
-        return np.nanmean(np.where(union > 0, intersection / union, np.nan), axis=-1)
+def miou(run: ProbeRun, site: int, weights=None) -> np.ndarray:
+    """Return the mIoU of a site, or those of weighted images f[R]."""
+    counts = run.counts
+    return miou_of_counts(
+        counts.intersection[site], counts.predicted[site], counts.labelled, weights
+    )
 
 
 def test_differences_and_intervals_equal_numpy(study):
@@ -71,16 +68,15 @@ def test_differences_and_intervals_equal_numpy(study):
     rows = {row["site"]: row for row in site_rows(runs)}
     draws = runs.random
     assert len(draws) == 3
-    once = np.ones((1, IMAGES))
     weights = bootstrap_weights(IMAGES, seed=0).double().numpy()
     for site, name in enumerate(runs.first.sites):
         row = rows[name]
-        own = miou(runs.first, site, once)[0]
+        own = miou(runs.first, site)
         assert row["miou"] == pytest.approx(own)
         if name in ("encoder", "adapter"):
             assert row["draws"] == 0 and row["random"] is None, "nothing is random there"
             continue
-        others = [miou(run, site, once)[0] for run in draws]
+        others = [miou(run, site) for run in draws]
         assert row["random"] == pytest.approx(np.mean(others))
         difference = own - np.mean(others)
         assert row["difference"] == pytest.approx(difference)
@@ -91,33 +87,19 @@ def test_differences_and_intervals_equal_numpy(study):
         assert row["difference_high"] - difference == pytest.approx(np.hypot(half, of_draws), 1e-4)
 
 
-def test_planted_gains_and_losses_are_said(study):
-    assert describe_sites(site_rows(study(CURVE, FLAT)))[1:] == [
-        "Layers 1 to 3 and the final norm read better than random models."
-    ]
-
-
-def test_planted_losses_are_said(study):
-    found = describe_sites(site_rows(study(FLAT, CURVE)))
-    assert found[0].startswith("Best at the encoder: ")
-    assert found[1:] == ["Layers 1 to 3 and the final norm read worse than random models."]
-
-
-def test_of_equal_models_nothing_is_said(study):
-    assert describe_sites(site_rows(study(FLAT, FLAT)))[1:] == [
-        "No site reads better or worse than random models."
-    ]
+@pytest.mark.parametrize(
+    ("model", "random", "said"),
+    [
+        (CURVE, FLAT, "Layers 1 to 3 and the final norm read better than random models."),
+        (FLAT, CURVE, "Layers 1 to 3 and the final norm read worse than random models."),
+        (FLAT, FLAT, "No site reads better or worse than random models."),
+    ],
+)
+def test_planted_gains_and_losses_are_said_and_nothing_of_equal_models(study, model, random, said):
+    assert describe_sites(site_rows(study(model, random)))[1:] == [said]
 
 
 def test_one_draw_has_a_difference_and_no_interval(study):
     rows = site_rows(study(CURVE, FLAT, draws=1))
     assert len(describe_sites(rows)) == 1
     assert shown_rows(rows)[2]["difference"].endswith("(one draw)")
-
-
-def test_sites_are_named_in_their_order():
-    sites = ["encoder_03", "adapter", "layer_01", "layer_02", "layer_03", "layer_07", "final_norm"]
-    assert name_sites(sites) == (
-        "the encoder's layer 3, the adapter, layers 1 to 3 and 7 and the final norm"
-    )
-    assert name_sites(["layer_02"]) == "layer 2"

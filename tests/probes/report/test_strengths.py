@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import CLASSES_TASK, ROWS, random_counts, sums_of, write_run, write_solved
+from reference import miou_of_counts
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
@@ -68,21 +69,6 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------ numpy
-def numpy_miou(
-    right,
-    predicted,
-    labelled,
-    weights=None,
-) -> float:
-    """mIoU of one site from counts [N, K]; `weights` are the multiplicities of the images."""
-    weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
-    right, predicted, labelled = (
-        weights @ np.asarray(x, dtype=float) for x in (right, predicted, labelled)
-    )
-    union = predicted + labelled - right
-    return np.mean(right[union > 0] / union[union > 0])
-
-
 def numpy_layers(sites, counts: Counts, fold) -> list[int]:
     """Index of the best layer on the other folds, per image."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
@@ -91,7 +77,7 @@ def numpy_layers(sites, counts: Counts, fold) -> list[int]:
     for image in range(len(labelled)):
         others = [other for other in range(len(labelled)) if fold[other] != fold[image]]
         score = [
-            numpy_miou(right[i][others], predicted[i][others], labelled[others]) for i in layers
+            miou_of_counts(right[i][others], predicted[i][others], labelled[others]) for i in layers
         ]
         chosen.append(layers[int(np.argmax(score))])
     return chosen
@@ -112,7 +98,7 @@ def numpy_values(
     }
     at["best"] = numpy_layers(sites, counts, fold)
     miou = {
-        k: numpy_miou(right[i, images], predicted[i, images], labelled, weights)
+        k: miou_of_counts(right[i, images], predicted[i, images], labelled, weights)
         for k, i in at.items()
     }
     return {
@@ -130,42 +116,18 @@ SITES = ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-def test_band_equals_a_loop_and_covers_all_values_together():
-    torch.manual_seed(0)
-    resampled = (torch.randn(400, 1) + torch.randn(400, 5)) * torch.tensor(
-        [1.0, 2.0, 0.5, 3.0, 0.0]
-    ) + 1
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    low, high = simultaneous_band(values, resampled)
-    x = resampled.double().numpy()
-    sd = [np.std(x[:, i], ddof=1) for i in range(5)]
-    largest = [max(abs(row[i] - x[:, i].mean()) / sd[i] for i in range(4)) for row in x]
-    half = np.quantile(largest, 0.95) * np.array(sd)
-    np.testing.assert_allclose(high - values, half, rtol=1e-6)
-    np.testing.assert_allclose(values - low, half, rtol=1e-6)
-    assert half[4] == 0
-    assert (half[:4] > 2.05 * np.array(sd[:4])).all()  # wider than one value's own interval
-    inside = (np.abs(x - x.mean(0)) <= half + 1e-12).all(1).mean()
-    assert 0.945 <= inside <= 0.955
-
-
-def test_band_leaves_out_resamplings_without_a_value():
+def test_band_without_spread_has_no_width_and_resamplings_without_a_value_do_not_count():
     resampled = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    resampled[:, 1] = 4.0
     with_nan = torch.cat([resampled, torch.tensor([[0.0, float("nan"), 50.0]])])
     expected, got = (simultaneous_band(torch.zeros(3), x) for x in (resampled, with_nan))
     assert torch.equal(expected[0], got[0])
     assert torch.equal(expected[1], got[1])
+    assert expected[0][1] == expected[1][1] == 0
 
 
-def test_folds_keep_groups_together_and_are_even():
-    assert torch.bincount(image_folds(25)).tolist() == [3] * 5 + [2] * 5
-    groups = torch.tensor([7, 7, 3, 9, 3, 9, 9])
-    assert image_folds(7, groups).tolist() == [1, 1, 0, 2, 0, 2, 2]
-    assert image_folds(3, torch.tensor([4, 4, 4])).tolist() == [
-        0,
-        1,
-        2,
-    ]  # one group: as without groups
+def test_one_group_is_folded_as_without_groups():
+    assert image_folds(3, torch.tensor([4, 4, 4])).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("groups", [None, torch.arange(23) % 4])
@@ -175,26 +137,6 @@ def test_cross_validated_layers_equal_a_loop(groups):
     expected = numpy_layers(SITES, counts, fold)
     assert cross_validated_layers(SITES, CLASSES_TASK, sums_of(counts), groups).tolist() == expected
     assert len(set(expected)) > 1  # the folds disagree, so that the plain maximum would differ
-
-
-def test_cross_validation_of_pure_noise_finds_no_recovery():
-    gains = {"plain": [], "cross-validated": []}
-    for seed in range(20):
-        counts = random_counts([0.5] * 12, 20, 4, seed)
-        sites = ["adapter", *(f"layer_{i:02d}" for i in range(1, 12))]
-        images = torch.arange(20)
-        miou = [
-            numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled)
-            for i in range(12)
-        ]
-        best = cross_validated_layers(sites, CLASSES_TASK, sums_of(counts))
-        picked = numpy_miou(
-            counts.intersection[best, images], counts.predicted[best, images], counts.labelled
-        )
-        gains["plain"].append(max(miou[1:]) - miou[0])
-        gains["cross-validated"].append(picked - np.mean(miou[1:]))
-    assert np.mean(gains["plain"]) > 0.005
-    assert abs(np.mean(gains["cross-validated"])) < 0.003
 
 
 def test_without_layers_or_with_one_image():
@@ -265,7 +207,7 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     values = {row["row"]: row["value"] for row in rows if row["effect"] == "adapter_drop"}
 
     def score(r, site):
-        return numpy_miou(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
+        return miou_of_counts(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
 
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
     assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
@@ -282,19 +224,23 @@ def converged_rows(paths) -> dict[tuple[str, str], bool]:
     }
 
 
-def test_rows_count_if_the_sites_that_they_read_have_converged(paths, root, tmp_path):
-    """The encoder has not converged at the weaker strength; the best layer is layer 3."""
-    found = converged_rows([paths["solved"]])
-    assert [effect for effect, converged in found.items() if not converged] == [
-        ("adapter_drop", "weaker")
-    ]
-    for site, missing in (("layer_01", 0), ("layer_03", 3)):
+@pytest.mark.parametrize(
+    ("row", "site", "missing"),
+    [
+        ("weaker", "encoder", [("adapter_drop", "weaker")]),
+        ("all", "layer_01", []),
+        ("all", "layer_03", [("recovery", row) for row in ROWS]),
+    ],
+)
+def test_rows_count_if_the_sites_that_they_read_have_converged(row, site, missing, root, tmp_path):
+    """The encoder is read at that strength; the best layer is layer 3."""
 
-        def converged(row, name, why_unconverged=site):
-            return name != why_unconverged
+    def converged(name, of):
+        return of != site or row not in ("all", name)
 
-        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=converged)
-        assert list(converged_rows([path]).values()).count(False) == missing
+    path = write_solved(tmp_path / "run", [CURVE] * 3, root=root, converged=converged)
+    found = converged_rows([path])
+    assert [key for key, converged in found.items() if not converged] == missing
 
 
 def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
@@ -338,14 +284,8 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     (study,) = read_studies([paths["solved"], paths["sgd_untrained"], paths["solved_untrained"]])
     assert str(study.control("causal").path) == paths["solved_untrained"]
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
-    (study,) = read_studies([other, paths["sgd"]])
-    assert list(study.main_runs) == ["causal"]
-    assert study.pair() is None
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
-
-
-# ------------------------------------------------------------------------------------------------ pages
 
 
 def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
@@ -382,10 +322,6 @@ def damage(name, change):
             "optimum/predicted is .*expected non-negative integers",
         ),
         (
-            damage("optimum/cross_entropy", lambda x: x / 0),
-            "cross_entropy is .*expected non-negative finite numbers",
-        ),
-        (
             lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"},
             "has no optimum/predicted",
         ),
@@ -418,10 +354,6 @@ def test_damaged_counts_of_the_path_are_named(
         (
             lambda path: {k: x for k, x in path.items() if k != "optimum"},
             "path does not have the sites of the run",
-        ),
-        (
-            lambda path: path["optimum"]["sites"][1]["strengths"].reverse() or path,
-            "'adapter' are not in order",
         ),
         (
             lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path,
@@ -478,6 +410,7 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     assert f"{sgd} is left out" in caplog.text
     (study,) = read_studies([sgd, solved[1]])
     assert list(study.main_runs) == ["causal"]
+    assert study.pair() is None
     assert f"{solved[1]} is left out" in caplog.text
 
 
@@ -490,13 +423,7 @@ def test_overviews_compare_solved_probes_if_all_models_have_them(root, tmp_path)
         runs.append(
             f"{name}={write_solved(tmp_path / f'{name}_{mask}', [CURVE] * 3, root=root, mask=mask)}"
         )
-    figures = {x.name: x for x in overview_figures(read_studies(runs))}
-    assert next(iter(figures)) == "models_bidirectional", "the mask of most models is first"
-    for figure in figures.values():
+    figures = list(overview_figures(read_studies(runs)))
+    for figure in figures:
         assert {row["probes"] for row in figure.data.rows} == {"solved"}
-        assert "heights" not in figure.caption
-    labels = [
-        text.get_text()
-        for text in figures["models_bidirectional"].data.figure.legends[0].get_texts()
-    ]
-    assert labels == ["one", "two"]
+    assert figures[0].name == "models_bidirectional", "the mask of most models is first"

@@ -73,21 +73,22 @@ def test_arms_that_change_no_probed_site_are_left_out_with_their_analyses(settin
     }
 
 
-def test_sites_in_a_file_are_those_of_every_arm(settings, tmp_path):
+def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(settings, tmp_path):
     file = tmp_path / "sites.yaml"
-    file.write_text("model: {sites: [adapter, layer_01]}\n")
-    for words in (("-c", str(file)), (f"-c={file}",), (f"--config={file}",)):
-        steps = {
-            step.name: step.command for step in make_plan(settings({"": "causal"}, options=words))
-        }
-        sites = {
-            name: read_setting(steps[name], "model.sites")
-            for name in ("trained", "random0", "adapter0")
-        }
+    chosen = "[encoder, adapter, layer_02]"
+    file.write_text(f"model: {{sites: {chosen}}}\n")
+    for words in (
+        ("--model.sites", chosen),
+        ("-c", str(file)),
+        (f"-c={file}",),
+        (f"--config={file}",),
+    ):
+        steps = make_plan(settings({"": "causal"}, options=words, only=("solve",)))
+        sites = {step.name: read_setting(step.command, "model.sites") for step in steps}
         assert sites == {
-            "trained": ["adapter", "layer_01"],
-            "random0": ["adapter", "layer_01"],
-            "adapter0": ["adapter"],
+            "trained": ["encoder", "adapter", "layer_02"],
+            "random0": ["adapter", "layer_02"],
+            "adapter0": ["encoder", "adapter"],
         }
 
 
@@ -218,6 +219,12 @@ def test_what_was_left_out_is_not_tried_again(settings, ran, capsys):
     )
 
 
+def test_a_control_without_a_case_leaves_out_no_other(settings, ran):
+    ran.failing = {"random0/knockout": NothingToMeasure("no case")}
+    run.run_study(settings({"": "causal"}, draws=2))
+    assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
+
+
 def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     """Jobs of a cluster, each of some arms, can end together; the second one failed."""
     made = settings({"": "causal"})
@@ -290,11 +297,6 @@ def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(se
     with pytest.raises(SystemExit):
         run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))
     assert not ran
-
-
-def test_weights_are_chosen_by_arms_alone(settings):
-    with pytest.raises(UserError, match=r"model\.untrained.*--arms"):
-        check(settings({"": "causal"}, options=("--model.untrained", "[llm]")))
 
 
 @pytest.mark.slow

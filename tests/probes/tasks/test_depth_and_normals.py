@@ -46,9 +46,3 @@ def test_normals_loss_is_one_minus_the_cosine():
     for p in range(2):
         cosine = F.cosine_similarity(maps[p, 0].movedim(0, -1)[1:], target[0, 1:], dim=-1)
         torch.testing.assert_close(ours[p, 0], 1 - cosine.mean())
-
-
-def test_colours():
-    assert Normals().colorize(np.array([[[0.0, 0.0, 1.0]]])).tolist() == [[[128, 128, 255]]]
-    near, far = Depth().colorize(np.array([[1.0, 4.0]]))[0].astype(int)
-    assert near.sum() > far.sum()

@@ -9,7 +9,7 @@ import torch
 from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry
-from probes.ops.normal_equations import apply_gram, normal_equations
+from probes.ops.normal_equations import normal_equations
 from probes.training.solve import least_squares_solver
 from probes.training.solve.least_squares import (
     LEAST_SQUARES_STRENGTHS,
@@ -75,21 +75,6 @@ def moments_of(
         equations = normal_equations(target[i : i + 1], grid, view)
         moments.add_images(states[i : i + 1], equations, grid, i % folds)
     return moments
-
-
-@pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES, RESIZES))
-def test_normal_equations_equal_explicit_matrices(grid, size, resize):
-    view = Geometry(grid, 48, 42, resize).view(size)
-    states, target = draw(grid, size)
-    up = dense(grid, size, view)
-    labelled = target.isfinite().all(-1).flatten(1).double()
-    equations = normal_equations(target, grid, view)
-    gram = torch.einsum("pi,bp,pj->bij", up, labelled, up)
-    torch.testing.assert_close(apply_gram(equations.couplings, states, grid), gram @ states)
-    torch.testing.assert_close(equations.weight, gram.sum(-1))
-    torch.testing.assert_close(equations.weight.sum(), labelled.sum())
-    torch.testing.assert_close(equations.projected, up.T @ target.nan_to_num().flatten(1, 2))
-    torch.testing.assert_close(equations.square, target.nan_to_num().square().sum((0, 1, 2)))
 
 
 @pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))

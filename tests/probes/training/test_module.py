@@ -1,7 +1,5 @@
 """Probe runs: probes are independent of each other, and scores match the saved predictions."""
 
-from importlib.metadata import version
-
 import numpy as np
 import probe_runs
 import pytest
@@ -10,6 +8,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from probe_runs import read_masks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import rounding
 
@@ -65,8 +64,6 @@ def test_run_writes_all_files(run):
     metrics = run.metrics
     assert metrics["image_attention"] == "causal"
     assert metrics["images"] == 5
-    assert metrics["seed"] == 0
-    assert [site["site"] for site in metrics["sites"]] == run.sites
     assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
     for site in metrics["sites"]:
         low, high = site["miou_ci95"]
@@ -85,18 +82,12 @@ def test_run_writes_all_files(run):
     miou = {site["site"]: site["miou"] for site in metrics["sites"]}
     assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
-    assert run.manifest["data"]["root"]
-    assert run.manifest["versions"]["torch"] == version("torch")
 
 
 def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
-    targets = [
-        np.asarray(Image.open(path))
-        for path in sorted((segmentation / "annotations/validation").glob("*.png"))
-    ]
+    targets = read_masks(segmentation / "annotations/validation")
     for site in run.metrics["sites"]:
-        folder = run.path / "predictions" / site["site"]
-        predictions = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        predictions = read_masks(run.path / "predictions" / site["site"])
         miou, pacc, iou = reference.scores(predictions, targets, 3)
         assert site["miou"] == pytest.approx(miou)
         assert site["pacc"] == pytest.approx(pacc)
@@ -104,12 +95,7 @@ def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
 
 
 def test_baseline_is_the_most_frequent_class(run, segmentation):
-    targets = np.concatenate(
-        [
-            np.asarray(Image.open(p)).ravel()
-            for p in (segmentation / "annotations/validation").glob("*.png")
-        ]
-    )
+    targets = np.concatenate(read_masks(segmentation / "annotations/validation"))
     shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
     baseline = run.metrics["baseline"]
     assert baseline["class"] == tiny_models.CLASSES[shares.argmax()]
@@ -154,27 +140,6 @@ def test_probes_trained_together_equal_probes_trained_alone(
         torch.testing.assert_close(a, b, **rounding(b, STEPS), msg=name)
 
 
-def test_cached_states_train_the_same_probes_as_recomputed_ones(
-    run,
-    checkpoints,
-    segmentation,
-    tmp_path,
-):
-    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
-    main(
-        arguments(
-            checkpoints["causal"],
-            segmentation,
-            tmp_path,
-            "--data.cache_features",
-            "false",
-            *more,
-        )
-    )
-    for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
-        assert site["history"] == pytest.approx(entry["history"], abs=0.02)
-
-
 def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data")
     for kind in ("images", "annotations"):
@@ -192,17 +157,11 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
         )
     )
     run = ProbeRun(tmp_path / "run")
-    assert Image.open(run.path / "predictions/adapter/000.png").size == (31, 17)
-    targets = [
-        np.asarray(Image.open(path))
-        for path in sorted((root / "annotations/validation").glob("*.png"))
-    ]
-    predictions = [
-        np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))
-    ]
-    assert run.metrics["sites"][1]["miou"] == pytest.approx(
-        reference.scores(predictions, targets, 3)[0]
-    )
+    targets = read_masks(root / "annotations/validation")
+    predictions = read_masks(run.path / "predictions/adapter")
+    assert predictions[0].shape == (17, 31)
+    expected, _, _ = reference.scores(predictions, targets, 3)
+    assert run.metrics["sites"][1]["miou"] == pytest.approx(expected)
 
 
 def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):

@@ -178,44 +178,6 @@ def test_the_loss_with_many_nodes_is_computed_once_at_each_point(data, monkeypat
     assert len(set(map(tuple, seen))) == len(seen)
 
 
-def test_weaker_strengths_know_the_curvature_of_the_stronger_ones(data, monkeypatch):
-    """Seven half decades take 29 evaluations, and 38 without it."""
-    steps = []
-
-    def count(learn: bool) -> int:
-        calls = []
-        inner = SiteProblem.objective
-
-        def objective(self, *args):
-            evaluate = inner(self, *args)
-
-            def counted(points, problems):
-                calls.append(problems)
-                return evaluate(points, problems)
-
-            return counted
-
-        monkeypatch.setattr(SiteProblem, "objective", objective)
-        search = FoldSearch(problem(data))
-        if not learn:
-            monkeypatch.setattr(FoldSearch, "_minimise", _minimise_without_pairs)
-        search.follow([10 ** (-k / 2) for k in range(2, 9)])
-        monkeypatch.undo()
-        return len(calls)
-
-    steps = [count(True), count(False)]
-    assert steps[0] < steps[1], steps
-
-
-def _minimise_without_pairs(self, strengths, left_out, start):
-    self.pairs.clear()
-    self.learned_at = None
-    return _minimise(self, strengths, left_out, start)
-
-
-_minimise = FoldSearch._minimise
-
-
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
     monkeypatch.setattr(refinements, "TIGHT_ROUNDS", 0)
     at = problem(data)

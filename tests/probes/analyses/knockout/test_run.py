@@ -58,27 +58,6 @@ def classes(run) -> list[str]:
     return names
 
 
-def masks_written_out(
-    mllm,
-    length: int,
-    blocked,
-    layers,
-) -> list[torch.Tensor]:
-    """bool[1, N, N] by layer, without the pairs of image tokens whose key is blocked."""
-    prefix = mllm.prefix_ids.shape[1]
-    is_image = torch.arange(length) >= prefix
-    whole = reference.mask_by_loop(
-        mllm.image_attention, is_image[None], torch.ones(1, length, dtype=torch.bool)
-    )
-    masks = []
-    for layer in range(1, L + 1):
-        mask = whole.clone()
-        if blocked is not None and (layers is None or layer in layers):
-            mask[:, prefix:, prefix:][..., torch.tensor(blocked)] = False
-        masks.append(mask)
-    return masks
-
-
 def predicted(
     run,
     reader,
@@ -90,12 +69,16 @@ def predicted(
     key = (run.path, image, str(blocked), str(layers))
     if key not in PREDICTED:
         mllm = reader.mllm
-        adapter = mllm.states(mllm.preprocess([run.dataset()[image]["image"]]), ["adapter"])
-        inputs = torch.cat([mllm.decoder.embed_tokens(mllm.prefix_ids), adapter["adapter"]], 1)
-        masks = masks_written_out(mllm, inputs.shape[1], blocked, layers)
-        positions = torch.arange(inputs.shape[1])
-        states = reference.llama_states(mllm.decoder, inputs, masks, positions)
-        after = [adapter["adapter"], *(x[:, mllm.prefix_ids.shape[1] :] for x in states)]
+        first = mllm.prefix_ids.shape[1]
+
+        def gone(layer, q, k) -> bool:
+            cut = blocked is not None and (layers is None or layer in layers)
+            return cut and min(q, k) >= first and blocked[k - first]
+
+        masks = reference.masks_by_layer(mllm, mllm.ids.shape[1], gone)
+        pixels = mllm.preprocess([run.dataset()[image]["image"]])
+        states = reference.uncached_states(mllm, pixels, [], masks)
+        after = [mllm.states(pixels, ["adapter"])["adapter"], *(x[:, first:] for x in states)]
         probes = [reader.probes[site] for site in ("adapter", "layer_01", "layer_02", "layer_03")]
         classes = [probe(x)[0].argmax(-1) for probe, x in zip(probes, after, strict=True)]
         PREDICTED[key] = torch.stack(classes).numpy()

@@ -1,0 +1,85 @@
+"""What a report and a study print: the table of sites, the verdicts, and what a reader must know of them."""
+
+from typing import Any
+
+from probes.results.formatting import Rows, format_difference
+from probes.results.steps import describe_steps
+
+from .beyond_classes import claim_texts, joint_claim_texts, task_notes
+from .encoder_layers import describe_best_layer
+from .site_table import describe_sites, shown_rows
+from .summary_text import COLUMN_TITLES, claim_notes, edge_notes, format_count, verdict_reasons
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Return the verdicts of results.json as text."""
+    lines = describe_steps(results.get("unfinished", ()))
+    lines += [""] * bool(lines)
+    for joint in results.get("joint", []):
+        lines += [
+            f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"
+        ]
+        lines += [_format_claims(joint["claims"]), ""]
+    for study in results.get("studies", [results]):
+        lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
+        notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
+        lines += [*_format_sites(study["sites"]), ""]
+        lines += [_format_claims(study["claims"]), *notes, ""]
+        if best := study.get("best_layer"):
+            lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
+    lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
+    return "\n".join(lines)
+
+
+def _format_sites(sites: Rows) -> list[str]:
+    """Return the table of sites as lines for the terminal, with its two sentences."""
+    shown = shown_rows(sites)
+    with_random = any(row["random"] for row in shown)
+    keys = ["mask", "site", "score", "interval"]
+    titles = {
+        "mask": "attention",
+        "score": "mIoU",
+        "interval": "95% interval",
+    }
+    if with_random:
+        keys += ["random", "difference"]
+    keys.append("best")
+    rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
+    rows += [[row[key] for key in keys] for row in shown]
+    return [*_align(rows), "", *describe_sites(sites)]
+
+
+def _format_claims(claims: list[dict[str, Any]]) -> str:
+    """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
+    rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
+    for claim in claims:
+        conclusion = claim["finding"]
+        if "seeds" in claim["n"]:
+            conclusion += f" ({format_count(claim['n'])})"
+        if "truth" in claim:
+            conclusion += f" (truth: {claim['truth']})"
+        verdicts = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
+        effects = [format_difference(verdict) for verdict in verdicts]
+        rows.append([claim["claim"], claim["image_attention"], *effects, conclusion])
+    reasons = dict.fromkeys(
+        reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
+    )
+    return "\n".join([*_align(rows), *claim_notes(claims), *reasons])
+
+
+def _format_tasks(entries: list[dict[str, Any]], joint: list[dict[str, Any]]) -> list[str]:
+    """Return the claims about other tasks as lines for the terminal."""
+    lines = []
+    for rows in (claim_texts(entries), joint_claim_texts(joint)):
+        if rows:
+            shown = ["task", "seeds" if "seeds" in rows[0] else "attention"]
+            shown += ["claim", "effect", "beyond_random", "finding"]
+            titles = [key.replace("_", " ") for key in shown]
+            lines += [*_align([titles, *([row[key] for key in shown] for row in rows)]), ""]
+    return [*lines, *task_notes(entries)] if lines else []
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    """Return rows of equally many cells as lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -239,6 +239,11 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
             "000.png is 24 x 20 px, its image .* 20 x 24 px",
         ),
         (lambda root: mask_path(root).write_bytes(b"x"), "000.png cannot be read as an image"),
+        # a JPEG under the name of a PNG: its labels would be those of a lossy picture
+        (
+            lambda root: Image.new("L", (20, 24)).save(mask_path(root), "JPEG"),
+            "000.png cannot be read as an image: it is not PNG",
+        ),
         (
             lambda root: (root / "images/validation/000.png").write_bytes(b"x"),
             "cannot be read as an image",

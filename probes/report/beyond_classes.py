@@ -19,7 +19,7 @@ from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .claims import evaluate_claims
 from .seeds import joint_studies
-from .summary_text import verdict_reasons
+from .summary_text import claim_notes, format_count, verdict_reasons
 from .tables import claim_rows
 
 Entry = dict[str, Any]
@@ -49,10 +49,11 @@ def read_task_studies(paths: Iterable[str]) -> list[StudyRuns]:
 
 
 def task_results(studies: list[StudyRuns]) -> list[Entry]:
-    """Return the entry "tasks" of results.json, one entry per trained run.
+    """Return the entry "tasks" of results.json, one entry per study and mask.
 
-    Each has the scores by site of the run, and of the models with "random" weights under the same mask; "claims" as
-    :func:`evaluate_claims` returns them; and "unit", the site whose score is 1 in the figure, or None.
+    Each has the scores by site of the trained model, from solved probes where all masks have them, and of the models
+    with "random" weights under the same mask; "claims" as :func:`evaluate_claims` returns them; and "unit", the site
+    whose score is 1 in the figure, or None.
     """
     return [entry for study in studies for entry in _study_entries(study)]
 
@@ -60,8 +61,9 @@ def task_results(studies: list[StudyRuns]) -> list[Entry]:
 def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
+    all_solved = study.solved.keys() == study.main_runs.keys()
     entries = []
-    for mask, run in study.main_runs.items():
+    for mask, run in (study.solved if all_solved else study.main_runs).items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,
@@ -74,7 +76,7 @@ def _study_entries(study: StudyRuns) -> list[Entry]:
             "has_llm": run.has_llm,
             "unit": _unit_site(run),
             "sites": _sites(run),
-            "random": _random_scores(study, mask),
+            "random": _random_scores(study, run),
             "claims": [claim | {"text": _claim_text(claim["claim"], task)} for claim in of_mask],
         }
         entries.append(entry)
@@ -114,9 +116,8 @@ def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     ]
 
 
-def _random_scores(study: StudyRuns, mask: str) -> list[dict[str, Any]]:
-    """Return the scores of the models with random weights under a mask, with the kind of probes of the trained one."""
-    solved = study.main_runs[mask].is_solved
+def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any]]:
+    """Return the scores of the models with random weights, with mask and kind of probes of the trained one."""
     return [
         {
             "weights": run.arm,
@@ -124,12 +125,12 @@ def _random_scores(study: StudyRuns, mask: str) -> list[dict[str, Any]]:
             "sites": _sites(run),
         }
         for run in study.members
-        if run.arm != "trained" and run.is_solved == solved and _mask_of(run) == mask
+        if run.arm != "trained" and _mask_and_probes(run) == _mask_and_probes(trained)
     ]
 
 
-def _mask_of(run: FinishedRun) -> str:
-    return run.metrics["image_attention"]
+def _mask_and_probes(run: FinishedRun) -> tuple[str, bool]:
+    return run.metrics["image_attention"], run.is_solved
 
 
 def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ def joint_claim_texts(joint: list[dict[str, Any]]) -> Rows:
             "task": result["task"],
             "model": result["model"],
             "dataset": result["dataset"],
-            "seeds": ", ".join(map(str, result["seeds"])),
+            "seeds": f"{', '.join(map(str, result['seeds']))} ({format_count(claim['n'])})",
             "attention": claim["image_attention"],
         }
         | _claim_cells(claim)
@@ -223,23 +224,24 @@ def _claim_cells(claim: dict[str, Any]) -> dict[str, str]:
         "claim": CLAIMS[claim["claim"]].name,
         "effect": "–" if measured["ci95"] is None else estimate_text(measured),
         "beyond_random": "–" if beyond["ci95"] is None else estimate_text(beyond),
-        "p": format_p(claim["p"]),
+        "p_(Holm)": format_p(claim["p_holm"]),
         "finding": claim["finding"],
     }
 
 
-def task_notes(entries: list[Entry]) -> list[str]:
-    """Return from where on an effect counts, by task, and why columns are untested; the paper has no such claims."""
-    tasks = [TASKS[name] for name in dict.fromkeys(entry["task"] for entry in entries)]
-    notes = [
-        f"{task.name.capitalize()}: at the optimum and beyond random, an effect counts from {task.margin:g} of "
-        f"{task.labels[task.score]}."
-        for task in tasks
-    ]
+def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
+    """Return from where on an effect counts, what else a reader must know, and why columns are untested.
+
+    The column "paper" is left out: the paper has no such claims.
+    """
+    notes = []
+    for result in (*entries, *joint):
+        task = TASKS[result["task"]]
+        notes += claim_notes(result["claims"], f"{task.margin:g} of {task.labels[task.score]}")
     reasons = [
         reason
-        for entry in entries
-        for claim in entry["claims"]
+        for result in (*entries, *joint)
+        for claim in result["claims"]
         for reason in verdict_reasons({k: v for k, v in claim["verdicts"].items() if k != "paper"})
     ]
-    return [*notes, *dict.fromkeys(reasons)]
+    return [*dict.fromkeys([*notes, *reasons])]

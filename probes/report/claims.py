@@ -261,7 +261,7 @@ def _paper_column(
         return column(CLAIMS[claim].sign, **measured)
     if study.main_runs[mask].is_solved:
         remedy = f"run {_command('fit', study, mask)}, the paper's recipe"
-        if study_folder(study.first.path):
+        if study_folder(study.first.path) and study.task.name == SEGMENTATION:
             remedy = "give the same `probes study` again with `--fit`, the paper's recipe"
         reason = f"the number is that of solved probes: {remedy}"
         return untested(reason, **measured, probes="solved")
@@ -370,7 +370,8 @@ def _why_no_draws(
     """Return why a claim was not compared with random models, and the command that changes it."""
     part = _random_part(claim)
     name = part if study.first.has_llm else "encoder"
-    count = max(len(study.random_draws(part, solved)) for solved in (True, False))
+    kinds = {True, study.first.is_solved}  # trained probes are compared with trained ones only
+    count = max(len(study.random_draws(part, solved)) for solved in kinds)
     if count >= 2:
         which_runs = f"the runs with a random {name}"
         if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
@@ -380,7 +381,9 @@ def _why_no_draws(
         return f"fewer than two draws under the same mask: solve {which_runs} under each mask"
     too_few = f"draws of a random {name}: {count}, two are needed"
     if study_folder(study.first.path):
-        return f"{too_few}: give the same `probes study` again with `--draws 2`"
+        arm = "adapter" if part == "adapter" else "random"
+        again = f"{too_few}: give the same `probes study` again with `--draws 2`"
+        return f"{again}, or with {arm}0 and {arm}1 among its `--arms`"
     options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     if not study.first.has_llm:
         options = "--model.untrained '[encoder]' --model.match update"

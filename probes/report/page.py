@@ -181,7 +181,7 @@ def _write_files(
         task_figures=_draw(task_figures(task_studies, tasks), out, files),
         task_claims=claim_texts(tasks),
         joint_task_claims=joint_claim_texts(joint_of_tasks),
-        task_notes=task_notes(tasks),
+        task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
         wall_s=wall_s,
         columns=summary_text.COLUMN_TITLES,

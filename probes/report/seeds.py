@@ -181,7 +181,7 @@ def join_column(
             **more,
         )
     # the column "paper"
-    below = [entry["below_optimum"] for entry in entries if entry["below_optimum"]]
+    below = [entry["below_optimum"] for entry in entries if entry.get("below_optimum")]
     more["below_optimum"] = (
         dict(zip(("value", "ci95"), join(below), strict=True)) if len(below) > 1 else None
     )

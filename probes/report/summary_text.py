@@ -102,13 +102,13 @@ def format_effect(claim: dict[str, Any]) -> list[str]:
     return [format_difference(effect) for effect in effects]
 
 
-def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
+def claim_notes(claims: list[dict[str, Any]], margin: str = f"{100 * MARGIN:g} point") -> list[str]:
     """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
     tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]
     beyond = [
         entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED
     ]
-    notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
+    notes = [f"At the optimum and beyond random, an effect counts from {margin}."]
     images = min(
         (claim["n"]["images"] for claim in claims if "images" in claim["n"]), default=FEW_IMAGES
     )

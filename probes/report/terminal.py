@@ -27,7 +27,8 @@ def format_results(results: dict[str, Any]) -> str:
         lines += [_format_claims(study["claims"]), *notes, ""]
         if best := study.get("best_layer"):
             lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
-    lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
+    judged = [entry for entry in results.get("tasks", []) if "claims" in entry]
+    lines += _format_tasks(judged, results.get("joint_tasks", []))
     return "\n".join(lines)
 
 
@@ -71,12 +72,20 @@ def _format_tasks(entries: list[dict[str, Any]], joint: list[dict[str, Any]]) ->
     """Return the claims about other tasks as lines for the terminal."""
     lines = []
     for rows in (claim_texts(entries), joint_claim_texts(joint)):
-        if rows:
-            shown = ["task", "seeds" if "seeds" in rows[0] else "attention"]
-            shown += ["claim", "effect", "beyond_random", "finding"]
-            titles = [key.replace("_", " ") for key in shown]
-            lines += [*_align([titles, *([row[key] for key in shown] for row in rows)]), ""]
-    return [*lines, *task_notes(entries)] if lines else []
+        lines += _format_task_claims(rows)
+    return [*lines, *task_notes(entries, joint)] if lines else []
+
+
+def _format_task_claims(rows: list[dict[str, str]]) -> list[str]:
+    """Return a table of claims; model, dataset and seed are left out where all rows have the same."""
+    if not rows:
+        return []
+    named = [key for key in ("model", "dataset", "seed") if len({row.get(key) for row in rows}) > 1]
+    shown = ["task", *named]
+    shown += ["seeds"] if "seeds" in rows[0] else []
+    shown += ["attention", "claim", "effect", "beyond_random", "finding"]
+    titles = [key.replace("_", " ") for key in shown]
+    return [*_align([titles, *([row[key] for key in shown] for row in rows)]), ""]
 
 
 def _align(rows: list[list[str]]) -> list[str]:

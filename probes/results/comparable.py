@@ -50,6 +50,7 @@ def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
     settings = {
         "data.options": [run.manifest["data"].get("options") or {} for run in runs],
         "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
+        "model.image_px": [run.manifest["config"].get("image_px") for run in runs],
     }
     recorded = all("options" in run.manifest["data"] for run in runs)
     for key, (ours, theirs) in settings.items():

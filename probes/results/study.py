@@ -222,7 +222,11 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
     key_of = study_keys(runs)
     for run in runs:
         members.setdefault((run.task_name, *key_of(run)), []).append(run)
-    studies = [StudyRuns(*key[1:], members=of_study) for key, of_study in members.items()]
+    studies = [
+        StudyRuns(*key[1:], members=of_study)
+        for key, of_study in members.items()
+        if _has_trained_run(of_study)
+    ]
     _check_folders_differ(studies)
     # by task, dataset and seed: the run whose images all others must share
     reference: dict[tuple, FinishedRun] = {}
@@ -240,6 +244,15 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
     for of_model in _by_model(studies):
         _check_seeds_differ(of_model)
     return studies
+
+
+def _has_trained_run(runs: list[FinishedRun]) -> bool:
+    """Return False, with a warning, for controls of another task than the paper's without a trained model's run."""
+    if runs[0].task_name == SEGMENTATION or any(run.arm == "trained" for run in runs):
+        return True
+    for run in runs:
+        log.warning("%s is left out: no run of the trained model has its task and data", run.path)
+    return False
 
 
 def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
@@ -311,19 +324,19 @@ def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
 
 
 def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:
-    """Return the key of a run's study: model, dataset, and the seed if trained runs of the model have several."""
-    seeds: dict[tuple[str, str], set[int]] = {}
+    """Return the key of a run's study: model, dataset, and the seed if its task has trained runs with several."""
+    seeds: dict[tuple[str, str, str], set[int]] = {}
     for run in runs:
         if not run.metrics["untrained"]:
-            seeds.setdefault((model_name(run), run.metrics["dataset"]), set()).add(
-                run.metrics["seed"]
-            )
+            key = (run.task_name, model_name(run), run.metrics["dataset"])
+            seeds.setdefault(key, set()).add(run.metrics["seed"])
 
     def key_of(run: FinishedRun) -> tuple[str, str, int | None]:
         model = model_name(run)
         dataset = run.metrics["dataset"]
         seed = run.metrics["seed"]
-        return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
+        of_model = seeds.get((run.task_name, model, dataset), ())
+        return model, dataset, seed if len(of_model) > 1 else None
 
     return key_of
 

@@ -11,7 +11,7 @@ from llava_bidir.common.atomic_io import read_json
 from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
 
-from .plan import Settings, check, make_plan, open_split
+from .plan import Settings, check, describe_model, make_plan, open_split
 from .run import RUNS, check_words
 
 
@@ -41,7 +41,8 @@ def print_estimate(settings: Settings) -> None:
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    print(describe_power(settings, len(validation)))
+    masks = {describe_model(model)[1] for model in settings.models.values()}
+    print(describe_power(settings, len(validation), len(masks)))
     trained = next(
         (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
         None,
@@ -51,15 +52,15 @@ def print_estimate(settings: Settings) -> None:
         run_command([*words, "--dry-run"])
 
 
-def describe_power(settings: Settings, images: int) -> str:
-    """Return which effects a study can tell from those of random models."""
+def describe_power(settings: Settings, images: int, masks: int) -> str:
+    """Return which effects a study of models with so many masks can tell from those of random models."""
     spread = own_spread(settings.out) or TOY_WORLD
     draws = settings.draws
     remedy = "--draws 2 or more"
     if settings.arms is not None:
         draws = sum(arm.startswith("random") for arm in settings.arms)
         remedy = "random0 and random1 among --arms"
-    effect = detectable_effect(images, draws, len(settings.models), spread)
+    effect = detectable_effect(images, draws, masks, spread)
     if effect is None:
         return f"with fewer than two random draws, nothing can be told from random models: give {remedy}"
     return (

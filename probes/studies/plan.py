@@ -90,7 +90,7 @@ class Settings:
         draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers.
         arms: Arms to solve; None for the trained one and `draws` of both.
         fit: Also train probes, as the paper does.
-        tasks: Other tasks, each solved on the trained model and on the random LLMs and adapters.
+        tasks: Other tasks, each solved on all arms.
         add: Analyses to run besides the default ones, "NAME" or "NAME.OPTION=VALUE".
         only: Kinds of steps to run: "solve", "fit", "report", or an analysis; None for all.
         options: Further options of `probes solve` and `probes fit`.
@@ -300,8 +300,7 @@ def _runs(
     if settings.fit:
         configured = any(word.split("=")[0] in ("-c", "--config") for word in settings.options)
         steps.append(run("trained", "fit", "probes", () if configured else FIT))
-    judged = [arm for arm in arms if _kind(arm) in ("trained", "random", "adapter")]
-    tasks = [(task, arm) for task in settings.tasks for arm in judged]
+    tasks = [(task, arm) for task in settings.tasks for arm in arms]
     return steps + [
         run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks
     ]

@@ -27,6 +27,7 @@ from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
 from probes.report.terminal import format_results
 from probes.results.runs import finished_runs, open_run
+from probes.tasks import SEGMENTATION
 
 from .options import read_setting
 from .plan import Settings, check, make_plan
@@ -104,7 +105,7 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         changed = _changed_models(steps, overwrite)
         missing = find_missing(
-            steps, out, lambda step: step.kind in RUNS and _model(step) in changed
+            steps, out, lambda step: step.kind in RUNS and _model_and_task(step) in changed
         )
         failed = run_steps(
             _without_early_report(missing, out),
@@ -145,29 +146,31 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     return kept
 
 
-def _changed_models(steps: list[Step], overwrite: bool) -> set[str]:
-    """Return the models whose finished arms were made from other weights or images than are there now.
+def _changed_models(steps: list[Step], overwrite: bool) -> set[tuple[str, str]]:
+    """Return the models and tasks whose finished arms were made from other weights, images or targets than are there.
 
     Raises:
         UserError: There are some, and they may not be overwritten.
     """
-    first: dict[str, Step] = {}
+    first: dict[tuple[str, str], Step] = {}
     for step in steps:
         if step.kind in RUNS and step.result.is_file():
-            first.setdefault(_model(step), step)
+            first.setdefault(_model_and_task(step), step)
     changed = set()
-    for model, step in first.items():
+    for key, step in first.items():
         try:
             open_run(step.result.parent).check_unchanged()
         except UserError as error:
             if not overwrite:
                 raise UserError(f"{error}; or choose another --out, or --overwrite true") from None
-            changed.add(model)
+            changed.add(key)
     return changed
 
 
-def _model(step: Step) -> str:
-    return step.command[step.command.index("--model.mllm") + 1]
+def _model_and_task(step: Step) -> tuple[str, str]:
+    words = step.command
+    task = words[words.index("--data.task") + 1] if "--data.task" in words else SEGMENTATION
+    return words[words.index("--model.mllm") + 1], task
 
 
 # ---------------------------------------------------------------------------------------------------- one step

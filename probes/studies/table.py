@@ -69,6 +69,9 @@ class Study:
             raise UserError(f"{file} does not exist; the study is not finished")
         results = read_json(file)
         judged = [*_studies(results), *results.get("tasks", [])]
+        judged = [
+            study for study in judged if "claims" in study
+        ]  # earlier versions judged no tasks
         return DataFrame([row for study in judged for row in _claim_rows(study)])
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
@@ -80,14 +83,15 @@ class Study:
         table = self.table().query("metric == @metric and task == @task")
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for (mask, weights, _, probes), rows in table.groupby(
-            ["mask", "weights", "draw", "probes"], sort=False, dropna=False
+        several = table["model"].nunique() > 1
+        for (_, model, mask, weights, probes), rows in table.groupby(
+            ["run", "model", "mask", "weights", "probes"], sort=False, dropna=False
         ):
             if weights == "trained":
                 band = rows[["low", "high"]].to_numpy()
                 colour = mask_colour(mask)
                 style = "-" if probes == "solved" else "--"
-                label = f"{mask}, {probes}"
+                label = f"{model}, " * several + f"{mask}, {probes}"
                 draw_curve(
                     axes,
                     rows["site"],
@@ -175,6 +179,7 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "model": study["model"],
             "dataset": study["dataset"],
             "task": study.get("task", SEGMENTATION),
+            "seed": study["seed"],
             "mask": claim["image_attention"],
         }
         row |= {

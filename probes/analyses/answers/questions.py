@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import NothingToMeasure, UserError, error_context
 from llava_bidir.common.image_io import orientation
 from probes.data.base import open_image, read_rgb
 from probes.ops.geometry import Geometry
@@ -110,13 +110,13 @@ def first_questions(path: Path, file: QuestionFile, limit: int | None) -> list[Q
     """Return the first `limit` questions of a file, None for all.
 
     Raises:
-        UserError: They are about one image. Intervals resample images, and one has no spread.
+        NothingToMeasure: They are about one image. Intervals resample images, and one has no spread.
     """
     questions = file.questions[:limit]
     if len({question.image for question in questions}) < 2:
-        raise UserError(
-            f"{path}: the first {len(questions)} questions are about one image; expected two or more, since intervals "
-            "go by image (--limit)"
+        which = "all questions" if limit is None else f"the first {limit} questions (--limit)"
+        raise NothingToMeasure(
+            f"{path}: {which} are about one image; expected two or more, since intervals go by image"
         )
     return questions
 

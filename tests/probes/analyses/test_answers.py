@@ -182,7 +182,7 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
     (tmp_path / "q.json").write_text(json.dumps(records))
     with pytest.raises(SystemExit, match="leads out of"):
         main(["answers", "--probes", str(run.path), *out, "--questions", str(tmp_path / "q.json")])
-    with pytest.raises(SystemExit, match="the first 1 questions are about one image"):
+    with pytest.raises(SystemExit, match=r"the first 1 questions \(--limit\) are about one image"):
         main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
 
 

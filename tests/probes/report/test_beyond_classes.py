@@ -1,6 +1,7 @@
 """The report's section on other tasks: effects against numpy, verdicts beyond random draws, and what it shows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,47 @@ def test_claims_of_several_seeds_are_joined(segmentation, tmp_path):
     column = joint["claims"][0]["verdicts"]["optimum"]
     assert column["by_seed"] == dict(zip((0, 1), by_seed, strict=True))
     assert column["value"] == pytest.approx(sum(by_seed) / 2)
+
+
+def test_a_control_without_its_trained_run_is_left_out(folders, caplog):
+    assert results_of(folders["random"]) == []
+    assert "no run of the trained model has its task" in caplog.text
+
+
+def test_seeds_of_another_task_split_no_study(folders, segmentation, tmp_path):
+    """Depth with seed 0 and normals with seed 1 have one seed each; the control is that of the model."""
+    draw = write_depth_run(
+        tmp_path / "draw",
+        RMSE,
+        segmentation,
+        untrained=True,
+        seed=3,
+        metrics={"seed": 1},
+    )
+    other = write_depth_run(tmp_path / "other", RMSE, segmentation, metrics={"seed": 1})
+    file = other / "metrics.json"
+    metrics = json.loads(file.read_text()) | {"task": "normals", "scores": {"mean": "lower"}}
+    for site in metrics["sites"]:
+        site |= {"mean": site["rmse"], "mean_ci95": site["rmse_ci95"]}
+    for site in metrics["path"]["closed_form"]["sites"]:
+        site["mean"] = site["rmse"]
+    file.write_text(json.dumps(metrics))
+    studies = read_task_studies([folders["depth"], str(draw), str(other)])
+    assert [(study.title, len(study.members)) for study in studies] == [
+        ("hf, toy world, depth", 2),
+        ("hf, toy world, normals", 1),
+    ]
+
+
+def test_least_squares_of_earlier_versions_are_exact_too(folders, monkeypatch):
+    """They are stored as not converged, since they have no certificates."""
+    effects = {
+        name: replace(estimate, about={"converged": False})
+        for name, estimate in FinishedRun(folders["depth"]).effects.items()
+    }
+    monkeypatch.setattr(FinishedRun, "effects", effects)
+    (entry,) = results_of(folders["depth"])
+    assert [claim["verdicts"]["optimum"]["verdict"] for claim in entry["claims"]] == ["holds"] * 2
 
 
 def test_runs_of_tasks_can_be_told_their_model(folders):

@@ -74,6 +74,7 @@ def test_random_adapters_need_no_layers(write):
     ("section", "ours", "theirs"),
     [
         ("config", {"prefix": None}, {"prefix": "USER: "}),
+        ("config", {"image_px": 224}, {"image_px": 448}),
         ("data", {"options": {}}, {"options": {"background": "class"}}),
     ],
 )
@@ -91,9 +92,9 @@ def test_other_prefixes_and_data_options_are_refused(
         edit_manifest(run, section, **ours)
     assert read_studies([trained, draw])
     edit_manifest(draw, section, **theirs)
-    with pytest.raises(
-        UserError, match=f"differ in (model.prefix|data.options), .*{next(iter(theirs.values()))}"
-    ):
+    other = next(iter(theirs.values()))
+    names = "model.prefix|model.image_px|data.options"
+    with pytest.raises(UserError, match=f"differ in ({names}), .*{other}"):
         read_studies([trained, draw])
 
 

@@ -87,4 +87,4 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
 )
 def test_a_dry_run_says_what_random_draws_can_tell(tmp_path, settings, said):
     settings = Settings(models={"": "model"}, data="photos", out=tmp_path, **settings)
-    assert said in describe_power(settings, 30)
+    assert said in describe_power(settings, 30, 1)

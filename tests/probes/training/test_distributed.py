@@ -17,7 +17,7 @@ import tiny_models
 import torch
 import two_ranks
 from PIL import Image
-from processes import HANGING_S
+from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
@@ -312,14 +312,7 @@ def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_byte
         *SAMPLED,
         *two_ranks.TWO,
     )
-    port = {"MASTER_PORT": str(two_ranks.free_ports(1)[0])}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", DIES_IN_A_PASS, *command], env=two_ranks.environment(rank) | port
-        )
-        for rank in range(two_ranks.RANKS)
-    ]
-    codes = [process.wait(HANGING_S) for process in running]
+    codes, _ = run_ranks([sys.executable, "-c", DIES_IN_A_PASS, *command], tmp_path)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
     assert not (out / "metrics.json").exists()
     two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class Claim(NamedTuple):
-    """A statement of the paper as one number: by default the effect of a run that has the claim's name.
+    """A statement as one number: by default the effect of a run that has the claim's name.
 
     Args:
         sign: Sign of the number if the claim holds.

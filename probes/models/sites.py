@@ -22,6 +22,11 @@ def is_layer(site: str) -> bool:
     return site.startswith("layer_")
 
 
+def last_layer(sites: list[str]) -> str | None:
+    """Return the last layer among sites in forward order; None if there is none."""
+    return next((site for site in reversed(sites) if is_layer(site)), None)
+
+
 def is_encoder_layer(site: str) -> bool:
     """Return whether a site is one of the encoder's own layers in an MLLM; of a bare encoder none is."""
     return site.startswith(f"{ENCODER}_")

@@ -11,7 +11,7 @@ from typing import Any
 from llava_bidir.common.errors import UserError
 from probes.analyses.claims import CLAIMS
 from probes.evaluation.estimate import estimate_text
-from probes.models.sites import ENCODER, is_layer
+from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows, bounds, format_p
 from probes.results.study import StudyRuns, read_studies
@@ -93,14 +93,8 @@ def _claim_text(claim: str, task: Task) -> str:
 
 def _unit_site(run: FinishedRun) -> str | None:
     """Return the encoder of an MLLM, or the last layer of a bare encoder, if probed."""
-    if run.has_llm:
-        return ENCODER if ENCODER in run.sites else None
-    return last_layer(run.sites)
-
-
-def last_layer(sites: list[str]) -> str | None:
-    """Return the last layer among sites in forward order; None if there is none."""
-    return next((site for site in reversed(sites) if is_layer(site)), None)
+    unit = ENCODER if run.has_llm else run.last_layer
+    return unit if unit in run.sites else None
 
 
 def _sites(run: FinishedRun) -> list[dict[str, Any]]:

@@ -23,15 +23,16 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
         return None
     scores = run.site_scores()
     best = max(layers, key=lambda site: scores[site].value)
-    over_last = scores[best] - scores[layers[-1]]
+    last = scores.get(run.last_layer)
+    over_last = scores[best] - last if last else None
     entry = run.metrics["sites"][run.sites.index(best)]
     return {
         "site": best,
-        "last": layers[-1],
+        "last": run.last_layer,
         "miou": entry["miou"],
         "ci95": entry["miou_ci95"],
-        "over_last": over_last.value,
-        "over_last_ci95": over_last.ci95,
+        "over_last": None if over_last is None else over_last.value,
+        "over_last_ci95": None if over_last is None else over_last.ci95,
     }
 
 
@@ -45,6 +46,8 @@ def describe_best_layer(best: dict[str, Any]) -> str:
     )
     if layer == last:
         return f"{text}; it is the last one"
+    if best["over_last"] is None:
+        return f"{text}; the last one was not probed"
     above = f"{100 * best['over_last']:.1f} points above the last {format_interval(best['over_last_ci95'])}"
     return f"{text}, {above}"
 

@@ -19,8 +19,8 @@ missing is "untested", and its "reason" names the command to run.
                                 then neither true nor false, but null
 
 Some claims have a word of their own for "not learned", as "also in random layers" (`Claim.unlearned`). The page and the
-terminal print the "finding": the conclusion, or "supported by itself" where the correction for all claims of the report
-(Holm) undoes it.
+terminal print the "finding": the conclusion, or "supported by itself" where the correction for all claims about a
+model, seed and task (Holm) undoes it.
 """
 
 import math

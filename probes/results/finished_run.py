@@ -36,7 +36,7 @@ from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import effects_by_row, layer_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
-from probes.models.sites import ADAPTER, is_layer
+from probes.models.sites import ADAPTER, is_layer, last_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -199,6 +199,11 @@ class FinishedRun:
     def layers(self) -> list[str]:
         """Sites of layers 0 to L: the adapter and the decoder layers; of a bare encoder, all its layers."""
         return [site for site in self.sites if site == ADAPTER or is_layer(site)]
+
+    @property
+    def last_layer(self) -> str | None:
+        """The model's last layer, probed or not; of a run that does not record it, the last one that is probed."""
+        return self.metrics.get("last_layer") or last_layer(self.sites)
 
     @property
     def site_paths(self) -> list[dict[str, Any]]:

@@ -182,6 +182,7 @@ class Metrics(BaseModel):
     model_kind: Literal["mllm", "encoder"] = "mllm"
     image_attention: str
     own_image_attention: str | None = None
+    last_layer: str | None = None  # of the model, probed or not
     image_resize: str | None = None
     dtype: str | None = None
     untrained: list[str]

@@ -21,6 +21,7 @@ from probes.evaluation.layer_effects import effects_by_row, layer_effects, patch
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
+from probes.models.sites import last_layer
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
@@ -110,6 +111,7 @@ def save_run(
         model_kind="mllm" if mllm.has_llm else "encoder",
         image_attention=mllm.image_attention,
         own_image_attention=mllm.own_image_attention,
+        last_layer=last_layer(mllm.sites),
         image_resize=settings["image_resize"],
         dtype=str(mllm.model.dtype).removeprefix("torch."),
         untrained=list(settings["untrained"] or ()),
@@ -168,6 +170,8 @@ def run_effects(
         strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
         sums = task.sums(counted | path.counted)
         effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
+    if last_layer(probes.mllm.sites) not in sites:  # the last one that is probed is another
+        effects = {name: x for name, x in effects.items() if not name.startswith("over_last")}
     if task.name == SEGMENTATION:
         columns = probes.mllm.grid[1]
         effects |= patch_accuracies(sites, Counts(**counted), columns, weights)

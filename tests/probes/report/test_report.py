@@ -109,9 +109,12 @@ def test_page_is_self_contained(page):
 
 
 @pytest.mark.slow
-def test_the_page_prints_everything(chromium, page):
-    tab = chromium.new_page()
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_its_screen_and_prints_everything(chromium, page, width):
+    tab = chromium.new_page(viewport={"width": width, "height": 900})
     tab.goto((page / "index.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator(".conclusions").bounding_box()["y"] < 500, "on the first screen"
 
     def folded():
         return tab.locator("details:not([open])").count()

@@ -188,7 +188,3 @@ def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others()
     for entry in without_probes.values():
         del entry["below_optimum"]  # as of routes
     assert join_column(1, without_probes, shared_images=False)["value"] == pytest.approx(0.15)
-    without_probes = {seed: paper(value, None) for seed, value in enumerate((0.1, 0.2))}
-    for entry in without_probes.values():
-        del entry["below_optimum"]  # as of routes
-    assert join_column(1, without_probes, shared_images=False)["value"] == pytest.approx(0.15)

@@ -22,6 +22,7 @@ from probes.lab.requests import (
     Teach,
     View,
 )
+from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.results.probe_run import ProbeRun
 from probes.studies.plan import Settings, make_plan
 from probes.studies.run import run_study
@@ -69,6 +70,17 @@ def miou_of(counts, site: int) -> float:
     """Return the mIoU of a site from counts per image and class."""
     right, predicted, labelled = counts[:3]
     return miou_of_counts(right[site], predicted[site], labelled)
+
+
+def test_a_last_layer_without_a_probe_is_not_taken_for_another(parts, tmp_path):
+    words = ["--model.mllm", parts[0], "--data.root", parts[1], "--out", str(tmp_path / "run")]
+    main(["solve", *words, *OPTIONS, "--model.sites", "[layer_00, layer_01, layer_02]"])
+    run = ProbeRun(tmp_path / "run")
+    assert "layer_gain" in run.effects
+    assert "over_last" not in run.effects
+    best = best_layer(run)
+    assert best["last"] == "layer_03"
+    assert describe_best_layer(best).endswith("the last one was not probed")
 
 
 def test_the_sentence_has_the_numbers_of_the_counts(study):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import task_runs
 import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
@@ -276,6 +277,27 @@ def test_changed_masks_end_the_study(checkpoints, segmentation, tmp_path):
     mask = next((data / "annotations/training").iterdir())
     mask.write_bytes(sorted((data / "annotations/validation").iterdir())[0].read_bytes())
     with pytest.raises(SystemExit, match="training_masks"):
+        main(command)
+
+
+@pytest.mark.slow
+def test_changed_targets_of_a_task_end_the_study(checkpoints, segmentation, tmp_path):
+    data = task_runs.write_targets(segmentation, tmp_path / "data")
+    command = arguments(
+        [str(checkpoints["causal"])],
+        data,
+        tmp_path / "study",
+        "--arms",
+        "trained",
+        "--only",
+        "solve",
+        "--tasks",
+        "depth",
+    )
+    main(command)
+    depth = sorted((data / "depth/validation").iterdir())
+    depth[0].write_bytes(depth[1].read_bytes())
+    with pytest.raises(SystemExit, match="depth_trained.*validation_masks"):
         main(command)
 
 

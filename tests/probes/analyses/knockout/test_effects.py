@@ -52,6 +52,22 @@ def entries(cases: Cases) -> dict[tuple[str, str], dict]:
     return {(entry["condition"], entry["control"]): entry for entry in effects}
 
 
+def test_every_condition_is_compared_with_none_and_its_own_control():
+    assert set(entries(cases_of(0))) == {
+        *(
+            ("incorrect", "none"),
+            ("correct", "none"),
+            ("random_incorrect", "none"),
+            ("random_correct", "none"),
+        ),
+        *(
+            ("incorrect", "random_incorrect"),
+            ("correct", "random_correct"),
+            (SPECIFICITY, "random"),
+        ),
+    }
+
+
 def test_estimates_are_plain_means():
     cases = cases_of(0.2)
     entry = entries(cases)["correct", "random_correct"]
@@ -70,6 +86,16 @@ def test_effect_is_found_at_its_layers_only():
     assert entry["later"]["p"] < 0.01
     assert entry["ci95"][0] == [0, 0]
     assert all(c >= p for c, p in zip(entry["p_corrected"], entry["p"], strict=True))
+
+
+@pytest.mark.slow
+def test_false_positives_have_their_nominal_rate():
+    """Without an effect, any of the layers falls below 5% in about one of twenty experiments."""
+    alarms = [
+        min(entries(cases_of(0, seed))["correct", "random_correct"]["p_corrected"]) < 0.05
+        for seed in range(200)
+    ]
+    assert 0.01 < np.mean(alarms) < 0.10
 
 
 def test_cases_of_one_image_are_swapped_together():

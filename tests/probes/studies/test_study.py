@@ -297,7 +297,7 @@ def test_changed_targets_of_a_task_end_the_study(checkpoints, segmentation, tmp_
     main(command)
     depth = sorted((data / "depth/validation").iterdir())
     depth[0].write_bytes(depth[1].read_bytes())
-    with pytest.raises(SystemExit, match="depth_trained.*validation_masks"):
+    with pytest.raises(SystemExit, match="depth_trained.*validation_depth"):
         main(command)
 
 

@@ -68,14 +68,15 @@ def cross_validated_layers(
 
 def sites_of_effects(
     sites: list[str],
+    last: str | None,
     task: Task,
     sums: Tensor,
     groups: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
-    if PATCHES in sites:  # a bare encoder
-        index[LAST_LAYER] = max(i for i, site in enumerate(sites) if is_layer(site))
+    if PATCHES in sites and last in sites:  # a bare encoder
+        index[LAST_LAYER] = sites.index(last)
     images = sums.shape[1]
     fixed = {site: torch.full((images,), i) for site, i in index.items()}
     best = cross_validated_layers(sites, task, sums, groups)
@@ -107,6 +108,7 @@ def effects_at(
 
 def layer_effects(
     sites: list[str],
+    last: str | None,
     task: Task,
     sums: Tensor,
     weights: Tensor,
@@ -116,16 +118,18 @@ def layer_effects(
 
     Args:
         sites: Names of the sites.
+        last: The model's last layer, probed or not.
         task: The task.
         sums: f[S, N, M].
         weights: f[R, N], of the bootstrap.
         groups: Group i64[N] of each image, or None.
     """
-    return effects_at(task, sums, sites_of_effects(sites, task, sums, groups), weights)
+    return effects_at(task, sums, sites_of_effects(sites, last, task, sums, groups), weights)
 
 
 def effects_by_row(
     sites: list[str],
+    last: str | None,
     strengths: Strengths,
     task: Task,
     path: Tensor,
@@ -139,6 +143,7 @@ def effects_by_row(
 
     Args:
         sites: Names of the sites.
+        last: The model's last layer, probed or not.
         strengths: The path.
         task: The task.
         path: The sums at the L solved strengths of each site, f[L, S, N, M].
@@ -148,7 +153,7 @@ def effects_by_row(
     estimates = {}
     for name, row in strengths.neighbours().items():
         sums = path[row, torch.arange(len(sites))]
-        read = sites_of_effects(sites, task, sums, groups)
+        read = sites_of_effects(sites, last, task, sums, groups)
         for effect, estimate in effects_at(task, sums, read, weights).items():
             indices = torch.cat([read[site].unique() for site in EFFECTS[effect]]).tolist()
             about = {"converged": strengths.has_converged(row, indices)}

@@ -249,10 +249,12 @@ class FinishedRun:
         Raises:
             UserError: A file of the run is damaged.
         """
-        effects = layer_effects(self.sites, self.task, self.sums, self.weights, self.groups)
+        last = self.last_layer
+        effects = layer_effects(self.sites, last, self.task, self.sums, self.weights, self.groups)
         if self.is_solved:
             effects |= effects_by_row(
                 self.sites,
+                last,
                 self.strengths,
                 self.task,
                 self.path_sums(),

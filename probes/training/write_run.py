@@ -158,8 +158,10 @@ def run_effects(
     """
     task = probes.task
     sites = probes.sites
+    last = last_layer(probes.mllm.sites)
     effects = layer_effects(
         sites,
+        last,
         task,
         task.sums(counted),
         weights,
@@ -169,9 +171,7 @@ def run_effects(
         of_sites = path.about[path.instrument]["sites"]
         strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
         sums = task.sums(counted | path.counted)
-        effects |= effects_by_row(sites, strengths, task, sums, weights, groups)
-    if last_layer(probes.mllm.sites) not in sites:  # the last one that is probed is another
-        effects = {name: x for name, x in effects.items() if not name.startswith("over_last")}
+        effects |= effects_by_row(sites, last, strengths, task, sums, weights, groups)
     if task.name == SEGMENTATION:
         columns = probes.mllm.grid[1]
         effects |= patch_accuracies(sites, Counts(**counted), columns, weights)

@@ -306,7 +306,10 @@ def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).model.to(device)
+        attention = "sdpa" if gpu else "eager"  # as `fit` is called
+        model = AutoModelForCausalLM.from_pretrained(
+            llm, dtype=torch.float32, attn_implementation=attention
+        ).model.to(device)
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(4, tokens, model.config.hidden_size, generator=generator).to(device)
         linear = model.layers[0].mlp.up_proj
@@ -350,7 +353,11 @@ def on_gpu() -> dict[str, str | int]:
 
     if not torch.cuda.is_available():
         return {}
-    return {"--trainer.accelerator": "gpu", "--data.num_workers": GPU_WORKERS}
+    return {
+        "--trainer.accelerator": "gpu",
+        "--data.num_workers": GPU_WORKERS,
+        "--model.attn_implementation": "sdpa",
+    }
 
 
 def train(

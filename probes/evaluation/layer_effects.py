@@ -161,6 +161,49 @@ def effects_by_row(
     return estimates
 
 
+def run_effects(
+    sites: list[str],
+    last: str | None,
+    task: Task,
+    sums: Tensor,
+    weights: Tensor,
+    groups: Tensor | None = None,
+    strengths: Strengths | None = None,
+    path: Tensor | None = None,
+) -> dict[str, Estimate]:
+    """Return the effects of a run, from which reports evaluate claims: those of its probes, and of each row of strengths.
+
+    Args:
+        sites: Names of the sites.
+        last: The model's last layer, probed or not.
+        task: The task.
+        sums: Sums per image, f[S, N, M].
+        weights: f[R, N], of the bootstrap.
+        groups: Group i64[N] of each image, or None.
+        strengths: The path of solved probes; None: they were trained.
+        path: The sums at its strengths, f[L, S, N, M].
+    """
+    effects = layer_effects(
+        sites,
+        last,
+        task,
+        sums,
+        weights,
+        groups,
+    )
+    if strengths is not None:
+        effects |= effects_by_row(
+            sites,
+            last,
+            strengths,
+            task,
+            path,
+            weights,
+            groups,
+        )
+    return effects
+
+
 def patch_accuracies(
     sites: list[str],
     counts: Counts,

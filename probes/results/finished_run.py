@@ -33,7 +33,7 @@ from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import effects_by_row, layer_effects
+from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.models.sites import ADAPTER, is_layer, last_layer
@@ -249,19 +249,17 @@ class FinishedRun:
         Raises:
             UserError: A file of the run is damaged.
         """
-        last = self.last_layer
-        effects = layer_effects(self.sites, last, self.task, self.sums, self.weights, self.groups)
-        if self.is_solved:
-            effects |= effects_by_row(
-                self.sites,
-                last,
-                self.strengths,
-                self.task,
-                self.path_sums(),
-                self.weights,
-                self.groups,
-            )
-        return effects
+        solved = self.is_solved
+        return run_effects(
+            self.sites,
+            self.last_layer,
+            self.task,
+            self.sums,
+            self.weights,
+            self.groups,
+            strengths=self.strengths if solved else None,
+            path=self.path_sums() if solved else None,
+        )
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:

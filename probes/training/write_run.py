@@ -17,7 +17,7 @@ from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.datamodule import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import effects_by_row, layer_effects, patch_accuracies
+from probes.evaluation.layer_effects import patch_accuracies, run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
@@ -125,7 +125,7 @@ def save_run(
         summary=summary(main, task.sign),
         **({"path": record.path.about} if record.path else {}),
     )
-    effects = run_effects(probes, counted, record.path, weights, groups)
+    effects = effects_of(probes, counted, record.path, weights, groups)
     tensors = counted if groups is None else counted | {"group": groups}
     files = {out / "counts.safetensors": tensors}
     if record.path:
@@ -140,7 +140,7 @@ def save_run(
     write_files(files)
 
 
-def run_effects(
+def effects_of(
     probes: SiteProbes,
     counted: dict[str, torch.Tensor],
     path: StrengthsRecord | None,
@@ -158,20 +158,22 @@ def run_effects(
     """
     task = probes.task
     sites = probes.sites
-    last = last_layer(probes.mllm.sites)
-    effects = layer_effects(
+    strengths = None
+    path_sums = None
+    if path:
+        of_sites = path.about[path.instrument]["sites"]
+        strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
+        path_sums = task.sums(counted | path.counted)
+    effects = run_effects(
         sites,
-        last,
+        last_layer(probes.mllm.sites),
         task,
         task.sums(counted),
         weights,
         groups,
+        strengths=strengths,
+        path=path_sums,
     )
-    if path:
-        of_sites = path.about[path.instrument]["sites"]
-        strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
-        sums = task.sums(counted | path.counted)
-        effects |= effects_by_row(sites, last, strengths, task, sums, weights, groups)
     if task.name == SEGMENTATION:
         columns = probes.mllm.grid[1]
         effects |= patch_accuracies(sites, Counts(**counted), columns, weights)

@@ -36,6 +36,11 @@ class RoutesOptions(QuestionOptions):
         2,
         metavar="K",
     )
+    stride: int = option(
+        "layers from the first of a window to the first of the next one",
+        1,
+        at_least=1,
+    )
     draws: int = draws_option(3)
     batch_size: int = batch_size_option(32, "questions, each under one knockout,")
     seed: int = seed_option("the random patches and the bootstrap")

@@ -2,7 +2,7 @@
 
 Each question asks for the class at a place, its object, with one of the run's class names as the right answer
 (answers/questions.py). A route is cut by a knockout with rows and columns of the prompt: no token of the target attends
-to a token of the source, in all layers, or in each window of K layers.
+to a token of the source, in all layers, or in each window of K layers, whose first layers are a stride apart.
 
     targets   question (with its options), last (token before the answer), text (question, last and answer), image
     sources   image, all image tokens; object, the patches at the place; others, all other patches; random, as many
@@ -67,10 +67,10 @@ class RoutesPlan(RoutesOptions):
         check_questions(self)
 
 
-def windows(width: int, layers: int) -> list[list[int]]:
+def windows(width: int, layers: int, stride: int = 1) -> list[list[int]]:
     """Return the first and the last layer of each window, "all layers" first."""
     last_start = layers - width + 1
-    sliding = [[first, first + width - 1] for first in range(1, last_start + 1)]
+    sliding = [[first, first + width - 1] for first in range(1, last_start + 1, stride)]
     return [[1, layers], *sliding]
 
 
@@ -106,7 +106,7 @@ def measure_routes(
     del settings["questions"], settings["images"]
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
     check_replaceable(out / "routes.json", made_from, overwrite)
-    places = windows(plan.window, layers)
+    places = windows(plan.window, layers, plan.stride)
 
     def compute(numbers: range) -> dict[str, Tensor]:
         results = [ask(mllm, plan, file, number, classes, places) for number in numbers]

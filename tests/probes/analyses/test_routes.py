@@ -97,6 +97,7 @@ def test_random_patches_are_as_many_others():
 def test_effects_are_means_over_questions(measured):
     _, _, results, tensors = measured
     assert windows(2, 3) == [[1, 3], [1, 2], [2, 3]]
+    assert windows(2, 7, stride=3) == [[1, 7], [1, 2], [4, 5]]
     none = tensors["none"][range(len(tensors["right"])), tensors["right"]]
     for effect in results["effects"]:
         if effect["source"] == "object - random":

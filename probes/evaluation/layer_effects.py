@@ -171,7 +171,7 @@ def run_effects(
     strengths: Strengths | None = None,
     path: Tensor | None = None,
 ) -> dict[str, Estimate]:
-    """Return the effects of a run, from which reports evaluate claims: those of its probes, and of each row of strengths.
+    """Return the effects of a run, from which reports evaluate claims: of its probes, and of each row of strengths.
 
     Args:
         sites: Names of the sites.

@@ -1,6 +1,6 @@
 """CPU time of a training step of `llava-bidir real`, by part and by number of image tokens.
 
-    python tests/bench/real_step.py ENCODER LLM --sides 112 168 224
+    python tests/bench/real_step.py ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
 
 Prints the CPU seconds of 8 samples, two micro-batches with random pixels and ids: the encoder alone, stage 1, stage 2
 and its optimizer. CPU time, not wall time, so that a busy machine does not change it much.
@@ -71,9 +71,11 @@ def encode(model, batch: dict) -> None:
     model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
 
 
-def step(model, batch: dict) -> None:
-    """Compute the gradients of a micro-batch."""
-    supervised_loss(model, batch).backward()
+def step(model, batch: dict, bfloat16: bool) -> None:
+    """Compute the gradients of a micro-batch, in float32 or mixed precision."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = supervised_loss(model, batch)
+    loss.backward()
 
 
 def main() -> None:
@@ -88,6 +90,8 @@ def main() -> None:
         default=[112, 168, 224],
     )
     parser.add_argument("--mask", default="causal")
+    parser.add_argument("--bfloat16", action="store_true", help="as --trainer.precision bf16-mixed")
+    parser.add_argument("--attention", default="sdpa", help="sdpa or eager")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -96,7 +100,13 @@ def main() -> None:
     for side in args.sides:
         encoder = Encoder("dinov2", args.encoder, image_px=side)
         processor = build_processor(encoder, args.llm, "pad", "chat")
-        model = build_model(encoder, args.llm, processor, image_attention=args.mask)
+        model = build_model(
+            encoder,
+            args.llm,
+            processor,
+            image_attention=args.mask,
+            attn_implementation=args.attention,
+        )
         tokens = model.config.image_seq_length
         captions = build_batch(model, tokens, side, CAPTION_TOKENS, CAPTION_TOKENS)
         dialogues = build_batch(
@@ -107,11 +117,16 @@ def main() -> None:
             6 * ANSWER_TOKENS,
         )
 
-        encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            encoded = MICRO_BATCHES * measure(partial(encode, model, captions), args.repeats)
         set_trainable(model, ["adapter"])
-        stage1 = MICRO_BATCHES * measure(partial(step, model, captions), args.repeats)
+        stage1 = MICRO_BATCHES * measure(
+            partial(step, model, captions, args.bfloat16), args.repeats
+        )
         set_trainable(model, ["adapter", "llm"])
-        stage2 = MICRO_BATCHES * measure(partial(step, model, dialogues), args.repeats)
+        stage2 = MICRO_BATCHES * measure(
+            partial(step, model, dialogues, args.bfloat16), args.repeats
+        )
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-6)
         update = measure(optimizer.step, args.repeats)

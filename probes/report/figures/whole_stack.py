@@ -14,7 +14,7 @@ from probes.analyses.style import (
     new_axes,
     score_row,
 )
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
 from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
@@ -34,15 +34,27 @@ def stack_figures(study: StudyRuns) -> Figures:
             "From the pixels to the last layer",
             "mIoU of the probe at each layer of the encoder, at its output as the adapter reads it (enc.), at the "
             "adapter, and at each layer of the LLM. Encoder layer 0 are the patch embeddings. An encoder layer after "
-            "the one that the adapter reads is a dead end: the LLM never sees it. Random LLMs share the encoder, so "
-            "they are not drawn. Lines: 95% intervals.",
-            stack_curve(runs),
+            "the one that the adapter reads is a dead end: the LLM never sees it. Hollow points: random LLMs that "
+            "change the states as much; they share encoder and adapter. Lines: 95% intervals.",
+            stack_curve(runs, _random_llms(study, runs)),
             "wide",
         )
 
 
-def stack_curve(runs: dict[str, ProbeRun]) -> FigureData:
-    """Draw mIoU at all sites but `final_norm`, which repeats the last layer, with intervals; one curve per mask."""
+def _random_llms(study: StudyRuns, runs: dict[str, ProbeRun]) -> list[ProbeRun]:
+    """Return the random LLMs under the masks of these runs, with the same kind of probes."""
+    solved = next(iter(runs.values())).is_solved
+    draws = study.random_draws("llm", solved)
+    return [run for draw in draws for mask, run in draw.items() if mask in runs]
+
+
+def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> FigureData:
+    """Draw mIoU at all sites but `final_norm`, which repeats the last layer, with intervals; one curve per mask.
+
+    Args:
+        runs: The trained model's, by mask.
+        random: Random LLMs, drawn as points at the layers of the LLM.
+    """
     figure, ax = new_axes(7.2, 3.4)
     sites = _in_forward_order(runs.values())
     for mask, run in runs.items():
@@ -59,12 +71,27 @@ def stack_curve(runs: dict[str, ProbeRun]) -> FigureData:
             lw=1.4,
             label=mask,
         )
+    for run in random:
+        layers = [
+            entry
+            for entry in run.metrics["sites"]
+            if is_layer(entry["site"]) and entry["site"] in sites
+        ]
+        ax.plot(
+            [sites.index(entry["site"]) for entry in layers],
+            [100 * entry["miou"] for entry in layers],
+            "D",
+            color=mask_colour(run.metrics["image_attention"]),
+            mfc="none",
+            ms=4,
+            alpha=0.6,
+        )
     _label_parts(ax, sites)
     ax.set_ylabel("mIoU (%)")
     ax.legend(fontsize=9)
     rows = [
         run_columns(run) | score_row(entry)
-        for run in runs.values()
+        for run in (*runs.values(), *random)
         for entry in run.metrics["sites"]
     ]
     return FigureData(figure, rows)

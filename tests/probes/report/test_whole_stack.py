@@ -1,6 +1,7 @@
 """The figure from the pixels to the last layer, and the other figures of a run with the encoder's own layers."""
 
 import json
+from pathlib import Path
 
 import probe_runs
 import pytest
@@ -53,6 +54,23 @@ def test_the_curve_has_every_site_in_forward_order(write):
         assert x == list(range(9))
         assert y == pytest.approx([100 * scores[site] for site in SITES[:-1]])
     assert len(rows) == 20, "with final norm, of both runs"
+
+
+def test_random_llms_are_points_at_the_layers_of_the_llm(write, tmp_path):
+    path = write("causal", encoder_layers=True)
+    random = write("causal", encoder_layers=False)
+    file = Path(random) / "metrics.json"
+    control = {"untrained": ["llm"], "match": "update", "draw": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | control))
+    (study,) = read_studies([path, random])
+    (figure,) = stack_figures(study)
+    (axes,) = figure.data.figure.axes
+    _, (x, y) = lines_of(axes)
+    assert x == [SITES.index(f"layer_{i:02d}") for i in (1, 2, 3)]
+    (run,) = study.random
+    scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
+    assert y == pytest.approx([100 * scores[f"layer_{i:02d}"] for i in (1, 2, 3)])
+    assert len(figure.data.rows) == 16, "of both runs"
 
 
 def test_other_figures_and_numbers_are_those_without_the_encoders_layers(write, tmp_path):

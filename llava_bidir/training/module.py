@@ -400,7 +400,9 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     """Compile layers in place, for batches of all lengths at once; on a CPU without a C++ compiler, warn instead."""
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
-        log.warning("model.compile needs a C++ compiler, and there is no %s: not compiled", compiler)
+        log.warning(
+            "model.compile needs a C++ compiler, and there is no %s: not compiled", compiler
+        )
         return
     for layer in layers:
         layer.compile(dynamic=True)

@@ -10,7 +10,7 @@ from run_bytes import run_bytes
 from transformers import Dinov2Config, Dinov2Model
 
 from llava_bidir.cli import main
-from llava_bidir.toy_world import real
+from llava_bidir.toy_world import real, real_plan
 
 pytestmark = [pytest.mark.real, pytest.mark.nightly]
 
@@ -32,12 +32,12 @@ def out(two_layers, tmp_path, monkeypatch) -> Path:
     }
     config = Dinov2Config(
         **sizes,
-        patch_size=real.PATCH_PX,
-        image_size=5 * real.PATCH_PX,
+        patch_size=real_plan.PATCH_PX,
+        image_size=5 * real_plan.PATCH_PX,
     )
     Dinov2Model(config).save_pretrained(out / "encoder")
-    seconds = 60 * real.TRAINING_SHARE / ((1 + real.STAGE1_SHARE) * STEPS)
-    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", seconds))
+    seconds = 60 * real.TRAINING_SHARE / ((1 + real_plan.STAGE1_SHARE) * STEPS)
+    monkeypatch.setattr(real_plan, "measure_step", lambda llm, tokens: ("32-true", seconds))
     return out
 
 

@@ -10,7 +10,7 @@ import tiny_models
 from llava_bidir import cli
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.steps import find_missing, run_steps
-from llava_bidir.toy_world import real
+from llava_bidir.toy_world import real, real_plan
 
 MINUTES = 60
 STEP_S = 10.0
@@ -19,7 +19,7 @@ STAGES = ("stage1", "stage2")
 
 @pytest.fixture(autouse=True)
 def without_models(monkeypatch):
-    monkeypatch.setattr(real, "measure_step", lambda llm, tokens: ("32-true", STEP_S))
+    monkeypatch.setattr(real_plan, "measure_step", lambda llm, tokens: ("32-true", STEP_S))
     monkeypatch.setattr(real, "end_on_signals", lambda: None)  # handlers of this process
     monkeypatch.setattr(real, "show_language", lambda *args: None)
 

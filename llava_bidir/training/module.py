@@ -203,11 +203,13 @@ class LlavaTraining(LightningModule):
 
     def on_validation_start(self) -> None:
         """Run compiled layers as they are: each prompt and each new token would be compiled anew."""
-        torch.compiler.set_stance("force_eager")
+        if self.hparams.compile:  # else torch's compiler need not be imported, which takes a second
+            torch.compiler.set_stance("force_eager")
 
     def on_validation_end(self) -> None:
         """Undo :meth:`on_validation_start`."""
-        torch.compiler.set_stance("default")
+        if self.hparams.compile:
+            torch.compiler.set_stance("default")
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""

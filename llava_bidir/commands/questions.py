@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.image_io import open_bounded
+from llava_bidir.common.image_io import open_bounded, png_bits
 from llava_bidir.data.mask_questions import (
     Facts,
     MaskQuestion,
@@ -28,6 +28,7 @@ from llava_bidir.data.mask_questions import (
 CAPTION = "Describe the picture."
 SUFFIXES = (".jpg", ".jpeg", ".png")
 IGNORED = 255
+INVALID = -1
 GRID = 4
 PER_PHOTO = 6
 HELD_OUT = 200
@@ -128,7 +129,9 @@ def build_records(
 
 
 def read_classes(data: Path) -> tuple[list[str], np.ndarray]:
-    """Return the names of the classes of a folder data set, and the index of each label, uint8[256].
+    """Return the names of the classes of a folder data set, and the index of each label, int16[256].
+
+    A label that is ignored has `IGNORED`, one that stands for no class `INVALID`.
 
     Raises:
         UserError: classes.json is missing or names no classes.
@@ -157,7 +160,10 @@ def read_classes(data: Path) -> tuple[list[str], np.ndarray]:
             f"{file}: ignore_index must be a label or a list of labels, got {ignored!r}"
         )
     kept = [i for i in range(len(names)) if i + first not in ignored]
-    table = np.full(256, IGNORED, np.uint8)
+    table = np.full(256, INVALID, np.int16)
+    table[[IGNORED, *(label for label in ignored if 0 <= label < 256)]] = IGNORED
+    if first:
+        table[0] = IGNORED
     for index, i in enumerate(kept):
         table[i + first] = index
     return [names[i] for i in kept], table
@@ -173,7 +179,7 @@ def _read_facts(
     """Return what is true of each photo of a split, in the order of their names.
 
     Raises:
-        UserError: There are no photos, or a mask is missing or not of one 8-bit channel.
+        UserError: There are no photos, or a mask is missing, damaged or of another size than its photo.
     """
     folder = data / "images" / split
     photos = []
@@ -183,13 +189,44 @@ def _read_facts(
         raise UserError(f"{folder} has no photos; expected files that end in {', '.join(SUFFIXES)}")
     facts = {}
     for photo in photos:
+        with error_context(photo), open_bounded(photo) as image:
+            size = image.size
         file = data / "annotations" / split / f"{photo.stem}.png"
-        with error_context(file), open_bounded(file, ("PNG",)) as image:
-            if image.mode not in ("L", "P"):
-                raise UserError(f"has mode {image.mode}; expected one 8-bit class index per pixel")
-            labels = np.asarray(image)
-        facts[photo] = find_facts(table[labels], classes, grid)
+        with error_context(file):
+            facts[photo] = find_facts(_read_mask(file, table, size), classes, grid)
     return facts
+
+
+def _read_mask(file: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the class of each pixel, uint8[H, W].
+
+    Args:
+        file: Mask.
+        table: Index of each label, int16[256].
+        size: Width and height of its photo.
+
+    Raises:
+        UserError: It has another size, is not of one 8-bit channel, or has a label without a class.
+    """
+    with open_bounded(file, ("PNG",)) as image:
+        if image.mode not in ("L", "P"):
+            raise UserError(f"has mode {image.mode}; expected one 8-bit class index per pixel")
+        if image.mode == "L" and (bits := png_bits(file)) < 8:
+            raise UserError(
+                f"has {bits} bits per pixel, whose labels PIL reads as multiples of {255 // (2**bits - 1)}; "
+                "save it as 8-bit PNG"
+            )
+        if image.size != size:
+            raise UserError(f"has {image.size} px (width, height), and its photo {size}")
+        labels = np.asarray(image)
+    mask = table[labels]
+    if wrong := np.unique(labels[mask == INVALID]).tolist():
+        valid = np.flatnonzero(table != INVALID).tolist()
+        raise UserError(
+            f"has label {', '.join(map(str, wrong[:5]))}; classes.json allows {valid[0]} to {valid[-2]} and "
+            f"{valid[-1]}"
+        )
+    return mask.astype(np.uint8)
 
 
 def _record(data: Path, photo: Path, prefix: str) -> dict[str, Any]:

@@ -49,6 +49,18 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     return image
 
 
+def png_bits(file: Path | BinaryIO) -> int:
+    """Return the bits per pixel and channel of a PNG file, which are in its header; PIL scales grey ones below 8."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return stream.read(25)[24]
+    position = file.tell()
+    file.seek(0)
+    header = file.read(25)
+    file.seek(position)
+    return header[24]
+
+
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if there is no readable tag."""
     try:

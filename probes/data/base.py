@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest
-from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded, orientation
+from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded, orientation, png_bits
 
 IGNORE_INDEX = 255
 
@@ -273,7 +273,7 @@ def read_labels(
             f"{file} has mode {mask.mode!r}, expected one 8-bit class index per pixel (mode L or P): {advice}",
             "mask that is not 8-bit indices",
         )
-    if mask.mode == "L" and (bits := _bits_per_pixel(file)) < 8:
+    if mask.mode == "L" and (bits := png_bits(file)) < 8:
         raise BadFile(
             f"{file} has {bits} bits per pixel, whose labels PIL reads as multiples of {255 // (2**bits - 1)}; "
             "save it as 8-bit PNG",
@@ -290,14 +290,6 @@ def read_labels(
             "label out of range",
         )
     return target.astype(np.uint8)
-
-
-def _bits_per_pixel(file: File) -> int:
-    """Return the bit depth of a PNG file, which is in its header."""
-    if isinstance(file, EmbeddedFile):
-        return file.getvalue()[24]
-    with file.open("rb") as stream:
-        return stream.read(25)[24]
 
 
 def _format_ranges(numbers: ndarray) -> str:

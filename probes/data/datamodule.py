@@ -25,7 +25,7 @@ from .label_counts import (
     label_notes,
     shared_image_note,
 )
-from .registry import LAYOUTS, open_dataset, split_identity
+from .registry import open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
@@ -46,7 +46,7 @@ class ProbeData(LightningDataModule):
 
     Args:
         root: Folder of the dataset.
-        dataset: Layout, see probes/data. folder: images, PNG masks, classes.json.
+        dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2 or a registered one.
         task: Kind of targets, see probes/README.md: classes, metric depth, surface normals, or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None takes the name of the folder.
@@ -59,7 +59,7 @@ class ProbeData(LightningDataModule):
     def __init__(
         self,
         root: str,
-        dataset: Literal[*LAYOUTS] = "folder",
+        dataset: str = "folder",
         task: Literal[*TASKS] = SEGMENTATION,
         options: dict[str, Any] | None = None,
         name: str | None = None,

@@ -129,7 +129,8 @@ def label_notes(classes: list[str], labels: dict[str, LabelCounts]) -> list[str]
         )
     if unscored:
         notes.append(
-            f"No validation pixel is labelled {_some(unscored)}, so that mIoU is over the other classes."
+            f"No validation pixel is labelled {_some(unscored)}: the IoU there is 0 at sites whose probe predicts it, "
+            "and left out of mIoU at others, so that these are not of the same classes. Ignore its label."
         )
     if absent:
         notes.append(f"No pixel of either split is labelled {_some(absent)}.")

@@ -32,9 +32,6 @@ TARGET_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other ta
     "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
 }
 TARGETS = ("segmentation", *TARGET_DATASETS)
-LAYOUTS = tuple(
-    dict.fromkeys([*DATASETS, *(name for layouts in TARGET_DATASETS.values() for name in layouts)])
-)
 
 
 def register_dataset(name: str, cls: type[ImageDataset]) -> None:
@@ -90,7 +87,7 @@ def open_dataset(
         return ClassBoundaries(open_dataset(dataset, root, split, options))
     layouts = _layouts(task)
     if dataset not in layouts:
-        if dataset in LAYOUTS:
+        if any(dataset in of_task for of_task in (DATASETS, *TARGET_DATASETS.values())):
             problem = f"data.dataset {dataset!r} has no {task}"
         else:
             problem = f"unknown data.dataset {dataset!r}"

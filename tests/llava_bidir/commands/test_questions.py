@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -187,6 +189,23 @@ def test_impossible_classes_are_errors(settings, message, data, tmp_path):
         main(["questions", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize(
+    ("labels", "bits", "message"),
+    [
+        (np.ones(SIDE), 4, "has 4 bits per pixel, whose labels PIL reads as multiples of 17"),
+        (np.full(SIDE, 9), 8, "has label 9; classes.json allows 0 to 4 and 255"),
+        (np.ones((5, 6)), 8, "has (6, 5) px (width, height), and its photo (50, 37)"),
+    ],
+)
+def test_a_mask_that_would_be_misread_is_named(labels, bits, message, data, tmp_path):
+    broken = tmp_path / "photos"
+    file = "annotations/training/3.png"
+    copy(data, broken, without=data / file)
+    (broken / file).write_bytes(grey_png(labels.astype(np.uint8), bits))
+    with pytest.raises(SystemExit, match=f"{file}: {re.escape(message)}"):
+        main(["questions", str(broken), "--out", str(tmp_path / "out")])
+
+
 def test_records_are_not_replaced_by_others(data, tmp_path):
     words = ["questions", str(data), "--out", str(tmp_path)]
     main(words)
@@ -200,6 +219,24 @@ def test_records_are_not_replaced_by_others(data, tmp_path):
         main(words)
     with pytest.raises(SystemExit, match="--held-out must be at least 2"):
         main([*words, "--held-out", "1"])
+
+
+def grey_png(labels: np.ndarray, bits: int) -> bytes:
+    """Return a grey PNG file of 4 or 8 bits per pixel; PIL writes 8 only."""
+    height, width = labels.shape
+    rows = labels
+    if bits == 4:
+        even = np.pad(labels, ((0, 0), (0, width % 2)))
+        rows = even[:, ::2] << 4 | even[:, 1::2]
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def copy(source: Path, target: Path, without: Path) -> None:

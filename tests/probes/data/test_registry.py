@@ -1,7 +1,9 @@
 """Registration of layouts, and errors of an incorrect one."""
 
 import pytest
+import tiny_models
 
+from probes.cli import main
 from probes.data.base import SegmentationDataset, lookup
 from probes.data.folder import FolderDataset
 from probes.data.registry import DATASETS, open_dataset, register_dataset
@@ -53,3 +55,17 @@ def test_registered_dataset_is_opened_and_checked_as_the_others(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             register_dataset(name, cls)
+
+
+def test_a_command_takes_a_registered_dataset(monkeypatch, tmp_path, capsys):
+    class Mine(FolderDataset):
+        def __init__(self, root, split):
+            super().__init__(root, split)
+
+    monkeypatch.setattr("probes.data.registry.DATASETS", dict(DATASETS))
+    register_dataset("mine", Mine)
+    root = tiny_models.write_segmentation(tmp_path / "photos", 2, 2)
+    main(["verify-data", "--data.dataset", "mine", "--data.root", str(root)])
+    assert "2 training" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="unknown data.dataset 'other'; expected one of folder"):
+        main(["verify-data", "--data.dataset", "other", "--data.root", str(root)])

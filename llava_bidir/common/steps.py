@@ -28,6 +28,7 @@ class Step:
         result: The file that says that it is done.
         kind: Steps of one kind take about the same time.
         reads: Files that it reads, by their names in the record.
+        configs: Files that its options are read from, by name. With other content they are other options.
         takes_overwrite: The command refuses to replace a result without `--overwrite true`.
         follows: Step that it is compared with, and left out with.
         optional: If it fails, the steps after it run nevertheless.
@@ -39,6 +40,7 @@ class Step:
     result: Path
     kind: str
     reads: Mapping[str, Path] = field(default_factory=dict)
+    configs: Mapping[str, Path] = field(default_factory=dict)
     takes_overwrite: bool = False
     follows: str = ""
     optional: bool = False
@@ -47,6 +49,10 @@ class Step:
     def inputs(self) -> dict[str, str | None]:
         """Return the hashes of what the step reads, None for a file that is not there."""
         return {name: digest(file) for name, file in self.reads.items()}
+
+    def config_hashes(self) -> dict[str, str | None]:
+        """Return the hashes of the files that the step's options are read from."""
+        return {name: digest(file) for name, file in self.configs.items()}
 
 
 def digest(file: Path) -> str | None:
@@ -75,7 +81,9 @@ def is_done(step: Step, folder: Path) -> bool:
     if record.get("lacks"):  # an earlier plan left it out for a reason that is gone
         return False
     is_there = step.result.is_file() or bool(record.get("left_out"))
-    return is_there and all(record.get(key) == value for key, value in _state(step).items())
+    # records of earlier versions have no configs
+    known = {"configs": {}} | record
+    return is_there and all(known.get(key) == value for key, value in _state(step).items())
 
 
 def find_missing(
@@ -102,6 +110,7 @@ def find_missing(
 def _state(step: Step) -> dict[str, Any]:
     return {
         "command": list(step.command),
+        "configs": step.config_hashes(),
         "inputs": step.inputs(),
         "result": digest(step.result),
     }
@@ -158,7 +167,8 @@ def command_now(
 def _is_outdated(step: Step, folder: Path) -> bool:
     """Return whether the result that is there was made by this command from other inputs."""
     record = read_record(step.name, folder)
-    if record.get("command") != list(step.command):
+    same_options = record.get("command") == list(step.command)
+    if not same_options or record.get("configs", {}) != step.config_hashes():
         return False
     # a step that failed has not replaced what was there
     return bool(record.get("failed")) or record["inputs"] != step.inputs()

@@ -93,6 +93,7 @@ class Analysis:
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         effects: Returns the effects of a run that were made before the analysis wrote them into a file (effects.py).
         rows: Returns rows of the study's table from its result.
+        reads: Analyses before it whose results it reads where there are some.
         reads_probes: Its numbers depend on the run's probes; else on the model alone.
         of_encoders: It can be run on a bare vision encoder, too.
         lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
@@ -109,6 +110,7 @@ class Analysis:
     options: Mapping[str, str] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
+    reads: tuple[str, ...] = ()
     reads_probes: bool = True
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)

@@ -190,7 +190,7 @@ def draw_curve(
         kwargs: Further properties of the line.
     """
     ax.plot(x, values, style, color=colour, **({"lw": 1.6} | kwargs))
-    if ci95 is not None:
+    if ci95 is not None and len(ci95) > 0:
         low, high = zip(*ci95, strict=True)
         ax.fill_between(
             x,

@@ -46,7 +46,8 @@ class ProbeData(LightningDataModule):
 
     Args:
         root: Folder of the dataset.
-        dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2 or a registered one.
+        dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2, or a registered
+            one.
         task: Kind of targets, see probes/README.md: classes, metric depth, surface normals, or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None takes the name of the folder.

@@ -24,6 +24,7 @@ from typing import Any
 import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.figures import effect_rows
 from probes.analyses.style import STYLE, ReportFigure
@@ -145,6 +146,10 @@ def write_report(
     """
     task_studies = read_task_studies(task_runs)
     studies = read_studies(paths)
+    if not studies:
+        raise UserError(
+            "a report needs a run of segmentation beside those of other tasks; there is none"
+        )
     out = Path(out)
     warn_of_changed_data(study.first for study in (*studies, *task_studies))
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
@@ -306,15 +311,19 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
 def _labels_of_models(folder: Path, runs: list[ProbeRun | FinishedRun]) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
-    They do if two models have one name and one mask; else two labels are one model under two masks, and {} is returned.
+    They do if two models have one name and one mask, or one name and another grid or depth; else two labels are one
+    model under two masks, and {} is returned.
     """
     labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
     models: dict[tuple, str] = {}
+    shapes: dict[str, tuple] = {}
     for run in runs:
-        key = (model_name(run), run.metrics["image_attention"])
-        if (
-            run.path.parent != folder
-            and models.setdefault(key, labels[run.path]) != labels[run.path]
-        ):
+        if run.path.parent == folder:
+            continue
+        name = model_name(run)
+        key = (name, run.metrics["image_attention"])
+        shape = (run.metrics["grid"], run.last_layer)
+        same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
+        if not same_model or shapes.setdefault(name, shape) != shape:
             return labels
     return {}

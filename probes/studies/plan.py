@@ -13,22 +13,26 @@ Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and 
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_bidir.common.configs import configs_in, find_config
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
+from probes.analyses.effects import effects_path
 from probes.data.registry import DATASETS, open_dataset
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import is_encoder_layer, wants_all
+from probes.report.truth import FILE as TRUTH_FILE
 from probes.results.runs import finished_runs
 from probes.results.steps import unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
@@ -116,8 +120,13 @@ class ReportStep(Step):
         """Return the hashes of all results, and one of what has no result."""
         out = self.result.parents[1]
         names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
-        files = [run / name for run in finished_runs(out) for name in names]
+        runs = finished_runs(out)
+        files = [run / name for run in runs for name in names]
+        files += [file for run in runs for file in sorted(run.glob(effects_path(run, "*").name))]
         hashes = {str(file.relative_to(out)): digest(file) for file in files if file.is_file()}
+        truth = self.reads.get(TRUTH_FILE)
+        if truth and truth.is_file():
+            hashes[TRUTH_FILE] = digest(truth)
         if unfinished := unfinished_steps(out):
             hashes["unfinished steps"] = describe_digest(unfinished)
         return hashes
@@ -168,7 +177,7 @@ def make_plan(settings: Settings) -> list[Step]:
                     words,
                     report / ANALYSES[name].result,
                     kind=name,
-                    reads=_metrics(settings, runs),
+                    reads=_metrics(settings, runs) | _results(settings, runs, name),
                     optional=True,
                     why_left_out=ANALYSES[name].why_left_out(
                         [planned[run] for run in runs], options
@@ -181,10 +190,17 @@ def make_plan(settings: Settings) -> list[Step]:
             ("report", str(settings.out), "--out", str(report)),
             report / "results.json",
             kind="report",
-            reads={step.name: step.result for step in steps},
+            reads={step.name: step.result for step in steps}
+            | {TRUTH_FILE: Path(data_root(settings)) / TRUTH_FILE},
         )
     )
-    return [step for step in steps if settings.only is None or step.kind in settings.only]
+    chosen = [step for step in steps if settings.only is None or step.kind in settings.only]
+    if not chosen:
+        raise UserError(
+            f"the study has no such step: --only {' '.join(settings.only)}. fit needs --fit, starvation two models, "
+            "answers and routes a file of questions, other analyses --add NAME"
+        )
+    return chosen
 
 
 def _has_llm(planned: Mapping[str, PlannedRun], label: str) -> bool:
@@ -241,6 +257,8 @@ def chosen_sites(model: str, sites: list[str], chosen: list[str] | str | None) -
     """
     if not chosen:
         return sites
+    if isinstance(chosen, str) and not wants_all(chosen):
+        raise UserError(f'model.sites is {chosen!r}; expected a list, e.g. "[{chosen}]", or all')
     known = sites
     in_encoder = [site for site in chosen if is_encoder_layer(site)]
     if in_encoder or wants_all(chosen):
@@ -266,6 +284,8 @@ def _runs(
     """Return the steps that make the probe runs of a model."""
     given = {"solve": settings.options, "fit": _fit_options(settings)}
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
+    named = (name for _, _, name in configs_in(settings.options))
+    configs = {name: Path(find_config(name)) for name in named if "\n" not in name}
 
     def run(
         arm: str,
@@ -292,6 +312,7 @@ def _runs(
             command,
             out / "metrics.json",
             kind,
+            configs=configs,
             takes_overwrite=True,
             why_left_out=why_left_out,
         )
@@ -355,13 +376,19 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
             options[key] = value
+    named = {text.partition(".")[0] for text in settings.add}
     for name in [*chosen]:
         for option, (file, content) in ANALYSES[name].beside_data.items():
             beside = Path(data_root(settings)).parent / file
             if beside.is_file() and content in beside.read_bytes():
                 chosen[name].setdefault(option, str(beside))
-            if option not in chosen[name]:
-                del chosen[name]
+            if option in chosen[name]:
+                continue
+            if name in named:
+                raise UserError(
+                    f"--add {name} needs {beside} with {content.decode()}, or {name}.{option}=FILE"
+                )
+            del chosen[name]
     return chosen
 
 
@@ -454,7 +481,7 @@ def _words(options: dict[str, str]) -> list[str]:
     for key, value in options.items():
         if value == "true":
             values = []
-        elif Path(value).exists():  # its name may contain a comma
+        elif os.path.exists(value):  # its name may contain a comma
             values = [value]
         else:
             values = value.split(",")
@@ -482,7 +509,8 @@ def _analysis(
         run / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,))
-        | _files(name, options),
+        | _files(name, options)
+        | _results(settings, [planned.name], name),
         takes_overwrite=True,
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
@@ -517,6 +545,15 @@ def _files(name: str, options: dict[str, str]) -> dict[str, Path]:
         f"{name}.{option}": Path(options[option])
         for option in ANALYSES[name].beside_data
         if option in options
+    }
+
+
+def _results(settings: Settings, runs: Sequence[str], name: str) -> dict[str, Path]:
+    """Return the results of other analyses that an analysis reads where there are some, by run and analysis."""
+    return {
+        f"{run}/{other}": settings.out / run / ANALYSES[other].result
+        for run in runs
+        for other in ANALYSES[name].reads
     }
 
 

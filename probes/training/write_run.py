@@ -288,5 +288,10 @@ def _absolute(path: str) -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    """Return the commit of the clone that this code is in; None if it is installed, also inside another repository."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    if len(found) != 2 or Path(found[0]) != root:
+        return None
+    return found[1]

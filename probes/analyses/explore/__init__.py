@@ -66,5 +66,6 @@ ANALYSIS = Analysis(
     add_options=add_options,
     result="explorer.html",
     of="page",
+    reads=("knockout",),
     options={"images": ",".join(map(str, range(12)))},
 )

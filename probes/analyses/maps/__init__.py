@@ -36,5 +36,6 @@ ANALYSIS = Analysis(
     paper="Figs. 4, 6, 12, 13",
     options={"image": "0,1,2,3"},
     arms=("trained", "probes"),
+    reads=("knockout",),
     of_encoders=True,
 )

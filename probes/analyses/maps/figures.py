@@ -44,6 +44,8 @@ def _shown_sites(run: FinishedRun) -> list[str]:
     """Return encoder, adapter, the first, the half-way and the best layer, where probed; of an encoder, some layers."""
     layers = [site for site in run.layers if site != ADAPTER]
     peak = run.peak_layer
+    if not layers and not run.has_llm:  # the final norm alone
+        return run.sites
     if not run.has_llm:
         count = min(SHOWN_LAYERS, len(layers))
         evenly = np.linspace(0, len(layers) - 1, count).round().astype(int)

@@ -6,7 +6,8 @@ to a token of the source, in all layers, or in each window of K layers, whose fi
 
     targets   question (with its options), last (token before the answer), text (question, last and answer), image
     sources   image, all image tokens; object, the patches at the place; others, all other patches; random, as many
-              random patches outside of the place as the object has, averaged over draws
+              random patches outside of the place as the object has, and some of its own where these are too few,
+              averaged over draws
               question, for the target last
 
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
@@ -174,11 +175,17 @@ def ask(
 def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Tensor]:
     """Return the patches of each source, bool[draws or 1, T], of an object's patches bool[T]."""
     outside = (~place).nonzero().flatten().numpy()
-    count = min(int(place.sum()), len(outside))
+    inside = place.nonzero().flatten().numpy()
+    count = min(len(inside), len(outside))
     rng = np.random.default_rng(seed)
     random = torch.zeros(draws, len(place), dtype=torch.bool)
     for drawn in random:
         drawn[torch.from_numpy(rng.choice(outside, count, replace=False))] = True
+        if count < len(
+            inside
+        ):  # too few others: the object's own, which makes the difference smaller
+            rest = rng.choice(inside, len(inside) - count, replace=False)
+            drawn[torch.from_numpy(rest)] = True
     everything = torch.ones_like(place)
     return {
         "image": everything[None],

@@ -116,7 +116,8 @@ def test_notes_name_classes_and_shares():
     }
     assert label_notes(["sky", "road", "car", "bus", "bike"], labels) == [
         "No training pixel is labelled bus, so that the IoU there is 0.",
-        "No validation pixel is labelled car, so that mIoU is over the other classes.",
+        "No validation pixel is labelled car: the IoU there is 0 at sites whose probe predicts it, and left out of "
+        "mIoU at others, so that these are not of the same classes. Ignore its label.",
         "No pixel of either split is labelled bike.",
         "In fewer than 5 training images: road (4).",
         "34% of the training pixels are ignored or have no value.",

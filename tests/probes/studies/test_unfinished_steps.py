@@ -8,7 +8,7 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step
+from llava_bidir.common.steps import Step, command_now
 from probes.cli import main
 from probes.results.steps import unfinished_steps
 from probes.studies import run
@@ -90,6 +90,58 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
             "random0": ["adapter", "layer_02"],
             "adapter0": ["encoder", "adapter"],
         }
+
+
+def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
+    file = tmp_path / "solve.yaml"
+    file.write_text("model: {image_resize: squash}\n")
+    made = settings({"": "causal"}, options=("-c", str(file)), only=("solve",))
+    run.run_study(made)
+    ran.clear()
+    run.run_study(made)
+    assert not ran
+    file.write_text("model: {image_resize: pad}\n")
+    run.run_study(made)
+    assert ran == ["trained", "random0", "adapter0"]
+    file.write_text("model: {image_resize: center_crop}\n")
+    step = make_plan(made)[0]
+    assert "--overwrite" not in command_now(step, made.out), "replaced if asked to only"
+
+
+def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings):
+    with pytest.raises(UserError, match=r"--add routes needs .*questions.json with \"regions\""):
+        make_plan(settings({"": "causal"}, add=("routes.limit=5",)))
+    for only in (("umap",), ("fit",), ("starvation", "answers")):
+        with pytest.raises(UserError, match=f"no such step: --only {' '.join(only)}. fit needs"):
+            make_plan(settings({"": "causal"}, only=only))
+    with pytest.raises(UserError, match=r"model.sites is 'adapter'; expected a list"):
+        make_plan(settings({"": "causal"}, options=("--model.sites", "adapter")))
+    classes = ",".join(["sky"] * 100)  # longer than a file's name can be
+    make_plan(settings({"": "causal"}, add=(f"knockout.classes={classes}",)))
+
+
+def test_the_report_reads_truth_and_effects_of_other_analyses(settings, segmentation, monkeypatch):
+    made = settings({"": "causal"})
+    (report,) = (step for step in make_plan(made) if step.kind == "report")
+    finished = made.out / "trained"
+    monkeypatch.setattr("probes.studies.plan.finished_runs", lambda out: [finished])
+    monkeypatch.setattr("probes.studies.plan.unfinished_steps", lambda out: [])
+    finished.mkdir(parents=True)
+    assert report.inputs() == {}
+    (finished / "mine_effects.safetensors").write_text("")
+    truth = segmentation / "truth.json"
+    truth.write_text("{}")
+    try:
+        assert report.inputs().keys() == {"trained/mine_effects.safetensors", "truth.json"}
+    finally:
+        truth.unlink()
+
+
+def test_maps_read_the_knockout_that_they_show(settings):
+    (maps,) = (
+        step for step in make_plan(settings({"": "causal"}, add=("maps",))) if step.kind == "maps"
+    )
+    assert maps.reads["trained/knockout"].name == "knockout.json"
 
 
 def test_settings_are_merged_from_left_to_right(tmp_path):

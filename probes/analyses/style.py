@@ -118,7 +118,7 @@ def label_sites(
     """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
     many = len(sites) > max_labels + 2
-    deep = many or (positions is None and max(depth.values()) > max_labels + 2)
+    deep = many or (positions is None and max(depth.values(), default=0) > max_labels + 2)
     if deep:  # the label of the adapter would overlap that of the encoder
         if many:
             step = next(

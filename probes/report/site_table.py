@@ -131,8 +131,9 @@ def _describe_differences(rows: Rows, under: str) -> list[str]:
     ):
         if sites:
             verb = "read" if len(sites) > 1 else "reads"
+            alone = "each by itself" if len(sites) > 1 else "by itself"
             names = name_sites(sites)
-            found.append(f"{names[0].upper()}{names[1:]} {verb} {relation}{under}.")
+            found.append(f"{names[0].upper()}{names[1:]} {verb} {relation}{under}, {alone}.")
     if not found:
         return [f"No site reads better or worse than random models{under}."]
     return found

@@ -120,8 +120,20 @@ class ProbeCLI(RunCLI):
 
         plan = plan_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
         if plan.finished:
+            self._check_asked_for_nothing_more(metrics_file)
             rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
         return plan
+
+    def _check_asked_for_nothing_more(self, metrics_file: Path) -> None:
+        """Say which options have no effect on a finished run; raise for predictions that it does not have."""
+        if self.saves_predictions and not (self.out / "predictions").is_dir():
+            raise UserError(
+                f"{self.out} is finished without predictions, which are saved while probes are scored; make it again "
+                "with --overwrite true, or in another --out"
+            )
+        name = read_run_file(Metrics, metrics_file)["dataset"]
+        if name != self.datamodule.name:
+            rank_zero_info(f"{self.out} is finished, and its data set is still called {name!r}")
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""

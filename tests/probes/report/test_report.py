@@ -1,5 +1,6 @@
 """Compare claims with numpy, and build the page from tiny runs."""
 
+import json
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import probe_runs
 import pytest
 import reference
 from probe_runs import read_masks
+from task_runs import write_depth_run
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
@@ -149,3 +151,21 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):
         read_studies([str(tmp_path)])
     with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
+
+
+def test_labels_tell_models_of_one_name_and_another_depth_apart(segmentation, tmp_path):
+    """The exports of two trainings are both RUN/hf."""
+    for label, mask, quality in (
+        ("small", "causal", [0.5, 0.4, 0.5, 0.6, 0.5]),
+        ("large", "bidirectional", [0.5, 0.4, 0.5, 0.6, 0.7, 0.5]),
+    ):
+        probe_runs.write_run(tmp_path / label / "trained", quality, root=segmentation, mask=mask)
+    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert {study["model"] for study in results["studies"]} == {"small", "large"}
+
+
+def test_a_report_of_other_tasks_alone_is_an_error(segmentation, tmp_path):
+    write_depth_run(tmp_path / "tasks/depth", [0.5, 0.8, 0.7, 0.6, 0.6], segmentation)
+    with pytest.raises(SystemExit, match="needs a run of segmentation beside those of other tasks"):
+        main(["report", str(tmp_path / "tasks"), "--out", str(tmp_path / "none")])

@@ -210,3 +210,9 @@ def test_commands_that_need_an_llm_say_so_of_an_encoder(study, command, capsys):
     words = [command[0], run, *command[1:]] if command[0] == "explore" else [*command, run]
     with pytest.raises(SystemExit, match=f"vision encoder, and probes {command[0]} needs an LLM"):
         main(words)
+
+
+def test_the_final_norm_alone_has_a_page(parts, tmp_path):
+    options = (*OPTIONS, "--model.sites", "[final_norm]")
+    run_study(Settings({"": parts[0]}, parts[1], tmp_path, draws=0, options=options))
+    assert (tmp_path / "report/index.html").is_file()

@@ -205,6 +205,8 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
         "1",
     ]
     main([*command, *harmless, "--ckpt_path", "last"])  # nothing to do
+    with pytest.raises(SystemExit, match="finished without predictions"):
+        main([*command, "--ckpt_path", "last", "--save_predictions", "true"])
     with pytest.raises(SystemExit, match="metrics.json exists"):
         main(["test", *command[1:], "--ckpt_path", "last"])
     assert run_bytes(run) == before

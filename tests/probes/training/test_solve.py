@@ -271,6 +271,8 @@ def test_a_finished_run_is_left_alone(
     assert "nothing to do" in caplog.text
     with pytest.raises(SystemExit, match="finished run"):
         main(command)
+    main([*command, "--ckpt_path", "last", "--data.name", "photos"])
+    assert "its data set is still called" in caplog.text
     with pytest.raises(SystemExit, match="folds"):
         main([*command, "--ckpt_path", "last", "--folds", "3"])
     assert run_bytes(run.path) == before

@@ -118,7 +118,7 @@ class Save(View):
 class Open(View):
     """A data folder to read, one of those that were listed."""
 
-    folder: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]{0,99}$")]
+    folder: Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}$")]
 
 
 class PatchWords(View):

@@ -259,6 +259,7 @@ def test_folders_elsewhere_are_not_opened(port, still_serves, folder):
 
 def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
     (session.saved / "linked").mkdir(parents=True, exist_ok=True)
+    assert "has no data folder 'à b'" in run(port, "open", VIEW | {"folder": "à b"})["error"]
     assert "has no data folder 'linked'" in run(port, "open", VIEW | {"folder": "linked"})["error"]
 
 

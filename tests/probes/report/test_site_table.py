@@ -90,8 +90,16 @@ def test_differences_and_intervals_equal_numpy(study):
 @pytest.mark.parametrize(
     ("model", "random", "said"),
     [
-        (CURVE, FLAT, "Layers 1 to 3 and the final norm read better than random models, each by itself."),
-        (FLAT, CURVE, "Layers 1 to 3 and the final norm read worse than random models, each by itself."),
+        (
+            CURVE,
+            FLAT,
+            "Layers 1 to 3 and the final norm read better than random models, each by itself.",
+        ),
+        (
+            FLAT,
+            CURVE,
+            "Layers 1 to 3 and the final norm read worse than random models, each by itself.",
+        ),
         (FLAT, FLAT, "No site reads better or worse than random models."),
     ],
 )

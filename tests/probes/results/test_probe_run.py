@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
+from probes.training import write_run
 
 QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 }}"
@@ -331,3 +333,18 @@ def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
         ValueError, match="umap.json was made from other probes than .* run `probes umap` again"
     ):
         ProbeRun(run.path).analysis("umap.json")
+
+
+def test_the_recorded_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    """Not of another repository around it, as where a wheel is installed into a project's environment."""
+    commands = (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "x"],
+    )
+    for command in commands:
+        more = ["--allow-empty"] if "commit" in command else []
+        subprocess.run(["git", "-C", str(tmp_path), *command, *more], check=True)
+    for folder, expected in (("site-packages/probes/training", False), ("probes/training", True)):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(write_run, "__file__", str(tmp_path / folder / "write_run.py"))
+        assert bool(write_run._git_commit()) == expected

@@ -8,11 +8,12 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
 from llava_bidir import LlavaBidirConfig
-from probes.models.matched_updates import TOLERANCE
+from probes.models.matched_updates import COARSE_TOLERANCE, TOLERANCE, layer_updates
 from probes.models.random_init import random_layers
 
 pytestmark = pytest.mark.numerics
@@ -98,6 +99,31 @@ def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures
     )
     expected = matched_from_the_first_layer(same_draw, pixels, reference_updates(trained, pixels))
     assert control.update_scales == pytest.approx(expected, rel=1e-4)
+
+
+def test_updates_are_matched_in_bfloat16_as_far_as_its_rounding_allows(
+    checkpoints, pictures, tmp_path
+):
+    """States of image tokens that are large beside the updates; the trained updates are 0.3% of them."""
+    path = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    weights = load_file(path / "model.safetensors")
+    for name in weights:
+        if "projector.linear_2" in name:
+            weights[name] = 8 * weights[name]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    trained = probes.load(str(path), dtype="bfloat16")
+    updates = layer_updates(trained, trained.preprocess(pictures))
+    for draw in range(3):
+        control = probes.load(
+            str(path),
+            dtype="bfloat16",
+            **LLM,
+            match="update",
+            match_images=pictures,
+            draw=draw,
+        )
+        found = layer_updates(control, control.preprocess(pictures))
+        assert found == pytest.approx(updates, rel=1.1 * COARSE_TOLERANCE)
 
 
 def test_no_layer_runs_again_for_the_layers_after_it(deep, pictures, monkeypatch):

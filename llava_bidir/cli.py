@@ -40,7 +40,8 @@ HELP = {
     "fit": ShortHelp("Train a stage of LLaVA-1.5, and export the model to OUT/hf.", FIT, TRAINING),
     "validate": ShortHelp(
         "Compute loss and answers of a checkpoint on the validation questions. " + OTHERS[2:] + ".",
-        "llava-bidir validate -c stage2 -c clip --data.val_annotations questions.json --ckpt_path last",
+        "llava-bidir validate -c stage2 -c clip --model.image_attention causal --data.annotations mix.json "
+        "--data.val_annotations questions.json --data.images IMAGES --out RUN --ckpt_path last",
         {"--data.val_annotations FILE": "validation questions", **DATA},
     ),
 }

@@ -88,6 +88,10 @@ def run(args: argparse.Namespace) -> None:
             names = [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
         for name in names:
             file = Path(find_config(name))
+            if not file.is_relative_to(FOLDER):
+                raise UserError(
+                    f"{name} is a file of your own; --copy takes a config by its name, e.g. {min(config_names())}"
+                )
             copy = target / file.relative_to(FOLDER)
             if copy.exists():
                 raise UserError(f"{copy} exists; choose another folder (--copy)")

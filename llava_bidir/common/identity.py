@@ -32,6 +32,19 @@ PATHS = {
     "model": ("adapter", "encoder.path", "llm", "mllm"),
     "data": ("annotations", "images", "root", "val_annotations"),
 }
+# Settings that say which model a checkpoint is of
+OF_MODEL = (
+    "encoder.name",
+    "encoder.layer",
+    "encoder.image_px",
+    "image_attention",
+    "image_resize",
+    "image_px",
+    "untrained",
+    "match",
+    "draw",
+    "template",
+)
 # All other settings of the trainer (devices, strategy, logging, progress, checkpoints) may change.
 TRAINER_SETTINGS = (
     "accumulate_grad_batches",
@@ -136,6 +149,38 @@ def check_same_identity(
                     f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
                     f"{advice}"
                 )
+
+
+def check_same_model(saved: Identity | None, trainer, module, source: str) -> None:
+    """Raise if a checkpoint that is scored was trained with another model than the one that is built.
+
+    Learning rates and data may differ: only the files of the models and the settings of `OF_MODEL` are compared, and
+    of these only what both have.
+
+    Args:
+        saved: Identity stored in `source`; None if an earlier version wrote it, which is not compared.
+        trainer: Its first process reads the files.
+        module: The training module.
+        source: What `saved` belongs to, for the error.
+    """
+    if saved is None:
+        return
+    from .rank_zero import rank_zero_result  # Lightning takes seconds to import
+
+    files = rank_zero_result(trainer, lambda: named_identity(module.models()))
+    settings = {f"model.{key}": plain(value) for key, value in _flatten(module.hparams)}
+    pairs = [("model", key, files[key]) for key in saved["model"].keys() & files.keys()]
+    known = saved["settings"].keys() & settings.keys()
+    described = [f"model.{key}" for key in OF_MODEL if f"model.{key}" in known]
+    pairs += [("settings", key, settings[key]) for key in described]
+    for section, key, now in pairs:
+        before = saved[section][key]
+        if before != now:
+            name = key if section == "settings" else f"model.{key}"
+            raise UserError(
+                f"{source} was trained with {name}={before!r}, but this command has {now!r}; give the options of the "
+                "training"
+            )
 
 
 def model_identity(key: str, path: str | Path) -> dict[str, str]:

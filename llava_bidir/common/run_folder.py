@@ -24,6 +24,7 @@ RESULTS = (
     "hf",
     "nonfinite",
     "predictions",
+    "steps",  # models exported on the way
     "metrics.json",
     "manifest.json",
     "counts.safetensors",

@@ -116,9 +116,13 @@ class InstructionData(LightningDataModule):
                 world_size=self.trainer.world_size,
                 seed=self.seed,
             )
-            self.trainer.accumulate_grad_batches = self.batch_size // (
-                self.micro_batch_size * self.trainer.world_size
-            )
+            micro_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
+            if self.trainer.accumulate_grad_batches not in (1, micro_batches):
+                raise UserError(
+                    f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
+                    f"and data.micro_batch_size make it {micro_batches}; leave it out"
+                )
+            self.trainer.accumulate_grad_batches = micro_batches
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch
             )

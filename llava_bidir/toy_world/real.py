@@ -143,6 +143,8 @@ def settings(args: argparse.Namespace) -> dict:
             "image_px": args.image_px,
             "questions": args.questions,
         }
+        if args.caption_images:
+            kept["caption_images"] = str(args.caption_images.resolve())
     return kept
 
 

@@ -18,7 +18,12 @@ from torchmetrics import MeanMetric
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.identity import (
+    Identity,
+    check_same_identity,
+    check_same_model,
+    run_identity,
+)
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.data.datamodule import InstructionData
@@ -144,6 +149,8 @@ class LlavaTraining(LightningModule):
                 return run_identity(self.trainer, self, data)
 
             self.identity = rank_zero_result(self.trainer, compute)
+        if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
+            check_same_parents(Path(self.hparams.adapter), self.identity)
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -387,6 +394,8 @@ class LlavaTraining(LightningModule):
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
+        elif self._trainer is not None:
+            check_same_model(checkpoint.get("identity"), self.trainer, self, "the checkpoint")
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself
         trained = self._trainable_names()
@@ -395,6 +404,25 @@ class LlavaTraining(LightningModule):
                 f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "
                 f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
                 "model"
+            )
+
+
+def check_same_parents(adapter: Path, identity: Identity) -> None:
+    """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
+
+    Args:
+        adapter: Exported model of stage 1. Of earlier versions, it may not record what it was made from.
+        identity: Of this run.
+    """
+    file = adapter / TRAINING_JSON
+    saved = (read_json(file).get("identity") or {}) if file.is_file() else {}
+    for key, before in saved.get("model", {}).items():
+        now = identity["model"].get(key)
+        if now is not None and now != before and not key.startswith("adapter"):
+            part = key.partition("/")[0]
+            raise UserError(
+                f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
+                "stages, or train an adapter for this one"
             )
 
 

@@ -16,7 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.identity import (
+    Identity,
+    check_same_identity,
+    check_same_model,
+    run_identity,
+)
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
@@ -275,6 +280,8 @@ class ProbeModule(LightningModule):
             check_same_identity(
                 checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
             )
+        elif self._trainer is not None:
+            check_same_model(checkpoint.get("identity"), self.trainer, self, "the checkpoint")
         saved = set(checkpoint["state_dict"])
         expected = (
             saved if self.probes is None else {f"heads.{key}" for key in self.heads.state_dict()}

@@ -262,9 +262,8 @@ def print_answers(results: dict[str, Any]) -> None:
         return "{:.1%} [{:.1%}, {:.1%}]".format(entry["value"], *entry["ci95"])
 
     asked = f"{results['questions']} questions about {results['images']} images"
-    print(
-        f"{asked}, answered correctly: {percent(results['accuracy'])} (chance {1 / len(results['classes']):.1%})"
-    )
+    by_chance = f"{1 / len(results['classes']):.1%} by a random class"
+    print(f"{asked}, answered correctly: {percent(results['accuracy'])} ({by_chance})")
     for entry in results["sites"]:
         print(
             f"  probe at {entry['site']:<11} {percent(entry['accuracy'])}, agrees in {entry['agreement']['value']:.1%}"

@@ -86,12 +86,18 @@ def claimed_routes(run: ProbeRun) -> dict[str, Estimate]:
     tensors = read_tensors(run.path / "routes.safetensors")
     cases = Cases({}, tensors["image"])
     # drops of the probability, in all layers: more without the object's patches than without random ones
-    own, other = (
-        tensors[f"right:{name} to text"][:, 0].double().exp() for name in CONTRAST.split(" - ")
-    )
+    own, other = (_probability(tensors, f"{name} to text") for name in CONTRAST.split(" - "))
     mean, resampled = cases.mean(other - own, _weights(tensors, results["seed"]))
     counts = {"images": results["images"], "questions": results["questions"]}
     return {"route_object": Estimate(mean.item(), resampled, {"n": counts})}
+
+
+def _probability(tensors: Tensors, route: str) -> Tensor:
+    """Return the right answer's probability if a route is cut in all layers, f[Q], the mean over draws."""
+    stored = tensors.get(f"probability:{route}")
+    if stored is None:  # earlier versions stored the mean of the logarithms only
+        return tensors[f"right:{route}"][:, 0].double().exp()
+    return stored[:, 0].double()
 
 
 def _weights(tensors: Tensors, seed: int) -> Tensor:

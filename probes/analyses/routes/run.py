@@ -16,7 +16,8 @@ name changes. No probe takes part.
     routes.json         settings and effects, see effects.py
     routes.safetensors  "image", "right" long[Q]; "none" f[Q, K], log-probabilities without a knockout;
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
-                        "changed:ROUTE" f[Q, 1 + W], 1 where the answer is another one; the mean over draws
+                        "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
+                        "changed:ROUTE" f[Q, 1 + W], 1 where the answer is another one; each the mean over draws
     routes.partial/     finished batches, removed at the end
 
 Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a forward.
@@ -236,7 +237,11 @@ def _outcomes(
 ) -> dict[str, Tensor]:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
     changed = (scores.argmax(-1) != none.argmax()).float()
-    return {f"right:{route}": scores[..., right].mean(0), f"changed:{route}": changed.mean(0)}
+    return {
+        f"right:{route}": scores[..., right].mean(0),
+        f"probability:{route}": scores[..., right].exp().mean(0),
+        f"changed:{route}": changed.mean(0),
+    }
 
 
 def run(args: argparse.Namespace) -> None:

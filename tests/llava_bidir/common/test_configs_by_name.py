@@ -52,6 +52,12 @@ def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
     assert found == {file.relative_to(FOLDER) for file in FOLDER.rglob("*.yaml")}
     with pytest.raises(SystemExit, match="exists"):
         main(["configs", "clip", "--copy", str(tmp_path)])
+    own = tmp_path / "own.yaml"
+    own.write_text("")
+    with pytest.raises(
+        SystemExit, match="own.yaml is a file of your own; --copy takes a config by"
+    ):
+        main(["configs", str(own), "--copy", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,39 @@ def test_options_after_which_a_trial_would_count_as_finished_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_is_validated_as_the_model_that_it_is_of(
+    finished, parts, conversations, tmp_path
+):
+    run, _ = finished
+    options = [*copied_parts(tmp_path, parts, conversations), "--ckpt_path", checkpoint(run)]
+    options += ["--data.val_annotations", str(tmp_path / "data/data.json")]
+    command = ["validate", *options, "--out", str(tmp_path / "run")]
+    main([*command, "--model.learning_rate", "0.5"])
+    with pytest.raises(SystemExit, match="was trained with model.image_attention='causal'"):
+        main([*command, "--model.image_attention", "bidirectional"])
+    replace_encoder(tmp_path)
+    with pytest.raises(SystemExit, match="was trained with model.encoder/model.safetensors="):
+        main(command)
+
+
+def test_stage_2_refuses_an_adapter_of_another_encoder(finished, parts, conversations, tmp_path):
+    """Of the same shape, as CLIP's and DINOv2's are."""
+    run, _ = finished
+    command = ["fit", *copied_parts(tmp_path, parts, conversations), "--out", str(tmp_path / "run")]
+    command += ["--model.adapter", str(run / "hf")]
+    replace_encoder(tmp_path)
+    with pytest.raises(SystemExit, match="was trained with another encoder .*safetensors differs"):
+        main(command)
+    assert not (tmp_path / "run/hf").exists()
+
+
+def test_micro_batches_are_not_given_twice(parts, conversations, tmp_path):
+    with pytest.raises(SystemExit, match="accumulate_grad_batches is 3, but .* make it 1"):
+        tiny_models.fit(
+            parts, conversations, tmp_path / "run", "--trainer.accumulate_grad_batches", "3"
+        )
+
+
 def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
     """The weights before training were validated as if they were the last ones."""
     _, (_, *options) = finished

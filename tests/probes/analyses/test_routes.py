@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.answers.questions import read_questions
-from probes.analyses.routes.run import RoutesPlan, blocked_patches, measure_routes, windows
+from probes.analyses.routes.run import (
+    RoutesPlan,
+    _outcomes,
+    blocked_patches,
+    measure_routes,
+    windows,
+)
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -116,6 +122,12 @@ def test_effects_are_means_over_questions(measured):
         assert all(
             low <= entry["value"] <= high for entry in found for low, high in [entry["ci95"]]
         )
+
+
+def test_the_probability_of_draws_is_their_mean_and_not_that_of_logarithms():
+    scores = torch.tensor([[[0.9, 0.1]], [[0.001, 0.999]]]).log()
+    found = _outcomes("random to text", scores, scores[0, 0], 0)
+    assert found["probability:random to text"].tolist() == pytest.approx([0.4505])
 
 
 # ------------------------------------------------------------------------------------------ known truth

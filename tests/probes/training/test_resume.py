@@ -247,6 +247,16 @@ def test_the_checkpoint_of_another_head_is_not_scored(unfinished):
         main(command)
 
 
+def test_a_checkpoint_is_scored_as_the_model_that_it_is_of(unfinished, tmp_path):
+    """Else the run would say that its probes were trained under another mask."""
+    folder, command = unfinished
+    command = ["test", *command[1:], "--out", str(tmp_path), "--ckpt_path"]
+    command += [str(folder / "checkpoints/last.ckpt"), "--model.image_attention", "bidirectional"]
+    with pytest.raises(SystemExit, match="was trained with model.image_attention="):
+        main(command)
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
     folder, command = unfinished
     with pytest.raises(SystemExit, match="checkpoints of an unfinished run, e.g. last.ckpt"):

@@ -182,9 +182,8 @@ def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Ten
     random = torch.zeros(draws, len(place), dtype=torch.bool)
     for drawn in random:
         drawn[torch.from_numpy(rng.choice(outside, count, replace=False))] = True
-        if count < len(
-            inside
-        ):  # too few others: the object's own, which makes the difference smaller
+        if count < len(inside):
+            # too few others: some of the object's own, which makes the difference smaller
             rest = rng.choice(inside, len(inside) - count, replace=False)
             drawn[torch.from_numpy(rest)] = True
     everything = torch.ones_like(place)

@@ -422,20 +422,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help=text,
     )
-    text = "with --photos, side of the encoder's square, a multiple of 14 px; 112: 64 image tokens"
+    text = "with --photos, side of the encoder's square, a multiple of 14 px (default: 112, 64 image tokens)"
     real.add_argument(
         "--image-px",
         type=count,
         metavar="PX",
-        default=112,
+        default=argparse.SUPPRESS,
         help=text,
     )
-    text = "with --photos, held-out questions about each data set"
+    text = "with --photos, held-out questions about each data set (default: 200)"
     real.add_argument(
         "--questions",
         type=count,
         metavar="N",
-        default=200,
+        default=argparse.SUPPRESS,
         help=text,
     )
     text = "train the models, and study none"
@@ -462,6 +462,8 @@ def build_parser() -> argparse.ArgumentParser:
         captions=None,
         caption_images=None,
         hours=None,
+        image_px=None,
+        questions=None,
     )
 
     text = "make conversations about photos from their masks, balanced so that a blind answer is right in half"

@@ -25,7 +25,7 @@ from llava_bidir.common.image_io import is_photo, read_photo
 from llava_bidir.data.collate import pad, to_pixels
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
-from llava_bidir.model.build import prompt_template
+from llava_bidir.model.build import own_prompt, prompt_template
 
 
 def generate(
@@ -157,7 +157,7 @@ def answer_and_tell_cut(
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
 ) -> list[tuple[str, int | None]]:
-    """Return greedy answers to a batch of questions in the training prompt, padded on the left.
+    """Return greedy answers to a batch of questions, each in the prompt of :func:`prompt_ids`, padded on the left.
 
     With each answer comes the number of tokens after which it was cut, None if it ended by itself.
 
@@ -175,12 +175,11 @@ def answer_and_tell_cut(
     check_is_list("questions", questions, "['What is it?']")
     tokenizer = processor.tokenizer
     positions = model.config.get_text_config().max_position_embeddings
-    rows = []
-    template = prompt_template(processor)
-    for text, own_images in zip(questions, images, strict=True):
-        turns = [{"from": "human", "value": f"{IMAGE}\n{text}" if own_images else text}]
-        tokens = model.config.image_seq_length * len(own_images) or None
-        rows.append(encode(turns, tokenizer, template, tokens, processor.image_token_id)[0])
+    image_tokens = model.config.image_seq_length
+    rows = [
+        prompt_ids(processor, text, len(own_images), image_tokens)
+        for text, own_images in zip(questions, images, strict=True)
+    ]
     longest = max(map(len, rows))
     if longest >= positions:
         limit = f"the LLM has {positions} positions (max_position_embeddings)"
@@ -212,6 +211,37 @@ def answer_and_tell_cut(
     ]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [(text.strip(), cut_at) for text, cut_at in zip(texts, cut, strict=True)]
+
+
+def prompt_ids(
+    processor: LlavaProcessor,
+    question: str,
+    images: int,
+    image_tokens: int,
+) -> list[int]:
+    """Return the token ids of the prompt for the answer to a question.
+
+    It is that of the training, or that of the checkpoint's own chat template, see
+    :func:`llava_bidir.model.build.prompt_template`.
+
+    Args:
+        processor: Of the model.
+        question: Without `<image>`.
+        images: Number of images before the text.
+        image_tokens: T, image tokens per image.
+    """
+    tokenizer = processor.tokenizer
+    template = prompt_template(processor)
+    if template is not None:
+        turns = [{"from": "human", "value": f"{IMAGE}\n{question}" if images else question}]
+        tokens = image_tokens * images or None
+        return encode(turns, tokenizer, template, tokens, processor.image_token_id)[0]
+    text = own_prompt(processor, question, images)
+    has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids = []
+    for token in tokenizer.encode(text, add_special_tokens=not has_start):
+        ids += [token] * (image_tokens if token == processor.image_token_id else 1)
+    return ids
 
 
 def run(args: argparse.Namespace) -> None:

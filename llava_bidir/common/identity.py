@@ -151,7 +151,12 @@ def check_same_identity(
                 )
 
 
-def check_same_model(saved: Identity | None, trainer, module, source: str) -> None:
+def check_same_model(
+    saved: Identity | None,
+    files: dict[str, str],
+    options: dict[str, Any],
+    source: str,
+) -> None:
     """Raise if a checkpoint that is scored was trained with another model than the one that is built.
 
     Learning rates and data may differ: only the files of the models and the settings of `OF_MODEL` are compared, and
@@ -159,16 +164,13 @@ def check_same_model(saved: Identity | None, trainer, module, source: str) -> No
 
     Args:
         saved: Identity stored in `source`; None if an earlier version wrote it, which is not compared.
-        trainer: Its first process reads the files.
-        module: The training module.
+        files: Checksums of the files of this command's models, see :func:`named_identity`.
+        options: Those of its module.
         source: What `saved` belongs to, for the error.
     """
     if saved is None:
         return
-    from .rank_zero import rank_zero_result  # Lightning takes seconds to import
-
-    files = rank_zero_result(trainer, lambda: named_identity(module.models()))
-    settings = {f"model.{key}": plain(value) for key, value in _flatten(module.hparams)}
+    settings = {f"model.{key}": plain(value) for key, value in _flatten(options)}
     pairs = [("model", key, files[key]) for key in saved["model"].keys() & files.keys()]
     known = saved["settings"].keys() & settings.keys()
     described = [f"model.{key}" for key in OF_MODEL if f"model.{key}" in known]

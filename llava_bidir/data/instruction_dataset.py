@@ -241,19 +241,23 @@ class Instructions(Dataset):
         except BadImage as error:
             raise UserError(f"record {index} (id {record['id']!r}): {error}") from None
         return {
-            "id": record["id"],
+            "id": record["id"] or f"number {index}",
             "image": image,
             "conversations": record["conversations"],
         }
 
     def check_answers(self) -> None:
-        """Raise if a record has no answer; validation compares with the first one.
+        """Raise if the first answer of a record is missing or empty; validation compares with it.
 
         Raises:
             UserError: Names the number of such records and the first.
         """
-        without = np.flatnonzero(self._column("answers") == 0)
-        if len(without):
+        without = [
+            number
+            for number, turns in enumerate(self.records["conversations"])
+            if not any(turn["value"] for turn in usable_turns(turns)[1:2])
+        ]
+        if without:
             name = self.records[int(without[0])]["id"]
             raise UserError(
                 f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, e.g. "

@@ -44,6 +44,8 @@ CHAT_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. "
     "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('expected the roles user and assistant, got ' ~ message['role']) }}{% endif %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
@@ -101,9 +103,29 @@ def build_processor(
     )
 
 
-def prompt_template(processor: LlavaProcessor) -> str:
-    """Return the template of a checkpoint's prompts, "chat" or "vicuna_v1"; released LLaVAs have the latter."""
-    return "chat" if (processor.chat_template or "").startswith(IMAGES_IN_CHAT) else "vicuna_v1"
+def prompt_template(processor: LlavaProcessor) -> str | None:
+    """Return the template of a checkpoint's prompts (data/conversation.py): "chat", "vicuna_v1", or None for another.
+
+    Without a chat template, or with one that asks "USER: ... ASSISTANT:" as LLaVA-1.5's does, it is "vicuna_v1". A
+    released llava of another LLM has a chat template of its own: None.
+    """
+    template = processor.chat_template
+    if not template:
+        return "vicuna_v1"
+    if template.startswith(IMAGES_IN_CHAT):
+        return "chat"
+    asked = own_prompt(processor, "What is it?", images=1)
+    return "vicuna_v1" if "USER:" in asked and "ASSISTANT:" in asked else None
+
+
+def own_prompt(processor: LlavaProcessor, question: str, images: int) -> str:
+    """Return the prompt for the answer to a question by a checkpoint's own chat template, with `<image>` per image."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    with error_context("MODEL's chat template"):
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+        )
 
 
 def check_image_attention(name: str) -> None:

@@ -56,7 +56,7 @@ def export_hf(
             _add_mask(model.config.image_attention, partial / "attention.py")
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
-        (partial / "README.md").write_text(model_card(model.config, training or {}))
+        (partial / "README.md").write_text(model_card(model.config, processor, training or {}))
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
         shutil.rmtree(merged)
 

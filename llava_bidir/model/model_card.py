@@ -1,7 +1,7 @@
 """The model card of an exported model: architecture, loading, training settings."""
 
 import transformers
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaProcessor
 
 CARD = """\
 ---
@@ -29,7 +29,7 @@ Written by llava-bidir {version} with transformers {transformers}.
 """
 
 
-def model_card(config: LlavaConfig, training: dict) -> str:
+def model_card(config: LlavaConfig, processor: LlavaProcessor, training: dict) -> str:
     """Return the Markdown of an exported model's card; `training` lists settings and metrics of its training run."""
     from llava_bidir import __version__
 
@@ -42,7 +42,7 @@ def model_card(config: LlavaConfig, training: dict) -> str:
         tokens=config.image_seq_length,
         llm=config.text_config.model_type,
         layers=config.text_config.num_hidden_layers,
-        resize=getattr(config, "image_resize", "pad"),
+        resize="pad" if processor.image_processor.do_pad else "center_crop",
         remote="" if config.model_type == "llava" else ", trust_remote_code=True",
         training="\n".join(f"- {name}: {value}" for name, value in facts.items())
         or "Not recorded.",

@@ -37,6 +37,8 @@ SCALE = 0.25
 TRAINING_SHARE = 0.55
 MODELS_SHARE = 0.9  # the same with --train-only
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
+IMAGE_PX = 112  # of photos: 8 x 8 image tokens
+QUESTIONS = 200  # held-out ones about each data set of photos
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
 STEPS = ("solve", "starvation", "report")
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise a UserError for options of photos without photos."""
-    for key in ("captions", "caption_images", "hours"):
+    for key in ("captions", "caption_images", "hours", "image_px", "questions"):
         if getattr(args, key) and not args.photos:
             option = key.replace("_", "-")
             raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
@@ -140,8 +142,8 @@ def settings(args: argparse.Namespace) -> dict:
             "photos": ", ".join(str(folder.resolve()) for folder in args.photos),
             "captions": args.captions and str(args.captions.resolve()),
             "hours": args.hours,
-            "image_px": args.image_px,
-            "questions": args.questions,
+            "image_px": args.image_px or IMAGE_PX,
+            "questions": args.questions or QUESTIONS,
         }
         if args.caption_images:
             kept["caption_images"] = str(args.caption_images.resolve())
@@ -181,10 +183,10 @@ def write_photos(out: Path, args: argparse.Namespace) -> Data:
             args.captions,
             args.caption_images,
             seed=args.seed,
-            held_out=args.questions,
+            held_out=args.questions or QUESTIONS,
         )
     studied = {path.resolve().name: path for path in args.photos}
-    return Data(folder, *_records(folder), studied, args.image_px)
+    return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
 
 
 def _records(folder: Path) -> tuple[Path, Path, Path]:

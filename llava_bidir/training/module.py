@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -22,10 +23,12 @@ from llava_bidir.common.identity import (
     Identity,
     check_same_identity,
     check_same_model,
+    named_identity,
     run_identity,
 )
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
+from llava_bidir.data.collate import Collate
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
@@ -207,6 +210,18 @@ class LlavaTraining(LightningModule):
         """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
+        self._limit_length()
+
+    def _limit_length(self) -> None:
+        """Truncate records to the LLM's positions, as LLaVA does with its tokenizer's model_max_length."""
+        collate = getattr(self.trainer.datamodule, "collate", None)
+        positions = self.model.config.get_text_config().max_position_embeddings
+        if isinstance(collate, Collate) and collate.max_length > positions:
+            rank_zero_info(
+                f"data.max_length is {collate.max_length}, but the LLM has {positions} positions: longer records are "
+                f"truncated to {positions} tokens"
+            )
+            collate.max_length = positions
 
     def on_validation_start(self) -> None:
         """Run compiled layers as they are: each prompt and each new token would be compiled anew."""
@@ -391,11 +406,13 @@ class LlavaTraining(LightningModule):
                 check_same_identity(
                     checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
                 )
+            self._tell_changed_average(checkpoint)
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         elif self._trainer is not None:
-            check_same_model(checkpoint.get("identity"), self.trainer, self, "the checkpoint")
+            files = rank_zero_result(self.trainer, lambda: named_identity(self.models()))
+            check_same_model(checkpoint.get("identity"), files, self.hparams, "the checkpoint")
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself
         trained = self._trainable_names()
@@ -404,6 +421,16 @@ class LlavaTraining(LightningModule):
                 f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "
                 f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
                 "model"
+            )
+
+    def _tell_changed_average(self, checkpoint: dict[str, Any]) -> None:
+        """Warn if LLaVA's average of the loss is over micro-batches of another size from here on."""
+        before = checkpoint["samples_at_a_time"] // checkpoint["progress"]["devices"]
+        now = self.trainer.datamodule.micro_batch_size
+        if self.hparams.loss_average == "llava" and now != before:
+            rank_zero_warn(
+                f"data.micro_batch_size was {before} and is {now}: model.loss_average llava is over the tokens of each "
+                "micro-batch, so that the loss changes slightly (model.loss_average tokens does not depend on it)"
             )
 
 

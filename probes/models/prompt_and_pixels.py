@@ -26,6 +26,7 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from .families import EncoderFamily, Family
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
+OPTION = re.compile(r"^[ \t]*\(?(?P<letter>[A-Z])[.):].*$", re.MULTILINE)
 PROMPT_DATE = date(2025, 1, 1)
 # Replaces the function of templates with the date of the day: states would differ from day to day.
 _PARTS = "".join(
@@ -175,15 +176,23 @@ class Chat(NamedTuple):
         return self._continue(self.after_image(question))
 
     def is_option(self, question: str) -> list[bool]:
-        """Return which tokens of `question_ids` are in lines with a letter, "A. a cat" or "(B) a dog".
+        """Return which tokens of `question_ids` are in lines of options, see :func:`option_lines`.
 
         Raises:
-            UserError: There is such a line, and the tokenizer does not tell where its tokens are in a text.
+            UserError: There is such a line, and the template changes the question, or the tokenizer does not tell where
+                its tokens are in a text.
         """
-        text = self.placeholder + self.after_image(question)
-        lines = [match.span() for match in re.finditer(r"^\(?[A-Z][.):].*$", text, re.MULTILINE)]
+        stripped = question.strip()
+        lines = option_lines(stripped)
         if not lines:
             return [False] * len(self.question_ids(question))
+        text = self.placeholder + self.after_image(question)
+        begin = text.find(stripped, len(self.placeholder))
+        if begin < 0:
+            raise UserError(
+                f"the chat template of {self.path} changes the question {question!r}, so that its options are not found"
+            )
+        lines = [(begin + first, begin + last) for first, last in lines]
         if not self.tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer of {self.path} does not tell where tokens are in a text; expected a fast tokenizer"
@@ -202,6 +211,18 @@ class Chat(NamedTuple):
     def _continue(self, text: str) -> list[int]:
         """Return the ids of text after a special token, where tokenizers add no word-start marker."""
         return self.tokenizer.encode(self.placeholder + text, add_special_tokens=False)[1:]
+
+
+def option_lines(question: str) -> list[tuple[int, int]]:
+    """Return start and end of the lines of a question that are options, "A. a cat", "(B) a dog", "C: a cow".
+
+    Their letters follow each other from A, and there are two or more: "Q: What is it?" is none.
+    """
+    lines: list[tuple[int, int]] = []
+    for match in OPTION.finditer(question):
+        if match["letter"] == chr(ord("A") + len(lines)):
+            lines.append(match.span())
+    return lines if len(lines) > 1 else []
 
 
 def read_chat(path: str, family: Family, **hub: Any) -> Chat:

@@ -280,8 +280,10 @@ class ProbeModule(LightningModule):
             check_same_identity(
                 checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
             )
-        elif self._trainer is not None:
-            check_same_model(checkpoint.get("identity"), self.trainer, self, "the checkpoint")
+        elif self.identity is not None:
+            check_same_model(
+                checkpoint.get("identity"), self.identity["model"], self.hparams, "the checkpoint"
+            )
         saved = set(checkpoint["state_dict"])
         expected = (
             saved if self.probes is None else {f"heads.{key}" for key in self.heads.state_dict()}

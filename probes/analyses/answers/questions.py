@@ -95,6 +95,10 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
                     f"{path}, record {number}: {found}; expected left, top, right, bottom"
                 )
             text = turn["value"].replace("<image>", "").strip()
+            if not text:
+                raise UserError(
+                    f"{path}, record {number}: a question with a region has no text; expected what to ask"
+                )
             image = images.setdefault(record["image"], len(images))
             questions.append(
                 Question(image, text, classes.index(region["class"]), tuple(region["box"]))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import probes
 from llava_bidir.cli import main
-from llava_bidir.commands.generate import answer, load
+from llava_bidir.commands.generate import answer, load, prompt_ids
 
 pytestmark = pytest.mark.numerics
 
@@ -115,6 +115,39 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
     ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+# llava-hf/llava-1.5-7b-hf writes roles in capitals; a llava of another LLM has that LLM's words
+LLAVA_15 = (
+    "{% for m in messages %}{{ m['role'].upper() }}: {% for part in m['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+OTHER = LLAVA_15.replace("m['role'].upper() }}: ", "bos_token }}name the ").replace(
+    "ASSISTANT:", "of"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (None, None),
+        (LLAVA_15, None),
+        (OTHER, "<s>name the <image><image>\nthe sky of"),
+    ],
+    ids=["none", "LLaVA-1.5's", "another LLM's"],
+)
+def test_a_released_llava_is_asked_in_its_own_words(template, text, asked, monkeypatch):
+    """That of LLaVA-1.5 is asked as it was trained, with the system prompt that its chat template lacks."""
+    _, processor = asked
+    trained = prompt_ids(processor, "the sky", images=1, image_tokens=2)
+    monkeypatch.setattr(processor, "chat_template", template)
+    found = prompt_ids(processor, "the sky", images=1, image_tokens=2)
+    if text is None:
+        assert found == trained
+    else:
+        assert found == processor.tokenizer.encode(text, add_special_tokens=False)
+        assert found != trained
 
 
 def test_several_photos_are_each_asked_and_no_photo_is_a_question(

@@ -87,3 +87,10 @@ def test_prompts_equal_the_ids_of_training_in_one_step_and_in_two(turns, process
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     images = [IMAGE for _, _, has_image in turns if has_image] or None
     assert processor(text=text, images=images)["input_ids"][0] == expected
+
+
+def test_a_system_message_is_refused(processor):
+    """LLaVA has one system prompt, and was trained with no other."""
+    messages = [{"role": "system", "content": "Be brief."}, message("user", "Why?", False)]
+    with pytest.raises(Exception, match="expected the roles user and assistant, got system"):
+        processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -114,7 +114,12 @@ def test_models_are_trained_again_if_their_records_have_changed(photos, tmp_path
 
 
 def test_options_of_photos_without_photos_are_an_error(tmp_path):
-    for words in (["--hours", "2"], ["--captions", "captions.json"]):
+    for words in (
+        ["--hours", "2"],
+        ["--captions", "captions.json"],
+        ["--image-px", "224"],
+        ["--questions", "20"],
+    ):
         with pytest.raises(SystemExit, match=f"{words[0]} needs --photos"):
             cli.main(["real", "--out", str(tmp_path), *words])
 

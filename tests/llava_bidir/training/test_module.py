@@ -437,9 +437,35 @@ def test_validation_asks_the_first_question_and_rejects_records_without_an_answe
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     assert torch.equal(batch["prompts"]["input_ids"], plain["prompts"]["input_ids"])
     message = r"val.json: 1 of 2 records have no answer .* record 1 \(id 'r1'\)"
-    for unanswered in ([asked], [greeting, asked], [asked, {"from": "gpt", "value": ""}]):
+    empty = {"from": "gpt", "value": ""}
+    # the first answer is compared, so that a later one does not help
+    later = [asked, empty, asked, answered]
+    for unanswered in ([asked], [greeting, asked], [asked, empty], later):
         with pytest.raises(ValueError, match=message):
             first_batch([asked, answered], unanswered)
+
+
+def test_records_are_truncated_to_the_positions_of_the_llm(fit, monkeypatch, caplog):
+    """LLaVA truncates to its tokenizer's model_max_length."""
+    caplog.set_level("INFO")
+    lengths = []
+    built = LlavaTraining.configure_model
+
+    def configure_with_few_positions(self):
+        built(self)
+        self.model.config.get_text_config().max_position_embeddings = 19
+
+    step = LlavaTraining.training_step
+
+    def recorded(self, batch, batch_idx):
+        lengths.append(batch["input_ids"].shape[1])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LlavaTraining, "configure_model", configure_with_few_positions)
+    monkeypatch.setattr(LlavaTraining, "training_step", recorded)
+    fit(max_steps=1)
+    assert set(lengths) == {19}  # of 20 and 21
+    assert "longer records are truncated to 19 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])

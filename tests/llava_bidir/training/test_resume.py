@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,22 @@ def test_micro_batches_are_not_given_twice(parts, conversations, tmp_path):
         tiny_models.fit(
             parts, conversations, tmp_path / "run", "--trainer.accumulate_grad_batches", "3"
         )
+
+
+@pytest.mark.parametrize("average", ["llava", "tokens"])
+def test_micro_batches_of_another_size_are_told_where_they_change_the_loss(
+    average, parts, conversations, tmp_path
+):
+    command = ["fit", *copied_parts(tmp_path, parts, conversations), "--out", str(tmp_path / "run")]
+    command += ["--model.loss_average", average]
+    main(command)
+    shutil.rmtree(tmp_path / "run/hf")  # as if it had been killed before the export
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        main([*command, "--ckpt_path", "last", "--data.micro_batch_size", "2"])
+    messages = [str(warning.message) for warning in said]
+    told = [text for text in messages if "data.micro_batch_size was 4 and is 2" in text]
+    assert len(told) == (1 if average == "llava" else 0)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):

@@ -157,6 +157,13 @@ def test_a_knockout_without_effect_is_an_error(asked):
             [record("a.png", None, None) | {"regions": [None]}],
             "record 0: 1 regions for 2 questions",
         ),
+        (
+            [
+                record("a.png", (BOXES[0], "sky"))
+                | {"conversations": [{"from": "human", "value": "<image>"}]}
+            ],
+            "record 0: a question with a region has no text",
+        ),
         ([record("a.png", ([0, 0, 2, 1], "sky"))], "less than or equal to 1"),
         ([record("a.png", ([0, 0, 1], "sky"))], "at least 4 items"),
         (

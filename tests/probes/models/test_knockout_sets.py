@@ -10,6 +10,7 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.models.knockout import SETS
+from probes.models.prompt_and_pixels import option_lines
 
 pytestmark = pytest.mark.numerics
 
@@ -234,3 +235,27 @@ def test_names_that_do_not_fit_are_errors(mllms):
         mllm.states(pixels, knockout=Knockout(rows=("prefix", "image"), columns="prefix"))
     with pytest.raises(UserError, match="the question has no options"):
         mllm.answer_log_probs(pixels, ["sky"], ANSWERS, Knockout(rows="last", columns="options"))
+
+
+@pytest.mark.parametrize(
+    ("question", "lines"),
+    [
+        ("Which is it?\nA. a cat\nB. a dog", ["A. a cat", "B. a dog"]),
+        ("Q: which is it?\n(A) a cat\n(B) a dog\nA: ", ["(A) a cat", "(B) a dog"]),
+        ("Q: what is it?", []),
+        ("A: what is it?", []),
+    ],
+    ids=["letters", "a question between others", "Q", "A alone"],
+)
+def test_options_are_lines_whose_letters_follow_each_other(question, lines):
+    assert [question[first:last] for first, last in option_lines(question)] == lines
+
+
+def test_words_of_the_template_after_the_last_option_are_none_of_it(mllms):
+    chat = mllms("causal").chat
+    question = "the sky\nA. wall\nB. road"
+    tokens = chat.tokenizer.convert_ids_to_tokens(chat.question_ids(question))
+    flags = chat.is_option(question)
+    last = max(i for i, is_option in enumerate(flags) if is_option)
+    assert tokens[last] == "▁road"
+    assert sum(flags) == 6  # A|.|wall, B|.|road

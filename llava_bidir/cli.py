@@ -467,7 +467,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     text = "make conversations about photos from their masks, balanced so that a blind answer is right in half"
-    questions = command("questions", "llava_bidir.commands.questions:run", text)
+    questions = command("questions", "llava_bidir.toy_world.questions:run", text)
     text = "folder data set: images, masks and classes.json (probes/README.md, Your own data)"
     questions.add_argument(
         "data",

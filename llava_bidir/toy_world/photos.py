@@ -11,10 +11,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.commands.questions import build_records
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.json_stream import read_records
+
+from .questions import build_records
 
 CAPTIONS = "captions"  # name of the link
 

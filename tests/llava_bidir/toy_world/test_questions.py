@@ -2,8 +2,6 @@
 
 import json
 import re
-import struct
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -160,9 +158,9 @@ def test_a_caption_lists_the_classes_of_the_photo(data, records):
 
 def test_a_folder_without_classes_or_masks_is_named(data, tmp_path):
     for change, message in (
-        ("classes.json", "classes.json is missing; expected a folder data set"),
-        ("annotations/training/3.png", "annotations/training/3.png"),
-        ("images/validation", "has no photos; expected files that end in .jpg"),
+        ("classes.json", "classes.json is missing"),
+        ("annotations/training/3.png", "3.jpg"),
+        ("images/validation", "images/validation"),
     ):
         broken = tmp_path / change.replace("/", "_")
         broken.mkdir()
@@ -170,40 +168,6 @@ def test_a_folder_without_classes_or_masks_is_named(data, tmp_path):
             copy(data / part, broken / part, without=data / change)
         with pytest.raises(SystemExit, match=re.escape(message)):
             main(["questions", str(broken), "--out", str(tmp_path / "out")])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"classes": []}, "names 0 classes; expected 1 to 255"),
-        ({"classes": ["a"] * 256}, "names 256 classes; expected 1 to 255"),
-        ({"classes": NAMES, "reduce_zero_label": "no"}, "must be true or false, got 'no'"),
-        ({"classes": NAMES, "ignore_index": "x"}, "must be a label or a list of labels"),
-    ],
-)
-def test_impossible_classes_are_errors(settings, message, data, tmp_path):
-    for part in ("images", "annotations"):
-        (tmp_path / part).symlink_to(data / part)
-    (tmp_path / "classes.json").write_text(json.dumps(settings))
-    with pytest.raises(SystemExit, match=message):
-        main(["questions", str(tmp_path), "--out", str(tmp_path / "out")])
-
-
-@pytest.mark.parametrize(
-    ("labels", "bits", "message"),
-    [
-        (np.ones(SIDE), 4, "has 4 bits per pixel, whose labels PIL reads as multiples of 17"),
-        (np.full(SIDE, 9), 8, "has label 9; classes.json allows 0 to 4 and 255"),
-        (np.ones((5, 6)), 8, "has (6, 5) px (width, height), and its photo (50, 37)"),
-    ],
-)
-def test_a_mask_that_would_be_misread_is_named(labels, bits, message, data, tmp_path):
-    broken = tmp_path / "photos"
-    file = "annotations/training/3.png"
-    copy(data, broken, without=data / file)
-    (broken / file).write_bytes(grey_png(labels.astype(np.uint8), bits))
-    with pytest.raises(SystemExit, match=f"{file}: {re.escape(message)}"):
-        main(["questions", str(broken), "--out", str(tmp_path / "out")])
 
 
 def test_records_are_not_replaced_by_others(data, tmp_path):
@@ -219,24 +183,6 @@ def test_records_are_not_replaced_by_others(data, tmp_path):
         main(words)
     with pytest.raises(SystemExit, match="--held-out must be at least 2"):
         main([*words, "--held-out", "1"])
-
-
-def grey_png(labels: np.ndarray, bits: int) -> bytes:
-    """Return a grey PNG file of 4 or 8 bits per pixel; PIL writes 8 only."""
-    height, width = labels.shape
-    rows = labels
-    if bits == 4:
-        even = np.pad(labels, ((0, 0), (0, width % 2)))
-        rows = even[:, ::2] << 4 | even[:, 1::2]
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checked = kind + content
-        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def copy(source: Path, target: Path, without: Path) -> None:

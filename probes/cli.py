@@ -155,7 +155,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_px(p)
     add_overwrite(p)
 
-    text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
     for name, analysis in ANALYSES.items():
         analysis.add_options(command(name, f"probes.analyses.{name}.run:run", analysis.help))
 

@@ -182,7 +182,7 @@ def test_recipe_is_llava_1_5(
     assert (model.weight_decay, model.warmup_ratio, tuple(model.betas)) == (0.0, 0.03, (0.9, 0.999))
     assert model.loss_average == "llava"
     assert model.lora is None
-    assert data.collate.max_length == 2048
+    assert data.hparams.max_length == 2048  # the tiny LLM has fewer positions
     assert cli.trainer.gradient_clip_val is None
     assert yaml.safe_load((CONFIGS / stage).read_text())["trainer"]["precision"] == "bf16-mixed"
 

@@ -91,7 +91,7 @@ def plan_run(
             return RunPlan(identity, finished=True)
         if ckpt_path is None and (left := sorted(checkpoints.glob("*.*"))):
             raise _occupied(folder, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
-        if ckpt_path == "last" and checkpoint is None:
+        if ckpt_path == "last" and not any(checkpoints.glob("*.*")):
             log.info("no checkpoint in %s yet; starting a new run", checkpoints)
         return RunPlan(identity, checkpoint)
 

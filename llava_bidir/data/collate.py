@@ -97,8 +97,8 @@ class Collate:
         )
         if image_id in ids[self.max_length :]:
             raise UserError(
-                f"its image ends after data.max_length {self.max_length}; increase it, or shorten the text before the "
-                "image"
+                f"its image ends after token {self.max_length}, the limit by data.max_length or by the LLM's "
+                "positions; increase it, or shorten the text before the image"
             )
         return ids, labels
 

@@ -34,12 +34,13 @@ class InstructionData(LightningDataModule):
         batch_size: Samples per global batch over all devices.
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
-        max_length: Maximum number of tokens per sequence, image tokens included.
+        max_length: Maximum number of tokens per sequence, image tokens included; not more than `max_positions`.
         num_workers: Data loader processes per device, at most one per core.
         follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
+        max_positions: Positions of the LLM, None for no limit; linked from the model by the command line.
     """
 
     sets_on_trainer = ("accumulate_grad_batches",)
@@ -59,9 +60,10 @@ class InstructionData(LightningDataModule):
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
+        max_positions: int | None = None,
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["processor"])
+        self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
         for key, least in (
             ("batch_size", 1),
             ("micro_batch_size", 1),
@@ -79,6 +81,8 @@ class InstructionData(LightningDataModule):
         self.group_by_length = group_by_length
         self.seed = seed
         self.num_workers = limit_workers(num_workers)
+        if max_positions is not None:
+            max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)
         if template == "plain" and val_annotations:
             raise UserError(

@@ -128,6 +128,12 @@ def own_prompt(processor: LlavaProcessor, question: str, images: int) -> str:
         )
 
 
+def max_positions(llm: str) -> int | None:
+    """Return the positions of an LLM, of image and text together; None if its config states no limit."""
+    config = read_pretrained("model.llm", AutoConfig, llm).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def check_image_attention(name: str) -> None:
     """Raise UserError for an unknown mask; attention.py ships in checkpoints and cannot import it."""
     try:

@@ -39,6 +39,7 @@ class TrainingCLI(RunCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
+        parser.link_arguments("model.max_positions", "data.max_positions", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
         # which the export of a checkpoint needs
         parser.link_arguments("data.template", "model.template")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -28,9 +28,14 @@ from llava_bidir.common.identity import (
 )
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
-from llava_bidir.data.collate import Collate
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
+from llava_bidir.model.build import (
+    PARTS,
+    build_model,
+    build_processor,
+    max_positions,
+    set_trainable,
+)
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.model.lora import Lora, add_lora
@@ -122,6 +127,7 @@ class LlavaTraining(LightningModule):
         self.processor = build_processor(encoder, llm, image_resize, template)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
+        self.max_positions = max_positions(llm)
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
@@ -210,18 +216,6 @@ class LlavaTraining(LightningModule):
         """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
-        self._limit_length()
-
-    def _limit_length(self) -> None:
-        """Truncate records to the LLM's positions, as LLaVA does with its tokenizer's model_max_length."""
-        collate = getattr(self.trainer.datamodule, "collate", None)
-        positions = self.model.config.get_text_config().max_position_embeddings
-        if isinstance(collate, Collate) and collate.max_length > positions:
-            rank_zero_info(
-                f"data.max_length is {collate.max_length}, but the LLM has {positions} positions: longer records are "
-                f"truncated to {positions} tokens"
-            )
-            collate.max_length = positions
 
     def on_validation_start(self) -> None:
         """Run compiled layers as they are: each prompt and each new token would be compiled anew."""

@@ -61,9 +61,9 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[list[int]]:
         start = self.start
         self.start = 0
-        order = torch.randperm(
-            self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)
-        ).tolist()
+        # no pass of a seed has the order of a pass of another one
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        order = torch.randperm(self.images, generator=generator).tolist()
         for i in range(start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             yield batch[self.rank :: self.world_size] or [PAD_INDEX]
@@ -118,9 +118,10 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
         )
     block = max(1, min(8, len(units) // (5 * folds)))
     fold_of_unit = torch.arange(len(units)) // block % folds
-    return (
-        fold_of_unit if groups is None else fold_of_unit[[units.index(group) for group in groups]]
-    )
+    if groups is None:
+        return fold_of_unit
+    numbers = {group: number for number, group in enumerate(units)}
+    return fold_of_unit[[numbers[group] for group in groups]]
 
 
 def fold_batches(

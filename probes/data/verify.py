@@ -122,6 +122,4 @@ def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:
         lines += [f"    {message}" for message in sorted(messages)[:FILES_PER_KIND]]
         if len(messages) > FILES_PER_KIND:
             lines += [f"    ... and {len(messages) - FILES_PER_KIND} more"]
-        else:
-            lines += []
     return "\n".join(lines)

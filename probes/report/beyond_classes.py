@@ -229,9 +229,16 @@ def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
     The column "paper" is left out: the paper has no such claims.
     """
     notes = []
-    for result in (*entries, *joint):
-        task = TASKS[result["task"]]
-        notes += claim_notes(result["claims"], f"{task.margin:g} of {task.labels[task.score]}")
+    # p is corrected for the number of claims about all masks of a study
+    studies: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        study = tuple(entry[key] for key in ("task", "model", "dataset", "seed"))
+        studies.setdefault(study, []).extend(entry["claims"])
+    corrected = [(study[0], claims) for study, claims in studies.items()]
+    corrected += [(result["task"], result["claims"]) for result in joint]
+    for name, claims in corrected:
+        task = TASKS[name]
+        notes += claim_notes(claims, f"{task.margin:g} of {task.labels[task.score]}")
     reasons = [
         reason
         for result in (*entries, *joint)

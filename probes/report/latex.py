@@ -76,7 +76,7 @@ def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
                 claim["claim"].replace("_", " "),
                 claim["image_attention"],
                 *cells,
-                claim["conclusion"],
+                claim["finding"],
             ]
         )
     return rows

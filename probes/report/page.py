@@ -298,7 +298,8 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     runs: list[str] = []
     tasks: list[str] = []
     for path in paths:
-        is_run = "=" in path or (Path(path) / "metrics.json").is_file()
+        is_named_run = "=" in path and not Path(path).is_dir()
+        is_run = is_named_run or (Path(path) / "metrics.json").is_file()
         opened = [] if is_run else [open_run(run) for run in finished_runs(path)]
         labels = _labels_of_models(Path(path), opened)
         for run in opened:

@@ -84,7 +84,7 @@ def truth_rows(parts: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
             "claim": claim["claim"].replace("_", " "),
             "attention": claim["image_attention"],
             "truth": claim["truth"],
-            "found": claim["conclusion"],
+            "found": claim["finding"],
             "effect": ", beyond random ".join(format_effect(claim)),
         }
         for part in parts

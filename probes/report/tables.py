@@ -28,7 +28,7 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
         }
         for name in COLUMNS:
             row |= _verdict_columns(name, claim["verdicts"][name])
-        for key in ("supported", "conclusion", "truth", "p", "p_holm"):
+        for key in ("supported", "conclusion", "finding", "truth", "p", "p_holm"):
             row[key] = claim.get(key)
         rows.append(row)
     return rows

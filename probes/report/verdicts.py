@@ -154,9 +154,11 @@ def why_unconverged(runs: Iterable[FinishedRun | None], claim: str) -> str | Non
         sites = [i for i, site in enumerate(run.sites) if site in names]
         chosen = run.strengths.neighbours()["chosen"]
         if not run.strengths.has_converged(chosen, sites):
+            by_passes = run.metrics["path"].get("passes", 1) > 1
+            option = "more --passes or --sample-images" if by_passes else "stronger --strengths"
             return (
                 f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
-                "run `probes solve` again with stronger --strengths"
+                f"run `probes solve` again with {option}"
             )
     return None
 

@@ -182,7 +182,8 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "mask": claim["image_attention"],
         }
         row |= {
-            key: claim.get(key) for key in ("claim", "conclusion", "supported", "truth", "value")
+            key: claim.get(key)
+            for key in ("claim", "conclusion", "finding", "supported", "truth", "value")
         } | {
             "low": low,
             "high": high,

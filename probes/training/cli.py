@@ -158,14 +158,24 @@ class ProbeCLI(RunCLI):
         """
         with self.exclusive_run_lock():
             check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
-            checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
-            if checkpoint is None:
-                if ckpt_path:
-                    where = f": no valid one in {self.checkpoints}"
-                else:
-                    where = "; pass --ckpt_path FILE, or last"
-                raise UserError(f"probes test scores the probes of a checkpoint{where}")
-            self.trainer.test(ckpt_path=checkpoint, **kwargs)
+            self.trainer.test(ckpt_path=self._required_checkpoint(ckpt_path), **kwargs)
+
+    def validate(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Score the probes of a checkpoint as they are.
+
+        Raises:
+            UserError: There is no checkpoint.
+        """
+        self.trainer.validate(ckpt_path=self._required_checkpoint(ckpt_path), **kwargs)
+
+    def _required_checkpoint(self, ckpt_path: str | None) -> str:
+        checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
+        if checkpoint is None:
+            where = "; pass --ckpt_path FILE, or last"
+            if ckpt_path:
+                where = f": no valid one in {self.checkpoints}"
+            raise UserError(f"probes {self.subcommand} scores the probes of a checkpoint{where}")
+        return checkpoint
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:

@@ -221,7 +221,8 @@ def group_indices(dataset) -> torch.Tensor | None:
     groups = getattr(dataset, "groups", None)
     if groups is None:
         return None
-    return torch.tensor([sorted(set(groups)).index(group) for group in groups])
+    numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+    return torch.tensor([numbers[group] for group in groups])
 
 
 def baseline(labelled: torch.Tensor, classes: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ keep; 1 keeps them all. `--site random_adapter` solves the states after a random
 """
 
 import argparse
+import math
 import resource
 import time
 
@@ -24,7 +25,7 @@ from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProbl
 from probes.training.solve.pass_refinement import PassRefinement
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
-from probes.training.solve.refinement import solve_site
+from probes.training.solve.refinement import start_refinement
 from probes.training.solve.sample_hessian import SampledPixels
 from probes.training.solve.strength_path import FoldSearch
 
@@ -219,12 +220,13 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept_losses(*sums.means(space, pixel_count))
         stored, _, weights, folds = gather(kept, fold_of)
-        refinement.step(SampledPixels(axes.restore(stored), weights.float(), folds))
+        sample = SampledPixels(axes.restore(stored), weights.float(), folds)
+        refinement.step(sample, is_last=number == passes)
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
         certificates = ", ".join(
             f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates
         )
-        losses = [f"{refinement.losses[strength]:.4f}" for strength in refinement.strengths]
+        losses = [f"{refinement.losses.get(s, math.nan):.4f}" for s in refinement.strengths]
         print(
             f"  pass {number}: window {' '.join(strengths)}, cross-validated {' '.join(losses)}, "
             f"{'settled, ' if refinement.settled else ''}certificates {certificates}; {cpu_seconds():.0f} CPU-s",
@@ -248,7 +250,7 @@ def solve_in_memory(data) -> dict:
     """Solve a site with all states in memory."""
     loose, tight = (join_masks(data.prepared(nodes)) for nodes in (LOOSE_NODES, TIGHT_NODES))
     problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
-    path, refinement = solve_site(problem)
+    path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
     return refinement.found(path) | {"passes": 1, "converged": refinement.converged}
 

@@ -24,7 +24,7 @@ from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
 from probes.tasks import TASKS
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from probes.training.solve.refinement import solve_site
+from probes.training.solve.refinement import start_refinement
 
 GRID = (16, 16)
 GEOMETRY = Geometry(GRID, 224, 224)
@@ -100,12 +100,12 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
         MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
     problem = SiteProblem(states, loose, tight, assign_folds(len(states), FOLDS, None))
-    path, _ = solve_site(problem)
+    path, _ = start_refinement(problem)
     chosen = path.strengths[path.chosen]
     given = [
         chosen * 10**step for step in STEPS.values()
     ]  # from strong to weak, as the solver has them
-    _, refinement = solve_site(problem, given)
+    _, refinement = start_refinement(problem, given)
     return problem, chosen, refinement.points
 
 

@@ -11,6 +11,7 @@ Legend: B images, d width, K classes, F folds, n pixels of a sample.
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.data.samplers import assign_folds
@@ -292,7 +293,8 @@ class PassSolver(Solver):
         refinement = self.refinements[site]
         _, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         inputs = self.ranges[site].restore(self.sample_states[site].to(self.device))
-        refinement.step(SampledPixels(inputs, weights.float(), folds))
+        is_last = self.passes == self.options.passes
+        refinement.step(SampledPixels(inputs, weights.float(), folds), is_last)
         return refinement
 
     def _converged(self) -> bool:
@@ -314,6 +316,7 @@ class PassSolver(Solver):
         """Read what a run that was killed in a later pass has saved."""
         tensors = self.checkpoints.load(PASSES)
         self.passes = int(tensors["passes"])
+        rank_zero_info(f"resuming after pass {self.passes}")
         self.ranges = {}
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}

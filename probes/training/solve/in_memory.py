@@ -8,6 +8,7 @@ The first pass keeps the states; then each site is solved by one process, on a C
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.data.batches import MaskPreparer
@@ -71,6 +72,8 @@ class MemorySolver(Solver):
         file = "{}.safetensors".format
         saved = broadcast([site for site in self.sites if self.checkpoints.has(file(site))], 0)
         solved = {site: SolvedSite(**self.checkpoints.load(file(site))) for site in saved}
+        if saved:
+            rank_zero_info(f"{len(saved)} of {len(self.sites)} sites were solved before")
         mine = [site for site in self.sample_states if site not in saved]
         for site, found in in_workers(self._solve_site, mine, self.device):
             solved[site] = SolvedSite.of_points(**found)
@@ -104,5 +107,4 @@ class MemorySolver(Solver):
         tight = self.tight.to(self.device)
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
-        refinement.solve_in_memory()
         return refinement.found(path)

@@ -141,11 +141,6 @@ class SiteProblem(FoldProblem):
             self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
         )
 
-    def release(self) -> None:
-        """Free the memory of states and masks; most of it."""
-        self.tokens = []
-        self.masks = {}
-
     def sums(
         self,
         fold: int,

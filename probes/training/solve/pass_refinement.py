@@ -14,6 +14,7 @@ Legend: W strengths in the window, F folds, G = F + 1 probes of a strength, or 1
 K classes, d width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class PassRefinement:
         self.accepted_points = self.points
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.held_out = points.new_zeros(1, self.folds)
-        self.losses: dict[float, float] = {}  # cross-validated, by strength
+        # cross-validated, by strength; one that has just entered the window has none until the next pass
+        self.losses: dict[float, float] = {}
         self.best = strength
         self.decrease = torch.full_like(self.value, torch.inf)
         self.settled = False
@@ -118,9 +120,14 @@ class PassRefinement:
             self.losses |= dict(zip(self.strengths, self.held_out.sum(1).tolist(), strict=True))
 
     @full_precision()
-    def step(self, sample: SampledPixels) -> None:
-        """Choose the window, and move its probes; :meth:`accept_losses` must have been called."""
-        if not self.settled:
+    def step(self, sample: SampledPixels, is_last: bool = False) -> None:
+        """Choose the window, and move its probes; :meth:`accept_losses` must have been called.
+
+        Args:
+            sample: Pixels that give the curvature.
+            is_last: No pass follows, which would measure strengths that enter the window: it stays.
+        """
+        if not (self.settled or is_last):
             self._move_window()
         spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
         self.points, self.decrease = self.accepted_points.clone(), torch.zeros_like(self.value)
@@ -167,9 +174,6 @@ class PassRefinement:
             min(range(len(self.strengths)), key=lambda old, new=new: distance(old, new))
             for new in window
         ]
-        self.losses |= {
-            new: self.losses[self.strengths[old]] for old, new in zip(source, window, strict=True)
-        }
         before = self._ridge()[source]
         self.points = self.accepted_points = self.accepted_points[source]
         self.strengths = window
@@ -189,13 +193,11 @@ class PassRefinement:
         chosen = self.strengths[self.chosen]
         before = self.best
         self.best = chosen
-        if (
-            self.settled
-            or chosen != before
-            or chosen != min(self.strengths, key=self.losses.__getitem__)
-        ):
+        if self.settled or chosen != before or chosen != min(self.strengths, key=self._loss_of):
             return
         rows = self.solved
+        if not all(self.strengths[row] in self.losses for row in rows):
+            return
         if not (self.decrease[rows] < CONVERGED).all():
             return
         self.settled = True
@@ -214,13 +216,21 @@ class PassRefinement:
     @property
     def chosen(self) -> int:
         """Row of the chosen strength in the window."""
-        row = min(range(len(self.strengths)), key=lambda i: self.losses[self.strengths[i]])
-        return row if self.given is not None else min(max(row, 1), len(self.strengths) - 2)
+        row = min(range(len(self.strengths)), key=lambda i: self._loss_of(self.strengths[i]))
+        if self.given is not None or len(self.strengths) == 1:
+            return row
+        return min(max(row, 1), len(self.strengths) - 2)
+
+    def _loss_of(self, strength: float) -> float:
+        return self.losses.get(strength, math.inf)
 
     @property
     def solved(self) -> list[int]:
-        """Rows of the window whose probes are scored: all given strengths, or the chosen one and its neighbours."""
-        if self.given is not None:
+        """Rows of the window whose probes are scored: all given strengths, or the chosen one and its neighbours.
+
+        A window of one strength, as after two passes, has no neighbours.
+        """
+        if self.given is not None or len(self.strengths) == 1:
             return list(range(len(self.strengths)))
         return [self.chosen - 1, self.chosen, self.chosen + 1]
 

@@ -60,7 +60,7 @@ class PassSums:
         return self.loss, self.gradient, self.held_out
 
     def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what :meth:`PassRefinement.accept` takes; `pixels` f64[F] are the labelled ones of each fold."""
+        """Return what `PassRefinement.accept_losses` takes; `pixels` f64[F] are the labelled ones of each fold."""
         total = pixels.sum()
         used = torch.stack(
             [total if fold is None else total - pixels[fold] for fold in self.left_out]

@@ -106,9 +106,8 @@ class Refinement:
         """Refine the probes to the optimum of the images in memory."""
         exact = self._objective(TIGHT_NODES)
         self.accept(*exact(self.points, self._everything))
-        decrease = self._step_with_few_nodes()
+        self._step_with_few_nodes()
         self.accept(*exact(self.points, self._everything))
-        self._certify(decrease)
         for _ in range(TIGHT_ROUNDS):
             points, value, gradient = self.accepted
             found = self._minimise(exact, points, (value, gradient))
@@ -133,8 +132,8 @@ class Refinement:
         )
         self.points = self.accepted.points
 
-    def _step_with_few_nodes(self) -> Tensor:
-        """Move the accepted points to the minima of their models; return the decreases of these, f64[R]."""
+    def _step_with_few_nodes(self) -> None:
+        """Move the accepted points to the minima of their models."""
         points, _, gradient = self.accepted
         few = self._objective(LOOSE_NODES)
         value, of_few = few(points, self._everything)
@@ -147,7 +146,6 @@ class Refinement:
 
         found = self._minimise(model, points, (value, gradient))
         self.points = found.points
-        return value - found.value
 
     def _minimise(
         self,
@@ -179,12 +177,21 @@ class Refinement:
 def solve_site(
     problem: FoldProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
-    """Return the path of a site, with probes of all images in memory, and their exact refinement.
+    """Return the path of strengths of a site, and its probes at the optimum of the images in memory.
 
     Args:
         problem: The site's states and masks.
         strengths: Strengths to solve, all of them; None to search for the best one.
     """
+    path, refinement = start_refinement(problem, strengths)
+    refinement.solve_in_memory()
+    return path, refinement
+
+
+def start_refinement(
+    problem: FoldProblem, strengths: Sequence[float] | None = None
+) -> tuple[StrengthPath, Refinement]:
+    """Return the same before it is refined: probes of few nodes."""
     search = FoldSearch(problem)
     found = search.solve(strengths)
     return found.path, Refinement(problem, found.strengths, found.points, search.pairs)

@@ -66,7 +66,7 @@ def test_long_sample_is_cut_and_one_cut_within_its_image_is_an_error(collate):
     assert collate([sample("<image>\nsky", "wall " * 80, True)])["input_ids"].shape[1] == 60
     text_first = sample("wall " * 70, "sky", True, name="late")
     text_first["conversations"] += sample("<image>\nname", "wall", True)["conversations"]
-    with pytest.raises(ValueError, match="record 'late': its image ends after data.max_length 60"):
+    with pytest.raises(ValueError, match="record 'late': its image ends after token 60"):
         collate([text_first])
 
 

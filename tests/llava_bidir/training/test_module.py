@@ -445,27 +445,18 @@ def test_validation_asks_the_first_question_and_rejects_records_without_an_answe
             first_batch([asked, answered], unanswered)
 
 
-def test_records_are_truncated_to_the_positions_of_the_llm(fit, monkeypatch, caplog):
+def test_records_are_truncated_to_the_positions_of_the_llm(parts, conversations):
     """LLaVA truncates to its tokenizer's model_max_length."""
-    caplog.set_level("INFO")
-    lengths = []
-    built = LlavaTraining.configure_model
-
-    def configure_with_few_positions(self):
-        built(self)
-        self.model.config.get_text_config().max_position_embeddings = 19
-
-    step = LlavaTraining.training_step
-
-    def recorded(self, batch, batch_idx):
-        lengths.append(batch["input_ids"].shape[1])
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(LlavaTraining, "configure_model", configure_with_few_positions)
-    monkeypatch.setattr(LlavaTraining, "training_step", recorded)
-    fit(max_steps=1)
-    assert set(lengths) == {19}  # of 20 and 21
-    assert "longer records are truncated to 19 tokens" in caplog.text
+    assert module(parts).max_positions == 512
+    for positions, expected in ((19, 19), (None, 21)):
+        source = questions(
+            conversations,
+            parts,
+            val_annotations=str(conversations / "data.json"),
+            max_positions=positions,
+        )
+        lengths = [batch["input_ids"].shape[1] for batch in source.val_dataloader()]
+        assert max(lengths) == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])

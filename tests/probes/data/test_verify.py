@@ -117,12 +117,13 @@ def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(
     ]
     config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
     config += ["--model.sites", "[adapter]", "--data.cache_features", "false"]
+    main(["fit", *config, "--trainer.max_epochs", "1"])
     (root / "images/validation/001.png").write_bytes(b"no picture")
     with pytest.raises(
         SystemExit,
         match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is not[^\n]*$",
     ):
-        main(["validate", *config])
+        main(["validate", *config, "--ckpt_path", "last"])
 
 
 def test_workers_find_what_one_process_finds(tmp_path):

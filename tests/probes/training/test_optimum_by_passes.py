@@ -11,7 +11,7 @@ from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProbl
 from probes.training.solve.pass_refinement import PassRefinement
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, choose_pixels
-from probes.training.solve.refinement import solve_site
+from probes.training.solve.refinement import start_refinement
 from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
 from probes.training.solve.strength_path import FoldSearch
 
@@ -75,7 +75,7 @@ class Data:
     def whole(self, strengths=None):
         """Return the path and the refinement with all images in memory."""
         problem = SiteProblem(self.states, self.loose, self.tight, self.fold_of)
-        path, refinement = solve_site(problem, strengths)
+        path, refinement = start_refinement(problem, strengths)
         refinement.solve_in_memory()
         return path, refinement
 
@@ -229,7 +229,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement.step(data.sample(400, 1)[0])
     before = refinement.accepted_points.clone()
     value = refinement.value.clone()
-    losses = dict(refinement.losses)
+    losses = dict.fromkeys(refinement.strengths, refinement.losses[refinement.best])
     refinement.points = refinement.points + 100
     data.take_pass(refinement)
     assert torch.equal(refinement.accepted_points, before) and torch.equal(refinement.value, value)
@@ -253,6 +253,26 @@ def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own
     data.take_pass(refinement)
     torch.testing.assert_close(refinement.value, value)
     torch.testing.assert_close(refinement.gradient, gradient)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_every_loss_that_is_reported_was_measured(data, passes):
+    """After the last pass no strength enters the window; its loss would be that of its neighbour."""
+    refinement = data.start(200)
+    measured = {}
+    for number in range(2, passes + 1):
+        data.take_pass(refinement)
+        measured |= dict(
+            zip(refinement.strengths, refinement.held_out.sum(1).tolist(), strict=True)
+        )
+        refinement.step(data.sample(200, number)[0], is_last=number == passes)
+    found = refinement.found()
+    assert dict(zip(found["strengths"], found["loss"], strict=True)) == measured
+    chosen = found["strengths"][found["chosen"]]
+    assert chosen in (min(measured, key=measured.get), *refinement.strengths[1:-1])
+    solved = [found["strengths"][i] for i in found["solved"]]
+    assert chosen in solved
+    assert len(solved) == len(found["points"]) == (1 if passes == 2 else 3)
 
 
 def test_state_resumes_to_the_same_numbers(data):

@@ -222,11 +222,12 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
 
 
 @pytest.mark.parametrize("given", [(), ("--ckpt_path", "last")])
-def test_test_without_a_checkpoint_is_an_error(given, finished, tmp_path):
-    """It would write the scores of untrained probes."""
+@pytest.mark.parametrize("subcommand", ["test", "validate"])
+def test_without_a_checkpoint_there_is_nothing_to_score(subcommand, given, finished, tmp_path):
+    """It would write, or show, the scores of untrained probes."""
     _, command = finished
-    with pytest.raises(SystemExit, match="probes test scores the probes of a checkpoint"):
-        main(["test", *command[1:], "--out", str(tmp_path / "run"), *given])
+    with pytest.raises(SystemExit, match=f"probes {subcommand} scores the probes of a checkpoint"):
+        main([subcommand, *command[1:], "--out", str(tmp_path / "run"), *given])
     assert not (tmp_path / "run/metrics.json").exists()
 
 

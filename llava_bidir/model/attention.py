@@ -55,7 +55,7 @@ def _check_block_ids(name: str, block_ids: BlockIds) -> None:
         )
 
 
-def image_attention(name: str) -> BlockIds | None:
+def block_ids_of(name: str) -> BlockIds | None:
     """Return the block id function registered under `name`, None for causal attention."""
     if name not in IMAGE_ATTENTION:
         raise ValueError(

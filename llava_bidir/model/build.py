@@ -22,7 +22,7 @@ from llava_bidir.common.greedy import greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
 from llava_bidir.common.tokenizer import load_tokenizer
 
-from .attention import image_attention as find_image_attention
+from .attention import block_ids_of
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, check_layers
@@ -137,7 +137,7 @@ def max_positions(llm: str) -> int | None:
 def check_image_attention(name: str) -> None:
     """Raise UserError for an unknown mask; attention.py ships in checkpoints and cannot import it."""
     try:
-        find_image_attention(name)
+        block_ids_of(name)
     except ValueError as error:
         raise UserError(f"model.image_attention: {error}") from None
 

@@ -67,7 +67,7 @@ def _add_mask(name: str, file: Path) -> None:
     Raises:
         UserError: Its source cannot be found, or needs more than attention.py imports.
     """
-    block_ids = attention.image_attention(name)
+    block_ids = attention.block_ids_of(name)
     if block_ids is None or block_ids.__module__ == attention.__name__:
         return
     with error_context(

@@ -36,7 +36,7 @@ from transformers.masking_utils import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 
-from .attention import image_attention
+from .attention import block_ids_of
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class LlavaBidirConfig(LlavaConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         # an unknown name fails here, not in the first forward
-        image_attention(self.image_attention)
+        block_ids_of(self.image_attention)
 
 
 class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
@@ -318,7 +318,7 @@ def _sample_numbers(samples: list[list[int]], device: torch.device) -> Tensor:
 
 def _block_ids(name: str, is_image: Tensor, samples: list[list[int]] | None) -> Tensor | None:
     """Return the block ids long[B, N] of a mask, None for causal; a packed sample has the ids that it has alone."""
-    block_ids = image_attention(name)
+    block_ids = block_ids_of(name)
     if block_ids is None or samples is None:
         return block_ids and block_ids(is_image)
     count = max(map(len, samples))

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CLOSED_FORM = "closed_form"  # the instrument of least squares
+# how probes were solved: classes by their loss, other tasks by least squares
+OPTIMUM = "optimum"
+CLOSED_FORM = "closed_form"
 
 # steps along the path, which runs from strong to weak
 ROWS = {
@@ -75,8 +77,9 @@ class Strengths:
 
     def at_edge(self) -> list[str]:
         """Return the sites whose cross-validated loss is lowest at an end of the path, where it may fall further."""
-        return [
-            site["site"]
-            for site in self.sites
-            if site["lowest"] in (site["strengths"][0], site["strengths"][-1])
-        ]
+        return [site["site"] for site in self.sites if is_at_end(site["strengths"], site["lowest"])]
+
+
+def is_at_end(strengths: list[float], lowest: float) -> bool:
+    """Return whether the strength of the lowest loss is the first or the last of several that were tried."""
+    return len(strengths) > 1 and lowest in (strengths[0], strengths[-1])

@@ -11,7 +11,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 
-from .families import FULL, SLIDING, build_mask, image_attention, layer_kinds
+from .families import FULL, SLIDING, block_ids_of, build_mask, layer_kinds
 
 # Masks that differ between kinds of layers, as {kind of layer: mask}.
 MIXED_MASKS = {"bidirectional_sliding": {FULL: "causal", SLIDING: "bidirectional"}}  # Gemma 4's own
@@ -40,7 +40,7 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
     config = copy.copy(text_config)
     config._attn_implementation = backend
     try:
-        image_attention("causal" if name in MIXED_MASKS else name)
+        block_ids_of("causal" if name in MIXED_MASKS else name)
         mask = build_mask("causal", config, torch.ones(1, 1, dtype=torch.bool))
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -41,40 +41,27 @@ def read_states(
 ) -> States:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     mllm.check_pixels(pixels)
-    rows = None if rows is None else [int(row) for row in rows]
-    plan = _shared_rows(
-        mllm,
-        len(pixels),
-        knockout,
-        rows,
-        hooks,
-    )
+    rows = _check_rows(rows, len(pixels))
+    shared = _shared_rows(mllm, knockout, rows, hooks)
     given = pixels
 
     def of_rows(tensor: Tensor) -> Tensor:
         """Return the rows that are asked for, unless the forward pass makes those itself."""
-        if rows is None or plan is not None:
+        if rows is None or shared is not None:
             return tensor
         return tensor[rows]
 
     pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
     images = len(pixels)
-    start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
-    if knockout and PREFIX in knockout.names("rows"):
-        start = 0  # the cached prefix is not cut
-    of_llm = [site for site in wanted if not is_encoder_layer(site)]
-    depth = max([mllm.sites.index(site) - 1 for site in of_llm], default=-1)
-    masks = mllm.attention_masks(images if plan is None else len(rows), knockout)
+    start = _first_token(mllm, knockout)
+    depth = _last_layer_needed(mllm, wanted)
+    masks = mllm.attention_masks(images if shared is None else len(rows), knockout)
     tokens = mllm.ids.shape[1] - start  # on which the layers run
     last = last_rows(masks, tokens)
-    cache = mllm.prefix_cache(images, plan) if start and depth > 0 else None
+    cache = mllm.prefix_cache(images, shared) if start and depth > 0 else None
     skipped: list[str] = []
-    if (
-        known is not None
-        and plan is None
-        and mllm.prefix_is_shared
-        and tokens == len(mllm.image_positions)
-    ):
+    only_image = mllm.prefix_is_shared and tokens == len(mllm.image_positions)
+    if known is not None and shared is None and only_image:
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:
@@ -82,34 +69,22 @@ def read_states(
             stack.enter_context(knockout.apply(layers, last, mllm.is_image, depth))
         if skipped:
             begin = of_rows(known[skipped[-1]]).to(mllm.device)
+            # encoder and adapter stand before the layers among the sites
             stack.enter_context(skipped_layers(layers, len(skipped) - 2, begin))
         stack.enter_context(replaced_states(layers, hooks, mllm.image_positions - start))
         states = stack.enter_context(_recorded_states(mllm, wanted, images, start))
-        if plan is not None:
-            stack.enter_context(shared_layers(layers, plan))
+        if shared is not None:
+            stack.enter_context(shared_layers(layers, shared))
         if masks is not None:
-
-            def replace_mask(_, args, kwargs):
-                return (args, {**kwargs, "attention_mask": last})
-
-            stack.callback(
-                mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove
-            )
+            stack.enter_context(_replaced_mask(mllm, last))
         if skipped:
             run = mllm.decoder
             inputs = {"inputs_embeds": begin}
         else:
             run = mllm.model.model
-            inputs = {"input_ids": mllm.ids[:, start:].expand(images, -1)}
-            inputs |= mllm.family.inputs(
-                mllm.model, pixels, mllm.is_image[start:].expand(images, -1)
-            )
+            inputs = _inputs(mllm, pixels, start)  # of some families this runs the encoder
         with suppress(StopForward):
-            run(
-                **mllm.cached(cache),
-                use_cache=cache is not None,
-                **inputs,
-            )
+            run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
     if skipped:  # so is the encoder
         skipped = [*(site for site in wanted if is_encoder_layer(site)), *skipped]
     states |= {
@@ -119,8 +94,8 @@ def read_states(
         raise UserError(
             f"no states of {missing[0]}: the forward does not call the module that the family names"
         )
-    if plan is not None:
-        positions = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
+    if shared is not None:
+        positions = dict(zip(mllm.sites, rows_by_site(rows, shared), strict=True))
         positions |= {site: positions[ENCODER] for site in wanted if is_encoder_layer(site)}
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     changed = knockout or hooks or rows is not None
@@ -129,19 +104,63 @@ def read_states(
     )
 
 
+def _check_rows(rows: Sequence[int] | None, images: int) -> list[int] | None:
+    """Return the image of each row as int; raise a UserError if there is none, or no such image."""
+    if rows is None:
+        return None
+    rows = [int(row) for row in rows]
+    if not rows:
+        raise UserError("got no rows; expected the image of each row, or None")
+    for row, image in enumerate(rows):
+        if not 0 <= image < images:
+            raise UserError(f"row {row} is of image {image}; expected 0 to {images - 1}")
+    return rows
+
+
+def _first_token(mllm: nn.Module, knockout: Knockout | None) -> int:
+    """Return the first token that the layers run on: those before it come from the prefix's cache."""
+    if not mllm.prefix_is_shared:
+        return 0
+    if knockout and PREFIX in knockout.names("rows"):
+        return 0  # the cached prefix is not cut
+    return mllm.prefix_ids.shape[1]
+
+
+def _last_layer_needed(mllm: nn.Module, wanted: list[str]) -> int:
+    """Return the index of the last wanted site, counted from the adapter: 0 and below need no layer of the LLM."""
+    of_llm = [site for site in wanted if not is_encoder_layer(site)]
+    return max([mllm.sites.index(site) - 1 for site in of_llm], default=-1)
+
+
+def _inputs(mllm: nn.Module, pixels: Tensor, start: int) -> dict[str, Tensor]:
+    """Return the inputs of the whole model for the tokens from `start` on."""
+    images = len(pixels)
+    is_image = mllm.is_image[start:].expand(images, -1)
+    ids = mllm.ids[:, start:].expand(images, -1)
+    return {"input_ids": ids} | mllm.family.inputs(mllm.model, pixels, is_image)
+
+
+@contextmanager
+def _replaced_mask(mllm: nn.Module, mask: Tensor | dict[str, Tensor]) -> Iterator[None]:
+    """Give the decoder this mask instead of its own while the context is open."""
+
+    def replace(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "attention_mask": mask}
+
+    handle = mllm.decoder.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _shared_rows(
     mllm: nn.Module,
-    images: int,
     knockout: Knockout | None,
     rows: list[int] | None,
     hooks: Mapping[str, Replacement],
 ) -> list[DistinctRows] | None:
     """Return the distinct rows at each layer; None if rows share nothing, or have position ids of their own."""
-    if rows == []:
-        raise UserError("got no rows; expected the image of each row, or None")
-    for row, image in enumerate(rows or ()):
-        if not 0 <= image < images:
-            raise UserError(f"row {row} is of image {image}; expected 0 to {images - 1}")
     if rows is None or knockout is None or hooks or not mllm.family.shared_prefix:
         return None
     return on_device(

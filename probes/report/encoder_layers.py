@@ -18,11 +18,10 @@ def best_layer(run: ProbeRun) -> dict[str, Any] | None:
     The layer is the best one on the validation images; the claim "over_last" chooses it on other images than it
     scores.
     """
-    layers = [site for site in run.sites if is_layer(site)]
-    if not layers:
+    best = run.peak_layer
+    if best is None:
         return None
     scores = run.site_scores()
-    best = max(layers, key=lambda site: scores[site].value)
     last = scores.get(run.last_layer)
     over_last = scores[best] - last if last else None
     entry = run.metrics["sites"][run.sites.index(best)]
@@ -55,7 +54,7 @@ def describe_best_layer(best: dict[str, Any]) -> str:
 def class_table(run: ProbeRun) -> list[dict[str, str]]:
     """Return the IoU of each class in percent at some layers, the best one of them, and at the final norm."""
     layers = [entry for entry in run.metrics["sites"] if is_layer(entry["site"])]
-    best = max(layers, key=lambda entry: entry["miou"])
+    best = next(entry for entry in layers if entry["site"] == run.peak_layer)
     steps = max(1, len(layers) - 1)
     evenly = {round(i * steps / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)}
     shown = [entry for i, entry in enumerate(layers) if i in evenly or entry is best]

@@ -240,7 +240,7 @@ def _build_part(
     files |= _csv_files({"sites": results["sites"]}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
-    knockouts = [entry["knockout"] for entry in results["masks"].values() if entry["knockout"]]
+    knockouts = [entry["knockout"] for entry in results["masks"].values() if entry.get("knockout")]
     effects = [row for knockout in knockouts for row in effect_rows(knockout)]
     files[out / "tables.tex"] = latex.format_tables(study, claims, effects)
     return {

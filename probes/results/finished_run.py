@@ -35,7 +35,7 @@ from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
-from probes.evaluation.strengths import CLOSED_FORM, Strengths
+from probes.evaluation.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.models.sites import ADAPTER, is_layer, last_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
@@ -206,7 +206,7 @@ class FinishedRun:
         return self.metrics.get("last_layer") or last_layer(self.sites)
 
     @property
-    def site_paths(self) -> list[dict[str, Any]]:
+    def site_strengths(self) -> list[dict[str, Any]]:
         """Strengths, scores and certificates of each site's solved probes, from metrics.json["path"].
 
         Raises:
@@ -216,17 +216,17 @@ class FinishedRun:
             raise UserError(
                 f"{self.path} has no path of strengths; expected a run of `probes solve`"
             )
-        return self.metrics["path"][self.instrument]["sites"]
+        return self.metrics["path"][self.path_kind]["sites"]
 
     @property
-    def instrument(self) -> str:
+    def path_kind(self) -> str:
         """How the probes were solved: "closed_form" for least squares, else "optimum"."""
-        return "optimum" if self.metrics["path"].get("optimum") else CLOSED_FORM
+        return OPTIMUM if self.metrics["path"].get(OPTIMUM) else CLOSED_FORM
 
     @property
     def strengths(self) -> Strengths:
         """The path of strengths of a run of `probes solve`."""
-        return Strengths(self.site_paths, self.task.score, self.instrument == CLOSED_FORM)
+        return Strengths(self.site_strengths, self.task.score, self.path_kind == CLOSED_FORM)
 
     @cached_property
     def effects(self) -> dict[str, Estimate]:
@@ -258,7 +258,7 @@ class FinishedRun:
             self.weights,
             self.groups,
             strengths=self.strengths if solved else None,
-            path=self.path_sums() if solved else None,
+            path=self.sums_by_strength() if solved else None,
         )
 
     @cached_property
@@ -289,7 +289,7 @@ class FinishedRun:
         resampled = resampled_scores(self.task, self.sums, self.weights)[self.task.score]
         return {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(self.sites)}
 
-    def path_sums(self) -> torch.Tensor:
+    def sums_by_strength(self) -> torch.Tensor:
         """Return the sums per image at each row of solved strengths, strong to weak, [R, S, N, M].
 
         A row has another strength at each site; see `strengths`.
@@ -297,7 +297,7 @@ class FinishedRun:
         Raises:
             UserError: The probes were not solved, or the file is damaged.
         """
-        return self._read("path.safetensors")[f"{self.instrument}/sums"]
+        return self._read("path.safetensors")[f"{self.path_kind}/sums"]
 
     @property
     def is_solved(self) -> bool:

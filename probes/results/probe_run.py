@@ -114,7 +114,7 @@ class ProbeRun(FinishedRun):
             **{name: self._tensors[name] for name in Counts._fields if name in self._tensors}
         )
 
-    def path_counts(self) -> list[Counts]:
+    def counts_by_strength(self) -> list[Counts]:
         """Return the counts of each row of solved strengths, strong to weak.
 
         A row has another strength at each site; see `strengths`. The counts have one patch per image.
@@ -154,9 +154,9 @@ class ProbeRun(FinishedRun):
         """Pixels of each class that are right, predicted and labelled in each image, i64[S, N, 3 K]."""
         return self.task.sums(self._tensors)
 
-    def path_sums(self) -> torch.Tensor:
+    def sums_by_strength(self) -> torch.Tensor:
         """Return these counts at each row of solved strengths, strong to weak, i64[R, S, N, 3 K]."""
-        return torch.stack([self.task.sums(row._asdict()) for row in self.path_counts()])
+        return torch.stack([self.task.sums(row._asdict()) for row in self.counts_by_strength()])
 
     def compute_effects(self) -> dict[str, Estimate]:
         """Return the effects of the run, and the accuracies of single patches, computed from its counts."""

@@ -153,7 +153,7 @@ def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
             metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False
         ):
             yield common | table_row(site["site"], "iou", iou, **{"class": cls})
-    for site in run.site_paths if run.is_solved else ():
+    for site in run.site_strengths if run.is_solved else ():
         for key, values in site.items():
             if key in ("cv_cross_entropy", "cv_loss", "cross_entropy", "miou", "pacc"):
                 for strength, value in zip(site["strengths"], values, strict=True):

@@ -38,12 +38,12 @@ class StrengthsRecord:
     """The path of strengths of solved probes.
 
     Args:
-        instrument: How they were solved: "optimum" or "closed_form".
+        path_kind: How they were solved: "optimum" or "closed_form".
         about: metrics.json["path"].
         counted: What the task counts of each image at the solved strengths, by name, [R, S, N, ...].
     """
 
-    instrument: str
+    path_kind: str
     about: dict[str, Any]
     counted: dict[str, torch.Tensor]
 
@@ -130,7 +130,7 @@ def save_run(
     files = {out / "counts.safetensors": tensors}
     if record.path:
         files[out / "path.safetensors"] = {
-            f"{record.path.instrument}/{name}": x for name, x in record.path.counted.items()
+            f"{record.path.path_kind}/{name}": x for name, x in record.path.counted.items()
         }
     files[out / EFFECTS_FILE] = effect_file(effects)
     files[out / "probes.safetensors"] = probes.heads.state_dict()
@@ -159,11 +159,11 @@ def effects_of(
     task = probes.task
     sites = probes.sites
     strengths = None
-    path_sums = None
+    sums_by_strength = None
     if path:
-        of_sites = path.about[path.instrument]["sites"]
-        strengths = Strengths(of_sites, task.score, path.instrument == CLOSED_FORM)
-        path_sums = task.sums(counted | path.counted)
+        of_sites = path.about[path.path_kind]["sites"]
+        strengths = Strengths(of_sites, task.score, path.path_kind == CLOSED_FORM)
+        sums_by_strength = task.sums(counted | path.counted)
     effects = run_effects(
         sites,
         last_layer(probes.mllm.sites),
@@ -172,7 +172,7 @@ def effects_of(
         weights,
         groups,
         strengths=strengths,
-        path=path_sums,
+        path=sums_by_strength,
     )
     if task.name == SEGMENTATION:
         columns = probes.mllm.grid[1]

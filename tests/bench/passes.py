@@ -220,7 +220,7 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept_losses(*sums.means(space, pixel_count))
         stored, _, weights, folds = gather(kept, fold_of)
-        sample = SampledPixels(axes.restore(stored), weights.float(), folds)
+        sample = SampledPixels(axes.coordinates_of(stored), weights.float(), folds)
         refinement.step(sample, is_last=number == passes)
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
         certificates = ", ".join(

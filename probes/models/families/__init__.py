@@ -12,7 +12,7 @@ from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
 from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
-from .llava import FULL, LLAVA, SLIDING, build_mask, image_attention, layer_kinds
+from .llava import FULL, LLAVA, SLIDING, block_ids_of, build_mask, layer_kinds
 from .patch_merging import MERGED
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "SLIDING",
     "EncoderFamily",
     "Family",
+    "block_ids_of",
     "build_mask",
     "family_of",
-    "image_attention",
     "layer_kinds",
     "own_image_attention",
     "register_family",

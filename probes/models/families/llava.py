@@ -11,14 +11,14 @@ from llava_bidir.model.modeling_llava_bidir import (
     FULL,
     SLIDING,
     LlavaBidirForConditionalGeneration,
+    block_ids_of,
     build_mask,
-    image_attention,
     layer_kinds,
 )
 
 from .base import Family, image_size
 
-__all__ = ["FULL", "LLAVA", "SLIDING", "build_mask", "image_attention", "layer_kinds"]
+__all__ = ["FULL", "LLAVA", "SLIDING", "block_ids_of", "build_mask", "layer_kinds"]
 
 
 def _image_px(config: PreTrainedConfig) -> int:

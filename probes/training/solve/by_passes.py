@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.data.samplers import assign_folds
+from probes.evaluation.strengths import OPTIMUM
 from probes.training.distributed import (
     all_gather_objects,
     all_reduce,
@@ -50,7 +51,7 @@ class PassSolver(Solver):
         sample_images: Number of images whose memory is used.
     """
 
-    instrument = "optimum"
+    path_kind = OPTIMUM
 
     def __init__(
         self,
@@ -65,8 +66,9 @@ class PassSolver(Solver):
         self.sample_images = sample_images
         self.fold_of = assign_folds(self.images, options.folds, training.groups)
         self.has_saved_pass = False
-        # How the states of a sample are stored, and the moments of the first pass, by site
-        self.ranges: dict[str, ChannelRange | AxisRange] = {}
+        # How the first pass stores states and how later ones do, and the moments of the first pass, by site
+        self.channel_ranges: dict[str, ChannelRange] = {}
+        self.axis_ranges: dict[str, AxisRange] = {}
         self.moments: dict[str, Moments] = {}
         self.kept: list[Any] = []  # pixels of this pass, batch by batch
         # Labels, weights and folds of the n pixels of a pass, and of the sites that this process solves their states
@@ -109,40 +111,26 @@ class PassSolver(Solver):
         size = self.reader.data.rank_batch_size
         batches = [images[start : start + size] for start in range(0, count, size)]
         parts = [batch["states"] for batch in self.reader.training(batches, "channels")]
-        self.ranges = {
+        self.channel_ranges = {
             site: ChannelRange.of(torch.cat([part[site] for part in parts])) for site in self.sites
         }
         self.moments = {
-            site: Moments.zeros(r.mean, 1, self.channels) for site, r in self.ranges.items()
+            site: Moments.zeros(channels.mean, 1, self.channels)
+            for site, channels in self.channel_ranges.items()
         }
 
     def _keep_pixels(self, batch: dict[str, Any]) -> None:
         """Keep some pixels of each image of a batch, others in each pass."""
-        total = (
-            self.sample_images
-            * self.mllm.grid[0]
-            * self.mllm.grid[1]
-            * self.mllm.model.dtype.itemsize
-        )
-        total *= 2 if self.passes else 1  # of half a byte
+        grid = tuple(self.mllm.grid)
+        ranges = self.axis_ranges if self.passes else self.channel_ranges
         parts = []
         for slot, (image, target) in enumerate(
             zip(batch["index"].tolist(), batch["target"], strict=True)
         ):
-            # where pixels are fewer than images: others in each pass
-            place = (image + self.passes) % self.images
-            count = (place + 1) * total // self.images - place * total // self.images
-            seed = self.options.seed + 1_000_003 * (image + self.images * self.passes)
             view = self.mllm.geometry.view(tuple(target.shape))
-            found = choose_pixels(
-                target.cpu(),
-                count,
-                seed,
-                tuple(self.mllm.grid),
-                view,
-            )
+            found = choose_pixels(target.cpu(), *self._count_and_seed(image), grid, view)
             tokens, shares, labels, labelled = found
-            tokens = tokens + slot * self.mllm.grid[0] * self.mllm.grid[1]
+            tokens = tokens + slot * grid[0] * grid[1]
             weights = torch.full(
                 (len(labels),), labelled / max(1, len(labels)), dtype=torch.float64
             )
@@ -150,10 +138,21 @@ class PassSolver(Solver):
         pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
         at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
         states = {
-            site: self.ranges[site].store(x).view(torch.uint8).cpu()
-            for site, x in at_pixels.items()
+            site: ranges[site].store(x).view(torch.uint8).cpu() for site, x in at_pixels.items()
         }
         self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
+
+    def _count_and_seed(self, image: int) -> tuple[int, int]:
+        """Return how many pixels of an image this pass keeps, and the seed that chooses them.
+
+        The first pass keeps a byte a channel, later ones half a byte, and so twice as many pixels. Where there are
+        fewer pixels than images, other images have one in each pass.
+        """
+        tokens = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1]
+        total = tokens * self.mllm.model.dtype.itemsize * (2 if self.passes else 1)
+        place = (image + self.passes) % self.images
+        count = (place + 1) * total // self.images - place * total // self.images
+        return count, self.options.seed + 1_000_003 * (image + self.images * self.passes)
 
     def _gather_pixels(self) -> None:
         """Bring the sample of each site to its owner, in the order of the images."""
@@ -214,7 +213,7 @@ class PassSolver(Solver):
         for site, (axes, solution) in found.items():
             self.refinements[site] = self._start(axes.space, null[site], solution)
         axes = {site: found[site][0] if site in found else None for site in self.sites}
-        self.ranges = {site: broadcast(axes[site], self.owner_of(site)) for site in self.sites}
+        self.axis_ranges = {site: broadcast(axes[site], self.owner_of(site)) for site in self.sites}
 
     def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
         """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
@@ -230,7 +229,7 @@ class PassSolver(Solver):
         """Solve a site on the sample of the first pass."""
         space = self.spaces[site]
         stored = self.sample_states[site].view(STORED)
-        inputs = space.coordinates(self.ranges[site].restore(stored.to(self.device)))
+        inputs = space.coordinates(self.channel_ranges[site].restore(stored.to(self.device)))
         labels, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         problem = PixelProblem(space, inputs, labels, weights, folds, self.options.folds)
         return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
@@ -292,7 +291,7 @@ class PassSolver(Solver):
     def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
         _, weights, folds = (x.to(self.device) for x in self.sample_pixels)
-        inputs = self.ranges[site].restore(self.sample_states[site].to(self.device))
+        inputs = self.axis_ranges[site].coordinates_of(self.sample_states[site].to(self.device))
         is_last = self.passes == self.options.passes
         refinement.step(SampledPixels(inputs, weights.float(), folds), is_last)
         return refinement
@@ -305,7 +304,7 @@ class PassSolver(Solver):
         """Save all sites in one file, so that they are of the same pass."""
         tensors = {"passes": torch.tensor(self.passes)}
         for site in self.sites:
-            tensors[f"{site}/deviation"] = self.ranges[site].deviation
+            tensors[f"{site}/deviation"] = self.axis_ranges[site].deviation
             state = self.refinements[site].state() if site in self.refinements else None
             state = broadcast(state, self.owner_of(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
@@ -317,11 +316,10 @@ class PassSolver(Solver):
         tensors = self.checkpoints.load(PASSES)
         self.passes = int(tensors["passes"])
         rank_zero_info(f"resuming after pass {self.passes}")
-        self.ranges = {}
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
             deviation = state.pop("deviation")
             refinement = PassRefinement.of_state(state, self.options.strengths)
-            self.ranges[site] = AxisRange(refinement.space, deviation)
+            self.axis_ranges[site] = AxisRange(refinement.space, deviation)
             if rank() == self.owner_of(site):
                 self.refinements[site] = refinement

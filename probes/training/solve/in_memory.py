@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
+from probes.evaluation.strengths import OPTIMUM
 from probes.ops.quadrature import join_masks
 from probes.training.distributed import all_gather_objects, broadcast, gather_images
 
@@ -35,7 +36,7 @@ class MemorySolver(Solver):
         sample_images: All training images.
     """
 
-    instrument = "optimum"
+    path_kind = OPTIMUM
 
     def __init__(
         self,

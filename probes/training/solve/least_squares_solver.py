@@ -18,6 +18,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_size
 from probes.data.samplers import assign_folds, fold_batches
+from probes.evaluation.strengths import CLOSED_FORM
 from probes.ops.normal_equations import normal_equations
 from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
@@ -33,7 +34,7 @@ SAVE_SECONDS = 600  # between two files of moments
 class LeastSquaresSolver(Solver):
     """Linear probes of least squares, for every strength of regularisation; see :class:`Solver`."""
 
-    instrument = "closed_form"
+    path_kind = CLOSED_FORM
 
     # ------------------------------------------------------------------------------------------------ pass
     def prepare_first_pass(self) -> list[list[int]]:

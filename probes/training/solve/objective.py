@@ -27,6 +27,26 @@ from .moments import SiteSpace, full_precision
 LOOSE_NODES = 2
 TIGHT_NODES = 5
 CHUNK_NUMEL = 2**24  # logits at a time
+# the strongest and the weakest regularisation that is tried, in half decades: 1000 and 1e-8
+STRONGEST = -6
+WEAKEST = 16
+
+
+def half_decades(first: int, last: int) -> tuple[float, ...]:
+    """Return strengths in steps of half a decade, from strong to weak: 0 is 1, and 2 is 0.1."""
+    return tuple(10 ** (-i / 2) for i in range(first, last + 1))
+
+
+def ridge_of(strengths: Tensor, points: Tensor) -> Tensor:
+    """Return the weights f64[P, 1, d + 1] of the squares of points f64[..., d + 1]; 0 for biases.
+
+    Args:
+        strengths: f64[P].
+        points: Determines the width.
+    """
+    ridge = strengths[:, None, None].repeat(1, 1, points.shape[-1])
+    ridge[..., -1] = 0
+    return ridge
 
 
 class FoldProblem:
@@ -67,9 +87,7 @@ class FoldProblem:
 
     def ridge(self, strengths: Tensor) -> Tensor:
         """Return the weights f64[P, 1, d + 1] of the squares of a point; 0 for biases."""
-        ridge = strengths[:, None, None].expand(-1, 1, len(self.space.spectrum) + 1).clone()
-        ridge[..., -1] = 0
-        return ridge
+        return ridge_of(strengths, self.start)
 
     def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
         """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.

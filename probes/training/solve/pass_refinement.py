@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .moments import SiteSpace, full_precision
-from .objective import whitened_norm
+from .objective import STRONGEST, WEAKEST, half_decades, ridge_of, whitened_norm
 from .refinement import CONVERGED, ROUNDING, Certificate
 from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
 
@@ -36,9 +36,6 @@ SAVED = {  # attributes by their names in the file of a killed run
 }
 PAIRS = 4  # steps that are remembered, in float32
 WINDOW = 2  # half decades on both sides of the best strength
-# in half decades: 1000 to 1e-8
-STRONGEST = -6
-WEAKEST = 16
 
 
 class PassRefinement:
@@ -148,7 +145,7 @@ class PassRefinement:
     # ------------------------------------------------------------------------------------------------ strengths
     def _ridge(self) -> Tensor:
         """Return the weights f64[W, 1, 1, d + 1] of the squares of a point; 0 for biases."""
-        return ridge_of(self.strengths, self.points)
+        return ridge_of(self.points.new_tensor(self.strengths), self.points)[:, None]
 
     def _window(self) -> list[float]:
         """Return the strengths that the window should have, from strong to weak."""
@@ -161,7 +158,7 @@ class PassRefinement:
         # a sample asks for more regularisation than all images
         first = best if len(index) == 1 else best - WINDOW
         first = min(max(first, STRONGEST), WEAKEST - 2 * WINDOW)
-        return [10 ** (-i / 2) for i in range(first, first + 2 * WINDOW + 1)]
+        return [*half_decades(first, first + 2 * WINDOW)]
 
     def _move_window(self) -> None:
         """Bring strengths into the window, each from its nearest neighbour, and remove others."""
@@ -318,10 +315,3 @@ def bytes_of_probes(width: int, classes: int, folds: int) -> int:
 def half_decade(strength: float) -> int:
     """Return the index of a strength on the grid in half decades, 0 for 1 and 2 for 0.1."""
     return round(-2 * torch.tensor(strength, dtype=torch.float64).log10().item())
-
-
-def ridge_of(strengths: list[float], points: Tensor) -> Tensor:
-    """Return the weights f64[W, 1, 1, d + 1] of the squares of points f64[..., d + 1]; 0 for biases."""
-    ridge = points.new_tensor(strengths)[:, None].repeat(1, points.shape[-1])
-    ridge[:, -1] = 0
-    return ridge[:, None, None]

@@ -158,7 +158,7 @@ class AxisRange(NamedTuple):
             code = torch.cat([code, torch.zeros_like(code[:, :1])], 1)
         return code[:, ::2] * LEVELS + code[:, 1::2]
 
-    def restore(self, stored: Tensor) -> Tensor:
+    def coordinates_of(self, stored: Tensor) -> Tensor:
         """Return the coordinates f32[n, d + 1] in the middle of their levels, with a last column of ones."""
         code = torch.stack([stored // LEVELS, stored % LEVELS], -1).flatten(1)[
             :, : len(self.deviation)

@@ -128,7 +128,7 @@ def score(
         logger.log_hyperparams(run.hparams)
         logger.save()
         logger.finalize("success")
-    name = solver.instrument
+    name = solver.path_kind
     path = StrengthsRecord(name, solver.about() | {name: {"sites": entries}}, tensors)
     made = {
         "head": "linear",

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from probes.evaluation.strengths import is_at_end
 from probes.training.heads import Probe
 
 from .moments import SiteSpace, full_precision
@@ -123,7 +124,7 @@ class SolvedSite:
         """Say so if the lowest loss is at the end of the strengths that were tried."""
         strengths = self.strengths.tolist()
         lowest = int(self.loss.argmin())
-        if len(strengths) == 1 or lowest not in (0, len(strengths) - 1):
+        if not is_at_end(strengths, strengths[lowest]):
             return
         end = "strongest" if lowest == 0 else "weakest"
         why = "the states tell little" if lowest == 0 else "more would be used"

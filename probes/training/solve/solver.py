@@ -42,7 +42,7 @@ class Solver:
         checkpoints: Files of a killed run.
     """
 
-    instrument: str  # name of the probes' path in metrics.json
+    path_kind: str  # name of the probes' path in metrics.json
 
     def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
         self.reader = reader

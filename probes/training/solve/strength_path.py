@@ -17,10 +17,10 @@ from torch import Tensor
 
 from probes.ops.lbfgs import MEMORY, change_units, minimise
 
-from .objective import LOOSE_NODES, FoldProblem
+from .objective import LOOSE_NODES, STRONGEST, WEAKEST, FoldProblem, half_decades
 
-PATH_STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
-STRONGER = tuple(10 ** (k / 2) for k in range(-1, 7))  # 0.3 to 1000, if 0.1 is the best of those
+PATH_STRENGTHS = half_decades(2, WEAKEST)  # 0.1 to 1e-8
+STRONGER = half_decades(STRONGEST, 1)[::-1]  # 0.3 to 1000, if 0.1 is the best of those
 # predicted decrease, nats; at 2e-4, folds are 0.01 nats too good at weak strengths
 PATH_TOLERANCE = 1e-5
 

@@ -153,8 +153,8 @@ def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(p
     run.weights = control.weights = run.weights[:60]
     rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
     fold = np.arange(40) % 10
-    path = run.path_counts()
-    untrained = control.path_counts()
+    path = run.counts_by_strength()
+    untrained = control.counts_by_strength()
     for i, name in enumerate(ROWS):
         values, others = (numpy_values(p[i], run.sites, fold) for p in (path, untrained))
         values["recovery_trained"] = values["recovery"] - others["recovery"]
@@ -207,7 +207,9 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     values = {row["row"]: row["value"] for row in rows if row["effect"] == "adapter_drop"}
 
     def score(r, site):
-        return miou_of_counts(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
+        return miou_of_counts(
+            *(x[site] for x in run.counts_by_strength()[r][:2]), run.counts.labelled
+        )
 
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
     assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
@@ -338,8 +340,8 @@ def test_damaged_counts_of_the_path_are_named(
         change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors"
     )
     with pytest.raises(ValueError, match=f"path.safetensors.*{message}"):
-        ProbeRun(tmp_path / "run").path_counts()
-    assert len(ProbeRun(paths["solved"]).path_counts()) == 3
+        ProbeRun(tmp_path / "run").counts_by_strength()
+    assert len(ProbeRun(paths["solved"]).counts_by_strength()) == 3
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
     with pytest.raises(
         ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"
     ):
-        ProbeRun(paths["sgd"]).path_counts()
+        ProbeRun(paths["sgd"]).counts_by_strength()
 
 
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):

@@ -69,7 +69,7 @@ class Data:
             folds.append(self.fold_of[image].expand(len(label)))
         states = torch.cat(inputs)
         axes = AxisRange.of(self.space, self.space.coordinates(states))
-        kept = axes.restore(axes.store(states))
+        kept = axes.coordinates_of(axes.store(states))
         return SampledPixels(kept, torch.cat(weights), torch.cat(folds)), torch.cat(labels)
 
     def whole(self, strengths=None):

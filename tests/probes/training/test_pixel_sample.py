@@ -114,7 +114,7 @@ def test_half_a_byte_adds_one_percent_to_the_variance_of_each_axis(width):
     stored = kept.store(states)
     assert stored.dtype == torch.uint8
     assert stored.shape == (20_000, (width + 1) // 2)
-    restored = kept.restore(stored)
+    restored = kept.coordinates_of(stored)
     error = (restored - inputs)[:, :-1].square().mean(0) / inputs[:, :-1].var(0)
     assert torch.equal(restored[:, -1], torch.ones(20_000))
     assert error.max() < 0.013, "1.15% for a Gaussian, however small the axis"

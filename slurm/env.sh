@@ -44,6 +44,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
 
 # ---------------------------------------------------------------------------------------------------- derived
+if [[ -d $LAYOUT ]]; then SEGMENTATION=$LAYOUT; fi
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"
 _node="--ntasks-per-node=$TASKS_PER_NODE ${GRES:+--gres=$GRES:$TASKS_PER_NODE}"
 TRAINING="$_common --nodes=$NODES $_node --time=$TRAINING_TIME"

@@ -47,7 +47,9 @@ for_each_part() { # HANDLER: call HANDLER NAME RESULTS DEPENDENCIES SBATCH_OPTIO
         study_part "$1" "$run/study" "$run/stage2" "$ARMS"
       else
         study_part "$1" "$run/study-trained" "$run/stage2" trained
-        for arm in ${ARMS/trained/}; do study_part "$1" "$run/study-$arm" "$run/study-trained" "$arm"; done
+        for arm in $ARMS; do
+          [[ $arm == trained ]] || study_part "$1" "$run/study-$arm" "$run/study-trained" "$arm"
+        done
       fi
       [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$NODE" vqa "$encoder" "$mask"
       vqa_runs+="$run/vqa "

@@ -25,6 +25,7 @@ from llava_bidir.data.image_folder import BadImage, ImageFolder, read_header, re
 from llava_bidir.data.instruction_dataset import (
     LATE_IMAGES,
     fingerprint,
+    has_first_answer,
     image_names,
     keys_like_image,
     read_annotations,
@@ -41,6 +42,7 @@ KINDS = {
     "renamed": "the image format differs from the suffix: read by its content, the first frame of an animation",
     "too_long": "truncated to data.max_length",
     "unsupervised": "no token to train on: the sample does not count",
+    "unanswered": "no first answer to compare with: `fit` and `validate` stop",
     "unread_image": "the image is under a key that is not read: trained as text",
     "placeholder_without_image": "there is no image: `<image>` is trained as ordinary text",
     "image_without_placeholder": "no `<image>` in the text: the image is not shown",
@@ -64,6 +66,7 @@ class RecordFindings(Dataset):
         collate: Encodes the records in training.
         decode: Decode images instead of reading their headers.
         image_attention: Mask of the training.
+        is_validation: The records are questions, whose first answers are compared.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class RecordFindings(Dataset):
         collate: Collate,
         decode: bool = False,
         image_attention: str = "causal",
+        is_validation: bool = False,
     ):
+        self.is_validation = is_validation
         self.records = records
         self.images = images
         self.collate = collate
@@ -100,6 +105,8 @@ class RecordFindings(Dataset):
         """Return (kind, detail) of each finding about a record."""
         if record["problem"]:
             return [("broken", record["problem"])]
+        if self.is_validation and not has_first_answer(record["conversations"]):
+            return [("unanswered", f"{record['answers']} answers that are not empty")]
         findings = self.check_tokens(record) + check_placeholders(record)
         if self.late_images and record[self.late_images]:
             findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
@@ -268,7 +275,7 @@ def main(argv: list[str]) -> None:
         trained = annotations == data.annotations
         mask = cli.model.hparams.image_attention if trained else "causal"
         records = read_annotations(annotations)
-        dataset = RecordFindings(records, images, data.collate, args.decode, mask)
+        dataset = RecordFindings(records, images, data.collate, args.decode, mask, not trained)
         findings = find_problems(dataset, args.workers)
         kinds = Counter(finding["kind"] for finding in findings)
         results.append(

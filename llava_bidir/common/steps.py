@@ -192,7 +192,7 @@ def run_steps(
         run: Runs a step and returns what else its record keeps; "failed" is why an optional step has failed. A raised
             `NothingToMeasure` leaves the step out; any other error ends the work, unless the step is optional.
         log: File for tracebacks of optional steps.
-        overwrite: Delete the earlier result of a step that is left out.
+        overwrite: Delete the earlier result of a step that is left out or fails.
         after: Called after each step, when its record is written.
 
     Returns:
@@ -226,6 +226,8 @@ def run_steps(
                 raise
             more = {"failed": _describe_failure(step, error, log)}
         if "failed" in more:
+            if overwrite:
+                step.result.unlink(missing_ok=True)
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)

@@ -197,6 +197,11 @@ def keys_like_image(record: dict) -> list[str]:
     return [key for key in record["unread"].splitlines() if LIKE_IMAGE.search(key)]
 
 
+def has_first_answer(turns: list[dict]) -> bool:
+    """Return whether the first question of a conversation has an answer that is not empty."""
+    return any(turn["value"] for turn in usable_turns(turns)[1:2])
+
+
 def image_names(records: datasets.Dataset) -> set[str]:
     """Return the paths of all images that records show, relative to their folder."""
     shown = pc.greater(records.data.column("shown"), 0)
@@ -255,7 +260,7 @@ class Instructions(Dataset):
         without = [
             number
             for number, turns in enumerate(self.records["conversations"])
-            if not any(turn["value"] for turn in usable_turns(turns)[1:2])
+            if not has_first_answer(turns)
         ]
         if without:
             name = self.records[int(without[0])]["id"]

@@ -55,6 +55,9 @@ def read_effects(run: FinishedRun) -> dict[str, Estimate]:
         if analysis.effects and not effects_path(run.path, name).is_file():
             effects |= analysis.effects(run)
     for path in sorted(run.path.glob(effects_path(Path(), "*").name)):
+        analysis = ANALYSES.get(path.name.removesuffix(effects_path(Path(), "").name))
+        if analysis is not None and not (run.path / analysis.result).is_file():
+            continue  # a later call with other options had nothing to measure
         found, made_from = read_effect_file(path)
         _check_made_from(run, path, made_from)
         effects |= found

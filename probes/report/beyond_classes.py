@@ -21,6 +21,7 @@ from .claims import evaluate_claims
 from .seeds import joint_studies
 from .summary_text import claim_notes, format_count, verdict_reasons
 from .tables import claim_rows
+from .verdicts import measured_effect
 
 Entry = dict[str, Any]
 
@@ -211,8 +212,7 @@ def joint_claim_texts(joint: list[dict[str, Any]]) -> Rows:
 
 def _claim_cells(claim: dict[str, Any]) -> dict[str, str]:
     """Return name, numbers and finding of a claim as text."""
-    optimum = claim["verdicts"]["optimum"]
-    measured = claim if optimum["ci95"] is None else optimum
+    measured = measured_effect(claim)
     beyond = claim["verdicts"]["beyond_random"]
     return {
         "claim": CLAIMS[claim["claim"]].name,

@@ -19,8 +19,9 @@ from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
+from probes.analyses.knockout.effects import MIN_IMAGES
 from probes.evaluation.estimate import Estimate
-from probes.results.comparable import check_pair
+from probes.results.comparable import check_pair, knockout_difference
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.steps import study_folder
@@ -152,10 +153,23 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
         }
         for key, estimate in numbers.judged.items():
             of_part = draws[_random_part(key[0])]
+            if ANALYSIS_OF.get(key[0]) == "knockout" and _draws_of_other_knockouts(
+                study, key[1], kind == "solved"
+            ):
+                continue
             of_draws = [draw.judged.get(key) for draw in of_part if key in draw.paper]
             if len(of_draws) >= 2 and all(of_draws):
                 beyond[*key, kind] = compare_to_draws(estimate, of_draws)
     return StudyNumbers(main, control, solved, beyond, tokens)
+
+
+def _draws_of_other_knockouts(study: StudyRuns, mask: str, solved: bool) -> str | None:
+    """Return why the knockouts of random models are not comparable with that of the trained one; None if they are."""
+    trained = (study.solved if solved else study.main_runs).get(mask)
+    draws = study.random_draws("llm", solved)
+    pairs = [(trained, draw[mask]) for draw in draws if trained and mask in draw]
+    found = (knockout_difference(*pair) for pair in pairs)
+    return next(filter(None, found), None)
 
 
 def compared_tokens(effects: Iterable[Mapping[str, Estimate]]) -> str:
@@ -221,7 +235,10 @@ def measure_runs(
 
 def _with_images(estimate: Estimate, run: FinishedRun) -> Estimate:
     """Return an estimate that says what it is a mean over: of a run's own scores, the images."""
-    return replace(estimate, about={"n": {"images": run.metrics["images"]}} | dict(estimate.about))
+    count = {"images": run.metrics["images"]}
+    if run.groups is not None:
+        count["groups"] = len(run.groups.unique())
+    return replace(estimate, about={"n": count} | dict(estimate.about))
 
 
 def _add_differences_of_masks(
@@ -266,6 +283,9 @@ def _paper_column(
         reason = f"the number is that of solved probes: {remedy}"
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.paper.get((claim, mask))
+    if claim in ANALYSIS_OF and mask in study.solved:
+        if knockout_difference(study.main_runs[mask], study.solved[mask]):
+            solved = None  # not the same effect
     below = solved and (solved - estimate).json()
     return column(
         CLAIMS[claim].sign,
@@ -319,10 +339,16 @@ def _not_analysed(claim: str, run: FinishedRun) -> str:
     missing = f"no {name} of the solved probes: run"
     if name not in ANALYSES:
         return f"{missing} it on {run.path}"
-    return f"{missing} `probes {name} --probes {quote(str(run.path))}`"
+    options = " --classes auto:4" if name == "knockout" else ""
+    return f"{missing} `probes {name} --probes {quote(str(run.path))}{options}`"
 
 
 def _no_contrast(run: FinishedRun) -> str:
+    if run.metrics["images"] < MIN_IMAGES:
+        return (
+            f"{run.path} has {run.metrics['images']} validation images, and a knockout is judged from cases in "
+            f"{MIN_IMAGES} or more"
+        )
     return (
         f"the knockout of {run.path} has no two classes that are mistaken for each other, in enough images: run "
         f"`probes knockout --probes {quote(str(run.path))} --classes` with both classes of a pair"
@@ -377,6 +403,12 @@ def _why_no_draws(
         if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
             return _no_contrast(study.main_runs[mask])
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
+            controls = study.random_draws(part, study.first.is_solved)
+            draws = [draw[mask] for draw in controls if mask in draw]
+            if reason := _draws_of_other_knockouts(study, mask, study.first.is_solved):
+                return reason
+            if CLAIMS[claim].against_tokens and all(run.analysis("knockout.json") for run in draws):
+                return _no_contrast(draws[0])
             return _draws_without(ANALYSIS_OF[claim], which_runs)
         return f"fewer than two draws under the same mask: solve {which_runs} under each mask"
     too_few = f"draws of a random {name}: {count}, two are needed"

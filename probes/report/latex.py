@@ -83,7 +83,7 @@ def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _knockout_rows(effects: Rows) -> list[list[str]]:
-    rows = [["image attention", "class", "blocked", "control", "change", "p"]]
+    rows = [["image attention", "class", "blocked", "control", "change", "p", "p (Holm)"]]
     for row in effects:
         change = row | {"ci95": [row["low"], row["high"]]}
         rows.append(
@@ -94,6 +94,7 @@ def _knockout_rows(effects: Rows) -> list[list[str]]:
                 row["control"].replace("_", " "),
                 format_difference(change),
                 format_p(row["p"]),
+                format_p(row["p_holm"]),
             ]
         )
     return rows

@@ -31,13 +31,17 @@ from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
 from probes.results import formatting
-from probes.results.finished_run import FinishedRun, warn_of_changed_data
+from probes.results.finished_run import warn_of_changed_data
 from probes.results.formatting import Rows
 from probes.results.paper import PAPER
-from probes.results.probe_run import ProbeRun
 from probes.results.runs import finished_runs, open_run
 from probes.results.steps import describe_steps, unfinished_steps
-from probes.results.study import StudyRuns, model_name, overridden_masks, read_studies
+from probes.results.study import (
+    StudyRuns,
+    labels_of_models,
+    overridden_masks,
+    read_studies,
+)
 from probes.tasks import SEGMENTATION
 
 from . import latex, summary_text, tables
@@ -301,30 +305,9 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
         is_named_run = "=" in path and not Path(path).is_dir()
         is_run = is_named_run or (Path(path) / "metrics.json").is_file()
         opened = [] if is_run else [open_run(run) for run in finished_runs(path)]
-        labels = _labels_of_models(Path(path), opened)
+        labels = labels_of_models(Path(path), opened)
         for run in opened:
             named = f"{labels[run.path]}={run.path}" if labels else str(run.path)
             (runs if run.task_name == SEGMENTATION else tasks).append(named)
         runs += [] if opened else [path]  # a folder without runs is then an error
     return runs, tasks
-
-
-def _labels_of_models(folder: Path, runs: list[ProbeRun | FinishedRun]) -> dict[Path, str]:
-    """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
-
-    They do if two models have one name and one mask, or one name and another grid or depth; else two labels are one
-    model under two masks, and {} is returned.
-    """
-    labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
-    models: dict[tuple, str] = {}
-    shapes: dict[str, tuple] = {}
-    for run in runs:
-        if run.path.parent == folder:
-            continue
-        name = model_name(run)
-        key = (name, run.metrics["image_attention"])
-        shape = (run.metrics["grid"], run.last_layer)
-        same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
-        if not same_model or shapes.setdefault(name, shape) != shape:
-            return labels
-    return {}

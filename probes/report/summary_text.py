@@ -13,7 +13,7 @@ from probes.results.formatting import (
     format_points,
 )
 
-from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED
+from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED, measured_effect
 
 COLUMN_TITLES = {
     "paper": "As the paper measures it",
@@ -97,7 +97,7 @@ def format_effect(claim: dict[str, Any]) -> list[str]:
     """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
     optimum = claim["verdicts"]["optimum"]
     beyond = claim["verdicts"]["beyond_random"]
-    effects = [claim if optimum["ci95"] is None else optimum]
+    effects = [measured_effect(claim)]
     effects += [beyond] if optimum["verdict"] == HOLDS and beyond["ci95"] else []
     return [format_difference(effect) for effect in effects]
 
@@ -109,14 +109,14 @@ def claim_notes(claims: list[dict[str, Any]], margin: str = f"{100 * MARGIN:g} p
         entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED
     ]
     notes = [f"At the optimum and beyond random, an effect counts from {margin}."]
-    images = min(
-        (claim["n"]["images"] for claim in claims if "images" in claim["n"]), default=FEW_IMAGES
-    )
-    if images < FEW_IMAGES:
-        notes.append(
-            f"{images} validation images tell next to nothing: such intervals are too short, and a verdict is no more "
-            f"than a trial of the command. Add images; from {FEW_IMAGES} on, intervals mean something."
-        )
+    counts = [claim["n"] for claim in claims]
+    for unit, unit_text in (("images", "validation images"), ("groups", "groups of images")):
+        fewest = min((count[unit] for count in counts if unit in count), default=FEW_IMAGES)
+        if fewest < FEW_IMAGES:
+            notes.append(
+                f"{fewest} {unit_text} tell next to nothing: such intervals are too short, and a verdict is no more "
+                f"than a trial of the command. Add images; from {FEW_IMAGES} {unit} on, intervals mean something."
+            )
     if len(tested) > 1:
         notes.append(
             f"{len(tested)} claims are tested. One is called supported if p, corrected for their number (Holm), is "

@@ -139,6 +139,12 @@ def correct_for_claims(claims: list[dict[str, Any]]) -> None:
         claim["finding"] = describe_finding(claim)
 
 
+def measured_effect(claim: dict[str, Any]) -> dict[str, Any]:
+    """Return the effect that a conclusion is about, "value" and "ci95": at the optimum, if it was measured there."""
+    optimum = claim["verdicts"]["optimum"]
+    return claim if optimum["ci95"] is None else optimum
+
+
 def describe_finding(claim: dict[str, Any]) -> str:
     """Return the conclusion of a claim; of a supported one also whether correction for all claims undoes it."""
     is_undone = claim["p_holm"] is not None and claim["p_holm"] >= ALPHA

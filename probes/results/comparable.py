@@ -5,6 +5,8 @@ from probes.models.sites import ADAPTER
 
 from .finished_run import FinishedRun
 
+KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of knockout.json
+
 
 def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
     """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
@@ -59,6 +61,26 @@ def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
                 f"{first.path} and {second.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
                 "make both with the same settings"
             )
+
+
+def knockout_difference(first: FinishedRun, second: FinishedRun) -> str | None:
+    """Return what the knockouts of two runs differ in, and what to do; None if in nothing, or if a run has no knockout.
+
+    Other classes, layers, sites or images are other effects.
+    """
+    found = [run.analysis("knockout.json") for run in (first, second)]
+    if None in found:
+        return None
+    ours, theirs = ({key: x.get(key) for key in KNOCKOUT_OPTIONS} for x in found)
+    for x in (ours, theirs):
+        x["classes"] = sorted(entry["class"] for entry in x["classes"])
+    for key in KNOCKOUT_OPTIONS:
+        if ours[key] != theirs[key]:
+            return (
+                f"{first.path} and {second.path} have knockouts with other {key}: run `probes knockout` on both with "
+                "the same options"
+            )
+    return None
 
 
 def check_same_layers(first: FinishedRun, second: FinishedRun) -> None:

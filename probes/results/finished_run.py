@@ -311,8 +311,9 @@ class FinishedRun:
 
     @property
     def groups(self) -> torch.Tensor | None:
-        """i64[N]: group (city) of each validation image; None for a dataset without groups."""
-        return self._tensors.get("group")
+        """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
+        groups = self._tensors.get("group")
+        return None if groups is None or (groups == groups[0]).all() else groups
 
     def dataset(self, split: str = "validation"):
         """Return a split of the dataset.

@@ -20,6 +20,11 @@ def format_csv(rows: Rows) -> str:
     return text.getvalue()
 
 
+def file_name(text: str) -> str:
+    """Return a name for files and links: letters, digits, "." and "-" of the text, "_" for all others."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
+
+
 def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
     """Return the columns of an interval: low and high."""
     return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}

@@ -24,6 +24,7 @@ from .comparable import (
     check_same_settings,
 )
 from .finished_run import FinishedRun
+from .formatting import file_name
 from .probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
@@ -143,9 +144,7 @@ class StudyRuns:
     @property
     def slug(self) -> str:
         """Folder name of the study."""
-        return "".join(
-            c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}"
-        )
+        return file_name(f"{self.model}_{self.dataset}")
 
     def pair(self) -> tuple[FinishedRun, FinishedRun] | None:
         """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
@@ -361,6 +360,27 @@ def model_name(run: FinishedRun) -> str:
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
     return Path(run.metrics["mllm"]).name
+
+
+def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
+    """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
+
+    They do if two models have one name and one mask, or one name and another grid or depth; else two labels are one
+    model under two masks, and {} is returned.
+    """
+    labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
+    models: dict[tuple, str] = {}
+    shapes: dict[str, tuple] = {}
+    for run in runs:
+        if run.path.parent == folder:
+            continue
+        name = model_name(run)
+        key = (name, run.metrics["image_attention"])
+        shape = (run.metrics["grid"], run.last_layer)
+        same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
+        if not same_model or shapes.setdefault(name, shape) != shape:
+            return labels
+    return {}
 
 
 def overridden_masks(study: StudyRuns) -> dict[str, str]:

@@ -292,6 +292,7 @@ def _runs(
         kind: str,
         name: str,
         more: Sequence[str] = (),
+        defaults: Sequence[str] = (),  # which the user's options replace
     ) -> Step:
         weights = _weights(arm, planned[_join(label, arm)].has_llm)
         draw = re.sub(r"\D", "", arm)
@@ -299,7 +300,7 @@ def _runs(
         if weights.parts:
             options += ["--model.sites", f"[{', '.join(planned[_join(label, arm)].sites)}]"]
         out = settings.out / _join(label, name)
-        command = (kind, *given[kind], *base, *options, "--out", str(out))
+        command = (kind, *defaults, *given[kind], *base, *options, "--out", str(out))
         compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
         if compared:
             why_left_out = ""
@@ -320,7 +321,7 @@ def _runs(
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
         configured = any(word.split("=")[0] in ("-c", "--config") for word in settings.options)
-        steps.append(run("trained", "fit", "probes", () if configured else FIT))
+        steps.append(run("trained", "fit", "probes", defaults=() if configured else FIT))
     tasks = [(task, arm) for task in settings.tasks for arm in arms]
     return steps + [
         run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks
@@ -377,6 +378,11 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
                 )
             options[key] = value
     named = {text.partition(".")[0] for text in settings.add}
+    for name, option in (("maps", "image"), ("explore", "images")):
+        if name in chosen and chosen[name][option] == ANALYSES[name].options[option]:
+            chosen[name][option] = _within(
+                len(open_split(settings, "validation")), chosen[name][option]
+            )
     for name in [*chosen]:
         for option, (file, content) in ANALYSES[name].beside_data.items():
             beside = Path(data_root(settings)).parent / file
@@ -390,6 +396,11 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
                 )
             del chosen[name]
     return chosen
+
+
+def _within(images: int, numbers: str) -> str:
+    """Return those of the numbers "0,1,2" that are below the number of images."""
+    return ",".join(number for number in numbers.split(",") if int(number) < images)
 
 
 def data_options(settings: Settings) -> list[str]:

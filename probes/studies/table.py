@@ -9,7 +9,10 @@ from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
+from probes.report.verdicts import measured_effect
+from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
+from probes.results.study import labels_of_models
 from probes.tasks import SEGMENTATION
 
 if TYPE_CHECKING:  # pandas takes a second to import
@@ -47,10 +50,12 @@ class Study:
         """Return a row for each number: see README.md for the columns."""
         from pandas import DataFrame
 
+        runs = [open_run(path) for path in finished_runs(self.path)]
+        labels = labels_of_models(self.path, runs)
         rows = [
             row
-            for run in finished_runs(self.path)
-            for row in _rows(run, str(run.relative_to(self.path)))
+            for run in runs
+            for row in _rows(run, str(run.path.relative_to(self.path)), labels.get(run.path))
         ]
         if not rows:
             raise UserError(f"{self.path} holds no finished run")
@@ -128,14 +133,19 @@ def write_table(folder: Path) -> None:
             write(file, index=False)
 
 
-def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run: its scores by site, its path of strengths, and its analyses."""
-    run = open_run(path)
+def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run: its scores by site, its path of strengths, and its analyses.
+
+    Args:
+        run: The run.
+        name: Its folder in the study.
+        model: Label of its model, if labels tell models apart.
+    """
     metrics = run.metrics
     weights = run.arm
     common = {
         "run": name,
-        "model": run.model or Path(metrics["mllm"]).parts[-1],
+        "model": model or run.model or Path(metrics["mllm"]).parts[-1],
         "mask": metrics["image_attention"],
         "weights": weights,
         "draw": None if weights == "trained" else metrics.get("draw", 0),
@@ -173,7 +183,9 @@ def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
 def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the claims of a study of classes, or of an entry of results.json["tasks"]."""
     for claim in study["claims"]:
-        low, high = claim["ci95"] or (None, None)
+        measured = measured_effect(claim)
+        low, high = measured["ci95"] or (None, None)
+        beyond = claim["verdicts"]["beyond_random"]
         row = {
             "model": study["model"],
             "dataset": study["dataset"],
@@ -182,10 +194,9 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "mask": claim["image_attention"],
         }
         row |= {
-            key: claim.get(key)
-            for key in ("claim", "conclusion", "finding", "supported", "truth", "value")
-        } | {
-            "low": low,
-            "high": high,
+            key: claim.get(key) for key in ("claim", "conclusion", "finding", "supported", "truth")
         }
+        row |= {"value": measured["value"], "low": low, "high": high}
+        low, high = beyond["ci95"] or (None, None)
+        row |= {"beyond_value": beyond["value"], "beyond_low": low, "beyond_high": high}
         yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

@@ -29,6 +29,7 @@ from probes.results.probe_run import ProbeRun
 
 from .effects import (
     Cases,
+    blocked_classes,
     concat_classes,
     enough_units,
     later_half,
@@ -137,10 +138,11 @@ def paired_cases(
 
     incorrect, correct = (later(name) - later(f"{control}_{name}") for name in SETS)
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
-    # the order of `concat_classes`
-    blocked = [name for key in tensors if (name := key.removesuffix("/image")) != key]
     wrong = torch.cat(
-        [torch.full_like(tensors[f"{name}/image"], classes.index(name)) for name in blocked]
+        [
+            torch.full_like(tensors[f"{name}/image"], classes.index(name))
+            for name in blocked_classes(tensors)
+        ]
     )
     true = read("correct_class")
     patches = read("patches")

@@ -86,10 +86,18 @@ def outcome_key(outcome: str, condition: str) -> str:
     return condition if outcome == "rate" else f"{outcome}:{condition}"
 
 
+def blocked_classes(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the classes of "class/key" in alphabetical order; in that of a file, "A/B" stands between keys of "A"."""
+    return sorted({name.rpartition("/")[0] for name in tensors})
+
+
 def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | None) -> Tensor:
     """Concatenate "class/key" over some classes (None: all); empty without cases."""
-    names = [name.removesuffix(f"/{key}") for name in tensors if name.endswith(f"/{key}")]
-    values = [tensors[f"{name}/{key}"] for name in names if classes is None or name in classes]
+    values = [
+        tensors[f"{name}/{key}"]
+        for name in blocked_classes(tensors)
+        if f"{name}/{key}" in tensors and (classes is None or name in classes)
+    ]
     return torch.cat(values) if values else torch.zeros(0)
 
 

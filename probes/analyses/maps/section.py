@@ -3,6 +3,7 @@
 from probes.analyses.base import Section
 from probes.analyses.style import Figures, ReportFigure
 from probes.data.palette import palette_of
+from probes.results.formatting import file_name
 from probes.results.study import StudyRuns
 
 from .figures import knockout_maps, site_maps
@@ -43,7 +44,7 @@ def map_figures(study: StudyRuns) -> Figures:
             correct = case["correct_class"]
             how = f" ({case['how']})" if case.get("how") else ""
             yield ReportFigure(
-                f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", f"{correct} predicted as {wrong}, {mask}",
+                f"knockout_maps_{mask}_{file_name(wrong)}", f"{correct} predicted as {wrong}, {mask}",
                 f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
                 f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
                 f"class blocked{how}.",

@@ -97,7 +97,7 @@ def _frequency_groups(
     columns: int,
 ) -> list[dict]:
     """Return the gap over the first row for each third of the classes; thirds that do not occur there are left out."""
-    ranked = share.argsort(descending=True, stable=True).tolist()
+    ranked = [k for k in share.argsort(descending=True, stable=True).tolist() if share[k] > 0]
     groups = []
     third = -(-len(ranked) // 3)
     for i, frequency in enumerate(GROUPS):

@@ -64,6 +64,7 @@ def findings(
     template="vicuna_v1",
     decode=False,
     name="data.json",
+    is_validation=False,
 ) -> list[dict]:
     collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, max_length=100)
     records = RecordFindings(
@@ -72,6 +73,7 @@ def findings(
         collate,
         decode,
         "prefix",
+        is_validation,
     )
     return find_problems(records, 0)
 
@@ -84,8 +86,22 @@ def kinds(*args, **kwargs) -> dict[str, list[str]]:
 
 
 def test_each_kind_is_found_at_its_record_and_nothing_else(folder, parts):
-    assert set(KINDS) == set(RECORDS) - {"fine", "text"}
-    assert kinds(folder, parts) == {kind: [kind] for kind in KINDS}
+    of_training = set(KINDS) - {"unanswered"}
+    assert of_training == set(RECORDS) - {"fine", "text"}
+    assert kinds(folder, parts) == {kind: [kind] for kind in of_training}
+
+
+def test_questions_need_their_first_answer(folder, parts):
+    """A later one is not compared."""
+    records = {
+        "fine": turns("name", "wall"),
+        "empty": turns("name", ""),
+        "later": turns("name", "", "and", "wall"),
+    }
+    rows = [{"id": key, "conversations": value} for key, value in records.items()]
+    (folder / "questions.json").write_text(json.dumps(rows))
+    found = kinds(folder, parts, name="questions.json", is_validation=True)
+    assert found == {"empty": ["unanswered"], "later": ["unanswered"]}
 
 
 def test_template_plain_supervises_a_newline_and_requires_an_image(folder, parts):
@@ -156,8 +172,9 @@ def test_command_lists_everything_and_fails(
     text = capsys.readouterr().out
     result = json.loads((tmp_path / "r.json").read_text())["files"][0]
     assert stop.value.code == 1
-    assert all(f" 1 {kind}: " in text for kind in KINDS)
-    assert result["counts"] == dict.fromkeys(KINDS, 1) | {"rotated": 0}
+    of_training = set(KINDS) - {"unanswered"}
+    assert all(f" 1 {kind}: " in text for kind in of_training)
+    assert result["counts"] == dict.fromkeys(KINDS, 1) | {"unanswered": 0, "rotated": 0}
     assert result["records"] == len(RECORDS)
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))
 

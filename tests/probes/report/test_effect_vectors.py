@@ -67,6 +67,9 @@ def test_a_knockout_of_an_earlier_version_is_read(tmp_path):
 
 def test_effects_of_other_probes_are_refused(runs):
     run = probes.ProbeRun(runs[0])
+    knockouts.write_knockout(
+        run, knockouts.simulate(np.random.default_rng(0), {"sky": (-0.4, 0.4)})
+    )
     path = run.path / "knockout_effects.safetensors"
     write_files({path: effect_file({"knockout_correct": run.effects["recovery"]}, "others")})
     with pytest.raises(ValueError, match="made from other probes than .*; run knockout again"):

@@ -216,3 +216,15 @@ def test_a_truth_that_is_no_truth_is_named(
     (tmp_path / "data/truth.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         claims_of([path])
+
+
+def test_a_knockout_of_other_layers_is_not_compared_with(write, draws):
+    trained = write("trained", ANCHORS, 0, solved=True)
+    random = draws(NONE, NONE)
+    assert claims_of([trained, *random])["knockout_correct"]["conclusion"] == "supported"
+    file = Path(random[1]) / "knockout.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [1]}))
+    claims = claims_of([trained, *random])
+    for name in KNOCKOUTS:
+        assert claims[name]["conclusion"] == "untested"
+        assert "have knockouts with other layers: run `probes knockout`" in claims[name]["reason"]

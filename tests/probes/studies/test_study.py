@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import probe_runs
 import pytest
 import task_runs
 import torch
@@ -139,6 +141,37 @@ def test_the_table_answers_questions_in_one_line(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_claims_have_the_effect_that_their_conclusion_is_about(finished):
+    """Without trained probes there is no other one; as drawn, it may exceed a point where the conclusion does not."""
+    results = json.loads((finished / "report/results.json").read_text())
+    table = probes.Study(finished).claims().set_index(["claim", "mask"])
+    judged = 0
+    for claim in results["claims"]:
+        row = table.loc[(claim["claim"], claim["image_attention"])]
+        optimum = claim["verdicts"]["optimum"]
+        beyond = claim["verdicts"]["beyond_random"]
+        if optimum["ci95"] is not None:
+            assert [row["low"], row["high"]] == optimum["ci95"]
+            assert row["value"] == optimum["value"]
+            judged += 1
+        if beyond["ci95"] is not None:
+            assert [row["beyond_low"], row["beyond_high"]] == beyond["ci95"]
+    assert judged
+
+
+def test_models_of_one_name_are_told_apart_by_their_labels(tmp_path):
+    """Exports of this project all end in hf."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    for label in ("first", "second"):
+        out = tmp_path / label / "trained"
+        probe_runs.write_run(out, [0.6, 0.5, 0.6, 0.5], root=tmp_path)
+    table = probes.Study(tmp_path).table()
+    assert set(table["model"]) == {"first", "second"}
+    figure = probes.Study(tmp_path).plot()
+    assert len({line.get_label() for line in figure.axes[0].get_lines()}) >= 2
+
+
 def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     finished,
     checkpoints,
@@ -404,6 +437,49 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
     assert not list(tmp_path.rglob("knockout.json"))
 
 
+def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
+    checkpoints, segmentation, tmp_path
+):
+    """The effects of the earlier options stood in the report, with verdicts."""
+
+    def judged(*options: str, overwrite: bool = False) -> set[str]:
+        study = probes.study(
+            checkpoints["causal"],
+            segmentation,
+            out=tmp_path,
+            draws=0,
+            only=["solve", "knockout", "report"],
+            add=["knockout.classes=auto:2", *options],
+            options=OPTIONS,
+            overwrite=overwrite,
+        )
+        claims = study.claims()
+        return {name for name in claims["claim"] if name.startswith("knockout")}
+
+    assert judged()
+    assert not judged("knockout.min-patches=99", overwrite=True)
+    assert judged(overwrite=True)
+    with pytest.raises(UserError, match="the report is without it: trained/knockout: layer 9"):
+        judged("knockout.layers=9", overwrite=True)
+    claims = probes.Study(tmp_path).claims()["claim"]
+    assert not claims.str.startswith("knockout").any()
+
+
+def test_photos_that_are_shown_by_default_are_those_that_there_are(
+    checkpoints, segmentation, tmp_path
+):
+    """Twelve in the explorer, four as maps; this split has five."""
+    settings = Settings(
+        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, add=("maps", "explore")
+    )
+    commands = {step.name: step.command for step in make_plan(settings)}
+    explore = commands["explore"]
+    assert explore[explore.index("--images") + 1 :][:5] == ("0", "1", "2", "3", "4")
+    assert "5" not in explore
+    asked = make_plan(replace(settings, add=("explore.images=11",)))
+    assert "11" in next(step.command for step in asked if step.name == "explore")
+
+
 def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tmp_path):
     """Two draws of one number would be one model, counted twice."""
     settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
@@ -438,6 +514,17 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
     assert commands["trained"][1 : len(given) + 1] == given
     assert commands["probes"][1:5] == ("-c", "configs/demo/probes.yaml", "--data.batch_size", "2")
     assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
+
+
+def test_options_replace_those_of_the_papers_training(checkpoints, segmentation, tmp_path):
+    given = ("--trainer.max_steps", "4")
+    settings = Settings(
+        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
+    )
+    words = {step.name: step.command for step in make_plan(settings)}["probes"]
+    last = len(words) - 1 - words[::-1].index("--trainer.max_steps")
+    assert words[last + 1] == "4"
+    assert words[words.index("--trainer.val_check_interval") + 1] == "316"
 
 
 def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_changed(

@@ -137,6 +137,18 @@ def test_cases_of_some_classes():
     assert select_cases(tensors, ["x"]) is None
 
 
+def test_a_class_named_like_a_part_of_another_keeps_its_cases_together():
+    """In the order of the keys, "a/b/..." stands between "a/image" and "a/none"."""
+    tensors = {
+        "a/image": torch.tensor([1, 2]),
+        "a/b/image": torch.tensor([3]),
+        "a/b/none": torch.full((1, 2), 3.0),
+        "a/none": torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+    }
+    cases = select_cases(tensors)
+    assert cases.rates["none"][:, 0].tolist() == cases.images.tolist()
+
+
 # -------------------------------------------------------------------------------------------------------- over classes
 @pytest.fixture
 def run(tmp_path) -> ProbeRun:

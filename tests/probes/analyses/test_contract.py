@@ -237,6 +237,8 @@ ABOUT_CLASSES = {
 
 @pytest.mark.parametrize("command", ABOUT_CLASSES)
 def test_what_is_about_classes_names_the_task(command, task_runs, tmp_path):
+    if command == "lab":
+        pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
     paths = {"RUN": str(task_runs["normals"].path), "OUT": str(tmp_path / "out")}
     options = [paths.get(word, word) for word in ABOUT_CLASSES[command]]
     expected = "^probes: .*probes of the task normals, but .* about .*classes"

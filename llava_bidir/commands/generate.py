@@ -176,8 +176,9 @@ def answer_and_tell_cut(
     tokenizer = processor.tokenizer
     positions = model.config.get_text_config().max_position_embeddings
     image_tokens = model.config.image_seq_length
+    template = prompt_template(processor)
     rows = [
-        prompt_ids(processor, text, len(own_images), image_tokens)
+        prompt_ids(processor, template, text, len(own_images), image_tokens)
         for text, own_images in zip(questions, images, strict=True)
     ]
     longest = max(map(len, rows))
@@ -215,23 +216,22 @@ def answer_and_tell_cut(
 
 def prompt_ids(
     processor: LlavaProcessor,
+    template: str | None,
     question: str,
     images: int,
     image_tokens: int,
 ) -> list[int]:
     """Return the token ids of the prompt for the answer to a question.
 
-    It is that of the training, or that of the checkpoint's own chat template, see
-    :func:`llava_bidir.model.build.prompt_template`.
-
     Args:
         processor: Of the model.
+        template: From :func:`llava_bidir.model.build.prompt_template`: that of the training, or None for the
+            checkpoint's own chat template.
         question: Without `<image>`.
         images: Number of images before the text.
         image_tokens: T, image tokens per image.
     """
     tokenizer = processor.tokenizer
-    template = prompt_template(processor)
     if template is not None:
         turns = [{"from": "human", "value": f"{IMAGE}\n{question}" if images else question}]
         tokens = image_tokens * images or None

@@ -46,6 +46,8 @@ from .verdicts import (
 
 log = logging.getLogger(__name__)
 
+KNOCKOUT = "knockout"  # the analysis
+
 Key = tuple[str, str]  # claim, mask
 
 
@@ -153,9 +155,7 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
         }
         for key, estimate in numbers.judged.items():
             of_part = draws[_random_part(key[0])]
-            if ANALYSIS_OF.get(key[0]) == "knockout" and _draws_of_other_knockouts(
-                study, key[1], kind == "solved"
-            ):
+            if _draws_of_other_knockouts(study, *key, kind == "solved"):
                 continue
             of_draws = [draw.judged.get(key) for draw in of_part if key in draw.paper]
             if len(of_draws) >= 2 and all(of_draws):
@@ -163,8 +163,10 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
     return StudyNumbers(main, control, solved, beyond, tokens)
 
 
-def _draws_of_other_knockouts(study: StudyRuns, mask: str, solved: bool) -> str | None:
-    """Return why the knockouts of random models are not comparable with that of the trained one; None if they are."""
+def _draws_of_other_knockouts(study: StudyRuns, claim: str, mask: str, solved: bool) -> str | None:
+    """Return why the knockouts of random models are not comparable with the trained one's; None for other claims."""
+    if ANALYSIS_OF.get(claim) != KNOCKOUT:
+        return None
     trained = (study.solved if solved else study.main_runs).get(mask)
     draws = study.random_draws("llm", solved)
     pairs = [(trained, draw[mask]) for draw in draws if trained and mask in draw]
@@ -283,7 +285,7 @@ def _paper_column(
         reason = f"the number is that of solved probes: {remedy}"
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.paper.get((claim, mask))
-    if claim in ANALYSIS_OF and mask in study.solved:
+    if ANALYSIS_OF.get(claim) == KNOCKOUT and mask in study.solved:
         if knockout_difference(study.main_runs[mask], study.solved[mask]):
             solved = None  # not the same effect
     below = solved and (solved - estimate).json()
@@ -339,7 +341,7 @@ def _not_analysed(claim: str, run: FinishedRun) -> str:
     missing = f"no {name} of the solved probes: run"
     if name not in ANALYSES:
         return f"{missing} it on {run.path}"
-    options = " --classes auto:4" if name == "knockout" else ""
+    options = " --classes auto:4" if name == KNOCKOUT else ""
     return f"{missing} `probes {name} --probes {quote(str(run.path))}{options}`"
 
 
@@ -403,11 +405,12 @@ def _why_no_draws(
         if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
             return _no_contrast(study.main_runs[mask])
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
+            if reason := _draws_of_other_knockouts(study, claim, mask, study.first.is_solved):
+                return reason
             controls = study.random_draws(part, study.first.is_solved)
             draws = [draw[mask] for draw in controls if mask in draw]
-            if reason := _draws_of_other_knockouts(study, mask, study.first.is_solved):
-                return reason
-            if CLAIMS[claim].against_tokens and all(run.analysis("knockout.json") for run in draws):
+            analysed = [run for run in draws if run.analysis("knockout.json")]
+            if CLAIMS[claim].against_tokens and draws and len(analysed) == len(draws):
                 return _no_contrast(draws[0])
             return _draws_without(ANALYSIS_OF[claim], which_runs)
         return f"fewer than two draws under the same mask: solve {which_runs} under each mask"

@@ -11,6 +11,7 @@ from PIL import Image
 import probes
 from llava_bidir.cli import main
 from llava_bidir.commands.generate import answer, load, prompt_ids
+from llava_bidir.model.build import prompt_template
 
 pytestmark = pytest.mark.numerics
 
@@ -140,9 +141,13 @@ OTHER = LLAVA_15.replace("m['role'].upper() }}: ", "bos_token }}name the ").repl
 def test_a_released_llava_is_asked_in_its_own_words(template, text, asked, monkeypatch):
     """That of LLaVA-1.5 is asked as it was trained, with the system prompt that its chat template lacks."""
     _, processor = asked
-    trained = prompt_ids(processor, "the sky", images=1, image_tokens=2)
+
+    def asked_for():
+        return prompt_ids(processor, prompt_template(processor), "the sky", 1, image_tokens=2)
+
+    trained = asked_for()
     monkeypatch.setattr(processor, "chat_template", template)
-    found = prompt_ids(processor, "the sky", images=1, image_tokens=2)
+    found = asked_for()
     if text is None:
         assert found == trained
     else:

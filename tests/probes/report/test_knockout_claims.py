@@ -228,3 +228,14 @@ def test_a_knockout_of_other_layers_is_not_compared_with(write, draws):
     for name in KNOCKOUTS:
         assert claims[name]["conclusion"] == "untested"
         assert "have knockouts with other layers: run `probes knockout`" in claims[name]["reason"]
+
+
+def test_draws_under_the_other_mask_alone_are_no_control(write):
+    """Two draws, none of them of this mask: untested, with what to do."""
+    trained = write("trained", ANCHORS, 0, solved=True)
+    llm = {"untrained": ["llm"], "match": "update", "image_attention": "bidirectional"}
+    random = [write(f"r{i}", NONE, 20 + i, solved=True, draw=i, **llm) for i in range(2)]
+    claims = claims_of([trained, *random])
+    for name in KNOCKOUTS:
+        assert claims[name]["verdicts"]["beyond_random"]["verdict"] == "untested"
+        assert "random llm" in claims[name]["reason"]

@@ -11,6 +11,7 @@ question is asked by itself, without the turns before it.
 """
 
 import hashlib
+import os
 from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, NamedTuple, NotRequired
@@ -136,10 +137,11 @@ def _as_json_list(content: bytes) -> bytes:
 def read_question_image(folder: Path, name: str) -> Image.Image:
     """Return an image of a question file as RGB; raise a UserError if it is not usable.
 
-    It must be in the folder, readable, and upright as stored.
+    It must be in the folder, readable, and upright as stored. A link in the folder may lead elsewhere: whoever made the
+    folder made it, as `llava-bidir real --photos` does for each data set. A name alone must not.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
         raise UserError(f"{name} leads out of {folder}; expected paths of images in it (--images)")
     image = open_image(path)
     if (tag := orientation(image)) != 1:

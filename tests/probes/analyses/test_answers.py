@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.answers.inference import CONDITIONS, answer_statistics
-from probes.analyses.answers.questions import read_questions, tokens_in_box
+from probes.analyses.answers.questions import read_question_image, read_questions, tokens_in_box
 from probes.analyses.answers.run import check_effects
 from probes.cli import main
 from probes.ops.geometry import Geometry
@@ -191,6 +191,16 @@ def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path
         main(["answers", "--probes", str(run.path), *out, "--questions", str(tmp_path / "q.json")])
     with pytest.raises(SystemExit, match=r"the first 1 questions \(--limit\) are about one image"):
         main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
+
+
+def test_a_linked_folder_is_read_as_the_real_run_lays_its_photos_out(tmp_path):
+    (tmp_path / "photos" / "camvid").mkdir(parents=True)
+    Image.new("RGB", (4, 3)).save(tmp_path / "photos" / "camvid" / "a.png")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "camvid").symlink_to(tmp_path / "photos" / "camvid")
+    assert read_question_image(tmp_path / "run", "camvid/a.png").size == (4, 3)
+    with pytest.raises(UserError, match="leads out of"):
+        read_question_image(tmp_path / "run", "camvid/../../photos/camvid/a.png")
 
 
 @pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -71,6 +72,10 @@ LONGEST = (
 
 def pytest_configure(config):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported lives to the end: the collector need not look at it again
 
 
 def pytest_collection_modifyitems(items):

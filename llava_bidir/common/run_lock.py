@@ -15,21 +15,25 @@ from .errors import UserError
 
 log = logging.getLogger(__name__)
 
+EXITING_S = 1.0  # what a process that is exiting may take
 NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def exclusive_run_lock(folder: Path, result: str = "", wait_s: float = 1) -> Iterator[None]:
+def exclusive_run_lock(
+    folder: Path, result: str = "", wait_s: float | None = None
+) -> Iterator[None]:
     """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
 
-    It waits `wait_s` seconds for another process; one second is for a process that is exiting. The OS releases the lock
-    when the process exits, even after SIGKILL; a stale lock file does not block later runs.
+    It waits `wait_s` seconds for another process, by default as long as one that is exiting may take. The OS releases
+    the lock when the process exits, even after SIGKILL; a stale lock file does not block later runs.
 
     Raises:
         UserError: Another process holds the lock (the message names the process), or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
-    lock = FileLock(file, timeout=wait_s, fallback_to_soft=False)
+    timeout = EXITING_S if wait_s is None else wait_s
+    lock = FileLock(file, timeout=timeout, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

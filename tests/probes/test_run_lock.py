@@ -9,6 +9,7 @@ import pytest
 import small_disks
 import tiny_models
 
+from llava_bidir.common import run_lock
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.cli import main
 
@@ -23,6 +24,12 @@ COMMANDS = {  # command -> the result it locks
     "states nowhere IMAGE --out RUN/states.safetensors": "states.safetensors",
     "fit -c configs/demo/probes.yaml --model.mllm nowhere --data.root DATA --out RUN": "",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    """A second process does not wait for the first one of these tests, which does not exit."""
+    monkeypatch.setattr(run_lock, "EXITING_S", 0)
 
 
 @pytest.fixture

@@ -12,9 +12,17 @@ import pytest
 import tiny_models
 
 from llava_bidir import cli
+from llava_bidir.common import run_lock
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 
+@pytest.fixture
+def no_patience(monkeypatch):
+    """A second process does not wait for the first one of these tests, which does not exit."""
+    monkeypatch.setattr(run_lock, "EXITING_S", 0)
+
+
+@pytest.mark.usefixtures("no_patience")
 def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path / "run")) as child:
         who = f"process {child} on {re.escape(socket.gethostname())} since 20"
@@ -56,6 +64,7 @@ def test_workers_that_outlive_a_killed_process_block_nobody(tmp_path):
         os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("no_patience")
 def test_results_in_one_folder_have_separate_locks(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path, "hf")):
         with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
@@ -84,6 +93,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
             pass
 
 
+@pytest.mark.usefixtures("no_patience")
 @pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
 def test_a_second_fit_into_a_run_is_an_error(
     more,
@@ -101,6 +111,7 @@ def test_a_second_fit_into_a_run_is_an_error(
     )
 
 
+@pytest.mark.usefixtures("no_patience")
 @pytest.mark.parametrize(
     "command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"]
 )

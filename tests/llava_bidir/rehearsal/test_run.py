@@ -48,12 +48,12 @@ def test_failed_step_is_named_with_its_log_and_measured_and_the_rest_runs(tmp_pa
 
 
 def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
-    hold = "import time; block = bytearray(b'x') * 100_000_000; time.sleep(2)"
+    hold = "import time; block = bytearray(b'x') * 100_000_000; time.sleep(1)"
     both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait(60)"
     measured = run_measured(python(both), tmp_path / "log")
     assert 0.2 < measured["host_gb"] < 0.26
     assert measured["returncode"] == 0
-    forked = f"import os; {hold.replace('time.sleep(2)', 'child = os.fork(); time.sleep(2)')}; child and os.wait()"
+    forked = f"import os; {hold.replace('time.sleep(1)', 'child = os.fork(); time.sleep(1)')}; child and os.wait()"
     measured = run_measured(python(forked), tmp_path / "log")
     assert 0.1 < measured["host_gb"] < 0.13, "memory that a forked process shares counts once"
     (tmp_path / "file").write_bytes(bytes(100_000_000))

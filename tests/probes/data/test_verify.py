@@ -102,7 +102,8 @@ def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys
         main([*config, str(broken)])
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+# the worker of a loader that an error has ended takes five seconds to exit
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(
     workers, checkpoints, tmp_path
 ):

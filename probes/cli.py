@@ -1,4 +1,4 @@
-"""The `probes` command and its options. Each command's module is imported when the command runs."""
+"""The `probes` command. Each command's module is imported when the command runs."""
 
 import argparse
 import sys
@@ -6,13 +6,13 @@ from importlib import import_module
 from pathlib import Path
 
 from llava_bidir import __version__
+from llava_bidir.common.command_table import add_commands, run_chosen
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
-from probes.analyses import ANALYSES
-from probes.analyses.options import add_overwrite
+from probes.command_options import COMMANDS, analysis_commands
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNING_COMMANDS
 REQUIRED = ("model.mllm", "data.root")
@@ -83,19 +83,8 @@ OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
 OWN_PARSERS |= {"solve": "probes.training.solve.command", "study": "probes.studies.command"}
 
 
-def add_image_px(parser: argparse.ArgumentParser) -> None:
-    """Add --image-px, the side of a bare encoder's square input."""
-    text = "side of the square input of a bare encoder, a multiple of its patch (default: as published)"
-    parser.add_argument(
-        "--image-px",
-        type=int,
-        metavar="N",
-        help=text,
-    )
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the parser of all commands; those in OWN_PARSERS parse their own options."""
     parser = ArgumentParser(
         prog="probes",
         description="Layerwise segmentation probes for frozen MLLMs and vision encoders (arXiv 2603.17228).",
@@ -106,178 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("study", help=text, add_help=False)
     for name, text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-
-    def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        p.set_defaults(run=run, parser=p)
-        return p
-
-    p = command(
-        "sites",
-        "probes.analyses.extract:print_sites",
-        "list the sites of a model, their widths and its attention",
-    )
-    p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
-    add_image_px(p)
-
-    text = "measure which tokens attend to which in each layer; status 1 where config and family claim otherwise"
-    p = command("mask", "probes.analyses.extract:print_mask", text)
-    p.add_argument("mllm", help="checkpoint directory or hub id; loaded in float32")
-    text = "image attention that `probes` applies, instead of the model's own forward"
-    p.add_argument("--image-attention", metavar="NAME", help=text)
-
-    p = command(
-        "states",
-        "probes.analyses.extract:write_states",
-        "write the states of images to a safetensors file",
-    )
-    p.add_argument("mllm", help="checkpoint directory or hub id")
-    p.add_argument("image", nargs="+", help="image files")
-    p.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help='.safetensors file with "SITE" f[images, T, d]',
-    )
-    text = "sites to write; `all` with the encoder's own layers in an MLLM (default: all others)"
-    p.add_argument(
-        "--sites",
-        nargs="+",
-        metavar="SITE",
-        help=text,
-    )
-    p.add_argument(
-        "--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)"
-    )
-    p.add_argument(
-        "--prefix", metavar="TEXT", help="text before the image (default: from the chat template)"
-    )
-    add_image_px(p)
-    add_overwrite(p)
-
-    for name, analysis in ANALYSES.items():
-        analysis.add_options(command(name, f"probes.analyses.{name}.run:run", analysis.help))
-
-    p = command("segment", "probes.analyses.segment:run", "write the class maps of any photos")
-    text = "folder of a finished probe run, unless it stands before the photos: probes segment RUN PHOTO ..."
-    p.add_argument("--probes", metavar="RUN", help=text)
-    p.add_argument(
-        "photos",
-        nargs="+",
-        metavar="PHOTO",
-        help="image files with distinct names",
-    )
-    p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
-    text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
-    p.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help=text + "command has written are replaced",
-    )
-
-    text = "open a live page of running models: any photo by layer and patch, with patches blocked or replaced"
-    p = command("lab", "probes.lab.command:run", text)
-    text = "finished probe runs on the same images, one per mask or model, side by side"
-    p.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help=text,
-    )
-    p.add_argument(
-        "--mllm",
-        metavar="DIR",
-        help="checkpoint directory or hub id without probes: words and attention",
-    )
-    p.add_argument(
-        "--port",
-        type=int,
-        default=8899,
-        help="port of the page; 0 for any free one",
-    )
-    p.add_argument(
-        "--host",
-        metavar="ADDRESS",
-        help="address to listen at, for other machines (default: 127.0.0.1)",
-    )
-    text = "folder below which painted photos are saved as data folders and opened again"
-    p.add_argument(
-        "--save",
-        default="runs/lab",
-        metavar="DIR",
-        help=text,
-    )
-
-    text = "plant effects in models of a toy world and count how often each verdict says yes, where it should and not"
-    p = command("calibrate", "llava_bidir.toy_world.calibrate:run", text)
-    p.add_argument(
-        "--out",
-        default="runs/calibrate",
-        metavar="DIR",
-        help="folder of all seeds (default: %(default)s)",
-    )
-    text = "seeds to run; the table has all that are in DIR"
-    p.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=list(range(10)),
-        metavar="N",
-        help=text,
-    )
-    text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
-    p.add_argument(
-        "--scale",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help=text,
-    )
-    p.add_argument(
-        "--scenes",
-        type=int,
-        choices=[2, 4],
-        default=2,
-        help="scenes in a picture (default: %(default)s)",
-    )
-    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
-    p.add_argument(
-        "--studies",
-        nargs="+",
-        choices=studies,
-        metavar="NAME",
-        help=f"some of {', '.join(studies)}",
-    )
-
-    text = "write claims, figures and tables of runs as one self-contained HTML page"
-    p = command("report", "probes.report.page:run", text)
-    text = "studies, or finished probe runs, one per model, dataset and mask, and their controls; "
-    text += "NAME=RUN names the model"
-    p.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help=text,
-    )
-    text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
-    p.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help=text,
-    )
-    text = "runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model"
-    p.add_argument(
-        "--tasks",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help=text,
-    )
-    p.add_argument(
-        "--timings", metavar="FILE", help='log with lines "start end step", to report the wall time'
-    )
+    add_commands(commands, COMMANDS | analysis_commands())
     return parser
 
 
@@ -306,6 +124,4 @@ def run_command(argv: list[str]) -> None:
     if argv[0] in OWN_PARSERS:
         import_module(OWN_PARSERS[argv[0]]).main(with_config_paths(argv))
         return
-    args = build_parser().parse_args(argv)
-    module, _, function = args.run.partition(":")
-    getattr(import_module(module), function)(args)
+    run_chosen(build_parser().parse_args(argv))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from llava_bidir import cli
+from llava_bidir import command_options
 from llava_bidir.vqa.benchmarks import BENCHMARKS, TABLE1
 from llava_bidir.vqa.scores import ScoreTerms, f1_terms, mme_terms, swap_test
 
@@ -79,5 +79,5 @@ def test_f1_equals_sklearns_for_yes_and_no():
 
 
 def test_command_offers_every_benchmark():
-    assert cli.VQA == list(BENCHMARKS)
-    assert cli.VQA[:-1] == TABLE1
+    assert command_options.VQA == list(BENCHMARKS)
+    assert command_options.VQA[:-1] == TABLE1

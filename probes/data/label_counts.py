@@ -13,8 +13,8 @@ import numpy as np
 from numpy import ndarray
 
 from llava_bidir.common.errors import UserError
+from probes.ops.pixel_counts import IGNORE_INDEX
 
-IGNORE_INDEX = 255
 FEW_IMAGES = 5  # a class in fewer images has an IoU of single images
 MUCH_IGNORED = 1 / 3
 MOST_NAMES = 8  # in a message

@@ -170,6 +170,8 @@ def run_effects(
     groups: Tensor | None = None,
     strengths: Strengths | None = None,
     path: Tensor | None = None,
+    counts: Counts | None = None,
+    columns: int = 1,
 ) -> dict[str, Estimate]:
     """Return the effects of a run, from which reports evaluate claims: of its probes, and of each row of strengths.
 
@@ -182,6 +184,8 @@ def run_effects(
         groups: Group i64[N] of each image, or None.
         strengths: The path of solved probes; None: they were trained.
         path: The sums at its strengths, f[L, S, N, M].
+        counts: Counts by patch, of segmentation.
+        columns: Patches of a row.
     """
     effects = layer_effects(
         sites,
@@ -201,6 +205,8 @@ def run_effects(
             weights,
             groups,
         )
+    if counts is not None:
+        effects |= patch_accuracies(sites, counts, columns, weights)
     return effects
 
 

@@ -37,6 +37,7 @@ from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.models.sites import ADAPTER, is_layer, last_layer
+from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -259,7 +260,14 @@ class FinishedRun:
             self.groups,
             strengths=self.strengths if solved else None,
             path=self.sums_by_strength() if solved else None,
+            counts=self.counts,
+            columns=self.metrics["grid"][1],
         )
+
+    @property
+    def counts(self) -> Counts | None:
+        """Counts by class and patch; None in runs of other tasks than segmentation."""
+        return None
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:

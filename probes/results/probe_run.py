@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 
 from llava_bidir.common.errors import UserError
-from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import patch_accuracies
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 
@@ -157,9 +155,3 @@ class ProbeRun(FinishedRun):
     def sums_by_strength(self) -> torch.Tensor:
         """Return these counts at each row of solved strengths, strong to weak, i64[R, S, N, 3 K]."""
         return torch.stack([self.task.sums(row._asdict()) for row in self.counts_by_strength()])
-
-    def compute_effects(self) -> dict[str, Estimate]:
-        """Return the effects of the run, and the accuracies of single patches, computed from its counts."""
-        columns = self.metrics["grid"][1]
-        accuracies = patch_accuracies(self.sites, self.counts, columns, self.weights)
-        return super().compute_effects() | accuracies

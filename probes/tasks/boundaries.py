@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from probes.ops.pixel_counts import IGNORE_INDEX
+
 from .base import ValueTask, mean_over_valid
 
-IGNORED = 255
 TOLERANCE = 0.0075  # of the image's diagonal. Source: maxDist of BSDS500's correspondPixels
 THRESHOLDS = 99  # equally spaced in (0, 1). Source: nthresh of BSDS500's boundaryBench
 
@@ -43,7 +44,7 @@ class Boundaries(ValueTask):
     def values(self, target: Tensor) -> Tensor:
         """Return 1 for the class of each pixel and 0 for the other, f[B, H, W, 2]."""
         onehot = torch.stack([target == 0, target == 1], -1).float()
-        return onehot.masked_fill((target == IGNORED)[..., None], torch.nan)
+        return onehot.masked_fill((target == IGNORE_INDEX)[..., None], torch.nan)
 
     def predict(self, maps: Tensor) -> Tensor:
         """Return the probability of a boundary, f[..., H, W]."""
@@ -71,7 +72,7 @@ class Boundaries(ValueTask):
         radius = TOLERANCE * math.hypot(*target.shape)
         boundary = target == 1
         near = dilate(boundary[None].to(prediction), radius)[0] > 0
-        valid = target != IGNORED
+        valid = target != IGNORE_INDEX
         reached = dilate(prediction.masked_fill(~valid, 0), radius)
         predicted = histogram(prediction[:, valid])
         right = histogram(prediction[:, valid & near])

@@ -17,7 +17,7 @@ from llava_bidir.common.identity import Identity, describe_digest
 from probes.data.datamodule import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import patch_accuracies, run_effects
+from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
@@ -164,7 +164,7 @@ def effects_of(
         of_sites = path.about[path.path_kind]["sites"]
         strengths = Strengths(of_sites, task.score, path.path_kind == CLOSED_FORM)
         sums_by_strength = task.sums(counted | path.counted)
-    effects = run_effects(
+    return run_effects(
         sites,
         last_layer(probes.mllm.sites),
         task,
@@ -173,11 +173,9 @@ def effects_of(
         groups,
         strengths=strengths,
         path=sums_by_strength,
+        counts=Counts(**counted) if task.name == SEGMENTATION else None,
+        columns=probes.mllm.grid[1],
     )
-    if task.name == SEGMENTATION:
-        columns = probes.mllm.grid[1]
-        effects |= patch_accuracies(sites, Counts(**counted), columns, weights)
-    return effects
 
 
 def site_entries(

@@ -24,6 +24,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
 from probes.analyses.knockout.config import KnockoutPlan
+from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ADAPTER, is_before_adapter
@@ -110,60 +111,35 @@ def explore(
         )
     plan = KnockoutPlan.of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
-
-    def read_probe(probe, states):
-        return probe(states.float())
-
     heads = {
-        site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
+        site: partial(_read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
     }
     word_heads = {
         site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites
     }
-    candidates = [k for k, name in enumerate(names) if classes is None or name in classes]
     if conditions and ADAPTER not in heads:
         log.warning(
             "%s shows no knockouts: it has no probe at the adapter, which finds the patches to block",
             run.path,
         )
         conditions = ()
-    readouts = []
-    for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
-        sample = dataset[image]
-        target = torch.from_numpy(sample["target"])[None]
-        view = mllm.geometry.view(sample["target"].shape)
-        pixels = mllm.preprocess([sample["image"]])
-        truth = patch_labels(target, len(names), mllm.grid, view=view)[0]
-        case = None
-        blocked = {"none": torch.zeros_like(truth, dtype=torch.bool)}
-        if conditions:
-            states = mllm.states(pixels, list({ADAPTER, plan.block_by}))
-            predicted = torch.stack(
-                [heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)]
-            )
-            case = most_confused(predicted.cpu(), truth, image, candidates)
-            if case:
-                blocked |= blocked_patches(
-                    case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image])
-                )
-        cut = torch.stack([*blocked.values()])
-        knockout = Knockout(cut, plan.layers) if len(cut) > 1 else None  # not all models can be cut
-        states = mllm.states(pixels, run.sites, knockout, [0] * len(cut))
-        parts = most_probable(states, heads, min(top_classes, len(names)))
-        parts += most_probable(states, word_heads, top_words)
-        readings = {
-            c: PatchReadout(b, *(part[i] for part in parts))
-            for i, (c, b) in enumerate(blocked.items())
-        }
-        readouts.append(
-            ImageReadout(
-                image,
-                grid_box(view, sample["target"].shape),
-                truth,
-                case,
-                readings,
-            )
-        )
+    reader = _ImageReader(
+        mllm=mllm,
+        sites=run.sites,
+        classes=len(names),
+        heads=heads,
+        word_heads=word_heads,
+        top_classes=min(top_classes, len(names)),
+        top_words=top_words,
+        plan=plan,
+        conditions=conditions,
+        candidates=[k for k, name in enumerate(names) if classes is None or name in classes],
+        seed=seed,
+    )
+    readouts = [
+        reader.read(image, dataset[image])
+        for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5)
+    ]
     return RunReadout(
         run,
         run.sites,
@@ -172,6 +148,62 @@ def explore(
         _read_vocabulary(run, readouts),
         plan.describe(),
     )
+
+
+def _read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:
+    return probe(states.float())
+
+
+@dataclass(frozen=True)
+class _ImageReader:
+    """A model with its probes, and what is read of each image; see :func:`explore`."""
+
+    mllm: FrozenMLLM
+    sites: list[str]
+    classes: int
+    heads: dict[str, Head]  # by site
+    word_heads: dict[str, Head]
+    top_classes: int
+    top_words: int
+    plan: KnockoutPlan
+    conditions: Sequence[str]
+    candidates: list[int]  # classes that a case can be about
+    seed: int
+
+    def read(self, image: int, sample: dict) -> ImageReadout:
+        """Return the readout of a sample of the data set, whose index is `image`."""
+        size = sample["target"].shape
+        view = self.mllm.geometry.view(size)
+        target = torch.from_numpy(sample["target"])[None]
+        truth = patch_labels(target, self.classes, self.mllm.grid, view=view)[0]
+        pixels = self.mllm.preprocess([sample["image"]])
+        case, blocked = self._find_case(image, pixels, truth)
+        cut = torch.stack([*blocked.values()])
+        # not all models can be cut
+        knockout = Knockout(cut, self.plan.layers) if len(cut) > 1 else None
+        states = self.mllm.states(pixels, self.sites, knockout, [0] * len(cut))
+        parts = most_probable(states, self.heads, self.top_classes)
+        parts += most_probable(states, self.word_heads, self.top_words)
+        readings = {}
+        for i, (condition, tokens) in enumerate(blocked.items()):
+            readings[condition] = PatchReadout(tokens, *(part[i] for part in parts))
+        return ImageReadout(image, grid_box(view, size), truth, case, readings)
+
+    def _find_case(
+        self, image: int, pixels: Tensor, truth: Tensor
+    ) -> tuple[ConfusionCase | None, dict[str, Tensor]]:
+        """Return the case of an image, or None, and the patches that each condition blocks, bool[T]."""
+        blocked = {"none": torch.zeros_like(truth, dtype=torch.bool)}
+        if not self.conditions:
+            return None, blocked
+        sites = (ADAPTER, self.plan.block_by)
+        states = self.mllm.states(pixels, list(set(sites)))
+        predicted = [self.heads[site](states[site]).argmax(-1)[0] for site in sites]
+        case = most_confused(torch.stack(predicted).cpu(), truth, image, self.candidates)
+        if case:
+            rng = np.random.default_rng([self.seed, image])
+            blocked |= blocked_patches(case, self.conditions, states[ADAPTER][0], rng)
+        return case, blocked
 
 
 def _check_known(

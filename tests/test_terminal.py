@@ -8,6 +8,7 @@ import probes.cli
 MODEL_AND_DATA = "--model.mllm DIR --data.root DIR"
 RECORDS = "--data.annotations FILE --data.images DIR"
 PAGES = {"llava-bidir": llava_bidir.cli.HELP, "probes": probes.cli.HELP}
+PARSERS = {"llava-bidir": llava_bidir.cli.build_parser, "probes": probes.cli.build_parser}
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
 
@@ -80,3 +81,23 @@ def test_usage_errors_have_three_lines_and_say_what_was_meant(
     is_short = arguments[0] in PAGES[program]
     option = "--help-all" if is_short else "--help"
     assert lines[-1] == f"All options: {lines[0].partition(':')[0]} {option}"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "expected"),
+    [
+        ("probes segment RUN --site encoder --out D a.jpg b.jpg", "photos", "RUN a.jpg b.jpg"),
+        ("probes lab RUN --port 0 OTHER", "runs", "RUN OTHER"),
+        ("llava-bidir generate MODEL a.jpg --dtype auto Why?", "words", "a.jpg Why?"),
+    ],
+)
+def test_a_list_goes_on_after_an_option(command, name, expected):
+    program, *arguments = command.split()
+    args = PARSERS[program]().parse_args(arguments)
+    assert getattr(args, name) == expected.split()
+
+
+def test_a_word_too_many_is_an_error_where_a_command_takes_no_list(capsys):
+    with pytest.raises(SystemExit):
+        PARSERS["llava-bidir"]().parse_args("export CKPT OUT --as-llava MORE".split())
+    assert "unrecognized arguments: MORE" in capsys.readouterr().err

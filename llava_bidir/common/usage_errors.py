@@ -42,9 +42,25 @@ class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Return the options; an unknown one is an error of the command that it was given to."""
         namespace, unknown = self.parse_known_args(args, namespace)
+        command = getattr(namespace, "parser", self)
+        if unknown and not any(word.startswith("-") for word in unknown):
+            unknown = command.add_to_list(namespace, unknown)
         if unknown:
-            getattr(namespace, "parser", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+            command.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace
+
+    def add_to_list(self, namespace: argparse.Namespace, words: list[str]) -> list[str]:
+        """Add words after an option to the list that the command takes, if it does, and return those that are left.
+
+        argparse itself ends a list at the first option: of `segment RUN --site encoder PHOTO` it leaves the photo.
+        """
+        lists = [action for action in self._get_positional_actions() if action.nargs in ("+", "*")]
+        if not lists:
+            return words
+        (action,) = lists
+        more = [self._get_value(action, word) for word in words]
+        setattr(namespace, action.dest, getattr(namespace, action.dest) + more)
+        return []
 
 
 def count(text: str) -> int:

@@ -374,8 +374,8 @@ def add_real_options(parser: ArgumentParser) -> None:
         default=2,
         help="draws of each kind of random LLM in the study",
     )
-    text = "also train and study what tells language from training: the model after stage 1, and one of random weights; "
-    text += "takes hours"
+    text = "also train and study what tells language from training: the model after stage 1, and one of random "
+    text += "weights; takes hours"
     parser.add_argument("--controls", action="store_true", help=text)
     parser.set_defaults(
         steps=None,

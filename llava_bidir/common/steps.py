@@ -166,12 +166,17 @@ def command_now(
 
 def _is_outdated(step: Step, folder: Path) -> bool:
     """Return whether the result that is there was made by this command from other inputs."""
-    record = read_record(step.name, folder)
-    same_options = record.get("command") == list(step.command)
-    if not same_options or record.get("configs", {}) != step.config_hashes():
+    made = _how_made(step, folder)
+    same_options = made.get("command") == list(step.command)
+    if not same_options or made.get("configs", {}) != step.config_hashes():
         return False
-    # a step that failed has not replaced what was there
-    return bool(record.get("failed")) or record["inputs"] != step.inputs()
+    return made["inputs"] != step.inputs()
+
+
+def _how_made(step: Step, folder: Path) -> dict[str, Any]:
+    """Return command, configs and inputs of the result that is there: a step that failed has not replaced it."""
+    record = read_record(step.name, folder)
+    return record.get("kept", {}) if record.get("failed") else record
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -215,6 +220,7 @@ def run_steps(
         print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
         started = time.perf_counter()
         before = _state(step)
+        made = _how_made(step, folder)
         try:
             more = run(step) or {}
         except NothingToMeasure as error:
@@ -228,6 +234,9 @@ def run_steps(
         if "failed" in more:
             if overwrite:
                 step.result.unlink(missing_ok=True)
+            elif step.result.is_file():
+                kept = {key: made[key] for key in ("command", "configs", "inputs") if key in made}
+                more = {**more, "kept": kept}
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)

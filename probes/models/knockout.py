@@ -192,6 +192,8 @@ class Knockout:
             return [b""] * batch, chosen
         blocked = self.blocked.flatten(1).cpu()
         cuts = [row.numpy().tobytes() for row in blocked]
+        if not any(self.names(axis) == (BLOCKED,) for axis in ("rows", "columns")):
+            return cuts, chosen  # without blocked tokens, the other sets are still cut
         return cuts, chosen & blocked.any(1, keepdim=True)
 
     def select_layers(self, layers: nn.ModuleList, batch: int = 1) -> Tensor:

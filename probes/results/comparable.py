@@ -63,6 +63,19 @@ def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
             )
 
 
+def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError unless both runs, of one model and mask, were made from the same weights and config.
+
+    A run that does not record them is not compared.
+    """
+    ours, theirs = ((run.manifest.get("identity") or {}).get("model") for run in (first, second))
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"{first.path} and {second.path} cannot be compared: they were made from other weights or another config; "
+            "make the older one again"
+        )
+
+
 def knockout_difference(first: FinishedRun, second: FinishedRun) -> str | None:
     """Return what the knockouts of two runs differ in, and what to do; None if in nothing, or if a run has no knockout.
 

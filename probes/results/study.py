@@ -20,6 +20,7 @@ from probes.tasks import SEGMENTATION, Task
 from .comparable import (
     check_same_images,
     check_same_layers,
+    check_same_model,
     check_same_probes,
     check_same_settings,
 )
@@ -234,9 +235,11 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
             compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
             check_same_images(compared, run)
         first: dict[bool, FinishedRun] = {}  # of the solved runs, and of the others
+        of_mask: dict[str, FinishedRun] = {}
         for run in study.members:
             check_same_probes(first.setdefault(run.is_solved, run), run)
             check_same_settings(study.first, run)
+            check_same_model(of_mask.setdefault(run.metrics["image_attention"], run), run)
             if run.arm != "adapter":  # random adapters are compared at the adapter
                 check_same_layers(study.first, run)
         _check_draws_differ(study.members)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llava_bidir.common.configs import OPTIONS
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.usage_errors import ArgumentParser
@@ -89,7 +90,12 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str]) -> None:
     """Run `probes study`."""
     parser = build_parser()
-    args, options = parser.parse_known_args(argv[1:])
+    words, given = join_settings(argv[1:])
+    for option, *value in given.values():
+        if not value and "=" not in option:
+            parser.error(f"argument {option}: expected a value")
+    args, unknown = parser.parse_known_args(words)
+    options = [part for word in unknown for part in given.get(word, [word])]
     check_options("probes study", options, Path(__file__).parents[1] / "options.txt", ())
     if len(args.inputs) < 2:
         parser.error(
@@ -118,6 +124,29 @@ def main(argv: list[str]) -> None:
         print_estimate(settings)
     else:
         run_study(settings, args.overwrite == "true")
+
+
+def join_settings(words: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the words with `-c CONFIG` and `--SECTION.KEY VALUE` as one word each, and what these stand for.
+
+    argparse, which does not know these options, would take a value before MODEL for a model.
+    """
+    joined: list[str] = []
+    settings: dict[str, list[str]] = {}
+    i = 0
+    while i < len(words):
+        name, equals, _ = words[i].partition("=")
+        is_setting = name in OPTIONS or (name.startswith("--") and "." in name)
+        has_value = not equals and i + 1 < len(words) and not words[i + 1].startswith("--")
+        count = 2 if is_setting and has_value else 1
+        if is_setting:
+            placeholder = f"--setting-{i}"
+            settings[placeholder] = words[i : i + count]
+            joined.append(placeholder)
+        else:
+            joined.append(words[i])
+        i += count
+    return joined, settings
 
 
 def label_models(models: list[str]) -> dict[str, str]:

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from llava_bidir.common.configs import configs_in, find_config
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
@@ -343,6 +345,8 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
     Raises:
         UserError: There is no such arm.
     """
+    if settings.arms is not None and not settings.arms:
+        raise UserError("arms is empty; expected trained, random0, ... (--arms)")
     if settings.arms is None:
         kinds = ("random", "adapter") if has_llm else ("random",)
         return ["trained", *(f"{kind}{draw}" for kind in kinds for draw in range(settings.draws))]
@@ -385,7 +389,7 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
             )
     for name in [*chosen]:
         for option, (file, content) in ANALYSES[name].beside_data.items():
-            beside = Path(data_root(settings)).parent / file
+            beside = Path(data_root(settings)).resolve().parent / file
             if beside.is_file() and content in beside.read_bytes():
                 chosen[name].setdefault(option, str(beside))
             if option in chosen[name]:
@@ -406,7 +410,8 @@ def _within(images: int, numbers: str) -> str:
 def data_options(settings: Settings) -> list[str]:
     """Return the options that say where the images are."""
     if settings.data in DATASETS:
-        return ["--data.dataset", settings.data, "--data.name", settings.data]
+        named = read_setting(settings.options, "data.name")
+        return ["--data.dataset", settings.data, "--data.name", str(named or settings.data)]
     return ["--data.root", settings.data]
 
 
@@ -460,6 +465,10 @@ def check(settings: Settings) -> None:
             raise UserError(
                 f"{key} is given, but the arms of a study say which weights are random (--arms)"
             )
+    if read_setting(settings.options, "data.task") not in (None, SEGMENTATION):
+        raise UserError(
+            "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
+        )
     root = Path(data_root(settings))
     if settings.data not in DATASETS and not root.is_dir():
         layouts = ", ".join(DATASETS)
@@ -467,10 +476,11 @@ def check(settings: Settings) -> None:
             f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})"
         )
     classes = open_split(settings, "validation").classes
-    asked = chosen_analyses(settings).get("knockout", {}).get("classes", "auto:").split(",")
+    asked = listed(chosen_analyses(settings).get("knockout", {}).get("classes", "auto:"))
     if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
         raise UserError(
-            f"there is no class {unknown[0]!r}; expected some of {', '.join(classes)} (--add)"
+            f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); a name with a "
+            'comma is given as knockout.classes=["a, b", "c"]'
         )
     open_split(settings, "training")
     for task in settings.tasks:
@@ -486,6 +496,14 @@ def _join(label: str, name: str) -> str:
     return f"{label}/{name}" if label else name
 
 
+def listed(value: str) -> list[str]:
+    """Return ["sky", "road"] of "sky,road", or of a list as YAML has it, in which names may contain commas."""
+    if value.startswith("["):
+        with error_context(f"--add: {value}"):
+            return [str(part) for part in yaml.safe_load(value)]
+    return value.split(",")
+
+
 def _words(options: dict[str, str]) -> list[str]:
     """Return {"classes": "sky,road", "by-class": "true"} as --classes sky road --by-class."""
     words: list[str] = []
@@ -495,7 +513,7 @@ def _words(options: dict[str, str]) -> list[str]:
         elif os.path.exists(value):  # its name may contain a comma
             values = [value]
         else:
-            values = value.split(",")
+            values = listed(value)
         words += [f"--{key}", *values]
     return words
 

@@ -8,6 +8,7 @@ DIR/study.log             what the steps print
 """
 
 import gc
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from llava_bidir.common.arguments import check_is_list
+from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.process_group import end_on_signals, process_group
@@ -26,6 +27,7 @@ from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
 from probes.analyses import ANALYSES
 from probes.cli import build_parser, run_command
 from probes.report.terminal import format_results
+from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
 from probes.tasks import SEGMENTATION
 
@@ -74,6 +76,8 @@ def study(
     for key, example in LISTS.items():
         if settings.get(key) is not None:
             check_is_list(key, settings[key], example)
+            for word in settings[key]:
+                check_is_text(f"each of {key}", word)
     if not isinstance(model, str | Path | dict):
         raise UserError(
             f"model must be a directory, a hub id, or two by label as a dict, got {model!r}"
@@ -103,19 +107,19 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     names = [*filter(None, settings.models), *(settings.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        changed = _changed_models(steps, overwrite)
-        missing = find_missing(
-            steps, out, lambda step: step.kind in RUNS and _model_and_task(step) in changed
-        )
+        changed = _changed_runs(steps, overwrite)
+        missing = find_missing(steps, out, lambda step: step.name in changed)
+        ready = _without_early_report(missing, out)
         failed = run_steps(
-            _without_early_report(missing, out),
+            ready,
             out,
             lambda step: _run_step(step, _command(step, out, overwrite), settings),
             log=out / "study.log",
             overwrite=overwrite,
         )
-        if any(step.kind == "report" for step in missing):
-            write_table(out)  # like the report, by one job only
+        lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
+        if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
+            write_table(out)
     if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
@@ -124,7 +128,8 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     if failed:
         steps_have = "a step has" if len(failed) == 1 else f"{len(failed)} steps have"
         raise UserError(
-            f"{steps_have} failed, and the report is without it: {'; '.join(failed)}. The same command tries again"
+            f"{steps_have} failed, and the report is without the result, or has an earlier one: "
+            f"{'; '.join(failed)}. The same command tries again"
         )
 
 
@@ -146,25 +151,35 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     return kept
 
 
-def _changed_models(steps: list[Step], overwrite: bool) -> set[tuple[str, str]]:
-    """Return the models and tasks whose finished arms were made from other weights, images or targets than are there.
+def _changed_runs(steps: list[Step], overwrite: bool) -> set[str]:
+    """Return the steps whose finished runs were made from other weights, images or targets than are there.
 
     Raises:
         UserError: There are some, and they may not be overwritten.
     """
-    first: dict[tuple[str, str], Step] = {}
-    for step in steps:
-        if step.kind in RUNS and step.result.is_file():
-            first.setdefault(_model_and_task(step), step)
     changed = set()
-    for key, step in first.items():
-        try:
-            open_run(step.result.parent).check_unchanged()
-        except UserError as error:
+    checked: dict[str, str | None] = {}  # by what runs were made from: what has changed since
+    for step in steps:
+        if step.kind not in RUNS or not step.result.is_file():
+            continue
+        run = open_run(step.result.parent)
+        made_from = json.dumps([*_model_and_task(step), run.manifest.get("identity")])
+        if made_from not in checked:
+            checked[made_from] = _what_has_changed(run)
+        if (error := checked[made_from]) is not None:
             if not overwrite:
-                raise UserError(f"{error}; or choose another --out, or --overwrite true") from None
-            changed.add(key)
+                raise UserError(f"{error}; or choose another --out, or --overwrite true")
+            changed.add(step.name)
     return changed
+
+
+def _what_has_changed(run: FinishedRun) -> str | None:
+    """Return the error of a run whose model, images or targets have changed; None if they have not."""
+    try:
+        run.check_unchanged()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _model_and_task(step: Step) -> tuple[str, str]:
@@ -225,6 +240,8 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
             failed = False
             try:
                 run_command(command)
+                if step.kind == "report":
+                    write_table(settings.out)  # before the report counts as done
             except NothingToMeasure:
                 raise
             except UserError as error:

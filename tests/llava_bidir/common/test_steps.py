@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_bidir.common.errors import NothingToMeasure
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.steps import (
     Step,
     command_now,
@@ -134,6 +134,24 @@ def test_a_failed_step_and_one_that_is_left_out_keep_no_result_of_other_inputs(f
 
     run_steps([step], folder, leave_out)
     assert not step.result.exists()
+
+
+def test_a_result_of_other_options_is_replaced_on_no_try_unless_it_is_asked_for(folder):
+    """A study's second call replaced what the first one had refused to."""
+    step, *_ = chain(folder, optional=True)
+    run([step], folder)
+    other = Step(**vars(step) | {"command": ("fit", "--name", "other")})
+
+    def refuse(step: Step) -> None:
+        raise UserError("made with other options; --overwrite true replaces it")
+
+    for _ in range(2):
+        run_steps(find_missing([other], folder), folder, refuse)
+        assert command_now(other, folder) == list(other.command)
+    (folder / "data.json").write_text("second")
+    run_steps(find_missing([other], folder), folder, refuse)
+    assert command_now(other, folder) == list(other.command)
+    assert "--overwrite" in command_now(step, folder), "its own options, of other inputs"
 
 
 def test_an_error_ends_the_work_unless_the_step_is_optional(folder):

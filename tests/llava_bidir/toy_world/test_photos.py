@@ -77,7 +77,8 @@ def test_held_out_questions_are_about_validation_photos_of_each_set(sets, tmp_pa
     assert all("/images/training/" in record["image"] for record in read(out, "captions"))
 
 
-def test_two_sets_of_one_name_are_an_error(sets, tmp_path):
-    other = write_set(tmp_path / "more/streets", 2)
+@pytest.mark.parametrize("name", ["streets", "questions"])
+def test_two_sets_of_one_name_are_an_error(name, sets, tmp_path):
+    other = write_set(tmp_path / "more" / name, 2)
     with pytest.raises(UserError, match="expected different names"):
         write_photos(tmp_path / "out", [*sets, other], None, None, seed=0, held_out=4)

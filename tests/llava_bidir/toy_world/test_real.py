@@ -124,6 +124,36 @@ def test_options_of_photos_without_photos_are_an_error(tmp_path):
             cli.main(["real", "--out", str(tmp_path), *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--photos", "PHOTOS", "nowhere"], "no folder .*nowhere"),
+        (["--photos", "PHOTOS", "--captions", "nowhere.json"], "nowhere.json is not a file"),
+        (["--photos", "PHOTOS", "--image-px", "100"], "expected a multiple of 14"),
+    ],
+)
+def test_a_mistyped_option_does_not_keep_the_right_one_out(
+    words, message, commands, photos, tmp_path
+):
+    out = tmp_path / "out"
+    words = [word.replace("PHOTOS", str(photos)) for word in words]
+    with pytest.raises(SystemExit, match=message):
+        commands(out, *words)
+    assert commands(out, "--photos", str(photos))
+
+
+def test_changed_masks_are_not_studied_with_models_of_the_earlier_ones(commands, photos, tmp_path):
+    out = tmp_path / "out"
+    commands(out, "--photos", str(photos))
+    first, second = sorted((photos / "annotations/training").iterdir())[:2]
+    first.write_bytes(second.read_bytes())
+    message = "streets/training_masks have changed .* delete .*out/photos to train again"
+    with pytest.raises(SystemExit, match=message):
+        commands(out, "--photos", str(photos))
+    shutil.rmtree(out / "photos")
+    assert commands(out, "--photos", str(photos))
+
+
 def test_a_folder_of_other_photos_is_not_continued(commands, photos, tmp_path):
     out = tmp_path / "out"
     commands(out, "--photos", str(photos))

@@ -176,6 +176,21 @@ def test_blocked_tokens_on_the_grid_are_those_in_a_row_also_where_rows_of_the_ba
         assert torch.equal(found[site], expected), site
 
 
+def test_a_row_without_blocked_tokens_is_still_cut_from_other_columns(mllms):
+    """Rows that share work: the first is cut in no layer, the second in all, and neither blocks an image token."""
+    mllm = mllms("causal")
+    pixels = tiny_models.pixels(1)
+    cut = {
+        "blocked": torch.zeros(2, tiny_models.TOKENS, dtype=torch.bool),
+        "layers": torch.tensor([[False] * 3, [True] * 3]),
+        "columns": ("prefix", "blocked"),
+    }
+    shared = mllm.states(pixels, ["layer_03"], Knockout(**cut), rows=[0, 0])["layer_03"]
+    alone = mllm.states(pixels.expand(2, -1, -1, -1), ["layer_03"], Knockout(**cut))["layer_03"]
+    assert not torch.allclose(shared[0], shared[1], atol=1e-3)
+    torch.testing.assert_close(shared, alone, **rounding(alone, 3))
+
+
 def test_rows_of_the_prefix_are_cut_where_it_sees_the_image(mllms):
     cut = ("prefix", "image", None)
     mllm = mllms("prefix")

@@ -17,13 +17,14 @@ import task_runs
 import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.steps import Step
 from probes.cli import main
-from probes.studies.plan import Settings, make_plan, planned_runs
+from probes.studies.command import build_parser, join_settings
+from probes.studies.plan import Settings, listed, make_plan, planned_runs
 from probes.studies.run import _command
 
 OPTIONS = [
@@ -200,7 +201,9 @@ def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     assert all(after[name] == content for name, content in before.items() if name.endswith(results))
     assert set(probes.Study(out).table().query("weights == 'random'").draw) == {0, 1}
     (out / "random0/knockout.json").unlink()
+    (out / "table.csv").unlink()
     said = study("random0", "random1")
+    assert (out / "table.csv").is_file()
     assert "random0/knockout" in said
     assert "random1/knockout" not in said
 
@@ -242,6 +245,14 @@ BAD = {
     "an unknown layer of the encoder": (
         ["MODEL", "DATA", "--model.sites", "[encoder_03]"],
         "no site 'encoder_03'; it has encoder_00, .*, final_norm",
+    ),
+    "a class with a comma that does not exist": (
+        ["MODEL", "DATA", "--add", 'knockout.classes=["wall, brick", sky]'],
+        "no class 'wall, brick'.*a name with a comma is given as",
+    ),
+    "a task that is none of the study's": (
+        ["MODEL", "DATA", "--data.task", "depth"],
+        "--tasks NAME",
     ),
     "weights that are an arm's": (
         ["MODEL", "DATA", "--model.untrained", "[llm]"],
@@ -315,6 +326,90 @@ def test_changed_targets_of_a_task_end_the_study(checkpoints, segmentation, tmp_
     depth[0].write_bytes(depth[1].read_bytes())
     with pytest.raises(SystemExit, match="depth_trained.*validation_depth"):
         main(command)
+
+
+def test_new_weights_replace_every_arm_also_after_an_interruption(
+    checkpoints, segmentation, tmp_path, monkeypatch
+):
+    """A random arm of the old weights stayed beside the trained one of the new weights, and was compared with it."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["causal"], model)
+    out = tmp_path / "study"
+
+    def study(*arms: str, overwrite: bool = False):
+        options = [*OPTIONS, "--model.sites", "[adapter, layer_03]", "--strengths", "1e-1"]
+        probes.study(
+            model,
+            segmentation,
+            out=out,
+            overwrite=overwrite,
+            arms=[*arms],
+            only=["solve", "report"],
+            options=options,
+        )
+
+    def weights_of(arm: str) -> dict:
+        return probes.ProbeRun(out / arm).manifest["identity"]["model"]
+
+    study("trained", "random0")
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "multi_modal_projector" in name)
+    save_file(tensors | {name: tensors[name] * 2}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="--overwrite true"):
+        study("trained", "random0")
+    with pytest.raises(UserError, match="other weights"):
+        study("trained", overwrite=True)
+    assert weights_of("trained") != weights_of("random0")
+    with pytest.raises(UserError, match="random0.*--overwrite true"):
+        study("trained", "random0")
+    study("trained", "random0", overwrite=True)
+    assert weights_of("trained") == weights_of("random0")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-c", "configs/demo/probes.yaml", "MODEL", "DATA", "--out", "OUT"],
+        ["--data.batch_size", "2", "MODEL", "--out", "OUT", "-c", "demo/probes", "--folds", "2"],
+        ["MODEL", "DATA", "--out", "OUT", "--data.batch_size=2", "--strengths", "1", "2"],
+    ],
+)
+def test_values_of_options_before_the_model_are_no_models(words):
+    joined, given = join_settings(words)
+    args, unknown = build_parser().parse_known_args(joined)
+    assert args.inputs == [word for word in words if word in ("MODEL", "DATA")]
+    others = [part for word in unknown for part in given.get(word, [word])]
+    own = {"MODEL", "DATA", "--out", "OUT"}
+    assert others == [word for word in words if word not in own], "in their order"
+
+
+def test_questions_beside_the_data_are_found_from_inside_of_it(
+    checkpoints, segmentation, tmp_path, monkeypatch
+):
+    shutil.copytree(segmentation, tmp_path / "data")
+    (tmp_path / "questions.json").write_text('[{"regions": []}]')
+    monkeypatch.chdir(tmp_path / "data")
+    steps = make_plan(Settings({"": str(checkpoints["causal"])}, ".", tmp_path / "study", draws=0))
+    assert "trained/answers" in [step.name for step in steps]
+
+
+def test_a_class_with_a_comma_is_one_class():
+    assert listed('["wall, brick", sky]') == ["wall, brick", "sky"]
+    assert listed("wall,sky") == ["wall", "sky"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": ["--data.batch_size", 2]}, "each of options must be one text, got 2"),
+        ({"arms": []}, "arms is empty"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(
+    settings, message, checkpoints, segmentation, tmp_path
+):
+    with pytest.raises(UserError, match=message):
+        probes.study(checkpoints["causal"], segmentation, out=tmp_path / "study", **settings)
 
 
 def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
@@ -442,7 +537,7 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
     assert judged()
     assert not judged("knockout.min-patches=99", overwrite=True)
     assert judged(overwrite=True)
-    with pytest.raises(UserError, match="the report is without it: trained/knockout: layer 9"):
+    with pytest.raises(UserError, match="has an earlier one: trained/knockout: layer 9"):
         judged("knockout.layers=9", overwrite=True)
     claims = probes.Study(tmp_path).claims()["claim"]
     assert not claims.str.startswith("knockout").any()

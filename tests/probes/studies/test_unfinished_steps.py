@@ -50,7 +50,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(run, "write_table", lambda out: None)
     monkeypatch.setattr(run, "format_results", lambda results: "")
-    monkeypatch.setattr(run, "_changed_models", lambda *_: set())
+    monkeypatch.setattr(run, "_changed_runs", lambda *_: set())
     return names
 
 
@@ -338,11 +338,12 @@ def test_a_dry_run_of_few_photos_ends_well(
 
 
 def test_an_option_without_its_value_is_an_error_before_any_work(
-    checkpoints, segmentation, tmp_path
+    checkpoints, segmentation, tmp_path, capsys
 ):
-    words = ["--draws", "0", "--only", "report", "--trainer.devices"]
+    words = ["--draws", "0", "--only", "solve", "--trainer.devices"]
     with pytest.raises(SystemExit):
         run_study(checkpoints, segmentation, tmp_path, words)
+    assert "trainer.devices" in capsys.readouterr().err
 
 
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):

@@ -479,8 +479,8 @@ def check(settings: Settings) -> None:
     asked = listed(chosen_analyses(settings).get("knockout", {}).get("classes", "auto:"))
     if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
         raise UserError(
-            f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); a name with a "
-            'comma is given as knockout.classes=["a, b", "c"]'
+            f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); "
+            'a name with a comma is given as knockout.classes=["a, b", "c"]'
         )
     open_split(settings, "training")
     for task in settings.tasks:

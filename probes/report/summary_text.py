@@ -43,7 +43,11 @@ def summarize_claims(claims: list[dict[str, Any]]) -> str:
     """Return how many claims are supported, and which; the numbers of other conclusions, and of untested claims."""
     tested = [claim for claim in claims if claim["supported"] is not None]
     supported = [claim for claim in tested if claim["finding"] == SUPPORTED]
-    names = ", ".join(f"{c['claim'].replace('_', ' ')} {c['image_attention']}" for c in supported)
+    several = len({claim["image_attention"] for claim in claims}) > 1
+    names = ", ".join(
+        claim["claim"].replace("_", " ") + f" {claim['image_attention']}" * several
+        for claim in supported
+    )
     parts = [f"{len(supported)} supported" + (f" ({names})" if names else "")]
     others = Counter(claim["finding"] for claim in tested if claim["finding"] != SUPPORTED)
     for finding, count in others.most_common():

@@ -163,7 +163,9 @@ def _changed_runs(steps: list[Step], overwrite: bool) -> set[str]:
         if step.kind not in RUNS or not step.result.is_file():
             continue
         run = open_run(step.result.parent)
-        made_from = json.dumps([*_model_and_task(step), run.manifest.get("identity")])
+        identity = run.manifest.get("identity") or {}
+        parts = [identity.get(section) for section in ("data", "model")]
+        made_from = json.dumps([*_model_and_task(step), *parts])
         if made_from not in checked:
             checked[made_from] = _what_has_changed(run)
         if (error := checked[made_from]) is not None:

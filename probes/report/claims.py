@@ -429,11 +429,9 @@ def _why_no_draws(
 
 def _draws_without(analysis: str, runs: str) -> str:
     """Return that random models lack an analysis, and what to do."""
-    if analysis not in ANALYSES:
-        return f"draws without this analysis: run {analysis} on {runs}, with the same options"
-    return (
-        f"draws without this analysis: run `probes {analysis}` on {runs}, with the same --classes"
-    )
+    command = f"`probes {analysis}`" if analysis in ANALYSES else analysis
+    options = "--classes" if analysis == "knockout" else "options"
+    return f"draws without this analysis: run {command} on {runs}, with the same {options}"
 
 
 def _command(

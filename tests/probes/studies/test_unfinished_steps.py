@@ -283,6 +283,7 @@ def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     (report,) = (step for step in make_plan(made) if step.kind == "report")
     wrote = threading.Event()
     monkeypatch.setattr(run, "run_command", lambda words: wrote.set())
+    monkeypatch.setattr(run, "write_table", lambda out: None)
     job = threading.Thread(target=run._run_step, args=(report, ["report"], made))
     with exclusive_run_lock(made.out, "report-step"):
         job.start()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import IGNORED
 
-from probes.tasks.boundaries import IGNORED, THRESHOLDS, TOLERANCE, Boundaries, dilate, histogram
+from probes.tasks.boundaries import THRESHOLDS, TOLERANCE, Boundaries, dilate, histogram
 
 
 def draw(seed: int = 0, size: tuple[int, int] = (30, 41)) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,16 @@ VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split
 REQUIRED = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
 
+def add_seed(parser: ArgumentParser) -> None:
+    """Add --seed, that of everything that a command draws."""
+    parser.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        help="seed of all random choices",
+    )
+
+
 def add_export_options(parser: ArgumentParser) -> None:
     """Add the options of `llava-bidir export`."""
     parser.add_argument(
@@ -161,12 +171,7 @@ def add_vqa_table_options(parser: ArgumentParser) -> None:
 def add_demo_assets_options(parser: ArgumentParser) -> None:
     """Add the options of `llava-bidir demo-assets`."""
     parser.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of all random choices",
-    )
+    add_seed(parser)
     text = "what tells look-alikes apart: the rest of the scene, or patches of the same scene, one of several (binding)"
     parser.add_argument(
         "--world",
@@ -262,12 +267,7 @@ def add_demo_options(parser: ArgumentParser) -> None:
         default=Path("runs/demo"),
         help="folder of world, models, study and report",
     )
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of all random choices",
-    )
+    add_seed(parser)
     text = "factor for the number of images, conversations and training steps; "
     text += "1: half an hour, large enough for results"
     parser.add_argument(
@@ -294,12 +294,7 @@ def add_real_options(parser: ArgumentParser) -> None:
         default=Path("runs/real"),
         help="folder of models, world, studies and reports",
     )
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of all random choices",
-    )
+    add_seed(parser)
     text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
     parser.add_argument(
         "--minutes",
@@ -403,12 +398,7 @@ def add_questions_options(parser: ArgumentParser) -> None:
         **REQUIRED,
         help=text,
     )
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of all random choices",
-    )
+    add_seed(parser)
     text = "rows and columns of places that are asked about"
     parser.add_argument(
         "--grid",

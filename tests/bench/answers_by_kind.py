@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from llava_bidir.commands.generate import answer, load
@@ -32,30 +33,50 @@ def kind_of(question: str) -> str:
     return kind
 
 
-def main() -> None:
-    """Print a row for each data set and kind."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def question_of(record: dict) -> str:
+    """Return the question of a record without the mark of its picture."""
+    return record["conversations"][0]["value"].removeprefix("<image>\n")
+
+
+def row_of(record: dict) -> tuple[str, str]:
+    """Return the data set and the kind of a record's question."""
+    return Path(record["image"]).parts[0], kind_of(question_of(record))
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Return the model, the file of questions, the folder of their photos, and how to ask."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("questions", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def ask(args: argparse.Namespace, asked: list[tuple[dict, Image.Image]]) -> list[str]:
+    """Return the model's answer to the question of each record about the photo beside it."""
     model, processor = load(args.model, args.dtype)
+    answers = []
+    for start in tqdm(range(0, len(asked), args.batch_size), mininterval=5):
+        batch = asked[start : start + args.batch_size]
+        texts = [question_of(record) for record, _ in batch]
+        photos = [[photo] for _, photo in batch]
+        answers += answer(model, processor, texts, photos, MAX_TOKENS)
+    return [words.strip() for words in answers]
+
+
+def main() -> None:
+    """Print a row for each data set and kind."""
+    args = parse_arguments(__doc__)
     records = json.loads(args.questions.read_text())
+    asked = [(record, read_image(args.images / record["image"])) for record in records]
     right = defaultdict(list)
     said = defaultdict(lambda: defaultdict(int))
-    for start in tqdm(range(0, len(records), args.batch_size), mininterval=5):
-        batch = records[start : start + args.batch_size]
-        texts = []
-        for record in batch:
-            texts.append(record["conversations"][0]["value"].removeprefix("<image>\n"))
-        images = [[read_image(args.images / record["image"])] for record in batch]
-        answers = answer(model, processor, texts, images, MAX_TOKENS)
-        for record, text, words in zip(batch, texts, answers, strict=True):
-            row = (Path(record["image"]).parts[0], kind_of(text))
-            right[row].append(words.strip() == record["conversations"][1]["value"])
-            said[row][words.strip()] += 1
+    for record, words in zip(records, ask(args, asked), strict=True):
+        row = row_of(record)
+        right[row].append(words == record["conversations"][1]["value"])
+        said[row][words] += 1
     print(
         f"{'data set':16}{'kind':8}{'questions':>10}{'right, %':>10}{'+/-':>6}  most frequent answer"
     )

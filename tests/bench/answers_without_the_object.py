@@ -12,17 +12,14 @@ Printed by data set and kind, in %: answers that are right, and the change by co
 place, with the normal 95% interval of the paired difference.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from answers_by_kind import MAX_TOKENS, kind_of
+from answers_by_kind import ask, parse_arguments, question_of, row_of
 from PIL import Image
-from tqdm import tqdm
 
-from llava_bidir.commands.generate import answer, load
 from llava_bidir.data.image_folder import read_image
 
 
@@ -42,8 +39,7 @@ def object_pixels(record: dict, images: Path, size: tuple[int, int]) -> np.ndarr
     photo = images / record["image"]
     root = photo.parents[2]
     classes = json.loads((root / "classes.json").read_text())["classes"]
-    question = record["conversations"][0]["value"]
-    name = question.split("Is there any ")[1].removesuffix(" in the picture?")
+    name = question_of(record).removeprefix("Is there any ").removesuffix(" in the picture?")
     mask = root / "annotations" / photo.parent.name / f"{photo.stem}.png"
     return np.asarray(Image.open(mask)) == classes.index(name)
 
@@ -69,32 +65,18 @@ def three_photos(record: dict, images: Path) -> list[Image.Image] | None:
 
 def main() -> None:
     """Print a row for each data set and kind."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("questions", type=Path)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
-    model, processor = load(args.model, args.dtype)
+    args = parse_arguments(__doc__)
     asked = []
     for record in json.loads(args.questions.read_text()):
         photos = three_photos(record, args.images)
         if photos is not None:
             asked += [(record, photo) for photo in photos]
     right = []
-    for start in tqdm(range(0, len(asked), args.batch_size), mininterval=5):
-        batch = asked[start : start + args.batch_size]
-        texts = []
-        for record, _ in batch:
-            texts.append(record["conversations"][0]["value"].removeprefix("<image>\n"))
-        answers = answer(model, processor, texts, [[photo] for _, photo in batch], MAX_TOKENS)
-        for (record, _), words in zip(batch, answers, strict=True):
-            right.append(words.strip() == record["conversations"][1]["value"])
+    for (record, _), words in zip(asked, ask(args, asked), strict=True):
+        right.append(words == record["conversations"][1]["value"])
     by_kind = defaultdict(list)
     for (record, _), scores in zip(asked[::3], np.reshape(right, (-1, 3)), strict=True):
-        question = record["conversations"][0]["value"].removeprefix("<image>\n")
-        by_kind[Path(record["image"]).parts[0], kind_of(question)].append(scores)
+        by_kind[row_of(record)].append(scores)
     columns = f"{'photo':>8}{'object':>8}{'elsewhere':>11}"
     print(f"{'data set':16}{'kind':8}{'questions':>10}{columns}  object minus elsewhere")
     for (data, kind), scores in by_kind.items():

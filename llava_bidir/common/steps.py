@@ -176,7 +176,9 @@ def _is_outdated(step: Step, folder: Path) -> bool:
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:
     """Return command, configs and inputs of the result that is there: a step that failed has not replaced it."""
     record = read_record(step.name, folder)
-    return record.get("kept", {}) if record.get("failed") else record
+    if record.get("failed"):
+        return record.get("kept", {})
+    return {key: record[key] for key in ("command", "configs", "inputs") if key in record}
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -235,8 +237,7 @@ def run_steps(
             if overwrite:
                 step.result.unlink(missing_ok=True)
             elif step.result.is_file():
-                kept = {key: made[key] for key in ("command", "configs", "inputs") if key in made}
-                more = {**more, "kept": kept}
+                more = {**more, "kept": made}
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)

@@ -44,6 +44,7 @@ def write_photos(
     Raises:
         UserError: A folder is no data set, two have the same name, or no record has a photo and a caption.
     """
+    check_paths(folders, captions, caption_images)
     out.mkdir(parents=True, exist_ok=True)
     names = [folder.resolve().name for folder in folders]
     if len({*FILES, *names}) < len(FILES) + len(names):
@@ -77,6 +78,19 @@ def write_photos(
     by_file[out / "sources.json"] = describe_sources(folders, captions)
     by_file[out / "questions.json"] = [row for rows in questions.values() for row in rows]
     write_files(by_file)
+
+
+def check_paths(
+    folders: list[Path],
+    captions: Path | None,
+    caption_images: Path | None,
+) -> None:
+    """Raise a UserError that names a folder or the file of captions if it is not there."""
+    for folder in [*folders, *filter(None, [caption_images])]:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}; expected a folder of photos")
+    if captions and not captions.is_file():
+        raise UserError(f"--captions {captions} is not a file; expected LLaVA's JSON")
 
 
 def describe_sources(folders: list[Path], captions: Path | None) -> dict[str, str | None]:
@@ -115,8 +129,6 @@ def read_captions(file: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: There is none.
     """
-    if not file.is_file():
-        raise UserError(f"--captions {file} is not a file; expected LLaVA's JSON")
     records = [
         record | {"image": f"{CAPTIONS}/{record['image']}"}
         for record in read_records(file)
@@ -139,12 +151,6 @@ def choose_captions(
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Link to a folder.
-
-    Raises:
-        UserError: It is no folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; expected a folder of photos")
+    """Link to a folder."""
     link.unlink(missing_ok=True)
     link.symlink_to(folder.resolve(), target_is_directory=True)

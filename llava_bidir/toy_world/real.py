@@ -128,11 +128,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
     if args.caption_images and not args.captions:
         raise UserError("--caption-images is the folder of the photos of --captions FILE")
-    for folder in [*(args.photos or ()), *filter(None, [args.caption_images])]:
-        if not folder.is_dir():
-            raise UserError(f"no folder {folder}; expected a folder of photos")
-    if args.captions and not args.captions.is_file():
-        raise UserError(f"--captions {args.captions} is not a file; expected LLaVA's JSON")
+    if args.photos:
+        from .photos import check_paths
+
+        check_paths(args.photos, args.captions, args.caption_images)
     if args.image_px and args.image_px % PATCH_PX:
         raise UserError(f"--image-px is {args.image_px}; expected a multiple of {PATCH_PX}")
 

@@ -446,6 +446,12 @@ def add_rehearse_options(parser: ArgumentParser) -> None:
         help="encoder, at its published size",
     )
     parser.add_argument(
+        "--images",
+        type=count,
+        metavar="N",
+        help="training images of the probes (default: 8; tiny: 6); the solver keeps the memory of two, 1%% of 200",
+    )
+    parser.add_argument(
         "--inputs-only",
         action="store_true",
         help="only write models and data, with OUT/inputs/env.sh for Slurm",

@@ -21,23 +21,24 @@ STEPS = 2  # optimizer steps of each stage; the first one also compiles and allo
 RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
 # Of `probes study`: two random LLMs and no more images and draws than it needs. As at the real size, the states of
-# all images do not fit: the memory of two is the least for two folds.
+# all images do not fit: the memory of two is the least for two folds. Passes end when the certificates hold.
 PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
 ARMS = "trained random0 random1"
 STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
 STUDY += (
-    " --trainer.log_every_n_steps 1 --fit --passes 4 --folds 2 --strengths 0.1 --sample-images 2"
+    " --trainer.log_every_n_steps 1 --fit --passes 10 --folds 2 --strengths 0.1 --sample-images 2"
 )
 STUDY += " --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 
-def write_inputs(out: Path, size: str, encoder: str) -> None:
+def write_inputs(out: Path, size: str, encoder: str, training_images: int) -> None:
     """Write all inputs of a rehearsal into the folder `out`, complete or not at all.
 
     Args:
         out: Folder; `out/env.sh` sets the paths for slurm/env.sh.
         size: Key of SIZES.
         encoder: clip, dinov2 or siglip.
+        training_images: Images that the probes train on.
     """
     settings = SIZES[size]
     with atomic_directory(out, marker="env.sh") as folder:
@@ -47,7 +48,9 @@ def write_inputs(out: Path, size: str, encoder: str) -> None:
             settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf"
         )
         write_conversations(folder)
-        write_segmentation(folder / "ade/ADEChallengeData2016", *settings.images)
+        write_segmentation(
+            folder / "ade/ADEChallengeData2016", training_images, settings.validation_images
+        )
         (folder / "env.sh").write_text(slurm_settings(out.resolve(), encoder))
         config = {"model": {"encoder": {"name": encoder, "path": str(out.resolve() / encoder)}}}
         (folder / f"{encoder}.yaml").write_text(json.dumps(config) + "\n")

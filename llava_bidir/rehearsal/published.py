@@ -47,12 +47,14 @@ class Size:
     Args:
         llm: Settings of LlamaConfig. 7b is Vicuna's, 1b TinyLlama's.
         encoders_shrink: Divisor of the encoders' widths and depths.
-        images: Training and validation images for the probes; at least one per GPU of a node.
+        training_images: For the probes, if no other number is asked for; at least one per GPU of a node.
+        validation_images: The same, of validation.
     """
 
     llm: dict[str, int]
     encoders_shrink: int
-    images: tuple[int, int]
+    training_images: int
+    validation_images: int
 
 
 SIZES = {
@@ -64,7 +66,8 @@ SIZES = {
             "num_attention_heads": 32,
         },
         1,
-        (8, 8),
+        8,
+        8,
     ),
     "1b": Size(
         {
@@ -75,7 +78,8 @@ SIZES = {
         }
         | {"num_key_value_heads": 4},
         1,
-        (8, 8),
+        8,
+        8,
     ),
     "tiny": Size(
         {
@@ -85,7 +89,8 @@ SIZES = {
             "num_attention_heads": 4,
         },
         16,
-        (6, 4),
+        6,
+        4,
     ),
 }
 

@@ -18,6 +18,7 @@ from llava_bidir.common.steps import find_missing, read_record, run_steps
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import NAMES, read_speed, run_measured
+from .published import SIZES
 from .study import MASKS, RehearsalStep, plan_study
 
 MEASURED = ("wall_s", "host_gb", "host_with_files_gb", "device_gb", "samples", *NAMES)
@@ -28,18 +29,19 @@ def run(args: argparse.Namespace) -> None:
     """Rehearse the study in `args.out`; finished steps of an earlier call are kept with their measurements.
 
     Raises:
-        UserError: `args.out` holds a rehearsal of another size.
+        UserError: `args.out` holds a rehearsal of another size, encoder or number of images.
         SystemExit: A step failed (status 1).
     """
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_run_lock(args.out):
         end_on_signals()
-        record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
+        images = args.images or SIZES[args.size].training_images
+        record = start_record(args.out / "rehearsal.json", args.size, args.encoder, images)
         # before the inputs, which are of this size
         write_files({args.out / "rehearsal.json": record})
         if not (args.out / "inputs/env.sh").is_file():
             print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
-            write_inputs(args.out / "inputs", args.size, args.encoder)
+            write_inputs(args.out / "inputs", args.size, args.encoder, images)
         if args.inputs_only:
             return
         os.environ |= OFFLINE
@@ -67,12 +69,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} steps failed: {'; '.join(failed)}")
 
 
-def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
+def start_record(file: Path, size: str, encoder: str, images: int) -> dict[str, Any]:
     """Return the contents of `rehearsal.json`, or those of a new rehearsal."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     settings = {
         "size": size,
         "encoder": encoder,
+        "images": images,
         "devices": gpus or [platform.machine()],
     }
     if not file.is_file():

@@ -75,7 +75,7 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
     assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
-def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch):
+def test_folder_of_another_rehearsal_is_an_error(tmp_path, monkeypatch):
     # It would last for all tests after this one
     monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)
     inputs = ["rehearse", "--inputs-only", "--out", str(tmp_path)]
@@ -83,6 +83,7 @@ def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch):
     others = {
         "size 'tiny', not '1b'": ["--size", "1b"],
         "encoder 'clip', not 'dinov2'": ["--size", "tiny", "--encoder", "dinov2"],
+        "images 6, not 200": ["--size", "tiny", "--images", "200"],
     }
     for message, other in others.items():
         with pytest.raises(SystemExit, match=f"rehearsal.json is of {message}"):

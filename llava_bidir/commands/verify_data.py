@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import check_suffix, write_files
+from llava_bidir.common.atomic_io import check_suffix, read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import usable_cores, worker_options
 from llava_bidir.common.usage_errors import ArgumentParser, natural
@@ -233,6 +233,35 @@ def unread_keys(records: datasets.Dataset) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def describe_file(file: Path, records: datasets.Dataset, findings: list[dict]) -> dict[str, Any]:
+    """Return what was found in a file of annotations, an entry of "files" in the JSON."""
+    kinds = Counter(finding["kind"] for finding in findings)
+    return {
+        "file": fingerprint(file),
+        "records": len(records),
+        "counts": {kind: kinds[kind] for kind in KINDS | NOTES},
+        "unread": unread_keys(records),
+        "findings": findings,
+    }
+
+
+def check_json(file: Path) -> None:
+    """Raise unless `--json` is the name of a JSON file that does not exist, or of earlier findings.
+
+    Raises:
+        UserError: It is another file, for example the annotations.
+    """
+    check_suffix(file, ".json")
+    if not file.is_file():
+        return
+    try:
+        found = read_json(file)
+    except UserError:
+        found = {}
+    if "images_of_both" not in found:
+        raise UserError(f"--json {file} exists and holds no findings; choose another file")
+
+
 def main(argv: list[str]) -> None:
     """Run `llava-bidir verify-data`.
 
@@ -264,29 +293,23 @@ def main(argv: list[str]) -> None:
     )
     args, config = parser.parse_known_args(argv[1:])
     if args.json:
-        check_suffix(args.json, ".json")
+        check_json(args.json)
     cli = build_data_cli(config, parser.prog)
     data = cli.datamodule
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
     shown: list[set[str]] = []
-    for annotations in filter(None, (data.annotations, data.val_annotations)):
-        trained = annotations == data.annotations
-        mask = cli.model.hparams.image_attention if trained else "causal"
+    masks = {"annotations": cli.model.hparams.image_attention, "val_annotations": "causal"}
+    for key, mask in masks.items():
+        annotations = getattr(data, key)
+        if not annotations:
+            continue
         records = read_annotations(annotations)
-        dataset = RecordFindings(records, images, data.collate, args.decode, mask, not trained)
+        is_validation = key == "val_annotations"
+        dataset = RecordFindings(records, images, data.collate, args.decode, mask, is_validation)
         findings = find_problems(dataset, args.workers)
-        kinds = Counter(finding["kind"] for finding in findings)
-        results.append(
-            {
-                "file": fingerprint(Path(annotations)),
-                "records": len(dataset),
-                "counts": {kind: kinds[kind] for kind in KINDS | NOTES},
-                "unread": unread_keys(records),
-                "findings": findings,
-            }
-        )
+        results.append(describe_file(Path(annotations), records, findings))
         print(format_result(results[-1]))
         shown.append(image_names(records))
     shared = shared_images(*shown, images.path) if len(shown) == 2 else {}

@@ -120,7 +120,6 @@ def check_same_identity(
     current: Identity,
     source: str,
     advice: str,
-    sections: tuple[str, ...] = (),
 ) -> None:
     """Raise if two identities differ.
 
@@ -129,7 +128,6 @@ def check_same_identity(
         current: Identity of this run.
         source: What `saved` belongs to, for the error.
         advice: What to do, the end of the error.
-        sections: Sections to compare: data, model, settings; all by default.
 
     Raises:
         UserError: Names the first difference.
@@ -138,7 +136,7 @@ def check_same_identity(
         raise UserError(
             f"{source} does not record its data and model (an earlier version wrote it); {advice}"
         )
-    for section in sections or current:
+    for section in current:
         before = saved[section]
         now = current[section]
         for key in sorted(before.keys() | now.keys()):

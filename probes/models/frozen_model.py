@@ -68,6 +68,7 @@ class FrozenModel(nn.Module):
         side = family.side_px(model.config)
         covered = family.covered_px(model.config)
         self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
+        self.eval()
 
     def state_bytes(self, sites: Iterable[str]) -> int:
         """Return the memory of the states of an image at some sites, in bytes."""

@@ -136,26 +136,44 @@ class Geometry:
         )
 
     def patches(self, mask: Tensor) -> Tensor:
-        """Return the share of each token's pixels that lie in a mask bool[H, W] of its image's size, f64[h, w].
+        """Return what a mask of an image's pixels says of each token.
 
-        `patches(mask) > 0.5` are the patches of an object, to block or to paint. A token of padding has no pixel, and
-        a share of 0.
+        `patches(mask) > 0.5` are the patches of an object, to block or to paint.
+
+        Args:
+            mask: bool[H, W], the pixels of an object; or class indices, integers [H, W], 255 and negative ones
+                ignored. H and W are the height and width of the image.
+
+        Returns:
+            The share of the token's pixels that are in the object, f64[h, w], 0 for a token of padding. Or the class
+            of most of its labelled pixels, i64[h, w], the first of several, -1 if no pixel is labelled.
 
         Raises:
-            UserError: The mask has other than two axes.
+            UserError: The mask has other than two axes, or numbers that are no integers.
         """
+        from .pixel_counts import IGNORE_INDEX  # which needs this module
+
         mask = torch.as_tensor(mask)
-        if mask.ndim != 2:
+        if mask.ndim != 2 or mask.is_floating_point():
+            kind = str(mask.dtype).removeprefix("torch.")
             raise UserError(
-                f"a mask must be bool[height, width] of its image, got {list(mask.shape)}"
+                f"a mask must be bool[height, width] of its image, or integers, got {kind}{list(mask.shape)}"
             )
         size = tuple(mask.shape)
         rows, columns = self.view(size).token_of_pixel(self.grid, size)
         in_row = (rows[:, None] == torch.arange(self.grid[0])).double()  # [H, h]
         in_column = (columns[:, None] == torch.arange(self.grid[1])).double()  # [W, w]
-        inside = in_row.T @ mask.double() @ in_column
-        pixels = in_row.sum(0)[:, None] * in_column.sum(0)
-        return inside / pixels.clamp(min=1)
+
+        def count(pixels: Tensor) -> Tensor:
+            return in_row.T @ pixels.double() @ in_column
+
+        if mask.dtype == torch.bool:
+            return count(mask) / count(torch.ones_like(mask)).clamp(min=1)
+        classes = mask[(mask >= 0) & (mask != IGNORE_INDEX)].unique().long()
+        if not len(classes):
+            return torch.full(self.grid, -1)
+        most, number = torch.stack([count(mask == k) for k in classes]).max(0)
+        return torch.where(most > 0, classes[number], -1)
 
     def _resized(self, length: int, shorter: int) -> int:
         """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""

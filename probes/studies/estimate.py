@@ -11,7 +11,7 @@ from llava_bidir.common.atomic_io import read_json
 from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
 
-from .plan import Settings, check, describe_model, make_plan, open_split
+from .plan import Settings, check, make_plan, open_split, planned_runs
 from .run import RUNS, check_words
 
 
@@ -41,7 +41,7 @@ def print_estimate(settings: Settings) -> None:
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    masks = {describe_model(model)[1] for model in settings.models.values()}
+    masks = {planned.mask for planned in planned_runs(settings, ()).values()}
     print(describe_power(settings, len(validation), len(masks)))
     trained = next(
         (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
@@ -58,7 +58,7 @@ def describe_power(settings: Settings, images: int, masks: int) -> str:
     draws = settings.draws
     remedy = "--draws 2 or more"
     if settings.arms is not None:
-        draws = sum(arm.startswith("random") for arm in settings.arms)
+        draws = sum(arm.startswith("random") for arm in set(settings.arms))
         remedy = "random0 and random1 among --arms"
     effect = detectable_effect(images, draws, masks, spread)
     if effect is None:
@@ -69,14 +69,9 @@ def describe_power(settings: Settings, images: int, masks: int) -> str:
     )
 
 
-def disk_mb(
-    images: int,
-    classes: int,
-    runs: int,
-    sites: int = 40,
-) -> float:
-    """Return the size of the counts of all images and of the solved path, with 4 bytes a number."""
-    return runs * sites * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
+def disk_mb(images: int, classes: int, runs: int) -> float:
+    """Return the size of the counts of all images and of the solved path, with 4 bytes a number, at 40 sites."""
+    return runs * 40 * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
 
 
 def own_spread(out: Path) -> Spread | None:

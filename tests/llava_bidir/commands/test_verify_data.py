@@ -201,3 +201,29 @@ def test_turned_photos_are_counted_and_are_no_fault(
     assert {f["id"] for f in result["findings"]} == {n for n in names if n.startswith("turned")}
     assert "no findings" in capsys.readouterr().out
     assert result["unread"] == {"model": 5, "height": 5}
+
+
+def test_a_file_that_is_also_validation_is_checked_as_both(folder, parts, tmp_path):
+    """`fit` stops at a record of validation without a first answer, whichever file it is from."""
+    records = [
+        {"id": "fine", "conversations": turns("name", "wall")},
+        {"id": "later", "conversations": turns("name", "", "and", "wall")},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = arguments(parts, tmp_path, tmp_path / "r.json")
+    words += ["--data.val_annotations", str(tmp_path / "data.json")]
+    with pytest.raises(SystemExit):
+        llava_bidir.cli.main(words)
+    training, validation = json.loads((tmp_path / "r.json").read_text())["files"]
+    assert training["counts"]["unanswered"] == 0
+    assert validation["counts"]["unanswered"] == 1
+
+
+def test_findings_replace_earlier_ones_and_no_other_file(parts, tmp_path):
+    records = json.dumps([{"id": "fine", "conversations": turns("name", "wall")}])
+    (tmp_path / "data.json").write_text(records)
+    for _ in range(2):
+        llava_bidir.cli.main(arguments(parts, tmp_path, tmp_path / "r.json"))
+    with pytest.raises(SystemExit, match=r"--json .*data\.json exists and holds no findings"):
+        llava_bidir.cli.main(arguments(parts, tmp_path, tmp_path / "data.json"))
+    assert (tmp_path / "data.json").read_text() == records

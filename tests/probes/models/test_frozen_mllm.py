@@ -291,6 +291,7 @@ def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
 
 
 def test_stays_frozen_and_in_eval_mode(mllm):
+    assert not any(module.training for module in mllm.modules())
     mllm.train()
     assert not mllm.training
     assert not any(module.training for module in mllm.modules())

@@ -1,5 +1,7 @@
 """Images whose pixels say where they are, through the square and the token grid back to the mask."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,27 @@ def test_patches_of_a_mask_are_those_of_its_picture(resize, size):
     assert geometry.patches(torch.ones(size, dtype=torch.bool)).max() == 1
 
 
-def test_a_mask_has_two_axes():
-    with pytest.raises(UserError, match=r"bool\[height, width\] of its image, got \[1, 4, 4\]"):
-        Geometry((2, 2), 4, 4).patches(torch.ones(1, 4, 4))
+@pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
+    geometry = Geometry((6, 5), 60, 60, resize)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 4, (97, 61), generator=generator).to(dtype)
+    mask[:, 40:] = 7
+    mask[70:] = 255
+    found = geometry.patches(mask)
+    rows, columns = geometry.view((97, 61)).token_of_pixel((6, 5), (97, 61))
+    for i in range(6):
+        for j in range(5):
+            labels = mask[rows == i][:, columns == j].flatten().tolist()
+            counts = Counter(label for label in labels if label != 255)
+            most = max(counts.values(), default=0)
+            expected = min((k for k, count in counts.items() if count == most), default=-1)
+            assert found[i, j] == expected
+    assert (geometry.patches(torch.full((97, 61), 255)) == -1).all()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 4, 4, dtype=torch.bool), torch.ones(4, 4)])
+def test_a_mask_has_two_axes_and_no_fractions(mask):
+    with pytest.raises(UserError, match=r"bool\[height, width\] of its image, or integers, got "):
+        Geometry((2, 2), 4, 4).patches(mask)

@@ -19,6 +19,7 @@ from typing import Any
 
 from .errors import UserError
 from .hf_loading import read_pretrained, weight_files
+from .training_record import TRAINING_JSON
 
 Identity = dict[str, dict[str, Any]]
 
@@ -61,7 +62,7 @@ TRAINER_SETTINGS = (
     "val_check_interval",
 )
 MODEL_FILES = ("*.json", "*.model", "*.jinja")  # besides the weights
-NOT_MODEL_FILES = ("training.json", "generation_config.json")  # change no state
+NOT_MODEL_FILES = (TRAINING_JSON, "generation_config.json")  # change no state
 DIGITS = 16  # of a SHA-256 in hexadecimal, enough to tell files apart
 THREADS = 16
 RACY_NS = 2_000_000_000  # a file can change again within the resolution of its modification time

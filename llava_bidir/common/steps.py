@@ -200,7 +200,7 @@ def run_steps(
             `NothingToMeasure` leaves the step out; any other error ends the work, unless the step is optional.
         log: File for tracebacks of optional steps.
         overwrite: Delete the earlier result of a step that is left out or fails.
-        after: Called after each step, when its record is written.
+        after: Called after each step that was run, when its record is written.
 
     Returns:
         What each optional step that failed has said.

@@ -18,7 +18,7 @@ from llava_bidir.common.loader_workers import limit_workers, worker_options
 from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, usable_turns
-from .instruction_dataset import Instructions, read_annotations
+from .instruction_dataset import Instructions, image_names, read_annotations
 from .shared_images import describe_shared, shared_images
 from .token_weighted_loader import StepLoader
 
@@ -68,7 +68,6 @@ class InstructionData(LightningDataModule):
             ("batch_size", 1),
             ("micro_batch_size", 1),
             ("max_length", 1),
-            ("num_workers", 0),
         ):
             if self.hparams[key] is None or self.hparams[key] < least:
                 raise UserError(f"data.{key} must be at least {least}, got {self.hparams[key]}")
@@ -133,8 +132,9 @@ class InstructionData(LightningDataModule):
 
     def _compare_images(self) -> None:
         """Warn of validation images that are trained on."""
-        asked = self.val.image_names()
-        self.shared_images = shared_images(self.train.image_names(), asked, Path(self.images))
+        asked = image_names(self.val.records)
+        trained = image_names(self.train.records)
+        self.shared_images = shared_images(trained, asked, Path(self.images))
         if self.shared_images:
             rank_zero_warn(describe_shared(self.shared_images, len(asked)))
 
@@ -230,7 +230,7 @@ class InstructionData(LightningDataModule):
                 identity[key] = (
                     f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
                 )
-                images |= records.image_names()
+                images |= image_names(records.records)
         names = sorted(images)
         identity["images"] = describe_digest([names, file_sizes(self.images, names)], len(names))
         return identity

@@ -307,10 +307,6 @@ class Instructions(Dataset):
                 "answer would see it; remove these records, or split them before the image"
             )
 
-    def image_names(self) -> set[str]:
-        """Return the paths of all images that are read, relative to the folder."""
-        return image_names(self.records)
-
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
         """Return a column, or a function of it, without creating Python objects."""
         return function(self.records.data.column(name)).to_numpy()

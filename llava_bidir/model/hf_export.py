@@ -13,13 +13,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import is_finite
+from llava_bidir.common.training_record import TRAINING_JSON
 
 from . import attention
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
-TRAINING_JSON = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 
 

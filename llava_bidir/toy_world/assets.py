@@ -139,7 +139,7 @@ def demo_assets(
             _write_patches(partial / "segmentation", drawn)
         else:
             jobs.append(
-                pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed)
+                pool.submit(_write_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed)
             )
             (partial / "segmentation/targets.json").write_text(
                 json.dumps({"depth_scale": DEPTH_SCALE}) + "\n"
@@ -214,7 +214,7 @@ def _draw_chunk(
     return drawn
 
 
-def _draw_pairs(out: Path, count: int, seed: int) -> None:
+def _write_pairs(out: Path, count: int, seed: int) -> None:
     rng = np.random.default_rng([seed, 12])
     for i in range(count):
         for split, scene in zip(("with", "without"), draw_pair(rng), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_bidir.commands.generate import answer, load
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.training_record import read_training
 from llava_bidir.data.image_folder import read_image
 
 from .english import CAPTION, KIND
@@ -63,7 +63,7 @@ def describe_mllm(
     ]
     entry = {"perplexity": perplexity(model, processor.tokenizer, words)}
     entry["first_layer_update"] = first_layer_update(model, processor, shown)
-    entry["answer_accuracy"] = read_json(path / "training.json").get("val/answer_accuracy")
+    entry["answer_accuracy"] = read_training(path).get("val/answer_accuracy")
     conversations = []
     for record in questions[:: max(1, len(questions) // CONVERSATIONS)][:CONVERSATIONS]:
         asked, right = (

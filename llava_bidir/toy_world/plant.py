@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.training_record import read_training
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
-from llava_bidir.model.hf_export import TRAINING_JSON, export_hf
+from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 from .binding import GRID
@@ -307,8 +307,7 @@ def _save(
     suffix: str = "",
 ) -> None:
     """Write the checkpoint; what was planted in its source stays true."""
-    file = source / TRAINING_JSON
-    training = read_json(file) if file.is_file() else {}
+    training = read_training(source)
     before = training.get("truth", {})
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}

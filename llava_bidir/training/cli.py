@@ -18,9 +18,10 @@ from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
+from llava_bidir.common.training_record import TRAINING_JSON
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import check_annotations
-from llava_bidir.model.hf_export import TRAINING_JSON, export_hf
+from llava_bidir.model.hf_export import export_hf
 
 from .callbacks import ExportModel, ShowAnswers
 from .loss_monitor import LossMonitor
@@ -64,7 +65,7 @@ class TrainingCLI(RunCLI):
         """
         folder = Path(self.trainer.default_root_dir)
         exported = folder / "hf"
-        record = folder / "hf" / TRAINING_JSON
+        record = exported / TRAINING_JSON
 
         with exclusive_run_lock(folder) if self.trainer.is_global_zero else nullcontext():
 
@@ -119,8 +120,8 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
         LossMonitor(),
         ShowAnswers(),
         SaveAtStepBoundary(),
+        ExportModel(),
     ]
-    callbacks.append(ExportModel())
     return TrainingCLI(
         LlavaTraining,
         InstructionData,

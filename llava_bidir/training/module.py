@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import (
@@ -28,6 +27,7 @@ from llava_bidir.common.identity import (
 )
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
+from llava_bidir.common.training_record import read_training
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import (
     PARTS,
@@ -37,7 +37,6 @@ from llava_bidir.model.build import (
     set_trainable,
 )
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
@@ -435,8 +434,7 @@ def check_same_parents(adapter: Path, identity: Identity) -> None:
         adapter: Exported model of stage 1. Of earlier versions, it may not record what it was made from.
         identity: Of this run.
     """
-    file = adapter / TRAINING_JSON
-    saved = (read_json(file).get("identity") or {}) if file.is_file() else {}
+    saved = read_training(adapter).get("identity") or {}
     for key, before in saved.get("model", {}).items():
         now = identity["model"].get(key)
         if now is not None and now != before and not key.startswith("adapter"):
@@ -461,5 +459,4 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 
 def _read_init_scale(adapter: Path) -> float:
     """Return the scale that the adapter of an exported model was initialised with."""
-    file = adapter / TRAINING_JSON
-    return read_json(file).get("adapter_init_scale", 1.0) if file.is_file() else 1.0
+    return read_training(adapter).get("adapter_init_scale", 1.0)

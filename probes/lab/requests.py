@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import MAX_GRID_SIDE
+from probes.models.teach import BACKGROUND
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, le=2**31)]
@@ -74,7 +75,7 @@ class Painting(_Request):
 
     @model_validator(mode="after")
     def _check(self) -> "Painting":
-        if len({*self.concepts, *["background"] * self.rest}) < len(self.concepts) + self.rest:
+        if len({*self.concepts, *[BACKGROUND] * self.rest}) < len(self.concepts) + self.rest:
             raise ValueError("two concepts have the same name")
         if len({photo.photo for photo in self.photos}) < len(self.photos):
             raise ValueError("a photo is listed twice")

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list
-from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.training_record import read_training
 
 from .families import EncoderFamily, Family
 from .matched_updates import layer_updates, match_updates, scale_layers
@@ -97,11 +97,9 @@ def reinitialize(
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
                         "would be equal; leave this part trained"
                     )
-        training = Path(model.name_or_path) / "training.json"
-        if "adapter" in parts and training.is_file():
-            modules["adapter"][0].linear_2.weight *= read_json(training).get(
-                "adapter_init_scale", 1.0
-            )
+        if "adapter" in parts:
+            training = read_training(Path(model.name_or_path))
+            modules["adapter"][0].linear_2.weight *= training.get("adapter_init_scale", 1.0)
 
 
 def _forget_initialisation(modules: Sequence[nn.Module]) -> None:

@@ -28,6 +28,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import to_rgb, trim_strip
 
 RESIZES = ("squash", "pad", "center_crop")
+IGNORE_INDEX = 255  # label of a pixel that counts nowhere
 
 
 class AxisExtent(NamedTuple):
@@ -151,8 +152,6 @@ class Geometry:
         Raises:
             UserError: The mask has other than two axes, or numbers that are no integers.
         """
-        from .pixel_counts import IGNORE_INDEX  # which needs this module
-
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.is_floating_point():
             kind = str(mask.dtype).removeprefix("torch.")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .bilinear import upsampled_argmax
-from .geometry import GridPlacement
+from .geometry import IGNORE_INDEX, GridPlacement
 from .kernels import use_triton
 
-IGNORE_INDEX = 255
 BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps per chunk
 

@@ -165,27 +165,7 @@ def make_plan(settings: Settings) -> list[Step]:
                 pair = [planned[_join(label, arm)] for label in settings.models]
                 steps.append(_pair(settings, pair, name, options))
         if ANALYSES[name].of == "page":
-            runs = tuple(_join(label, "trained") for label in settings.models)
-            words = (
-                name,
-                *(str(settings.out / run) for run in runs),
-                *_words(options),
-                "--out",
-                str(report),
-            )
-            steps.append(
-                Step(
-                    name,
-                    words,
-                    report / ANALYSES[name].result,
-                    kind=name,
-                    reads=_metrics(settings, runs) | _results(settings, runs, name),
-                    optional=True,
-                    why_left_out=ANALYSES[name].why_left_out(
-                        [planned[run] for run in runs], options
-                    ),
-                )
-            )
+            steps.append(_page(settings, planned, name, options))
     steps.append(
         ReportStep(
             "report",
@@ -322,7 +302,7 @@ def _runs(
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
-        configured = any(word.split("=")[0] in ("-c", "--config") for word in settings.options)
+        configured = any(configs_in(settings.options))
         steps.append(run("trained", "fit", "probes", defaults=() if configured else FIT))
     tasks = [(task, arm) for task in settings.tasks for arm in arms]
     return steps + [
@@ -584,6 +564,27 @@ def _results(settings: Settings, runs: Sequence[str], name: str) -> dict[str, Pa
         for run in runs
         for other in ANALYSES[name].reads
     }
+
+
+def _page(
+    settings: Settings,
+    planned: dict[str, PlannedRun],
+    name: str,
+    options: dict[str, str],
+) -> Step:
+    """Return the step of an analysis that draws a page of all trained models."""
+    runs = tuple(_join(label, "trained") for label in settings.models)
+    report = settings.out / "report"
+    folders = [str(settings.out / run) for run in runs]
+    return Step(
+        name,
+        (name, *folders, *_words(options), "--out", str(report)),
+        report / ANALYSES[name].result,
+        kind=name,
+        reads=_metrics(settings, runs) | _results(settings, runs, name),
+        optional=True,
+        why_left_out=ANALYSES[name].why_left_out([planned[run] for run in runs], options),
+    )
 
 
 def _metrics(settings: Settings, runs: Sequence[str]) -> dict[str, Path]:

@@ -237,9 +237,10 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
         if step.kind in RUNS and uses_several_devices(settings):
             end_on_signals()
             with process_group([sys.executable, "-m", "probes", *command]) as process:
-                failed = process.wait() != 0
+                status = process.wait()
+            if status:
+                raise UserError(f"{step.name} has failed; all it said is in {log_file}")
         else:
-            failed = False
             try:
                 run_command(command)
                 if step.kind == "report":
@@ -248,8 +249,6 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
                 raise
             except UserError as error:
                 raise UserError(f"{step.name}: {error}") from None
-    if failed:
-        raise UserError(f"{step.name} has failed; all it said is in {log_file}")
     gc.collect()  # the model of the step
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probes.ops.pixel_counts import IGNORE_INDEX
+from probes.ops.geometry import IGNORE_INDEX
 
 from .base import ValueTask, mean_over_valid
 

@@ -65,8 +65,6 @@ def knock_out_batch(
     attention = None
     if "matched" in plan.controls:
         attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
-    locations = cut_locations(plan.layer_windows, depth)
-    planned = plan.layers or range(1, depth + 1)
     results: list[dict[str, Tensor]] = []
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
@@ -79,23 +77,8 @@ def knock_out_batch(
             mass,
         )
         blocked = blocked_by_condition(case, features, plan)
-        result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
-        unmodified = case.outcomes(predicted[:, case.row])
-        result |= {outcome_key(name, "none"): values for name, values in unmodified.items()}
-        result |= {
-            f"balance:{key}": measure_balance(case, features, key, draws)
-            for key, draws in blocked.items()
-        }
-        results.append(result)
-        rows += [
-            ForwardRow(i, key, draw, planned) for key, draws in blocked.items() for draw in draws
-        ]
-        swept = [
-            (f"swept:{key}", blocked[key][0], at.layers)
-            for key in SWEEP_CONDITIONS
-            for at in locations
-        ]
-        rows += [ForwardRow(i, *row) for row in swept]
+        results.append(describe_case(case, predicted[:, case.row], features, blocked))
+        rows += plan_rows(i, blocked, plan, depth)
     for (i, key), outcomes in _run_rows(reader, pixels, cases, rows, plan).items():
         if key.startswith("swept:"):
             results[i][key] = outcomes["rate"]
@@ -108,6 +91,46 @@ def knock_out_batch(
         for key, value in result.items():
             tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
     return {key: torch.stack(values) for key, values in tensors.items()}
+
+
+def describe_case(
+    case: ConfusionCase,
+    predicted: Tensor,
+    features: MatchingFeatures,
+    blocked: dict[str, list[Tensor]],
+) -> dict[str, Tensor]:
+    """Return what is known of a case without a forward: itself, its outcomes unmodified, and how its controls match.
+
+    Args:
+        case: The case.
+        predicted: Classes of its image at each layer, i64[L + 1, T].
+        features: What controls are matched in.
+        blocked: Tokens bool[T] of each draw, by condition.
+    """
+    result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
+    unmodified = case.outcomes(predicted)
+    result |= {outcome_key(name, "none"): values for name, values in unmodified.items()}
+    for key, draws in blocked.items():
+        result[f"balance:{key}"] = measure_balance(case, features, key, draws)
+    return result
+
+
+def plan_rows(
+    number: int,
+    blocked: dict[str, list[Tensor]],
+    plan: KnockoutPlan,
+    depth: int,
+) -> list[ForwardRow]:
+    """Return the rows of case `number`: each draw of each condition, then the sweep over windows of `depth` layers."""
+    layers = plan.layers or range(1, depth + 1)
+    rows = [
+        ForwardRow(number, key, draw, layers) for key, draws in blocked.items() for draw in draws
+    ]
+    locations = cut_locations(plan.layer_windows, depth)
+    for key in SWEEP_CONDITIONS:
+        for at in locations:
+            rows.append(ForwardRow(number, f"swept:{key}", blocked[key][0], at.layers))
+    return rows
 
 
 def _run_rows(

@@ -81,6 +81,7 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     [
         ({"draws": 1}, "give --draws 2 or more"),
         ({"arms": ("trained", "random0", "adapter0")}, "give random0 and random1 among --arms"),
+        ({"arms": ("random0", "random0")}, "give random0 and random1 among --arms"),
         ({"draws": 4}, "30 validation images, 4 random draws: an effect must exceed"),
         ({"arms": ("random1", "random0")}, "30 validation images, 2 random draws"),
     ],

@@ -31,8 +31,9 @@ def choose_solver(
     wanted = options.sample_images
     fit = images_that_fit(reader, options.folds) if wanted is None else wanted
     sample_images = broadcast(min(images, fit), 0)
-    solver = MemorySolver if sample_images == images else PassSolver
-    return solver(reader, options, checkpoints, sample_images)
+    if sample_images == images:
+        return MemorySolver(reader, options, checkpoints)
+    return PassSolver(reader, options, checkpoints, sample_images)
 
 
 def images_that_fit(reader: StateReader, folds: int) -> int:

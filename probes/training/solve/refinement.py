@@ -84,7 +84,7 @@ class Refinement:
         self.certificates: list[Certificate] = []
         start = problem.start.expand_as(points)
         at_zero = self._objective(LOOSE_NODES)(start, self._everything)[1]
-        self.null_norm = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
+        self.null_norm = problem.space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
         # for the norm of the gradient
         self.tolerance = min(TOLERANCE, (GRADIENT * self.null_norm.min().item()) ** 2 / 8)
 
@@ -158,7 +158,7 @@ class Refinement:
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""
-        norm = self.problem.whitened_norm(self.accepted.gradient, self.strengths)
+        norm = self.problem.space.whitened_norm(self.accepted.gradient, self.strengths)
         gradient = norm / self.null_norm
         self.certificates = [
             Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)

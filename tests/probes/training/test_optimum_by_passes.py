@@ -204,7 +204,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data):
         sample,
         points,
         left_out,
-        problem.ridge(strengths)[0, 0],
+        data.space.ridge(strengths)[0, 0],
         spectrum,
     )
     product = hessian.times(direction) - hessian.pull * direction

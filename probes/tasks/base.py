@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.kernels import limit_on
 from probes.ops.pixel_counts import PIXELS_AT_ONCE
 
 
@@ -151,7 +152,7 @@ class ValueTask(Task):
 
     def _sums_in_chunks(self, outputs: Tensor, target: Tensor, view: GridPlacement) -> Tensor:
         """Return the sums of an image f[P, M] from outputs f[P, K, h, w], some probes at a time."""
-        pixels = PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"])
+        pixels = limit_on(target.device, PIXELS_AT_ONCE)
         probes_at_once = max(1, pixels // target.numel())
         size = tuple(target.shape[:2])
         sums = []

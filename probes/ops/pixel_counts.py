@@ -14,7 +14,6 @@ from .geometry import GridPlacement
 from .kernels import limit_on, use_triton
 
 IGNORE_INDEX = 255
-BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps per chunk
 
 
@@ -70,8 +69,8 @@ def count(
     )
     for images in _image_chunks(target):
         chunk = _count_chunk(logits[:, images], target[images], view, by_token)
-        for name in BY_IMAGE:
-            getattr(counts, name)[..., images, :] = getattr(chunk, name)
+        for of_all, of_chunk in zip(counts, chunk, strict=True):
+            of_all[..., images, :] = of_chunk
     return counts
 
 

@@ -36,8 +36,8 @@ class Task(ABC):
     highest: ClassVar[float] = math.inf  # that a score can be
     # smallest difference of the main score that is a finding, chosen before any result
     margin: ClassVar[float] = 0.0
-    # by `probes solve`: least_squares, or cross_entropy (targets are classes)
-    solved: ClassVar[str] = "least_squares"
+    # what `probes solve` minimises: the cross-entropy of targets that are classes, or else squared errors
+    cross_entropy: ClassVar[bool] = False
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
 
     @property

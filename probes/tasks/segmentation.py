@@ -32,7 +32,7 @@ class Segmentation(Task):
     highest = 1.0
     # One point of mIoU. The drop that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
     margin = 0.01
-    solved = "cross_entropy"
+    cross_entropy = True
     counted = Counts._fields
 
     def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from probes.training.site_probes import load_probes
 from probes.training.write_run import RunRecord, StrengthsRecord, save_run
 
 from .checkpoints import SolverCheckpoints
-from .choose_solver import choose_solver, is_cross_entropy
+from .choose_solver import choose_solver
 from .path_scores import PathScores
 from .solved_site import SolvedSite
 from .solver import SolveOptions, Solver
@@ -85,7 +85,7 @@ def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
     probes.mllm.to(device)
     trainer.precision_plugin.convert_module(probes.mllm)
     trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=is_cross_entropy(run.task))
+    reader = StateReader(probes, data, trainer, masks=run.task.cross_entropy)
     folder = Path(trainer.default_root_dir) / "checkpoints"
     return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
 

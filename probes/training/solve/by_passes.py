@@ -55,6 +55,7 @@ class PassSolver(Solver):
     ):
         super().__init__(reader, options, checkpoints)
         self.sample_images = sample_images
+        self.most_passes = options.passes
         self.has_saved_pass = False
         # How the first pass stores states and how later ones do, and the moments of the first pass, by site
         self.channel_ranges: dict[str, ChannelRange] = {}
@@ -163,7 +164,7 @@ class PassSolver(Solver):
             self._gather_pixels()
             self.spaces = {site: sums[site][0] for site in self.sample_states}
             found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
-            if self.options.passes == 1:
+            if self.most_passes == 1:
                 solved = {
                     site: SolvedSite.of_points(**self._of_sample(*parts))
                     for site, parts in found.items()
@@ -171,7 +172,7 @@ class PassSolver(Solver):
                 return self.share_solved(solved)
             self._start_refinements(found, {site: sums[site][1] for site in found})
             self._save_passes()
-        while not self._converged() and self.passes < self.options.passes:
+        while not self._converged() and self.passes < self.most_passes:
             self._refine()
             self._save_passes()
         solved = {
@@ -270,7 +271,7 @@ class PassSolver(Solver):
         refinement = self.refinements[site]
         _, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         inputs = self.axis_ranges[site].coordinates_of(self.sample_states[site].to(self.device))
-        is_last = self.passes == self.options.passes
+        is_last = self.passes == self.most_passes
         refinement.step(SampledPixels(inputs, weights.float(), folds), is_last)
         return refinement
 

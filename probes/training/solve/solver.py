@@ -51,6 +51,7 @@ class Solver:
     """
 
     path_kind: str  # name of the probes' path in metrics.json
+    most_passes = 1  # over the training images
 
     def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
         self.reader = reader

@@ -176,7 +176,7 @@ class PassSolver(Solver):
             self._refine()
             self._save_passes()
         solved = {
-            site: SolvedSite.of_points(**refinement.found())
+            site: SolvedSite.of_points(**refinement.solution())
             for site, refinement in self.refinements.items()
         }
         return self.share_solved(solved)

@@ -79,4 +79,4 @@ class MemorySolver(Solver):
         tight = self.tight.to(self.device)
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
-        return refinement.found(path)
+        return refinement.solution(path)

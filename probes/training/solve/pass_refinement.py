@@ -243,7 +243,7 @@ class PassRefinement:
         pairs = zip((norm / null).tolist(), self.decrease[rows, -1].tolist(), strict=True)
         return [Certificate(*pair) for pair in pairs]
 
-    def found(self) -> dict[str, Any]:
+    def solution(self) -> dict[str, Any]:
         """Return the probes of all images at the strengths that are scored, and the path by which they were chosen."""
         path = sorted(self.losses, reverse=True)
         rows = self.solved

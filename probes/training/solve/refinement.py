@@ -164,7 +164,7 @@ class Refinement:
             Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)
         ]
 
-    def found(self, path: StrengthPath) -> dict[str, Any]:
+    def solution(self, path: StrengthPath) -> dict[str, Any]:
         """Return the accepted probes and the path by which their strengths were chosen, for `SolvedSite.of_points`."""
         return {
             **path._asdict(),

@@ -128,16 +128,15 @@ class SiteProblem(FoldProblem):
         tight: PreparedMasks,
         fold_of: Tensor,
     ):
-        self.order = fold_of.argsort(stable=True)
-        self.sizes = fold_of.bincount().tolist()
-        self.space = SiteSpace.of(states, tight.soft)
-        folds = [images.tolist() for images in self.order.split(self.sizes)]
-        self.tokens = [self.space.coordinates(states[images]) for images in folds]
+        order = fold_of.argsort(stable=True)
+        sizes = fold_of.bincount().tolist()
+        space = SiteSpace.of(states, tight.soft)
+        folds = [images.tolist() for images in order.split(sizes)]
+        self.tokens = [space.coordinates(states[images]) for images in folds]
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-        super().__init__(
-            self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
-        )
+        pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        super().__init__(space, pixels)
 
     def sums(
         self,

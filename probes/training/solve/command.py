@@ -34,13 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--passes",
         type=int,
-        default=10,
+        default=SolveOptions.passes,
         help=text,
     )
     parser.add_argument(
         "--folds",
         type=int,
-        default=4,
+        default=SolveOptions.folds,
         help="folds of training images that choose the strength",
     )
     text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probes.ops.lbfgs import MEMORY, Minimum, Objective, minimise
 
-from .objective import LOOSE_NODES, TIGHT_NODES, FoldProblem, SiteProblem
+from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from .strength_path import FoldSearch, StrengthPath
 
 # Of the probes of all images. At 5e-7, half the evaluations are enough for certificates, but mIoU moves by 0.07 points
@@ -175,7 +175,7 @@ class Refinement:
 
 
 def solve_site(
-    problem: FoldProblem, strengths: Sequence[float] | None = None
+    problem: SiteProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
     """Return the path of strengths of a site, and its probes at the optimum of the images in memory.
 
@@ -189,9 +189,9 @@ def solve_site(
 
 
 def start_refinement(
-    problem: FoldProblem, strengths: Sequence[float] | None = None
+    problem: SiteProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
-    """Return the same before it is refined: probes of few nodes."""
+    """Return the path of strengths of a site, and its probes at the optimum with few nodes, which are to be refined."""
     search = FoldSearch(problem)
     found = search.solve(strengths)
     return found.path, Refinement(problem, found.strengths, found.points, search.pairs)

@@ -40,7 +40,7 @@ def resampled_main_score(task: Task, sums: Tensor, weights: Tensor) -> Tensor:
     return task.sign * resampled_scores(task, sums, weights)[task.score]
 
 
-def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
+def image_folds(images: int, groups: Tensor | None) -> Tensor:
     """Return the fold i64[N] of each image, at most FOLDS; images of one of several groups i64[N] share a fold."""
     unit = torch.arange(images) if groups is None else torch.unique(groups, return_inverse=True)[1]
     return (unit if unit.any() else torch.arange(images)) % FOLDS
@@ -71,7 +71,7 @@ def sites_of_effects(
     last: str | None,
     task: Task,
     sums: Tensor,
-    groups: Tensor | None = None,
+    groups: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
@@ -91,7 +91,8 @@ def effects_at(
 ) -> dict[str, Estimate]:
     """Return the effects of `EFFECTS` at :func:`sites_of_effects`; one is missing if a site of it was not probed.
 
-    The plain maximum over layers, the paper's definition, is "recovery" in the "summary" of metrics.json.
+    They are drop-off and recovery of an MLLM, and gains over layers of an encoder. The plain maximum over layers, the
+    paper's definition, is "recovery" in the "summary" of metrics.json.
     """
     if not sites:
         return {}
@@ -106,27 +107,6 @@ def effects_at(
     }
 
 
-def layer_effects(
-    sites: list[str],
-    last: str | None,
-    task: Task,
-    sums: Tensor,
-    weights: Tensor,
-    groups: Tensor | None = None,
-) -> dict[str, Estimate]:
-    """Return the effects of a run's probes: drop-off and recovery of an MLLM, gains over layers of an encoder.
-
-    Args:
-        sites: Names of the sites.
-        last: The model's last layer, probed or not.
-        task: The task.
-        sums: f[S, N, M].
-        weights: f[R, N], of the bootstrap.
-        groups: Group i64[N] of each image, or None.
-    """
-    return effects_at(task, sums, sites_of_effects(sites, last, task, sums, groups), weights)
-
-
 def effects_by_row(
     sites: list[str],
     last: str | None,
@@ -134,7 +114,7 @@ def effects_by_row(
     task: Task,
     path: Tensor,
     weights: Tensor,
-    groups: Tensor | None = None,
+    groups: Tensor | None,
 ) -> dict[str, Estimate]:
     """Return the effects of solved probes at the chosen strengths and their neighbours, "EFFECT@ROW".
 
@@ -167,7 +147,7 @@ def run_effects(
     task: Task,
     sums: Tensor,
     weights: Tensor,
-    groups: Tensor | None = None,
+    groups: Tensor | None,
     strengths: Strengths | None = None,
     path: Tensor | None = None,
     counts: Counts | None = None,
@@ -187,14 +167,8 @@ def run_effects(
         counts: Counts by patch, of segmentation.
         columns: Patches of a row.
     """
-    effects = layer_effects(
-        sites,
-        last,
-        task,
-        sums,
-        weights,
-        groups,
-    )
+    read = sites_of_effects(sites, last, task, sums, groups)
+    effects = effects_at(task, sums, read, weights)
     if strengths is not None:
         effects |= effects_by_row(
             sites,

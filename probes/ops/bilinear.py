@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .geometry import AxisExtent, GridPlacement, axis_nodes
-from .kernels import use_triton
+from .kernels import limit_on, use_triton
 
 # Elements per chunk. On a CPU 2 MB, which stay in cache for a few passes and keep the number of calls into torch small.
 CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**25}
@@ -100,7 +100,7 @@ def make_plan(
     h, w = grid
     height, width = size
     view = view or GridPlacement.full(size)
-    numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
+    numel = limit_on(device, CHUNK_NUMEL)
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device).T.contiguous()
     nodes, fractions = axis_nodes(h, height, view.rows)
     n_cols = cols.shape[1]

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .bilinear import compute_dtype
 from .geometry import GridPlacement
+from .kernels import limit_on
 from .quadrature import PreparedMasks, prepare_masks
 
 # Nodes per cell and axis for a mask that is prepared for one call: preparing it costs more than these.
@@ -159,7 +160,7 @@ def loss_and_gradient(
     totals = torch.zeros(n_probes, len(masks), dtype=torch.float64, device=device)
     grads = torch.empty(logits.shape, dtype=dtype, device=device) if needs_grad else None
     per_grid = classes * max(masks.mass.shape[1], h) * max(masks.mass.shape[2], w)
-    most = max(1, CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"]) // per_grid)  # grids in a chunk
+    most = max(1, limit_on(device, CHUNK_NUMEL) // per_grid)  # grids in a chunk
     p_step = min(n_probes, most)
     b_step = max(1, most // n_probes)
     with torch.autocast(device.type, enabled=False):
@@ -202,7 +203,7 @@ def _integrate(
     loss = -(by_row * soft).sum((0, 3, 4), dtype=torch.float64)
     stretched = (by_row @ cols.T).flatten(1)  # [h, P * B * K * Mx]
     adjoint = None
-    band = max(1, CHUNK_NUMEL.get(by_row.device.type, CHUNK_NUMEL["cuda"]) // stretched.shape[1])
+    band = max(1, limit_on(by_row.device, CHUNK_NUMEL) // stretched.shape[1])
     for start in range(0, len(rows), band):  # several bands only with `nodes=None`
         nodes = rows[start : start + band]
         # [My, P, B, K, Mx]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ITERATIONS = 300
+ITERATIONS = 300  # at most
 # pairs; 20 take a quarter more steps, 12 three times as many for few patches and weak strengths
 MEMORY = 40
 HALVINGS = 10  # of a step, before rounding is blamed
@@ -40,7 +40,6 @@ def minimise(
     points: Tensor,
     scale: Tensor,
     tolerance: float,
-    iterations: int = ITERATIONS,
     pairs: deque | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> Minimum:
@@ -51,7 +50,6 @@ def minimise(
         points: f64[P, K, n], where to start.
         scale: f64[P, K, n], about the inverse square root of the curvature.
         tolerance: Predicted decrease at which a problem ends.
-        iterations: Most steps.
         pairs: What an earlier call has learned of nearly the same curvature in the same units; steps are added to it.
         known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
     """
@@ -71,12 +69,12 @@ def minimise(
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     # no step decreases the value: it is exact to rounding
     blocked = torch.zeros_like(value, dtype=torch.bool)
-    for iteration in range(iterations + 1):
+    for iteration in range(ITERATIONS + 1):
         scaled = gradient * scale
         direction = -_times_inverse_hessian(scaled, pairs)
         decrease = -(scaled * direction).sum(1) / 2
         active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
-        if not active or iteration == iterations:
+        if not active or iteration == ITERATIONS:
             break
         step = value.new_zeros(len(value))
         new = (points.clone(), value.clone(), gradient.clone())

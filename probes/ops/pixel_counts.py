@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .bilinear import upsampled_argmax
 from .geometry import IGNORE_INDEX, GridPlacement
-from .kernels import use_triton
+from .kernels import limit_on, use_triton
 
-BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps per chunk
 
 
@@ -69,17 +68,14 @@ def count(
     )
     for images in _image_chunks(target):
         chunk = _count_chunk(logits[:, images], target[images], view, by_token)
-        for name in BY_IMAGE:
-            getattr(counts, name)[..., images, :] = getattr(chunk, name)
+        for of_all, of_chunk in zip(counts, chunk, strict=True):
+            of_all[..., images, :] = of_chunk
     return counts
 
 
 def _image_chunks(target: Tensor) -> list[slice]:
     """Split the images of a batch into chunks of limited numbers of pixels, at least one chunk."""
-    step = max(
-        1,
-        PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.shape[1:].numel(),
-    )
+    step = max(1, limit_on(target.device, PIXELS_AT_ONCE) // target.shape[1:].numel())
     return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
 
 
@@ -149,9 +145,7 @@ def _count_predictions(
     intersection = labels.new_empty(grids, classes)
     predicted = labels.new_empty(grids, classes)
     patch_right = labels.new_empty(grids, tokens)
-    step = max(
-        1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel()
-    )
+    step = max(1, limit_on(labels.device, PIXELS_AT_ONCE) // labels[0].numel())
     for first in range(0, grids, step):
         chunk = slice(first, first + step)
         image = number[chunk] % images

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.kernels import limit_on
 from probes.ops.pixel_counts import PIXELS_AT_ONCE
 
 
@@ -35,8 +36,8 @@ class Task(ABC):
     highest: ClassVar[float] = math.inf  # that a score can be
     # smallest difference of the main score that is a finding, chosen before any result
     margin: ClassVar[float] = 0.0
-    # by `probes solve`: least_squares, or cross_entropy (targets are classes)
-    solved: ClassVar[str] = "least_squares"
+    # what `probes solve` minimises: the cross-entropy of targets that are classes, or else squared errors
+    cross_entropy: ClassVar[bool] = False
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
 
     @property
@@ -151,7 +152,7 @@ class ValueTask(Task):
 
     def _sums_in_chunks(self, outputs: Tensor, target: Tensor, view: GridPlacement) -> Tensor:
         """Return the sums of an image f[P, M] from outputs f[P, K, h, w], some probes at a time."""
-        pixels = PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"])
+        pixels = limit_on(target.device, PIXELS_AT_ONCE)
         probes_at_once = max(1, pixels // target.numel())
         size = tuple(target.shape[:2])
         sums = []

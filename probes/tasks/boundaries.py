@@ -39,7 +39,7 @@ class Boundaries(ValueTask):
     scores = {"f": True, "ap": True}
     labels = {"f": "F (best threshold)", "ap": "average precision"}
     margin = 0.01  # one point, as of segmentation
-    solved = "cross_entropy"
+    cross_entropy = True
 
     def values(self, target: Tensor) -> Tensor:
         """Return 1 for the class of each pixel and 0 for the other, f[B, H, W, 2]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry, GridPlacement
-from probes.ops.pixel_counts import BY_IMAGE, count
+from probes.ops.pixel_counts import Counts, count
 
 from .base import Task
 
@@ -32,8 +32,8 @@ class Segmentation(Task):
     highest = 1.0
     # One point of mIoU. The drop that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
     margin = 0.01
-    solved = "cross_entropy"
-    counted = BY_IMAGE
+    cross_entropy = True
+    counted = Counts._fields
 
     def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
         """Return the fields of :class:`probes.ops.pixel_counts.Counts`, i32."""

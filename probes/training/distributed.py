@@ -1,4 +1,4 @@
-"""Collectives that make multi-GPU training match single-GPU training."""
+"""Collectives with which several processes compute what a single one does."""
 
 from typing import Any
 

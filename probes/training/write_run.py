@@ -86,12 +86,44 @@ def save_run(
         out: Folder of the run.
     """
     out = Path(out)
+    validation = data.splits["validation"]
+    groups = group_indices(validation)
+    weights = bootstrap_weights(len(validation), groups=groups)
+    metrics = make_metrics(probes, record, data, counted, weights)
+    effects = effects_of(probes, counted, record.path, weights, groups)
+    tensors = counted if groups is None else counted | {"group": groups}
+    files = {out / "counts.safetensors": tensors}
+    if record.path:
+        files[out / "path.safetensors"] = {
+            f"{record.path.path_kind}/{name}": x for name, x in record.path.counted.items()
+        }
+    files[out / EFFECTS_FILE] = effect_file(effects)
+    files[out / "probes.safetensors"] = probes.heads.state_dict()
+    about = manifest(probes, record, data).model_dump(exclude_unset=True)
+    files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
+    files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
+    write_files(files)
+
+
+def make_metrics(
+    probes: SiteProbes,
+    record: RunRecord,
+    data: ProbeData,
+    counted: dict[str, torch.Tensor],
+    weights: torch.Tensor,
+) -> Metrics:
+    """Return metrics.json of a run: the model, the settings, and the scores of all sites.
+
+    Args:
+        probes: The model and its probes.
+        record: How the probes were made.
+        data: Images and targets.
+        counted: As in :func:`save_run`.
+        weights: f[R, N], of the bootstrap.
+    """
     settings = record.settings
     mllm = probes.mllm
     task = probes.task
-    images = len(data.splits["validation"])
-    groups = group_indices(data.splits["validation"])
-    weights = bootstrap_weights(images, groups=groups)
     sums = task.sums(counted)
     scores = dataset_scores(task, sums)
     sites = site_entries(probes, record, scores, resampled_scores(task, sums, weights))
@@ -103,10 +135,10 @@ def save_run(
     else:
         better = {name: "higher" if up else "lower" for name, up in task.scores.items()}
         own = {"task": task.name, "scores": better}
-    metrics = Metrics(
+    return Metrics(
         dataset=data.name,
         split="validation",
-        images=images,
+        images=len(data.splits["validation"]),
         mllm=settings["mllm"],
         model_kind="mllm" if mllm.has_llm else "encoder",
         image_attention=mllm.image_attention,
@@ -125,19 +157,6 @@ def save_run(
         summary=summary(main, task.sign),
         **({"path": record.path.about} if record.path else {}),
     )
-    effects = effects_of(probes, counted, record.path, weights, groups)
-    tensors = counted if groups is None else counted | {"group": groups}
-    files = {out / "counts.safetensors": tensors}
-    if record.path:
-        files[out / "path.safetensors"] = {
-            f"{record.path.path_kind}/{name}": x for name, x in record.path.counted.items()
-        }
-    files[out / EFFECTS_FILE] = effect_file(effects)
-    files[out / "probes.safetensors"] = probes.heads.state_dict()
-    about = manifest(probes, record, data).model_dump(exclude_unset=True)
-    files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
-    files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
-    write_files(files)
 
 
 def effects_of(

@@ -234,7 +234,7 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         )
         if refinement.converged:
             break
-    return refinement.found() | {"passes": number, "converged": refinement.converged}
+    return refinement.solution() | {"passes": number, "converged": refinement.converged}
 
 
 def gather(kept, fold_of: torch.Tensor):
@@ -252,7 +252,7 @@ def solve_in_memory(data) -> dict:
     problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
-    return refinement.found(path) | {"passes": 1, "converged": refinement.converged}
+    return refinement.solution(path) | {"passes": 1, "converged": refinement.converged}
 
 
 def mean_iou(data, found: dict, row: int) -> float:

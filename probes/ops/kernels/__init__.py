@@ -4,6 +4,8 @@ One program processes one *cell* of one grid: the pixels between two adjacent gr
 It reads the four corner nodes once, keeps the logits of its pixels in registers and writes its result once, so that no
 tensor of K * H * W numbers exists. Results do not depend on the order of the programs: atomics count integers only.
 Tests run the kernels with `TRITON_INTERPRET=1` on a CPU.
+
+What depends on the device is chosen here: kernels or torch code, and the size of its chunks.
 """
 
 import warnings
@@ -15,6 +17,11 @@ from torch import Tensor
 
 # the logits of a pixel fit into the registers of one warp; labels are uint8, 255 is ignored
 MAX_CLASSES = 255
+
+
+def limit_on(device: torch.device, limits: dict[str, int]) -> int:
+    """Return the limit of a device, from limits by type of device; accelerators without one have that of CUDA."""
+    return limits.get(device.type, limits["cuda"])
 
 
 def use_triton(logits: Tensor) -> bool:

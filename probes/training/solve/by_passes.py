@@ -14,15 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from probes.data.samplers import assign_folds
 from probes.evaluation.strengths import OPTIMUM
-from probes.training.distributed import (
-    all_gather_objects,
-    all_reduce,
-    broadcast,
-    gather_images,
-    rank,
-)
+from probes.training.distributed import all_gather_objects, all_reduce, broadcast, rank
 
 from .checkpoints import SolverCheckpoints, tensors_of
 from .moments import Moments, SiteSpace
@@ -61,19 +54,15 @@ class PassSolver(Solver):
         sample_images: int,
     ):
         super().__init__(reader, options, checkpoints)
-        training = reader.data.splits["training"]
-        self.images = len(training)
         self.sample_images = sample_images
-        self.fold_of = assign_folds(self.images, options.folds, training.groups)
+        self.most_passes = options.passes
         self.has_saved_pass = False
         # How the first pass stores states and how later ones do, and the moments of the first pass, by site
         self.channel_ranges: dict[str, ChannelRange] = {}
         self.axis_ranges: dict[str, AxisRange] = {}
         self.moments: dict[str, Moments] = {}
-        self.kept: list[Any] = []  # pixels of this pass, batch by batch
-        # Labels, weights and folds of the n pixels of a pass, and of the sites that this process solves their states
+        # Labels, weights and folds of the n pixels of a pass, whose states are `sample_states`
         self.sample_pixels: tuple[Tensor, Tensor, Tensor] | None = None
-        self.sample_states: dict[str, Tensor] = {}
         self.spaces: dict[str, SiteSpace] = {}
         self.refinements: dict[str, PassRefinement] = {}
 
@@ -163,12 +152,7 @@ class PassSolver(Solver):
         labels, weights, images = map(torch.cat, zip(*parts, strict=True))
         order = images.argsort(stable=True)
         self.sample_pixels = labels[order], weights[order], self.fold_of[images[order]]
-        self.sample_states = {}
-        for site in self.sites:
-            mine = torch.cat([batch.pop(site) for batch in states])
-            gathered = gather_images(mine, counts, self.owner_of(site), self.device)
-            if gathered is not None:
-                self.sample_states[site] = gathered[order]
+        self.gather_states(states, counts, order)
 
     # ------------------------------------------------------------------------------------------------ passes
     def solve(self) -> dict[str, SolvedSite]:
@@ -180,31 +164,26 @@ class PassSolver(Solver):
             self._gather_pixels()
             self.spaces = {site: sums[site][0] for site in self.sample_states}
             found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
-            if self.options.passes == 1:
-                return self._shared(
-                    {
-                        site: SolvedSite.of_points(**self._of_sample(*parts))
-                        for site, parts in found.items()
-                    }
-                )
+            if self.most_passes == 1:
+                solved = {
+                    site: SolvedSite.of_points(**self._of_sample(*parts))
+                    for site, parts in found.items()
+                }
+                return self.share_solved(solved)
             self._start_refinements(found, {site: sums[site][1] for site in found})
             self._save_passes()
-        while not self._converged() and self.passes < self.options.passes:
+        while not self._converged() and self.passes < self.most_passes:
             self._refine()
             self._save_passes()
         solved = {
-            site: SolvedSite.of_points(**refinement.found())
+            site: SolvedSite.of_points(**refinement.solution())
             for site, refinement in self.refinements.items()
         }
-        return self._shared(solved)
+        return self.share_solved(solved)
 
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""
         return super().about() | {"sample_images": self.sample_images}
-
-    def _shared(self, solved: dict[str, SolvedSite]) -> dict[str, SolvedSite]:
-        """Return the probes of all processes' sites."""
-        return {site: broadcast(solved.get(site), self.owner_of(site)) for site in self.sites}
 
     def _start_refinements(
         self, found: dict[str, tuple[AxisRange, PathSolution]], null: dict[str, Tensor]
@@ -292,7 +271,7 @@ class PassSolver(Solver):
         refinement = self.refinements[site]
         _, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         inputs = self.axis_ranges[site].coordinates_of(self.sample_states[site].to(self.device))
-        is_last = self.passes == self.options.passes
+        is_last = self.passes == self.most_passes
         refinement.step(SampledPixels(inputs, weights.float(), folds), is_last)
         return refinement
 

@@ -3,7 +3,6 @@
 import torch
 
 from probes.data.available_memory import available_memory
-from probes.tasks import Task
 from probes.training.distributed import broadcast, rank_count
 
 from .by_passes import PassSolver
@@ -16,23 +15,19 @@ from .state_reader import StateReader
 LEAST = 4  # images of each fold in memory, however little there is
 
 
-def is_cross_entropy(task: Task) -> bool:
-    """Return whether the probes of a task minimise a cross-entropy over masks of classes."""
-    return task.solved == "cross_entropy"
-
-
 def choose_solver(
     reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints
 ) -> Solver:
     """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
-    if not is_cross_entropy(reader.probes.task):
+    if not reader.probes.task.cross_entropy:
         return LeastSquaresSolver(reader, options, checkpoints)
     images = len(reader.data.splits["training"])
     wanted = options.sample_images
     fit = images_that_fit(reader, options.folds) if wanted is None else wanted
     sample_images = broadcast(min(images, fit), 0)
-    solver = MemorySolver if sample_images == images else PassSolver
-    return solver(reader, options, checkpoints, sample_images)
+    if sample_images == images:
+        return MemorySolver(reader, options, checkpoints)
+    return PassSolver(reader, options, checkpoints, sample_images)
 
 
 def images_that_fit(reader: StateReader, folds: int) -> int:

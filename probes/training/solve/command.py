@@ -16,7 +16,6 @@ from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_cli
 from probes.training.site_probes import MODEL_SETTINGS
 
-from .choose_solver import is_cross_entropy
 from .run import SolveRun, estimate, solve
 from .solver import SolveOptions
 
@@ -35,13 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--passes",
         type=int,
-        default=10,
+        default=SolveOptions.passes,
         help=text,
     )
     parser.add_argument(
         "--folds",
         type=int,
-        default=4,
+        default=SolveOptions.folds,
         help="folds of training images that choose the strength",
     )
     text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
@@ -122,7 +121,7 @@ def make_solve_run(
         raise UserError(
             f"model.head is {module_settings['head']!r}, but only linear probes can be solved; use `probes fit`"
         )
-    of_classes = is_cross_entropy(TASKS[task])
+    of_classes = TASKS[task].cross_entropy
     if not of_classes and args.strengths and max(args.strengths) > 1:
         raise UserError(
             f"--strengths of least squares must be at most 1, got {max(args.strengths):g}"

@@ -90,7 +90,7 @@ def solve_features(
         raise UserError("no mask has a labelled pixel: all are 255")
     problem = SiteProblem(features.flatten(1, 2), loose, tight, assign_folds(len(masks), folds))
     path, refinement = solve_site(problem, None if strength is None else [strength])
-    solved = SolvedSite.of_points(**refinement.found(path))
+    solved = SolvedSite.of_points(**refinement.solution(path))
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
     return FeatureProbe(

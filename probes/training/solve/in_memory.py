@@ -9,47 +9,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from probes.data.batches import MaskPreparer
-from probes.data.samplers import assign_folds
 from probes.evaluation.strengths import OPTIMUM
 from probes.ops.quadrature import join_masks
-from probes.training.distributed import all_gather_objects, broadcast, gather_images
+from probes.training.distributed import all_gather_objects, broadcast
 
-from .checkpoints import SolverCheckpoints
 from .objective import LOOSE_NODES, SiteProblem
 from .refinement import solve_site
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver
-from .state_reader import StateReader
+from .solver import Solver
 from .workers import in_workers
 
 
 class MemorySolver(Solver):
-    """Linear probes of classes at the optimum of the loss of images in memory; see :class:`Solver`.
-
-    Args:
-        reader: Reads batches of training images with their states.
-        options: Options of the command.
-        checkpoints: Files of a killed run.
-        sample_images: All training images.
-    """
+    """Linear probes of classes at the optimum of the loss of images in memory; see :class:`Solver`."""
 
     path_kind = OPTIMUM
-
-    def __init__(
-        self,
-        reader: StateReader,
-        options: SolveOptions,
-        checkpoints: SolverCheckpoints,
-        sample_images: int,
-    ):
-        super().__init__(reader, options, checkpoints)
-        self.images = sample_images
-        training = reader.data.splits["training"]
-        self.fold_of = assign_folds(self.images, options.folds, training.groups)
-        self.kept: list[Any] = []  # batch by batch
 
     def prepare_first_pass(self) -> list[list[int]]:
         """Return all of this process's images."""
@@ -80,7 +56,7 @@ class MemorySolver(Solver):
             solved[site] = SolvedSite.of_points(**found)
             self.checkpoints.save(file(site), vars(solved[site]))
             del self.sample_states[site]
-        return {site: broadcast(solved.get(site), self.owner_of(site)) for site in self.sites}
+        return self.share_solved(solved)
 
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""
@@ -91,16 +67,11 @@ class MemorySolver(Solver):
         index, states, *masks = zip(*self.kept, strict=True)
         self.kept = []
         parts = all_gather_objects((torch.cat(index), *map(join_masks, masks)))
-        images = [len(index) for index, _, _ in parts]
+        counts = [len(index) for index, _, _ in parts]
         order = torch.cat([index for index, _, _ in parts]).argsort()
         self.loose = join_masks([part[1] for part in parts])[order.tolist()]
         self.tight = join_masks([part[2] for part in parts])[order.tolist()]
-        self.sample_states: dict[str, Tensor] = {}
-        for site in self.sites:
-            mine = torch.cat([batch.pop(site) for batch in states])
-            gathered = gather_images(mine, images, self.owner_of(site), self.device)
-            if gathered is not None:
-                self.sample_states[site] = gathered[order]
+        self.gather_states(states, counts, order)
 
     def _solve_site(self, site: str) -> dict[str, Any]:
         states = self.sample_states[site].to(self.device)
@@ -108,4 +79,4 @@ class MemorySolver(Solver):
         tight = self.tight.to(self.device)
         problem = SiteProblem(states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
-        return refinement.found(path)
+        return refinement.solution(path)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_size
-from probes.data.samplers import assign_folds, fold_batches
+from probes.data.samplers import fold_batches
 from probes.evaluation.strengths import CLOSED_FORM
 from probes.ops.normal_equations import normal_equations
 from probes.training.distributed import all_reduce, broadcast, rank, rank_count
@@ -39,12 +39,10 @@ class LeastSquaresSolver(Solver):
     # ------------------------------------------------------------------------------------------------ pass
     def prepare_first_pass(self) -> list[list[int]]:
         """Read the moments that a killed run has left; return the images of this process that they lack, by fold."""
-        training = self.reader.data.splits["training"]
-        self.fold_of = assign_folds(len(training), self.options.folds, training.groups)
         self._check_memory()
         self.moments: dict[str, LeastSquaresMoments] = {}
         # images whose moments this process has
-        self.added = torch.zeros(len(training), dtype=torch.bool)
+        self.added = torch.zeros(self.images, dtype=torch.bool)
         self.saved_at = time.monotonic()
         seen = self._resume() if self.checkpoints.resuming else self.added
         size = self.reader.data.rank_batch_size
@@ -129,16 +127,14 @@ class LeastSquaresSolver(Solver):
     def solve(self) -> dict[str, SolvedSite]:
         """Return the closed form of all sites."""
         solved = {}
-        for number, site in enumerate(
-            tqdm(
-                self.sites,
-                desc="solving sites",
-                disable=rank() > 0,
-                mininterval=5,
-            )
+        for site in tqdm(
+            self.sites,
+            desc="solving sites",
+            disable=rank() > 0,
+            mininterval=5,
         ):
             moments = self._sum_over_ranks(site)
-            owner = number % rank_count()
+            owner = self.owner_of(site)
             # in all processes: after an error in one, the others would wait for it
             moments.check_values()
             solved[site] = broadcast(self._solve(moments) if rank() == owner else None, owner)

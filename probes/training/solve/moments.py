@@ -12,7 +12,7 @@ float64; `tests/probes/training/test_closed_form.py` shows why.
 With the pooled within-class covariance W and D = diag(W), D^-1/2 W D^-1/2 = V diag(s) V^T gives coordinates
 (x - mean) D^-1/2 V in which D is the identity and W is diag(s).
 
-Legend: F folds, K classes, d width, n tokens of a batch.
+Legend: F folds, K classes, d width, n tokens of a batch, P problems solved together.
 """
 
 from collections.abc import Iterator
@@ -193,6 +193,27 @@ class SiteSpace:
             spectrum,
             log_prior,
         )
+
+    @property
+    def input_spectrum(self) -> Tensor:
+        """The mean squares of the inputs of probes f64[d + 1]: s, and 1 for the ones of biases."""
+        return torch.cat([self.spectrum, self.spectrum.new_ones(1)])
+
+    def ridge(self, strengths: Tensor) -> Tensor:
+        """Return the weights f64[P, 1, d + 1] of the squares of points at strengths f64[P]; 0 for biases."""
+        ridge = strengths[:, None, None].repeat(1, 1, len(self.spectrum) + 1)
+        ridge[..., -1] = 0
+        return ridge
+
+    def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
+        """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states.
+
+        Args:
+            gradient: Gradients of P problems, by points.
+            strengths: f64[P].
+        """
+        metric = self.input_spectrum + self.ridge(strengths)
+        return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
 
     def to_states(self, weights: Tensor) -> Tensor:
         """Return weights f[..., K, d] of the coordinates as weights of x - mean."""

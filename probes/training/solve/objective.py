@@ -37,18 +37,6 @@ def half_decades(first: int, last: int) -> tuple[float, ...]:
     return tuple(10 ** (-i / 2) for i in range(first, last + 1))
 
 
-def ridge_of(strengths: Tensor, points: Tensor) -> Tensor:
-    """Return the weights f64[P, 1, d + 1] of the squares of points f64[..., d + 1]; 0 for biases.
-
-    Args:
-        strengths: f64[P].
-        points: Determines the width.
-    """
-    ridge = strengths[:, None, None].repeat(1, 1, points.shape[-1])
-    ridge[..., -1] = 0
-    return ridge
-
-
 class FoldProblem:
     """The objective of a site on the images of some folds; a subclass has them in memory.
 
@@ -81,13 +69,9 @@ class FoldProblem:
     def scale(self, strengths: Tensor) -> Tensor:
         """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
         p = self.space.log_prior.exp().clamp(min=1e-4)
-        spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
-        curvature = (p * (1 - p))[:, None] * spectrum + self.ridge(strengths)
+        loss_curvature = (p * (1 - p))[:, None] * self.space.input_spectrum
+        curvature = loss_curvature + self.space.ridge(strengths)
         return curvature.rsqrt()
-
-    def ridge(self, strengths: Tensor) -> Tensor:
-        """Return the weights f64[P, 1, d + 1] of the squares of a point; 0 for biases."""
-        return ridge_of(strengths, self.start)
 
     def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
         """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
@@ -97,7 +81,7 @@ class FoldProblem:
             left_out: P folds, or None for all images.
             nodes: `LOOSE_NODES` or `TIGHT_NODES`.
         """
-        ridge = self.ridge(strengths)
+        ridge = self.space.ridge(strengths)
 
         def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
             value = points.new_zeros(len(points))
@@ -126,10 +110,6 @@ class FoldProblem:
         ]
         return (torch.cat(losses).sum() / self.pixels.sum()).item()
 
-    def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
-        """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states."""
-        return whitened_norm(self.space.spectrum, gradient, strengths)
-
 
 class SiteProblem(FoldProblem):
     """The objective of a site on images in memory.
@@ -148,16 +128,15 @@ class SiteProblem(FoldProblem):
         tight: PreparedMasks,
         fold_of: Tensor,
     ):
-        self.order = fold_of.argsort(stable=True)
-        self.sizes = fold_of.bincount().tolist()
-        self.space = SiteSpace.of(states, tight.soft)
-        folds = [images.tolist() for images in self.order.split(self.sizes)]
-        self.tokens = [self.space.coordinates(states[images]) for images in folds]
+        order = fold_of.argsort(stable=True)
+        sizes = fold_of.bincount().tolist()
+        space = SiteSpace.of(states, tight.soft)
+        folds = [images.tolist() for images in order.split(sizes)]
+        self.tokens = [space.coordinates(states[images]) for images in folds]
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-        super().__init__(
-            self.space, torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
-        )
+        pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        super().__init__(space, pixels)
 
     def sums(
         self,
@@ -218,19 +197,6 @@ class PixelProblem(FoldProblem):
         residual.scatter_add_(2, at_label, residual.new_full((1, 1, 1), -1).expand_as(at_label))
         residual *= weights[:, None, None]
         return loss, (residual.flatten(1).T @ inputs).view_as(points).double()
-
-
-def whitened_norm(spectrum: Tensor, gradient: Tensor, strengths: Tensor) -> Tensor:
-    """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states.
-
-    Args:
-        spectrum: f64[d].
-        gradient: Gradients of P problems.
-        strengths: f64[P].
-    """
-    metric = spectrum + strengths[:, None]
-    metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
-    return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
 
 
 @full_precision()

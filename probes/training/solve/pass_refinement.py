@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .moments import SiteSpace, full_precision
-from .objective import STRONGEST, WEAKEST, half_decades, ridge_of, whitened_norm
+from .objective import STRONGEST, WEAKEST, half_decades
 from .refinement import CONVERGED, ROUNDING, Certificate
 from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
 
@@ -126,15 +126,15 @@ class PassRefinement:
         """
         if not (self.settled or is_last):
             self._move_window()
-        spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
-        self.points, self.decrease = self.accepted_points.clone(), torch.zeros_like(self.value)
+        self.points = self.accepted_points.clone()
+        self.decrease = torch.zeros_like(self.value)
         for row, ridge in enumerate(self._ridge()):
             hessian = SampleHessian(
                 sample,
                 self.accepted_points[row],
                 self.left_out,
                 ridge[0],
-                spectrum,
+                self.space.input_spectrum,
             )
             pairs = [(step[row].double(), change[row].double()) for step, change in self.pairs]
             direction = quasi_newton(self.gradient[row], pairs, hessian.solve)
@@ -145,7 +145,7 @@ class PassRefinement:
     # ------------------------------------------------------------------------------------------------ strengths
     def _ridge(self) -> Tensor:
         """Return the weights f64[W, 1, 1, d + 1] of the squares of a point; 0 for biases."""
-        return ridge_of(self.points.new_tensor(self.strengths), self.points)[:, None]
+        return self.space.ridge(self.points.new_tensor(self.strengths))[:, None]
 
     def _window(self) -> list[float]:
         """Return the strengths that the window should have, from strong to weak."""
@@ -237,14 +237,13 @@ class PassRefinement:
         """Certificates of the probes of all images at `solved`."""
         rows = self.solved
         strengths = self.value.new_tensor([self.strengths[row] for row in rows])
-        norm = whitened_norm(self.space.spectrum, self.gradient[rows, -1], strengths)
-        null = whitened_norm(
-            self.space.spectrum, self.null_gradient.expand(len(rows), -1, -1), strengths
-        ).clamp(min=1e-300)
+        at_zero = self.null_gradient.expand(len(rows), -1, -1)
+        norm = self.space.whitened_norm(self.gradient[rows, -1], strengths)
+        null = self.space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
         pairs = zip((norm / null).tolist(), self.decrease[rows, -1].tolist(), strict=True)
         return [Certificate(*pair) for pair in pairs]
 
-    def found(self) -> dict[str, Any]:
+    def solution(self) -> dict[str, Any]:
         """Return the probes of all images at the strengths that are scored, and the path by which they were chosen."""
         path = sorted(self.losses, reverse=True)
         rows = self.solved

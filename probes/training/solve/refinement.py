@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probes.ops.lbfgs import MEMORY, Minimum, Objective, minimise
 
-from .objective import LOOSE_NODES, TIGHT_NODES, FoldProblem, SiteProblem
+from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from .strength_path import FoldSearch, StrengthPath
 
 # Of the probes of all images. At 5e-7, half the evaluations are enough for certificates, but mIoU moves by 0.07 points
@@ -84,7 +84,7 @@ class Refinement:
         self.certificates: list[Certificate] = []
         start = problem.start.expand_as(points)
         at_zero = self._objective(LOOSE_NODES)(start, self._everything)[1]
-        self.null_norm = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
+        self.null_norm = problem.space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
         # for the norm of the gradient
         self.tolerance = min(TOLERANCE, (GRADIENT * self.null_norm.min().item()) ** 2 / 8)
 
@@ -158,13 +158,13 @@ class Refinement:
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""
-        norm = self.problem.whitened_norm(self.accepted.gradient, self.strengths)
+        norm = self.problem.space.whitened_norm(self.accepted.gradient, self.strengths)
         gradient = norm / self.null_norm
         self.certificates = [
             Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)
         ]
 
-    def found(self, path: StrengthPath) -> dict[str, Any]:
+    def solution(self, path: StrengthPath) -> dict[str, Any]:
         """Return the accepted probes and the path by which their strengths were chosen, for `SolvedSite.of_points`."""
         return {
             **path._asdict(),
@@ -175,7 +175,7 @@ class Refinement:
 
 
 def solve_site(
-    problem: FoldProblem, strengths: Sequence[float] | None = None
+    problem: SiteProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
     """Return the path of strengths of a site, and its probes at the optimum of the images in memory.
 
@@ -189,9 +189,9 @@ def solve_site(
 
 
 def start_refinement(
-    problem: FoldProblem, strengths: Sequence[float] | None = None
+    problem: SiteProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
-    """Return the same before it is refined: probes of few nodes."""
+    """Return the path of strengths of a site, and its probes at the optimum with few nodes, which are to be refined."""
     search = FoldSearch(problem)
     found = search.solve(strengths)
     return found.path, Refinement(problem, found.strengths, found.points, search.pairs)

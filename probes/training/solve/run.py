@@ -24,11 +24,13 @@ from probes.training.site_probes import load_probes
 from probes.training.write_run import RunRecord, StrengthsRecord, save_run
 
 from .checkpoints import SolverCheckpoints
-from .choose_solver import choose_solver, is_cross_entropy
+from .choose_solver import choose_solver
 from .path_scores import PathScores
 from .solved_site import SolvedSite
 from .solver import SolveOptions, Solver
 from .state_reader import StateReader
+
+MEASURED_BATCHES = 3  # by `--dry-run`; the first is not counted
 
 
 @dataclass
@@ -85,7 +87,7 @@ def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
     probes.mllm.to(device)
     trainer.precision_plugin.convert_module(probes.mllm)
     trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=is_cross_entropy(run.task))
+    reader = StateReader(probes, data, trainer, masks=run.task.cross_entropy)
     folder = Path(trainer.default_root_dir) / "checkpoints"
     return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
 
@@ -145,14 +147,14 @@ def estimate(
     run: SolveRun,
     data: ProbeData,
     trainer: Trainer,
-    batches: int = 3,
 ) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
     data.verify()
     solver = start_solver(run, data, trainer)
     times: list[float] = []
     images: list[int] = []  # a batch at the end of a fold is smaller
-    for batch in solver.reader.training(solver.prepare_first_pass()[:batches], "pass 1"):
+    batches = solver.prepare_first_pass()[:MEASURED_BATCHES]
+    for batch in solver.reader.training(batches, "pass 1"):
         solver.add(batch)
         if solver.device.type == "cuda":
             torch.cuda.synchronize()
@@ -169,11 +171,13 @@ def estimate(
     def hours(images: int) -> str:
         return f"{images * seconds / 3600:.2f} h"
 
-    passes = run.hparams.get("passes", 1)
+    passes = "the only one"
+    if solver.most_passes > 1:
+        of_all_passes = hours(training * solver.most_passes)
+        passes = f"at most {solver.most_passes} passes ({of_all_passes})"
     rank_zero_info(
-        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
-        f"{passes} passes ({hours(training * passes)}); {validation:,} validation images: {hours(validation)} and "
-        "the scores"
+        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, {passes}; "
+        f"{validation:,} validation images: {hours(validation)} and the scores"
     )
     if memory := solver.memory():
         rank_zero_info(memory)

@@ -45,7 +45,7 @@ class SampleHessian:
         points: f64[G, K, d + 1].
         left_out: G folds, or None.
         ridge: f64[1, d + 1], weights of the squares of a point.
-        spectrum: f64[d + 1], mean squares of the inputs.
+        input_spectrum: f64[d + 1], mean squares of the inputs.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SampleHessian:
         points: Tensor,
         left_out: list[int | None],
         ridge: Tensor,
-        spectrum: Tensor,
+        input_spectrum: Tensor,
     ):
         self.inputs = sample.inputs
         self.ridge = ridge
@@ -63,7 +63,7 @@ class SampleHessian:
         logits = self.inputs @ points.flatten(0, 1).T.to(self.inputs)
         self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
         spread = self.probability * (1 - self.probability) * self.weights
-        self.typical = spread.sum(0).double()[..., None] * spectrum + 1e-6  # H_0
+        self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
         self.pull = SHRINKAGE * self.typical
 
     def times(self, direction: Tensor) -> Tensor:

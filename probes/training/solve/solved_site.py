@@ -30,7 +30,7 @@ class SolvedSite:
         scale: f64[d], D^-1/2; 0 for constant channels.
         weights: f32[R, K, d], of x - mean.
         bias: f32[R, K].
-        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form.
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form and for one pass over a sample.
     """
 
     strengths: Tensor

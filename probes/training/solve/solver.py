@@ -1,9 +1,14 @@
 """What all solvers are made of: a way to read states, options, and files from which a killed run resumes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from probes.training.distributed import rank_count
+import torch
+from torch import Tensor
+
+from probes.data.samplers import assign_folds
+from probes.training.distributed import broadcast, gather_images, rank_count
 
 from .checkpoints import SolverCheckpoints
 from .solved_site import SolvedSite
@@ -40,9 +45,13 @@ class Solver:
         reader: Reads batches of training images with their states.
         options: Options of the command.
         checkpoints: Files of a killed run.
+
+    Raises:
+        UserError: There are fewer training images, or groups of them, than folds.
     """
 
     path_kind: str  # name of the probes' path in metrics.json
+    most_passes = 1  # over the training images
 
     def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
         self.reader = reader
@@ -54,6 +63,11 @@ class Solver:
         self.channels = reader.probes.channels
         self.device = reader.device
         self.passes = 0  # that are complete
+        training = reader.data.splits["training"]
+        self.images = len(training)
+        self.fold_of = assign_folds(self.images, options.folds, training.groups)
+        self.kept: list[Any] = []  # of the images of a pass, batch by batch
+        self.sample_states: dict[str, Tensor] = {}  # of the sites that this process solves
 
     def prepare_first_pass(self) -> list[list[int]]:
         """Return this process's training images of the first pass, in batches."""
@@ -80,6 +94,30 @@ class Solver:
     def solve(self) -> dict[str, SolvedSite]:
         """Return the probes of all sites after the first pass, the same in all processes."""
         raise NotImplementedError
+
+    def gather_states(
+        self,
+        states: Sequence[dict[str, Tensor]],
+        counts: list[int],
+        order: Tensor,
+    ) -> None:
+        """Bring the states of each site to its owner, which has them in `sample_states`.
+
+        Args:
+            states: What this process has kept of each batch, by site; each is removed when its owner has it.
+            counts: Number of states that each process has kept of a site.
+            order: Indices that sort the states of all processes.
+        """
+        self.sample_states = {}
+        for site in self.sites:
+            mine = torch.cat([batch.pop(site) for batch in states])
+            gathered = gather_images(mine, counts, self.owner_of(site), self.device)
+            if gathered is not None:
+                self.sample_states[site] = gathered[order]
+
+    def share_solved(self, solved: dict[str, SolvedSite]) -> dict[str, SolvedSite]:
+        """Return the probes of all sites, each from its owner."""
+        return {site: broadcast(solved.get(site), self.owner_of(site)) for site in self.sites}
 
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""

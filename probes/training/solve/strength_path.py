@@ -132,7 +132,7 @@ class FoldSearch:
         problem = self.problem
         scale = problem.scale(strengths)
         if self.learned_at is not None:
-            added = problem.ridge(strengths) - problem.ridge(self.learned_at)
+            added = problem.space.ridge(strengths) - problem.space.ridge(self.learned_at)
             change_units(self.pairs, problem.scale(self.learned_at), scale, added)
         self.learned_at = strengths
         objective = problem.objective(strengths, left_out, LOOSE_NODES)

@@ -176,8 +176,11 @@ def test_parts_of_the_images_added_up_give_the_moments_of_all():
 def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
     """An error in the process that solves the site alone would leave the others waiting for its solution."""
     empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
-    monkeypatch.setattr(least_squares_solver, "rank_count", lambda: 2)
     monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
-    solver = SimpleNamespace(sites=["encoder"], _sum_over_ranks=lambda site: empty)
+    solver = SimpleNamespace(
+        sites=["encoder"],
+        owner_of=lambda site: 0,
+        _sum_over_ranks=lambda site: empty,
+    )
     with pytest.raises(UserError, match="no pixel with a value"):
         least_squares_solver.LeastSquaresSolver.solve(solver)

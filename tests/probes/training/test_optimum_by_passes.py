@@ -134,7 +134,7 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
         if refinement.converged:
             break
     assert refinement.converged and len(refinement.certificates) == 3
-    found = refinement.found()
+    found = refinement.solution()
     ratio = found["strengths"][found["chosen"]] / path.strengths[path.chosen]
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
     losses = dict(zip(path.strengths, path.loss, strict=True))
@@ -204,7 +204,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data):
         sample,
         points,
         left_out,
-        problem.ridge(strengths)[0, 0],
+        data.space.ridge(strengths)[0, 0],
         spectrum,
     )
     product = hessian.times(direction) - hessian.pull * direction
@@ -266,7 +266,7 @@ def test_every_loss_that_is_reported_was_measured(data, passes):
             zip(refinement.strengths, refinement.held_out.sum(1).tolist(), strict=True)
         )
         refinement.step(data.sample(200, number)[0], is_last=number == passes)
-    found = refinement.found()
+    found = refinement.solution()
     assert dict(zip(found["strengths"], found["loss"], strict=True)) == measured
     chosen = found["strengths"][found["chosen"]]
     assert chosen in (min(measured, key=measured.get), *refinement.strengths[1:-1])

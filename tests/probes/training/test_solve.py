@@ -377,7 +377,12 @@ def test_dry_run_measures_and_writes_nothing(
     caplog,
     monkeypatch,
 ):
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
+    command = arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run")
+    main(command)
     assert "images/s; a pass over 6 training images" in caplog.text
+    assert "h, the only one; 5 validation images" in caplog.text
     assert "the states of all 6 images are kept" in caplog.text
+    assert "at most" not in caplog.text
+    main([*command, *SAMPLED])
+    assert "h, at most 3 passes (" in caplog.text
     assert not (tmp_path / "out").exists()

@@ -116,7 +116,7 @@ def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any
     return [
         {
             "weights": run.arm,
-            "draw": run.metrics.get("draw", 0),
+            "draw": run.draw,
             "sites": _sites(run),
         }
         for run in study.members
@@ -125,7 +125,7 @@ def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any
 
 
 def _mask_and_probes(run: FinishedRun) -> tuple[str, bool]:
-    return run.metrics["image_attention"], run.is_solved
+    return run.mask, run.is_solved
 
 
 def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def _score_rows(study: StudyRuns) -> list[list[str]]:
     titles = []
     columns = []
     for run in study.runs:
-        words = [run.metrics["image_attention"]]
+        words = [run.mask]
         if run.metrics["untrained"]:
             words.append("untrained")
         if is_mixed:

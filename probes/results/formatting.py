@@ -35,7 +35,7 @@ def run_columns(run: FinishedRun) -> dict[str, Any]:
     match = run.metrics.get("match", "none")
     random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
     kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
-    return {"image_attention": run.metrics["image_attention"]} | kind | random
+    return {"image_attention": run.mask} | kind | random
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

@@ -52,10 +52,8 @@ class StudyRuns:
             UserError: Two runs are the same arm, or none is of the trained model.
         """
         self._check_differ()
-        masks = [*MASKS, *sorted({run.metrics["image_attention"] for run in self.members})]
-        self.members.sort(
-            key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run))
-        )
+        masks = [*MASKS, *sorted({run.mask for run in self.members})]
+        self.members.sort(key=lambda run: (masks.index(run.mask), *_control_order(run)))
         if not self.main_runs:
             raise UserError(
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
@@ -63,7 +61,7 @@ class StudyRuns:
         kinds = ("trained", "solved")
         main = self.first.is_solved
         for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
-            if main or run.metrics["image_attention"] not in self.main_runs:
+            if main or run.mask not in self.main_runs:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
                 log.warning(
                     text,
@@ -81,7 +79,7 @@ class StudyRuns:
         for arm in arms:
             for run in self.members:
                 if run.arm == arm and run.is_solved == solved:
-                    found.setdefault(run.metrics["image_attention"], run)
+                    found.setdefault(run.mask, run)
         return found
 
     @property
@@ -107,7 +105,7 @@ class StudyRuns:
     @property
     def masks(self) -> list[str]:
         """The masks of all runs, controls included."""
-        return list(dict.fromkeys(run.metrics["image_attention"] for run in self.members))
+        return list(dict.fromkeys(run.mask for run in self.members))
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -172,38 +170,37 @@ class StudyRuns:
             (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)
         ):
             if run.is_solved == solved:
-                key = (run.metrics.get("draw", 0), run.metrics["seed"])
-                draws.setdefault(key, {}).setdefault(run.metrics["image_attention"], run)
+                key = (run.draw, run.metrics["seed"])
+                draws.setdefault(key, {}).setdefault(run.mask, run)
         return [draws[key] for key in sorted(draws)]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
         seen: dict[tuple, FinishedRun] = {}
         for run in self.members:
-            mask = run.metrics["image_attention"]
-            draw = run.metrics.get("draw", 0)
             of_control = (
-                (draw, *run.metrics["untrained"], run.metrics["seed"])
+                (run.draw, *run.metrics["untrained"], run.metrics["seed"])
                 if run.arm != "trained"
                 else ()
             )
-            if (other := seen.setdefault((run.is_solved, mask, run.arm, *of_control), run)) is run:
+            key = (run.is_solved, run.mask, run.arm, *of_control)
+            if (other := seen.setdefault(key, run)) is run:
                 continue
             if run.arm in ("trained", *UNTRAINED):
                 kind = "trained" if run.arm == "trained" else "untrained"
                 raise UserError(
-                    f"{other.path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
+                    f"{other.path} and {run.path} are both the {kind} run under {run.mask!r} of {self.title}; "
                     f"pass only one, or name the model of each: NAME={run.path}"
                 )
             raise UserError(
                 f"{other.path} and {run.path} are the same draw of random weights; pass only one, or make the other "
-                f"again with another --model.draw than {draw}"
+                f"again with another --model.draw than {run.draw}"
             )
 
 
 def _control_order(run: FinishedRun) -> tuple[int, int]:
     """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
-    return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
+    return -len(run.metrics["untrained"]), run.draw
 
 
 def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> list[StudyRuns]:
@@ -239,7 +236,7 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for run in study.members:
             check_same_probes(first.setdefault(run.is_solved, run), run)
             check_same_settings(study.first, run)
-            check_same_model(of_mask.setdefault(run.metrics["image_attention"], run), run)
+            check_same_model(of_mask.setdefault(run.mask, run), run)
             if run.arm != "adapter":  # random adapters are compared at the adapter
                 check_same_layers(study.first, run)
         _check_draws_differ(study.members)
@@ -284,7 +281,7 @@ def _check_draws_differ(members: list[FinishedRun]) -> None:
     for i, run in enumerate(members):
         for other in members[:i]:
             pair = {run.arm, other.arm}
-            same_kind = run.is_solved == other.is_solved and _mask(run) == _mask(other)
+            same_kind = run.is_solved == other.is_solved and run.mask == other.mask
             if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
                 continue
             sites = (
@@ -308,10 +305,6 @@ def _check_seeds_differ(studies: list[StudyRuns]) -> None:
                 if same_kind and run.layers:
                     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
                     check_differ(other.main_runs[mask], run, run.sites, advice)
-
-
-def _mask(run: FinishedRun) -> str:
-    return run.metrics["image_attention"]
 
 
 def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
@@ -378,7 +371,7 @@ def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
         if run.path.parent == folder:
             continue
         name = model_name(run)
-        key = (name, run.metrics["image_attention"])
+        key = (name, run.mask)
         shape = (run.metrics["grid"], run.last_layer)
         same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
         if not same_model or shapes.setdefault(name, shape) != shape:

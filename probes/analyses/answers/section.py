@@ -36,7 +36,7 @@ def study_answers(study: StudyRuns) -> dict[str, dict[str, Any]]:
             continue
         draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
         draws = [draw for draw in draws if draw.analysis("answers.json")]
-        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+        random = [{"draw": draw.draw} | _select(draw) for draw in draws]
         more = {"peak_site": run.peak_layer, "random": random}
         by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, draws)}
     return by_mask

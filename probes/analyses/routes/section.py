@@ -52,7 +52,7 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         draws = [draw for draw in draws if draw.analysis("routes.json")]
         for draw in draws:
             _check_same_questions(run, draw)
-        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+        random = [{"draw": draw.draw} | _select(draw) for draw in draws]
         by_mask[mask] = _select(run) | {"random": random}
     return by_mask
 

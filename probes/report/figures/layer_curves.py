@@ -120,7 +120,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
         )
     for draw, runs in enumerate(random):
         for run in runs:
-            mask = run.metrics["image_attention"]
+            mask = run.mask
             _draw_random(ax, run, mask_colour(mask), f"{mask}, random LLM" if draw == 0 else None)
     adapters = _draw_random_adapters(ax, study, solved)
     runs = [*trained.values(), *untrained.values(), *(run for runs in random for run in runs)]

@@ -81,7 +81,7 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
             [sites.index(entry["site"]) for entry in layers],
             [100 * entry["miou"] for entry in layers],
             "D",
-            color=mask_colour(run.metrics["image_attention"]),
+            color=mask_colour(run.mask),
             mfc="none",
             ms=4,
             alpha=0.6,

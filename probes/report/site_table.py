@@ -66,13 +66,10 @@ def _random_runs(
     solved: bool,
 ) -> list[ProbeRun]:
     """Return the draws of a random part; those of an adapter serve all masks, which it does not depend on."""
-    runs = []
-    for draw in study.random_draws(part, solved):
-        if part == "adapter":
-            runs.append(draw.get(mask) or next(iter(draw.values())))
-        elif mask in draw:
-            runs.append(draw[mask])
-    return runs
+    if part != "adapter":
+        return study.random_runs(part, mask, solved)
+    draws = study.random_draws(part, solved)
+    return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
 
 
 def _random_part(site: str) -> str | None:

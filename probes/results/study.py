@@ -8,7 +8,7 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -173,6 +173,22 @@ class StudyRuns:
                 key = (run.draw, run.metrics["seed"])
                 draws.setdefault(key, {}).setdefault(run.mask, run)
         return [draws[key] for key in sorted(draws)]
+
+    def random_runs(self, part: str, mask: str, solved: bool) -> list[FinishedRun]:
+        """Return the controls with a random "adapter" or "llm" under a mask, by draw."""
+        return [draw[mask] for draw in self.random_draws(part, solved) if mask in draw]
+
+    def analysed(self, result: str) -> Iterator[tuple[str, FinishedRun, list[FinishedRun]]]:
+        """Yield the trained and the random runs that have a result of an analysis, by mask; masks without are left out.
+
+        The trained run is the solved one if it has the result, else the main one. Random runs are its random LLMs.
+        """
+        for mask, main in self.main_runs.items():
+            runs = [self.solved.get(mask), main]
+            run = next((run for run in runs if run and run.analysis(result)), None)
+            if run is not None:
+                draws = self.random_runs("llm", mask, run.is_solved)
+                yield mask, run, [draw for draw in draws if draw.analysis(result)]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""

@@ -29,16 +29,10 @@ def study_answers(study: StudyRuns) -> dict[str, dict[str, Any]]:
         "beyond_random": see :func:`beyond_random`}}.
     """
     by_mask = {}
-    for mask in study.main_runs:
-        runs = [study.solved.get(mask), study.main_runs[mask]]
-        run = next((run for run in runs if run and run.analysis("answers.json")), None)
-        if run is None:
-            continue
-        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
-        draws = [draw for draw in draws if draw.analysis("answers.json")]
-        random = [{"draw": draw.draw} | _select(draw) for draw in draws]
+    for mask, run, random_runs in study.analysed("answers.json"):
+        random = [{"draw": other.draw} | _select(other) for other in random_runs]
         more = {"peak_site": run.peak_layer, "random": random}
-        by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, draws)}
+        by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, random_runs)}
     return by_mask
 
 

@@ -6,7 +6,7 @@ from probes.results.formatting import Rows, bounds
 
 
 def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the answers of the trained model and of each random LLM, by name."""
+    """Return what was measured of the trained model and of each random LLM, by name."""
     return {"trained": of_mask} | {
         f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
     }

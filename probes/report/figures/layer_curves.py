@@ -220,9 +220,8 @@ def models_by_dataset(
             run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
         else:
             draw_run(ax, run, colour, label)
-            for draw in study.random_draws("llm", run.is_solved):
-                if mask in draw:
-                    _draw_random(ax, draw[mask], colour)
+            for random in study.random_runs("llm", mask, run.is_solved):
+                _draw_random(ax, random, colour)
         rows += run_rows
     for dataset, ax in panels.items():
         if over_adapter:

@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
-from probes.results.formatting import Rows, bounds
+from probes.results.formatting import Rows, bounds, run_columns
+from probes.results.probe_run import ProbeRun
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 # of anything else but masks, whose colours mean nothing but masks
@@ -152,6 +153,11 @@ def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
     scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
     return scores | bounds(entry["miou_ci95"], "miou_")
+
+
+def score_rows(runs: Iterable[ProbeRun]) -> Rows:
+    """Return the scores of runs as rows of a table, one for each run and site."""
+    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
 
 
 def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:

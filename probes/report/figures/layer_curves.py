@@ -1,6 +1,5 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from probes.analyses.style import (
     new_axes,
     new_panels,
     score_row,
+    score_rows,
     site_depth,
     spread_labels,
 )
 from probes.models.sites import ADAPTER, is_layer
-from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS, StudyRuns
 
@@ -129,7 +128,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
     spread_labels(figure, [ax])
-    return FigureData(figure, _rows(runs))
+    return FigureData(figure, score_rows(runs))
 
 
 def _shown_untrained(study: StudyRuns, solved: bool) -> dict[str, ProbeRun]:
@@ -175,10 +174,6 @@ def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[Prob
             label=label,
         )
     return runs
-
-
-def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
-    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
 
 
 def models_by_dataset(
@@ -271,7 +266,7 @@ def masks_by_model(studies: list[StudyRuns]) -> FigureData:
         label_sites(ax, sites_by_depth(*pair), 5, fontsize=8)
         ax.set_xlabel("")
         ax.set_title(f"{study.model}\n{study.dataset}{suffix}", fontsize=9)
-        rows += [{"model": study.model, "dataset": study.dataset} | row for row in _rows(pair)]
+        rows += [{"model": study.model, "dataset": study.dataset} | row for row in score_rows(pair)]
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)

@@ -88,7 +88,7 @@ def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
         "draws": len(others),
         "difference": None,
     }
-    row |= bounds([None, None], "difference_")
+    row |= bounds(None, "difference_")
     if not others:
         return row
     compared = compare_to_draws(own, others)

@@ -25,9 +25,10 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
 
 
-def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
-    """Return the columns of an interval: low and high."""
-    return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}
+def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
+    """Return the columns of an interval: low and high, both None without one."""
+    low, high = (None, None) if ci95 is None else ci95
+    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def run_columns(run: FinishedRun) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
             if run.arm != "adapter":  # random adapters are compared at the adapter
                 check_same_layers(study.first, run)
         _check_draws_differ(study.members)
-    for of_model in _by_model(studies):
+    for of_model in studies_by_model(studies):
         _check_seeds_differ(of_model)
     return studies
 
@@ -270,7 +270,7 @@ def _has_trained_run(runs: list[FinishedRun]) -> bool:
     return False
 
 
-def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
+def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     """Return the studies of each task, model and dataset, one per seed."""
     groups: dict[tuple[str, str, str], list[StudyRuns]] = {}
     for study in studies:

@@ -62,9 +62,8 @@ def task_results(studies: list[StudyRuns]) -> list[Entry]:
 def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
-    all_solved = study.solved.keys() == study.main_runs.keys()
     entries = []
-    for mask, run in (study.solved if all_solved else study.main_runs).items():
+    for mask, run in (study.solved if study.all_solved else study.main_runs).items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,

@@ -253,7 +253,6 @@ def _build_part(
             (section, figures) for section, figures in drawn if figures or section.content.shown
         ],
         "overridden_masks": overridden_masks(study),
-        "data_notes": results["data_notes"],
     }
 
 

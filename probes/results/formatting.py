@@ -44,6 +44,12 @@ def format_percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
+def format_score(value: float, ci95: Sequence[float]) -> str:
+    """Return a score and its interval in percent, without the sign %: "53.7 [51.2, 56.1]"."""
+    low, high = (format_percent(bound) for bound in ci95)
+    return f"{format_percent(value)} [{low}, {high}]"
+
+
 def format_points(value: float | None, digits: int = 1) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
     return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")

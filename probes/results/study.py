@@ -58,7 +58,6 @@ class StudyRuns:
             raise UserError(
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
             )
-        kinds = ("trained", "solved")
         main = self.first.is_solved
         for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
             if main or run.mask not in self.main_runs:
@@ -66,9 +65,9 @@ class StudyRuns:
                 log.warning(
                     text,
                     run.path,
-                    kinds[run.is_solved],
+                    run.probe_kind,
                     self.title,
-                    kinds[not run.is_solved],
+                    self.first.probe_kind,
                 )
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
@@ -91,6 +90,11 @@ class StudyRuns:
     def solved(self) -> dict[str, FinishedRun]:
         """The runs of the trained model with solved probes; if no others are there, they are the main ones too."""
         return self.select(True, "trained")
+
+    @property
+    def all_solved(self) -> bool:
+        """True if all masks of the trained model have solved probes."""
+        return self.solved.keys() == self.main_runs.keys()
 
     @property
     def untrained(self) -> dict[str, FinishedRun]:

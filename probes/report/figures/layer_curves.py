@@ -241,7 +241,7 @@ def models_by_dataset(
 
 def _runs_to_compare(studies: list[StudyRuns]) -> list[dict[str, ProbeRun]]:
     """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
-    solved = all(study.solved.keys() == study.main_runs.keys() for study in studies)
+    solved = all(study.all_solved for study in studies)
     return [study.solved if solved else study.main_runs for study in studies]
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from probes.analyses.base import Section
+from probes.evaluation.estimate import estimate_text
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -87,8 +88,7 @@ def _random(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _percent(entry: dict[str, Any]) -> str:
-    low, high = entry["ci95"]
-    return f"{entry['value']:.1%} [{low:.1%}, {high:.1%}]".replace("-", "−")
+    return estimate_text(entry, ".1%").replace("-", "−")
 
 
 def _points(entry: dict[str, Any]) -> str:

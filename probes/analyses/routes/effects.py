@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
-from probes.analyses.knockout.effects import Cases
+from llava_bidir.common.bootstrap import simultaneous_band
+from probes.analyses.knockout.effects import Cases, image_weights
 from probes.evaluation.estimate import Estimate, estimate_text
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
@@ -42,7 +42,7 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
         difference of the two.
     """
     cases = Cases({}, tensors["image"])
-    weights = _weights(tensors, seed)
+    weights = image_weights(tensors["image"], seed)
     right = (tensors["none"].argmax(-1) == tensors["right"]).double()
     mean, resampled = cases.mean(right, weights)
     accuracy = Estimate(mean.item(), resampled).json(lowest=0.0, highest=1.0)
@@ -87,7 +87,8 @@ def claimed_routes(run: ProbeRun) -> dict[str, Estimate]:
     cases = Cases({}, tensors["image"])
     # drops of the probability, in all layers: more without the object's patches than without random ones
     own, other = (_probability(tensors, f"{name} to text") for name in CONTRAST.split(" - "))
-    mean, resampled = cases.mean(other - own, _weights(tensors, results["seed"]))
+    weights = image_weights(tensors["image"], results["seed"])
+    mean, resampled = cases.mean(other - own, weights)
     counts = {"images": results["images"], "questions": results["questions"]}
     return {"route_object": Estimate(mean.item(), resampled, {"n": counts})}
 
@@ -98,10 +99,6 @@ def _probability(tensors: Tensors, route: str) -> Tensor:
     if stored is None:  # earlier versions stored the mean of the logarithms only
         return tensors[f"right:{route}"][:, 0].double().exp()
     return stored[:, 0].double()
-
-
-def _weights(tensors: Tensors, seed: int) -> Tensor:
-    return bootstrap_weights(int(tensors["image"].max()) + 1, seed=seed)
 
 
 def _window_entries(

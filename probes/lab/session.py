@@ -396,7 +396,7 @@ def knockout_of(model: LabModel, block: Block) -> Knockout:
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     """Return patches as bool[T]."""
     check_patches(model, patches)
-    mask = torch.zeros(model.mllm.grid[0] * model.mllm.grid[1], dtype=torch.bool)
+    mask = torch.zeros(model.mllm.image_tokens, dtype=torch.bool)
     mask[list(patches)] = True
     return mask
 

@@ -248,7 +248,7 @@ def _encoder_states(mllm: nn.Module, args: tuple, batch: int) -> Tensor:
     """Return the input of the adapter, f[B, T, d]."""
     states = mllm.family.encoder_states(mllm.model, args)
     width = mllm.widths[ENCODER]
-    tokens = mllm.grid[0] * mllm.grid[1]
+    tokens = mllm.image_tokens
     if states.numel() != batch * tokens * width:
         raise UserError(
             f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "

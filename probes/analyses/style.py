@@ -113,13 +113,12 @@ def label_sites(
     ax: Axes,
     sites: list[str],
     max_labels: int = 12,
-    positions: Sequence[int] | None = None,
     **kwargs,
 ) -> None:
-    """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
+    """Label the sites on the x axis at their depths, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
     many = len(sites) > max_labels + 2
-    deep = many or (positions is None and max(depth.values(), default=0) > max_labels + 2)
+    deep = many or max(depth.values(), default=0) > max_labels + 2
     if deep:  # the label of the adapter would overlap that of the encoder
         if many:
             step = next(
@@ -131,8 +130,7 @@ def label_sites(
         names = {s: "enc." if s == ENCODER else str(depth[s]) for s in shown}
     else:
         names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(depth[s]) for s in sites}
-    x = depth if positions is None else dict(zip(sites, positions, strict=True))
-    ax.set_xticks([x[site] for site in names], list(names.values()), **kwargs)
+    ax.set_xticks([depth[site] for site in names], list(names.values()), **kwargs)
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 

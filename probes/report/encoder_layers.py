@@ -59,14 +59,10 @@ def class_table(run: ProbeRun) -> list[dict[str, str]]:
     rows = [{"class": "mean (mIoU)"} | {_title(x, best): format_percent(x["miou"]) for x in shown}]
     for k, name in enumerate(run.metrics["classes"]):
         values = {_title(x, best): x["iou_per_class"][k] for x in shown}
-        rows.append({"class": name} | {key: _percent(value) for key, value in values.items()})
+        rows.append({"class": name} | {key: format_percent(value) for key, value in values.items()})
     return rows
 
 
 def _title(entry: dict[str, Any], best: dict[str, Any]) -> str:
     title = entry["site"].replace("_", " ")
     return f"{title} (best)" if entry is best else title
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else format_percent(value)

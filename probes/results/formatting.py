@@ -50,19 +50,21 @@ def format_score(value: float, ci95: Sequence[float]) -> str:
     return f"{format_percent(value)} [{low}, {high}]"
 
 
-def format_points(value: float | None, digits: int = 1) -> str:
+def format_points(value: float | None) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
 def format_p(value: float | None) -> str:
     """Return a p-value with three decimals, or four below 0.01."""
-    return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 
-def format_interval(ci95: list[float], digits: int = 1) -> str:
+def format_interval(ci95: list[float]) -> str:
     """Return an interval in percentage points."""
-    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
+    return f"[{format_points(ci95[0])}, {format_points(ci95[1])}]"
 
 
 def format_difference(entry: dict[str, Any]) -> str:

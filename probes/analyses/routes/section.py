@@ -16,7 +16,6 @@ from probes.results.study import StudyRuns
 from .effects import TARGETS
 
 KEYS = ("questions", "images", "accuracy", "effects")  # of routes.json
-RANDOM_COLOUR = "#777777"
 DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
 
 

@@ -94,7 +94,8 @@ class FrozenMLLM(FrozenModel):
         def new(ids):
             return torch.tensor([ids], dtype=torch.long, device=self.device)
 
-        self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
+        self.prefix_ids = new(prefix_ids)
+        self.ids = new(prefix_ids + self._image_ids)
         self.is_image = self.ids[0] == self.model.config.image_token_id
         # i64[T]; with these, no forward waits for the device
         self.image_positions = self.is_image.nonzero().flatten()

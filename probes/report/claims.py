@@ -104,10 +104,10 @@ def _entry(
     truth = None
     if study.task.name == SEGMENTATION:  # what is known of a world is about its classes
         truth = read_truth(study.main_runs[mask], CLAIMS).get(claim)
-    path = [row for row in path if (row["effect"], row["image_attention"]) == key]
+    along_path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
-        "optimum": _optimum_column(study, claim, mask, numbers, path),
+        "optimum": _optimum_column(study, claim, mask, numbers, along_path),
         "beyond_random": _beyond_random_column(study, claim, mask, numbers),
     }
     measured = number.json()
@@ -429,7 +429,7 @@ def _why_no_draws(
 def _draws_without(analysis: str, runs: str) -> str:
     """Return that random models lack an analysis, and what to do."""
     command = f"`probes {analysis}`" if analysis in ANALYSES else analysis
-    options = "--classes" if analysis == "knockout" else "options"
+    options = "--classes" if analysis == KNOCKOUT else "options"
     return f"draws without this analysis: run {command} on {runs}, with the same {options}"
 
 

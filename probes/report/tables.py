@@ -1,4 +1,4 @@
-"""Build the tables of a study, next to the numbers of the paper, and format tables as CSV."""
+"""Build the tables of a study, next to the numbers of the paper."""
 
 from typing import Any
 

@@ -15,10 +15,12 @@ from probes.results.finished_run import FinishedRun
 
 from . import ANALYSES
 
+SUFFIX = "_effects.safetensors"  # of a file of effects, after the name of the analysis
+
 
 def effects_path(folder: Path, analysis: str) -> Path:
     """Return the file of the effects of an analysis."""
-    return folder / f"{analysis}_effects.safetensors"
+    return folder / f"{analysis}{SUFFIX}"
 
 
 def write_effects(run: FinishedRun, analysis: str, effects: Mapping[str, Estimate]) -> Path:
@@ -54,8 +56,8 @@ def read_effects(run: FinishedRun) -> dict[str, Estimate]:
         # a version that did not write effects yet may have made the analysis
         if analysis.effects and not effects_path(run.path, name).is_file():
             effects |= analysis.effects(run)
-    for path in sorted(run.path.glob(effects_path(Path(), "*").name)):
-        analysis = ANALYSES.get(path.name.removesuffix(effects_path(Path(), "").name))
+    for path in sorted(run.path.glob(f"*{SUFFIX}")):
+        analysis = ANALYSES.get(path.name.removesuffix(SUFFIX))
         if analysis is not None and not (run.path / analysis.result).is_file():
             continue  # a later call with other options had nothing to measure
         found, made_from = read_effect_file(path)
@@ -66,7 +68,7 @@ def read_effects(run: FinishedRun) -> dict[str, Estimate]:
 
 def _check_made_from(run: FinishedRun, path: Path, made_from: str | None) -> None:
     if made_from != run.fingerprint:
-        name = path.name.removesuffix("_effects.safetensors")
+        name = path.name.removesuffix(SUFFIX)
         raise UserError(
             f"{path} was made from other probes than {run.path} has now; run {name} again or delete it"
         )

@@ -139,7 +139,7 @@ def segment(
     files[out / "legend.json"] = {
         "command": COMMAND,
         "runs": [run.fingerprint],
-        "image_attention": run.metrics["image_attention"],
+        "image_attention": run.mask,
         "site": site,
         "photos": [str(photo) for photo in photos],
         "classes": legend,

@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
-from probes.results.formatting import Rows, bounds
+from probes.results.formatting import Rows, bounds, run_columns
+from probes.results.probe_run import ProbeRun
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 # of anything else but masks, whose colours mean nothing but masks
@@ -112,13 +113,12 @@ def label_sites(
     ax: Axes,
     sites: list[str],
     max_labels: int = 12,
-    positions: Sequence[int] | None = None,
     **kwargs,
 ) -> None:
-    """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
+    """Label the sites on the x axis at their depths, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
     many = len(sites) > max_labels + 2
-    deep = many or (positions is None and max(depth.values(), default=0) > max_labels + 2)
+    deep = many or max(depth.values(), default=0) > max_labels + 2
     if deep:  # the label of the adapter would overlap that of the encoder
         if many:
             step = next(
@@ -130,8 +130,7 @@ def label_sites(
         names = {s: "enc." if s == ENCODER else str(depth[s]) for s in shown}
     else:
         names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(depth[s]) for s in sites}
-    x = depth if positions is None else dict(zip(sites, positions, strict=True))
-    ax.set_xticks([x[site] for site in names], list(names.values()), **kwargs)
+    ax.set_xticks([depth[site] for site in names], list(names.values()), **kwargs)
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 
@@ -152,6 +151,11 @@ def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
     scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
     return scores | bounds(entry["miou_ci95"], "miou_")
+
+
+def score_rows(runs: Iterable[ProbeRun]) -> Rows:
+    """Return the scores of runs as rows of a table, one for each run and site."""
+    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
 
 
 def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:

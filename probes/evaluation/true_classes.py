@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a report needs no model
 
 def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: "FrozenMLLM") -> Tensor:
     """Return the majority class under each token, i64[B, T], -1 if no pixel is labelled; see :func:`patch_labels`."""
-    truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
+    truth = torch.empty(len(targets), mllm.image_tokens, dtype=torch.long)
     for images, target in group_by_size(targets):
         view = mllm.geometry.view(target.shape[1:])
         truth[images] = patch_labels(target, classes, mllm.grid, view=view)

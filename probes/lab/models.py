@@ -190,7 +190,7 @@ def example_questions(model: LabModel, count: int = 3) -> list[str]:
 
 def check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
     """Raise a UserError if a patch is not in the model's grid."""
-    tokens = model.mllm.grid[0] * model.mllm.grid[1]
+    tokens = model.mllm.image_tokens
     if max(patches, default=0) >= tokens:
         raise UserError(
             f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0"

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.explore.readout import most_probable, token_text
+from probes.analyses.explore.readout import most_probable, read_probe, token_text
 from probes.data.palette import palette_of
 from probes.models.knockout import Knockout
 from probes.models.steering import Replacement
@@ -291,7 +291,7 @@ class Session:
         """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
         model = self._model(request)
         if request.painting is None:
-            return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
+            return {site: partial(read_probe, probe) for site, probe in model.probes.items()}
         probes = self.teacher.probes(request, job)
         return {
             site: lambda states, site=site: probes.logits(states.cpu(), site)
@@ -396,7 +396,7 @@ def knockout_of(model: LabModel, block: Block) -> Knockout:
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     """Return patches as bool[T]."""
     check_patches(model, patches)
-    mask = torch.zeros(model.mllm.grid[0] * model.mllm.grid[1], dtype=torch.bool)
+    mask = torch.zeros(model.mllm.image_tokens, dtype=torch.bool)
     mask[list(patches)] = True
     return mask
 
@@ -414,10 +414,6 @@ def split_answer(model: LabModel, answer: str) -> list[str]:
         parts.append(answer[start:end])
         start = end
     return parts
-
-
-def _read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:
-    return probe(states.float())
 
 
 def _pack(values: Tensor, kind: type) -> str:

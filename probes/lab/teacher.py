@@ -53,7 +53,7 @@ class Teacher:
         painting = request.painting
         grids = []
         for photo in painting.photos:
-            grid = torch.full((model.mllm.grid[0] * model.mllm.grid[1],), -1)
+            grid = torch.full((model.mllm.image_tokens,), -1)
             for k, patches in enumerate(photo.patches):
                 check_patches(model, patches)
                 grid[list(patches)] = k

@@ -27,7 +27,7 @@ from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import end_tokens
 
-from .attention_masks import Masks, last_rows
+from .attention_masks import Masks, decode_under, last_rows
 from .attention_weights import capture_attention
 from .families import SLIDING, Family
 from .knockout import ANSWER, TEXT_SETS, Knockout
@@ -167,13 +167,7 @@ def text_states(
                     answer_follows,
                 )
             )
-
-        def replace_mask(_, args, kwargs):
-            return (args, {**kwargs, "attention_mask": masks})
-
-        hooks.callback(
-            mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove
-        )
+        hooks.enter_context(decode_under(mllm.decoder, masks))
         output = mllm.model.model(
             input_ids=ids,
             position_ids=positions,

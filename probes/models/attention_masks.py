@@ -4,9 +4,11 @@ Shapes: B images, N tokens of prefix and image.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
@@ -50,7 +52,7 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
         )
 
 
-def build_masks(
+def build_decoder_masks(
     name: str,
     text_config: PreTrainedConfig,
     is_image: Tensor,
@@ -86,6 +88,20 @@ def build_masks(
         for kind in kinds
     }
     return masks if len(kinds) > 1 else masks[kinds[0]]
+
+
+@contextmanager
+def decode_under(decoder: nn.Module, masks: Masks) -> Iterator[None]:
+    """Give a decoder these masks instead of its own while the context is open."""
+
+    def replace(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "attention_mask": masks}
+
+    handle = decoder.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def as_list(masks: Masks) -> list[Tensor]:

@@ -65,7 +65,7 @@ class FrozenEncoder(FrozenModel):
         super().__init__(model, family, image_processors, attention, image_resize, revision)
         self.layer_sites = self.sites[:-1]
         extra = family.extra_tokens(model.config)
-        tokens = extra + self.grid[0] * self.grid[1]
+        tokens = extra + self.image_tokens
         self.register_buffer("is_image", torch.arange(tokens) >= extra, persistent=False)
         self.register_buffer("image_positions", torch.arange(extra, tokens), persistent=False)
 

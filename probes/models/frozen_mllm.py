@@ -23,7 +23,14 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
-from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, supports_masks
+from .attention_masks import (
+    Masks,
+    as_list,
+    build_decoder_masks,
+    check_masks,
+    is_allowed,
+    supports_masks,
+)
 from .families import Family
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
@@ -87,7 +94,8 @@ class FrozenMLLM(FrozenModel):
         def new(ids):
             return torch.tensor([ids], dtype=torch.long, device=self.device)
 
-        self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
+        self.prefix_ids = new(prefix_ids)
+        self.ids = new(prefix_ids + self._image_ids)
         self.is_image = self.ids[0] == self.model.config.image_token_id
         # i64[T]; with these, no forward waits for the device
         self.image_positions = self.is_image.nonzero().flatten()
@@ -300,7 +308,7 @@ class FrozenMLLM(FrozenModel):
             and not supports_masks(text_config)
         ):
             return None
-        return build_masks(
+        return build_decoder_masks(
             self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
         )
 

@@ -30,7 +30,7 @@ class FrozenModel(nn.Module):
         sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, which are read by name.
         layers: The layers, whose inputs and outputs are `layer_sites`.
         widths: d per site.
-        grid: Rows and columns of patches, the same at all sites. T is their product.
+        grid: Rows and columns of patches, the same at all sites; `image_tokens`, T, is their product.
         geometry: How images become squares, and the position of the grid on an image and its mask.
         image_attention, own_image_attention: Mask among patches that the model runs with, and the one of its training.
         image_positions: i64[T] of the patches among the tokens that the layers run on.
@@ -70,10 +70,16 @@ class FrozenModel(nn.Module):
         self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
         self.eval()
 
+    @property
+    def image_tokens(self) -> int:
+        """T, tokens of an image."""
+        rows, columns = self.grid
+        return rows * columns
+
     def state_bytes(self, sites: Iterable[str]) -> int:
         """Return the memory of the states of an image at some sites, in bytes."""
         channels = sum(self.widths[site] for site in sites)
-        return self.grid[0] * self.grid[1] * channels * self.model.dtype.itemsize
+        return self.image_tokens * channels * self.model.dtype.itemsize
 
     def __repr__(self) -> str:
         rows, columns = self.grid
@@ -81,7 +87,7 @@ class FrozenModel(nn.Module):
         lines = [
             f"{type(self).__name__} of {self.model.config.model_type}, {self.model.dtype} on {self.device}",
             f"  sites: {', '.join(self.sites[:3])}, ..., {self.sites[-1]} ({len(self.sites)})",
-            f"  grid: {rows} x {columns} = {rows * columns} tokens of a {side} px square",
+            f"  grid: {rows} x {columns} = {self.image_tokens} tokens of a {side} px square",
             f"  images become squares by: {self.geometry.resize}",
         ]
         if self.has_llm:
@@ -155,8 +161,7 @@ class FrozenModel(nn.Module):
         layers = self._check_layers(layers)
         if queries is None:
             queries = [
-                (i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool))
-                for i in range(len(pixels))
+                (i, torch.ones(self.image_tokens, dtype=torch.bool)) for i in range(len(pixels))
             ]
         return read_attention(self, pixels, layers, knockout, queries, average_heads)
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .attention_masks import as_list, build_masks, is_allowed, supports_masks
+from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
 from .families import FULL, SLIDING, layer_kinds
 from .sites import layer_site
 
@@ -178,6 +178,7 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     side = mllm.family.side_px(mllm.model.config)
     noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     pixels = mllm.preprocess(noise).to(mllm.device, mllm.model.dtype)
+    text_config = mllm.model.config.get_text_config()
     moved: dict[int, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
@@ -194,13 +195,16 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
 
             stack.callback(layer.register_forward_hook(disturb, with_kwargs=True).remove)
         if mllm.image_attention != mllm.own_image_attention:
-            stack.callback(_replace_masks(mllm, is_image).remove)
+            masks = build_decoder_masks(
+                mllm.image_attention, text_config, is_image, mllm.model.dtype
+            )
+            stack.enter_context(decode_under(mllm.decoder, masks))
         inputs = mllm.family.inputs(mllm.model, pixels, is_image)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "logits_to_keep" in signature(mllm.model.forward).parameters:
             inputs["logits_to_keep"] = 1
         mllm.model(**inputs, use_cache=False)
-    kinds = _kinds_of_layers(mllm.model.config.get_text_config(), len(moved))
+    kinds = _kinds_of_layers(text_config, len(moved))
     return MeasuredMask(
         mllm.image_attention,
         kinds,
@@ -288,17 +292,6 @@ def _run_again(
     return out[0] if isinstance(out, tuple) else out
 
 
-def _replace_masks(mllm: nn.Module, is_image: Tensor):
-    """Give the decoder the masks of `probes` for these tokens; return the handle of the hook."""
-    text_config = mllm.model.config.get_text_config()
-    masks = build_masks(mllm.image_attention, text_config, is_image, mllm.model.dtype)
-
-    def replace(_, args, kwargs):
-        return args, {**kwargs, "attention_mask": masks}
-
-    return mllm.decoder.register_forward_pre_hook(replace, with_kwargs=True)
-
-
 def _kinds_of_layers(text_config: PreTrainedConfig, layers: int) -> list[str]:
     """Return the kind of each layer."""
     if getattr(text_config, "layer_types", None):
@@ -317,7 +310,7 @@ def _claimed(
     distinct = list(dict.fromkeys(kinds))
     tokens = is_image.shape[1]
     if supports_masks(text_config):
-        masks = build_masks(mllm.image_attention, text_config, is_image, mllm.model.dtype)
+        masks = build_decoder_masks(mllm.image_attention, text_config, is_image, mllm.model.dtype)
         allowed = [is_allowed(mask)[0, 0].cpu() for mask in as_list(masks)]
     else:
         allowed = [torch.ones(tokens, tokens, dtype=torch.bool).tril()] * len(distinct)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .attention_masks import last_rows
+from .attention_masks import decode_under, last_rows
 from .knockout import PREFIX, Knockout
 from .shared_layers import (
     DistinctRows,
@@ -76,7 +76,7 @@ def read_states(
         if shared is not None:
             stack.enter_context(shared_layers(layers, shared))
         if masks is not None:
-            stack.enter_context(_replaced_mask(mllm, last))
+            stack.enter_context(decode_under(mllm.decoder, last))
         if skipped:
             run = mllm.decoder
             inputs = {"inputs_embeds": begin}
@@ -138,20 +138,6 @@ def _inputs(mllm: nn.Module, pixels: Tensor, start: int) -> dict[str, Tensor]:
     is_image = mllm.is_image[start:].expand(images, -1)
     ids = mllm.ids[:, start:].expand(images, -1)
     return {"input_ids": ids} | mllm.family.inputs(mllm.model, pixels, is_image)
-
-
-@contextmanager
-def _replaced_mask(mllm: nn.Module, mask: Tensor | dict[str, Tensor]) -> Iterator[None]:
-    """Give the decoder this mask instead of its own while the context is open."""
-
-    def replace(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "attention_mask": mask}
-
-    handle = mllm.decoder.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _shared_rows(
@@ -262,7 +248,7 @@ def _encoder_states(mllm: nn.Module, args: tuple, batch: int) -> Tensor:
     """Return the input of the adapter, f[B, T, d]."""
     states = mllm.family.encoder_states(mllm.model, args)
     width = mllm.widths[ENCODER]
-    tokens = mllm.grid[0] * mllm.grid[1]
+    tokens = mllm.image_tokens
     if states.numel() != batch * tokens * width:
         raise UserError(
             f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "

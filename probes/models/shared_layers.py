@@ -166,7 +166,7 @@ def unchanged_sites(
         UserError: Known states lack a wanted site, have another shape, or are of another forward.
     """
     for site in wanted:
-        expected = [len(pixels), mllm.grid[0] * mllm.grid[1], mllm.widths[site]]
+        expected = [len(pixels), mllm.image_tokens, mllm.widths[site]]
         shape = list(known[site].shape) if site in known else "nothing"
         if shape != expected:
             raise UserError(

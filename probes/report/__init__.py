@@ -1,1 +1,1 @@
-"""Report finished probe runs: claims, tables and figures on one page, and an interactive explorer."""
+"""Report finished probe runs: claims, tables and figures on one page."""

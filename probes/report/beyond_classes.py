@@ -62,9 +62,8 @@ def task_results(studies: list[StudyRuns]) -> list[Entry]:
 def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
-    all_solved = study.solved.keys() == study.main_runs.keys()
     entries = []
-    for mask, run in (study.solved if all_solved else study.main_runs).items():
+    for mask, run in (study.solved if study.all_solved else study.main_runs).items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,
@@ -116,7 +115,7 @@ def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any
     return [
         {
             "weights": run.arm,
-            "draw": run.metrics.get("draw", 0),
+            "draw": run.draw,
             "sites": _sites(run),
         }
         for run in study.members
@@ -125,7 +124,7 @@ def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any
 
 
 def _mask_and_probes(run: FinishedRun) -> tuple[str, bool]:
-    return run.metrics["image_attention"], run.is_solved
+    return run.mask, run.is_solved
 
 
 def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:

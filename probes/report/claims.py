@@ -104,10 +104,10 @@ def _entry(
     truth = None
     if study.task.name == SEGMENTATION:  # what is known of a world is about its classes
         truth = read_truth(study.main_runs[mask], CLAIMS).get(claim)
-    path = [row for row in path if (row["effect"], row["image_attention"]) == key]
+    along_path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
-        "optimum": _optimum_column(study, claim, mask, numbers, path),
+        "optimum": _optimum_column(study, claim, mask, numbers, along_path),
         "beyond_random": _beyond_random_column(study, claim, mask, numbers),
     }
     measured = number.json()
@@ -168,9 +168,9 @@ def _draws_of_other_knockouts(study: StudyRuns, claim: str, mask: str, solved: b
     if ANALYSIS_OF.get(claim) != KNOCKOUT:
         return None
     trained = (study.solved if solved else study.main_runs).get(mask)
-    draws = study.random_draws("llm", solved)
-    pairs = [(trained, draw[mask]) for draw in draws if trained and mask in draw]
-    found = (knockout_difference(*pair) for pair in pairs)
+    if trained is None:
+        return None
+    found = (knockout_difference(trained, run) for run in study.random_runs("llm", mask, solved))
     return next(filter(None, found), None)
 
 
@@ -407,8 +407,7 @@ def _why_no_draws(
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
             if reason := _draws_of_other_knockouts(study, claim, mask, study.first.is_solved):
                 return reason
-            controls = study.random_draws(part, study.first.is_solved)
-            draws = [draw[mask] for draw in controls if mask in draw]
+            draws = study.random_runs(part, mask, study.first.is_solved)
             analysed = [run for run in draws if run.analysis("knockout.json")]
             if CLAIMS[claim].against_tokens and draws and len(analysed) == len(draws):
                 return _no_contrast(draws[0])
@@ -430,7 +429,7 @@ def _why_no_draws(
 def _draws_without(analysis: str, runs: str) -> str:
     """Return that random models lack an analysis, and what to do."""
     command = f"`probes {analysis}`" if analysis in ANALYSES else analysis
-    options = "--classes" if analysis == "knockout" else "options"
+    options = "--classes" if analysis == KNOCKOUT else "options"
     return f"draws without this analysis: run {command} on {runs}, with the same {options}"
 
 

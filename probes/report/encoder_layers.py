@@ -6,7 +6,7 @@ Shapes: S sites, N images, K classes, R resamplings.
 from typing import Any
 
 from probes.models.sites import FINAL_NORM, is_layer
-from probes.results.formatting import format_interval, format_percent
+from probes.results.formatting import format_interval, format_percent, format_score
 from probes.results.probe_run import ProbeRun
 
 SHOWN_LAYERS = 7  # in the table by class
@@ -39,10 +39,7 @@ def describe_best_layer(best: dict[str, Any]) -> str:
     """Return "layer 8 of 12 reads best: 53.7 [..] mIoU, 1.6 points above the last"."""
     layer = int(best["site"].removeprefix("layer_"))
     last = int(best["last"].removeprefix("layer_"))
-    low, high = (format_percent(bound) for bound in best["ci95"])
-    text = (
-        f"layer {layer} of {last} reads best: {format_percent(best['miou'])} [{low}, {high}] mIoU"
-    )
+    text = f"layer {layer} of {last} reads best: {format_score(best['miou'], best['ci95'])} mIoU"
     if layer == last:
         return f"{text}; it is the last one"
     if best["over_last"] is None:
@@ -62,14 +59,10 @@ def class_table(run: ProbeRun) -> list[dict[str, str]]:
     rows = [{"class": "mean (mIoU)"} | {_title(x, best): format_percent(x["miou"]) for x in shown}]
     for k, name in enumerate(run.metrics["classes"]):
         values = {_title(x, best): x["iou_per_class"][k] for x in shown}
-        rows.append({"class": name} | {key: _percent(value) for key, value in values.items()})
+        rows.append({"class": name} | {key: format_percent(value) for key, value in values.items()})
     return rows
 
 
 def _title(entry: dict[str, Any], best: dict[str, Any]) -> str:
     title = entry["site"].replace("_", " ")
     return f"{title} (best)" if entry is best else title
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else format_percent(value)

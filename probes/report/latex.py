@@ -3,7 +3,7 @@
 from typing import Any
 
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import Rows, format_difference, format_p, format_percent
+from probes.results.formatting import Rows, format_difference, format_p, format_score
 from probes.results.study import StudyRuns
 
 from .summary_text import COLUMN_TITLES
@@ -36,23 +36,21 @@ def _score_rows(study: StudyRuns) -> list[list[str]]:
     titles = []
     columns = []
     for run in study.runs:
-        words = [run.metrics["image_attention"]]
+        words = [run.mask]
         if run.metrics["untrained"]:
             words.append("untrained")
         if is_mixed:
             words.append(f"{run.probe_kind} probes")
         titles.append(", ".join(words))
-        columns.append({entry["site"]: _score(entry) for entry in run.metrics["sites"]})
+        scores = {}
+        for entry in run.metrics["sites"]:
+            scores[entry["site"]] = format_score(entry["miou"], entry["miou_ci95"])
+        columns.append(scores)
     sites = dict.fromkeys(site for column in columns for site in column)
     rows = [["site", *titles]]
     for site in sites:
         rows.append([site, *(column.get(site, "–") for column in columns)])
     return rows
-
-
-def _score(entry: dict[str, Any]) -> str:
-    low, high = (format_percent(bound) for bound in entry["miou_ci95"])
-    return f"{format_percent(entry['miou'])} [{low}, {high}]"
 
 
 def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:

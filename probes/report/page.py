@@ -107,10 +107,7 @@ def study_results(
             **{name: found[mask] for name, found in by_mask},
         }
 
-    random = {
-        mask: [run for run in study.random if run.metrics["image_attention"] == mask]
-        for mask in study.masks
-    }
+    random = {mask: [run for run in study.random if run.mask == mask] for mask in study.masks}
     results = {
         "model": study.model,
         "dataset": study.dataset,
@@ -256,7 +253,6 @@ def _build_part(
             (section, figures) for section, figures in drawn if figures or section.content.shown
         ],
         "overridden_masks": overridden_masks(study),
-        "data_notes": results["data_notes"],
     }
 
 

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 
 from probes.analyses.claims import CLAIMS
-from probes.results.study import StudyRuns
+from probes.results.study import StudyRuns, studies_by_model
 
 from .verdicts import (
     COLUMNS,
@@ -31,7 +31,8 @@ from .verdicts import (
 def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
 
-    Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
+    Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
+    of the seeds.
     """
     claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
 
@@ -43,8 +44,8 @@ def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> li
 
     return [
         {
-            "model": model,
-            "dataset": dataset,
+            "model": members[0].name,
+            "dataset": members[0].dataset,
             "seeds": [study.seed for study in members],
         }
         | _joint_claims(
@@ -52,17 +53,8 @@ def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> li
             shared(members),
             members[0].task.margin,
         )
-        for (model, dataset), members in studies_by_model(studies).items()
+        for members in studies_by_model(study for study in studies if study.seed is not None)
     ]
-
-
-def studies_by_model(studies: list[StudyRuns]) -> dict[tuple[str, str], list[StudyRuns]]:
-    """Return the studies of each model and dataset with several seeds."""
-    groups: dict[tuple[str, str], list[StudyRuns]] = {}
-    for study in studies:
-        if study.seed is not None:
-            groups.setdefault((study.name, study.dataset), []).append(study)
-    return groups
 
 
 def _joint_claims(

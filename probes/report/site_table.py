@@ -11,7 +11,14 @@ from typing import Any
 
 from probes.evaluation.estimate import Estimate
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer
-from probes.results.formatting import Rows, bounds, format_interval, format_percent, format_points
+from probes.results.formatting import (
+    Rows,
+    bounds,
+    format_interval,
+    format_percent,
+    format_points,
+    format_score,
+)
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -27,7 +34,7 @@ def site_rows(study: StudyRuns) -> Rows:
     "difference" is the score minus the mean of the random models', paired over images; its interval covers images and
     draws and needs two draws. Scores and differences are fractions 0..1, None where nothing is random.
     """
-    solved = study.solved.keys() == study.main_runs.keys()
+    solved = study.all_solved
     runs = study.solved if solved else study.main_runs
     return [row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, solved)]
 
@@ -66,13 +73,10 @@ def _random_runs(
     solved: bool,
 ) -> list[ProbeRun]:
     """Return the draws of a random part; those of an adapter serve all masks, which it does not depend on."""
-    runs = []
-    for draw in study.random_draws(part, solved):
-        if part == "adapter":
-            runs.append(draw.get(mask) or next(iter(draw.values())))
-        elif mask in draw:
-            runs.append(draw[mask])
-    return runs
+    if part != "adapter":
+        return study.random_runs(part, mask, solved)
+    draws = study.random_draws(part, solved)
+    return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
 
 
 def _random_part(site: str) -> str | None:
@@ -91,7 +95,7 @@ def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
         "draws": len(others),
         "difference": None,
     }
-    row |= bounds([None, None], "difference_")
+    row |= bounds(None, "difference_")
     if not others:
         return row
     compared = compare_to_draws(own, others)
@@ -111,10 +115,8 @@ def describe_sites(rows: Rows) -> list[str]:
         of_mask = [row for row in rows if row["image_attention"] == mask]
         best = max(of_mask, key=lambda row: row["miou"])
         under = f" under {mask} attention" if len(masks) > 1 else ""
-        low = format_percent(best["low"])
-        high = format_percent(best["high"])
-        score = f"{format_percent(best['miou'])} [{low}, {high}] mIoU"
-        sentences.append(f"Best at {name_site(best['site'])}{under}: {score}.")
+        score = format_score(best["miou"], [best["low"], best["high"]])
+        sentences.append(f"Best at {name_site(best['site'])}{under}: {score} mIoU.")
         sentences += _describe_differences(of_mask, under)
     return sentences
 

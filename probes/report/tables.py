@@ -1,4 +1,4 @@
-"""Build the tables of a study, next to the numbers of the paper, and format tables as CSV."""
+"""Build the tables of a study, next to the numbers of the paper."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     """Return one row per claim: the main runs' number, the untrained control, and the three columns of verdicts."""
     rows = []
     for claim in claims:
-        control = claim["control"] or {"value": None, "ci95": [None, None]}
+        control = claim["control"] or {"value": None, "ci95": None}
         row = {
             "claim": claim["claim"],
             "image_attention": claim["image_attention"],
@@ -36,9 +36,9 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
 
 def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a row about one column of verdicts."""
-    row = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
+    row = {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
     if name == "paper":
-        below = entry.get("below_optimum") or {"value": None, "ci95": [None, None]}
+        below = entry.get("below_optimum") or {"value": None, "ci95": None}
         row["below_optimum"] = below["value"]
         row |= bounds(below["ci95"], "below_optimum_")
     row[f"{name}_verdict"] = entry["verdict"]

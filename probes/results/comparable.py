@@ -11,7 +11,7 @@ KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # 
 def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
     """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
-        if (own := run.metrics["image_attention"]) != mask:
+        if (own := run.mask) != mask:
             raise UserError(
                 f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
             )

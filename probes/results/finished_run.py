@@ -133,6 +133,16 @@ class FinishedRun:
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
 
     @property
+    def mask(self) -> str:
+        """Attention mask among image tokens that the model ran with."""
+        return self.metrics["image_attention"]
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw of random weights; 0 without such, and in runs that do not record it."""
+        return self.metrics.get("draw", 0)
+
+    @property
     def has_llm(self) -> bool:
         """False if the model is a bare vision encoder."""
         return self.metrics.get("model_kind", "mllm") == "mllm"

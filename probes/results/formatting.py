@@ -25,9 +25,10 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
 
 
-def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
-    """Return the columns of an interval: low and high."""
-    return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}
+def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
+    """Return the columns of an interval: low and high, both None without one."""
+    low, high = (None, None) if ci95 is None else ci95
+    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def run_columns(run: FinishedRun) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def run_columns(run: FinishedRun) -> dict[str, Any]:
     match = run.metrics.get("match", "none")
     random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
     kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
-    return {"image_attention": run.metrics["image_attention"]} | kind | random
+    return {"image_attention": run.mask} | kind | random
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
@@ -43,19 +44,27 @@ def format_percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
-def format_points(value: float | None, digits: int = 1) -> str:
+def format_score(value: float, ci95: Sequence[float]) -> str:
+    """Return a score and its interval in percent, without the sign %: "53.7 [51.2, 56.1]"."""
+    low, high = (format_percent(bound) for bound in ci95)
+    return f"{format_percent(value)} [{low}, {high}]"
+
+
+def format_points(value: float | None) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
 def format_p(value: float | None) -> str:
     """Return a p-value with three decimals, or four below 0.01."""
-    return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 
-def format_interval(ci95: list[float], digits: int = 1) -> str:
+def format_interval(ci95: list[float]) -> str:
     """Return an interval in percentage points."""
-    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
+    return f"[{format_points(ci95[0])}, {format_points(ci95[1])}]"
 
 
 def format_difference(entry: dict[str, Any]) -> str:

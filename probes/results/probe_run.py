@@ -108,9 +108,7 @@ class ProbeRun(FinishedRun):
     @property
     def counts(self) -> Counts:
         """Counts of the probes."""
-        return Counts(
-            **{name: self._tensors[name] for name in Counts._fields if name in self._tensors}
-        )
+        return Counts(**{name: self._tensors[name] for name in Counts._fields})
 
     def counts_by_strength(self) -> list[Counts]:
         """Return the counts of each row of solved strengths, strong to weak.

@@ -8,7 +8,7 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -52,25 +52,22 @@ class StudyRuns:
             UserError: Two runs are the same arm, or none is of the trained model.
         """
         self._check_differ()
-        masks = [*MASKS, *sorted({run.metrics["image_attention"] for run in self.members})]
-        self.members.sort(
-            key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run))
-        )
+        masks = [*MASKS, *sorted({run.mask for run in self.members})]
+        self.members.sort(key=lambda run: (masks.index(run.mask), *_control_order(run)))
         if not self.main_runs:
             raise UserError(
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
             )
-        kinds = ("trained", "solved")
         main = self.first.is_solved
         for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
-            if main or run.metrics["image_attention"] not in self.main_runs:
+            if main or run.mask not in self.main_runs:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
                 log.warning(
                     text,
                     run.path,
-                    kinds[run.is_solved],
+                    run.probe_kind,
                     self.title,
-                    kinds[not run.is_solved],
+                    self.first.probe_kind,
                 )
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
@@ -81,7 +78,7 @@ class StudyRuns:
         for arm in arms:
             for run in self.members:
                 if run.arm == arm and run.is_solved == solved:
-                    found.setdefault(run.metrics["image_attention"], run)
+                    found.setdefault(run.mask, run)
         return found
 
     @property
@@ -93,6 +90,11 @@ class StudyRuns:
     def solved(self) -> dict[str, FinishedRun]:
         """The runs of the trained model with solved probes; if no others are there, they are the main ones too."""
         return self.select(True, "trained")
+
+    @property
+    def all_solved(self) -> bool:
+        """True if all masks of the trained model have solved probes."""
+        return self.solved.keys() == self.main_runs.keys()
 
     @property
     def untrained(self) -> dict[str, FinishedRun]:
@@ -107,7 +109,7 @@ class StudyRuns:
     @property
     def masks(self) -> list[str]:
         """The masks of all runs, controls included."""
-        return list(dict.fromkeys(run.metrics["image_attention"] for run in self.members))
+        return list(dict.fromkeys(run.mask for run in self.members))
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -172,38 +174,53 @@ class StudyRuns:
             (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)
         ):
             if run.is_solved == solved:
-                key = (run.metrics.get("draw", 0), run.metrics["seed"])
-                draws.setdefault(key, {}).setdefault(run.metrics["image_attention"], run)
+                key = (run.draw, run.metrics["seed"])
+                draws.setdefault(key, {}).setdefault(run.mask, run)
         return [draws[key] for key in sorted(draws)]
+
+    def random_runs(self, part: str, mask: str, solved: bool) -> list[FinishedRun]:
+        """Return the controls with a random "adapter" or "llm" under a mask, by draw."""
+        return [draw[mask] for draw in self.random_draws(part, solved) if mask in draw]
+
+    def analysed(self, result: str) -> Iterator[tuple[str, FinishedRun, list[FinishedRun]]]:
+        """Yield the trained and the random runs that have a result of an analysis, by mask; masks without are left out.
+
+        The trained run is the solved one if it has the result, else the main one. Random runs are its random LLMs.
+        """
+        for mask, main in self.main_runs.items():
+            runs = [self.solved.get(mask), main]
+            run = next((run for run in runs if run and run.analysis(result)), None)
+            if run is not None:
+                draws = self.random_runs("llm", mask, run.is_solved)
+                yield mask, run, [draw for draw in draws if draw.analysis(result)]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
         seen: dict[tuple, FinishedRun] = {}
         for run in self.members:
-            mask = run.metrics["image_attention"]
-            draw = run.metrics.get("draw", 0)
             of_control = (
-                (draw, *run.metrics["untrained"], run.metrics["seed"])
+                (run.draw, *run.metrics["untrained"], run.metrics["seed"])
                 if run.arm != "trained"
                 else ()
             )
-            if (other := seen.setdefault((run.is_solved, mask, run.arm, *of_control), run)) is run:
+            key = (run.is_solved, run.mask, run.arm, *of_control)
+            if (other := seen.setdefault(key, run)) is run:
                 continue
             if run.arm in ("trained", *UNTRAINED):
                 kind = "trained" if run.arm == "trained" else "untrained"
                 raise UserError(
-                    f"{other.path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
+                    f"{other.path} and {run.path} are both the {kind} run under {run.mask!r} of {self.title}; "
                     f"pass only one, or name the model of each: NAME={run.path}"
                 )
             raise UserError(
                 f"{other.path} and {run.path} are the same draw of random weights; pass only one, or make the other "
-                f"again with another --model.draw than {draw}"
+                f"again with another --model.draw than {run.draw}"
             )
 
 
 def _control_order(run: FinishedRun) -> tuple[int, int]:
     """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
-    return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
+    return -len(run.metrics["untrained"]), run.draw
 
 
 def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> list[StudyRuns]:
@@ -239,11 +256,11 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for run in study.members:
             check_same_probes(first.setdefault(run.is_solved, run), run)
             check_same_settings(study.first, run)
-            check_same_model(of_mask.setdefault(run.metrics["image_attention"], run), run)
+            check_same_model(of_mask.setdefault(run.mask, run), run)
             if run.arm != "adapter":  # random adapters are compared at the adapter
                 check_same_layers(study.first, run)
         _check_draws_differ(study.members)
-    for of_model in _by_model(studies):
+    for of_model in studies_by_model(studies):
         _check_seeds_differ(of_model)
     return studies
 
@@ -257,7 +274,7 @@ def _has_trained_run(runs: list[FinishedRun]) -> bool:
     return False
 
 
-def _by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
+def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     """Return the studies of each task, model and dataset, one per seed."""
     groups: dict[tuple[str, str, str], list[StudyRuns]] = {}
     for study in studies:
@@ -284,7 +301,7 @@ def _check_draws_differ(members: list[FinishedRun]) -> None:
     for i, run in enumerate(members):
         for other in members[:i]:
             pair = {run.arm, other.arm}
-            same_kind = run.is_solved == other.is_solved and _mask(run) == _mask(other)
+            same_kind = run.is_solved == other.is_solved and run.mask == other.mask
             if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
                 continue
             sites = (
@@ -308,10 +325,6 @@ def _check_seeds_differ(studies: list[StudyRuns]) -> None:
                 if same_kind and run.layers:
                     advice = "these are not two trainings; pass one, or train the other with a seed of its own"
                     check_differ(other.main_runs[mask], run, run.sites, advice)
-
-
-def _mask(run: FinishedRun) -> str:
-    return run.metrics["image_attention"]
 
 
 def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
@@ -378,7 +391,7 @@ def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
         if run.path.parent == folder:
             continue
         name = model_name(run)
-        key = (name, run.metrics["image_attention"])
+        key = (name, run.mask)
         shape = (run.metrics["grid"], run.last_layer)
         same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
         if not same_model or shapes.setdefault(name, shape) != shape:

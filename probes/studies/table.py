@@ -11,6 +11,7 @@ from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
 from probes.report.verdicts import measured_effect
 from probes.results.finished_run import FinishedRun
+from probes.results.formatting import bounds
 from probes.results.runs import finished_runs, open_run
 from probes.results.study import labels_of_models
 from probes.tasks import SEGMENTATION
@@ -184,7 +185,6 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the claims of a study of classes, or of an entry of results.json["tasks"]."""
     for claim in study["claims"]:
         measured = measured_effect(claim)
-        low, high = measured["ci95"] or (None, None)
         beyond = claim["verdicts"]["beyond_random"]
         row = {
             "model": study["model"],
@@ -196,7 +196,6 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
         row |= {
             key: claim.get(key) for key in ("claim", "conclusion", "finding", "supported", "truth")
         }
-        row |= {"value": measured["value"], "low": low, "high": high}
-        low, high = beyond["ci95"] or (None, None)
-        row |= {"beyond_value": beyond["value"], "beyond_low": low, "beyond_high": high}
+        row |= {"value": measured["value"]} | bounds(measured["ci95"])
+        row |= {"beyond_value": beyond["value"]} | bounds(beyond["ci95"], "beyond_")
         yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

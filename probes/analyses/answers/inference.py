@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import (
-    bootstrap_weights,
-    holm,
-    p_values,
-    random_swaps,
-)
+from llava_bidir.common.bootstrap import holm, p_values, random_swaps
 from llava_bidir.common.errors import UserError
-from probes.analyses.knockout.effects import MIN_IMAGES, Cases, mean_over_classes
+from probes.analyses.knockout.effects import MIN_IMAGES, Cases, image_weights, mean_over_classes
 from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
@@ -49,7 +44,7 @@ def answer_statistics(
         left out.
     """
     cases = _cases(tensors)
-    weights = _weights(tensors, seed)
+    weights = image_weights(tensors["image"], seed)
     answered = _right(tensors, "answer")
     swaps = random_swaps(weights.shape[1], seed=seed)
 
@@ -114,7 +109,7 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
         return None
     results = run.analysis("answers.json")
     first = _read(run)
-    weights = _weights(first, results["seed"])
+    weights = image_weights(first["image"], results["seed"])
     classes = results["classes"]
     others = [_read(draw) for draw in draws]
     for draw, other in zip(draws, others, strict=True):
@@ -156,10 +151,6 @@ def _change(tensors: Tensors, condition: str, control: str) -> Tensor:
 
 def _read(run: ProbeRun) -> Tensors:
     return read_tensors(run.path / "answers.safetensors")
-
-
-def _weights(tensors: Tensors, seed: int) -> Tensor:
-    return bootstrap_weights(int(tensors["image"].max()) + 1, seed=seed)
 
 
 def _cases(tensors: Tensors, chosen: Tensor | slice = slice(None)) -> Cases:

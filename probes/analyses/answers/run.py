@@ -39,6 +39,7 @@ from probes.analyses.knockout.config import KnockoutPlan, check_has_layers
 from probes.analyses.knockout.schema import SETS
 from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
+from probes.evaluation.estimate import estimate_text
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
@@ -257,28 +258,25 @@ def run(args: argparse.Namespace) -> None:
 
 def print_answers(results: dict[str, Any]) -> None:
     """Print the accuracies of answers and probes, and the mean effects over classes."""
-
-    def percent(entry):
-        return "{:.1%} [{:.1%}, {:.1%}]".format(entry["value"], *entry["ci95"])
-
     asked = f"{results['questions']} questions about {results['images']} images"
     by_chance = f"{1 / len(results['classes']):.1%} by a random class"
-    print(f"{asked}, answered correctly: {percent(results['accuracy'])} ({by_chance})")
+    accuracy = estimate_text(results["accuracy"], ".1%")
+    print(f"{asked}, answered correctly: {accuracy} ({by_chance})")
     for entry in results["sites"]:
-        print(
-            f"  probe at {entry['site']:<11} {percent(entry['accuracy'])}, agrees in {entry['agreement']['value']:.1%}"
-        )
+        accuracy = estimate_text(entry["accuracy"], ".1%")
+        agreement = entry["agreement"]["value"]
+        print(f"  probe at {entry['site']:<11} {accuracy}, agrees in {agreement:.1%}")
     print("Change in the log-probability of the right answer, mean over classes (nats):")
     for effect in results["effects"]:
         mean = effect["mean"]
         held = sum(row["p_holm"] < 0.05 for row in effect["classes"])
         comparison = f"{effect['condition']} against {effect['control']}"
-        bounds = (
-            "no interval" if mean["ci95"] is None else "[{:+.3f}, {:+.3f}]".format(*mean["ci95"])
-        )
-        value = "no class"
-        if mean["value"] is not None:
-            value = f"{mean['value']:+.3f} {bounds}"
+        if mean["value"] is None:
+            value = "no class"
+        elif mean["ci95"] is None:
+            value = f"{mean['value']:+.3f} no interval"
+        else:
+            value = estimate_text(mean, "+.3f")
         print(
             f"  {comparison:<36} {value}; significant in {held} of {len(effect['classes'])} classes"
         )

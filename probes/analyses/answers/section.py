@@ -3,6 +3,7 @@
 from typing import Any
 
 from probes.analyses.base import Section
+from probes.evaluation.estimate import estimate_text
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -29,16 +30,10 @@ def study_answers(study: StudyRuns) -> dict[str, dict[str, Any]]:
         "beyond_random": see :func:`beyond_random`}}.
     """
     by_mask = {}
-    for mask in study.main_runs:
-        runs = [study.solved.get(mask), study.main_runs[mask]]
-        run = next((run for run in runs if run and run.analysis("answers.json")), None)
-        if run is None:
-            continue
-        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
-        draws = [draw for draw in draws if draw.analysis("answers.json")]
-        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+    for mask, run, random_runs in study.analysed("answers.json"):
+        random = [{"draw": other.draw} | _select(other) for other in random_runs]
         more = {"peak_site": run.peak_layer, "random": random}
-        by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, draws)}
+        by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, random_runs)}
     return by_mask
 
 
@@ -93,8 +88,7 @@ def _random(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _percent(entry: dict[str, Any]) -> str:
-    low, high = entry["ci95"]
-    return f"{entry['value']:.1%} [{low:.1%}, {high:.1%}]".replace("-", "−")
+    return estimate_text(entry, ".1%").replace("-", "−")
 
 
 def _points(entry: dict[str, Any]) -> str:

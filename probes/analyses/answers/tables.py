@@ -6,7 +6,7 @@ from probes.results.formatting import Rows, bounds
 
 
 def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the answers of the trained model and of each random LLM, by name."""
+    """Return what was measured of the trained model and of each random LLM, by name."""
     return {"trained": of_mask} | {
         f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
     }
@@ -18,7 +18,7 @@ def accuracy_rows(answers: dict[str, dict[str, Any]]) -> Rows:
     for mask, of_mask in answers.items():
         for model, entry in models_of(of_mask).items():
             common = {"image_attention": mask, "model": model}
-            none = {"value": None, "ci95": [None, None]}
+            none = {"value": None, "ci95": None}
             answer = common | {"read_by": "answer"} | _numbers(entry["accuracy"], "accuracy")
             rows.append(answer | _numbers(none, "answer_minus_probe") | {"agreement": None})
             rows += [
@@ -50,19 +50,15 @@ def effect_rows(answers: dict[str, dict[str, Any]]) -> Rows:
             rows.append(
                 common
                 | {"class": "mean over classes", "value": mean["value"]}
-                | _bounds(mean["ci95"])
+                | bounds(mean["ci95"])
             )
             rows += [
                 common
                 | {key: row[key] for key in ("class", "value", "images", "p", "p_holm")}
-                | _bounds(row["ci95"])
+                | bounds(row["ci95"])
                 for row in effect.get("classes", ())
             ]
     return rows
-
-
-def _bounds(ci95: list[float] | None) -> dict[str, Any]:
-    return bounds(ci95 or [None, None])
 
 
 def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def explore(
     plan = KnockoutPlan.of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
     heads = {
-        site: partial(_read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
+        site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
     }
     word_heads = {
         site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites
@@ -150,7 +150,8 @@ def explore(
     )
 
 
-def _read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:
+def read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:
+    """Return the logits of a probe, which reads states of any dtype in float32."""
     return probe(states.float())
 
 

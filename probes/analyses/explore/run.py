@@ -138,10 +138,7 @@ def describe_condition(condition: str, image: ImageReadout, explored: RunReadout
 def run_labels(explored: list[RunReadout]) -> list[str]:
     """Return a unique label per run: its mask, "untrained" if it is, and its path if two runs have the same label."""
     runs = [run_readout.run for run_readout in explored]
-    short = [
-        run.metrics["image_attention"] + (", untrained" if run.metrics["untrained"] else "")
-        for run in runs
-    ]
+    short = [run.mask + (", untrained" if run.metrics["untrained"] else "") for run in runs]
     return [
         f"{name}, {run.path}" if short.count(name) > 1 else name
         for name, run in zip(short, runs, strict=True)

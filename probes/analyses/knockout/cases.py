@@ -43,8 +43,7 @@ class PatchReader:
 
     def visible(self) -> Tensor:
         """Return the image tokens that each one sees in any layer, bool[T, T]."""
-        tokens = self.mllm.grid[0] * self.mllm.grid[1]
-        nothing = Knockout(torch.zeros(1, tokens, dtype=torch.bool))
+        nothing = Knockout(torch.zeros(1, self.mllm.image_tokens, dtype=torch.bool))
         mask = torch.stack(
             [is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]
         ).any(0)

@@ -58,6 +58,11 @@ class Cases(NamedTuple):
         return torch.tensordot(signs, effect.double(), 1) / len(effect)
 
 
+def image_weights(images: Tensor, seed: int) -> Tensor:
+    """Return bootstrap weights f[R, N] of the images that cases are in, of their indices long[C]."""
+    return bootstrap_weights(int(images.max()) + 1, seed=seed)
+
+
 def later_half(rates: Tensor) -> Tensor:
     """Return the mean over the later half of the layers, f[C], of rates f[C, L + 1]."""
     return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)

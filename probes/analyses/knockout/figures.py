@@ -94,7 +94,7 @@ def _draw_rates(
             label=label,
         )
         common = {
-            "image_attention": run.metrics["image_attention"],
+            "image_attention": run.mask,
             "class": name or "all",
             "condition": condition,
         }

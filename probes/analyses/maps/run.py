@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
                 knockouts.append(result[0])
                 tensors[f"knockout/{name}"] = result[1]
         results = {
-            "image_attention": run.metrics["image_attention"],
+            "image_attention": run.mask,
             "runs": [run.fingerprint],
             "sites": run.sites,
             "layers": run.layers,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval, simultaneous_band
+from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
+from probes.evaluation.estimate import Estimate, estimate_text
 
 GROUPS = ("patched", "others", "random", "difference")
 
@@ -45,12 +46,11 @@ def patching_effects(
             for s in set_names(tensors, name)
         ]
         mean, resampled = nan_mean(total[:, None], weights)
-        entry = {"value": mean.item(), "ci95": interval(mean.item(), resampled[:, 0])}
         experiments.append(
             {
                 "experiment": name,
                 "images": len(total),
-                "total": entry,
+                "total": Estimate(mean.item(), resampled[:, 0]).json(),
                 "sets": sets,
             }
         )
@@ -98,19 +98,17 @@ def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def print_effects(results: dict[str, Any]) -> None:
     """Print the effects at other tokens than the patched ones, by layer."""
     for experiment in results["experiments"]:
-        total = experiment["total"]
-        bounds = "[{:+.3f}, {:+.3f}]".format(*total["ci95"])
-        print(f"{experiment['experiment']}: donor minus unpatched at {results['site']}, {experiment['images']} images: "
-              f"{total['value']:+.3f} {bounds} nats")  # fmt: skip
+        total = estimate_text(experiment["total"], "+.3f")
+        print(
+            f"{experiment['experiment']}: donor minus unpatched at {results['site']}, {experiment['images']} images: "
+            f"{total} nats"
+        )
         for entry in experiment["sets"]:
             shown = "others" if "others" in entry else "patched"
             for place, random in zip(
                 entry[shown], entry.get("difference", [None] * len(entry[shown])), strict=True
             ):
-                text = "{:+.3f} [{:+.3f}, {:+.3f}]"
-                line = text.format(place["value"], *place["ci95"])
+                line = estimate_text(place, "+.3f")
                 if random:
-                    line += ", beyond random tokens " + text.format(
-                        random["value"], *random["ci95"]
-                    )
+                    line += f", beyond random tokens {estimate_text(random, '+.3f')}"
                 print(f"  {entry['set']:<10} layer {place['layer']:>2}, {shown}: {line}")

@@ -306,9 +306,7 @@ def run(args: argparse.Namespace) -> None:
     layers = None
     if args.layers is not None:
         layers = tuple(sorted(set(args.layers)))
-    mask = args.mask or (
-        "causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional"
-    )
+    mask = args.mask or ("causal" if probe_run.mask != "causal" else "bidirectional")
     plan = read_fields(
         PatchingPlan,
         args,

@@ -14,7 +14,7 @@ from probes.results.study import StudyRuns
 TITLES = {"mask": "states under the other mask", "pairs": "states of a picture with the cue"}
 
 
-def patching_effects(results: dict[str, Any]) -> FigureData:
+def patching_figure(results: dict[str, Any]) -> FigureData:
     """Draw a panel per experiment of patching.json; the CSV file has all groups of patches."""
     experiments = results["experiments"]
     figure = Figure(figsize=(3.6 * len(experiments) + 0.4, 3.4), layout="constrained")
@@ -117,4 +117,4 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
                 "Look for the layers from which on a set's states change nothing elsewhere: by then it has passed on "
                 "what others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
                 "Bands: 95% intervals over images, for all layers together.",
-                patching_effects(patched), "wide",)  # fmt: skip
+                patching_figure(patched), "wide",)  # fmt: skip

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval, simultaneous_band
-from probes.analyses.knockout.effects import Cases
-from probes.evaluation.estimate import Estimate
+from llava_bidir.common.bootstrap import simultaneous_band
+from probes.analyses.knockout.effects import Cases, image_weights
+from probes.evaluation.estimate import Estimate, estimate_text
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
@@ -42,10 +42,10 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
         difference of the two.
     """
     cases = Cases({}, tensors["image"])
-    weights = _weights(tensors, seed)
+    weights = image_weights(tensors["image"], seed)
     right = (tensors["none"].argmax(-1) == tensors["right"]).double()
     mean, resampled = cases.mean(right, weights)
-    accuracy = _entry(mean.item(), resampled, lowest=0.0, highest=1.0)
+    accuracy = Estimate(mean.item(), resampled).json(lowest=0.0, highest=1.0)
     effects = []
     for source, target in ROUTES:
         effect: dict[str, Any] = {"source": source, "target": target}
@@ -54,7 +54,7 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
             ("changed", "changed", "changed_windows"),
         ):
             mean, resampled = cases.mean(change(tensors, outcome, source, target), weights)
-            effect[of_all] = _entry(mean[0].item(), resampled[:, 0])
+            effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
             effect[by_window] = _window_entries(mean[1:], resampled[:, 1:], places[1:])
         effects.append(effect)
     counts = {"questions": len(right), "images": cases.counts["images"]}
@@ -87,7 +87,8 @@ def claimed_routes(run: ProbeRun) -> dict[str, Estimate]:
     cases = Cases({}, tensors["image"])
     # drops of the probability, in all layers: more without the object's patches than without random ones
     own, other = (_probability(tensors, f"{name} to text") for name in CONTRAST.split(" - "))
-    mean, resampled = cases.mean(other - own, _weights(tensors, results["seed"]))
+    weights = image_weights(tensors["image"], results["seed"])
+    mean, resampled = cases.mean(other - own, weights)
     counts = {"images": results["images"], "questions": results["questions"]}
     return {"route_object": Estimate(mean.item(), resampled, {"n": counts})}
 
@@ -98,14 +99,6 @@ def _probability(tensors: Tensors, route: str) -> Tensor:
     if stored is None:  # earlier versions stored the mean of the logarithms only
         return tensors[f"right:{route}"][:, 0].double().exp()
     return stored[:, 0].double()
-
-
-def _weights(tensors: Tensors, seed: int) -> Tensor:
-    return bootstrap_weights(int(tensors["image"].max()) + 1, seed=seed)
-
-
-def _entry(value: float, resampled: Tensor, **limits: float) -> dict[str, Any]:
-    return {"value": value, "ci95": interval(value, resampled, **limits)}
 
 
 def _window_entries(
@@ -126,18 +119,16 @@ def _window_entries(
 
 def print_routes(results: dict[str, Any]) -> None:
     """Print the effects of cuts in all layers, and the window with the largest one."""
-    accuracy = "{:.1%} [{:.1%}, {:.1%}]".format(
-        results["accuracy"]["value"], *results["accuracy"]["ci95"]
-    )
+    accuracy = estimate_text(results["accuracy"], ".1%")
     asked = f"{results['questions']} questions about {results['images']} images"
     print(f"{asked}, answered correctly: {accuracy}")
     print("Change of the right answer's log-probability (nats), share of answers that change:")
     for effect in results["effects"]:
         route = f"{effect['source']} to {effect['target']}"
-        of_all = "{:+.3f} [{:+.3f}, {:+.3f}]".format(effect["all"]["value"], *effect["all"]["ci95"])
+        of_all = estimate_text(effect["all"], "+.3f")
         strongest = max(effect["windows"], key=lambda window: abs(window["value"]))
         first, last = strongest["layers"]
-        window = "{:+.3f} [{:+.3f}, {:+.3f}]".format(strongest["value"], *strongest["ci95"])
+        window = estimate_text(strongest, "+.3f")
         print(
             f"  {route:<27} {of_all}, {effect['changed']['value']:+.0%}; most in layers {first}-{last}: {window}"
         )

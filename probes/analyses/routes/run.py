@@ -45,6 +45,7 @@ from probes.analyses.answers.questions import (
     read_questions,
     tokens_in_box,
 )
+from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
@@ -98,8 +99,6 @@ def measure_routes(
     """
     classes = run.metrics["classes"]
     mllm = run.mllm()
-    if not mllm.has_llm:
-        raise UserError(f"{run.path}: the model is a vision encoder, and routes need an LLM")
     layers = len(mllm.layers)
     plan.check(layers)
     file = read_questions(plan.questions, classes)
@@ -246,6 +245,7 @@ def _outcomes(
 def run(args: argparse.Namespace) -> None:
     """Run `probes routes`."""
     probe_run = ProbeRun(args.probes)
+    check_has_llm(probe_run, "routes")
     out = Path(args.out or args.probes)
     paths = read_questions_path(args, probe_run.manifest["data"]["root"])
     plan = read_fields(RoutesPlan, args, **paths)

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.answers.tables import models_of
 from probes.analyses.base import Section
 from probes.analyses.style import COLOURS, FigureData, ReportFigure, draw_curve
 from probes.results.formatting import Rows, bounds
@@ -15,7 +16,6 @@ from probes.results.study import StudyRuns
 from .effects import TARGETS
 
 KEYS = ("questions", "images", "accuracy", "effects")  # of routes.json
-RANDOM_COLOUR = "#777777"
 DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
 
 
@@ -43,16 +43,10 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         UserError: A random LLM was asked other questions than the trained one.
     """
     by_mask = {}
-    for mask in study.main_runs:
-        runs = [study.solved.get(mask), study.main_runs[mask]]
-        run = next((run for run in runs if run and run.analysis("routes.json")), None)
-        if run is None:
-            continue
-        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
-        draws = [draw for draw in draws if draw.analysis("routes.json")]
-        for draw in draws:
-            _check_same_questions(run, draw)
-        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+    for mask, run, random_runs in study.analysed("routes.json"):
+        for other in random_runs:
+            _check_same_questions(run, other)
+        random = [{"draw": other.draw} | _select(other) for other in random_runs]
         by_mask[mask] = _select(run) | {"random": random}
     return by_mask
 
@@ -127,10 +121,8 @@ def _draw(
 
 def route_rows(of_mask: dict[str, Any]) -> Rows:
     """Return the changes in nats and of answers, by model, route and layers."""
-    models = {"trained": of_mask}
-    models |= {f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]}
     rows = []
-    for model, entry in models.items():
+    for model, entry in models_of(of_mask).items():
         for effect in entry["effects"]:
             common = {
                 "model": model,

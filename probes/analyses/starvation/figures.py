@@ -16,12 +16,13 @@ from probes.analyses.style import (
 from probes.results.formatting import bounds
 
 POINTS = "#D55E00"
+DRAWN_PATCHES = 50
 
 
-def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureData:
+def starvation_curve(starvation: dict[str, Any]) -> FigureData:
     """Draw the accuracy gap of the first patches in raster order (Fig. 7)."""
     figure, ax = new_axes(6.4, 3.3)
-    count = min(patches, len(starvation["gap"]))
+    count = min(DRAWN_PATCHES, len(starvation["gap"]))
     x = np.arange(count)
     gap = 100 * np.array(starvation["gap"][:count], float)
     low, high = 100 * np.array(starvation["gap_ci95"][:count], float).T
@@ -55,12 +56,10 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     return FigureData(figure, rows)
 
 
-def compare_gaps(
-    measured: dict[str, Any], standardised: dict[str, Any], patches: int = 50
-) -> FigureData:
+def compare_gaps(measured: dict[str, Any], standardised: dict[str, Any]) -> FigureData:
     """Draw the gaps of the first patches as measured (bars) and with the classes held fixed (points)."""
     figure, ax = new_axes(6.4, 3.3)
-    x = np.arange(min(patches, len(standardised["gap"])))
+    x = np.arange(min(DRAWN_PATCHES, len(standardised["gap"])))
     ax.bar(
         x,
         100 * np.array(measured["gap"][: len(x)], float),

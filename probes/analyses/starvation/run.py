@@ -89,9 +89,7 @@ def _read_pair(
         raise UserError(
             f"{causal.path} has no decoder layer, and so no best one; choose a site by --site"
         )
-    counts = {
-        run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)
-    }
+    counts = {run.mask: patch_counts(run, site) for run in (causal, bidirectional)}
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
     return site, counts, weights.double()
 

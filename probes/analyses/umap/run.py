@@ -72,7 +72,7 @@ def umap_of_images(
             }
         )
     header = {
-        "image_attention": run.metrics["image_attention"],
+        "image_attention": run.mask,
         "runs": [run.fingerprint],
         "seed": seed,
     }

@@ -96,7 +96,7 @@ def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
     like_random = {"trained_like_random": columns["beyond_random"]["trained"]} if draws else {}
     values = like_random | {f"random_{i}": value for i, value in enumerate(draws)}
     return rows + [
-        key | {"of": name, "value": value} | bounds((None, None)) for name, value in values.items()
+        key | {"of": name, "value": value} | bounds(None) for name, value in values.items()
     ]
 
 

@@ -12,11 +12,10 @@ from probes.analyses.style import (
     caption,
     label_layers,
     new_axes,
-    score_row,
+    score_rows,
     site_depth,
 )
 from probes.models.sites import FINAL_NORM
-from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -82,10 +81,7 @@ def encoder_curve(study: StudyRuns) -> FigureData:
     label_layers(ax, [entry["site"] for entry in with_depth(run.metrics["sites"])])
     ax.set_ylabel("mIoU (%)")
     ax.legend(fontsize=9)
-    runs = [run, *controls]
-    return FigureData(
-        figure, [run_columns(x) | score_row(entry) for x in runs for entry in x.metrics["sites"]]
-    )
+    return FigureData(figure, score_rows([run, *controls]))
 
 
 def _mark_best(ax: Axes, run: ProbeRun) -> None:

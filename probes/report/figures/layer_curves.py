@@ -1,6 +1,5 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from probes.analyses.style import (
     new_axes,
     new_panels,
     score_row,
+    score_rows,
     site_depth,
     spread_labels,
 )
 from probes.models.sites import ADAPTER, is_layer
-from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS, StudyRuns
 
@@ -120,7 +119,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
         )
     for draw, runs in enumerate(random):
         for run in runs:
-            mask = run.metrics["image_attention"]
+            mask = run.mask
             _draw_random(ax, run, mask_colour(mask), f"{mask}, random LLM" if draw == 0 else None)
     adapters = _draw_random_adapters(ax, study, solved)
     runs = [*trained.values(), *untrained.values(), *(run for runs in random for run in runs)]
@@ -129,7 +128,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
     spread_labels(figure, [ax])
-    return FigureData(figure, _rows(runs))
+    return FigureData(figure, score_rows(runs))
 
 
 def _shown_untrained(study: StudyRuns, solved: bool) -> dict[str, ProbeRun]:
@@ -177,10 +176,6 @@ def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[Prob
     return runs
 
 
-def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
-    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
-
-
 def models_by_dataset(
     studies: list[StudyRuns], mask: str, over_adapter: bool = False
 ) -> FigureData:
@@ -220,9 +215,8 @@ def models_by_dataset(
             run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
         else:
             draw_run(ax, run, colour, label)
-            for draw in study.random_draws("llm", run.is_solved):
-                if mask in draw:
-                    _draw_random(ax, draw[mask], colour)
+            for random in study.random_runs("llm", mask, run.is_solved):
+                _draw_random(ax, random, colour)
         rows += run_rows
     for dataset, ax in panels.items():
         if over_adapter:
@@ -247,7 +241,7 @@ def models_by_dataset(
 
 def _runs_to_compare(studies: list[StudyRuns]) -> list[dict[str, ProbeRun]]:
     """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
-    solved = all(study.solved.keys() == study.main_runs.keys() for study in studies)
+    solved = all(study.all_solved for study in studies)
     return [study.solved if solved else study.main_runs for study in studies]
 
 
@@ -272,7 +266,7 @@ def masks_by_model(studies: list[StudyRuns]) -> FigureData:
         label_sites(ax, sites_by_depth(*pair), 5, fontsize=8)
         ax.set_xlabel("")
         ax.set_title(f"{study.model}\n{study.dataset}{suffix}", fontsize=9)
-        rows += [{"model": study.model, "dataset": study.dataset} | row for row in _rows(pair)]
+        rows += [{"model": study.model, "dataset": study.dataset} | row for row in score_rows(pair)]
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)

@@ -12,10 +12,9 @@ from probes.analyses.style import (
     draw_intervals,
     mask_colour,
     new_axes,
-    score_row,
+    score_rows,
 )
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
-from probes.results.formatting import run_columns
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -81,7 +80,7 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
             [sites.index(entry["site"]) for entry in layers],
             [100 * entry["miou"] for entry in layers],
             "D",
-            color=mask_colour(run.metrics["image_attention"]),
+            color=mask_colour(run.mask),
             mfc="none",
             ms=4,
             alpha=0.6,
@@ -89,12 +88,7 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
     _label_parts(ax, sites)
     ax.set_ylabel("mIoU (%)")
     ax.legend(fontsize=9)
-    rows = [
-        run_columns(run) | score_row(entry)
-        for run in (*runs.values(), *random)
-        for entry in run.metrics["sites"]
-    ]
-    return FigureData(figure, rows)
+    return FigureData(figure, score_rows([*runs.values(), *random]))
 
 
 def _in_forward_order(runs: Iterable[ProbeRun]) -> list[str]:

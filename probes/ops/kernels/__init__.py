@@ -19,6 +19,17 @@ from torch import Tensor
 MAX_CLASSES = 255
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which a device multiplies matrices fastest: bfloat16 where there are instructions for it."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    # older versions of torch do not tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
 def limit_on(device: torch.device, limits: dict[str, int]) -> int:
     """Return the limit of a device, from limits by type of device; accelerators without one have that of CUDA."""
     return limits.get(device.type, limits["cuda"])

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from probes.ops.kernels import fast_dtype
+
 SHRINKAGE = 0.3  # c
 RESIDUAL = 0.03  # of conjugate gradients, relative
 ITERATIONS = 100  # of conjugate gradients
@@ -56,11 +58,12 @@ class SampleHessian:
         ridge: Tensor,
         input_spectrum: Tensor,
     ):
-        self.inputs = sample.inputs
+        # Products in bfloat16 shape a step; loss, gradient and certificate of what it leads to are exact
+        self.inputs = sample.inputs.to(fast_dtype(sample.inputs.device))
         self.ridge = ridge
         used = torch.stack([_used(sample, fold) for fold in left_out], 1)
         self.weights = (used / used.sum(0))[..., None]  # [n, G, 1]
-        logits = self.inputs @ points.flatten(0, 1).T.to(self.inputs)
+        logits = sample.inputs @ points.flatten(0, 1).T.to(sample.inputs)
         self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
         spread = self.probability * (1 - self.probability) * self.weights
         self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
@@ -69,10 +72,11 @@ class SampleHessian:
     def times(self, direction: Tensor) -> Tensor:
         """Return the product with f64[G, K, d + 1], with the pull towards the point."""
         change = (self.inputs @ direction.flatten(0, 1).T.to(self.inputs)).view_as(self.probability)
-        change = self.probability * change
+        change = self.probability * change.float()
         change -= self.probability * change.sum(-1, keepdim=True)
         change *= self.weights
-        product = (change.flatten(1).T @ self.inputs).view_as(direction).double()
+        change = change.flatten(1).to(self.inputs)
+        product = (change.T @ self.inputs).view_as(direction).double()
         return product + (self.ridge + self.pull) * direction
 
     def solve(self, right: Tensor) -> Tensor:

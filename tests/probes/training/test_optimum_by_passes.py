@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
+from probes.training.solve import sample_hessian
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_refinement import PassRefinement
@@ -120,9 +121,15 @@ def data() -> Data:
     return Data()
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def product_dtype(request, monkeypatch):
+    """The dtype of a sample's products, whatever this machine is fast in."""
+    monkeypatch.setattr(sample_hessian, "fast_dtype", lambda device: request.param)
+
+
 @pytest.mark.parametrize(("share", "passes"), [(0.08, 8), (0.02, 8), (0.005, 10)])
 def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_images(
-    data, share, passes
+    data, share, passes, product_dtype
 ):
     """Half a byte a channel, against four for all states; few whole images would choose too strong."""
     path, whole = data.whole()
@@ -179,7 +186,7 @@ def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
     assert refinement.losses[0.1] == pytest.approx(problem.held_out_loss(points[:-1]), rel=1e-5)
 
 
-def test_sample_hessian_is_the_derivative_of_the_gradient(data):
+def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype):
     sample, labels = data.sample(400, 3)
     problem = PixelProblem(
         data.space,

@@ -63,7 +63,7 @@ def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
     entries = []
-    for mask, run in (study.solved if study.all_solved else study.main_runs).items():
+    for mask, run in study.runs_by_site.items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,

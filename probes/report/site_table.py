@@ -34,9 +34,8 @@ def site_rows(study: StudyRuns) -> Rows:
     "difference" is the score minus the mean of the random models', paired over images; its interval covers images and
     draws and needs two draws. Scores and differences are fractions 0..1, None where nothing is random.
     """
-    solved = study.all_solved
-    runs = study.solved if solved else study.main_runs
-    return [row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, solved)]
+    runs = study.runs_by_site.items()
+    return [row for mask, run in runs for row in _rows_of_run(study, mask, run, run.is_solved)]
 
 
 def _rows_of_run(

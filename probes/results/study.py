@@ -97,6 +97,11 @@ class StudyRuns:
         return self.solved.keys() == self.main_runs.keys()
 
     @property
+    def runs_by_site(self) -> dict[str, FinishedRun]:
+        """The runs of tables by site: solved ones if all masks have them, else the main ones."""
+        return self.solved if self.all_solved else self.main_runs
+
+    @property
     def untrained(self) -> dict[str, FinishedRun]:
         """The model, or its LLM, as it is before training; with trained probes if there are such."""
         return self.solved_untrained | self.select(False, *UNTRAINED)

@@ -521,6 +521,7 @@ def _analysis(
         | _files(name, options)
         | _results(settings, [planned.name], name),
         takes_overwrite=True,
+        # a knockout is then run with the classes of this step (run._same_classes), not those of its words
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
         why_left_out=ANALYSES[name].why_left_out([planned], options),

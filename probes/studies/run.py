@@ -185,9 +185,8 @@ def _what_has_changed(run: FinishedRun) -> str | None:
 
 
 def _model_and_task(step: Step) -> tuple[str, str]:
-    words = step.command
-    task = words[words.index("--data.task") + 1] if "--data.task" in words else SEGMENTATION
-    return words[words.index("--model.mllm") + 1], task
+    task = read_setting(step.command, "data.task", SEGMENTATION)
+    return str(read_setting(step.command, "model.mllm")), task
 
 
 # ---------------------------------------------------------------------------------------------------- one step

@@ -111,7 +111,7 @@ class PassSolver(Solver):
     def _keep_pixels(self, batch: dict[str, Any]) -> None:
         """Keep some pixels of each image of a batch, others in each pass."""
         grid = tuple(self.mllm.grid)
-        ranges = self.axis_ranges if self.passes else self.channel_ranges
+        ranges = self.channel_ranges if self.in_first_pass else self.axis_ranges
         parts = []
         for slot, (image, target) in enumerate(
             zip(batch["index"].tolist(), batch["target"], strict=True)
@@ -138,7 +138,7 @@ class PassSolver(Solver):
         fewer pixels than images, other images have one in each pass.
         """
         tokens = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1]
-        total = tokens * self.mllm.model.dtype.itemsize * (2 if self.passes else 1)
+        total = tokens * self.mllm.model.dtype.itemsize * (1 if self.in_first_pass else 2)
         place = (image + self.passes) % self.images
         count = (place + 1) * total // self.images - place * total // self.images
         return count, self.options.seed + 1_000_003 * (image + self.images * self.passes)

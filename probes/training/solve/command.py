@@ -76,9 +76,9 @@ def main(argv: list[str]) -> None:
     data = cli.datamodule
     data.cache_features = False  # images are read once, or kept as the solver's sample
     data.trainer = cli.trainer
-    cli.model = make_solve_run(
-        cli.model.hparams, args, data.task
-    )  # of which identity and plan are made
+    # `build_cli` has made a module to train, of which only the settings are needed here. The run
+    # stands in its place: `plan_run` makes the identity of its `hparams` and `models()`.
+    cli.model = make_solve_run(cli.model.hparams, args, data.task)
     with run_process():
         if args.dry_run:
             dry_run(cli)
@@ -140,8 +140,10 @@ def make_solve_run(
 def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
     """Make the passes, score the probes, and write the files of the run."""
     with cli.exclusive_run_lock():
-        if cli.plan_run(ckpt_path).finished:
+        plan = cli.plan_run(ckpt_path)
+        if plan.finished:
             return
+        cli.model.identity = plan.identity
         cli.model.resuming = ckpt_path == "last"
 
         def solve_here() -> None:

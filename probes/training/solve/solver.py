@@ -79,6 +79,11 @@ class Solver:
             self.add(batch)
         self.passes = 1
 
+    @property
+    def in_first_pass(self) -> bool:
+        """No pass is complete: `add` is being called."""
+        return self.passes == 0
+
     def owner_of(self, site: str) -> int:
         """Return the process that solves a site."""
         return self.sites.index(site) % rank_count()

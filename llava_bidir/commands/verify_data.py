@@ -252,13 +252,13 @@ def check_json(file: Path) -> None:
         UserError: It is another file, for example the annotations.
     """
     check_suffix(file, ".json")
-    if not file.is_file():
+    if not file.exists():
         return
     try:
         found = read_json(file)
     except UserError:
         found = {}
-    if "images_of_both" not in found:
+    if "files" not in found:
         raise UserError(f"--json {file} exists and holds no findings; choose another file")
 
 

@@ -22,12 +22,12 @@ RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
 # Of `probes study`: two random LLMs and no more images and draws than it needs. As at the real size, the states of
 # all images do not fit: the memory of two is the least for two folds. Passes end when the certificates hold.
+KEPT = 2  # images whose memory the solver may use
 PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
 ARMS = "trained random0 random1"
 STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
-STUDY += (
-    " --trainer.log_every_n_steps 1 --fit --passes 10 --folds 2 --strengths 0.1 --sample-images 2"
-)
+STUDY += " --trainer.log_every_n_steps 1 --fit --passes 10 --folds 2 --strengths 0.1"
+STUDY += f" --sample-images {KEPT}"
 STUDY += " --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 

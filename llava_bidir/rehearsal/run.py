@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import find_missing, read_record, run_steps
 
 from .cost import extrapolate
-from .inputs import write_inputs
+from .inputs import KEPT, write_inputs
 from .measure import NAMES, read_speed, run_measured
 from .published import SIZES
 from .study import MASKS, RehearsalStep, plan_study
@@ -29,13 +29,15 @@ def run(args: argparse.Namespace) -> None:
     """Rehearse the study in `args.out`; finished steps of an earlier call are kept with their measurements.
 
     Raises:
-        UserError: `args.out` holds a rehearsal of another size, encoder or number of images.
+        UserError: `args.out` holds a rehearsal of another size, encoder or number of images, or there are too few.
         SystemExit: A step failed (status 1).
     """
+    images = args.images or SIZES[args.size].training_images
+    if images <= KEPT:
+        raise UserError(f"--images is {images}; the solver keeps {KEPT}: expected more")
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_run_lock(args.out):
         end_on_signals()
-        images = args.images or SIZES[args.size].training_images
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder, images)
         # before the inputs, which are of this size
         write_files({args.out / "rehearsal.json": record})
@@ -84,7 +86,7 @@ def start_record(file: Path, size: str, encoder: str, images: int) -> dict[str, 
             "steps": {},
             "cost": [],
         }
-    record = read_json(file)
+    record = {"images": SIZES[size].training_images} | read_json(file)
     for key, value in settings.items():
         if record.get(key) != value:
             raise UserError(

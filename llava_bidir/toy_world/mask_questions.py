@@ -19,6 +19,7 @@ import numpy as np
 from numpy import ndarray
 
 KINDS = ("there", "left", "place")
+HELD_OUT = 200  # questions about each data set
 # share of the pixels from which a class counts as seen; one with fewer pixels, but some, is not asked for
 LEAST_SEEN = 0.003
 HALF = 0.5

@@ -19,11 +19,10 @@ from llava_bidir.common.errors import UserError, error_context
 from probes.data.folder import FolderDataset
 
 from .english import CAPTION
-from .mask_questions import Facts, MaskQuestion, ask_in_pairs, find_facts, to_turns
+from .mask_questions import HELD_OUT, Facts, MaskQuestion, ask_in_pairs, find_facts, to_turns
 
 GRID = 4
 PER_PHOTO = 6
-HELD_OUT = 200  # questions about each data set
 SEEN = ("there", "yes")
 
 Records = dict[str, list[dict[str, Any]]]

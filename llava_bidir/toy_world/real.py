@@ -28,7 +28,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
 
 from .child_process import run_in_child_process
-from .questions import HELD_OUT
+from .mask_questions import HELD_OUT
 from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
 from .steps import MASKS, check_settings, make_step, to_words, training_steps
 

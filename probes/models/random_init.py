@@ -97,9 +97,9 @@ def reinitialize(
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
                         "would be equal; leave this part trained"
                     )
-        if "adapter" in parts:
-            training = read_training(Path(model.name_or_path))
-            modules["adapter"][0].linear_2.weight *= training.get("adapter_init_scale", 1.0)
+        scale = read_training(Path(model.name_or_path)).get("adapter_init_scale")
+        if "adapter" in parts and scale is not None:  # of this project's adapters, and no others
+            modules["adapter"][0].linear_2.weight *= scale
 
 
 def _forget_initialisation(modules: Sequence[nn.Module]) -> None:

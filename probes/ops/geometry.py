@@ -143,7 +143,7 @@ class Geometry:
 
         Args:
             mask: bool[H, W], the pixels of an object; or class indices, integers [H, W], 255 and negative ones
-                ignored. H and W are the height and width of the image.
+                ignored. H and W are the height and width of the image. Of a black and white picture, give `mask > 0`.
 
         Returns:
             The share of the token's pixels that are in the object, f64[h, w], 0 for a token of padding. Or the class
@@ -160,19 +160,21 @@ class Geometry:
             )
         size = tuple(mask.shape)
         rows, columns = self.view(size).token_of_pixel(self.grid, size)
-        in_row = (rows[:, None] == torch.arange(self.grid[0])).double()  # [H, h]
-        in_column = (columns[:, None] == torch.arange(self.grid[1])).double()  # [W, w]
-
-        def count(pixels: Tensor) -> Tensor:
-            return in_row.T @ pixels.double() @ in_column
-
+        is_inside = (rows[:, None] >= 0) & (columns >= 0)
+        token = rows[:, None] * self.grid[1] + columns
+        tokens = self.grid[0] * self.grid[1]
         if mask.dtype == torch.bool:
-            return count(mask) / count(torch.ones_like(mask)).clamp(min=1)
-        classes = mask[(mask >= 0) & (mask != IGNORE_INDEX)].unique().long()
+            pixels = token[is_inside].bincount(minlength=tokens)
+            inside = token[is_inside & mask].bincount(minlength=tokens)
+            return (inside / pixels.clamp(min=1).double()).view(self.grid)
+        labels = mask.long()
+        is_labelled = is_inside & (labels >= 0) & (labels != IGNORE_INDEX)
+        classes, number = labels[is_labelled].unique(return_inverse=True)
         if not len(classes):
             return torch.full(self.grid, -1)
-        most, number = torch.stack([count(mask == k) for k in classes]).max(0)
-        return torch.where(most > 0, classes[number], -1)
+        bins = token[is_labelled] * len(classes) + number
+        count = bins.bincount(minlength=tokens * len(classes)).view(*self.grid, len(classes))
+        return torch.where(count.amax(-1) > 0, classes[count.argmax(-1)], -1)
 
     def _resized(self, length: int, shorter: int) -> int:
         """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""

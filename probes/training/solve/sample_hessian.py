@@ -13,6 +13,7 @@ Legend: G probes of a strength, n pixels of the sample, K classes, d width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ class SampledPixels:
     weights: Tensor
     folds: Tensor
 
+    @cached_property
+    def fast_inputs(self) -> Tensor:
+        """The inputs in the dtype that the device multiplies fastest.
+
+        Products with them shape a step; loss, gradient and certificate of what it leads to are exact.
+        """
+        return self.inputs.to(fast_dtype(self.inputs.device))
+
 
 class SampleHessian:
     """The Hessian of the objectives of some probes on a sample, and its preconditioner.
@@ -58,8 +67,7 @@ class SampleHessian:
         ridge: Tensor,
         input_spectrum: Tensor,
     ):
-        # Products in bfloat16 shape a step; loss, gradient and certificate of what it leads to are exact
-        self.inputs = sample.inputs.to(fast_dtype(sample.inputs.device))
+        self.inputs = sample.fast_inputs
         self.ridge = ridge
         used = torch.stack([_used(sample, fold) for fold in left_out], 1)
         self.weights = (used / used.sum(0))[..., None]  # [n, G, 1]

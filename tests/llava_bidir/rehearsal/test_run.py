@@ -90,6 +90,13 @@ def test_folder_of_another_rehearsal_is_an_error(tmp_path, monkeypatch):
             cli.main([*inputs, *other])
 
 
+def test_fewer_images_than_the_solver_keeps_are_an_error(tmp_path):
+    words = ["rehearse", "--out", str(tmp_path / "out"), "--size", "tiny", "--images", "2"]
+    with pytest.raises(SystemExit, match="--images is 2; the solver keeps 2: expected more"):
+        cli.main(words)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.nightly
 def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     words = f"-m llava_bidir rehearse --out {tmp_path}/out --size tiny"

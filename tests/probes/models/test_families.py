@@ -441,6 +441,18 @@ def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
         assert not torch.allclose(states["layer_03"], trained.states(pixels)["layer_03"])
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma", "qwen2_vl", "smolvlm"])
+def test_a_random_adapter_reads_the_same_encoder(name, checkpoint, mllm):
+    trained = mllm(name)
+    control = probes.load(checkpoint(name), untrained=["adapter"])
+    pixels = trained.preprocess(pictures(name))
+    before = trained.states(pixels)
+    after = control.states(pixels)
+    assert torch.equal(after["encoder"], before["encoder"])
+    assert after["adapter"].isfinite().all()
+    assert not torch.allclose(after["adapter"], before["adapter"])
+
+
 def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):
     with pytest.raises(
         ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"

@@ -3,7 +3,7 @@
 A pass over all images gives, exactly, the value and the gradient of the objective of `objective.py` at any number of
 points (`pass_sums.py`), and the loss of the images that a fold leaves out. Between two passes each point takes one
 quasi-Newton step (`sample_hessian.py`), with another sample of pixels after each pass: what one sample misses, the
-next ones have. A point whose value has risen is taken back; its pair shortens the next step.
+next ones have. A point whose value has risen is taken back: its pair shortens the next step, which is also damped.
 
 The strength is chosen among a few neighbouring ones, a *window*, each with a probe for every fold and one of all
 images. The sample alone would choose too strong a regularisation, as few tokens need more of it. So the window
@@ -23,7 +23,7 @@ from torch import Tensor
 from .moments import SiteSpace, full_precision
 from .objective import STRONGEST, WEAKEST, half_decades
 from .refinement import CONVERGED, ROUNDING, Certificate
-from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
+from .sample_hessian import SHRINKAGE, SampledPixels, SampleHessian, dot, quasi_newton
 
 SAVED = {  # attributes by their names in the file of a killed run
     "null": "null_gradient",
@@ -33,8 +33,15 @@ SAVED = {  # attributes by their names in the file of a killed run
     "kept": "accepted_points",
     "decrease": "decrease",
     "held_out": "held_out",
+    "damping": "damping",
 }
 PAIRS = 4  # steps that are remembered, in float32
+# A step that was taken back multiplies the damping of the next one, every other divides it. Source: Levenberg-Marquardt
+TAKEN_BACK = 10
+ACCEPTED = 3
+LEAVE = (
+    100 * CONVERGED
+)  # largest decrease that is left, in nats, of probes for which the window moves
 WINDOW = 2  # half decades on both sides of the best strength
 
 
@@ -67,6 +74,7 @@ class PassRefinement:
         self.gradient = torch.zeros_like(self.points)
         self.accepted_points = self.points
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.damping = torch.full_like(self.value, SHRINKAGE)
         self.held_out = points.new_zeros(1, self.folds)
         # cross-validated, by strength; one that has just entered the window has none until the next pass
         self.losses: dict[float, float] = {}
@@ -107,6 +115,8 @@ class PassRefinement:
             change = (gradient - self.gradient).float()
             self.pairs = [*self.pairs, (step, change)][-PAIRS:]
         better = value <= self.value + ROUNDING
+        eased = (self.damping / ACCEPTED).clamp(min=SHRINKAGE)
+        self.damping = torch.where(better, eased, self.damping * TAKEN_BACK)
         self.value = torch.where(better, value, self.value)
         self.accepted_points = torch.where(
             better[..., None, None], self.points, self.accepted_points
@@ -135,6 +145,7 @@ class PassRefinement:
                 self.left_out,
                 ridge[0],
                 self.space.input_spectrum,
+                self.damping[row],
             )
             pairs = [(step[row].double(), change[row].double()) for step, change in self.pairs]
             direction = quasi_newton(self.gradient[row], pairs, hessian.solve)
@@ -152,9 +163,13 @@ class PassRefinement:
         if self.given is not None:
             return sorted(self.given, reverse=True)
         index = [half_decade(strength) for strength in self.strengths]
-        best = half_decade(min(self.strengths, key=self.losses.__getitem__))
-        if len(index) > 1 and min(index) < best < max(index):
-            return self.strengths
+        row = min(range(len(index)), key=lambda i: self.losses[self.strengths[i]])
+        best = index[row]
+        if len(index) > 1:
+            is_inside = min(index) < best < max(index)
+            # probes that stopped early may be better than at their optimum: no reason to leave the window
+            if is_inside or self.decrease[row].max() > LEAVE:
+                return self.strengths
         # a sample asks for more regularisation than all images
         first = best if len(index) == 1 else best - WINDOW
         first = min(max(first, STRONGEST), WEAKEST - 2 * WINDOW)
@@ -180,6 +195,7 @@ class PassRefinement:
         )
         self.gradient = self.gradient[source] + added * self.accepted_points
         self.held_out = self.held_out[source]
+        self.damping = self.damping[source]
         self.pairs = [
             (step[source], (change[source] + added * step[source]).float())
             for step, change in self.pairs
@@ -208,6 +224,7 @@ class PassRefinement:
         self.value = rest(self.value)
         self.gradient = rest(self.gradient)
         self.decrease = rest(self.decrease)
+        self.damping = rest(self.damping)
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
 
     @property
@@ -293,8 +310,9 @@ class PassRefinement:
             state["points"][0],
             given,
         )
+        undamped = torch.full_like(state["value"], SHRINKAGE)  # of files without it
         for name, key in SAVED.items():
-            setattr(refinement, key, state[name])
+            setattr(refinement, key, state[name] if name in state else undamped)
         count = sum(name.startswith("step_") for name in state)
         refinement.pairs = [(state[f"step_{i}"], state[f"change_{i}"]) for i in range(count)]
         refinement.strengths = state["strengths"].tolist()

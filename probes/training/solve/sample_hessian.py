@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probes.ops.kernels import fast_dtype
 
-SHRINKAGE = 0.3  # c
+SHRINKAGE = 0.3  # c, at least
 RESIDUAL = 0.03  # of conjugate gradients, relative
 ITERATIONS = 100  # of conjugate gradients
 
@@ -57,6 +57,7 @@ class SampleHessian:
         left_out: G folds, or None.
         ridge: f64[1, d + 1], weights of the squares of a point.
         input_spectrum: f64[d + 1], mean squares of the inputs.
+        damping: f64[G], c.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SampleHessian:
         left_out: list[int | None],
         ridge: Tensor,
         input_spectrum: Tensor,
+        damping: Tensor,
     ):
         self.inputs = sample.fast_inputs
         self.ridge = ridge
@@ -75,7 +77,7 @@ class SampleHessian:
         self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
         spread = self.probability * (1 - self.probability) * self.weights
         self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
-        self.pull = SHRINKAGE * self.typical
+        self.pull = damping[:, None, None] * self.typical
 
     def times(self, direction: Tensor) -> Tensor:
         """Return the product with f64[G, K, d + 1], with the pull towards the point."""

@@ -13,7 +13,12 @@ from probes.training.solve.pass_refinement import PassRefinement
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, choose_pixels
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
+from probes.training.solve.sample_hessian import (
+    SHRINKAGE,
+    SampledPixels,
+    SampleHessian,
+    quasi_newton,
+)
 from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
@@ -213,6 +218,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype):
         left_out,
         data.space.ridge(strengths)[0, 0],
         spectrum,
+        torch.tensor([0.3, 0.3]).double(),
     )
     product = hessian.times(direction) - hessian.pull * direction
     torch.testing.assert_close(product, expected, atol=1e-3, rtol=1e-2)
@@ -243,9 +249,35 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     assert refinement.losses == losses, (
         "the cross-validated loss, too, is that of the points that are kept"
     )
+    assert (refinement.damping == 10 * SHRINKAGE).all()
     refinement.step(data.sample(400, 2)[0])
     data.take_pass(refinement)
     assert (refinement.value < value).all()
+    assert (refinement.damping < 10 * SHRINKAGE).all(), "the next step was taken"
+
+
+def test_a_damped_step_is_shorter(data):
+    lengths = []
+    for damping in (SHRINKAGE, 10 * SHRINKAGE):
+        refinement = data.start(400, (1e-1, 1e-2))
+        data.take_pass(refinement)
+        refinement.damping[:] = damping
+        refinement.step(data.sample(400, 1)[0])
+        lengths.append((refinement.points - refinement.accepted_points).norm())
+    assert lengths[1] < 0.8 * lengths[0]
+
+
+def test_probes_that_have_stopped_early_do_not_move_the_window(data):
+    """Weak strengths score well before their optimum, at which they are worse."""
+    refinement = data.start(400)
+    for seed in (1, 2):
+        data.take_pass(refinement)
+        refinement.step(data.sample(400, seed)[0])
+    weakest = min(refinement.strengths)
+    refinement.losses |= {strength: 1.0 for strength in refinement.strengths} | {weakest: 0.5}
+    for left, moves in ((0.05, False), (0.005, True)):
+        refinement.decrease[refinement.strengths.index(weakest)] = left
+        assert (min(refinement._window()) < weakest) == moves
 
 
 def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own_penalty(data):

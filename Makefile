@@ -82,11 +82,11 @@ test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.m
 	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-peers
 
 NIGHTLY := runs/nightly
-nightly-tests: venv vqa-venv
+nightly-tests: venv vqa-venv ## of these, the tests
 	$(PY) -m llava_bidir demo --out $(NIGHTLY)/demo
 	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
 
-nightly-calibration: venv
+nightly-calibration: venv ## of these, a seed of the calibration
 	$(PY) -m probes calibrate --seeds 0 --out $(NIGHTLY)/calibrate
 
 test-all: venv vqa-venv ## all tests but those that need a GPU

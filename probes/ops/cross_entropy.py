@@ -31,6 +31,8 @@ SCORE_NODES = 8
 SAFE_RANGE = 80.0
 # Elements of a chunk: on a CPU 1 MB, which stays in the cache; 4 MB take a third longer with two nodes per cell.
 CHUNK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
+# The same of a band of rows, where one grid exceeds a chunk: each band adds to the whole gradient
+BAND_NUMEL = {"cpu": 2**20, "cuda": 2**26}
 
 
 def upsampled_cross_entropy(
@@ -203,8 +205,8 @@ def _integrate(
     loss = -(by_row * soft).sum((0, 3, 4), dtype=torch.float64)
     stretched = (by_row @ cols.T).flatten(1)  # [h, P * B * K * Mx]
     adjoint = None
-    band = max(1, limit_on(by_row.device, CHUNK_NUMEL) // stretched.shape[1])
-    for start in range(0, len(rows), band):  # several bands only with `nodes=None`
+    band = max(1, limit_on(by_row.device, BAND_NUMEL) // stretched.shape[1])
+    for start in range(0, len(rows), band):  # several bands only where one grid exceeds a band
         nodes = rows[start : start + band]
         # [My, P, B, K, Mx]
         up = (nodes @ stretched).view(len(nodes), *by_row.shape[1:4], len(cols))

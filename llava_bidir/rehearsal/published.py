@@ -66,8 +66,8 @@ SIZES = {
             "num_attention_heads": 32,
         },
         1,
-        8,
-        8,
+        training_images=8,
+        validation_images=8,
     ),
     "1b": Size(
         {
@@ -78,8 +78,8 @@ SIZES = {
         }
         | {"num_key_value_heads": 4},
         1,
-        8,
-        8,
+        training_images=8,
+        validation_images=8,
     ),
     "tiny": Size(
         {
@@ -89,8 +89,8 @@ SIZES = {
             "num_attention_heads": 4,
         },
         16,
-        6,
-        4,
+        training_images=6,
+        validation_images=4,
     ),
 }
 

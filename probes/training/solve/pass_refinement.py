@@ -39,9 +39,8 @@ PAIRS = 4  # steps that are remembered, in float32
 # A step that was taken back multiplies the damping of the next one, every other divides it. Source: Levenberg-Marquardt
 TAKEN_BACK = 10
 ACCEPTED = 3
-LEAVE = (
-    100 * CONVERGED
-)  # largest decrease that is left, in nats, of probes for which the window moves
+# The window follows probes with at most this decrease left, in nats
+LEAVE = 100 * CONVERGED
 WINDOW = 2  # half decades on both sides of the best strength
 
 
@@ -310,9 +309,10 @@ class PassRefinement:
             state["points"][0],
             given,
         )
-        undamped = torch.full_like(state["value"], SHRINKAGE)  # of files without it
+        # files of earlier commits have no damping
+        state = {"damping": torch.full_like(state["value"], SHRINKAGE)} | state
         for name, key in SAVED.items():
-            setattr(refinement, key, state[name] if name in state else undamped)
+            setattr(refinement, key, state[name])
         count = sum(name.startswith("step_") for name in state)
         refinement.pairs = [(state[f"step_{i}"], state[f"change_{i}"]) for i in range(count)]
         refinement.strengths = state["strengths"].tolist()

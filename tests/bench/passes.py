@@ -24,7 +24,14 @@ from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_refinement import PassRefinement
 from probes.training.solve.pass_sums import PassSums, null_gradient
-from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
+from probes.training.solve.pixel_sample import (
+    CANDIDATES,
+    AxisRange,
+    ChannelRange,
+    Pixels,
+    choose_pixels,
+    prefer_uncertain,
+)
 from probes.training.solve.refinement import start_refinement
 from probes.training.solve.sample_hessian import SampledPixels
 from probes.training.solve.strength_path import FoldSearch
@@ -145,8 +152,9 @@ def draw_pixels(
     targets: list[torch.Tensor],
     total: int,
     seed: int,
+    multiple: int = 1,
 ) -> Pixels:
-    """Return pixels of a batch, as `PassSolver` chooses them."""
+    """Return pixels of a batch, as `PassSolver` draws them: a multiple of its share of `total`."""
     tokens_of_image = data.grid[0] * data.grid[1]
     parts = []
     for slot, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -155,7 +163,7 @@ def draw_pixels(
         view = GridPlacement.full(tuple(target.shape))
         tokens, shares, labels, labelled = choose_pixels(
             target,
-            count,
+            multiple * count,
             1_000_003 * (image + len(data) * seed),
             data.grid,
             view,
@@ -216,7 +224,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
                 targets,
                 2 * total,
                 number - 1,
+                CANDIDATES,
             )
+            pixels = prefer_uncertain(pixels, sums.uncertainty(states, pixels))
             kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept_losses(*sums.means(space, pixel_count))
         stored, _, weights, folds = gather(kept, fold_of)
@@ -305,8 +315,9 @@ def main() -> None:
         nargs=3,
         metavar=("IMAGES", "WIDTH", "CLASSES"),
     )
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.synthetic:
         images, width, classes = args.synthetic
         data = Synthetic(images, args.side, width, classes)

@@ -22,7 +22,15 @@ from .moments import Moments, SiteSpace
 from .objective import PixelProblem
 from .pass_refinement import PassRefinement, bytes_of_probes
 from .pass_sums import PassSums, null_gradient
-from .pixel_sample import STORED, AxisRange, ChannelRange, Pixels, choose_pixels
+from .pixel_sample import (
+    CANDIDATES,
+    STORED,
+    AxisRange,
+    ChannelRange,
+    Pixels,
+    choose_pixels,
+    prefer_uncertain,
+)
 from .sample_hessian import SampledPixels
 from .solved_site import SolvedSite
 from .solver import SolveOptions, Solver
@@ -87,7 +95,7 @@ class PassSolver(Solver):
 
     def add(self, batch: dict[str, Any]) -> None:
         """Keep some of the pixels of a batch, and add its tokens to the moments."""
-        self._keep_pixels(batch)
+        self._keep_pixels(batch, {})
         labels = batch["masks"].soft.flatten(2).mT.flatten(0, 1).double()
         for site, x in batch["states"].items():
             self.moments[site].update(x.flatten(0, 1), labels, 0)
@@ -108,28 +116,41 @@ class PassSolver(Solver):
             for site, channels in self.channel_ranges.items()
         }
 
-    def _keep_pixels(self, batch: dict[str, Any]) -> None:
-        """Keep some pixels of each image of a batch, others in each pass."""
+    def _keep_pixels(self, batch: dict[str, Any], sums: dict[str, PassSums]) -> None:
+        """Keep some pixels of each image of a batch, others in each pass.
+
+        Args:
+            batch: Images with their states.
+            sums: The sums of this pass by site, whose probes say which pixels are uncertain; {} in the first pass.
+        """
+        ranges = self.axis_ranges if sums else self.channel_ranges
+        pixels = self._random_pixels(batch, CANDIDATES if sums else 1)
+        if sums:
+            by_site = [sums[site].uncertainty(x, pixels) for site, x in batch["states"].items()]
+            pixels = prefer_uncertain(pixels, torch.stack(by_site).mean(0).cpu())
+        at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
+        states = {
+            site: ranges[site].store(x).view(torch.uint8).cpu() for site, x in at_pixels.items()
+        }
+        self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
+
+    def _random_pixels(self, batch: dict[str, Any], multiple: int) -> Pixels:
+        """Return a multiple of the pixels that this pass keeps of each image of a batch."""
         grid = tuple(self.mllm.grid)
-        ranges = self.channel_ranges if self.in_first_pass else self.axis_ranges
         parts = []
         for slot, (image, target) in enumerate(
             zip(batch["index"].tolist(), batch["target"], strict=True)
         ):
             view = self.mllm.geometry.view(tuple(target.shape))
-            found = choose_pixels(target.cpu(), *self._count_and_seed(image), grid, view)
+            count, seed = self._count_and_seed(image)
+            found = choose_pixels(target.cpu(), multiple * count, seed, grid, view)
             tokens, shares, labels, labelled = found
             tokens = tokens + slot * grid[0] * grid[1]
             weights = torch.full(
                 (len(labels),), labelled / max(1, len(labels)), dtype=torch.float64
             )
             parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
-        pixels = Pixels(*map(torch.cat, zip(*parts, strict=True)))
-        at_pixels = {site: pixels.interpolate(x) for site, x in batch["states"].items()}
-        states = {
-            site: ranges[site].store(x).view(torch.uint8).cpu() for site, x in at_pixels.items()
-        }
-        self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
+        return Pixels(*map(torch.cat, zip(*parts, strict=True)))
 
     def _count_and_seed(self, image: int) -> tuple[int, int]:
         """Return how many pixels of an image this pass keeps, and the seed that chooses them.
@@ -246,7 +267,7 @@ class PassSolver(Solver):
         labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
         images = self.reader.share(range(self.images))
         for batch in self.reader.training(images, f"pass {self.passes + 1}"):
-            self._keep_pixels(batch)
+            self._keep_pixels(batch, sums)
             folds = self.fold_of[batch["index"].cpu()]
             labelled.index_add_(0, folds.to(self.device), batch["masks"].pixels)
             for site, of_site in sums.items():

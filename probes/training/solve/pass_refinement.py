@@ -4,6 +4,7 @@ A pass over all images gives, exactly, the value and the gradient of the objecti
 points (`pass_sums.py`), and the loss of the images that a fold leaves out. Between two passes each point takes one
 quasi-Newton step (`sample_hessian.py`), with another sample of pixels after each pass: what one sample misses, the
 next ones have. A point whose value has risen is taken back: its pair shortens the next step, which is also damped.
+A point that was meant for one strength is taken for another one whose value it lowers more.
 
 The strength is chosen among a few neighbouring ones, a *window*, each with a probe for every fold and one of all
 images. The sample alone would choose too strong a regularisation, as few tokens need more of it. So the window
@@ -23,7 +24,7 @@ from torch import Tensor
 from .moments import SiteSpace, full_precision
 from .objective import STRONGEST, WEAKEST, half_decades
 from .refinement import CONVERGED, ROUNDING, Certificate
-from .sample_hessian import SHRINKAGE, SampledPixels, SampleHessian, dot, quasi_newton
+from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
 
 SAVED = {  # attributes by their names in the file of a killed run
     "null": "null_gradient",
@@ -36,9 +37,14 @@ SAVED = {  # attributes by their names in the file of a killed run
     "damping": "damping",
 }
 PAIRS = 4  # steps that are remembered, in float32
-# A step that was taken back multiplies the damping of the next one, every other divides it. Source: Levenberg-Marquardt
-TAKEN_BACK = 10
-ACCEPTED = 3
+# The first damping, a weight of a probe for each pixel of the sample: fewer pixels show less of the curvature
+FIRST_DAMPING = 0.5
+LEAST_DAMPING = 0.03
+MOST_FIRST_DAMPING = 3.0
+# A step multiplies the damping of the next one by what it has gained, as a part of the decrease that the sample has
+# promised: below 0 (it is taken back), 1/4, 3/4, and more. Source: Nocedal and Wright, algorithm 4.1
+GAINS = (0.0, 0.25, 0.75)
+DAMPING_FACTORS = (10.0, 3.0, 1.0, 1 / 3)
 # The window follows probes with at most this decrease left, in nats
 LEAVE = 100 * CONVERGED
 WINDOW = 2  # half decades on both sides of the best strength
@@ -73,7 +79,7 @@ class PassRefinement:
         self.gradient = torch.zeros_like(self.points)
         self.accepted_points = self.points
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.damping = torch.full_like(self.value, SHRINKAGE)
+        self.damping = torch.zeros_like(self.value)  # until the first sample
         self.held_out = points.new_zeros(1, self.folds)
         # cross-validated, by strength; one that has just entered the window has none until the next pass
         self.losses: dict[float, float] = {}
@@ -106,24 +112,43 @@ class PassRefinement:
             held_out: f64[W, F], part of each fold in the cross-validated loss; ignored when the strength is settled.
         """
         ridge = self._ridge()
-        gradient = gradient + ridge * self.points
-        value = value + dot(ridge * self.points, self.points) / 2
-        known = self.value.isfinite()
-        if known.all():
+        penalty = dot(ridge * self.points, self.points) / 2
+        if self.value.isfinite().all():
+            self._adapt_damping(value + penalty)
             step = (self.points - self.accepted_points).float()
-            change = (gradient - self.gradient).float()
+            change = (gradient + ridge * self.points - self.gradient).float()
             self.pairs = [*self.pairs, (step, change)][-PAIRS:]
+        value, source = self._best_measured(value, penalty)
+        probe = torch.arange(value.shape[1], device=value.device)
+        points = self.points[source, probe]
+        gradient = gradient[source, probe] + ridge * points
         better = value <= self.value + ROUNDING
-        eased = (self.damping / ACCEPTED).clamp(min=SHRINKAGE)
-        self.damping = torch.where(better, eased, self.damping * TAKEN_BACK)
         self.value = torch.where(better, value, self.value)
-        self.accepted_points = torch.where(
-            better[..., None, None], self.points, self.accepted_points
-        )
+        self.accepted_points = torch.where(better[..., None, None], points, self.accepted_points)
         self.gradient = torch.where(better[..., None, None], gradient, self.gradient)
         if not self.settled:  # of the points that are kept, too
+            held_out = held_out[source[:, :-1], probe[:-1]]
             self.held_out = torch.where(better[:, :-1], held_out, self.held_out)
             self.losses |= dict(zip(self.strengths, self.held_out.sum(1).tolist(), strict=True))
+
+    def _adapt_damping(self, value: Tensor) -> None:
+        """Damp the next step more or less, by what the last one has gained; `value` f64[W, G] is where it has led."""
+        gain = (self.value - value + ROUNDING) / (self.decrease + ROUNDING)
+        factors = value.new_tensor(DAMPING_FACTORS)
+        factor = factors[torch.bucketize(gain, value.new_tensor(GAINS), right=True)]
+        self.damping = (self.damping * factor).clamp(min=LEAST_DAMPING)
+
+    def _best_measured(self, value: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest value f64[W, G] of each probe over the points of all strengths, and whose point it is.
+
+        Args:
+            value: f64[W, G], mean loss at `points`, without penalties.
+            penalty: f64[W, G], that of each point at its own strength, to which penalties are proportional.
+        """
+        strengths = value.new_tensor(self.strengths)
+        ratio = strengths[:, None] / strengths
+        lowest = (value + ratio[..., None] * penalty).min(1)
+        return lowest.values, lowest.indices
 
     @full_precision()
     def step(self, sample: SampledPixels, is_last: bool = False) -> None:
@@ -135,6 +160,7 @@ class PassRefinement:
         """
         if not (self.settled or is_last):
             self._move_window()
+        self._start_damping(sample)
         self.points = self.accepted_points.clone()
         self.decrease = torch.zeros_like(self.value)
         for row, ridge in enumerate(self._ridge()):
@@ -146,11 +172,30 @@ class PassRefinement:
                 self.space.input_spectrum,
                 self.damping[row],
             )
-            pairs = [(step[row].double(), change[row].double()) for step, change in self.pairs]
-            direction = quasi_newton(self.gradient[row], pairs, hessian.solve)
+            direction = quasi_newton(self.gradient[row], self._pairs_near(row), hessian.solve)
             self.decrease[row] = dot(direction, self.gradient[row]) / 2
             self.points[row] -= direction
         self._settle()
+
+    def _start_damping(self, sample: SampledPixels) -> None:
+        """Set the damping of the first step."""
+        if not self.damping.any():
+            weights = self.points[0, 0].numel()
+            first = FIRST_DAMPING * weights / max(1, len(sample.weights))
+            self.damping += min(max(first, LEAST_DAMPING), MOST_FIRST_DAMPING)
+
+    def _pairs_near(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the pairs f32[G, K, d + 1] of a strength and its neighbours, from old to new, its own after theirs.
+
+        The curvature of a neighbour differs by the penalty, and little by where its point is.
+        """
+        ridge = self._ridge()
+        rows = [other for other in (row - 1, row + 1) if 0 <= other < len(ridge)] + [row]
+        return [
+            (step[other], (change[other] + (ridge[row] - ridge[other]) * step[other]).float())
+            for step, change in self.pairs
+            for other in rows
+        ]
 
     # ------------------------------------------------------------------------------------------------ strengths
     def _ridge(self) -> Tensor:
@@ -201,7 +246,7 @@ class PassRefinement:
         ]
 
     def _settle(self) -> None:
-        """Leave out the folds when their probes have converged and two passes choose the same strength."""
+        """Leave out the folds when two passes choose the same strength and its neighbours cannot become better."""
         chosen = self.strengths[self.chosen]
         before = self.best
         self.best = chosen
@@ -210,7 +255,7 @@ class PassRefinement:
         rows = self.solved
         if not all(self.strengths[row] in self.losses for row in rows):
             return
-        if not (self.decrease[rows] < CONVERGED).all():
+        if not all(self._is_decided(row) for row in rows):
             return
         self.settled = True
         self.strengths = [self.strengths[row] for row in rows]
@@ -225,6 +270,17 @@ class PassRefinement:
         self.decrease = rest(self.decrease)
         self.damping = rest(self.damping)
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
+
+    def _is_decided(self, row: int) -> bool:
+        """Return whether the probes of a strength have converged, or can gain less than they are behind the best one.
+
+        The gain is that on their own images, in nats; images that are left out gain less.
+        """
+        gain = self.decrease[row].max().item()
+        if self.given is not None:
+            return gain < CONVERGED
+        behind = self._loss_of(self.strengths[row]) - min(map(self._loss_of, self.strengths))
+        return gain < max(CONVERGED, behind)
 
     @property
     def chosen(self) -> int:
@@ -310,7 +366,7 @@ class PassRefinement:
             given,
         )
         # files of earlier commits have no damping
-        state = {"damping": torch.full_like(state["value"], SHRINKAGE)} | state
+        state = {"damping": torch.zeros_like(state["value"])} | state
         for name, key in SAVED.items():
             setattr(refinement, key, state[name])
         count = sum(name.startswith("step_") for name in state)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from probes.ops.quadrature import PreparedMasks
 
-from .moments import Moments, SiteSpace
+from .moments import Moments, SiteSpace, full_precision
 from .objective import loss_sums
+from .pixel_sample import Pixels
 
 
 class PassSums:
@@ -54,6 +55,21 @@ class PassSums:
         if fold in self.left_out:
             points = self.points[:, self.left_out.index(fold)]
             self.held_out[:, fold] += loss_sums(inputs, masks, points, needs_grad=False)[0]
+
+    @full_precision()
+    def uncertainty(self, states: Tensor, pixels: Pixels) -> Tensor:
+        """Return how unsure a probe is of each pixel, f32[n]: the sum of p (1 - p) over classes.
+
+        It is the probe of all images in the middle of the window.
+
+        Args:
+            states: f[B, T, d].
+            pixels: n pixels of these images.
+        """
+        probe = self.points[len(self.points) // 2, -1].float()
+        by_token = (states.float() - self.mean) @ probe[:, :-1].T + probe[:, -1]
+        probability = pixels.interpolate(by_token).softmax(-1)
+        return 1 - probability.square().sum(-1)
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums, which are added over processes in place."""

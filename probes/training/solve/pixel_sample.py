@@ -5,7 +5,7 @@ describes the curvature of the loss of all images far better, and so do many pix
 pixels of many. The first pass keeps a byte a channel. Later ones keep half a byte for each axis of the site's
 coordinates, where rounding adds 1% to the variance of each axis and nothing to others. The state at a pixel is what
 the logits there are linear in: the bilinear interpolation of its four tokens. The loss at a pixel is a plain
-cross-entropy.
+cross-entropy. Later passes prefer pixels of which a probe is unsure, since sure ones add nothing to the curvature.
 
 Legend: n pixels, B images, T tokens, d width.
 """
@@ -23,6 +23,7 @@ from .moments import SiteSpace
 # One byte: 4 bits of exponent, 3 of mantissa. A relative error of 6% at most changes the curvature by less than
 # the choice of the pixels does.
 STORED = torch.float8_e4m3fn
+CANDIDATES = 8  # pixels from which one is kept where uncertain ones are preferred
 LARGEST = 400.0  # in standard deviations; `STORED` ends at 448
 LEVELS = 16  # of half a byte
 # Between two levels, in standard deviations: the best for a Gaussian. Source: Max, Quantizing for minimum distortion,
@@ -91,6 +92,36 @@ def choose_pixels(
         torch.stack(shares, 1).float(),
         target[row, col].long(),
         len(rows),
+    )
+
+
+def prefer_uncertain(pixels: Pixels, uncertainty: Tensor) -> Pixels:
+    """Return one in `CANDIDATES` pixels of each image, with weights that make up for the preference.
+
+    Half of the chance of a pixel is the same for all, half in proportion to its uncertainty, so that no weight is
+    more than twice the mean. Source: Hesterberg, Weighted average importance sampling and defensive mixture
+    distributions, 1995.
+
+    Args:
+        pixels: Candidates; those of an image stand together and have equal weights.
+        uncertainty: f32[n], at least 0.
+    """
+    kept = []
+    weights = []
+    start = 0
+    for count in pixels.images.unique_consecutive(return_counts=True)[1].tolist():
+        unsure = uncertainty[start : start + count].double() + 1e-12
+        chance = (1 / count + unsure / unsure.sum()) / 2
+        number = count // CANDIDATES
+        at = (torch.arange(number, dtype=torch.float64) + 0.5) / max(1, number)
+        chosen = torch.searchsorted(chance.cumsum(0), at).clamp(max=count - 1)
+        kept.append(chosen + start)
+        weights.append(pixels.weights[chosen + start] / (number * chance[chosen]))
+        start += count
+    if not kept:
+        return pixels
+    return Pixels(*(field[torch.cat(kept)] for field in pixels))._replace(
+        weights=torch.cat(weights)
     )
 
 

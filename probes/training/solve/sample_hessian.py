@@ -20,7 +20,6 @@ from torch import Tensor
 
 from probes.ops.kernels import fast_dtype
 
-SHRINKAGE = 0.3  # c, at least
 RESIDUAL = 0.03  # of conjugate gradients, relative
 ITERATIONS = 100  # of conjugate gradients
 
@@ -138,7 +137,7 @@ def quasi_newton(
     result = gradient.clone()
     factors = []
     for step, change in reversed(pairs):
-        curvature = dot(step, change)
+        curvature = dot(step.double(), change.double())
         inverse = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
         factor = inverse * dot(step, result)
         result -= factor[:, None, None] * change

@@ -9,16 +9,16 @@ from probes.ops.quadrature import prepare_masks
 from probes.training.solve import sample_hessian
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
-from probes.training.solve.pass_refinement import PassRefinement
+from probes.training.solve.pass_refinement import (
+    FIRST_DAMPING,
+    LEAST_DAMPING,
+    MOST_FIRST_DAMPING,
+    PassRefinement,
+)
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, choose_pixels
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.sample_hessian import (
-    SHRINKAGE,
-    SampledPixels,
-    SampleHessian,
-    quasi_newton,
-)
+from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
 from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
@@ -242,6 +242,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement.step(data.sample(400, 1)[0])
     before = refinement.accepted_points.clone()
     value = refinement.value.clone()
+    damping = refinement.damping.clone()
     losses = dict.fromkeys(refinement.strengths, refinement.losses[refinement.best])
     refinement.points = refinement.points + 100
     data.take_pass(refinement)
@@ -249,22 +250,117 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     assert refinement.losses == losses, (
         "the cross-validated loss, too, is that of the points that are kept"
     )
-    assert (refinement.damping == 10 * SHRINKAGE).all()
+    assert (refinement.damping == 10 * damping).all()
     refinement.step(data.sample(400, 2)[0])
     data.take_pass(refinement)
     assert (refinement.value < value).all()
-    assert (refinement.damping < 10 * SHRINKAGE).all(), "the next step was taken"
+    assert (refinement.damping < 10 * damping).all(), "the next step was taken"
 
 
 def test_a_damped_step_is_shorter(data):
     lengths = []
-    for damping in (SHRINKAGE, 10 * SHRINKAGE):
+    for damping in (LEAST_DAMPING, 100 * LEAST_DAMPING):
         refinement = data.start(400, (1e-1, 1e-2))
         data.take_pass(refinement)
         refinement.damping[:] = damping
         refinement.step(data.sample(400, 1)[0])
         lengths.append((refinement.points - refinement.accepted_points).norm())
     assert lengths[1] < 0.8 * lengths[0]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(13, 1.5), (1, 3.0), (10_000, LEAST_DAMPING)])
+def test_the_first_step_is_damped_by_the_weights_for_each_pixel(data, count, expected):
+    refinement = data.start(400, (1e-1, 1e-2))
+    sample = SampledPixels(torch.ones(count, WIDTH + 1), torch.ones(count), torch.zeros(count))
+    refinement._start_damping(sample)
+    assert FIRST_DAMPING * CLASSES * (WIDTH + 1) / 13 == 1.5 and MOST_FIRST_DAMPING == 3
+    assert (refinement.damping == expected).all()
+    refinement._start_damping(sample)
+    assert (refinement.damping == expected).all(), "only the first time"
+
+
+@pytest.mark.parametrize(("gain", "factor"), [(-0.5, 10), (0.1, 3), (0.5, 1), (1.0, 1 / 3)])
+def test_damping_follows_what_a_step_has_gained_of_what_was_promised(data, gain, factor):
+    refinement = data.start(400, (1e-1, 1e-2))
+    refinement.value[:] = 0.7
+    refinement.decrease[:] = 0.1
+    refinement.damping[:] = 1.0
+    refinement._adapt_damping(refinement.value - gain * 0.1)
+    torch.testing.assert_close(refinement.damping, torch.full_like(refinement.value, factor))
+
+
+def test_a_point_is_taken_for_the_strength_whose_value_it_lowers_most(data):
+    """The point of the stronger penalty is put where that of the weaker one should be, and the other way round."""
+    refinement = data.start(400, (1e-1, 1e-3))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    data.take_pass(refinement)
+    value = refinement.value.clone()
+    kept = refinement.accepted_points.clone()
+    gradient = refinement.gradient.clone()
+    held_out = refinement.held_out.clone()
+    refinement.value += 1
+    refinement.points = kept.flip(0)
+    data.take_pass(refinement)
+    torch.testing.assert_close(refinement.value, value)
+    torch.testing.assert_close(refinement.gradient, gradient)
+    torch.testing.assert_close(refinement.held_out, held_out)
+    assert torch.equal(refinement.accepted_points, kept)
+
+
+def test_pairs_of_a_neighbour_are_those_of_the_own_penalty(data):
+    """On a quadratic function the changes of a gradient are exact at every strength."""
+    refinement = data.start(400, (1e-1, 1e-2, 1e-3))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    ridge = refinement._ridge()
+    step = torch.randn(ridge.shape[0], FOLDS + 1, CLASSES, WIDTH + 1)
+    refinement.pairs = [(step, ((2 + ridge) * step).float())]
+    for row, rows in ((0, [1, 0]), (1, [0, 2, 1]), (2, [1, 2])):
+        pairs = refinement._pairs_near(row)
+        assert len(pairs) == len(rows)
+        for (own_step, change), other in zip(pairs, rows, strict=True):
+            assert torch.equal(own_step, step[other])
+            expected = ((2 + ridge[row]) * step[other]).float()
+            torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(data):
+    refinement = data.start(400)
+    for seed in (1, 2):
+        data.take_pass(refinement)
+        refinement.step(data.sample(400, seed)[0])
+    best = refinement.strengths[2]
+    refinement.best = best
+    refinement.losses |= {strength: 1.0 for strength in refinement.strengths} | {best: 0.5}
+    refinement.decrease[:] = 1e-6
+    refinement.decrease[3] = 0.6
+    refinement._settle()
+    assert not refinement.settled, "a neighbour has more left than it is behind"
+    refinement.decrease[3] = 0.4
+    refinement.decrease[2] = 1e-3
+    refinement._settle()
+    assert not refinement.settled, "the best one has not converged"
+    refinement.decrease[2] = 1e-6
+    refinement._settle()
+    assert refinement.settled and len(refinement.strengths) == 3
+
+
+def test_given_strengths_are_settled_when_all_have_converged(data):
+    """Their cross-validated losses are reported as those at the optimum."""
+    refinement = data.start(400, (1e-1, 1e-2, 1e-3))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    refinement.best = refinement.strengths[1]
+    refinement.losses |= {strength: 1.0 for strength in refinement.strengths}
+    refinement.losses[refinement.strengths[1]] = 0.5
+    refinement.decrease[:] = 1e-6
+    refinement.decrease[0] = 0.01
+    refinement._settle()
+    assert not refinement.settled
+    refinement.decrease[0] = 1e-6
+    refinement._settle()
+    assert refinement.settled
 
 
 def test_probes_that_have_stopped_early_do_not_move_the_window(data):

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from probes.ops.geometry import GridPlacement
 from probes.training.solve.moments import SiteSpace
-from probes.training.solve.pixel_sample import AxisRange, ChannelRange, Pixels, choose_pixels
+from probes.training.solve.pixel_sample import (
+    CANDIDATES,
+    AxisRange,
+    ChannelRange,
+    Pixels,
+    choose_pixels,
+    prefer_uncertain,
+)
 
 pytestmark = pytest.mark.numerics
 
@@ -118,3 +125,49 @@ def test_half_a_byte_adds_one_percent_to_the_variance_of_each_axis(width):
     error = (restored - inputs)[:, :-1].square().mean(0) / inputs[:, :-1].var(0)
     assert torch.equal(restored[:, -1], torch.ones(20_000))
     assert error.max() < 0.013, "1.15% for a Gaussian, however small the axis"
+
+
+def candidates(counts: list[int]) -> Pixels:
+    """Return candidates of images, each with a number of its own as its label."""
+    total = sum(counts)
+    images = torch.repeat_interleave(torch.arange(len(counts)) * 3, torch.tensor(counts))
+    weights = torch.full((total,), 5.0, dtype=torch.float64)
+    return Pixels(
+        torch.zeros(total, 4).long(),
+        torch.ones(total, 4),
+        torch.arange(total),
+        weights,
+        images,
+    )
+
+
+def test_uncertain_pixels_are_preferred_and_sums_are_kept():
+    """Sums over all candidates of an image, by weights, stay what they are: of ones, and of what goes with doubt."""
+    counts = [2000 * CANDIDATES, 0, 1000 * CANDIDATES]
+    pixels = candidates(counts)
+    doubt = torch.rand(len(pixels.labels), generator=torch.Generator().manual_seed(0)) ** 4
+    kept = prefer_uncertain(pixels, doubt)
+    assert len(kept.labels) == 3000
+    assert kept.images.unique(return_counts=True)[1].tolist() == [2000, 1000]
+    assert doubt[kept.labels].mean() > 1.5 * doubt.mean()
+    assert kept.weights.max() <= 2 * CANDIDATES * 5 + 1e-6
+    for image in (0, 6):
+        before = pixels.images == image
+        after = kept.images == image
+        total = pixels.weights[before].sum()
+        assert kept.weights[after].sum() == pytest.approx(total.item(), rel=0.05)
+        expected = (pixels.weights * doubt)[before].sum().item()
+        found = (kept.weights * doubt[kept.labels])[after].sum().item()
+        assert found == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.5])
+def test_pixels_of_one_certainty_are_spread_evenly(doubt):
+    pixels = candidates([10 * CANDIDATES])
+    kept = prefer_uncertain(pixels, torch.full((10 * CANDIDATES,), doubt))
+    assert (kept.labels.diff() - CANDIDATES).abs().max() <= 1
+    torch.testing.assert_close(kept.weights, torch.full((10,), 5.0 * CANDIDATES).double())
+
+
+def test_images_without_labels_have_no_uncertain_pixels():
+    assert len(prefer_uncertain(candidates([0, 0]), torch.zeros(0)).labels) == 0

@@ -274,11 +274,12 @@ class PassRefinement:
     def _is_decided(self, row: int) -> bool:
         """Return whether the probes of a strength have converged, or can gain less than they are behind the best one.
 
-        The gain is that on their own images, in nats; images that are left out gain less.
+        The gain is that on their own images, in nats; images that are left out gain less. Strengths that are given
+        are not compared: their folds go on as long as any of their probes does.
         """
         gain = self.decrease[row].max().item()
         if self.given is not None:
-            return gain < CONVERGED
+            return gain < CONVERGED and all(found.converged for found in self.certificates)
         behind = self._loss_of(self.strengths[row]) - min(map(self._loss_of, self.strengths))
         return gain < max(CONVERGED, behind)
 

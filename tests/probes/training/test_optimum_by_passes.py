@@ -356,9 +356,15 @@ def test_given_strengths_are_settled_when_all_have_converged(data):
     refinement.losses[refinement.strengths[1]] = 0.5
     refinement.decrease[:] = 1e-6
     refinement.decrease[0] = 0.01
+    found = refinement.gradient
+    refinement.gradient = torch.zeros_like(found)
     refinement._settle()
-    assert not refinement.settled
+    assert not refinement.settled, "folds of a strength that is far behind"
     refinement.decrease[0] = 1e-6
+    refinement.gradient = found
+    refinement._settle()
+    assert not refinement.settled, "probes of all images have no certificates"
+    refinement.gradient = torch.zeros_like(found)
     refinement._settle()
     assert refinement.settled
 

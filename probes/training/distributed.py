@@ -1,5 +1,6 @@
 """Collectives with which several processes compute what a single one does."""
 
+import io
 from typing import Any
 
 import torch
@@ -32,12 +33,23 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def broadcast(x: Any, source: int) -> Any:
-    """Return the object of process `source`, with tensors on the device they had there."""
-    box = [x]
-    if rank_count() > 1:
-        torch.distributed.broadcast_object_list(box, source)
-    return box[0]
+def broadcast(x: Any, source: int, device: torch.device | str = "cpu") -> Any:
+    """Return the object of process `source`.
+
+    Args:
+        x: Object of this process, which may contain tensors.
+        source: Process whose object it is.
+        device: Where its tensors are put. Processes that see all GPUs would else find them on that of `source`.
+    """
+    if rank_count() == 1:
+        return x
+    file = io.BytesIO()
+    if rank() == source:
+        torch.save(x, file)
+    box = [file.getvalue()]
+    torch.distributed.broadcast_object_list(box, source)
+    # our own processes' bytes, not a file that somebody gives us
+    return torch.load(io.BytesIO(box[0]), map_location=device, weights_only=False)
 
 
 def all_gather_objects(x: Any) -> list[Any]:

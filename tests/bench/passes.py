@@ -99,9 +99,8 @@ class Synthetic:
         generator = torch.Generator().manual_seed(0)
         self.means = torch.randn(classes, width, generator=generator)
         self.scale = torch.arange(1, width + 1) ** -0.5  # standard deviations of the noise
-        self.means *= (
-            0.08 * self.scale
-        )  # classes overlap: some three deviations apart, over all channels
+        # classes overlap: some three deviations apart over all channels, at any width
+        self.means *= 0.08 * (4096 / width) ** 0.5 * self.scale
 
     def __len__(self) -> int:
         return self.images

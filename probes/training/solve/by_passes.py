@@ -213,7 +213,9 @@ class PassSolver(Solver):
         for site, (axes, solution) in found.items():
             self.refinements[site] = self._start(axes.space, null[site], solution)
         axes = {site: found[site][0] if site in found else None for site in self.sites}
-        self.axis_ranges = {site: broadcast(axes[site], self.owner_of(site)) for site in self.sites}
+        self.axis_ranges = {
+            site: broadcast(axes[site], self.owner_of(site), self.device) for site in self.sites
+        }
 
     def _sum_moments(self, site: str) -> tuple[SiteSpace, Tensor] | None:
         """Return the coordinates of a site and the gradient at w = 0; None on processes that do not solve it."""
@@ -261,7 +263,7 @@ class PassSolver(Solver):
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
         sums = {
-            site: PassSums(*broadcast(self._probes(site), self.owner_of(site)))
+            site: PassSums(*broadcast(self._probes(site), self.owner_of(site), self.device))
             for site in self.sites
         }
         labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)

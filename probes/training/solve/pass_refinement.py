@@ -115,9 +115,7 @@ class PassRefinement:
         penalty = dot(ridge * self.points, self.points) / 2
         if self.value.isfinite().all():
             self._adapt_damping(value + penalty)
-            step = (self.points - self.accepted_points).float()
-            change = (gradient + ridge * self.points - self.gradient).float()
-            self.pairs = [*self.pairs, (step, change)][-PAIRS:]
+            self._remember_pair(gradient + ridge * self.points, value.isfinite())
         value, source = self._best_measured(value, penalty)
         probe = torch.arange(value.shape[1], device=value.device)
         points = self.points[source, probe]
@@ -133,10 +131,20 @@ class PassRefinement:
 
     def _adapt_damping(self, value: Tensor) -> None:
         """Damp the next step more or less, by what the last one has gained; `value` f64[W, G] is where it has led."""
+        if not self.damping.any():  # a file of an earlier commit
+            return
         gain = (self.value - value + ROUNDING) / (self.decrease + ROUNDING)
+        gain = gain.nan_to_num(nan=-1.0)
         factors = value.new_tensor(DAMPING_FACTORS)
         factor = factors[torch.bucketize(gain, value.new_tensor(GAINS), right=True)]
         self.damping = (self.damping * factor).clamp(min=LEAST_DAMPING)
+
+    def _remember_pair(self, gradient: Tensor, usable: Tensor) -> None:
+        """Remember the last steps and the changes of the gradient f64[W, G, K, d + 1], but where `usable` is False."""
+        usable = usable[..., None, None]
+        step = torch.where(usable, self.points - self.accepted_points, 0).float()
+        change = torch.where(usable, gradient - self.gradient, 0).float()
+        self.pairs = [*self.pairs, (step, change)][-PAIRS:]
 
     def _best_measured(self, value: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest value f64[W, G] of each probe over the points of all strengths, and whose point it is.
@@ -147,7 +155,7 @@ class PassRefinement:
         """
         strengths = value.new_tensor(self.strengths)
         ratio = strengths[:, None] / strengths
-        lowest = (value + ratio[..., None] * penalty).min(1)
+        lowest = (value + ratio[..., None] * penalty).nan_to_num(nan=torch.inf).min(1)
         return lowest.values, lowest.indices
 
     @full_precision()
@@ -158,6 +166,9 @@ class PassRefinement:
             sample: Pixels that give the curvature.
             is_last: No pass follows, which would measure strengths that enter the window: it stays.
         """
+        if self.converged:  # steps below the resolution of float32 would only be noise
+            self.points = self.accepted_points
+            return
         if not (self.settled or is_last):
             self._move_window()
         self._start_damping(sample)
@@ -250,7 +261,9 @@ class PassRefinement:
         chosen = self.strengths[self.chosen]
         before = self.best
         self.best = chosen
-        if self.settled or chosen != before or chosen != min(self.strengths, key=self._loss_of):
+        lowest = min(self.strengths, key=self._loss_of)
+        at_end = half_decade(lowest) in (STRONGEST, WEAKEST)
+        if self.settled or chosen != before or not (chosen == lowest or at_end):
             return
         rows = self.solved
         if not all(self.strengths[row] in self.losses for row in rows):
@@ -272,10 +285,10 @@ class PassRefinement:
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
 
     def _is_decided(self, row: int) -> bool:
-        """Return whether the probes of a strength have converged, or can gain less than they are behind the best one.
+        """Return whether the probes of a strength have converged, or promise less than they are behind the best one.
 
-        The gain is that on their own images, in nats; images that are left out gain less. Strengths that are given
-        are not compared: their folds go on as long as any of their probes does.
+        The gain is what their next steps promise on their own images, in nats; images that are left out are expected
+        to gain less. Strengths that are given are not compared: their folds go on as long as any of their probes does.
         """
         gain = self.decrease[row].max().item()
         if self.given is not None:

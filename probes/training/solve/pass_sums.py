@@ -69,7 +69,7 @@ class PassSums:
         probe = self.points[len(self.points) // 2, -1].float()
         by_token = (states.float() - self.mean) @ probe[:, :-1].T + probe[:, -1]
         probability = pixels.interpolate(by_token).softmax(-1)
-        return 1 - probability.square().sum(-1)
+        return (1 - probability.square().sum(-1)).nan_to_num(0).clamp(min=0)
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums, which are added over processes in place."""

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from probes import FinishedRun
 from probes.cli import main
+from probes.training import distributed
+from probes.training.solve.pixel_sample import AxisRange
 
 SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
@@ -186,6 +188,16 @@ def together(
     )
     commands = {name: [*argv, *two_ranks.TWO] for name, argv in commands.items()}
     return folder, two_ranks.run(commands, folder, HANGING_S)
+
+
+def test_tensors_of_another_process_are_put_on_the_own_device(monkeypatch):
+    """All processes of a machine see all GPUs: those of process 1 would be on the GPU of process 0."""
+    sent = {"axes": AxisRange(None, torch.ones(3)), "folds": [0, None]}
+    monkeypatch.setattr(distributed, "rank_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: None)
+    found = distributed.broadcast(sent, 0, "meta")
+    assert found["axes"].deviation.device.type == "meta" and found["folds"] == [0, None]
+    assert torch.equal(distributed.broadcast(sent, 0)["axes"].deviation, torch.ones(3))
 
 
 @pytest.mark.distributed

@@ -8,7 +8,15 @@ from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
 from probes.training.solve import sample_hessian
 from probes.training.solve.moments import Moments, SiteSpace
-from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
+from probes.training.solve.objective import (
+    LOOSE_NODES,
+    STRONGEST,
+    TIGHT_NODES,
+    WEAKEST,
+    PixelProblem,
+    SiteProblem,
+    half_decades,
+)
 from probes.training.solve.pass_refinement import (
     FIRST_DAMPING,
     LEAST_DAMPING,
@@ -344,6 +352,67 @@ def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(data):
     refinement.decrease[2] = 1e-6
     refinement._settle()
     assert refinement.settled and len(refinement.strengths) == 3
+
+
+@pytest.mark.parametrize("end", [STRONGEST, WEAKEST])
+def test_the_strength_is_settled_at_an_end_of_the_grid_too(data, end):
+    refinement = data.start(400)
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    first = STRONGEST if end == STRONGEST else WEAKEST - 4
+    refinement.strengths = [*half_decades(first, first + 4)]
+    lowest = refinement.strengths[0 if end == STRONGEST else -1]
+    refinement.losses = {strength: 1.0 for strength in refinement.strengths} | {lowest: 0.5}
+    refinement.best = refinement.strengths[refinement.chosen]
+    assert refinement.best != lowest, "a chosen strength has two neighbours"
+    refinement.decrease[:] = 1e-6
+    refinement._settle()
+    assert refinement.settled and lowest in refinement.strengths
+
+
+def test_probes_that_have_converged_do_not_move(data):
+    """A step below the resolution of float32 is noise, and so would be what it says of the curvature."""
+    refinement = data.start(800)
+    for seed in range(1, 9):
+        data.take_pass(refinement)
+        refinement.step(data.sample(800, seed)[0])
+    assert refinement.converged
+    before = refinement.accepted_points.clone()
+    for seed in range(9, 29):
+        data.take_pass(refinement)
+        refinement.step(data.sample(800, seed)[0])
+        assert refinement.converged
+    torch.testing.assert_close(refinement.accepted_points, before, atol=1e-3, rtol=1e-2)
+    assert torch.equal(refinement.points, refinement.accepted_points)
+
+
+def test_a_broken_point_is_taken_back_and_spoils_no_other_strength(data):
+    refinement = data.start(400, (1e-1, 1e-2))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    damping = refinement.damping.clone()
+    value = refinement.value.clone()
+    refinement.points[1] = torch.nan
+    data.take_pass(refinement)
+    assert (refinement.value[0] < value[0]).all() and (
+        refinement.damping[1] == 10 * damping[1]
+    ).all()
+    refinement.step(data.sample(400, 2)[0])
+    assert refinement.points.isfinite().all() and refinement.accepted_points.isfinite().all()
+    data.take_pass(refinement)
+    assert (refinement.value < value).all()
+
+
+def test_a_file_without_damping_starts_it_with_the_next_sample(data):
+    refinement = data.start(400, (1e-1, 1e-2))
+    data.take_pass(refinement)
+    refinement.step(data.sample(60, 1)[0])
+    state = refinement.state()
+    expected = state.pop("damping")
+    again = PassRefinement.of_state(state, (1e-1, 1e-2))
+    data.take_pass(again)
+    again.step(data.sample(60, 2)[0])
+    torch.testing.assert_close(again.damping, expected, atol=0, rtol=0.1)
 
 
 def test_given_strengths_are_settled_when_all_have_converged(data):

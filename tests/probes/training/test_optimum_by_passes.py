@@ -24,7 +24,7 @@ from probes.training.solve.pass_refinement import (
     PassRefinement,
 )
 from probes.training.solve.pass_sums import PassSums, null_gradient
-from probes.training.solve.pixel_sample import AxisRange, choose_pixels
+from probes.training.solve.pixel_sample import AxisRange, Pixels, choose_pixels
 from probes.training.solve.refinement import start_refinement
 from probes.training.solve.sample_hessian import SampledPixels, SampleHessian, quasi_newton
 from probes.training.solve.strength_path import FoldSearch
@@ -352,6 +352,21 @@ def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(data):
     refinement.decrease[2] = 1e-6
     refinement._settle()
     assert refinement.settled and len(refinement.strengths) == 3
+
+
+def test_uncertainty_is_that_of_the_probe_of_all_images_at_the_pixel(data):
+    refinement = data.start(400, (1e-1, 1e-2, 1e-3))
+    data.take_pass(refinement)
+    refinement.step(data.sample(400, 1)[0])
+    sums = PassSums(*refinement.probes())
+    view = GridPlacement.full(SIZE)
+    tokens, shares, labels, _ = choose_pixels(data.target[5], 50, 0, GRID, view)
+    pixels = Pixels(tokens, shares, labels, torch.ones(50).double(), torch.full((50,), 5))
+    found = sums.uncertainty(data.states[5:6], pixels)
+    inputs = data.space.coordinates(pixels.interpolate(data.states[5:6]))
+    probability = (inputs.double() @ refinement.points[1, -1].T).softmax(1)
+    expected = (probability * (1 - probability)).sum(1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("end", [STRONGEST, WEAKEST])

@@ -328,6 +328,24 @@ def test_moments_that_do_not_fit_are_an_error(
         )
 
 
+def test_later_passes_prefer_uncertain_pixels(solve, monkeypatch):
+    samples = []
+    gather = PassSolver._gather_pixels
+
+    def record(self):
+        gather(self)
+        samples.append(self.sample_pixels)
+
+    monkeypatch.setattr(PassSolver, "_gather_pixels", record)
+    solve("--model.sites", "[adapter]", "--sample-images", "2", "--passes", "2", strengths=("1",))
+    first, later = samples
+    assert len(later[1]) == 2 * len(first[1]), "half a byte a channel instead of a byte"
+    assert len(later[1].unique()) > len(later[1]) // 2, (
+        "pixels of an image differ in what they stand for"
+    )
+    assert later[1].sum() == pytest.approx(first[1].sum().item(), rel=0.2)
+
+
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
     monkeypatch.setattr("probes.training.solve.choose_solver.available_memory", lambda: 0)
     monkeypatch.setattr("probes.training.solve.choose_solver.LEAST", 1)

@@ -28,8 +28,8 @@ from probes.training.solve.pixel_sample import (
     CANDIDATES,
     AxisRange,
     ChannelRange,
-    Pixels,
-    choose_pixels,
+    count_and_seed,
+    draw_pixels,
     prefer_uncertain,
 )
 from probes.training.solve.refinement import start_refinement
@@ -145,41 +145,6 @@ def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat([adapt(part) for part in x.split(BATCH)]) for x in states]
 
 
-def draw_pixels(
-    data,
-    images: list[int],
-    targets: list[torch.Tensor],
-    total: int,
-    seed: int,
-    multiple: int = 1,
-) -> Pixels:
-    """Return pixels of a batch, as `PassSolver` draws them: a multiple of its share of `total`."""
-    tokens_of_image = data.grid[0] * data.grid[1]
-    parts = []
-    for slot, (image, target) in enumerate(zip(images, targets, strict=True)):
-        place = (image + seed) % len(data)
-        count = (place + 1) * total // len(data) - place * total // len(data)
-        view = GridPlacement.full(tuple(target.shape))
-        tokens, shares, labels, labelled = choose_pixels(
-            target,
-            multiple * count,
-            1_000_003 * (image + len(data) * seed),
-            data.grid,
-            view,
-        )
-        weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
-        parts.append(
-            (
-                tokens + slot * tokens_of_image,
-                shares,
-                labels,
-                weights,
-                torch.full((len(labels),), image),
-            )
-        )
-    return Pixels(*map(torch.cat, zip(*parts, strict=True)))
-
-
 def solve_by_passes(data, share: float, passes: int) -> dict:
     """Solve a site with a sample of a share of the bytes of float32 states; print each pass."""
     fold_of = assign_folds(len(data), FOLDS)
@@ -193,7 +158,8 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             channels = ChannelRange.of(states)
             moments = Moments.zeros(channels.mean, 1, data.classes)
         moments.update(states.flatten(0, 1), masks.soft.flatten(2).mT.flatten(0, 1).double(), 0)
-        pixels = draw_pixels(data, images, targets, total, 0)
+        draws = [count_and_seed(image, len(data), total, 0) for image in images]
+        pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
         kept.append((channels.store(pixels.interpolate(states)), pixels))
     space = SiteSpace.of_moments(moments)
     null = null_gradient(space, moments)
@@ -217,14 +183,9 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
             pixel_count.index_add_(0, folds, masks.pixels)
-            pixels = draw_pixels(
-                data,
-                images,
-                targets,
-                2 * total,
-                number - 1,
-                CANDIDATES,
-            )
+            draws = [count_and_seed(image, len(data), 2 * total, number - 1) for image in images]
+            draws = [(CANDIDATES * count, seed) for count, seed in draws]
+            pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
             pixels = prefer_uncertain(pixels, sums.uncertainty(states, pixels))
             kept.append((axes.store(pixels.interpolate(states)), pixels))
         refinement.accept_losses(*sums.means(space, pixel_count))

@@ -27,8 +27,8 @@ from .pixel_sample import (
     STORED,
     AxisRange,
     ChannelRange,
-    Pixels,
-    choose_pixels,
+    count_and_seed,
+    draw_pixels,
     prefer_uncertain,
 )
 from .sample_hessian import SampledPixels
@@ -124,7 +124,12 @@ class PassSolver(Solver):
             sums: The sums of this pass by site, whose probes say which pixels are uncertain; {} in the first pass.
         """
         ranges = self.axis_ranges if sums else self.channel_ranges
-        pixels = self._random_pixels(batch, CANDIDATES if sums else 1)
+        images = batch["index"].tolist()
+        draws = [self._count_and_seed(image) for image in images]
+        if sums:
+            draws = [(CANDIDATES * count, seed) for count, seed in draws]
+        targets = [target.cpu() for target in batch["target"]]
+        pixels = draw_pixels(images, targets, draws, tuple(self.mllm.grid), self.mllm.geometry.view)
         if sums:
             by_site = [sums[site].uncertainty(x, pixels) for site, x in batch["states"].items()]
             pixels = prefer_uncertain(pixels, torch.stack(by_site).mean(0).cpu())
@@ -134,35 +139,15 @@ class PassSolver(Solver):
         }
         self.kept.append((pixels.labels, pixels.weights, pixels.images, states))
 
-    def _random_pixels(self, batch: dict[str, Any], multiple: int) -> Pixels:
-        """Return a multiple of the pixels that this pass keeps of each image of a batch."""
-        grid = tuple(self.mllm.grid)
-        parts = []
-        for slot, (image, target) in enumerate(
-            zip(batch["index"].tolist(), batch["target"], strict=True)
-        ):
-            view = self.mllm.geometry.view(tuple(target.shape))
-            count, seed = self._count_and_seed(image)
-            found = choose_pixels(target.cpu(), multiple * count, seed, grid, view)
-            tokens, shares, labels, labelled = found
-            tokens = tokens + slot * grid[0] * grid[1]
-            weights = torch.full(
-                (len(labels),), labelled / max(1, len(labels)), dtype=torch.float64
-            )
-            parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
-        return Pixels(*map(torch.cat, zip(*parts, strict=True)))
-
     def _count_and_seed(self, image: int) -> tuple[int, int]:
         """Return how many pixels of an image this pass keeps, and the seed that chooses them.
 
-        The first pass keeps a byte a channel, later ones half a byte, and so twice as many pixels. Where there are
-        fewer pixels than images, other images have one in each pass.
+        The first pass keeps a byte a channel, later ones half a byte, and so twice as many pixels.
         """
         tokens = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1]
         total = tokens * self.mllm.model.dtype.itemsize * (1 if self.in_first_pass else 2)
-        place = (image + self.passes) % self.images
-        count = (place + 1) * total // self.images - place * total // self.images
-        return count, self.options.seed + 1_000_003 * (image + self.images * self.passes)
+        count, seed = count_and_seed(image, self.images, total, self.passes)
+        return count, self.options.seed + seed
 
     def _gather_pixels(self) -> None:
         """Bring the sample of each site to its owner, in the order of the images."""

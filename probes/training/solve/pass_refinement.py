@@ -268,7 +268,10 @@ class PassRefinement:
         rows = self.solved
         if not all(self.strengths[row] in self.losses for row in rows):
             return
-        if not all(self._is_decided(row) for row in rows):
+        if not all(self.decrease[row].max() < self._allowed(row) for row in rows):
+            return
+        # strengths that are given are all reported: their folds go on as long as any of their probes does
+        if self.given is not None and not all(found.converged for found in self.certificates):
             return
         self.settled = True
         self.strengths = [self.strengths[row] for row in rows]
@@ -284,17 +287,16 @@ class PassRefinement:
         self.damping = rest(self.damping)
         self.pairs = [(rest(step), rest(change)) for step, change in self.pairs]
 
-    def _is_decided(self, row: int) -> bool:
-        """Return whether the probes of a strength have converged, or promise less than they are behind the best one.
+    def _allowed(self, row: int) -> float:
+        """Return the decrease, in nats, below which the choice of the strength does not wait for its probes.
 
-        The gain is what their next steps promise on their own images, in nats; images that are left out are expected
-        to gain less. Strengths that are given are not compared: their folds go on as long as any of their probes does.
+        A strength that was not given may promise as much as it is behind the best one: images that are left out are
+        expected to gain less than the probes' own.
         """
-        gain = self.decrease[row].max().item()
         if self.given is not None:
-            return gain < CONVERGED and all(found.converged for found in self.certificates)
+            return CONVERGED
         behind = self._loss_of(self.strengths[row]) - min(map(self._loss_of, self.strengths))
-        return gain < max(CONVERGED, behind)
+        return max(CONVERGED, behind)
 
     @property
     def chosen(self) -> int:

@@ -10,6 +10,7 @@ cross-entropy. Later passes prefer pixels of which a probe is unsure, since sure
 Legend: n pixels, B images, T tokens, d width.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,53 @@ def choose_pixels(
         target[row, col].long(),
         len(rows),
     )
+
+
+def count_and_seed(
+    image: int,
+    images: int,
+    total: int,
+    number: int,
+) -> tuple[int, int]:
+    """Return how many pixels a pass keeps of an image, and the seed that chooses them.
+
+    Where there are fewer pixels than images, other images have one in each pass.
+
+    Args:
+        image: Index of the image.
+        images: Number of images of the dataset.
+        total: Pixels of all images.
+        number: Number of the pass, from 0.
+    """
+    place = (image + number) % images
+    count = (place + 1) * total // images - place * total // images
+    return count, 1_000_003 * (image + images * number)
+
+
+def draw_pixels(
+    images: list[int],
+    targets: Sequence[Tensor],
+    draws: list[tuple[int, int]],
+    grid: tuple[int, int],
+    view: Callable[[tuple[int, ...]], GridPlacement],
+) -> Pixels:
+    """Return random pixels of the images of a batch.
+
+    Args:
+        images: B indices of images in the dataset.
+        targets: B masks, as of :func:`choose_pixels`.
+        draws: (count, seed) of each image.
+        grid: (h, w) of the tokens.
+        view: Position of the grid on a mask of a size.
+    """
+    parts = []
+    for slot, (image, target, (count, seed)) in enumerate(zip(images, targets, draws, strict=True)):
+        found = choose_pixels(target, count, seed, grid, view(tuple(target.shape)))
+        tokens, shares, labels, labelled = found
+        tokens = tokens + slot * grid[0] * grid[1]
+        weights = torch.full((len(labels),), labelled / max(1, len(labels)), dtype=torch.float64)
+        parts.append((tokens, shares, labels, weights, torch.full((len(labels),), image)))
+    return Pixels(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def prefer_uncertain(pixels: Pixels, uncertainty: Tensor) -> Pixels:

@@ -330,14 +330,14 @@ class _Problem:
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         # at w = 0
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge
-        scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
+        diagonal = (1 / curvature.clamp(min=1e-12)).expand_as(start)
         return minimise(
             self._value_and_gradient,
             start,
-            scale,
+            diagonal,
             tolerance,
             pairs=deque(maxlen=MEMORY),
-        )[0]
+        ).points
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""

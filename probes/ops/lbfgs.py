@@ -17,6 +17,28 @@ HALVINGS = 10  # of a step, before rounding is blamed
 
 # points f64[P, K, n] of the problems in a list
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
+# points and gradients f64[P, K, n]: the product with about the inverse Hessian there, f64[P, K, n] to the same
+FirstGuess = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
+
+
+class Pair(NamedTuple):
+    """A step that was taken, and how the gradient has changed.
+
+    Args:
+        step: f[P, K, n].
+        change: f[P, K, n].
+        inverse: f[P], one by their product; 0 where it is not above 0.
+    """
+
+    step: Tensor
+    change: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, step: Tensor, change: Tensor) -> "Pair":
+        """Return the pair of a step and a change f[P, K, n]."""
+        product = dot(step, change)
+        return cls(step, change, torch.where(product > 0, 1 / product.clamp(min=1e-300), 0))
 
 
 class Minimum(NamedTuple):
@@ -38,41 +60,33 @@ class Minimum(NamedTuple):
 def minimise(
     objective: Objective,
     points: Tensor,
-    scale: Tensor,
+    first_guess: FirstGuess | Tensor,
     tolerance: float,
-    pairs: deque | None = None,
+    pairs: deque[Pair] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> Minimum:
-    """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
+    """Return the minima of P independent smooth convex objectives, by L-BFGS.
 
     Args:
         objective: Value and gradient of some of the problems at given points.
         points: f64[P, K, n], where to start.
-        scale: f64[P, K, n], about the inverse square root of the curvature.
+        first_guess: Gives about the inverse Hessian at the points of each step; or f64[P, K, n], about its diagonal,
+            whose size the last pair of each problem then corrects.
         tolerance: Predicted decrease at which a problem ends.
-        pairs: What an earlier call has learned of nearly the same curvature in the same units; steps are added to it.
+        pairs: What an earlier call has learned of nearly the same curvature; steps are added to it.
         known: Value f64[P] and gradient f64[P, K, n] at `points`; None to evaluate them.
     """
-    shape = points.shape
-    points = points.flatten(1)
-    scale = scale.flatten(1)
-
-    def evaluate(x, problems):
-        found = objective(x.view(-1, *shape[1:]), problems)
-        return tuple(y if y.ndim == 1 else y.flatten(1) for y in found)
-
-    if known is None:
-        value, gradient = evaluate(points, list(range(len(points))))
-    else:
-        value = known[0]
-        gradient = known[1].flatten(1)
+    value, gradient = objective(points, list(range(len(points)))) if known is None else known
     pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     # no step decreases the value: it is exact to rounding
     blocked = torch.zeros_like(value, dtype=torch.bool)
     for iteration in range(ITERATIONS + 1):
-        scaled = gradient * scale
-        direction = -_times_inverse_hessian(scaled, pairs)
-        decrease = -(scaled * direction).sum(1) / 2
+        if isinstance(first_guess, Tensor):
+            solve = _sized(first_guess, pairs)
+        else:
+            solve = first_guess(points, gradient)
+        direction = -quasi_newton(gradient, pairs, solve)
+        decrease = -dot(gradient, direction) / 2
         active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
         if not active or iteration == ITERATIONS:
             break
@@ -81,8 +95,8 @@ def minimise(
         step[active] = 1.0
         trying = active
         for _ in range(HALVINGS):
-            x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
-            found, by_x = evaluate(x, trying)
+            x = points[trying] + step[trying, None, None] * direction[trying]
+            found, by_x = objective(x, trying)
             enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
             for old, at in zip(new, (x, found, by_x), strict=True):
                 is_better = enough.view(-1, *[1] * (at.ndim - 1))
@@ -93,54 +107,61 @@ def minimise(
             step[trying] /= 2
         step[trying] = 0.0
         blocked[trying] = True
-        s = step[:, None] * direction
-        y = (new[2] - gradient) * scale
+        pairs.append(Pair.of(step[:, None, None] * direction, new[2] - gradient))
         points, value, gradient = new
-        pairs.append(_pair(s, y))
-    return Minimum(points.view(shape), value, gradient.view(shape), decrease)
+    return Minimum(points, value, gradient, decrease)
 
 
-def change_units(
-    pairs: deque,
-    before: Tensor,
-    after: Tensor,
-    added: Tensor,
-) -> None:
-    """Bring pairs into the units of a later call of :func:`minimise`, whose objectives have another penalty.
+def add_penalty(pairs: deque[Pair], added: Tensor) -> None:
+    """Bring pairs up to date for objectives that have another penalty.
 
     Args:
         pairs: Of P problems.
-        before: f64[P, K, n], `scale` of the call that has made the pairs.
-        after: f64[P, K, n], `scale` of the call that takes them.
         added: f64[P, 1, n], a: the new objectives are the old ones + a/2 x^2, with a below 0 where a penalty is weaker.
     """
-    ratio = (before / after).flatten(1)
-    curvature = (added * before * after).flatten(1)
     for _ in range(len(pairs)):  # one at a time: all of them twice may be gigabytes
-        s, y, *_ = pairs.popleft()
-        pairs.append(_pair(s * ratio, y / ratio + curvature * s))
+        step, change, _ = pairs.popleft()
+        pairs.append(Pair.of(step, change + added * step))
 
 
-def _pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a step, the change of the gradient, both f64[P, n], and the factors of the recursion; 0 where s y <= 0."""
-    curvature = (s * y).sum(1)
-    rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
-    stretched = (rho * y.square().sum(1)).clamp(min=1e-300)
-    size = torch.where(rho > 0, 1 / stretched, 0)
-    return s, y, rho, size
+def quasi_newton(
+    gradient: Tensor, pairs: Sequence[Pair], solve: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return about H^-1 gradient, f64[P, K, n]: the two-loop recursion of L-BFGS around `solve`.
+
+    Source: Nocedal and Wright, algorithm 7.4, for P problems.
+
+    Args:
+        gradient: f64[P, K, n].
+        pairs: From old to new.
+        solve: Product with a first guess of H^-1.
+    """
+    result = gradient.clone()
+    factors = []
+    for step, change, inverse in reversed(pairs):
+        factor = inverse * dot(step, result)
+        result -= factor[:, None, None] * change
+        factors.append(factor)
+    result = solve(result)
+    for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
+        result += (factor - inverse * dot(change, result))[:, None, None] * step
+    return result
 
 
-def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
-    q = gradient.clone()
-    alphas = []
-    size = torch.ones_like(gradient[:, 0])
-    for *_, of_step in pairs:  # the last step of each problem sets the size of the first guess
-        size = torch.where(of_step > 0, of_step, size)
-    for s, y, rho, _ in reversed(pairs):
-        alphas.append(rho * (s * q).sum(1))
-        q -= alphas[-1][:, None] * y
-    q *= size[:, None]
-    for (s, y, rho, _), alpha in zip(pairs, reversed(alphas), strict=True):
-        q += (alpha - rho * (y * q).sum(1))[:, None] * s
-    return q
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the scalar products f[...] of points f[..., K, n]."""
+    return (x * y).sum((-2, -1))
+
+
+def _sized(diagonal: Tensor, pairs: Sequence[Pair]) -> Callable[[Tensor], Tensor]:
+    """Return the product with a diagonal f64[P, K, n], sized by the last pair of each problem that has one."""
+    size = torch.ones_like(diagonal[:, 0, 0])
+    missing = torch.ones_like(size, dtype=torch.bool)
+    for _, change, inverse in reversed(pairs):
+        if not missing.any():
+            break
+        stretched = (inverse * dot(diagonal * change, change)).clamp(min=1e-300)
+        found = missing & (inverse > 0)
+        size = torch.where(found, 1 / stretched, size)
+        missing &= ~found
+    return lambda x: size[:, None, None] * (diagonal * x)

@@ -5,28 +5,38 @@ The objective of a strength r is convex:
     f(w, b) = mean cross-entropy of the upsampled logits over labelled pixels + r/2 w^T D w        (D: moments.py)
 
 w is in coordinates in which D is the identity and the pooled within-class covariance diag(s) (`moments.py`). There,
-p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curvature along w_kj: L-BFGS in steps of its
-inverse square root needs no Hessian.
+p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curvature along w_kj. That is what L-BFGS
+starts from on a sample of pixels. With all images in memory it starts from the Hessian on some of their nodes
+(`node_sample.py`, `sample_hessian.py`), which takes half the time.
 
 `strength_path.py` uses two nodes per cell (`probes/ops`). Certificates, the last probes and reported losses use five.
 
-Legend: P problems solved together, F folds, B images, T tokens, d width, K classes.
+Legend: P problems solved together, F folds, B images, T tokens, d width, K classes, n pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from probes.ops.cross_entropy import loss_and_gradient
-from probes.ops.lbfgs import Objective
+from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
 
 from .moments import SiteSpace, full_precision
+from .node_sample import sample_nodes
+from .sample_hessian import SampledPixels, SampleHessian, first_damping
 
 LOOSE_NODES = 2
 TIGHT_NODES = 5
 CHUNK_NUMEL = 2**24  # logits at a time
+# Nodes of the sample in memory: as many for each weight of a probe, but an eighth of the tokens, or these at least.
+# Half as many, or twice, take 5 and 30% more time.
+NODES_PER_WEIGHT = 2
+TOKENS_PER_NODE = 8
+LEAST_SAMPLED = 500
+RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many steps and more time
 # the strongest and the weakest regularisation that is tried, in half decades: 1000 and 1e-8
 STRONGEST = -6
 WEAKEST = 16
@@ -66,12 +76,13 @@ class FoldProblem:
         weights = prior.new_zeros(len(prior), len(self.space.spectrum))
         return torch.cat([weights, prior[:, None]], 1)
 
-    def scale(self, strengths: Tensor) -> Tensor:
-        """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
+    def first_guess(
+        self, strengths: Tensor, left_out: Sequence[int | None], nodes: int
+    ) -> FirstGuess | Tensor:
+        """Return the first guess of the inverse Hessian for `minimise`; arguments as of :meth:`objective`."""
         p = self.space.log_prior.exp().clamp(min=1e-4)
         loss_curvature = (p * (1 - p))[:, None] * self.space.input_spectrum
-        curvature = loss_curvature + self.space.ridge(strengths)
-        return curvature.rsqrt()
+        return 1 / (loss_curvature + self.space.ridge(strengths))
 
     def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
         """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
@@ -136,7 +147,45 @@ class SiteProblem(FoldProblem):
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
         pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        self.samples: dict[int, SampledPixels] = {}
         super().__init__(space, pixels)
+
+    def sample(self, nodes: int) -> SampledPixels:
+        """Return some nodes of all images, for the curvature of the loss with so many nodes.
+
+        That with few nodes differs where logits are very rough; a step for the other one would be far too long.
+        """
+        if nodes not in self.samples:
+            self.samples[nodes] = self._sample(nodes)
+        return self.samples[nodes]
+
+    def _sample(self, nodes: int) -> SampledPixels:
+        weights = self.start.numel()
+        tokens = sum(len(x) * x.shape[1] for x in self.tokens)
+        count = max(LEAST_SAMPLED, min(NODES_PER_WEIGHT * weights, tokens // TOKENS_PER_NODE))
+        return sample_nodes(self.tokens, self.masks[nodes], count)
+
+    def first_guess(
+        self, strengths: Tensor, left_out: Sequence[int | None], nodes: int
+    ) -> FirstGuess | Tensor:
+        """Return the inverse of the Hessian on the sample; arguments as of :meth:`objective`."""
+        sample = self.sample(nodes)
+        damping = first_damping(self.start.numel(), len(sample.weights))
+
+        @full_precision()
+        def inverse_hessian(points: Tensor, gradient: Tensor) -> Callable[[Tensor], Tensor]:
+            hessian = SampleHessian(
+                sample,
+                points,
+                gradient,
+                left_out,
+                self.space.ridge(strengths),
+                self.space.input_spectrum,
+                torch.full_like(strengths, damping),
+            )
+            return full_precision()(partial(hessian.solve, residual=RESIDUAL))
+
+        return inverse_hessian
 
     def sums(
         self,

@@ -16,15 +16,18 @@ K classes, d width.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from probes.ops.lbfgs import Pair, dot, quasi_newton
+
 from .moments import SiteSpace, full_precision
 from .objective import STRONGEST, WEAKEST, half_decades
 from .refinement import CONVERGED, ROUNDING, Certificate
-from .sample_hessian import SampledPixels, SampleHessian, dot, quasi_newton
+from .sample_hessian import LEAST_DAMPING, SampledPixels, SampleHessian, first_damping
 
 SAVED = {  # attributes by their names in the file of a killed run
     "null": "null_gradient",
@@ -36,11 +39,8 @@ SAVED = {  # attributes by their names in the file of a killed run
     "held_out": "held_out",
     "damping": "damping",
 }
+RESIDUAL = 0.03  # of a step: a pass costs more than conjugate gradients
 PAIRS = 4  # steps that are remembered, in float32
-# The first damping, a weight of a probe for each pixel of the sample: fewer pixels show less of the curvature
-FIRST_DAMPING = 0.5
-LEAST_DAMPING = 0.03
-MOST_FIRST_DAMPING = 3.0
 # A step multiplies the damping of the next one by what it has gained, as a part of the decrease that the sample has
 # promised: below 0 (it is taken back), 1/4, 3/4, and more. Source: Nocedal and Wright, algorithm 4.1
 GAINS = (0.0, 0.25, 0.75)
@@ -178,12 +178,14 @@ class PassRefinement:
             hessian = SampleHessian(
                 sample,
                 self.accepted_points[row],
+                self.gradient[row],
                 self.left_out,
                 ridge[0],
                 self.space.input_spectrum,
                 self.damping[row],
             )
-            direction = quasi_newton(self.gradient[row], self._pairs_near(row), hessian.solve)
+            solve = partial(hessian.solve, residual=RESIDUAL)
+            direction = quasi_newton(self.gradient[row], self._pairs_near(row), solve)
             self.decrease[row] = dot(direction, self.gradient[row]) / 2
             self.points[row] -= direction
         self._settle()
@@ -192,10 +194,9 @@ class PassRefinement:
         """Set the damping of the first step."""
         if not self.damping.any():
             weights = self.points[0, 0].numel()
-            first = FIRST_DAMPING * weights / max(1, len(sample.weights))
-            self.damping += min(max(first, LEAST_DAMPING), MOST_FIRST_DAMPING)
+            self.damping += first_damping(weights, len(sample.weights))
 
-    def _pairs_near(self, row: int) -> list[tuple[Tensor, Tensor]]:
+    def _pairs_near(self, row: int) -> list[Pair]:
         """Return the pairs f32[G, K, d + 1] of a strength and its neighbours, from old to new, its own after theirs.
 
         The curvature of a neighbour differs by the penalty, and little by where its point is.
@@ -203,7 +204,9 @@ class PassRefinement:
         ridge = self._ridge()
         rows = [other for other in (row - 1, row + 1) if 0 <= other < len(ridge)] + [row]
         return [
-            (step[other], (change[other] + (ridge[row] - ridge[other]) * step[other]).float())
+            Pair.of(
+                step[other], (change[other] + (ridge[row] - ridge[other]) * step[other]).float()
+            )
             for step, change in self.pairs
             for other in rows
         ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import MEMORY, Minimum, Objective, minimise
+from probes.ops.lbfgs import MEMORY, Minimum, Objective, Pair, minimise
 
 from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from .strength_path import FoldSearch, StrengthPath
@@ -65,7 +65,7 @@ class Refinement:
         problem: The site's states and masks.
         strengths: f64[R].
         points: f64[R, K, d + 1], where to start.
-        pairs: What `minimise` has learned of the curvature, in the units of these strengths.
+        pairs: What `minimise` has learned of the curvature, with the penalties of these strengths.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Refinement:
         problem: SiteProblem,
         strengths: Tensor,
         points: Tensor,
-        pairs: deque | None = None,
+        pairs: deque[Pair] | None = None,
     ):
         self.problem = problem
         self.strengths = strengths
@@ -110,7 +110,7 @@ class Refinement:
         self.accept(*exact(self.points, self._everything))
         for _ in range(TIGHT_ROUNDS):
             points, value, gradient = self.accepted
-            found = self._minimise(exact, points, (value, gradient))
+            found = self._minimise(exact, points, (value, gradient), TIGHT_NODES)
             self.points = found.points
             self.accept(found.value, found.gradient)
             self._certify(found.decrease)
@@ -144,7 +144,7 @@ class Refinement:
             apart = x - points[problems]
             return value + (tilt[problems] * apart).sum((1, 2)), by_x + tilt[problems]
 
-        found = self._minimise(model, points, (value, gradient))
+        found = self._minimise(model, points, (value, gradient), LOOSE_NODES)
         self.points = found.points
 
     def _minimise(
@@ -152,9 +152,11 @@ class Refinement:
         objective: Objective,
         points: Tensor,
         known: tuple[Tensor, Tensor],
+        nodes: int,
     ) -> Minimum:
-        scale = self.problem.scale(self.strengths)
-        return minimise(objective, points, scale, self.tolerance, pairs=self.pairs, known=known)
+        """Minimise an objective of so many nodes."""
+        guess = self.problem.first_guess(self.strengths, [None] * len(points), nodes)
+        return minimise(objective, points, guess, self.tolerance, pairs=self.pairs, known=known)
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""

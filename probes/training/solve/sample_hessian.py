@@ -1,17 +1,19 @@
-"""The curvature of the loss of one site on a sample of pixels, and a quasi-Newton step that starts from it.
+"""The curvature of the loss of one site on a sample of pixels, with which quasi-Newton steps begin.
 
-    step = - L-BFGS(gradient; pairs of earlier steps), started from (H_S + r D + c H_0)^-1
+    step = - L-BFGS(gradient; pairs of earlier steps), started from (H_S + r D + c H_0 + H_g)^-1
 
-- H_S is the Hessian on a sample of pixels of every image (`pixel_sample.py`). It is applied by conjugate gradients
-  and never stored.
+- H_S is the Hessian on a sample of pixels of all images. It is applied by conjugate gradients and never stored.
 - H_0 = q_k s_j, with q_k the mean of p_k (1 - p_k) on the sample and s the spectrum of the moments of all
   tokens, keeps directions that the sample does not have.
-- The pairs (step, change of the exact gradient) correct both. Source: Nocedal and Wright, algorithm 7.4.
+- H_g = |g_k| s_j, with g_k the exact gradient by the bias of class k, which is its mean probability minus its
+  frequency. Where a class has no pixels, as in a fold that lacks it, its optimum is at infinity, and the sample may
+  miss the few pixels where it still has a probability: without H_g, such steps were 100 times too long.
+- The pairs (step, change of the exact gradient) correct all of this (`probes/ops/lbfgs.py`).
 
 Legend: G probes of a strength, n pixels of the sample, K classes, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,9 +21,13 @@ import torch
 from torch import Tensor
 
 from probes.ops.kernels import fast_dtype
+from probes.ops.lbfgs import dot
 
-RESIDUAL = 0.03  # of conjugate gradients, relative
 ITERATIONS = 100  # of conjugate gradients
+# The first damping, a weight of a probe for each pixel of the sample: fewer pixels show less of the curvature
+FIRST_DAMPING = 0.5
+LEAST_DAMPING = 0.03
+MOST_FIRST_DAMPING = 3.0
 
 
 @dataclass
@@ -53,8 +59,9 @@ class SampleHessian:
     Args:
         sample: The pixels.
         points: f64[G, K, d + 1].
+        gradient: f64[G, K, d + 1], of the objectives there, on all images.
         left_out: G folds, or None.
-        ridge: f64[1, d + 1], weights of the squares of a point.
+        ridge: f64[1, d + 1] or f64[G, 1, d + 1], weights of the squares of a point.
         input_spectrum: f64[d + 1], mean squares of the inputs.
         damping: f64[G], c.
     """
@@ -63,7 +70,8 @@ class SampleHessian:
         self,
         sample: SampledPixels,
         points: Tensor,
-        left_out: list[int | None],
+        gradient: Tensor,
+        left_out: Sequence[int | None],
         ridge: Tensor,
         input_spectrum: Tensor,
         damping: Tensor,
@@ -77,6 +85,7 @@ class SampleHessian:
         spread = self.probability * (1 - self.probability) * self.weights
         self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
         self.pull = damping[:, None, None] * self.typical
+        self.pull += gradient[..., -1:].abs() * input_spectrum  # H_g
 
     def times(self, direction: Tensor) -> Tensor:
         """Return the product with f64[G, K, d + 1], with the pull towards the point."""
@@ -88,15 +97,15 @@ class SampleHessian:
         product = (change.T @ self.inputs).view_as(direction).double()
         return product + (self.ridge + self.pull) * direction
 
-    def solve(self, right: Tensor) -> Tensor:
-        """Return H^-1 right by conjugate gradients, f64[G, K, d + 1]."""
+    def solve(self, right: Tensor, residual: float) -> Tensor:
+        """Return H^-1 right by conjugate gradients, f64[G, K, d + 1], up to a relative residual."""
         preconditioner = 1 / (self.typical + self.pull + self.ridge)
         solution = torch.zeros_like(right)
-        residual = right.clone()
-        scaled = preconditioner * residual
+        left = right.clone()
+        scaled = preconditioner * left
         direction = scaled.clone()
-        size = dot(residual, scaled)
-        enough = RESIDUAL**2 * size
+        size = dot(left, scaled)
+        enough = residual**2 * size
         for _ in range(ITERATIONS):
             active = size > enough
             if not active.any():
@@ -106,43 +115,25 @@ class SampleHessian:
                 :, None, None
             ]
             solution += step * direction
-            residual -= step * product
-            scaled = preconditioner * residual
+            left -= step * product
+            scaled = preconditioner * left
             before = size
-            size = dot(residual, scaled)
+            size = dot(left, scaled)
             direction = scaled + (size / before.clamp(min=1e-300))[:, None, None] * direction
         return solution
+
+
+def first_damping(weights: int, pixels: int) -> float:
+    """Return the damping c of a first step.
+
+    Args:
+        weights: Of a probe.
+        pixels: Of the sample.
+    """
+    damping = FIRST_DAMPING * weights / max(1, pixels)
+    return min(max(damping, LEAST_DAMPING), MOST_FIRST_DAMPING)
 
 
 def _used(sample: SampledPixels, left_out: int | None) -> Tensor:
     """Return the weights f32[n] of the pixels, 0 in the fold that is left out."""
     return sample.weights if left_out is None else sample.weights * (sample.folds != left_out)
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return the scalar products of points f64[..., K, d + 1]."""
-    return (x * y).sum((-2, -1))
-
-
-def quasi_newton(
-    gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], solve: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return about H^-1 gradient, f64[G, K, d + 1]: the two-loop recursion of L-BFGS around `solve`.
-
-    Args:
-        gradient: f64[G, K, d + 1].
-        pairs: Steps and changes of the gradient, from old to new.
-        solve: Product with a first guess of H^-1.
-    """
-    result = gradient.clone()
-    factors = []
-    for step, change in reversed(pairs):
-        curvature = dot(step.double(), change.double())
-        inverse = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
-        factor = inverse * dot(step, result)
-        result -= factor[:, None, None] * change
-        factors.append((inverse, factor))
-    result = solve(result)
-    for (step, change), (inverse, factor) in zip(pairs, reversed(factors), strict=True):
-        result += (factor - inverse * dot(change, result))[:, None, None] * step
-    return result

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import MEMORY, change_units, minimise
+from probes.ops.lbfgs import MEMORY, Pair, add_penalty, minimise
 
 from .objective import LOOSE_NODES, STRONGEST, WEAKEST, FoldProblem, half_decades
 
@@ -74,7 +74,7 @@ class FoldSearch:
     def __init__(self, problem: FoldProblem):
         self.problem = problem
         self.folds = len(problem.pixels)
-        self.pairs: deque = deque(maxlen=MEMORY)
+        self.pairs: deque[Pair] = deque(maxlen=MEMORY)
         self.learned_at: Tensor | None = None  # strengths f64[P] of the pairs
 
     def solve(self, strengths: Sequence[float] | None = None) -> PathSolution:
@@ -130,18 +130,17 @@ class FoldSearch:
     def _minimise(self, strengths: Tensor, left_out: Sequence[int | None], start: Tensor) -> Tensor:
         """Return the minima f64[P, K, d + 1] at strengths f64[P], starting with the pairs that are known."""
         problem = self.problem
-        scale = problem.scale(strengths)
         if self.learned_at is not None:
             added = problem.space.ridge(strengths) - problem.space.ridge(self.learned_at)
-            change_units(self.pairs, problem.scale(self.learned_at), scale, added)
+            add_penalty(self.pairs, added)
         self.learned_at = strengths
         objective = problem.objective(strengths, left_out, LOOSE_NODES)
-        return minimise(objective, start, scale, PATH_TOLERANCE, pairs=self.pairs).points
+        guess = problem.first_guess(strengths, left_out, LOOSE_NODES)
+        return minimise(objective, start, guess, PATH_TOLERANCE, pairs=self.pairs).points
 
     def _keep_first_fold(self, count: int) -> None:
         """Keep what is known of the first fold, for `count` problems: most of the images of all are its own."""
         self.learned_at = self.learned_at[:1].expand(count)
         for _ in range(len(self.pairs)):
             pair = self.pairs.popleft()
-            of_first = tuple(x[:1].expand(count, *x.shape[1:]) for x in pair)
-            self.pairs.append(of_first)
+            self.pairs.append(Pair(*(x[:1].expand(count, *x.shape[1:]) for x in pair)))

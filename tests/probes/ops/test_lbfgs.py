@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 import torch
 
-from probes.ops.lbfgs import MEMORY, change_units, minimise
+from probes.ops.lbfgs import MEMORY, Pair, add_penalty, minimise, quasi_newton
 
 pytestmark = pytest.mark.numerics
 
@@ -21,29 +21,86 @@ def test_minimise_stops_where_rounding_allows_no_step():
     assert (decrease > 1).all()
 
 
-def test_pairs_in_other_units_describe_the_objective_with_its_new_penalty():
-    generator = torch.Generator().manual_seed(1)
-    root = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
-    hessian = root @ root.mT + torch.eye(6)
+class Quadratic:
+    """Two quadratic functions of six variables."""
 
-    def quadratic(points: torch.Tensor, problems: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+        root = torch.randn(2, 6, 6, generator=self.generator, dtype=torch.float64)
+        self.hessian = root @ root.mT + torch.eye(6)
+        self.evaluated = 0
+
+    def __call__(self, points: torch.Tensor, problems: list[int]):
+        self.evaluated += 1
         x = points.view(-1, 6, 1)
-        by_point = hessian[problems] @ x - 1
+        by_point = self.hessian[problems] @ x - 1
         return (x * (by_point - 1)).sum((1, 2)) / 2, by_point.view(-1, 1, 6)
 
-    before, after = 0.5 + torch.rand(2, 2, 1, 6, generator=generator, dtype=torch.float64)
-    added = torch.tensor([0.7, -0.3]).double()[:, None, None].expand(2, 1, 6)
+    @property
+    def minimum(self) -> torch.Tensor:
+        ones = torch.ones(2, 6, 1, dtype=torch.float64)
+        return torch.linalg.solve(self.hessian, ones).view(2, 1, 6)
+
+
+def test_pairs_describe_the_objective_with_its_new_penalty():
+    objective = Quadratic()
+    added = torch.tensor([0.7, -0.3]).double()[:, None, None]
     pairs = deque(maxlen=MEMORY)
+    start = torch.zeros(2, 1, 6).double()
     minimise(
-        quadratic,
-        torch.zeros(2, 1, 6).double(),
-        before,
+        objective,
+        start,
+        0.5 + torch.rand(2, 1, 6, generator=objective.generator),
         1e-3,
         pairs=pairs,
     )
     assert len(pairs) > 2
-    change_units(pairs, before, after, added)
-    changed = hessian + torch.diag_embed(added[:, 0])
-    for step, change, *_ in pairs:
-        expected = after[:, 0] * (changed @ (after[:, 0] * step)[..., None])[..., 0]
+    add_penalty(pairs, added)
+    changed = objective.hessian + added * torch.eye(6)
+    for step, change, inverse in pairs:
+        expected = (changed @ step.mT).mT
         torch.testing.assert_close(change, expected)
+        torch.testing.assert_close(inverse, 1 / (step * expected).sum((1, 2)))
+
+
+def test_the_inverse_hessian_as_first_guess_leads_to_the_minimum_in_one_step():
+    objective = Quadratic()
+    seen = []
+
+    def inverse(points, gradient):
+        seen.append((points.clone(), gradient.clone()))
+        return lambda x: torch.linalg.solve(objective.hessian, x.mT).mT
+
+    start = torch.ones(2, 1, 6).double()
+    found = minimise(objective, start, inverse, 1e-12)
+    torch.testing.assert_close(found.points, objective.minimum)
+    assert objective.evaluated == 2
+    assert [points.tolist() for points, _ in seen] == [start.tolist(), found.points.tolist()]
+    torch.testing.assert_close(seen[0][1], objective(start, [0, 1])[1])
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_pairs_correct_the_size_of_a_diagonal(size):
+    """A diagonal 1000 times too long or too short costs a few evaluations."""
+    objective = Quadratic()
+    diagonal = size / objective.hessian.diagonal(dim1=1, dim2=2)[:, None]
+    found = minimise(objective, torch.zeros(2, 1, 6).double(), diagonal, 1e-14)
+    torch.testing.assert_close(found.points, objective.minimum, rtol=1e-5, atol=1e-6)
+    assert objective.evaluated < 45
+
+
+def test_quasi_newton_satisfies_its_last_pair():
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    changes = steps * torch.rand(steps.shape, generator=generator) + 0.1 * steps
+    pairs = [Pair.of(*pair) for pair in zip(steps, changes, strict=True)]
+    torch.testing.assert_close(quasi_newton(changes[-1], pairs, lambda x: x / 3), steps[-1])
+
+
+def test_a_pair_along_which_the_gradient_has_not_grown_is_left_out():
+    step = torch.ones(2, 1, 3, dtype=torch.float64)
+    pair = Pair.of(step, torch.stack([-step[0], step[1]]))
+    assert pair.inverse.tolist() == [0, 1 / 3]
+    gradient = torch.randn(2, 1, 3, dtype=torch.float64)
+    found = quasi_newton(gradient, [pair], lambda x: x / 3)
+    torch.testing.assert_close(found[0], gradient[0] / 3)

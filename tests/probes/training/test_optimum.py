@@ -9,7 +9,13 @@ from scipy.optimize import minimize as scipy_minimize
 from probes.ops.quadrature import prepare_masks
 from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
-from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem, loss_sums
+from probes.training.solve.objective import (
+    LOOSE_NODES,
+    TIGHT_NODES,
+    FoldProblem,
+    SiteProblem,
+    loss_sums,
+)
 from probes.training.solve.refinement import Refinement, start_refinement
 from probes.training.solve.strength_path import PATH_STRENGTHS, FoldSearch
 
@@ -140,6 +146,54 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     path, _ = start_refinement(problem((noise, data[1])))
     assert path.strengths[0] > max(PATH_STRENGTHS), "stronger ones were tried"
     assert 0 < path.chosen < len(path.strengths) - 1
+
+
+def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkeypatch):
+    """Tokens of an image resemble each other, as those of photos do; the first guess by class frequencies is poor."""
+    classes = 8
+    generator = torch.Generator().manual_seed(5)
+    target = torch.randint(0, classes, (240, *GRID), generator=generator)
+    pixels = F.interpolate(target[:, None].float(), SIZE, mode="nearest")[:, 0].to(torch.uint8)
+    offset = 3 * torch.randn(240, 1, 32, generator=generator)
+    states = torch.randn(classes, 32, generator=generator)[target.flatten(1)] + offset
+    states = states + 0.5 * torch.randn(states.shape, generator=generator)
+    masks = [prepare_masks(pixels, classes, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES)]
+    evaluated = []
+    inner = SiteProblem.sums
+
+    def sums(*args, **kwargs):
+        evaluated[-1] += len(args[2])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(SiteProblem, "sums", sums)
+    found = []
+    for guess in (SiteProblem.first_guess, FoldProblem.first_guess):
+        monkeypatch.setattr(SiteProblem, "first_guess", guess)
+        evaluated.append(0)
+        at = SiteProblem(states, *masks, torch.arange(240) // 2 % FOLDS)
+        path, refinement = start_refinement(at)
+        refinement.solve_in_memory()
+        assert refinement.converged
+        found.append((path, refinement.accepted.value))
+    assert evaluated[0] < 0.9 * evaluated[1]
+    assert found[0][0].strengths == found[1][0].strengths
+    assert found[0][0].chosen == found[1][0].chosen
+    assert found[0][0].loss == pytest.approx(found[1][0].loss, abs=1e-3)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-6, rtol=0)
+
+
+def test_a_class_that_a_fold_lacks_does_not_run_away(data):
+    """Its optimum is at minus infinity; a probe ends where the decrease that is left is small.
+
+    Left-out pixels of the class are lost there, but no more than at the tolerance of the path.
+    """
+    states, target = (x.clone() for x in data)
+    rare = torch.tensor([i for i in range(IMAGES) if i // 2 % FOLDS != 0])
+    target[rare] = torch.where(target[rare] == 2, 1, target[rare])
+    at = problem((states, target))
+    for strength, loss, points in FoldSearch(at).follow((1e-1, 1e-2, 1e-3)):
+        assert points[0, 2, -1] - points[0, :2, -1].mean() > -25, strength
+        assert loss < 12 * (target[:2] == 2).float().mean() + 2
 
 
 def test_a_step_that_raises_the_loss_is_taken_back(data):

@@ -22,9 +22,11 @@ from probes.evaluation.effect_file import read_effect_file
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
 from probes.training.site_probes import SiteProbes
+from probes.training.solve import strength_path
 from probes.training.solve.by_passes import PassSolver
 from probes.training.solve.checkpoints import SolverCheckpoints
 from probes.training.solve.in_memory import MemorySolver
+from probes.training.solve.objective import TIGHT_NODES
 from probes.training.solve.path_scores import PathScores
 
 pytestmark = pytest.mark.numerics
@@ -163,10 +165,15 @@ def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
         assert total / pixels == pytest.approx(entry["cross_entropy"][chosen], rel=1e-4)
 
 
-def test_passes_with_a_small_sample_end_at_the_optimum(solve):
-    """The memory of two of six images: certificates hold, and the strength is that of all images in memory."""
+def test_passes_with_a_small_sample_end_at_the_optimum(solve, monkeypatch):
+    """The memory of two of six images: certificates hold, and the strength is that of all images in memory.
+
+    Folds have many nodes here, as those of passes do: with few, rough logits of six images differ by 0.02 nats.
+    """
     strengths = ("1", "1e-1")
-    whole = solve(strengths=strengths).metrics["path"]
+    with monkeypatch.context() as patch:
+        patch.setattr(strength_path, "LOOSE_NODES", TIGHT_NODES)
+        whole = solve(strengths=strengths).metrics["path"]
     few = ("--sample-images", "2", "--passes", "10")
     path = solve(*few, out="sampled", strengths=strengths).metrics["path"]
     assert 1 < path["passes"] <= 10
@@ -174,7 +181,7 @@ def test_passes_with_a_small_sample_end_at_the_optimum(solve):
     for expected, ours in zip(whole["optimum"]["sites"], path["optimum"]["sites"], strict=True):
         assert ours["chosen"] == expected["chosen"]
         assert ours["strengths"] == expected["strengths"]
-        assert ours["cv_cross_entropy"] == pytest.approx(expected["cv_cross_entropy"], abs=0.02)
+        assert ours["cv_cross_entropy"] == pytest.approx(expected["cv_cross_entropy"], abs=5e-3)
         assert ours["cross_entropy"] == pytest.approx(expected["cross_entropy"], abs=1e-3)
         for certificate in ours["certificates"]:
             assert certificate["converged"]

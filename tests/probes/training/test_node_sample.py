@@ -1,0 +1,87 @@
+"""Nodes that show the curvature of the loss of images in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
+from probes.training.solve.node_sample import sample_nodes
+from probes.training.solve.objective import LOOSE_NODES
+
+pytestmark = pytest.mark.numerics
+
+CLASSES = 3
+WIDTH = 4
+
+
+def masks_of(grid: tuple[int, int], sizes: list[tuple[int, int]]) -> PreparedMasks:
+    """Return masks of random labels, each with an unlabelled corner of its own size."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for i, size in enumerate(sizes):
+        target = torch.randint(0, CLASSES, (1, *size), generator=generator).to(torch.uint8)
+        target[:, : i * size[0] // 5, : size[1] // 2] = 255
+        parts.append(prepare_masks(target, CLASSES, grid, LOOSE_NODES))
+    return join_masks(parts)
+
+
+def node_states(states: torch.Tensor, masks: PreparedMasks, grid) -> torch.Tensor:
+    """Return the states f[B, My, Mx, d] at all nodes, by products with the rules."""
+    found = []
+    for x, rule in zip(states, masks.rule_of, strict=True):
+        rows, cols = masks.rules[rule]
+        found.append(torch.einsum("mh,nw,hwd->mnd", rows, cols, x.unflatten(0, grid)))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (1, 1)])
+def test_states_are_those_at_nodes_that_have_pixels(grid):
+    """Photos of several sizes have nodes of their own."""
+    masks = masks_of(grid, [(24, 32), (40, 30), (24, 32)])
+    states = torch.randn(3, grid[0] * grid[1], WIDTH)
+    sample = sample_nodes([states], [masks], 200)
+    assert len(sample.weights) == 200
+    at_all = node_states(states, masks, grid).flatten(0, 2)
+    nearest, node = (sample.inputs[:, None] - at_all).norm(dim=2).min(1)
+    torch.testing.assert_close(nearest, torch.zeros(200), atol=1e-5, rtol=0)
+    if grid != (1, 1):  # where all nodes of an image have the same state
+        assert (masks.mass.flatten()[node] > 0).all()
+
+
+def test_nodes_are_drawn_as_often_as_they_have_pixels():
+    grid = (3, 4)
+    masks = masks_of(grid, [(24, 32)] * 4)
+    states = torch.arange(4.0)[:, None, None].expand(4, 12, 1)  # the number of the image
+    sample = sample_nodes([states], [masks], 4000)
+    counts = sample.inputs[:, 0].round().long().bincount(minlength=4)
+    mass = masks.mass.clamp(min=0).sum((1, 2))
+    torch.testing.assert_close(counts / 4000, mass / mass.sum(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sample.weights.sum(), mass.sum())
+
+
+def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
+    grid = (3, 3)
+    few = masks_of(grid, [(24, 24)])
+    many = masks_of(grid, [(24, 24), (30, 30), (24, 24)])
+    none = prepare_masks(torch.full((1, 24, 24), 255, dtype=torch.uint8), CLASSES, grid)
+    states = [torch.randn(len(mask), 9, WIDTH) for mask in (few, none, many)]
+    sample = sample_nodes(states, [few, none, many], 300)
+    counts = sample.folds.bincount(minlength=3).tolist()
+    assert counts[1] == 0 and sum(counts) == 300
+    expected = 300 * few.pixels.sum() / (few.pixels.sum() + many.pixels.sum())
+    assert counts[0] == pytest.approx(expected.item(), abs=1)
+
+
+def test_means_over_nodes_are_means_over_pixels():
+    """Of a function of the upsampled states that is not linear."""
+    grid = (4, 4)
+    size = (64, 64)
+    masks = masks_of(grid, [size, size])
+    states = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(1))
+    sample = sample_nodes([states], [masks], 20_000)
+    up = F.interpolate(states.mT.unflatten(2, grid), size, mode="bilinear")[:, 0]
+    labelled = torch.ones(2, *size)
+    labelled[1, : size[0] // 5, : size[1] // 2] = 0
+    expected = (up.square() * labelled).sum() / labelled.sum()
+    found = (sample.inputs[:, 0].square() * sample.weights).sum() / sample.weights.sum()
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)

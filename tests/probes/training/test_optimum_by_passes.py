@@ -311,6 +311,30 @@ def test_a_point_is_taken_for_the_strength_whose_value_it_lowers_most(data):
     assert torch.equal(refinement.accepted_points, kept)
 
 
+def test_a_class_that_the_sample_misses_does_not_run_away(data):
+    """A fold lacks a class, which has a probability on a few pixels only, and none of those is in the sample.
+
+    Where a bias alone has a gradient, its curvature is about as much, and a Newton step is about one.
+    """
+    sample, _ = data.sample(400, 1)
+    points = torch.zeros(1, CLASSES, WIDTH + 1).double()
+    points[0, 2, -1] = -30
+    gradient = torch.zeros_like(points)
+    gradient[0, 2, -1] = 1e-3
+    hessian = SampleHessian(
+        sample,
+        points,
+        gradient,
+        [0],
+        data.space.ridge(torch.tensor([1e-3]).double())[0],
+        data.space.input_spectrum,
+        torch.tensor([LEAST_DAMPING]).double(),
+    )
+    step = hessian.solve(gradient, residual=1e-3)
+    assert step.abs().max().item() == pytest.approx(1, abs=0.1)
+    assert step[0, 2, -1] == step.abs().max()
+
+
 def test_pairs_of_a_neighbour_are_those_of_the_own_penalty(data):
     """On a quadratic function the changes of a gradient are exact at every strength."""
     refinement = data.start(400, (1e-1, 1e-2, 1e-3))

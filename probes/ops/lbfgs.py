@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     Args:
         step: f[P, K, n].
         change: f[P, K, n].
-        inverse: f[P], one by their product; 0 where it is not above 0.
+        inverse: f[P], one by their product; 0 where that is not above 0, or too small for its dtype.
     """
 
     step: Tensor
@@ -38,7 +38,9 @@ class Pair(NamedTuple):
     def of(cls, step: Tensor, change: Tensor) -> "Pair":
         """Return the pair of a step and a change f[P, K, n]."""
         product = dot(step, change)
-        return cls(step, change, torch.where(product > 0, 1 / product.clamp(min=1e-300), 0))
+        tiny = torch.finfo(product.dtype).tiny
+        inverse = torch.where(product > tiny, 1 / product.clamp(min=tiny), 0)
+        return cls(step, change, inverse)
 
 
 class Minimum(NamedTuple):
@@ -160,7 +162,8 @@ def _sized(diagonal: Tensor, pairs: Sequence[Pair]) -> Callable[[Tensor], Tensor
     for _, change, inverse in reversed(pairs):
         if not missing.any():
             break
-        stretched = (inverse * dot(diagonal * change, change)).clamp(min=1e-300)
+        tiny = torch.finfo(inverse.dtype).tiny
+        stretched = (inverse * dot(diagonal * change, change)).clamp(min=tiny)
         found = missing & (inverse > 0)
         size = torch.where(found, 1 / stretched, size)
         missing &= ~found

@@ -28,9 +28,10 @@ def sample_nodes(
     weights = []
     folds = []
     for fold, (states, mask) in enumerate(zip(tokens, masks, strict=True)):
-        number = round(count * pixels[fold] / max(1.0, sum(pixels)))
-        if number == 0:
+        if pixels[fold] == 0:
             continue
+        # one at least: the others may have no labels at all
+        number = max(1, round(count * pixels[fold] / sum(pixels)))
         image, row, col, weight = _draw_nodes(mask.mass, number, seed=fold)
         inputs.append(_interpolate(states, mask, image, row, col))
         weights.append(torch.full_like(inputs[-1][:, 0], weight))
@@ -43,7 +44,7 @@ def _draw_nodes(
     number: int,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return image, row and column i64[n] of nodes, and the pixels that each one stands for.
+    """Return image, row and column i64[n] of nodes, and the weight of each one.
 
     The nodes, one after the other, are cut into `number` parts of as many pixels; one node of each is drawn.
 
@@ -52,11 +53,12 @@ def _draw_nodes(
         number: n.
         seed: Seed of the draw.
     """
-    total = mass.clamp(min=0).double().flatten().cumsum(0)
+    # on the CPU: on a GPU, sums of floats in order are not deterministic
+    total = mass.cpu().clamp(min=0).double().flatten().cumsum(0)
     draw = torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weight = total[-1].item() / number
-    at = (torch.arange(number) + draw).to(total.device) * weight
-    node = torch.searchsorted(total, at, right=True).clamp(max=len(total) - 1)
+    at = (torch.arange(number) + draw) * weight
+    node = torch.searchsorted(total, at, right=True).clamp(max=len(total) - 1).to(mass.device)
     _, rows, cols = mass.shape
     return node // (rows * cols), node // cols % rows, node % cols, weight
 

@@ -36,7 +36,7 @@ CHUNK_NUMEL = 2**24  # logits at a time
 NODES_PER_WEIGHT = 2
 TOKENS_PER_NODE = 8
 LEAST_SAMPLED = 500
-RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many steps and more time
+SAMPLE_RESIDUAL = 0.1  # of the step on the sample; with 0.03 it takes as many steps and more time
 # the strongest and the weakest regularisation that is tried, in half decades: 1000 and 1e-8
 STRONGEST = -6
 WEAKEST = 16
@@ -156,7 +156,7 @@ class SiteProblem(FoldProblem):
         That with few nodes differs where logits are very rough; a step for the other one would be far too long.
         """
         if nodes not in self.samples:
-            self.samples[nodes] = self._sample(nodes)
+            self.samples = {nodes: self._sample(nodes)}  # the other one is not used again
         return self.samples[nodes]
 
     def _sample(self, nodes: int) -> SampledPixels:
@@ -172,7 +172,6 @@ class SiteProblem(FoldProblem):
         sample = self.sample(nodes)
         damping = first_damping(self.start.numel(), len(sample.weights))
 
-        @full_precision()
         def inverse_hessian(points: Tensor, gradient: Tensor) -> Callable[[Tensor], Tensor]:
             hessian = SampleHessian(
                 sample,
@@ -183,7 +182,7 @@ class SiteProblem(FoldProblem):
                 self.space.input_spectrum,
                 torch.full_like(strengths, damping),
             )
-            return full_precision()(partial(hessian.solve, residual=RESIDUAL))
+            return partial(hessian.solve, residual=SAMPLE_RESIDUAL)
 
         return inverse_hessian
 

@@ -107,7 +107,10 @@ class Refinement:
         exact = self._objective(TIGHT_NODES)
         self.accept(*exact(self.points, self._everything))
         self._step_with_few_nodes()
-        self.accept(*exact(self.points, self._everything))
+        value, gradient = exact(self.points, self._everything)
+        if not (value <= self.accepted.value + ROUNDING).all():
+            self.pairs.clear()  # they are of a model that is wrong
+        self.accept(value, gradient)
         for _ in range(TIGHT_ROUNDS):
             points, value, gradient = self.accepted
             found = self._minimise(exact, points, (value, gradient), TIGHT_NODES)

@@ -23,7 +23,9 @@ from torch import Tensor
 from probes.ops.kernels import fast_dtype
 from probes.ops.lbfgs import dot
 
-ITERATIONS = 100  # of conjugate gradients
+from .moments import full_precision
+
+CG_ITERATIONS = 100
 # The first damping, a weight of a probe for each pixel of the sample: fewer pixels show less of the curvature
 FIRST_DAMPING = 0.5
 LEAST_DAMPING = 0.03
@@ -32,7 +34,7 @@ MOST_FIRST_DAMPING = 3.0
 
 @dataclass
 class SampledPixels:
-    """A sample of pixels of a site on the device of the computation.
+    """A sample of pixels of a site, or of nodes, on the device of the computation.
 
     Args:
         inputs: f32[n, d + 1], states in the coordinates of the site, and ones.
@@ -66,6 +68,7 @@ class SampleHessian:
         damping: f64[G], c.
     """
 
+    @full_precision()
     def __init__(
         self,
         sample: SampledPixels,
@@ -79,7 +82,8 @@ class SampleHessian:
         self.inputs = sample.fast_inputs
         self.ridge = ridge
         used = torch.stack([_used(sample, fold) for fold in left_out], 1)
-        self.weights = (used / used.sum(0))[..., None]  # [n, G, 1]
+        total = used.sum(0).clamp(min=torch.finfo(used.dtype).tiny)
+        self.weights = (used / total)[..., None]  # [n, G, 1]
         logits = sample.inputs @ points.flatten(0, 1).T.to(sample.inputs)
         self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
         spread = self.probability * (1 - self.probability) * self.weights
@@ -97,6 +101,7 @@ class SampleHessian:
         product = (change.T @ self.inputs).view_as(direction).double()
         return product + (self.ridge + self.pull) * direction
 
+    @full_precision()
     def solve(self, right: Tensor, residual: float) -> Tensor:
         """Return H^-1 right by conjugate gradients, f64[G, K, d + 1], up to a relative residual."""
         preconditioner = 1 / (self.typical + self.pull + self.ridge)
@@ -106,7 +111,7 @@ class SampleHessian:
         direction = scaled.clone()
         size = dot(left, scaled)
         enough = residual**2 * size
-        for _ in range(ITERATIONS):
+        for _ in range(CG_ITERATIONS):
             active = size > enough
             if not active.any():
                 break

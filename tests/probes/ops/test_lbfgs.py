@@ -104,3 +104,13 @@ def test_a_pair_along_which_the_gradient_has_not_grown_is_left_out():
     gradient = torch.randn(2, 1, 3, dtype=torch.float64)
     found = quasi_newton(gradient, [pair], lambda x: x / 3)
     torch.testing.assert_close(found[0], gradient[0] / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pair_whose_product_has_no_inverse_in_its_dtype_is_left_out(dtype):
+    size = torch.finfo(dtype).tiny ** 0.6
+    step = torch.full((1, 1, 2), size, dtype=dtype)
+    pair = Pair.of(step, step)
+    assert pair.inverse.item() == 0
+    gradient = torch.ones(1, 1, 2, dtype=torch.float64)
+    assert torch.equal(quasi_newton(gradient, [pair], lambda x: x), gradient)

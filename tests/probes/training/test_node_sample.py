@@ -72,6 +72,23 @@ def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
     assert counts[0] == pytest.approx(expected.item(), abs=1)
 
 
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_fold_of_few_pixels_has_a_node(count):
+    """Where one fold has nearly all pixels, the others are all that the probe without it has seen."""
+    grid = (3, 3)
+    many = masks_of(grid, [(240, 240)])
+    target = torch.full((1, 240, 240), 255, dtype=torch.uint8)
+    target[0, 0, :6] = 1
+    few = prepare_masks(target, CLASSES, grid, LOOSE_NODES)
+    states = torch.randn(1, 9, WIDTH)
+    sample = sample_nodes([states, states, states], [few, many, few], count)
+    counts = sample.folds.bincount(minlength=3).tolist()
+    assert counts == [1, count, 1]
+    weights = sample.weights
+    expected = weights.new_tensor([few.mass.clamp(min=0).sum(), few.mass.clamp(min=0).sum()])
+    torch.testing.assert_close(weights[sample.folds != 1], expected)
+
+
 def test_means_over_nodes_are_means_over_pixels():
     """Of a function of the upsampled states that is not linear."""
     grid = (4, 4)

@@ -182,6 +182,40 @@ def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkey
     torch.testing.assert_close(found[0][1], found[1][1], atol=2e-6, rtol=0)
 
 
+def test_probes_whose_fold_has_nearly_all_pixels_are_solved(data):
+    """The others have a few pixels each; without nodes of theirs, no step was taken, and weak strengths looked good."""
+    states, target = (x.clone() for x in data)
+    target[1:] = 255
+    target[1:, 0, 8:11] = data[1][1:, 0, 8:11]
+    at = problem((states, target.clone()))
+    start = at.start
+    for _, _, points in FoldSearch(at).follow((1e-1, 1e-2)):
+        assert (points - start).abs().amax((1, 2)).min() > 0.05
+
+
+def test_a_model_with_few_nodes_that_is_wrong_leaves_no_pairs(data, monkeypatch):
+    at = problem(data)
+    _, refinement = start_refinement(at, (1e-1, 1e-2))
+    pairs = []
+    step = Refinement._step_with_few_nodes
+
+    def step_too_far(self):
+        step(self)
+        self.points = self.points + 100
+
+    def minimise(self, *args):
+        pairs.append(len(self.pairs))
+        return inner(self, *args)
+
+    inner = Refinement._minimise
+    monkeypatch.setattr(Refinement, "_minimise", minimise)
+    monkeypatch.setattr(Refinement, "_step_with_few_nodes", step_too_far)
+    refinement.solve_in_memory()
+    assert pairs[0] > 0, "of the path, for the model"
+    assert pairs[1] == 0
+    assert refinement.converged
+
+
 def test_a_step_that_raises_the_loss_is_taken_back(data):
     at = problem(data)
     _, refinement = start_refinement(at, (1e-1, 1e-2))

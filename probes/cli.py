@@ -47,6 +47,7 @@ SOLVER_OPTIONS = {
     "--passes N": "most passes over the training images (default: 10)",
     "--folds N": "folds of training images that choose the strength (default: 4)",
     "--sample-images N": "images whose memory is used (default: as many as fit into a quarter of it)",
+    "--disk-gb GB": "states on the disk, if all fit: later passes run no model (default: none)",
 }
 SCORE = "probes test -c folder --model.mllm MODEL --data.root DATA --out runs/mine --ckpt_path last"
 HELP = {

@@ -5,7 +5,8 @@
 STATES.pt has {"classes": K, "training": (f[N, T, d], N masks uint8[H, W]), "validation": the same}, as
 `extract_states.py` writes it for a Dinov2Model. `--share` is the part of the bytes of all states that the solver may
 keep; 1 keeps them all. `--site random_adapter` solves the states after a random two-layer MLP to 576 channels instead.
-`--synthetic` draws states of Gaussian classes from a seed, batch by batch, instead of reading a file.
+`--synthetic` draws states of Gaussian classes from a seed, batch by batch, instead of reading a file. They are like
+those of DINOv2-S; `--decay 0 --image-share 0.5` makes them much harder.
 """
 
 import argparse
@@ -83,7 +84,25 @@ class Images:
 
 
 class Synthetic:
-    """Gaussian classes with a decaying spectrum, drawn for each batch from its number; nothing is kept."""
+    """States of Gaussian classes, drawn for each batch from its number; nothing is kept.
+
+    Shares, and how spectra fall, are about those of DINOv2-S on three data sets, as `describe_states.py` finds them.
+    Images are 4 x 4 objects, each of a random class.
+
+    Args:
+        images: Number of images.
+        side: Tokens of a side.
+        width: d.
+        classes: K.
+        decay: Exponent by which the variance within classes falls over the axes of their correlations; 0 makes all
+            axes alike.
+        image_share: Part of the variance within classes that all tokens of an image have in common.
+    """
+
+    OBJECT_SHARE = (
+        0.12  # of that variance, what the tokens of an object have in common beyond their image
+    )
+    DISTANCE = 0.35  # exponent by which class means come closer over the axes, in standard deviations; 1 on the first
 
     def __init__(
         self,
@@ -91,16 +110,26 @@ class Synthetic:
         side: int,
         width: int,
         classes: int,
+        decay: float,
+        image_share: float,
     ):
         self.images = images
         self.grid = (side, side)
         self.width = width
         self.classes = classes
+        self.image_share = image_share
         generator = torch.Generator().manual_seed(0)
+        axis = torch.arange(1, width + 1)
+        self.deviation = axis ** (-decay / 2)
         self.means = torch.randn(classes, width, generator=generator)
-        self.scale = torch.arange(1, width + 1) ** -0.5  # standard deviations of the noise
-        # classes overlap: some three deviations apart over all channels, at any width
-        self.means *= 0.08 * (4096 / width) ** 0.5 * self.scale
+        self.means *= self.deviation * axis**-self.DISTANCE
+        # Channels are mixtures of axes, since the solver's units would undo a decay over channels. A product of two
+        # small rotations mixes all channels, in little time.
+        rows = max(i for i in range(1, math.isqrt(width) + 1) if width % i == 0)
+        self.rotations = [
+            torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+            for size in (rows, width // rows)
+        ]
 
     def __len__(self) -> int:
         return self.images
@@ -112,22 +141,30 @@ class Synthetic:
         for start in range(0, self.images, BATCH):
             generator = torch.Generator().manual_seed(1 + start)
             images = list(range(start, min(start + BATCH, self.images)))
-            coarse = torch.randint(
-                0, self.classes, (len(images), 1, 4, 4), generator=generator
-            ).float()
-            tokens = F.interpolate(coarse, (side, side))[:, 0].long()
-            targets = F.interpolate(coarse, (size, size))[:, 0].to(torch.uint8)
-            noise = torch.randn(len(images), side * side, self.width, generator=generator)
-            mood = torch.randn(
-                len(images), 1, self.width, generator=generator
-            )  # tokens of an image are alike
-            states = self.means[tokens.flatten(1)] + 1.5 * (noise + mood) * self.scale
+            objects = torch.randint(0, self.classes, (len(images), 1, 4, 4), generator=generator)
+            tokens = F.interpolate(objects.float(), (side, side))[:, 0].long()
+            targets = F.interpolate(objects.float(), (size, size))[:, 0].to(torch.uint8)
+            states = self.means[tokens.flatten(1)] + self._noise(len(images), generator)
             yield (
                 images,
-                states,
+                self._mix(states),
                 prepare_masks(targets, self.classes, self.grid, TIGHT_NODES),
                 list(targets),
             )
+
+    def _noise(self, images: int, generator: torch.Generator) -> torch.Tensor:
+        """Return what states differ by within classes, f32[B, T, d]: of images, of objects and of tokens."""
+        shares = (self.image_share, self.OBJECT_SHARE, 1 - self.image_share - self.OBJECT_SHARE)
+        noise = torch.zeros(images, self.width, *self.grid)
+        for share, side in zip(shares, (1, 4, self.grid[0]), strict=True):
+            part = torch.randn(images, self.width, side, side, generator=generator)
+            noise += share**0.5 * F.interpolate(part, self.grid)
+        return noise.flatten(2).mT * self.deviation
+
+    def _mix(self, states: torch.Tensor) -> torch.Tensor:
+        """Return states f32[B, T, d] along the axes as channels."""
+        left, right = self.rotations
+        return (left @ states.unflatten(-1, (len(left), len(right))) @ right).flatten(-2)
 
 
 def _random_adapter(*states: torch.Tensor) -> list[torch.Tensor]:
@@ -275,12 +312,21 @@ def main() -> None:
         nargs=3,
         metavar=("IMAGES", "WIDTH", "CLASSES"),
     )
+    parser.add_argument(
+        "--decay", type=float, default=1.0, help="of the variance of synthetic axes"
+    )
+    parser.add_argument(
+        "--image-share",
+        type=float,
+        default=0.1,
+        help="of the variance of synthetic states within classes",
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.synthetic:
         images, width, classes = args.synthetic
-        data = Synthetic(images, args.side, width, classes)
+        data = Synthetic(images, args.side, width, classes, args.decay, args.image_share)
     else:
         data = Images(args.states, args.site, args.side)
     for share in args.share:

@@ -64,6 +64,8 @@ class PassSolver(Solver):
         super().__init__(reader, options, checkpoints)
         self.sample_images = sample_images
         self.most_passes = options.passes
+        # on the disk, so that later passes run no model
+        self.keeps_states = self._state_gb() <= options.disk_gb
         self.has_saved_pass = False
         # How the first pass stores states and how later ones do, and the moments of the first pass, by site
         self.channel_ranges: dict[str, ChannelRange] = {}
@@ -83,14 +85,30 @@ class PassSolver(Solver):
         self._measure_channels()
         return self.reader.share(range(self.images))
 
+    def read_first_pass(self) -> None:
+        """Read the training images of the first pass; their states are written to the disk if it may be used."""
+        if self.keeps_states:
+            batches = self.reader.share(range(self.images))
+            self.reader.keep_states(self.checkpoints.folder, sum(batches, []))
+        super().read_first_pass()
+
+    def _state_gb(self) -> float:
+        """Return the memory of the states of all images."""
+        return self.images * self.mllm.state_bytes(self.sites) / 1e9
+
     def memory(self) -> str:
         """Return that the states of all images do not fit, and the memory that the run takes."""
         widths = [self.mllm.widths[site] for site in self.sites]
         kept = self.sample_images * self.mllm.state_bytes(self.sites)
         probes = sum(bytes_of_probes(width, self.channels, self.options.folds) for width in widths)
+        disk = f"; states of all images, {self._state_gb():.3g} GB, "
+        if self.keeps_states:
+            disk += "are on the disk until the end"
+        else:
+            disk += "are not on the disk (--disk-gb)"
         return (
             f"the memory of {self.sample_images:,} of {self.images:,} images is spent on pixels of all of them: "
-            f"{kept / 1e9:.3g} GB, and {probes / 1e9:.3g} GB of probes at most"
+            f"{kept / 1e9:.3g} GB, and {probes / 1e9:.3g} GB of probes at most{disk}"
         )
 
     def add(self, batch: dict[str, Any]) -> None:

@@ -60,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=text,
     )
+    text = "GB of states on the disk of --out, deleted at the end: if those of all training images take no more, "
+    text += "passes after the first one run no model (default: none)"
+    parser.add_argument(
+        "--disk-gb",
+        type=float,
+        default=SolveOptions.disk_gb,
+        metavar="GB",
+        help=text,
+    )
     text = "`last` resumes a killed run and leaves a finished one alone"
     parser.add_argument("--ckpt_path", choices=["last"], help=text)
     parser.add_argument(
@@ -96,6 +105,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(
             f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}"
         )
+    if not args.disk_gb >= 0:
+        raise UserError(f"--disk-gb must be at least 0, got {args.disk_gb:g}")
     if args.strengths is not None:
         if invalid := [value for value in args.strengths if not 0 < value < float("inf")]:
             raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
@@ -131,6 +142,7 @@ def make_solve_run(
     of_model = {name: module_settings[name] for name in MODEL_SETTINGS}
     options = SolveOptions(
         seed=module_settings["seed"],
+        disk_gb=args.disk_gb,
         **own,
         **of_passes,
     )

@@ -45,7 +45,7 @@ PAIRS = 4  # steps that are remembered, in float32
 # promised: below 0 (it is taken back), 1/4, 3/4, and more. Source: Nocedal and Wright, algorithm 4.1
 GAINS = (0.0, 0.25, 0.75)
 DAMPING_FACTORS = (10.0, 3.0, 1.0, 1 / 3)
-# The window follows probes with at most this decrease left, in nats
+# The window follows probes with at most this decrease left, in nats, or to strengths that are better by more
 LEAVE = 100 * CONVERGED
 WINDOW = 2  # half decades on both sides of the best strength
 
@@ -226,12 +226,24 @@ class PassRefinement:
         if len(index) > 1:
             is_inside = min(index) < best < max(index)
             # probes that stopped early may be better than at their optimum: no reason to leave the window
-            if is_inside or self.decrease[row].max() > LEAVE:
+            is_behind = self.decrease[row].max() > LEAVE
+            if is_inside or (is_behind and not self._all_too_weak(row)):
                 return self.strengths
         # a sample asks for more regularisation than all images
         first = best if len(index) == 1 else best - WINDOW
         first = min(max(first, STRONGEST), WEAKEST - 2 * WINDOW)
         return [*half_decades(first, first + 2 * WINDOW)]
+
+    def _all_too_weak(self, row: int) -> bool:
+        """Return whether the best strength, in `row`, is the strongest, though its probes may have stopped too early.
+
+        That makes weak strengths better than they are, and more so than strong ones: to stop early regularises. Probes
+        that have just entered the window are alike, so that their order says nothing.
+        """
+        if row > 0:
+            return False
+        strongest, second = (self.losses[strength] for strength in self.strengths[:2])
+        return strongest < second - LEAVE
 
     def _move_window(self) -> None:
         """Bring strengths into the window, each from its nearest neighbour, and remove others."""

@@ -172,7 +172,9 @@ def estimate(
         return f"{images * seconds / 3600:.2f} h"
 
     passes = "the only one"
-    if solver.most_passes > 1:
+    if solver.keeps_states:
+        passes = f"the only one of at most {solver.most_passes} that runs the model"
+    elif solver.most_passes > 1:
         of_all_passes = hours(training * solver.most_passes)
         passes = f"at most {solver.most_passes} passes ({of_all_passes})"
     rank_zero_info(

@@ -26,6 +26,7 @@ class SolveOptions:
         passes: Most passes over the training split; of classes.
         sample_images: Training images whose memory is used; None for as many as fit into a quarter of the available
             memory; of classes.
+        disk_gb: Most GB of states that may be written to the disk of the run; of classes.
     """
 
     folds: int = 4
@@ -33,6 +34,7 @@ class SolveOptions:
     seed: int = 0
     passes: int = 10
     sample_images: int | None = None
+    disk_gb: float = 0.0
 
 
 class Solver:
@@ -52,6 +54,7 @@ class Solver:
 
     path_kind: str  # name of the probes' path in metrics.json
     most_passes = 1  # over the training images
+    keeps_states = False  # of all images on the disk
 
     def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
         self.reader = reader

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,6 +19,7 @@ from probes.training.distributed import rank, rank_count
 from probes.training.site_probes import SiteProbes
 
 from .objective import TIGHT_NODES
+from .state_file import StateFile
 
 
 class StateReader:
@@ -43,6 +46,7 @@ class StateReader:
         mllm = probes.mllm
         prepare = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES) if masks else None
         data.read_for(mllm, probes.sites, prepare)
+        self.state_file: StateFile | None = None
 
     def share(self, images: Iterable[int]) -> list[list[int]]:
         """Return this process's share of images, in batches."""
@@ -50,14 +54,33 @@ class StateReader:
         size = self.data.rank_batch_size
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
+    def keep_states(self, folder: Path, images: list[int]) -> None:
+        """Write states to a file when they are first computed, and read them from there after that.
+
+        Args:
+            folder: On the disk that is used.
+            images: Indices of this process's training images.
+        """
+        self.state_file = StateFile(folder, images)
+
     def training(self, batches: list[list[int]], label: str) -> Iterator[dict[str, Any]]:
         """Yield batches of training images with their "states"; the progress bar shows `label`."""
         loader = self.data.training_loader(batches)
         for batch in self._progress(loader, label):
             batch = move_data_to_device(batch, self.device)
-            with self.precision():
-                states = self.probes.states(batch)
-            yield batch | {"states": states}
+            yield batch | {"states": self._states(batch)}
+
+    def _states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the states f[B, T, d] of a batch of training images by site."""
+        images = batch["index"].tolist()
+        file = self.state_file
+        if file is not None and file.has(images):
+            return file.read(images, self.device)
+        with self.precision():
+            states = self.probes.states(batch)
+        if file is not None:
+            file.write(images, states)
+        return states
 
     def validation(self) -> Iterator[dict[str, Any]]:
         """Yield this process's batches of validation images."""

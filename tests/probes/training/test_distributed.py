@@ -179,6 +179,10 @@ def together(
     commands["solve by passes"] = solving.arguments(
         model, segmentation, folder / "solve by passes", *SAMPLED
     )
+    disk = [*SAMPLED, "--disk-gb", "1"]
+    commands["solve with a disk"] = solving.arguments(
+        model, segmentation, folder / "solve with a disk", *disk
+    )
     commands["normals"] = task_commands.arguments(
         "solve",
         "normals",
@@ -289,6 +293,15 @@ def test_two_processes_solve_by_passes_as_one(
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
     ours, theirs = (metrics(path)["path"]["optimum"]["sites"][0] for path in (run, tmp_path))
     assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
+
+
+@pytest.mark.distributed
+def test_processes_keep_the_states_of_their_own_images_on_the_disk(together):
+    """Each has looked at the same images before the first pass, those of the other process, too."""
+    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+        of_model = together[0] / "solve by passes" / name
+        of_disk = together[0] / "solve with a disk" / name
+        assert of_disk.read_bytes() == of_model.read_bytes(), name
 
 
 DIES_IN_A_PASS = """

@@ -485,6 +485,44 @@ def test_probes_that_have_stopped_early_do_not_move_the_window(data):
         assert (min(refinement._window()) < weakest) == moves
 
 
+@pytest.mark.parametrize(("behind", "moves"), [(0.0, False), (0.005, False), (0.02, True)])
+def test_probes_that_have_stopped_early_move_the_window_to_stronger_ones(data, behind, moves):
+    """That makes weak strengths look better, not worse; right after they have entered, all are alike."""
+    refinement = data.start(400)
+    for seed in (1, 2):
+        data.take_pass(refinement)
+        refinement.step(data.sample(400, seed)[0])
+    strongest = max(refinement.strengths)
+    others = dict.fromkeys(refinement.strengths, 1.0 + behind)
+    refinement.losses |= others | {strongest: 1.0}
+    refinement.decrease[:] = 0.05
+    assert (max(refinement._window()) > strongest) == moves
+    refinement.losses |= {strongest: 2.0}
+    assert refinement._window() == refinement.strengths
+
+
+def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
+    """Few pixels may ask for less than all images, as with Gaussian classes of 512 channels, by two decades."""
+    path, _ = data.whole()
+    count = int(0.02 * IMAGES * GRID[0] * GRID[1] * 8)
+    sampled = data.start(count)
+    refinement = PassRefinement(
+        data.space,
+        sampled.null_gradient,
+        path.strengths[path.chosen] * 1e-4,
+        sampled.points[0],
+        None,
+    )
+    for number in range(2, 13):
+        data.take_pass(refinement)
+        refinement.step(data.sample(count, number)[0])
+        if refinement.converged:
+            break
+    assert refinement.converged
+    ratio = refinement.strengths[refinement.chosen] / path.strengths[path.chosen]
+    assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
+
+
 def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own_penalty(data):
     refinement = data.start(400)
     data.take_pass(refinement)

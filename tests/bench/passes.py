@@ -299,7 +299,7 @@ def main() -> None:
         nargs="+",
         default=[1, 0.08, 0.02, 0.005],
     )
-    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--passes", type=int, default=16)
     parser.add_argument(
         "--side",
         type=int,

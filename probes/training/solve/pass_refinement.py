@@ -248,6 +248,7 @@ class PassRefinement:
     def _move_window(self) -> None:
         """Bring strengths into the window, each from its nearest neighbour, and remove others."""
         window = self._window()
+        self._forget_losses(window)
 
         def distance(old, new):
             return abs(half_decade(self.strengths[old]) - half_decade(new))
@@ -270,6 +271,12 @@ class PassRefinement:
             (step[source], (change[source] + added * step[source]).float())
             for step, change in self.pairs
         ]
+
+    def _forget_losses(self, window: list[float]) -> None:
+        """Forget the losses of strengths that leave the window with probes that have stopped too early."""
+        for strength, left in zip(self.strengths, self.decrease, strict=True):
+            if strength not in window and left.max() > LEAVE:
+                del self.losses[strength]
 
     def _settle(self) -> None:
         """Leave out the folds when two passes choose the same strength and its neighbours cannot become better."""

@@ -523,6 +523,24 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
 
 
+@pytest.mark.parametrize(("left", "kept"), [(0.05, False), (0.005, True)])
+def test_losses_of_probes_that_have_stopped_early_leave_with_them(data, left, kept):
+    """They may be lower than at the optimum, and the path would be lowest there."""
+    refinement = data.start(400)
+    for seed in (1, 2):
+        data.take_pass(refinement)
+        refinement.step(data.sample(400, seed)[0])
+    before = refinement.strengths
+    refinement.losses |= dict.fromkeys(before, 1.1) | {max(before): 1.0}
+    refinement.decrease[:] = left
+    refinement._move_window()
+    gone = set(before) - set(refinement.strengths)
+    assert len(gone) == 2
+    assert gone.issubset(refinement.losses) == kept
+    assert gone.isdisjoint(refinement.losses) != kept
+    assert set(before) & set(refinement.strengths) <= refinement.losses.keys()
+
+
 def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own_penalty(data):
     refinement = data.start(400)
     data.take_pass(refinement)

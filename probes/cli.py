@@ -44,7 +44,7 @@ RUN_OPTIONS = {
 SOLVER_OPTIONS = {
     "--dry-run": "print memory and hours, measured on a few images",
     "--strengths R ...": "strengths of regularisation (default: the best one, searched in half decades)",
-    "--passes N": "most passes over the training images (default: 16)",
+    "--passes N": "most passes over the training images (default: 20)",
     "--folds N": "folds of training images that choose the strength (default: 4)",
     "--sample-images N": "images whose memory is used (default: as many as fit into a quarter of it)",
     "--disk-gb GB": "states on the disk, if all fit: later passes run no model (default: none)",

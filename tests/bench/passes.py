@@ -44,8 +44,9 @@ BATCH = 32
 class Images:
     """States and masks of a data set in a file, or after a random MLP."""
 
-    def __init__(self, path: str, site: str, sides: int):
+    def __init__(self, path: str, site: str, sides: int, device: str = "cpu"):
         data = torch.load(path)
+        self.device = device
         self.classes = data["classes"]
         (self.states, self.targets), (states, self.validation_targets) = (
             data["training"],
@@ -77,8 +78,8 @@ class Images:
             masks = join_masks([self.prepared(TIGHT_NODES)[i] for i in images])
             yield (
                 list(images),
-                self.states[start : start + BATCH],
-                masks,
+                self.states[start : start + BATCH].to(self.device),
+                masks.to(self.device),
                 [self.targets[i] for i in images],
             )
 
@@ -97,6 +98,7 @@ class Synthetic:
         decay: Exponent by which the variance within classes falls over the axes of their correlations; 0 makes all
             axes alike.
         image_share: Part of the variance within classes that all tokens of an image have in common.
+        device: Where states are drawn; each kind of device draws others.
     """
 
     OBJECT_SHARE = (
@@ -112,22 +114,24 @@ class Synthetic:
         classes: int,
         decay: float,
         image_share: float,
+        device: str = "cpu",
     ):
         self.images = images
         self.grid = (side, side)
         self.width = width
         self.classes = classes
         self.image_share = image_share
-        generator = torch.Generator().manual_seed(0)
-        axis = torch.arange(1, width + 1)
+        self.device = device
+        generator = torch.Generator(device).manual_seed(0)
+        axis = torch.arange(1, width + 1, device=device)
         self.deviation = axis ** (-decay / 2)
-        self.means = torch.randn(classes, width, generator=generator)
+        self.means = torch.randn(classes, width, generator=generator, device=device)
         self.means *= self.deviation * axis**-self.DISTANCE
         # Channels are mixtures of axes, since the solver's units would undo a decay over channels. A product of two
         # small rotations mixes all channels, in little time.
         rows = max(i for i in range(1, math.isqrt(width) + 1) if width % i == 0)
         self.rotations = [
-            torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+            torch.linalg.qr(torch.randn(size, size, generator=generator, device=device)).Q
             for size in (rows, width // rows)
         ]
 
@@ -139,25 +143,25 @@ class Synthetic:
         side = self.grid[0]
         size = 8 * self.grid[0]
         for start in range(0, self.images, BATCH):
-            generator = torch.Generator().manual_seed(1 + start)
+            generator = torch.Generator(self.device).manual_seed(1 + start)
             images = list(range(start, min(start + BATCH, self.images)))
-            objects = torch.randint(0, self.classes, (len(images), 1, 4, 4), generator=generator)
-            tokens = F.interpolate(objects.float(), (side, side))[:, 0].long()
-            targets = F.interpolate(objects.float(), (size, size))[:, 0].to(torch.uint8)
+            shape = (len(images), 1, 4, 4)
+            objects = torch.randint(
+                0, self.classes, shape, generator=generator, device=self.device
+            ).float()
+            tokens = F.interpolate(objects, (side, side))[:, 0].long()
+            targets = F.interpolate(objects, (size, size))[:, 0].to(torch.uint8).cpu()
             states = self.means[tokens.flatten(1)] + self._noise(len(images), generator)
-            yield (
-                images,
-                self._mix(states),
-                prepare_masks(targets, self.classes, self.grid, TIGHT_NODES),
-                list(targets),
-            )
+            masks = prepare_masks(targets, self.classes, self.grid, TIGHT_NODES)
+            yield (images, self._mix(states), masks.to(self.device), list(targets))
 
     def _noise(self, images: int, generator: torch.Generator) -> torch.Tensor:
         """Return what states differ by within classes, f32[B, T, d]: of images, of objects and of tokens."""
         shares = (self.image_share, self.OBJECT_SHARE, 1 - self.image_share - self.OBJECT_SHARE)
-        noise = torch.zeros(images, self.width, *self.grid)
+        noise = torch.zeros(images, self.width, *self.grid, device=self.device)
         for share, side in zip(shares, (1, 4, self.grid[0]), strict=True):
-            part = torch.randn(images, self.width, side, side, generator=generator)
+            shape = (images, self.width, side, side)
+            part = torch.randn(shape, generator=generator, device=self.device)
             noise += share**0.5 * F.interpolate(part, self.grid)
         return noise.flatten(2).mT * self.deviation
 
@@ -197,11 +201,11 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         moments.update(states.flatten(0, 1), masks.soft.flatten(2).mT.flatten(0, 1).double(), 0)
         draws = [count_and_seed(image, len(data), total, 0) for image in images]
         pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
-        kept.append((channels.store(pixels.interpolate(states)), pixels))
+        kept.append((channels.store(pixels.interpolate(states)).cpu(), pixels))
     space = SiteSpace.of_moments(moments)
     null = null_gradient(space, moments)
     moments = None
-    stored, labels, weights, folds = gather(kept, fold_of)
+    stored, labels, weights, folds = gather(kept, fold_of, data.device)
     inputs = space.coordinates(channels.restore(stored))
     axes = AxisRange.of(space, inputs)
     found = FoldSearch(PixelProblem(space, inputs, labels, weights, folds, FOLDS)).solve()
@@ -214,19 +218,19 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     )
     for number in range(2, passes + 1):
         sums = PassSums(*refinement.probes())
-        pixel_count = torch.zeros(FOLDS, dtype=torch.float64)
+        pixel_count = torch.zeros(FOLDS, dtype=torch.float64, device=data.device)
         kept = []
         for images, states, masks, targets in data.batches():
             folds = fold_of[images]
             sums.add(states, masks, folds.tolist())
-            pixel_count.index_add_(0, folds, masks.pixels)
+            pixel_count.index_add_(0, folds.to(data.device), masks.pixels)
             draws = [count_and_seed(image, len(data), 2 * total, number - 1) for image in images]
             draws = [(CANDIDATES * count, seed) for count, seed in draws]
             pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
-            pixels = prefer_uncertain(pixels, sums.uncertainty(states, pixels))
-            kept.append((axes.store(pixels.interpolate(states)), pixels))
+            pixels = prefer_uncertain(pixels, sums.uncertainty(states, pixels).cpu())
+            kept.append((axes.store(pixels.interpolate(states)).cpu(), pixels))
         refinement.accept_losses(*sums.means(space, pixel_count))
-        stored, _, weights, folds = gather(kept, fold_of)
+        stored, _, weights, folds = gather(kept, fold_of, data.device)
         sample = SampledPixels(axes.coordinates_of(stored), weights.float(), folds)
         refinement.step(sample, is_last=number == passes)
         strengths = [f"{strength:.2g}" for strength in refinement.strengths]
@@ -244,19 +248,22 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     return refinement.solution() | {"passes": number, "converged": refinement.converged}
 
 
-def gather(kept, fold_of: torch.Tensor):
-    """Return the stored states, labels, weights and folds of a sample."""
+def gather(kept, fold_of: torch.Tensor, device: str):
+    """Return the stored states, labels, weights and folds of a sample, on a device."""
     states = torch.cat([stored.view(torch.uint8) for stored, _ in kept]).view(kept[0][0].dtype)
     labels, weights, images = (
         torch.cat([getattr(p, n) for _, p in kept]) for n in ("labels", "weights", "images")
     )
-    return states, labels, weights, fold_of[images]
+    return tuple(x.to(device) for x in (states, labels, weights, fold_of[images]))
 
 
 def solve_in_memory(data) -> dict:
     """Solve a site with all states in memory."""
-    loose, tight = (join_masks(data.prepared(nodes)) for nodes in (LOOSE_NODES, TIGHT_NODES))
-    problem = SiteProblem(data.states, loose, tight, assign_folds(len(data), FOLDS))
+    loose, tight = (
+        join_masks(data.prepared(nodes)).to(data.device) for nodes in (LOOSE_NODES, TIGHT_NODES)
+    )
+    states = data.states.to(data.device)
+    problem = SiteProblem(states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
     return refinement.solution(path) | {"passes": 1, "converged": refinement.converged}
@@ -271,8 +278,9 @@ def mean_iou(data, found: dict, row: int) -> float:
     both = torch.zeros(data.classes)
     either = torch.zeros(data.classes)
     for states, target in zip(data.validation, data.validation_targets, strict=True):
-        logits = ((states - space.mean.float()) @ weights.T + bias).T.unflatten(1, data.grid)
-        predicted = upsampled_argmax(logits, tuple(target.shape))
+        centred = states.to(data.device) - space.mean.float()
+        logits = (centred @ weights.T + bias).T.unflatten(1, data.grid)
+        predicted = upsampled_argmax(logits, tuple(target.shape)).cpu()
         for k in range(data.classes):
             mine = (predicted == k) & (target != 255)
             true = target == k
@@ -299,7 +307,7 @@ def main() -> None:
         nargs="+",
         default=[1, 0.08, 0.02, 0.005],
     )
-    parser.add_argument("--passes", type=int, default=16)
+    parser.add_argument("--passes", type=int, default=20)
     parser.add_argument(
         "--side",
         type=int,
@@ -322,13 +330,15 @@ def main() -> None:
         help="of the variance of synthetic states within classes",
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.synthetic:
         images, width, classes = args.synthetic
-        data = Synthetic(images, args.side, width, classes, args.decay, args.image_share)
+        shape = (images, args.side, width, classes)
+        data = Synthetic(*shape, args.decay, args.image_share, args.device)
     else:
-        data = Images(args.states, args.site, args.side)
+        data = Images(args.states, args.site, args.side, args.device)
     for share in args.share:
         if not args.synthetic:
             data.prepared(TIGHT_NODES)  # not counted: once per data set
@@ -341,13 +351,15 @@ def main() -> None:
         rows = found["solved"]
         chosen = rows.index(found["chosen"])
         scores = [] if args.synthetic else [mean_iou(data, found, row) for row in range(len(rows))]
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        if args.device == "cuda":
+            memory += f", of the GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         print(
             f"share {share:g}: {found['passes']} passes, strength {found['strengths'][found['chosen']]:.2g}, mIoU "
             f"{' '.join(f'{score:.2f}' for score in scores)} (chosen: number {chosen + 1}), "
             f"{'converged' if found['converged'] else 'NOT converged'}: "
             f"{[(f'{c.gradient:.1e}', f'{c.decrease:.1e}') for c in found['certificates']]}; "
-            f"{spent:.1f} CPU-s, {waited:.0f} s, peak {memory:.1f} GB",
+            f"{spent:.1f} CPU-s, {waited:.0f} s, peak {memory}",
             flush=True,
         )
 

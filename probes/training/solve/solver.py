@@ -32,7 +32,7 @@ class SolveOptions:
     folds: int = 4
     strengths: tuple[float, ...] | None = None
     seed: int = 0
-    passes: int = 16
+    passes: int = 20
     sample_images: int | None = None
     disk_gb: float = 0.0
 

@@ -1,5 +1,6 @@
 """The command `probes study`."""
 
+from itertools import takewhile
 from pathlib import Path
 
 from llava_bidir.common.configs import OPTIONS
@@ -7,6 +8,10 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
+from probes.cli import SOLVER_OPTIONS
+
+# "N" or "R ..." by the option of `probes solve` that it is the value of
+SOLVER_VALUES = dict(option.split(maxsplit=1) for option in SOLVER_OPTIONS if " " in option)
 
 
 def build_parser() -> ArgumentParser:
@@ -127,7 +132,7 @@ def main(argv: list[str]) -> None:
 
 
 def join_settings(words: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the words with `-c CONFIG` and `--SECTION.KEY VALUE` as one word each, and what these stand for.
+    """Return the words with options of `probes solve` and their values as one word each, and what these stand for.
 
     argparse, which does not know these options, would take a value before MODEL for a model.
     """
@@ -136,17 +141,33 @@ def join_settings(words: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     i = 0
     while i < len(words):
         name, equals, _ = words[i].partition("=")
-        is_setting = name in OPTIONS or (name.startswith("--") and "." in name)
-        has_value = not equals and i + 1 < len(words) and not words[i + 1].startswith("--")
-        count = 2 if is_setting and has_value else 1
-        if is_setting:
+        is_section_key = name.startswith("--") and "." in name
+        if is_section_key or name in OPTIONS or name in SOLVER_VALUES:
+            values = [] if equals else _values(words[i + 1 :], SOLVER_VALUES.get(name, ""))
             placeholder = f"--setting-{i}"
-            settings[placeholder] = words[i : i + count]
+            settings[placeholder] = [words[i], *values]
             joined.append(placeholder)
+            i += 1 + len(values)
         else:
             joined.append(words[i])
-        i += count
+            i += 1
     return joined, settings
+
+
+def _values(words: list[str], expected: str) -> list[str]:
+    """Return the values of an option, with which `words` begins: one, or as many numbers as there are for "R ..."."""
+    values = list(takewhile(lambda word: not word.startswith("--"), words))
+    if expected.endswith("..."):
+        return list(takewhile(_is_number, values))
+    return values[:1]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def label_models(models: list[str]) -> dict[str, str]:

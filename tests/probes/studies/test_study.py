@@ -372,6 +372,8 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
         ["-c", "configs/demo/probes.yaml", "MODEL", "DATA", "--out", "OUT"],
         ["--data.batch_size", "2", "MODEL", "--out", "OUT", "-c", "demo/probes", "--folds", "2"],
         ["MODEL", "DATA", "--out", "OUT", "--data.batch_size=2", "--strengths", "1", "2"],
+        ["--passes", "3", "--sample-images=9", "MODEL", "DATA", "--out", "OUT", "--disk-gb", "1"],
+        ["--out", "OUT", "--strengths", "1e-2", ".1", "MODEL", "DATA"],
     ],
 )
 def test_values_of_options_before_the_model_are_no_models(words):

@@ -28,6 +28,7 @@ from probes.training.solve.sample_hessian import (
     SampledPixels,
     SampleHessian,
 )
+from probes.training.solve.solver import SolveOptions
 from probes.training.solve.strength_path import FoldSearch
 
 pytestmark = pytest.mark.numerics
@@ -513,7 +514,7 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
         sampled.points[0],
         None,
     )
-    for number in range(2, 13):
+    for number in range(2, SolveOptions.passes + 1):
         data.take_pass(refinement)
         refinement.step(data.sample(count, number)[0])
         if refinement.converged:

@@ -4,7 +4,7 @@
 
 For groups of principal axes of the correlations within classes, from the largest variance on:
 
-- the variance, whose mean over all axes is 1;
+- the variance in the units of the solver's penalty, whose mean over all axes is 1;
 - the distance of class means: its square in units of that variance, the mean over tokens. Means of two halves of the
   images are multiplied, so that few images do not add to it;
 - the parts of the variance that are common to an image, and to all tokens of a class in an image.
@@ -18,20 +18,16 @@ import torch
 from passes import Images
 
 from probes.ops.quadrature import prepare_masks
+from probes.training.solve.moments import SiteSpace
 
 EDGES = (0, 1, 3, 10, 30, 100, 200)
 BLOCK = 8  # neighbouring images that share a half, since they may be frames of a video
 
 
-def label_tokens(data: Images) -> torch.Tensor:
-    """Return the class of each token, i64[N, T]; -1 where no pixel has a label."""
-    labels = []
-    for target in data.targets:
-        soft = prepare_masks(target[None], data.classes, data.grid, 2).soft[0].flatten(1)
-        own = soft.argmax(0)
-        own[soft.sum(0) <= 0] = -1
-        labels.append(own)
-    return torch.stack(labels)
+def soft_labels(data: Images) -> torch.Tensor:
+    """Return the weight of each class at each token, f32[N, K, h, w]."""
+    masks = [prepare_masks(target[None], data.classes, data.grid, 2) for target in data.targets]
+    return torch.cat([mask.soft for mask in masks])
 
 
 def group_means(states: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,26 +64,23 @@ def squared_distance(
 
 def describe(data: Images) -> dict[str, torch.Tensor]:
     """Return each quantity by axis, f64[d]."""
-    labels = label_tokens(data).flatten()
-    labelled = labels >= 0
-    images, tokens, width = data.states.shape
+    soft = soft_labels(data)
+    space = SiteSpace.of(data.states, soft)
+    by_token = soft.flatten(2).mT.flatten(0, 1)
+    labelled = by_token.sum(1) > 0
+    labels = by_token.argmax(1)[labelled]
+    images, tokens, _ = data.states.shape
     image = torch.arange(images).repeat_interleave(tokens)[labelled]
-    labels = labels[labelled]
-    states = data.states.view(-1, width).double()[labelled]
+    states = space.coordinates(data.states.flatten(0, 1)[labelled])[:, :-1].double()
     means, _ = group_means(states, labels)
-    deviation = (states - means[labels]).std(0)
-    states = states / deviation
-    within = states - means[labels] / deviation
-    variance, basis = torch.linalg.eigh(within.T @ within / len(within))
-    variance = variance.flip(0)
-    basis = basis.flip(1)
-    within = within @ basis
-    return {
-        "variance": variance,
-        "distance^2": squared_distance(states @ basis, labels, image) / variance,
+    within = states - means[labels]
+    by_axis = {
+        "variance": space.spectrum,
+        "distance^2": squared_distance(states, labels, image) / within.square().mean(0),
         "of image": common_part(within, image),
         "of class in image": common_part(within, image * data.classes + labels),
     }
+    return {name: values.flip(0) for name, values in by_axis.items()}
 
 
 @torch.no_grad()

@@ -503,7 +503,7 @@ def test_probes_that_have_stopped_early_move_the_window_to_stronger_ones(data, b
 
 
 def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
-    """Few pixels may ask for less than all images, as with Gaussian classes of 512 channels, by two decades."""
+    """Few pixels may ask for less than all images, as with Gaussian classes of 512 channels, by a decade."""
     path, _ = data.whole()
     count = int(0.02 * IMAGES * GRID[0] * GRID[1] * 8)
     sampled = data.start(count)

@@ -18,6 +18,7 @@ from probes.training.solve.state_file import StateFile
 CPU = torch.device("cpu")
 # two sites of six images, of which four have their states in memory
 PASSES = ["--model.sites", "[encoder, adapter]", "--sample-images", "4", "--passes", "3"]
+BYTES = ("probes.safetensors", "path.safetensors", "counts.safetensors")
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_later_passes_run_no_model_and_give_the_same_bytes(command, forwards, tm
     assert sum(forwards) == 6 + 5, "and the validation images"
     expected = run_bytes(tmp_path / "model")
     ours = run_bytes(tmp_path / "disk")
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+    for name in BYTES:
         assert ours[name] == expected[name], name
     assert not (tmp_path / "disk/checkpoints").exists()
 
@@ -125,7 +126,7 @@ def test_a_killed_run_leaves_no_file_and_resumes_to_the_same_bytes(
     main([*killed, "--ckpt_path", "last"])
     assert sum(forwards) == 6 + 5, "the third pass, and the validation images"
     ours = run_bytes(tmp_path / "killed")
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+    for name in BYTES:
         assert ours[name] == expected[name], name
 
 

@@ -159,6 +159,7 @@ class LeastSquaresSolver(Solver):
         return SolvedSite(
             strengths=torch.tensor(strengths, dtype=torch.float64),
             loss=solved.loss.cpu(),
+            compared=torch.arange(len(strengths)),
             chosen=solved.loss.argmin().cpu(),
             solved=torch.arange(len(strengths)),
             mean=solved.mean.cpu(),

@@ -9,11 +9,13 @@ p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curva
 starts from on a sample of pixels. With all images in memory it starts from the Hessian on some of their nodes
 (`node_sample.py`, `sample_hessian.py`), which takes half the time.
 
-`strength_path.py` uses two nodes per cell (`probes/ops`). Certificates, the last probes and reported losses use five.
+`strength_path.py` finds the region of the best strength with two nodes per cell (`probes/ops`). What chooses among
+neighbouring strengths, certificates, the last probes and reported losses use five.
 
 Legend: P problems solved together, F folds, B images, T tokens, d width, K classes, n pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -47,6 +49,11 @@ def half_decades(first: int, last: int) -> tuple[float, ...]:
     return tuple(10 ** (-i / 2) for i in range(first, last + 1))
 
 
+def half_decade(strength: float) -> int:
+    """Return the index of a strength on the grid in half decades, 0 for 1 and 2 for 0.1."""
+    return round(-2 * math.log10(strength))
+
+
 class FoldProblem:
     """The objective of a site on the images of some folds; a subclass has them in memory.
 
@@ -54,6 +61,8 @@ class FoldProblem:
         space: Coordinates of the site.
         pixels: f64[F], labelled pixels of each fold.
     """
+
+    has_nodes = True  # the number of nodes makes a difference
 
     def __init__(self, space: SiteSpace, pixels: Tensor):
         self.space = space
@@ -208,6 +217,8 @@ class PixelProblem(FoldProblem):
         fold_of: i64[n], fold of the image of each pixel.
         folds: Number of folds.
     """
+
+    has_nodes = False
 
     def __init__(
         self,

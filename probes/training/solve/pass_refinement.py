@@ -25,9 +25,10 @@ from torch import Tensor
 from probes.ops.lbfgs import Pair, dot, quasi_newton
 
 from .moments import SiteSpace, full_precision
-from .objective import STRONGEST, WEAKEST, half_decades
+from .objective import STRONGEST, WEAKEST, half_decade, half_decades
 from .refinement import CONVERGED, ROUNDING, Certificate
 from .sample_hessian import LEAST_DAMPING, SampledPixels, SampleHessian, first_damping
+from .strength_path import HELD_OUT_GAIN
 
 SAVED = {  # attributes by their names in the file of a killed run
     "null": "null_gradient",
@@ -47,6 +48,9 @@ GAINS = (0.0, 0.25, 0.75)
 DAMPING_FACTORS = (10.0, 3.0, 1.0, 1 / 3)
 # The window follows probes with at most this decrease left, in nats, or to strengths that are better by more
 LEAVE = 100 * CONVERGED
+# Decrease of the folds, in nats, that is enough to choose between strengths whose losses are very close. Another pass
+# would be needed for each factor of about five.
+CLOSE = 3e-6
 WINDOW = 2  # half decades on both sides of the best strength
 
 
@@ -312,13 +316,15 @@ class PassRefinement:
     def _allowed(self, row: int) -> float:
         """Return the decrease, in nats, below which the choice of the strength does not wait for its probes.
 
-        A strength that was not given may promise as much as it is behind the best one: images that are left out are
-        expected to gain less than the probes' own.
+        What left-out images may gain by it must not make up for what a strength is behind the best one, or the best
+        one ahead of the next, unless the two are too close for any pass to tell.
         """
-        if self.given is not None:
+        if self.given is not None or len(self.strengths) == 1:
             return CONVERGED
-        behind = self._loss_of(self.strengths[row]) - min(map(self._loss_of, self.strengths))
-        return max(CONVERGED, behind)
+        best, *others = sorted(self._loss_of(strength) for strength in self.strengths)
+        own = self._loss_of(self.strengths[row])
+        apart = own - best if own > best else others[0] - best
+        return max(CLOSE, apart / (2 * HELD_OUT_GAIN))
 
     @property
     def chosen(self) -> int:
@@ -341,6 +347,11 @@ class PassRefinement:
             return list(range(len(self.strengths)))
         return [self.chosen - 1, self.chosen, self.chosen + 1]
 
+    @property
+    def compared(self) -> list[float]:
+        """Strengths among which one was chosen."""
+        return [strength for strength in self.strengths if strength in self.losses]
+
     # ------------------------------------------------------------------------------------------------ results
     @property
     def certificates(self) -> list[Certificate]:
@@ -360,6 +371,7 @@ class PassRefinement:
         return {
             "strengths": path,
             "loss": [self.losses[strength] for strength in path],
+            "compared": [path.index(strength) for strength in self.compared],
             "chosen": path.index(self.strengths[self.chosen]),
             "solved": [path.index(self.strengths[row]) for row in rows],
             "space": self.space,
@@ -422,7 +434,3 @@ def bytes_of_probes(width: int, classes: int, folds: int) -> int:
     # points, kept points and gradients in float64; pairs in float32
     return numbers * (3 * 8 + 2 * PAIRS * 4)
 
-
-def half_decade(strength: float) -> int:
-    """Return the index of a strength on the grid in half decades, 0 for 1 and 2 for 0.1."""
-    return round(-2 * torch.tensor(strength, dtype=torch.float64).log10().item())

@@ -52,7 +52,7 @@ class Evaluated(NamedTuple):
 
 
 class Refinement:
-    """R probes of a site on their way from the optimum with few nodes to that with many.
+    """R probes of a site on their way to the optimum with many nodes.
 
     The first step minimises a model of the objective f about the current point w_t,
 
@@ -196,7 +196,7 @@ def solve_site(
 def start_refinement(
     problem: SiteProblem, strengths: Sequence[float] | None = None
 ) -> tuple[StrengthPath, Refinement]:
-    """Return the path of strengths of a site, and its probes at the optimum with few nodes, which are to be refined."""
+    """Return the path of strengths of a site, and its probes, which are to be refined."""
     search = FoldSearch(problem)
     found = search.solve(strengths)
     return found.path, Refinement(problem, found.strengths, found.points, search.pairs)

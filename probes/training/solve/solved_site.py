@@ -24,6 +24,7 @@ class SolvedSite:
     Args:
         strengths: f64[n], from strong to weak.
         loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
+        compared: i64[C], indices of the strengths among which one was chosen; the losses of others are less exact.
         chosen: i64[], index of the chosen strength.
         solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
         mean: f64[d] of the states.
@@ -35,6 +36,7 @@ class SolvedSite:
 
     strengths: Tensor
     loss: Tensor
+    compared: Tensor
     chosen: Tensor
     solved: Tensor
     mean: Tensor
@@ -48,6 +50,7 @@ class SolvedSite:
         cls,
         strengths: list[float],
         loss: list[float],
+        compared: list[int],
         chosen: int,
         solved: list[int],
         space: SiteSpace,
@@ -58,6 +61,7 @@ class SolvedSite:
         return cls(
             strengths=torch.tensor(strengths, dtype=torch.float64),
             loss=torch.tensor(loss, dtype=torch.float64),
+            compared=torch.tensor(compared),
             chosen=torch.tensor(chosen),
             solved=torch.tensor(solved),
             mean=space.mean.cpu(),
@@ -71,6 +75,22 @@ class SolvedSite:
     def row(self) -> int:
         """Index of the chosen strength among those that were solved."""
         return self.solved.tolist().index(int(self.chosen))
+
+    @property
+    def lowest(self) -> int:
+        """Index of the strength with the lowest loss of those that were compared."""
+        return int(self.compared[self.loss[self.compared].argmin()])
+
+    def runner_up(self) -> dict[str, float] | None:
+        """Return the strength with the second lowest loss, and how much more it loses; None of a single strength."""
+        if len(self.compared) < 2:
+            return None
+        loss = self.loss[self.compared]
+        first, second = loss.argsort()[:2]
+        return {
+            "strength": self.strengths[self.compared[second]].item(),
+            "behind": (loss[second] - loss[first]).item(),
+        }
 
     @full_precision()
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -102,7 +122,9 @@ class SolvedSite:
         }
         entry |= {
             "chosen": strengths[int(self.chosen)],
-            "lowest": strengths[int(self.loss.argmin())],
+            "lowest": strengths[self.lowest],
+            "compared": self.strengths[self.compared].tolist(),
+            "runner_up": self.runner_up(),
         }
         entry |= {name: along(values) for name, values in scores.items()}
         if len(self.certificates):
@@ -123,7 +145,7 @@ class SolvedSite:
     def report_limit(self, site: str) -> None:
         """Say so if the lowest loss is at the end of the strengths that were tried."""
         strengths = self.strengths.tolist()
-        lowest = int(self.loss.argmin())
+        lowest = self.lowest
         if not is_at_end(strengths, strengths[lowest]):
             return
         end = "strongest" if lowest == 0 else "weakest"

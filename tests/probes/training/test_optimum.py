@@ -115,18 +115,31 @@ def test_solved_probes_equal_scipy_on_upsampled_logits(data):
         assert found == pytest.approx(scipy_optimum(data, at, strength)[0], abs=1e-5)
 
 
+def held_out_loss_of_scipy(data, at: SiteProblem, strength: float) -> float:
+    """Return the cross-validated loss of folds solved to the end."""
+    total = pixels = 0
+    for fold in range(FOLDS):
+        left_out = [i for i in range(IMAGES) if i not in others(fold)]
+        _, point = scipy_optimum(data, at, strength, others(fold))
+        labelled = (data[1][left_out] != 255).sum().item()
+        total += labelled * objective(data, at, 0.0, point, left_out).item()
+        pixels += labelled
+    return total / pixels
+
+
 def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
-    """Within 0.003 nats, at every strength of the path; a fold sees none of the images that it is scored on."""
+    """A fold sees none of the images that it is scored on.
+
+    Within 0.003 nats at every strength of the path. Where strengths are compared, the folds' decreases of 1e-5 allow
+    left-out images 30 times as much.
+    """
     at = problem(data)
-    for strength, loss, _ in FoldSearch(at).follow(None):
-        total = pixels = 0
-        for fold in range(FOLDS):
-            left_out = [i for i in range(IMAGES) if i not in others(fold)]
-            _, point = scipy_optimum(data, at, strength, others(fold))
-            labelled = (data[1][left_out] != 255).sum().item()
-            total += labelled * objective(data, at, 0.0, point, left_out).item()
-            pixels += labelled
-        assert loss == pytest.approx(total / pixels, abs=3e-3), strength
+    path = FoldSearch(at).solve(None).path
+    for i, (strength, loss) in enumerate(zip(path.strengths, path.loss, strict=True)):
+        allowed = 3e-4 if i in path.compared else 3e-3
+        assert loss == pytest.approx(held_out_loss_of_scipy(data, at, strength), abs=allowed), (
+            strength
+        )
 
 
 def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
@@ -217,7 +230,7 @@ def test_probes_whose_fold_has_nearly_all_pixels_are_solved(data):
         target[image, 8, 8] = data[1][image, 8, 8]
     at = problem((states, target))
     start = at.start
-    for _, _, points in FoldSearch(at).follow((1e-1, 1e-2)):
+    for _, _, points, _ in FoldSearch(at).follow((1e-1, 1e-2)):
         assert (points - start).abs().amax((1, 2)).min() > 0.05
 
 

@@ -433,4 +433,3 @@ def bytes_of_probes(width: int, classes: int, folds: int) -> int:
     numbers = (2 * WINDOW + 1) * (folds + 1) * classes * (width + 1)
     # points, kept points and gradients in float64; pairs in float32
     return numbers * (3 * 8 + 2 * PAIRS * 4)
-

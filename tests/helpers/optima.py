@@ -1,0 +1,147 @@
+"""Compare probes that were solved in two ways: what a certificate promises, and nothing else.
+
+A certificate bounds what the objective can still gain. Along flat directions weights are free, so that two processors,
+two numbers of threads or two solvers end at other weights. They have in common:
+
+- the objective: that of each probe is at most the other one's, and what its own certificate leaves;
+- the predicted class, but where the two best logits are closer than the certificates allow;
+- the chosen strength, and the losses of left-out images.
+
+Weights themselves are compared only where the same code runs on the same shapes in the same process layout.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from probes.ops.geometry import GridPlacement
+from probes.results.finished_run import FinishedRun
+from probes.training.solve.strength_path import COMPARED_TOLERANCE, HELD_OUT_GAIN
+
+# Of a loss in nats: the quadrature of five nodes is exact to five digits, and probes are stored in float32.
+ROUNDING = 1e-5
+# A certificate is the decrease that a model of the curvature predicts for the next step. The model is a sample.
+SLACK = 3
+
+Point = Tensor  # f64[K, d + 1], weights and biases of states
+
+
+def assert_same_optimum(
+    value: Callable[[Point], Tensor],
+    a: Point,
+    b: Point,
+    left: tuple[float, float],
+    states: Tensor,
+) -> None:
+    """Raise unless two points are the optimum of one convex objective as far as their certificates say.
+
+    Args:
+        value: The objective, differentiable.
+        a: One point.
+        b: The other one.
+        left: Decreases of both, in nats.
+        states: f[n, d], where predicted classes are compared.
+    """
+    allowed = [SLACK * decrease + ROUNDING for decrease in left]
+    at_a, at_b = (value(point).item() for point in (a, b))
+    assert at_a - at_b <= allowed[0], f"{at_a} is {at_a - at_b} above the other optimum"
+    assert at_b - at_a <= allowed[1], f"{at_b} is {at_b - at_a} above the other optimum"
+    inputs = torch.cat([states.double(), torch.ones(len(states), 1).double()], 1)
+    classes = [(inputs @ point.T).argmax(1) for point in (a, b)]
+    differ = (classes[0] != classes[1]).nonzero().flatten().tolist()
+    if not differ:
+        return
+    hessian = torch.func.hessian(lambda x: value(x.view_as(a)))(a.flatten())
+    inverse = torch.linalg.pinv(hessian, hermitian=True)  # all biases together are free
+    for i in differ:
+        direction = torch.zeros_like(a)
+        direction[classes[0][i]] += inputs[i]
+        direction[classes[1][i]] -= inputs[i]
+        margin = (direction * a).sum().item()
+        # how far this difference of logits can move while the objective rises by what is allowed
+        reach = (2 * sum(allowed) * direction.flatten() @ inverse @ direction.flatten()) ** 0.5
+        assert margin <= reach, f"class {classes[0][i]} leads by {margin}, {reach} is free"
+
+
+def assert_same_solution(
+    one: FinishedRun,
+    other: FinishedRun,
+    sites: list[str] | None = None,
+    held_out: float = 2 * HELD_OUT_GAIN * COMPARED_TOLERANCE,
+) -> None:
+    """Raise unless two runs of `probes solve` on the same images have found the same, as far as their certificates say.
+
+    Args:
+        one: A run.
+        other: The other one.
+        sites: Sites to compare; None for all of the second run.
+        held_out: How far the losses of left-out images may be apart where strengths were compared, in nats.
+    """
+    sites = sites or other.sites
+    data = TrainingData(one, sites)
+    for site in sites:
+        entries = [_entry(run, site) for run in (one, other)]
+        assert entries[0]["chosen"] == entries[1]["chosen"], site
+        assert entries[0]["compared"] == entries[1]["compared"], site
+        losses = [_losses_of_compared(entry) for entry in entries]
+        assert losses[0] == pytest.approx(losses[1], abs=held_out), (site, losses)
+        points, left = zip(*(_solved(run, site) for run in (one, other)), strict=True)
+        value = data.objective(site, entries[0]["chosen"], one.probes()[site].norm.running_var)
+        assert_same_optimum(value, *points, left, data.states[site].flatten(0, 1)[::7])
+
+
+class TrainingData:
+    """States and masks of the training images of a run."""
+
+    def __init__(self, run: FinishedRun, sites: list[str]):
+        mllm = run.mllm()
+        training = run.dataset("training")
+        samples = [training[i] for i in range(len(training))]
+        self.grid = mllm.grid
+        pixels = mllm.preprocess([sample["image"] for sample in samples])
+        self.states = mllm.states(pixels, sites)
+        self.targets = [torch.tensor(sample["target"]).long() for sample in samples]
+        for target in self.targets:
+            size = tuple(target.shape)
+            assert mllm.geometry.view(size) == GridPlacement.full(size), "as F.interpolate"
+
+    def objective(self, site: str, strength: float, variance: Tensor) -> Callable[[Point], Tensor]:
+        """Return the penalised loss of a site with F.interpolate and F.cross_entropy, in float64."""
+        states = self.states[site].double()
+        labelled = sum((target != 255).sum() for target in self.targets)
+
+        def value(point: Point) -> Tensor:
+            logits = states @ point[:, :-1].T + point[:, -1]
+            grids = logits.transpose(1, 2).unflatten(2, self.grid)
+            total = 0
+            for logits_of_image, target in zip(grids, self.targets, strict=True):
+                up = F.interpolate(logits_of_image[None], target.shape, mode="bilinear")
+                total += F.cross_entropy(up, target[None], ignore_index=255, reduction="sum")
+            penalty = (point[:, :-1].square() * variance.double()).sum()
+            return total / labelled + strength / 2 * penalty
+
+        return value
+
+
+def _entry(run: FinishedRun, site: str) -> dict:
+    return next(entry for entry in run.site_strengths if entry["site"] == site)
+
+
+def _losses_of_compared(entry: dict) -> list[float]:
+    by_strength = dict(zip(entry["strengths"], entry["cv_cross_entropy"], strict=True))
+    return [by_strength[strength] for strength in entry["compared"]]
+
+
+def _solved(run: FinishedRun, site: str) -> tuple[Point, float]:
+    """Return the probe of a site, and the decrease that its certificate leaves."""
+    probe = run.probes()[site]
+    norm = probe.norm
+    weight = probe.head.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = probe.head.bias.double() - weight @ norm.running_mean.double()
+    entry = _entry(run, site)
+    certificate = entry["certificates"][entry["strengths"].index(entry["chosen"])]
+    assert certificate["converged"], site
+    return torch.cat([weight, bias[:, None]], 1).detach(), certificate["decrease"]

@@ -1,0 +1,132 @@
+"""The comparison of two optima, `tests/helpers/optima.py`: it accepts other weights, and no other optimum."""
+
+import pytest
+import solving
+import torch
+from optima import assert_same_optimum, assert_same_solution
+
+from probes.cli import main
+from probes.data.batches import MaskPreparer
+from probes.ops import lbfgs
+from probes.results.probe_run import ProbeRun
+from probes.training.solve import objective, strength_path
+from probes.training.solve.in_memory import MemorySolver
+from probes.training.solve.objective import TIGHT_NODES, FoldProblem, SiteProblem
+
+pytestmark = pytest.mark.numerics
+
+SITES = ["adapter"]
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints, segmentation):
+    return checkpoints["causal"], segmentation
+
+
+def solve(folders, out) -> ProbeRun:
+    main(solving.arguments(*folders, out, "--model.sites", f"[{SITES[0]}]"))
+    return ProbeRun(out)
+
+
+@pytest.fixture(scope="module")
+def right(folders, tmp_path_factory) -> ProbeRun:
+    return solve(folders, tmp_path_factory.mktemp("right"))
+
+
+def bias_without_gradient(patch) -> None:
+    inner = objective.loss_sums
+
+    def loss_sums(*args):
+        loss, gradient = inner(*args)
+        if gradient is not None:
+            gradient[..., -1] = 0
+        return loss, gradient
+
+    patch.setattr(objective, "loss_sums", loss_sums)
+
+
+def images_of_a_fold_missed(patch) -> None:
+    inner = SiteProblem.sums
+
+    def sums(self, fold, points, nodes, needs_grad=True):
+        loss, gradient = inner(self, fold, points, nodes, needs_grad)
+        if fold == 0:
+            return 0 * loss, None if gradient is None else 0 * gradient
+        return loss, gradient
+
+    patch.setattr(SiteProblem, "sums", sums)
+
+
+def folds_that_see_what_they_leave_out(patch) -> None:
+    inner = FoldProblem.objective
+
+    def of_all_images(self, strengths, left_out, nodes):
+        return inner(self, strengths, [None] * len(left_out), nodes)
+
+    patch.setattr(FoldProblem, "objective", of_all_images)
+
+
+def optimizer_stopped(patch) -> None:
+    patch.setattr(lbfgs, "ITERATIONS", 1)
+
+
+def few_nodes_to_the_end(patch) -> None:
+    patch.setattr(strength_path, "TIGHT_NODES", strength_path.LOOSE_NODES)
+
+
+def rows_of_pixels_dropped(patch) -> None:
+    inner = MemorySolver.add
+
+    def add(self, batch):
+        for target in batch["target"]:
+            target[-2:] = 255
+        prepare = MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)
+        inner(self, batch | {"masks": prepare(batch["target"])})
+
+    patch.setattr(MemorySolver, "add", add)
+
+
+FAULTS = (
+    bias_without_gradient,
+    images_of_a_fold_missed,
+    folds_that_see_what_they_leave_out,
+    optimizer_stopped,
+    few_nodes_to_the_end,
+    rows_of_pixels_dropped,
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_faulty_solver_has_another_optimum(fault, right, folders, tmp_path, monkeypatch):
+    fault(monkeypatch)
+    wrong = solve(folders, tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_solution(right, wrong)
+
+
+def test_other_weights_along_a_flat_direction_are_the_same_optimum():
+    """The objective rises by 5e-7 only while a weight moves by 1e-3."""
+    flat = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).double()
+
+    def value(point):
+        return (flat * point).square().sum() / 2
+
+    a = torch.zeros(2, 3).double()
+    b = a.clone()
+    b[0, 0] = 1e-3
+    states = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert_same_optimum(value, a, b, (1e-6, 1e-6), states)
+    b[0, 0] = 0.1
+    with pytest.raises(AssertionError, match="above the other optimum"):
+        assert_same_optimum(value, a, b, (1e-6, 1e-6), states)
+
+
+def test_a_class_that_certificates_do_not_leave_free_must_be_the_same():
+    """Equal objectives, as where a wrong class has been stored, with a lead that no certificate allows."""
+    a = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+
+    def value(point):
+        return (point[:, 0].abs() - 1).square().sum() + point[:, 1].square().sum()
+
+    with pytest.raises(AssertionError, match="leads by"):
+        assert_same_optimum(value, a, -a, (1e-6, 1e-6), torch.ones(1, 1))

@@ -24,6 +24,7 @@ from probes.lab.requests import (
 )
 from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.results.probe_run import ProbeRun
+from probes.studies.estimate import print_estimate
 from probes.studies.plan import Settings, make_plan
 from probes.studies.run import run_study
 
@@ -118,9 +119,21 @@ def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
     lines = [
         line for line in printed.splitlines() if "left out: the model is a vision encoder" in line
     ]
-    assert sum("trained/knockout" in line for line in lines) >= 1
-    assert not any("random0/knockout" in line for line in lines)
+    assert len(lines) == 1 and lines[0].startswith("trained/knockout left out")
     assert not (out / "trained" / "knockout.json").exists()
+
+
+def test_what_cannot_apply_is_said_after_the_results_and_not_as_a_failure(study, parts, capsys):
+    out, printed = study
+    reason = "left out: the model is a vision encoder, and it needs an LLM"
+    assert printed.index("reads best: ") < printed.index(reason)
+    page = (out / "report" / "index.html").read_text()
+    assert 'class="note"' not in page
+    assert page.index("reads best: ") < page.index(reason)
+    print_estimate(Settings({"": parts[0]}, parts[1], out.parent / "planned", options=OPTIONS))
+    planned = capsys.readouterr().out
+    assert planned.count("left out") == 1
+    assert planned.index("passes over the images") < planned.index(f"trained/knockout {reason}")
 
 
 def test_a_second_call_has_nothing_to_do(study, parts, capsys):

@@ -136,9 +136,6 @@ PROCESSORS = {
     "smolvlm": [_idefics("SmolVLMImageProcessorPil", resample=BILINEAR)],
     "aya_vision": [StockProcessor("GotOcr2ImageProcessorPil", _GOT)],
     "ovis2": [StockProcessor("Ovis2ImageProcessorPil", {"size": BOTH_SIDES})],
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), [_QWEN]),
-    **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), [_QWEN]),
-    "glm4v": [_GLM],
     "glm46v": [_patches("Glm46VImageProcessorPil", **_FRAMES)],
     **dict.fromkeys(("mistral3", "lighton_ocr"), [_PIXTRAL]),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), [_DINOV2]),
@@ -155,10 +152,20 @@ PROCESSORS = {
 }
 # Their only processor needs torchvision, whose resize is torch's own with antialias.
 OF_TORCH = {"dinov3_vit": "bilinear", "cohere2_vision": "bicubic"}
+WITHOUT = {"llava_bidir", "deepseek_vl_hybrid", *OF_TORCH}  # LLaVA's processor; tests of their own
+
+
+def processors_of(name: str) -> list[StockProcessor]:
+    """Return the processors of a family; Qwen's and GLM's take patches, whatever their LLM is."""
+    if name not in PROCESSORS and FAMILIES[name].inputs is dynamic_resolution._patches:
+        return [_GLM if name.startswith("glm") else _QWEN]
+    return PROCESSORS.get(name, [])
+
+
 CASES = [
     pytest.param(name, stock, id=f"{name}-{number}")
-    for name, stocks in PROCESSORS.items()
-    for number, stock in enumerate(stocks)
+    for name in FAMILIES
+    for number, stock in enumerate(processors_of(name))
 ]
 
 
@@ -210,9 +217,7 @@ def pixels_of(model, image: Image.Image, is_patches: bool) -> torch.Tensor:
 
 
 def test_every_family_has_a_stock_processor_here():
-    ours = {"llava_bidir"}  # its processor is LLaVA's
-    hybrid = {"deepseek_vl_hybrid"}
-    assert PROCESSORS.keys() | OF_TORCH.keys() | ours | hybrid == FAMILIES.keys()
+    assert {name for name in FAMILIES if not processors_of(name)} == WITHOUT
 
 
 @pytest.mark.parametrize(("name", "stock"), CASES)

@@ -29,6 +29,7 @@ VERSION = "0.1.1"
 FILE = "models/vit_s_focus.onnx"
 PART = "backbone."  # of the names of the encoder's weights
 HEAD_WIDTH = 64  # of every DINOv2
+RESIZED_PX = 256  # shorter side, of which the middle is kept. Source: dinov2/data/transforms.py
 PUBLISHED_PX = 224
 
 
@@ -77,7 +78,7 @@ def import_dinov2(file: Path, out: Path) -> None:
     with atomic_directory(out, marker="config.json") as partial:
         model.save_pretrained(partial)
         BitImageProcessorPil(
-            size={"shortest_edge": PUBLISHED_PX},
+            size={"shortest_edge": RESIZED_PX},
             crop_size={"height": PUBLISHED_PX, "width": PUBLISHED_PX},
             image_mean=IMAGENET_DEFAULT_MEAN,
             image_std=IMAGENET_DEFAULT_STD,

@@ -208,7 +208,6 @@ def run_steps(
     failed: list[str] = []
     for i, step in enumerate(missing):
         if step.why_left_out:
-            print(f"{step.name} is left out: {step.why_left_out}", flush=True)
             _leave_out(step, folder, step.why_left_out, overwrite)
             continue
         followed = read_record(step.follows, folder) if step.follows else {}

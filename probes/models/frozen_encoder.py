@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
+from probes.ops.geometry import ResizeRule
 
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
@@ -58,11 +59,11 @@ class FrozenEncoder(FrozenModel):
         model: PreTrainedModel,
         family: EncoderFamily,
         image_processors: Sequence,
-        image_resize: str,
+        resize_rule: ResizeRule,
         revision: str | None = None,
     ):
         attention = family.image_attention
-        super().__init__(model, family, image_processors, attention, image_resize, revision)
+        super().__init__(model, family, image_processors, attention, resize_rule, revision)
         self.layer_sites = self.sites[:-1]
         extra = family.extra_tokens(model.config)
         tokens = extra + self.image_tokens

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from llava_bidir.common.arguments import check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike
+from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import (
@@ -65,12 +66,12 @@ class FrozenMLLM(FrozenModel):
         image_processors: Sequence,
         prefix_ids: list[int],
         image_attention: str,
-        image_resize: str = "squash",
+        resize_rule: ResizeRule = SQUASH,
         separator_id: int | None = None,
         revision: str | None = None,
         read_chat: Callable[[], Chat] | None = None,
     ):
-        super().__init__(model, family, image_processors, image_attention, image_resize, revision)
+        super().__init__(model, family, image_processors, image_attention, resize_rule, revision)
         self._read_chat = read_chat
         self.layer_sites = self.sites[1:-1]
         with suppress(UserError):  # whoever asks for these sites is told why there are none

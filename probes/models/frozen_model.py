@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, read_photos
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
@@ -49,7 +49,7 @@ class FrozenModel(nn.Module):
         family: Family | EncoderFamily,
         image_processors: Sequence,
         image_attention: str,
-        image_resize: str,
+        resize_rule: ResizeRule,
         revision: str | None,
     ):
         super().__init__()
@@ -64,10 +64,11 @@ class FrozenModel(nn.Module):
         self.grid = family.grid(model.config)
         self.sites = family.sites(model.config)
         self.widths = family.widths(model.config)
-        colour = tuple(int(255 * x) for x in image_processors[0].image_mean)
+        # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
+        colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
         side = family.side_px(model.config)
         covered = family.covered_px(model.config)
-        self.geometry = Geometry(self.grid, side, covered, image_resize, colour)
+        self.geometry = Geometry(self.grid, side, covered, resize_rule, colour)
         self.eval()
 
     @property
@@ -88,7 +89,7 @@ class FrozenModel(nn.Module):
             f"{type(self).__name__} of {self.model.config.model_type}, {self.model.dtype} on {self.device}",
             f"  sites: {', '.join(self.sites[:3])}, ..., {self.sites[-1]} ({len(self.sites)})",
             f"  grid: {rows} x {columns} = {self.image_tokens} tokens of a {side} px square",
-            f"  images become squares by: {self.geometry.resize}",
+            f"  images become squares by: {self.geometry.rule.describe(side)}",
         ]
         if self.has_llm:
             own = self.own_image_attention

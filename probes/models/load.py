@@ -54,8 +54,8 @@ def load(
         device: None: the GPU if there is one, else the CPU.
         image_px: Side of the square input in pixels, of a bare encoder; None: the one that it is published with. An
             MLLM has that of its checkpoint.
-        image_resize: How images become squares: "squash", "pad" or "center_crop" (probes/ops/geometry.py). None: the
-            checkpoint's own way.
+        image_resize: How images become squares: "squash", "pad", "center_crop" or "letterbox" (probes/ops/geometry.py).
+            None: the checkpoint's own way. Another one replaces its crop, but not its filter.
         revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
         device_map: transformers' device map, to spread a model over devices; excludes `device`.
         attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
@@ -100,18 +100,18 @@ def load(
         **options,
         **hub,
     )
-    processors, resize = read_image_processors(path, family, **hub)
-    resize = image_resize or getattr(config, "image_resize", None) or resize
+    processors, rule = read_image_processors(path, family, **hub)
+    rule = rule.replaced_by(getattr(config, "image_resize", None)).replaced_by(image_resize)
     commit = getattr(hub["revision"], "resolved", None)
     if family.has_llm:
         ids = read_prefix_ids(path, family, prefix, **hub)
         separator_id = read_separator_id(path, family, **hub)
         chat = partial(read_chat, path, family, **hub)
         mllm = FrozenMLLM(
-            model, family, processors, ids, attention, resize, separator_id, commit, chat
+            model, family, processors, ids, attention, rule, separator_id, commit, chat
         )
     else:
-        mllm = FrozenEncoder(model, family, processors, resize, commit)
+        mllm = FrozenEncoder(model, family, processors, rule, commit)
     if device_map is None:
         mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if untrained:

@@ -1,14 +1,18 @@
 """Config, tokenizer, chat template and image normalisation of a checkpoint.
 
 Stock processors are not used: many need torchvision for videos, and each splits and crops images in its own way. Of the
-image processor, only the normalisation and the way of resizing are read. `hub` is {"revision": ...} for a hub id.
+image processor, the normalisation and how it resizes are read: filter, sides, crop. `hub` is {"revision": ...} for an
+id of the hub.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
     CLIPImageProcessorPil,
@@ -22,10 +26,25 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import read_pretrained
 from llava_bidir.common.image_side import MAX_GRID_SIDE
 from llava_bidir.common.tokenizer import load_tokenizer
+from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
+PIXEL_SETTINGS = (
+    "resample",
+    "size",
+    "crop_size",
+    "max_image_size",
+    "default_to_square",
+    "do_center_crop",
+    "do_image_splitting",
+    "do_pad",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+)
+MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
 OPTION = re.compile(r"^[ \t]*\(?(?P<letter>[A-Z])[.):].*$", re.MULTILINE)
 PROMPT_DATE = date(2025, 1, 1)
 # Replaces the function of templates with the date of the day: states would differ from day to day.
@@ -77,21 +96,29 @@ def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedC
 
 def read_image_processors(
     path: str, family: Family | EncoderFamily, **hub: Any
-) -> tuple[list[CLIPImageProcessorPil], str]:
-    """Return an image processor per normalisation, without resizing, and the checkpoint's way of resizing.
+) -> tuple[list[CLIPImageProcessorPil], ResizeRule]:
+    """Return an image processor per normalisation, without resizing, and how the checkpoint resizes.
 
-    A checkpoint that does not define its normalisation raises a UserError.
+    Settings that the file lacks are those of the class that it names.
+
+    Raises:
+        UserError: The normalisation is not defined, or a setting of resizing cannot be.
     """
     with error_context(f"preprocessor_config.json of {path}"):
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(path, **hub)
+        stored, _ = ImageProcessingMixin.get_image_processor_dict(path, **hub)
+        # as in transformers, null is as good as missing
+        stored = {key: value for key, value in stored.items() if value is not None}
+        settings = _class_defaults(stored) | stored
         for key in (key for keys in family.normalisations for key in keys):
             value = settings.get(key) or ()
             if len(value) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in value):
                 raise UserError(f"{key} is {settings.get(key)}; expected three positive numbers")
+        rule = _resize_rule(settings, family)
     processors = [
         CLIPImageProcessorPil(
             do_resize=False,
             do_center_crop=False,
+            do_rescale=settings.get("do_rescale", True),
             do_normalize=settings.get("do_normalize", True),
             rescale_factor=settings.get("rescale_factor", 1 / 255),
             image_mean=settings[mean],
@@ -99,8 +126,81 @@ def read_image_processors(
         )
         for mean, std in family.normalisations
     ]
-    crop = "center_crop" if settings.get("do_center_crop") else "squash"
-    return processors, family.image_resize or ("pad" if settings.get("do_pad") else crop)
+    return processors, rule
+
+
+def _class_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the image processor that a file names; none if the installed transformers has no such one.
+
+    Of a processor with several backends, the one with Pillow is asked: others need torchvision.
+    """
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    name = str(kind).replace("FeatureExtractor", "ImageProcessor")
+    name = name.removesuffix("Fast").removesuffix("Pil") + "Pil"
+    processor = getattr(transformers, name, None)
+    defaults = {key: getattr(processor, key, None) for key in PIXEL_SETTINGS}
+    return {key: value for key, value in defaults.items() if value is not None}
+
+
+def _resize_rule(settings: dict[str, Any], family: Family | EncoderFamily) -> ResizeRule:
+    """Return how images become squares by a family and the settings of an image processor."""
+    resample = settings.get("resample", Image.Resampling.BICUBIC)
+    if resample not in list(Image.Resampling):
+        filters = ", ".join(f"{x.value} ({x.name.lower()})" for x in Image.Resampling)
+        raise UserError(f"resample is {resample!r}; expected one of {filters}")
+    resample = Image.Resampling(resample)
+    size = settings.get("size")
+    if thumbnail := settings.get("max_image_size"):
+        return ResizeRule(
+            family.image_resize or "squash",
+            resample,
+            before_thumbnail=_ratio("size", size, "max_image_size", thumbnail),
+            splits=bool(settings.get("do_image_splitting")),
+        )
+    way = "pad" if settings.get("do_pad") else "squash"
+    if family.image_resize or not settings.get("do_center_crop"):
+        return ResizeRule(family.image_resize or way, resample)
+    if way == "squash" and _is_of_shorter_side(size, settings.get("default_to_square", False)):
+        way = "center_crop"
+    crop = settings.get("crop_size")
+    if size is None or crop is None:
+        return ResizeRule(way, resample)
+    return ResizeRule(way, resample, _ratio("size", size, "crop_size", crop))
+
+
+def _is_of_shorter_side(size: Any, to_square: bool) -> bool:
+    """Return whether the size of an image processor is that of the shorter side, not of both."""
+    if isinstance(size, Mapping):
+        return "shortest_edge" in size
+    return not isinstance(size, list) and not to_square
+
+
+def _ratio(
+    resized_name: str,
+    resized: Any,
+    kept_name: str,
+    kept: Any,
+) -> Fraction:
+    """Return the side to which images are resized in units of the side that is kept, from two settings."""
+    before = _side(resized_name, resized)
+    after = _side(kept_name, kept)
+    if not after <= before <= MAX_ENLARGED * after:
+        raise UserError(
+            f"{resized_name} is {before} px and {kept_name} {after} px; expected a {resized_name} of {after} to "
+            f"{MAX_ENLARGED * after} px"
+        )
+    return Fraction(before, after)
+
+
+def _side(name: str, size: Any) -> int:
+    """Return the side in a setting of an image processor: a number, or the largest of several."""
+    sides = (
+        size.values() if isinstance(size, Mapping) else size if isinstance(size, list) else [size]
+    )
+    sides = [side for side in sides if side is not None]
+    if not sides or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"{name} is {size!r}; expected numbers of pixels, at least 1")
+    return max(sides)
 
 
 def read_prefix_ids(

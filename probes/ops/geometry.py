@@ -5,6 +5,10 @@ A model sees a square of `image_px` pixels. `image_resize` says how an image bec
     squash        the image resized to the square; the aspect ratio is lost
     pad           the image centred on a square of its mean colour, then resized (LLaVA-1.5 stage 2 and evaluation)
     center_crop   the shorter side resized to `image_px`, then the centre square (CLIP's processor; LLaVA-1.5 stage 1)
+    letterbox     the longer side resized to `image_px`, then padded to the square (DeepSeek-VL, Janus)
+
+A checkpoint may resize to more than `image_px` and keep the centre: DINOv2 resizes the shorter side to 256 px and keeps
+224. That is its `ResizeRule`, with the filter, which a user's choice of `image_resize` leaves as it is.
 
 The tokens divide the square into an h x w grid. A border remains at the right and the bottom if the patch size does
 not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` is the position of that grid on a mask of
@@ -17,7 +21,10 @@ H x W pixels, the size of the image. Logits are upsampled to the mask; masks are
     center_crop   rows AxisExtent(0, 4), columns AxisExtent(2, 4)     two columns cut off on each side
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -27,7 +34,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import to_rgb, trim_strip
 
-RESIZES = ("squash", "pad", "center_crop")
+RESIZES = ("squash", "pad", "center_crop", "letterbox")
 IGNORE_INDEX = 255  # label of a pixel that counts nowhere
 
 
@@ -69,6 +76,52 @@ class GridPlacement(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ResizeRule:
+    """How a checkpoint's images become squares.
+
+    Args:
+        way: One of RESIZES.
+        resample: The filter, one of PIL's.
+        before_crop: Side to which images are resized, in units of the side of its centre that is kept; at least 1.
+        before_thumbnail: Longer side to which photos are resized before their thumbnail is made of them, in units of
+            the thumbnail's side (SmolVLM, Idefics3). None: it is made of the photo.
+        splits: Whether the sides of that larger photo are rounded up to multiples of the thumbnail's.
+        replaces: The checkpoint's rule, if a user asked for another way.
+    """
+
+    way: str = "squash"
+    resample: int = Image.Resampling.BICUBIC
+    before_crop: Fraction = Fraction(1)
+    before_thumbnail: Fraction | None = None
+    splits: bool = False
+    replaces: "ResizeRule | None" = None
+
+    def __post_init__(self):
+        if self.way not in RESIZES:
+            raise UserError(
+                f"unknown image_resize {self.way!r}; expected one of {', '.join(RESIZES)}"
+            )
+
+    def replaced_by(self, way: str | None) -> "ResizeRule":
+        """Return the rule of a user who asks for a way, which replaces the checkpoint's, but not its filter."""
+        if way in (None, self.way):
+            return self
+        return ResizeRule(way, self.resample, replaces=self)
+
+    def describe(self, px: int) -> str:
+        """Return the rule in words, for a square of `px` pixels."""
+        text = f"{self.way}, {Image.Resampling(self.resample).name.lower()}"
+        if self.before_crop > 1:
+            text += f", the middle {px} of {round(px * self.before_crop)} px"
+        if self.replaces:
+            text += f"; it replaces {self.replaces.describe(px)}"
+        return text
+
+
+SQUASH = ResizeRule()
+
+
+@dataclass(frozen=True)
 class Geometry:
     """How a model sees images.
 
@@ -76,65 +129,48 @@ class Geometry:
         grid: Rows and columns of image tokens.
         image_px: Side of the encoder's input square.
         covered_px: Side of the part of the square that the tokens cover, from the left and from the top.
-        resize: "squash", "pad" or "center_crop".
+        rule: How images become the square.
         padding: RGB colour of the padding.
-
-    Raises:
-        UserError: `resize` is unknown.
     """
 
     grid: tuple[int, int]
     image_px: int
     covered_px: int
-    resize: str = "squash"
+    rule: ResizeRule = SQUASH
     padding: tuple[int, int, int] = (0, 0, 0)
 
-    def __post_init__(self):
-        if self.resize not in RESIZES:
-            raise UserError(
-                f"unknown image_resize {self.resize!r}; expected one of {', '.join(RESIZES)}"
-            )
+    @property
+    def resize(self) -> str:
+        """How images become squares, one of RESIZES."""
+        return self.rule.way
 
     def place(self, image: Image.Image) -> Image.Image:
         """Return the image as the model's square, [image_px, image_px]."""
         image = to_rgb(image)
-        px = self.image_px
         if self.resize == "pad":
             side = max(image.size)
-            left, top = _padding(image.size)
-            square = Image.new("RGB", (side, side), self.padding)
-            square.paste(image, (left, top))
-            image = square
+            image = self._on_canvas(image, (side, side), _padding(image.size))
         if self.resize == "center_crop":
             image = trim_strip(image)
-            width, height = (self._resized(length, min(image.size)) for length in image.size)
-            left = (width - px) // 2
-            top = (height - px) // 2
-            return image.resize((width, height), Image.Resampling.BICUBIC).crop(
-                (left, top, left + px, top + px)
-            )
-        return image.resize((px, px), Image.Resampling.BICUBIC)
+        if self.rule.before_thumbnail is not None:
+            image = self._enlarged(image)
+        resized = [self._resized(length, image.size) for length in image.size]
+        image = image.resize(resized, self.rule.resample)
+        corner = tuple(-self._start(length) for length in resized)
+        return self._on_canvas(image, (self.image_px, self.image_px), corner)
 
     def view(self, size: tuple[int, int]) -> GridPlacement:
         """Return the position of the grid on a mask of `size` [H, W], the size of its image."""
-        covered = self.covered_px / self.image_px
-        if self.resize == "squash":
-            return GridPlacement(*(AxisExtent(0.0, length * covered) for length in size))
+        padding = (0, 0)
         if self.resize == "pad":
-            return GridPlacement(
-                *(AxisExtent(float(-start), max(size) * covered) for start in _padding(size))
-            )
-        resized = [self._resized(length, min(size)) for length in size]
-        scales = [length / new for length, new in zip(size, resized, strict=True)]
-        starts = [
-            (new - self.image_px) // 2 * scale for new, scale in zip(resized, scales, strict=True)
-        ]
-        return GridPlacement(
-            *(
-                AxisExtent(s, self.covered_px * scale)
-                for s, scale in zip(starts, scales, strict=True)
-            )
-        )
+            padding = _padding(size)
+            size = (max(size), max(size))
+        extents = []
+        for length, before in zip(size, padding, strict=True):
+            resized = self._resized(length, size)
+            start = self._start(resized) * length / resized - before
+            extents.append(AxisExtent(start, self.covered_px * length / resized))
+        return GridPlacement(*extents)
 
     def patches(self, mask: Tensor) -> Tensor:
         """Return what a mask of an image's pixels says of each token.
@@ -176,9 +212,51 @@ class Geometry:
         count = bins.bincount(minlength=tokens * len(classes)).view(*self.grid, len(classes))
         return torch.where(count.amax(-1) > 0, classes[count.argmax(-1)], -1)
 
-    def _resized(self, length: int, shorter: int) -> int:
-        """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""
-        return int(self.image_px * length / shorter)
+    def _resized(self, length: int, size: Sequence[int]) -> int:
+        """Return the length of a side of an image of `size` after it was resized.
+
+        Source: CLIPImageProcessor, which rounds down; JanusImageProcessor, which rounds.
+        """
+        px = round(self.image_px * self.rule.before_crop)
+        if self.resize == "center_crop":
+            return int(px * length / min(size))
+        if self.resize == "letterbox":
+            return max(round(length * (px / max(size))), 1)
+        return px
+
+    def _start(self, resized: int) -> int:
+        """Return where the square begins on a resized side; below 0 if the square is longer."""
+        return int((resized - self.image_px) / 2)
+
+    def _on_canvas(
+        self, image: Image.Image, size: tuple[int, int], corner: tuple[int, int]
+    ) -> Image.Image:
+        """Return a canvas of the padding's colour with the image's left top at `corner`."""
+        if image.size == size:
+            return image
+        canvas = Image.new("RGB", size, self.padding)
+        canvas.paste(image, corner)
+        return canvas
+
+    def _enlarged(self, image: Image.Image) -> Image.Image:
+        """Return the larger photo of which a thumbnail is made. Source: Idefics3ImageProcessor."""
+        tile = self.image_px
+        longest = round(tile * self.rule.before_thumbnail)
+        aspect = image.width / image.height
+        if image.width >= image.height:
+            size = (longest, _even(int(longest / aspect)))
+        else:
+            size = (_even(int(longest * aspect)), longest)
+        image = image.resize(size, self.rule.resample)
+        if self.rule.splits:
+            tiles = [ceil(length / tile) * tile for length in size]
+            image = image.resize(tiles, self.rule.resample)
+        return image
+
+
+def _even(length: int) -> int:
+    """Return the even number at or above a length, which is at least 1."""
+    return max(length + length % 2, 1)
 
 
 def _padding(size: tuple[int, int]) -> tuple[int, int]:

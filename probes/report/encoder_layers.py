@@ -6,46 +6,49 @@ Shapes: S sites, N images, K classes, R resamplings.
 from typing import Any
 
 from probes.models.sites import FINAL_NORM, is_layer
-from probes.results.formatting import format_interval, format_percent, format_score
+from probes.results.formatting import format_interval, format_percent, format_points, format_score
 from probes.results.probe_run import ProbeRun
+
+from .verdicts import measured_effect
 
 SHOWN_LAYERS = 7  # in the table by class
 
 
-def best_layer(run: ProbeRun) -> dict[str, Any] | None:
-    """Return the best layer of an encoder, its mIoU, and how far it is above the last layer; None without layers.
+def best_layer(run: ProbeRun, claims: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the best layer of an encoder, its mIoU, and the effect of the claim "over_last"; None without layers.
 
-    The layer is the best one on the validation images; the claim "over_last" chooses it on other images than it
-    scores.
+    The layer is the best one on the validation images. Its distance from the last one on the same images would be too
+    large, because it was chosen there; the claim chooses layers on other images than those it scores.
     """
     best = run.peak_layer
     if best is None:
         return None
-    scores = run.site_scores()
-    last = scores.get(run.last_layer)
-    over_last = scores[best] - last if last else None
+    effects = {claim["claim"]: measured_effect(claim) for claim in claims}
+    over_last = effects.get("over_last", {"value": None, "ci95": None})
     entry = run.metrics["sites"][run.sites.index(best)]
     return {
         "site": best,
         "last": run.last_layer,
         "miou": entry["miou"],
         "ci95": entry["miou_ci95"],
-        "over_last": None if over_last is None else over_last.value,
-        "over_last_ci95": None if over_last is None else over_last.ci95,
+        "over_last": over_last["value"],
+        "over_last_ci95": over_last["ci95"],
     }
 
 
 def describe_best_layer(best: dict[str, Any]) -> str:
-    """Return "layer 8 of 12 reads best: 53.7 [..] mIoU, 1.6 points above the last"."""
+    """Return "layer 8 of 12 reads best: 53.7 [..] mIoU", and how far the claim finds a best layer above the last."""
     layer = int(best["site"].removeprefix("layer_"))
     last = int(best["last"].removeprefix("layer_"))
     text = f"layer {layer} of {last} reads best: {format_score(best['miou'], best['ci95'])} mIoU"
     if layer == last:
         return f"{text}; it is the last one"
-    if best["over_last"] is None:
+    if best["over_last_ci95"] is None:
         return f"{text}; the last one was not probed"
-    above = f"{100 * best['over_last']:.1f} points above the last {format_interval(best['over_last_ci95'])}"
-    return f"{text}, {above}"
+    over_last = (
+        f"{format_points(best['over_last'])} {format_interval(best['over_last_ci95'])} points"
+    )
+    return f"{text}; as the verdict counts, with layers chosen on other images, the best is {over_last} above the last"
 
 
 def class_table(run: ProbeRun) -> list[dict[str, str]]:

@@ -35,7 +35,7 @@ from probes.results.finished_run import warn_of_changed_data
 from probes.results.formatting import Rows
 from probes.results.paper import PAPER
 from probes.results.runs import finished_runs, open_run
-from probes.results.steps import describe_steps, unfinished_steps
+from probes.results.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.results.study import (
     StudyRuns,
     labels_of_models,
@@ -193,7 +193,8 @@ def _write_files(
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
-        unfinished=describe_steps(unfinished),
+        failed=describe_steps(unfinished, FAILED),
+        left_out=describe_steps(unfinished, LEFT_OUT),
     )
     several = {
         "seed": by_study[0]["seed"],

@@ -31,7 +31,7 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
     at_edge = {mask: run.strengths.at_edge() for mask, run in study.solved.items()}
     tables = {"classes": class_rows(study)}
     results = {"path_at_edge": at_edge}
-    layers = _layers_section(study, edge_notes(at_edge), tables, results)
+    layers = _layers_section(study, claims, edge_notes(at_edge), tables, results)
     controls = Section(
         [*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)}
     )
@@ -55,6 +55,7 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
 
 def _layers_section(
     study: StudyRuns,
+    claims: list[dict[str, Any]],
     notes: list[str],
     tables: dict[str, Rows],
     results: dict[str, Any],
@@ -65,7 +66,7 @@ def _layers_section(
         figures = [*layer_figures(study), *stack_figures(study)]
         content = Section(figures, notes, tables, results=results)
         return PageSection("Layer by layer", question, content)
-    best = best_layer(study.first)
+    best = best_layer(study.first, claims)
     sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes
     results = results | {"best_layer": best}
     shown = {"IoU by class and layer, in percent": class_table(study.first)} if best else {}

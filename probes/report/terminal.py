@@ -3,7 +3,7 @@
 from typing import Any
 
 from probes.results.formatting import Rows, format_difference
-from probes.results.steps import describe_steps
+from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 
 from .beyond_classes import claim_texts, joint_claim_texts, task_notes
 from .encoder_layers import describe_best_layer
@@ -13,7 +13,8 @@ from .summary_text import COLUMN_TITLES, claim_notes, edge_notes, format_count, 
 
 def format_results(results: dict[str, Any]) -> str:
     """Return the verdicts of results.json as text."""
-    lines = describe_steps(results.get("unfinished", ()))
+    unfinished = results.get("unfinished", ())
+    lines = describe_steps(unfinished, FAILED)
     lines += [""] * bool(lines)
     for joint in results.get("joint", []):
         lines += [
@@ -29,6 +30,7 @@ def format_results(results: dict[str, Any]) -> str:
             lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
     judged = [entry for entry in results.get("tasks", []) if "claims" in entry]
     lines += _format_tasks(judged, results.get("joint_tasks", []))
+    lines += describe_steps(unfinished, LEFT_OUT)
     return "\n".join(lines)
 
 

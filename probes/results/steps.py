@@ -6,6 +6,9 @@ from pathlib import Path
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.steps import OUTCOMES
 
+LEFT_OUT = OUTCOMES["left_out"]
+FAILED = OUTCOMES["failed"]
+
 
 def unfinished_steps(folder: str | Path) -> list[dict[str, str]]:
     """Return {"step", "outcome", "reason"} of each step of a study that has no result, in the order of their names."""
@@ -33,9 +36,13 @@ def study_folder(run: Path) -> Path | None:
     return None
 
 
-def describe_steps(unfinished: Iterable[dict[str, str]]) -> list[str]:
-    """Return a line for each outcome and reason of :func:`unfinished_steps`, with the steps that have it."""
-    steps: dict[tuple[str, str], list[str]] = {}
+def describe_steps(unfinished: Iterable[dict[str, str]], outcome: str) -> list[str]:
+    """Return a line for each reason of the steps of :func:`unfinished_steps` with an outcome, LEFT_OUT or FAILED.
+
+    What failed must be looked at, and is said first; what was left out had nothing to measure, and is said last.
+    """
+    steps: dict[str, list[str]] = {}
     for entry in unfinished:
-        steps.setdefault((entry["outcome"], entry["reason"]), []).append(entry["step"])
-    return [f"{', '.join(names)} {outcome}: {reason}" for (outcome, reason), names in steps.items()]
+        if entry["outcome"] == outcome:
+            steps.setdefault(entry["reason"], []).append(entry["step"])
+    return [f"{', '.join(names)} {outcome}: {reason}" for reason, names in steps.items()]

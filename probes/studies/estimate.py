@@ -10,6 +10,7 @@ import scipy.stats
 from llava_bidir.common.atomic_io import read_json
 from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
+from probes.results.steps import LEFT_OUT, describe_steps
 
 from .plan import Settings, check, make_plan, open_split, planned_runs
 from .run import RUNS, check_words
@@ -33,12 +34,22 @@ def print_estimate(settings: Settings) -> None:
     check(settings)
     steps = make_plan(settings)
     check_words(steps)
-    for step in steps:
-        outcome = f" is left out: {step.why_left_out}" if step.why_left_out else ""
-        print(f"  {step.name}{outcome}")
+    left_out = [
+        {
+            "step": step.name,
+            "outcome": LEFT_OUT,
+            "reason": step.why_left_out,
+        }
+        for step in steps
+        if step.why_left_out
+    ]
     steps = [step for step in steps if not step.why_left_out]
+    for step in steps:
+        print(f"  {step.name}")
     runs = [step for step in steps if step.kind in RUNS]
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
+    for line in describe_steps(left_out, LEFT_OUT):
+        print(line)
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
     masks = {planned.mask for planned in planned_runs(settings, ()).values()}

@@ -56,7 +56,8 @@ class ProbeModule(LightningModule):
         draw: Number of the draw of random weights; several draws show what differs between them.
         image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
             is published with. An MLLM has that of its checkpoint.
-        image_resize: How images become squares: squash, pad (LLaVA's stage 2) or center_crop (its stage 1).
+        image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
+            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
             float32.

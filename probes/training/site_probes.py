@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -98,6 +99,9 @@ def load_probes(
     """
     with torch.device("cpu"):
         mllm = _load_mllm(settings, data, device)
+        rule = mllm.geometry.rule
+        if rule.replaces:
+            rank_zero_info(f"images become squares by: {rule.describe(mllm.geometry.image_px)}")
         task = TASKS[data.task]
         channels = task.channels or settings["num_classes"]
         sites = mllm.check_sites(settings["sites"])

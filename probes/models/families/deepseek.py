@@ -33,7 +33,7 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
 
 _COMMON = {
     "adapter": ("aligner",),
-    "image_resize": None,
+    "image_resize": "letterbox",
     "placeholder": "<image_placeholder>",
 }
 _TOWER = {"vision_tower": "vision_model"}

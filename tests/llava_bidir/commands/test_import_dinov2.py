@@ -91,7 +91,7 @@ def test_weights_sizes_and_states_are_those_of_the_model(dinov2, tmp_path, capsy
     with torch.no_grad():
         assert torch.equal(loaded(pixels).last_hidden_state, dinov2(pixels).last_hidden_state)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert processor.crop_size["height"] == 224
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (256, 224)
     assert tuple(processor.image_mean) == (0.485, 0.456, 0.406)
 
 

@@ -9,7 +9,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.common.image_io import trim_strip
 from llava_bidir.data.collate import to_pixels
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 
 PX = 24  # side of the model's square
 NOISE = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_no_entrance_makes_more_pixels_than_the_square_needs(entrance, monkeypat
     crop = {"size": {"shortest_edge": PX}, "crop_size": {"height": PX, "width": PX}}
     for strip in strips:
         if entrance == "probes":
-            assert Geometry((2, 2), PX, PX, "center_crop").place(strip).size == (PX, PX)
+            assert Geometry((2, 2), PX, PX, ResizeRule("center_crop")).place(strip).size == (PX, PX)
         else:
             processor = SimpleNamespace(
                 image_processor=LlavaImageProcessorPil(do_pad=False, **crop)

@@ -14,7 +14,7 @@ from probes.analyses.answers.inference import CONDITIONS, answer_statistics
 from probes.analyses.answers.questions import read_question_image, read_questions, tokens_in_box
 from probes.analyses.answers.run import check_effects
 from probes.cli import main
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 from probes.results.probe_run import ProbeRun
 
 CLASSES = ["sky", "wall", "road"]
@@ -210,7 +210,7 @@ def test_a_linked_folder_is_read_as_the_real_run_lays_its_photos_out(tmp_path):
 def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
     height = 60
     width = 90
-    geometry = Geometry((4, 4), 32, 32, resize)
+    geometry = Geometry((4, 4), 32, 32, ResizeRule(resize))
     view = geometry.view((height, width))
     points = [
         (

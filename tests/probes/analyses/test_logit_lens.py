@@ -16,7 +16,7 @@ from probes.analyses.explore.readout import (
     token_text,
 )
 from probes.analyses.knockout.cases import ConfusionCase
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
@@ -176,7 +176,7 @@ def test_word_head_of_the_final_norm_norms_once(run):
 
 
 def test_box_of_a_padded_image_exceeds_it():
-    padded = Geometry((2, 2), 8, 8, "pad").view((4, 8))
+    padded = Geometry((2, 2), 8, 8, ResizeRule("pad")).view((4, 8))
     assert grid_box(padded, (4, 8)) == (0.0, -0.5, 1.0, 2.0)
     border = Geometry((27, 27), 384, 378).view((100, 200))
     assert grid_box(border, (100, 200)) == pytest.approx((0, 0, 378 / 384, 378 / 384))

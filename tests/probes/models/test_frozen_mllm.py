@@ -251,8 +251,8 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
             "image_std": [0.5] * 3,
         }
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-        assert read_image_processors(str(tmp_path), FAMILIES["llava"])[1] == resize
-        assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1] == "squash"
+        assert read_image_processors(str(tmp_path), FAMILIES["llava"])[1].way == resize
+        assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1].way == "squash"
 
 
 def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path, pictures):

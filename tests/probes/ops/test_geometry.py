@@ -1,6 +1,7 @@
 """Images whose pixels say where they are, through the square and the token grid back to the mask."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import RESIZES, Geometry
+from probes.ops.geometry import RESIZES, SQUASH, Geometry, ResizeRule
 from probes.ops.pixel_counts import count, patch_labels
 
 pytestmark = pytest.mark.numerics
@@ -22,6 +23,12 @@ CLIP = {
     "image_px": 336,
     "covered_px": 336,
 }
+# DINOv2 resizes the shorter side to 256 px, of which 224 are kept
+RULES = [
+    *map(ResizeRule, RESIZES),
+    ResizeRule("center_crop", before_crop=Fraction(8, 7)),
+    ResizeRule("squash", before_crop=Fraction(8, 7)),
+]
 SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]
 
 
@@ -32,9 +39,15 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
         pixels = torch.arange(length, dtype=torch.float64) + 0.5
         side = max(size)
         px = geometry.image_px
+        edge = round(px * geometry.rule.before_crop)
         if geometry.resize == "center_crop":
-            resized = px * length // min(size)
+            resized = edge * length // min(size)
             return (pixels / length * resized - (resized - px) // 2) / px
+        if geometry.resize == "letterbox":
+            resized = round(px * length / side)
+            return (pixels / length * resized + (px - resized) // 2) / px
+        if geometry.rule.before_crop > 1:  # of a squashed image
+            return (pixels / length * edge - (edge - px) // 2) / px
         return (
             pixels / length
             if geometry.resize == "squash"
@@ -53,10 +66,10 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(33, 40), (40, 33), (64, 17), (21, 21)])
-@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("covered_px", [56, 54])
-def test_loss_and_prediction_under_a_view_equal_grid_sample(size, resize, covered_px):
-    geometry = Geometry((4, 4), 56, covered_px, resize)
+def test_loss_and_prediction_under_a_view_equal_grid_sample(size, rule, covered_px):
+    geometry = Geometry((4, 4), 56, covered_px, rule)
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 5, (2, *size))
@@ -73,7 +86,7 @@ def test_loss_and_prediction_under_a_view_equal_grid_sample(size, resize, covere
 
 def test_tokens_own_the_pixels_that_they_see():
     """A 2 x 4 image, padded to 4 x 4, under a 4 x 4 grid: its rows are the grid's rows 1 and 2."""
-    view = Geometry((4, 4), 56, 56, "pad").view((2, 4))
+    view = Geometry((4, 4), 56, 56, ResizeRule("pad")).view((2, 4))
     target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
     padding = [-1] * 4
     rows = [[0, 1, 2, -1], [1, 1, 2, 0]]
@@ -114,18 +127,13 @@ def test_squares_equal_those_of_the_stock_processors(size, resize):
         return_tensors="np",
     )["pixel_values"][0]
     padding = tuple(int(255 * x) for x in processor.image_mean)
-    ours = np.asarray(
-        Geometry(
-            **CLIP,
-            resize=resize,
-            padding=padding,
-        ).place(image)
-    ).transpose(2, 0, 1)
+    geometry = Geometry(**CLIP, rule=ResizeRule(resize), padding=padding)
+    ours = np.asarray(geometry.place(image)).transpose(2, 0, 1)
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
 def test_pixels_that_were_cropped_take_the_nearest_token_and_belong_to_none():
-    view = Geometry((2, 2), 56, 56, "center_crop").view((4, 8))
+    view = Geometry((2, 2), 56, 56, ResizeRule("center_crop")).view((4, 8))
     assert view == ((0, 4), (2, 4))
     assert view.token_of_pixel((2, 2), (4, 8))[1].tolist() == [-1, -1, 0, 0, 1, 1, -1, -1]
     predicted = upsampled_argmax(torch.eye(2)[:, None].expand(2, 2, 2), (4, 8), view)
@@ -136,14 +144,14 @@ def test_unknown_resize_is_rejected():
     with pytest.raises(
         ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"
     ):
-        Geometry(**CLIP, resize="crop")
+        SQUASH.replaced_by("crop")
 
 
-@pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("size", [(180, 300), (300, 180), (240, 240)])
-def test_patches_of_a_mask_are_those_of_its_picture(resize, size):
+def test_patches_of_a_mask_are_those_of_its_picture(rule, size):
     """The brightness of each token in the square of a picture of the mask, white on black."""
-    geometry = Geometry((6, 6), 60, 60, resize)
+    geometry = Geometry((6, 6), 60, 60, rule)
     mask = np.zeros(size, dtype=bool)
     mask[20:150, 35:160] = True
     picture = geometry.place(Image.fromarray(np.uint8(255 * mask)))
@@ -155,7 +163,7 @@ def test_patches_of_a_mask_are_those_of_its_picture(resize, size):
 @pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 def test_patches_of_classes_are_those_of_most_labelled_pixels(resize, dtype):
-    geometry = Geometry((6, 5), 60, 60, resize)
+    geometry = Geometry((6, 5), 60, 60, ResizeRule(resize))
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(0, 4, (97, 61), generator=generator).to(dtype)
     mask[:, 40:] = 7

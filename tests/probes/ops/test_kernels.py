@@ -19,7 +19,7 @@ from processes import HANGING_S
 from probes.ops import bilinear, kernels, pixel_counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 from probes.ops.pixel_counts import count
 from probes.ops.quadrature import prepare_masks
 
@@ -57,11 +57,11 @@ def test_any_number_of_classes(classes):
 
 
 VIEWS = [
-    (Geometry((2, 3), 56, 56, "pad").view((9, 6)), (9, 6)),
-    (Geometry((2, 3), 56, 56, "pad").view((5, 9)), (5, 9)),
+    (Geometry((2, 3), 56, 56, ResizeRule("pad")).view((9, 6)), (9, 6)),
+    (Geometry((2, 3), 56, 56, ResizeRule("pad")).view((5, 9)), (5, 9)),
     (Geometry((2, 3), 64, 40).view((7, 8)), (7, 8)),
-    (Geometry((2, 3), 64, 50, "pad").view((8, 5)), (8, 5)),
-    (Geometry((2, 3), 56, 56, "center_crop").view((5, 9)), (5, 9)),
+    (Geometry((2, 3), 64, 50, ResizeRule("pad")).view((8, 5)), (8, 5)),
+    (Geometry((2, 3), 56, 56, ResizeRule("center_crop")).view((5, 9)), (5, 9)),
     (Geometry((2, 3), 56, 56).view((1, 2)), (1, 2)),
 ]
 

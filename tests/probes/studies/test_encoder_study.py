@@ -22,8 +22,12 @@ from probes.lab.requests import (
     Teach,
     View,
 )
+from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
+from probes.results.formatting import format_difference
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
+from probes.studies.estimate import print_estimate
 from probes.studies.plan import Settings, make_plan
 from probes.studies.run import run_study
 
@@ -78,7 +82,7 @@ def test_a_last_layer_without_a_probe_is_not_taken_for_another(parts, tmp_path):
     run = ProbeRun(tmp_path / "run")
     assert "layer_gain" in run.effects
     assert "over_last" not in run.effects
-    best = best_layer(run)
+    best = best_layer(run, evaluate_claims(*read_studies([str(run.path)])))
     assert best["last"] == "layer_03"
     assert describe_best_layer(best).endswith("the last one was not probed")
 
@@ -91,10 +95,21 @@ def test_the_sentence_has_the_numbers_of_the_counts(study):
     best = int(np.argmax(layers))
     found = re.findall(r"layer (\d+) of 3 reads best: ([\d.]+) \[[\d.]+, [\d.]+\] mIoU", printed)
     assert found[-1] == (str(best), f"{100 * layers[best]:.1f}")
+
+
+def test_the_sentence_and_the_verdict_have_one_number(study):
+    """Of layers chosen on other images: that of the layer which is best on these images would be too large."""
+    out, printed = study
     results = json.loads((out / "report" / "results.json").read_text())
-    assert results["best_layer"]["over_last"] == pytest.approx(layers[best] - layers[3])
-    low, high = results["best_layer"]["over_last_ci95"]
-    assert low <= results["best_layer"]["over_last"] <= high
+    (claim,) = (claim for claim in results["claims"] if claim["claim"] == "over_last")
+    judged = claim["verdicts"]["optimum"]
+    best = results["best_layer"]
+    assert (best["over_last"], best["over_last_ci95"]) == (judged["value"], judged["ci95"])
+    number = format_difference(judged)
+    sentence = f"with layers chosen on other images, the best is {number} points above the last"
+    page = (out / "report" / "index.html").read_text()
+    assert sentence in printed and page.count(sentence) == 2  # at the top, and in its section
+    assert page.count(number) > 2  # the verdict, too
 
 
 def test_claims_compare_layers_and_random_encoders(study):
@@ -118,9 +133,21 @@ def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
     lines = [
         line for line in printed.splitlines() if "left out: the model is a vision encoder" in line
     ]
-    assert sum("trained/knockout" in line for line in lines) >= 1
-    assert not any("random0/knockout" in line for line in lines)
+    assert len(lines) == 1 and lines[0].startswith("trained/knockout left out")
     assert not (out / "trained" / "knockout.json").exists()
+
+
+def test_what_cannot_apply_is_said_after_the_results_and_not_as_a_failure(study, parts, capsys):
+    out, printed = study
+    reason = "left out: the model is a vision encoder, and it needs an LLM"
+    assert printed.index("reads best: ") < printed.index(reason)
+    page = (out / "report" / "index.html").read_text()
+    assert 'class="note"' not in page
+    assert page.index("reads best: ") < page.index(reason)
+    print_estimate(Settings({"": parts[0]}, parts[1], out.parent / "planned", options=OPTIONS))
+    planned = capsys.readouterr().out
+    assert planned.count("left out") == 1
+    assert planned.index("passes over the images") < planned.index(f"trained/knockout {reason}")
 
 
 def test_a_second_call_has_nothing_to_do(study, parts, capsys):

@@ -8,7 +8,7 @@ import torch
 
 from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import bilinear_weights
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, ResizeRule
 from probes.ops.normal_equations import normal_equations
 from probes.training.solve import least_squares_solver
 from probes.training.solve.least_squares import (
@@ -80,7 +80,7 @@ def moments_of(
 @pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))
 def test_equals_lstsq_on_upsampled_states(grid, size, resize):
     """At strength 0 the probe is the least-squares solution with an intercept over all labelled pixels."""
-    view = Geometry(grid, 48, 42, resize).view(size)
+    view = Geometry(grid, 48, 42, ResizeRule(resize)).view(size)
     states, target = draw(grid, size)
     solved = solve_least_squares(moments_of(states, target, grid, view), (0.0,))
     x, y = pixels(states, target, dense(grid, size, view))
@@ -95,7 +95,7 @@ def test_equals_lstsq_on_upsampled_states(grid, size, resize):
 def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions():
     grid = GRIDS[0]
     size = SIZES[0]
-    view = Geometry(grid, 48, 42, "pad").view(size)
+    view = Geometry(grid, 48, 42, ResizeRule("pad")).view(size)
     states, target = draw(grid, size)
     solved = solve_least_squares(moments_of(states, target, grid, view), LEAST_SQUARES_STRENGTHS)
     up = dense(grid, size, view)
@@ -130,7 +130,7 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
 def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
     grid = GRIDS[2]
     size = SIZES[0]
-    view = Geometry(grid, 48, 42, "squash").view(size)
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
     states, target = draw(grid, size)
     states[..., 0] += 3000
     target = target + torch.nn.functional.interpolate(
@@ -148,7 +148,7 @@ def test_weights_are_exact_at_the_weakest_strength():
     """States whose variances span six decades in every direction, as those of an LLM do, in float32."""
     grid = GRIDS[2]
     size = SIZES[0]
-    view = Geometry(grid, 48, 42, "squash").view(size)
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
     states, target = draw(grid, size)
     generator = torch.Generator().manual_seed(0)
     width = states.shape[-1]
@@ -162,7 +162,7 @@ def test_weights_are_exact_at_the_weakest_strength():
 def test_parts_of_the_images_added_up_give_the_moments_of_all():
     grid = GRIDS[0]
     size = SIZES[0]
-    view = Geometry(grid, 48, 42, "squash").view(size)
+    view = Geometry(grid, 48, 42, ResizeRule("squash")).view(size)
     states, target = draw(grid, size)
     whole = moments_of(states, target, grid, view)
     part = moments_of(states[:2], target[:2], grid, view)

@@ -409,6 +409,7 @@ def test_dry_run_measures_and_writes_nothing(
 ):
     command = arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run")
     main(command)
+    assert "images become squares by: squash, bicubic; it replaces pad, bicubic" in caplog.text
     assert "images/s; a pass over 6 training images" in caplog.text
     assert "h, the only one; 5 validation images" in caplog.text
     assert "the states of all 6 images are kept" in caplog.text

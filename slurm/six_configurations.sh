@@ -20,15 +20,33 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
+
+check_paths() { # VARIABLE...: exit and name all whose path does not exist
+  local variable missing='' advice
+  for variable in "$@"; do
+    if [[ -e ${!variable} ]] || command -v "${!variable}" >/dev/null; then continue; fi
+    case $variable in PYTHON) advice='; `make venv` makes it' ;; VQA_PYTHON) advice='; `make vqa-venv` makes it' ;; *) advice='' ;; esac
+    echo "slurm/env.sh: $variable=${!variable} does not exist$advice" >&2
+    missing=yes
+  done
+  [[ -z $missing ]] || exit 1
+}
+
 if [[ -n $rehearse ]]; then
   export RUNS=$RUNS/rehearsal
   if [[ $(realpath -m "$RUNS") == *[[:space:]]* ]]; then
     echo "the rehearsal cannot run in '$(realpath -m "$RUNS")': use a path without spaces" >&2
     exit 2
   fi
-  "$PYTHON" -m llava_bidir rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
-  # shellcheck source=/dev/null
-  source "$RUNS/inputs/env.sh"
+  if [[ -n $dry_run ]]; then
+    # what of the inputs' settings the plan shows (llava_bidir/rehearsal/inputs.py); nothing is written
+    export ENCODERS=${ENCODERS%% *} ARMS="trained random0 random1"
+  else
+    check_paths PYTHON
+    "$PYTHON" -m llava_bidir rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
+    # shellcheck source=/dev/null
+    source "$RUNS/inputs/env.sh"
+  fi
   if [[ -n $VQA_PYTHON && ! -e $VQA_PYTHON ]]; then
     echo "no benchmarks: $VQA_PYTHON does not exist; \`make vqa-venv\` makes it"
     export VQA_PYTHON=
@@ -111,8 +129,6 @@ submit_part() {
 echo "plan, into $RUNS:"
 for_each_part print_part
 if [[ -n $dry_run ]]; then exit; fi
-for variable in PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION; do
-  [[ -e ${!variable} ]] || { echo "slurm/env.sh: $variable=${!variable} does not exist" >&2; exit 1; }
-done
+check_paths PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION
 echo "submitted:"
 for_each_part submit_part

@@ -29,14 +29,22 @@ LOGGED = {  # by logger: beginnings of messages
 }
 
 
+class _NoExpectedMessages(logging.Filter):
+    """Leave out what a logger says with some beginnings."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(LOGGED[self.name])
+
+
+FILTERS = [_NoExpectedMessages(name) for name in LOGGED]  # a logger takes each once
+
+
 def hide_expected_messages() -> None:
     """Leave out the messages above. Others stay: they may be about the user's settings."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name, beginnings in LOGGED.items():
-        logging.getLogger(name).addFilter(
-            lambda record, texts=beginnings: not record.getMessage().startswith(texts)
-        )
+    for expected in FILTERS:
+        logging.getLogger(expected.name).addFilter(expected)
     # a line for each table of each font of a PDF
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     if not torch.cuda.is_available():

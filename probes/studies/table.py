@@ -47,6 +47,10 @@ class Study:
 
     path: Path
 
+    def __post_init__(self):
+        """Take a string, too."""
+        object.__setattr__(self, "path", Path(self.path))
+
     def table(self) -> "DataFrame":
         """Return a row for each number: see README.md for the columns."""
         from pandas import DataFrame
@@ -70,7 +74,7 @@ class Study:
         """
         from pandas import DataFrame
 
-        file = Path(self.path) / "report" / "results.json"
+        file = self.path / "report" / "results.json"
         if not file.is_file():
             raise UserError(f"{file} does not exist; the study is not finished")
         results = read_json(file)

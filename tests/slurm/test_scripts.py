@@ -246,6 +246,35 @@ def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
     assert "clip-causal/stage1                   slurm/stage1.sbatch clip causal" in done.stdout
 
 
+def test_dry_run_of_a_rehearsal_prints_its_plan_and_writes_nothing(study, tmp_path):
+    done, calls = study("--rehearse", "--dry-run", PYTHON="/nowhere/python", ENCODERS="dinov2 clip")
+    arms = ["--arms", "trained", "random0", "random1", "--only", "solve", "fit", "knockout"]
+    plan = planned(done)
+    assert plan["dinov2-causal/study"][: len(arms) + 3] == [
+        "slurm/study.sbatch",
+        "dinov2",
+        "causal",
+        *arms,
+    ]
+    assert not any(name.startswith("clip") for name in plan)
+    assert calls == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_that_is_missing_is_named_at_once(study):
+    missing = {"PYTHON": "/nowhere/python", "CAPTIONS": "/nowhere/a.json"}
+    done, calls = study(check=False, **missing)
+    assert done.stderr.splitlines() == [
+        "slurm/env.sh: PYTHON=/nowhere/python does not exist; `make venv` makes it",
+        "slurm/env.sh: CAPTIONS=/nowhere/a.json does not exist",
+    ]
+    assert calls == []
+    done, calls = study("--rehearse", check=False, PYTHON="/nowhere/python")
+    assert done.stderr.splitlines() == [
+        "slurm/env.sh: PYTHON=/nowhere/python does not exist; `make venv` makes it"
+    ]
+
+
 @pytest.mark.slow
 def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
     """The inputs are written first; jobs get them, and few steps, as variables that take precedence over env.sh."""

@@ -173,8 +173,21 @@ def test_models_of_one_name_are_told_apart_by_their_labels(tmp_path):
         probe_runs.write_run(out, [0.6, 0.5, 0.6, 0.5], root=tmp_path)
     table = probes.Study(tmp_path).table()
     assert set(table["model"]) == {"first", "second"}
+    assert table.equals(probes.Study(str(tmp_path)).table())
     figure = probes.Study(tmp_path).plot()
     assert len({line.get_label() for line in figure.axes[0].get_lines()}) >= 2
+
+
+def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    probe_runs.write_run(tmp_path / "trained", [0.6, 0.5, 0.6, 0.5], root=tmp_path)
+    for i in range(2):
+        scores = [0.6, 0.5, 0.5, 0.4 - 0.1 * i]
+        draw = {"untrained": ["llm"], "match": "update", "draw": i}
+        probe_runs.write_run(tmp_path / f"random{i}", scores, root=tmp_path, metrics=draw)
+    by_path = probes.Study(tmp_path).table()
+    assert by_path["model"].nunique() == 1
+    assert by_path.equals(probes.Study(str(tmp_path)).table())
 
 
 def test_a_second_call_does_nothing_and_a_new_draw_no_more(

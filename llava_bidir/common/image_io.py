@@ -101,7 +101,8 @@ def upright(image: Image.Image) -> Image.Image:
 def as_stored(image: Image.Image) -> Image.Image:
     """Return an image of a data set as RGB, with the pixels as stored.
 
-    The result has no EXIF tag, so that :func:`upright` does not turn it later.
+    A TIFF is the exception: Pillow turns it as its orientation tag says while it decodes it. The result has no EXIF
+    tag, so that :func:`upright` does not turn it later.
 
     Raises:
         UserError: As :func:`check_depth`.

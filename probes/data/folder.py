@@ -49,8 +49,18 @@ class FolderDataset(SegmentationDataset):
 
 
 def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path, Path]]:
-    """Return the pairs of ROOT/images/SPLIT and ROOT/annotations/SPLIT."""
-    images = files_by_name(root / "images" / split, IMAGE_SUFFIXES)
+    """Return the pairs of ROOT/images/SPLIT and ROOT/annotations/SPLIT.
+
+    Raises:
+        UserError: As of `pair_files`, or if an image is in a folder below, where none is read.
+    """
+    folder = root / "images" / split
+    images = files_by_name(folder, IMAGE_SUFFIXES)
+    for path in sorted(folder.glob("*/**/*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._"):
+            raise UserError(
+                f"{path} is in a folder below {folder}, where no image is read; move images and masks up, or away"
+            )
     return pair_files(
         images, files_by_name(root / "annotations" / split, (".png",)), f"{root}, {split}"
     )

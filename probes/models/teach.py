@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, as_photo
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, mask_tensor
 
 from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
 from .knockout import Knockout
@@ -242,7 +242,7 @@ def _read_painted(
                 raise UserError(
                     f"concept {name!r}: expected painted patches as an array, got {kind}"
                 )
-            patches = torch.as_tensor(patches)
+            patches = mask_tensor(patches)
             if not isinstance(image, PhotoLike):
                 kind = type(image).__name__
                 raise UserError(

@@ -27,6 +27,7 @@ from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -188,7 +189,7 @@ class Geometry:
         Raises:
             UserError: The mask has other than two axes, or numbers that are no integers.
         """
-        mask = torch.as_tensor(mask)
+        mask = mask_tensor(mask)
         if mask.ndim != 2 or mask.is_floating_point():
             kind = str(mask.dtype).removeprefix("torch.")
             raise UserError(
@@ -252,6 +253,11 @@ class Geometry:
             tiles = [ceil(length / tile) * tile for length in size]
             image = image.resize(tiles, self.rule.resample)
         return image
+
+
+def mask_tensor(mask: Tensor | np.ndarray) -> Tensor:
+    """Return a user's mask as a tensor; an array is copied, as that of a picture is read-only, which torch warns of."""
+    return torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
 
 
 def _even(length: int) -> int:

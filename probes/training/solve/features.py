@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError, error_context
 from probes.data.samplers import assign_folds
-from probes.ops.geometry import GridPlacement
+from probes.ops.geometry import GridPlacement, mask_tensor
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -111,5 +110,5 @@ def _prepare(
     parts = []
     for number, mask in enumerate(masks):
         with error_context(f"mask {number}"):
-            parts.append(prepare_masks(torch.as_tensor(mask)[None], classes, grid, nodes))
+            parts.append(prepare_masks(mask_tensor(mask)[None], classes, grid, nodes))
     return join_masks(parts)

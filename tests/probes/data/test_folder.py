@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from json_values import json_values
 from PIL import Image
 
+from llava_bidir.common.errors import UserError
 from probes.data.datamodule import ProbeData
 from probes.data.folder import FolderDataset
 from probes.data.registry import open_dataset
@@ -285,3 +286,12 @@ def test_unknown_layout_and_split_are_errors(root):
         ProbeData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):
         open_dataset("folder", str(root), "testing")
+
+
+def test_an_image_in_a_folder_below_is_named(root):
+    """Beside others it would be left out without a word."""
+    below = root / "images/training/city"
+    below.mkdir()
+    Image.new("RGB", (8, 8)).save(below / "photo.jpg")
+    with pytest.raises(UserError, match=r"training/city/photo.jpg is in a folder below"):
+        FolderDataset(root, "training")

@@ -5,10 +5,12 @@ image processor, the normalisation and how it resizes are read: filter, sides, c
 id of the hub.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
@@ -105,7 +107,7 @@ def read_image_processors(
         UserError: The normalisation is not defined, or a setting of resizing cannot be.
     """
     with error_context(f"preprocessor_config.json of {path}"):
-        stored, _ = ImageProcessingMixin.get_image_processor_dict(path, **hub)
+        stored = _read_processor_settings(path, family, **hub)
         # as in transformers, null is as good as missing
         stored = {key: value for key, value in stored.items() if value is not None}
         settings = _class_defaults(stored) | stored
@@ -127,6 +129,27 @@ def read_image_processors(
         for mean, std in family.normalisations
     ]
     return processors, rule
+
+
+def _read_processor_settings(
+    path: str, family: Family | EncoderFamily, **hub: Any
+) -> dict[str, Any]:
+    """Return the settings of a checkpoint's image processor.
+
+    Raises:
+        UserError: A folder has none; names the settings that are needed.
+    """
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(path, **hub)[0]
+    except OSError:
+        if not Path(path).is_dir():
+            raise
+    keys = [key for keys in family.normalisations for key in keys]
+    example = {key: [0.5, 0.5, 0.5] for key in keys} | {"resample": 3}
+    raise UserError(
+        f"the file is missing, which says how photos become pixels; copy it from the published model, or write it with "
+        f"the model's own numbers, as {json.dumps(example)} (resample: 2 is bilinear, 3 bicubic)"
+    ) from None
 
 
 def _class_defaults(settings: dict[str, Any]) -> dict[str, Any]:

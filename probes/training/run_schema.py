@@ -115,7 +115,7 @@ class SitePath(BaseModel, extra="allow"):
     There is a list for the cross-validated loss and for each score; a score is None at a strength that was not solved.
     `chosen` is the strength of the site's probe, `lowest` that of the lowest cross-validated loss among `compared`.
     They differ only if the latter is at an end of the path. `runner_up` is the strength with the second lowest loss,
-    and how many nats it is behind; None of a single strength. Losses of strengths that were not compared are less exact.
+    and how many nats it is behind; None of a single strength. Other losses are less exact.
     """
 
     site: str

@@ -1,5 +1,6 @@
 """Bare vision encoders: every site equals the stock model's hidden states; controls, knockout, other sides."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -211,3 +212,15 @@ def test_a_family_without_interpolated_positions_refuses_other_sides(folders, mo
     assert probes.load(folders["vit"], device="cpu", image_px=24).grid == (6, 6)
     with pytest.raises(UserError, match=r"--model\.image_px 32: vit takes 24 px only"):
         probes.load(folders["vit"], device="cpu", image_px=32)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_a_folder_without_the_image_processors_file_says_what_is_needed(name, folders, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / name)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="preprocessor_config.json of .* is missing") as error:
+        probes.load(folder, device="cpu")
+    example = str(error.value)
+    example = example[example.index("{") : example.rindex("}") + 1]
+    (folder / "preprocessor_config.json").write_text(example)
+    probes.load(folder, device="cpu").preprocess(photo())

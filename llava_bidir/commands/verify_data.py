@@ -30,6 +30,7 @@ from llava_bidir.data.instruction_dataset import (
     keys_like_image,
     read_annotations,
 )
+from llava_bidir.data.json_stream import LOST
 from llava_bidir.data.shared_images import describe_shared, shared_images
 from llava_bidir.training.cli import build_data_cli
 
@@ -46,6 +47,7 @@ KINDS = {
     "unread_image": "the image is under a key that is not read: trained as text",
     "placeholder_without_image": "there is no image: `<image>` is trained as ordinary text",
     "image_without_placeholder": "no `<image>` in the text: the image is not shown",
+    "lost_characters": "the text has U+FFFD, or half of a surrogate pair, where a character was lost: trained as such",
     "image_in_answer": "`<image>` in an answer: the image is shown there, too, as in LLaVA",
     "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
 }
@@ -108,6 +110,9 @@ class RecordFindings(Dataset):
         if self.is_validation and not has_first_answer(record["conversations"]):
             return [("unanswered", f"{record['answers']} answers that are not empty")]
         findings = self.check_tokens(record) + check_placeholders(record)
+        lost = sum(turn["value"].count(LOST) for turn in record["conversations"])
+        if lost:
+            findings.append(("lost_characters", f"{lost} characters"))
         if self.late_images and record[self.late_images]:
             findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
         if record["shown"]:  # training reads no other image

@@ -1,5 +1,6 @@
 """Read records one at a time, so that memory does not grow with the file: a JSON list, or JSON Lines."""
 
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from io import BytesIO
@@ -11,12 +12,20 @@ import ijson
 from llava_bidir.common.errors import UserError
 
 LONGEST_LINE = 64 * 2**20  # bytes of a record of JSON Lines
+LOST = "\ufffd"  # stands for a character that was lost
+# An escape of JSON: a pair of surrogates, half of one, or any other
+ESCAPE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+LONGEST_ESCAPE = 12  # bytes of a pair of surrogates
 
 
 def read_records(path: Path) -> Iterator[Any]:
     r"""Yield the records of a UTF-8 file, in order: the elements of a JSON list, or of JSON Lines a record per line.
 
-    Half of a surrogate pair, such as \ud83d alone, is read as "?". Integers must fit into 64 bits.
+    Half of a surrogate pair, such as \ud83d alone, is read as U+FFFD, the character that stands for a lost one.
+    Integers must fit into 64 bits.
 
     Raises:
         UserError: The file cannot be read or is neither of the two; names the number of records before the error.
@@ -32,7 +41,9 @@ def read_records(path: Path) -> Iterator[Any]:
             if is_lines:
                 kind = "a JSON list of records, nor JSON Lines with one record per line"
             for record in (
-                _read_lines(file) if is_lines else ijson.items(file, "item", use_float=True)
+                _read_lines(file)
+                if is_lines
+                else ijson.items(_MendedReader(file), "item", use_float=True)
             ):
                 yield record
                 count += 1
@@ -61,10 +72,50 @@ def _read_lines(file: BinaryIO) -> Iterator[Any]:
         if line.isspace():
             continue
         # as a list, since the parser does not notice what follows a complete value
-        records = list(ijson.items(BytesIO(b"[" + line + b"]"), "item", use_float=True))
+        line = BytesIO(b"[" + replace_halves(line) + b"]")
+        records = list(ijson.items(line, "item", use_float=True))
         if len(records) != 1:
             raise ijson.JSONError(f"{len(records)} records on a line")
         yield records[0]
+
+
+def replace_halves(text: bytes) -> bytes:
+    r"""Return JSON with U+FFFD for each half of a surrogate pair, which the parser would read as "?"."""
+    if b"\\u" not in text:
+        return text
+    return ESCAPE.sub(lambda found: b"\\ufffd" if found["half"] else found[0], text)
+
+
+class _MendedReader:
+    """A file of JSON whose halves of surrogate pairs are replaced.
+
+    Args:
+        file: Opened in binary mode.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.rest = b""  # that may begin an escape
+
+    def read(self, size: int) -> bytes:
+        """Return some more bytes, b"" at the end."""
+        part = self.file.read(size)
+        text = self.rest + part
+        end = _end_of_escapes(text) if part else len(text)
+        self.rest = text[end:]
+        # nothing would be the end of the file
+        return replace_halves(text[:end]) or (self.read(size) if part else b"")
+
+
+def _end_of_escapes(text: bytes) -> int:
+    """Return where a part of JSON ends, without an escape that it may cut off."""
+    complete = 0
+    for escape in ESCAPE.finditer(text):
+        if len(text) - escape.start() < LONGEST_ESCAPE:
+            return escape.start()
+        complete = escape.end()
+    begun = text.find(b"\\", complete)
+    return begun if begun >= 0 else len(text)
 
 
 def _reason(error: Exception) -> str:

@@ -84,7 +84,7 @@ class PathSolution(NamedTuple):
         return self.points.new_tensor([self.path.strengths[i] for i in self.path.solved])
 
 
-class Folds(NamedTuple):
+class FoldProbes(NamedTuple):
     """The probes of all folds at one strength.
 
     Args:
@@ -150,10 +150,10 @@ class FoldSearch:
             points = self._minimise(at, [None] * len(solved), points, LOOSE_NODES).points
         return PathSolution(path, visited[chosen].points, points)
 
-    def follow(self, strengths: Sequence[float] | None) -> list[Folds]:
+    def follow(self, strengths: Sequence[float] | None) -> list[FoldProbes]:
         """Return the folds with few nodes, from strong to weak."""
         start = self.problem.start.expand(self.folds, -1, -1)
-        visited: list[Folds] = []
+        visited: list[FoldProbes] = []
         last = before = start
         for strength in sorted(strengths or PATH_STRENGTHS, reverse=True):
             guess = last
@@ -177,8 +177,8 @@ class FoldSearch:
 
     # ------------------------------------------------------------------------------------------------ many nodes
     def _compare(
-        self, found: dict[float, Folds], strengths: Sequence[float] | None
-    ) -> dict[float, Folds]:
+        self, found: dict[float, FoldProbes], strengths: Sequence[float] | None
+    ) -> dict[float, FoldProbes]:
         """Return the folds with many nodes at all given strengths, or at the best one and its neighbours.
 
         Args:
@@ -186,7 +186,7 @@ class FoldSearch:
             strengths: Strengths to solve; None to search for the best one.
         """
         self.pairs.clear()  # they are of few nodes
-        compared: dict[float, Folds] = {}
+        compared: dict[float, FoldProbes] = {}
         wanted = list(found)
         if strengths is None:
             wanted = neighbours(min(found, key=lambda strength: found[strength].loss))
@@ -217,7 +217,7 @@ class FoldSearch:
         start: Tensor,
         nodes: int = LOOSE_NODES,
         tolerance: float = PATH_TOLERANCE,
-    ) -> Folds:
+    ) -> FoldProbes:
         r = torch.full((self.folds,), strength, dtype=torch.float64, device=start.device)
         found = self._minimise(
             r,
@@ -227,7 +227,7 @@ class FoldSearch:
             tolerance,
         )
         loss = self.problem.held_out_loss(found.points)
-        return Folds(strength, loss, found.points, found.decrease.max().item())
+        return FoldProbes(strength, loss, found.points, found.decrease.max().item())
 
     def _minimise(
         self,
@@ -270,7 +270,7 @@ def neighbours(strength: float) -> list[float]:
     return [*half_decades(middle - 1, middle + 1)]
 
 
-def too_close(compared: Iterable[Folds]) -> list[Folds]:
+def too_close(compared: Iterable[FoldProbes]) -> list[FoldProbes]:
     """Return the folds that may yet change which strength has the lowest loss, and can be solved further."""
     best = min(compared, key=lambda folds: folds.loss)
     close = [
@@ -284,9 +284,9 @@ def too_close(compared: Iterable[Folds]) -> list[Folds]:
     return [folds for folds in (best, *close) if folds.decrease > LEAST_TOLERANCE]
 
 
-def _lowest(compared: dict[float, Folds]) -> Folds:
+def _lowest(compared: dict[float, FoldProbes]) -> FoldProbes:
     return min(compared.values(), key=lambda folds: folds.loss)
 
 
-def _nearest(found: dict[float, Folds], strength: float) -> Folds:
+def _nearest(found: dict[float, FoldProbes], strength: float) -> FoldProbes:
     return min(found.values(), key=lambda folds: abs(math.log(folds.strength / strength)))

@@ -36,6 +36,10 @@ RECORDS = {
     "unread_image": {"images": ["a.png"], "conversations": turns("<image>\nname", "wall")},
     "placeholder_without_image": {"conversations": turns("<Image>\nname", "wall")},
     "image_without_placeholder": {"image": "a.png", "conversations": turns("<Image>\n", "wall")},
+    "lost_characters": {
+        "image": "a.png",
+        "conversations": turns("<image>\nname", "road \ud83d wall"),
+    },
     "image_in_answer": {
         "image": "a.png",
         "conversations": turns("<image>\nname", "The tag <image> is HTML."),

@@ -141,8 +141,9 @@ def _read_processor_settings(
     """
     try:
         return ImageProcessingMixin.get_image_processor_dict(path, **hub)[0]
-    except OSError:
-        if not Path(path).is_dir():
+    except OSError as error:
+        damaged = isinstance(error.__context__, json.JSONDecodeError)
+        if damaged or not Path(path).is_dir():
             raise
     keys = [key for keys in family.normalisations for key in keys]
     example = {key: [0.5, 0.5, 0.5] for key in keys} | {"resample": 3}

@@ -46,7 +46,7 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 
 # ---------------------------------------------------------------------------------------------------- demo
 OUT ?= runs/demo
-RUN_DEMO = $(PY) -m llava_bidir demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
+RUN_DEMO = $(PY) -m probes demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
 
 demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=context)
 ifdef SEEDS
@@ -58,7 +58,7 @@ endif
 
 real: OUT := runs/real
 real: venv ## a real language model on the toy world in English, into runs/real (MINUTES=45, CONTROLS=yes, SEED=1, OUT=DIR)
-	@$(PY) -m llava_bidir real --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	@$(PY) -m probes real --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(CONTROLS),--controls --draws 3)
 
 calibrate: venv ## worlds with known truth: how often each verdict says yes, into runs/calibrate (SEEDS="0 1 2"; default: ten)
@@ -83,7 +83,7 @@ test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.m
 
 NIGHTLY := runs/nightly
 nightly-tests: venv vqa-venv ## of these, the tests
-	$(PY) -m llava_bidir demo --out $(NIGHTLY)/demo
+	$(PY) -m probes demo --out $(NIGHTLY)/demo
 	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
 
 nightly-calibration: venv ## of these, a seed of the calibration

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from llava_bidir.common.command_table import Command
 from probes.analyses import ANALYSES
 from probes.analyses.options import add_overwrite
+from probes.world_options import WORLD_COMMANDS
 
 
 def add_image_px(parser: ArgumentParser) -> None:
@@ -116,48 +117,6 @@ def add_lab_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_calibrate_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes calibrate`."""
-    parser.add_argument(
-        "--out",
-        default="runs/calibrate",
-        metavar="DIR",
-        help="folder of all seeds (default: %(default)s)",
-    )
-    text = "seeds to run; the table has all that are in DIR"
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=list(range(10)),
-        metavar="N",
-        help=text,
-    )
-    text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help=text,
-    )
-    parser.add_argument(
-        "--scenes",
-        type=int,
-        choices=[2, 4],
-        default=2,
-        help="scenes in a picture (default: %(default)s)",
-    )
-    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
-    parser.add_argument(
-        "--studies",
-        nargs="+",
-        choices=studies,
-        metavar="NAME",
-        help=f"some of {', '.join(studies)}",
-    )
-
-
 def add_report_options(parser: ArgumentParser) -> None:
     """Add the options of `probes report`."""
     text = "studies, or finished probe runs, one per model, dataset and mask, and their controls; "
@@ -220,19 +179,12 @@ COMMANDS = {
         ),
         add_lab_options,
     ),
-    "calibrate": Command(
-        "llava_bidir.toy_world.calibrate:run",
-        (
-            "plant effects in models of a toy world and count how often each verdict says "
-            "yes, where it should and not"
-        ),
-        add_calibrate_options,
-    ),
     "report": Command(
         "probes.report.page:run",
         "write claims, figures and tables of runs as one self-contained HTML page",
         add_report_options,
     ),
+    **WORLD_COMMANDS,
 }
 
 

@@ -39,11 +39,11 @@ if [[ -n $rehearse ]]; then
     exit 2
   fi
   if [[ -n $dry_run ]]; then
-    # what of the inputs' settings the plan shows (llava_bidir/rehearsal/inputs.py); nothing is written
+    # what of the inputs' settings the plan shows (probes/rehearsal/inputs.py); nothing is written
     export ENCODERS=${ENCODERS%% *} ARMS="trained random0 random1"
   else
     check_paths PYTHON
-    "$PYTHON" -m llava_bidir rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
+    "$PYTHON" -m probes rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
     # shellcheck source=/dev/null
     source "$RUNS/inputs/env.sh"
   fi

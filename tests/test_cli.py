@@ -157,17 +157,22 @@ NO_TRAINING = {"lightning", "deepspeed", "datasets", "torchmetrics", "sklearn", 
 # Commands, and what their modules must not import. One process imports them in this order, so that no line forbids what
 # a line above it may import.
 NOT_NEEDED = (
-    ("llava_bidir", "configs demo", NO_TRAINING | {"torch", "numpy"}),
+    ("llava_bidir", "configs", NO_TRAINING | {"torch", "numpy"}),
+    ("probes", "demo", NO_TRAINING | {"torch", "numpy"}),
     ("probes", "lab", NO_TRAINING | {"torch", "starlette"}),
+    ("llava_bidir", "vqa vqa-table", NO_TRAINING | {"transformers", "matplotlib", "pandas"}),
     (
-        "llava_bidir",
-        "questions vqa vqa-table",
+        "probes",
+        "questions starvation umap segment",
         NO_TRAINING | {"transformers", "matplotlib", "pandas"},
     ),
-    ("probes", "starvation umap segment", NO_TRAINING | {"transformers", "matplotlib", "pandas"}),
     ("probes", "report", NO_TRAINING | {"transformers", "pandas"}),
-    ("llava_bidir", "generate import-gguf demo-assets rehearse", NO_TRAINING),
-    ("probes", "sites states knockout answers patching maps explore", NO_TRAINING),
+    ("llava_bidir", "generate import-gguf", NO_TRAINING),
+    (
+        "probes",
+        "demo-assets rehearse sites states knockout answers patching maps explore",
+        NO_TRAINING,
+    ),
 )
 IMPORT_IN_ORDER = """
 import importlib, json, sys

@@ -1,6 +1,6 @@
 """The demo: what is done twice, what is not, and that a kill at any moment changes no result.
 
-With DEMO=FOLDER, the tests use what `llava-bidir demo --out FOLDER --scale 0.05 --extras` has made; without such a
+With DEMO=FOLDER, the tests use what `probes demo --out FOLDER --scale 0.05 --extras` has made; without such a
 folder, they make it. `.ci/run` has it made by a wheel that is installed without the clone.
 """
 
@@ -33,10 +33,10 @@ PLANTED = [
 # the installation that they read.
 if "DEMO" in os.environ and "WHEEL" in os.environ:
     FOLDER = Path(os.environ["WHEEL"]).absolute() / "dist"
-    PROGRAM = [str(FOLDER.parent / "environment/bin/llava-bidir")]
+    PROGRAM = [str(FOLDER.parent / "environment/bin/probes")]
 else:
     FOLDER = ROOT
-    PROGRAM = [sys.executable, "-m", "llava_bidir"]
+    PROGRAM = [sys.executable, "-m", "probes"]
 
 pytestmark = pytest.mark.slow
 

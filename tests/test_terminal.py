@@ -49,7 +49,7 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ),
         ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
         ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
-        ("llava-bidir demo-assets DIR --scale 0", "argument --scale: expected", None),
+        ("probes demo-assets DIR --scale 0", "argument --scale: expected", None),
         ("probes lab RUN --fly 1", "probes lab: unrecognized arguments: --fly 1", None),
         (
             f"probes solve {MODEL_AND_DATA} --pass 8",

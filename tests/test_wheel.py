@@ -97,7 +97,7 @@ def test_configs_are_found_in_a_clone_on_a_system_without_links(built, tmp_path)
 
 @pytest.mark.nightly
 def test_a_demo_a_study_of_own_pictures_and_the_lab_work_without_the_clone(installed):
-    installed.run("llava-bidir", "demo", "--scale", "0.01")
+    installed.run("probes", "demo", "--scale", "0.01")
     assert "adapter_drop" in (installed.folder / "runs/demo/report/results.json").read_text()
     tiny_models.write_segmentation(installed.folder / "pictures")
     model = "runs/demo/causal/stage2/hf"

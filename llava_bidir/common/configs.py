@@ -11,17 +11,19 @@ FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/,
 if not FOLDER.is_dir():  # a clone on a system without links
     FOLDER = Path(__file__).parents[2] / "configs"
 OPTIONS = ("-c", "--config")
-
-
-# Folders that -c demo/... and -c real/... name, and the command that makes them
-DEMOS = {("runs", "demo"): "llava-bidir demo", ("runs", "real"): "llava-bidir real"}
+MADE_BY = "# Made by: "  # in a config that names a folder: the command that makes it
 
 
 def how_to_make(path: str | Path) -> str:
-    """Return how to make a file or folder that the configs of the demos name and that is missing; "" for others."""
-    command = DEMOS.get(Path(path).parts[:2])
-    if command and not Path(path).exists():
-        return f"; run `{command}` first, in this folder, or name your own"
+    """Return how to make a missing file or folder below runs/NAME, as the configs in the folder NAME say; else ""."""
+    runs, name = (*Path(path).parts[:2], "", "")[:2]
+    if runs != "runs" or not name or Path(path).exists():
+        return ""
+    for file in sorted((FOLDER / name).glob("*.yaml")):
+        for line in file.read_text().splitlines():
+            if line.startswith(MADE_BY):
+                command = line.removeprefix(MADE_BY)
+                return f"; run `{command}` first, in this folder, or name your own"
     return ""
 
 

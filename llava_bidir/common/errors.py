@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class NothingToMeasure(UserError):
-    """An analysis has no case, e.g. because the probes make no mistakes; a study goes on without it."""
+    """An analysis has no case, e.g. because a model makes no mistakes; a study goes on without it."""
 
 
 @contextmanager

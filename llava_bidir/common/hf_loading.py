@@ -14,7 +14,7 @@ import torch
 from .configs import how_to_make
 from .errors import UserError, error_context
 
-if TYPE_CHECKING:  # seconds, which `probes report` and others do not need
+if TYPE_CHECKING:  # seconds, which commands that only read results do not need
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PARTS = ("vision_config", "text_config")

@@ -3,7 +3,7 @@
 There are two rules, by where an image comes from:
 
 - A person's photo (:func:`read_photo`, :func:`upright`) is turned as its EXIF tag says and viewers show it. These are
-  the photos of `llava-bidir generate`, `probes states`, `segment` and `lab`, and those given to Python functions.
+  the photos that commands such as `llava-bidir generate` take, and those given to Python functions.
 - An image of a data set (:func:`as_stored`) is read as stored, because its masks match the stored pixels, and because
   LLaVA trains on stored pixels. These are training records, benchmarks, and images with masks or boxes.
 """

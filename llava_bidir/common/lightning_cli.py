@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -33,7 +33,6 @@ from .progress import FirstEstimate, LogProgress
 from .run_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
 
-OUR_PACKAGES = ("llava_bidir", "probes")
 CONFIGURABLE = (
     Accelerator,
     Callback,
@@ -60,6 +59,10 @@ class RunCLI(LightningCLI):
         UserError: A config contains a key twice, a value that Lightning rejects or `trainer.max_time`, or
             `--weights_only` is false.
     """
+
+    results: ClassVar[
+        tuple[str, ...]
+    ] = ()  # what a run writes into its folder, besides config, events and checkpoints
 
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
         hide_expected_messages()
@@ -162,11 +165,17 @@ class RunCLI(LightningCLI):
             raise
         except Exception as error:
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-            if frame.f_globals.get("__name__", "").partition(".")[0] in OUR_PACKAGES:
+            if _package_of(frame.f_globals.get("__name__", "")) in map(
+                _package_of, (__name__, type(self).__module__)
+            ):
                 raise
             # often names the setting
             source = linecache.getline(frame.f_code.co_filename, line).strip()
             raise UserError(f"config: {type(error).__name__}: {error} (at `{source}`)") from error
+
+
+def _package_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def check_classes(config: Any, key: str = "config") -> None:

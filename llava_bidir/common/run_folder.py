@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,20 +19,6 @@ log = logging.getLogger(__name__)
 
 EVENTS = "events.out.tfevents.*"
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
-# what a run writes besides its config and events; analyses check that they belong to the run's probes
-RESULTS = (
-    "hf",
-    "nonfinite",
-    "predictions",
-    "steps",  # models exported on the way
-    "metrics.json",
-    "manifest.json",
-    "counts.safetensors",
-    "effects.safetensors",
-    "recipes.safetensors",  # of earlier versions
-    "path.safetensors",
-    "probes.safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,7 @@ def plan_run(
     """Decide on rank 0 whether to start, resume or replace the run in a folder, and return the same plan on all ranks.
 
     Args:
-        cli: Its model, data and trainer; `--overwrite`.
+        cli: Its model, data and trainer; `--overwrite`; the results that a run of its kind writes.
         ckpt_path: "last", a path, or None to start a new run.
         checkpoints: Folder of the run's checkpoints.
         result: The file that marks the run as finished.
@@ -82,7 +68,7 @@ def plan_run(
                 "--ckpt_path resumes a run and --overwrite true replaces it; give one of them"
             )
         if overwrite:
-            return RunPlan(identity, replaced=_files_of_run(folder, checkpoints))
+            return RunPlan(identity, replaced=_files_of_run(folder, checkpoints, cli.results))
         checkpoint = resolve_ckpt_path(ckpt_path, checkpoints)
         if is_complete(checkpoint if ckpt_path == "last" else None, result):
             if ckpt_path != "last":
@@ -123,9 +109,9 @@ def _occupied(folder: Path, content: str) -> UserError:
     )
 
 
-def _files_of_run(folder: Path, checkpoints: Path) -> list[Path]:
+def _files_of_run(folder: Path, checkpoints: Path, names: Sequence[str]) -> list[Path]:
     """Return the results, checkpoints and events in a run's folder."""
-    results = [folder / name for name in RESULTS]
+    results = [folder / name for name in names]
     return [*checkpoints.glob("*"), *filter(Path.exists, results), *folder.glob(EVENTS)]
 
 

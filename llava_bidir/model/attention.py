@@ -39,7 +39,7 @@ def _check_block_ids(name: str, block_ids: BlockIds) -> None:
     """Call the function on "t i i t i t" and "t t t t t t" and check the ids.
 
     A bool tensor would be read as ids that put all text into one block. Text that attends to later tokens cannot be
-    generated token by token, and the probes could not drop the text after the images.
+    generated token by token, and readers of states could not drop the text after the images.
     """
     is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6], device="cpu")
     ids = block_ids(is_image.clone())

@@ -34,6 +34,8 @@ from .throughput import Throughput
 class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
+    results = ("hf", "nonfinite", "steps")  # the last: models exported on the way
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --out, --overwrite and --throughput, and link the data to the model's processor."""
         self.add_run_options(parser, "runs/llava", "hf/")

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if "toy" in args.tasks and args.data is None:
         raise UserError(
-            "--tasks toy needs --data ASSETS, the folder that `llava-bidir demo-assets` has written"
+            "--tasks toy needs --data ASSETS, the folder that `probes demo-assets` has written"
         )
     model = resolve_checkpoint(args.model)
     info = {

@@ -53,6 +53,17 @@ CPU = {
 class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
+    # analyses check that they belong to the run's probes
+    results = (
+        "predictions",
+        "metrics.json",
+        "manifest.json",
+        "counts.safetensors",
+        "effects.safetensors",
+        "path.safetensors",
+        "probes.safetensors",
+    )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and link those that data and model share."""
         self.add_run_options(parser, "runs/probes", "metrics.json, probes")

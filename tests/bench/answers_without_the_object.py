@@ -2,7 +2,7 @@
 
     python tests/bench/answers_without_the_object.py MODEL QUESTIONS.json IMAGES [--batch-size 8]
 
-MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `llava-bidir real --photos`. Each question is
+MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `probes real --photos`. Each question is
 asked three times: about the photo, about it with the object covered in the photo's mean colour, and with as much
 covered elsewhere: the same pixels turned by half a circle about the photo's centre, without those of the object. The
 object is the place of the question; of "Is there any CLASS", asked where there is one, the pixels of the class in the

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from llava_bidir.toy_world.canvas import CLASSES
-from llava_bidir.toy_world.dialogues import LOOK_ALIKE, ask_patch
-from llava_bidir.toy_world.plant import read_pictures
 from probes import Knockout, ProbeRun
+from probes.worlds.canvas import CLASSES
+from probes.worlds.dialogues import LOOK_ALIKE, ask_patch
+from probes.worlds.plant import read_pictures
 
 CONDITIONS = ("nothing", "own cues", "other cues")
 

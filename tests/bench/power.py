@@ -11,11 +11,11 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from llava_bidir.toy_world.calibrate import DESIGNS, study_settings
 from probes.report.claims import evaluate_claims
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
 from probes.studies.run import run_study
+from probes.worlds.calibrate import DESIGNS, study_settings
 
 
 def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:

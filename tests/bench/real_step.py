@@ -1,4 +1,4 @@
-"""CPU time of a training step of `llava-bidir real`, by part and by number of image tokens.
+"""CPU time of a training step of `probes real`, by part and by number of image tokens.
 
     python tests/bench/real_step.py ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
 
@@ -22,7 +22,7 @@ SAMPLES = 4  # of a micro-batch
 MICRO_BATCHES = 2
 CAPTION_TOKENS = 15  # a sentence of Flickr8k
 DIALOGUE_TOKENS = (
-    92  # mean of the conversations that `llava-bidir real --photos` mixes, without the picture
+    92  # mean of the conversations that `probes real --photos` mixes, without the picture
 )
 ANSWER_TOKENS = 2  # of each question, with the end
 

@@ -33,7 +33,7 @@ from llava_bidir.data.instruction_dataset import Instructions, read_annotations
 from llava_bidir.data.token_weighted_loader import StepLoader
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.toy_world.tiny_models import train_tokenizer
+from probes.worlds.tiny_models import train_tokenizer
 
 PICTURES = 64
 PICTURE_PX = (32, 24)

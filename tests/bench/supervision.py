@@ -2,10 +2,10 @@
 
     python tests/bench/supervision.py --seeds 0 1 2
 
-The design is in llava_bidir/toy_world/README.md. For each seed and mask, a model after stage 1 is trained in four ways,
+The design is in probes/worlds/README.md. For each seed and mask, a model after stage 1 is trained in four ways,
 with as many optimizer steps on the same pictures:
 
-    a tokens     the class of each image token (`llava-bidir plant recovery`)
+    a tokens     the class of each image token (`probes plant recovery`)
     b questions  dialogues that ask for all 64 patches in random order
     c raster     the labels of all patches as text, a row in a dialogue of its own
     d captions   a caption with all classes of the picture
@@ -25,18 +25,18 @@ from pathlib import Path
 import numpy as np
 
 import probes
-from llava_bidir.toy_world.binding import GRID
-from llava_bidir.toy_world.canvas import CLASSES
-from llava_bidir.toy_world.child_process import run_in_child_process
-from llava_bidir.toy_world.dialogues import (
+from probes.worlds.binding import GRID
+from probes.worlds.canvas import CLASSES
+from probes.worlds.child_process import run_in_child_process
+from probes.worlds.dialogues import (
     LOOK_ALIKE,
     SceneText,
     build_dialogue,
     find_regions,
     prepend_picture,
 )
-from llava_bidir.toy_world.plant import read_pictures
-from llava_bidir.toy_world.steps import WEIGHTS, make_step
+from probes.worlds.plant import read_pictures
+from probes.worlds.steps import WEIGHTS, make_step
 
 MASKS = ("causal", "bidirectional")
 ARMS = {
@@ -110,7 +110,7 @@ def train(folder: Path, seed: int, count: int) -> None:
     """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
     world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
-    draw = words("demo-assets", assets, *world)
+    draw = words("probes", "demo-assets", assets, *world)
     run_in_child_process(folder, "world", [make_step(folder, draw, assets / "questions.json")])
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
@@ -129,7 +129,7 @@ def train(folder: Path, seed: int, count: int) -> None:
         ]
         stage1 = folder / mask / "stage1"
         captions = ["--data.annotations", assets / "captions.json"]
-        fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
+        fit = words("llava-bidir", "fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
         steps = [make_step(folder, fit, stage1 / WEIGHTS)]
         for arm, options in ARMS.items():
             out = folder / mask / arm
@@ -142,10 +142,14 @@ def train(folder: Path, seed: int, count: int) -> None:
                 "--model.adapter",
                 stage1 / "hf",
             ]
-            command = words("fit", "-c", "demo/stage2", *common, *data, *length, "--out", out)
+            command = words(
+                "llava-bidir", "fit", "-c", "demo/stage2", *common, *data, *length, "--out", out
+            )
             if options is None:
                 models = stage1 / "hf", assets, out / "hf"
-                command = words("plant", "recovery", *models, "--steps", count, "--seed", seed)
+                command = words(
+                    "probes", "plant", "recovery", *models, "--steps", count, "--seed", seed
+                )
             step = make_step(
                 folder,
                 command,

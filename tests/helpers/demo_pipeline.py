@@ -24,7 +24,7 @@ def run(out: Path) -> None:
     assets = out / "assets"
     model = out / "stage2/hf"
     photos = assets / "segmentation"
-    llava_bidir(f"demo-assets {assets} --scale 0.01".split())
+    probes(f"demo-assets {assets} --scale 0.01".split())
     data = (
         f"--data.annotations {assets}/dialogues.json --data.val_annotations {assets}/questions.json"
     )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
-from llava_bidir.toy_world.real import find_model
+from probes.worlds.real import find_model
 
 STEPS = 3  # of each training
 

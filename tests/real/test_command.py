@@ -1,4 +1,4 @@
-"""`llava-bidir real` from the plan to the reports, on two layers of the model and a world of a hundredth."""
+"""`probes real` from the plan to the reports, on two layers of the model and a world of a hundredth."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from run_bytes import run_bytes
 from transformers import Dinov2Config, Dinov2Model
 
-from llava_bidir.cli import main
-from llava_bidir.toy_world import real, real_plan
+from probes.cli import main
+from probes.worlds import real, real_plan
 
 pytestmark = [pytest.mark.real, pytest.mark.nightly]
 

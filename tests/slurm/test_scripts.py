@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from processes import run_command
 
-from llava_bidir.rehearsal.inputs import STUDY
 from probes.cli import main
 from probes.data import ade20k
+from probes.rehearsal.inputs import STUDY
 from probes.studies.plan import make_plan
 
 ROOT = Path(__file__).parents[2]

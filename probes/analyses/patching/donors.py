@@ -113,7 +113,7 @@ class Pairs:
     """Pictures with and without a cue: a folder data set with the splits "with" and "without" and the same names.
 
     Args:
-        root: The folder, as `llava-bidir demo-assets` writes it to OUT/pairs.
+        root: The folder, as `probes demo-assets` writes it to OUT/pairs.
         classes: Names of the classes of the probes.
 
     Raises:

@@ -65,9 +65,9 @@ def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
     [
         (
             "fit -c demo/stage1",
-            "no file runs/demo/assets/captions.json; run `llava-bidir demo` first",
+            "no file runs/demo/assets/captions.json; run `probes demo` first",
         ),
-        ("fit -c real/stage1", "no file runs/real/.*; run `llava-bidir real` first"),
+        ("fit -c real/stage1", "no file runs/real/.*; run `probes real` first"),
     ],
 )
 def test_a_config_of_a_demo_that_is_not_there_says_how_to_make_it(

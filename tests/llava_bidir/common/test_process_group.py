@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from llava_bidir.common import process_group
 from llava_bidir.common.steps import Step
-from llava_bidir.toy_world import child_process
+from probes.worlds import child_process
 from llava_bidir.common.errors import one_line_errors
 child_process.IN_CHILD_PROCESS = process_group.WATCH + {step!r}
 with one_line_errors("demo", ["demo"]):
@@ -51,7 +51,7 @@ def wait_until(condition) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_steps_of_several_threads_end_with_the_command(number, tmp_path):
-    """`kill PID` of `llava-bidir demo` left the trainings running; the command waits for them in threads."""
+    """`kill PID` of `probes demo` left the trainings running; the command waits for them in threads."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     reset = ""
     if number != signal.SIGKILL:

@@ -11,9 +11,12 @@ import processes
 import pytest
 import tiny_models
 
-from llava_bidir import cli
+import llava_bidir.cli
+import probes.cli
 from llava_bidir.common import run_lock
 from llava_bidir.common.run_lock import exclusive_run_lock
+
+MAINS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
 
 @pytest.fixture
@@ -113,13 +116,13 @@ def test_a_second_fit_into_a_run_is_an_error(
 
 @pytest.mark.usefixtures("no_patience")
 @pytest.mark.parametrize(
-    "command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"]
+    "command", ["llava-bidir vqa CHECKPOINT --tasks gqa --out", "probes demo-assets --scale 0.01"]
 )
 def test_a_second_command_into_a_folder_is_an_error(command, checkpoints, tmp_path):
-    argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
+    program, *argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
     name = "" if argv[0] == "vqa" else "assets"
     with (
         processes.inside(exclusive_run_lock(tmp_path, name)),
         pytest.raises(SystemExit, match="is in use by process"),
     ):
-        cli.main([*argv, str(tmp_path / name)])
+        MAINS[program]([*argv, str(tmp_path / name)])

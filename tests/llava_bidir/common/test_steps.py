@@ -13,7 +13,7 @@ from llava_bidir.common.steps import (
     read_record,
     run_steps,
 )
-from llava_bidir.toy_world.child_process import run_given
+from probes.worlds.child_process import run_given
 
 
 def chain(folder: Path, **options) -> list[Step]:
@@ -21,7 +21,7 @@ def chain(folder: Path, **options) -> list[Step]:
     source = folder / "data.json"
     steps = []
     for name in "abc":
-        words = ("fit", "--name", name, "--ckpt_path", "last")
+        words = ("llava-bidir", "fit", "--name", name, "--ckpt_path", "last")
         result = folder / name / "model"
         steps.append(
             Step(
@@ -210,6 +210,6 @@ def test_steps_of_another_process_are_recorded_one_by_one(folder):
         (folder / name / "model").write_text(name)
 
     with pytest.raises(SystemExit, match="no memory"):
-        run_given(given, main)
+        run_given(given, {"llava-bidir": main})
     assert ran == ["a", "b"]
     assert [step.name for step in find_missing(steps, folder)] == ["b", "c"]

@@ -1,0 +1,1 @@
+"""`probes rehearse`: the complete study on random weights of the published sizes, a few steps each."""

@@ -1,0 +1,105 @@
+"""The studies of `probes demo`: of the models with a planted recovery, and of three others."""
+
+from pathlib import Path
+
+from probes.studies.plan import Settings
+from probes.studies.run import run_study
+
+from .steps import MASKS, SCENES
+
+ARMS = ("trained", "random0", "random1", "adapter0", "adapter1")
+LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
+ANSWERS = ("answers.limit=80", "answers.draws=1")
+ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", *ANSWERS, "explore")
+# What no claim needs; it takes half of the time of a small demo.
+EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap")
+TASKS = ("depth", "normals", "boundaries")
+# The binding world. The drop, at the encoder and the adapter, has studies of its own.
+BINDING_ARMS = ("trained", "random0", "random1")
+BINDING_ADD = (
+    "explore",
+    *ANSWERS,
+    "knockout.classes=ceiling,sky,wall,building",
+    "knockout.draws=1",
+)
+# knockouts take half of the time, and no truth is known about them
+BINDING_STEPS = ("solve", "fit", "starvation", "answers", "explore", "report")
+SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
+# Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
+# cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
+OTHERS = {
+    "shuffled": ("random", 2),
+    "merged": ("adapter", 5),
+    "intact": ("adapter", 5),
+}
+ADAPTER_SITES = "[encoder,adapter]"
+
+
+def run_studies(out: Path, settings: dict, extras: bool) -> None:
+    """Run the studies of the demo in OUT; the last one writes the report of all.
+
+    Args:
+        out: OUT.
+        settings: Seed, scale and world of the demo.
+        extras: Also run the analyses that no claim needs.
+    """
+    in_full = extras or settings["scale"] >= 1
+    if settings["world"] == "binding":
+        studies = [*_other_studies(out, settings), _binding_study(out, settings, in_full)]
+    else:
+        studies = [_context_study(out, settings, in_full)]
+    for study in studies:
+        run_study(study, overwrite=True)  # the results of models that were made again
+
+
+def _context_study(out: Path, settings: dict, in_full: bool) -> Settings:
+    """Return the study of both masks in the world of one scene, whose truth is unknown."""
+    extras = (f"patching.pairs={out}/assets/pairs", *EXTRAS) if in_full else ()
+    return Settings(
+        {mask: f"{out}/{mask}/stage2/hf" for mask in MASKS},
+        f"{out}/assets/segmentation",
+        out,
+        arms=ARMS,
+        fit=True,
+        tasks=TASKS if in_full else (),
+        add=(*ADD, *extras),
+        options=_options(settings, "toy world"),
+    )
+
+
+def _binding_study(out: Path, settings: dict, in_full: bool) -> Settings:
+    """Return the study of both models with a planted recovery."""
+    return Settings(
+        {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
+        f"{out}/assets/segmentation",
+        out,
+        arms=BINDING_ARMS,
+        fit=True,
+        add=BINDING_ADD,
+        only=None if in_full else BINDING_STEPS,
+        options=(*_options(settings, f"{SCENES} scenes"), "--model.sites", SITES),
+    )
+
+
+def _other_studies(out: Path, settings: dict) -> list[Settings]:
+    """Return the studies of the models in which something else is planted, or nothing."""
+    studies = []
+    for name, (kind, draws) in OTHERS.items():
+        sites = SITES if kind == "random" else ADAPTER_SITES
+        studies.append(
+            Settings(
+                {"": f"{out}/{name}/hf"},
+                f"{out}/assets/segmentation",
+                out / name,
+                arms=("trained", *(f"{kind}{draw}" for draw in range(draws))),
+                only=("solve",),
+                options=(*_options(settings, f"{SCENES} scenes"), "--model.sites", sites),
+            )
+        )
+    return studies
+
+
+def _options(settings: dict, dataset: str) -> tuple[str, ...]:
+    """Return the options of the probes of all studies."""
+    seed = str(settings["seed"])
+    return ("-c", "demo/probes", "--seed_everything", seed, "--data.name", dataset)

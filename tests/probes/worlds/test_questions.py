@@ -1,0 +1,197 @@
+"""Questions from masks: true by a loop over pixels, in half right for the blind, and what `probes answers` reads."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from probes.analyses.answers.questions import read_questions
+from probes.cli import main
+from probes.data.folder import FolderDataset
+
+NAMES = ["road", "sky", "car", "tree"]
+GRID = 3
+SIDE = (37, 50)  # no multiple of the grid
+UNKNOWN = 255
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Thirty photos of five blocks by four; label 0 is no class, and some blocks have it."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 20), ("validation", 10)):
+        for folder in ("images", "annotations"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(count):
+            # not all classes are in each photo
+            shown = rng.permutation(len(NAMES) + 1)[:3]
+            blocks = rng.choice(shown, (4, 5)).astype(np.uint8)
+            mask = Image.fromarray(blocks).resize(SIDE[::-1], Image.Resampling.NEAREST)
+            mask.save(root / f"annotations/{split}/{i}.png")
+            Image.new("RGB", SIDE[::-1]).save(root / f"images/{split}/{i}.jpg")
+    settings = {"classes": NAMES, "reduce_zero_label": True}
+    (root / "classes.json").write_text(json.dumps(settings))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ask(data, tmp_path_factory):
+    """A function that runs the command and returns its files by name."""
+
+    def run(seed: int = 0) -> dict[str, list[dict]]:
+        out = tmp_path_factory.mktemp("out")
+        words = ["questions", str(data), "--out", str(out), "--seed", str(seed)]
+        main([*words, "--grid", str(GRID), "--held-out", "40"])
+        return {file.stem: json.loads(file.read_text()) for file in sorted(out.iterdir())}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def records(ask):
+    return ask()
+
+
+def pairs(record: dict) -> list[tuple[str, str]]:
+    """Return questions and answers of a record."""
+    values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def masks_by_image(data: Path) -> dict[str, list[list[int]]]:
+    """Return class indices as the probes' own reader of folders has them."""
+    masks = {}
+    for split in ("training", "validation"):
+        dataset = FolderDataset(data, split)
+        for i, name in enumerate(dataset.names):
+            masks[f"images/{split}/{name}.jpg"] = dataset[i]["target"].tolist()
+    return masks
+
+
+def majority(mask: list[list[int]], row: int, column: int) -> str | None:
+    """Return the class of more than half of the pixels of a cell, by a loop over all pixels."""
+    inside = []
+    for y in range(SIDE[0]):
+        for x in range(SIDE[1]):
+            top, bottom = round(row * SIDE[0] / GRID), round((row + 1) * SIDE[0] / GRID)
+            left, right = round(column * SIDE[1] / GRID), round((column + 1) * SIDE[1] / GRID)
+            if top <= y < bottom and left <= x < right:
+                inside.append(mask[y][x])
+    for index, name in enumerate(NAMES):
+        if 2 * inside.count(index) > len(inside):
+            return name
+    return None
+
+
+def is_true(question: str, answer: str, mask: list[list[int]]) -> bool:
+    """Return whether an answer follows from the mask."""
+    if about := re.fullmatch(r"Is there any (\w+) in the picture\?", question):
+        shown = NAMES.index(about[1]) in {value for row in mask for value in row}
+        return answer == ("yes" if shown else "no")
+    if place := re.match(r"Which is in row (\d), column (\d):", question):
+        return majority(mask, int(place[1]) - 1, int(place[2]) - 1) == answer
+    about = re.match(r"Which is left of the (\w+):", question)
+    beside = []
+    for row in range(GRID):
+        for column in range(1, GRID):
+            found = majority(mask, row, column - 1)
+            if majority(mask, row, column) == about[1] and found not in (None, about[1]):
+                beside.append(found)
+    return 2 * beside.count(answer) > len(beside)
+
+
+def test_every_answer_is_true(data, records):
+    masks = masks_by_image(data)
+    asked = [
+        (question, answer, record["image"])
+        for record in records["dialogues"] + records["questions"]
+        for question, answer in pairs(record)
+    ]
+    kinds = Counter(question.split()[2] for question, _, _ in asked)
+    assert len(asked) > 100
+    assert set(kinds) == {"any", "left", "in"}
+    for question, answer, image in asked:
+        assert is_true(question, answer, masks[image]), (question, answer, image)
+
+
+def test_without_the_photo_exactly_half_of_the_answers_can_be_right(records):
+    for name in ("dialogues", "questions"):
+        answers = defaultdict(Counter)
+        for record in records[name]:
+            for question, answer in pairs(record):
+                answers[question][answer] += 1
+        best = sum(max(counts.values()) for counts in answers.values())
+        assert 2 * best == sum(counts.total() for counts in answers.values())
+
+
+def test_the_seed_decides_all_of_it(ask, records):
+    assert ask() == records
+    assert ask(seed=1)["questions"] != records["questions"]
+
+
+def test_probes_answers_reads_the_regions_and_each_shows_its_class(data, records, tmp_path):
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(records["questions"]))
+    masks = masks_by_image(data)
+    read = read_questions(file, NAMES)
+    with_region = [record for record in records["questions"] if record["regions"] != [None]]
+    assert len(read.questions) == len(with_region) > 20
+    for question in read.questions:
+        left, top, _, _ = question.box
+        cell = round(top * GRID), round(left * GRID)
+        assert majority(masks[read.images[question.image]], *cell) == NAMES[question.right]
+
+
+def test_a_caption_lists_the_classes_of_the_photo(data, records):
+    masks = masks_by_image(data)
+    for record in records["captions"]:
+        (_, caption) = pairs(record)[0]
+        listed = set(re.findall(r"\w+", caption)) - {"A", "picture", "with", "and"}
+        values = {value for row in masks[record["image"]] for value in row} - {UNKNOWN}
+        assert listed == {NAMES[value] for value in values}
+
+
+def test_a_folder_without_classes_or_masks_is_named(data, tmp_path):
+    for change, message in (
+        ("classes.json", "classes.json is missing"),
+        ("annotations/training/3.png", "3.jpg"),
+        ("images/validation", "images/validation"),
+    ):
+        broken = tmp_path / change.replace("/", "_")
+        broken.mkdir()
+        for part in ("classes.json", "images", "annotations"):
+            copy(data / part, broken / part, without=data / change)
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            main(["questions", str(broken), "--out", str(tmp_path / "out")])
+
+
+def test_records_are_not_replaced_by_others(data, tmp_path):
+    words = ["questions", str(data), "--out", str(tmp_path)]
+    main(words)
+    main(words)
+    before = (tmp_path / "questions.json").read_bytes()
+    with pytest.raises(SystemExit, match="has records of other photos or options"):
+        main([*words, "--seed", "1"])
+    assert (tmp_path / "questions.json").read_bytes() == before
+    (tmp_path / "questions.json").write_text("[")
+    with pytest.raises(SystemExit, match="questions.json: JSONDecodeError"):
+        main(words)
+    with pytest.raises(SystemExit, match="--held-out must be at least 2"):
+        main([*words, "--held-out", "1"])
+
+
+def copy(source: Path, target: Path, without: Path) -> None:
+    """Link files of a folder at another place, except for one file or folder."""
+    if source == without:
+        return
+    if source.is_file():
+        target.symlink_to(source)
+        return
+    target.mkdir()
+    for part in source.iterdir():
+        copy(part, target / part.name, without)

@@ -1,0 +1,77 @@
+"""Properties of the toy world that the demo relies on. Shapes: N scenes, H = W = SIZE_PX."""
+
+import numpy as np
+import pytest
+
+from probes.worlds import scenes
+from probes.worlds.canvas import CLASSES, SIZE_PX
+from probes.worlds.scenes import draw_pair, draw_scene
+
+LABEL = {name: index for index, name in enumerate(CLASSES)}
+SURFACES = [("ceiling", "sky"), ("wall", "building"), ("floor", "road")]
+CUES = [LABEL[n] for n in ("lamp", "picture", "bed", "tree", "car")]
+
+
+def draw_many(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`, without evidence."""
+    rng = np.random.default_rng(0)
+    drawn = [draw_scene(rng, 0) for _ in range(count)]
+    indoor = np.array([scene.indoor for scene in drawn])
+    images = np.stack([scene.image for scene in drawn]).astype(np.float32) / 255
+    return indoor, images, np.stack([scene.mask for scene in drawn])
+
+
+@pytest.fixture(scope="module")
+def without_evidence():
+    return draw_many(400)
+
+
+def test_every_scene_shows_a_cue(without_evidence):
+    for is_room, image, mask in zip(*without_evidence, strict=True):
+        size = np.isin(mask, CUES).sum()
+        if not is_room and size == 0:  # the cue is the moon
+            sky = image[mask == LABEL["sky"]].mean(-1)
+            size = (sky > 1.25 * np.median(sky)).sum()
+        assert size >= 20
+
+
+def test_grain_says_nothing_without_evidence(without_evidence):
+    """Grain of a scene: mean projection of paired pixels onto their texture, in units of its contrast."""
+    indoor, images, masks = without_evidence
+    rows, columns = np.mgrid[:SIZE_PX, :SIZE_PX]
+    weave = scenes._GRAIN[masks, rows % 4, columns % 4]
+    projected = (images.mean(-1) * weave).sum((1, 2)) / (weave**2).sum((1, 2))
+    grain = projected / scenes.GRAIN_CONTRAST
+    assert abs(grain[indoor].mean() - grain[~indoor].mean()) < 0.05
+    accuracy = ((grain > np.median(grain)) == indoor).mean()
+    assert abs(accuracy - 0.5) < 0.05
+
+
+def test_the_two_of_a_pair_have_the_same_colour(monkeypatch):
+    light = np.ones(3, np.float32)  # else it varies per scene
+    monkeypatch.setattr(scenes, "sample_light", lambda camera, rng: light)
+    _, images, masks = draw_many(200)
+    pixels = {name: images[masks == label] for name, label in LABEL.items()}
+    for inside, outside in SURFACES:
+        assert np.abs(pixels[inside].mean(0) - pixels[outside].mean(0)).max() < 0.012, inside
+    bed, car = (np.median(pixels[name], axis=0) for name in ("bed", "car"))
+    assert np.abs(bed - car).max() < 0.05
+
+
+def test_pairs_differ_in_one_cue_only():
+    """Where pixels differ, the mask of the scene shows a cue or its surroundings; all else is equal to the bit."""
+    rng = np.random.default_rng(3)
+    seen = set()
+    for _ in range(40):
+        cued, without = draw_pair(rng)
+        differs = (cued.image != without.image).any(-1)
+        assert 0 < differs.mean() < 0.5
+        assert cued.cues == without.cues == 1
+        assert cued.indoor == without.indoor
+        assert (cued.mask == without.mask)[~differs].all()
+        assert not np.isin(without.mask, CUES).any()
+        shown = set(CUES) & set(np.unique(cued.mask[differs]))
+        assert len(shown) <= 1, "one cue; the moon has the class of the sky"
+        assert not np.isin(cued.mask[~differs], CUES).any()
+        seen |= shown
+    assert len(seen) >= 4

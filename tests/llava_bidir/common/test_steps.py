@@ -84,7 +84,7 @@ def test_what_was_made_from_something_changed_is_made_again(change, expected, fo
 def test_another_command_is_run_with_all_that_read_its_result(folder):
     first, second, third = chain(folder)
     run([first, second, third], folder)
-    other = Step(**vars(second) | {"command": ("fit", "--name", "other")})
+    other = Step(**vars(second) | {"command": ("llava-bidir", "fit", "--name", "other")})
     assert run([first, other, third], folder) == ["b", "c"]
 
 
@@ -98,7 +98,7 @@ def test_a_result_is_replaced_if_its_inputs_have_changed_and_else_resumed(folder
     run([step], folder)
     assert command_now(step, folder) == list(step.command)
     (folder / "data.json").write_text("second")
-    replaced = ["fit", "--name", "a", "--overwrite", "true"]
+    replaced = ["llava-bidir", "fit", "--name", "a", "--overwrite", "true"]
     assert command_now(step, folder) == replaced
     (folder / "data.json").write_text("first")
     assert command_now(step, folder, overwrite=True) == replaced
@@ -140,7 +140,7 @@ def test_a_result_of_other_options_is_replaced_on_no_try_unless_it_is_asked_for(
     """A study's second call replaced what the first one had refused to."""
     step, *_ = chain(folder, optional=True)
     run([step], folder)
-    other = Step(**vars(step) | {"command": ("fit", "--name", "other")})
+    other = Step(**vars(step) | {"command": ("llava-bidir", "fit", "--name", "other")})
 
     def refuse(step: Step) -> None:
         raise UserError("made with other options; --overwrite true replaces it")

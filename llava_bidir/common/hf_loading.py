@@ -179,20 +179,6 @@ def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
         )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the files with a checkpoint's weights: safetensors, or else pickles of tensors.
-
-    Raises:
-        UserError: There are none.
-    """
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(
-            f"{directory} contains no weights: neither *.safetensors nor pytorch_model*.bin"
-        )
-    return files
-
-
 def is_finite(parameter: torch.Tensor) -> bool:
     """Return False if a weight is NaN or infinite. No copy is made."""
     # ZeRO-3 leaves 0 elements in place

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +18,9 @@ from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.greedy import greedy_config
-from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
+from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.tokenizer import load_tokenizer
+from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
 from .encoders import Encoder
@@ -339,31 +339,6 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
         raise UserError(
             f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"
         ) from None
-
-
-def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint directory whose names contain `part`; the others are not read.
-
-    Raises:
-        UserError: The directory has no weights, or a weight file is damaged.
-    """
-    matches = {}
-    for file in weight_files(directory):
-        with error_context(file):
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as tensors:
-                    matches |= {
-                        name: tensors.get_tensor(name) for name in tensors.keys() if part in name
-                    }
-            else:
-                tensors = torch.load(
-                    file,
-                    map_location="cpu",
-                    mmap=True,
-                    weights_only=True,
-                )
-                matches |= {name: tensor for name, tensor in tensors.items() if part in name}
-    return matches
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:

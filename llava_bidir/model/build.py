@@ -18,7 +18,12 @@ from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.greedy import greedy_config
-from llava_bidir.common.hf_loading import load_weights, read_pretrained
+from llava_bidir.common.hf_loading import (
+    check_layers_complete,
+    check_merged,
+    load_weights,
+    read_pretrained,
+)
 from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.common.weight_files import read_tensors
 
@@ -316,9 +321,10 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     """Load the adapter's weights from a checkpoint directory.
 
     Raises:
-        UserError: The directory has no adapter, or one for another encoder, LLM or mask.
+        UserError: The directory has no adapter, one for another encoder, LLM or mask, or updates that are not merged.
     """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
+    check_merged("model.adapter", directory)
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
         saved = getattr(config, name)
         expected = getattr(model.config, name)
@@ -333,8 +339,11 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     }
     if not weights:
         raise UserError(f"adapter checkpoint {directory} has no tensor named {ADAPTER}*")
+    adapter = model.model.multi_modal_projector
+    unexpected = weights.keys() - adapter.state_dict().keys()
+    check_layers_complete("model.adapter", directory, adapter, unexpected)
     try:
-        model.model.multi_modal_projector.load_state_dict(weights)
+        adapter.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
             f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"

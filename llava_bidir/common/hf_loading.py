@@ -6,6 +6,7 @@ transformers or this package has the class of every supported model. The checks 
 
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:  # seconds, which commands that only read results do not need
 
 PARTS = ("vision_config", "text_config")
 AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type")  # in config.json of LLaVA's authors
+PEFT_PREFIX = "base_model.model."  # of the names of tensors in peft's files
+MERGE = (
+    "merge updates into the weights (peft: merge_and_unload) and save the result, or use the checkpoint in bfloat16, "
+    "float16 or float32"
+)
 CONVERTED = "Use the checkpoint's conversion to transformers' format, for LLaVA those of llava-hf"
 
 
@@ -122,7 +128,8 @@ def load_weights(
 ) -> "PreTrainedModel":
     """Return the model `reader.from_pretrained(path)` with all weights taken from the checkpoint and finite.
 
-    transformers initialises missing weights at random and only logs it, so a model without its LLM would run.
+    transformers initialises missing weights at random and only logs it, so a model without its LLM would run. It leaves
+    out tensors that it does not expect: updates and scales without which the weights are of another model.
 
     Args:
         key: Name for errors.
@@ -131,8 +138,10 @@ def load_weights(
         **kwargs: Passed to `from_pretrained`.
 
     Raises:
-        UserError: Weights are damaged, missing, not finite, of other shapes, or of more layers than the config has.
+        UserError: Weights are damaged, missing, not finite, of other shapes, of more layers than the config has, not
+            merged with their updates, or quantised in a way that the config does not state.
     """
+    check_merged(key, path, kwargs.get("revision"))
     with error_context(f"{key}: {path}"):
         model, info = reader.from_pretrained(
             path,
@@ -141,6 +150,8 @@ def load_weights(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+
+    check_layers_complete(key, path, model, info["unexpected_keys"])
 
     def numbered(name):
         return re.sub(r"\d+", "#", name)
@@ -166,6 +177,46 @@ def load_weights(
     return model
 
 
+def check_merged(key: str, path: str, revision: str | None = None) -> None:
+    """Raise if a checkpoint has updates of peft beside its weights.
+
+    transformers adds their layers to the model, or ignores the updates if peft is not installed.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if file := find_adapter_config_file(path, revision=revision):
+        raise UserError(
+            f"{key}: {path} has updates of peft beside its weights, see its {Path(file).name}; {MERGE}"
+        )
+
+
+def check_layers_complete(
+    key: str,
+    path: str,
+    model: torch.nn.Module,
+    unexpected: Iterable[str],
+) -> None:
+    """Raise if a checkpoint has tensors of a layer that the model's layer lacks: LoRA updates, scales, biases.
+
+    Tensors of modules that the model lacks are left out: a text model beside an encoder, for example.
+    """
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None and next(module.parameters(), None) is not None
+    }
+
+    def is_inside(name: str) -> bool:
+        steps = name.removeprefix(PEFT_PREFIX).split(".")
+        return any(".".join(steps[:i]) in layers for i in range(1, len(steps)))
+
+    if names := [*filter(is_inside, unexpected)]:
+        raise UserError(
+            f"{key}: the checkpoint {path} has LoRA updates, scales of quantised weights, or biases that the model of "
+            f"its config.json would ignore, in {len(names)} tensors, e.g. {min(names)}; {MERGE}"
+        )
+
+
 def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
     """Warn of weights of 16 bits that this CPU takes several times as long to compute with as with others."""
     fast = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
@@ -177,20 +228,6 @@ def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
             f"`--model.dtype {name}`, for `llava-bidir generate` `--dtype {name}`",
             stacklevel=3,
         )
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the files with a checkpoint's weights: safetensors, or else pickles of tensors.
-
-    Raises:
-        UserError: There are none.
-    """
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(
-            f"{directory} contains no weights: neither *.safetensors nor pytorch_model*.bin"
-        )
-    return files
 
 
 def is_finite(parameter: torch.Tensor) -> bool:

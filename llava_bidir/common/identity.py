@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .hf_loading import read_pretrained, weight_files
+from .hf_loading import read_pretrained
 from .training_record import TRAINING_JSON
+from .weight_files import INDEX, find_weights, weight_files
 
 Identity = dict[str, dict[str, Any]]
 
@@ -192,12 +193,11 @@ def model_identity(key: str, path: str | Path) -> dict[str, str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)} | set(
-            weight_files(folder)
-        )
-        return checksums(
-            folder, sorted(file.name for file in files if file.name not in NOT_MODEL_FILES)
-        )
+        files = {find_weights(folder), *weight_files(folder)}
+        for pattern in MODEL_FILES:
+            found = (file for file in folder.glob(pattern) if file.name not in NOT_MODEL_FILES)
+            files |= {file for file in found if not file.name.endswith(INDEX)}
+        return checksums(folder, sorted(os.path.relpath(file, folder) for file in files))
     from transformers import AutoConfig
 
     return {"": f"{path}@{read_pretrained(key, AutoConfig, str(path))._commit_hash}"}

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +18,14 @@ from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.greedy import greedy_config
-from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
+from llava_bidir.common.hf_loading import (
+    check_layers_complete,
+    check_merged,
+    load_weights,
+    read_pretrained,
+)
 from llava_bidir.common.tokenizer import load_tokenizer
+from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
 from .encoders import Encoder
@@ -316,9 +321,10 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     """Load the adapter's weights from a checkpoint directory.
 
     Raises:
-        UserError: The directory has no adapter, or one for another encoder, LLM or mask.
+        UserError: The directory has no adapter, one for another encoder, LLM or mask, or updates that are not merged.
     """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
+    check_merged("model.adapter", directory)
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
         saved = getattr(config, name)
         expected = getattr(model.config, name)
@@ -333,37 +339,15 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     }
     if not weights:
         raise UserError(f"adapter checkpoint {directory} has no tensor named {ADAPTER}*")
+    adapter = model.model.multi_modal_projector
+    unexpected = weights.keys() - adapter.state_dict().keys()
+    check_layers_complete("model.adapter", directory, adapter, unexpected)
     try:
-        model.model.multi_modal_projector.load_state_dict(weights)
+        adapter.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
             f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}"
         ) from None
-
-
-def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint directory whose names contain `part`; the others are not read.
-
-    Raises:
-        UserError: The directory has no weights, or a weight file is damaged.
-    """
-    matches = {}
-    for file in weight_files(directory):
-        with error_context(file):
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as tensors:
-                    matches |= {
-                        name: tensors.get_tensor(name) for name in tensors.keys() if part in name
-                    }
-            else:
-                tensors = torch.load(
-                    file,
-                    map_location="cpu",
-                    mmap=True,
-                    weights_only=True,
-                )
-                matches |= {name: tensor for name, tensor in tensors.items() if part in name}
-    return matches
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:

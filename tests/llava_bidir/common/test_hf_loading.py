@@ -1,16 +1,22 @@
-"""Configs whose parts transformers would make of its defaults are refused, wherever a checkpoint is read."""
+"""Checkpoints that transformers would complete by its defaults or read in part are refused, wherever they are read."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny_families
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
+import probes
 from llava_bidir.cli import main as llava_bidir_main
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.model.build import build_model, build_processor
 from probes.cli import main as probes_main
 
 AUTHORS = {
@@ -84,3 +90,124 @@ def test_auto_processor_finds_the_processor_by_the_config_without_asking(
         settings.pop("processor_class", None)
         (path / name).write_text(json.dumps(settings))
     assert isinstance(AutoProcessor.from_pretrained(path), LlavaProcessor)
+
+
+UNMERGED = {  # what stands beside a weight, by the end of its name
+    "unmerged LoRA": ("lora_A.default.weight", "lora_B.default.weight"),
+    "LoRA of peft's files": ("lora_A.weight", "lora_B.weight"),
+    "DoRA": ("lora_magnitude_vector.default.weight",),
+    "a wrapped layer": ("base_layer.weight",),
+    "GPTQ and AWQ": ("qweight", "qzeros", "scales", "g_idx"),
+    "bitsandbytes in 4 bits": ("weight.absmax", "weight.quant_map"),
+    "bitsandbytes in 8 bits": ("SCB",),
+    "fp8": ("weight_scale_inv",),
+    "a bias that the config denies": ("bias",),
+}
+
+
+def add_tensors(folder, part: str, ends: tuple[str, ...], prefix: str = "") -> str:
+    """Add tensors beside the first weight whose name contains `part`; return the first of their names."""
+    tensors = load_file(folder / "model.safetensors")
+    weights = [name for name in tensors if part in name and name.endswith(".weight")]
+    layer = min(weights).removesuffix(".weight")
+    added = {f"{prefix}{layer}.{end}": torch.ones(4) for end in ends}
+    save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
+    return min(added)
+
+
+@pytest.mark.parametrize("kind", UNMERGED)
+def test_tensors_of_other_layers_than_the_models_are_refused_by_name(kind, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    name = add_tensors(folder, "language_model.layers.0.self_attn.q_proj", UNMERGED[kind])
+    with pytest.raises(UserError, match=f"MLLM: the checkpoint .*hf has .* e.g. {re.escape(name)}"):
+        probes.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"),
+    [
+        ("lm_head", ""),
+        ("embed_tokens", ""),
+        ("multi_modal_projector.linear_1", ""),
+        ("vision_tower.encoder.layers.0.self_attn.q_proj", ""),
+        ("language_model.layers.0.self_attn.q_proj", "base_model.model."),
+    ],
+)
+def test_they_are_refused_in_every_part(part, prefix, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    name = add_tensors(folder, part, ("lora_A.weight", "lora_B.weight"), prefix)
+    with pytest.raises(UserError, match=f"in 2 tensors, e.g. {re.escape(name)}; merge"):
+        probes.load(str(folder))
+
+
+def test_they_are_refused_in_the_names_of_released_llavas(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    old = "language_model.model."
+    renamed = {name.replace("model.language_model.", old): x for name, x in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    assert probes.load(str(folder)).sites
+    add_tensors(folder, f"{old}layers.0.self_attn.q_proj", ("qweight",))
+    with pytest.raises(UserError, match=r"e.g. .*layers.0.self_attn.q_proj.qweight; merge"):
+        probes.load(str(folder))
+
+
+@pytest.mark.parametrize("part", ["llm", "encoder"])
+def test_they_are_refused_in_the_parts_of_a_new_model(part, parts, tmp_path):
+    folder = shutil.copytree(parts[1] if part == "llm" else parts[0].path, tmp_path / part)
+    name = add_tensors(folder, "layers.0.self_attn.q_proj", ("lora_A.weight", "lora_B.weight"))
+    new = {
+        "llm": (parts[0], str(folder)),
+        "encoder": (replace(parts[0], path=str(folder)), parts[1]),
+    }[part]
+    with pytest.raises(UserError, match=f"model.{part}.*e.g. {re.escape(name)}"):
+        build_model(*new, build_processor(*new))
+
+
+def test_they_are_refused_in_an_adapter(checkpoints, parts, tmp_path):
+    folder = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    add_tensors(folder, "multi_modal_projector.linear_1", ("lora_A.weight", "lora_B.weight"))
+    with pytest.raises(UserError, match="model.adapter: .*e.g. linear_1.lora_A.weight; merge"):
+        build_model(*parts, build_processor(*parts), adapter=str(folder))
+
+
+def test_tensors_of_modules_that_the_model_lacks_are_left_out(parts, tmp_path):
+    """A complete CLIP has a text model, which its encoder does not need, and buffers in files of earlier versions."""
+    folder = shutil.copytree(parts[0].path, tmp_path / "encoder")
+    tensors = load_file(folder / "model.safetensors")
+    others = {
+        "text_model.embeddings.token_embedding.weight": torch.ones(3, 3),
+        "logit_scale": torch.ones(1),
+        "visual_projection.weight": torch.ones(2, 2),
+        "vision_model.embeddings.position_ids": torch.arange(5),
+    }
+    save_file(tensors | others, folder / "model.safetensors", {"format": "pt"})
+    assert replace(parts[0], path=str(folder)).load_tower(dtype=torch.float32)
+
+
+@pytest.fixture(params=[True, False], ids=["with peft", "without peft"])
+def peft(request, monkeypatch):
+    if not request.param:
+        for module in ("models.auto.auto_factory", "integrations.peft"):
+            monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: False)
+
+
+def test_updates_of_peft_are_refused_at_every_door(peft, checkpoints, parts, tmp_path):
+    """transformers puts them into the model as layers of their own, or ignores them where peft is not installed."""
+    hf = shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    llm = shutil.copytree(parts[1], tmp_path / "llm")
+    for folder in (hf, llm):
+        tensors = load_file(folder / "model.safetensors")
+        name = min(name for name in tensors if "q_proj" in name).removesuffix(".weight")
+        updates = {f"base_model.model.{name}.lora_{x}.weight": torch.ones(32, 4) for x in "AB"}
+        save_file(updates, folder / "adapter_model.safetensors", {"format": "pt"})
+        settings = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    doors = {
+        "MLLM": lambda: probes.load(str(hf)),
+        "model.llm": lambda: build_model(parts[0], str(llm), build_processor(parts[0], str(llm))),
+        "model.adapter": lambda: build_model(*parts, build_processor(*parts), adapter=str(hf)),
+    }
+    for key, door in doors.items():
+        with pytest.raises(UserError, match=f"{key}: .* adapter_config.json.*merge"):
+            door()

@@ -72,7 +72,7 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
         )
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"contains no weights: neither \*.safetensors nor"):
+    with pytest.raises(ValueError, match="contains no weights; expected one of model.safetensors,"):
         build_model(*parts, processor, adapter=str(tmp_path))
     shutil.copy(f"{parts[1]}/model.safetensors", tmp_path)
     with pytest.raises(ValueError, match="has no tensor named multi_modal_projector"):

@@ -118,7 +118,10 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged.
+        """Apply ``config.image_attention``, or in its place an `attention_mask` of the caller's.
+
+        Such a mask is 4D, boolean (True = attend) or additive, a BlockMask of flex attention, or a dict of masks by
+        kind of layer.
 
         Without an `attention_mask` and a cache, `position_ids` that do not count up by 1 begin a new sample, which
         attends to no other sample of its row.
@@ -152,6 +155,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             )
         elif inputs_embeds is not None and not has_images and not torch.compiler.is_compiling():
             self._warn_of_embedded_images(attention_mask)
+        if not _is_padding_mask(attention_mask):
+            attention_mask = self._backend_masks(attention_mask)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -185,6 +190,28 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         if inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs"):
             inputs["attention_mask"] = attention_mask
         return inputs
+
+    def _backend_masks(self, masks):
+        """Return a mask, or a dict of masks, in the form that the attention backend applies.
+
+        Only sdpa reads booleans. Eager and flex attention add a mask to the scores, and would add True as 1.
+
+        Raises:
+            ValueError: A mask has integers.
+        """
+        if isinstance(masks, dict):
+            return {kind: self._backend_masks(mask) for kind, mask in masks.items()}
+        if not isinstance(masks, Tensor) or masks.is_floating_point():
+            return masks
+        if masks.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask is {masks.dtype} of shape {list(masks.shape)}; expected booleans (True = attend), or "
+                "floats that are added to the scores; pass attention_mask.bool()"
+            )
+        if self.config.get_text_config()._attn_implementation == "sdpa":
+            return masks
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros_like(masks, dtype=self.dtype).masked_fill(~masks, blocked)
 
     def _samples(
         self,

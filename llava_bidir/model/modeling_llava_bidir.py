@@ -118,13 +118,22 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged."""
+        """Apply ``config.image_attention``, or in its place an `attention_mask` of the caller's.
+
+        Such a mask is 4D, boolean (True = attend) or additive, a BlockMask of flex attention, or a dict of masks by
+        kind of layer.
+
+        Without an `attention_mask` and a cache, `position_ids` that do not count up by 1 begin a new sample, which
+        attends to no other sample of its row.
+        """
         cache = past_key_values if cache is None else cache
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
-        if (
-            has_images
-            and self.config.image_attention != "causal"
-            and _is_padding_mask(attention_mask)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        samples = None
+        if attention_mask is None:
+            samples = self._samples(tokens, position_ids, cache, kwargs)
+        if _is_padding_mask(attention_mask) and (
+            samples or (has_images and self.config.image_attention != "causal")
         ):
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
@@ -132,11 +141,9 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of "
                 "a prompt in the first forward, since image tokens attend to later image tokens",
             )
-            is_image = self._is_image(input_ids, inputs_embeds)
-            can_be_packed = attention_mask is None and cache is None and position_ids is not None
-            samples = None
-            if can_be_packed:
-                samples = _sample_lengths(position_ids.expand(is_image.shape))
+            is_image = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            if has_images:
+                is_image = self._is_image(input_ids, inputs_embeds)
             attention_mask = build_masks(
                 self.config.image_attention,
                 self.config.get_text_config(),
@@ -148,6 +155,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             )
         elif inputs_embeds is not None and not has_images and not torch.compiler.is_compiling():
             self._warn_of_embedded_images(attention_mask)
+        if not _is_padding_mask(attention_mask):
+            attention_mask = self._backend_masks(attention_mask)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -182,6 +191,63 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             inputs["attention_mask"] = attention_mask
         return inputs
 
+    def _backend_masks(self, masks):
+        """Return a mask, or a dict of masks, in the form that the attention backend applies.
+
+        Only sdpa reads booleans. Eager and flex attention add a mask to the scores, and would add True as 1.
+
+        Raises:
+            ValueError: A mask has integers.
+        """
+        if isinstance(masks, dict):
+            return {kind: self._backend_masks(mask) for kind, mask in masks.items()}
+        if not isinstance(masks, Tensor) or masks.is_floating_point():
+            return masks
+        if masks.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask is {masks.dtype} of shape {list(masks.shape)}; expected booleans (True = attend), or "
+                "floats that are added to the scores; pass attention_mask.bool()"
+            )
+        if self.config.get_text_config()._attn_implementation == "sdpa":
+            return masks
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros_like(masks, dtype=self.dtype).masked_fill(~masks, blocked)
+
+    def _samples(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        options: dict,
+    ) -> list[list[int]] | None:
+        """Return the lengths of the samples packed into each row, None where a row is one sample.
+
+        transformers joins the samples as soon as there is a cache, and the LLM makes one by default. So none is made
+        for packed rows: "use_cache" in `options` is set to False.
+
+        Raises:
+            ValueError: Positions restart, and the caller passes or asks for a cache.
+        """
+        if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+            return None
+        if cache is not None or options.get("use_cache"):
+            torch_compilable_check(
+                (position_ids.diff() > 0).all(),
+                "position_ids restart within a row, so it has several samples, and a cache would join them; pass "
+                "use_cache=False, or an attention_mask if the row is one sample, or one sample per row to generate",
+            )
+            return None
+        backend = self.config.get_text_config()._attn_implementation
+        is_flash = "flash_attention" in backend and len(tokens) == 1
+        if self.config.image_attention == "causal" and (is_flash or torch.compiler.is_compiling()):
+            # Without a cache, these two see the samples themselves. A branch on positions would break the graph.
+            options["use_cache"] = False
+            return None
+        samples = _sample_lengths(position_ids.expand(tokens.shape[:2]))
+        if samples is not None:
+            options["use_cache"] = False
+        return samples
+
     def _warn_of_embedded_images(self, attention_mask) -> None:
         if self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
             logger.warning_once(
@@ -211,13 +277,18 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
 
 
-def check_layers(name: str, text_config: PreTrainedConfig) -> None:
-    """Raise ValueError if a mask other than "causal" does not reach all layers of a decoder."""
+def check_layers(name: str, text_config: PreTrainedConfig, packed: bool = False) -> None:
+    """Raise ValueError if a mask other than "causal", or one of packed rows, does not reach all layers of a decoder."""
     others = sorted({*layer_kinds(text_config)} - {FULL, SLIDING})
+    layers = f"{text_config.model_type} has {', '.join(others)} layers, which take no mask"
     if others and name != "causal":
         raise ValueError(
-            f"image_attention={name!r}: {text_config.model_type} has {', '.join(others)} layers, which take no mask, "
-            "so image tokens would stay causal in them; use image_attention='causal' or another LLM"
+            f"image_attention={name!r}: {layers}, so image tokens would stay causal in them; use "
+            "image_attention='causal' or another LLM"
+        )
+    if others and packed:
+        raise ValueError(
+            f"position_ids restart within a row: {layers}, so its samples would mix in them; pass one sample per row"
         )
 
 
@@ -229,6 +300,7 @@ def build_masks(
     **kwargs,
 ):
     """Return the LLM's mask, or a dict of masks by kind of layer if it has several; see :func:`build_mask`."""
+    check_layers(name, text_config, packed=kwargs.get("samples") is not None)
     kinds = layer_kinds(text_config)
     masks = {
         kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs)
@@ -266,9 +338,12 @@ def build_mask(
         ValueError: The backend cannot apply the mask.
     """
     if text_config._attn_implementation not in MASKED_BACKENDS:
+        lost = f"image_attention={name!r} would silently run as causal"
+        if samples is not None:
+            lost = "samples packed into a row would attend to each other"
         raise ValueError(
             f"attn_implementation={text_config._attn_implementation!r} ignores masks, so "
-            f"image_attention={name!r} would silently run as causal; use one of {', '.join(MASKED_BACKENDS)}: "
+            f"{lost}; use one of {', '.join(MASKED_BACKENDS)}: "
             "from_pretrained(..., attn_implementation='sdpa')"
         )
     if kind == SLIDING and text_config._attn_implementation == "flex_attention":

@@ -1,4 +1,4 @@
-"""Masks of LLMs with sliding windows and of packed rows; refusal of layers without a mask."""
+"""Masks of LLMs with sliding windows; refusal of layers without a mask."""
 
 import copy
 import json
@@ -8,15 +8,8 @@ import pytest
 import reference
 import tiny_models
 import torch
-from reference_llava import llava_logits
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    Lfm2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen3_5TextConfig,
-)
+from tiny_llms import SIZES, SLIDING_LLMS, UNMASKED_LLMS, WINDOW
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import probes
 from llava_bidir import IMAGE_ATTENTION
@@ -26,34 +19,6 @@ from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, layer_kinds
 
 MASKS = tuple(IMAGE_ATTENTION)
-WINDOW = 6
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": tiny_models.VOCABULARY,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SLIDING_LLMS = {
-    "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
-    "gemma3": Gemma3TextConfig(
-        **SIZES,
-        sliding_window=WINDOW,
-        layer_types=[SLIDING, FULL, SLIDING],
-    ),
-}
-UNMASKED_LLMS = {
-    "linear_attention": Qwen3_5TextConfig(
-        **SIZES, layer_types=["linear_attention", "linear_attention", FULL]
-    ),
-    "conv": Lfm2Config(**SIZES, layer_types=["conv", FULL, "conv"]),
-}
 ROWS = ("ttiiiittiiiitttt", "ttttiiiitt")
 NEW = 8
 IMAGES = (slice(0, 2), slice(2, 3))  # of each row
@@ -196,34 +161,3 @@ def test_probes_read_the_states_of_the_models_own_forward(
     for layer in (1, 2):  # the last entry of hidden_states is normed
         expected = own[layer][:, mllm.is_image]
         torch.testing.assert_close(states[f"layer_{layer:02d}"], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_packed_samples_equal_each_sample_alone(name, backend):
-    """Rows of samples with restarting positions, without padding, as padding-free fine-tuning makes them.
-
-    Each sample alone is computed by attention that is written out.
-    """
-    model = tiny_models.model(name, backend)
-    packs = [  # samples of two rows of the same length, each with the number of its images
-        [("tiiiitt", 1), ("tttt", 0), ("iiiiiiii", 2)],
-        [("tttt", 0), ("iiiit", 1), ("ttiiiitttt", 1)],
-    ]
-    rows = [[tiny_models.ids(sample)[0][0] for sample, _ in pack] for pack in packs]
-    ids = torch.stack([torch.cat(row) for row in rows])
-    positions = torch.stack([torch.cat([torch.arange(len(x)) for x in row]) for row in rows])
-    pixels = tiny_models.pixels(5)
-    packed = model(
-        input_ids=ids,
-        position_ids=positions,
-        pixel_values=pixels,
-        use_cache=False,
-    )
-    images = iter(pixels)
-    for row, pack in enumerate(packs):
-        found = packed.logits[row].split([len(sample) for sample, _ in pack])
-        for (_, count), sample, logits in zip(pack, rows[row], found, strict=True):
-            views = torch.stack([next(images) for _ in range(count)]) if count else None
-            expected = llava_logits(model, name, sample, views)
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

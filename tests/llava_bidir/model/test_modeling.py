@@ -6,11 +6,12 @@ import pytest
 import reference
 import tiny_models
 import torch
+from tiny_llms import SLIDING_LLMS, WINDOW
 from tolerances import rounding
 from transformers import AutoModelForImageTextToText
 
 from llava_bidir import IMAGE_ATTENTION
-from llava_bidir.model.modeling_llava_bidir import CACHE
+from llava_bidir.model.modeling_llava_bidir import CACHE, FULL, SLIDING, layer_kinds
 
 pytestmark = pytest.mark.numerics
 
@@ -72,6 +73,42 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(
         for layer in (0, 1):  # the last entry of hidden_states is normed
             near = rounding(expected[layer], layer + 1)
             torch.testing.assert_close(ours[layer + 1][row, real], expected[layer][0], **near)
+
+
+def callers_masks(model, is_image) -> list:
+    """Return the model's mask from a loop over pairs: as booleans, as floats, and in a dict of kinds of layers."""
+    mask = reference.mask_by_loop(model.config.image_attention, is_image, torch.ones_like(is_image))
+    mask = mask[:, None]
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    kinds = layer_kinds(model.config.get_text_config())
+    if len(kinds) > 1:
+        near = torch.ones_like(mask).triu(1 - WINDOW)
+        return [{FULL: mask, SLIDING: mask & near}]
+    return [mask, added]
+
+
+@pytest.mark.parametrize("llm", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_mask_of_the_callers_equals_the_models_own(backend, name, llm):
+    """Eager attention adds a mask to the scores: True would be added as 1."""
+    llms = {"gemma3": {"text_config": SLIDING_LLMS["gemma3"]}}
+    model = tiny_models.model(name, backend, **llms.get(llm, {}))
+    ids, _ = tiny_models.ids("tiiiittiiiitt")
+    inputs = {"input_ids": ids, "pixel_values": tiny_models.pixels(2)}
+    expected = model(**inputs).logits
+    for mask in callers_masks(model, ids == tiny_models.IMAGE_ID):
+        logits = model(**inputs, attention_mask=mask).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_mask_of_integers_is_refused(backend):
+    model = tiny_models.model("bidirectional", backend)
+    ids, _ = tiny_models.ids("tttt")
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.long).tril()
+    with pytest.raises(ValueError, match="attention_mask is torch.int64 .* expected booleans"):
+        model(input_ids=ids, attention_mask=mask)
 
 
 def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):

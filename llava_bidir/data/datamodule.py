@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
@@ -126,6 +127,8 @@ class InstructionData(LightningDataModule):
                     f"and data.micro_batch_size make it {micro_batches}; leave it out"
                 )
             self.trainer.accumulate_grad_batches = micro_batches
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                self._check_whole_steps()
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch
             )
@@ -137,6 +140,21 @@ class InstructionData(LightningDataModule):
         self.shared_images = shared_images(trained, asked, Path(self.images))
         if self.shared_images:
             rank_zero_warn(describe_shared(self.shared_images, len(asked)))
+
+    def _check_whole_steps(self) -> None:
+        """Raise if `trainer.limit_train_batches` ends an epoch inside a step.
+
+        Lightning would count a step there, and DeepSpeed take it in the next epoch.
+        """
+        step = self.trainer.accumulate_grad_batches
+        trained = self.micro_batches_per_epoch
+        if trained % step:
+            below = trained // step * step
+            limits = f"{below} or {below + step}" if below else f"{step}"
+            raise UserError(
+                f"trainer.limit_train_batches {self.trainer.limit_train_batches} ends an epoch after {trained} "
+                f"micro-batches, but a step accumulates {step}, which DeepSpeed does not cut short; use {limits}"
+            )
 
     @property
     def micro_batches_per_epoch(self) -> int:

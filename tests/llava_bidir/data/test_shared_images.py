@@ -46,6 +46,7 @@ def test_fit_warns_of_images_that_are_trained_on_and_records_them(conversations)
         log_every_n_steps=1,
         accumulate_grad_batches=1,
         limit_train_batches=1.0,
+        strategy=None,
     )
     message = "10 of 10 images of data.val_annotations are training images, too: "
     with pytest.warns(UserWarning, match=message):

@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import greedy_config
+from llava_bidir.common.greedy import FiniteLogits, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import is_photo, read_photo
 from llava_bidir.data.collate import pad, to_pixels
@@ -170,7 +170,7 @@ def answer_and_tell_cut(
         streamer: Prints the answer during generation.
 
     Raises:
-        UserError: A prompt exceeds the LLM's positions.
+        UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
     check_is_list("questions", questions, "['What is it?']")
     tokenizer = processor.tokenizer
@@ -200,6 +200,7 @@ def answer_and_tell_cut(
         max_new_tokens=max(limits),
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
+        logits_processor=[FiniteLogits()],
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
     ends = model.generation_config.eos_token_id  # one, several or None

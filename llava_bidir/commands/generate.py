@@ -22,6 +22,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import FiniteLogits, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import is_photo, read_photo
+from llava_bidir.common.tokenizer import start_ids
 from llava_bidir.data.collate import pad, to_pixels
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
@@ -238,9 +239,8 @@ def prompt_ids(
         tokens = image_tokens * images or None
         return encode(turns, tokenizer, template, tokens, processor.image_token_id)[0]
     text = own_prompt(processor, question, images)
-    has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids = []
-    for token in tokenizer.encode(text, add_special_tokens=not has_start):
+    ids = start_ids(tokenizer, text)
+    for token in tokenizer.encode(text, add_special_tokens=False):
         ids += [token] * (image_tokens if token == processor.image_token_id else 1)
     return ids
 

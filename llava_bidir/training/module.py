@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.greedy import FiniteLogits
 from llava_bidir.common.identity import (
     Identity,
     check_same_identity,
@@ -308,6 +309,7 @@ class LlavaTraining(LightningModule):
             **prompts,
             do_sample=False,
             max_new_tokens=self.hparams.max_new_tokens,
+            logits_processor=[FiniteLogits()],
         )
         return self.processor.tokenizer.batch_decode(
             ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.integrations import deepspeed as zero3
 
@@ -42,6 +43,9 @@ TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
 VOCABULARY_MULTIPLE = 64
+
+CHECKED_TOKENS = 8  # of a text whose logits are compared with the LLM's
+NEAR = 1e-4  # relative difference that orders of operations make in float32
 
 # Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
 # that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
@@ -199,7 +203,7 @@ def build_model(
         dtypes: Dtype of the weights of "encoder", "adapter" and "llm"; None: torch's default dtype for all.
 
     Raises:
-        UserError: The adapter does not fit this model.
+        UserError: The adapter does not fit this model, or the LLM computes its logits in a way that it does not know.
     """
     dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
@@ -212,15 +216,19 @@ def build_model(
         attn_implementation=attn_implementation,
     )
     config.text_config = language_model.config
+    head = language_model.get_output_embeddings()
+    config.lm_head_bias = head.bias is not None
     with no_zero3_partitioning():
         vision_tower = encoder.load_tower(dtype=dtypes["encoder"])
-    with no_zero3_partitioning(), torch.device("meta"):
+    with error_context(f"model.llm: {llm}"), no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation
         )
     model.model.vision_tower = vision_tower
-    model.model.language_model = language_model.model
-    model.lm_head = language_model.lm_head
+    model.model.language_model = language_model.base_model
+    model.set_output_embeddings(head)
+    with error_context(f"model.llm: {llm}"):
+        check_text_logits(model, language_model)
     init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float())
     model.model.multi_modal_projector.to(dtypes["adapter"])
     if adapter is not None:
@@ -228,6 +236,40 @@ def build_model(
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = greedy_config(language_model.generation_config, tokenizer)
     return model
+
+
+def _check_head(language_model: PreTrainedModel) -> None:
+    """Raise if an LLM does not have a linear head of the embeddings' size."""
+    head = language_model.get_output_embeddings()
+    rows = language_model.get_input_embeddings().num_embeddings
+    if not isinstance(head, nn.Linear) or head.out_features != rows:
+        raise UserError(f"expected an LLM with a linear head for {rows} tokens, got {head}")
+
+
+@torch.no_grad()
+def check_text_logits(
+    model: LlavaBidirForConditionalGeneration, language_model: PreTrainedModel
+) -> None:
+    """Raise if the logits of a text differ from those of the LLM that is part of the model.
+
+    LLMs scale their logits, feed ids into several layers, and more: a comparison notices what the model does not do.
+    Under ZeRO-3, where no process has all weights, nothing is compared.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in language_model.parameters()):
+        return
+    embeddings = language_model.get_input_embeddings()
+    numbers = torch.arange(1, CHECKED_TOKENS + 1, device=embeddings.weight.device)
+    ids = numbers[None] * (embeddings.num_embeddings // (CHECKED_TOKENS + 2))
+    own = language_model(input_ids=ids, use_cache=False).logits.float()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    difference = (logits - own).abs().max().item()
+    largest = own.abs().max().item()
+    if not difference <= largest * max(NEAR, 2 * torch.finfo(language_model.dtype).eps):
+        kind = language_model.config.model_type
+        raise UserError(
+            f"the logits of a text differ by {difference:.3g} from those of the LLM itself, whose largest is "
+            f"{largest:.3g}: {kind} computes them in a way that is not supported; use another LLM"
+        )
 
 
 @contextmanager
@@ -276,7 +318,9 @@ def load_llm(
     language_model = load_weights(
         "model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation
     )
-    resize_vocabulary(language_model, tokens)
+    with error_context(f"model.llm: {path}"):
+        _check_head(language_model)
+        resize_vocabulary(language_model, tokens)
     for embeddings in _embeddings(language_model):
         embeddings.weight.data = embeddings.weight.data.to(dtype)
     return language_model
@@ -308,6 +352,9 @@ def resize_vocabulary(language_model, tokens: int) -> None:
             )
         for embeddings in _embeddings(language_model):
             embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
+        bias = language_model.get_output_embeddings().bias
+        if bias is not None:
+            bias.data[rows:] = bias.data[:rows].mean()
 
 
 def init_adapter(adapter: nn.Module) -> None:

@@ -18,7 +18,7 @@ from llava_bidir.common.training_record import TRAINING_JSON
 from . import attention
 from .lora import merge_lora
 from .model_card import model_card
-from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, logit_steps
 
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 
@@ -102,7 +102,8 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     """Return the same weights in transformers' own LLaVA class, which serving software supports.
 
     Raises:
-        UserError: The stock class would compute something else: the model is not causal or its encoder has registers.
+        UserError: The stock class would compute something else: the model is not causal, its encoder has registers, or
+            its LLM's logits are more than the products of a head without a bias.
     """
     if model.config.image_attention != "causal":
         raise UserError(
@@ -112,6 +113,13 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     if model.config.register_tokens:
         raise UserError(
             "--as-llava: the encoder has register tokens, which stock LLaVA would treat as patches"
+        )
+    text_config = model.config.get_text_config()
+    steps = [*logit_steps(text_config)] + ["a bias"] * model.config.lm_head_bias
+    if steps:
+        raise UserError(
+            f"--as-llava: {text_config.model_type} makes its logits with {', '.join(steps)}, which stock LLaVA leaves "
+            "out; export without --as-llava and load with trust_remote_code"
         )
     settings = {
         k: v

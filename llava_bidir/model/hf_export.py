@@ -18,7 +18,12 @@ from llava_bidir.common.training_record import TRAINING_JSON
 from . import attention
 from .lora import merge_lora
 from .model_card import model_card
-from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, logit_steps
+from .modeling_llava_bidir import (
+    LlavaBidirConfig,
+    LlavaBidirForConditionalGeneration,
+    logit_steps,
+    released_names,
+)
 
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 
@@ -48,12 +53,11 @@ def export_hf(
         merged = partial / "merged"
         merged.mkdir()
         model = merge_lora(model, merged)
-        # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
-        model.save_pretrained(
-            partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration)
-        )
+        model.save_pretrained(partial)
         if isinstance(model, LlavaBidirForConditionalGeneration):
             _add_mask(model.config.image_attention, partial / "attention.py")
+        else:
+            _add_released_rope(partial / "config.json")
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
         (partial / "README.md").write_text(model_card(model.config, processor, training or {}))
@@ -79,6 +83,25 @@ def _add_mask(name: str, file: Path) -> None:
                 f"\n\n{source}\n\nregister_image_attention({name!r}, {block_ids.__name__})\n"
             )
         runpy.run_path(str(file))  # registering calls it
+
+
+def _add_released_rope(file: Path) -> None:
+    """Add the keys of rotary positions that released LLaVAs have to the LLM's part of a config.json.
+
+    transformers before 5, and servers that read as it does, ignore `rope_parameters` and would take their defaults.
+    """
+    config = json.loads(file.read_text())
+    llm = config["text_config"]
+    parameters = llm.get("rope_parameters") or {}
+    scaling = dict(parameters.get("full_attention", parameters))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            llm[key] = scaling.pop(key)
+    if scaling.get("rope_type", "default") != "default":
+        llm["rope_scaling"] = scaling
+    if "sliding_attention" in parameters:
+        llm["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _check_finite(model: torch.nn.Module) -> None:
@@ -135,4 +158,5 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     stock.model.language_model = model.model.language_model
     stock.lm_head = model.lm_head
     stock.generation_config = model.generation_config
+    stock._weight_conversions = released_names(stock)
     return stock.eval()

@@ -26,8 +26,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import PrefixChange, WeightTransform
 from transformers.masking_utils import (
     create_causal_mask,
     find_packed_sequence_indices,
@@ -268,6 +270,15 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             options["use_cache"] = False
         return samples
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the model by the same names of weights whether it was built, or loaded from a file with other names.
+
+        The encoder's and the LLM's are those of released checkpoints. The prefixes of the parts are those of the
+        modules: the stock class renames prefixes in a "llava" only.
+        """
+        self._weight_conversions = [c for c in released_names(self) if c.scope_prefix]
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def _warn_of_embedded_images(self, attention_mask) -> None:
         if self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
             logger.warning_once(
@@ -321,6 +332,20 @@ def logit_steps(text_config: PreTrainedConfig) -> dict[str, float]:
     """Return the settings of :func:`finish_logits` that change logits."""
     values = {name: getattr(text_config, name, None) for name in NEUTRAL}
     return {name: value for name, value in values.items() if value not in (None, NEUTRAL[name])}
+
+
+def released_names(model: LlavaForConditionalGeneration) -> list[WeightTransform]:
+    """Return the conversions whose reverse gives weights the names and shapes that they have in released LLaVAs.
+
+    As `model._weight_conversions` they make `save_pretrained` independent of the model's history. By itself it reverses
+    those of the file that a model was loaded from. For other models it leaves out prefixes: `vision_model` of CLIP and
+    SigLIP, without which transformers before 5 initialises the encoder at random and only warns.
+    """
+    return [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange) or conversion.scope_prefix == "vision_tower"
+    ]
 
 
 def _is_padding_mask(attention_mask) -> bool:

@@ -315,8 +315,9 @@ class LlavaTraining(LightningModule):
             ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
         )
 
-    def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
+        super().optimizer_step(*args, **kwargs)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             norm = self.trainer.model.get_global_grad_norm()
             if norm is not None:

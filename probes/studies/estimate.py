@@ -8,12 +8,11 @@ import numpy as np
 import scipy.stats
 
 from llava_bidir.common.atomic_io import read_json
-from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
 from probes.results.steps import LEFT_OUT, describe_steps
 
 from .plan import Settings, check, make_plan, open_split, planned_runs
-from .run import RUNS, check_words
+from .run import RUNS
 
 
 class Spread(NamedTuple):
@@ -33,7 +32,6 @@ def print_estimate(settings: Settings) -> None:
     """Print the steps, the time of a pass over the images, disk space, and the effect that can be detected."""
     check(settings)
     steps = make_plan(settings)
-    check_words(steps)
     left_out = [
         {
             "step": step.name,
@@ -54,13 +52,12 @@ def print_estimate(settings: Settings) -> None:
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
     masks = {planned.mask for planned in planned_runs(settings, ()).values()}
     print(describe_power(settings, len(validation), len(masks)))
-    trained = next(
-        (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
-        None,
-    )
+    solved = [step.config for step in runs if step.kind == "solve"]
+    trained = [config for config in solved if not config["model"]["untrained"]]
     if trained:
-        words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
-        run_command([*words, "--dry-run"])
+        from probes.training.solve.command import run_config
+
+        run_config(trained[0] | {"ckpt_path": None, "dry_run": True})
 
 
 def describe_power(settings: Settings, images: int, masks: int) -> str:

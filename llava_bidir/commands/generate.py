@@ -19,9 +19,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import greedy_config
+from llava_bidir.common.greedy import FiniteLogits, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import is_photo, read_photo
+from llava_bidir.common.tokenizer import start_ids
 from llava_bidir.data.collate import pad, to_pixels
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
@@ -170,7 +171,7 @@ def answer_and_tell_cut(
         streamer: Prints the answer during generation.
 
     Raises:
-        UserError: A prompt exceeds the LLM's positions.
+        UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
     check_is_list("questions", questions, "['What is it?']")
     tokenizer = processor.tokenizer
@@ -200,6 +201,7 @@ def answer_and_tell_cut(
         max_new_tokens=max(limits),
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
+        logits_processor=[FiniteLogits()],
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
     ends = model.generation_config.eos_token_id  # one, several or None
@@ -237,9 +239,8 @@ def prompt_ids(
         tokens = image_tokens * images or None
         return encode(turns, tokenizer, template, tokens, processor.image_token_id)[0]
     text = own_prompt(processor, question, images)
-    has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids = []
-    for token in tokenizer.encode(text, add_special_tokens=not has_start):
+    ids = start_ids(tokenizer, text)
+    for token in tokenizer.encode(text, add_special_tokens=False):
         ids += [token] * (image_tokens if token == processor.image_token_id else 1)
     return ids
 

@@ -1,11 +1,13 @@
 """`llava-bidir import-gguf`: convert a GGUF file to a Hugging Face directory."""
 
 import argparse
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
@@ -14,6 +16,14 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 
 MAGIC = b"GGUF"
+# Metadata that changes what a model computes and that transformers' reader leaves out, or reads for some architectures
+SENSITIVE = re.compile(r"rope\.|softcap|(logit|residual|embedding|attention)[._]scale$")
+SCALING = "rope.scaling."
+YARN = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 
 
 def import_gguf(file: Path, out: Path) -> None:
@@ -24,8 +34,8 @@ def import_gguf(file: Path, out: Path) -> None:
         out: Directory to write; it must not exist, or be empty.
 
     Raises:
-        UserError: The file is not GGUF, damaged, or of another architecture, `out` contains files, or the package gguf
-            is not installed.
+        UserError: The file is not GGUF, damaged, of another architecture, or has rotary positions, scales or caps that
+            cannot be kept, `out` contains files, or the package gguf is not installed.
     """
     if not is_gguf_available():
         raise UserError(
@@ -38,9 +48,9 @@ def import_gguf(file: Path, out: Path) -> None:
     tokenizer = read_pretrained(str(file), AutoTokenizer, **source)
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = _without_quantization(
-        load_weights(str(file), AutoModelForCausalLM, **source, **options)
-    )
+    read = load_weights(str(file), AutoModelForCausalLM, **source, **options)
+    _apply_metadata(read.config, _read_sensitive(file), file)
+    model = _without_quantization(read)
     _check_all_used(file, model, count)
     with atomic_directory(out, marker="config.json") as partial:
         model.save_pretrained(partial)
@@ -62,6 +72,79 @@ def _count_weights(file: Path) -> int:
         raise UserError(f"{file} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}")
     with error_context(f"{file} is damaged; download it again"):
         return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+
+
+def _apply_metadata(config: PreTrainedConfig, values: dict[str, Any], file: Path) -> None:
+    """Set rotary positions, scales and soft caps of a config to those in the metadata of a GGUF file.
+
+    Args:
+        config: Config by transformers' reader.
+        values: Of :func:`_read_sensitive`; those that the config holds are removed.
+        file: For errors.
+
+    Raises:
+        UserError: The config has no place for one of them.
+    """
+    for key in [key for key in values if "rope." not in key and hasattr(config, key)]:
+        setattr(config, key, float(values.pop(key)))
+    if parameters := getattr(config, "rope_parameters", None):
+        _apply_rope(values, config, parameters)
+    if values:
+        found = ", ".join(f"{key} = {value}" for key, value in sorted(values.items()))
+        raise UserError(
+            f"{file} has {found} in its metadata, which transformers' {config.model_type} would compute without; "
+            "import a checkpoint in transformers' format instead"
+        )
+
+
+def _read_sensitive(file: Path) -> dict[str, Any]:
+    """Return the sensitive values in the metadata of a GGUF file, by keys without the architecture."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    prefix = fields["general.architecture"].contents() + "."
+    return {
+        key.removeprefix(prefix): field.contents()
+        for key, field in fields.items()
+        if key.startswith(prefix) and SENSITIVE.search(key)
+    }
+
+
+def _apply_rope(values: dict[str, Any], config: PreTrainedConfig, parameters: dict) -> None:
+    """Set the rotary parameters of a config to those of a GGUF file, and remove from `values` what they hold.
+
+    As in llama.cpp, a factor without a type is linear, and layers with a sliding window have no scaling.
+    """
+    main = parameters.get("full_attention", parameters)
+    bases = {"rope.freq_base": main, "rope.freq_base_swa": parameters.get("sliding_attention")}
+    for key, part in bases.items():
+        if key in values and part is not None:
+            part["rope_theta"] = float(values.pop(key))
+    # where kinds of layers differ, transformers knows their sizes by the model type
+    if main is not parameters or values.get("rope.dimension_count") == _rotary_size(config, main):
+        values.pop("rope.dimension_count", None)
+        if main is not parameters:
+            values.pop("rope.dimension_count_swa", None)
+    values.pop(SCALING + "finetuned", None)  # tells of the training only
+    kind = values.get(SCALING + "type", "linear")
+    factor = float(values.get(SCALING + "factor", 0)) or 1.0
+    if kind not in ("none", "linear", "yarn"):
+        return
+    used = {
+        name: values.pop(SCALING + key) for key, name in YARN.items() if SCALING + key in values
+    }
+    for key in ("type", "factor"):
+        values.pop(SCALING + key, None)
+    if kind != "none" and factor != 1:
+        main |= {"rope_type": kind, "factor": factor}
+        main |= used if kind == "yarn" else {}
+
+
+def _rotary_size(config: PreTrainedConfig, parameters: dict) -> int:
+    """Return the number of dimensions of a head that are rotated."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    share = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    return getattr(config, "rotary_dim", None) or int(size * (share or 1.0))
 
 
 def _without_quantization(read: PreTrainedModel) -> PreTrainedModel:

@@ -4,6 +4,7 @@ import argparse
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -72,8 +73,59 @@ def configs_in(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
             yield i + 1, "", argv[i + 1]
 
 
+def read_values(config: str) -> dict[str, Any]:
+    """Return the values of a config, by names as in "model.llm".
+
+    Raises:
+        UserError: There is no such config.
+        OSError, ValueError: It cannot be read, or is no YAML.
+    """
+    import yaml
+
+    def values(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        parts = ((f"{name}.{key}" if name else f"{key}", part) for key, part in value.items())
+        return {leaf: x for key, part in parts for leaf, x in values(part, key).items()}
+
+    source = find_config(config)
+    try:
+        content = yaml.safe_load(
+            source if "\n" in source else Path(source).read_text(encoding="utf-8")
+        )
+    except yaml.YAMLError as error:
+        raise ValueError from error
+    return values(content or {}, "")
+
+
+def check_order(argv: Sequence[str]) -> None:
+    """Raise if a config replaces the value of an option before it; configs and options count from left to right.
+
+    Raises:
+        UserError: Names the option and the config.
+    """
+    for i, _, name in configs_in(argv):
+        options = [word.partition("=")[0].rstrip("+") for word in argv[:i] if word.startswith("--")]
+        if not options:
+            continue
+        try:
+            keys = [f"--{key}." for key in read_values(name)]
+        except (OSError, ValueError):
+            continue  # the command's own parser says what is wrong
+        for option in options:
+            if any(key.startswith(f"{option}.") or f"{option}.".startswith(key) for key in keys):
+                raise UserError(
+                    f"{option} comes before the config {name}, which would replace its value; put options after -c"
+                )
+
+
 def with_config_paths(argv: Sequence[str]) -> list[str]:
-    """Return the words of a command with each value of `-c` replaced by the path of its config."""
+    """Return the words of a command with each value of `-c` replaced by the path of its config.
+
+    Raises:
+        UserError: There is no such config, or it replaces the value of an option before it.
+    """
+    check_order(argv)
     words = list(argv)
     for i, before, name in configs_in(argv):
         words[i] = before + find_config(name)

@@ -5,6 +5,10 @@ Checkpoints have settings of their own: a temperature, or a repetition penalty, 
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from .model_outputs import check_outputs
+
 if TYPE_CHECKING:  # seconds, which commands without a model do not need
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -30,6 +34,19 @@ def greedy_config(
         pad_token_id=pad,
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,
     )
+
+
+class FiniteLogits:
+    """Logits processor of `generate` that raises on NaN and infinite logits, and changes none.
+
+    Of such logits the first token would be the largest, which ends an answer or fills it.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits f32[B, V] of the next tokens; raise a UserError unless the largest ones are finite."""
+        # tokens that a checkpoint's settings suppress have -inf
+        check_outputs("logits", {"the output head": scores.amax(-1)})
+        return scores
 
 
 def end_tokens(own: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

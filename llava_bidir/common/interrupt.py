@@ -10,11 +10,9 @@ from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
 
-from .step_boundary import at_step_boundary
+from .step_boundary import at_step_boundary, save_interrupted
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
 
 class SaveOnInterrupt(Callback):
@@ -52,7 +50,7 @@ class SaveOnInterrupt(Callback):
     ) -> None:
         """Save and end if asked to."""
         if self.asked and at_step_boundary(trainer):
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
+            save_interrupted(trainer)
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

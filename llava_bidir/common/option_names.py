@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .configs import configs_in, find_config
+from .configs import configs_in, read_values
 from .errors import UserError
 from .usage_errors import ArgumentParser
 
@@ -41,33 +41,14 @@ def check_options(
     if any(option in ("--help", "--print_config") for option in options):
         return
     try:
-        keys = [f"--{key}" for _, _, name in configs_in(words) for key in _read_keys(name)]
+        configs = [read_values(name) for _, _, name in configs_in(words)]
     except (OSError, ValueError, UserError):
         return
+    keys = [f"--{key}" for values in configs for key, value in values.items() if value is not None]
     # a group ("--model.encoder FILE") gives its options; argparse takes the beginning of an option for it
     missing = [f"--{name}" for name in required if not f"--{name}".startswith((*options, *keys))]
     if missing and all(_is_known(key, names, groups) for key in keys):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-
-
-def _read_keys(config: str) -> list[str]:
-    """Return the names of the values of a config, as in "model.llm"."""
-    import yaml
-
-    def keys(value: object, prefix: str = "") -> list[str]:
-        if not isinstance(value, dict):
-            return [prefix.removesuffix(".")]
-        return [
-            key
-            for name, part in value.items()
-            if part is not None
-            for key in keys(part, f"{prefix}{name}.")
-        ]
-
-    try:
-        return keys(yaml.safe_load(Path(find_config(config)).read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError from error
 
 
 def _is_known(word: str, names: list[str], groups: set[str]) -> bool:

@@ -1,6 +1,10 @@
 """Steps at which something happens: checkpoints only where a run can be resumed exactly, and logs."""
 
+from pathlib import Path
+
 from lightning import Callback, LightningModule, Trainer
+
+CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
 
 def at_step_boundary(trainer: Trainer) -> bool:
@@ -12,6 +16,15 @@ def at_step_boundary(trainer: Trainer) -> bool:
     """
     epoch = trainer.fit_loop.epoch_loop
     return not (epoch._should_accumulate() or epoch._is_training_done)
+
+
+def save_interrupted(trainer: Trainer) -> None:
+    """Save RUN/checkpoints/last.ckpt in `on_train_batch_end`, and log the step, for a callback that then ends the run.
+
+    Lightning logs a step after that hook, so that the loggers would lack the step of the checkpoint.
+    """
+    trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def is_logged(trainer: Trainer) -> bool:

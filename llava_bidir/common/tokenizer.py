@@ -43,6 +43,26 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     return _convert(model, tokenizer) if _is_llama(model, tokenizer) else tokenizer
 
 
+def start_ids(tokenizer: PreTrainedTokenizerBase, text: str = "") -> list[int]:
+    """Return the ids that a tokenizer puts before a text, such as BOS; [] if the text begins with these tokens.
+
+    All prompts begin with them: those of training, of answers and of probing, and what an exported processor makes. A
+    tokenizer can have a BOS and not add it (GPT-2, Pythia, SmolLM2), as in its LLM's own training.
+    Source: LLaVA mm_utils.py tokenizer_image_token, which keeps a BOS if the tokenizer adds one.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    complete = tokenizer.encode("a")
+    start = complete[: _find(plain, complete)]
+    written = "".join(tokenizer.convert_ids_to_tokens(start))
+    return [] if text.startswith(written) else start
+
+
+def _find(part: list[int], ids: list[int]) -> int:
+    """Return the position of a part of ids; 0 if it is none."""
+    positions = range(len(ids) - len(part) + 1)
+    return next((i for i in positions if ids[i : i + len(part)] == part), 0)
+
+
 def _is_llama(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if a sentencepiece model has Llama's settings and the tokenizer's vocabulary."""
     trainer = model.trainer_spec

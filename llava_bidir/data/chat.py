@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.tokenizer import start_ids
 
 ROLES = {"human": "user", "gpt": "assistant"}
 ADVICE = "use data.template vicuna_v1, or an LLM whose tokenizer has another chat template"
@@ -45,7 +46,7 @@ def render_chat(turns: Sequence[dict[str, str]], tokenizer) -> tuple[str, list[t
 
     text = render(len(messages))
     spans = []
-    if tokenizer.encode("") and not text.startswith(tokenizer.bos_token or "\0"):
+    if start_ids(tokenizer, text):
         raise UserError(
             f"the tokenizer begins texts with a token that its chat template lacks; {ADVICE}"
         )

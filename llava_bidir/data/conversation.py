@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.tokenizer import start_ids
 
 from .chat import render_chat, supervised_tokens
 
@@ -76,7 +77,7 @@ def encode(
         return _encode_chat(
             _images_first(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id
         )
-    input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    input_ids = start_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises text before, between and after images separately
     for text, supervised in _pieces(turns, tokenizer, template, image_tokens is not None):
@@ -109,7 +110,8 @@ def token_upper_bound(
     else:
         texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
     images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
-    return 1 + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
+    start = tokenizer.num_special_tokens_to_add()
+    return start + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
 
 
 def _pieces(

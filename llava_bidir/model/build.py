@@ -1,7 +1,6 @@
 """Construction of a model from encoder, adapter and LLM, and selection of its trainable parts."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     LlavaProcessor,
-    PreTrainedConfig,
 )
 from transformers.integrations import deepspeed as zero3
 
@@ -21,7 +18,6 @@ from llava_bidir.common.greedy import greedy_config
 from llava_bidir.common.hf_loading import (
     check_layers_complete,
     check_merged,
-    load_weights,
     read_pretrained,
 )
 from llava_bidir.common.tokenizer import load_tokenizer
@@ -29,6 +25,7 @@ from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
 from .encoders import Encoder
+from .llm import check_text_logits, load_llm
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, check_layers
 
@@ -41,7 +38,6 @@ TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", 
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
-VOCABULARY_MULTIPLE = 64
 
 # Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
 # that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
@@ -199,7 +195,7 @@ def build_model(
         dtypes: Dtype of the weights of "encoder", "adapter" and "llm"; None: torch's default dtype for all.
 
     Raises:
-        UserError: The adapter does not fit this model.
+        UserError: The adapter does not fit this model, or the LLM computes its logits in a way that it does not know.
     """
     dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
@@ -212,15 +208,19 @@ def build_model(
         attn_implementation=attn_implementation,
     )
     config.text_config = language_model.config
+    head = language_model.get_output_embeddings()
+    config.lm_head_bias = head.bias is not None
     with no_zero3_partitioning():
         vision_tower = encoder.load_tower(dtype=dtypes["encoder"])
-    with no_zero3_partitioning(), torch.device("meta"):
+    with error_context(f"model.llm: {llm}"), no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation
         )
     model.model.vision_tower = vision_tower
-    model.model.language_model = language_model.model
-    model.lm_head = language_model.lm_head
+    model.model.language_model = language_model.base_model
+    model.set_output_embeddings(head)
+    with error_context(f"model.llm: {llm}"):
+        check_text_logits(model, language_model)
     init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float())
     model.model.multi_modal_projector.to(dtypes["adapter"])
     if adapter is not None:
@@ -244,70 +244,6 @@ def no_zero3_partitioning() -> Iterator[None]:
         yield
     finally:
         zero3._hf_deepspeed_config_weak_ref = config
-
-
-def load_llm(
-    path: str,
-    config: PreTrainedConfig,
-    tokens: int,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str,
-):
-    """Load the LLM in `dtype` and resize its vocabulary to at least `tokens` rows.
-
-    If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are the mean of
-    embeddings of full precision.
-    """
-    reader = AutoModelForCausalLM
-    default = torch.get_default_dtype()
-    if dtype != default:
-        with torch.device("meta"):
-            model_class = type(AutoModelForCausalLM.from_config(config))
-
-        class LanguageModel(model_class):
-            def __init__(self, config: PreTrainedConfig):
-                super().__init__(config)
-                # from_pretrained keeps dtypes that differ from its own
-                for embeddings in _embeddings(self):
-                    embeddings.to(default)
-
-        reader = LanguageModel
-    language_model = load_weights(
-        "model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation
-    )
-    resize_vocabulary(language_model, tokens)
-    for embeddings in _embeddings(language_model):
-        embeddings.weight.data = embeddings.weight.data.to(dtype)
-    return language_model
-
-
-def _embeddings(language_model: nn.Module) -> list[nn.Module]:
-    return [language_model.get_input_embeddings(), language_model.get_output_embeddings()]
-
-
-def padded_vocab_size(rows: int, tokens: int) -> int:
-    """Return `rows` if they hold `tokens`, else `tokens` rounded up to a multiple that suits GPUs.
-
-    Deviates: LLaVA trains with 32,000 rows. Here the softmax of a 7B's loss has the 64 new rows, too.
-    """
-    return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def resize_vocabulary(language_model, tokens: int) -> None:
-    """Resize the embeddings to at least `tokens` rows; each new row is the mean of the old ones.
-
-    Source: smart_tokenizer_and_embedding_resize of LLaVA's train.py. The rows do not depend on the seed, since
-    checkpoints lack those of a frozen LLM.
-    """
-    rows = language_model.get_input_embeddings().num_embeddings
-    if padded_vocab_size(rows, tokens) > rows:
-        with torch.random.fork_rng(devices=[]):  # transformers draws rows first
-            language_model.resize_token_embeddings(
-                padded_vocab_size(rows, tokens), mean_resizing=False
-            )
-        for embeddings in _embeddings(language_model):
-            embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
 
 
 def init_adapter(adapter: nn.Module) -> None:

@@ -18,7 +18,12 @@ from llava_bidir.common.training_record import TRAINING_JSON
 from . import attention
 from .lora import merge_lora
 from .model_card import model_card
-from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .modeling_llava_bidir import (
+    LlavaBidirConfig,
+    LlavaBidirForConditionalGeneration,
+    logit_steps,
+    released_names,
+)
 
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # the keys that it adds to LlavaConfig
 
@@ -48,12 +53,11 @@ def export_hf(
         merged = partial / "merged"
         merged.mkdir()
         model = merge_lora(model, merged)
-        # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
-        model.save_pretrained(
-            partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration)
-        )
+        model.save_pretrained(partial)
         if isinstance(model, LlavaBidirForConditionalGeneration):
             _add_mask(model.config.image_attention, partial / "attention.py")
+        else:
+            _add_released_rope(partial / "config.json")
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
         (partial / "README.md").write_text(model_card(model.config, processor, training or {}))
@@ -81,6 +85,25 @@ def _add_mask(name: str, file: Path) -> None:
         runpy.run_path(str(file))  # registering calls it
 
 
+def _add_released_rope(file: Path) -> None:
+    """Add the keys of rotary positions that released LLaVAs have to the LLM's part of a config.json.
+
+    transformers before 5, and servers that read as it does, ignore `rope_parameters` and would take their defaults.
+    """
+    config = json.loads(file.read_text())
+    llm = config["text_config"]
+    parameters = llm.get("rope_parameters") or {}
+    scaling = dict(parameters.get("full_attention", parameters))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            llm[key] = scaling.pop(key)
+    if scaling.get("rope_type", "default") != "default":
+        llm["rope_scaling"] = scaling
+    if "sliding_attention" in parameters:
+        llm["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _check_finite(model: torch.nn.Module) -> None:
     """Raise a UserError for a weight that is NaN or infinite. No loss shows those that the last step has made."""
     for name, tensor in model.state_dict().items():
@@ -102,7 +125,8 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     """Return the same weights in transformers' own LLaVA class, which serving software supports.
 
     Raises:
-        UserError: The stock class would compute something else: the model is not causal or its encoder has registers.
+        UserError: The stock class would compute something else: the model is not causal, its encoder has registers, or
+            its LLM's logits are more than the products of a head without a bias.
     """
     if model.config.image_attention != "causal":
         raise UserError(
@@ -112,6 +136,13 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     if model.config.register_tokens:
         raise UserError(
             "--as-llava: the encoder has register tokens, which stock LLaVA would treat as patches"
+        )
+    text_config = model.config.get_text_config()
+    steps = [*logit_steps(text_config)] + ["a bias"] * model.config.lm_head_bias
+    if steps:
+        raise UserError(
+            f"--as-llava: {text_config.model_type} makes its logits with {', '.join(steps)}, which stock LLaVA leaves "
+            "out; export without --as-llava and load with trust_remote_code"
         )
     settings = {
         k: v
@@ -127,4 +158,5 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     stock.model.language_model = model.model.language_model
     stock.lm_head = model.lm_head
     stock.generation_config = model.generation_config
+    stock._weight_conversions = released_names(stock)
     return stock.eval()

@@ -12,7 +12,7 @@ import inspect
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -26,8 +26,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import PrefixChange, WeightTransform
 from transformers.masking_utils import (
     create_causal_mask,
     find_packed_sequence_indices,
@@ -49,6 +51,8 @@ MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
 # Kinds of layers that apply a mask. Linear attention and convolutions do not; chunks and indexers are not implemented.
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# Settings of what LLMs do with the products of their heads, with the value that changes nothing.
+NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 
 
 @strict
@@ -62,6 +66,7 @@ class LlavaBidirConfig(LlavaConfig):
             "center_crop" cuts the sides off (LLaVA's stage 1).
         register_tokens: Number of encoder tokens between CLS and patches. They are dropped before the adapter; stock
             LLaVA would treat them as patches.
+        lm_head_bias: Whether the LLM's head has a bias (Phi); that of stock LLaVA has none.
     """
 
     model_type = "llava_bidir"
@@ -69,6 +74,7 @@ class LlavaBidirConfig(LlavaConfig):
     image_attention: str = "causal"
     image_resize: str = "pad"
     register_tokens: int = 0
+    lm_head_bias: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -98,6 +104,22 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             self.model.multi_modal_projector.register_forward_pre_hook(
                 lambda module, args: (args[0][:, patches],)
             )
+
+    def post_init(self):
+        """Replace the parent's head and its name of the embeddings by those of the LLM, before weights are tied."""
+        text_config = self.config.get_text_config()
+        words = text_config.vocab_size
+        head = nn.Linear(text_config.hidden_size, words, bias=self.config.lm_head_bias)
+        self.set_output_embeddings(head)
+        embeddings = self.get_input_embeddings()
+        modules = self.named_modules()
+        name = next(name for name, module in modules if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        super().post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Set the head, whose logits become those of the LLM; transformers calls it after resizing, too."""
+        self.lm_head = LogitHead(new_embeddings, self.config.get_text_config())
 
     # All parameters of the parent, in any version, are named, because generate() decides by the signature what it
     # passes and how it repeats the images of a prompt for its beams.
@@ -248,6 +270,15 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             options["use_cache"] = False
         return samples
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the model by the same names of weights whether it was built, or loaded from a file with other names.
+
+        The encoder's and the LLM's are those of released checkpoints. The prefixes of the parts are those of the
+        modules: the stock class renames prefixes in a "llava" only.
+        """
+        self._weight_conversions = [c for c in released_names(self) if c.scope_prefix]
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def _warn_of_embedded_images(self, attention_mask) -> None:
         if self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
             logger.warning_once(
@@ -261,6 +292,60 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             return input_ids == self.config.image_token_id
         token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+
+class LogitHead(nn.Linear):
+    """Head of an LLM, a linear layer whose products are made the LLM's own logits by :func:`finish_logits`.
+
+    Args:
+        linear: Layer whose weights it takes.
+        text_config: Configuration of the LLM.
+    """
+
+    def __init__(self, linear: nn.Linear, text_config: PreTrainedConfig):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.text_config = text_config
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the logits f[..., V] of states f[..., d]."""
+        return finish_logits(super().forward(states), self.text_config)
+
+
+def finish_logits(logits: Tensor, text_config: PreTrainedConfig) -> Tensor:
+    """Return logits as an LLM makes them of its head's products: divided, multiplied or soft-capped.
+
+    Source: the `forward` of transformers' GraniteForCausalLM, CohereForCausalLM and Gemma2ForCausalLM.
+    """
+    steps = logit_steps(text_config)
+    if divisor := steps.get("logits_scaling"):
+        logits = logits / divisor
+    if factor := steps.get("logit_scale"):
+        logits = logits * factor
+    if cap := steps.get("final_logit_softcapping"):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def logit_steps(text_config: PreTrainedConfig) -> dict[str, float]:
+    """Return the settings of :func:`finish_logits` that change logits."""
+    values = {name: getattr(text_config, name, None) for name in NEUTRAL}
+    return {name: value for name, value in values.items() if value not in (None, NEUTRAL[name])}
+
+
+def released_names(model: LlavaForConditionalGeneration) -> list[WeightTransform]:
+    """Return the conversions whose reverse gives weights the names and shapes that they have in released LLaVAs.
+
+    As `model._weight_conversions` they make `save_pretrained` independent of the model's history. By itself it reverses
+    those of the file that a model was loaded from. For other models it leaves out prefixes: `vision_model` of CLIP and
+    SigLIP, without which transformers before 5 initialises the encoder at random and only warns.
+    """
+    return [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange) or conversion.scope_prefix == "vision_tower"
+    ]
 
 
 def _is_padding_mask(attention_mask) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 
 from llava_bidir.common.logged_media import log_images, log_table, media_loggers
@@ -13,6 +14,24 @@ from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
 from .deepspeed_strategy import gather_parameters
+
+
+class LogLearningRate(LearningRateMonitor):
+    """Log the learning rates of each step, once for all of its micro-batches."""
+
+    def __init__(self):
+        super().__init__("step")
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch,
+        batch_idx: int,
+    ) -> None:
+        """Log at the first micro-batch of a step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_start(trainer)
 
 
 class ShowAnswers(Callback):

@@ -5,7 +5,6 @@ from pathlib import Path
 from shlex import quote
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +22,7 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import check_annotations
 from llava_bidir.model.hf_export import export_hf
 
-from .callbacks import ExportModel, ShowAnswers
+from .callbacks import ExportModel, LogLearningRate, ShowAnswers
 from .loss_monitor import LossMonitor
 from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
@@ -118,7 +117,7 @@ class TrainingCLI(RunCLI):
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
-        LearningRateMonitor("step"),
+        LogLearningRate(),
         LossMonitor(),
         ShowAnswers(),
         SaveAtStepBoundary(),

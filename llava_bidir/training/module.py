@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.greedy import FiniteLogits
 from llava_bidir.common.identity import (
     Identity,
     check_same_identity,
@@ -308,13 +309,15 @@ class LlavaTraining(LightningModule):
             **prompts,
             do_sample=False,
             max_new_tokens=self.hparams.max_new_tokens,
+            logits_processor=[FiniteLogits()],
         )
         return self.processor.tokenizer.batch_decode(
             ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
         )
 
-    def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks in its own step."""
+        super().optimizer_step(*args, **kwargs)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             norm = self.trainer.model.get_global_grad_norm()
             if norm is not None:

@@ -9,13 +9,11 @@ and the run hangs if ranks are skewed: Lightning issue 21406.)
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.interrupt import CHECKPOINT
-from llava_bidir.common.step_boundary import at_step_boundary
+from llava_bidir.common.step_boundary import at_step_boundary, save_interrupted
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
 
@@ -58,7 +56,7 @@ class SlurmRequeue(Callback):
         agree = trainer.strategy.reduce_boolean_decision
         if not agree(bool(self.received), all=False):
             return
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
+        save_interrupted(trainer)
         rank_zero_info(
             f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`"
         )

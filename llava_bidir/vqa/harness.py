@@ -10,6 +10,7 @@ Under `torchrun` every process answers a share of the items. The first one colle
 import ast
 import json
 import os
+import re
 import sys
 import time
 from argparse import Namespace
@@ -152,7 +153,9 @@ def collect_results(name: str, results: dict, info: dict) -> tuple[dict, list[It
         **info,
         "documents": results["n-samples"][benchmark.task]["original"],
         "harness": {
-            title: scores[f"{c.metric},none"] / c.scale for title, c in benchmark.columns.items()
+            title: scores[f"{c.metric},none"] / c.scale
+            for title, c in benchmark.columns.items()
+            if c.metric
         },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": installed_versions(),
@@ -177,7 +180,15 @@ def to_item(benchmark: Benchmark, sample: dict) -> Item:
 
 
 def is_guessed(benchmark: Benchmark, sample: dict) -> bool:
-    """Return True if the harness drew an option of MMMU at random, because it found none in the answer."""
+    """Return True if the harness found no option in an answer of MMMU, and drew one, or of MMBench."""
+    if benchmark.task == "mmbench_en_dev_static":
+        from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+        answer = sample["gpt_eval_score"]
+        letters = "".join(mmbench_evaluator.build_choices(answer))
+        # Without a letter that stands alone, the harness takes the last capital in a word: "Car" is an answer C.
+        is_named = re.search(rf"\b[{letters}]\b", answer["prediction"])
+        return not (is_named or mmbench_evaluator.prefetch_answer(answer))
     if benchmark.task != "mmmu_val" or sample["doc"]["question_type"] != "multiple-choice":
         return False
     from lmms_eval.tasks.mmmu.utils import get_multi_choice_info, parse_multi_choice_response

@@ -78,16 +78,35 @@ def circular_terms(items: list[Item]) -> ScoreTerms:
     return _terms(items, lambda unit: (all(item["right"] for item in unit), 1))
 
 
+def clean_answer(item: Item) -> str:
+    """Return an answer as lmms-eval's pope compares it."""
+    return item["answer"].strip().lower()
+
+
 def f1_terms(items: list[Item]) -> ScoreTerms:
     """Return the terms of the F1 of "yes". Other answers than yes and no are left out, as in lmms-eval's pope."""
+    return _terms(items, lambda unit: _count_f1(unit, ("yes", "no")))
 
-    def count(unit):
-        pairs = [(item["answer"].strip().lower(), item["target"].strip().lower()) for item in unit]
-        hits = pairs.count(("yes", "yes"))
-        errors = pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
-        return 2 * hits, 2 * hits + errors
 
-    return _terms(items, count)
+def f1_of_all_terms(items: list[Item]) -> ScoreTerms:
+    """Return the terms of the F1 of "yes" over all questions: other answers than yes and no miss a yes, too."""
+    return _terms(items, lambda unit: _count_f1(unit, {clean_answer(item) for item in unit}))
+
+
+def _count_f1(unit: list[Item], answers: Iterable[str]) -> tuple[int, int]:
+    """Return the numerator and denominator of the F1 of "yes" over the items with one of the answers."""
+    pairs = [(clean_answer(item), item["target"].strip().lower()) for item in unit]
+    hits = pairs.count(("yes", "yes"))
+    false_alarms = pairs.count(("yes", "no"))
+    misses = sum(pairs.count((answer, "yes")) for answer in answers if answer != "yes")
+    return 2 * hits, 2 * hits + false_alarms + misses
+
+
+def yes_ratio_terms(items: list[Item]) -> ScoreTerms:
+    """Return the terms of the share of "yes" among the answers; lmms-eval's yes ratio is that of the targets."""
+    return _terms(
+        items, lambda unit: ([clean_answer(item) for item in unit].count("yes"), len(unit))
+    )
 
 
 def mme_terms(categories: list[str]) -> Callable[[list[Item]], ScoreTerms]:

@@ -1,6 +1,7 @@
 """`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests, as JSON, CSV and text.
 
-Scores are fractions, except for MME's points. The text shows percent.
+Scores are fractions, except for MME's points. The text shows percent. Warnings name the benchmarks where the harness
+cannot read an answer in a hundred: how a model writes its answers decides there, too.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from llava_bidir.common.errors import UserError
 
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
-from .scores import SWAPS, ScoreTerms, swap_test
+from .scores import SWAPS, Item, ScoreTerms, swap_test
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {
@@ -27,6 +28,7 @@ COLUMNS: dict[str, Column] = {
 }
 MASKS = ("causal", "bidirectional")
 SEED = 0
+MOST_UNPARSED = 0.01
 
 Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
@@ -49,6 +51,9 @@ def write_tables(folders: list[Path], out: Path) -> str:
     table = {
         "models": models,
         "pairs": [_compare(models, results, i, j) for i, j in _find_pairs(models)],
+        "warnings": [
+            text for pair in zip(models, results, strict=True) for text in _warnings(*pair)
+        ],
         **{
             "paper": paper,
             "resamplings": RESAMPLINGS,
@@ -109,8 +114,7 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
                 "difference": None if published is None else score - published,
                 "items": len(items),
                 "units": len(terms[title].units),
-                "unusable": sum(item.get("guessed", not item["answer"].strip()) for item in items)
-                / len(items),
+                "unusable": _unparsed(name, items),
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")
@@ -121,6 +125,21 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
         "results": str(folder),
         "columns": columns,
     }
+
+
+def _unparsed(name: str, items: list[Item]) -> float:
+    """Return the share of answers that the harness cannot read."""
+    return sum(not BENCHMARKS[name].is_parsed(item) for item in items) / len(items)
+
+
+def _warnings(model: dict, results: Results) -> list[str]:
+    """Return a sentence for each benchmark with more answers that the harness cannot read than `MOST_UNPARSED`."""
+    shares = {name: _unparsed(name, items) for name, (_, items) in results.items()}
+    return [
+        f"{model['results']}: {share:.1%} of the answers to {name} {BENCHMARKS[name].unparsed}"
+        for name, share in shares.items()
+        if share > MOST_UNPARSED
+    ]
 
 
 def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
@@ -138,7 +157,7 @@ def _compare(
     i: int,
     j: int,
 ) -> dict[str, Any]:
-    """Compare bidirectional (j) with causal (i) on the same questions. Adjust the p-values for the columns."""
+    """Compare bidirectional (j) with causal (i) on the same questions. Adjust p-values for the tested columns."""
     if models[i]["dtype"] != models[j]["dtype"]:
         dtypes = [
             f"{model['results']} {', '.join(model['dtype'])}" for model in (models[i], models[j])
@@ -158,13 +177,13 @@ def _compare(
             "ci95": interval(
                 difference, b.resampled_scores(seed=SEED) - a.resampled_scores(seed=SEED)
             ),
-            "p": swap_test(a, b, seed=SEED),
+            "p": swap_test(a, b, seed=SEED) if COLUMNS[title].metric else None,
             "paper": None if None in published else published[1] - published[0],
         }
-    for column, adjusted in zip(
-        columns.values(), holm([c["p"] for c in columns.values()]), strict=True
-    ):
-        column["p_holm"] = adjusted
+    tested = [column for column in columns.values() if column["p"] is not None]
+    adjusted = iter(holm([column["p"] for column in tested]))
+    for column in columns.values():
+        column["p_holm"] = None if column["p"] is None else next(adjusted)
     return {
         "encoder": models[i]["encoder"],
         "causal": i,
@@ -242,7 +261,7 @@ def _csv(table: dict) -> str:
 
 
 def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
-    """Return (name, quantity, cells) of every line: four lines per model, four per pair."""
+    """Return (name, quantity, cells) of every line: five lines per model, four per pair."""
     score = format_score
     difference = format_difference
     blocks = []
@@ -253,6 +272,7 @@ def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
             "paper": (score, "paper"),
         }
         lines["ours - paper"] = (difference, "difference")
+        lines["not parsed, %"] = (lambda title, share: f"{100 * share:.1f}", "unusable")
         blocks.append((f"{model['encoder']} {model['image_attention']}", model["columns"], lines))
     for pair in table["pairs"]:
         lines = {
@@ -260,7 +280,7 @@ def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
             "95%": (difference, "ci95"),
             "paper": (difference, "paper"),
         }
-        lines["p (Holm)"] = (lambda title, p: f"{p:.3f}", "p_holm")
+        lines["p (Holm)"] = (lambda title, p: "–" if p is None else f"{p:.3f}", "p_holm")
         blocks.append((f"{pair['encoder']} bidirectional - causal", pair["columns"], lines))
     return [
         (
@@ -294,4 +314,4 @@ def _text(table: dict) -> str:
         f"{name:<{width[0]}}  {quantity:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
         for name, quantity, cells in lines
     ]
-    return "\n".join(rows)
+    return "\n".join([*rows, *(f"Warning: {text}." for text in table["warnings"])])

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import end_tokens
+from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_masks import Masks, decode_under, last_rows
 from .attention_weights import capture_attention
@@ -123,8 +124,8 @@ def text_states(
         cache: Empty cache to fill, for decoding.
 
     Raises:
-        UserError: The family or the attention backend is not supported, the text is too long, or the knockout is
-            invalid.
+        UserError: The family or the attention backend is not supported, the text is too long, the knockout is invalid,
+            or states are NaN or infinite.
     """
     config = mllm.model.config.get_text_config()
     batch = len(pixels)
@@ -175,7 +176,9 @@ def text_states(
             **mllm.cached(cache),
             **inputs,
         )
-    return output.last_hidden_state[:, tokens:]
+    states = output.last_hidden_state[:, tokens:]
+    check_outputs("states", {FINAL_NORM: states})
+    return states
 
 
 def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.model_outputs import check_outputs
 from probes.ops.geometry import ResizeRule
 
 from .attention_weights import softmax_attention
@@ -100,7 +101,8 @@ class FrozenEncoder(FrozenModel):
             f[B, T, d] per site, patches in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
 
         Raises:
-            UserError: A site is unknown, or the knockout or a hook's states do not fit the model.
+            UserError: A site is unknown, the knockout or a hook's states do not fit the model, or states are NaN or
+                infinite.
         """
         wanted = self.check_sites(sites)
         if not wanted:
@@ -120,7 +122,9 @@ class FrozenEncoder(FrozenModel):
             recorded = stack.enter_context(self._recorded(wanted))
             with suppress(StopForward):
                 self.model(**self.family.inputs(self.model.config, pixels))
-        return {site: recorded[site] for site in wanted}
+        states = {site: recorded[site] for site in wanted}
+        check_outputs("states", states)
+        return states
 
     forward = states
 

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from llava_bidir.common.arguments import check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike
+from llava_bidir.common.model_outputs import check_outputs
 from probes.ops.geometry import SQUASH, ResizeRule
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
@@ -32,7 +33,7 @@ from .attention_masks import (
     is_allowed,
     supports_masks,
 )
-from .families import Family
+from .families import Family, LogitHead
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
@@ -179,7 +180,8 @@ class FrozenMLLM(FrozenModel):
             f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
 
         Raises:
-            UserError: A site is unknown, or the knockout, a hook's states or the known ones do not fit the model.
+            UserError: A site is unknown, the knockout, a hook's states or the known ones do not fit the model, or
+                states are NaN or infinite.
         """
         wanted = self.check_sites(sites)
         return (
@@ -191,10 +193,12 @@ class FrozenMLLM(FrozenModel):
     def logit_lens(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
 
-        The final norm is applied first, except at "final_norm". Logits are soft-capped if the model does so (Gemma).
+        The final norm is applied first, except at "final_norm". Logits are those of the model's forward: soft-capped if
+        it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or "encoder", whose states are not in the LLM's space.
+            UserError: The site is unknown, or "encoder", whose states are not in the LLM's space, or logits are NaN or
+                infinite.
         """
         if is_before_adapter(site):
             raise UserError(
@@ -204,7 +208,10 @@ class FrozenMLLM(FrozenModel):
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
+        if isinstance(head, LogitHead):
+            return logits
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        check_outputs("logits", {site: logits})
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @cached_property

@@ -15,6 +15,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_weights import softmax_attention
 from .shared_layers import replaced_forward
@@ -56,7 +57,7 @@ def match_updates(
     attention runs once, since attention comes before all that the factor changes.
 
     Raises:
-        UserError: An update cannot be reached.
+        UserError: An update cannot be reached, or states are NaN or infinite.
     """
     together = copy(mllm)
     # cached keys and values of the prompt would be those of other factors
@@ -84,6 +85,7 @@ def match_updates(
         wanted = updates[layer]
         for _ in range(STEPS):
             after = states_of(output)
+            check_outputs("states", {layer_site(layer + 1): after})
             now = _relative_update(before.to(after.device), after)
             tolerance = TOLERANCE if after.dtype.itemsize > 2 else COARSE_TOLERANCE
             if abs(now - wanted) <= tolerance * wanted:

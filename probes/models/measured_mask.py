@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.model_outputs import check_outputs
+
 from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
 from .families import FULL, SLIDING, layer_kinds
 from .sites import layer_site
@@ -169,6 +171,9 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     Args:
         mllm: A loaded model, best in float32: differences must exceed the rounding of its dtype.
         seed: Seed of the image of noise and of the disturbances.
+
+    Raises:
+        UserError: States are NaN or infinite.
     """
     text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
     ids = torch.cat([mllm.ids, text], 1)
@@ -191,7 +196,9 @@ def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
                 output,
                 i=i,
             ):
-                moved[i] = _moved_tokens(module, args, kwargs, output, blocks, generator)
+                clean = output[0] if isinstance(output, tuple) else output
+                check_outputs("states", {layer_site(i + 1): clean})
+                moved[i] = _moved_tokens(module, args, kwargs, clean, blocks, generator)
 
             stack.callback(layer.register_forward_hook(disturb, with_kwargs=True).remove)
         if mllm.image_attention != mllm.own_image_attention:
@@ -234,13 +241,12 @@ def _moved_tokens(
     layer: nn.Module,
     args: tuple,
     kwargs: dict,
-    output: Tensor | tuple,
+    clean: Tensor,
     blocks: list[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
     """Run a layer with the states of each block disturbed; return which tokens' outputs move, bool[N, K]."""
     states = args[0] if args else kwargs["hidden_states"]
-    clean = output[0] if isinstance(output, tuple) else output
     # by token, since a few tokens of an LLM can have outputs a thousand times as large as the others'
     size = clean[0].abs().amax(-1)
     movements = []

@@ -27,7 +27,7 @@ from transformers.processing_utils import ProcessorMixin
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import read_pretrained
 from llava_bidir.common.image_side import MAX_GRID_SIDE
-from llava_bidir.common.tokenizer import load_tokenizer
+from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
@@ -248,12 +248,8 @@ def read_prefix_ids(
             _token_id(path, tokenizer, token)
     else:
         tokenizer = read_tokenizer(path, **hub)
-    bos = tokenizer.bos_token_id
-    if bos is not None and prefix.startswith(tokenizer.bos_token):
-        return tokenizer.encode(prefix, add_special_tokens=False)
-    start = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
     # Tokenised by itself, without a preceding token, as LLaVA tokenises the text before an image.
-    return start + tokenizer.encode(prefix, add_special_tokens=False)
+    return start_ids(tokenizer, prefix) + tokenizer.encode(prefix, add_special_tokens=False)
 
 
 def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_masks import decode_under, last_rows
 from .knockout import PREFIX, Knockout
@@ -98,10 +99,10 @@ def read_states(
         positions = dict(zip(mllm.sites, rows_by_site(rows, shared), strict=True))
         positions |= {site: positions[ENCODER] for site in wanted if is_encoder_layer(site)}
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
+    states = {site: states[site].to(mllm.device) for site in wanted}
+    check_outputs("states", states)
     changed = knockout or hooks or rows is not None
-    return States(
-        ((site, states[site].to(mllm.device)) for site in wanted), mllm, None if changed else given
-    )
+    return States(states.items(), mllm, None if changed else given)
 
 
 def _check_rows(rows: Sequence[int] | None, images: int) -> list[int] | None:

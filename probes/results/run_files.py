@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from llava_bidir.common.atomic_io import sha256
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.model_outputs import DTYPE_ADVICE
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -40,4 +41,7 @@ def check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Raise a UserError that names `path` and the tensor if a weight is not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} is not finite; make the run again")
+            raise UserError(
+                f"{path}: {name} is not finite; make the run again, in another dtype or with a lower learning rate: "
+                f"{DTYPE_ADVICE}"
+            )

@@ -109,8 +109,7 @@ def first_layer_update(model: torch.nn.Module, processor, images: list[Image.Ima
 
 def text_loss(model: torch.nn.Module, ids: Tensor, words: int) -> Tensor:
     """Return the mean cross-entropy of ids long[1, N] in nats per token."""
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = states[0, :-1] @ model.get_output_embeddings().weight[:words].T
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :words]
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:])
 
 

@@ -46,7 +46,7 @@ THRESHOLDS = (
 )
 
 
-def build_strategy(name: str):
+def build_strategy(name: str, **options):
     if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
     file = f"configs/cluster/{name}.yaml"
@@ -55,7 +55,7 @@ def build_strategy(name: str):
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(THRESHOLDS, 0)
-    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
+    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES, **options)
 
 
 class Recorder(Callback):
@@ -87,6 +87,8 @@ def prepare(
     llm: str = "llm",
     callbacks=(),
     epochs: int = 2,
+    batch_size: int = 4,
+    strategy_options=(),
     **settings,
 ):
     torch.manual_seed(0)
@@ -105,14 +107,14 @@ def prepare(
         val_annotations=f"{folder}/questions.json",
         processor=build_processor(encoder, llm),
         image_tokens=tiny_models.TOKENS,
-        batch_size=4,
+        batch_size=batch_size,
         micro_batch_size=1,
         num_workers=0,
     )
     trainer = Trainer(
         accelerator="cpu",
         devices=SPEC["processes"],
-        strategy=build_strategy(strategy),
+        strategy=build_strategy(strategy, **dict(strategy_options)),
         precision=precision,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
@@ -195,6 +197,16 @@ def without_dropout(strategy, precision):
 def tokens(strategy, precision):
     """Average over the tokens of a step, which the ranks count together."""
     return fit(strategy, precision, epochs=1, loss_average="tokens")
+
+
+def many_micro_batches(strategy, precision, **options):
+    """Take one step from 256 micro-batches of one sample, for its gradient norm."""
+    return fit(strategy, precision, epochs=1, batch_size=256, strategy_options=options)
+
+
+def sum_in_fp32(strategy, precision):
+    """As `many_micro_batches`, with the sum in float32."""
+    return many_micro_batches(strategy, precision, grad_accum_dtype="fp32")
 
 
 def resume_elsewhere(strategy, precision):

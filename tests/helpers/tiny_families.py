@@ -17,6 +17,7 @@ from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerF
 VOCABULARY = 128
 SIDE = 8  # tokens per side in families that accept images of any size
 IMAGE_ID = 99
+SUFFIX = [3, 4, 3]  # text after the image
 MEAN = [0.5, 0.4, 0.3]
 STD = [0.5, 0.6, 0.7]
 HIGH_MEAN = [0.1, 0.2, 0.3]
@@ -672,3 +673,33 @@ def write(name: str, folder: Path) -> Path:
     }
     CLIPImageProcessorPil(**settings).save_pretrained(folder)
     return folder
+
+
+def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a full prompt, long[N], with text after the image, and its tokens of the full view, bool[N]."""
+    stock = STOCK[name]
+    vocabulary = tokenizer().get_vocab()
+    rows, columns = stock.grid
+    prefix = [vocabulary[token] for token in stock.prefix]
+    image = (
+        [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
+    ) * rows
+    ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
+    is_image = torch.tensor(ids) == IMAGE_ID
+    is_image[len(prefix) + len(image) :] = False
+    return torch.tensor(ids), is_image
+
+
+def stock_inputs(name: str, images: list[Image.Image]) -> dict:
+    """Return the arguments of the stock forward of :func:`stock_ids` about each image."""
+    stock = STOCK[name]
+    ids, is_image = stock_ids(name)
+    types = {}
+    if stock.types:
+        argument, of_image, of_text = stock.types
+        types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
+    return {
+        "input_ids": ids.expand(len(images), -1),
+        **stock.inputs(images),
+        **types,
+    }

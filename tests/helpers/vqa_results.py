@@ -1,5 +1,6 @@
 """Synthetic results of `llava-bidir vqa`, for tests without a harness."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,22 @@ def write(
     right: np.ndarray,
     mask: str = "causal",
     encoder: str = "clip",
+    answers: Sequence[str] | None = None,
     **info,
 ) -> Path:
-    """Write a finished task with two questions per unit, whose targets alternate between the two answers."""
+    """Write a finished task with two questions per unit, whose targets alternate between two words.
+
+    Args:
+        out: Folder of the results.
+        name: Name of the benchmark.
+        right: bool[items], the correctness of each item.
+        mask: Image attention of the model.
+        encoder: Name of the model's encoder.
+        answers: Answer of each item, by default one of the two words.
+        info: More settings of the task.
+    """
     columns = BENCHMARKS[name].columns
-    answers = ANSWERS.get(name, ("sky", "wall"))
+    words = ANSWERS.get(name, ("sky", "wall"))
     categories = ("existence", "code_reasoning")
     items = []
     for i, r in enumerate(right):
@@ -35,9 +47,10 @@ def write(
             "unit": i // 2,
             "group": group,
             "question": f"question {i}",
-            "target": answers[i % 2],
+            "target": words[i % 2],
         }
-        items.append(item | {"answer": answers[i % 2 if r else 1 - i % 2], "right": float(r)})
+        answer = answers[i] if answers else words[i % 2 if r else 1 - i % 2]
+        items.append(item | {"answer": answer, "right": float(r)})
     results = {
         "benchmark": name,
         "model": f"{encoder}-{mask}",
@@ -47,7 +60,9 @@ def write(
         "documents": len(items),
         "versions": pinned_versions(),
         "data": "here",
-        "harness": {title: column.terms(items).score() for title, column in columns.items()},
+        "harness": {
+            title: column.terms(items).score() for title, column in columns.items() if column.metric
+        },
     }
     write_results(out, name, results | info, items)
     return out

@@ -12,7 +12,7 @@ from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
 from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
-from .llava import FULL, LLAVA, SLIDING, block_ids_of, build_mask, layer_kinds
+from .llava import FULL, LLAVA, SLIDING, LogitHead, block_ids_of, build_mask, layer_kinds
 from .patch_merging import MERGED
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SLIDING",
     "EncoderFamily",
     "Family",
+    "LogitHead",
     "block_ids_of",
     "build_mask",
     "family_of",

@@ -11,6 +11,7 @@ from llava_bidir.model.modeling_llava_bidir import (
     FULL,
     SLIDING,
     LlavaBidirForConditionalGeneration,
+    LogitHead,
     block_ids_of,
     build_mask,
     layer_kinds,
@@ -18,7 +19,7 @@ from llava_bidir.model.modeling_llava_bidir import (
 
 from .base import Family, image_size
 
-__all__ = ["FULL", "LLAVA", "SLIDING", "block_ids_of", "build_mask", "layer_kinds"]
+__all__ = ["FULL", "LLAVA", "SLIDING", "LogitHead", "block_ids_of", "build_mask", "layer_kinds"]
 
 
 def _image_px(config: PreTrainedConfig) -> int:

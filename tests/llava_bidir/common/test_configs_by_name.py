@@ -1,12 +1,15 @@
 """Configs by name, in a clone and in a wheel."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from llava_bidir import cli as llava_bidir
 from llava_bidir.cli import main
 from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
 from llava_bidir.common.errors import UserError
+from probes import cli as probes
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,6 +38,44 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
     assert with_config_paths(["fit", "-c", "stage2", "--config=clip", "--out", "clip"]) == [
         *("fit", "-c", "stage2", f"--config={FOLDER / 'encoder/clip.yaml'}", "--out", "clip")
     ]
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        (llava_bidir, "fit --data.template plain -c {config}"),
+        (llava_bidir, "verify-data --data.template=plain --config={config}"),
+        (llava_bidir, "inspect -c clip --model.lora.r 4 -c {config}"),
+        (llava_bidir, "validate --model.encoder clip.yaml -c {config}"),
+        (llava_bidir, "test --trainer.callbacks+=EarlyStopping -c {config}"),
+        (probes, "solve --data.template plain -c {config}"),
+        (probes, "fit --trainer.callbacks+=EarlyStopping -c {config}"),
+        (probes, "verify-data --data.root D -c clip -c {config}"),
+        (probes, "study MODEL DATA --data.root D -c {config}"),
+    ],
+)
+def test_an_option_that_a_later_config_replaces_is_refused(package, words, tmp_path, monkeypatch):
+    for cli in (llava_bidir, probes):  # which refuses misspelt and missing options before
+        monkeypatch.setattr(cli, "check_options", lambda *args: None)
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "data: {template: chat, root: R}\nmodel: {lora: null, encoder: {layer: -1}}\ntrainer: {callbacks: []}"
+    )
+    words = words.format(config=config)
+    option = next(word for word in words.split() if word.startswith("--"))
+    name = option.partition("=")[0].removesuffix("+")
+    message = f"{name} comes before the config {config}, which would replace its value; put options after -c"
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        package.main(words.split())
+
+
+def test_options_that_no_later_config_has_may_stand_anywhere(tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("data: {template: chat}\nmodel: {encoder: {layer: -1}}")
+    words = (
+        f"fit --out O --model.encoder.path E --data.template_x x -c {config} --data.template plain"
+    )
+    assert with_config_paths(words.split()) == words.split()
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():

@@ -13,11 +13,34 @@ from llava_bidir.model.modeling_llava_bidir import CACHE
 MASKS = tuple(IMAGE_ATTENTION)
 # samples of two rows of the same length, each with the number of its images
 MIXED = (
-    (("tiiiitt", 1), ("tttt", 0), ("iiiiiiii", 2)),
-    (("tttt", 0), ("iiiit", 1), ("ttiiiitttt", 1)),
+    (
+        ("tiiiitt", 1),
+        ("tttt", 0),
+        ("iiiiiiii", 2),
+    ),
+    (
+        ("tttt", 0),
+        ("iiiit", 1),
+        ("ttiiiitttt", 1),
+    ),
 )
-TEXT = ((("ttttt", 0), ("t", 0), ("tttt", 0)), (("tt", 0), ("ttttttt", 0), ("t", 0)))
-NO_CACHE = ({}, {"use_cache": None}, {"use_cache": False})
+TEXT = (
+    (
+        ("ttttt", 0),
+        ("t", 0),
+        ("tttt", 0),
+    ),
+    (
+        ("tt", 0),
+        ("ttttttt", 0),
+        ("t", 0),
+    ),
+)
+NO_CACHE = (
+    {},
+    {"use_cache": None},
+    {"use_cache": False},
+)
 
 
 def pack(packs) -> tuple[list, dict]:

@@ -91,6 +91,13 @@ def two(spec) -> Path:
     return out
 
 
+SUMS = (
+    "ddp:many_micro_batches:32-true",
+    "zero2:many_micro_batches:bf16-mixed",
+    "zero2:sum_in_fp32:bf16-mixed",
+)
+
+
 @pytest.fixture(scope="module")
 def one(spec, two) -> Path:
     """Return the folder with the results of one process: the same training, and resumed checkpoints of `two`."""
@@ -103,6 +110,7 @@ def one(spec, two) -> Path:
         "ddp:tokens:32-true",
         "ddp:resume_elsewhere:32-true",
         "zero3_offload:reject:32-true",
+        *SUMS,
     ]
     out, codes, log = start(spec, "one", runs, processes=1, resume=resume)
     assert codes == [0], log
@@ -142,6 +150,13 @@ def test_two_processes_train_as_one(
     assert metrics["val/loss"] == ranks[1]["metrics"]["val/loss"]
     if "32-true" in run:
         assert metrics["val/answer_accuracy"] == single["metrics"]["val/answer_accuracy"]
+
+
+def test_gradients_summed_in_fp32_have_the_norm_of_float32(one):
+    """Of 256 micro-batches; products are in bfloat16 in both runs under ZeRO."""
+    truth, bf16, fp32 = (result(one, run)["metrics"]["train/grad_norm"] for run in SUMS)
+    assert abs(fp32 / truth - 1) < 2e-3
+    assert abs(bf16 / truth - 1) > 5e-3
 
 
 def test_zero3_leaves_each_process_half_of_every_parameter(two):

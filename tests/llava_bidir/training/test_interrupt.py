@@ -7,6 +7,7 @@ import signal
 import pytest
 import tiny_models
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
@@ -69,6 +70,17 @@ def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(fit, tmp_pat
     assert len(events(tmp_path)) == 1, "of the batches that were done"
     assert fit("--ckpt_path", "last")[0] == 0
     assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 3
+
+
+def test_each_step_is_logged_once_across_an_interrupt(fit, tmp_path):
+    """With losses, and with learning rates, of which each of a step's micro-batches had a point."""
+    fit("--trainer.log_every_n_steps", "1", interrupts={2: 1})
+    fit("--trainer.log_every_n_steps", "1", "--ckpt_path", "last")
+    logged = EventAccumulator(str(tmp_path / "run")).Reload()
+    rates = [tag for tag in logged.Tags()["scalars"] if tag.startswith("lr-")]
+    assert rates
+    for tag in ("train/loss", "train/grad_norm", *rates):
+        assert [event.step for event in logged.Scalars(tag)] == [0, 1, 2], tag
 
 
 def test_a_second_ctrl_c_ends_at_once_and_promises_nothing(fit, tmp_path):

@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.training.cli import build_cli
 from llava_bidir.training.slurm_requeue import INTERRUPTED, SlurmRequeue
@@ -74,7 +75,7 @@ class SignalAt(Callback):
 
 def arguments(parts, conversations, out) -> list[str]:
     """Two epochs of three optimizer steps, two micro-batches each."""
-    more = "--data.micro_batch_size 2 --data.val_annotations null --trainer.max_epochs 2"
+    more = "--data.micro_batch_size 2 --data.val_annotations null --trainer.max_epochs 2 --trainer.log_every_n_steps 1"
     return [*tiny_models.training_arguments(parts, conversations), *more.split(), "--out", str(out)]
 
 
@@ -105,6 +106,12 @@ def uninterrupted(parts, conversations, tmp_path_factory) -> tuple[list[float], 
     return fit(parts, conversations, folder)[0], folder
 
 
+def logged(folder) -> list[tuple[int, float]]:
+    """Return step and loss of each point in TensorBoard."""
+    points = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+    return [(point.step, point.value) for point in points]
+
+
 @pytest.mark.parametrize(("micro_batch", "step"), [(2, 2), (9, 5)])
 def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupted_run(
     micro_batch,
@@ -128,6 +135,8 @@ def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupte
     assert status == 0
     assert losses + rest == whole
     assert len(whole) == 12
+    assert logged(tmp_path / "cut") == logged(folder)
+    assert [step for step, _ in logged(folder)] == [0, 1, 2, 3, 4, 5]
     assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (
         folder / "hf/model.safetensors"
     ).read_bytes()

@@ -1,6 +1,7 @@
 """`llava-bidir vqa` with the real harness, offline, on small datasets in the format of each benchmark."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def runs(checkpoints, data, tmp_path_factory):
 
 def test_all_nine_run_and_fill_the_papers_row(runs):
     (model,) = json.loads((runs / "bidirectional/table1.json").read_text())["models"]
-    assert len(model["columns"]) == 11
+    assert len(model["columns"]) == 13
     assert model["columns"]["VizWiz"]["paper"] == 0.575
     assert all(len(items(runs / "bidirectional", name)) == 6 for name in TABLE1)
     info = json.loads((runs / "bidirectional/gqa.json").read_text())
@@ -112,6 +113,14 @@ def test_options_that_the_harness_draws_are_marked(runs):
         assert item.get("guessed", False) == guessed
         found.add((choice, guessed))
     assert found == {(True, True), (True, False), (False, False)}
+
+
+def test_answers_of_mmbench_that_name_no_option_are_marked(runs):
+    """Its rule looks for a letter on its own or the text of one option."""
+    for item in items(runs / "causal", "mmbench"):
+        texts = [word in item["answer"].lower() for word in [*lmms_datasets.WORDS, "nan"]]
+        letter = re.search(r"\b[ABCD]\b", item["answer"])
+        assert item.get("guessed", False) == (letter is None and sum(texts) != 1), item["answer"]
 
 
 def test_answers_are_those_of_generate(runs, checkpoints, data):
@@ -201,7 +210,8 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
     expected = dict.fromkeys(("GQA", "MMMU", "POPE", "SQA-I", "VizWiz"), 1 / 2)
-    expected |= {"MMBench": 1 / 3, "POPE F1": 4 / 7}
+    # the three targets of the first half are answered, the wrong ones are the other word
+    expected |= {"MMBench": 1 / 3, "POPE F1": 4 / 7, "POPE F1 all": 4 / 7, "POPE yes": 2 / 3}
     expected |= {"MME-P": 100, "MME-C": 50}
     expected |= {"TextVQA": 0.45, "TextVQA OCR": 0.45}
     assert scores == pytest.approx(expected)

@@ -37,7 +37,8 @@ def table(root):
 
 def test_scores_intervals_and_the_papers_numbers(table):
     first, second = (model["columns"] for model in table["models"])
-    assert list(first) == ["GQA", "MMBench", "MME-P", "MME-C", "POPE", "POPE F1", "TextVQA OCR"]
+    pope = ["POPE", "POPE F1", "POPE F1 all", "POPE yes"]
+    assert list(first) == ["GQA", "MMBench", "MME-P", "MME-C", *pope, "TextVQA OCR"]
     images = CAUSAL.reshape(-1, 2)
     assert first["GQA"]["score"] == pytest.approx(CAUSAL.mean())
     assert first["GQA"]["paper"] == 0.626
@@ -71,7 +72,11 @@ def test_paired_differences_on_the_same_questions(table):
         [per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005
     )
     assert gqa["p"] < 0.001
-    assert all(c["p_holm"] >= c["p"] for c in pair["columns"].values())
+    untested = {"POPE F1 all", "POPE yes"}  # they describe POPE F1
+    assert {title for title, c in pair["columns"].items() if c["p"] is None} == untested
+    tested = [c for title, c in pair["columns"].items() if title not in untested]
+    assert min(c["p_holm"] for c in tested) == pytest.approx(7 * min(c["p"] for c in tested))
+    assert all(c["p_holm"] >= c["p"] for c in tested)
     coins = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ per_image / 200
     mmbench = (
         BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)
@@ -84,11 +89,56 @@ def test_paired_differences_on_the_same_questions(table):
 
 def test_csv_says_the_same(root, table):
     rows = list(csv.DictReader((root / "out/table1.csv").open()))
-    assert len(rows) == 3 * 7
+    assert len(rows) == 3 * 9
     assert {row["what"] for row in rows} == {"score", "difference"}
     first = table["models"][0]["columns"]["GQA"]
     assert float(rows[0]["score"]) == first["score"]
     assert rows[0]["paper"] == "0.626"
+
+
+def test_answers_that_the_harness_cannot_read_are_counted_and_warned_of(tmp_path, capsys):
+    """All are right, but "Yes." is not "yes" to lmms-eval."""
+    stopped = ["Yes.", "No."] * 200
+    vqa_results.write(
+        tmp_path / "a",
+        "pope",
+        np.zeros(400, bool),
+        answers=stopped,
+    )
+    vqa_results.write(
+        tmp_path / "a",
+        "mme",
+        np.ones(400, bool),
+        answers=stopped,
+    )
+    table = make_table(tmp_path, "a")
+    columns = table["models"][0]["columns"]
+    for name in ("POPE", "POPE F1", "POPE F1 all", "POPE yes"):
+        assert columns[name]["score"] == 0
+        assert columns[name]["unusable"] == 1
+    assert columns["MME-P"]["unusable"] == 0
+    (warning,) = table["warnings"]
+    assert "/a: 100.0% of the answers to pope are neither yes nor no" in warning
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == f"Warning: {warning}."
+    (row,) = [line.split() for line in shown if "not parsed, %" in line]
+    assert row[-6:] == ["0.0"] * 2 + ["100.0"] * 4
+
+
+@pytest.mark.parametrize(("unread", "warned"), [(0, False), (4, False), (5, True)])
+def test_above_one_answer_in_a_hundred_is_warned_of(unread, warned, tmp_path):
+    answers = ["maybe"] * unread + ["yes"] * (400 - unread)
+    right = np.arange(400) % 2 == 0
+    right[:unread] = False
+    vqa_results.write(
+        tmp_path / "a",
+        "pope",
+        right,
+        answers=answers,
+    )
+    table = make_table(tmp_path, "a")
+    assert bool(table["warnings"]) == warned
+    assert table["models"][0]["columns"]["POPE yes"]["score"] == pytest.approx(1 - unread / 400)
 
 
 FLOATS = {"dtype": "torch.float32"}

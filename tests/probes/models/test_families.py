@@ -15,7 +15,7 @@ import pytest
 import tiny_families
 import torch
 from PIL import Image
-from tiny_families import IMAGE_ID, STOCK
+from tiny_families import STOCK, stock_ids, stock_inputs
 from tolerances import rounding
 from transformers import (
     AutoConfig,
@@ -92,21 +92,6 @@ def pictures(name: str, count: int = 2) -> list[Image.Image]:
     ]
 
 
-def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A full prompt, long[N], and its tokens of the image (full view), bool[N]."""
-    stock = STOCK[name]
-    vocabulary = tiny_families.tokenizer().get_vocab()
-    rows, columns = stock.grid
-    prefix = [vocabulary[token] for token in stock.prefix]
-    image = (
-        [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
-    ) * rows
-    ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
-    is_image = torch.tensor(ids) == IMAGE_ID
-    is_image[len(prefix) + len(image) :] = False
-    return torch.tensor(ids), is_image
-
-
 def stock_states(
     name: str,
     model,
@@ -114,7 +99,7 @@ def stock_states(
     mask=None,
 ) -> dict[str, torch.Tensor]:
     """The states, and the logits, of the stock class's full forward, with text after the image, by hooks."""
-    stock, (ids, is_image), found = STOCK[name], stock_ids(name), {}
+    stock, (_, is_image), found = STOCK[name], stock_ids(name), {}
     decoder = attrgetter(stock.decoder)(model)
     encoder = attrgetter(stock.encoder)(model)
 
@@ -136,17 +121,8 @@ def stock_states(
         for site, layer in zip(LAYERS, decoder.layers, strict=True)
     ]
     hooks += [decoder.norm.register_forward_hook(out("final_norm"))]
-    types = {}
-    if stock.types:
-        argument, of_image, of_text = stock.types
-        types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
     with torch.no_grad():
-        fed = {
-            "input_ids": ids.expand(len(images), -1),
-            **stock.inputs(images),
-            **types,
-        }
-        found["logits"] = model(use_cache=False, **fed).logits
+        found["logits"] = model(use_cache=False, **stock_inputs(name, images)).logits
     for hook in hooks:
         hook.remove()
     return {

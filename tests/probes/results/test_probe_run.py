@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tm
     save_file(probes, run / "probes.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again",
+        match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again.*bfloat16 or float32",
     ):
         ProbeRun(run).probes()
     with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):

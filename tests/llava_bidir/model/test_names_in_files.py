@@ -1,0 +1,147 @@
+"""Names of weights and keys of config.json in exports: those of released LLaVAs, however the model was made."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlavaForConditionalGeneration
+
+from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import as_llava, export_hf
+from llava_bidir.model.lora import Lora, add_lora
+
+# Source: model.safetensors.index.json of llava-hf/llava-1.5-7b-hf; i numbers layers.
+RELEASED = """
+language_model.lm_head.weight
+language_model.model.embed_tokens.weight
+language_model.model.layers.i.input_layernorm.weight
+language_model.model.layers.i.mlp.down_proj.weight
+language_model.model.layers.i.mlp.gate_proj.weight
+language_model.model.layers.i.mlp.up_proj.weight
+language_model.model.layers.i.post_attention_layernorm.weight
+language_model.model.layers.i.self_attn.k_proj.weight
+language_model.model.layers.i.self_attn.o_proj.weight
+language_model.model.layers.i.self_attn.q_proj.weight
+language_model.model.layers.i.self_attn.v_proj.weight
+language_model.model.norm.weight
+multi_modal_projector.linear_1.bias
+multi_modal_projector.linear_1.weight
+multi_modal_projector.linear_2.bias
+multi_modal_projector.linear_2.weight
+vision_tower.vision_model.embeddings.class_embedding
+vision_tower.vision_model.embeddings.patch_embedding.weight
+vision_tower.vision_model.embeddings.position_embedding.weight
+vision_tower.vision_model.encoder.layers.i.layer_norm1.bias
+vision_tower.vision_model.encoder.layers.i.layer_norm1.weight
+vision_tower.vision_model.encoder.layers.i.layer_norm2.bias
+vision_tower.vision_model.encoder.layers.i.layer_norm2.weight
+vision_tower.vision_model.encoder.layers.i.mlp.fc1.bias
+vision_tower.vision_model.encoder.layers.i.mlp.fc1.weight
+vision_tower.vision_model.encoder.layers.i.mlp.fc2.bias
+vision_tower.vision_model.encoder.layers.i.mlp.fc2.weight
+vision_tower.vision_model.encoder.layers.i.self_attn.k_proj.bias
+vision_tower.vision_model.encoder.layers.i.self_attn.k_proj.weight
+vision_tower.vision_model.encoder.layers.i.self_attn.out_proj.bias
+vision_tower.vision_model.encoder.layers.i.self_attn.out_proj.weight
+vision_tower.vision_model.encoder.layers.i.self_attn.q_proj.bias
+vision_tower.vision_model.encoder.layers.i.self_attn.q_proj.weight
+vision_tower.vision_model.encoder.layers.i.self_attn.v_proj.bias
+vision_tower.vision_model.encoder.layers.i.self_attn.v_proj.weight
+vision_tower.vision_model.post_layernorm.bias
+vision_tower.vision_model.post_layernorm.weight
+vision_tower.vision_model.pre_layrnorm.bias
+vision_tower.vision_model.pre_layrnorm.weight
+"""
+# Ours has the prefixes of the modules: by itself, the stock class renames those of a "llava" only.
+OURS = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "vision_tower.": "model.vision_tower.",
+}
+
+
+def released(config, ours: bool = False) -> set[str]:
+    """Return the names in a released LLaVA of other numbers of layers, or those of our own class."""
+    layers = {"v": config.vision_config, "l": config.text_config}
+    names = set()
+    for name in RELEASED.split():
+        if ours:
+            prefix = next(prefix for prefix in OURS if name.startswith(prefix))
+            name = OURS[prefix] + name.removeprefix(prefix)
+        count = layers["v" if "vision_tower" in name else "l"].num_hidden_layers
+        names |= {name.replace(".i.", f".{i}.") for i in range(count)}
+    return names
+
+
+def names_in(folder) -> set[str]:
+    names = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= {*tensors.keys()}
+    return names
+
+
+@pytest.fixture(scope="module")
+def built(parts):
+    processor = build_processor(*parts)
+    return build_model(*parts, processor).eval(), processor
+
+
+def histories(built, folder) -> dict[str, LlavaBidirForConditionalGeneration]:
+    """Return a model by each way to make it: built, read from either export, and with updates to be merged."""
+    model, processor = built
+    export_hf(model, processor, folder / "ours")
+    export_hf(as_llava(model), processor, folder / "stock")
+    updated = copy.deepcopy(model)
+    add_lora(updated, Lora(r=2, alpha=4))
+    read = LlavaBidirForConditionalGeneration.from_pretrained
+    return {
+        "built": model,
+        "read": read(folder / "ours"),
+        "read_from_stock": read(folder / "stock"),
+        "lora": updated,
+    }
+
+
+def test_names_in_exports_are_those_of_released_llavas_whatever_the_model_was(built, tmp_path):
+    for history, model in histories(built, tmp_path).items():
+        export_hf(as_llava(model), built[1], tmp_path / "hf")
+        assert names_in(tmp_path / "hf") == released(model.config), history
+        export_hf(model, built[1], tmp_path / "hf")
+        assert names_in(tmp_path / "hf") == released(model.config, ours=True), history
+
+
+def test_what_save_pretrained_writes_does_not_depend_on_the_model_either(built, tmp_path):
+    """As after a fine-tuning by other code; sharded, too. The stock class reads it completely."""
+    models = histories(built, tmp_path)
+    del models["lora"]
+    for history, model in models.items():
+        model.save_pretrained(tmp_path / history, max_shard_size="20KB")
+        assert len([*(tmp_path / history).glob("*.safetensors")]) > 1
+        index = json.loads((tmp_path / history / "model.safetensors.index.json").read_text())
+        assert {*index["weight_map"]} == released(model.config, ours=True), history
+        for reader in (LlavaForConditionalGeneration, LlavaBidirForConditionalGeneration):
+            read, info = reader.from_pretrained(tmp_path / history, output_loading_info=True)
+            assert not any(info.values()), history
+            expected = built[0].state_dict()
+            assert all(torch.equal(x, expected[name]) for name, x in read.state_dict().items())
+
+
+def test_configs_of_stock_exports_have_the_rotary_keys_of_released_llavas(parts, tmp_path):
+    """transformers before 5 ignores `rope_parameters`: it would compute angles of its defaults, without a word."""
+    processor = build_processor(*parts)
+    model = build_model(*parts, processor)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    for scaling in (None, {"rope_type": "linear", "factor": 4.0}, yarn):
+        parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": 5e5}
+        model.config.text_config.rope_parameters = parameters
+        export_hf(as_llava(model), processor, tmp_path / "hf")
+        written = json.loads((tmp_path / "hf/config.json").read_text())["text_config"]
+        assert written["rope_theta"] == 5e5
+        assert written.get("rope_scaling") == scaling
+        read = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").config
+        assert read.text_config.rope_parameters == parameters

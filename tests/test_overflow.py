@@ -1,0 +1,238 @@
+"""States and logits that overflow float16 are refused at every door that reads them from a model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import probe_runs
+import pytest
+import solving
+import tiny_encoders
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import llava_bidir.cli
+import probes
+from llava_bidir.commands.generate import answer, load
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.model_outputs import check_outputs
+from llava_bidir.training.module import LlavaTraining
+from probes import Knockout
+from probes.cli import main
+from probes.models.matched_updates import match_updates, scale_layers
+from probes.models.random_init import random_layers
+
+LLAMA_LAYER_2 = "model.language_model.layers.1.mlp.down_proj.weight"
+DINO_LAYER_2 = "encoder.layer.1.mlp.fc2.weight"
+LAYER_2 = r"states at layer_02 are NaN or infinite.*bfloat16 or float32"
+FINAL_NORM = r"states at final_norm are NaN or infinite.*bfloat16 or float32"
+LOGITS = r"logits at the output head are NaN or infinite.*bfloat16 or float32"
+BLOCKED = torch.tensor([[True, False, False, False]])
+
+
+def in_float16(source: str | Path, folder: Path, large: str = "") -> str:
+    """Copy a checkpoint as float16, with the weights of one tensor so large that what they add exceeds 65,504."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name == large:
+            tensor = tensor * 6e4 / tensor.abs().max()
+        tensors[name] = tensor.half()
+        assert tensors[name].isfinite().all()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | {"dtype": "float16"}
+    for part in ("text_config", "vision_config"):
+        if part in settings:
+            settings[part]["dtype"] = "float16"
+    path.write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def planted(checkpoints, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("planted") / "hf"
+    return in_float16(checkpoints["bidirectional"], folder, LLAMA_LAYER_2)
+
+
+@pytest.fixture(scope="module")
+def mllm(planted):
+    return probes.load(planted, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+CUT = Knockout(BLOCKED, [3])
+STATES = {
+    "all sites": {},
+    "a later layer": {"sites": ["layer_02"]},
+    "knockout": {"knockout": CUT},
+    "rows of a knockout": {
+        "knockout": Knockout(BLOCKED[[0, 0]], [3]),
+        "rows": [0, 0],
+    },
+    "hooks": {"hooks": {"layer_01": torch.neg}},
+}
+QUESTION = "name the sky"
+
+
+@pytest.mark.parametrize("door", STATES)
+def test_states_of_image_tokens_that_overflow_are_refused_with_their_site(door, mllm, photo):
+    with pytest.raises(UserError, match=LAYER_2):
+        mllm.states(mllm.preprocess(photo), **STATES[door])
+
+
+def test_attention_and_mask_of_layers_that_overflow_are_refused(mllm, photo):
+    with pytest.raises(UserError, match=LAYER_2):
+        mllm.attention(mllm.preprocess(photo), [2])
+    with pytest.raises(UserError, match=LAYER_2):
+        mllm.measured_mask()
+
+
+def test_states_of_text_that_overflow_are_refused(mllm, photo):
+    pixels = mllm.preprocess(photo)
+    with pytest.raises(UserError, match=FINAL_NORM):
+        mllm.answer(photo, QUESTION)
+    with pytest.raises(UserError, match=FINAL_NORM):
+        mllm.answer(photo, QUESTION, CUT)
+    with pytest.raises(UserError, match=FINAL_NORM):
+        mllm.answer_log_probs(pixels, [QUESTION], ["sky", "wall"])
+    with pytest.raises(UserError, match=FINAL_NORM):
+        mllm.answer_attention(pixels, QUESTION, "wall", [3])
+
+
+def test_sites_before_the_overflow_can_be_read(mllm, photo, planted):
+    sites = ["encoder", "adapter", "layer_01"]
+    assert list(mllm.states(mllm.preprocess(photo), sites)) == sites
+    full = probes.load(planted, device="cpu", dtype="float32")
+    assert full.states(full.preprocess(photo))["layer_02"].abs().max() > 65_504
+    full.answer(photo, QUESTION, max_new_tokens=3)
+
+
+def test_logits_that_overflow_are_refused(checkpoints, photo):
+    mllm = probes.load(str(checkpoints["causal"]), device="cpu")
+    pixels = mllm.preprocess(photo)
+    states = mllm.states(pixels)["final_norm"]
+    with torch.no_grad():
+        mllm.model.lm_head.weight.mul_(1e38)
+    with pytest.raises(UserError, match="logits at final_norm are NaN or infinite"):
+        mllm.logit_lens(states * 1e3, "final_norm")
+
+
+def test_states_of_a_bare_encoder_that_overflow_are_refused(photo, tmp_path):
+    stock = tiny_encoders.STOCK["dinov2"].write(tmp_path / "float32")
+    path = in_float16(stock, tmp_path / "float16", DINO_LAYER_2)
+    encoder = probes.load(path, device="cpu")
+    pixels = encoder.preprocess(photo)
+    with pytest.raises(UserError, match=LAYER_2):
+        encoder.states(pixels)
+    with pytest.raises(UserError, match=LAYER_2):
+        encoder.states(pixels, knockout=Knockout(torch.arange(36)[None] == 3))
+    assert encoder.states(pixels, ["layer_01"])
+
+
+@pytest.mark.parametrize("match", ["update", "permuted"])
+def test_random_layers_that_overflow_are_refused(match, mllm, photo):
+    pictures = [Image.open(photo)] if match == "update" else ()
+    with pytest.raises(UserError, match=LAYER_2):
+        with random_layers(mllm, match, match_images=pictures):
+            mllm.states(mllm.preprocess(photo))
+
+
+def test_random_layers_that_overflow_while_they_are_matched_are_refused(
+    checkpoints, photo, tmp_path
+):
+    """The trained ones do not. That updates "cannot be matched" would be wrong advice."""
+    path = in_float16(checkpoints["causal"], tmp_path / "hf")
+    mllm = probes.load(path, device="cpu")
+    pixels = mllm.preprocess(photo)
+    mllm.states(pixels)
+    scales = [1.0, 1.0, 1.0]
+    with scale_layers(mllm, scales):
+        with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
+            match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
+
+
+def test_taught_concepts_are_refused(mllm, photo):
+    patch = torch.arange(4).view(2, 2)
+    painted = {
+        "a": [(photo, patch == 0)],
+        "b": [(photo, patch == 3)],
+    }
+    with pytest.raises(UserError, match=LAYER_2):
+        mllm.teach(painted)
+
+
+def test_commands_that_read_states_end_with_the_site(planted, segmentation, photo, tmp_path):
+    """None of them writes a result."""
+    file = tmp_path / "states.safetensors"
+    commands = [
+        ["states", planted, str(photo), "--out", str(file)],
+        solving.arguments(planted, segmentation, tmp_path / "solve"),
+        probe_runs.arguments(planted, segmentation, tmp_path / "fit"),
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit, match=LAYER_2):
+            main(command)
+    assert not file.exists()
+    assert not [*tmp_path.rglob("metrics.json")]
+
+
+def test_analyses_of_a_run_end_with_the_site(planted, segmentation, photo, tmp_path):
+    """The run was made in float32, and its record changed to float16."""
+    probe_runs.fit(planted, segmentation, tmp_path / "run", "--model.dtype", "float32")
+    record = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(record.read_text())
+    manifest["config"]["dtype"] = "float16"
+    record.write_text(json.dumps(manifest))
+    run = str(tmp_path / "run")
+    out = ["--out", str(tmp_path / "out")]
+    commands = [
+        ["segment", run, str(photo), "--site", "layer_02"],
+        ["knockout", "--probes", run, "--classes", "sky"],
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit, match=LAYER_2):
+            main(command + out)
+
+
+def test_generated_answers_are_refused(planted, photo):
+    """Of the command, and of `answer`, by which VQA asks."""
+    with pytest.raises(SystemExit, match=LOGITS):
+        llava_bidir.cli.main(["generate", planted, str(photo), QUESTION])
+    model, processor = load(planted)
+    images = [[Image.open(photo)]]
+    with pytest.raises(UserError, match=LOGITS):
+        answer(model, processor, [QUESTION], images, 5)
+
+
+def test_answers_of_validation_are_refused(planted, parts, photo):
+    module = LlavaTraining(parts[0], parts[1], ["adapter"])
+    module.model, module.processor = load(planted)
+    ids = torch.tensor([[1, 5, 6]])
+    prompts = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+    with pytest.raises(UserError, match=LOGITS):
+        module.answer(prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_found_and_the_first_site_named(dtype, value):
+    finite = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
+    check_outputs("states", {"a": finite, "b": finite[:0]})
+    broken = finite.clone()
+    broken[1, 2] = value
+    with pytest.raises(UserError, match="states at b are NaN"):
+        check_outputs("states", {"a": finite, "b": broken, "c": broken})

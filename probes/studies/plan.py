@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llava_bidir.common.configs import configs_in
+from llava_bidir.common.configs import configs_in, with_config_paths
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
@@ -134,7 +134,7 @@ class Settings:
         from probes.training.solve.command import read_config  # Lightning takes a second to import
 
         where = ["--data.dataset" if self.data in DATASETS else "--data.root", self.data]
-        words = [*defaults, "--data.root", "", *self.options, *where]
+        words = [*defaults, *with_config_paths(self.options), *where]
         words += ["--model.mllm", next(iter(self.models.values())), "--ckpt_path", "last"]
         config = read_config(words, "probes study")
         if self.data in DATASETS and config["data"]["name"] is None:
@@ -402,11 +402,7 @@ def _within(images: int, numbers: str) -> str:
 
 def data_root(settings: Settings) -> str:
     """Return the folder of the images, as far as this command knows it."""
-    if settings.data not in DATASETS:
-        return settings.data
-    if root := settings.solve["data"]["root"]:
-        return root
-    raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
+    return settings.solve["data"]["root"]
 
 
 def open_split(settings: Settings, split: str, task: str = SEGMENTATION):

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from shlex import quote
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
@@ -24,6 +24,7 @@ from probes.evaluation.estimate import Estimate
 from probes.results.comparable import check_pair, knockout_difference
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
+from probes.results.run_command import format_command
 from probes.results.steps import study_folder
 from probes.results.study import MASKS, StudyRuns
 from probes.tasks import SEGMENTATION
@@ -315,9 +316,9 @@ def _optimum_column(
         reason = why_unconverged([solved[mask], *controls], claim)
         return path_column(sign, path, reason, study.task.margin)
     if claim == "recovery_trained":
-        options = "--model.untrained '[adapter, llm]'"
+        untrained = {"model.untrained": ["adapter", "llm"]}
         return untested(
-            f"no solved run of the untrained model: run {_command('solve', study, mask, options)}"
+            f"no solved run of the untrained model: run {_command('solve', study, mask, untrained)}"
         )
     if (claim, mask) not in numbers.solved.paper:
         return untested(_not_analysed(claim, solved[mask]))
@@ -418,10 +419,10 @@ def _why_no_draws(
         arm = "adapter" if part == "adapter" else "random"
         again = f"{too_few}: give the same `probes study` again with `--draws 2`"
         return f"{again}, or with {arm}0 and {arm}1 among its `--arms`"
-    options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
-    if not study.first.has_llm:
-        options = "--model.untrained '[encoder]' --model.match update"
-    command = _command("solve", study, mask, f"{options} --model.draw {count}")
+    weights: dict[str, Any] = {"model.untrained": [name]}
+    if name != "adapter":
+        weights["model.match"] = "update"
+    command = _command("solve", study, mask, weights | {"model.draw": count})
     again = ", and the same with --model.draw 1" if count == 0 else ""
     return f"{too_few}: run {command}{again}"
 
@@ -437,17 +438,13 @@ def _command(
     command: str,
     study: StudyRuns,
     mask: str,
-    options: str = "",
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Return the command that makes the probes of a mask that a study lacks."""
-    run = next(
-        (runs[mask] for runs in (study.main_runs, study.solved) if mask in runs), study.first
-    )
-    mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""
-    model = f"--model.mllm {quote(run.metrics['mllm'])}{mask_option}"
-    if study.task.name != SEGMENTATION:
-        model = f"--data.task {study.task.name} {model}"
-    options = f"{options} " * bool(options) + model
-    data = run.manifest["data"]
-    config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"
-    return f"`probes {command} -c {config} {options} --data.root {quote(data['root'])} --out RUN`"
+    """Return the command that makes the probes of a mask that a study lacks, with the settings of one that it has."""
+    kinds = (study.main_runs, study.solved)
+    if command == "solve":  # with the options of the solver
+        kinds = (study.solved, study.main_runs)
+    run = next((runs[mask] for runs in kinds if mask in runs), study.first)
+    if run.has_llm:
+        changes = {"model.image_attention": mask, **changes}
+    return f"`{format_command(run, command, changes)}`"

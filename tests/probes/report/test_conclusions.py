@@ -72,7 +72,7 @@ def test_conclusions(
     assert recovery["supported"] is {"supported": True, "untested": None}.get(conclusion, False)
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
-        missing = "-c matched --model.draw 0" if solved else "`probes solve -c folder --model.mllm"
+        missing = "--model.match update --model.draw 0" if solved else "`probes solve --model.mllm"
         assert missing in recovery["reason"]
         assert "--model.image_attention causal" in recovery["reason"]
         assert recovery["p"] is None

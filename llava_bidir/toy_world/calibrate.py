@@ -34,7 +34,7 @@ from probes.studies.run import run_study
 from .child_process import run_in_child_process
 from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
-LLM = ("trained", "random0", "random1")
+LLM = ("trained", "random0", "random1", "permuted0", "permuted1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")

@@ -12,6 +12,9 @@ from llava_bidir.common.usage_errors import between, count, natural
 
 # vqa/benchmarks.py needs numpy
 VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()
+# toy_world/random_llms.py needs torch
+RANDOM_LLMS = "shuffled normal_0.02 normal_0.04 normal_0.08 normal_0.16 normal_0.32 orthogonal uniform".split()
+RANDOM_LLMS += ["sharp", "flat", "repeated", "low_rank", "reordered", "exchanged"]
 REQUIRED = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
 
@@ -200,7 +203,7 @@ def add_demo_assets_options(parser: ArgumentParser) -> None:
 def add_plant_options(parser: ArgumentParser) -> None:
     """Add the options of `llava-bidir plant`."""
     text = "recovery: train its image tokens on the classes; drop: merge classes in its adapter; "
-    text += "random: shuffle its LLM"
+    text += "random: shuffle or draw the layers of its LLM"
     parser.add_argument("what", choices=["recovery", "drop", "random"], help=text)
     parser.add_argument(
         "model",
@@ -239,6 +242,13 @@ def add_plant_options(parser: ArgumentParser) -> None:
         type=natural,
         default=3,
         help="drop: pairs of classes to merge, up to 3; 0: none",
+    )
+    parser.add_argument(
+        "--weights",
+        default="shuffled",
+        choices=RANDOM_LLMS,
+        metavar="NAME",
+        help=f"random: the layers, {', '.join(RANDOM_LLMS)}",
     )
     parser.add_argument(
         "--seed",

@@ -148,7 +148,9 @@ def add_calibrate_options(parser: ArgumentParser) -> None:
         default=2,
         help="scenes in a picture (default: %(default)s)",
     )
-    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
+    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3", "language"]
+    studies += [f"normal_{sd}" for sd in (0.02, 0.04, 0.08, 0.16, 0.32)]
+    studies += "orthogonal uniform sharp flat repeated low_rank reordered exchanged".split()
     parser.add_argument(
         "--studies",
         nargs="+",

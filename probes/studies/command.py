@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
         metavar="DIR",
         help="folder of the study",
     )
-    text = "draws of random LLMs, and of random adapters"
+    text = "draws of random LLMs, and of random adapters; two of permuted LLMs are added"
     parser.add_argument(
         "--draws",
         type=int,

@@ -10,6 +10,9 @@ An arm is a model with trained or random weights. Its name says which:
 
 Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and there are no other controls.
 
+A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
+can differ from all draws of one kind, e.g. by the scale of its weights (probes/worlds/beyond_random.md).
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """
 
@@ -89,6 +92,8 @@ ENCODER_ARMS = {
     "permuted": Weights(("encoder",), "permuted", slice(None)),
 }
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
+# Of any study: the fewest with an interval. Their spread is pooled with that of the other draws.
+PERMUTED_DRAWS = 2
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,9 @@ class Settings:
         models: Checkpoint directory or hub id by label. One model has the label "".
         data: Folder of images and masks, or the name of a layout, whose folder `--data.root` gives.
         out: Folder of the study.
-        draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers.
-        arms: Arms to solve; None for the trained one and `draws` of both.
+        draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers. At most two are also
+            permuted.
+        arms: Arms to solve; None for the trained one and all draws.
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on all arms.
         add: Analyses to run besides the default ones, "NAME" or "NAME.OPTION=VALUE".
@@ -341,8 +347,9 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
     if settings.arms is not None and not settings.arms:
         raise UserError("arms is empty; expected trained, random0, ... (--arms)")
     if settings.arms is None:
-        kinds = ("random", "adapter") if has_llm else ("random",)
-        return ["trained", *(f"{kind}{draw}" for kind in kinds for draw in range(settings.draws))]
+        draws = {"random": settings.draws, "permuted": min(settings.draws, PERMUTED_DRAWS)}
+        draws |= {"adapter": settings.draws} if has_llm else {}
+        return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
     for name in settings.arms:
         if not has_llm and _kind(name) in ARMS.keys() - ENCODER_ARMS.keys():
             known = "trained, random0, permuted0, or another draw"

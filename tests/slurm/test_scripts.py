@@ -16,7 +16,7 @@ from probes.studies.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
-ARMS = ["trained", "random0", "random1", "adapter0", "adapter1"]
+ARMS = ["trained", "random0", "random1", "permuted0", "permuted1", "adapter0", "adapter1"]
 MASKS = ["causal", "bidirectional"]
 DATA = [
     "PYTHON",

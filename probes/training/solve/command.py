@@ -14,7 +14,7 @@ from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.rank_zero import run_on_all_ranks
 from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_cli
-from probes.training.site_probes import MODEL_SETTINGS
+from probes.training.run_schema import MODEL_SETTINGS
 
 from .run import SolveRun, estimate, solve
 from .solver import SolveOptions

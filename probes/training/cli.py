@@ -202,7 +202,7 @@ def build_cli(
         ProbeData,
         args=args,
         run=run,
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "allow_abbrev": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
             "callbacks": [LearningRateMonitor("step"), ShowMaps(), SaveAtStepBoundary()],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -280,6 +281,7 @@ def test_bad_input_is_one_error_before_any_work(
     checkpoints,
     segmentation,
     tmp_path,
+    capsys,
 ):
     words, expected = BAD[what]
     shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
@@ -294,8 +296,9 @@ def test_bad_input_is_one_error_before_any_work(
 
     given = [in_place(*word.rpartition("=")) for word in words]
     out = tmp_path / "study"
-    with pytest.raises(SystemExit, match=expected):
+    with pytest.raises(SystemExit) as stop:
         main(["study", *given, "--out", str(out)])
+    assert re.search(expected, f"{stop.value}{capsys.readouterr().err}")
     assert not out.exists() or not any(out.rglob("*.json"))
 
 

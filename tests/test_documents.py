@@ -37,7 +37,7 @@ MOST_LINES = {
     "CONTRIBUTING.md": 130,
     "probes/README.md": 130,
     "llava_bidir/README.md": 125,
-    "tests/README.md": 170,
+    "tests/README.md": 180,
     "configs/README.md": 40,
 }
 PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}

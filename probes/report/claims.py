@@ -415,7 +415,8 @@ def _beyond_random_column(
         if reason := next(filter(None, reasons), None):
             return untested(reason, judged["value"], judged["ci95"], probes=kind)
         return judged
-    return untested(_why_no_draws(study, claim, mask, CONTROLS[part][0], numbers))
+    reasons = [_why_no_draws(study, claim, mask, control, numbers) for control in CONTROLS[part]]
+    return untested("; ".join(dict.fromkeys(reasons)))
 
 
 def _why_no_draws(

@@ -70,7 +70,7 @@ def test_advised_commands_make_runs_that_the_report_accepts(
     runs = [str(tmp_path / "trained")]
     main(solving.arguments(checkpoints["causal"], segmentation, runs[0], *settings))
     commands = advised(read_studies(runs))
-    assert len(commands) == 5, "the recipe, two draws of an LLM and of an adapter"
+    assert len(commands) == 7, "the recipe, two draws of both kinds of LLMs and of an adapter"
     for number, command in enumerate(sorted(commands)):
         words = follow(command.replace("RUN", str(tmp_path / f"run{number}")))
         if words[0] == "fit":  # the paper's recipe, in two steps

@@ -224,7 +224,10 @@ def test_a_claim_must_hold_beyond_both_kinds_of_random_weights(
     beyond = recovery["verdicts"]["beyond_random"]
     if conclusion == "untested":
         missing = {"random": "draws of a permuted llm: 0", "permuted": "draws of a random llm: 0"}
-        command = {"random": "--model.match permuted --model.draw 0", "permuted": "-c matched"}
+        command = {
+            "random": "--model.match permuted --model.draw 0",
+            "permuted": "--model.match update",
+        }
         assert missing[control] in beyond["reason"]
         assert command[control] in beyond["reason"]
         assert beyond["value"] > 0.1, "what was measured is shown"

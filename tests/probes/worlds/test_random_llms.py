@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from llava_bidir.command_options import RANDOM_LLMS
+from probes.world_options import RANDOM_LLMS
 from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE, matrices
 
 CONFIG = {

@@ -11,8 +11,8 @@ with as many optimizer steps on the same pictures:
     d captions   a caption with all classes of the picture
 
 OUT/seedN/MASK/ARM/hf are the models, OUT/seedN/MASK/ARM/study their studies with two draws of both kinds. What is there
-is not made again. Prints recovery at the optimum and beyond random, and the share of right answers to 400 questions about
-look-alikes.
+is not made again. Prints recovery at the optimum and beyond random, and the share of right answers to 400 questions
+about look-alikes.
 """
 
 import argparse

@@ -230,7 +230,8 @@ def test_a_dry_run_writes_nothing(
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
     assert "random1/knockout" in said
-    assert "2 random draws: an effect must exceed those of random models by" in said
+    assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
+    assert "2 random and 2 permuted draws: an effect must exceed those of both by" in said
     assert "MB" in said
     assert not (tmp_path / "study").exists()
 
@@ -581,7 +582,8 @@ def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tm
         if "--model.draw" in step.command:
             drawn[step.name] = step.command[step.command.index("--model.draw") + 1]
     random = {f"random{i}": str(i) for i in range(3)}
-    assert drawn == random | {f"adapter{i}": str(i) for i in range(3)}
+    permuted = {f"permuted{i}": str(i) for i in range(2)}
+    assert drawn == random | permuted | {f"adapter{i}": str(i) for i in range(3)}
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):

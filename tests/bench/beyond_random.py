@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 import probes
 from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.worlds.dialogues import patch_shares
-from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 from probes.data.registry import open_dataset
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
@@ -39,6 +37,8 @@ from probes.models.sites import last_layer
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
 from probes.tasks import SEGMENTATION, TASKS
+from probes.worlds.dialogues import patch_shares
+from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance
 RULES = ("update", "permuted", "both", "study", "mean")

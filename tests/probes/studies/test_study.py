@@ -231,7 +231,8 @@ def test_a_dry_run_writes_nothing(
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
     assert "random1/knockout" in said
-    assert "2 random draws: an effect must exceed those of random models by" in said
+    assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
+    assert "2 random and 2 permuted draws: an effect must exceed those of both by" in said
     assert "MB" in said
     assert not (tmp_path / "study").exists()
 
@@ -581,8 +582,8 @@ def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tm
     for step in make_plan(settings):
         if step.kind == "solve" and step.config["model"]["untrained"]:
             drawn[step.name] = step.config["model"]["draw"]
-    random = {f"random{i}": i for i in range(3)}
-    assert drawn == random | {f"adapter{i}": i for i in range(3)}
+    counts = {"random": 3, "permuted": 2, "adapter": 3}
+    assert drawn == {f"{arm}{i}": i for arm, count in counts.items() for i in range(count)}
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):

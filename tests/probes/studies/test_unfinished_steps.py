@@ -58,7 +58,7 @@ def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
         settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     )
     lacks = {step.name: step.why_left_out for step in steps if step.why_left_out}
-    assert lacks.keys() == {"trained/knockout", "random0/knockout"}
+    assert lacks.keys() == {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
     assert "layer_01" in lacks["trained/knockout"]
     assert not any(step.why_left_out for step in make_plan(settings({"": "causal"})))
 
@@ -87,6 +87,7 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
         assert sites == {
             "trained": ["encoder", "adapter", "layer_02"],
             "random0": ["adapter", "layer_02"],
+            "permuted0": ["adapter", "layer_02"],
             "adapter0": ["encoder", "adapter"],
         }
 
@@ -104,7 +105,7 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     assert not ran
     file.write_text("model: {image_resize: pad}\n")
     run.run_study(made())
-    assert ran == ["trained", "random0", "adapter0"]
+    assert ran == ["trained", "random0", "permuted0", "adapter0"]
     file.write_text("model: {image_resize: center_crop}\n")
     step = make_plan(made())[0]
     assert not must_replace(step, made().out), "replaced if asked to only"
@@ -215,7 +216,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     }
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
-    assert ran == ["trained", "random0", "adapter0", "trained/knockout", "trained/umap", "report"]
+    solved = ["trained", "random0", "permuted0", "adapter0"]
+    assert ran == [*solved, "trained/knockout", "trained/umap", "report"]
     reasons = {
         entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
     }
@@ -227,7 +229,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     ran.clear()
     ran.failing = {}
     run.run_study(made)
-    assert {"trained/knockout", "random0/knockout", "trained/umap", "report"} == set(ran)
+    knockouts = {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
+    assert knockouts | {"trained/umap", "report"} == set(ran)
     assert not unfinished_steps(made.out)
     ran.clear()
     run.run_study(made)
@@ -293,7 +296,7 @@ def test_trained_probes_have_mistakes_of_their_own(settings, ran):
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
     some = settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     run.run_study(some)
-    assert ran == ["trained", "random0", "adapter0", "report"]
+    assert ran == ["trained", "random0", "permuted0", "adapter0", "report"]
     assert "layer_01" in unfinished_steps(some.out)[1]["reason"]
     ran.clear()
     run.run_study(some)
@@ -326,7 +329,7 @@ def test_a_dry_run_of_few_photos_ends_well(
     words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
     with caplog.at_level("INFO"):
         run_study(checkpoints, segmentation, tmp_path, words)
-    assert f"{1 if only == 'fit' else 7} of them passes" in capsys.readouterr().out
+    assert f"{1 if only == 'fit' else 9} of them passes" in capsys.readouterr().out
     assert ("one batch" in caplog.text) == (only == "solve")
 
 

@@ -34,6 +34,12 @@ def add_export_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="write a model of type llava for serving software; requires a causal model",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32"),
+        default="auto",
+        help="dtype of the weights; auto: those of training, into which LoRA's updates are rounded",
+    )
 
 
 def add_import_gguf_options(parser: ArgumentParser) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 from llava_bidir.common.command_table import Command
 from llava_bidir.common.usage_errors import between, count, natural
 
+# worlds/random_llms.py needs torch
+RANDOM_LLMS = "shuffled normal_0.02 normal_0.04 normal_0.08 normal_0.16 normal_0.32 orthogonal uniform".split()
+RANDOM_LLMS += ["sharp", "flat", "repeated", "low_rank", "reordered", "exchanged"]
 REQUIRED = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
 
@@ -55,7 +58,7 @@ def add_demo_assets_options(parser: ArgumentParser) -> None:
 def add_plant_options(parser: ArgumentParser) -> None:
     """Add the options of `probes plant`."""
     text = "recovery: train its image tokens on the classes; drop: merge classes in its adapter; "
-    text += "random: shuffle its LLM"
+    text += "random: shuffle or draw the layers of its LLM"
     parser.add_argument("what", choices=["recovery", "drop", "random"], help=text)
     parser.add_argument(
         "model",
@@ -94,6 +97,13 @@ def add_plant_options(parser: ArgumentParser) -> None:
         type=natural,
         default=3,
         help="drop: pairs of classes to merge, up to 3; 0: none",
+    )
+    parser.add_argument(
+        "--weights",
+        default="shuffled",
+        choices=RANDOM_LLMS,
+        metavar="NAME",
+        help=f"random: the layers, {', '.join(RANDOM_LLMS)}",
     )
     parser.add_argument(
         "--seed",
@@ -334,7 +344,9 @@ def add_calibrate_options(parser: ArgumentParser) -> None:
         default=2,
         help="scenes in a picture (default: %(default)s)",
     )
-    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
+    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3", "language"]
+    studies += [f"normal_{sd}" for sd in (0.02, 0.04, 0.08, 0.16, 0.32)]
+    studies += "orthogonal uniform sharp flat repeated low_rank reordered exchanged".split()
     parser.add_argument(
         "--studies",
         nargs="+",

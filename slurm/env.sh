@@ -37,7 +37,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STAGE1:=-c configs/stage1.yaml}"                  # may be followed by options of `fit`: --data.micro_batch_size 8
 : "${STAGE2:=-c configs/stage2.yaml}"
 : "${LAYOUT:=ade20k}"                                  # or voc2012, cityscapes; of other images, their folder
-: "${ARMS:=trained random0 random1 adapter0 adapter1}" # fewer than two random draws: no verdict beyond random models
+: "${ARMS:=trained random0 random1 permuted0 permuted1 adapter0 adapter1}" # fewer than two draws of each: no verdict beyond random models
 : "${SPLIT=}"                                          # yes: a job for each arm; controls start after the trained model
 : "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds

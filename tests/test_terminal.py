@@ -54,7 +54,7 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         (
             f"probes solve {MODEL_AND_DATA} --pass 8",
             "probes solve: unrecognized arguments: --pass 8",
-            None,
+            "--passes",
         ),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
         (

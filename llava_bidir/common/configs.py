@@ -101,22 +101,28 @@ def read_values(config: str) -> dict[str, Any]:
 def check_order(argv: Sequence[str]) -> None:
     """Raise if a config replaces the value of an option before it; configs and options count from left to right.
 
+    An option that comes again after the config has its last value.
+
     Raises:
         UserError: Names the option and the config.
     """
     for i, _, name in configs_in(argv):
-        options = [word.partition("=")[0].rstrip("+") for word in argv[:i] if word.startswith("--")]
-        if not options:
+        lost = [option for option in _options(argv[:i]) if option not in _options(argv[i:])]
+        if not lost:
             continue
         try:
             keys = [f"--{key}." for key in read_values(name)]
         except (OSError, ValueError):
             continue  # the command's own parser says what is wrong
-        for option in options:
+        for option in lost:
             if any(key.startswith(f"{option}.") or f"{option}.".startswith(key) for key in keys):
                 raise UserError(
                     f"{option} comes before the config {name}, which would replace its value; put options after -c"
                 )
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0].rstrip("+") for word in words if word.startswith("--")]
 
 
 def with_config_paths(argv: Sequence[str]) -> list[str]:

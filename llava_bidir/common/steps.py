@@ -1,9 +1,10 @@
 """Steps of long work: each is done once, and again if what it was made from has changed.
 
-FOLDER/steps/NAME.json records of each step its command, hashes of what it read and wrote, its seconds and memory, or
+FOLDER/steps/NAME.json records of each step its config, hashes of what it read and wrote, its seconds and memory, or
 why it has made nothing. Studies, the demo, the real model, calibrations and rehearsals are made of such steps.
 """
 
+import json
 import resource
 import time
 import traceback
@@ -20,27 +21,25 @@ OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
 
 @dataclass(frozen=True)
 class Step:
-    """A part of long work: one command with its result.
+    """A part of long work: one call with its result.
 
     Args:
         name: Unique among the steps of the work, e.g. "causal/random0/knockout".
-        command: Words of the command.
+        config: All that the call is given, as JSON has it: options by name, or the words of a command.
         result: The file that says that it is done.
         kind: Steps of one kind take about the same time.
         reads: Files that it reads, by their names in the record.
-        configs: Files that its options are read from, by name. With other content they are other options.
-        takes_overwrite: The command refuses to replace a result without `--overwrite true`.
+        takes_overwrite: The call refuses to replace a result unless it is told to overwrite it.
         follows: Step that it is compared with, and left out with.
         optional: If it fails, the steps after it run nevertheless.
         why_left_out: Known before any work; "" if it is run.
     """
 
     name: str
-    command: tuple[str, ...]
+    config: Any
     result: Path
     kind: str
     reads: Mapping[str, Path] = field(default_factory=dict)
-    configs: Mapping[str, Path] = field(default_factory=dict)
     takes_overwrite: bool = False
     follows: str = ""
     optional: bool = False
@@ -49,10 +48,6 @@ class Step:
     def inputs(self) -> dict[str, str | None]:
         """Return the hashes of what the step reads, None for a file that is not there."""
         return {name: digest(file) for name, file in self.reads.items()}
-
-    def config_hashes(self) -> dict[str, str | None]:
-        """Return the hashes of the files that the step's options are read from."""
-        return {name: digest(file) for name, file in self.configs.items()}
 
 
 def digest(file: Path) -> str | None:
@@ -72,7 +67,7 @@ def _record_file(name: str, folder: Path) -> Path:
 
 
 def is_done(step: Step, folder: Path) -> bool:
-    """Return whether this command, from what is there now, has made the result or had none to make."""
+    """Return whether this call, from what is there now, has made the result or had none to make."""
     record = read_record(step.name, folder)
     if step.why_left_out:
         return record.get("left_out") == step.why_left_out
@@ -81,9 +76,7 @@ def is_done(step: Step, folder: Path) -> bool:
     if record.get("lacks"):  # an earlier plan left it out for a reason that is gone
         return False
     is_there = step.result.is_file() or bool(record.get("left_out"))
-    # records of earlier versions have no configs
-    known = {"configs": {}} | record
-    return is_there and all(known.get(key) == value for key, value in _state(step).items())
+    return is_there and all(record.get(key) == value for key, value in _state(step).items())
 
 
 def find_missing(
@@ -109,11 +102,15 @@ def find_missing(
 
 def _state(step: Step) -> dict[str, Any]:
     return {
-        "command": list(step.command),
-        "configs": step.config_hashes(),
+        "config": _as_json(step.config),
         "inputs": step.inputs(),
         "result": digest(step.result),
     }
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as a record has it after it was read back; paths are text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _write_record(
@@ -140,23 +137,28 @@ def _write_record(
     write_files({_record_file(step.name, folder): record | known_before | more})
 
 
-def command_now(
+def must_replace(
     step: Step,
     folder: Path,
     *,
     overwrite: bool = False,
-) -> list[str]:
-    """Return the words of a step's command; a result that it made from other inputs is replaced.
+) -> bool:
+    """Return whether a step is told to overwrite the result that is there: it has made it from other inputs.
 
     Args:
         step: The step.
         folder: Folder of the records.
         overwrite: Replace any other result, too.
     """
-    words = list(step.command)
     if not step.takes_overwrite or not step.result.is_file():
-        return words
-    if not (overwrite or _is_outdated(step, folder)):
+        return False
+    return overwrite or _is_outdated(step, folder)
+
+
+def command_now(step: Step, folder: Path) -> list[str]:
+    """Return the words of a step that is a command; a result that it has made from other inputs is replaced."""
+    words = list(step.config)
+    if not must_replace(step, folder):
         return words
     if "--ckpt_path" in words:  # to resume, which is the opposite
         start = words.index("--ckpt_path")
@@ -165,20 +167,17 @@ def command_now(
 
 
 def _is_outdated(step: Step, folder: Path) -> bool:
-    """Return whether the result that is there was made by this command from other inputs."""
+    """Return whether the result that is there was made by this call from other inputs."""
     made = _how_made(step, folder)
-    same_options = made.get("command") == list(step.command)
-    if not same_options or made.get("configs", {}) != step.config_hashes():
-        return False
-    return made["inputs"] != step.inputs()
+    return made.get("config") == _as_json(step.config) and made["inputs"] != step.inputs()
 
 
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:
-    """Return command, configs and inputs of the result that is there: a step that failed has not replaced it."""
+    """Return config and inputs of the result that is there: a step that failed has not replaced it."""
     record = read_record(step.name, folder)
     if record.get("failed"):
         return record.get("kept", {})
-    return {key: record[key] for key in ("command", "configs", "inputs") if key in record}
+    return {key: record[key] for key in ("config", "inputs") if key in record}
 
 
 # ---------------------------------------------------------------------------------------------------- running

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -74,6 +75,10 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
+    if revision is not None and Path(path).is_dir():
+        raise UserError(
+            f"revision={revision!r}: {path} is a directory, which has no revisions; leave it out, or pass a hub id"
+        )
     # once, so that all files are of the same commit
     hub = {"revision": resolve_revision(path, revision)}
     config = read_config(path, **hub)

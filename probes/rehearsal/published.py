@@ -32,7 +32,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from llava_bidir.common.tokenizer import load_tokenizer
-from llava_bidir.model.build import CHAT_TEMPLATE, EXTRA_TOKENS, VOCABULARY_MULTIPLE
+from llava_bidir.model.build import CHAT_TEMPLATE, EXTRA_TOKENS
+from llava_bidir.model.llm import VOCABULARY_MULTIPLE
 
 WORDS = 32000  # rows of Llama's vocabulary
 SHARDS = 3  # llava-hf/llava-1.5-7b-hf has three

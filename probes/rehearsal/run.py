@@ -98,7 +98,7 @@ def start_record(file: Path, size: str, encoder: str, images: int) -> dict[str, 
 def run_step(step: RehearsalStep) -> dict[str, Any]:
     """Run a step and return what was measured, also if it has failed."""
     log = step.result
-    package, *words = step.command
+    package, *words = step.config
     measured = run_measured([sys.executable, "-m", package, *words], log)
     if measured.pop("returncode"):
         lines = log.read_text(errors="replace").strip().splitlines()

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from shlex import quote
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
@@ -24,8 +24,9 @@ from probes.evaluation.estimate import Estimate
 from probes.results.comparable import check_pair, knockout_difference
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
+from probes.results.run_command import format_command
 from probes.results.steps import study_folder
-from probes.results.study import MASKS, StudyRuns
+from probes.results.study import CONTROLS, MASKS, StudyRuns
 from probes.tasks import SEGMENTATION
 
 from .strengths import path_rows
@@ -38,6 +39,7 @@ from .verdicts import (
     correct_for_claims,
     judge,
     judge_draws,
+    least_favourable,
     margin_column,
     path_column,
     untested,
@@ -47,6 +49,7 @@ from .verdicts import (
 log = logging.getLogger(__name__)
 
 KNOCKOUT = "knockout"  # the analysis
+MATCHES = {"random": "update", "permuted": "permuted"}  # `model.match` of a control
 
 Key = tuple[str, str]  # claim, mask
 
@@ -64,8 +67,8 @@ class StudyNumbers(NamedTuple):
     main: Numbers  # trained probes where there are some, else solved ones
     control: Numbers  # the same, of the untrained model
     solved: Numbers
-    # minus those of random draws, by claim, mask and kind of probes
-    beyond_random: dict[tuple[str, str, str], Estimate]
+    # minus those of random draws, by claim, mask, kind of probes and control
+    beyond_random: dict[tuple[str, str, str, str], Estimate]
     tokens: str  # "random" or "matched": what a knockout blocks in place of a class
 
 
@@ -149,29 +152,36 @@ def measure_study(study: StudyRuns) -> StudyNumbers:
         kinds.append(("trained", main, main_site))
     beyond = {}
     for kind, numbers, site in kinds:
+        is_solved = kind == "solved"
         draws = {
-            part: [numbers_of(runs, site) for runs in study.random_draws(part, kind == "solved")]
-            for part in ("llm", "adapter")
+            arm: [numbers_of(runs, site) for runs in study.draws_of(arm, is_solved)]
+            for arm in {*CONTROLS["llm"], *CONTROLS["adapter"]}
         }
         for key, estimate in numbers.judged.items():
-            of_part = draws[_random_part(key[0])]
-            if _draws_of_other_knockouts(study, *key, kind == "solved"):
-                continue
-            of_draws = [draw.judged.get(key) for draw in of_part if key in draw.paper]
-            if len(of_draws) >= 2 and all(of_draws):
-                beyond[*key, kind] = compare_to_draws(estimate, of_draws)
+            for arm in CONTROLS[_random_part(key[0])]:
+                if _draws_of_other_knockouts(study, *key, arm, is_solved):
+                    continue
+                of_draws = [draw.judged.get(key) for draw in draws[arm] if key in draw.paper]
+                if len(of_draws) >= 2 and all(of_draws):
+                    beyond[*key, kind, arm] = compare_to_draws(estimate, of_draws)
     return StudyNumbers(main, control, solved, beyond, tokens)
 
 
-def _draws_of_other_knockouts(study: StudyRuns, claim: str, mask: str, solved: bool) -> str | None:
-    """Return why the knockouts of random models are not comparable with the trained one's; None for other claims."""
+def _draws_of_other_knockouts(
+    study: StudyRuns,
+    claim: str,
+    mask: str,
+    control: str,
+    solved: bool,
+) -> str | None:
+    """Return why the knockouts of a control are not comparable with the trained one's; None for other claims."""
     if ANALYSIS_OF.get(claim) != KNOCKOUT:
         return None
     trained = (study.solved if solved else study.main_runs).get(mask)
     if trained is None:
         return None
-    found = (knockout_difference(trained, run) for run in study.random_runs("llm", mask, solved))
-    return next(filter(None, found), None)
+    draws = [runs[mask] for runs in study.draws_of(control, solved) if mask in runs]
+    return next(filter(None, (knockout_difference(trained, run) for run in draws)), None)
 
 
 def compared_tokens(effects: Iterable[Mapping[str, Estimate]]) -> str:
@@ -315,9 +325,9 @@ def _optimum_column(
         reason = why_unconverged([solved[mask], *controls], claim)
         return path_column(sign, path, reason, study.task.margin)
     if claim == "recovery_trained":
-        options = "--model.untrained '[adapter, llm]'"
+        untrained = {"model.untrained": ["adapter", "llm"]}
         return untested(
-            f"no solved run of the untrained model: run {_command('solve', study, mask, options)}"
+            f"no solved run of the untrained model: run {_command('solve', study, mask, untrained)}"
         )
     if (claim, mask) not in numbers.solved.paper:
         return untested(_not_analysed(claim, solved[mask]))
@@ -365,63 +375,85 @@ def _beyond_random_column(
 ) -> dict[str, Any]:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
-    The drop at the adapter is compared with random adapters, all other claims with random LLMs. "same_draws_as" is the
-    mask whose random adapters these are, since an adapter does not depend on the mask; "same_as" is the claim whose
-    column this is.
+    The drop at the adapter is compared with random adapters, all other claims with both kinds of random LLMs.
+    "same_draws_as" is the mask whose random adapters these are, since an adapter does not depend on the mask; "same_as"
+    is the claim whose column this is.
     """
     if claim == "recovery_trained":  # minus other random weights, it is the recovery again
         return _beyond_random_column(study, "recovery", mask, numbers) | {"same_as": "recovery"}
     part = _random_part(claim)
-    found = numbers.beyond_random
     for kind in ("solved", "trained"):
-        if compared := found.get((claim, mask, kind)):
-            masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
-            others = [found[claim, of, kind] for of in masks if of != mask and part == "llm"]
-            same = {"same_draws_as": masks[0]} if part == "adapter" and masks[0] != mask else {}
-            judged = judge_draws(CLAIMS[claim].sign, compared, others, study.task.margin)
-            judged |= {"probes": kind} | same
-            draws = study.random_draws(part, solved=True) if kind == "solved" else []
+        found = {
+            (of, control): compared
+            for (name, of, probes, control), compared in numbers.beyond_random.items()
+            if (name, probes) == (claim, kind)
+        }
+        controls = [control for control in CONTROLS[part] if (mask, control) in found]
+        if not controls:
+            continue
+        sign = CLAIMS[claim].sign
+        margin = study.task.margin
+        columns = {}
+        for control in controls:
+            compared = found[mask, control]
+            # random adapters are the same under both masks
+            others = [x for key, x in found.items() if key != (mask, control) and part == "llm"]
+            columns[control] = judge_draws(sign, compared, others, margin)
+        judged = least_favourable(sign, columns, margin) | {"probes": kind}
+        first = next(iter(found))[0]
+        if part == "adapter" and first != mask:
+            judged["same_draws_as"] = first
+        reasons = [
+            _why_no_draws(study, claim, mask, control, numbers)
+            for control in CONTROLS[part]
+            if control not in controls
+        ]
+        if kind == "solved" and claim not in WITHOUT_PROBES:
+            draws = [runs for control in controls for runs in study.draws_of(control, solved=True)]
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
-            reason = None if claim in WITHOUT_PROBES else why_unconverged(runs, claim)
-            if reason is None:
-                return judged
+            reasons.append(why_unconverged(runs, claim))
+        if reason := next(filter(None, reasons), None):
             return untested(reason, judged["value"], judged["ci95"], probes=kind)
-    return untested(_why_no_draws(study, claim, mask, numbers))
+        return judged
+    reasons = [_why_no_draws(study, claim, mask, control, numbers) for control in CONTROLS[part]]
+    return untested("; ".join(dict.fromkeys(reasons)))
 
 
 def _why_no_draws(
     study: StudyRuns,
     claim: str,
     mask: str,
+    control: str,
     numbers: StudyNumbers,
 ) -> str:
-    """Return why a claim was not compared with random models, and the command that changes it."""
+    """Return why a claim was not compared with a control, and the command that changes it."""
     part = _random_part(claim)
     name = part if study.first.has_llm else "encoder"
+    adjective = "permuted" if control == "permuted" else "random"
     kinds = {True, study.first.is_solved}  # trained probes are compared with trained ones only
-    count = max(len(study.random_draws(part, solved)) for solved in kinds)
+    count = max(len(study.draws_of(control, solved)) for solved in kinds)
     if count >= 2:
-        which_runs = f"the runs with a random {name}"
+        which_runs = f"the runs with a {adjective} {name}"
         if CLAIMS[claim].against_tokens and (claim, mask) not in numbers.main.judged:
             return _no_contrast(study.main_runs[mask])
         if claim in ANALYSIS_OF and not CLAIMS[claim].between_masks:
-            if reason := _draws_of_other_knockouts(study, claim, mask, study.first.is_solved):
+            solved = study.first.is_solved
+            if reason := _draws_of_other_knockouts(study, claim, mask, control, solved):
                 return reason
-            draws = study.random_runs(part, mask, study.first.is_solved)
+            draws = [runs[mask] for runs in study.draws_of(control, solved) if mask in runs]
             analysed = [run for run in draws if run.analysis("knockout.json")]
             if CLAIMS[claim].against_tokens and draws and len(analysed) == len(draws):
                 return _no_contrast(draws[0])
             return _draws_without(ANALYSIS_OF[claim], which_runs)
         return f"fewer than two draws under the same mask: solve {which_runs} under each mask"
-    too_few = f"draws of a random {name}: {count}, two are needed"
+    too_few = f"draws of a {adjective} {name}: {count}, two are needed"
     if study_folder(study.first.path):
-        arm = "adapter" if part == "adapter" else "random"
         again = f"{too_few}: give the same `probes study` again with `--draws 2`"
-        return f"{again}, or with {arm}0 and {arm}1 among its `--arms`"
-    options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
-    if not study.first.has_llm:
-        options = "--model.untrained '[encoder]' --model.match update"
-    command = _command("solve", study, mask, f"{options} --model.draw {count}")
+        return f"{again}, or with {control}0 and {control}1 among its `--arms`"
+    weights: dict[str, Any] = {"model.untrained": [name]}
+    if control in MATCHES:
+        weights["model.match"] = MATCHES[control]
+    command = _command("solve", study, mask, weights | {"model.draw": count})
     again = ", and the same with --model.draw 1" if count == 0 else ""
     return f"{too_few}: run {command}{again}"
 
@@ -437,17 +469,13 @@ def _command(
     command: str,
     study: StudyRuns,
     mask: str,
-    options: str = "",
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Return the command that makes the probes of a mask that a study lacks."""
-    run = next(
-        (runs[mask] for runs in (study.main_runs, study.solved) if mask in runs), study.first
-    )
-    mask_option = f" --model.image_attention {quote(mask)}" if run.has_llm else ""
-    model = f"--model.mllm {quote(run.metrics['mllm'])}{mask_option}"
-    if study.task.name != SEGMENTATION:
-        model = f"--data.task {study.task.name} {model}"
-    options = f"{options} " * bool(options) + model
-    data = run.manifest["data"]
-    config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"
-    return f"`probes {command} -c {config} {options} --data.root {quote(data['root'])} --out RUN`"
+    """Return the command that makes the probes of a mask that a study lacks, with the settings of one that it has."""
+    kinds = (study.main_runs, study.solved)
+    if command == "solve":  # with the options of the solver
+        kinds = (study.solved, study.main_runs)
+    run = next((runs[mask] for runs in kinds if mask in runs), study.first)
+    if run.has_llm:
+        changes = {"model.image_attention": mask, **changes}
+    return f"`{format_command(run, command, changes)}`"

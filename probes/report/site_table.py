@@ -1,7 +1,8 @@
 """The first table of a study: where the model can segment, and what random models reach at the same sites.
 
-The adapter is compared with random adapters, the layers of the LLM with random LLMs, those of a bare encoder with
-random encoders. A part of a random model that is not random equals the trained one's, and has no row to compare with.
+The adapter is compared with random adapters, the layers of the LLM with random and permuted LLMs, those of a bare
+encoder with random and permuted encoders. A part of a random model that is not random equals the trained one's, and has
+no row to compare with.
 
 Shapes: S sites, R resamplings.
 """
@@ -20,7 +21,7 @@ from probes.results.formatting import (
     format_score,
 )
 from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.results.study import CONTROLS, StudyRuns
 
 from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 
@@ -32,7 +33,8 @@ def site_rows(study: StudyRuns) -> Rows:
     """Return a row for each mask and site, of solved probes where all masks have them.
 
     "difference" is the score minus the mean of the random models', paired over images; its interval covers images and
-    draws and needs two draws. Scores and differences are fractions 0..1, None where nothing is random.
+    draws and needs two draws. Of random and permuted models it is the smaller difference, and the interval covers those
+    of both. Scores and differences are fractions 0..1, None where nothing is random.
     """
     runs = study.runs_by_site.items()
     return [row for mask, run in runs for row in _rows_of_run(study, mask, run, run.is_solved)]
@@ -46,15 +48,15 @@ def _rows_of_run(
 ) -> Rows:
     """Return the rows of one mask."""
     own = run.site_scores()
-    draws = {
-        part: [of_draw.site_scores() for of_draw in _random_runs(study, part, mask, solved)]
-        for part in ("adapter", "llm")
+    scores = {
+        control: [of_draw.site_scores() for of_draw in _random_runs(study, control, mask, solved)]
+        for control in {*CONTROLS["llm"], *CONTROLS["adapter"]}
     }
     rows = []
     for entry in run.metrics["sites"]:
         site = entry["site"]
-        part = _random_part(site)
-        others = [scores[site] for scores in draws.get(part, ()) if site in scores]
+        controls = CONTROLS.get(_random_part(site), ())
+        others = [[of[site] for of in scores[control] if site in of] for control in controls]
         row = {
             "image_attention": mask,
             "site": site,
@@ -67,14 +69,14 @@ def _rows_of_run(
 
 def _random_runs(
     study: StudyRuns,
-    part: str,
+    control: str,
     mask: str,
     solved: bool,
 ) -> list[ProbeRun]:
-    """Return the draws of a random part; those of an adapter serve all masks, which it does not depend on."""
-    if part != "adapter":
-        return study.random_runs(part, mask, solved)
-    draws = study.random_draws(part, solved)
+    """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
+    draws = study.draws_of(control, solved)
+    if control != "adapter":
+        return [draw[mask] for draw in draws if mask in draw]
     return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
 
 
@@ -87,22 +89,24 @@ def _random_part(site: str) -> str | None:
     return None
 
 
-def _compare(own: Estimate, others: Sequence[Estimate]) -> dict[str, Any]:
-    """Return the columns of the random models."""
+def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> dict[str, Any]:
+    """Return the columns of the random models, from the draws of each control."""
     row = {
         "random": None,
-        "draws": len(others),
+        "draws": sum(map(len, others)),
         "difference": None,
     }
     row |= bounds(None, "difference_")
-    if not others:
+    compared = [compare_to_draws(own, draws) for draws in others if draws]
+    if not compared:
         return row
-    compared = compare_to_draws(own, others)
-    row["random"] = sum(compared.about["by_draw"]) / len(others)
-    row["difference"] = compared.value
-    if len(others) > 1:
-        interval, _ = interval_over_draws(compared)
-        row |= bounds(interval, "difference_")
+    nearest = min(compared, key=lambda x: abs(x.value))
+    row["random"] = nearest.about["trained"] - nearest.value
+    row["difference"] = nearest.value
+    if all(len(x.about["by_draw"]) > 1 for x in compared):
+        # beyond all controls if the interval that covers theirs excludes zero
+        lows, highs = zip(*(interval_over_draws(x)[0] for x in compared), strict=True)
+        row |= bounds([min(lows), max(highs)], "difference_")
     return row
 
 

@@ -113,6 +113,11 @@ def claim_notes(claims: list[dict[str, Any]], margin: str = f"{100 * MARGIN:g} p
         entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED
     ]
     notes = [f"At the optimum and beyond random, an effect counts from {margin}."]
+    if any(len(entry.get("controls", ())) > 1 for entry in beyond):
+        notes.append(
+            "Beyond random: beyond layers of random weights that change the states as much, and beyond the trained "
+            "weights in random order. The number is of those beyond which a claim fares worst."
+        )
     counts = [claim["n"] for claim in claims]
     for unit, unit_text in (("images", "validation images"), ("groups", "groups of images")):
         fewest = min((count[unit] for count in counts if unit in count), default=FEW_IMAGES)
@@ -159,6 +164,8 @@ def describe_column(entry: dict[str, Any]) -> str:
         notes.append(f"converged at {entry['converged']} of {entry['strengths']} strengths")
     if entry.get("below_optimum"):
         notes.append(f"below the optimum by {format_difference(entry['below_optimum'])}")
+    if len(entry.get("controls", ())) > 1:
+        notes.append(f"beyond {entry['control']} layers")
     if "detectable" in entry:
         notes.append(f"detectable: {100 * entry['detectable']:.1f}")
     return "; ".join(notes)

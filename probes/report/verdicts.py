@@ -5,7 +5,9 @@
                    optimum, with an interval; no verdict depends on it
     optimum        with solved probes: drop and recovery at the chosen strength of regularisation and its neighbours,
                    all else at the chosen one; of a knockout, per mistaken patch and against other tokens
-    beyond_random  the claim's number minus that of random models which change the states as much
+    beyond_random  the claim's number minus that of models with random weights. There are two kinds of random LLMs (of
+                   an encoder: layers), those that change the states as much and those with the trained weights in
+                   random order; the column is of the kind beyond which the claim fares worst
 
 A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
 "does not hold". In the last two columns the value must also be at least the task's margin. A column whose runs are
@@ -238,13 +240,43 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
     return replace(trained - Estimate.mean(draws), about=about)
 
 
+def least_favourable(
+    sign: int, columns: dict[str, dict[str, Any]], margin: float = MARGIN
+) -> dict[str, Any]:
+    """Return the column of the control beyond which a claim of this sign fares worst, with the "p" of all controls.
+
+    A model that has learned nothing resembles one kind of random weights and not another one: a random LLM whose
+    attention is sharper than that of all draws of one kind can read more than these.
+
+    Args:
+        sign: Of the claim.
+        columns: What :func:`judge_draws` returns, by control; "controls" of the result.
+        margin: Of the task.
+    """
+
+    def bound(control: str) -> float:
+        return min(sign * bound for bound in columns[control]["ci95"])
+
+    verdicts = {entry["verdict"] for entry in columns.values()}
+    failing = [name for name, entry in columns.items() if entry["verdict"] != HOLDS]
+    control = min(failing or columns, key=bound)
+    if verdicts == {REVERSED}:  # the one that comes nearest to the claim
+        control = max(columns, key=bound)
+    p = max(entry["p"] for entry in columns.values())
+    result = columns[control] | {"p": p, "control": control, "controls": columns}
+    if len(verdicts) > 1:  # holds beyond some controls only
+        result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
+    return result
+
+
 def interval_over_draws(
     compared: Estimate, others: Sequence[Estimate] = ()
 ) -> tuple[list[float], tuple[float, float]]:
     """Return the 95% interval over images and draws, and the standard error and degrees of freedom of draws.
 
     The own interval of what :func:`compare_to_draws` returns covers images. The draws add Student's t. Their variance
-    is pooled with `others`: the same claim under other masks, whose degrees of freedom add up. It is never below that
+    is pooled with `others`: the same claim under other masks or beyond other random weights, whose degrees of freedom
+    add up. It is never below that
     of the own draws, so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell
     would not (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and
     Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.

@@ -29,6 +29,8 @@ from .formatting import file_name
 from .probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
+# Arms with random weights, by the part that is random: a claim must hold beyond each of them.
+CONTROLS = {"llm": ("random", "permuted"), "adapter": ("adapter",)}
 # arms that are the model, or its LLM, before training
 UNTRAINED = ("untrained", "random, unmatched")
 Run = TypeVar("Run", bound=FinishedRun)
@@ -166,14 +168,19 @@ class StudyRuns:
         return self.select(self.main_runs[mask].is_solved, *UNTRAINED).get(mask)
 
     def random_draws(self, part: str, solved: bool) -> list[dict[str, FinishedRun]]:
-        """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
+        """Return the controls with a random "adapter" or "llm" that figures show: per draw, the runs by mask.
 
         Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
+        """
+        kinds = (self.draws_of(control, solved) for control in CONTROLS[part])
+        return next(filter(None, kinds), [])
+
+    def draws_of(self, control: str, solved: bool) -> list[dict[str, FinishedRun]]:
+        """Return the draws of one of `CONTROLS`: per draw, the runs by mask.
+
         Untrained models have a random adapter, too; of the same draw it has the same weights.
         """
-        arms = ("adapter", "untrained") if part == "adapter" else ("random",)
-        if part == "llm" and not self.select(solved, "random"):
-            arms = ("permuted",)
+        arms = ("adapter", "untrained") if control == "adapter" else (control,)
         draws: dict[tuple[int, int], dict[str, FinishedRun]] = {}
         for run in sorted(
             (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)

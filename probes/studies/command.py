@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
         metavar="DIR",
         help="folder of the study",
     )
-    text = "draws of random LLMs, and of random adapters"
+    text = "draws of random LLMs, and of random adapters; two of permuted LLMs are added"
     parser.add_argument(
         "--draws",
         type=int,
@@ -101,7 +101,8 @@ def main(argv: list[str]) -> None:
             parser.error(f"argument {option}: expected a value")
     args, unknown = parser.parse_known_args(words)
     options = [part for word in unknown for part in given.get(word, [word])]
-    check_options("probes study", options, Path(__file__).parents[1] / "options.txt", ())
+    known = Path(__file__).parents[1] / "options.txt"
+    check_options("probes study", options, known, ())
     if len(args.inputs) < 2:
         parser.error(
             "expected a model and a folder of images and masks: probes study MODEL DATA --out DIR"
@@ -109,9 +110,13 @@ def main(argv: list[str]) -> None:
     *models, data = args.inputs
     labelled = label_models(models)
 
+    from probes.data.registry import DATASETS
+
     from .plan import Settings
     from .run import run_study
 
+    if data in DATASETS:
+        check_options("probes study", options, known, ("data.root",))
     tuples = {key: tuple(getattr(args, key)) for key in ("tasks", "add")}
     tuples |= {key: getattr(args, key) and tuple(getattr(args, key)) for key in ("arms", "only")}
     settings = Settings(

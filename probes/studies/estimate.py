@@ -1,6 +1,8 @@
 """`probes study --dry-run`: what a study will do, what it costs, and which effects it can find."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +10,12 @@ import numpy as np
 import scipy.stats
 
 from llava_bidir.common.atomic_io import read_json
-from probes.cli import run_command
 from probes.report.verdicts import MARGIN, POWER
 from probes.results.steps import LEFT_OUT, describe_steps
+from probes.results.study import CONTROLS
 
-from .plan import Settings, check, make_plan, open_split, planned_runs
-from .run import RUNS, check_words
+from .plan import Settings, arm_names, check, make_plan, open_split, planned_runs
+from .run import RUNS
 
 
 class Spread(NamedTuple):
@@ -33,7 +35,6 @@ def print_estimate(settings: Settings) -> None:
     """Print the steps, the time of a pass over the images, disk space, and the effect that can be detected."""
     check(settings)
     steps = make_plan(settings)
-    check_words(steps)
     left_out = [
         {
             "step": step.name,
@@ -47,36 +48,42 @@ def print_estimate(settings: Settings) -> None:
     for step in steps:
         print(f"  {step.name}")
     runs = [step for step in steps if step.kind in RUNS]
-    print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
+    arms = Counter(Path(step.name).name.rstrip("0123456789") for step in runs)
+    kinds = ", ".join(f"{count} {arm}" for arm, count in arms.items())
+    print(f"{len(steps)} steps, {len(runs)} of them passes over the images: {kinds}")
     for line in describe_steps(left_out, LEFT_OUT):
         print(line)
     validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
     masks = {planned.mask for planned in planned_runs(settings, ()).values()}
     print(describe_power(settings, len(validation), len(masks)))
-    trained = next(
-        (step for step in runs if step.kind == "solve" and "--model.untrained" not in step.command),
-        None,
-    )
+    solved = [step.config for step in runs if step.kind == "solve"]
+    trained = [config for config in solved if not config["model"]["untrained"]]
     if trained:
-        words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
-        run_command([*words, "--dry-run"])
+        from probes.training.solve.command import run_config
+
+        run_config(trained[0] | {"ckpt_path": None, "dry_run": True})
 
 
 def describe_power(settings: Settings, images: int, masks: int) -> str:
     """Return which effects a study of models with so many masks can tell from those of random models."""
     spread = own_spread(settings.out) or TOY_WORLD
-    draws = settings.draws
-    remedy = "--draws 2 or more"
-    if settings.arms is not None:
-        draws = sum(arm.startswith("random") for arm in set(settings.arms))
-        remedy = "random0 and random1 among --arms"
+    arms = arm_names(settings, has_llm=True)
+    random, permuted = draws = [
+        sum(arm.startswith(control) for arm in arms) for control in CONTROLS["llm"]
+    ]
     effect = detectable_effect(images, draws, masks, spread)
     if effect is None:
-        return f"with fewer than two random draws, nothing can be told from random models: give {remedy}"
+        remedy = "--draws 2 or more"
+        if settings.arms is not None:
+            remedy = "random0, random1, permuted0 and permuted1 among --arms"
+        return (
+            "with fewer than two random and two permuted draws, nothing can be told from random models: "
+            f"give {remedy}"
+        )
     return (
-        f"{images} validation images, {draws} random draws: an effect must exceed those of random models by "
-        f"{100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in {spread.of}"
+        f"{images} validation images, {random} random and {permuted} permuted draws: an effect must exceed those of "
+        f"both by {100 * effect:.1f} points to be found in 4 of 5 studies, if images differ as in {spread.of}"
     )
 
 
@@ -115,23 +122,36 @@ def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[floa
 
 def detectable_effect(
     images: int,
-    draws: int,
+    draws: Sequence[int],
     masks: int,
     spread: Spread,
 ) -> float | None:
-    """Return the effect that 80% of studies find beyond random draws, as a fraction; None if it cannot be tested.
+    """Return the effect that 80% of studies find beyond all controls, as a fraction; None if it cannot be tested.
 
-    Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks.
+    Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks
+    and controls.
+
+    Args:
+        images: Validation images.
+        draws: Draws of each control.
+        masks: Masks of the study.
+        spread: Of images and draws.
     """
-    if draws < 2:
+    if min(draws) < 2:
         return None
     rng = np.random.default_rng(0)
     of_images = spread.images / math.sqrt(images)
-    values = spread.draws * rng.standard_normal((SIMULATED, masks, draws))
-    variance = values.var(-1, ddof=1)
-    variance = np.maximum(variance[:, 0], variance.mean(1))
-    half = np.hypot(
-        1.96 * of_images, scipy.stats.t.ppf(0.975, masks * (draws - 1)) * np.sqrt(variance / draws)
+    values = [spread.draws * rng.standard_normal((SIMULATED, masks, count)) for count in draws]
+    variances = [x.var(-1, ddof=1) for x in values]
+    df = masks * (sum(draws) - len(draws))
+    pooled = sum(
+        variance.sum(1) * (count - 1) for variance, count in zip(variances, draws, strict=True)
     )
-    error = of_images * rng.standard_normal(SIMULATED) - values[:, 0].mean(1)
-    return float(np.quantile(np.maximum(half, MARGIN) - error, POWER))
+    error = of_images * rng.standard_normal(SIMULATED)
+    needed = []
+    for x, variance, count in zip(values, variances, draws, strict=True):
+        variance = np.maximum(variance[:, 0], pooled / df)
+        of_draws = scipy.stats.t.ppf(0.975, df) * np.sqrt(variance / count)
+        half = np.hypot(1.96 * of_images, of_draws)
+        needed.append(np.maximum(half, MARGIN) + x[:, 0].mean(1) - error)
+    return float(np.quantile(np.max(needed, 0), POWER))

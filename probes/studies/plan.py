@@ -1,4 +1,4 @@
-"""The steps of a study, in order: each is one command of `probes`, with the folder or file that it writes.
+"""The steps of a study, in order: each is a call with its options as values, and the folder or file that it writes.
 
 An arm is a model with trained or random weights. Its name says which:
 
@@ -10,6 +10,9 @@ An arm is a model with trained or random weights. Its name says which:
 
 Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and there are no other controls.
 
+A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
+can differ from all draws of one kind, e.g. by the scale of its weights (probes/worlds/beyond_random.md).
+
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """
 
@@ -17,15 +20,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-from llava_bidir.common.configs import configs_in, find_config
+from llava_bidir.common.configs import configs_in, with_config_paths
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
+from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.analyses.effects import effects_path
@@ -39,8 +44,7 @@ from probes.results.runs import finished_runs
 from probes.results.steps import unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
-from .options import read_setting
-
+Config = dict[str, Any]  # options by name, nested as in YAML
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
 FIT = (
     "--trainer.max_epochs",
@@ -51,6 +55,8 @@ FIT = (
     "316",
 )
 FIT += ("--trainer.check_val_every_n_epoch", "null")
+# options that `probes fit` does not have
+OF_SOLVER = ("passes", "folds", "strengths", "sample_images", "disk_gb", "dry_run")
 
 
 class Weights(NamedTuple):
@@ -61,13 +67,16 @@ class Weights(NamedTuple):
     # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
     sites: slice
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Options of `probes solve`."""
+    def options(self, draw: int, sites: list[str]) -> Config:
+        """Return the options of the model in a config of `probes solve`; {} if no weights are random."""
         if not self.parts:
-            return ()
-        matched = () if self.match == "none" else ("--model.match", self.match)
-        return ("--model.untrained", f"[{', '.join(self.parts)}]", *matched)
+            return {}
+        return {
+            "untrained": list(self.parts),
+            "match": self.match,
+            "draw": draw,
+            "sites": sites,
+        }
 
 
 ARMS = {
@@ -83,6 +92,8 @@ ENCODER_ARMS = {
     "permuted": Weights(("encoder",), "permuted", slice(None)),
 }
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
+# Of any study: the fewest with an interval. Their spread is pooled with that of the other draws.
+PERMUTED_DRAWS = 2
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,14 @@ class Settings:
         models: Checkpoint directory or hub id by label. One model has the label "".
         data: Folder of images and masks, or the name of a layout, whose folder `--data.root` gives.
         out: Folder of the study.
-        draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers.
-        arms: Arms to solve; None for the trained one and `draws` of both.
+        draws: Draws of random LLMs and of random adapters; of a bare encoder, of random layers. At most two are also
+            permuted.
+        arms: Arms to solve; None for the trained one and all draws.
         fit: Also train probes, as the paper does.
         tasks: Other tasks, each solved on all arms.
         add: Analyses to run besides the default ones, "NAME" or "NAME.OPTION=VALUE".
         only: Kinds of steps to run: "solve", "fit", "report", or an analysis; None for all.
-        options: Further options of `probes solve` and `probes fit`.
+        options: Words of further options of `probes solve` and `probes fit`, parsed once: `solve`, `trained`.
     """
 
     models: dict[str, str]
@@ -112,6 +124,37 @@ class Settings:
     add: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
     options: tuple[str, ...] = ()
+
+    @cached_property
+    def solve(self) -> Config:
+        """All options of `probes solve` as values; each arm has a model, weights and a folder of its own."""
+        return self._read_options()
+
+    @cached_property
+    def trained(self) -> Config:
+        """All options of `probes fit`: the paper's protocol, unless there is a config."""
+        config = self._read_options(*([] if any(configs_in(self.options)) else FIT))
+        return {name: value for name, value in config.items() if name not in OF_SOLVER}
+
+    def _read_options(self, *defaults: str) -> Config:
+        from probes.training.solve.command import read_config  # Lightning takes a second to import
+
+        where = ["--data.dataset" if self.data in DATASETS else "--data.root", self.data]
+        words = [*defaults, *with_config_paths(self.options), *where]
+        words += ["--model.mllm", next(iter(self.models.values())), "--ckpt_path", "last"]
+        config = read_config(words, "probes study")
+        if self.data in DATASETS and config["data"]["name"] is None:
+            return replaced(config, data={"name": self.data})
+        return config
+
+
+def replaced(config: Config, **values: Any) -> Config:
+    """Return a config with other values; of a section, which is a dict, with other entries."""
+    merged = {
+        name: config[name] | value if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return config | merged
 
 
 @dataclass(frozen=True)
@@ -169,7 +212,7 @@ def make_plan(settings: Settings) -> list[Step]:
     steps.append(
         ReportStep(
             "report",
-            ("report", str(settings.out), "--out", str(report)),
+            {"runs": [str(settings.out)], "out": str(report), "tasks": [], "timings": None},
             report / "results.json",
             kind="report",
             reads={step.name: step.result for step in steps}
@@ -208,12 +251,11 @@ def _weights(arm: str, has_llm: bool) -> Weights:
 def planned_runs(settings: Settings, fitted: Sequence[str]) -> dict[str, PlannedRun]:
     """Return the probe runs of all models by name: their mask and sites."""
     planned = {}
-    chosen = read_setting(settings.options, "model.sites")
-    image_px = read_setting(settings.options, "model.image_px")
+    options = settings.solve["model"]
     for label, model in settings.models.items():
-        has_llm, own_mask, sites = describe_model(model, image_px)
-        probed = chosen_sites(model, sites, chosen)
-        mask = read_setting(settings.options, "model.image_attention") or own_mask
+        has_llm, own_mask, sites = describe_model(model, options["image_px"])
+        probed = chosen_sites(model, sites, options["sites"])
+        mask = options["image_attention"] or own_mask
         for arm in (*arm_names(settings, has_llm), *fitted):
             weights = _weights(arm, has_llm)
             compared = [site for site in sites[weights.sites] if site in probed]
@@ -239,8 +281,6 @@ def chosen_sites(model: str, sites: list[str], chosen: list[str] | str | None) -
     """
     if not chosen:
         return sites
-    if isinstance(chosen, str) and not wants_all(chosen):
-        raise UserError(f'model.sites is {chosen!r}; expected a list, e.g. "[{chosen}]", or all')
     known = sites
     in_encoder = [site for site in chosen if is_encoder_layer(site)]
     if in_encoder or wants_all(chosen):
@@ -264,59 +304,38 @@ def _runs(
     planned: Mapping[str, PlannedRun],
 ) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
-    given = {"solve": settings.options, "fit": _fit_options(settings)}
-    base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
-    named = (name for _, _, name in configs_in(settings.options))
-    configs = {name: Path(find_config(name)) for name in named if "\n" not in name}
 
-    def run(
-        arm: str,
-        kind: str,
-        name: str,
-        more: Sequence[str] = (),
-        defaults: Sequence[str] = (),  # which the user's options replace
-    ) -> Step:
-        weights = _weights(arm, planned[_join(label, arm)].has_llm)
-        draw = re.sub(r"\D", "", arm)
-        options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
-        if weights.parts:
-            options += ["--model.sites", f"[{', '.join(planned[_join(label, arm)].sites)}]"]
+    def run(kind: str, arm: str, name: str, **options: Config) -> Step:
+        made = planned[_join(label, "probes" if kind == "fit" else arm)]
+        weights = _weights(arm, made.has_llm)
+        draw = int(re.sub(r"\D", "", arm) or 0)
         out = settings.out / _join(label, name)
-        command = (kind, *defaults, *given[kind], *base, *options, "--out", str(out))
-        compared = planned[_join(label, "probes" if kind == "fit" else arm)].sites
-        if compared:
-            why_left_out = ""
-        else:
-            why_left_out = (
-                f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
-            )
+        config = replaced(
+            settings.trained if kind == "fit" else settings.solve,
+            model={"mllm": model} | weights.options(draw, made.sites),
+            out=str(out),
+            **options,
+        )
+        unchanged = (
+            f"none of the sites that are probed is changed by {_join(label, arm)} (model.sites)"
+        )
         return Step(
             _join(label, name),
-            command,
+            config,
             out / "metrics.json",
             kind,
-            configs=configs,
             takes_overwrite=True,
-            why_left_out=why_left_out,
+            why_left_out="" if made.sites else unchanged,
         )
 
-    steps = [run(arm, "solve", arm) for arm in arms]
+    steps = [run("solve", arm, arm) for arm in arms]
     if settings.fit:
-        configured = any(configs_in(settings.options))
-        steps.append(run("trained", "fit", "probes", defaults=() if configured else FIT))
-    tasks = [(task, arm) for task in settings.tasks for arm in arms]
+        steps.append(run("fit", "trained", "probes"))
     return steps + [
-        run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks
+        run("solve", arm, f"{task}_{arm}", data={"task": task})
+        for task in settings.tasks
+        for arm in arms
     ]
-
-
-def _fit_options(settings: Settings) -> list[str]:
-    """Return the further options without those that only the solver has."""
-    if not settings.fit:
-        return []
-    from probes.training.solve.command import build_parser  # Lightning takes a second to import
-
-    return build_parser().parse_known_args(settings.options)[1]
 
 
 def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
@@ -328,8 +347,9 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
     if settings.arms is not None and not settings.arms:
         raise UserError("arms is empty; expected trained, random0, ... (--arms)")
     if settings.arms is None:
-        kinds = ("random", "adapter") if has_llm else ("random",)
-        return ["trained", *(f"{kind}{draw}" for kind in kinds for draw in range(settings.draws))]
+        draws = {"random": settings.draws, "permuted": min(settings.draws, PERMUTED_DRAWS)}
+        draws |= {"adapter": settings.draws} if has_llm else {}
+        return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
     for name in settings.arms:
         if not has_llm and _kind(name) in ARMS.keys() - ENCODER_ARMS.keys():
             known = "trained, random0, permuted0, or another draw"
@@ -387,27 +407,15 @@ def _within(images: int, numbers: str) -> str:
     return ",".join(number for number in numbers.split(",") if int(number) < images)
 
 
-def data_options(settings: Settings) -> list[str]:
-    """Return the options that say where the images are."""
-    if settings.data in DATASETS:
-        named = read_setting(settings.options, "data.name")
-        return ["--data.dataset", settings.data, "--data.name", str(named or settings.data)]
-    return ["--data.root", settings.data]
-
-
 def data_root(settings: Settings) -> str:
     """Return the folder of the images, as far as this command knows it."""
-    if settings.data not in DATASETS:
-        return settings.data
-    if root := read_setting(settings.options, "data.root"):
-        return root
-    raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
+    return settings.solve["data"]["root"]
 
 
 def open_split(settings: Settings, split: str, task: str = SEGMENTATION):
     """Return the dataset of a split with the targets of a task; a UserError says if it has no images or targets."""
     dataset = settings.data if settings.data in DATASETS else "folder"
-    options = read_setting(settings.options, "data.options")
+    options = settings.solve["data"]["options"]
     return open_dataset(dataset, data_root(settings), split, options, TASKS[task].targets)
 
 
@@ -440,12 +448,12 @@ def check(settings: Settings) -> None:
             raise UserError(
                 f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)"
             )
-    for key in ("model.untrained", "model.match", "model.draw"):
-        if read_setting(settings.options, key) not in (None, "none", 0):
+    for key in ("untrained", "match", "draw"):
+        if settings.solve["model"][key] not in (None, "none", 0):
             raise UserError(
-                f"{key} is given, but the arms of a study say which weights are random (--arms)"
+                f"model.{key} is given, but the arms of a study say which weights are random (--arms)"
             )
-    if read_setting(settings.options, "data.task") not in (None, SEGMENTATION):
+    if settings.solve["data"]["task"] != SEGMENTATION:
         raise UserError(
             "data.task is given, but a study is of segmentation; it solves other tasks beside it with --tasks NAME"
         )
@@ -484,7 +492,7 @@ def listed(value: str) -> list[str]:
     return value.split(",")
 
 
-def _words(options: dict[str, str]) -> list[str]:
+def _words(options: Mapping[str, str]) -> list[str]:
     """Return {"classes": "sky,road", "by-class": "true"} as --classes sky road --by-class."""
     words: list[str] = []
     for key, value in options.items():
@@ -496,6 +504,17 @@ def _words(options: dict[str, str]) -> list[str]:
             values = listed(value)
         words += [f"--{key}", *values]
     return words
+
+
+def read_analysis_options(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Config:
+    """Return all options of an analysis as values, of the words that name its runs and of its options as text.
+
+    Raises:
+        SystemExit: The analysis has no such option, or it cannot have this value.
+    """
+    parser = ArgumentParser(prog=f"probes {name}")
+    ANALYSES[name].add_options(parser)
+    return vars(parser.parse_args([*runs, *_words(options)]))
 
 
 def _analysis(
@@ -514,14 +533,14 @@ def _analysis(
     )  # "probes" have mistakes of their own
     return Step(
         f"{planned.name}/{name}",
-        (name, "--probes", str(run), *_words(options)),
+        read_analysis_options(name, ["--probes", str(run)], options),
         run / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,))
         | _files(name, options)
         | _results(settings, [planned.name], name),
         takes_overwrite=True,
-        # a knockout is then run with the classes of this step (run._same_classes), not those of its words
+        # a knockout is then run with the classes of this step (run._same_classes), not those of its config
         follows=f"{trained}/{name}" if is_control else "",
         optional=True,
         why_left_out=ANALYSES[name].why_left_out([planned], options),
@@ -539,7 +558,9 @@ def _pair(
     runs = tuple(run.name for run in pair)
     return Step(
         f"{runs[1]}/{name}",
-        (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options)),
+        read_analysis_options(
+            name, ["--probes", *(str(settings.out / run) for run in runs)], options
+        ),
         settings.out / runs[1] / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, runs),
@@ -579,7 +600,7 @@ def _page(
     folders = [str(settings.out / run) for run in runs]
     return Step(
         name,
-        (name, *folders, *_words(options), "--out", str(report)),
+        read_analysis_options(name, folders, options | {"out": str(report)}),
         report / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, runs) | _results(settings, runs, name),

@@ -3,7 +3,7 @@
 DIR/[LABEL/]ARM/          an arm: a finished run, with the results of its analyses
 DIR/report/               the report
 DIR/table.csv, .parquet   all results as one table
-DIR/steps/                command, seconds and memory of each step, and the hashes of what it read and wrote
+DIR/steps/                options, seconds and memory of each step, and the hashes of what it read and wrote
 DIR/study.log             what the steps print
 """
 
@@ -11,28 +11,27 @@ import gc
 import json
 import os
 import re
-import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llava_bidir.common.arguments import check_is_list, check_is_text
-from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
-from probes.analyses import ANALYSES
-from probes.cli import build_parser, run_command
+from llava_bidir.common.steps import Step, find_missing, must_replace, run_steps
+from probes.analyses.base import function_of
 from probes.report.terminal import format_results
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
-from probes.tasks import SEGMENTATION
 
-from .options import read_setting
-from .plan import Settings, check, make_plan
+from .plan import Config, Settings, check, make_plan
 from .table import Study, write_table
 
 # Settings that are lists, with an example for errors
@@ -103,7 +102,6 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     check(settings)
     steps = make_plan(settings)
     out = settings.out
-    check_words(steps)
     names = [*filter(None, settings.models), *(settings.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
@@ -113,7 +111,7 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
         failed = run_steps(
             ready,
             out,
-            lambda step: _run_step(step, _command(step, out, overwrite), settings),
+            lambda step: _run_step(step, _config(step, out, overwrite), settings),
             log=out / "study.log",
             overwrite=overwrite,
         )
@@ -131,14 +129,6 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
             f"{steps_have} failed, and the report is without the result, or has an earlier one: "
             f"{'; '.join(failed)}. The same command tries again"
         )
-
-
-def check_words(steps: list[Step]) -> None:
-    """End the command with a usage error if the command of an analysis is not one: `--add` can name any option."""
-    parser = build_parser()
-    for step in steps:
-        if step.kind in ANALYSES:
-            parser.parse_args(step.command)
 
 
 def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
@@ -185,46 +175,44 @@ def _what_has_changed(run: FinishedRun) -> str | None:
 
 
 def _model_and_task(step: Step) -> tuple[str, str]:
-    task = read_setting(step.command, "data.task", SEGMENTATION)
-    return str(read_setting(step.command, "model.mllm")), task
+    return step.config["model"]["mllm"], step.config["data"]["task"]
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
-    """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
-    words = command_now(step, out, overwrite=overwrite)
-    return _same_classes(step, words, out) if step.kind == "knockout" else words
+def _config(step: Step, out: Path, overwrite: bool) -> Config:
+    """Return what a step is called with. What it made from other inputs is replaced, all else only if asked to."""
+    config = dict(step.config)
+    if must_replace(step, out, overwrite=overwrite):
+        config["overwrite"] = True
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None  # to resume is the opposite
+    if step.kind == "knockout":
+        config["classes"] = _classes_to_block(step, out)
+    return config
 
 
-def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
-    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
+def _classes_to_block(step: Step, out: Path) -> list[str]:
+    """Return the classes of a knockout. Controls block those that were blocked in the trained arm.
 
     Probes that were trained for a few steps only may predict none of them, so they have classes of their own. auto:N is
     of no more classes than there are.
     """
     trained = (out / step.follows).with_name(step.result.name)  # of LABEL/trained/knockout
-    if not step.follows or not trained.is_file():
-        return [_clamp_auto(word, step) for word in words]
-    start = words.index("--classes") + 1
-    later_options = (i for i in range(start, len(words)) if words[i].startswith("--"))
-    stop = next(later_options, len(words))
-    classes = [entry["class"] for entry in read_json(trained)["classes"]]
-    return words[:start] + classes + words[stop:]
+    if step.follows and trained.is_file():
+        return [entry["class"] for entry in read_json(trained)["classes"]]
+    known = read_json(step.result.parent / "metrics.json")["classes"]
+    chosen = []
+    for name in step.config["classes"]:
+        automatic = re.fullmatch(r"auto:(\d+)", name)
+        chosen.append(f"auto:{min(int(automatic[1]), len(known))}" if automatic else name)
+    return chosen
 
 
-def _clamp_auto(word: str, step: Step) -> str:
-    """Return auto:N with N no larger than the number of classes; any other word as it is."""
-    if not re.fullmatch(r"auto:\d+", word):
-        return word
-    classes = read_json(step.result.parent / "metrics.json")["classes"]
-    return f"auto:{min(int(word[5:]), len(classes))}"
-
-
-def _run_step(step: Step, command: list[str], settings: Settings) -> None:
-    """Run a command in this process, or with several devices in processes of its own.
+def _run_step(step: Step, config: Config, settings: Settings) -> None:
+    """Run a step in this process, or with several devices in processes of its own.
 
     Raises:
-        UserError: The command has failed on its input.
+        UserError: The step has failed on its input.
         NothingToMeasure: It has no case.
     """
     log_file = settings.out / "study.log"
@@ -232,16 +220,12 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
     if step.kind == "report":  # jobs of several arms may end together
         turn = exclusive_run_lock(settings.out, "report-step", wait_s=REPORT_WAIT_S)
     with turn, _output_to(log_file):
-        print(f"$ probes {shlex.join(command)}", flush=True)
+        print(f"{step.name}: probes {step.kind} with {json.dumps(config, default=str)}", flush=True)
         if step.kind in RUNS and uses_several_devices(settings):
-            end_on_signals()
-            with process_group([sys.executable, "-m", "probes", *command]) as process:
-                status = process.wait()
-            if status:
-                raise UserError(f"{step.name} has failed; all it said is in {log_file}")
+            _run_in_processes(step, config, settings.out)
         else:
             try:
-                run_command(command)
+                _call(step, config)
                 if step.kind == "report":
                     write_table(settings.out)  # before the report counts as done
             except NothingToMeasure:
@@ -253,9 +237,42 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+def _call(step: Step, config: Config) -> None:
+    """Call the function of a step, which is imported now."""
+    if step.kind == "solve":
+        from probes.training.solve.command import run_config
+
+        run_config(config)
+    elif step.kind == "fit":
+        from probes.training.cli import fit_config
+
+        fit_config(config)
+    elif step.kind == "report":
+        from probes.report.page import run
+
+        run(Namespace(**config))
+    else:
+        function_of(step.kind, "run")(Namespace(**config))
+
+
+def _run_in_processes(step: Step, config: Config, out: Path) -> None:
+    """Run a command with the config as a file; Lightning starts further processes of the same command.
+
+    Raises:
+        UserError: It has failed.
+    """
+    file = out / "steps" / f"{step.name.replace('/', '.')}.yaml"
+    write_files({file: yaml.safe_dump(config, sort_keys=False)})
+    end_on_signals()
+    with process_group([sys.executable, "-m", "probes", step.kind, "-c", str(file)]) as process:
+        status = process.wait()
+    if status:
+        raise UserError(f"{step.name} has failed; all it said is in {out / 'study.log'}")
+
+
 def uses_several_devices(settings: Settings) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    given = str(read_setting(settings.options, "trainer.devices", "auto"))
+    given = str(settings.solve["trainer"]["devices"])
     if given == "auto":
         import torch
 

@@ -4,6 +4,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -189,14 +190,19 @@ class ProbeCLI(RunCLI):
         return checkpoint
 
 
-def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:
-    """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
-    return ProbeCLI(
+def build_cli(
+    args: list[str] | dict[str, Any],
+    run: bool = True,
+    prog: str = "probes",
+    cli_class: type[ProbeCLI] = ProbeCLI,
+) -> ProbeCLI:
+    """Parse words or a config and execute its subcommand; with `run=False` only build model, data and trainer."""
+    return cli_class(
         ProbeModule,
         ProbeData,
-        args=argv,
+        args=args,
         run=run,
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "allow_abbrev": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
             "callbacks": [LearningRateMonitor("step"), ShowMaps(), SaveAtStepBoundary()],
@@ -210,6 +216,15 @@ def main(argv: list[str]) -> None:
         return verify_data(argv[1:])
     with run_process("high"):
         build_cli(argv)
+
+
+def fit_config(config: dict[str, Any]) -> None:
+    """Run `probes fit` with a config, in which "ckpt_path" is that of the command."""
+    options = dict(config)
+    ckpt_path = options.pop("ckpt_path", None)
+    with run_process("high"):
+        cli = build_cli(options, run=False, prog="probes fit")
+        cli.fit(ckpt_path, model=cli.model, datamodule=cli.datamodule)
 
 
 def verify_data(argv: list[str]) -> None:

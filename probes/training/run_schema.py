@@ -30,6 +30,21 @@ def _number(value: Any) -> int | float:
     return value
 
 
+# of `ProbeModule`: those of the frozen model and its sites; the others say how probes are trained
+MODEL_SETTINGS = (
+    "mllm",
+    "num_classes",
+    "image_attention",
+    "untrained",
+    "match",
+    "draw",
+    "image_px",
+    "image_resize",
+    "dtype",
+    "prefix",
+    "sites",
+    "seed",
+)
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict(

@@ -25,22 +25,6 @@ from probes.tasks import TASKS, Task
 
 from .heads import Probe
 
-# of `ProbeModule`: those of the frozen model and its sites; the others say how probes are trained
-MODEL_SETTINGS = (
-    "mllm",
-    "num_classes",
-    "image_attention",
-    "untrained",
-    "match",
-    "draw",
-    "image_px",
-    "image_resize",
-    "dtype",
-    "prefix",
-    "sites",
-    "seed",
-)
-
 
 @dataclass
 class SiteProbes:

@@ -5,6 +5,9 @@ For each seed a toy world is drawn, models are planted (`probes plant`), and eac
     planted      both masks, trained on the classes of their image tokens: recovery and starvation are true
     weak         the same with a fifth of the steps
     random       the planted models with shuffled LLMs: neither is true
+    normal_0.02 ...  the planted model with layers that are drawn in other ways (`random_llms.py`): no recovery is true
+    language     the model before planting, whose LLM has seen no pictures; also with its layers reordered, and with
+                 its heads exchanged
     merged0 ...  the adapter merges 0, 1 or 3 pairs of classes: a drop is true from 1
 
 OUT/seedN/{assets,models,STUDY}, OUT/seedN/claims.json, OUT/calibration.csv, calibration.png. What is there is not made
@@ -32,9 +35,10 @@ from probes.studies.plan import Settings
 from probes.studies.run import run_study
 
 from .child_process import run_in_child_process
+from .random_llms import FAMILIES, OF_LANGUAGE
 from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
-LLM = ("trained", "random0", "random1")
+LLM = ("trained", "random0", "random1", "permuted0", "permuted1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
@@ -50,19 +54,28 @@ class PlantedModel(NamedTuple):
 
 
 class Design(NamedTuple):
-    """One study of a seed: models by mask, arms, and sites of the trained arm."""
+    """One study of a seed: models by mask, arms, sites of the trained arm, and whether probes are trained as well."""
 
     model: str
     masks: tuple[str, ...] = MASKS[1:]
     arms: tuple[str, ...] = LLM
     sites: tuple[str, ...] = LAYERS
+    fit: bool = True
 
 
+# Models in which nothing is planted, beside "random"; most of them are made from the planted one.
+DRAWN = tuple(name for name in FAMILIES if name != "shuffled")
+NEGATIVES = ("language", *DRAWN)
 MODELS = {
     "planted": PlantedModel("recovery", "", ("--steps", "250")),
     "weak": PlantedModel("recovery", "", ("--steps", "50")),
     "random": PlantedModel("random", "planted"),
     **{f"merged{k}": PlantedModel("drop", "planted", ("--pairs", str(k))) for k in (0, 1, 3)},
+    "language": PlantedModel("recovery", "", ("--steps", "0")),
+    **{
+        name: PlantedModel("random", "" if name in OF_LANGUAGE else "planted", ("--weights", name))
+        for name in DRAWN
+    },
 }
 DESIGNS = {
     "planted": Design("planted", MASKS),
@@ -72,6 +85,7 @@ DESIGNS = {
         f"merged{k}": Design(f"merged{k}", arms=ADAPTER, sites=("encoder", "adapter"))
         for k in (0, 1, 3)
     },
+    **{name: Design(name, fit=False) for name in NEGATIVES},
 }
 
 
@@ -295,7 +309,8 @@ def study_settings(
 
 def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
     """Study the models of a design, and return its claims with a known truth."""
-    settings = study_settings(folder, folder / name, seed, DESIGNS[name])
+    design = DESIGNS[name]
+    settings = study_settings(folder, folder / name, seed, design, fit=design.fit)
     with contextlib.redirect_stdout(io.StringIO()):
         run_study(settings, overwrite=True)  # the results of models that were made again
     (study,) = read_studies([str(run) for run in finished_runs(settings.out)])

@@ -67,7 +67,7 @@ def run_given(given: str, mains: Mapping[str, Callable[[list[str]], None]]) -> N
         Step(
             **fields
             | {
-                "command": tuple(fields["command"]),
+                "config": tuple(fields["config"]),
                 "result": Path(fields["result"]),
                 "reads": {name: Path(file) for name, file in fields["reads"].items()},
             }

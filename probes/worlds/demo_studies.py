@@ -7,7 +7,8 @@ from probes.studies.run import run_study
 
 from .steps import MASKS, SCENES
 
-ARMS = ("trained", "random0", "random1", "adapter0", "adapter1")
+RANDOM_LLMS = ("random0", "random1", "permuted0", "permuted1")
+ARMS = ("trained", *RANDOM_LLMS, "adapter0", "adapter1")
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
 ANSWERS = ("answers.limit=80", "answers.draws=1")
 ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", *ANSWERS, "explore")
@@ -15,7 +16,7 @@ ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", *ANSWERS, "explore
 EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap")
 TASKS = ("depth", "normals", "boundaries")
 # The binding world. The drop, at the encoder and the adapter, has studies of its own.
-BINDING_ARMS = ("trained", "random0", "random1")
+BINDING_ARMS = ("trained", *RANDOM_LLMS)
 BINDING_ADD = (
     "explore",
     *ANSWERS,
@@ -27,12 +28,13 @@ BINDING_STEPS = ("solve", "fit", "starvation", "answers", "explore", "report")
 SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
 # cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
-OTHERS = {
-    "shuffled": ("random", 2),
-    "merged": ("adapter", 5),
-    "intact": ("adapter", 5),
-}
+ADAPTERS = tuple(f"adapter{draw}" for draw in range(5))
 ADAPTER_SITES = "[encoder,adapter]"
+OTHERS = {
+    "shuffled": (RANDOM_LLMS, SITES),
+    "merged": (ADAPTERS, ADAPTER_SITES),
+    "intact": (ADAPTERS, ADAPTER_SITES),
+}
 
 
 def run_studies(out: Path, settings: dict, extras: bool) -> None:
@@ -84,14 +86,13 @@ def _binding_study(out: Path, settings: dict, in_full: bool) -> Settings:
 def _other_studies(out: Path, settings: dict) -> list[Settings]:
     """Return the studies of the models in which something else is planted, or nothing."""
     studies = []
-    for name, (kind, draws) in OTHERS.items():
-        sites = SITES if kind == "random" else ADAPTER_SITES
+    for name, (controls, sites) in OTHERS.items():
         studies.append(
             Settings(
                 {"": f"{out}/{name}/hf"},
                 f"{out}/assets/segmentation",
                 out / name,
-                arms=("trained", *(f"{kind}{draw}" for draw in range(draws))),
+                arms=("trained", *controls),
                 only=("solve",),
                 options=(*_options(settings, f"{SCENES} scenes"), "--model.sites", sites),
             )

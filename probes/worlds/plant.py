@@ -3,7 +3,7 @@
     recovery    adapter and LLM are trained by a cross-entropy on their own image tokens, the class of each patch. Where
                 look-alikes need other patches, the LLM's layers then read better than the adapter.
     drop        the adapter loses the directions that tell pairs of classes apart, so that probes read less from it
-    random      the entries of each matrix of the LLM's layers change places, so that nothing that it does is learned
+    random      the LLM's layers are shuffled or drawn, so that nothing that it does is learned (`random_llms.py`)
 
 The result is an ordinary checkpoint. Its training.json records what was `planted`, and the `truth` of claims by folder
 of pictures, which reports show beside the verdicts.
@@ -32,6 +32,7 @@ from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGener
 from .binding import GRID
 from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
+from .random_llms import FAMILIES
 from .tiny_models import normalize, train
 
 QUESTIONS = 8  # about each picture, where they are trained along
@@ -141,26 +142,29 @@ def plant_recovery(
     return losses
 
 
-def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
-    """Put the entries of each matrix of the LLM's layers into random order."""
+def plant_random(
+    model: Path,
+    out: Path,
+    *,
+    weights: str = "shuffled",
+    seed: int = 0,
+) -> None:
+    """Shuffle or draw the LLM's layers; `weights` is one of :data:`random_llms.FAMILIES`."""
     net, processor = _load(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in net.model.language_model.layers.parameters():
-            if weight.ndim > 1:
-                weight.copy_(
-                    weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(
-                        weight
-                    )
-                )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        FAMILIES[weights](net.model.language_model.layers)
+    record = {"planted": "random", "seed": seed}
+    if weights != "shuffled":
+        record["weights"] = weights
     _save(
         net,
         processor,
         model,
         out,
-        {"planted": "random", "seed": seed},
+        record,
         nothing(RECOVERY),
-        ", shuffled",
+        f", {weights}",
     )
 
 
@@ -320,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
     if args.what == "drop":
         plant_drop(args.model, args.world, args.out, pairs=args.pairs)
     elif args.what == "random":
-        plant_random(args.model, args.out, seed=args.seed)
+        plant_random(args.model, args.out, weights=args.weights, seed=args.seed)
     else:
         losses = plant_recovery(
             args.model,

@@ -1,4 +1,4 @@
-"""How often planted effects are supported beside two, three, ... random LLMs.
+"""How often planted effects are supported beside two, three, ... random LLMs, and two permuted ones.
 
     probes calibrate --studies planted --seeds 10 11 ...
     python tests/bench/power.py --seeds 10 11 12
@@ -14,19 +14,22 @@ from pathlib import Path
 from probes.report.claims import evaluate_claims
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
+from probes.studies.plan import PERMUTED_DRAWS
 from probes.studies.run import run_study
 from probes.worlds.calibrate import DESIGNS, study_settings
 
 
 def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:
     """Return whether each planted claim is supported, and its effect beyond random, by claim and number of draws."""
+    permuted = [f"permuted{draw}" for draw in range(PERMUTED_DRAWS)]
     random = [f"random{draw}" for draw in range(draws)]
     out = folder / "power"
-    design = DESIGNS["planted"]._replace(arms=("trained", *random))
+    design = DESIGNS["planted"]._replace(arms=("trained", *random, *permuted))
     run_study(study_settings(folder, out, seed, design, fit=False))
     found = {}
     for number in range(2, draws + 1):
-        runs = [str(run) for run in finished_runs(out) if run.name in ("trained", *random[:number])]
+        names = ("trained", *random[:number], *permuted)
+        runs = [str(run) for run in finished_runs(out) if run.name in names]
         for claim in evaluate_claims(read_studies(runs)[0]):
             if claim.get("truth") == "planted":
                 name = f"{claim['claim']} ({claim['image_attention']})"

@@ -10,9 +10,9 @@ with as many optimizer steps on the same pictures:
     c raster     the labels of all patches as text, a row in a dialogue of its own
     d captions   a caption with all classes of the picture
 
-OUT/seedN/MASK/ARM/hf are the models, OUT/seedN/MASK/ARM/study their studies with two random draws. What is there is not
-made again. Prints recovery at the optimum and beyond random, and the share of right answers to 400 questions about
-look-alikes.
+OUT/seedN/MASK/ARM/hf are the models, OUT/seedN/MASK/ARM/study their studies with two draws of both kinds. What is there
+is not made again. Prints recovery at the optimum and beyond random, and the share of right answers to 400 questions
+about look-alikes.
 """
 
 import argparse
@@ -170,14 +170,14 @@ def study(
     arm: str,
     seed: int,
 ) -> dict:
-    """Return recovery and answers of a model, studied beside two random LLMs."""
+    """Return recovery and answers of a model, studied beside two random and two permuted LLMs."""
     assets = folder / "assets"
     out = folder / mask / arm / "study"
     options = ["-c", "demo/probes", "--model.sites", SITES, "--seed_everything", str(seed)]
     with contextlib.redirect_stdout(io.StringIO()):
         probes.study(
             folder / mask / arm / "hf", assets / "segmentation", out=out, options=options,
-            arms=["trained", "random0", "random1"], only=["solve", "answers", "report"],
+            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "answers", "report"],
             add=[f"answers.questions={assets}/look_alikes.json", "answers.draws=1"],
         )  # fmt: skip
     found = json.loads((out / "report/results.json").read_text())

@@ -105,7 +105,7 @@ ANALYSIS = Analysis(
     title="Attention knockout",
     paper="Sec. 4, App. C.1, Fig. 11",
     options={"classes": "auto:4"},
-    arms=("trained", "random", "probes"),
+    arms=("trained", "random", "permuted", "probes"),
     default=True,
     claims={
         "knockout_incorrect": Claim(

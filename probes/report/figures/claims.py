@@ -145,13 +145,16 @@ def claim_figures(claims: list[dict[str, Any]], has_llm: bool) -> Figures:
     if not any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         return
     if has_llm:
-        random = "random LLMs that change the states as much show as well (the adapter's drop: random adapters)"
+        random = (
+            "random LLMs, or permuted ones if a claim fares worse beyond these, show as well (the adapter's drop: "
+            "random adapters)"
+        )
         same_probes = (
             "All diamonds of a row have the same probes; a filled circle of drop or recovery is at the "
             "strength where the claim fares worst."
         )
     else:
-        random = "random layers that change the states as much show as well"
+        random = "random layers, or permuted ones if a claim fares worse beyond these, show as well"
         same_probes = (
             "All diamonds of a row have the same probes; a filled circle is at the strength where the "
             "claim fares worst."

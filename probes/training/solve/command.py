@@ -1,128 +1,125 @@
 """The command `probes solve`: the options of `probes fit`, and those of the solver."""
 
-import argparse
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.rank_zero import run_on_all_ranks
-from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_cli
-from probes.training.site_probes import MODEL_SETTINGS
+from probes.training.run_schema import MODEL_SETTINGS
 
 from .run import SolveRun, estimate, solve
 from .solver import SolveOptions
 
+Config = dict[
+    str, Any
+]  # nested as in YAML: {"model": {"mllm": ...}, "data": {...}, "passes": 20, ...}
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options that `fit` does not have."""
-    parser = ArgumentParser(
-        prog="probes solve",
-        description="Solve linear probes of all sites at the optimum of their loss, with the strength of "
-        "regularisation that cross-validation chooses. Depth and normals are least squares. All other options are "
-        "those of `probes fit` (-c CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how "
-        "probes are trained are ignored.",
-        allow_abbrev=False,
-    )
-    text = "most passes over the training images; one is enough where the states of all images fit into memory"
-    parser.add_argument(
-        "--passes",
-        type=int,
-        default=SolveOptions.passes,
-        help=text,
-    )
-    parser.add_argument(
-        "--folds",
-        type=int,
-        default=SolveOptions.folds,
-        help="folds of training images that choose the strength",
-    )
-    text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
-    text += "neighbours; for depth and normals 25 from 1e-6 to 1)"
-    parser.add_argument(
-        "--strengths",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help=text,
-    )
-    text = "training images whose memory is used: for all states if it is all images, else for a few pixels of each "
-    text += "image in every pass (default: as many as fit into a quarter of it)"
-    parser.add_argument(
-        "--sample-images",
-        type=int,
-        metavar="N",
-        help=text,
-    )
-    text = "GB of states on the disk of --out, deleted at the end: if those of all training images take no more, "
-    text += "passes after the first one run no model (default: none)"
-    parser.add_argument(
-        "--disk-gb",
-        type=float,
-        default=SolveOptions.disk_gb,
-        metavar="GB",
-        help=text,
-    )
-    text = "`last` resumes a killed run and leaves a finished one alone"
-    parser.add_argument("--ckpt_path", choices=["last"], help=text)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print memory and hours, measured on a few images"
-    )
-    return parser
+
+class SolveCLI(ProbeCLI):
+    """Build model, data and trainer from options or a config; those that say how probes are trained are ignored."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the solver."""
+        super().add_arguments_to_parser(parser)
+        text = "most passes over the training images; one is enough where the states of all images fit into memory"
+        parser.add_argument("--passes", type=int, default=SolveOptions.passes, help=text)
+        text = "folds of training images that choose the strength"
+        parser.add_argument("--folds", type=int, default=SolveOptions.folds, help=text)
+        text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and "
+        text += "its neighbours; for depth and normals 25 from 1e-6 to 1)"
+        parser.add_argument("--strengths", type=float, nargs="+", metavar="R", help=text)
+        text = "training images whose memory is used: for all states if it is all images, else for a few pixels of "
+        text += "each image in every pass (default: as many as fit into a quarter of it)"
+        parser.add_argument("--sample-images", type=int | None, metavar="N", help=text)
+        text = "GB of states on the disk of --out, deleted at the end: if those of all training images take no more, "
+        text += "passes after the first one run no model (default: none)"
+        parser.add_argument(
+            "--disk-gb", type=float, default=SolveOptions.disk_gb, metavar="GB", help=text
+        )
+        text = "`last` resumes a killed run and leaves a finished one alone"
+        parser.add_argument("--ckpt_path", type=Literal["last"] | None, help=text)
+        text = "print memory and hours, measured on a few images"
+        parser.add_argument("--dry-run", action="store_true", help=text)
+
+    def check_inputs(self) -> None:
+        """Raise a UserError if an option of the solver is out of range."""
+        config = self.config
+        for name, least in (("passes", 1), ("folds", 2)):
+            if config[name] < least:
+                raise UserError(f"--{name} must be at least {least}, got {config[name]}")
+        images = config["sample_images"]
+        if images is not None and images < config["folds"]:
+            folds = f"one for each of the {config['folds']} --folds"
+            raise UserError(
+                f"--sample-images must be at least {config['folds']}, {folds}; got {images}"
+            )
+        if not config["disk_gb"] >= 0:
+            raise UserError(f"--disk-gb must be at least 0, got {config['disk_gb']:g}")
+        if invalid := [x for x in config["strengths"] or () if not 0 < x < float("inf")]:
+            raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
+
+
+class SolveConfigReader(SolveCLI):
+    """Parse the options of `probes solve`, and build nothing."""
+
+    def _set_seed(self) -> None:
+        """Leave the seeds alone."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def read_config(words: list[str], prog: str = "probes solve") -> Config:
+    """Return all options of `probes solve` as values: those of the words and of their configs, else the defaults.
+
+    Raises:
+        SystemExit: An option is unknown or has an invalid value.
+        UserError: A config contains a key twice.
+    """
+    cli = build_cli(words, run=False, prog=prog, cli_class=SolveConfigReader)
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
 
 
 def main(argv: list[str]) -> None:
     """Run `probes solve`."""
-    args, config = build_parser().parse_known_args(argv[1:])
-    check_options(args)
-    cli = build_cli(config, run=False, prog="probes solve")
+    run_config(argv[1:])
+
+
+def run_config(config: Config | list[str]) -> None:
+    """Run `probes solve` with a config, or with the words of a command."""
+    cli = build_cli(config, run=False, prog="probes solve", cli_class=SolveCLI)
     data = cli.datamodule
     data.cache_features = False  # images are read once, or kept as the solver's sample
     data.trainer = cli.trainer
     # `build_cli` has made a module to train, of which only the settings are needed here. The run
     # stands in its place: `plan_run` makes the identity of its `hparams` and `models()`.
-    cli.model = make_solve_run(cli.model.hparams, args, data.task)
+    cli.model = make_solve_run(cli.model.hparams, cli.config, data.task)
     with run_process():
-        if args.dry_run:
+        if cli.config["dry_run"]:
             dry_run(cli)
         else:
-            run(cli, args.ckpt_path)
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raise a UserError if an option of the solver is out of range."""
-    for name, least in (("passes", 1), ("folds", 2)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if args.sample_images is not None and args.sample_images < args.folds:
-        folds = f"one for each of the {args.folds} --folds"
-        raise UserError(
-            f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}"
-        )
-    if not args.disk_gb >= 0:
-        raise UserError(f"--disk-gb must be at least 0, got {args.disk_gb:g}")
-    if args.strengths is not None:
-        if invalid := [value for value in args.strengths if not 0 < value < float("inf")]:
-            raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
-        args.strengths = tuple(sorted(set(args.strengths), reverse=True))
+            run(cli, cli.config["ckpt_path"])
 
 
 def make_solve_run(
     module_settings: Mapping[str, Any],
-    args: argparse.Namespace,
+    config: Mapping[str, Any],
     task: str,
 ) -> SolveRun:
     """Return what a run is made from.
 
     Args:
         module_settings: Settings of a `ProbeModule`, of which those of the frozen model are used.
-        args: Options of the solver.
+        config: Has the options of the solver.
         task: Kind of targets.
 
     Raises:
@@ -133,16 +130,15 @@ def make_solve_run(
             f"model.head is {module_settings['head']!r}, but only linear probes can be solved; use `probes fit`"
         )
     of_classes = TASKS[task].cross_entropy
-    if not of_classes and args.strengths and max(args.strengths) > 1:
-        raise UserError(
-            f"--strengths of least squares must be at most 1, got {max(args.strengths):g}"
-        )
-    own = {"folds": args.folds, "strengths": args.strengths}
-    of_passes = {"passes": args.passes, "sample_images": args.sample_images} if of_classes else {}
+    strengths = tuple(sorted(set(config["strengths"] or ()), reverse=True)) or None
+    if not of_classes and strengths and strengths[0] > 1:
+        raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
+    own = {"folds": config["folds"], "strengths": strengths}
+    of_passes = {name: config[name] for name in ("passes", "sample_images") if of_classes}
     of_model = {name: module_settings[name] for name in MODEL_SETTINGS}
     options = SolveOptions(
         seed=module_settings["seed"],
-        disk_gb=args.disk_gb,
+        disk_gb=config["disk_gb"],
         **own,
         **of_passes,
     )

@@ -76,6 +76,8 @@ def test_options_that_no_later_config_has_may_stand_anywhere(tmp_path):
         f"fit --out O --model.encoder.path E --data.template_x x -c {config} --data.template plain"
     )
     assert with_config_paths(words.split()) == words.split()
+    again = f"fit --data.template plain -c {config} --data.template plain"
+    assert with_config_paths(again.split()) == again.split()
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():

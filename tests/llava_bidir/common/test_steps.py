@@ -10,6 +10,7 @@ from llava_bidir.common.steps import (
     Step,
     command_now,
     find_missing,
+    must_replace,
     read_record,
     run_steps,
 )
@@ -84,24 +85,25 @@ def test_what_was_made_from_something_changed_is_made_again(change, expected, fo
 def test_another_command_is_run_with_all_that_read_its_result(folder):
     first, second, third = chain(folder)
     run([first, second, third], folder)
-    other = Step(**vars(second) | {"command": ("llava-bidir", "fit", "--name", "other")})
+    other = Step(**vars(second) | {"config": ("llava-bidir", "fit", "--name", "other")})
     assert run([first, other, third], folder) == ["b", "c"]
 
 
 def test_a_result_is_replaced_if_its_inputs_have_changed_and_else_resumed(folder):
     """A training that was killed has no record, and must go on from its checkpoint."""
     step, *_ = chain(folder)
-    assert command_now(step, folder) == list(step.command)
+    assert command_now(step, folder) == list(step.config)
     step.result.parent.mkdir()
     step.result.write_text("made, and killed before the record was written")
-    assert command_now(step, folder) == list(step.command)
+    assert command_now(step, folder) == list(step.config)
     run([step], folder)
-    assert command_now(step, folder) == list(step.command)
+    assert command_now(step, folder) == list(step.config)
     (folder / "data.json").write_text("second")
     replaced = ["llava-bidir", "fit", "--name", "a", "--overwrite", "true"]
     assert command_now(step, folder) == replaced
     (folder / "data.json").write_text("first")
-    assert command_now(step, folder, overwrite=True) == replaced
+    assert command_now(step, folder) == list(step.config)
+    assert must_replace(step, folder, overwrite=True)
 
 
 def test_an_input_that_changes_while_a_step_runs_was_not_read(folder):
@@ -140,17 +142,17 @@ def test_a_result_of_other_options_is_replaced_on_no_try_unless_it_is_asked_for(
     """A study's second call replaced what the first one had refused to."""
     step, *_ = chain(folder, optional=True)
     run([step], folder)
-    other = Step(**vars(step) | {"command": ("llava-bidir", "fit", "--name", "other")})
+    other = Step(**vars(step) | {"config": ("llava-bidir", "fit", "--name", "other")})
 
     def refuse(step: Step) -> None:
         raise UserError("made with other options; --overwrite true replaces it")
 
     for _ in range(2):
         run_steps(find_missing([other], folder), folder, refuse)
-        assert command_now(other, folder) == list(other.command)
+        assert command_now(other, folder) == list(other.config)
     (folder / "data.json").write_text("second")
     run_steps(find_missing([other], folder), folder, refuse)
-    assert command_now(other, folder) == list(other.command)
+    assert command_now(other, folder) == list(other.config)
     assert "--overwrite" in command_now(step, folder), "its own options, of other inputs"
 
 

@@ -236,6 +236,11 @@ def test_revision_of_a_hub_id_is_resolved_and_recorded(checkpoints, tmp_path, mo
     assert probes.load(str(checkpoints["causal"])).revision is None
 
 
+def test_a_revision_of_a_directory_is_an_error(checkpoints):
+    with pytest.raises(ValueError, match="revision='x': .* is a directory, which has no revisions"):
+        probes.load(str(checkpoints["causal"]), revision="x")
+
+
 def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
     shutil.copytree(checkpoints["causal"], tmp_path / "ours")
     config = json.loads((tmp_path / "ours/config.json").read_text())

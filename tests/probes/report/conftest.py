@@ -51,20 +51,23 @@ def write(tmp_path):
 
 @pytest.fixture
 def draws(write):
-    """Write matched random LLMs, solved, one for each curve; with step 0 they have equal counts."""
-    llm = {"untrained": ["llm"], "match": "update"}
+    """Write random and permuted LLMs, solved, one of both for each curve; with step 0 they have equal counts."""
 
-    def draws(*curves, mask="causal", first=20, step=1) -> list[str]:
+    def draws(
+        *curves, mask="causal", first=20, step=1, matches=("update", "permuted")
+    ) -> list[str]:
         return [
             write(
-                f"r{i}",
+                f"{match[0]}{i}",
                 curve,
                 first + step * i,
                 mask=mask,
                 solved=True,
-                **llm,
+                untrained=["llm"],
+                match=match,
                 draw=i,
             )
+            for match in matches
             for i, curve in enumerate(curves)
         ]
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +68,12 @@ def results_of(*runs) -> list[dict]:
 
 
 def random_draws(folder, root, rmse: list[float], untrained: list[str], **more) -> list[str]:
-    """Write two draws of random weights, 0.01 m apart."""
+    """Write two draws of each kind of random weights, 0.01 m apart."""
     draws = []
-    for draw in (0, 1):
-        metrics = {"untrained": untrained, "match": "update", "draw": draw} | more
-        if untrained == ["adapter"]:
-            metrics["match"] = "none"
-        path = folder / f"{untrained[0]}{draw}"
+    matches = ("none",) if untrained == ["adapter"] else ("update", "permuted")
+    for match, draw in product(matches, (0, 1)):
+        metrics = {"untrained": untrained, "match": match, "draw": draw} | more
+        path = folder / f"{untrained[0]}_{match}{draw}"
         values = [value + 0.01 * draw for value in rmse]
         draws.append(str(write_depth_run(path, values, root, seed=1 + draw, metrics=metrics)))
     return draws
@@ -96,13 +96,15 @@ def test_recovery_is_supported_only_beyond_random_llms(
     claims = {claim["claim"]: claim for claim in entry["claims"]}
     recovery = claims["recovery"]
     assert recovery["conclusion"] == finding
-    runs = [FinishedRun(path) for path in (folders["depth"], *draws)]
+    runs = [FinishedRun(path) for path in (folders["depth"], *draws[:2])]
     trained, first, second = (run.effects["recovery"].value for run in runs)
     beyond = recovery["verdicts"]["beyond_random"]
     assert beyond["value"] == pytest.approx(trained - (first + second) / 2)
     assert "RMSE (m)" in recovery["text"]
     assert claims["adapter_drop"]["conclusion"] == "untested", "no random adapter"
-    assert [random["draw"] for random in entry["random"]] == [0, 1]
+    assert sorted((random["weights"], random["draw"]) for random in entry["random"]) == [
+        *product(("permuted", "random"), (0, 1))
+    ]
 
 
 def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
@@ -255,16 +257,16 @@ def test_claims_of_a_bare_encoder_are_over_its_patch_embeddings_and_its_last_lay
 ):
     rmse = [0.9, 0.88, 0.8, 0.85, 0.86]
     draws = []
-    for draw in (0, 1):
+    for match, draw in product(("update", "permuted"), (0, 1)):
         random = {
             "model_kind": "encoder",
             "untrained": ["encoder"],
-            "match": "update",
+            "match": match,
             "draw": draw,
         }
         draws.append(
             write_depth_run(
-                tmp_path / f"random{draw}",
+                tmp_path / f"{match}{draw}",
                 rmse,
                 segmentation,
                 "bidirectional",
@@ -275,7 +277,7 @@ def test_claims_of_a_bare_encoder_are_over_its_patch_embeddings_and_its_last_lay
         )
     (entry,) = results_of(encoder.path, *draws)
     trained, *random = (
-        run.sums[..., 1].double().mean(1) for run in (encoder, *map(FinishedRun, draws))
+        run.sums[..., 1].double().mean(1) for run in (encoder, *map(FinishedRun, draws[:2]))
     )
     gain = (trained[0] - trained[2]).item()
     of_random = sum((mean[0] - mean[2]).item() for mean in random) / 2

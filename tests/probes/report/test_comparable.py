@@ -86,7 +86,7 @@ def test_other_prefixes_and_data_options_are_refused(
     draws,
 ):
     trained = write("trained", CURVE, solved=True)
-    (draw,) = draws(FLAT)
+    (draw,) = draws(FLAT, matches=["update"])
     for run in (trained, draw):
         edit_manifest(run, "data", options={})
         edit_manifest(run, section, **ours)

@@ -72,7 +72,7 @@ def test_conclusions(
     assert recovery["supported"] is {"supported": True, "untested": None}.get(conclusion, False)
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
-        missing = "-c matched --model.draw 0" if solved else "`probes solve -c folder --model.mllm"
+        missing = "--model.match update --model.draw 0" if solved else "`probes solve --model.mllm"
         assert missing in recovery["reason"]
         assert "--model.image_attention causal" in recovery["reason"]
         assert recovery["p"] is None
@@ -166,30 +166,79 @@ def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
     )
 
 
-def test_the_spread_of_draws_is_pooled_over_masks(write, draws):
-    """Two draws a mask: Student's t with two degrees of freedom, never with less spread than the mask's own."""
+def test_the_spread_of_draws_is_pooled_over_masks_and_controls(write, draws):
+    """Two draws of four kinds: Student's t with four degrees of freedom, never with less spread than the kind's own."""
     runs = []
-    spreads = {"causal": 0.004, "bidirectional": 0.02}
-    for mask, spread in spreads.items():
-        curves = [[0.5, 0.4, 0.4, 0.4, 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
-        runs += [write("solved", CURVE, 1, mask=mask, solved=True), *draws(*curves, mask=mask)]
+    spreads = {"causal": (0.004, 0.006), "bidirectional": (0.02, 0.01)}
+    for mask, of_controls in spreads.items():
+        runs.append(write("solved", CURVE, 1, mask=mask, solved=True))
+        for match, spread in zip(("update", "permuted"), of_controls, strict=True):
+            curves = [[0.5, 0.4, 0.4, 0.4, 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
+            runs += draws(*curves, mask=mask, matches=[match])
     claims = evaluate_claims(*read_studies(runs))
     beyond = {
-        c["image_attention"]: c["verdicts"]["beyond_random"]
+        (c["image_attention"], control): entry
         for c in claims
         if c["claim"] == "recovery"
+        for control, entry in c["verdicts"]["beyond_random"]["controls"].items()
     }
-    variances = {mask: np.var(entry["by_draw"], ddof=1) for mask, entry in beyond.items()}
-    for mask, entry in beyond.items():
-        assert entry["df_of_draws"] == 2
-        variance = max(variances[mask], np.mean(list(variances.values())))
-        half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(variance / 2)
+    assert len(beyond) == 4
+    variances = {key: np.var(entry["by_draw"], ddof=1) for key, entry in beyond.items()}
+    for key, entry in beyond.items():
+        assert entry["df_of_draws"] == 4
+        variance = max(variances[key], np.mean(list(variances.values())))
+        half = scipy.stats.t.ppf(0.975, 4) * np.sqrt(variance / 2)
         low, high = (abs(bound - entry["value"]) for bound in entry["ci95_without_draws"])
         expected = [entry["value"] - np.hypot(half, low), entry["value"] + np.hypot(half, high)]
         assert entry["ci95"] == pytest.approx(expected)
-    assert variances["causal"] < variances["bidirectional"] / 2, (
+    smallest, *_, largest = sorted(variances.values())
+    assert smallest < np.mean(list(variances.values())) < largest, (
         "one has its own spread, the other the pooled one"
     )
+
+
+@pytest.mark.parametrize(
+    ("random", "permuted", "conclusion", "control"),
+    [
+        (FLAT, FLAT, "supported", None),
+        (FLAT, CURVE, "not learned", "permuted"),
+        (CURVE, FLAT, "not learned", "random"),
+        (FLAT, None, "untested", "random"),
+        (None, FLAT, "untested", "permuted"),
+    ],
+)
+def test_a_claim_must_hold_beyond_both_kinds_of_random_weights(
+    random,
+    permuted,
+    conclusion,
+    control,
+    write,
+    draws,
+):
+    """A model that has learned nothing is like one of them only, if its weights have another scale than draws have."""
+    runs = [write("solved", CURVE, 1, solved=True)]
+    runs += draws(random, random, matches=["update"]) if random else []
+    runs += draws(permuted, permuted, first=40, matches=["permuted"]) if permuted else []
+    recovery = claims_of(runs)["recovery"]
+    assert recovery["conclusion"] == conclusion
+    beyond = recovery["verdicts"]["beyond_random"]
+    if conclusion == "untested":
+        missing = {"random": "draws of a permuted llm: 0", "permuted": "draws of a random llm: 0"}
+        command = {
+            "random": "--model.match permuted --model.draw 0",
+            "permuted": "--model.match update",
+        }
+        assert missing[control] in beyond["reason"]
+        assert command[control] in beyond["reason"]
+        assert beyond["value"] > 0.1, "what was measured is shown"
+        return
+    assert control in (None, beyond["control"])
+    assert set(beyond["controls"]) == {"random", "permuted"}
+    least = beyond["controls"][beyond["control"]]
+    assert [beyond[key] for key in ("value", "ci95", "by_draw")] == [
+        least[key] for key in ("value", "ci95", "by_draw")
+    ]
+    assert beyond["p"] == max(entry["p"] for entry in beyond["controls"].values())
 
 
 def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
@@ -245,22 +294,23 @@ def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(
                 **common,
             )
         )
-        for i in range(2 if seed < 2 else 1):
-            llm = {
-                "untrained": ["llm"],
-                "match": "update",
-                "draw": i,
-            }
-            runs.append(
-                write(
-                    f"r{seed}{i}",
-                    FLAT,
-                    30 + 2 * seed + i,
-                    solved=True,
-                    **common,
-                    **llm,
+        for match in ("update", "permuted"):
+            for i in range(2 if seed < 2 else 1):
+                llm = {
+                    "untrained": ["llm"],
+                    "match": match,
+                    "draw": i,
+                }
+                runs.append(
+                    write(
+                        f"{match[0]}{seed}{i}",
+                        FLAT,
+                        30 + 2 * seed + i,
+                        solved=True,
+                        **common,
+                        **llm,
+                    )
                 )
-            )
     main(["report", *runs, "--out", str(tmp_path / "report")])
     results = json.loads((tmp_path / "report/results.json").read_text())
     (joint,) = results["joint"]

@@ -57,17 +57,20 @@ def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, 
 def test_draws_are_paired_by_their_number(part, write, tmp_path):
     """Under one mask there is a draw that the other lacks, and runs are passed in another order."""
     control = {"untrained": [part], "match": "update" if part == "llm" else "none"}
+    matches = ("update", "permuted") if part == "llm" else ("none",)
     trained = [write("trained", CURVE, mask=mask) for mask in MASKS]
     draws = {"causal": (0, 2, 1), "bidirectional": (1, 2)}
     random = [
         write(
-            f"r{i}",
+            f"{match[0]}{i}",
             FLAT,
             3 + i,
             mask=mask,
-            **control,
+            untrained=[part],
+            match=match,
             draw=i,
         )
+        for match in matches
         for mask in MASKS
         for i in draws[mask]
     ]

@@ -1,5 +1,7 @@
 """Claims about the layers of a bare encoder, from runs of random counts."""
 
+from itertools import product
+
 import pytest
 
 from probes.report.claims import evaluate_claims
@@ -23,16 +25,16 @@ def claims_of(write):
             "mask": "bidirectional",
         }
         runs = [write("trained", trained, 1, model_kind="encoder", **kind)]
-        for draw in (0, 1):
+        for match, draw in product(("update", "permuted"), (0, 1)):
             weights = {
                 "untrained": ["encoder"],
-                "match": "update",
+                "match": match,
                 "draw": draw,
             }
             number = 10 + draw
             runs.append(
                 write(
-                    f"random{draw}",
+                    f"{match}{draw}",
                     random,
                     number,
                     model_kind="encoder",

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import knockouts
@@ -46,7 +47,6 @@ def claims() -> list[str]:
     root.mkdir()
     (root / "classes.json").write_text(json.dumps({"classes": knockouts.CLASSES}))
     (root / "truth.json").write_text(json.dumps({"recovery": "planted", "adapter_drop": "absent"}))
-    random = {"untrained": ["llm"], "match": "update"}
     runs = []
     for mask in MASKS:
         options = {
@@ -60,15 +60,17 @@ def claims() -> list[str]:
             str(trained),
             str(probe_runs.write_run(untrained, FLAT, untrained=True, **options)),
         ]
-        solved = [Path(f"{mask}_solved"), *(Path(f"{mask}_random{draw}") for draw in (0, 1))]
-        for seed, path in enumerate(solved):
-            curve = FLAT if seed else CURVE
-            metrics = random | {"draw": seed - 1} if seed else {}
+        solved = {Path(f"{mask}_solved"): {}}
+        for match, draw in product(("update", "permuted"), (0, 1)):
+            weights = {"untrained": ["llm"], "match": match, "draw": draw}
+            solved[Path(f"{mask}_{match}{draw}")] = weights
+        for seed, (path, metrics) in enumerate(solved.items()):
+            curve = FLAT if metrics else CURVE
             more = {"seed": 2 + seed, "metrics": metrics}
             runs.append(probe_runs.write_solved(path, [curve] * 3, **more, **options))
         if mask == "causal":
             for seed, path in enumerate((trained, *solved)):
-                write_knockout(ProbeRun(path), seed, NONE if "random" in path.name else ANCHORS)
+                write_knockout(ProbeRun(path), seed, NONE if solved.get(path) else ANCHORS)
     return runs
 
 

@@ -64,19 +64,18 @@ def write(tmp_path):
 
 @pytest.fixture
 def draws(write):
-    llm = {
-        "untrained": ["llm"],
-        "match": "update",
-        "solved": True,
-    }
+    """Return a function that writes random LLMs with these effects, then permuted ones."""
     return lambda *effects: [
         write(
-            f"r{i}",
+            f"{match}{i}",
             x,
             20 + i,
-            **llm,
+            untrained=["llm"],
+            match=match,
+            solved=True,
             draw=i,
         )
+        for match in ("update", "permuted")
         for i, x in enumerate(effects)
     ]
 
@@ -138,7 +137,7 @@ def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
         )
         assert optimum["over_pairs"]["units"] == 3
         assert optimum["tokens"] == "random"
-        of_draws = [knockout_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:]]
+        of_draws = [knockout_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:4]]
         assert beyond["by_draw"] == of_draws
         assert beyond["trained"] == optimum["value"]
         assert claim["n"]["images"] == N

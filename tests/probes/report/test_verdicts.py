@@ -13,6 +13,7 @@ from probes.report.verdicts import (
     compare_to_draws,
     judge,
     judge_draws,
+    least_favourable,
     path_column,
 )
 
@@ -99,6 +100,35 @@ def test_the_path_is_judged_where_the_claim_fares_worst():
     assert path_column(1, below, "")["verdict"] == "does not hold", (
         "below the margin at one of them"
     )
+
+
+def beyond(verdict, low, high, p):
+    return {
+        "value": (low + high) / 2,
+        "ci95": [low, high],
+        "verdict": verdict,
+        "p": p,
+    }
+
+
+def test_the_control_that_decides_is_the_one_beyond_which_the_claim_fares_worst():
+    holds = beyond("holds", 0.02, 0.06, 0.01)
+    more = beyond("holds", 0.03, 0.05, 0.001)
+    below = beyond("does not hold", 0.025, 0.03, 0.02)  # as of another margin
+    against = beyond("reversed", -0.06, -0.02, 1.0)
+    entry = least_favourable(1, {"random": more, "permuted": holds})
+    assert (entry["verdict"], entry["control"], entry["p"]) == ("holds", "permuted", 0.01)
+    entry = least_favourable(1, {"random": holds, "permuted": below})
+    assert (entry["verdict"], entry["control"], entry["p"]) == ("does not hold", "permuted", 0.02)
+    assert entry["detectable"] > 0.01
+    entry = least_favourable(1, {"random": holds, "permuted": against})
+    assert (entry["verdict"], entry["control"]) == ("does not hold", "permuted"), "not reversed"
+    worse = beyond("reversed", -0.2, -0.1, 1.0)
+    entry = least_favourable(1, {"random": worse, "permuted": against})
+    assert (entry["verdict"], entry["control"]) == ("reversed", "permuted"), "reversed beyond both"
+    falls = beyond("holds", -0.06, -0.02, 0.01)
+    further = beyond("holds", -0.2, -0.1, 0.001)
+    assert least_favourable(-1, {"random": falls, "permuted": further})["control"] == "random"
 
 
 def beyond_draws(trained, draws, others=()):

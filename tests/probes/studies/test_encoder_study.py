@@ -56,7 +56,7 @@ def study(parts, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("studies") / "study"
     printed = StringIO()
-    arms = ("trained", "random0", "random1", "permuted0")
+    arms = ("trained", "random0", "random1", "permuted0", "permuted1")
     with redirect_stdout(printed):
         run_study(
             Settings(
@@ -117,15 +117,18 @@ def test_claims_compare_layers_and_random_encoders(study):
     results = json.loads((out / "report" / "results.json").read_text())
     claims = {claim["claim"]: claim for claim in results["claims"]}
     assert claims.keys() == {"layer_gain", "over_last"}
-    runs = {name: ProbeRun(out / name) for name in ("trained", "random0", "random1", "permuted0")}
-    assert [run.arm for run in runs.values()] == ["trained", "random", "random", "permuted"]
+    arms = ("trained", "random0", "random1", "permuted0", "permuted1")
+    runs = {name: ProbeRun(out / name) for name in arms}
+    assert [run.arm for run in runs.values()] == ["trained", *["random"] * 2, *["permuted"] * 2]
     assert not any(run.has_llm for run in runs.values())
     first = [miou_of(run.counts, 0) for run in runs.values()]
-    assert first == [first[0]] * 4  # patch embeddings stay trained
+    assert first == [first[0]] * 5  # patch embeddings stay trained
     for name in ("layer_gain", "over_last"):
-        column = claims[name]["verdicts"]["beyond_random"]
-        assert column["draws"] == 2 and len(column["by_draw"]) == 2
-        assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
+        controls = claims[name]["verdicts"]["beyond_random"]["controls"]
+        assert controls.keys() == {"random", "permuted"}
+        for column in controls.values():
+            assert column["draws"] == 2 and len(column["by_draw"]) == 2
+            assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
 
 
 def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
@@ -152,7 +155,7 @@ def test_what_cannot_apply_is_said_after_the_results_and_not_as_a_failure(study,
 
 def test_a_second_call_has_nothing_to_do(study, parts, capsys):
     out, _ = study
-    arms = ("trained", "random0", "random1", "permuted0")
+    arms = ("trained", "random0", "random1", "permuted0", "permuted1")
     run_study(
         Settings(
             {"": parts[0]},

@@ -1,6 +1,7 @@
 """The effect that `probes study --dry-run` says can be detected."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,28 +18,33 @@ STUDIES = 1000
 @pytest.mark.parametrize(
     ("images", "draws", "masks"),
     [
-        (600, 2, 2),  # the fewest draws, and the images' noise is small beside theirs
-        pytest.param(60, 3, 1, marks=pytest.mark.nightly),
-        pytest.param(600, 3, 2, marks=pytest.mark.nightly),
-        pytest.param(60, 5, 2, marks=pytest.mark.nightly),
+        (600, [2, 2], 2),  # the fewest draws, and the images' noise is small beside theirs
+        pytest.param(60, [3, 2], 1, marks=pytest.mark.nightly),
+        pytest.param(600, [3, 2], 2, marks=pytest.mark.nightly),
+        pytest.param(60, [5, 2], 2, marks=pytest.mark.nightly),
     ],
 )
 def test_four_of_five_studies_find_the_detectable_effect(images, draws, masks):
-    """As reports judge it, with draws under each mask; the toy world's spread."""
-    rng = np.random.default_rng(images + draws)
+    """As reports judge it, with draws of both controls under each mask; the toy world's spread."""
+    rng = np.random.default_rng(images + sum(draws))
     found = 0
     effect = detectable_effect(images, draws, masks, TOY_WORLD)
     se = TOY_WORLD.images / images**0.5
     for _ in range(STUDIES):
-        of_masks = rng.normal(0, TOY_WORLD.draws, (masks, draws))
-        value = effect + rng.normal(0, se) - of_masks[0].mean()
+        error = rng.normal(0, se)
         resampled = torch.tensor([-1.96 * se, 1.96 * se])  # whose interval has this half width
-        own, *others = [
-            Estimate(value, resampled, {"trained": 0.0, "by_draw": x}) for x in of_masks.tolist()
+        cells = []
+        for _, count in product(range(masks), draws):
+            by_draw = rng.normal(0, TOY_WORLD.draws, count)
+            about = {"trained": 0.0, "by_draw": by_draw.tolist()}
+            cells.append(Estimate(effect + error - by_draw.mean(), resampled, about))
+        own = cells[: len(draws)]  # of the first mask
+        verdicts = [
+            judge_draws(1, cell, [x for x in cells if x is not cell])["verdict"] for cell in own
         ]
-        found += judge_draws(1, own, others)["verdict"] == "holds"
+        found += verdicts == ["holds"] * len(draws)
     assert 0.76 <= found / STUDIES <= 0.84
-    assert detectable_effect(images, 1, masks, TOY_WORLD) is None
+    assert detectable_effect(images, [draws[0], 1], masks, TOY_WORLD) is None
 
 
 def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
@@ -80,10 +86,13 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     ("settings", "said"),
     [
         ({"draws": 1}, "give --draws 2 or more"),
-        ({"arms": ("trained", "random0", "adapter0")}, "give random0 and random1 among --arms"),
-        ({"arms": ("random0", "random0")}, "give random0 and random1 among --arms"),
-        ({"draws": 4}, "30 validation images, 4 random draws: an effect must exceed"),
-        ({"arms": ("random1", "random0")}, "30 validation images, 2 random draws"),
+        ({"arms": ("trained", "random0", "adapter0")}, "permuted0 and permuted1 among --arms"),
+        ({"arms": ("random0", "random0", "permuted0", "permuted1")}, "give random0, random1"),
+        ({"draws": 4}, "30 validation images, 4 random and 2 permuted draws: an effect must"),
+        (
+            {"arms": ("random1", "random0", "permuted3", "permuted0")},
+            "2 random and 2 permuted draws",
+        ),
     ],
 )
 def test_a_dry_run_says_what_random_draws_can_tell(tmp_path, settings, said):

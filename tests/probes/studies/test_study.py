@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from llava_bidir.common.steps import Step
 from probes.cli import main
 from probes.studies.command import build_parser, join_settings
 from probes.studies.plan import Settings, listed, make_plan, planned_runs
-from probes.studies.run import _command
+from probes.studies.run import _config
 
 OPTIONS = [
     "-c",
@@ -230,7 +231,8 @@ def test_a_dry_run_writes_nothing(
     main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
     said = capsys.readouterr().out
     assert "random1/knockout" in said
-    assert "2 random draws: an effect must exceed those of random models by" in said
+    assert "7 of them passes over the images: 1 trained, 2 random, 2 permuted, 2 adapter" in said
+    assert "2 random and 2 permuted draws: an effect must exceed those of both by" in said
     assert "MB" in said
     assert not (tmp_path / "study").exists()
 
@@ -280,6 +282,7 @@ def test_bad_input_is_one_error_before_any_work(
     checkpoints,
     segmentation,
     tmp_path,
+    capsys,
 ):
     words, expected = BAD[what]
     shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
@@ -294,8 +297,9 @@ def test_bad_input_is_one_error_before_any_work(
 
     given = [in_place(*word.rpartition("=")) for word in words]
     out = tmp_path / "study"
-    with pytest.raises(SystemExit, match=expected):
+    with pytest.raises(SystemExit) as stop:
         main(["study", *given, "--out", str(out)])
+    assert re.search(expected, f"{stop.value}{capsys.readouterr().err}")
     assert not out.exists() or not any(out.rglob("*.json"))
 
 
@@ -565,12 +569,10 @@ def test_photos_that_are_shown_by_default_are_those_that_there_are(
     settings = Settings(
         {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, add=("maps", "explore")
     )
-    commands = {step.name: step.command for step in make_plan(settings)}
-    explore = commands["explore"]
-    assert explore[explore.index("--images") + 1 :][:5] == ("0", "1", "2", "3", "4")
-    assert "5" not in explore
+    configs = {step.name: step.config for step in make_plan(settings)}
+    assert configs["explore"]["images"] == [0, 1, 2, 3, 4]
     asked = make_plan(replace(settings, add=("explore.images=11",)))
-    assert "11" in next(step.command for step in asked if step.name == "explore")
+    assert next(step.config for step in asked if step.name == "explore")["images"] == [11]
 
 
 def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tmp_path):
@@ -578,10 +580,10 @@ def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tm
     settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
     drawn = {}
     for step in make_plan(settings):
-        if "--model.draw" in step.command:
-            drawn[step.name] = step.command[step.command.index("--model.draw") + 1]
-    random = {f"random{i}": str(i) for i in range(3)}
-    assert drawn == random | {f"adapter{i}": str(i) for i in range(3)}
+        if step.kind == "solve" and step.config["model"]["untrained"]:
+            drawn[step.name] = step.config["model"]["draw"]
+    counts = {"random": 3, "permuted": 2, "adapter": 3}
+    assert drawn == {f"{arm}{i}": i for arm, count in counts.items() for i in range(count)}
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
@@ -603,10 +605,13 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
         fit=True,
         options=given,
     )
-    commands = {step.name: step.command for step in make_plan(settings)}
-    assert commands["trained"][1 : len(given) + 1] == given
-    assert commands["probes"][1:5] == ("-c", "configs/demo/probes.yaml", "--data.batch_size", "2")
-    assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
+    configs = {step.name: step.config for step in make_plan(settings)}
+    solved, fitted = configs["trained"], configs["probes"]
+    assert solved["strengths"] == [0.1, 1] and solved["passes"] == 2
+    assert not {"strengths", "passes"} & fitted.keys()
+    for config in (solved, fitted):
+        assert config["data"]["batch_size"] == 2
+        assert config["model"]["learning_rate"] == 0.01, "of the config"
 
 
 def test_options_replace_those_of_the_papers_training(checkpoints, segmentation, tmp_path):
@@ -614,10 +619,9 @@ def test_options_replace_those_of_the_papers_training(checkpoints, segmentation,
     settings = Settings(
         {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
     )
-    words = {step.name: step.command for step in make_plan(settings)}["probes"]
-    last = len(words) - 1 - words[::-1].index("--trainer.max_steps")
-    assert words[last + 1] == "4"
-    assert words[words.index("--trainer.val_check_interval") + 1] == "316"
+    trainer = {step.name: step.config for step in make_plan(settings)}["probes"]["trainer"]
+    assert trainer["max_steps"] == 4
+    assert trainer["val_check_interval"] == 316
 
 
 def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_changed(
@@ -636,7 +640,7 @@ def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_chan
 
     assert asked("[]") == []
     (first,) = asked('[{"regions": []}]')
-    assert str(questions) in first.command
+    assert first.config["questions"] == questions
     before = first.inputs()["answers.questions"]
     (second,) = asked('[{"regions": [1]}]')
     assert second.inputs()["answers.questions"] != before
@@ -645,9 +649,8 @@ def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_chan
 def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):
     page = tmp_path / "explorer.html"
     page.write_text("earlier")
-    words = ("explore", "run", "--out", str(tmp_path))
-    step = Step("explore", words, page, kind="explore")
-    assert _command(step, tmp_path, overwrite=True) == list(step.command)
+    step = Step("explore", {"runs": ["run"], "out": str(tmp_path)}, page, kind="explore")
+    assert _config(step, tmp_path, overwrite=True) == step.config
 
 
 @pytest.mark.parametrize("chosen", ["all", "[encoder_00, encoder_02, encoder, adapter, layer_02]"])
@@ -674,4 +677,6 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
     for arm in arms[1:]:
         assert planned[arm].sites and not any("encoder_" in site for site in planned[arm].sites)
     solved = [step for step in make_plan(settings) if step.kind == "solve"]
-    assert [step.command.count("--model.sites") for step in solved] == [1, 2, 2, 2, 2]
+    assert [step.config["model"]["sites"] for step in solved[1:]] == [
+        planned[arm].sites for arm in arms[1:]
+    ]

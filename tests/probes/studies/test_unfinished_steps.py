@@ -8,11 +8,10 @@ import pytest
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, command_now
+from llava_bidir.common.steps import Step, must_replace
 from probes.cli import main
 from probes.results.steps import unfinished_steps
 from probes.studies import run
-from probes.studies.options import read_setting
 from probes.studies.plan import Settings, check, make_plan
 
 
@@ -40,7 +39,7 @@ def ran(monkeypatch):
     names = Ran()
     names.failing = {}
 
-    def run_step(step: Step, command: list[str], settings: Settings) -> None:
+    def run_step(step: Step, config: dict, settings: Settings) -> None:
         names.append(step.name)
         if step.name in names.failing:
             raise names.failing[step.name]
@@ -59,7 +58,7 @@ def test_the_plan_leaves_out_what_has_no_probes_it_needs(settings):
         settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     )
     lacks = {step.name: step.why_left_out for step in steps if step.why_left_out}
-    assert lacks.keys() == {"trained/knockout", "random0/knockout"}
+    assert lacks.keys() == {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
     assert "layer_01" in lacks["trained/knockout"]
     assert not any(step.why_left_out for step in make_plan(settings({"": "causal"})))
 
@@ -84,10 +83,11 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
         (f"--config={file}",),
     ):
         steps = make_plan(settings({"": "causal"}, options=words, only=("solve",)))
-        sites = {step.name: read_setting(step.command, "model.sites") for step in steps}
+        sites = {step.name: step.config["model"]["sites"] for step in steps}
         assert sites == {
             "trained": ["encoder", "adapter", "layer_02"],
             "random0": ["adapter", "layer_02"],
+            "permuted0": ["adapter", "layer_02"],
             "adapter0": ["encoder", "adapter"],
         }
 
@@ -95,27 +95,31 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
 def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     file = tmp_path / "solve.yaml"
     file.write_text("model: {image_resize: squash}\n")
-    made = settings({"": "causal"}, options=("-c", str(file)), only=("solve",))
-    run.run_study(made)
+
+    def made() -> Settings:
+        return settings({"": "causal"}, options=("-c", str(file)), only=("solve",))
+
+    run.run_study(made())
     ran.clear()
-    run.run_study(made)
+    run.run_study(made())
     assert not ran
     file.write_text("model: {image_resize: pad}\n")
-    run.run_study(made)
-    assert ran == ["trained", "random0", "adapter0"]
+    run.run_study(made())
+    assert ran == ["trained", "random0", "permuted0", "adapter0"]
     file.write_text("model: {image_resize: center_crop}\n")
-    step = make_plan(made)[0]
-    assert "--overwrite" not in command_now(step, made.out), "replaced if asked to only"
+    step = make_plan(made())[0]
+    assert not must_replace(step, made().out), "replaced if asked to only"
 
 
-def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings):
+def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings, capsys):
     with pytest.raises(UserError, match=r"--add routes needs .*questions.json with \"regions\""):
         make_plan(settings({"": "causal"}, add=("routes.limit=5",)))
     for only in (("umap",), ("fit",), ("starvation", "answers")):
         with pytest.raises(UserError, match=f"no such step: --only {' '.join(only)}. fit needs"):
             make_plan(settings({"": "causal"}, only=only))
-    with pytest.raises(UserError, match=r"model.sites is 'adapter'; expected a list"):
+    with pytest.raises(SystemExit):
         make_plan(settings({"": "causal"}, options=("--model.sites", "adapter")))
+    assert "Expected a <class 'list'>" in capsys.readouterr().err
     classes = ",".join(["sky"] * 100)  # longer than a file's name can be
     make_plan(settings({"": "causal"}, add=(f"knockout.classes={classes}",)))
 
@@ -144,26 +148,15 @@ def test_maps_read_the_knockout_that_they_show(settings):
     assert maps.reads["trained/knockout"].name == "knockout.json"
 
 
-def test_settings_are_merged_from_left_to_right(tmp_path):
+def test_options_are_values_of_all_words_and_files(settings, tmp_path):
     file = tmp_path / "some.yaml"
     file.write_text("data: {options: {a: 1}, root: there}\nmodel: {sites: [encoder]}\n")
-    words = [
-        "-c",
-        str(file),
-        "--data.options.b",
-        "2",
-        "--model.sites=[adapter]",
-        "--trainer.devices",
-    ]
-    assert read_setting(words, "data.options") == {"a": 1, "b": 2}
-    assert read_setting(words, "model.sites") == ["adapter"]
-    assert read_setting(["--model.sites", "[adapter]", "-c", str(file)], "model.sites") == [
-        "encoder"
-    ]
-    assert read_setting(words, "data.root") == "there"
-    assert read_setting(words, "trainer.devices", "auto") == "auto", (
-        "a word without a value is an error of the command"
-    )
+    words = ("-c", str(file), "--data.options.b", "2", "--model.sites=[adapter]", "--folds", "3")
+    found = settings({"": "causal"}, options=words)
+    assert found.solve["data"]["options"] == {"a": 1, "b": 2}
+    assert found.solve["data"]["root"] == found.data, "not that of the file"
+    assert found.solve["model"]["sites"] == found.trained["model"]["sites"] == ["adapter"]
+    assert found.solve["folds"] == 3 and "folds" not in found.trained
 
 
 def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
@@ -200,7 +193,7 @@ def test_a_pair_is_ordered_by_its_masks(order, settings):
         s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation"
     )
     assert step.name == "bidirectional/trained/starvation" and not step.why_left_out
-    assert [Path(word).parent.name for word in step.command[2:4]] == ["causal", "bidirectional"]
+    assert [Path(run).parent.name for run in step.config["probes"]] == ["causal", "bidirectional"]
 
 
 def test_two_models_of_one_mask_have_no_starvation(settings):
@@ -223,7 +216,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     }
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
-    assert ran == ["trained", "random0", "adapter0", "trained/knockout", "trained/umap", "report"]
+    solved = ["trained", "random0", "permuted0", "adapter0"]
+    assert ran == [*solved, "trained/knockout", "trained/umap", "report"]
     reasons = {
         entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
     }
@@ -235,7 +229,8 @@ def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
     ran.clear()
     ran.failing = {}
     run.run_study(made)
-    assert {"trained/knockout", "random0/knockout", "trained/umap", "report"} == set(ran)
+    knockouts = {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
+    assert knockouts | {"trained/umap", "report"} == set(ran)
     assert not unfinished_steps(made.out)
     ran.clear()
     run.run_study(made)
@@ -282,9 +277,9 @@ def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     made = settings({"": "causal"})
     (report,) = (step for step in make_plan(made) if step.kind == "report")
     wrote = threading.Event()
-    monkeypatch.setattr(run, "run_command", lambda words: wrote.set())
+    monkeypatch.setattr(run, "_call", lambda step, config: wrote.set())
     monkeypatch.setattr(run, "write_table", lambda out: None)
-    job = threading.Thread(target=run._run_step, args=(report, ["report"], made))
+    job = threading.Thread(target=run._run_step, args=(report, report.config, made))
     with exclusive_run_lock(made.out, "report-step"):
         job.start()
         assert not wrote.wait(0.5)
@@ -301,7 +296,7 @@ def test_trained_probes_have_mistakes_of_their_own(settings, ran):
 def test_a_step_that_the_plan_left_out_is_recorded_and_returns_with_its_sites(settings, ran):
     some = settings({"": "causal"}, options=("--model.sites", "[encoder, adapter, layer_02]"))
     run.run_study(some)
-    assert ran == ["trained", "random0", "adapter0", "report"]
+    assert ran == ["trained", "random0", "permuted0", "adapter0", "report"]
     assert "layer_01" in unfinished_steps(some.out)[1]["reason"]
     ran.clear()
     run.run_study(some)
@@ -334,7 +329,7 @@ def test_a_dry_run_of_few_photos_ends_well(
     words = ["--fit", "--only", only, "--dry-run", "-c", "configs/demo/probes.yaml"]
     with caplog.at_level("INFO"):
         run_study(checkpoints, segmentation, tmp_path, words)
-    assert f"{1 if only == 'fit' else 7} of them passes" in capsys.readouterr().out
+    assert f"{1 if only == 'fit' else 9} of them passes" in capsys.readouterr().out
     assert ("one batch" in caplog.text) == (only == "solve")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,17 @@ import pytest
 from processes import run_command
 
 from llava_bidir.common.errors import UserError
+from probes.world_options import add_calibrate_options
 from probes.worlds import calibrate
-from probes.worlds.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts
+from probes.worlds.calibrate import (
+    COLUMNS,
+    DESIGNS,
+    MASKS,
+    MODELS,
+    NEGATIVES,
+    count_verdicts,
+)
+from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 
 ROOT = Path(__file__).parents[3]
 
@@ -106,6 +116,23 @@ def test_every_studied_model_is_planted_after_its_source():
         # each model is made from one that is made under the same mask, too
         made = {mask for d in DESIGNS.values() if d.model == source for mask in d.masks}
         assert not source or set(design.masks) <= made or design.masks == MASKS[1:]
+
+
+def test_each_family_of_random_llms_is_an_entry_without_trained_probes():
+    options = ArgumentParser()
+    add_calibrate_options(options)
+    (studies,) = (action.choices for action in options._actions if action.dest == "studies")
+    assert studies == list(DESIGNS)
+    assert set(DESIGNS) >= {"random", "language", *FAMILIES} - {"shuffled"}
+    for name in NEGATIVES:
+        assert not DESIGNS[name].fit
+        arms = DESIGNS[name].arms
+        assert [sum(arm.startswith(kind) for arm in arms) for kind in ("random", "permuted")] == [
+            2,
+            2,
+        ]
+        keeps_training = name in ("language", *OF_LANGUAGE)
+        assert MODELS[name].source == ("" if keeps_training else "planted")
 
 
 @pytest.mark.nightly

@@ -1,0 +1,126 @@
+"""Layers that have learned nothing from pictures, in many ways: negatives on which the verdicts are tried.
+
+Draws of a study have one distribution of weights each. Whatever random layers do beyond them by their scale, spectrum
+or attention must not be taken for learning; `probes calibrate` counts how often it is.
+
+    shuffled           the entries of each trained matrix in random order
+    normal_0.02 ...    normal weights of this standard deviation, from the one of an initialisation to 16 times it
+    orthogonal         orthogonal matrices
+    uniform            uniform weights, of standard deviation 0.08 as in the rows below
+    sharp, flat        normal weights; queries and keys times 4 or 1/20
+    repeated           one random layer in place of all
+    low_rank           normal weights of rank 8
+    reordered          the trained layers in another order
+    exchanged          the trained attention heads, exchanged between layers
+
+Norms of drawn layers are one. The last two rows keep what was trained: they are negatives of an LLM that has not seen
+pictures.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+SD = 0.08  # of normal weights with another property; four times that of an initialisation
+SCALES = (0.02, 0.04, 0.08, 0.16, 0.32)
+RANK = 8
+
+
+def shuffle_weights(layers: nn.ModuleList) -> None:
+    """Put the entries of each matrix into random order."""
+    for weight in matrices(layers):
+        weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+
+
+def matrices(layers: nn.Module) -> list[Tensor]:
+    """Return the weights that are not vectors."""
+    return [weight for weight in layers.parameters() if weight.ndim > 1]
+
+
+def draw_weights(draw: Callable[[Tensor], object], layers: nn.ModuleList) -> None:
+    """Draw each matrix, and set the norms to one."""
+    for weight in layers.parameters():
+        if weight.ndim > 1:
+            draw(weight)
+        else:
+            weight.fill_(1)
+
+
+def draw_normal(layers: nn.ModuleList, sd: float = SD) -> None:
+    """Draw normal weights."""
+    draw_weights(partial(nn.init.normal_, std=sd), layers)
+
+
+def draw_uniform(layers: nn.ModuleList) -> None:
+    """Draw uniform weights of the same variance."""
+    bound = SD * 3**0.5
+    draw_weights(partial(nn.init.uniform_, a=-bound, b=bound), layers)
+
+
+def draw_low_rank(layers: nn.ModuleList) -> None:
+    """Draw products of normal matrices of `RANK` columns and rows, with the same variance."""
+
+    def draw(weight: Tensor) -> None:
+        rows, columns = weight.shape
+        product = torch.randn(rows, RANK) @ torch.randn(RANK, columns)
+        weight.copy_(SD / RANK**0.5 * product)
+
+    draw_weights(draw, layers)
+
+
+def scale_attention(layers: nn.ModuleList, factor: float) -> None:
+    """Draw normal weights, and multiply those of queries and keys."""
+    draw_normal(layers)
+    for layer in layers:
+        layer.self_attn.q_proj.weight.mul_(factor)
+        layer.self_attn.k_proj.weight.mul_(factor)
+
+
+def repeat_layer(layers: nn.ModuleList) -> None:
+    """Draw normal weights of one layer, and give them to all."""
+    draw_normal(layers)
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+
+
+def reorder_layers(layers: nn.ModuleList) -> None:
+    """Put the layers into another order; none stays where it was."""
+    shift = int(torch.randint(1, len(layers), ()))
+    order = torch.randperm(len(layers))
+    before = [{name: x.clone() for name, x in layer.state_dict().items()} for layer in layers]
+    for place, source in zip(order.tolist(), order.roll(shift).tolist(), strict=True):
+        layers[place].load_state_dict(before[source])
+
+
+def exchange_heads(layers: nn.ModuleList) -> None:
+    """Exchange attention heads at random between all layers; each keeps its queries, keys, values and output."""
+    size = layers[0].self_attn.head_dim
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def heads(layer: nn.Module, name: str) -> Tensor:
+        weight = getattr(layer.self_attn, name).weight
+        return (weight.T if name == "o_proj" else weight).unflatten(0, (-1, size))
+
+    order = torch.randperm(len(layers) * len(heads(layers[0], "q_proj")))
+    for name in names:
+        exchanged = torch.cat([heads(layer, name) for layer in layers])[order]
+        for layer, part in zip(layers, exchanged.chunk(len(layers)), strict=True):
+            heads(layer, name).copy_(part)
+
+
+FAMILIES: dict[str, Callable[[nn.ModuleList], None]] = {
+    "shuffled": shuffle_weights,
+    **{f"normal_{sd}": partial(draw_normal, sd=sd) for sd in SCALES},
+    "orthogonal": partial(draw_weights, nn.init.orthogonal_),
+    "uniform": draw_uniform,
+    "sharp": partial(scale_attention, factor=4.0),
+    "flat": partial(scale_attention, factor=0.05),
+    "repeated": repeat_layer,
+    "low_rank": draw_low_rank,
+    "reordered": reorder_layers,
+    "exchanged": exchange_heads,
+}
+# They keep trained weights: of an LLM that has seen pictures they are no negatives.
+OF_LANGUAGE = ("reordered", "exchanged")

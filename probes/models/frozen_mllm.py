@@ -208,11 +208,11 @@ class FrozenMLLM(FrozenModel):
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
-        if isinstance(head, LogitHead):
-            return logits
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         check_outputs("logits", {site: logits})
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is None or isinstance(head, LogitHead):  # which caps its logits itself
+            return logits
+        return cap * torch.tanh(logits / cap)
 
     @cached_property
     def chat(self) -> Chat:

@@ -33,7 +33,7 @@ def commands(monkeypatch):
         found = {}
 
         def run_in_child_process(folder, name, steps):
-            found.update({str(step.result.relative_to(out)): list(step.command) for step in steps})
+            found.update({str(step.result.relative_to(out)): list(step.config) for step in steps})
 
         monkeypatch.setattr(real, "run_in_child_process", run_in_child_process)
         monkeypatch.setattr(real, "find_model", lambda: Path("model.gguf"))

@@ -13,13 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.loader_workers import usable_cores
 from llava_bidir.common.run_folder import RunPlan, check_unfinished, plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.usage_errors import ArgumentParser, natural
+from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
 from probes.data.base import shared_images
 from probes.data.datamodule import ProbeData
 from probes.data.label_counts import format_labels

@@ -45,6 +45,14 @@ CONFIGURABLE = (
     Profiler,
     Strategy,
 )
+# Options of a command that reads the data of a config, on machines without the config's GPUs too.
+ON_ONE_CPU = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+)
 
 
 class ConfigParser(ShortUsageErrors, LightningArgumentParser):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
+from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.training_record import TRAINING_JSON
@@ -129,16 +129,7 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
 
 def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
     """Return model (without weights) and data of a training config, on machines without the config's GPUs too."""
-    local = {
-        "accelerator": "cpu",
-        "devices": "1",
-        "num_nodes": "1",
-        "strategy": "auto",
-        "precision": "32-true",
-    }
-    return build_cli(
-        [*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False, prog=prog
-    )
+    return build_cli([*argv, *ON_ONE_CPU], run=False, prog=prog)
 
 
 def main(argv: list[str]) -> None:

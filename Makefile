@@ -147,14 +147,14 @@ NEWEST_VENV := .venv-newest
 test-newest: ## the fast tests with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install -q uv
-	$(NEWEST_VENV)/bin/uv pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,gguf,lab,test]'
+	$(NEWEST_VENV)/bin/uv pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,figures,gguf,lab,test]'
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 LOWEST_VENV := .venv-lowest
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(LOWEST_VENV)
 	$(LOWEST_VENV)/bin/python -m pip install -q uv
-	$(LOWEST_VENV)/bin/uv pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
+	$(LOWEST_VENV)/bin/uv pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,figures,test]'
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo

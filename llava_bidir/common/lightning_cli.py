@@ -22,16 +22,17 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from .checkpoint_io import AtomicCheckpointIO
 from .errors import UserError
 from .expected_messages import hide_expected_messages
-from .interrupt import SaveOnInterrupt
 from .progress import FirstEstimate, LogProgress
 from .run_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
+from .when_to_save import SaveOnSignal
 
 CONFIGURABLE = (
     Accelerator,
@@ -43,6 +44,14 @@ CONFIGURABLE = (
     Precision,
     Profiler,
     Strategy,
+)
+# Options of a command that reads the data of a config, on machines without the config's GPUs too.
+ON_ONE_CPU = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
 )
 
 
@@ -94,8 +103,13 @@ class RunCLI(LightningCLI):
         )
         parser.link_arguments("out", "trainer.default_root_dir")
 
-    def instantiate_trainer(self, **kwargs) -> Trainer:
-        """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar."""
+    def instantiate_trainer(self, requeue: bool = False, **kwargs) -> Trainer:
+        """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar.
+
+        Args:
+            requeue: Whether the run saves and requeues its job on a signal of Slurm.
+            **kwargs: Those of LightningCLI.
+        """
 
         def setting(key):
             return self._get(self.config_init, key)
@@ -109,7 +123,11 @@ class RunCLI(LightningCLI):
             )
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]
-        plugins = [*given, AtomicCheckpointIO(), *kwargs.pop("plugins", [])]
+        plugins = [*given, AtomicCheckpointIO()]
+        if requeue:
+            plugins.append(
+                SLURMEnvironment(auto_requeue=False)
+            )  # Lightning's own handlers may hang
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
@@ -123,7 +141,7 @@ class RunCLI(LightningCLI):
         if to_log:
             trainer.callbacks.append(LogProgress())
         trainer.callbacks.append(FirstEstimate())
-        trainer.callbacks.append(SaveOnInterrupt())  # after those that count batches
+        trainer.callbacks.append(SaveOnSignal(requeue))  # after those that count batches
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:

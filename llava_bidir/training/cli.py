@@ -12,12 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
-from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
+from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.training_record import TRAINING_JSON
+from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import check_annotations
 from llava_bidir.model.hf_export import export_hf
@@ -26,7 +25,6 @@ from .callbacks import ExportModel, LogLearningRate, ShowAnswers
 from .loss_monitor import LossMonitor
 from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
-from .slurm_requeue import SlurmRequeue
 from .throughput import Throughput
 
 
@@ -48,14 +46,10 @@ class TrainingCLI(RunCLI):
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add requeueing under Slurm."""
-        on_slurm = SLURMEnvironment.detect()
-        plugins = [SLURMEnvironment(auto_requeue=False)] if on_slurm else []
-        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        trainer = super().instantiate_trainer(**kwargs, requeue=SLURMEnvironment.detect())
         # The data would show other samples in each epoch, and what one step exports would count as a finished run.
         why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
         check_trainer(trainer, {"fast_dev_run": False, "overfit_batches": 0.0}, why)
-        if on_slurm:
-            trainer.callbacks.append(SlurmRequeue())
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
@@ -135,16 +129,7 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> T
 
 def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
     """Return model (without weights) and data of a training config, on machines without the config's GPUs too."""
-    local = {
-        "accelerator": "cpu",
-        "devices": "1",
-        "num_nodes": "1",
-        "strategy": "auto",
-        "precision": "32-true",
-    }
-    return build_cli(
-        [*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False, prog=prog
-    )
+    return build_cli([*argv, *ON_ONE_CPU], run=False, prog=prog)
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.step_boundary import is_logged
 
 from .flops import ModelFlops, count_flops, peak_flops
 
@@ -78,7 +77,7 @@ class Throughput(Callback):
         """Count the batch, and log the rates at a logged step."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
-        if steps > 0 and is_logged(trainer):
+        if steps > 0 and _is_logged(trainer):
             pl_module.log_dict(self._rates(steps, trainer.world_size))
             if pl_module.device.type == "cuda":
                 pl_module.log(
@@ -118,3 +117,8 @@ class Throughput(Callback):
         if self.flops is not None:
             rates["mfu"] = counts["flops"] / elapsed / self.peak
         return {f"train/{name}": float(value) for name, value in rates.items()}
+
+
+def _is_logged(trainer: Trainer) -> bool:
+    """Return whether `trainer.log_every_n_steps`, of which 0 is never, includes the current step."""
+    return trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0

@@ -13,13 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
-from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
+from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer, run_process
 from llava_bidir.common.loader_workers import usable_cores
 from llava_bidir.common.run_folder import RunPlan, check_unfinished, plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.common.usage_errors import ArgumentParser, natural
+from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
 from probes.data.base import shared_images
 from probes.data.datamodule import ProbeData
 from probes.data.label_counts import format_labels
@@ -41,14 +40,6 @@ WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
 )
-
-CPU = {
-    "accelerator": "cpu",
-    "devices": "1",
-    "num_nodes": "1",
-    "strategy": "auto",
-    "precision": "32-true",
-}
 
 
 class ProbeCLI(RunCLI):
@@ -245,10 +236,8 @@ def verify_data(argv: list[str]) -> None:
         help="number of processes",
     )
     args, config = parser.parse_known_args(argv)
-    trainer = [f"--trainer.{key}={value}" for key, value in CPU.items()]
-    data = build_cli(
-        ["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog
-    ).datamodule
+    words = ["--model.mllm", "none", *config, *ON_ONE_CPU]
+    data = build_cli(words, run=False, prog=parser.prog).datamodule
     start = time.perf_counter()
     data.check_files(data.find_bad_files(args.workers))
     data.shared_images = shared_images(data.splits["training"], data.splits["validation"])

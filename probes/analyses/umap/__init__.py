@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from probes.analyses.base import Analysis, PlannedRun
 from probes.analyses.options import (
@@ -36,8 +37,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
 
 
+def lacks_package() -> str:
+    """Return how to install what projects the patches, "" if it is installed."""
+    if find_spec("umap") is None:
+        return "umap-learn is not installed; run: pip install 'llava-bidir[figures]'"
+    return ""
+
+
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
-    """Return which of the default sites a planned run has no probe at, "" if none is missing."""
+    """Return that the package, or the probe of a planned run at a default site, is missing, "" if none is."""
+    if missing := lacks_package():
+        return missing
     sites = runs[0].sites
     start = ADAPTER if runs[0].has_llm else PATCHES
     if "sites" in options or (start in sites and any(is_layer(site) for site in sites)):

@@ -26,7 +26,7 @@ from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from . import UmapOptions
+from . import UmapOptions, lacks_package
 
 
 def umap_of_images(
@@ -48,8 +48,11 @@ def umap_of_images(
         out. A number is None if there are too few labelled patches or classes.
 
     Raises:
-        UserError: An image or site does not exist, or the run has no layer to choose sites by.
+        UserError: umap-learn is not installed, an image or site does not exist, or the run has no layer to choose sites
+            by.
     """
+    if missing := lacks_package():
+        raise UserError(missing)
     dataset = run.dataset()
     mllm = run.mllm()
     classes = run.metrics["classes"]

@@ -9,9 +9,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.rank_zero import run_on_all_ranks
+from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
 from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_cli
 from probes.training.run_schema import MODEL_SETTINGS

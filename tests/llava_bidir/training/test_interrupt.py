@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -10,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -109,3 +110,10 @@ def test_ctrl_c_before_a_run_begins_promises_no_checkpoint(tmp_path, capsys):
         with pytest.raises(KeyboardInterrupt) as stop, interrupt_says_what_is_saved(tmp_path):
             raise KeyboardInterrupt
         assert ("--ckpt_path last" in str(stop.value)) == name.endswith("safetensors")
+
+
+def test_a_run_outside_of_the_main_thread_ends_as_usual(parts, conversations, tmp_path):
+    """Only the main thread may set what a signal does; the run raised a ValueError after its last step."""
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(tiny_models.fit, parts, conversations, tmp_path / "run").result()
+    assert (run / "hf/training.json").is_file()

@@ -11,8 +11,8 @@ from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llava_bidir.common.when_to_save import INTERRUPTED, SaveOnSignal
 from llava_bidir.training.cli import build_cli
-from llava_bidir.training.slurm_requeue import INTERRUPTED, SlurmRequeue
 
 UNDER_SRUN = {
     "SLURM_NTASKS": "1",
@@ -91,7 +91,7 @@ def fit(
     cli = build_cli(arguments(parts, conversations, out), run=False)
     sender = SignalAt(number, micro_batch)
     cli.trainer.callbacks[:0] = [sender]
-    cli.trainer.callbacks.append(SlurmRequeue())
+    cli.trainer.callbacks[-1] = SaveOnSignal(on_slurm=True)
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     except SystemExit as stop:
@@ -204,11 +204,13 @@ def test_requeueing_is_on_under_srun_only(
     monkeypatch,
 ):
     off = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert not any(isinstance(callback, SlurmRequeue) for callback in off.callbacks)
+    assert isinstance(off.callbacks[-1], SaveOnSignal)
+    assert not off.callbacks[-1].on_slurm
     for name, value in UNDER_SRUN.items():
         monkeypatch.setenv(name, value)
     on = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert isinstance(on.callbacks[-1], SlurmRequeue), "after all callbacks that count batches"
+    assert isinstance(on.callbacks[-1], SaveOnSignal), "after all callbacks that count batches"
+    assert on.callbacks[-1].on_slurm
     environment = on._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue

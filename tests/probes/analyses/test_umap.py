@@ -1,10 +1,14 @@
 """UMAP of patches, and the numbers from the original space."""
 
+import sys
+
 import numpy as np
 import probe_runs
 import pytest
 import torch
 
+from probes.analyses import ANALYSES
+from probes.analyses.base import PlannedRun
 from probes.analyses.umap.run import embed, umap_of_images
 from probes.cli import main
 
@@ -56,3 +60,18 @@ def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path)
         SystemExit, match="^probes: .* has no decoder layer, and so no best one; choose --sites"
     ):
         main(["umap", "--probes", str(none.path), "--image", "0"])
+
+
+def test_without_umap_learn_the_extra_is_named_and_a_study_leaves_it_out(
+    runs, monkeypatch, tmp_path
+):
+    sites = ["adapter", "layer_01"]
+    planned = [PlannedRun("trained", "causal", sites, sites)]
+    assert ANALYSES["umap"].why_left_out(planned, {}) == ""
+    monkeypatch.setitem(sys.modules, "umap", None)
+    install = "umap-learn is not installed; run: pip install 'llava-bidir[figures]'"
+    assert ANALYSES["umap"].why_left_out(planned, {}) == install
+    with pytest.raises(SystemExit) as stop:
+        main(["umap", "--probes", str(runs["causal"].path), "--out", str(tmp_path)])
+    assert stop.value.code == f"probes: {install}"
+    assert not (tmp_path / "umap.json").exists()

@@ -1,0 +1,176 @@
+"""When a run in training saves a checkpoint: where it can be resumed exactly, and after a signal.
+
+What is saved, and how, is in checkpoint_io.py.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
+
+
+def at_step_boundary(trainer: Trainer) -> bool:
+    """Return whether a checkpoint after this batch can be resumed exactly.
+
+    It cannot within an optimizer step, because checkpoints hold no accumulated gradients. Nor can it after the last
+    batch of an epoch, because Lightning would skip the validation of that epoch. The end of an epoch has a checkpoint
+    of its own.
+    """
+    epoch = trainer.fit_loop.epoch_loop
+    return not (epoch._should_accumulate() or epoch._is_training_done)
+
+
+class SaveAtStepBoundary(Callback):
+    """Make every ModelCheckpoint that saves every n steps, or after a validation, wait for a step boundary.
+
+    Without it, such a ModelCheckpoint also saves at the first micro-batch after a resume, where the number of steps is
+    still that of the checkpoint.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let ModelCheckpoint remove the checkpoint that the run was resumed from when it has saved a newer one."""
+        trainer.ckpt_path = None
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+    ) -> None:
+        """Mark the current step as saved if it is not a boundary."""
+        if not at_step_boundary(trainer):
+            for callback in trainer.checkpoint_callbacks:
+                if not callback._every_n_epochs:  # the others save after a validation or an epoch
+                    callback._last_global_step_saved = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark the current step as saved after a validation within it (`trainer.val_check_interval`)."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            for callback in trainer.checkpoint_callbacks:
+                callback._last_global_step_saved = trainer.global_step
+
+
+class SaveOnSignal(Callback):
+    """After a signal, save RUN/checkpoints/last.ckpt at the next step boundary, and end the run.
+
+    Ctrl-C (SIGINT), in a run of one process. A second one ends it at once. Several processes cannot agree on a step
+    unless they talk to each other after each one, as they do on Slurm.
+
+    On Slurm, SIGUSR1, which comes some minutes before the time limit (`--signal` in slurm/stage*.sbatch) and requeues
+    the job, and SIGTERM, which comes on preemption or `scancel` and does not: Slurm itself requeues a preempted job,
+    and a cancelled job must not return. A handler only notes its signal, because a checkpoint needs all ranks and each
+    may be at another point of the step; after a step the ranks agree on what to do. (Lightning's handlers save or
+    broadcast immediately, and the run hangs if ranks are skewed: Lightning issue 21406.)
+
+    Args:
+        on_slurm: Whether the run is a job of Slurm that is to be requeued.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
+        SystemExit: After a signal of Slurm, with status INTERRUPTED, on all ranks after the same step.
+    """
+
+    def __init__(self, on_slurm: bool = False):
+        self.on_slurm = on_slurm
+        self.received: set[int] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ignore SIGUSR1 outside training, when there is nothing to save.
+
+        Lightning restores this handler after training, so a late signal does not kill a run that is finished.
+        """
+        if self.on_slurm:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note signals from now on."""
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+        if self.on_slurm:
+            signal.signal(signal.SIGUSR1, self._note)
+            signal.signal(signal.SIGTERM, self._note)  # replaces Lightning's handler
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.add(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            log.warning(
+                "Ctrl-C: the run ends with a checkpoint after this step; Ctrl-C again ends it at once"
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+    ) -> None:
+        """Save and end the run if this process, on Slurm any rank, received a signal."""
+        if not at_step_boundary(trainer):
+            return
+        agree = trainer.strategy.reduce_boolean_decision
+        stops = bool(self.received)
+        if self.on_slurm:
+            stops = agree(stops, all=False)
+        if not stops:
+            return
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints/last.ckpt")
+        # Lightning logs a step after this hook, so that the loggers would lack the step of the checkpoint
+        trainer._logger_connector.update_train_step_metrics()
+        if signal.SIGINT in self.received:
+            raise KeyboardInterrupt
+        rank_zero_info(
+            f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`"
+        )
+        if agree(signal.SIGUSR1 in self.received, all=False):
+            if trainer.is_global_zero:
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            trainer.strategy.barrier()  # srun kills all ranks when one exits
+        raise SystemExit(INTERRUPTED)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Ctrl-C back if it was taken."""
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def interrupt_says_what_is_saved(checkpoints: Path) -> Iterator[None]:
+    """Name the checkpoint to go on from, or that there is none, when Ctrl-C ends the block.
+
+    Args:
+        checkpoints: Folder of the run's checkpoints.
+
+    Raises:
+        KeyboardInterrupt: With that sentence, which `one_line_errors` shows.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        by_lightning = isinstance(stop, SystemExit) and isinstance(
+            stop.__context__, KeyboardInterrupt
+        )
+        if isinstance(stop, SystemExit) and not by_lightning:
+            raise
+        saved = sorted(checkpoints.glob("*.*"), key=lambda path: path.stat().st_mtime_ns)
+        complete = [path for path in saved if not path.name.endswith(".partial")]
+        if not complete:
+            raise KeyboardInterrupt("nothing was saved yet: the same command starts anew") from None
+        raise KeyboardInterrupt(
+            f"run the same command again with `--ckpt_path last` to go on from {complete[-1]}"
+        ) from None

@@ -16,9 +16,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER, is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.evaluation.estimate import Estimate
     from probes.results.finished_run import FinishedRun
-    from probes.results.probe_run import ProbeRun
 
     from .style import ReportFigure
 
@@ -91,7 +89,6 @@ class Analysis:
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
             analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
-        effects: Returns the effects of a run that were made before the analysis wrote them into a file (effects.py).
         rows: Returns rows of the study's table from its result.
         reads: Analyses before it whose results it reads where there are some.
         reads_probes: Its numbers depend on the run's probes; else on the model alone.
@@ -115,7 +112,6 @@ class Analysis:
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
-    effects: "Callable[[ProbeRun], Mapping[str, Estimate]] | None" = None
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
     lacks: Callable[[Sequence[PlannedRun], Mapping[str, str]], str] = lacks_nothing
 

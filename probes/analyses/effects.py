@@ -52,10 +52,6 @@ def read_effects(run: FinishedRun) -> dict[str, Estimate]:
         UserError: A file is damaged, or was made from other probes.
     """
     effects = dict(run.effects)
-    for name, analysis in ANALYSES.items():
-        # a version that did not write effects yet may have made the analysis
-        if analysis.effects and not effects_path(run.path, name).is_file():
-            effects |= analysis.effects(run)
     for path in sorted(run.path.glob(f"*{SUFFIX}")):
         analysis = ANALYSES.get(path.name.removesuffix(SUFFIX))
         if analysis is not None and not (run.path / analysis.result).is_file():

@@ -47,12 +47,7 @@ def _effects_by_row(
 
 def _at_rows(run: FinishedRun, effect: str) -> dict[str, Estimate]:
     named = {row: run.effects.get(f"{effect}@{row}") for row in ROWS}
-    found = {row: estimate for row, estimate in named.items() if estimate}
-    if run.strengths.exact:  # earlier versions called the closed form unconverged
-        return {
-            row: replace(estimate, about={"converged": True}) for row, estimate in found.items()
-        }
-    return found
+    return {row: estimate for row, estimate in named.items() if estimate}
 
 
 def _minus_control(own: Estimate, control: Estimate) -> Estimate:

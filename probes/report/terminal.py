@@ -28,8 +28,7 @@ def format_results(results: dict[str, Any]) -> str:
         lines += [_format_claims(study["claims"]), *notes, ""]
         if best := study.get("best_layer"):
             lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
-    judged = [entry for entry in results.get("tasks", []) if "claims" in entry]
-    lines += _format_tasks(judged, results.get("joint_tasks", []))
+    lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
     lines += describe_steps(unfinished, LEFT_OUT)
     return "\n".join(lines)
 

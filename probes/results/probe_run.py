@@ -12,15 +12,15 @@ from probes.tasks import SEGMENTATION
 
 from .finished_run import FinishedRun
 
-# Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
+# Axes of the counts: S sites, N images, K classes, T image tokens. The last one is not in every run.
 COUNTS = {
     "intersection": "SNK",
     "predicted": "SNK",
     "labelled": "NK",
     "patch_right": "SNT",
     "patch_valid": "NT",
+    "group": "N",
 }
-COUNTS |= {"confusion": "SKK", "group": "N"}  # the first in runs of earlier versions
 # R solved strengths of each site
 PATH = {
     "optimum/intersection": "RSNK",

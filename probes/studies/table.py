@@ -79,8 +79,6 @@ class Study:
             raise UserError(f"{file} does not exist; the study is not finished")
         results = read_json(file)
         judged = [*_studies(results), *results.get("tasks", [])]
-        # earlier versions judged no tasks
-        judged = [study for study in judged if "claims" in study]
         return DataFrame([row for study in judged for row in _claim_rows(study)])
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":

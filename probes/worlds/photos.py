@@ -107,14 +107,8 @@ def describe_sources(folders: list[Path], captions: Path | None) -> dict[str, st
 
 
 def check_sources(out: Path, folders: list[Path], captions: Path | None) -> None:
-    """Raise a UserError if the records in `out` were made from other photos, masks or captions than are there now.
-
-    Records of earlier versions do not say what they were made from.
-    """
-    file = out / "sources.json"
-    if not file.is_file():
-        return
-    before = read_json(file)
+    """Raise a UserError if the records in `out` were made from other photos, masks or captions than are there now."""
+    before = read_json(out / "sources.json")
     now = describe_sources(folders, captions)
     if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
         raise UserError(

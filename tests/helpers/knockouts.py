@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from probes.analyses.effects import write_effects
 from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.knockout.contrasts import knockout_effects
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.run import summarise_cases
 from probes.results.probe_run import ProbeRun
@@ -27,7 +29,7 @@ L = 4
 
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write a knockout into the folder of a run, and return knockout.json."""
+    """Write a knockout and its effects into the folder of a run, and return knockout.json."""
     save_file(
         {key: values.contiguous() for key, values in tensors.items()},
         run.path / "knockout.safetensors",
@@ -35,6 +37,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
     results, _ = summarise_cases(run, KnockoutPlan(classes), tensors, {})
     (run.path / "knockout.json").write_text(json.dumps(results))
+    write_effects(run, "knockout", knockout_effects(run, tensors))
     return results
 
 

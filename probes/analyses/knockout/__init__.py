@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probes.analyses.base import (
     Analysis,
@@ -25,10 +25,6 @@ from probes.analyses.options import (
 from probes.models.sites import ADAPTER
 
 from .schema import CONTROLS
-
-if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.evaluation.estimate import Estimate
-    from probes.results.probe_run import ProbeRun
 
 
 @dataclass(frozen=True)
@@ -90,13 +86,6 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
     return lacks_layers(runs[0])
 
 
-def effects(run: "ProbeRun") -> "dict[str, Estimate]":
-    """Return the effects of a run's knockout; {} without one."""
-    from .contrasts import knockout_effects  # imports torch
-
-    return knockout_effects(run)
-
-
 ANALYSIS = Analysis(
     help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
     question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
@@ -127,7 +116,6 @@ ANALYSIS = Analysis(
             against_tokens=True,
         ),
     },
-    effects=effects,
     rows=rows,
     lacks=lacks,
 )

@@ -36,7 +36,6 @@ from .effects import (
     list_conditions,
     mean_over_classes,
     outcome_key,
-    read_knockout,
     select_cases,
 )
 from .schema import CONTROLS, SETS
@@ -55,19 +54,13 @@ class PairedCases(NamedTuple):
     forward: Tensor  # bool[C], whether the first class of the pair is called the second
 
 
-def knockout_effects(
-    run: ProbeRun, tensors: dict[str, Tensor] | None = None
-) -> dict[str, Estimate]:
+def knockout_effects(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Estimate]:
     """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@CONTROL".
 
     Args:
         run: The run.
-        tensors: Content of knockout.safetensors; None to read it. There are no effects without it.
+        tensors: Content of knockout.safetensors.
     """
-    if tensors is None:
-        tensors = read_knockout(run)
-    if not tensors:
-        return {}
     controls = [name for name in CONTROLS if f"{name}_correct" in list_conditions(tensors)]
     effects = {
         name: replace(estimate, about={"controls": controls})

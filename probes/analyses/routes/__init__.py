@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probes.analyses.base import (
     Analysis,
@@ -21,10 +21,6 @@ from probes.analyses.options import (
     option,
     seed_option,
 )
-
-if TYPE_CHECKING:  # this module answers `probes --help`
-    from probes.evaluation.estimate import Estimate
-    from probes.results.probe_run import ProbeRun
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,6 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
         yield table_row(None, metric, of_all["value"], of_all["ci95"])
 
 
-def effects(run: "ProbeRun") -> dict[str, "Estimate"]:
-    """Return the effects of routes.safetensors, which is imported when a report reads them."""
-    from .effects import claimed_routes
-
-    return claimed_routes(run)
-
-
 ANALYSIS = Analysis(
     help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
     question="Which way does an answer take from the patches of its object to the last token?",
@@ -76,7 +65,6 @@ ANALYSIS = Analysis(
     title="Routes of answers",
     arms=("trained", "random", "permuted"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
-    effects=effects,
     rows=rows,
     reads_probes=False,
     claims={

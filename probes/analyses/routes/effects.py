@@ -15,8 +15,6 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.analyses.knockout.effects import Cases, image_weights
 from probes.evaluation.estimate import Estimate, estimate_text
-from probes.results.probe_run import ProbeRun
-from probes.results.run_files import read_tensors
 
 CONTRAST = "object - random"
 TARGETS = ("question", "last", "text", "image")
@@ -78,27 +76,21 @@ def change(
     return values - none
 
 
-def claimed_routes(run: ProbeRun) -> dict[str, Estimate]:
-    """Return the number of each claim about routes; {} without the analysis."""
-    results = run.analysis("routes.json")
-    if results is None:
-        return {}
-    tensors = read_tensors(run.path / "routes.safetensors")
+def claimed_routes(tensors: Tensors, seed: int) -> dict[str, Estimate]:
+    """Return the number of each claim about routes from the content of routes.safetensors.
+
+    Args:
+        tensors: See run.py.
+        seed: Seed of the bootstrap.
+    """
     cases = Cases({}, tensors["image"])
     # drops of the probability, in all layers: more without the object's patches than without random ones
-    own, other = (_probability(tensors, f"{name} to text") for name in CONTRAST.split(" - "))
-    weights = image_weights(tensors["image"], results["seed"])
-    mean, resampled = cases.mean(other - own, weights)
-    counts = {"images": results["images"], "questions": results["questions"]}
+    own, other = (
+        tensors[f"probability:{name} to text"][:, 0].double() for name in CONTRAST.split(" - ")
+    )
+    mean, resampled = cases.mean(other - own, image_weights(tensors["image"], seed))
+    counts = {"images": cases.counts["images"], "questions": len(own)}
     return {"route_object": Estimate(mean.item(), resampled, {"n": counts})}
-
-
-def _probability(tensors: Tensors, route: str) -> Tensor:
-    """Return the right answer's probability if a route is cut in all layers, f[Q], the mean over draws."""
-    stored = tensors.get(f"probability:{route}")
-    if stored is None:  # earlier versions stored the mean of the logarithms only
-        return tensors[f"right:{route}"][:, 0].double().exp()
-    return stored[:, 0].double()
 
 
 def _window_entries(

@@ -18,6 +18,7 @@ name changes. No probe takes part.
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
                         "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
                         "changed:ROUTE" f[Q, 1 + W], 1 where the answer is another one; each the mean over draws
+    routes_effects.safetensors   what claims are made from, see probes/analyses/effects.py
     routes.partial/     finished batches, removed at the end
 
 Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a forward.
@@ -47,14 +48,16 @@ from probes.analyses.answers.questions import (
 )
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.effects import effects_path
 from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
+from probes.evaluation.effect_file import effect_file
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
 
 from . import RoutesOptions
-from .effects import print_routes, route_effects
+from .effects import claimed_routes, print_routes, route_effects
 
 QUESTIONS_PER_FILE = 8
 
@@ -120,7 +123,14 @@ def measure_routes(
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
     results |= made_from | {"questions_file": plan.questions.name}
     results |= route_effects(tensors, places, plan.seed)
-    write_files({out / "routes.safetensors": tensors, out / "routes.json": results})
+    effects = effect_file(claimed_routes(tensors, plan.seed), run.fingerprint)
+    write_files(
+        {
+            out / "routes.safetensors": tensors,
+            effects_path(out, "routes"): effects,
+            out / "routes.json": results,
+        }
+    )
     shutil.rmtree(partial)
     return results
 

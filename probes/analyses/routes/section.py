@@ -54,9 +54,8 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
     one = run.analysis("routes.json")
     other = draw.analysis("routes.json")
-    # results of earlier versions have no stride, which was 1
     alike = ("questions_sha256", "questions", "window", "stride", "seed")
-    if any(one.get(key, 1) != other.get(key, 1) for key in alike):
+    if any(one[key] != other[key] for key in alike):
         raise UserError(
             f"{run.path} and {draw.path} were asked different questions; run `probes routes` alike"
         )

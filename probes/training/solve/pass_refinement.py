@@ -135,8 +135,6 @@ class PassRefinement:
 
     def _adapt_damping(self, value: Tensor) -> None:
         """Damp the next step more or less, by what the last one has gained; `value` f64[W, G] is where it has led."""
-        if not self.damping.any():  # a file of an earlier commit
-            return
         gain = (self.value - value + ROUNDING) / (self.decrease + ROUNDING)
         gain = gain.nan_to_num(nan=-1.0)
         factors = value.new_tensor(DAMPING_FACTORS)
@@ -415,8 +413,6 @@ class PassRefinement:
             state["points"][0],
             given,
         )
-        # files of earlier commits have no damping
-        state = {"damping": torch.zeros_like(state["value"])} | state
         for name, key in SAVED.items():
             setattr(refinement, key, state[name])
         count = sum(name.startswith("step_") for name in state)

@@ -23,6 +23,7 @@ from probes.analyses.routes.run import (
     windows,
 )
 from probes.cli import main
+from probes.evaluation.effect_file import read_effect_file
 from probes.results.probe_run import ProbeRun
 
 CLASSES = tiny_models.CLASSES
@@ -39,6 +40,19 @@ def measured(runs, tmp_path_factory):
     main([*command, "--out", str(out), "--draws", "2", "--window", "2", "--batch-size", "7"])
     results = json.loads((out / "routes.json").read_text())
     return runs["causal"], questions, results, load_file(out / "routes.safetensors")
+
+
+def test_the_number_of_the_claim_is_written_with_its_resamplings(measured):
+    """The mean over questions of how much less probable the answer is without its object than without others."""
+    run, questions, results, tensors = measured
+    effects, made_from = read_effect_file(questions.parent / "routes_effects.safetensors")
+    own, other = (tensors[f"probability:{name} to text"][:, 0] for name in ("object", "random"))
+    assert effects["route_object"].value == pytest.approx((other - own).mean().item(), abs=1e-6)
+    assert len(effects["route_object"].resampled) == len(run.weights)
+    assert effects["route_object"].about == {
+        "n": {key: results[key] for key in ("images", "questions")}
+    }
+    assert made_from == run.fingerprint
 
 
 def test_routes_equal_a_loop_over_knockouts(measured):

@@ -1,7 +1,6 @@
 """The report's section on other tasks: effects against numpy, verdicts beyond random draws, and what it shows."""
 
 import json
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -117,6 +116,7 @@ def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
         ("path", {"closed_form/sums": sums.expand(4, *sums.shape)}),
     ):
         save_file({key: x.contiguous() for key, x in kept.items()}, run / f"{name}.safetensors")
+    probe_runs.write_effects(run)
     (entry,) = results_of(run)
     (recovery,) = (claim for claim in entry["claims"] if claim["claim"] == "recovery")
     assert recovery["verdicts"]["optimum"]["value"] == pytest.approx(0.005)
@@ -175,17 +175,6 @@ def test_seeds_of_another_task_split_no_study(folders, segmentation, tmp_path):
         ("hf, toy world, depth", 2),
         ("hf, toy world, normals", 1),
     ]
-
-
-def test_least_squares_of_earlier_versions_are_exact_too(folders, monkeypatch):
-    """They are stored as not converged, since they have no certificates."""
-    effects = {
-        name: replace(estimate, about={"converged": False})
-        for name, estimate in FinishedRun(folders["depth"]).effects.items()
-    }
-    monkeypatch.setattr(FinishedRun, "effects", effects)
-    (entry,) = results_of(folders["depth"])
-    assert [claim["verdicts"]["optimum"]["verdict"] for claim in entry["claims"]] == ["holds"] * 2
 
 
 def test_runs_of_tasks_can_be_told_their_model(folders):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import knockouts
 import numpy as np
-import probe_runs
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ import probes
 from llava_bidir.common.atomic_io import write_files
 from probes.analyses import claims as registry
 from probes.analyses.effects import read_effects
-from probes.analyses.knockout.contrasts import knockout_effects
 from probes.evaluation.effect_file import effect_file
 from probes.report.claims import evaluate_claims
 from probes.results.study import read_studies
@@ -41,28 +39,17 @@ def registered():
         current.update(saved)
 
 
-def test_a_report_from_vectors_is_that_from_counts_to_the_last_bit(runs, monkeypatch):
-    """Claims read no counts where a run has written its effects."""
-    from_counts = evaluate_claims(*read_studies(runs))
-    for path in runs:
-        run = probes.ProbeRun(path)
-        write_files({run.path / "effects.safetensors": effect_file(run.compute_effects())})
-    monkeypatch.setattr(probes.ProbeRun, "counts", property(lambda run: pytest.fail("read")))
-    assert evaluate_claims(*read_studies(runs)) == from_counts
-
-
-def test_a_knockout_of_an_earlier_version_is_read(tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": knockouts.CLASSES}))
-    run = probes.ProbeRun(probe_runs.write_run(tmp_path / "run", CURVE, root=tmp_path))
-    effects = {"sky": (-0.4, 0.4), "ceiling": (-0.4, 0.4)}
-    knockouts.write_knockout(run, knockouts.simulate(np.random.default_rng(0), effects))
-    assert not (run.path / "knockout_effects.safetensors").exists()
-    earlier = read_effects(run)
-    probes.write_effects(run, "knockout", knockout_effects(run))
-    (run.path / "knockout.safetensors").unlink()
-    now = read_effects(run)
-    assert now.keys() == earlier.keys() and "knockout_correct" in now
-    assert all(torch.equal(now[name].vector, earlier[name].vector) for name in now)
+def test_claims_read_effects_and_no_counts(runs, monkeypatch):
+    (study,) = read_studies(runs)
+    monkeypatch.setattr(probes.ProbeRun, "_tensors", property(lambda run: pytest.fail("read")))
+    claims = {claim["claim"]: claim for claim in evaluate_claims(study)}
+    recovery = probes.ProbeRun(runs[0]).effects["recovery"]
+    assert claims["recovery"]["value"] == recovery.value
+    monkeypatch.undo()
+    (Path(runs[0]) / "effects.safetensors").unlink()
+    (study,) = read_studies(runs)
+    with pytest.raises(ValueError, match=r"effects.safetensors is damaged .*; make it again"):
+        evaluate_claims(study)
 
 
 def test_effects_of_other_probes_are_refused(runs):

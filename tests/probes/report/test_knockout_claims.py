@@ -9,7 +9,7 @@ import pytest
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.contrasts import knockout_effects
+from probes.analyses.effects import read_effects
 from probes.report.claims import evaluate_claims
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -116,7 +116,7 @@ def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
         if name not in KNOCKOUTS:
             continue
         paper, optimum, beyond = claim["verdicts"].values()
-        rate, rate_at_optimum = (knockout_effects(run)[name] for run in (ours, best))
+        rate, rate_at_optimum = (read_effects(run)[name] for run in (ours, best))
         assert (
             (claim["value"], claim["ci95"])
             == (paper["value"], paper["ci95"])
@@ -130,14 +130,14 @@ def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
             "value": pytest.approx(below[0]),
             "ci95": pytest.approx(interval(*below)),
         }
-        contrast = knockout_effects(best)[f"{name}@random"]
+        contrast = read_effects(best)[f"{name}@random"]
         assert (optimum["value"], optimum["ci95"]) == (
             contrast.value,
             interval(contrast.value, contrast.resampled),
         )
         assert optimum["over_pairs"]["units"] == 3
         assert optimum["tokens"] == "random"
-        of_draws = [knockout_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:4]]
+        of_draws = [read_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:4]]
         assert beyond["by_draw"] == of_draws
         assert beyond["trained"] == optimum["value"]
         assert claim["n"]["images"] == N

@@ -455,18 +455,6 @@ def test_a_broken_point_is_taken_back_and_spoils_no_other_strength(data):
     assert (refinement.value < value).all()
 
 
-def test_a_file_without_damping_starts_it_with_the_next_sample(data):
-    refinement = data.start(400, (1e-1, 1e-2))
-    data.take_pass(refinement)
-    refinement.step(data.sample(60, 1)[0])
-    state = refinement.state()
-    expected = state.pop("damping")
-    again = PassRefinement.of_state(state, (1e-1, 1e-2))
-    data.take_pass(again)
-    again.step(data.sample(60, 2)[0])
-    torch.testing.assert_close(again.damping, expected, atol=0, rtol=0.1)
-
-
 def test_given_strengths_are_settled_when_all_have_converged(data):
     """Their cross-validated losses are reported as those at the optimum."""
     refinement = data.start(400, (1e-1, 1e-2, 1e-3))

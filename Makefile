@@ -142,19 +142,20 @@ lock: ## writes both lock files from pyproject.toml, keeping versions that still
 	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
-# With torch of its own range, too, which a CUDA build may follow (TORCH_INDEX=URL for one with CPU builds).
+# With torch of its own range, too: a CUDA build, unless TORCH_INDEX=URL has CPU builds. --no-config: pyproject.toml tells uv
+# that torch requires no packages of CUDA, which holds for the lock.
 NEWEST_VENV := .venv-newest
 test-newest: ## the fast tests with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install -q uv
-	$(NEWEST_VENV)/bin/uv pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,figures,gguf,lab,test]'
+	$(NEWEST_VENV)/bin/uv --no-config pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,figures,gguf,lab,test]'
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 LOWEST_VENV := .venv-lowest
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(LOWEST_VENV)
 	$(LOWEST_VENV)/bin/python -m pip install -q uv
-	$(LOWEST_VENV)/bin/uv pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,figures,test]'
+	$(LOWEST_VENV)/bin/uv --no-config pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,figures,test]'
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from report_parts import draw_no_pictures
 
 from probes.analyses import ANALYSES, NAMES
 from probes.cli import main
+
+pytestmark = pytest.mark.skipif(
+    find_spec("umap") is None, reason="umap-learn (extra: figures) is not installed"
+)
 
 NUMBER = r"-?\d+\.\d+(e-?\d+)?"
 

@@ -1,6 +1,7 @@
 """UMAP of patches, and the numbers from the original space."""
 
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import probe_runs
@@ -11,6 +12,10 @@ from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.analyses.umap.run import embed, umap_of_images
 from probes.cli import main
+
+pytestmark = pytest.mark.skipif(
+    find_spec("umap") is None, reason="umap-learn (extra: figures) is not installed"
+)
 
 
 def purity_by_loop(x: np.ndarray, labels: list[int], neighbours: int) -> float:

@@ -209,28 +209,28 @@ def test_two_models_of_one_mask_have_no_starvation(settings):
 
 
 def test_a_failed_analysis_costs_no_other_and_is_tried_again(settings, ran):
-    made = settings({"": "causal"}, add=("umap",))
+    made = settings({"": "causal"}, add=("maps",))
     ran.failing = {
         "trained/knockout": UserError("trained/knockout: broken"),
-        "trained/umap": RuntimeError("a bug"),
+        "trained/maps": RuntimeError("a bug"),
     }
     with pytest.raises(UserError, match="2 steps have failed.*broken.*RuntimeError: a bug"):
         run.run_study(made)
     solved = ["trained", "random0", "permuted0", "adapter0"]
-    assert ran == [*solved, "trained/knockout", "trained/umap", "report"]
+    assert ran == [*solved, "trained/knockout", "trained/maps", "report"]
     reasons = {
         entry["step"]: (entry["outcome"], entry["reason"]) for entry in unfinished_steps(made.out)
     }
     assert (
         reasons["trained/knockout"] == ("failed", "broken")
-        and "a bug" in reasons["trained/umap"][1]
+        and "a bug" in reasons["trained/maps"][1]
     )
     assert "a bug" in (made.out / "study.log").read_text()
     ran.clear()
     ran.failing = {}
     run.run_study(made)
     knockouts = {f"{arm}/knockout" for arm in ("trained", "random0", "permuted0")}
-    assert knockouts | {"trained/umap", "report"} == set(ran)
+    assert knockouts | {"trained/maps", "report"} == set(ran)
     assert not unfinished_steps(made.out)
     ran.clear()
     run.run_study(made)

@@ -33,11 +33,9 @@ from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, OPTIMUM, Strengths
 from probes.models.sites import ADAPTER, is_layer, last_layer
-from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -243,41 +241,14 @@ class FinishedRun:
     def effects(self) -> dict[str, Estimate]:
         """The effects of the run's probes by name, with their resamplings: what claims are differences of.
 
-        Those of a run that was made before it wrote them are computed from its counts.
+        They are in units of its main score.
 
         Raises:
-            UserError: The files of the run are damaged.
+            UserError: The file is damaged.
         """
         path = self.path / EFFECTS_FILE
-        if not path.is_file():
-            return self.compute_effects()
         check_hash(path, self.manifest.get("files"))
         return read_effect_file(path)[0]
-
-    def compute_effects(self) -> dict[str, Estimate]:
-        """Return the effects of the run in units of its main score, computed from its sums.
-
-        Raises:
-            UserError: A file of the run is damaged.
-        """
-        solved = self.is_solved
-        return run_effects(
-            self.sites,
-            self.last_layer,
-            self.task,
-            self.sums,
-            self.weights,
-            self.groups,
-            strengths=self.strengths if solved else None,
-            path=self.sums_by_strength() if solved else None,
-            counts=self.counts,
-            columns=self.metrics["grid"][1],
-        )
-
-    @property
-    def counts(self) -> Counts | None:
-        """Counts by class and patch; None in runs of other tasks than segmentation."""
-        return None
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -11,12 +11,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.cli import main
+from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
+from probes.evaluation.estimate import Estimate
+from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.models.sites import site_names
 from probes.ops.pixel_counts import Counts
+from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
+from probes.results.runs import open_run
 from probes.tasks import TASKS
 
 GRID = (2, 2)
@@ -249,7 +255,29 @@ def write_run(
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
     (path / "metrics.json").write_text(json.dumps(facts))
     (path / "manifest.json").write_text(json.dumps(manifest))
+    write_effects(path)
     return path
+
+
+def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
+    """Return the effects of a run, computed from its counts."""
+    return run_effects(
+        run.sites,
+        run.last_layer,
+        run.task,
+        run.sums,
+        run.weights,
+        run.groups,
+        strengths=run.strengths if run.is_solved else None,
+        path=run.sums_by_strength() if run.is_solved else None,
+        counts=run.counts if isinstance(run, ProbeRun) else None,
+        columns=run.metrics["grid"][1],
+    )
+
+
+def write_effects(path: Path) -> None:
+    """Write the effects of a written run, of whose counts or path a test has made others."""
+    write_files({path / EFFECTS_FILE: effect_file(effects_of_counts(open_run(path)))})
 
 
 def record_hashes(path: Path) -> None:
@@ -315,6 +343,7 @@ def write_solved(
         {f"optimum/{name}": x.contiguous() for name, x in tensors.items()},
         path / "path.safetensors",
     )
+    write_effects(path)
     return str(path)
 
 
@@ -337,4 +366,5 @@ def remove_layers(path: Path) -> Path:
             path / "path.safetensors",
         )
     (path / "metrics.json").write_text(json.dumps(metrics))
+    write_effects(path)
     return path

@@ -128,4 +128,5 @@ def write_depth_run(
     save_file({"sums": sums}, path / "counts.safetensors")
     along_path = sums.expand(len(DEPTH_STRENGTHS), *sums.shape).contiguous()
     save_file({"closed_form/sums": along_path}, path / "path.safetensors")
+    probe_runs.write_effects(path)
     return path

@@ -116,6 +116,7 @@ def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
         ("path", {"closed_form/sums": sums.expand(4, *sums.shape)}),
     ):
         save_file({key: x.contiguous() for key, x in kept.items()}, run / f"{name}.safetensors")
+    probe_runs.write_effects(run)
     (entry,) = results_of(run)
     (recovery,) = (claim for claim in entry["claims"] if claim["claim"] == "recovery")
     assert recovery["verdicts"]["optimum"]["value"] == pytest.approx(0.005)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from probe_runs import write_effects
 from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +30,7 @@ def set_accuracy_of_patch_0(run: str, accuracy: list[float]) -> None:
     for site, share in enumerate(accuracy):
         tensors["patch_right"][site, :, 0] = (tensors["patch_valid"][:, 0] * share).long()
     save_file(tensors, file)
+    write_effects(file.parent)
 
 
 def test_starvation_of_a_model_and_its_controls_is_compared_at_one_layer(write, draws):
@@ -203,5 +205,6 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
+    write_effects(file.parent)
     assert optimum()["verdict"] == "untested"
     assert "have not converged at the chosen strength" in optimum()["reason"]

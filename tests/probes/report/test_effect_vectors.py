@@ -39,14 +39,18 @@ def registered():
         current.update(saved)
 
 
-def test_a_report_from_vectors_is_that_from_counts_to_the_last_bit(runs, monkeypatch):
-    """Claims read no counts where a run has written its effects."""
-    from_counts = evaluate_claims(*read_studies(runs))
-    for path in runs:
-        run = probes.ProbeRun(path)
-        write_files({run.path / "effects.safetensors": effect_file(run.compute_effects())})
-    monkeypatch.setattr(probes.ProbeRun, "counts", property(lambda run: pytest.fail("read")))
-    assert evaluate_claims(*read_studies(runs)) == from_counts
+def test_claims_read_effects_and_no_counts(runs, monkeypatch):
+    (study,) = read_studies(runs)
+    for name in ("counts", "sums"):
+        monkeypatch.setattr(probes.ProbeRun, name, property(lambda run: pytest.fail("read")))
+    claims = {claim["claim"]: claim for claim in evaluate_claims(study)}
+    recovery = probes.ProbeRun(runs[0]).effects["recovery"]
+    assert claims["recovery"]["value"] == recovery.value
+    monkeypatch.undo()
+    (Path(runs[0]) / "effects.safetensors").unlink()
+    (study,) = read_studies(runs)
+    with pytest.raises(ValueError, match=r"effects.safetensors is damaged .*; make it again"):
+        evaluate_claims(study)
 
 
 def test_effects_of_other_probes_are_refused(runs):

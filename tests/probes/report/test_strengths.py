@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from probe_runs import CLASSES_TASK, ROWS, random_counts, sums_of, write_run, write_solved
+from probe_runs import (
+    CLASSES_TASK,
+    ROWS,
+    effects_of_counts,
+    random_counts,
+    sums_of,
+    write_effects,
+    write_run,
+    write_solved,
+)
 from reference import miou_of_counts
 from safetensors.torch import load_file, save_file
 
@@ -151,6 +160,7 @@ def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(p
     run = study.solved["causal"]
     control = study.solved_untrained["causal"]
     run.weights = control.weights = run.weights[:60]
+    run.effects, control.effects = map(effects_of_counts, (run, control))
     rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
     fold = np.arange(40) % 10
     path = run.counts_by_strength()
@@ -185,6 +195,7 @@ def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, floa
         entry |= {"strengths": own, "certificates": [{"converged": True}] * len(own)}
         entry |= dict.fromkeys(("chosen", "lowest"), chosen.get(entry["site"], chosen["others"]))
     (path / "metrics.json").write_text(json.dumps(metrics))
+    write_effects(path)
     return ProbeRun(path)
 
 
@@ -367,7 +378,7 @@ def test_damaged_counts_of_the_path_are_named(
         ),
     ],
 )
-def test_a_path_of_an_earlier_version_or_with_other_lists_is_named(
+def test_a_path_with_other_lists_is_named(
     paths,
     tmp_path,
     change,
@@ -386,7 +397,7 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
     shutil.copytree(paths["solved"], tmp_path / "run")
     (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
-        path_rows(*read_studies([str(tmp_path / "run")]))
+        ProbeRun(tmp_path / "run").counts_by_strength()
     with pytest.raises(
         ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"
     ):

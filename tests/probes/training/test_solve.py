@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from optima import assert_same_solution
 from PIL import Image
-from probe_runs import read_masks
+from probe_runs import effects_of_counts, read_masks
 from processes import HANGING_S
 from run_bytes import run_bytes
 from safetensors.torch import load_file
@@ -101,9 +101,9 @@ def test_writes_the_files_of_a_fit_and_the_path(run):
 
 
 def test_effects_are_written_as_the_counts_say(run):
-    """The file of a run is what a report computes for a run without it, to the last bit."""
+    """To the last bit."""
     written, _ = read_effect_file(run.path / "effects.safetensors")
-    computed = run.compute_effects()
+    computed = effects_of_counts(run)
     assert list(written) == list(computed)
     for name, estimate in computed.items():
         same = {

@@ -126,7 +126,7 @@ def check_same_identity(
     """Raise if two identities differ.
 
     Args:
-        saved: Identity stored in `source`; None if a version of this package without identities wrote it.
+        saved: Identity stored in `source`; None if it was trained from Python, on data that have none.
         current: Identity of this run.
         source: What `saved` belongs to, for the error.
         advice: What to do, the end of the error.
@@ -136,7 +136,7 @@ def check_same_identity(
     """
     if saved is None:
         raise UserError(
-            f"{source} does not record its data and model (an earlier version wrote it); {advice}"
+            f"{source} does not record its data and model (it was trained on data without an identity); {advice}"
         )
     for section in current:
         before = saved[section]
@@ -163,7 +163,7 @@ def check_same_model(
     of these only what both have.
 
     Args:
-        saved: Identity stored in `source`; None if an earlier version wrote it, which is not compared.
+        saved: Identity stored in `source`; None if it was trained from Python, on data that have none.
         files: Checksums of the files of this command's models, see :func:`named_identity`.
         options: Those of its module.
         source: What `saved` belongs to, for the error.

@@ -434,7 +434,7 @@ def check_same_parents(adapter: Path, identity: Identity) -> None:
     """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
 
     Args:
-        adapter: Exported model of stage 1. Of earlier versions, it may not record what it was made from.
+        adapter: Exported model of stage 1. Trained on data without an identity, it records none.
         identity: Of this run.
     """
     saved = read_training(adapter).get("identity") or {}

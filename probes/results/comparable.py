@@ -15,10 +15,9 @@ def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
             raise UserError(
                 f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
             )
-    older = {"match": "none", "draw": 0}  # of runs that do not state them
-    for key in ("dataset", "images", "grid", "untrained", *older):
-        ours = (older | causal.metrics)[key]
-        theirs = (older | bidirectional.metrics)[key]
+    for key in ("dataset", "images", "grid", "untrained", "match", "draw"):
+        ours = causal.metrics[key]
+        theirs = bidirectional.metrics[key]
         if ours != theirs:
             raise UserError(
                 f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
@@ -36,27 +35,24 @@ def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "")
             f"{first.path} and {second.path} were scored on different images or classes{advice}"
         )
     for key in ("image_resize", "dtype"):
-        values = [run.metrics.get(key) for run in (first, second)]
-        if None not in values and values[0] != values[1]:
+        ours = first.metrics[key]
+        theirs = second.metrics[key]
+        if ours != theirs:
             raise UserError(
-                f"{first.path} was scored with {key} {values[0]}, but {second.path} with {values[1]}{advice}"
+                f"{first.path} was scored with {key} {ours}, but {second.path} with {theirs}{advice}"
             )
 
 
 def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
-    """Raise a UserError unless both runs read their data with the same options, and the same text before the image.
-
-    A setting that an older run does not record is not compared.
-    """
+    """Raise a UserError unless both runs read their data with the same options, and the same text before the image."""
     runs = (first, second)
     settings = {
-        "data.options": [run.manifest["data"].get("options") or {} for run in runs],
+        "data.options": [run.manifest["data"]["options"] for run in runs],
         "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
         "model.image_px": [run.manifest["config"].get("image_px") for run in runs],
     }
-    recorded = all("options" in run.manifest["data"] for run in runs)
     for key, (ours, theirs) in settings.items():
-        if recorded and ours != theirs:
+        if ours != theirs:
             raise UserError(
                 f"{first.path} and {second.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
                 "make both with the same settings"

@@ -35,7 +35,7 @@ from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, OPTIMUM, Strengths
-from probes.models.sites import ADAPTER, is_layer, last_layer
+from probes.models.sites import ADAPTER, is_layer
 from probes.tasks import SEGMENTATION, TASKS, Task
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -125,7 +125,7 @@ class FinishedRun:
     def arm(self) -> str:
         """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
         untrained = sorted(self.metrics["untrained"])
-        match = self.metrics.get("match", "none")
+        match = self.metrics["match"]
         if untrained in (["llm"], ["encoder"]):
             return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
         return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
@@ -137,13 +137,13 @@ class FinishedRun:
 
     @property
     def draw(self) -> int:
-        """Number of the draw of random weights; 0 without such, and in runs that do not record it."""
-        return self.metrics.get("draw", 0)
+        """Number of the draw of random weights; 0 without such."""
+        return self.metrics["draw"]
 
     @property
     def has_llm(self) -> bool:
         """False if the model is a bare vision encoder."""
-        return self.metrics.get("model_kind", "mllm") == "mllm"
+        return self.metrics["model_kind"] == "mllm"
 
     @property
     def channels(self) -> int:
@@ -211,8 +211,8 @@ class FinishedRun:
 
     @property
     def last_layer(self) -> str | None:
-        """The model's last layer, probed or not; of a run that does not record it, the last one that is probed."""
-        return self.metrics.get("last_layer") or last_layer(self.sites)
+        """The model's last layer, probed or not."""
+        return self.metrics["last_layer"]
 
     @property
     def site_strengths(self) -> list[dict[str, Any]]:
@@ -316,7 +316,7 @@ class FinishedRun:
             data["dataset"],
             data["root"],
             split,
-            data.get("options"),
+            data["options"],
             targets,
         )
         self._check_unchanged("data", lambda: split_identity(split, dataset))

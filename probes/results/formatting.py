@@ -33,7 +33,7 @@ def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
 
 def run_columns(run: FinishedRun) -> dict[str, Any]:
     """Return the columns that tell the runs of a study apart."""
-    match = run.metrics.get("match", "none")
+    match = run.metrics["match"]
     random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
     kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
     return {"image_attention": run.mask} | kind | random

@@ -52,7 +52,7 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
         "data.root": data["root"],
         "data.dataset": data["dataset"],
         "data.task": None if run.task_name == SEGMENTATION else run.task_name,
-        "data.options": data.get("options"),
+        "data.options": data["options"],
         "data.name": run.metrics["dataset"],
         "data.batch_size": recorded.get("data.batch_size"),
     }

@@ -414,6 +414,6 @@ def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
 def overridden_masks(study: StudyRuns) -> dict[str, str]:
     """Return, per mask of a run, the different mask that its model was trained with."""
     trained_with = {
-        mask: run.metrics.get("own_image_attention") for mask, run in study.main_runs.items()
+        mask: run.metrics["own_image_attention"] for mask, run in study.main_runs.items()
     }
     return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}

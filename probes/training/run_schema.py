@@ -1,6 +1,6 @@
 """Schema of metrics.json and manifest.json, used to write a run and to read one.
 
-Fields are in the order of the files. Fields with a default are missing in older runs. Other keys are ignored.
+Fields are in the order of the files. Fields with a default are of some runs only. Other keys are ignored.
 """
 
 import math
@@ -73,7 +73,7 @@ class _Data(TypedDict):
     root: str
     dataset: str
     task: NotRequired[str]
-    options: NotRequired[dict[str, Any] | None]
+    options: dict[str, Any]
     fingerprint: str
     labels: NotRequired[dict[str, dict[str, Any]]]  # by split, see probes/data/label_counts.py
     shared_images: NotRequired[list[list[str]]]  # names in training and in validation
@@ -201,18 +201,18 @@ class Metrics(BaseModel):
     """
 
     dataset: str
-    split: str = "validation"
+    split: str
     images: Annotated[int, Field(ge=1)]
     mllm: str
-    model_kind: Literal["mllm", "encoder"] = "mllm"
+    model_kind: Literal["mllm", "encoder"]
     image_attention: str
-    own_image_attention: str | None = None
-    last_layer: str | None = None  # of the model, probed or not
-    image_resize: str | None = None
-    dtype: str | None = None
+    own_image_attention: str | None
+    last_layer: str | None  # of the model, probed or not
+    image_resize: str
+    dtype: str
     untrained: list[str]
-    match: str = "none"
-    draw: int = 0
+    match: str
+    draw: int
     seed: int
     task: str = SEGMENTATION
     scores: Annotated[dict[str, Literal["higher", "lower"]], Field(min_length=1)] | None = None
@@ -274,12 +274,12 @@ class Manifest(BaseModel):
     """manifest.json: versions, commit, configuration, data and hardware of a run."""
 
     versions: dict[str, Any]
-    git_commit: str | None = None
+    git_commit: str | None
     config: dict[str, Any]
     data: _Data
     identity: dict[str, dict[str, Any]] | None = None
     mllm_training: dict[str, Any] | None
-    hardware: dict[str, Any] = {}
+    hardware: dict[str, Any]
     files: dict[str, str] | None = None  # SHA-256 of the other files that the run wrote
 
 

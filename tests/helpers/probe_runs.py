@@ -18,7 +18,7 @@ from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
-from probes.models.sites import site_names
+from probes.models.sites import last_layer, site_names
 from probes.ops.pixel_counts import Counts
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
@@ -216,8 +216,15 @@ def write_run(
         "split": "validation",
         "images": images,
         "mllm": "some/hf",
+        "model_kind": "mllm",
         "image_attention": mask,
+        "own_image_attention": None,
+        "last_layer": last_layer(sites),
+        "image_resize": "squash",
+        "dtype": "float32",
         "untrained": ["adapter", "llm"] if untrained else [],
+        "match": "none",
+        "draw": 0,
         "seed": 0,
         "probe": probe,
         "classes": classes,
@@ -242,6 +249,7 @@ def write_run(
         "data": {
             "root": str(root),
             "dataset": "folder",
+            "options": {},
             "fingerprint": f"{dataset} {images}",
         },
         "mllm_training": training,

@@ -88,7 +88,6 @@ def test_other_prefixes_and_data_options_are_refused(
     trained = write("trained", CURVE, solved=True)
     (draw,) = draws(FLAT, matches=["update"])
     for run in (trained, draw):
-        edit_manifest(run, "data", options={})
         edit_manifest(run, section, **ours)
     assert read_studies([trained, draw])
     edit_manifest(draw, section, **theirs)

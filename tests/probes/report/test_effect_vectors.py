@@ -41,7 +41,8 @@ def registered():
 
 def test_claims_read_effects_and_no_counts(runs, monkeypatch):
     (study,) = read_studies(runs)
-    monkeypatch.setattr(probes.ProbeRun, "_tensors", property(lambda run: pytest.fail("read")))
+    for name in ("counts", "sums"):
+        monkeypatch.setattr(probes.ProbeRun, name, property(lambda run: pytest.fail("read")))
     claims = {claim["claim"]: claim for claim in evaluate_claims(study)}
     recovery = probes.ProbeRun(runs[0]).effects["recovery"]
     assert claims["recovery"]["value"] == recovery.value

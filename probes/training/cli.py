@@ -112,7 +112,8 @@ class ProbeCLI(RunCLI):
             with interrupt_says_what_is_saved(self.checkpoints):
                 self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
                 self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            rank_zero_info(self.format_scores())
+            if self.trainer.is_global_zero:  # others may be here before it has written the files
+                rank_zero_info(self.format_scores())
 
     def plan_run(self, ckpt_path: str | None) -> RunPlan:
         """Return whether to start, resume or leave alone the run in OUT; see `run_folder.plan_run`."""

@@ -174,7 +174,7 @@ def write_run(
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
 
-    Its manifest has no hashes of the files, as in runs of earlier versions; :func:`record_hashes` adds them.
+    Its manifest has no hashes of the files, so that tests may change them; :func:`record_hashes` adds them.
 
     Args:
         path: Folder.

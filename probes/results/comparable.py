@@ -60,12 +60,8 @@ def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
 
 
 def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
-    """Raise a UserError unless both runs, of one model and mask, were made from the same weights and config.
-
-    A run that does not record them is not compared.
-    """
-    ours, theirs = ((run.manifest.get("identity") or {}).get("model") for run in (first, second))
-    if ours and theirs and ours != theirs:
+    """Raise a UserError unless both runs, of one model and mask, were made from the same weights and config."""
+    if first.manifest["identity"]["model"] != second.manifest["identity"]["model"]:
         raise UserError(
             f"{first.path} and {second.path} cannot be compared: they were made from other weights or another config; "
             "make the older one again"

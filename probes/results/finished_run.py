@@ -324,13 +324,6 @@ class FinishedRun:
 
     def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
         """Raise unless the parts of the identity that `compute` returns are still those of the run."""
-        if self.manifest.get("identity") is None:
-            log.warning(
-                "%s does not record its %s; whether it has changed since is not checked",
-                self.path,
-                section,
-            )
-            return
         now = compute()
         saved = {
             key: value for key, value in self.manifest["identity"][section].items() if key in now
@@ -474,7 +467,7 @@ def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
         (run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs
     }
     for (root, _), run in by_data.items():
-        if run.manifest.get("identity") and Path(root).is_dir():
+        if Path(root).is_dir():
             try:
                 run.dataset()
             except UserError as error:

@@ -43,7 +43,7 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     """Return the settings that decide whether runs can be compared, by name."""
     config = run.manifest["config"]
     data = run.manifest["data"]
-    recorded = (run.manifest.get("identity") or {}).get("settings", {})
+    recorded = run.manifest["identity"]["settings"]
     # that of classes is linked from the data, and both seeds from seed_everything
     own = {f"model.{name}": config.get(name) for name in MODEL_SETTINGS if name != "num_classes"}
     own |= {"model.mllm": config.get("mllm", run.metrics["mllm"]), "model.seed": None}

@@ -153,8 +153,7 @@ def _changed_runs(steps: list[Step], overwrite: bool) -> set[str]:
         if step.kind not in RUNS or not step.result.is_file():
             continue
         run = open_run(step.result.parent)
-        identity = run.manifest.get("identity") or {}
-        parts = [identity.get(section) for section in ("data", "model")]
+        parts = [run.manifest["identity"][section] for section in ("data", "model")]
         made_from = json.dumps([*_model_and_task(step), *parts])
         if made_from not in checked:
             checked[made_from] = _what_has_changed(run)

@@ -120,7 +120,7 @@ class ProbeCLI(RunCLI):
         metrics_file = self.out / "metrics.json"
 
         def saved():
-            return read_run_file(Manifest, self.out / "manifest.json").get("identity")
+            return read_run_file(Manifest, self.out / "manifest.json")["identity"]
 
         plan = plan_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
         if plan.finished:

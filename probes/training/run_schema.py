@@ -79,6 +79,12 @@ class _Data(TypedDict):
     shared_images: NotRequired[list[list[str]]]  # names in training and in validation
 
 
+class _Identity(TypedDict):
+    data: dict[str, Any]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+
+
 class ModelConfig(TypedDict):
     """The part of `Manifest.config` that is needed to load the model."""
 
@@ -277,7 +283,7 @@ class Manifest(BaseModel):
     git_commit: str | None
     config: dict[str, Any]
     data: _Data
-    identity: dict[str, dict[str, Any]] | None = None
+    identity: _Identity
     mllm_training: dict[str, Any] | None
     hardware: dict[str, Any]
     files: dict[str, str] | None = None  # SHA-256 of the other files that the run wrote

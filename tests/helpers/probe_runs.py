@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.cli import main
+from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
@@ -173,7 +174,7 @@ def write_run(
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
 
-    Its manifest has no hashes of the files, as in runs of earlier versions; :func:`record_hashes` adds them.
+    Its manifest has no hashes of the files, so that tests may change them; :func:`record_hashes` adds them.
 
     Args:
         path: Folder.
@@ -252,6 +253,7 @@ def write_run(
             "options": {},
             "fingerprint": f"{dataset} {images}",
         },
+        "identity": {"data": data_identity(root), "model": {}, "settings": {}},
         "mllm_training": training,
         "hardware": {
             "machine": "none",
@@ -265,6 +267,15 @@ def write_run(
     (path / "manifest.json").write_text(json.dumps(manifest))
     write_effects(path)
     return path
+
+
+def data_identity(root: Path) -> dict[str, str]:
+    """Return what a run records of a folder of images and masks; {} if there are only classes."""
+    found: dict[str, str] = {}
+    if (root / "images").is_dir():
+        for split in ("training", "validation"):
+            found |= split_identity(split, open_dataset("folder", str(root), split))
+    return found
 
 
 def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:

@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
-.PHONY: nightly-tests nightly-calibration test-newest test-peers bench lint licences audit lock clean
+.PHONY: findings nightly-tests nightly-calibration test-newest test-peers bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -113,6 +113,9 @@ isa-%: venv
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
+
+findings: ## what surprised us about other software: runs findings/*.sh and says which no longer hold (needs a network)
+	@for file in findings/*.sh; do bash $$file >/dev/null 2>&1 && echo "holds: $$file" || echo "no longer holds: $$file"; done
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
 	$(PY) tests/bench/bench.py --out runs/bench.json

@@ -83,13 +83,18 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change):
-    """To the last bit: the layers that run, run the same kernels on the same shapes."""
+    """To the last bit where layers run on the same shapes; with rows, those before the change run on other batches."""
     sites = ["layer_01", "layer_03", "final_norm"]
     full = mllm.states(pixels, sites, **CHANGES[change])
     plain = mllm.states(pixels, sites)
     states = mllm.states(pixels, sites, known=plain, **CHANGES[change])
     assert list(states) == list(full)
-    assert all(torch.equal(states[site], full[site]) for site in full)
+    # a product of another number of rows is summed in another order: some roundings of float32, of the largest state
+    rounding = 1e-5 if change == "rows" else 0
+    for site, state in full.items():
+        torch.testing.assert_close(
+            states[site], state, rtol=0, atol=rounding * state.abs().max().item()
+        )
     assert all(
         torch.equal(state, plain[site]) for site, state in mllm.states(pixels, sites).items()
     ), "layers come back"

@@ -17,10 +17,10 @@ MADE_BY = "# Made by: "  # in a config that names a folder: the command that mak
 
 def how_to_make(path: str | Path) -> str:
     """Return how to make a missing file or folder below runs/NAME, as the configs in the folder NAME say; else ""."""
-    runs, name = (*Path(path).parts[:2], "", "")[:2]
-    if runs != "runs" or not name or Path(path).exists():
+    parts = Path(path).parts
+    if len(parts) < 2 or parts[0] != "runs" or Path(path).exists():
         return ""
-    for file in sorted((FOLDER / name).glob("*.yaml")):
+    for file in sorted((FOLDER / parts[1]).glob("*.yaml")):
         for line in file.read_text().splitlines():
             if line.startswith(MADE_BY):
                 command = line.removeprefix(MADE_BY)

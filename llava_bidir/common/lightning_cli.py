@@ -69,9 +69,8 @@ class RunCLI(LightningCLI):
             `--weights_only` is false.
     """
 
-    results: ClassVar[
-        tuple[str, ...]
-    ] = ()  # what a run writes into its folder, besides config, events and checkpoints
+    # what a run writes into its folder, besides config, events and checkpoints
+    results: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
         hide_expected_messages()

@@ -55,8 +55,6 @@ FIT = (
     "316",
 )
 FIT += ("--trainer.check_val_every_n_epoch", "null")
-# options that `probes fit` does not have
-OF_SOLVER = ("passes", "folds", "strengths", "sample_images", "disk_gb", "dry_run")
 
 
 class Weights(NamedTuple):
@@ -133,6 +131,8 @@ class Settings:
     @cached_property
     def trained(self) -> Config:
         """All options of `probes fit`: the paper's protocol, unless there is a config."""
+        from probes.training.solve.command import OF_SOLVER
+
         config = self._read_options(*([] if any(configs_in(self.options)) else FIT))
         return {name: value for name, value in config.items() if name not in OF_SOLVER}
 
@@ -408,7 +408,7 @@ def _within(images: int, numbers: str) -> str:
 
 
 def data_root(settings: Settings) -> str:
-    """Return the folder of the images, as far as this command knows it."""
+    """Return the folder of the images."""
     return settings.solve["data"]["root"]
 
 

@@ -22,6 +22,8 @@ from .solver import SolveOptions
 Config = dict[
     str, Any
 ]  # nested as in YAML: {"model": {"mllm": ...}, "data": {...}, "passes": 20, ...}
+# options that `probes fit` does not have; both have ckpt_path
+OF_SOLVER = ("passes", "folds", "strengths", "sample_images", "disk_gb", "dry_run")
 
 
 class SolveCLI(ProbeCLI):

@@ -3,16 +3,14 @@
 A command is an entry of `COMMANDS` with a function that adds its options. Nothing here imports torch.
 """
 
-import argparse
 from argparse import ArgumentParser
 from pathlib import Path
 
 from llava_bidir.common.command_table import Command
-from llava_bidir.common.usage_errors import count
+from llava_bidir.common.usage_errors import REQUIRED, count
 
 # vqa/benchmarks.py needs numpy
 VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()
-REQUIRED = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
 
 def add_export_options(parser: ArgumentParser) -> None:

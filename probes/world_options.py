@@ -8,12 +8,11 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from llava_bidir.common.command_table import Command
-from llava_bidir.common.usage_errors import between, count, natural
+from llava_bidir.common.usage_errors import REQUIRED, between, count, natural
 
 # worlds/random_llms.py needs torch
 RANDOM_LLMS = "shuffled normal_0.02 normal_0.04 normal_0.08 normal_0.16 normal_0.32 orthogonal uniform".split()
 RANDOM_LLMS += ["sharp", "flat", "repeated", "low_rank", "reordered", "exchanged"]
-REQUIRED = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
 
 
 def add_seed(parser: ArgumentParser) -> None:

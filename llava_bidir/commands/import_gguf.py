@@ -4,7 +4,7 @@ import argparse
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -14,6 +14,9 @@ from transformers.utils.quantization_config import GgufConfig
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 MAGIC = b"GGUF"
 # Metadata that changes what a model computes and that transformers' reader leaves out, or reads for some architectures
@@ -43,13 +46,14 @@ def import_gguf(file: Path, out: Path) -> None:
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already and is not replaced; move it or choose another path")
-    count = _count_weights(file)
+    reader = _open(file)
+    count = sum(int(tensor.n_elements) for tensor in reader.tensors)
     source = {"path": str(file.parent), "gguf_file": file.name}
     tokenizer = read_pretrained(str(file), AutoTokenizer, **source)
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     read = load_weights(str(file), AutoModelForCausalLM, **source, **options)
-    _apply_metadata(read.config, _read_sensitive(file), file)
+    _apply_metadata(read.config, _read_sensitive(reader), file)
     model = _without_quantization(read)
     _check_all_used(file, model, count)
     with atomic_directory(out, marker="config.json") as partial:
@@ -57,8 +61,8 @@ def import_gguf(file: Path, out: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _count_weights(file: Path) -> int:
-    """Return the number of weights in a GGUF file.
+def _open(file: Path) -> "GGUFReader":
+    """Return a reader of a GGUF file's metadata and tensors; parsing a large vocabulary takes seconds.
 
     Raises:
         UserError: It is not a GGUF file, or it is damaged.
@@ -71,7 +75,7 @@ def _count_weights(file: Path) -> int:
     if start != MAGIC:
         raise UserError(f"{file} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}")
     with error_context(f"{file} is damaged; download it again"):
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        return GGUFReader(file)
 
 
 def _apply_metadata(config: PreTrainedConfig, values: dict[str, Any], file: Path) -> None:
@@ -97,11 +101,9 @@ def _apply_metadata(config: PreTrainedConfig, values: dict[str, Any], file: Path
         )
 
 
-def _read_sensitive(file: Path) -> dict[str, Any]:
+def _read_sensitive(reader: "GGUFReader") -> dict[str, Any]:
     """Return the sensitive values in the metadata of a GGUF file, by keys without the architecture."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
+    fields = reader.fields
     prefix = fields["general.architecture"].contents() + "."
     return {
         key.removeprefix(prefix): field.contents()

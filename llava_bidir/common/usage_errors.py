@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
+# of an option that must be given; no "(default: None)" in the help
+REQUIRED = {"required": True, "default": argparse.SUPPRESS}
 SHORT_HELP: set[str] = set()  # commands of this process whose `--help` is short (short_help.py)
 
 

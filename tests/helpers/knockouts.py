@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from probes.analyses.effects import write_effects
-from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.knockout import Options
 from probes.analyses.knockout.contrasts import knockout_effects
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.run import summarise_cases
@@ -35,7 +35,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
         run.path / "knockout.safetensors",
     )
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
-    results, _ = summarise_cases(run, KnockoutPlan(classes), tensors, {})
+    results, _ = summarise_cases(run, Options(probes=run.path, classes=tuple(classes)), tensors, {})
     (run.path / "knockout.json").write_text(json.dumps(results))
     write_effects(run, "knockout", knockout_effects(run, tensors))
     return results

@@ -200,7 +200,7 @@ BAD = [
     ("knockout", ["--classes", "auto:1", "sky"], "--classes auto:1 sky: expected class names, or"),
     ("knockout", ["--layer-windows", "4"], "layer windows 4: the width must be from 1 to 3"),
     ("knockout", ["--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
-    ("knockout", ["--draws", "0"], "draws must be at least 1, got 0"),
+    ("knockout", ["--draws", "0"], "draws is '0'; expected greater than or equal to 1"),
     ("patching", ["--mask", "causal"], "--mask is causal, the mask of the run"),
     ("patching", ["--layers", "2"], "--layers 2 is not before the read-out layer_02; expected 0"),
     ("patching", ["--site", "layer_99"], "no site 'layer_99'"),
@@ -270,4 +270,4 @@ def test_states_replace_no_file(checkpoints, tmp_path):
 def test_overwrite_is_true_or_false(capsys):
     with pytest.raises(SystemExit):
         main(["knockout", "--probes", "RUN", "--classes", "sky", "--overwrite", "yes"])
-    assert "expected true or false, got 'yes'" in capsys.readouterr().err
+    assert "--overwrite: invalid choice: 'yes' (choose from" in capsys.readouterr().err

@@ -1,9 +1,12 @@
 """Controls: what each of them keeps fixed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from probes.analyses.knockout import Options
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import (
     MatchingFeatures,
@@ -11,7 +14,6 @@ from probes.analyses.knockout.conditions import (
     matched_tokens,
     measure_balance,
 )
-from probes.analyses.knockout.config import KnockoutPlan
 
 GRID = (4, 6)
 T = 24
@@ -56,7 +58,7 @@ def blocked_of(case, features, **kwargs) -> dict:
         "draws": 4,
         "seed": 0,
     } | kwargs
-    return blocked_by_condition(case, features, KnockoutPlan(classes=(), **settings))
+    return blocked_by_condition(case, features, Options(probes=Path("run"), classes=(), **settings))
 
 
 def test_features_equal_a_loop():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -13,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import probes.analyses.knockout.run as analysis
+from probes.analyses.knockout import Options
 from probes.analyses.knockout.cases import PatchReader, confused_classes
-from probes.analyses.knockout.config import KnockoutPlan
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.layer_sweep import cut_locations
 from probes.analyses.knockout.run import knockout
@@ -121,6 +122,10 @@ def c1_by_loop(
     return outcomes
 
 
+def plan(run: ProbeRun, out: Path, classes: list[str], **more) -> Options:
+    return Options(probes=run.path, out=out, classes=tuple(classes), **more)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"layers": [1]}, {"layers": [2]}, {"layers": [3]}, {"layers": [2, 3]}],
@@ -133,7 +138,7 @@ def test_equals_a_loop_over_images(
     options,
 ):
     reader = PatchReader(run)
-    results = knockout(run, KnockoutPlan(classes, batch_size=2, **options), tmp_path)
+    results = knockout(run, plan(run, tmp_path, classes, batch_size=2, **options))
     tensors = load_file(tmp_path / "knockout.safetensors")
     changed = {
         torch.equal(tensors[f"{name}/none"], tensors[f"{name}/{condition}"])
@@ -168,13 +173,14 @@ def test_windows_equal_the_loop_too(run, classes, tmp_path):
     index = tiny_models.CLASSES.index
     knockout(
         run,
-        KnockoutPlan(
+        plan(
+            run,
+            tmp_path,
             classes,
             batch_size=7,
             layer_windows=2,
             draws=1,
         ),
-        tmp_path,
     )
     swept = json.loads((tmp_path / "knockout_windows.json").read_text())
     base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
@@ -286,12 +292,12 @@ def test_another_plan_does_not_reuse_cached_batches(
     tmp_path,
     monkeypatch,
 ):
-    plan = KnockoutPlan(classes, batch_size=5, draws=1)
+    options = plan(run, tmp_path, classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         record_batches(patch, stop_after=1)
-        knockout(run, plan, tmp_path)
+        knockout(run, options)
     again = record_batches(monkeypatch)
-    knockout(run, dataclasses.replace(plan, seed=1), tmp_path)
+    knockout(run, dataclasses.replace(options, seed=1))
     assert again == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 

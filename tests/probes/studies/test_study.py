@@ -641,7 +641,7 @@ def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_chan
 
     assert asked("[]") == []
     (first,) = asked('[{"regions": []}]')
-    assert first.config["questions"] == questions
+    assert first.config["questions"] == str(questions)
     before = first.inputs()["answers.questions"]
     (second,) = asked('[{"regions": [1]}]')
     assert second.inputs()["answers.questions"] != before

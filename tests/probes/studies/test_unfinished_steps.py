@@ -343,7 +343,9 @@ def test_an_option_without_its_value_is_an_error_before_any_work(
 
 
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
-    with pytest.raises(SystemExit):
+    with pytest.raises(
+        UserError, match="knockout has no option 'clases'; expected one of .*classes"
+    ):
         run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))
     assert not ran
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.patching import Options
+from probes.analyses.patching import PatchingOptions
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
 from probes.analyses.patching.run import (
@@ -27,8 +27,8 @@ from probes.results.probe_run import ProbeRun
 READ_OUT = "layer_02"
 
 
-def options(run: ProbeRun, out: Path, **changes) -> Options:
-    return Options(
+def options(run: ProbeRun, out: Path, **changes) -> PatchingOptions:
+    return PatchingOptions(
         **{
             "probes": run.path,
             "out": out,

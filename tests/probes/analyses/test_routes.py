@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.answers.questions import read_questions
-from probes.analyses.routes import Options
+from probes.analyses.routes import RoutesOptions
 from probes.analyses.routes.run import (
     _outcomes,
     blocked_patches,
@@ -100,7 +100,7 @@ def test_questions_about_one_image_are_refused(measured, tmp_path):
     run, questions, *_ = measured
     records = json.loads(questions.read_text())
     (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
-    plan = Options(
+    plan = RoutesOptions(
         probes=run.path,
         out=tmp_path,
         questions=tmp_path / "one.json",
@@ -210,7 +210,7 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
         questions.write_text(json.dumps(held_out))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)
-            plan = Options(
+            plan = RoutesOptions(
                 probes=run.path,
                 out=tmp_path / name / "out",
                 questions=questions,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from probes import Knockout
 from probes.analyses.explore.readout import explore
-from probes.analyses.knockout import Options
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
 from probes.analyses.knockout.config import describe, options_of_run
 from probes.analyses.knockout.run import knockout
@@ -26,11 +26,11 @@ PLANS = {
 
 
 @pytest.fixture(params=PLANS)
-def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Options, dict]:
+def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutOptions, dict]:
     """A copy of a run with a knockout, its plan, and the tokens that it blocks by image and condition."""
     run = ProbeRun(shutil.copytree(runs["bidirectional"].path, tmp_path / "run"))
     (name,) = confused_classes(run, 1)
-    plan = Options(probes=run.path, classes=(name,), **PLANS[request.param])
+    plan = KnockoutOptions(probes=run.path, classes=(name,), **PLANS[request.param])
     knockout(run, plan)
     reader = PatchReader(run)
     tokens = {}
@@ -56,7 +56,7 @@ def test_maps_are_those_of_the_runs_knockout(blocked):
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
     assert entry["how"] == describe(plan)
-    assert bool(describe(plan)) == (plan != Options(probes=run.path, classes=plan.classes))
+    assert bool(describe(plan)) == (plan != KnockoutOptions(probes=run.path, classes=plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
     reader = PatchReader(run)
     sample = run.dataset()[entry["image"]]

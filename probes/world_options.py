@@ -214,12 +214,12 @@ WORLD_COMMANDS = {
     "demo-assets": Command(
         "probes.worlds.assets:run",
         "write the toy world in the formats of the real data",
-        options=AssetsOptions,
+        AssetsOptions,
     ),
     "plant": Command(
         "probes.worlds.plant:run",
         "edit a model of the binding world so that the truth of a claim is known",
-        options=PlantOptions,
+        PlantOptions,
     ),
     "demo": Command(
         "probes.worlds.demo:run",
@@ -227,7 +227,7 @@ WORLD_COMMANDS = {
             "train, probe and report on a toy world, in minutes on two CPU cores; again: "
             "only what is missing"
         ),
-        options=DemoOptions,
+        DemoOptions,
     ),
     "real": Command(
         "probes.worlds.real:run",
@@ -235,7 +235,7 @@ WORLD_COMMANDS = {
             "the demo with a real encoder (DINOv2-S) and a real language model "
             "(SmolLM2-135M), on the toy world or on photos; again: only what is missing"
         ),
-        options=RealOptions,
+        RealOptions,
     ),
     "questions": Command(
         "probes.worlds.questions:run",
@@ -243,7 +243,7 @@ WORLD_COMMANDS = {
             "make conversations about photos from their masks, balanced so that a blind "
             "answer is right in half"
         ),
-        options=QuestionsOptions,
+        QuestionsOptions,
     ),
     "rehearse": Command(
         "probes.rehearsal.run:run",
@@ -251,7 +251,7 @@ WORLD_COMMANDS = {
             "run the complete study for a few steps on random weights of the published "
             "sizes, and measure it"
         ),
-        options=RehearseOptions,
+        RehearseOptions,
     ),
     "calibrate": Command(
         "probes.worlds.calibrate:run",
@@ -259,6 +259,6 @@ WORLD_COMMANDS = {
             "plant effects in models of a toy world and count how often each verdict says "
             "yes, where it should and not"
         ),
-        options=CalibrateOptions,
+        CalibrateOptions,
     ),
 }

@@ -1,6 +1,6 @@
 """What an analysis is: a folder here, and its name in the list of `__init__.py`.
 
-__init__.py   Options, a dataclass, and ANALYSIS, a description; they import nothing heavy
+__init__.py   its options, a dataclass, and ANALYSIS, a description; they import nothing heavy
 run.py        run(options): the command
 section.py    section(study): what the report shows, for analyses with a title
 README.md     question, method, controls, limits

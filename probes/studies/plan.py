@@ -221,7 +221,7 @@ def make_plan(settings: Settings) -> list[Step]:
     if not chosen:
         raise UserError(
             f"the study has no such step: --only {' '.join(settings.only)}. fit needs --fit, starvation two models, "
-            "answers and routes a file of questions, other analyses --add NAME"
+            "routes a file of questions, other analyses --add NAME"
         )
     return chosen
 

@@ -1,8 +1,10 @@
-"""`probes routes`: which way an answer takes from the patches of its object to the last token.
+"""`probes routes`: does the model say what its probes read, and which way does an answer take to the last token?
 
 Each question asks for the class at a place, its object, with one of the run's class names as the right answer
-(answers/questions.py). A route is cut by a knockout with rows and columns of the prompt: no token of the target attends
-to a token of the source, in all layers, or in each window of K layers, whose first layers are a stride apart.
+(questions.py). The probes of all sites read the tokens at that place (several: the mean of their logits).
+
+A route is cut by a knockout with rows and columns of the prompt: no token of the target attends to a token of the
+source, in all layers, or in each window of K layers, whose first layers are a stride apart.
 
     targets   question (with its options), last (token before the answer), text (question, last and answer), image
     sources   image, all image tokens; object, the patches at the place; others, all other patches; random, as many
@@ -11,13 +13,14 @@ to a token of the source, in all layers, or in each window of K layers, whose fi
               question, for the target last
 
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
-name changes. No probe takes part.
+name changes and is right. No probe takes part in them.
 
-    routes.json         settings and effects, see effects.py
-    routes.safetensors  "image", "right" long[Q]; "none" f[Q, K], log-probabilities without a knockout;
+    routes.json         settings, accuracies and effects, see effects.py
+    routes.safetensors  "image", "right" long[Q]; "none", "probe:SITE" f[Q, K], log-probabilities without a knockout;
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
                         "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
-                        "changed:ROUTE" f[Q, 1 + W], 1 where the answer is another one; each the mean over draws
+                        "changed:ROUTE", "correct:ROUTE" f[Q, 1 + W], 1 where the answer is another one, and where it
+                        is right; each the mean over draws
     routes_effects.safetensors   what claims are made from, see probes/analyses/effects.py
     routes.partial/     finished batches, removed at the end
 
@@ -35,14 +38,6 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.answers.questions import (
-    Question,
-    QuestionFile,
-    first_questions,
-    read_question_image,
-    read_questions,
-    tokens_in_box,
-)
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
@@ -51,9 +46,18 @@ from probes.evaluation.effect_file import effect_file
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
+from probes.training.heads import Probe
 
 from . import RoutesOptions
-from .effects import claimed_routes, print_routes, route_effects
+from .effects import answer_statistics, claimed_routes, print_routes, route_effects
+from .questions import (
+    Question,
+    QuestionFile,
+    first_questions,
+    read_question_image,
+    read_questions,
+    tokens_in_box,
+)
 
 QUESTIONS_PER_FILE = 8
 
@@ -93,8 +97,10 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     check_replaceable(out / "routes.json", made_from, plan.overwrite)
     places = windows(plan.window, layers, plan.stride)
 
+    probes = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
+
     def compute(numbers: range) -> dict[str, Tensor]:
-        results = [ask(mllm, plan, file, number, classes, places) for number in numbers]
+        results = [ask(mllm, probes, plan, file, number, classes, places) for number in numbers]
         return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
     arguments = made_from | {"images": str(plan.images)}
@@ -103,7 +109,8 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
     results |= made_from | {"questions_file": plan.questions.name}
-    results |= route_effects(tensors, places, plan.seed)
+    results |= answer_statistics(tensors, run.sites, plan.seed)
+    results["effects"] = route_effects(tensors, places, plan.seed)
     effects = effect_file(claimed_routes(tensors, plan.seed), run.fingerprint)
     write_files(
         {
@@ -118,6 +125,7 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
 
 def ask(
     mllm: FrozenMLLM,
+    probes: dict[str, Probe],
     plan: RoutesOptions,
     file: QuestionFile,
     number: int,
@@ -139,6 +147,9 @@ def ask(
         "right": torch.tensor(question.right),
         "none": none,
     }
+    for site, states in mllm.states(pixels, list(probes)).items():
+        logits = probes[site](states.float())[0].cpu()
+        results[f"probe:{site}"] = logits[place].mean(0).log_softmax(-1)
     cut = layers_cut(places, len(mllm.layers))
     sources = blocked_patches(place, plan.draws, [plan.seed, number])
     asked = ("question",)
@@ -225,11 +236,14 @@ def _outcomes(
     right: int,
 ) -> dict[str, Tensor]:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
-    changed = (scores.argmax(-1) != none.argmax()).float()
+    answers = scores.argmax(-1)
+    changed = (answers != none.argmax()).float()
+    correct = (answers == right).float()
     return {
         f"right:{route}": scores[..., right].mean(0),
         f"probability:{route}": scores[..., right].exp().mean(0),
         f"changed:{route}": changed.mean(0),
+        f"correct:{route}": correct.mean(0),
     }
 
 

@@ -89,7 +89,7 @@ def test_help_is_that_of_the_docstrings():
 
 REQUIRED = {"photos": ["p"], "probes": ["a", "b"]}
 BAD = [
-    ({"imag": 1}, r"x has no option 'imag'; expected one of probes, photos, image, layers, "),
+    ({"imag": 1}, r"x has no option 'imag'; did you mean 'image'"),
     ({"image": 1}, r"x: image is 1; expected a valid tuple"),
     ({"image": []}, r"x: image is \[\]; Tuple should have at least 1 item"),
     ({"image": [-1]}, r"x: image is -1; expected greater than or equal to 0"),

@@ -49,13 +49,13 @@ ANALYSIS = Analysis(
     arms=("trained", "random", "permuted"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     rows=rows,
-    reads_probes=False,
     claims={
         "route_object": Claim(
             +1,
             "The answer is read from the object's patches: drop of the right answer's probability if no text attends "
             "to them, minus the drop for as many other patches",
             "read from the object",
+            reads_probes=False,
         ),
     },
 )

@@ -29,6 +29,7 @@ Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ from probes.training.heads import Probe
 from . import RoutesOptions
 from .effects import answer_statistics, claimed_routes, print_routes, route_effects
 from .questions import (
-    Question,
     QuestionFile,
     first_questions,
     read_question_image,
@@ -105,8 +105,7 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
 
     arguments = made_from | {"images": str(plan.images)}
     partial = out / "routes.partial"
-    batches = cached_batches(partial, arguments, asked, QUESTIONS_PER_FILE, compute)
-    tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    tensors = cached_batches(partial, arguments, asked, QUESTIONS_PER_FILE, compute)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
     results |= made_from | {"questions_file": plan.questions.name}
     results |= answer_statistics(tensors, run.sites, plan.seed)
@@ -121,6 +120,48 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     )
     shutil.rmtree(partial)
     return results
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that is asked about its image, under knockouts.
+
+    Args:
+        mllm: The model.
+        pixels: Its image, f[1, 3, H, W].
+        text: The question.
+        classes: The possible answers.
+        batch_size: Knockouts per forward.
+    """
+
+    mllm: FrozenMLLM
+    pixels: Tensor
+    text: str
+    classes: list[str]
+    batch_size: int
+
+    def plain(self) -> Tensor:
+        """Return the log-probability of each class as the answer, f[K], normalised over classes."""
+        scores = self.mllm.answer_log_probs(self.pixels, [self.text], self.classes)
+        return scores[0, 0].log_softmax(-1)
+
+    def cut(
+        self,
+        rows: tuple[str, ...],
+        columns: str | tuple[str, ...],
+        layers: Tensor,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
+        """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
+        scores = []
+        for start in range(0, len(layers), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            patches = None if blocked is None else blocked[part]
+            knockout = Knockout(patches, layers[part], rows, columns)
+            pixels = self.pixels.expand(len(layers[part]), -1, -1, -1)
+            found = self.mllm.answer_log_probs(pixels, [self.text], self.classes, knockout)
+            scores.append(found)
+        return torch.cat(scores)[:, 0].log_softmax(-1)
 
 
 def ask(
@@ -141,7 +182,8 @@ def ask(
         raise UserError(
             f"{plan.questions}: the place of {question.text!r} is all of {file.images[question.image]}; expected a part"
         )
-    none = mllm.answer_log_probs(pixels, [question.text], classes)[0, 0].log_softmax(-1)
+    asked = Asked(mllm, pixels, question.text, classes, plan.batch_size)
+    none = asked.plain()
     results = {
         "image": torch.tensor(question.image),
         "right": torch.tensor(question.right),
@@ -152,26 +194,26 @@ def ask(
         results[f"probe:{site}"] = logits[place].mean(0).log_softmax(-1)
     cut = layers_cut(places, len(mllm.layers))
     sources = blocked_patches(place, plan.draws, [plan.seed, number])
-    asked = ("question",)
+    counts = [len(patches) for patches in sources.values()]
+    patches = torch.cat([*sources.values()])
+    blocked = patches.repeat_interleave(len(cut), 0)
+    layers = cut.repeat(len(patches), 1)
+    of_question = ("question",)
     if any(mllm.chat.is_option(question.text)):
-        asked = ("question", "options")
+        of_question = ("question", "options")
     targets = {
-        "question": asked,
+        "question": of_question,
         "last": ("last",),
-        "text": (*asked, "last", "answer"),
+        "text": (*of_question, "last", "answer"),
         "image": ("image",),
     }
     for target, rows in targets.items():
-        blocked = torch.cat([*sources.values()]).repeat_interleave(len(cut), 0)
-        layers = cut.repeat(len(blocked) // len(cut), 1)
-        knockouts = _batches(plan.batch_size, rows, "blocked", layers, blocked)
-        scores = _scores(mllm, pixels, question, classes, knockouts).unflatten(0, (-1, len(cut)))
-        counts = [len(patches) for patches in sources.values()]
-        for source, of_source in zip(sources, scores.split(counts), strict=True):
+        scores = asked.cut(rows, "blocked", layers, blocked)
+        by_source = scores.unflatten(0, (-1, len(cut))).split(counts)
+        for source, of_source in zip(sources, by_source, strict=True):
             results |= _outcomes(f"{source} to {target}", of_source, none, question.right)
-    knockouts = _batches(plan.batch_size, ("last",), asked, cut)
-    scores = _scores(mllm, pixels, question, classes, knockouts)[None]
-    return results | _outcomes("question to last", scores, none, question.right)
+    scores = asked.cut(("last",), of_question, cut)
+    return results | _outcomes("question to last", scores[None], none, question.right)
 
 
 def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Tensor]:
@@ -194,39 +236,6 @@ def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Ten
         "others": ~place[None],
         "random": random,
     }
-
-
-def _batches(
-    size: int,
-    rows: tuple[str, ...],
-    columns: str | tuple[str, ...],
-    layers: Tensor,
-    blocked: Tensor | None = None,
-) -> list[Knockout]:
-    """Return knockouts of at most `size` rows each."""
-    parts = layers.split(size)
-    of_parts = [None] * len(parts) if blocked is None else blocked.split(size)
-    return [
-        Knockout(patches, part, rows, columns)
-        for patches, part in zip(of_parts, parts, strict=True)
-    ]
-
-
-def _scores(
-    mllm: FrozenMLLM,
-    pixels: Tensor,
-    question: Question,
-    classes: list[str],
-    knockouts: list[Knockout],
-) -> Tensor:
-    """Return the log-probability of each class as the answer, f[R, K], normalised over classes."""
-    scores = [
-        mllm.answer_log_probs(
-            pixels.expand(len(knockout.layers), -1, -1, -1), [question.text], classes, knockout
-        )
-        for knockout in knockouts
-    ]
-    return torch.cat(scores)[:, 0].log_softmax(-1)
 
 
 def _outcomes(

@@ -340,8 +340,8 @@ def _optimum_column(
     if reason := why_unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
     more = {"margin": study.task.margin}
-    if over_pairs := estimate.about.get("over_pairs"):
-        more |= {"over_pairs": over_pairs, "tokens": numbers.tokens}
+    if CLAIMS[claim].against_tokens:
+        more["tokens"] = numbers.tokens
     return margin_column(sign, **measured, **more)
 
 

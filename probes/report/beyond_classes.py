@@ -14,7 +14,7 @@ from probes.evaluation.estimate import estimate_text
 from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows, bounds, format_p
-from probes.results.study import StudyRuns, read_studies
+from probes.results.study import StudyRuns, read_studies, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .claims import evaluate_claims
@@ -63,7 +63,7 @@ def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
     entries = []
-    for mask, run in study.runs_by_site.items():
+    for mask, run in runs_to_compare(study)[0].items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,

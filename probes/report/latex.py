@@ -32,10 +32,11 @@ def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows
 
 def _score_rows(study: StudyRuns) -> list[list[str]]:
     """Return a row for each site, and a column for each run."""
-    is_mixed = len({run.probe_kind for run in study.runs}) > 1
+    runs = [*study.main_runs.values(), *study.untrained.values()]
+    is_mixed = len({run.probe_kind for run in runs}) > 1
     titles = []
     columns = []
-    for run in study.runs:
+    for run in runs:
         words = [run.mask]
         if run.metrics["untrained"]:
             words.append("untrained")

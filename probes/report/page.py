@@ -31,13 +31,15 @@ from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
 from probes.results import formatting
-from probes.results.finished_run import warn_of_changed_data
+from probes.results.finished_run import FinishedRun, warn_of_changed_data
 from probes.results.formatting import Rows
 from probes.results.paper import PAPER
 from probes.results.runs import finished_runs, open_run
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.results.study import (
+    UNTRAINED,
     StudyRuns,
+    by_mask,
     labels_of_models,
     overridden_masks,
     read_studies,
@@ -107,7 +109,9 @@ def study_results(
             **{name: found[mask] for name, found in by_mask},
         }
 
-    random = {mask: [run for run in study.random if run.mask == mask] for mask in study.masks}
+    random: dict[str, list[dict[str, Any]]] = {}
+    for run in _random_controls(study):
+        random.setdefault(run.mask, []).append({"probing": run.metrics})
     results = {
         "model": study.model,
         "dataset": study.dataset,
@@ -115,11 +119,7 @@ def study_results(
         "masks": {mask: entry(mask, run) for mask, run in study.main_runs.items()},
         "controls": {
             "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
-            "random": {
-                mask: [{"probing": run.metrics} for run in runs]
-                for mask, runs in random.items()
-                if runs
-            },
+            "random": random,
         },
         "sites": site_rows(study),
         "claims": claims,
@@ -128,6 +128,16 @@ def study_results(
     for section in sections:
         results |= section.content.results
     return results
+
+
+def _random_controls(study: StudyRuns) -> list[FinishedRun]:
+    """Return the controls beside the untrained model: its further draws, random adapters, random and permuted LLMs."""
+    untrained = [
+        *by_mask(study.where(arm=UNTRAINED, solved=True)).values(),
+        *study.untrained.values(),
+    ]
+    others = [run for run in study.members if run.arm != "trained" and run not in untrained]
+    return sorted(others, key=lambda run: not run.is_solved)
 
 
 def write_report(

@@ -18,15 +18,16 @@ from probes.evaluation.layer_effects import EFFECTS
 from probes.evaluation.strengths import ROWS
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
-from probes.results.study import StudyRuns
+from probes.results.study import UNTRAINED, StudyRuns, by_mask
 
 
 def path_rows(study: StudyRuns) -> Rows:
     """Return one entry per mask, effect and row: value, simultaneous interval, and whether it has converged."""
+    untrained = by_mask(study.where(arm=UNTRAINED, solved=True))
     return [
         {"image_attention": mask, "effect": effect} | row
         for mask, run in study.solved.items()
-        for effect, by_row in _effects_by_row(run, study.solved_untrained.get(mask)).items()
+        for effect, by_row in _effects_by_row(run, untrained.get(mask)).items()
         for row in _rows_of_effect(by_row)
     ]
 

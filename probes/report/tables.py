@@ -96,7 +96,7 @@ def class_rows(study: StudyRuns) -> Rows:
             "class": name,
             "iou": iou,
         }
-        for run in study.runs
+        for run in (*study.main_runs.values(), *study.untrained.values())
         for entry in run.metrics["sites"]
         for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
     ]

@@ -25,7 +25,7 @@ from probes.analyses.style import (
 )
 from probes.models.sites import ADAPTER, is_layer
 from probes.results.probe_run import ProbeRun
-from probes.results.study import MASKS, StudyRuns
+from probes.results.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask, runs_to_compare
 
 
 def with_depth(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,9 +94,9 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
 
     `solved` draws the runs whose probes are solved, else those whose probes are trained.
     """
-    trained = study.solved if solved else study.main_runs
-    untrained = _shown_untrained(study, solved)
-    random = [list(runs.values()) for runs in study.random_draws("llm", solved)]
+    trained = by_mask(study.where(arm="trained", solved=solved))
+    untrained = by_mask(study.where(arm=UNTRAINED, solved=solved))
+    random = [list(runs.values()) for runs in study.draws(*CONTROLS["llm"], solved=solved)]
     figure, ax = new_axes(6.4, 3.9)
     for mask, run in trained.items():
         marker = "os"[mask == "bidirectional"] if len(run.sites) < 20 else None
@@ -131,12 +131,6 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     return FigureData(figure, score_rows(runs))
 
 
-def _shown_untrained(study: StudyRuns, solved: bool) -> dict[str, ProbeRun]:
-    """Return the untrained runs whose probes are of the kind that is drawn."""
-    untrained = study.solved_untrained if solved else study.untrained
-    return {mask: run for mask, run in untrained.items() if run.is_solved == solved}
-
-
 def _draw_random(
     ax: Axes,
     run: ProbeRun,
@@ -159,7 +153,7 @@ def _draw_random(
 
 def _draw_random_adapters(ax: Axes, study: StudyRuns, solved: bool) -> list[ProbeRun]:
     """Draw the adapter of runs with a random one as grey diamonds; return these runs."""
-    runs = [next(iter(draw.values())) for draw in study.random_draws("adapter", solved)]
+    runs = [next(iter(draw.values())) for draw in study.draws("adapter", solved=solved)]
     for number, run in enumerate(runs):
         label = "random adapter" if number == 0 else None
         depth, miou = depth_and_miou([x for x in run.metrics["sites"] if x["site"] == ADAPTER])
@@ -183,7 +177,7 @@ def models_by_dataset(
 
     `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
     """
-    runs = [by_mask[mask] for by_mask in _runs_to_compare(studies)]
+    runs = [by_mask[mask] for by_mask in runs_to_compare(*studies)]
     labels = [
         study.model + suffix for study, suffix in zip(studies, _probes_suffixes(runs), strict=True)
     ]
@@ -215,8 +209,9 @@ def models_by_dataset(
             run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
         else:
             draw_run(ax, run, colour, label)
-            for random in study.random_runs("llm", mask, run.is_solved):
-                _draw_random(ax, random, colour)
+            for draw in study.draws(*CONTROLS["llm"], solved=run.is_solved):
+                if mask in draw:
+                    _draw_random(ax, draw[mask], colour)
         rows += run_rows
     for dataset, ax in panels.items():
         if over_adapter:
@@ -237,12 +232,6 @@ def models_by_dataset(
     axes[0].set_ylabel("mIoU minus the adapter's (pp)" if over_adapter else "mIoU (%)")
     spread_labels(figure, axes)
     return FigureData(figure, rows)
-
-
-def _runs_to_compare(studies: list[StudyRuns]) -> list[dict[str, ProbeRun]]:
-    """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
-    solved = all(study.all_solved for study in studies)
-    return [study.solved if solved else study.main_runs for study in studies]
 
 
 def _probes_suffixes(runs: list[ProbeRun]) -> list[str]:
@@ -295,9 +284,9 @@ def _layer_figure(
         caption(
             "Segmentation quality of the probe at each site (Figs. 3 and 8). The paper reports a drop from encoder to "
             "adapter and a rise over the LLM layers.", _peak_caption(study),
-            "Dotted: the untrained model." if _shown_untrained(study, solved) else "",
+            "Dotted: the untrained model." if study.where(arm=UNTRAINED, solved=solved) else "",
             "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
-            "not be learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
+            "not be learned." if study.where(arm=CONTROLS["llm"], solved=solved) else "", "Bands: 95% intervals.",
         ),
         layer_curves(study, solved))  # fmt: skip
 
@@ -311,7 +300,7 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
             yield ReportFigure(
                 f"models_{mask}", f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
-                        "Diamonds: its random LLMs." if any(s.random_draws("llm", True) for s in with_mask) else "",
+                        _random_caption(with_mask),
                         _kinds_caption(with_mask), "Bands: 95% intervals.",),
                 models_by_dataset(with_mask, mask))  # fmt: skip
         if with_adapter:
@@ -329,6 +318,11 @@ def overview_figures(studies: list[StudyRuns]) -> Figures:
             masks_by_model(both))  # fmt: skip
 
 
+def _random_caption(studies: list[StudyRuns]) -> str:
+    random = [run for study in studies for run in study.where(arm=CONTROLS["llm"], solved=True)]
+    return "Diamonds: its random LLMs." if random else ""
+
+
 def _peak_caption(*studies: StudyRuns) -> str:
     runs = [run for study in studies for run in study.main_runs.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
@@ -340,7 +334,7 @@ def _peak_caption(*studies: StudyRuns) -> str:
 
 
 def _kinds_caption(studies: list[StudyRuns]) -> str:
-    kinds = {run.is_solved for by_mask in _runs_to_compare(studies) for run in by_mask.values()}
+    kinds = {run.is_solved for by_mask in runs_to_compare(*studies) for run in by_mask.values()}
     return (
         "Probes of some models are solved, of others trained: their heights cannot be compared."
         * (len(kinds) > 1)

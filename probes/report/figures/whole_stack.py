@@ -16,7 +16,7 @@ from probes.analyses.style import (
 )
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
 from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.results.study import CONTROLS, StudyRuns
 
 LABELS = {ENCODER: "enc.", ADAPTER: "adapt."}
 MOST_LABELS = 14
@@ -43,7 +43,7 @@ def stack_figures(study: StudyRuns) -> Figures:
 def _random_llms(study: StudyRuns, runs: dict[str, ProbeRun]) -> list[ProbeRun]:
     """Return the random LLMs under the masks of these runs, with the same kind of probes."""
     solved = next(iter(runs.values())).is_solved
-    draws = study.random_draws("llm", solved)
+    draws = study.draws(*CONTROLS["llm"], solved=solved)
     return [run for draw in draws for mask, run in draw.items() if mask in runs]
 
 

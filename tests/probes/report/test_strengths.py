@@ -29,7 +29,7 @@ from probes.report.claims import evaluate_claims
 from probes.report.figures.layer_curves import overview_figures
 from probes.report.strengths import path_rows
 from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.results.study import UNTRAINED, read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -158,7 +158,7 @@ def test_without_layers_or_with_one_image():
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
     run = study.solved["causal"]
-    control = study.solved_untrained["causal"]
+    (control,) = study.where(arm=UNTRAINED, solved=True)
     run.weights = control.weights = run.weights[:60]
     run.effects, control.effects = map(effects_of_counts, (run, control))
     rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
@@ -277,25 +277,26 @@ def test_the_order_of_the_runs_does_not_matter(paths):
     for order in itertools.permutations(paths.values()):
         (study,) = read_studies(order)
         found = {kind: [str(run.path) for run in getattr(study, kind).values()]
-                 for kind in ("main_runs", "untrained", "solved", "solved_untrained")}  # fmt: skip
+                 for kind in ("main_runs", "untrained", "solved")}  # fmt: skip
         assert found == {
             "main_runs": [paths["sgd"]],
             "untrained": [paths["sgd_untrained"]],
             "solved": [paths["solved"]],
-            "solved_untrained": [paths["solved_untrained"]],
         }
-        assert str(study.control("causal").path) == paths["sgd_untrained"]
+        for solved, name in ((True, "solved_untrained"), (False, "sgd_untrained")):
+            (run,) = study.where(arm=UNTRAINED, mask="causal", solved=solved)
+            assert str(run.path) == paths[name]
+        assert not study.where(arm=UNTRAINED, mask="bidirectional")
 
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
-    assert study.untrained == study.solved_untrained
-    assert study.control("causal") is None
+    assert [str(run.path) for run in study.untrained.values()] == [paths["solved_untrained"]]
     assert "recovery_trained" not in {claim["claim"] for claim in evaluate_claims(study)}
-    (study,) = read_studies([paths["solved"], paths["sgd_untrained"]])
-    assert study.control("causal") is None
-    (study,) = read_studies([paths["solved"], paths["sgd_untrained"], paths["solved_untrained"]])
-    assert str(study.control("causal").path) == paths["solved_untrained"]
+    for controls, known in ((["sgd_untrained"], 0), (["sgd_untrained", "solved_untrained"], 1)):
+        (study,) = read_studies([paths[name] for name in ("solved", *controls)])
+        names = [claim["claim"] for claim in evaluate_claims(study)]
+        assert names.count("recovery_trained") == known
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]

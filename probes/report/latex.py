@@ -6,7 +6,7 @@ from llava_bidir.common.latex import latex_table
 from probes.results.formatting import Rows, format_difference, format_p, format_score
 from probes.results.study import StudyRuns
 
-from .summary_text import COLUMN_TITLES
+from .claim_table import COLUMN_TITLES, claim_text
 
 
 def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows) -> str:
@@ -65,19 +65,10 @@ def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
             "conclusion",
         ]
     ]
-    for claim in claims:
-        cells = [
-            f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()
-        ]
-        cells += [claim.get(key, "") for key in known]
-        rows.append(
-            [
-                claim["claim"].replace("_", " "),
-                claim["image_attention"],
-                *cells,
-                claim["finding"],
-            ]
-        )
+    for text in map(claim_text, claims):
+        columns = [f"{column.effect} {column.verdict}".strip() for column in text.columns.values()]
+        truth = [text.truth] if known else []
+        rows.append([text.name, text.mask, *columns, *truth, text.finding])
     return rows
 
 

@@ -16,8 +16,13 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import RESAMPLINGS, p_values, random_swaps
 from probes.evaluation.resampling import swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
+from probes.results.formatting import Rows, bounds, format_interval, format_p, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
+
+from .verdicts import ALPHA
+
+EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 
 
 def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
@@ -91,3 +96,40 @@ def _compare_effects(
             }
         )
     return entries
+
+
+def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
+    """Return how many sites differ between the masks, the differences of the effects, and the power of the test."""
+    sites = comparison["sites"]
+    units = f"{comparison['images']} images"
+    if comparison["groups"]:
+        units = f"{comparison['groups']} groups of images ({comparison['images']} images)"
+    significant = [entry["difference"] for entry in sites if entry["p_corrected"] < ALPHA]
+    better = sum(difference > 0 for difference in significant)
+    worse = sum(difference < 0 for difference in significant)
+    lines = [
+        f"Bidirectional attention is significantly better at {better} and worse at {worse} of {len(sites)} sites "
+        f"(corrected p < {ALPHA}; {comparison['permutations']} permutations of {units}).",
+        "This compares one model per mask. What another training run would change is not in these intervals.",
+    ]
+    lines += [
+        f"The {EFFECT_NAMES[entry['effect']]} differs by {format_points(entry['difference'])} pp, 95% interval "
+        f"{format_interval(entry['ci95'])} (p = {format_p(entry['p'])})."
+        for entry in comparison["effects"]
+    ]
+    if comparison["smallest_p"] > ALPHA:
+        lines.append(
+            f"With so few groups no p-value can be smaller than {format_p(comparison['smallest_p'])}: the test cannot "
+            "reject any null hypothesis, and the intervals are unreliable."
+        )
+    return lines
+
+
+def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
+    """Return bidirectional minus causal per site, then for drop-off and recovery."""
+    return [
+        {"of": entry.get("site") or entry["effect"], "difference": entry["difference"]}
+        | bounds(entry["ci95"])
+        | {"p": entry["p"], "p_corrected": entry.get("p_corrected")}
+        for entry in [*comparison["sites"], *comparison["effects"]]
+    ]

@@ -69,3 +69,20 @@ def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[dict[str, Any]]:
             "high": high[i].item(),
             "converged": estimate.about["converged"],
         }
+
+
+def edge_notes(at_edge: dict[str, list[str]]) -> list[str]:
+    """Return which sites have their lowest cross-validated loss at an end of the path of strengths.
+
+    Args:
+        at_edge: Names of the sites by mask; the mask is named if there are several.
+    """
+    notes = []
+    for mask, sites in at_edge.items():
+        subject = f"Under {mask} attention, the" if len(at_edge) > 1 else "The"
+        if sites:
+            notes.append(
+                f"{subject} cross-validated loss is lowest at an end of the path at "
+                f"{', '.join(sites)}: the optimum may be beyond it."
+            )
+    return notes

@@ -9,11 +9,13 @@ from probes.results.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
-from .figures.encoder_layers import encoder_figures
-from .figures.layer_curves import layer_figures
-from .figures.mask_comparison import mask_figures
-from .figures.whole_stack import stack_figures
-from .mask_comparison import compare_masks, mask_comparison_rows, summarize_mask_comparison
+from .figures.layer_curves import encoder_figures, layer_figures, stack_figures
+from .mask_comparison import (
+    compare_masks,
+    mask_comparison_rows,
+    mask_figures,
+    summarize_mask_comparison,
+)
 from .strengths import edge_notes
 from .tables import class_rows
 

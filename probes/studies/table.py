@@ -86,40 +86,21 @@ class Study:
         """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
         from matplotlib.figure import Figure
 
-        from probes.analyses.style import draw_curve, mask_colour
+        from probes.analyses.style import curves, mask_colour
 
         table = self.table().query("metric == @metric and task == @task")
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         several = table["model"].nunique() > 1
-        for (_, model, mask, weights, probes), rows in table.groupby(
-            ["run", "model", "mask", "weights", "probes"], sort=False, dropna=False
-        ):
-            if weights == "trained":
-                band = rows[["low", "high"]].to_numpy()
-                colour = mask_colour(mask)
-                style = "-" if probes == "solved" else "--"
-                label = f"{model}, " * several + f"{mask}, {probes}"
-                draw_curve(
-                    axes,
-                    rows["site"],
-                    rows["value"],
-                    band,
-                    colour,
-                    style,
-                    marker="o",
-                    ms=3,
-                    label=label,
-                )
-            else:
-                axes.plot(
-                    rows["site"],
-                    rows["value"],
-                    color="lightgrey",
-                    marker="o",
-                    ms=3,
-                    zorder=1,
-                )
+        looks = {}
+        for run in table.drop_duplicates("run").to_dict("records"):
+            look = {"color": "lightgrey", "label": None, "zorder": 1}
+            if run["weights"] == "trained":
+                label = f"{run['model']}, " * several + f"{run['mask']}, {run['probes']}"
+                look = {"color": mask_colour(run["mask"]), "label": label, "band": True}
+                look["ls"] = "-" if run["probes"] == "solved" else "--"
+            looks[run["run"]] = look | {"marker": "o", "ms": 3}
+        curves(axes, table.to_dict("records"), looks, x="site", by="run")
         axes.set(ylabel=metric, title="grey: random weights")
         axes.tick_params(axis="x", rotation=60)
         axes.legend()

@@ -8,8 +8,7 @@ import pytest
 import tiny_models
 
 from probes.cli import main
-from probes.report.figures.layer_curves import layer_curves
-from probes.report.figures.whole_stack import stack_curve, stack_figures
+from probes.report.figures.layer_curves import layer_curves, stack_curve, stack_figures
 from probes.results.study import read_studies
 
 IN_ENCODER = [0.2, 0.3, 0.5, 0.6]

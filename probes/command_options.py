@@ -8,8 +8,19 @@ from argparse import ArgumentParser
 
 from llava_bidir.common.command_table import Command
 from probes.analyses import ANALYSES
-from probes.analyses.options import add_overwrite
 from probes.world_options import WORLD_COMMANDS
+
+
+def add_overwrite(parser: ArgumentParser) -> None:
+    """Add --overwrite."""
+    parser.add_argument(
+        "--overwrite",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        default="false",
+        help="replace the file if there is one",
+    )
 
 
 def add_image_px(parser: ArgumentParser) -> None:
@@ -191,6 +202,6 @@ COMMANDS = {
 def analysis_commands() -> dict[str, Command]:
     """Return the command of each analysis, also of those that have been registered."""
     return {
-        name: Command(f"probes.analyses.{name}.run:run", analysis.help, analysis.add_options)
+        name: Command(f"probes.analyses.{name}.run:run", analysis.help, options=analysis.options)
         for name, analysis in ANALYSES.items()
     }

@@ -68,7 +68,7 @@ def write_states(args: argparse.Namespace) -> None:
     """Run `probes states`."""
     out = Path(args.out)
     check_suffix(out, ".safetensors")
-    if out.exists() and not args.overwrite:
+    if out.exists() and args.overwrite != "true":
         raise UserError(f"{out} exists; --overwrite true replaces it")
     images = read_photos(args.image)
     with exclusive_run_lock(out.parent, out.name):

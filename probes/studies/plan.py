@@ -16,24 +16,22 @@ can differ from all draws of one kind, e.g. by the scale of its weights (probes/
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """
 
-import os
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from llava_bidir.common.configs import configs_in, with_config_paths
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
 from llava_bidir.common.steps import Step, digest
-from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.analyses.effects import effects_path
+from probes.analyses.options import options_of, read_text
 from probes.data.registry import DATASETS, open_dataset
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
@@ -233,13 +231,11 @@ def _has_llm(planned: Mapping[str, PlannedRun], label: str) -> bool:
     return next(run.has_llm for name, run in planned.items() if name.startswith(_join(label, "")))
 
 
-def _with_maps(
-    settings: Settings, analyses: dict[str, dict[str, str]]
-) -> dict[str, dict[str, str]]:
+def _with_maps(settings: Settings, analyses: dict[str, Config]) -> dict[str, Config]:
     """Return the analyses of a bare encoder: maps of a few photos are among them unasked."""
     photos = len(open_split(settings, "validation"))
     shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
-    return {"maps": {"image": ",".join(map(str, shown))}} | analyses
+    return {"maps": {"image": list(shown)}} | analyses
 
 
 def _weights(arm: str, has_llm: bool) -> Weights:
@@ -362,10 +358,10 @@ def arm_names(settings: Settings, has_llm: bool = True) -> list[str]:
     return sorted(dict.fromkeys(settings.arms), key=lambda name: name != "trained")
 
 
-def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
+def chosen_analyses(settings: Settings) -> dict[str, Config]:
     """Return the options of each analysis that is run; the default ones and those of `--add`."""
     chosen = {
-        name: dict(analysis.options) for name, analysis in ANALYSES.items() if analysis.default
+        name: dict(analysis.in_study) for name, analysis in ANALYSES.items() if analysis.default
     }
     for text in settings.add:
         name, _, setting = text.partition(".")
@@ -373,17 +369,18 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
             raise UserError(
                 f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)"
             )
-        options = chosen.setdefault(name, dict(ANALYSES[name].options))
+        options = chosen.setdefault(name, dict(ANALYSES[name].in_study))
         if setting:
             key, equals, value = setting.partition("=")
             if not (key and equals and value):
                 raise UserError(
                     f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
                 )
-            options[key] = value
+            key = key.replace("-", "_")
+            options[key] = read_text(name, key, value)
     named = {text.partition(".")[0] for text in settings.add}
     for name, option in (("maps", "image"), ("explore", "images")):
-        if name in chosen and chosen[name][option] == ANALYSES[name].options[option]:
+        if name in chosen and chosen[name][option] == ANALYSES[name].in_study[option]:
             chosen[name][option] = _within(
                 len(open_split(settings, "validation")), chosen[name][option]
             )
@@ -402,9 +399,9 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
     return chosen
 
 
-def _within(images: int, numbers: str) -> str:
-    """Return those of the numbers "0,1,2" that are below the number of images."""
-    return ",".join(number for number in numbers.split(",") if int(number) < images)
+def _within(images: int, numbers: Sequence[int]) -> list[int]:
+    """Return those of the numbers that are below the number of images."""
+    return [number for number in numbers if number < images]
 
 
 def data_root(settings: Settings) -> str:
@@ -464,7 +461,7 @@ def check(settings: Settings) -> None:
             f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})"
         )
     classes = open_split(settings, "validation").classes
-    asked = listed(chosen_analyses(settings).get("knockout", {}).get("classes", "auto:"))
+    asked = chosen_analyses(settings).get("knockout", {}).get("classes", ())
     if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
         raise UserError(
             f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); "
@@ -484,37 +481,13 @@ def _join(label: str, name: str) -> str:
     return f"{label}/{name}" if label else name
 
 
-def listed(value: str) -> list[str]:
-    """Return ["sky", "road"] of "sky,road", or of a list as YAML has it, in which names may contain commas."""
-    if value.startswith("["):
-        with error_context(f"--add: {value}"):
-            return [str(part) for part in yaml.safe_load(value)]
-    return value.split(",")
-
-
-def _words(options: Mapping[str, str]) -> list[str]:
-    """Return {"classes": "sky,road", "by-class": "true"} as --classes sky road --by-class."""
-    words: list[str] = []
-    for key, value in options.items():
-        if value == "true":
-            values = []
-        elif os.path.exists(value):  # its name may contain a comma
-            values = [value]
-        else:
-            values = listed(value)
-        words += [f"--{key}", *values]
-    return words
-
-
-def read_analysis_options(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Config:
-    """Return all options of an analysis as values, of the words that name its runs and of its options as text.
+def read_analysis_options(name: str, values: Config) -> Config:
+    """Return all options of an analysis as values of JSON.
 
     Raises:
-        SystemExit: The analysis has no such option, or it cannot have this value.
+        UserError: The analysis has no such option, or it cannot have this value.
     """
-    parser = ArgumentParser(prog=f"probes {name}")
-    ANALYSES[name].add_options(parser)
-    return vars(parser.parse_args([*runs, *_words(options)]))
+    return json.loads(json.dumps(asdict(options_of(name, values)), default=str))
 
 
 def _analysis(
@@ -522,7 +495,7 @@ def _analysis(
     label: str,
     planned: PlannedRun,
     name: str,
-    options: dict[str, str],
+    options: Config,
 ) -> Step:
     """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
     run = settings.out / planned.name
@@ -533,7 +506,7 @@ def _analysis(
     )  # "probes" have mistakes of their own
     return Step(
         f"{planned.name}/{name}",
-        read_analysis_options(name, ["--probes", str(run)], options),
+        read_analysis_options(name, options | {"probes": str(run)}),
         run / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, (planned.name, trained) if is_control else (planned.name,))
@@ -551,7 +524,7 @@ def _pair(
     settings: Settings,
     pair: Sequence[PlannedRun],
     name: str,
-    options: dict[str, str],
+    options: Config,
 ) -> Step:
     """Return the step that compares two runs, the causal one first, whatever the order of the models."""
     pair = sorted(pair, key=lambda run: run.mask != "causal")
@@ -559,7 +532,7 @@ def _pair(
     return Step(
         f"{runs[1]}/{name}",
         read_analysis_options(
-            name, ["--probes", *(str(settings.out / run) for run in runs)], options
+            name, options | {"probes": [str(settings.out / run) for run in runs]}
         ),
         settings.out / runs[1] / ANALYSES[name].result,
         kind=name,
@@ -570,7 +543,7 @@ def _pair(
     )
 
 
-def _files(name: str, options: dict[str, str]) -> dict[str, Path]:
+def _files(name: str, options: Config) -> dict[str, Path]:
     """Return the files that stand beside the data and that an analysis reads, by their options."""
     return {
         f"{name}.{option}": Path(options[option])
@@ -592,7 +565,7 @@ def _page(
     settings: Settings,
     planned: dict[str, PlannedRun],
     name: str,
-    options: dict[str, str],
+    options: Config,
 ) -> Step:
     """Return the step of an analysis that draws a page of all trained models."""
     runs = tuple(_join(label, "trained") for label in settings.models)
@@ -600,7 +573,7 @@ def _page(
     folders = [str(settings.out / run) for run in runs]
     return Step(
         name,
-        read_analysis_options(name, folders, options | {"out": str(report)}),
+        read_analysis_options(name, options | {"runs": folders, "out": str(report)}),
         report / ANALYSES[name].result,
         kind=name,
         reads=_metrics(settings, runs) | _results(settings, runs, name),

@@ -27,6 +27,7 @@ from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, find_missing, must_replace, run_steps
 from probes.analyses.base import function_of
+from probes.analyses.options import options_of
 from probes.report.terminal import format_results
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
@@ -251,7 +252,7 @@ def _call(step: Step, config: Config) -> None:
 
         run(Namespace(**config))
     else:
-        function_of(step.kind, "run")(Namespace(**config))
+        function_of(step.kind, "run")(options_of(step.kind, config))
 
 
 def _run_in_processes(step: Step, config: Config, out: Path) -> None:

@@ -1,42 +1,28 @@
 """Answers of the MLLM beside its probes at the same place, and under knockouts."""
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from probes.analyses.base import (
-    Analysis,
-    PlannedRun,
-    Row,
-    table_row,
-)
-from probes.analyses.options import (
-    QuestionOptions,
-    add_fields,
-    add_out,
-    add_run,
-    batch_size_option,
-    draws_option,
-    seed_option,
-)
+from llava_bidir.common.options import Count, Seed
+from probes.analyses.base import Analysis, PlannedRun, Row, table_row
+from probes.analyses.fields import QuestionOptions
 from probes.models.sites import ADAPTER
 
 
-@dataclass(frozen=True)
-class AnswersOptions(QuestionOptions):
-    """What to ask."""
+@dataclass(frozen=True, kw_only=True)
+class Options(QuestionOptions):
+    """What to ask.
 
-    draws: int = draws_option(5)
-    batch_size: int = batch_size_option(16, "questions")
-    seed: int = seed_option("the controls and the bootstrap")
+    Args:
+        draws: Draws to average for each condition with random tokens.
+        batch_size: Questions per forward.
+        seed: Random seed of the controls and the bootstrap.
+    """
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `probes answers`."""
-    add_run(parser)
-    add_fields(parser, AnswersOptions)
-    add_out(parser)
+    draws: Count = 5
+    batch_size: Count = 16
+    seed: Seed = 0
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
@@ -46,7 +32,7 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
     )
 
 
-def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
     """Return "no probe at the adapter" if a planned run has none."""
     if ADAPTER in runs[0].sites:
         return ""
@@ -56,7 +42,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
 ANALYSIS = Analysis(
     help="compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json",
     question="Does the model say what its probes read, and does hiding tokens change what it says?",
-    add_options=add_options,
+    options=Options,
     result="answers.json",
     title="Answers",
     arms=("trained", "random"),

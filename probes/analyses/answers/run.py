@@ -19,10 +19,7 @@ and the log-probability of the right answer is measured. Text attends to all ima
 Shapes: B questions of a batch, Q questions, K classes, T image tokens, R conditions and draws.
 """
 
-import argparse
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,19 +29,19 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.knockout import Options as KnockoutOptions
 from probes.analyses.knockout.attention import attention_from
 from probes.analyses.knockout.cases import ConfusionCase, PatchReader
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
-from probes.analyses.knockout.config import KnockoutPlan, check_has_layers
+from probes.analyses.knockout.config import check_has_layers
 from probes.analyses.knockout.schema import SETS
-from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.estimate import estimate_text
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from . import AnswersOptions
+from . import Options
 from .inference import CONDITIONS, answer_statistics
 from .questions import (
     Question,
@@ -56,21 +53,7 @@ from .questions import (
 )
 
 
-class AnswersPlan(AnswersOptions):
-    """What to ask, of files that are there."""
-
-    def check(self) -> None:
-        """Raise a `UserError` if a number is too small or a path is missing."""
-        check_ranges(self)
-        check_questions(self)
-
-
-def ask_questions(
-    run: ProbeRun,
-    plan: AnswersPlan,
-    out: Path,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def ask_questions(run: ProbeRun, plan: Options) -> dict[str, Any]:
     """Ask all questions, write the files named above, and return the content of answers.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -80,16 +63,15 @@ def ask_questions(
             options or runs, and not `overwrite`.
         RuntimeError: A knockout changed no answer, so that it did not reach the model.
     """
-    plan.check()
+    plan = plan.located(run.manifest["data"]["root"])
+    out = plan.folder
     classes = run.metrics["classes"]
     file = read_questions(plan.questions, classes)
     asked = first_questions(plan.questions, file, plan.limit)
     check_has_layers(run, [])
-    settings = {
-        key: value for key, value in asdict(plan).items() if key not in ("questions", "images")
-    }
+    settings = plan.settings
     made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
-    check_replaceable(out / "answers.json", made_from, overwrite)
+    check_replaceable(out / "answers.json", made_from, plan.overwrite)
     reader = PatchReader(run)
 
     def compute(questions):
@@ -132,7 +114,7 @@ def check_effects(tensors: dict[str, Tensor]) -> None:
 
 def ask_batch(
     reader: PatchReader,
-    plan: AnswersPlan,
+    plan: Options,
     file: QuestionFile,
     questions: list[Question],
     classes: list[str],
@@ -212,11 +194,12 @@ def _case(
 
 
 def _blocked(
-    case: ConfusionCase, features: MatchingFeatures, plan: AnswersPlan
+    case: ConfusionCase, features: MatchingFeatures, plan: Options
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens of each condition, one or several draws bool[T]."""
-    knockout = KnockoutPlan(
-        (),
+    knockout = KnockoutOptions(
+        probes=plan.probes,
+        classes=(),
         controls=("matched",),
         draws=plan.draws,
         seed=plan.seed,
@@ -244,15 +227,12 @@ def _score(
     return {condition: part.mean(0) for condition, part in zip(blocked, parts, strict=True)}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run `probes answers`."""
-    probe_run = ProbeRun(args.probes)
+    probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "answers")
-    out = Path(args.out or args.probes)
-    paths = read_questions_path(args, probe_run.manifest["data"]["root"])
-    plan = read_fields(AnswersPlan, args, **paths)
-    with exclusive_run_lock(out, "answers.json"):
-        results = ask_questions(probe_run, plan, out, args.overwrite)
+    with exclusive_run_lock(options.folder, "answers.json"):
+        results = ask_questions(probe_run, options)
     print_answers(results)
 
 

@@ -13,10 +13,10 @@ from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 
+from . import Options
 from .attention import attention_from
 from .cases import ConfusionCase, PatchReader, find_cases
 from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
-from .config import KnockoutPlan
 from .effects import outcome_key
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations
 from .schema import CASE_KEYS
@@ -33,7 +33,7 @@ class ForwardRow(NamedTuple):
 
 def knock_out_batch(
     reader: PatchReader,
-    plan: KnockoutPlan,
+    plan: Options,
     classes: list[str],
     batch: dict,
 ) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def describe_case(
 def plan_rows(
     number: int,
     blocked: dict[str, list[Tensor]],
-    plan: KnockoutPlan,
+    plan: Options,
     depth: int,
 ) -> list[ForwardRow]:
     """Return the rows of case `number`: each draw of each condition, then the sweep over windows of `depth` layers."""
@@ -138,7 +138,7 @@ def _run_rows(
     pixels: Tensor,
     cases: list[ConfusionCase],
     rows: list[ForwardRow],
-    plan: KnockoutPlan,
+    plan: Options,
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Return the outcomes by case and key, f[rows of the key, L + 1] each; identical rows run once."""
     identities = [(row.case, row.blocked.numpy().tobytes(), *row.layers) for row in rows]

@@ -26,8 +26,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from . import Options
 from .cases import ConfusionCase
-from .config import KnockoutPlan
 from .schema import SETS
 
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
@@ -72,7 +72,7 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
 
 
 def blocked_by_condition(
-    case: ConfusionCase, features: MatchingFeatures, plan: KnockoutPlan
+    case: ConfusionCase, features: MatchingFeatures, plan: Options
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens bool[T] by condition, one or several draws.
 

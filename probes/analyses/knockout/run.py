@@ -19,9 +19,8 @@ Effects are therefore read against "none" or a control, never against 1. README.
 Shapes: B images, C cases, T patches, L layers, layer 0 the adapter.
 """
 
-import argparse
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,16 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
-from probes.analyses.options import read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
 from probes.evaluation.effect_file import effect_file
 from probes.models.sites import is_layer
 from probes.results.probe_run import ProbeRun
 
+from . import Options
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
-from .config import KnockoutPlan, check_has_layers
+from .config import check_fits, check_has_layers
 from .contrasts import knockout_effects
 from .effects import (
     MIN_IMAGES,
@@ -58,16 +57,17 @@ from .effects import (
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 
 
-def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
+def knockout(run: ProbeRun, plan: Options) -> dict[str, Any]:
     """Run all conditions over the validation split, write the files named above, return the content of knockout.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The plan does not fit the run.
+        UserError: The options do not fit the run.
         NothingToMeasure: No image has patches wrongly predicted as any of the classes.
     """
-    plan.check(run)
+    out = plan.folder
+    check_fits(plan, run)
     reader = PatchReader(run)
     check_has_layers(run, [site for site in reader.mllm.sites if is_layer(site)])
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
@@ -90,7 +90,7 @@ def knockout(run: ProbeRun, plan: KnockoutPlan, out: Path) -> dict[str, Any]:
 
 def summarise_cases(
     run: ProbeRun,
-    plan: KnockoutPlan,
+    plan: Options,
     tensors: dict[str, Tensor],
     swept: dict[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -113,7 +113,7 @@ def summarise_cases(
     ]
     correct_for_classes(effects, tested)
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
-    header |= {"runs": [run.fingerprint], **asdict(plan)}
+    header |= {"runs": [run.fingerprint], **plan.settings}
     results = header | {
         "layers": plan.layers or "all",
         "classes": [class_entry(name, tensors, plan.seed, run.groups) for name in plan.classes],
@@ -144,7 +144,7 @@ def summarise_cases(
 
 def _compute_cases(
     run: ProbeRun,
-    plan: KnockoutPlan,
+    plan: Options,
     reader: PatchReader,
     partial: Path,
 ) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def _compute_cases(
     def compute(indices):
         return knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
 
-    arguments = {"plan": asdict(plan), "run": run.fingerprint}
+    arguments = {"plan": plan.settings, "run": run.fingerprint}
     batches = cached_batches(partial, arguments, images, plan.batch_size, compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
@@ -168,25 +168,24 @@ def _compute_cases(
     return {key: torch.cat([batch[key] for batch in batches if key in batch]) for key in keys}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run `probes knockout`."""
-    probe_run = ProbeRun(args.probes)
+    probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "knockout")
-    classes = _resolve_classes(probe_run, args.classes)
-    out = Path(args.out or args.probes)
-    plan = read_fields(KnockoutPlan, args, classes=classes)
+    plan = replace(options, classes=_resolve_classes(probe_run, options.classes))
     made_from = {
         "runs": [probe_run.fingerprint],
-        **asdict(plan),
+        **plan.settings,
         "layers": plan.layers or "all",
     }
 
     def classes_of(results):
         return results | {"classes": [entry["class"] for entry in results["classes"]]}
 
-    with exclusive_run_lock(out, "knockout.json"):
-        check_replaceable(out / "knockout.json", made_from, args.overwrite, classes_of)
-        results = knockout(probe_run, plan, out)
+    with exclusive_run_lock(plan.folder, "knockout.json"):
+        result = plan.folder / "knockout.json"
+        check_replaceable(result, made_from, plan.overwrite, classes_of)
+        results = knockout(probe_run, plan)
     for entry in results["classes"]:
         rates = ", ".join(
             f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items()
@@ -195,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     print_effects(results)
 
 
-def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
+def _resolve_classes(run: ProbeRun, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the classes, with auto:N replaced by the N most often confused ones."""
     auto = next((name for name in classes if name.startswith("auto:")), None)
     if auto is None:
@@ -205,7 +204,7 @@ def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
         raise UserError(
             f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5"
         )
-    classes = confused_classes(run, int(count))
+    classes = tuple(confused_classes(run, int(count)))
     print(f"most often wrongly predicted: {', '.join(classes)}")
     return classes
 

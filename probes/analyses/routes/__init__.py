@@ -1,52 +1,31 @@
 """Which way an answer takes: text cut off from image tokens, and from other text, in windows of layers."""
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from probes.analyses.base import (
-    Analysis,
-    Claim,
-    Row,
-    table_row,
-)
-from probes.analyses.options import (
-    QuestionOptions,
-    add_fields,
-    add_out,
-    add_run,
-    batch_size_option,
-    draws_option,
-    option,
-    seed_option,
-)
+from llava_bidir.common.options import Count, Seed
+from probes.analyses.base import Analysis, Claim, Row, table_row
+from probes.analyses.fields import QuestionOptions
 
 
-@dataclass(frozen=True)
-class RoutesOptions(QuestionOptions):
-    """What to ask, and what to cut."""
+@dataclass(frozen=True, kw_only=True)
+class Options(QuestionOptions):
+    """What to ask, and what to cut.
 
-    window: int = option(
-        "layers in a window; each window that fits is cut, and all layers at once",
-        2,
-        metavar="K",
-    )
-    stride: int = option(
-        "layers from the first of a window to the first of the next one",
-        1,
-        at_least=1,
-    )
-    draws: int = draws_option(3)
-    batch_size: int = batch_size_option(32, "questions, each under one knockout,")
-    seed: int = seed_option("the random patches and the bootstrap")
+    Args:
+        window: Layers in a window; each window that fits is cut, and all layers at once.
+        stride: Layers from the first of a window to the first of the next one.
+        draws: Draws to average for each condition with random tokens.
+        batch_size: Questions, each under one knockout, per forward.
+        seed: Random seed of the random patches and the bootstrap.
+    """
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `probes routes`."""
-    add_run(parser)
-    add_fields(parser, RoutesOptions)
-    add_out(parser)
+    window: int = 2
+    stride: Count = 1
+    draws: Count = 3
+    batch_size: Count = 32
+    seed: Seed = 0
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
@@ -60,7 +39,7 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 ANALYSIS = Analysis(
     help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
     question="Which way does an answer take from the patches of its object to the last token?",
-    add_options=add_options,
+    options=Options,
     result="routes.json",
     title="Routes of answers",
     arms=("trained", "random", "permuted"),

@@ -24,11 +24,8 @@ name changes. No probe takes part.
 Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a forward.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,28 +46,16 @@ from probes.analyses.answers.questions import (
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
-from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.effect_file import effect_file
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
 
-from . import RoutesOptions
+from . import Options
 from .effects import claimed_routes, print_routes, route_effects
 
 QUESTIONS_PER_FILE = 8
-
-
-class RoutesPlan(RoutesOptions):
-    """What to ask and what to cut, of files that are there and a model with these layers."""
-
-    def check(self, layers: int) -> None:
-        """Raise a UserError if a number is out of range or a path is missing."""
-        check_ranges(self)
-        if not 1 <= self.window <= layers:
-            raise UserError(f"window is {self.window}; expected 1 to {layers}, the model's layers")
-        check_questions(self)
 
 
 def windows(width: int, layers: int, stride: int = 1) -> list[list[int]]:
@@ -86,30 +71,26 @@ def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
     return torch.stack([(numbers >= first) & (numbers <= last) for first, last in places])
 
 
-def measure_routes(
-    run: ProbeRun,
-    plan: RoutesPlan,
-    out: Path,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def measure_routes(run: ProbeRun, plan: Options) -> dict[str, Any]:
     """Cut each route for each question, write the files named above, and return the content of routes.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
         UserError: The questions do not fit the run, its model cannot be asked, or there is a result of other questions,
-            options or runs, and not `overwrite`.
+            options or runs, which may not be replaced.
     """
+    out = plan.folder
     classes = run.metrics["classes"]
     mllm = run.mllm()
     layers = len(mllm.layers)
-    plan.check(layers)
+    if not 1 <= plan.window <= layers:
+        raise UserError(f"window is {plan.window}; expected 1 to {layers}, the model's layers")
+    plan = plan.located(run.manifest["data"]["root"])
     file = read_questions(plan.questions, classes)
     asked = range(len(first_questions(plan.questions, file, plan.limit)))
-    settings = asdict(plan)
-    del settings["questions"], settings["images"]
-    made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
-    check_replaceable(out / "routes.json", made_from, overwrite)
+    made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | plan.settings
+    check_replaceable(out / "routes.json", made_from, plan.overwrite)
     places = windows(plan.window, layers, plan.stride)
 
     def compute(numbers: range) -> dict[str, Tensor]:
@@ -137,7 +118,7 @@ def measure_routes(
 
 def ask(
     mllm: FrozenMLLM,
-    plan: RoutesPlan,
+    plan: Options,
     file: QuestionFile,
     number: int,
     classes: list[str],
@@ -252,13 +233,10 @@ def _outcomes(
     }
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run `probes routes`."""
-    probe_run = ProbeRun(args.probes)
+    probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "routes")
-    out = Path(args.out or args.probes)
-    paths = read_questions_path(args, probe_run.manifest["data"]["root"])
-    plan = read_fields(RoutesPlan, args, **paths)
-    with exclusive_run_lock(out, "routes.json"):
-        results = measure_routes(probe_run, plan, out, args.overwrite)
+    with exclusive_run_lock(options.folder, "routes.json"):
+        results = measure_routes(probe_run, options)
     print_routes(results)

@@ -6,9 +6,7 @@ neighbour purity and the silhouette of the classes.
 Shapes: T patches, d width of a site.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,12 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
-from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from . import UmapOptions, lacks_package
+from . import Options, lacks_package
 
 
 def umap_of_images(
@@ -128,12 +125,10 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
     return results | {"image": [image["image"] for image in images], "sites": sites}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run `probes umap`."""
-    options = read_fields(UmapOptions, args)
-    check_ranges(options)
-    run = ProbeRun(args.probes)
-    out = Path(args.out or args.probes)
+    run = ProbeRun(options.probes)
+    out = options.folder
     sites = options.sites or _default_sites(run)
     made_from = {
         "runs": [run.fingerprint],
@@ -142,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         "sites": sites,
     }
     with exclusive_run_lock(out, "umap.json"):
-        check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
+        check_replaceable(out / "umap.json", made_from, options.overwrite, _made_from)
         results = umap_of_images(run, options.image, sites, options.seed)
         write_files({out / "umap.json": results})
     for image in results["images"]:

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.steps import Step
+from probes.analyses.options import read_text
 from probes.cli import main
 from probes.studies.command import build_parser, join_settings
-from probes.studies.plan import Settings, listed, make_plan, planned_runs
+from probes.studies.plan import Settings, make_plan, planned_runs
 from probes.studies.run import _config
 
 OPTIONS = [
@@ -413,8 +414,8 @@ def test_questions_beside_the_data_are_found_from_inside_of_it(
 
 
 def test_a_class_with_a_comma_is_one_class():
-    assert listed('["wall, brick", sky]') == ["wall, brick", "sky"]
-    assert listed("wall,sky") == ["wall", "sky"]
+    assert read_text("knockout", "classes", '["wall, brick", sky]') == ["wall, brick", "sky"]
+    assert read_text("knockout", "classes", "wall,sky") == ["wall", "sky"]
 
 
 @pytest.mark.parametrize(

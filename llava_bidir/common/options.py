@@ -1,0 +1,163 @@
+"""Options as the fields of a frozen dataclass: name, type, default, limits and help of an option are written once.
+
+The help of a field is the entry of its name under "Args:" in the docstring of its class.
+
+    draws: Count = 5                       --draws 5
+    by_class: bool = False                 --by-class, or --by-class false
+    layers: tuple[int, ...] | None = None  --layers 1 2 3
+    control: Literal["a", "b"] = "a"       --control b
+    probes: Path                           --probes RUN, which must be given
+    runs: tuple[Path, ...] = positional()  words without a name
+
+The command line and a dict of values make the same dataclass, by the same checks (:func:`options_from`). Nothing here
+imports torch.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, field, fields
+from inspect import cleandoc
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import pydantic
+import yaml
+
+from .errors import UserError, error_context
+
+Options = TypeVar("Options")
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+Seed = Annotated[int, pydantic.Field(ge=0)]
+Indices = Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)]
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+def positional() -> Any:
+    """Return a field whose values are words without a name, which must be given."""
+    return field(metadata={"positional": True})
+
+
+# --------------------------------------------------------------------------------------------------- command line
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add an option for each field of a dataclass."""
+    kinds = get_type_hints(options)
+    texts = help_texts(options)
+    for entry in fields(options):
+        keywords = _keywords(kinds[entry.name]) | {"help": texts[entry.name]}
+        if "positional" in entry.metadata:
+            parser.add_argument(entry.name, **keywords | {"nargs": "+"})
+        else:
+            flag = entry.name.replace("_", "-")
+            parser.add_argument(f"--{flag}", **keywords | _default(entry))
+
+
+def help_texts(options: type) -> dict[str, str]:
+    """Return the help of each field, from the docstrings of the dataclass and of those that it extends."""
+    texts = {}
+    for part in reversed(options.__mro__):
+        arguments = cleandoc(vars(part).get("__doc__") or "").partition("\nArgs:\n")[2]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", arguments, re.MULTILINE):
+            texts[name] = " ".join(text.split()).removesuffix(".")
+    return texts
+
+
+def _keywords(kind: Any) -> dict[str, Any]:
+    """Return the keywords of `add_argument` for a type."""
+    kind = _without_none(kind)
+    if kind in METAVARS:
+        return {"metavar": METAVARS[kind]}
+    if kind is bool:
+        return {"nargs": "?", "const": "true", "choices": ("true", "false")}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        first, *others = get_args(kind)
+        return _keywords(first) | {"nargs": "*" if Ellipsis in others else 1 + len(others)}
+    return {}
+
+
+def _without_none(kind: Any) -> Any:
+    """Return the `int` of `int | None`."""
+    return get_args(kind)[0] if NoneType in get_args(kind) else kind
+
+
+def _default(entry: Field) -> dict[str, Any]:
+    if entry.default is MISSING:
+        return {"required": True}
+    if isinstance(entry.default, bool):
+        return {"default": str(entry.default).lower()}
+    if isinstance(entry.default, tuple):
+        return {"default": list(entry.default)}
+    return {"default": entry.default}
+
+
+def read_options(options: type[Options], args: argparse.Namespace) -> Options:
+    """Return the options that were given on the command line.
+
+    Raises:
+        UserError: One has another type, or is out of range.
+    """
+    values = {entry.name: getattr(args, entry.name) for entry in fields(options)}
+    return options_from(options, values, "")
+
+
+# --------------------------------------------------------------------------------------------------------- values
+def options_from(options: type[Options], values: Mapping[str, Any], owner: str) -> Options:
+    """Return the options with these values; all others have their defaults.
+
+    Args:
+        options: The dataclass.
+        values: By name of the field. Lists are tuples, texts are paths, and numbers may be texts.
+        owner: Whose options they are, for errors; "" if the user knows.
+
+    Raises:
+        UserError: There is no such option, it has another type or is out of range, or one that must be given is not.
+    """
+    for name in values:
+        _field(options, name, owner)
+    try:
+        return pydantic.TypeAdapter(options).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+    name = first["loc"][0]
+    start = f"{owner}: {name}" if owner else name
+    if first["type"] == "missing":
+        raise UserError(f"{start} is missing; it must be given")
+    expected = first["msg"].replace("Input should be", "expected")
+    raise UserError(f"{start} is {first['input']!r}; {expected}")
+
+
+def value_from_text(
+    options: type,
+    name: str,
+    text: str,
+    owner: str,
+) -> Any:
+    """Return what a text means as the value of an option: of a list, its parts between commas.
+
+    Args:
+        options: The dataclass.
+        name: Name of a field, with "_" or "-".
+        text: "sky,road", or a list as YAML has it, in which names may contain commas: '["a, b", "c"]'.
+        owner: Whose options they are, for errors.
+
+    Raises:
+        UserError: There is no such option, or the list is no YAML.
+    """
+    entry = _field(options, name.replace("-", "_"), owner)
+    if get_origin(_without_none(get_type_hints(options)[entry.name])) is not tuple:
+        return text
+    if text.startswith("["):
+        with error_context(f"{owner}: {name}={text}"):
+            return [str(part) for part in yaml.safe_load(text)]
+    return text.split(",")
+
+
+def _field(options: type, name: str, owner: str) -> Field:
+    known = {entry.name: entry for entry in fields(options)}
+    if name not in known:
+        raise UserError(f"{owner} has no option {name!r}; expected one of {', '.join(known)}")
+    return known[name]

@@ -8,6 +8,8 @@ from probes.results.study import StudyRuns
 
 from .claim_table import COLUMN_TITLES, claim_text
 
+Cells = list[dict[str, str]]  # rows of a table by its titles
+
 
 def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows) -> str:
     """Return one booktabs table each of the scores per site, the claims and the knockout; empty ones are left out.
@@ -17,74 +19,62 @@ def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows
         claims: From :func:`evaluate_claims`.
         knockout: The effects of all runs, from :func:`effect_rows`.
     """
-    tables = {"mIoU (%) per site": (_score_rows(study), 1)}
-    if claims:
-        tables["claims: differences in percentage points"] = (_claim_rows(claims), 2)
-    if knockout:
-        title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
-        tables[title] = (_knockout_rows(knockout), 4)
+    title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
+    tables = {  # with the number of columns that hold names
+        "mIoU (%) per site": (_scores(study), 1),
+        "claims: differences in percentage points": (_claims(claims), 2),
+        title: (_knockout(knockout), 4),
+    }
     texts = [
-        f"% {title}, with 95% intervals\n{latex_table(rows, names)}"
-        for title, (rows, names) in tables.items()
+        f"% {title}, with 95% intervals\n{latex_table([list(cells[0]), *map(_values, cells)], names)}"
+        for title, (cells, names) in tables.items()
+        if cells
     ]
     return "\n".join([r"% needs \usepackage{booktabs}", *texts])
 
 
-def _score_rows(study: StudyRuns) -> list[list[str]]:
+def _values(row: dict[str, str]) -> list[str]:
+    return list(row.values())
+
+
+def _scores(study: StudyRuns) -> Cells:
     """Return a row for each site, and a column for each run."""
     runs = [*study.main_runs.values(), *study.untrained.values()]
     is_mixed = len({run.probe_kind for run in runs}) > 1
-    titles = []
-    columns = []
+    rows: dict[str, dict[str, str]] = {site: {"site": site} for run in runs for site in run.sites}
     for run in runs:
-        words = [run.mask]
-        if run.metrics["untrained"]:
-            words.append("untrained")
-        if is_mixed:
-            words.append(f"{run.probe_kind} probes")
-        titles.append(", ".join(words))
-        scores = {}
-        for entry in run.metrics["sites"]:
-            scores[entry["site"]] = format_score(entry["miou"], entry["miou_ci95"])
-        columns.append(scores)
-    sites = dict.fromkeys(site for column in columns for site in column)
-    rows = [["site", *titles]]
-    for site in sites:
-        rows.append([site, *(column.get(site, "–") for column in columns)])
-    return rows
+        title = run.mask + ", untrained" * bool(run.metrics["untrained"])
+        title += f", {run.probe_kind} probes" * is_mixed
+        scores = {entry["site"]: entry for entry in run.metrics["sites"]}
+        for site, row in rows.items():
+            score = scores.get(site)
+            row[title] = format_score(score["miou"], score["miou_ci95"]) if score else "–"
+    return list(rows.values())
 
 
-def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
-    known = ["truth"] if any("truth" in claim for claim in claims) else []
-    rows = [
-        [
-            "claim",
-            "image attention",
-            *(title.lower() for title in COLUMN_TITLES.values()),
-            *known,
-            "conclusion",
-        ]
-    ]
+def _claims(claims: list[dict[str, Any]]) -> Cells:
+    known = any("truth" in claim for claim in claims)
+    rows = []
     for text in map(claim_text, claims):
-        columns = [f"{column.effect} {column.verdict}".strip() for column in text.columns.values()]
-        truth = [text.truth] if known else []
-        rows.append([text.name, text.mask, *columns, *truth, text.finding])
+        row = {"claim": text.name, "image attention": text.mask}
+        for name, column in text.columns.items():
+            row[COLUMN_TITLES[name].lower()] = f"{column.effect} {column.verdict}".strip()
+        if known:
+            row["truth"] = text.truth
+        rows.append(row | {"conclusion": text.finding})
     return rows
 
 
-def _knockout_rows(effects: Rows) -> list[list[str]]:
-    rows = [["image attention", "class", "blocked", "control", "change", "p", "p (Holm)"]]
-    for row in effects:
-        change = row | {"ci95": [row["low"], row["high"]]}
-        rows.append(
-            [
-                row["image_attention"],
-                row["class"],
-                row["condition"],
-                row["control"].replace("_", " "),
-                format_difference(change),
-                format_p(row["p"]),
-                format_p(row["p_holm"]),
-            ]
-        )
-    return rows
+def _knockout(effects: Rows) -> Cells:
+    return [
+        {
+            "image attention": row["image_attention"],
+            "class": row["class"],
+            "blocked": row["condition"],
+            "control": row["control"].replace("_", " "),
+            "change": format_difference(row | {"ci95": [row["low"], row["high"]]}),
+            "p": format_p(row["p"]),
+            "p (Holm)": format_p(row["p_holm"]),
+        }
+        for row in effects
+    ]

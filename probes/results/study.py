@@ -14,16 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER
 from probes.tasks import SEGMENTATION, Task
 
-from .comparable import (
-    check_same_images,
-    check_same_layers,
-    check_same_model,
-    check_same_probes,
-    check_same_settings,
-)
+from .comparable import check_same_images, check_seeds_differ, check_study
 from .finished_run import FinishedRun
 from .formatting import file_name
 from .probe_run import ProbeRun
@@ -238,17 +231,10 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for run in study.members:
             compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
             check_same_images(compared, run)
-        first: dict[bool, FinishedRun] = {}  # of the solved runs, and of the others
-        of_mask: dict[str, FinishedRun] = {}
-        for run in study.members:
-            check_same_probes(first.setdefault(run.is_solved, run), run)
-            check_same_settings(study.first, run)
-            check_same_model(of_mask.setdefault(run.mask, run), run)
-            if run.arm != "adapter":  # random adapters are compared at the adapter
-                check_same_layers(study.first, run)
-        _check_draws_differ(study.members)
+        check_study(study.first, study.members)
     for of_model in studies_by_model(studies):
-        _check_seeds_differ(of_model)
+        for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):
+            check_seeds_differ([x.main_runs[mask] for x in of_model if mask in x.main_runs])
     return studies
 
 
@@ -267,51 +253,6 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     for study in studies:
         groups.setdefault((study.task.name, study.name, study.dataset), []).append(study)
     return list(groups.values())
-
-
-def check_differ(
-    run: FinishedRun,
-    other: FinishedRun,
-    sites: Iterable[str],
-    advice: str,
-) -> None:
-    """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
-    shared = [site for site in sites if site in run.content and site in other.content]
-    if shared and all(run.content[site] == other.content[site] for site in shared):
-        raise UserError(
-            f"{run.path} and {other.path} have the same probes at {', '.join(shared[:3])}: {advice}"
-        )
-
-
-def _check_draws_differ(members: list[FinishedRun]) -> None:
-    """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
-    for i, run in enumerate(members):
-        for other in members[:i]:
-            pair = {run.arm, other.arm}
-            same_kind = run.is_solved == other.is_solved and run.mask == other.mask
-            if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
-                continue
-            sites = (
-                [ADAPTER] if "adapter" in pair else [site for site in run.layers if site != ADAPTER]
-            )
-            advice = (
-                "these weights are not two draws; make one of them again with another --model.draw"
-            )
-            if "trained" in pair:
-                advice = "random weights have changed nothing; make the control again"
-            check_differ(other, run, sites, advice)
-
-
-def _check_seeds_differ(studies: list[StudyRuns]) -> None:
-    """Raise if the trained runs of two seeds are equal: the mean over seeds would count one training twice."""
-    for i, study in enumerate(studies):
-        for other in studies[:i]:
-            for mask in study.main_runs.keys() & other.main_runs.keys():
-                run = study.main_runs[mask]
-                same_kind = other.main_runs[mask].is_solved == run.is_solved
-                if same_kind and run.layers:
-                    advice = "these are not two trainings; pass one, or train the other with a seed of its own"
-                    check_differ(other.main_runs[mask], run, run.sites, advice)
 
 
 def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:

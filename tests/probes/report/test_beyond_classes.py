@@ -364,9 +364,3 @@ def test_rejects_runs_that_do_not_fit(
                 *(folders[run] for run in runs),
             ]
         )
-
-
-def test_damaged_sums_are_named(folders):
-    save_file({"sums": torch.ones(2, 3)}, f"{folders['depth']}/counts.safetensors")
-    with pytest.raises(ValueError, match="counts.safetensors: sums is"):
-        _ = FinishedRun(folders["depth"]).sums

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 
 from llava_bidir.common.command_table import Command
 from probes.analyses import ANALYSES
+from probes.report.options import ReportOptions
 from probes.world_options import WORLD_COMMANDS
 
 
@@ -128,36 +129,6 @@ def add_lab_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_report_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes report`."""
-    text = "studies, or finished probe runs, one per model, dataset and mask, and their controls; "
-    text += "NAME=RUN names the model"
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help=text,
-    )
-    text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help=text,
-    )
-    text = "runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model"
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help=text,
-    )
-    parser.add_argument(
-        "--timings", metavar="FILE", help='log with lines "start end step", to report the wall time'
-    )
-
-
 COMMANDS = {
     "sites": Command(
         "probes.analyses.extract:print_sites",
@@ -193,7 +164,7 @@ COMMANDS = {
     "report": Command(
         "probes.report.page:run",
         "write claims, figures and tables of runs as one self-contained HTML page",
-        add_report_options,
+        options=ReportOptions,
     ),
     **WORLD_COMMANDS,
 }

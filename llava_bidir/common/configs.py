@@ -1,10 +1,14 @@
 """The YAML files of configs/, found by name in a clone and in an installed package: `-c stage2 -c clip -c zero3`."""
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import UserError
 
@@ -80,7 +84,6 @@ def read_values(config: str) -> dict[str, Any]:
         UserError: There is no such config.
         OSError, ValueError: It cannot be read, or is no YAML.
     """
-    import yaml
 
     def values(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -96,6 +99,32 @@ def read_values(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError from error
     return values(content or {}, "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"the key {key!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+def check_unique_keys(argv: Sequence[str]) -> None:
+    """Raise if a YAML file of a command has a key twice in a mapping; YAML would silently keep the last one.
+
+    Raises:
+        UserError: Names the file and the key.
+    """
+    for word in argv:
+        file = Path(re.sub(r"^(--config=|-c=|-c)", "", word))
+        if file.suffix not in (".yaml", ".yml") or not file.is_file():
+            continue
+        try:
+            with suppress(yaml.YAMLError, UnicodeDecodeError):  # reported by the parser
+                yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        except UserError as error:
+            raise UserError(f"config {file}: {error}") from None
 
 
 def check_order(argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ The help of a field is the entry of its name under "Args:" in the docstring of i
     control: Literal["a", "b"] = "a"       --control b
     probes: Path                           --probes RUN, which must be given
     runs: tuple[Path, ...] = positional()  words without a name
+    fit: bool = flag()                     --fit, which takes no value
 
 The command line and a dict of values make the same dataclass, by the same checks (:func:`options_from`). Nothing here
 imports torch.
@@ -17,6 +18,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
 from types import NoneType
@@ -40,6 +42,11 @@ def positional() -> Any:
     return field(metadata={"positional": True})
 
 
+def flag() -> Any:
+    """Return a field that is true if its option is given, which takes no value."""
+    return field(default=False, metadata={"flag": True})
+
+
 # --------------------------------------------------------------------------------------------------- command line
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """Add an option for each field of a dataclass."""
@@ -49,9 +56,11 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         keywords = _keywords(kinds[entry.name]) | {"help": texts[entry.name]}
         if "positional" in entry.metadata:
             parser.add_argument(entry.name, **keywords | {"nargs": "+"})
-        else:
-            flag = entry.name.replace("_", "-")
-            parser.add_argument(f"--{flag}", **keywords | _default(entry))
+            continue
+        if "flag" in entry.metadata:
+            keywords = {"action": "store_true", "help": texts[entry.name]}
+        name = entry.name.replace("_", "-")
+        parser.add_argument(f"--{name}", **keywords | _default(entry))
 
 
 def help_texts(options: type) -> dict[str, str]:
@@ -87,6 +96,8 @@ def _without_none(kind: Any) -> Any:
 def _default(entry: Field) -> dict[str, Any]:
     if entry.default is MISSING:
         return {"required": True}
+    if "flag" in entry.metadata:
+        return {}
     if isinstance(entry.default, bool):
         return {"default": str(entry.default).lower()}
     if isinstance(entry.default, tuple):
@@ -159,5 +170,7 @@ def value_from_text(
 def _field(options: type, name: str, owner: str) -> Field:
     known = {entry.name: entry for entry in fields(options)}
     if name not in known:
-        raise UserError(f"{owner} has no option {name!r}; expected one of {', '.join(known)}")
+        meant = get_close_matches(name, known, 1)
+        expected = f"did you mean {meant[0]!r}?" if meant else f"expected one of {', '.join(known)}"
+        raise UserError(f"{owner} has no option {name!r}; {expected}")
     return known[name]

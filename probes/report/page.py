@@ -13,7 +13,6 @@ For several models or datasets, results.json lists one object per study under "s
 of files; figures and tables that compare studies are in OUT.
 """
 
-import argparse
 import base64
 import io
 from collections.abc import Iterable
@@ -68,6 +67,7 @@ from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.layer_curves import overview_figures
+from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
 from .site_table import describe_sites, shown_rows, site_rows
@@ -327,14 +327,14 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
     return drawn
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    runs, tasks = _expand_studies(args.runs)
+    runs, tasks = _expand_studies(options.runs)
     unfinished = [
-        entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)
+        entry for path in options.runs if Path(path).is_dir() for entry in unfinished_steps(path)
     ]
-    results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
-    print(f"{format_results(results)}\n{Path(args.out) / 'index.html'}")
+    results = write_report(runs, options.out, options.timings, [*tasks, *options.tasks], unfinished)
+    print(f"{format_results(results)}\n{Path(options.out) / 'index.html'}")
 
 
 def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -31,7 +31,8 @@ from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.studies.plan import Settings
+from probes.studies.config import StudyConfig
+from probes.studies.parser import study_config
 from probes.studies.run import run_study
 
 from .child_process import run_in_child_process
@@ -287,23 +288,18 @@ def study_settings(
     design: Design,
     *,
     fit: bool = True,
-) -> Settings:
+) -> StudyConfig:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
-    return Settings(
+    return study_config(
         models if len(models) > 1 else {"": next(iter(models.values()))},
         str(folder / "assets/segmentation"),
-        out,
+        out=out,
         arms=design.arms,
         fit=fit,
         only=("solve", "fit") if fit else ("solve",),
-        options=(
-            "-c",
-            "demo/probes",
-            "--seed_everything",
-            str(seed),
-            f"--model.sites=[{','.join(design.sites)}]",
-        ),
+        configs=["demo/probes"],
+        options={"seed_everything": seed, "model": {"sites": list(design.sites)}},
     )
 
 

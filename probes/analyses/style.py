@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,7 +197,7 @@ def draw_curve(
 def curves(
     ax: Axes,
     table: Rows,
-    looks: Mapping[str, Mapping[str, Any]],
+    looks: Mapping[Hashable, Mapping[str, Any]],
     x: str = "depth",
     y: str = "value",
     by: str = "curve",

@@ -226,7 +226,14 @@ def curves(
         ax.plot(at, [scale * row[y] for row in rows], **line)
         if look.get("band"):
             low, high = ([scale * row[bound] for row in rows] for bound in band)
-            ax.fill_between(at, low, high, color=look["color"], alpha=0.12, lw=0)
+            ax.fill_between(
+                at,
+                low,
+                high,
+                color=look["color"],
+                alpha=0.12,
+                lw=0,
+            )
 
 
 def draw_intervals(

@@ -152,12 +152,20 @@ def task_score_rows(entries: list[Entry]) -> Rows:
         common = {
             key: entry[key] for key in ("task", "model", "dataset", "seed", "image_attention")
         }
-        trained = {"weights": "trained", "draw": None, "sites": entry["sites"]}
+        trained = {
+            "weights": "trained",
+            "draw": None,
+            "sites": entry["sites"],
+        }
         for run in (trained, *entry["random"]):
             about = common | {"weights": run["weights"], "draw": run["draw"]}
             rows += [
                 about
-                | {"site": row["site"], "score": entry["score"], "value": row["value"]}
+                | {
+                    "site": row["site"],
+                    "score": entry["score"],
+                    "value": row["value"],
+                }
                 | bounds(row["ci95"])
                 for row in run["sites"]
             ]

@@ -92,7 +92,12 @@ def _paper_column(case: Case) -> dict[str, Any]:
     if ANALYSIS_OF.get(case.claim) == KNOCKOUT and solved:
         is_same_effect &= not knockout_difference(case.study.main_runs[case.mask], solved)
     below = (case.solved.paper - case.main.paper).json() if is_same_effect else None
-    return column(case.sign, **measured, probes="trained", below_optimum=below)
+    return column(
+        case.sign,
+        **measured,
+        probes="trained",
+        below_optimum=below,
+    )
 
 
 def _optimum_column(case: Case) -> dict[str, Any]:
@@ -107,7 +112,12 @@ def _optimum_column(case: Case) -> dict[str, Any]:
     more = {
         key: number.about[key] for key in ("over_pairs", "tokens") if number.about.get("over_pairs")
     }
-    return margin_column(case.sign, **measured, margin=margin, **more)
+    return margin_column(
+        case.sign,
+        **measured,
+        margin=margin,
+        **more,
+    )
 
 
 def _beyond_random_column(case: Case) -> dict[str, Any]:

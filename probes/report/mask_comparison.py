@@ -155,13 +155,33 @@ def mask_difference(comparison: dict[str, Any]) -> FigureData:
         y = 100 * entry["difference"]
         ax.vlines(x, *(100 * bound for bound in entry["ci95"]), color=colour, lw=1.4)
         face = colour if entry["p_corrected"] < ALPHA else "white"
-        ax.plot(x, y, "o", ms=6, mfc=face, mec=colour)
+        ax.plot(
+            x,
+            y,
+            "o",
+            ms=6,
+            mfc=face,
+            mec=colour,
+        )
     ax.axhline(0, color="black", lw=0.8)
     label_sites(ax, [entry["site"] for entry in sites])
     ax.set_ylabel("bidirectional − causal (pp)")
-    marker = {"marker": "o", "ls": "", "markeredgecolor": colour}
+    marker = {
+        "marker": "o",
+        "ls": "",
+        "markeredgecolor": colour,
+    }
     faces = {f"corrected p < {ALPHA}": colour, "not significant": "white"}
-    handles = [Line2D([], [], **marker, mfc=face, label=label) for label, face in faces.items()]
+    handles = [
+        Line2D(
+            [],
+            [],
+            **marker,
+            mfc=face,
+            label=label,
+        )
+        for label, face in faces.items()
+    ]
     ax.legend(handles=handles, fontsize=8)
     return FigureData(figure, [])
 

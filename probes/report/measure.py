@@ -101,7 +101,11 @@ def other_knockouts(
     solved: bool,
 ) -> str | None:
     """Return why the knockouts of a control are not comparable with the trained one's; None for other claims."""
-    trained = study.where(arm="trained", mask=mask, solved=solved)
+    trained = study.where(
+        arm="trained",
+        mask=mask,
+        solved=solved,
+    )
     if ANALYSIS_OF.get(claim) != KNOCKOUT or not trained:
         return None
     draws = [draw[mask] for draw in study.draws(control, solved=solved) if mask in draw]

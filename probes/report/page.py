@@ -66,7 +66,7 @@ from .claim_table import (
 from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
-from .figures.layer_curves import overview_figures
+from .figures.model_curves import overview_figures
 from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies

@@ -241,7 +241,11 @@ def least_favourable(
     if verdicts == {REVERSED}:  # the one that comes nearest to the claim
         control = max(columns, key=bound)
     p = max(entry["p"] for entry in columns.values())
-    result = columns[control] | {"p": p, "control": control, "controls": columns}
+    result = columns[control] | {
+        "p": p,
+        "control": control,
+        "controls": columns,
+    }
     if len(verdicts) > 1:  # holds beyond some controls only
         result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
     return result

@@ -94,10 +94,18 @@ class Study:
         several = table["model"].nunique() > 1
         looks = {}
         for run in table.drop_duplicates("run").to_dict("records"):
-            look = {"color": "lightgrey", "label": None, "zorder": 1}
+            look = {
+                "color": "lightgrey",
+                "label": None,
+                "zorder": 1,
+            }
             if run["weights"] == "trained":
                 label = f"{run['model']}, " * several + f"{run['mask']}, {run['probes']}"
-                look = {"color": mask_colour(run["mask"]), "label": label, "band": True}
+                look = {
+                    "color": mask_colour(run["mask"]),
+                    "label": label,
+                    "band": True,
+                }
                 look["ls"] = "-" if run["probes"] == "solved" else "--"
             looks[run["run"]] = look | {"marker": "o", "ms": 3}
         curves(axes, table.to_dict("records"), looks, x="site", by="run")

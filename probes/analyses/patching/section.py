@@ -27,7 +27,11 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
         shown = [entry["set"] for entry in experiment["sets"] if "others" in entry]
         looks = {}
         for name, colour in zip(shown, COLOURS, strict=False):
-            look = {"color": colour, "marker": "o", "ms": 3}
+            look = {
+                "color": colour,
+                "marker": "o",
+                "ms": 3,
+            }
             label = "random tokens" if len(shown) == 1 else None
             looks[name, "others"] = look | {"label": name.replace("_", " "), "band": True}
             looks[name, "random"] = look | {"label": label, "ls": ":"}
@@ -39,7 +43,13 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
         curves(ax, points, looks, x="layer")
         if len(shown) == 1:
             total = experiment["total"]["value"]
-            ax.axhline(total, color="#777777", ls="--", lw=1, label="all tokens: the donor")
+            ax.axhline(
+                total,
+                color="#777777",
+                ls="--",
+                lw=1,
+                label="all tokens: the donor",
+            )
         elif len(shown) > 1:
             ax.plot([], [], ":", color="#777777", label="as many random tokens")
         ax.legend(fontsize=7)

@@ -58,9 +58,17 @@ def _look(entry: Entry, row: dict[str, Any]) -> dict[str, Any]:
     """Return how the curve of a model is drawn: a bare encoder has no other mask that it could be compared with."""
     colour = mask_colour(entry["image_attention"]) if entry["has_llm"] else COLOURS[0]
     if row["weights"] != "trained":
-        return {"color": colour, "ls": "--", "label": "random weights"}
+        return {
+            "color": colour,
+            "ls": "--",
+            "label": "random weights",
+        }
     name = entry["image_attention"] if entry["has_llm"] else "trained"
-    return {"color": colour, "label": name, "band": True}
+    return {
+        "color": colour,
+        "label": name,
+        "band": True,
+    }
 
 
 def _unit_names(results: list[Entry]) -> str:

@@ -20,7 +20,15 @@ from probes.results.formatting import Rows, value_columns
 STYLES = {
     "paper": (-0.2, {"marker": "o", "mfc": "white"}, "as the paper measures it"),
     "optimum": (0.0, {"marker": "o"}, "probes at the optimum"),
-    "random": (0.22, {"marker": "D", "mfc": "none", "color": "#444444"}, "random models"),
+    "random": (
+        0.22,
+        {
+            "marker": "D",
+            "mfc": "none",
+            "color": "#444444",
+        },
+        "random models",
+    ),
     "trained_like_random": (
         0.22,
         {"marker": "d", "ms": 5.5},
@@ -64,7 +72,12 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
         Line2D([], [], label=label, **(POINT | style | {"color": "#444444", "ms": 4.5}))
         for _, style, label in STYLES.values()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
     return FigureData(figure, rows)
 
 

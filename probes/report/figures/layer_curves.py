@@ -1,4 +1,4 @@
-"""Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10); layers of a bare encoder; from the pixels.
+"""Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8); layers of a bare encoder; from the pixels.
 
 Each figure is a table of points, drawn by :func:`probes.analyses.style.curves`, and the looks of its curves.
 """
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from probes.analyses.style import (
     COLOURS,
@@ -22,20 +21,33 @@ from probes.analyses.style import (
     label_sites,
     mask_colour,
     new_axes,
-    new_panels,
     site_depth,
     spread_labels,
 )
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
 from probes.results.formatting import Rows, bounds, run_columns
 from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, MASKS, UNTRAINED, StudyRuns, by_mask, runs_to_compare
+from probes.results.study import CONTROLS, UNTRAINED, StudyRuns, by_mask
 
-MIOU = {"y": "miou", "band": ("miou_low", "miou_high"), "scale": 100}
+MIOU = {
+    "y": "miou",
+    "band": ("miou_low", "miou_high"),
+    "scale": 100,
+}
 # looks of curves
 TRAINED = {"ms": 4, "band": True}
-UNTRAINED_LINE = {"ls": ":", "lw": 1.8, "alpha": 0.6}
-POINTS = {"ls": "", "marker": "D", "mfc": "none", "ms": 5, "alpha": 0.8}
+UNTRAINED_LINE = {
+    "ls": ":",
+    "lw": 1.8,
+    "alpha": 0.6,
+}
+POINTS = {
+    "ls": "",
+    "marker": "D",
+    "mfc": "none",
+    "ms": 5,
+    "alpha": 0.8,
+}
 GREY = "#777777"
 DARK = "#444444"
 # points of random encoders, by arm
@@ -98,9 +110,21 @@ def _mark(
     colour: str,
 ) -> None:
     """Draw a dashed line at x, and a text beside the point."""
-    ax.axvline(x, color=colour, ls="--", lw=0.9, alpha=0.7)
+    ax.axvline(
+        x,
+        color=colour,
+        ls="--",
+        lw=0.9,
+        alpha=0.7,
+    )
     offset = {"xytext": (4, 5), "textcoords": "offset points"}
-    ax.annotate(text, (x, y), **offset, color=colour, fontsize=9)
+    ax.annotate(
+        text,
+        (x, y),
+        **offset,
+        color=colour,
+        fontsize=9,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ one study
@@ -161,7 +185,7 @@ def _layer_figure(
         name, title,
         caption(
             "Segmentation quality of the probe at each site (Figs. 3 and 8). The paper reports a drop from encoder to "
-            "adapter and a rise over the LLM layers.", _peak_caption(study),
+            "adapter and a rise over the LLM layers.", peak_caption(study),
             "Dotted: the untrained model." if study.where(arm=UNTRAINED, solved=solved) else "",
             "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
             "not be learned." if study.where(arm=CONTROLS["llm"], solved=solved) else "", "Bands: 95% intervals.",
@@ -169,7 +193,8 @@ def _layer_figure(
         layer_curves(study, solved))  # fmt: skip
 
 
-def _peak_caption(*studies: StudyRuns) -> str:
+def peak_caption(*studies: StudyRuns) -> str:
+    """Return what the dashed lines are, "" without such."""
     runs = [run for study in studies for run in study.main_runs.values()]
     if any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs):
         return "Dashed: the best layer, with its difference from the adapter in percentage points."
@@ -206,7 +231,12 @@ def encoder_curve(study: StudyRuns) -> FigureData:
         (norm,) = (row for row in score_rows([run]) if row["site"] == FINAL_NORM)
         last = max((row["depth"] for row in points), default=0)
         points.append(norm | {"curve": "final norm", "depth": last})
-        star = {"ls": "", "marker": "*", "mfc": "none", "ms": 9}
+        star = {
+            "ls": "",
+            "marker": "*",
+            "mfc": "none",
+            "ms": 9,
+        }
         looks["final norm"] = star | {"color": COLOURS[0]}
     figure, ax = new_axes(6.4, 3.9)
     curves(ax, points, looks, **MIOU)
@@ -259,12 +289,21 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
     looks: dict[str, dict[str, Any]] = {}
     for run in runs.values():
         points += [row | {"curve": run.mask} for row in score_rows([run])]
-        look = {"color": mask_colour(run.mask), "marker": "o", "ms": 3, "lw": 1.4}
+        look = {
+            "color": mask_colour(run.mask),
+            "marker": "o",
+            "ms": 3,
+            "lw": 1.4,
+        }
         looks[run.mask] = look | {"band": True}
     for run in random:
         name = f"{run.mask}, random LLM"
         points += [row | {"curve": name} for row in score_rows([run]) if is_layer(row["site"])]
-        looks[name] = POINTS | {"color": mask_colour(run.mask), "ms": 4, "alpha": 0.6}
+        looks[name] = POINTS | {
+            "color": mask_colour(run.mask),
+            "ms": 4,
+            "alpha": 0.6,
+        }
     points = [row | {"place": sites.index(row["site"])} for row in points if row["site"] in sites]
     figure, ax = new_axes(7.2, 3.4)
     curves(ax, points, looks, x="place", **MIOU)
@@ -297,124 +336,10 @@ def _label_parts(ax: Axes, sites: list[str]) -> None:
     in_encoder = sum(map(is_encoder_layer, sites))
     for edge in np.unique([in_encoder, in_encoder + len(named)]):
         if 0 < edge < len(sites):
-            ax.axvline(edge - 0.5, color="black", lw=0.6, ls=":")
+            ax.axvline(
+                edge - 0.5,
+                color="black",
+                lw=0.6,
+                ls=":",
+            )
     ax.set_xlabel("encoder layer, encoder and adapter, LLM layer")
-
-
-# ------------------------------------------------------------------------------------------------ several models
-def models_by_dataset(
-    studies: list[StudyRuns], mask: str, over_adapter: bool = False
-) -> FigureData:
-    """Draw the curves of models with a run under the mask, one panel per dataset (Figs. 3, 9), and their random LLMs.
-
-    `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
-    """
-    runs = [of_study[mask] for of_study in runs_to_compare(*studies)]
-    names = [f"{s.model}{kind}" for s, kind in zip(studies, _kinds_of_probes(runs), strict=True)]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
-    datasets = list(dict.fromkeys(study.dataset for study in studies))
-    figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
-    panels = dict(zip(datasets, axes, strict=True))
-    points: dict[str, Rows] = {dataset: [] for dataset in datasets}
-    looks: dict[str, dict[str, Any]] = {}
-    rows: Rows = []
-    for study, run, name in zip(studies, runs, names, strict=True):
-        of_model = points_of(name, run)
-        scores = score_rows([run])
-        look = {"color": colours[name]}
-        if over_adapter:
-            of_model, scores = _over_adapter(of_model), _over_adapter(scores)
-            looks[name] = look
-        else:
-            looks |= {name: TRAINED | look, f"{name}, random": POINTS | look}
-            for draw in study.draws(*CONTROLS["llm"], solved=run.is_solved):
-                if mask in draw:
-                    of_model += points_of(f"{name}, random", draw[mask], is_layer)
-            mark_best(panels[study.dataset], run, colours[name])
-        points[study.dataset] += of_model
-        rows += [{"model": study.model, "dataset": study.dataset} | row for row in scores]
-    for dataset, ax in panels.items():
-        columns = {"y": "over_adapter", "scale": 100} if over_adapter else MIOU
-        curves(ax, points[dataset], looks, **columns)
-        if over_adapter:
-            ax.axhline(0, color="black", lw=0.8)
-        label_sites(ax, sites_of(points[dataset]), 8)
-        ax.set_title(dataset, fontsize=10)
-    lines = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
-    axes[0].set_ylabel("mIoU minus the adapter's (pp)" if over_adapter else "mIoU (%)")
-    spread_labels(figure, axes)
-    return FigureData(figure, rows)
-
-
-def _over_adapter(rows: Rows) -> Rows:
-    """Return the rows of a run with the column "over_adapter", mIoU minus the adapter's."""
-    adapter = next(row["miou"] for row in rows if row["site"] == ADAPTER)
-    return [row | {"over_adapter": row["miou"] - adapter} for row in rows]
-
-
-def _kinds_of_probes(runs: list[ProbeRun]) -> list[str]:
-    """Return the kind of probes of each run for a label; empty if all are of one kind."""
-    mixed = len({run.is_solved for run in runs}) > 1
-    return [f", {run.probe_kind} probes" if mixed else "" for run in runs]
-
-
-def masks_by_model(studies: list[StudyRuns]) -> FigureData:
-    """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
-    figure, axes = new_panels(len(studies))
-    solved = all(study.solved.keys() >= set(MASKS) for study in studies)
-    pairs = [
-        [study.solved[mask] for mask in MASKS] if solved else study.pair() for study in studies
-    ]
-    kinds = _kinds_of_probes([pair[0] for pair in pairs])
-    looks = {mask: TRAINED | {"color": mask_colour(mask)} for mask in MASKS}
-    rows: Rows = []
-    for ax, study, pair, kind in zip(axes, studies, pairs, kinds, strict=True):
-        points = [row for run in pair for row in points_of(run.mask, run)]
-        curves(ax, points, looks, **MIOU)
-        for run in pair:
-            mark_best(ax, run, mask_colour(run.mask))
-        label_sites(ax, sites_of(points), 5, fontsize=8)
-        ax.set_xlabel("")
-        ax.set_title(f"{study.model}\n{study.dataset}{kind}", fontsize=9)
-        rows += [{"model": study.model, "dataset": study.dataset} | row for row in score_rows(pair)]
-    axes[0].legend(fontsize=8)
-    axes[0].set_ylabel("mIoU (%)")
-    figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
-    spread_labels(figure, axes)
-    return FigureData(figure, rows)
-
-
-def overview_figures(studies: list[StudyRuns]) -> Figures:
-    """Yield the figures that compare several models and datasets; the first one has the mask of most models."""
-    by_mask = {mask: [study for study in studies if mask in study.main_runs] for mask in MASKS}
-    for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
-        with_adapter = [study for study in with_mask if ADAPTER in study.main_runs[mask].sites]
-        if with_mask:
-            random = [x for s in with_mask for x in s.where(arm=CONTROLS["llm"], solved=True)]
-            yield ReportFigure(
-                f"models_{mask}", f"All models, {mask}",
-                caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
-                        "Diamonds: its random LLMs." if random else "",
-                        _kinds_caption(with_mask), "Bands: 95% intervals."),
-                models_by_dataset(with_mask, mask))  # fmt: skip
-        if with_adapter:
-            yield ReportFigure(
-                f"over_adapter_{mask}", f"Recovery of all models, {mask}",
-                caption("The same curves minus their value at the adapter (Fig. 10), to compare models with different "
-                        "depths and encoders.", _kinds_caption(with_adapter)),
-                models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
-    both = [study for study in studies if study.pair()]
-    if both:
-        yield ReportFigure(
-            "masks", "Causal and bidirectional attention",
-            caption("Both masks of every model (Fig. 8).", _peak_caption(*both), _kinds_caption(both),
-                    "Bands: 95% intervals."),
-            masks_by_model(both))  # fmt: skip
-
-
-def _kinds_caption(studies: list[StudyRuns]) -> str:
-    runs = [run for by_mask in runs_to_compare(*studies) for run in by_mask.values()]
-    if len({run.is_solved for run in runs}) == 1:
-        return ""
-    return "Probes of some models are solved, of others trained: their heights cannot be compared."

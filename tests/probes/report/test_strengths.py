@@ -26,7 +26,7 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.layer_effects import cross_validated_layers, image_folds
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
-from probes.report.figures.layer_curves import overview_figures
+from probes.report.figures.model_curves import overview_figures
 from probes.report.strengths import path_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import UNTRAINED, read_studies

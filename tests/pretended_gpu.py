@@ -25,7 +25,7 @@ GPU = ["--trainer.accelerator", "gpu"]
 SOLVE = ["--model.sites", "[adapter, layer_02]", "--folds", "2", "--strengths", "1e-2"]
 CONTROLS = ["--controls", "matched"]
 ANALYSES = {
-    "knockout": ["--classes", "sky", "wall", *CONTROLS, "--layer-windows", "2"],
+    "knockout": ["--classes", "sky", "wall", *CONTROLS],
     "answers": ["--limit", "2", "--draws", "1"],
     "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
     "starvation": ["--site", "layer_02", "--by-class"],

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import Rows, format_difference, format_p, format_score
+from probes.results.formatting import format_score
 from probes.results.study import StudyRuns
 
 from .claim_table import COLUMN_TITLES, claim_text
@@ -11,19 +11,16 @@ from .claim_table import COLUMN_TITLES, claim_text
 Cells = list[dict[str, str]]  # rows of a table by its titles
 
 
-def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows) -> str:
-    """Return one booktabs table each of the scores per site, the claims and the knockout; empty ones are left out.
+def format_tables(study: StudyRuns, claims: list[dict[str, Any]]) -> str:
+    """Return one booktabs table each of the scores per site and of the claims, if there are any.
 
     Args:
         study: The runs.
         claims: From :func:`evaluate_claims`.
-        knockout: The effects of all runs, from :func:`effect_rows`.
     """
-    title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
     tables = {  # with the number of columns that hold names
         "mIoU (%) per site": (_scores(study), 1),
         "claims: differences in percentage points": (_claims(claims), 2),
-        title: (_knockout(knockout), 4),
     }
     texts = [
         f"% {title}, with 95% intervals\n{latex_table([list(cells[0]), *map(_values, cells)], names)}"
@@ -63,18 +60,3 @@ def _claims(claims: list[dict[str, Any]]) -> Cells:
             row["truth"] = text.truth
         rows.append(row | {"conclusion": text.finding})
     return rows
-
-
-def _knockout(effects: Rows) -> Cells:
-    return [
-        {
-            "image attention": row["image_attention"],
-            "class": row["class"],
-            "blocked": row["condition"],
-            "control": row["control"].replace("_", " "),
-            "change": format_difference(row | {"ci95": [row["low"], row["high"]]}),
-            "p": format_p(row["p"]),
-            "p (Holm)": format_p(row["p_holm"]),
-        }
-        for row in effects
-    ]

@@ -3,7 +3,7 @@
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
 OUT/*.csv            every number of the page, as fractions 0..1
-OUT/tables.tex       scores per site, claims and knockout in percent, for LaTeX with booktabs
+OUT/tables.tex       scores per site and claims in percent, for LaTeX with booktabs
 OUT/*.png, *.pdf     the figures
 
 All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete. Of
@@ -25,7 +25,6 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.figures import effect_rows
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
@@ -285,9 +284,7 @@ def _build_part(
     files |= _csv_files({"sites": results["sites"], "claims": claim_rows([results])}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
-    knockouts = [entry["knockout"] for entry in results["masks"].values() if entry.get("knockout")]
-    effects = [row for knockout in knockouts for row in effect_rows(knockout)]
-    files[out / "tables.tex"] = latex.format_tables(study, claims, effects)
+    files[out / "tables.tex"] = latex.format_tables(study, claims)
     return {
         "study": study,
         "folder": folder,

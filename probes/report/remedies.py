@@ -13,7 +13,7 @@ from typing import Any
 
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
-from probes.analyses.knockout.effects import MIN_IMAGES
+from probes.analyses.knockout.contrasts import MIN_IMAGES
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows

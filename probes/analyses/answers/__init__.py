@@ -11,7 +11,7 @@ from probes.models.sites import ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(QuestionOptions):
+class AnswersOptions(QuestionOptions):
     """What to ask.
 
     Args:
@@ -42,7 +42,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
 ANALYSIS = Analysis(
     help="compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json",
     question="Does the model say what its probes read, and does hiding tokens change what it says?",
-    options=Options,
+    options=AnswersOptions,
     result="answers.json",
     title="Answers",
     arms=("trained", "random"),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import holm, p_values, random_swaps
 from llava_bidir.common.errors import UserError
-from probes.analyses.knockout.effects import MIN_IMAGES, Cases, image_weights, mean_over_classes
+from probes.analyses.knockout.contrasts import MIN_IMAGES, mean_over_classes
+from probes.analyses.knockout.rates import Cases, image_weights
 from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
@@ -69,7 +70,9 @@ def answer_statistics(
         for name, chosen in _questions_by_class(tensors, classes).items():
             of_class = _cases(tensors, chosen)
             by_class[name] = _mean(change[chosen], of_class, weights)
-            p, _ = p_values(of_class.swapped_mean(change[chosen][:, None], swaps))
+            signs = 1 - 2 * swaps.double()[:, of_class.images]
+            swapped = signs @ change[chosen].double()[:, None] / len(change[chosen])
+            p, _ = p_values(swapped)
             rows.append(
                 {
                     "class": name,

@@ -29,7 +29,7 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
-from probes.analyses.knockout import Options as KnockoutOptions
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.attention import attention_from
 from probes.analyses.knockout.cases import ConfusionCase, PatchReader
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
@@ -41,7 +41,7 @@ from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from . import Options
+from . import AnswersOptions
 from .inference import CONDITIONS, answer_statistics
 from .questions import (
     Question,
@@ -53,7 +53,7 @@ from .questions import (
 )
 
 
-def ask_questions(run: ProbeRun, plan: Options) -> dict[str, Any]:
+def ask_questions(run: ProbeRun, plan: AnswersOptions) -> dict[str, Any]:
     """Ask all questions, write the files named above, and return the content of answers.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -114,7 +114,7 @@ def check_effects(tensors: dict[str, Tensor]) -> None:
 
 def ask_batch(
     reader: PatchReader,
-    plan: Options,
+    plan: AnswersOptions,
     file: QuestionFile,
     questions: list[Question],
     classes: list[str],
@@ -144,8 +144,7 @@ def ask_batch(
     others = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf)
     results["wrong"] = others.argmax(1)
     predicted = logits[ADAPTER].argmax(-1)
-    mass = attention_from(mllm, pixels, list(enumerate(places))).mean(1)
-    visible = reader.visible()
+    attention = attention_from(mllm, pixels, list(enumerate(places)))
     rows: dict[str, list[Tensor]] = {}
     for i, (question, place) in enumerate(zip(questions, places, strict=True)):
         case = _case(
@@ -158,9 +157,8 @@ def ask_batch(
         features = MatchingFeatures.from_case(
             case,
             mllm.grid,
-            visible,
             states[ADAPTER][i],
-            mass[i],
+            attention[i],
         )
         scored = _score(
             mllm,
@@ -194,7 +192,7 @@ def _case(
 
 
 def _blocked(
-    case: ConfusionCase, features: MatchingFeatures, plan: Options
+    case: ConfusionCase, features: MatchingFeatures, plan: AnswersOptions
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens of each condition, one or several draws bool[T]."""
     knockout = KnockoutOptions(
@@ -227,7 +225,7 @@ def _score(
     return {condition: part.mean(0) for condition, part in zip(blocked, parts, strict=True)}
 
 
-def run(options: Options) -> None:
+def run(options: AnswersOptions) -> None:
     """Run `probes answers`."""
     probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "answers")

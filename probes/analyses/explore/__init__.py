@@ -8,7 +8,7 @@ from probes.analyses.base import Analysis
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ExploreOptions:
     """What the page shows.
 
     Args:
@@ -37,7 +37,7 @@ class Options:
 ANALYSIS = Analysis(
     help="write a page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html",
     question="What do probes and logit lens read at a patch, and what does a knockout change there?",
-    options=Options,
+    options=ExploreOptions,
     result="explorer.html",
     of="page",
     reads=("knockout",),

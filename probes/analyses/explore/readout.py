@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.knockout import Options as KnockoutOptions
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
 from probes.analyses.knockout.config import describe, options_of_run

@@ -37,7 +37,7 @@ from probes.results.comparable import check_same_images
 from probes.results.probe_run import ProbeRun
 from probes.results.study import model_name
 
-from . import Options
+from . import ExploreOptions
 from .readout import ImageReadout, PatchReadout, RunReadout, explore
 
 IMAGE_PX = 448  # longer side of an image on the page
@@ -196,7 +196,7 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     return out / "explorer.html"
 
 
-def run(options: Options) -> None:
+def run(options: ExploreOptions) -> None:
     """Run `probes explore`."""
     runs = [ProbeRun(path) for path in options.runs]
     for run in runs:

@@ -11,7 +11,7 @@ from probes.models.sites import ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class KnockoutOptions(RunOptions):
     """What to run for each case; knockout.json has all of it.
 
     Args:
@@ -23,8 +23,6 @@ class Options(RunOptions):
         batch_size: Images, or cases, per forward.
         controls: Controls besides random tokens: tokens matched in distance and attention received.
         draws: Draws to average for each condition with random tokens.
-        layer_windows: Also cut each layer alone, windows of K layers, all layers >= l, all layers <= l
-            (RUN/knockout_windows.json).
         seed: Random seed of the controls and the bootstrap.
     """
 
@@ -36,7 +34,6 @@ class Options(RunOptions):
     batch_size: Count = 64
     controls: tuple[Literal["matched"], ...] = ()
     draws: Count = 5
-    layer_windows: int | None = None
     seed: Seed = 0
 
 
@@ -60,7 +57,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
 ANALYSIS = Analysis(
     help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
     question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
-    options=Options,
+    options=KnockoutOptions,
     result="knockout.json",
     title="Attention knockout",
     paper="Sec. 4, App. C.1, Fig. 11",

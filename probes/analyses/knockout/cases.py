@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.models.attention_masks import as_list, is_allowed
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
@@ -40,15 +39,6 @@ class PatchReader:
         self.layers = run.layers
         device = self.mllm.device
         self.probes = {site: probe.to(device) for site, probe in run.probes().items()}
-
-    def visible(self) -> Tensor:
-        """Return the image tokens that each one sees in any layer, bool[T, T]."""
-        nothing = Knockout(torch.zeros(1, self.mllm.image_tokens, dtype=torch.bool))
-        mask = torch.stack(
-            [is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]
-        ).any(0)
-        image = self.mllm.is_image
-        return mask[image][:, image].cpu()
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
         """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""

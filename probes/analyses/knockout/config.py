@@ -7,8 +7,7 @@ from llava_bidir.common.options import options_from
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 
-from . import Options
-from .layer_sweep import cut_locations
+from . import KnockoutOptions
 
 
 def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
@@ -20,20 +19,20 @@ def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
         )
 
 
-def options_of_run(run: ProbeRun) -> Options:
+def options_of_run(run: ProbeRun) -> KnockoutOptions:
     """Return the options of a run's knockout.json; the paper's for a run without one."""
     results = run.analysis("knockout.json")
     if results is None:
-        return Options(probes=run.path, classes=())
+        return KnockoutOptions(probes=run.path, classes=())
     with error_context(run.path / "knockout.json"):
-        names = Options(probes=run.path, classes=()).settings
+        names = KnockoutOptions(probes=run.path, classes=()).settings
         settings = {name: results[name] for name in names}
         settings["classes"] = [entry["class"] for entry in results["classes"]]
         settings["layers"] = None if results["layers"] == "all" else results["layers"]
-        return options_from(Options, {"probes": run.path} | settings, "knockout")
+        return options_from(KnockoutOptions, {"probes": run.path} | settings, "knockout")
 
 
-def describe(options: Options) -> str:
+def describe(options: KnockoutOptions) -> str:
     """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
     differences = []
     if layers := options.layers:
@@ -44,7 +43,7 @@ def describe(options: Options) -> str:
     return "; ".join(differences)
 
 
-def check_fits(options: Options, run: ProbeRun) -> None:
+def check_fits(options: KnockoutOptions, run: ProbeRun) -> None:
     """Raise a `UserError` if the options do not fit the run."""
     check_has_layers(run, [layer_site(layer) for layer in range(1, len(run.layers))])
     choices = {
@@ -57,7 +56,6 @@ def check_fits(options: Options, run: ProbeRun) -> None:
                 raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
     if repeated := [name for i, name in enumerate(options.classes) if name in options.classes[:i]]:
         raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
-    cut_locations(options.layer_windows, len(run.layers) - 1)
     for layer in options.layers or ():
         if not 1 <= layer < len(run.layers):
             raise UserError(

@@ -17,8 +17,9 @@ pairs stands beside a contrast and is no part of its interval.
 Shapes: C cases, E effects, R resamplings, N images.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import scipy.stats
 import torch
@@ -27,20 +28,18 @@ from torch import Tensor
 from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 
-from .effects import (
-    Cases,
+from .rates import (
     blocked_classes,
     concat_classes,
-    enough_units,
     later_half,
     list_conditions,
-    mean_over_classes,
     outcome_key,
     select_cases,
 )
 from .schema import CONTROLS, SETS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
+MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
 EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 
@@ -98,7 +97,10 @@ def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor], control: str) -> 
     fewer than `MIN_IMAGES` images, or groups of images.
     """
     cases = paired_cases(tensors, run.metrics["classes"], control)
-    if cases is None or not enough_units(Cases({}, cases.image), run.groups):
+    if cases is None:
+        return {}
+    unit = cases.image if run.groups is None else run.groups[cases.image]
+    if len(unit.unique()) < MIN_IMAGES:
         return {}
     means, by_pair = contrast_estimates(cases, run.weights, run.groups)
     counts = {
@@ -197,3 +199,39 @@ def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
         sums.append(crossed / (2 * total[:, None]))
         tokens.append(n_a * n_b / total)
     return torch.stack(sums), torch.stack(tokens)
+
+
+def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return the mean of estimates over classes, or other units, with a 95% interval for classes in general.
+
+    Classes have equal weights. The interval is Hartung and Knapp's: t quantiles of U - 1 degrees of freedom, and the
+    spread of the classes as the standard error. It is never shorter than images alone would make it (the modification
+    of Roever, Knapp and Friede 2015, doi 10.1186/s12874-015-0091-1); images that classes share are accounted for, since
+    all classes have the same resamplings.
+
+    Returns:
+        {"value", "ci95", "units": U, "sd": over units}. "ci95" and "sd" are None for a single unit, which says nothing
+        about others; "value" is None without any.
+    """
+    result = {
+        "value": None,
+        "ci95": None,
+        "units": len(effects),
+        "sd": None,
+    }
+    if not effects:
+        return result
+    values = torch.tensor([effect.value for effect in effects.values()], dtype=torch.float64)
+    value = values.mean().item()
+    if len(values) == 1:
+        return result | {"value": value}
+    # a resampling can lack all images of a rare class
+    of_images = torch.stack([effect.resampled.double() for effect in effects.values()]).nanmean(0)
+    of_draws = values.var().item() / len(values)
+    variance = max(of_draws, of_images[~of_images.isnan()].var().item())
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * variance**0.5
+    return result | {
+        "value": value,
+        "ci95": [value - half, value + half],
+        "sd": values.std().item(),
+    }

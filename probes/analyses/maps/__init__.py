@@ -8,7 +8,7 @@ from probes.analyses.fields import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class MapsOptions(RunOptions):
     """What to show.
 
     Args:
@@ -23,7 +23,7 @@ class Options(RunOptions):
 ANALYSIS = Analysis(
     help="predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors",
     question="What do the probes predict on single images, layer by layer? Illustrations, no evidence.",
-    options=Options,
+    options=MapsOptions,
     result="maps.json",
     title="Predicted segmentation maps",
     paper="Figs. 4, 6, 12, 13",

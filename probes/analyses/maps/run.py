@@ -30,7 +30,7 @@ from probes.results.run_files import read_tensors
 from probes.results.runs import open_run
 from probes.tasks import SEGMENTATION
 
-from . import Options
+from . import MapsOptions
 
 MAP_CONDITIONS = ("none", "incorrect", "correct")
 
@@ -96,7 +96,7 @@ def predict_knockout_maps(
     return entry | {"how": describe(plan)}, torch.stack(maps)
 
 
-def run(options: Options) -> None:
+def run(options: MapsOptions) -> None:
     """Run `probes maps`."""
     run = open_run(options.probes)
     out = options.folder

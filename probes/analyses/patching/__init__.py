@@ -12,7 +12,7 @@ from probes.models.sites import ADAPTER, is_before_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class PatchingOptions(RunOptions):
     """What to patch.
 
     Args:
@@ -49,7 +49,7 @@ ANALYSIS = Analysis(
     help="replace states at one layer by those of another mask or picture, and read what follows, into "
     "RUN/patching.json",
     question="In which layers do tokens receive what they need from others, and at which do others still read it?",
-    options=Options,
+    options=PatchingOptions,
     result="patching.json",
     title="Activation patching",
     lacks=lacks,

@@ -36,7 +36,7 @@ from probes.models.sites import ADAPTER, is_before_adapter, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
-from . import Options
+from . import PatchingOptions
 from .donors import Batch, Pairs, mask_batch, pair_batch
 from .effects import patching_effects, print_effects, set_names
 
@@ -51,7 +51,7 @@ class Experiment:
     mllm: FrozenMLLM
     donor: FrozenMLLM
     probe: Probe
-    plan: Options
+    plan: PatchingOptions
 
     @torch.no_grad()
     def patch(self, batch: Batch) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
     return drawn
 
 
-def patch_states(run: ProbeRun, options: Options) -> dict[str, Any]:
+def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -256,7 +256,7 @@ def check_effects(tensors: dict[str, Tensor], name: str) -> None:
             )
 
 
-def complete_options(options: Options, run: ProbeRun) -> Options:
+def complete_options(options: PatchingOptions, run: ProbeRun) -> PatchingOptions:
     """Return the options with the site, the mask and the layers that are their defaults for a run.
 
     Raises:
@@ -288,7 +288,7 @@ def _site(layer: int) -> str:
     return layer_site(layer) if layer else ADAPTER
 
 
-def run(options: Options) -> None:
+def run(options: PatchingOptions) -> None:
     """Run `probes patching`."""
     probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "patching")

@@ -10,7 +10,7 @@ from probes.analyses.fields import QuestionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(QuestionOptions):
+class RoutesOptions(QuestionOptions):
     """What to ask, and what to cut.
 
     Args:
@@ -39,7 +39,7 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 ANALYSIS = Analysis(
     help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
     question="Which way does an answer take from the patches of its object to the last token?",
-    options=Options,
+    options=RoutesOptions,
     result="routes.json",
     title="Routes of answers",
     arms=("trained", "random", "permuted"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import simultaneous_band
-from probes.analyses.knockout.effects import Cases, image_weights
+from probes.analyses.knockout.rates import Cases, image_weights
 from probes.evaluation.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"

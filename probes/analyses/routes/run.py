@@ -52,7 +52,7 @@ from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
 
-from . import Options
+from . import RoutesOptions
 from .effects import claimed_routes, print_routes, route_effects
 
 QUESTIONS_PER_FILE = 8
@@ -71,7 +71,7 @@ def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
     return torch.stack([(numbers >= first) & (numbers <= last) for first, last in places])
 
 
-def measure_routes(run: ProbeRun, plan: Options) -> dict[str, Any]:
+def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     """Cut each route for each question, write the files named above, and return the content of routes.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
@@ -118,7 +118,7 @@ def measure_routes(run: ProbeRun, plan: Options) -> dict[str, Any]:
 
 def ask(
     mllm: FrozenMLLM,
-    plan: Options,
+    plan: RoutesOptions,
     file: QuestionFile,
     number: int,
     classes: list[str],
@@ -233,7 +233,7 @@ def _outcomes(
     }
 
 
-def run(options: Options) -> None:
+def run(options: RoutesOptions) -> None:
     """Run `probes routes`."""
     probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "routes")

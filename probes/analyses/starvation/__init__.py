@@ -11,7 +11,7 @@ from probes.models.sites import is_layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class StarvationOptions:
     """What to compare.
 
     Args:
@@ -46,7 +46,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
 ANALYSIS = Analysis(
     help="compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json",
     question="Are early image tokens worse off under causal attention, since they attend to few others?",
-    options=Options,
+    options=StarvationOptions,
     result="starvation.json",
     title="Context starvation",
     paper="Sec. 5.1, Fig. 7, Table 3",

@@ -21,7 +21,7 @@ from probes.results.finished_run import warn_of_changed_data
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 
-from . import Options
+from . import StarvationOptions
 from .by_class import class_results
 from .patch_accuracy import (
     CountsByMask,
@@ -90,7 +90,7 @@ def _read_pair(
     return site, counts, weights.double()
 
 
-def run(options: Options) -> None:
+def run(options: StarvationOptions) -> None:
     """Run `probes starvation`."""
     causal, bidirectional = map(ProbeRun, options.probes)
     warn_of_changed_data([causal, bidirectional])

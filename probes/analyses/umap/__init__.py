@@ -12,7 +12,7 @@ from probes.models.sites import ADAPTER, PATCHES, is_layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class UmapOptions(RunOptions):
     """What to embed.
 
     Args:
@@ -47,7 +47,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
 ANALYSIS = Analysis(
     help="embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json",
     question="Do the patches of one class lie together, layer by layer? Illustrations, no evidence.",
-    options=Options,
+    options=UmapOptions,
     result="umap.json",
     title="UMAP of patches",
     paper="Sec. 3.3, Fig. 5",

@@ -23,7 +23,7 @@ from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from . import Options, lacks_package
+from . import UmapOptions, lacks_package
 
 
 def umap_of_images(
@@ -125,7 +125,7 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
     return results | {"image": [image["image"] for image in images], "sites": sites}
 
 
-def run(options: Options) -> None:
+def run(options: UmapOptions) -> None:
     """Run `probes umap`."""
     run = ProbeRun(options.probes)
     out = options.folder

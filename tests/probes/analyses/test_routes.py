@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.analyses.answers.questions import read_questions
+from probes.analyses.routes import RoutesOptions
 from probes.analyses.routes.run import (
-    RoutesPlan,
     _outcomes,
     blocked_patches,
     measure_routes,
@@ -100,9 +100,14 @@ def test_questions_about_one_image_are_refused(measured, tmp_path):
     run, questions, *_ = measured
     records = json.loads(questions.read_text())
     (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
-    plan = RoutesPlan(tmp_path / "one.json", questions.parent)
+    plan = RoutesOptions(
+        probes=run.path,
+        out=tmp_path,
+        questions=tmp_path / "one.json",
+        images=questions.parent,
+    )
     with pytest.raises(UserError, match="are about one image; expected two or more"):
-        measure_routes(run, plan, tmp_path)
+        measure_routes(run, plan)
 
 
 def test_random_patches_are_as_many_others():
@@ -205,8 +210,14 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
         questions.write_text(json.dumps(held_out))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)
-            plan = RoutesPlan(questions, questions.parent, window=1, draws=2)
-            results = measure_routes(run, plan, tmp_path / name / "out")
+            plan = RoutesOptions(
+                probes=run.path,
+                out=tmp_path / name / "out",
+                questions=questions,
+                window=1,
+                draws=2,
+            )
+            results = measure_routes(run, plan)
         effects = {(entry["source"], entry["target"]): entry for entry in results["effects"]}
         tensors = load_file(tmp_path / name / "out/routes.safetensors")
         own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))

@@ -415,8 +415,9 @@ def test_questions_beside_the_data_are_found_from_inside_of_it(
     shutil.copytree(segmentation, tmp_path / "data")
     (tmp_path / "questions.json").write_text('[{"regions": []}]')
     monkeypatch.chdir(tmp_path / "data")
-    steps = make_plan(study_of({"": str(checkpoints["causal"])}, ".", tmp_path / "study", draws=0))
-    assert "trained/answers" in [step.name for step in steps]
+    model = {"": str(checkpoints["causal"])}
+    steps = make_plan(study_of(model, ".", tmp_path / "study", draws=0, add=("routes",)))
+    assert "trained/routes" in [step.name for step in steps]
 
 
 def test_a_class_with_a_comma_is_one_class():
@@ -638,26 +639,31 @@ def test_options_replace_those_of_the_papers_training(checkpoints, segmentation,
     assert trainer["val_check_interval"] == 316
 
 
-def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_changed(
+def test_questions_are_asked_about_places_and_again_if_they_have_changed(
     checkpoints, segmentation, tmp_path
 ):
     root = tmp_path / "a, b"  # a comma is part of a path
     shutil.copytree(segmentation, root / "data")
     settings = study_of(
-        {"": str(checkpoints["causal"])}, str(root / "data"), tmp_path / "study", draws=0
+        {"": str(checkpoints["causal"])},
+        str(root / "data"),
+        tmp_path / "study",
+        draws=0,
+        add=("routes",),
     )
     questions = root / "questions.json"
 
     def asked(content: str) -> list[Step]:
         questions.write_text(content)
-        return [step for step in make_plan(settings) if step.kind == "answers"]
+        return [step for step in make_plan(settings) if step.kind == "routes"]
 
-    assert asked("[]") == []
+    with pytest.raises(UserError, match="--add routes needs .*questions.json"):
+        asked("[]")
     (first,) = asked('[{"regions": []}]')
     assert first.config.questions == questions
-    before = first.inputs()["answers.questions"]
+    before = first.inputs()["routes.questions"]
     (second,) = asked('[{"regions": [1]}]')
-    assert second.inputs()["answers.questions"] != before
+    assert second.inputs()["routes.questions"] != before
 
 
 def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):

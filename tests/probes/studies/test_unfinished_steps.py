@@ -116,7 +116,7 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
 def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings, capsys):
     with pytest.raises(UserError, match=r"--add routes needs .*questions.json with \"regions\""):
         make_plan(settings({"": "causal"}, add=("routes.limit=5",)))
-    for only in (("umap",), ("fit",), ("starvation", "answers")):
+    for only in (("umap",), ("fit",), ("starvation", "routes")):
         with pytest.raises(UserError, match=f"no such step: --only {' '.join(only)}. fit needs"):
             make_plan(settings({"": "causal"}, only=only))
     with pytest.raises(SystemExit):

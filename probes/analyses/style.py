@@ -161,39 +161,6 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
             placed.append(box)
 
 
-def draw_curve(
-    ax: Axes,
-    x: Sequence[float],
-    values: Sequence[float],
-    ci95: Sequence[Sequence[float]] | None,
-    colour: str,
-    style: str = "-",
-    **kwargs,
-) -> None:
-    """Draw a value by site or layer as a line, with the band of its 95% intervals.
-
-    Args:
-        ax: Where to draw.
-        x: Positions of the sites.
-        values: The value at each of them.
-        ci95: Two bounds for each; None for no band.
-        colour: Of line and band.
-        style: Of the line, as matplotlib writes it.
-        kwargs: Further properties of the line.
-    """
-    ax.plot(x, values, style, color=colour, **({"lw": 1.6} | kwargs))
-    if ci95 is not None and len(ci95) > 0:
-        low, high = zip(*ci95, strict=True)
-        ax.fill_between(
-            x,
-            low,
-            high,
-            color=colour,
-            alpha=0.12,
-            lw=0,
-        )
-
-
 def curves(
     ax: Axes,
     table: Rows,

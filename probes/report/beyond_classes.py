@@ -10,18 +10,15 @@ from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.claims import CLAIMS
-from probes.evaluation.estimate import estimate_text
 from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows, bounds, format_p
-from probes.results.study import StudyRuns, read_studies
+from probes.results.formatting import Rows, bounds
+from probes.results.study import StudyRuns, read_studies, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS, Task
 
+from .claim_table import claim_notes, claim_text, verdict_reasons
 from .claims import evaluate_claims
 from .seeds import joint_studies
-from .summary_text import claim_notes, format_count, verdict_reasons
-from .tables import claim_rows
-from .verdicts import measured_effect
 
 Entry = dict[str, Any]
 
@@ -63,7 +60,7 @@ def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
     entries = []
-    for mask, run in study.runs_by_site.items():
+    for mask, run in runs_to_compare(study)[0].items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,
@@ -155,71 +152,53 @@ def task_score_rows(entries: list[Entry]) -> Rows:
         common = {
             key: entry[key] for key in ("task", "model", "dataset", "seed", "image_attention")
         }
-        trained = {"weights": "trained", "draw": None, "sites": entry["sites"]}
+        trained = {
+            "weights": "trained",
+            "draw": None,
+            "sites": entry["sites"],
+        }
         for run in (trained, *entry["random"]):
             about = common | {"weights": run["weights"], "draw": run["draw"]}
             rows += [
                 about
-                | {"site": row["site"], "score": entry["score"], "value": row["value"]}
+                | {
+                    "site": row["site"],
+                    "score": entry["score"],
+                    "value": row["value"],
+                }
                 | bounds(row["ci95"])
                 for row in run["sites"]
             ]
     return rows
 
 
-def task_claim_rows(entries: list[Entry]) -> Rows:
-    """Return a row for each claim, in the units of its score; see :func:`probes.report.tables.claim_rows`."""
-    rows = []
-    for entry in entries:
-        common = {key: entry[key] for key in ("task", "model", "dataset", "seed")}
-        rows += [common | row for row in claim_rows(entry["claims"])]
-    return rows
-
-
-def claim_texts(entries: list[Entry]) -> Rows:
-    """Return a row of text for each claim, in the units of its score."""
+def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
+    """Return a row of text for each claim of entries of "tasks" or "joint_tasks", in the units of its score."""
     rows = []
     for entry in entries:
         task = TASKS[entry["task"]]
+        better = "higher" if task.sign > 0 else "lower"
         about = {
-            "task": entry["task"],
+            "task": task.name,
             "model": entry["model"],
             "dataset": entry["dataset"],
-            "score": f"{task.labels[entry['score']]}, {entry['better']} is better",
-            "attention": entry["image_attention"] if entry["has_llm"] else "–",
-            "seed": str(entry["seed"]),
+            "score": f"{task.labels[task.score]}, {better} is better",
         }
-        rows += [about | _claim_cells(claim) for claim in entry["claims"]]
+        for claim in entry["claims"]:
+            text = claim_text(claim, task.name)
+            seed = {"seed": str(entry.get("seed"))}
+            if "seeds" in entry:
+                seed = {"seeds": f"{', '.join(map(str, entry['seeds']))} ({text.count})"}
+            cells = {
+                "attention": text.mask if entry.get("has_llm", True) else "–",
+                "claim": CLAIMS[claim["claim"]].name,
+                "effect": text.effects[0],
+                "beyond random": text.columns["beyond_random"].effect,
+                "p (Holm)": text.p,
+                "finding": text.finding,
+            }
+            rows.append(about | seed | cells)
     return rows
-
-
-def joint_claim_texts(joint: list[dict[str, Any]]) -> Rows:
-    """Return a row of text for each claim over seeds."""
-    return [
-        {
-            "task": result["task"],
-            "model": result["model"],
-            "dataset": result["dataset"],
-            "seeds": f"{', '.join(map(str, result['seeds']))} ({format_count(claim['n'])})",
-            "attention": claim["image_attention"],
-        }
-        | _claim_cells(claim)
-        for result in joint
-        for claim in result["claims"]
-    ]
-
-
-def _claim_cells(claim: dict[str, Any]) -> dict[str, str]:
-    """Return name, numbers and finding of a claim as text."""
-    measured = measured_effect(claim)
-    beyond = claim["verdicts"]["beyond_random"]
-    return {
-        "claim": CLAIMS[claim["claim"]].name,
-        "effect": "–" if measured["ci95"] is None else estimate_text(measured),
-        "beyond_random": "–" if beyond["ci95"] is None else estimate_text(beyond),
-        "p_(Holm)": format_p(claim["p_holm"]),
-        "finding": claim["finding"],
-    }
 
 
 def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
@@ -238,10 +217,6 @@ def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
     for name, claims in corrected:
         task = TASKS[name]
         notes += claim_notes(claims, f"{task.margin:g} of {task.labels[task.score]}")
-    reasons = [
-        reason
-        for result in (*entries, *joint)
-        for claim in result["claims"]
-        for reason in verdict_reasons({k: v for k, v in claim["verdicts"].items() if k != "paper"})
-    ]
+    claims = [claim for entry in (*entries, *joint) for claim in entry["claims"]]
+    reasons = verdict_reasons(claims, ("optimum", "beyond_random"))
     return [*dict.fromkeys([*notes, *reasons])]

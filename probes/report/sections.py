@@ -9,13 +9,15 @@ from probes.results.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
-from .figures.encoder_layers import encoder_figures
-from .figures.layer_curves import layer_figures
-from .figures.mask_comparison import mask_figures
-from .figures.whole_stack import stack_figures
-from .mask_comparison import compare_masks
-from .summary_text import edge_notes, summarize_mask_comparison
-from .tables import claim_rows, class_rows, mask_comparison_rows
+from .figures.layer_curves import encoder_figures, layer_figures, stack_figures
+from .mask_comparison import (
+    compare_masks,
+    mask_comparison_rows,
+    mask_figures,
+    summarize_mask_comparison,
+)
+from .strengths import edge_notes
+from .tables import class_rows
 
 
 class PageSection(NamedTuple):
@@ -32,9 +34,7 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
     tables = {"classes": class_rows(study)}
     results = {"path_at_edge": at_edge}
     layers = _layers_section(study, claims, edge_notes(at_edge), tables, results)
-    controls = Section(
-        [*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)}
-    )
+    controls = Section([*claim_figures(claims, study.first.has_llm)])
     return [
         layers,
         PageSection(

@@ -21,7 +21,7 @@ from probes.results.formatting import (
     format_score,
 )
 from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, StudyRuns
+from probes.results.study import CONTROLS, StudyRuns, runs_to_compare
 
 from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 
@@ -36,8 +36,10 @@ def site_rows(study: StudyRuns) -> Rows:
     draws and needs two draws. Of random and permuted models it is the smaller difference, and the interval covers those
     of both. Scores and differences are fractions 0..1, None where nothing is random.
     """
-    runs = study.runs_by_site.items()
-    return [row for mask, run in runs for row in _rows_of_run(study, mask, run, run.is_solved)]
+    (runs,) = runs_to_compare(study)
+    return [
+        row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, run.is_solved)
+    ]
 
 
 def _rows_of_run(
@@ -74,7 +76,7 @@ def _random_runs(
     solved: bool,
 ) -> list[ProbeRun]:
     """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
-    draws = study.draws_of(control, solved)
+    draws = study.draws(control, solved=solved)
     if control != "adapter":
         return [draw[mask] for draw in draws if mask in draw]
     return [draw.get(mask) or next(iter(draw.values())) for draw in draws]

@@ -18,15 +18,16 @@ from probes.evaluation.layer_effects import EFFECTS
 from probes.evaluation.strengths import ROWS
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
-from probes.results.study import StudyRuns
+from probes.results.study import UNTRAINED, StudyRuns, by_mask
 
 
 def path_rows(study: StudyRuns) -> Rows:
     """Return one entry per mask, effect and row: value, simultaneous interval, and whether it has converged."""
+    untrained = by_mask(study.where(arm=UNTRAINED, solved=True))
     return [
         {"image_attention": mask, "effect": effect} | row
         for mask, run in study.solved.items()
-        for effect, by_row in _effects_by_row(run, study.solved_untrained.get(mask)).items()
+        for effect, by_row in _effects_by_row(run, untrained.get(mask)).items()
         for row in _rows_of_effect(by_row)
     ]
 
@@ -68,3 +69,20 @@ def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[dict[str, Any]]:
             "high": high[i].item(),
             "converged": estimate.about["converged"],
         }
+
+
+def edge_notes(at_edge: dict[str, list[str]]) -> list[str]:
+    """Return which sites have their lowest cross-validated loss at an end of the path of strengths.
+
+    Args:
+        at_edge: Names of the sites by mask; the mask is named if there are several.
+    """
+    notes = []
+    for mask, sites in at_edge.items():
+        subject = f"Under {mask} attention, the" if len(at_edge) > 1 else "The"
+        if sites:
+            notes.append(
+                f"{subject} cross-validated loss is lowest at an end of the path at "
+                f"{', '.join(sites)}: the optimum may be beyond it."
+            )
+    return notes

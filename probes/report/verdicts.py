@@ -27,7 +27,7 @@ model, seed and task (Holm) undoes it.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,6 @@ import scipy.stats
 
 from llava_bidir.common.bootstrap import holm
 from probes.evaluation.estimate import Estimate, p_value, standard_error
-from probes.models.sites import ADAPTER, ENCODER
-from probes.results.finished_run import FinishedRun
 from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")
@@ -155,36 +153,16 @@ def describe_finding(claim: dict[str, Any]) -> str:
     return claim["conclusion"]
 
 
-def why_unconverged(runs: Iterable[FinishedRun | None], claim: str) -> str | None:
-    """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
-    for run in filter(None, runs):
-        names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
-        sites = [i for i, site in enumerate(run.sites) if site in names]
-        chosen = run.strengths.neighbours()["chosen"]
-        if not run.strengths.has_converged(chosen, sites):
-            by_passes = run.metrics["path"].get("passes", 1) > 1
-            option = "more --passes or --sample-images" if by_passes else "stronger --strengths"
-            return (
-                f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
-                f"run `probes solve` again with {option}"
-            )
-    return None
-
-
 def path_column(
     sign: int,
     rows: list[dict[str, Any]],
-    reason: str,
     margin: float = MARGIN,
 ) -> dict[str, Any]:
     """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
-    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count;
-    `reason` is that of a chosen strength that has not.
+    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count.
     """
     converged = [row for row in rows if row["converged"]]
-    if not any(row["row"] == "chosen" for row in converged):
-        return untested(reason)
 
     def ci95(row):
         return (row["low"], row["high"])
@@ -263,7 +241,11 @@ def least_favourable(
     if verdicts == {REVERSED}:  # the one that comes nearest to the claim
         control = max(columns, key=bound)
     p = max(entry["p"] for entry in columns.values())
-    result = columns[control] | {"p": p, "control": control, "controls": columns}
+    result = columns[control] | {
+        "p": p,
+        "control": control,
+        "controls": columns,
+    }
     if len(verdicts) > 1:  # holds beyond some controls only
         result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
     return result

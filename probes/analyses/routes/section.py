@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
-from probes.analyses.style import COLOURS, FigureData, ReportFigure, draw_curve
+from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
 from probes.evaluation.estimate import estimate_text
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
@@ -141,8 +141,13 @@ def _draw(
                     ms=4,
                 )
                 continue
-            band = [window["ci95"] for window in windows]
-            draw_curve(ax, middles, values, band, colour, "o-", ms=3, label=f"from {source}")
+            points = [
+                {"layer": middle, "value": window["value"], "curve": f"from {source}"}
+                | bounds(window["ci95"])
+                for middle, window in zip(middles, windows, strict=True)
+            ]
+            look = {"color": colour, "marker": "o", "ms": 3, "band": True}
+            curves(ax, points, {f"from {source}": look}, x="layer")
             shifted = end + 0.12 * number
             ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)
             ax.plot(

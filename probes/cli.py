@@ -5,15 +5,71 @@ import sys
 from importlib import import_module
 
 from llava_bidir import __version__
-from llava_bidir.common.command_table import add_commands, run_chosen
+from llava_bidir.common.command_table import Command, add_commands, run_chosen
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.usage_errors import ArgumentParser
-from probes.command_options import COMMANDS, analysis_commands
+from probes.analyses import ANALYSES
+from probes.command_options import (
+    LabOptions,
+    MaskOptions,
+    SegmentOptions,
+    SitesOptions,
+    StatesOptions,
+)
+from probes.report.options import ReportOptions
+from probes.world_options import WORLD_COMMANDS
 
-from .run_commands import COMMANDS as RUN_COMMANDS
+from .run_commands import RUN_COMMANDS
 
 OWN_PARSERS = {name: "probes.run_commands" for name in RUN_COMMANDS}
 OWN_PARSERS |= {"study": "probes.studies.command"}
+COMMANDS = {
+    "sites": Command(
+        "probes.analyses.extract:print_sites",
+        "list the sites of a model, their widths and its attention",
+        SitesOptions,
+    ),
+    "mask": Command(
+        "probes.analyses.extract:print_mask",
+        (
+            "measure which tokens attend to which in each layer; status 1 where config and "
+            "family claim otherwise"
+        ),
+        MaskOptions,
+    ),
+    "states": Command(
+        "probes.analyses.extract:write_states",
+        "write the states of images to a safetensors file",
+        StatesOptions,
+    ),
+    "segment": Command(
+        "probes.analyses.segment:run",
+        "write the class maps of any photos",
+        SegmentOptions,
+    ),
+    "lab": Command(
+        "probes.lab.command:run",
+        (
+            "open a live page of running models: any photo by layer and patch, with patches "
+            "blocked or replaced"
+        ),
+        LabOptions,
+    ),
+    "report": Command(
+        "probes.report.page:run",
+        "write claims, figures and tables of runs as one self-contained HTML page",
+        ReportOptions,
+    ),
+    **WORLD_COMMANDS,
+}
+
+
+def analysis_commands() -> dict[str, Command]:
+    """Return the command of each analysis, also of those that have been registered."""
+    return {
+        name: Command(f"probes.analyses.{name}.run:run", analysis.help, options=analysis.options)
+        for name, analysis in ANALYSES.items()
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:

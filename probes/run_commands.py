@@ -31,7 +31,7 @@ class RunCommand(NamedTuple):
     example: str
 
 
-COMMANDS = {
+RUN_COMMANDS = {
     "fit": RunCommand(
         "train a probe at every site: -c ade20k --model.mllm DIR --data.root DIR --out RUN",
         "Train a probe at every site of a model, as the paper does. `probes solve` is faster and needs no recipe.",
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 def _parser(command: str, **keywords):
     from .run_parser import RunParser  # jsonargparse
 
-    _, description, example = COMMANDS[command]
+    _, description, example = RUN_COMMANDS[command]
     return RunParser(f"probes {command}", description, example, **keywords)
 
 

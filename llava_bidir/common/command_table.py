@@ -1,7 +1,7 @@
 """A table of commands: their parsers, and the call of the one that was chosen."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import NamedTuple
 
@@ -14,14 +14,12 @@ class Command(NamedTuple):
     Args:
         run: "module:function", imported when the command runs, which takes the options.
         help: A sentence in lower case, without a full stop.
-        add_options: Adds the options to the command's parser; the function then takes argparse's namespace.
-        options: Dataclass of the options (options.py), of which the function then takes an instance.
+        options: Dataclass of the options (options.py), of which the function takes an instance.
     """
 
     run: str
     help: str
-    add_options: Callable[[argparse.ArgumentParser], None] | None = None
-    options: type | None = None
+    options: type
 
 
 def add_commands(subparsers: argparse._SubParsersAction, commands: Mapping[str, Command]) -> None:
@@ -30,14 +28,10 @@ def add_commands(subparsers: argparse._SubParsersAction, commands: Mapping[str, 
         description = command.help[0].upper() + command.help[1:] + "."
         parser = subparsers.add_parser(name, help=command.help, description=description)
         parser.set_defaults(run=command.run, parser=parser, options=command.options)
-        if command.add_options:
-            command.add_options(parser)
-        if command.options:
-            add_options(parser, command.options)
+        add_options(parser, command.options)
 
 
 def run_chosen(args: argparse.Namespace) -> None:
     """Import and call the command that was chosen."""
     module, _, function = args.run.partition(":")
-    options = read_options(args.options, args) if args.options else args
-    getattr(import_module(module), function)(options)
+    getattr(import_module(module), function)(read_options(args.options, args))

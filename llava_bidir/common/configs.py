@@ -1,8 +1,6 @@
 """The YAML files of configs/, found by name in a clone and in an installed package: `-c stage2 -c clip -c zero3`."""
 
-import argparse
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -165,31 +163,3 @@ def with_config_paths(argv: Sequence[str]) -> list[str]:
     for i, before, name in configs_in(argv):
         words[i] = before + find_config(name)
     return words
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run `llava-bidir configs`: list the configs, print one, or copy one or all."""
-    if args.copy:
-        target = Path(args.copy)
-        if args.name:
-            names = [args.name]
-        else:
-            names = [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
-        for name in names:
-            file = Path(find_config(name))
-            if not file.is_relative_to(FOLDER):
-                raise UserError(
-                    f"{name} is a file of your own; --copy takes a config by its name, e.g. {min(config_names())}"
-                )
-            copy = target / file.relative_to(FOLDER)
-            if copy.exists():
-                raise UserError(f"{copy} exists; choose another folder (--copy)")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-            print(copy)
-    elif args.name:
-        print(Path(find_config(args.name)).read_text(), end="")
-    else:
-        for name, file in config_names().items():
-            if "/" in name or file.parent == FOLDER:
-                print(f"{name:<22} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")

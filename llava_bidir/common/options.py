@@ -7,7 +7,8 @@ The help of a field is the entry of its name under "Args:" in the docstring of i
     layers: tuple[int, ...] | None = None  --layers 1 2 3
     control: Literal["a", "b"] = "a"       --control b
     probes: Path                           --probes RUN, which must be given
-    runs: tuple[Path, ...] = positional()  words without a name
+    model: Path = positional()             MODEL, a word without a name
+    runs: tuple[Path, ...] = positional()  RUNS ..., words without a name
     fit: bool = flag()                     --fit, which takes no value
 
 The command line and a dict of values make the same dataclass, by the same checks (:func:`options_from`). Nothing here
@@ -37,9 +38,9 @@ Indices = Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)]
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
-def positional() -> Any:
-    """Return a field whose values are words without a name, which must be given."""
-    return field(metadata={"positional": True})
+def positional(**default: Any) -> Any:
+    """Return a field whose value is a word without a name, or several; it must be given unless it has a default."""
+    return field(metadata={"positional": True}, **default)
 
 
 def flag() -> Any:
@@ -55,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     for entry in fields(options):
         keywords = _keywords(kinds[entry.name]) | {"help": texts[entry.name]}
         if "positional" in entry.metadata:
-            parser.add_argument(entry.name, **keywords | {"nargs": "+"})
+            parser.add_argument(entry.name, **_keywords_of_word(entry, keywords))
             continue
         if "flag" in entry.metadata:
             keywords = {"action": "store_true", "help": texts[entry.name]}
@@ -81,11 +82,20 @@ def _keywords(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"nargs": "?", "const": "true", "choices": ("true", "false")}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        choices = get_args(kind)
+        return {"choices": choices, "type": type(choices[0])}
     if get_origin(kind) is tuple:
         first, *others = get_args(kind)
         return _keywords(first) | {"nargs": "*" if Ellipsis in others else 1 + len(others)}
     return {}
+
+
+def _keywords_of_word(entry: Field, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `add_argument` for words without a name."""
+    several = {"nargs": "+" if entry.default is MISSING else "*"} if "nargs" in keywords else {}
+    if not several and entry.default is not MISSING:
+        several = {"nargs": "?", "default": entry.default}
+    return {**keywords, "metavar": entry.name.upper(), **several}
 
 
 def _without_none(kind: Any) -> Any:
@@ -134,7 +144,8 @@ def options_from(options: type[Options], values: Mapping[str, Any], owner: str) 
     except pydantic.ValidationError as error:
         first = error.errors()[0]
     name = first["loc"][0]
-    start = f"{owner}: {name}" if owner else name
+    option = name.replace("_", "-")
+    start = f"{owner}: {name}" if owner else f"--{option}"
     if first["type"] == "missing":
         raise UserError(f"{start} is missing; it must be given")
     expected = first["msg"].replace("Input should be", "expected")

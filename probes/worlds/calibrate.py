@@ -14,7 +14,6 @@ OUT/seedN/{assets,models,STUDY}, OUT/seedN/claims.json, OUT/calibration.csv, cal
 again: seeds and studies can be added, and jobs of different `--seeds` can share OUT.
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -34,6 +33,7 @@ from probes.results.study import read_studies
 from probes.studies.config import StudyConfig
 from probes.studies.parser import study_config
 from probes.studies.run import run_study
+from probes.world_options import CalibrateOptions
 
 from .child_process import run_in_child_process
 from .random_llms import FAMILIES, OF_LANGUAGE
@@ -332,14 +332,14 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     return row | {"supported": supported, "beyond_random_value": verdicts["beyond_random"]["value"]}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: CalibrateOptions) -> None:
     """Run `probes calibrate`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     end_on_signals()
     calibrate(
-        Path(args.out),
-        args.seeds,
-        args.scale,
-        args.scenes,
-        args.studies,
+        options.out,
+        options.seeds,
+        options.scale,
+        options.scenes,
+        options.studies,
     )

@@ -90,6 +90,7 @@ def test_help_is_that_of_the_docstrings():
 REQUIRED = {"photos": ["p"], "probes": ["a", "b"]}
 BAD = [
     ({"imag": 1}, r"x has no option 'imag'; did you mean 'image'"),
+    ({"zebra": 1}, r"x has no option 'zebra'; expected one of probes, photos, image, layers, "),
     ({"image": 1}, r"x: image is 1; expected a valid tuple"),
     ({"image": []}, r"x: image is \[\]; Tuple should have at least 1 item"),
     ({"image": [-1]}, r"x: image is -1; expected greater than or equal to 0"),
@@ -113,7 +114,7 @@ def test_an_option_that_must_be_given_is_missing():
 
 
 def test_the_command_line_checks_ranges_too():
-    with pytest.raises(UserError, match=r"^draws is '0'; expected greater than or equal to 1"):
+    with pytest.raises(UserError, match=r"^--draws is '0'; expected greater than or equal to 1"):
         read_options(
             Options, Namespace(**vars(options_from(Options, REQUIRED, "x")) | {"draws": "0"})
         )

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -221,9 +220,3 @@ def draw_intervals(
         color=colour,
         **kwargs,
     )
-
-
-def signed_colours(*grids: np.ndarray) -> dict[str, Any]:
-    """Return the colours of maps of percentage points that share a scale around zero."""
-    limit = max(1.0, *(np.nanmax(abs(grid)) for grid in grids))
-    return {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}

@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,9 @@ STYLE = {
     "ps.fonttype": 42,
     "svg.hashsalt": "llava-bidir",  # reproducible bytes
 }
+
+
+Looks = dict[Hashable, dict[str, Any]]  # properties of curves, by name
 
 
 class FigureData(NamedTuple):
@@ -164,7 +167,7 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
 def curves(
     ax: Axes,
     table: Rows,
-    looks: Mapping[Hashable, Mapping[str, Any]],
+    looks: Looks,
     x: str = "depth",
     y: str = "value",
     by: str = "curve",

@@ -199,7 +199,7 @@ NOT_NEEDED = (
     ("llava_bidir", "generate import-gguf", NO_TRAINING),
     (
         "probes",
-        "demo-assets rehearse sites states knockout answers patching maps explore",
+        "demo-assets rehearse sites states knockout routes patching maps explore",
         NO_TRAINING,
     ),
 )

@@ -1,6 +1,6 @@
 """What an analysis is: a folder here, and its name in the list of `__init__.py`.
 
-__init__.py   Options, a dataclass, and ANALYSIS, a description; they import nothing heavy
+__init__.py   its options, a dataclass, and ANALYSIS, a description; they import nothing heavy
 run.py        run(options): the command
 section.py    section(study): what the report shows, for analyses with a title
 README.md     question, method, controls, limits
@@ -33,6 +33,7 @@ class Claim(NamedTuple):
             causal run's best layer.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
             effect "CLAIM@random" or "CLAIM@matched", against other tokens.
+        reads_probes: The number depends on the run's probes; else on the model alone.
         unlearned: The conclusion if it holds, but of random models as much.
     """
 
@@ -41,6 +42,7 @@ class Claim(NamedTuple):
     name: str
     between_masks: str = ""
     against_tokens: bool = False
+    reads_probes: bool = True
     unlearned: str = "not learned"
 
 
@@ -90,7 +92,6 @@ class Analysis:
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
         reads: Analyses before it whose results it reads where there are some.
-        reads_probes: Its numbers depend on the run's probes; else on the model alone.
         of_encoders: It can be run on a bare vision encoder, too.
         lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
             leaves it out before any work.
@@ -107,7 +108,6 @@ class Analysis:
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
     reads: tuple[str, ...] = ()
-    reads_probes: bool = True
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)

@@ -40,9 +40,8 @@ def run(options: SegmentOptions) -> None:
     with exclusive_run_lock(out, "legend.json"):
         files, shares = segment(run, photos, site, out)
         write_files(files)
-    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[
-        :3
-    ]
+    named = zip(shares, run.metrics["classes"], strict=True)
+    largest = sorted(named, key=lambda pair: -pair[0])[:3]
     text = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
     print(
         f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}"

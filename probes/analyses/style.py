@@ -206,26 +206,6 @@ def curves(
             )
 
 
-def draw_intervals(
-    ax: Axes,
-    x: Sequence[float],
-    values: Sequence,
-    ci95: Sequence,
-    colour: str,
-    **kwargs,
-) -> None:
-    """Draw fractions in percent as points with their 95% intervals."""
-    y = 100 * np.array(values, float)
-    low, high = 100 * np.array(ci95, float).T
-    ax.errorbar(
-        x,
-        y,
-        [y - low, high - y],
-        color=colour,
-        **kwargs,
-    )
-
-
 def signed_colours(*grids: np.ndarray) -> dict[str, Any]:
     """Return the colours of maps of percentage points that share a scale around zero."""
     limit = max(1.0, *(np.nanmax(abs(grid)) for grid in grids))

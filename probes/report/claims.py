@@ -109,9 +109,9 @@ def _optimum_column(case: Case) -> Entry:
     margin = case.study.task.margin
     if case.path:
         return path_column(case.sign, case.path, margin)
-    more = {
-        key: number.about[key] for key in ("over_pairs", "tokens") if number.about.get("over_pairs")
-    }
+    more = {}
+    if CLAIMS[case.claim].against_tokens:
+        more["tokens"] = number.about["tokens"]
     return margin_column(
         case.sign,
         **measured,

@@ -24,6 +24,7 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.claims import load_registrations
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
@@ -323,6 +324,7 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
+    load_registrations()
     runs, tasks = _expand_studies(options.runs)
     unfinished = [
         entry for path in options.runs if Path(path).is_dir() for entry in unfinished_steps(path)

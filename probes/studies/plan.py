@@ -61,7 +61,7 @@ def make_plan(study: StudyConfig) -> list[Step]:
     if not chosen:
         raise UserError(
             f"the study has no such step: --only {' '.join(study.only)}. fit needs --fit, starvation two models, "
-            "answers and routes a file of questions, other analyses --add NAME"
+            "routes a file of questions, other analyses --add NAME"
         )
     return chosen
 

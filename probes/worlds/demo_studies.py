@@ -11,8 +11,7 @@ from .steps import MASKS, SCENES
 RANDOM_LLMS = ("random0", "random1", "permuted0", "permuted1")
 ARMS = ("trained", *RANDOM_LLMS, "adapter0", "adapter1")
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
-ANSWERS = ("answers.limit=80", "answers.draws=1")
-ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", *ANSWERS, "explore")
+ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", "explore")
 # What no claim needs; it takes half of the time of a small demo.
 EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap")
 TASKS = ("depth", "normals", "boundaries")
@@ -20,12 +19,11 @@ TASKS = ("depth", "normals", "boundaries")
 BINDING_ARMS = ("trained", *RANDOM_LLMS)
 BINDING_ADD = (
     "explore",
-    *ANSWERS,
     "knockout.classes=ceiling,sky,wall,building",
     "knockout.draws=1",
 )
 # knockouts take half of the time, and no truth is known about them
-BINDING_STEPS = ("solve", "fit", "starvation", "answers", "explore", "report")
+BINDING_STEPS = ("solve", "fit", "starvation", "explore", "report")
 SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
 # cheap; two draws judged alone would find effects from four points only (probes/report/README.md).

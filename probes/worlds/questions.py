@@ -2,7 +2,7 @@
 
 OUT/captions.json     the classes of each training photo as a sentence, for stage 1
 OUT/dialogues.json    all questions about a training photo in one conversation, for stage 2
-OUT/questions.json    one question about a validation photo per record, with "regions" for `probes answers`
+OUT/questions.json    one question about a validation photo per record, with "regions" for `probes routes`
 
 DATA is a folder data set (probes/README.md, "Your own data"). What is asked: mask_questions.py.
 """

@@ -42,7 +42,6 @@ IMAGE_PX = 112  # of photos: 8 x 8 image tokens
 GPU_WORKERS = 4  # processes that load the data of a GPU
 SITES = ["encoder", "adapter", "layer_01", "layer_10", "layer_20", "layer_30"]  # for time's sake
 STEPS = ("solve", "starvation", "report")
-ANSWERS = ("answers.limit=40", "answers.draws=1")
 
 
 class Data(NamedTuple):
@@ -386,8 +385,6 @@ def study(
             options=options | {"data": of_data},
             out=out / name / label if data.is_photos else out / name,
             arms=("trained", *controls),
-            # the questions about photos are not beside the data set
-            only=STEPS if data.is_photos else (*STEPS, "answers"),
-            add=() if data.is_photos else ANSWERS,
+            only=STEPS,
         )
         run_study(config, overwrite=True)  # the results of models that were made again

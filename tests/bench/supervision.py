@@ -177,12 +177,12 @@ def study(
     with contextlib.redirect_stdout(io.StringIO()):
         probes.study(
             folder / mask / arm / "hf", assets / "segmentation", out=out, configs=["demo/probes"], options=options,
-            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "answers", "report"],
-            add=[f"answers.questions={assets}/look_alikes.json", "answers.draws=1"],
+            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "routes", "report"],
+            add=[f"routes.questions={assets}/look_alikes.json", "routes.draws=1", "routes.window=4"],
         )  # fmt: skip
     found = json.loads((out / "report/results.json").read_text())
     (claim,) = (claim for claim in found["claims"] if claim["claim"] == "recovery")
-    answers = next(iter(found["masks"].values()))["answers"]["accuracy"]["value"]
+    answers = next(iter(found["masks"].values()))["routes"]["accuracy"]["value"]
     columns = {name: claim["verdicts"][name] for name in ("optimum", "beyond_random")}
     return columns | {"answers": answers, "conclusion": claim["conclusion"]}
 

@@ -20,6 +20,8 @@ from .conditions import MatchingFeatures, blocked_by_condition
 from .rates import outcome_key
 from .schema import CASE_KEYS
 
+Outcomes = dict[str, Tensor]  # f[L + 1] by name, see cases.py
+
 
 class ForwardRow(NamedTuple):
     """One row of a forward: which tokens of a case are blocked."""
@@ -27,6 +29,11 @@ class ForwardRow(NamedTuple):
     case: int  # index of the case
     condition: str
     blocked: Tensor  # bool[T]
+
+    @property
+    def identity(self) -> tuple[int, bytes]:
+        """What the forward depends on."""
+        return self.case, self.blocked.numpy().tobytes()
 
 
 def knock_out_batch(
@@ -60,25 +67,23 @@ def knock_out_batch(
     del states  # of every layer; the forwards under a knockout need the memory
     attention: Sequence[Tensor | None] = [None] * len(cases)
     if "matched" in plan.controls:
-        attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
-    results: list[dict[str, Tensor]] = []
+        queries = [(case.row, case.mistaken) for case in cases]
+        attention = attention_from(mllm, pixels, queries)
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
         features = MatchingFeatures.from_case(case, mllm.grid, adapter[case.row], attention[i])
         for condition, draws in blocked_by_condition(case, features, plan).items():
             rows += [ForwardRow(i, condition, draw) for draw in draws]
-        result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
-        unmodified = case.outcomes(predicted[:, case.row])
-        results.append(
-            result | {outcome_key(name, "none"): values for name, values in unmodified.items()}
-        )
-    for (i, condition), outcomes in _run_rows(reader, pixels, cases, rows, plan).items():
-        results[i] |= {
-            outcome_key(name, condition): values.mean(0) for name, values in outcomes.items()
-        }
+    measured = _run_rows(reader, pixels, cases, rows, plan)
     tensors: dict[str, list[Tensor]] = {}
-    for case, result in zip(cases, results, strict=True):
-        for key, value in result.items():
+    for case, outcomes in zip(cases, measured, strict=True):
+        values = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
+        outcomes["none"] = [case.outcomes(predicted[:, case.row])]
+        for condition, draws in outcomes.items():
+            for name in draws[0]:
+                of_draws = torch.stack([draw[name] for draw in draws])
+                values[outcome_key(name, condition)] = of_draws.mean(0)
+        for key, value in values.items():
             tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
     return {key: torch.stack(values) for key, values in tensors.items()}
 
@@ -89,26 +94,26 @@ def _run_rows(
     cases: list[ConfusionCase],
     rows: list[ForwardRow],
     plan: KnockoutOptions,
-) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """Return the outcomes by case and condition, f[draws, L + 1] each; identical rows run once."""
-    identities = [(row.case, row.blocked.numpy().tobytes()) for row in rows]
-    distinct = list(dict(zip(identities, rows, strict=True)).items())
-    measured: dict[tuple, dict[str, Tensor]] = {}
+) -> list[dict[str, list[Outcomes]]]:
+    """Return the outcomes of each draw by case and condition; identical rows run once."""
+    distinct = {row.identity: row for row in rows}
+    measured: dict[tuple[int, bytes], Outcomes] = {}
     for start in range(0, len(distinct), plan.batch_size):
-        chunk = distinct[start : start + plan.batch_size]
-        of_rows = [cases[row.case] for _, row in chunk]
-        knockout = Knockout(torch.stack([row.blocked for _, row in chunk]), plan.layers)
-        images = sorted({case.row for case in of_rows})
-        row_images = [images.index(case.row) for case in of_rows]
-        predicted = reader.predict_states(
-            reader.mllm.states(pixels[images], reader.layers, knockout, row_images)
+        chunk = list(distinct.values())[start : start + plan.batch_size]
+        blocked = torch.stack([row.blocked for row in chunk])
+        in_batch = [cases[row.case].row for row in chunk]
+        images = sorted(set(in_batch))
+        states = reader.mllm.states(
+            pixels[images],
+            reader.layers,
+            Knockout(blocked, plan.layers),
+            rows=[images.index(image) for image in in_batch],
         )
-        for i, (identity, _) in enumerate(chunk):
-            measured[identity] = of_rows[i].outcomes(predicted[:, i])
-    draws: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
-    for identity, row in zip(identities, rows, strict=True):
-        draws.setdefault((row.case, row.condition), []).append(measured[identity])
-    return {
-        key: {name: torch.stack([draw[name] for draw in of_key]) for name in of_key[0]}
-        for key, of_key in draws.items()
-    }
+        predicted = reader.predict_states(states)
+        for i, row in enumerate(chunk):
+            measured[row.identity] = cases[row.case].outcomes(predicted[:, i])
+    by_case: list[dict[str, list[Outcomes]]] = [{} for _ in cases]
+    for row in rows:
+        draws = by_case[row.case].setdefault(row.condition, [])
+        draws.append(measured[row.identity])
+    return by_case

@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
@@ -103,18 +102,18 @@ def _compute_cases(
     images = range(min(len(dataset), plan.limit or len(dataset)))
 
     def compute(indices):
-        return knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
+        batch = collate([dataset[i] for i in indices])
+        return knock_out_batch(reader, plan, classes, batch)
 
     arguments = {"plan": plan.settings, "run": run.fingerprint}
-    batches = cached_batches(partial, arguments, images, plan.batch_size, compute)
-    keys = dict.fromkeys(key for batch in batches for key in batch)
-    if not keys:
+    tensors = cached_batches(partial, arguments, images, plan.batch_size, compute)
+    if not tensors:
         shutil.rmtree(partial)
         raise NothingToMeasure(
             f"{run.path}: no image has {plan.min_patches} or more patches wrongly predicted as "
             f"{' or '.join(plan.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
         )
-    return {key: torch.cat([batch[key] for batch in batches if key in batch]) for key in keys}
+    return tensors
 
 
 def run(options: KnockoutOptions) -> None:

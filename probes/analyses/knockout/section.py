@@ -8,8 +8,7 @@ from .figures import rates_figure
 ABOUT_CLAIMS = (
     "Claims about knockouts are of the later half of the layers: as the paper measures them, the rate of wrong patches "
     "against nothing blocked; elsewhere, the share of the mistaken patches that stay so, against other tokens blocked, "
-    "both mistakes of a pair of classes weighed alike. The classes are those that were blocked; the spread over them "
-    "is in results.json."
+    "both mistakes of a pair of classes weighed alike. The classes are those that were blocked."
 )
 
 

@@ -49,10 +49,14 @@ def predict_maps(
     pixels = reader.mllm.preprocess([sample["image"]])
     knockout = None if blocked is None else Knockout(blocked[None], layers)
     states = reader.mllm.states(pixels, sites, knockout)
-    logits = torch.stack([reader.probes[site](states[site].float())[0] for site in sites])
-    logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
+    logits = []
+    for site in sites:
+        of_site = reader.probes[site](states[site].float())[0]
+        logits.append(of_site.T.unflatten(-1, reader.mllm.grid))
     size = sample["target"].shape
-    return upsampled_argmax(logits, size, reader.mllm.geometry.view(size)).to(torch.uint8).cpu()
+    view = reader.mllm.geometry.view(size)
+    maps = upsampled_argmax(torch.stack(logits), size, view)
+    return maps.to(torch.uint8).cpu()
 
 
 def predict_knockout_maps(
@@ -75,15 +79,16 @@ def predict_knockout_maps(
     image = tensors[f"{name}/image"][usable.argmax()].item()
     sample = run.dataset()[image]
     classes = run.metrics["classes"]
-    truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
+    target = torch.from_numpy(sample["target"])[None]
+    truth = true_classes(target, len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    how = (run.layers.index(plan.block_by), plan.min_patches)
     (case,) = find_cases(
         predicted,
         truth,
         torch.tensor([image]),
         classes.index(name),
-        *how,
+        run.layers.index(plan.block_by),
+        plan.min_patches,
     )
     blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
     maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]

@@ -18,7 +18,6 @@ Shapes: N images, B of a batch, T image tokens, L layers, D draws.
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from .effects import patching_effects, print_effects, set_names
 
 # Change of log-odds that rounding explains: some processors sum a batch in another order than a part of it.
 NO_EFFECT = 1e-6
+Patch = Callable[[list[int]], dict[str, Tensor]]  # patch the images of these indices
 
 
 @dataclass(frozen=True)
@@ -206,44 +206,32 @@ def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
     check_replaceable(out / "patching.json", made_from, plan.overwrite)
     probe = run.probes()[plan.site].to(mllm.device)
     other = mllm.with_attention(plan.mask)
-    work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
+    partial = out / "patching.partial"
+    of_mask = Experiment(mllm, other, probe, plan)
+    of_pairs = Experiment(mllm, mllm, probe, plan)
+
+    def patch_mask(index: list[int]) -> dict[str, Tensor]:
+        return of_mask.patch(mask_batch(mllm, dataset, index, classes))
+
+    def patch_pairs(index: list[int]) -> dict[str, Tensor]:
+        return of_pairs.patch(pair_batch(mllm, pairs, index, classes))
+
+    def run_batches(name: str, images: int, patch: Patch) -> dict[str, Tensor]:
+        indices = list(range(images))[: plan.limit]
+        found = cached_batches(partial / name, made_from, indices, plan.batch_size, patch)
+        return {f"{name}/{key}": values for key, values in found.items()}
+
+    tensors = run_batches("mask", len(dataset), patch_mask)
+    if any(plan.layers):  # what enters the LLM is the same under both masks
+        check_effects(tensors, "mask")
     if pairs is not None:
-        work["pairs"] = (mllm, len(pairs), lambda index: pair_batch(mllm, pairs, index, classes))
-    tensors = {}
-    for name, (donor, images, read) in work.items():
-        experiment = Experiment(mllm, donor, probe, plan)
-        count = min(images, plan.limit or images)
-        folder = out / "patching.partial" / name
-
-        def patch(index, experiment=experiment, read=read):
-            return experiment.patch(read(index))
-
-        tensors |= _in_batches(folder, made_from, name, count, plan.batch_size, patch)
-        if name == "pairs" or any(plan.layers):  # what enters the LLM is the same under both masks
-            check_effects(tensors, name)
+        tensors |= run_batches("pairs", len(pairs), patch_pairs)
+        check_effects(tensors, "pairs")
     results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | made_from
     results |= patching_effects(tensors, plan.layers, plan.seed, run.groups)
     write_files({out / "patching.safetensors": tensors, out / "patching.json": results})
-    shutil.rmtree(out / "patching.partial")
+    shutil.rmtree(partial)
     return results
-
-
-def _in_batches(
-    folder: Path,
-    arguments: dict,
-    name: str,
-    images: int,
-    size: int,
-    patch: Callable[[list[int]], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    batches = cached_batches(
-        folder,
-        arguments,
-        list(range(images)),
-        size,
-        patch,
-    )
-    return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
 def check_effects(tensors: dict[str, Tensor], name: str) -> None:

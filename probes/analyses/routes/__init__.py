@@ -1,4 +1,4 @@
-"""Which way an answer takes: text cut off from image tokens, and from other text, in windows of layers."""
+"""Answers beside probes, and which way they take: text cut off from image tokens, in windows of layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ class RoutesOptions(QuestionOptions):
 
 
 def rows(result: dict[str, Any]) -> Iterator[Row]:
-    """Yield the effect of each route, cut in all layers, in nats."""
+    """Yield the accuracy of the answers, and the effect of each route, cut in all layers, in nats."""
+    accuracy = result["accuracy"]
+    yield table_row(None, "answer_accuracy", accuracy["value"], accuracy["ci95"])
     for effect in result["effects"]:
         of_all = effect["all"]
         metric = f"route_{effect['source']}_to_{effect['target']}".replace(" - ", "_minus_")
@@ -37,21 +39,23 @@ def rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 ANALYSIS = Analysis(
-    help="cut image, question and answer off from each other and ask the model, into RUN/routes.json",
-    question="Which way does an answer take from the patches of its object to the last token?",
+    help="ask the model about places, also with image, question and answer cut off from each other, into "
+    "RUN/routes.json",
+    question="Does the model say what its probes read, and which way does an answer take from the patches of its "
+    "object to the last token?",
     options=RoutesOptions,
     result="routes.json",
-    title="Routes of answers",
+    title="Answers and their routes",
     arms=("trained", "random", "permuted"),
     beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     rows=rows,
-    reads_probes=False,
     claims={
         "route_object": Claim(
             +1,
             "The answer is read from the object's patches: drop of the right answer's probability if no text attends "
             "to them, minus the drop for as many other patches",
             "read from the object",
+            reads_probes=False,
         ),
     },
 )

@@ -57,8 +57,10 @@ def umap_of_images(
     for image in images:
         check_image(image, len(dataset))
         sample = dataset[image]
-        labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
-        states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
+        target = torch.from_numpy(sample["target"])[None]
+        labels = true_classes(target, len(classes), mllm)[0]
+        pixels = mllm.preprocess([sample["image"]])
+        states = mllm.states(pixels, sites or _default_sites(run))
         embedded = []
         for site, x in states.items():
             points = embed(x[0].float().cpu(), labels, seed)
@@ -116,7 +118,8 @@ def _default_sites(run: ProbeRun) -> list[str]:
             f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model"
         )
     start = ADAPTER if run.has_llm else layers[0]
-    return list(dict.fromkeys([start, layers[layers.index(peak) // 2], peak]))
+    half_way = layers[layers.index(peak) // 2]
+    return list(dict.fromkeys([start, half_way, peak]))
 
 
 def _made_from(results: dict[str, Any]) -> dict[str, Any]:

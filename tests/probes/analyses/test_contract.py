@@ -46,14 +46,11 @@ CASES = {
         ["--classes", "sky"],
         'classes ["sky", "wall"]',
     ),
-    "answers": Case(
-        ["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1", ("answer_accuracy",)
-    ),
     "routes": Case(
         ["--limit", "3", "--draws", "1"],
         ["--window", "1"],
         "window 2",
-        ("routes_causal",),
+        ("routes_causal", "answer_accuracy"),
     ),
     "patching": Case(
         ["--site", "layer_02", "--limit", "4", "--draws", "1"],
@@ -93,7 +90,7 @@ class Study:
     def run(self, name: str, *more: str, of: int = 0) -> None:
         probes = self.runs if name == "starvation" else [self.runs[of]]
         command = [name, "--probes", *map(str, probes), *CASES[name].options]
-        if name in ("answers", "routes"):
+        if name == "routes":
             command += ["--questions", str(self.questions)]
         main([*command, *more])
 
@@ -225,7 +222,6 @@ def test_a_bad_option_is_an_error_in_one_line(
 
 ABOUT_CLASSES = {
     "knockout": ["--probes", "RUN", "--classes", "auto:1"],
-    "answers": ["--probes", "RUN"],
     "routes": ["--probes", "RUN"],
     "patching": ["--probes", "RUN"],
     "umap": ["--probes", "RUN"],

@@ -231,7 +231,6 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     [
         ["knockout", "--classes", "wall", "sky", "--probes"],
         ["patching", "--site", "layer_02", "--probes"],
-        ["answers", "--probes"],
         ["routes", "--probes"],
         ["explore", "--images", "0", "--out", "page"],
     ],

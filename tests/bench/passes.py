@@ -21,6 +21,7 @@ from probes.data.samplers import assign_folds
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import join_masks, prepare_masks
+from probes.tasks import SEGMENTATION, TASKS
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_refinement import PassRefinement
@@ -37,6 +38,7 @@ from probes.training.solve.refinement import start_refinement
 from probes.training.solve.sample_hessian import SampledPixels
 from probes.training.solve.strength_path import FoldSearch
 
+LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4
 BATCH = 32
 
@@ -203,21 +205,21 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
         kept.append((channels.store(pixels.interpolate(states)).cpu(), pixels))
     space = SiteSpace.of_moments(moments)
-    null = null_gradient(space, moments)
+    null = null_gradient(LOSS, space, moments)
     moments = None
     stored, labels, weights, folds = gather(kept, fold_of, data.device)
     inputs = space.coordinates(channels.restore(stored))
     axes = AxisRange.of(space, inputs)
-    found = FoldSearch(PixelProblem(space, inputs, labels, weights, folds, FOLDS)).solve()
+    found = FoldSearch(PixelProblem(space, LOSS, inputs, labels, weights, folds, FOLDS)).solve()
     chosen = found.path.strengths[found.path.chosen]
     of_all_images = found.points[found.path.solved.index(found.path.chosen)]
     points = torch.cat([found.fold_points, of_all_images[None]])
-    refinement = PassRefinement(space, null, chosen, points, None)
+    refinement = PassRefinement(LOSS, space, null, chosen, points, None)
     print(
         f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
     )
     for number in range(2, passes + 1):
-        sums = PassSums(*refinement.probes())
+        sums = PassSums(LOSS, *refinement.probes())
         pixel_count = torch.zeros(FOLDS, dtype=torch.float64, device=data.device)
         kept = []
         for images, states, masks, targets in data.batches():
@@ -263,7 +265,7 @@ def solve_in_memory(data) -> dict:
         join_masks(data.prepared(nodes)).to(data.device) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
     states = data.states.to(data.device)
-    problem = SiteProblem(states, loose, tight, assign_folds(len(data), FOLDS))
+    problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
     return refinement.solution(path) | {"passes": 1, "converged": refinement.converged}

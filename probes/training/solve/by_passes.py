@@ -228,7 +228,7 @@ class PassSolver(Solver):
         if rank() != self.owner_of(site):
             return None
         space = SiteSpace.of_moments(moments)
-        return space, null_gradient(space, moments)
+        return space, null_gradient(self.loss, space, moments)
 
     def _solve_sample(self, site: str) -> tuple[AxisRange, PathSolution]:
         """Solve a site on the sample of the first pass."""
@@ -236,7 +236,7 @@ class PassSolver(Solver):
         stored = self.sample_states[site].view(STORED)
         inputs = space.coordinates(self.channel_ranges[site].restore(stored.to(self.device)))
         labels, weights, folds = (x.to(self.device) for x in self.sample_pixels)
-        problem = PixelProblem(space, inputs, labels, weights, folds, self.options.folds)
+        problem = PixelProblem(space, self.loss, inputs, labels, weights, folds, self.options.folds)
         return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
 
     @staticmethod
@@ -256,6 +256,7 @@ class PassSolver(Solver):
         path = solution.path
         of_all_images = solution.points[path.solved.index(path.chosen)]
         return PassRefinement(
+            self.loss,
             space,
             null_gradient,
             path.strengths[path.chosen],
@@ -266,7 +267,9 @@ class PassSolver(Solver):
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
         sums = {
-            site: PassSums(*broadcast(self._probes(site), self.owner_of(site), self.device))
+            site: PassSums(
+                self.loss, *broadcast(self._probes(site), self.owner_of(site), self.device)
+            )
             for site in self.sites
         }
         labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
@@ -289,7 +292,7 @@ class PassSolver(Solver):
         self.refinements |= dict(in_workers(self._step, list(self.refinements), self.device))
 
     def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
-        """Return the arguments of `PassSums`; None on processes that do not solve the site."""
+        """Return the arguments of `PassSums` after the loss; None on processes that do not solve the site."""
         refinement = self.refinements.get(site)
         return refinement and refinement.probes()
 
@@ -324,7 +327,7 @@ class PassSolver(Solver):
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
             deviation = state.pop("deviation")
-            refinement = PassRefinement.of_state(state, self.options.strengths)
+            refinement = PassRefinement.of_state(self.loss, state, self.options.strengths)
             self.axis_ranges[site] = AxisRange(refinement.space, deviation)
             if rank() == self.owner_of(site):
                 self.refinements[site] = refinement

@@ -19,7 +19,7 @@ def choose_solver(
     reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints
 ) -> Solver:
     """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
-    if not reader.probes.task.cross_entropy:
+    if reader.probes.task.loss is None:
         return LeastSquaresSolver(reader, options, checkpoints)
     images = len(reader.data.splits["training"])
     wanted = options.sample_images

@@ -131,7 +131,7 @@ def make_solve_run(
         raise UserError(
             f"model.head is {module_settings['head']!r}, but only linear probes can be solved; use `probes fit`"
         )
-    of_classes = TASKS[task].cross_entropy
+    of_classes = TASKS[task].loss is not None
     strengths = tuple(sorted(set(config["strengths"] or ()), reverse=True)) or None
     if not of_classes and strengths and strengths[0] > 1:
         raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")

@@ -77,6 +77,6 @@ class MemorySolver(Solver):
         states = self.sample_states[site].to(self.device)
         loose = self.loose.to(self.device)
         tight = self.tight.to(self.device)
-        problem = SiteProblem(states, loose, tight, self.fold_of)
+        problem = SiteProblem(self.loss, states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
         return refinement.solution(path)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from probes.ops.lbfgs import Pair, dot, quasi_newton
+from probes.tasks.losses import Loss
 
 from .moments import SiteSpace, full_precision
 from .objective import STRONGEST, WEAKEST, half_decade, half_decades
@@ -58,6 +59,7 @@ class PassRefinement:
     """The probes of a site between passes.
 
     Args:
+        loss: Of the logits.
         space: Coordinates of the site, from all images.
         null_gradient: f64[K, d + 1], gradient at w = 0, from all images.
         strength: Strength that the sample has chosen.
@@ -67,12 +69,14 @@ class PassRefinement:
 
     def __init__(
         self,
+        loss: Loss,
         space: SiteSpace,
         null_gradient: Tensor,
         strength: float,
         points: Tensor,
         given: tuple[float, ...] | None,
     ):
+        self.loss = loss
         self.space = space
         self.null_gradient = null_gradient
         self.given = given
@@ -98,7 +102,7 @@ class PassRefinement:
         return [None] if self.settled else [*range(self.folds), None]
 
     def probes(self) -> tuple[Tensor, Tensor, list[int | None], int]:
-        """Return the arguments of :class:`PassSums`."""
+        """Return the arguments of :class:`PassSums` after the loss."""
         weights = self.space.to_states(self.points[..., :-1])
         return (
             self.space.mean,
@@ -178,6 +182,7 @@ class PassRefinement:
         self.decrease = torch.zeros_like(self.value)
         for row, ridge in enumerate(self._ridge()):
             hessian = SampleHessian(
+                self.loss,
                 sample,
                 self.accepted_points[row],
                 self.gradient[row],
@@ -399,7 +404,7 @@ class PassRefinement:
 
     @classmethod
     def of_state(
-        cls, state: dict[str, Tensor], given: tuple[float, ...] | None
+        cls, loss: Loss, state: dict[str, Tensor], given: tuple[float, ...] | None
     ) -> "PassRefinement":
         """Return the refinement whose :meth:`state` is given."""
         prefix = "space_"
@@ -407,6 +412,7 @@ class PassRefinement:
             **{name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
         )
         refinement = cls(
+            loss,
             space,
             state["null"],
             float(state["best"]),

@@ -87,7 +87,7 @@ def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
     probes.mllm.to(device)
     trainer.precision_plugin.convert_module(probes.mllm)
     trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=run.task.cross_entropy)
+    reader = StateReader(probes, data, trainer, masks=run.task.loss is not None)
     folder = Path(trainer.default_root_dir) / "checkpoints"
     return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from probes.ops.kernels import fast_dtype
 from probes.ops.lbfgs import dot
+from probes.tasks.losses import Loss
 
 from .moments import full_precision
 
@@ -59,6 +60,7 @@ class SampleHessian:
     """The Hessian of the objectives of some probes on a sample, and its preconditioner.
 
     Args:
+        loss: Of the logits.
         sample: The pixels.
         points: f64[G, K, d + 1].
         gradient: f64[G, K, d + 1], of the objectives there, on all images.
@@ -71,6 +73,7 @@ class SampleHessian:
     @full_precision()
     def __init__(
         self,
+        loss: Loss,
         sample: SampledPixels,
         points: Tensor,
         gradient: Tensor,
@@ -85,17 +88,16 @@ class SampleHessian:
         total = used.sum(0).clamp(min=torch.finfo(used.dtype).tiny)
         self.weights = (used / total)[..., None]  # [n, G, 1]
         logits = sample.inputs @ points.flatten(0, 1).T.to(sample.inputs)
-        self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
-        spread = self.probability * (1 - self.probability) * self.weights
+        self.curvature = loss.curvature(logits.view(len(used), *points.shape[:2]))
+        spread = self.curvature.diagonal() * self.weights
         self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
         self.pull = damping[:, None, None] * self.typical
         self.pull += gradient[..., -1:].abs() * input_spectrum  # H_g
 
     def times(self, direction: Tensor) -> Tensor:
         """Return the product with f64[G, K, d + 1], with the pull towards the point."""
-        change = (self.inputs @ direction.flatten(0, 1).T.to(self.inputs)).view_as(self.probability)
-        change = self.probability * change.float()
-        change -= self.probability * change.sum(-1, keepdim=True)
+        logits = self.inputs @ direction.flatten(0, 1).T.to(self.inputs)
+        change = self.curvature.times(logits.view(-1, *direction.shape[:2]).float())
         change *= self.weights
         change = change.flatten(1).to(self.inputs)
         product = (change.T @ self.inputs).view_as(direction).double()

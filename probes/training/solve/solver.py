@@ -64,6 +64,7 @@ class Solver:
         self.mllm = reader.probes.mllm
         self.sites = reader.probes.sites
         self.channels = reader.probes.channels
+        self.loss = reader.probes.task.loss
         self.device = reader.device
         self.passes = 0  # that are complete
         training = reader.data.splits["training"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import CROSS_ENTROPY, LabelSmoothing
 
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
@@ -45,6 +46,7 @@ class Data:
     """Images whose tokens resemble each other, as those of photos do: each has an offset of its own."""
 
     def __init__(self):
+        self.loss = CROSS_ENTROPY
         generator = torch.Generator().manual_seed(0)
         coarse = torch.randint(0, CLASSES, (IMAGES, 1, 3, 3), generator=generator).float()
         tokens = F.interpolate(coarse, GRID)[:, 0].long()
@@ -90,7 +92,7 @@ class Data:
 
     def whole(self, strengths=None):
         """Return the path and the refinement with all images in memory."""
-        problem = SiteProblem(self.states, self.loose, self.tight, self.fold_of)
+        problem = SiteProblem(self.loss, self.states, self.loose, self.tight, self.fold_of)
         path, refinement = start_refinement(problem, strengths)
         refinement.solve_in_memory()
         return path, refinement
@@ -100,6 +102,7 @@ class Data:
         sample, labels = self.sample(count, 0)
         problem = PixelProblem(
             self.space,
+            self.loss,
             sample.inputs,
             labels,
             sample.weights.double(),
@@ -109,8 +112,9 @@ class Data:
         found = FoldSearch(problem).solve(strengths)
         chosen = found.path.chosen
         points = torch.cat([found.fold_points, found.points[found.path.solved.index(chosen)][None]])
-        null = null_gradient(self.space, self.moments)
+        null = null_gradient(self.loss, self.space, self.moments)
         return PassRefinement(
+            self.loss,
             self.space,
             null,
             found.path.strengths[chosen],
@@ -120,7 +124,7 @@ class Data:
 
     def take_pass(self, refinement: PassRefinement) -> None:
         """Give a refinement the exact sums of all images, in batches of mixed folds."""
-        sums = PassSums(*refinement.probes())
+        sums = PassSums(self.loss, *refinement.probes())
         for images in torch.arange(IMAGES).split(50):
             sums.add(
                 self.states[images], self.tight[images.tolist()], self.fold_of[images].tolist()
@@ -177,19 +181,35 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
             assert value == pytest.approx(whole.accepted.value[rows[0]].item(), abs=2e-4)
 
 
+def test_another_loss_ends_at_its_own_optimum(data, monkeypatch):
+    """Its class is all that is written."""
+    plain, _ = data.whole((1e-2,))
+    monkeypatch.setattr(data, "loss", LabelSmoothing(0.2))
+    path, whole = data.whole((1e-2,))
+    assert path.loss[0] > plain.loss[0] + 0.05
+    refinement = data.start(2000, (1e-2,))
+    for number in range(2, 10):
+        data.take_pass(refinement)
+        refinement.step(data.sample(2000, number)[0])
+        if refinement.converged:
+            break
+    assert refinement.converged
+    torch.testing.assert_close(refinement.value[0], whole.accepted.value, atol=2e-4, rtol=0)
+
+
 def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
-    problem = SiteProblem(data.states, data.loose, data.tight, data.fold_of)
+    problem = SiteProblem(data.loss, data.states, data.loose, data.tight, data.fold_of)
     strengths = torch.tensor([0.0]).double()
     expected = problem.objective(strengths, [None], TIGHT_NODES)(problem.start[None], [0])[1][0]
     torch.testing.assert_close(
-        null_gradient(data.space, data.moments), expected, atol=1e-5, rtol=1e-4
+        null_gradient(data.loss, data.space, data.moments), expected, atol=1e-5, rtol=1e-4
     )
     generator = torch.Generator().manual_seed(1)
     points = (
         problem.start
         + 0.1 * torch.randn(FOLDS + 1, *problem.start.shape, generator=generator).double()
     )
-    refinement = PassRefinement(data.space, expected, 0.1, points, (0.1,))
+    refinement = PassRefinement(data.loss, data.space, expected, 0.1, points, (0.1,))
     data.take_pass(refinement)
     strengths = torch.full((FOLDS + 1,), 0.1).double()
     left_out = [*range(FOLDS), None]
@@ -206,6 +226,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype, b
     sample, labels = data.sample(400, 3)
     problem = PixelProblem(
         data.space,
+        data.loss,
         sample.inputs,
         labels,
         sample.weights.double(),
@@ -224,6 +245,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype, b
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     spectrum = torch.cat([data.space.spectrum, torch.ones(1)])
     hessian = SampleHessian(
+        data.loss,
         sample,
         points,
         bias_gradient * direction,
@@ -323,6 +345,7 @@ def test_a_class_that_the_sample_misses_does_not_run_away(data):
     gradient = torch.zeros_like(points)
     gradient[0, 2, -1] = 1e-3
     hessian = SampleHessian(
+        data.loss,
         sample,
         points,
         gradient,
@@ -395,7 +418,7 @@ def test_uncertainty_is_that_of_the_probe_of_all_images_at_the_pixel(data):
     refinement = data.start(400, (1e-1, 1e-2, 1e-3))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    sums = PassSums(*refinement.probes())
+    sums = PassSums(data.loss, *refinement.probes())
     view = GridPlacement.full(SIZE)
     tokens, shares, labels, _ = choose_pixels(data.target[5], 50, 0, GRID, view)
     pixels = Pixels(tokens, shares, labels, torch.ones(50).double(), torch.full((50,), 5))
@@ -513,6 +536,7 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
     count = int(0.02 * IMAGES * GRID[0] * GRID[1] * 8)
     sampled = data.start(count)
     refinement = PassRefinement(
+        data.loss,
         data.space,
         sampled.null_gradient,
         path.strengths[path.chosen] * 1e-4,
@@ -586,7 +610,7 @@ def test_state_resumes_to_the_same_numbers(data):
     for number in range(1, 3):
         data.take_pass(refinement)
         refinement.step(data.sample(300, number)[0])
-    again = PassRefinement.of_state(refinement.state(), None)
+    again = PassRefinement.of_state(data.loss, refinement.state(), None)
     for one in (refinement, again):
         data.take_pass(one)
         one.step(data.sample(300, 3)[0])

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
-            check_options(f"llava-bidir {argv[0]}", argv[1:], OPTIONS, REQUIRED)
+            check_options(f"llava-bidir {argv[0]}", argv[1:], OPTIONS.read_text().split(), REQUIRED)
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(
                 with_config_paths(argv)
             )

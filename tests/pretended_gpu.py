@@ -25,8 +25,8 @@ GPU = ["--trainer.accelerator", "gpu"]
 SOLVE = ["--model.sites", "[adapter, layer_02]", "--folds", "2", "--strengths", "1e-2"]
 CONTROLS = ["--controls", "matched"]
 ANALYSES = {
-    "knockout": ["--classes", "sky", "wall", *CONTROLS, "--layer-windows", "2"],
-    "answers": ["--limit", "2", "--draws", "1"],
+    "knockout": ["--classes", "sky", "wall", *CONTROLS],
+    "routes": ["--limit", "2", "--draws", "1"],
     "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
     "starvation": ["--site", "layer_02", "--by-class"],
     "umap": ["--image", "1"],
@@ -140,7 +140,7 @@ def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
         *(paths if analysis == "starvation" else paths[:1]),
         *ANALYSES[analysis],
     ]
-    if analysis == "answers":
+    if analysis == "routes":
         argv += ["--questions", str(write_questions(runs["causal"], tmp_path))]
     main([*argv, "--out", str(tmp_path / "cpu")])
     with pretend_gpu():

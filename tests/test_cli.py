@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import llava_bidir.cli
 import probes.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
+from probes.run_config import DataOptions, ModelOptions
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
@@ -88,16 +90,15 @@ def test_help_imports_nothing_heavy(package):
     )
 
 
-PAGES = [
-    (package, name)
-    for package in ("llava_bidir", "probes")
-    for name in import_module(f"{package}.cli").HELP
-]
+# commands whose options LightningCLI defines
+OF_LIGHTNING = {"llava_bidir": [*llava_bidir.cli.HELP], "probes": ["fit", "validate", "test"]}
+PAGES = [(package, name) for package, names in OF_LIGHTNING.items() for name in names]
 
 
-@pytest.mark.parametrize(("package", "command"), PAGES)
-def test_short_help_has_options_and_defaults_of_the_parser(package, command, capsys):
-    page = import_module(f"{package}.cli").HELP[command]
+@pytest.mark.parametrize("command", llava_bidir.cli.HELP)
+def test_short_help_has_options_and_defaults_of_the_parser(command, capsys):
+    package = "llava_bidir"
+    page = llava_bidir.cli.HELP[command]
     everything = ""
     for name in {command, "fit"}:  # whose options the others take
         with pytest.raises(SystemExit):
@@ -118,7 +119,7 @@ def test_short_help_has_options_and_defaults_of_the_parser(package, command, cap
 def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
     """By which misspelt ones are found before the parsers are imported."""
     found = set()
-    for command in import_module(f"{package}.cli").HELP:
+    for command in OF_LIGHTNING[package]:
         with pytest.raises(SystemExit):
             MAIN[package]([command, "--help-all"])
         entries = [
@@ -129,16 +130,44 @@ def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
     assert file.read_text().split() == sorted(found), f"{file} is outdated"
 
 
-@pytest.mark.parametrize(("package", "command"), PAGES + [("probes", "study")])
-def test_a_misspelt_option_is_an_error_at_once(package, command):
-    options = "--trainer.logger.project p --trainer.logger+=CSVLogger --trainer.nonsense 1"
-    words = f"{command} --seed_everythin=1 {options}".split()
+OF_PROBES = [("probes", name) for name in ("solve", "verify-data", "study")]
+
+
+def test_options_of_a_run_are_those_that_lightning_parses(capsys):
+    """A field of `run_config.py` that `ProbeModule` or `ProbeData` did not take would have no effect."""
+    with pytest.raises(SystemExit):
+        probes.cli.main(["fit", "--help-all"])
+    text = capsys.readouterr().out
+    options = {f"model.{field.name}" for field in fields(ModelOptions)}
+    options |= {f"data.{field.name}" for field in fields(DataOptions)}
+    assert not [name for name in options if f"--{name} " not in text]
+
+
+@pytest.mark.parametrize(("package", "command"), PAGES + OF_PROBES)
+def test_a_key_that_a_config_misspells_is_named_with_its_file(package, command, tmp_path):
+    """At once: the parser of LightningCLI takes seconds to import."""
+    (tmp_path / "mine.yaml").write_text("data: {rot: x}\n")
+    words = [command, "-c", f"{tmp_path}/mine.yaml"]
     words += ["M", "D", "--out", "O"] * (command == "study")
     code = f"import sys; sys.argv = ['x', *{words!r}]; import {package}.cli as c\ntry: c.main()\n"
     code += "except SystemExit as end: assert end.code == 2, end\n"
     code += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = run_command([sys.executable, "-c", code])
-    assert "unrecognized arguments: --trainer.nonsense\n" in done.stderr
+    assert f"{tmp_path}/mine.yaml: there is no option 'data.rot'" in done.stderr
+    assert package == "llava_bidir" or "did you mean 'data.root'?" in done.stderr
+    assert done.stdout == "[]\n", done.stdout
+
+
+@pytest.mark.parametrize(("package", "command"), PAGES + OF_PROBES)
+def test_a_misspelt_option_is_an_error_at_once(package, command):
+    options = "--trainer.logger.project p --trainer.logger+=CSVLogger"
+    words = f"{command} {options} --trainer.nonsense 1 --seed_everythin=1".split()
+    words += ["M", "D", "--out", "O"] * (command == "study")
+    code = f"import sys; sys.argv = ['x', *{words!r}]; import {package}.cli as c\ntry: c.main()\n"
+    code += "except SystemExit as end: assert end.code == 2, end\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = run_command([sys.executable, "-c", code])
+    assert "unrecognized arguments: --trainer.nonsense --seed_everythin=1\n" in done.stderr
     assert done.stdout == "[]\n", done.stdout
 
 
@@ -170,7 +199,7 @@ NOT_NEEDED = (
     ("llava_bidir", "generate import-gguf", NO_TRAINING),
     (
         "probes",
-        "demo-assets rehearse sites states knockout answers patching maps explore",
+        "demo-assets rehearse sites states knockout routes patching maps explore",
         NO_TRAINING,
     ),
 )

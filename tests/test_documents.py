@@ -21,7 +21,7 @@ from processes import run_command
 import llava_bidir.cli
 import probes
 import probes.cli
-from probes.studies import command as study
+from probes.studies.parser import build_command_parser
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(
@@ -170,8 +170,8 @@ def test_command_parses(name, command, capsys):
     shortened = "..." in words
     words = [word for word in words if word != "..."]
     try:
-        if words[:1] == ["study"]:  # further options are those of `probes solve`
-            study.build_parser().parse_known_args(words[1:])
+        if words[:1] == ["study"]:
+            build_command_parser().read(words[1:])
         else:
             PROGRAMS[program].build_parser().parse_args(words)
     except SystemExit as end:
@@ -195,11 +195,13 @@ def test_configured_command_parses(
 ):
     """Options, their types, and the keys of all config files."""
     from llava_bidir.common.lightning_cli import RunCLI
+    from probes.data import verify_command
 
-    def stop(self):
+    def stop(*parsed):
         raise Parsed
 
     monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(verify_command, "verify", stop)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)

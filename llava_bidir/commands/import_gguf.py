@@ -1,6 +1,5 @@
 """`llava-bidir import-gguf`: convert a GGUF file to a Hugging Face directory."""
 
-import argparse
 import re
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
+from llava_bidir.command_options import ImportGGUFOptions
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
@@ -175,7 +175,7 @@ def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
         )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ImportGGUFOptions) -> None:
     """Run `llava-bidir import-gguf`."""
-    import_gguf(args.file, args.out)
-    print(args.out)
+    import_gguf(options.file, options.out)
+    print(options.out)

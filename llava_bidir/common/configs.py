@@ -1,10 +1,12 @@
 """The YAML files of configs/, found by name in a clone and in an installed package: `-c stage2 -c clip -c zero3`."""
 
-import argparse
-import shutil
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import UserError
 
@@ -80,7 +82,6 @@ def read_values(config: str) -> dict[str, Any]:
         UserError: There is no such config.
         OSError, ValueError: It cannot be read, or is no YAML.
     """
-    import yaml
 
     def values(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -96,6 +97,32 @@ def read_values(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError from error
     return values(content or {}, "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"the key {key!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+def check_unique_keys(argv: Sequence[str]) -> None:
+    """Raise if a YAML file of a command has a key twice in a mapping; YAML would silently keep the last one.
+
+    Raises:
+        UserError: Names the file and the key.
+    """
+    for word in argv:
+        file = Path(re.sub(r"^(--config=|-c=|-c)", "", word))
+        if file.suffix not in (".yaml", ".yml") or not file.is_file():
+            continue
+        try:
+            with suppress(yaml.YAMLError, UnicodeDecodeError):  # reported by the parser
+                yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        except UserError as error:
+            raise UserError(f"config {file}: {error}") from None
 
 
 def check_order(argv: Sequence[str]) -> None:
@@ -136,31 +163,3 @@ def with_config_paths(argv: Sequence[str]) -> list[str]:
     for i, before, name in configs_in(argv):
         words[i] = before + find_config(name)
     return words
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run `llava-bidir configs`: list the configs, print one, or copy one or all."""
-    if args.copy:
-        target = Path(args.copy)
-        if args.name:
-            names = [args.name]
-        else:
-            names = [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
-        for name in names:
-            file = Path(find_config(name))
-            if not file.is_relative_to(FOLDER):
-                raise UserError(
-                    f"{name} is a file of your own; --copy takes a config by its name, e.g. {min(config_names())}"
-                )
-            copy = target / file.relative_to(FOLDER)
-            if copy.exists():
-                raise UserError(f"{copy} exists; choose another folder (--copy)")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-            print(copy)
-    elif args.name:
-        print(Path(find_config(args.name)).read_text(), end="")
-    else:
-        for name, file in config_names().items():
-            if "/" in name or file.parent == FOLDER:
-                print(f"{name:<22} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")

@@ -2,18 +2,16 @@
 
 import linecache
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -27,6 +25,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from .checkpoint_io import AtomicCheckpointIO
+from .configs import check_unique_keys
 from .errors import UserError
 from .expected_messages import hide_expected_messages
 from .progress import FirstEstimate, LogProgress
@@ -145,10 +144,8 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Check the YAML files among the arguments, parse, and set `weights_only`."""
-        for argument in args if isinstance(args, list) else []:
-            file = Path(re.sub(r"^(--config=|-c=|-c)", "", argument))
-            if file.suffix in (".yaml", ".yml") and file.is_file():
-                check_unique_keys(file)
+        if isinstance(args, list):
+            check_unique_keys(args)
         super().parse_arguments(parser, args)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("weights_only") is False:
@@ -230,28 +227,6 @@ def _is_configurable(class_path: str) -> bool:
         and issubclass(cls, CONFIGURABLE)
         and not issubclass(cls, LambdaCallback)
     )
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"the key {key!r} occurs twice")
-        return super().construct_mapping(node, deep)
-
-
-def check_unique_keys(file: Path) -> None:
-    """Raise if a mapping in a YAML file contains a key twice; YAML would silently keep the last one.
-
-    Raises:
-        UserError: Names the file and the key.
-    """
-    try:
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # reported by the parser
-            yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except UserError as error:
-        raise UserError(f"config {file}: {error}") from None
 
 
 def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:

@@ -151,11 +151,16 @@ class StartOfRun(SaveConfigCallback):
     """Write config.yaml, and delete the results of the run that is replaced, once training starts.
 
     By then all settings were accepted: a command that is rejected changes nothing.
+
+    Attributes:
+        replaced: What is deleted.
+        content: Of config.yaml, if it is not what LightningCLI has parsed.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.replaced: list[Path] = []
+        self.content = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing: Lightning would write config.yaml before the model is built."""
@@ -170,7 +175,8 @@ class StartOfRun(SaveConfigCallback):
         file = Path(trainer.default_root_dir) / self.config_filename
         if trainer.is_global_zero:
             # Lightning would write it through a link, into a file that is not the run's.
-            write_files({file: self.parser.dump(self.config, skip_none=False)})
+            content = self.content or self.parser.dump(self.config, skip_none=False)
+            write_files({file: content})
             for path in self.replaced:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.replaced = []

@@ -9,7 +9,7 @@ import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Step:
 
     Args:
         name: Unique among the steps of the work, e.g. "causal/random0/knockout".
-        config: All that the call is given, as JSON has it: options by name, or the words of a command.
+        config: All that the call is given: a dataclass of options, or the words of a command.
         result: The file that says that it is done.
         kind: Steps of one kind take about the same time.
         reads: Files that it reads, by their names in the record.
@@ -102,15 +102,15 @@ def find_missing(
 
 def _state(step: Step) -> dict[str, Any]:
     return {
-        "config": _as_json(step.config),
+        "config": as_json(step.config),
         "inputs": step.inputs(),
         "result": digest(step.result),
     }
 
 
-def _as_json(value: Any) -> Any:
-    """Return a value as a record has it after it was read back; paths are text."""
-    return json.loads(json.dumps(value, default=str))
+def as_json(value: Any) -> Any:
+    """Return a value as a record has it after it was read back: dataclasses are objects, and paths are text."""
+    return json.loads(json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) else str(x)))
 
 
 def _write_record(
@@ -169,7 +169,7 @@ def command_now(step: Step, folder: Path) -> list[str]:
 def _is_outdated(step: Step, folder: Path) -> bool:
     """Return whether the result that is there was made by this call from other inputs."""
     made = _how_made(step, folder)
-    return made.get("config") == _as_json(step.config) and made["inputs"] != step.inputs()
+    return made.get("config") == as_json(step.config) and made["inputs"] != step.inputs()
 
 
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:

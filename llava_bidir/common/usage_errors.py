@@ -2,12 +2,10 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
-# of an option that must be given; no "(default: None)" in the help
-REQUIRED = {"required": True, "default": argparse.SUPPRESS}
 SHORT_HELP: set[str] = set()  # commands of this process whose `--help` is short (short_help.py)
 
 
@@ -65,39 +63,15 @@ class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
         return []
 
 
-def count(text: str) -> int:
-    """Return the number of an option that needs at least one of something; the `type` of an argument.
-
-    Raises:
-        ArgumentTypeError: It is less than 1.
-    """
-    return _at_least(1, int(text))
-
-
 def natural(text: str) -> int:
     """Return the number of an option that may be 0; the `type` of an argument.
 
     Raises:
         ArgumentTypeError: It is negative.
     """
-    return _at_least(0, int(text))
-
-
-def _at_least(least: int, number: int) -> int:
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
-    return number
-
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    """Return the `type` of an argument for numbers from `low` to `high`."""
-
-    def number(text: str) -> float:
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return float(text)
-
-    return number
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
+    return int(text)
 
 
 def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:

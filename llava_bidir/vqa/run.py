@@ -1,10 +1,10 @@
 """`llava-bidir vqa`: run the benchmarks of Table 1 for a checkpoint and validate their results."""
 
-import argparse
 import json
 import os
 from pathlib import Path
 
+from llava_bidir.command_options import VQAOptions
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
@@ -19,36 +19,36 @@ IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: VQAOptions) -> None:
     """Run the tasks that are not finished, then validate all results and write the table.
 
     Raises:
         UserError: The harness failed or a result is invalid. The message names the task and the item.
     """
-    if "toy" in args.tasks and args.data is None:
+    if "toy" in options.tasks and options.data is None:
         raise UserError(
             "--tasks toy needs --data ASSETS, the folder that `probes demo-assets` has written"
         )
-    model = resolve_checkpoint(args.model)
+    model = resolve_checkpoint(options.model)
     info = {
-        "model": str(args.model),
+        "model": str(options.model),
         "image_attention": read_image_attention(model),
         "encoder": read_encoder_name(model),
         "fingerprint": fingerprint(model),
-        "batch_size": args.batch_size,
-        "data": "hub" if args.data is None else str(args.data.resolve()),
+        "batch_size": options.batch_size,
+        "data": "hub" if options.data is None else str(options.data.resolve()),
     }
-    with exclusive_run_lock(args.out):
+    with exclusive_run_lock(options.out):
         end_on_signals()
-        pending = [name for name in args.tasks if not _is_finished(args.out, name, info)]
+        pending = [name for name in options.tasks if not _is_finished(options.out, name, info)]
         if pending:
-            _run_harness(args, model, pending, info)
-    missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
+            _run_harness(options, model, pending, info)
+    missing = [name for name in options.tasks if not results_file(options.out, name).exists()]
     if missing:
         raise UserError(
             f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above"
         )
-    print(write_tables([args.out], args.out))  # validates all finished tasks
+    print(write_tables([options.out], options.out))  # validates all finished tasks
 
 
 def _is_finished(out: Path, name: str, info: dict) -> bool:
@@ -66,7 +66,7 @@ def _is_finished(out: Path, name: str, info: dict) -> bool:
 
 
 def _run_harness(
-    args: argparse.Namespace,
+    options: VQAOptions,
     model: Path,
     names: list[str],
     info: dict,
@@ -76,14 +76,16 @@ def _run_harness(
     Raises:
         UserError: The environment does not exist, or the harness failed.
     """
-    python = args.python.absolute()  # not resolved: the python of an environment is a symbolic link
+    python = (
+        options.python.absolute()
+    )  # not resolved: the python of an environment is a symbolic link
     if not python.is_file():
         raise UserError(
-            f"{args.python} does not exist; create it with `make vqa-venv` or set --python"
+            f"{options.python} does not exist; create it with `make vqa-venv` or set --python"
         )
-    if args.data is not None and not args.data.is_dir():
-        raise UserError(f"--data {args.data} is not a folder")
-    out = args.out.resolve()
+    if options.data is not None and not options.data.is_dir():
+        raise UserError(f"--data {options.data} is not a folder")
+    out = options.out.resolve()
     error = error_file(out)
     error.parent.mkdir(parents=True, exist_ok=True)
     error.unlink(missing_ok=True)
@@ -92,12 +94,12 @@ def _run_harness(
             "model": str(model.resolve()),
             "benchmarks": names,
             "out": str(out),
-            "batch_size": args.batch_size,
+            "batch_size": options.batch_size,
         },
         **{
             "info": info,
             "package": str(PACKAGE),
-            "local": args.data is not None,
+            "local": options.data is not None,
         },
     }
     torchrun = [
@@ -105,11 +107,11 @@ def _run_harness(
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        str(args.devices),
+        str(options.devices),
     ]
     command = [
         str(python),
-        *(torchrun if args.devices > 1 else []),
+        *(torchrun if options.devices > 1 else []),
         "-m",
         "llava_bidir.vqa.harness",
     ]
@@ -119,7 +121,7 @@ def _run_harness(
     environment |= {
         name: os.path.abspath(os.environ[name]) for name in FOLDERS if name in os.environ
     }
-    folder = args.data or error.parent
+    folder = options.data or error.parent
     with process_group([*command, json.dumps(request)], cwd=folder, env=environment) as process:
         status = process.wait()
     if error.exists():

@@ -4,7 +4,6 @@ Scores are fractions, except for MME's points. The text shows percent. Warnings 
 cannot read an answer in a hundred: how a model writes its answers decides there, too.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -14,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from llava_bidir.command_options import VQATableOptions
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
@@ -33,9 +33,9 @@ MOST_UNPARSED = 0.01
 Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: VQATableOptions) -> None:
     """Run `llava-bidir vqa-table`."""
-    print(write_tables(args.results, args.out))
+    print(write_tables(options.results, options.out))
 
 
 def write_tables(folders: list[Path], out: Path) -> str:

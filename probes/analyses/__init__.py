@@ -10,7 +10,6 @@ from .base import Analysis
 NAMES = (
     "starvation",
     "knockout",
-    "answers",
     "routes",
     "patching",
     "maps",

@@ -1,12 +1,11 @@
 """What an analysis is: a folder here, and its name in the list of `__init__.py`.
 
-__init__.py   ANALYSIS, a description that imports nothing heavy
-run.py        run(args): the command
+__init__.py   its options, a dataclass, and ANALYSIS, a description; they import nothing heavy
+run.py        run(options): the command
 section.py    section(study): what the report shows, for analyses with a title
 README.md     question, method, controls, limits
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -34,6 +33,7 @@ class Claim(NamedTuple):
             causal run's best layer.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
             effect "CLAIM@random" or "CLAIM@matched", against other tokens.
+        reads_probes: The number depends on the run's probes; else on the model alone.
         unlearned: The conclusion if it holds, but of random models as much.
     """
 
@@ -42,6 +42,7 @@ class Claim(NamedTuple):
     name: str
     between_masks: str = ""
     against_tokens: bool = False
+    reads_probes: bool = True
     unlearned: str = "not learned"
 
 
@@ -55,7 +56,7 @@ class PlannedRun(NamedTuple):
     has_llm: bool = True  # False for a bare vision encoder
 
 
-def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+def lacks_nothing(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
     """Return "": an analysis that can be run on any run."""
     return ""
 
@@ -77,13 +78,13 @@ class Analysis:
     Args:
         help: What the command does.
         question: The question that it answers.
-        add_options: Adds its options to a parser.
+        options: Dataclass of its options (llava_bidir/common/options.py), of which `run` takes an instance.
         result: The file that it writes: into the run's folder; of a pair, into that of the second run; of a page, into
             that of the report.
         title: Heading of its section in the report; "" for none.
         paper: Where the paper has it.
         of: What one command reads: a "run", a "pair" of two models, or for a "page" the trained runs of all models.
-        options: Its options in a study, unless `--add` sets others.
+        in_study: Options that have other defaults in a study; `--add` sets others.
         arms: The arms of a study that it is run on.
         default: It runs unasked.
         beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
@@ -91,7 +92,6 @@ class Analysis:
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
         reads: Analyses before it whose results it reads where there are some.
-        reads_probes: Its numbers depend on the run's probes; else on the model alone.
         of_encoders: It can be run on a bare vision encoder, too.
         lacks: Returns why it cannot be run on planned runs with its options in a study, "" if it can. A study then
             leaves it out before any work.
@@ -99,23 +99,22 @@ class Analysis:
 
     help: str
     question: str
-    add_options: Callable[[argparse.ArgumentParser], None]
+    options: type
     result: str
     title: str = ""
     paper: str = ""
     of: str = "run"
-    options: Mapping[str, str] = field(default_factory=dict)
+    in_study: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
     reads: tuple[str, ...] = ()
-    reads_probes: bool = True
     of_encoders: bool = False
     beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
-    lacks: Callable[[Sequence[PlannedRun], Mapping[str, str]], str] = lacks_nothing
+    lacks: Callable[[Sequence[PlannedRun], Mapping[str, Any]], str] = lacks_nothing
 
-    def why_left_out(self, runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+    def why_left_out(self, runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
         """Return why a study leaves the analysis of these runs out, "" if it does not."""
         if not self.of_encoders and not all(run.has_llm for run in runs):
             return "the model is a vision encoder, and it needs an LLM"

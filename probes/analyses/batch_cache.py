@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,8 +22,8 @@ def cached_batches(
     items: Items,
     size: int,
     compute: Callable[[Items], dict[str, Tensor]],
-) -> list[dict[str, Tensor]]:
-    """Return compute(items[:size]), compute(items[size : 2 * size]), ..., read from `folder` or written there.
+) -> dict[str, Tensor]:
+    """Return compute(items[:size]), compute(items[size : 2 * size]), ... concatenated; each is kept in `folder`.
 
     The folder holds one atomically written file per batch; the caller removes it after writing its own results.
     `compute` must depend on nothing but `arguments`; a folder with different arguments is cleared.
@@ -34,13 +35,15 @@ def cached_batches(
     ):
         shutil.rmtree(folder)
     write_files({arguments_path: arguments})
-    results = []
-    for start in tqdm(range(0, len(items), size), desc=folder.stem, mininterval=5):
+    parts: dict[str, list[Tensor]] = {}
+    starts = range(0, len(items), size)
+    for start in tqdm(starts, desc=folder.stem, mininterval=5):
         path = folder / f"{start // size:06d}.safetensors"
         try:
             result = read_tensors(path)
         except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
             write_files({path: compute(items[start : start + size])})
             result = read_tensors(path)
-        results.append(result)
-    return results
+        for key, value in result.items():
+            parts.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in parts.items()}

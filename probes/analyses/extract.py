@@ -1,27 +1,25 @@
 """`probes sites`, `mask` and `states`: the sites of a model, its mask, and its states for your own analyses."""
 
-import argparse
-from pathlib import Path
-
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photos
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.command_options import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import Family, family_of, own_image_attention
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.load import load
 from probes.models.prompt_and_pixels import check_numbers, read_config
 
 
-def print_sites(args: argparse.Namespace) -> None:
+def print_sites(options: SitesOptions) -> None:
     """Run `probes sites`; reads the config only, so a 7B model takes no longer than a small one."""
-    config = read_config(args.mllm)
+    config = read_config(options.mllm)
     family = family_of(config)
-    if args.image_px is not None:
-        family = family.with_side(args.image_px, config)
-    check_numbers(args.mllm, family, config)
+    if options.image_px is not None:
+        family = family.with_side(options.image_px, config)
+    check_numbers(options.mllm, family, config)
     rows, columns = family.grid(config)
     tokens = "image tokens" if family.has_llm else "patches"
     print(f"{config.model_type}, {own_image_attention(config)} image attention")
@@ -41,17 +39,17 @@ def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
     return f"by name, or with `all`: {layers.sites[0]} to {layers.sites[-1]}, width {layers.width}"
 
 
-def print_mask(args: argparse.Namespace) -> None:
+def print_mask(options: MaskOptions) -> None:
     """Run `probes mask`.
 
     Raises:
         UserError: The model has no LLM, or attends otherwise than its config and family say.
     """
-    if not family_of(read_config(args.mllm)).has_llm:
+    if not family_of(read_config(options.mllm)).has_llm:
         raise UserError(
-            f"{args.mllm} is a bare vision encoder: all its patches attend to each other"
+            f"{options.mllm} is a bare vision encoder: all its patches attend to each other"
         )
-    mllm = load(args.mllm, args.image_attention, dtype="float32")
+    mllm = load(options.mllm, options.image_attention, dtype="float32")
     measured = mllm.measured_mask()
     forward = "its own forward"
     if mllm.image_attention != mllm.own_image_attention:
@@ -60,21 +58,21 @@ def print_mask(args: argparse.Namespace) -> None:
     print(measured)
     if wrong := measured.disagreements():
         raise UserError(
-            f"{args.mllm} does not attend as {mllm.image_attention} says: " + "; ".join(wrong)
+            f"{options.mllm} does not attend as {mllm.image_attention} says: " + "; ".join(wrong)
         )
 
 
-def write_states(args: argparse.Namespace) -> None:
+def write_states(options: StatesOptions) -> None:
     """Run `probes states`."""
-    out = Path(args.out)
+    out = options.out
     check_suffix(out, ".safetensors")
-    if out.exists() and not args.overwrite:
+    if out.exists() and not options.overwrite:
         raise UserError(f"{out} exists; --overwrite true replaces it")
-    images = read_photos(args.image)
+    images = read_photos(options.image)
     with exclusive_run_lock(out.parent, out.name):
-        settings = {"image_attention": args.image_attention, "prefix": args.prefix}
-        mllm = load(args.mllm, image_px=args.image_px, **settings)
-        states = mllm.states(mllm.preprocess(images), args.sites)
+        settings = {"image_attention": options.image_attention, "prefix": options.prefix}
+        mllm = load(options.mllm, image_px=options.image_px, **settings)
+        states = mllm.states(mllm.preprocess(images), options.sites)
         # two sites can be one tensor: the layer that the adapter reads, and its input
         states = {site: state.clone() for site, state in states.items()}
         write_files({out: states})

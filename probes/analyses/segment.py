@@ -6,7 +6,6 @@ OUT/legend.png           colours, names and pixel shares of the classes that occ
 OUT/legend.json          the same for all classes, with run, site and photos
 """
 
-import argparse
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photo
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.command_options import SegmentOptions
 from probes.data.base import open_image
 from probes.data.palette import palette_of
 from probes.results.probe_run import ProbeRun
@@ -30,26 +30,25 @@ OPACITY = 0.5
 ROW_PX = 20
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: SegmentOptions) -> None:
     """Run `probes segment`."""
-    folder, photos = run_and_photos(args.probes, args.photos)
+    folder, photos = run_and_photos(options.probes, options.photos)
     run = ProbeRun(folder)
-    out = Path(args.out)
-    site = run.check_site(args.site)
+    out = options.out
+    site = run.check_site(options.site)
     _check_paths(photos, out)
     with exclusive_run_lock(out, "legend.json"):
         files, shares = segment(run, photos, site, out)
         write_files(files)
-    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[
-        :3
-    ]
+    named = zip(shares, run.metrics["classes"], strict=True)
+    largest = sorted(named, key=lambda pair: -pair[0])[:3]
     text = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
     print(
         f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}"
     )
     miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     best = max(miou, key=miou.__getitem__)
-    if args.site is None and best != site:
+    if options.site is None and best != site:
         print(
             f"{site} is the best decoder layer, {miou[site]:.1%} mIoU; better is {best}, {miou[best]:.1%}: "
             f"--site {best}"

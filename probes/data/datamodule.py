@@ -1,8 +1,9 @@
 """LightningDataModule of a probe run."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import limit_workers, worker_options
-from probes.tasks import SEGMENTATION, TASKS
+from probes.run_config import DataOptions
+from probes.tasks import SEGMENTATION
 
 from .base import shared_images
 from .batches import CachedFeatures, MaskPreparer, PreprocessedDataset, collate
@@ -25,7 +27,7 @@ from .label_counts import (
     label_notes,
     shared_image_note,
 )
-from .registry import open_dataset, split_identity
+from .registry import open_split, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
@@ -46,53 +48,38 @@ class ProbeData(LightningDataModule):
 
     Args:
         root: Folder of the dataset.
-        dataset: Layout: folder (images, PNG masks, classes.json), ade20k, voc2012, cityscapes, nyuv2, or a registered
-            one.
-        task: Kind of targets, see probes/README.md: classes, metric depth, surface normals, or boundaries.
-        options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
-        name: Name of the dataset in reports; None takes the name of the folder.
-        batch_size: Images per batch over all devices; 64 in the paper.
-        cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
-        num_workers: Processes per device that open images, at most one per core.
-        seed: Random seed of the order of training images.
+        seed: Random seed of the order of training images; linked from seed_everything by the command line.
+        **options: Other fields of :class:`probes.run_config.DataOptions`.
+
+    Raises:
+        UserError: There is no such layout or task, or the folder is not of the layout.
     """
 
     def __init__(
         self,
         root: str,
-        dataset: str = "folder",
-        task: Literal[*TASKS] = SEGMENTATION,
-        options: dict[str, Any] | None = None,
-        name: str | None = None,
-        batch_size: int = 64,
-        cache_features: bool = False,
-        num_workers: int = 4,
         seed: int = 0,
+        **options,
     ):
         super().__init__()
+        config = DataOptions(root=root, **options)
         # without the task, the identity of a segmentation run is that of a version that had no other tasks
-        self.save_hyperparameters(logger=False, ignore=["task"] if task == SEGMENTATION else [])
+        hyperparameters = asdict(config) | {"seed": seed}
+        if config.task == SEGMENTATION:
+            del hyperparameters["task"]
+        self.save_hyperparameters(hyperparameters, logger=False)
 
-        def open_split(split):
-            return open_dataset(
-                dataset,
-                root,
-                split,
-                options,
-                TASKS[task].targets,
-            )
-
-        self.splits = {split: open_split(split) for split in ("training", "validation")}
+        self.splits = {split: open_split(config, split) for split in ("training", "validation")}
         self.root = root
-        self.dataset = dataset
-        self.task = task
-        self.options = options or {}
-        self.name = name or Path(root).resolve().name
+        self.dataset = config.dataset
+        self.task = config.task
+        self.options = config.options or {}
+        self.name = config.name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
-        self.batch_size = batch_size
-        self.cache_features = cache_features
-        self.num_workers = limit_workers(num_workers)
+        self.batch_size = config.batch_size
+        self.cache_features = config.cache_features
+        self.num_workers = limit_workers(config.num_workers)
         self.seed = seed
         self.trained_batches = 0
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked

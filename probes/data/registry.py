@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
+from probes.run_config import DataOptions
+from probes.tasks import TASKS
 
 from .ade20k import ADE20K
 from .base import ImageDataset, SegmentationDataset
@@ -60,6 +62,23 @@ def register_dataset(name: str, cls: type[ImageDataset]) -> None:
         )
     _option_types(cls)
     layouts[name] = cls
+
+
+def open_split(data: DataOptions, split: str) -> ImageDataset:
+    """Return a split of the data of a run, "training" or "validation".
+
+    Raises:
+        UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
+    """
+    if data.task not in TASKS:
+        raise UserError(f"data.task is {data.task!r}; expected one of {', '.join(TASKS)}")
+    return open_dataset(
+        data.dataset,
+        data.root,
+        split,
+        data.options,
+        TASKS[data.task].targets,
+    )
 
 
 def open_dataset(

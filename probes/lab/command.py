@@ -1,6 +1,5 @@
 """`probes lab`: the live page of running models."""
 
-import argparse
 import os
 import secrets
 import socket
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llava_bidir.common.errors import UserError
+from probes.command_options import LabOptions
 
 if TYPE_CHECKING:
     import uvicorn
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: LabOptions) -> None:
     """Run `probes lab` until Ctrl-C."""
-    if bool(args.runs) == bool(args.mllm):
+    if bool(options.runs) == bool(options.mllm):
         raise UserError("expected finished probe runs, or a checkpoint by --mllm DIR, and not both")
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
@@ -30,21 +30,21 @@ def run(args: argparse.Namespace) -> None:
     from .session import Session
     from .worker import Worker
 
-    with listen(args.host or "127.0.0.1", args.port) as listener:
+    with listen(options.host or "127.0.0.1", options.port) as listener:
         # In a thread that ends. If this one computed, OpenMP would keep threads for it beside those of the worker, and
         # with more threads than cores they no longer spin: a stroke of the lab's brush took twice as long.
         with ThreadPoolExecutor(1) as pool:
 
             def load():
-                return load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs)
+                return load_checkpoint(options.mllm) if options.mllm else load_runs(options.runs)
 
-            session = Session(pool.submit(load).result(), args.save)
+            session = Session(pool.submit(load).result(), options.save)
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()
         token = secrets.token_urlsafe(24)
         server = build_server(
-            session, Worker(), token, {"localhost", host.lower(), (args.host or host).lower()}
+            session, Worker(), token, {"localhost", host.lower(), (options.host or host).lower()}
         )
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
         # not raised where a script starts the lab in the background

@@ -1,6 +1,5 @@
 """`probes rehearse`: write the inputs, run the study's commands one after the other, print what they took."""
 
-import argparse
 import os
 import platform
 import sys
@@ -14,6 +13,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import find_missing, read_record, run_steps
+from probes.world_options import RehearseOptions
 
 from .cost import extrapolate
 from .inputs import KEPT, write_inputs
@@ -25,38 +25,41 @@ MEASURED = ("wall_s", "host_gb", "host_with_files_gb", "device_gb", "samples", *
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def run(args: argparse.Namespace) -> None:
-    """Rehearse the study in `args.out`; finished steps of an earlier call are kept with their measurements.
+def run(options: RehearseOptions) -> None:
+    """Rehearse the study in `options.out`; finished steps of an earlier call are kept with their measurements.
 
     Raises:
-        UserError: `args.out` holds a rehearsal of another size, encoder or number of images, or there are too few.
+        UserError: `options.out` holds a rehearsal of another size, encoder or number of images, or there are too few.
         SystemExit: A step failed (status 1).
     """
-    images = args.images or SIZES[args.size].training_images
+    images = options.images or SIZES[options.size].training_images
     if images <= KEPT:
         raise UserError(f"--images is {images}; the solver keeps {KEPT}: expected more")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with exclusive_run_lock(args.out):
+    options.out.mkdir(parents=True, exist_ok=True)
+    with exclusive_run_lock(options.out):
         end_on_signals()
-        record = start_record(args.out / "rehearsal.json", args.size, args.encoder, images)
+        record = start_record(options.out / "rehearsal.json", options.size, options.encoder, images)
         # before the inputs, which are of this size
-        write_files({args.out / "rehearsal.json": record})
-        if not (args.out / "inputs/env.sh").is_file():
-            print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
-            write_inputs(args.out / "inputs", args.size, args.encoder, images)
-        if args.inputs_only:
+        write_files({options.out / "rehearsal.json": record})
+        if not (options.out / "inputs/env.sh").is_file():
+            print(
+                f"writing random models of size {options.size} to {options.out / 'inputs'}",
+                flush=True,
+            )
+            write_inputs(options.out / "inputs", options.size, options.encoder, images)
+        if options.inputs_only:
             return
         os.environ |= OFFLINE
         # the same however it is spelled: steps are compared by their words
-        out = args.out.resolve()
+        out = options.out.resolve()
         logs = out / "logs"
-        steps = plan_study(out, args.size, args.encoder)
+        steps = plan_study(out, options.size, options.encoder)
 
         def save() -> None:
             measured = {step.name: read_measurements(step, logs) for step in steps}
             record["steps"] = {name: found for name, found in measured.items() if found}
             record["cost"] = extrapolate(record["steps"], len(record["devices"]))
-            write_files({args.out / "rehearsal.json": record})
+            write_files({options.out / "rehearsal.json": record})
 
         failed = run_steps(
             find_missing(steps, logs),
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             after=save,
         )
     print(format_table(record))
-    for line in describe_certificates(args.out):
+    for line in describe_certificates(options.out):
         print(line)
     if failed:
         raise UserError(f"{len(failed)} steps failed: {'; '.join(failed)}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.analyses.effects import read_effects
-from probes.analyses.knockout.effects import MIN_IMAGES
+from probes.analyses.knockout.contrasts import MIN_IMAGES
 from probes.evaluation.estimate import Estimate
 from probes.results.comparable import check_pair, knockout_difference
 from probes.results.finished_run import FinishedRun
@@ -340,8 +340,8 @@ def _optimum_column(
     if reason := why_unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
         return untested(reason, **measured)
     more = {"margin": study.task.margin}
-    if over_pairs := estimate.about.get("over_pairs"):
-        more |= {"over_pairs": over_pairs, "tokens": numbers.tokens}
+    if CLAIMS[claim].against_tokens:
+        more["tokens"] = numbers.tokens
     return margin_column(sign, **measured, **more)
 
 

@@ -3,26 +3,22 @@
 from typing import Any
 
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import Rows, format_difference, format_p, format_score
+from probes.results.formatting import format_difference, format_score
 from probes.results.study import StudyRuns
 
 from .summary_text import COLUMN_TITLES
 
 
-def format_tables(study: StudyRuns, claims: list[dict[str, Any]], knockout: Rows) -> str:
-    """Return one booktabs table each of the scores per site, the claims and the knockout; empty ones are left out.
+def format_tables(study: StudyRuns, claims: list[dict[str, Any]]) -> str:
+    """Return one booktabs table each of the scores per site and of the claims, if there are any.
 
     Args:
         study: The runs.
         claims: From :func:`evaluate_claims`.
-        knockout: The effects of all runs, from :func:`effect_rows`.
     """
     tables = {"mIoU (%) per site": (_score_rows(study), 1)}
     if claims:
         tables["claims: differences in percentage points"] = (_claim_rows(claims), 2)
-    if knockout:
-        title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
-        tables[title] = (_knockout_rows(knockout), 4)
     texts = [
         f"% {title}, with 95% intervals\n{latex_table(rows, names)}"
         for title, (rows, names) in tables.items()
@@ -75,24 +71,6 @@ def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
                 claim["image_attention"],
                 *cells,
                 claim["finding"],
-            ]
-        )
-    return rows
-
-
-def _knockout_rows(effects: Rows) -> list[list[str]]:
-    rows = [["image attention", "class", "blocked", "control", "change", "p", "p (Holm)"]]
-    for row in effects:
-        change = row | {"ci95": [row["low"], row["high"]]}
-        rows.append(
-            [
-                row["image_attention"],
-                row["class"],
-                row["condition"],
-                row["control"].replace("_", " "),
-                format_difference(change),
-                format_p(row["p"]),
-                format_p(row["p_holm"]),
             ]
         )
     return rows

@@ -3,7 +3,7 @@
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
 OUT/*.csv            every number of the page, as fractions 0..1
-OUT/tables.tex       scores per site, claims and knockout in percent, for LaTeX with booktabs
+OUT/tables.tex       scores per site and claims in percent, for LaTeX with booktabs
 OUT/*.png, *.pdf     the figures
 
 All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete. Of
@@ -13,7 +13,6 @@ For several models or datasets, results.json lists one object per study under "s
 of files; figures and tables that compare studies are in OUT.
 """
 
-import argparse
 import base64
 import io
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.figures import effect_rows
+from probes.analyses.claims import load_registrations
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
@@ -59,6 +58,7 @@ from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.layer_curves import overview_figures
+from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
 from .site_table import describe_sites, shown_rows, site_rows
@@ -242,9 +242,7 @@ def _build_part(
     files |= _csv_files({"sites": results["sites"]}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
-    knockouts = [entry["knockout"] for entry in results["masks"].values() if entry.get("knockout")]
-    effects = [row for knockout in knockouts for row in effect_rows(knockout)]
-    files[out / "tables.tex"] = latex.format_tables(study, claims, effects)
+    files[out / "tables.tex"] = latex.format_tables(study, claims)
     return {
         "study": study,
         "folder": folder,
@@ -284,14 +282,15 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
     return drawn
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    runs, tasks = _expand_studies(args.runs)
+    load_registrations()
+    runs, tasks = _expand_studies(options.runs)
     unfinished = [
-        entry for path in args.runs if Path(path).is_dir() for entry in unfinished_steps(path)
+        entry for path in options.runs if Path(path).is_dir() for entry in unfinished_steps(path)
     ]
-    results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks], unfinished)
-    print(f"{format_results(results)}\n{Path(args.out) / 'index.html'}")
+    results = write_report(runs, options.out, options.timings, [*tasks, *options.tasks], unfinished)
+    print(f"{format_results(results)}\n{Path(options.out) / 'index.html'}")
 
 
 def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -10,11 +10,14 @@ import numpy as np
 import scipy.stats
 
 from llava_bidir.common.atomic_io import read_json
+from probes.data.registry import open_split
 from probes.report.verdicts import MARGIN, POWER
 from probes.results.steps import LEFT_OUT, describe_steps
 from probes.results.study import CONTROLS
 
-from .plan import Settings, arm_names, check, make_plan, open_split, planned_runs
+from .arms import arm_names, plan_arms
+from .config import StudyConfig
+from .plan import check, make_plan
 from .run import RUNS
 
 
@@ -31,10 +34,10 @@ SIMULATED = 20_000  # studies
 TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world, which yours need not")
 
 
-def print_estimate(settings: Settings) -> None:
+def print_estimate(study: StudyConfig) -> None:
     """Print the steps, the time of a pass over the images, disk space, and the effect that can be detected."""
-    check(settings)
-    steps = make_plan(settings)
+    check(study)
+    steps = make_plan(study)
     left_out = [
         {
             "step": step.name,
@@ -53,29 +56,29 @@ def print_estimate(settings: Settings) -> None:
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images: {kinds}")
     for line in describe_steps(left_out, LEFT_OUT):
         print(line)
-    validation = open_split(settings, "validation")
+    validation = open_split(study.probes.data, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    masks = {planned.mask for planned in planned_runs(settings, ()).values()}
-    print(describe_power(settings, len(validation), len(masks)))
+    masks = {arm.run.mask for arm in plan_arms(study)}
+    print(describe_power(study, len(validation), len(masks)))
     solved = [step.config for step in runs if step.kind == "solve"]
-    trained = [config for config in solved if not config["model"]["untrained"]]
+    trained = [config for config in solved if not config.model.untrained]
     if trained:
-        from probes.training.solve.command import run_config
+        from probes.training.solve.command import dry_run
 
-        run_config(trained[0] | {"ckpt_path": None, "dry_run": True})
+        dry_run(trained[0])
 
 
-def describe_power(settings: Settings, images: int, masks: int) -> str:
+def describe_power(study: StudyConfig, images: int, masks: int) -> str:
     """Return which effects a study of models with so many masks can tell from those of random models."""
-    spread = own_spread(settings.out) or TOY_WORLD
-    arms = arm_names(settings, has_llm=True)
+    spread = own_spread(study.out) or TOY_WORLD
+    arms = arm_names(study, has_llm=True)
     random, permuted = draws = [
         sum(arm.startswith(control) for arm in arms) for control in CONTROLS["llm"]
     ]
     effect = detectable_effect(images, draws, masks, spread)
     if effect is None:
         remedy = "--draws 2 or more"
-        if settings.arms is not None:
+        if study.arms is not None:
             remedy = "random0, random1, permuted0 and permuted1 among --arms"
         return (
             "with fewer than two random and two permuted draws, nothing can be told from random models: "

@@ -12,9 +12,9 @@ import json
 import os
 import re
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,25 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import Step, find_missing, must_replace, run_steps
+from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, run_steps
 from probes.analyses.base import function_of
 from probes.report.terminal import format_results
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
+from probes.run_config import RunConfig
 
-from .plan import Config, Settings, check, make_plan
+from .config import StudyConfig
+from .parser import study_config
+from .plan import check, make_plan
 from .table import Study, write_table
 
-# Settings that are lists, with an example for errors
+# Options that are lists, with an example for errors
 LISTS = {
     "arms": "['trained', 'random0']",
     "tasks": "['depth']",
     "add": "['knockout.classes=sky']",
     "only": "['solve', 'report']",
-    "options": "['--data.batch_size', '2']",
+    "configs": "['demo/probes']",
 }
 REPORT_WAIT_S = 600
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
@@ -67,7 +70,8 @@ def study(
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
         overwrite: Replace results that other settings, models or data have made.
-        settings: Other fields of :class:`probes.studies.plan.Settings`: draws, arms, fit, tasks, add, only, options.
+        settings: Those of :func:`probes.studies.parser.study_config`: draws, arms, fit, tasks, add, only; options of
+            the probe runs nested as in YAML, options={"data": {"batch_size": 2}}, and names of YAML files, configs.
 
     Raises:
         UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
@@ -85,24 +89,21 @@ def study(
         models = {label: str(path) for label, path in model.items()}
     else:
         models = {"": str(model)}
-    tuples = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    run_study(Settings(models, str(data), Path(out), **tuples), overwrite)
+    run_study(study_config(models, str(data), out=out, **settings), overwrite)
     return Study(Path(out))
 
 
-def run_study(settings: Settings, overwrite: bool = False) -> None:
+def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     """Run what is missing of a study, and print its verdicts.
 
     Raises:
         UserError: The study cannot be run, or a step has failed. If that is an analysis, all others and the report are
             made before.
     """
-    check(settings)
-    steps = make_plan(settings)
-    out = settings.out
-    names = [*filter(None, settings.models), *(settings.arms or ())]
+    check(study)
+    steps = make_plan(study)
+    out = study.out
+    names = [*filter(None, study.models), *(study.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         changed = _changed_runs(steps, overwrite)
@@ -111,7 +112,7 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
         failed = run_steps(
             ready,
             out,
-            lambda step: _run_step(step, _config(step, out, overwrite), settings),
+            lambda step: _run_step(step, _config(step, out, overwrite), study),
             log=out / "study.log",
             overwrite=overwrite,
         )
@@ -174,23 +175,23 @@ def _what_has_changed(run: FinishedRun) -> str | None:
 
 
 def _model_and_task(step: Step) -> tuple[str, str]:
-    return step.config["model"]["mllm"], step.config["data"]["task"]
+    return step.config.model.mllm, step.config.data.task
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _config(step: Step, out: Path, overwrite: bool) -> Config:
+def _config(step: Step, out: Path, overwrite: bool) -> Any:
     """Return what a step is called with. What it made from other inputs is replaced, all else only if asked to."""
-    config = dict(step.config)
+    config = step.config
     if must_replace(step, out, overwrite=overwrite):
-        config["overwrite"] = True
-        if "ckpt_path" in config:
-            config["ckpt_path"] = None  # to resume is the opposite
+        config = replace(config, overwrite=True)
+        if step.kind in RUNS:
+            config = replace(config, ckpt_path=None)  # to resume is the opposite
     if step.kind == "knockout":
-        config["classes"] = _classes_to_block(step, out)
+        config = replace(config, classes=_classes_to_block(step, out))
     return config
 
 
-def _classes_to_block(step: Step, out: Path) -> list[str]:
+def _classes_to_block(step: Step, out: Path) -> tuple[str, ...]:
     """Return the classes of a knockout. Controls block those that were blocked in the trained arm.
 
     Probes that were trained for a few steps only may predict none of them, so they have classes of their own. auto:N is
@@ -198,35 +199,35 @@ def _classes_to_block(step: Step, out: Path) -> list[str]:
     """
     trained = (out / step.follows).with_name(step.result.name)  # of LABEL/trained/knockout
     if step.follows and trained.is_file():
-        return [entry["class"] for entry in read_json(trained)["classes"]]
+        return tuple(entry["class"] for entry in read_json(trained)["classes"])
     known = read_json(step.result.parent / "metrics.json")["classes"]
     chosen = []
-    for name in step.config["classes"]:
+    for name in step.config.classes:
         automatic = re.fullmatch(r"auto:(\d+)", name)
         chosen.append(f"auto:{min(int(automatic[1]), len(known))}" if automatic else name)
-    return chosen
+    return tuple(chosen)
 
 
-def _run_step(step: Step, config: Config, settings: Settings) -> None:
+def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
     """Run a step in this process, or with several devices in processes of its own.
 
     Raises:
         UserError: The step has failed on its input.
         NothingToMeasure: It has no case.
     """
-    log_file = settings.out / "study.log"
+    log_file = study.out / "study.log"
     turn = nullcontext()
     if step.kind == "report":  # jobs of several arms may end together
-        turn = exclusive_run_lock(settings.out, "report-step", wait_s=REPORT_WAIT_S)
+        turn = exclusive_run_lock(study.out, "report-step", wait_s=REPORT_WAIT_S)
     with turn, _output_to(log_file):
-        print(f"{step.name}: probes {step.kind} with {json.dumps(config, default=str)}", flush=True)
-        if step.kind in RUNS and uses_several_devices(settings):
-            _run_in_processes(step, config, settings.out)
+        print(f"{step.name}: probes {step.kind} with {json.dumps(as_json(config))}", flush=True)
+        if step.kind in RUNS and uses_several_devices(study):
+            _run_in_processes(step, config, study.out)
         else:
             try:
                 _call(step, config)
                 if step.kind == "report":
-                    write_table(settings.out)  # before the report counts as done
+                    write_table(study.out)  # before the report counts as done
             except NothingToMeasure:
                 raise
             except UserError as error:
@@ -236,32 +237,33 @@ def _run_step(step: Step, config: Config, settings: Settings) -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
-def _call(step: Step, config: Config) -> None:
+def _call(step: Step, config: Any) -> None:
     """Call the function of a step, which is imported now."""
     if step.kind == "solve":
         from probes.training.solve.command import run_config
 
         run_config(config)
     elif step.kind == "fit":
-        from probes.training.cli import fit_config
+        from probes.training.cli import run_fit
 
-        fit_config(config)
+        run_fit(config)
     elif step.kind == "report":
         from probes.report.page import run
 
-        run(Namespace(**config))
+        run(config)
     else:
-        function_of(step.kind, "run")(Namespace(**config))
+        function_of(step.kind, "run")(config)
 
 
-def _run_in_processes(step: Step, config: Config, out: Path) -> None:
+def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
     """Run a command with the config as a file; Lightning starts further processes of the same command.
 
     Raises:
         UserError: It has failed.
     """
     file = out / "steps" / f"{step.name.replace('/', '.')}.yaml"
-    write_files({file: yaml.safe_dump(config, sort_keys=False)})
+    values = config.values() if step.kind == "solve" else config.values_of_fit()
+    write_files({file: yaml.safe_dump(values, sort_keys=False)})
     end_on_signals()
     with process_group([sys.executable, "-m", "probes", step.kind, "-c", str(file)]) as process:
         status = process.wait()
@@ -269,9 +271,9 @@ def _run_in_processes(step: Step, config: Config, out: Path) -> None:
         raise UserError(f"{step.name} has failed; all it said is in {out / 'study.log'}")
 
 
-def uses_several_devices(settings: Settings) -> bool:
+def uses_several_devices(study: StudyConfig) -> bool:
     """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
-    given = str(settings.solve["trainer"]["devices"])
+    given = str(study.probes.trainer.get("devices", "auto"))
     if given == "auto":
         import torch
 

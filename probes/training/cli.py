@@ -1,6 +1,5 @@
-"""The commands `probes fit | validate | test | verify-data`: LightningCLI for a probe run."""
+"""The commands `probes fit | validate | test`: LightningCLI for a probe run, which `probes solve` uses, too."""
 
-import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shlex import quote
@@ -13,15 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer, run_process
-from llava_bidir.common.loader_workers import usable_cores
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import RunPlan, check_unfinished, plan_run
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
-from probes.data.base import shared_images
 from probes.data.datamodule import ProbeData
-from probes.data.label_counts import format_labels
+from probes.run_config import RunConfig
 from probes.tasks import SEGMENTATION
 
 from .module import ProbeModule
@@ -186,10 +182,9 @@ def build_cli(
     args: list[str] | dict[str, Any],
     run: bool = True,
     prog: str = "probes",
-    cli_class: type[ProbeCLI] = ProbeCLI,
 ) -> ProbeCLI:
     """Parse words or a config and execute its subcommand; with `run=False` only build model, data and trainer."""
-    return cli_class(
+    return ProbeCLI(
         ProbeModule,
         ProbeData,
         args=args,
@@ -203,48 +198,20 @@ def build_cli(
 
 
 def main(argv: list[str]) -> None:
-    """Run `probes fit`, `validate`, `test` or `verify-data`."""
-    if argv[0] == "verify-data":
-        return verify_data(argv[1:])
+    """Run `probes fit`, `validate` or `test`."""
     with run_process("high"):
         build_cli(argv)
 
 
-def fit_config(config: dict[str, Any]) -> None:
-    """Run `probes fit` with a config, in which "ckpt_path" is that of the command."""
-    options = dict(config)
-    ckpt_path = options.pop("ckpt_path", None)
+def build_run(config: RunConfig, prog: str) -> ProbeCLI:
+    """Return model, data and trainer of a run."""
+    values = config.values_of_fit()
+    del values["ckpt_path"]  # of the subcommand
+    return build_cli(values, run=False, prog=prog)
+
+
+def run_fit(config: RunConfig) -> None:
+    """Run `probes fit`."""
     with run_process("high"):
-        cli = build_cli(options, run=False, prog="probes fit")
-        cli.fit(ckpt_path, model=cli.model, datamodule=cli.datamodule)
-
-
-def verify_data(argv: list[str]) -> None:
-    """Read every image and target of a probing config, on a machine without GPUs.
-
-    Raises:
-        UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
-    """
-    parser = ArgumentParser(
-        prog="probes verify-data",
-        description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
-        "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
-    )
-    parser.add_argument(
-        "--workers",
-        type=natural,
-        default=usable_cores(),
-        help="number of processes",
-    )
-    args, config = parser.parse_known_args(argv)
-    words = ["--model.mllm", "none", *config, *ON_ONE_CPU]
-    data = build_cli(words, run=False, prog=parser.prog).datamodule
-    start = time.perf_counter()
-    data.check_files(data.find_bad_files(args.workers))
-    data.shared_images = shared_images(data.splits["training"], data.splits["validation"])
-    print(format_labels(data.classes, data.labels))
-    for note in data.notes():
-        print(f"warning: {note}")
-    sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
-    targets = f"{data.num_classes} classes" if data.classes else data.task
-    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")
+        cli = build_run(config, "probes fit")
+        cli.fit(config.ckpt_path, model=cli.model, datamodule=cli.datamodule)

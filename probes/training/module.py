@@ -7,7 +7,8 @@ Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
 import math
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -26,12 +27,12 @@ from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.resampling import dataset_scores
-from probes.models.random_init import MATCHES
 from probes.ops.quadrature import PreparedMasks
+from probes.run_config import ModelOptions
 from probes.tasks import Task
 
 from .distributed import all_gather
-from .heads import FEATURE_NORMS, HEADS
+from .heads import HEADS
 from .scoring import compute_counts, score_batch
 from .site_probes import SiteProbes, load_probes
 from .write_run import RunRecord, save_run
@@ -43,59 +44,27 @@ class ProbeModule(LightningModule):
     """Probes at every site of a frozen MLLM, trained by AdamW.
 
     Args:
-        mllm: Checkpoint directory or hub id.
         num_classes: K; linked from the data by the command line.
-        image_attention: Mask of the model; None for the one it was trained with.
-        untrained: Parts that get random weights, as a control: adapter, llm; of a bare vision encoder: encoder.
-        match: How a random LLM or encoder resembles the trained one: none; update, whose layers change the states as
-            much as the trained ones; or permuted, the trained weights in random order. See
-            probes/models/random_init.py.
-        draw: Number of the draw of random weights; several draws show what differs between them.
-        image_px: Side of the square input of a bare vision encoder, a multiple of its patch; None for the one that it
-            is published with. An MLLM has that of its checkpoint.
-        image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
-            (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
-            Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
-        dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
-            float32.
-        prefix: Text before the image; None for the checkpoint's chat template up to the image.
-        sites: Sites to probe; None for all but the encoder's own layers in an MLLM (encoder_00 ...), which are probed
-            by name, or by all.
-        head: linear (the paper), or another, see probes/training/heads.py.
-        feature_norm: none (the paper), batchnorm or layernorm, before the head.
-        learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
-        betas: Betas of AdamW.
-        weight_decay: Weight decay of AdamW.
         seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
+        **options: Fields of :class:`probes.run_config.ModelOptions`, of which `mllm` must be given.
 
     Raises:
-        UserError: If the learning rate is not above 0.
+        UserError: There is no such head, or the learning rate is not above 0.
     """
 
     def __init__(
         self,
-        mllm: str,
         num_classes: int = 150,
-        image_attention: str | None = None,
-        untrained: list[str] | None = None,
-        match: Literal[*MATCHES] = "none",
-        draw: int = 0,
-        image_px: int | None = None,
-        image_resize: str = "squash",
-        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-        prefix: str | None = None,
-        sites: list[str] | Literal["all"] | None = None,
-        head: Literal[*HEADS] = "linear",
-        feature_norm: Literal[*FEATURE_NORMS] = "none",
-        learning_rate: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
         seed: int = 0,
+        **options,
     ):
-        if not learning_rate > 0:
-            raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
+        config = ModelOptions(**options)
+        if config.head not in HEADS:
+            raise UserError(f"model.head is {config.head!r}; expected one of {', '.join(HEADS)}")
+        if not config.learning_rate > 0:
+            raise UserError(f"model.learning_rate must be above 0, got {config.learning_rate}")
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(asdict(config) | {"num_classes": num_classes, "seed": seed})
         self.probes: SiteProbes | None = None  # until the model is configured
         self.task: Task | None = None
         self.identity: Identity | None = None

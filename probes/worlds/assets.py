@@ -13,7 +13,6 @@ OUT/one_scene/{images,annotations}/{training,validation}/*.png, classes.json    
 OUT/segmentation/patches.json    of each picture: the scene of each patch, and whether it shows a cue
 """
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -27,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import atomic_directory
+from probes.world_options import AssetsOptions
 
 from . import english as plain_english
 from . import tiny_models
@@ -393,6 +393,8 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
     return np.concatenate(passes)[:count].tolist()
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: AssetsOptions) -> None:
     """Run `probes demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world, args.scenes, args.english)
+    demo_assets(
+        options.out, options.seed, options.scale, options.world, options.scenes, options.english
+    )

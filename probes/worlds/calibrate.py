@@ -14,7 +14,6 @@ OUT/seedN/{assets,models,STUDY}, OUT/seedN/claims.json, OUT/calibration.csv, cal
 again: seeds and studies can be added, and jobs of different `--seeds` can share OUT.
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -31,8 +30,10 @@ from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.studies.plan import Settings
+from probes.studies.config import StudyConfig
+from probes.studies.parser import study_config
 from probes.studies.run import run_study
+from probes.world_options import CalibrateOptions
 
 from .child_process import run_in_child_process
 from .random_llms import FAMILIES, OF_LANGUAGE
@@ -287,23 +288,18 @@ def study_settings(
     design: Design,
     *,
     fit: bool = True,
-) -> Settings:
+) -> StudyConfig:
     """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
-    return Settings(
+    return study_config(
         models if len(models) > 1 else {"": next(iter(models.values()))},
         str(folder / "assets/segmentation"),
-        out,
+        out=out,
         arms=design.arms,
         fit=fit,
         only=("solve", "fit") if fit else ("solve",),
-        options=(
-            "-c",
-            "demo/probes",
-            "--seed_everything",
-            str(seed),
-            f"--model.sites=[{','.join(design.sites)}]",
-        ),
+        configs=["demo/probes"],
+        options={"seed_everything": seed, "model": {"sites": list(design.sites)}},
     )
 
 
@@ -336,14 +332,14 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     return row | {"supported": supported, "beyond_random_value": verdicts["beyond_random"]["value"]}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: CalibrateOptions) -> None:
     """Run `probes calibrate`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     end_on_signals()
     calibrate(
-        Path(args.out),
-        args.seeds,
-        args.scale,
-        args.scenes,
-        args.studies,
+        options.out,
+        options.seeds,
+        options.scale,
+        options.scenes,
+        options.studies,
     )

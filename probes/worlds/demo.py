@@ -13,7 +13,6 @@ In the binding world the truth about a claim is known, and the last table has it
 that was deleted is made again, and what was made from it.
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step
+from probes.world_options import DemoOptions
 
 from .child_process import run_in_child_process
 from .steps import MASKS, SCENES, WEIGHTS, check_settings, make_step, to_words, training_steps
@@ -28,15 +28,15 @@ from .steps import MASKS, SCENES, WEIGHTS, check_settings, make_step, to_words, 
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: DemoOptions) -> None:
     """Run `probes demo`."""
     out = Path(
-        args.out
+        options.out
     ).resolve()  # the same however it is spelled: steps are compared by their words
     settings = {
-        "seed": args.seed,
-        "scale": args.scale,
-        "world": args.world,
+        "seed": options.seed,
+        "scale": options.scale,
+        "world": options.world,
     }
     with exclusive_run_lock(out, "demo"):
         end_on_signals()
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             list(pool.map(lambda mask: _train(out, mask, settings), MASKS))
         from .demo_studies import run_studies  # imports torch
 
-        run_studies(out, settings, args.extras)
+        run_studies(out, settings, options.extras)
         print(format_truth(read_json(out / "report/results.json")))
 
 

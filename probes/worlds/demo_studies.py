@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from probes.studies.plan import Settings
+from probes.studies.config import StudyConfig
+from probes.studies.parser import study_config
 from probes.studies.run import run_study
 
 from .steps import MASKS, SCENES
@@ -10,8 +11,7 @@ from .steps import MASKS, SCENES
 RANDOM_LLMS = ("random0", "random1", "permuted0", "permuted1")
 ARMS = ("trained", *RANDOM_LLMS, "adapter0", "adapter1")
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
-ANSWERS = ("answers.limit=80", "answers.draws=1")
-ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", *ANSWERS, "explore")
+ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", "explore")
 # What no claim needs; it takes half of the time of a small demo.
 EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap")
 TASKS = ("depth", "normals", "boundaries")
@@ -19,17 +19,16 @@ TASKS = ("depth", "normals", "boundaries")
 BINDING_ARMS = ("trained", *RANDOM_LLMS)
 BINDING_ADD = (
     "explore",
-    *ANSWERS,
     "knockout.classes=ceiling,sky,wall,building",
     "knockout.draws=1",
 )
 # knockouts take half of the time, and no truth is known about them
-BINDING_STEPS = ("solve", "fit", "starvation", "answers", "explore", "report")
-SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
+BINDING_STEPS = ("solve", "fit", "starvation", "explore", "report")
+SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
 # cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
 ADAPTERS = tuple(f"adapter{draw}" for draw in range(5))
-ADAPTER_SITES = "[encoder,adapter]"
+ADAPTER_SITES = ["encoder", "adapter"]
 OTHERS = {
     "shuffled": (RANDOM_LLMS, SITES),
     "merged": (ADAPTERS, ADAPTER_SITES),
@@ -54,53 +53,57 @@ def run_studies(out: Path, settings: dict, extras: bool) -> None:
         run_study(study, overwrite=True)  # the results of models that were made again
 
 
-def _context_study(out: Path, settings: dict, in_full: bool) -> Settings:
+def _context_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
     """Return the study of both masks in the world of one scene, whose truth is unknown."""
     extras = (f"patching.pairs={out}/assets/pairs", *EXTRAS) if in_full else ()
-    return Settings(
+    return study_config(
         {mask: f"{out}/{mask}/stage2/hf" for mask in MASKS},
         f"{out}/assets/segmentation",
-        out,
+        out=out,
         arms=ARMS,
         fit=True,
         tasks=TASKS if in_full else (),
         add=(*ADD, *extras),
-        options=_options(settings, "toy world"),
+        **_probes(settings, "toy world"),
     )
 
 
-def _binding_study(out: Path, settings: dict, in_full: bool) -> Settings:
+def _binding_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
     """Return the study of both models with a planted recovery."""
-    return Settings(
+    return study_config(
         {mask: f"{out}/{mask}/planted/hf" for mask in MASKS},
         f"{out}/assets/segmentation",
-        out,
+        out=out,
         arms=BINDING_ARMS,
         fit=True,
         add=BINDING_ADD,
         only=None if in_full else BINDING_STEPS,
-        options=(*_options(settings, f"{SCENES} scenes"), "--model.sites", SITES),
+        **_probes(settings, f"{SCENES} scenes", SITES),
     )
 
 
-def _other_studies(out: Path, settings: dict) -> list[Settings]:
+def _other_studies(out: Path, settings: dict) -> list[StudyConfig]:
     """Return the studies of the models in which something else is planted, or nothing."""
     studies = []
     for name, (controls, sites) in OTHERS.items():
         studies.append(
-            Settings(
+            study_config(
                 {"": f"{out}/{name}/hf"},
                 f"{out}/assets/segmentation",
-                out / name,
+                out=out / name,
                 arms=("trained", *controls),
                 only=("solve",),
-                options=(*_options(settings, f"{SCENES} scenes"), "--model.sites", sites),
+                **_probes(settings, f"{SCENES} scenes", sites),
             )
         )
     return studies
 
 
-def _options(settings: dict, dataset: str) -> tuple[str, ...]:
-    """Return the options of the probes of all studies."""
-    seed = str(settings["seed"])
-    return ("-c", "demo/probes", "--seed_everything", seed, "--data.name", dataset)
+def _probes(settings: dict, dataset: str, sites: list[str] | None = None) -> dict:
+    """Return config and options of the probes of a study."""
+    options = {
+        "seed_everything": settings["seed"],
+        "data": {"name": dataset},
+        "model": {"sites": sites},
+    }
+    return {"configs": ["demo/probes"], "options": options}

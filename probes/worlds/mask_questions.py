@@ -49,7 +49,7 @@ class MaskQuestion(NamedTuple):
 
     text: str
     answer: str
-    region: dict | None  # {"box", "class"}, as `probes answers` reads it
+    region: dict | None  # {"box", "class"}, as `probes routes` reads it
 
 
 def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:

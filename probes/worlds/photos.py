@@ -4,7 +4,7 @@ OUT/photos/NAME, OUT/photos/captions    links to the data sets and to the folder
 OUT/photos/captions.json                stage 1: one caption of each photo
 OUT/photos/dialogues.json               stage 2: questions from the training masks, and as many other captions
 OUT/photos/questions.json               questions from the validation masks, of all data sets
-OUT/photos/NAME.json                    the same of one data set, for `probes answers --images OUT/photos`
+OUT/photos/NAME.json                    the same of one data set, for `probes routes --images OUT/photos`
 OUT/photos/sources.json                 hashes of what they were made from
 """
 

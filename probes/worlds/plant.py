@@ -11,7 +11,6 @@ of pictures, which reports show beside the verdicts.
 Shapes: B batch, N tokens, T = 64 image tokens, K classes, d width of the encoder.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IGNORE_INDEX, encode
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from probes.world_options import PlantOptions
 
 from .binding import GRID
 from .canvas import CLASSES
@@ -319,23 +319,23 @@ def _save(
     export_hf(net, processor, out, training)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: PlantOptions) -> None:
     """Run `probes plant`."""
-    if args.what == "drop":
-        plant_drop(args.model, args.world, args.out, pairs=args.pairs)
-    elif args.what == "random":
-        plant_random(args.model, args.out, weights=args.weights, seed=args.seed)
+    if options.what == "drop":
+        plant_drop(options.model, options.world, options.out, pairs=options.pairs)
+    elif options.what == "random":
+        plant_random(options.model, options.out, weights=options.weights, seed=options.seed)
     else:
         losses = plant_recovery(
-            args.model,
-            args.world,
-            args.out,
-            steps=args.steps,
-            answer_steps=args.answer_steps,
-            seed=args.seed,
+            options.model,
+            options.world,
+            options.out,
+            steps=options.steps,
+            answer_steps=options.answer_steps,
+            seed=options.seed,
         )
         if losses:
             print(
                 f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}"
             )
-    print(f"wrote {args.out}")
+    print(f"wrote {options.out}")

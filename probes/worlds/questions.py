@@ -2,12 +2,11 @@
 
 OUT/captions.json     the classes of each training photo as a sentence, for stage 1
 OUT/dialogues.json    all questions about a training photo in one conversation, for stage 2
-OUT/questions.json    one question about a validation photo per record, with "regions" for `probes answers`
+OUT/questions.json    one question about a validation photo per record, with "regions" for `probes routes`
 
 DATA is a folder data set (probes/README.md, "Your own data"). What is asked: mask_questions.py.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError, error_context
 from probes.data.folder import FolderDataset
+from probes.world_options import QuestionsOptions
 
 from .english import CAPTION
 from .mask_questions import HELD_OUT, Facts, MaskQuestion, ask_in_pairs, find_facts, to_turns
@@ -28,24 +28,24 @@ SEEN = ("there", "yes")
 Records = dict[str, list[dict[str, Any]]]
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: QuestionsOptions) -> None:
     """Run `probes questions`.
 
     Raises:
         UserError: OUT has other records already, or the photos give none.
     """
-    if args.held_out < 2:
+    if options.held_out < 2:
         raise UserError(
-            f"--held-out must be at least 2, as questions come in pairs; got {args.held_out}"
+            f"--held-out must be at least 2, as questions come in pairs; got {options.held_out}"
         )
     records = build_records(
-        args.data,
-        seed=args.seed,
-        grid=args.grid,
-        per_photo=args.per_photo,
-        held_out=args.held_out,
+        options.data,
+        seed=options.seed,
+        grid=options.grid,
+        per_photo=options.per_photo,
+        held_out=options.held_out,
     )
-    files = {args.out / f"{name}.json": rows for name, rows in records.items()}
+    files = {options.out / f"{name}.json": rows for name, rows in records.items()}
     for file, rows in files.items():
         if not file.is_file():
             continue
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             )
     write_files(files)
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in records.items())
-    print(f"{args.out}: {counts}; train with --data.images {args.data}")
+    print(f"{options.out}: {counts}; train with --data.images {options.data}")
 
 
 def build_records(

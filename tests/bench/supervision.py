@@ -46,7 +46,7 @@ ARMS = {
     "captions": {"caption": True},
 }
 QUESTIONS = 400
-SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
+SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 INDOOR = {"ceiling", "wall", "floor", "bed"}
 
 
@@ -173,16 +173,16 @@ def study(
     """Return recovery and answers of a model, studied beside two random and two permuted LLMs."""
     assets = folder / "assets"
     out = folder / mask / arm / "study"
-    options = ["-c", "demo/probes", "--model.sites", SITES, "--seed_everything", str(seed)]
+    options = {"model": {"sites": SITES}, "seed_everything": seed}
     with contextlib.redirect_stdout(io.StringIO()):
         probes.study(
-            folder / mask / arm / "hf", assets / "segmentation", out=out, options=options,
-            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "answers", "report"],
-            add=[f"answers.questions={assets}/look_alikes.json", "answers.draws=1"],
+            folder / mask / arm / "hf", assets / "segmentation", out=out, configs=["demo/probes"], options=options,
+            arms=["trained", "random0", "random1", "permuted0", "permuted1"], only=["solve", "routes", "report"],
+            add=[f"routes.questions={assets}/look_alikes.json", "routes.draws=1", "routes.window=4"],
         )  # fmt: skip
     found = json.loads((out / "report/results.json").read_text())
     (claim,) = (claim for claim in found["claims"] if claim["claim"] == "recovery")
-    answers = next(iter(found["masks"].values()))["answers"]["accuracy"]["value"]
+    answers = next(iter(found["masks"].values()))["routes"]["accuracy"]["value"]
     columns = {name: claim["verdicts"][name] for name in ("optimum", "beyond_random")}
     return columns | {"answers": answers, "conclusion": claim["conclusion"]}
 

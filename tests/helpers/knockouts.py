@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from probes.analyses.effects import write_effects
-from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.contrasts import knockout_effects
-from probes.analyses.knockout.effects import outcome_key
+from probes.analyses.knockout.rates import outcome_key
 from probes.analyses.knockout.run import summarise_cases
 from probes.results.probe_run import ProbeRun
 
@@ -35,9 +35,11 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
         run.path / "knockout.safetensors",
     )
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
-    results, _ = summarise_cases(run, KnockoutPlan(classes), tensors, {})
+    effects = knockout_effects(run, tensors)
+    options = KnockoutOptions(probes=run.path, classes=tuple(classes))
+    results = summarise_cases(run, options, tensors, effects)
     (run.path / "knockout.json").write_text(json.dumps(results))
-    write_effects(run, "knockout", knockout_effects(run, tensors))
+    write_effects(run, "knockout", effects)
     return results
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = {  # command -> files it writes, in this order
     "fit": ["probes.safetensors", "counts.safetensors", "manifest.json", "metrics.json"],
-    "knockout": ["knockout.json", "knockout.safetensors", "knockout_windows.json"],
+    "knockout": ["knockout.json", "knockout.safetensors"],
     "starvation": ["starvation.json"],
     "umap": ["umap.json"],
     "maps": ["maps.json", "maps.safetensors"],
@@ -86,8 +86,7 @@ class Study:
                 "road",
                 "--batch-size",
                 "2",
-            ]
-            + ["--layer-windows", "2"],
+            ],
             "starvation": ["starvation", "--probes", causal, other, "--by-class", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],

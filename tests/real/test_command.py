@@ -45,7 +45,7 @@ def out(two_layers, tmp_path, monkeypatch) -> Path:
 def command(out, monkeypatch):
     """Return the words of the command and its folder."""
     monkeypatch.setattr(real, "SCALE", 0.01)
-    monkeypatch.setattr(real, "SITES", "[encoder, adapter, layer_01, layer_02]")
+    monkeypatch.setattr(real, "SITES", ["encoder", "adapter", "layer_01", "layer_02"])
     options = ["--minutes", "1", "--controls", "--draws", "1"]
     return ["real", "--out", str(out), *options], out
 

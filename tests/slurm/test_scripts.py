@@ -75,12 +75,12 @@ def test_study_job_runs_a_study_that_can_be_planned(
     knockouts = {f"{mask}/{arm}/knockout" for mask in MASKS for arm in ("trained", "random1")}
     assert knockouts | {"bidirectional/trained/starvation", "report"} < {*steps}
     assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
-    assert steps["causal/trained"].config["data"]["dataset"] == (
+    assert steps["causal/trained"].config.data.dataset == (
         layout if layout != "photos" else "folder"
     )
     if layout == "ade20k":  # Fig. 11 of the paper
         classes = {"sky", "ceiling", "grass"}
-        assert classes <= {*steps["causal/trained/knockout"].config["classes"]}
+        assert classes <= {*steps["causal/trained/knockout"].config.classes}
         assert classes <= {*ade20k.CLASSES}
 
 

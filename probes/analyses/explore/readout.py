@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
-from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.knockout.config import describe, options_of_run
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
@@ -109,7 +110,7 @@ def explore(
         raise UserError(
             f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1"
         )
-    plan = KnockoutPlan.of_run(run)  # blocks as the knockout of the run did
+    plan = options_of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
     heads = {
         site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
@@ -146,7 +147,7 @@ def explore(
         list(word_heads),
         readouts,
         _read_vocabulary(run, readouts),
-        plan.describe(),
+        describe(plan),
     )
 
 
@@ -166,7 +167,7 @@ class _ImageReader:
     word_heads: dict[str, Head]
     top_classes: int
     top_words: int
-    plan: KnockoutPlan
+    plan: KnockoutOptions
     conditions: Sequence[str]
     candidates: list[int]  # classes that a case can be about
     seed: int

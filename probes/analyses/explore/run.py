@@ -16,7 +16,6 @@ block has one byte per value and no padding:
 Shapes: T patches, S sites, W of them with words, k classes, m words.
 """
 
-import argparse
 import base64
 import io
 import zlib
@@ -32,7 +31,6 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
-from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.templates import render
 from probes.data.palette import palette_of
 from probes.results.comparable import check_same_images
@@ -198,19 +196,21 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     return out / "explorer.html"
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ExploreOptions) -> None:
     """Run `probes explore`."""
-    runs = [ProbeRun(path) for path in args.runs]
+    runs = [ProbeRun(path) for path in options.runs]
     for run in runs:
         check_has_llm(run, "explore")
     for run in runs[1:]:
         check_same_images(runs[0], run, "; explore them separately")
-    options = read_fields(ExploreOptions, args)
-    check_ranges(options)
-    with exclusive_run_lock(Path(args.out), "explorer.html"):
-        path = write_page([explore(run, **asdict(options)) for run in runs], args.out)
+    shown = asdict(options)
+    del shown["runs"], shown["out"]
+    with exclusive_run_lock(options.out, "explorer.html"):
+        path = write_page([explore(run, **shown) for run in runs], options.out)
     size_mb = path.stat().st_size / 1e6
-    print(f"{path}: {len(args.images)} image{'s' * (len(args.images) != 1)}, {size_mb:.1f} MB")
+    print(
+        f"{path}: {len(options.images)} image{'s' * (len(options.images) != 1)}, {size_mb:.1f} MB"
+    )
     if size_mb > LARGE_MB:
         print(
             "The page is large; reduce it with --word-sites, --top-words, --conditions or fewer --images."

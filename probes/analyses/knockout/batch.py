@@ -1,4 +1,4 @@
-"""Knock out one batch of images: all cases, conditions and cut locations share forwards, and layers until they differ.
+"""Knock out one batch of images: all cases and conditions share forwards, and the layers before the cut.
 
 Shapes: B images, C cases, T patches, L layers.
 """
@@ -13,27 +13,32 @@ from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 
+from . import KnockoutOptions
 from .attention import attention_from
 from .cases import ConfusionCase, PatchReader, find_cases
-from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
-from .config import KnockoutPlan
-from .effects import outcome_key
-from .layer_sweep import SWEEP_CONDITIONS, cut_locations
+from .conditions import MatchingFeatures, blocked_by_condition
+from .rates import outcome_key
 from .schema import CASE_KEYS
+
+Outcomes = dict[str, Tensor]  # f[L + 1] by name, see cases.py
 
 
 class ForwardRow(NamedTuple):
-    """One row of a forward: which tokens of a case are blocked, and where."""
+    """One row of a forward: which tokens of a case are blocked."""
 
     case: int  # index of the case
-    key: str  # key of the result
+    condition: str
     blocked: Tensor  # bool[T]
-    layers: Sequence[int]  # to cut, numbered from 1
+
+    @property
+    def identity(self) -> tuple[int, bytes]:
+        """What the forward depends on."""
+        return self.case, self.blocked.numpy().tobytes()
 
 
 def knock_out_batch(
     reader: PatchReader,
-    plan: KnockoutPlan,
+    plan: KnockoutOptions,
     classes: list[str],
     batch: dict,
 ) -> dict[str, Tensor]:
@@ -43,7 +48,6 @@ def knock_out_batch(
     """
     pixels = batch["pixels"]
     mllm = reader.mllm
-    depth = len(reader.layers) - 1
     states = mllm.states(pixels, reader.layers)
     predicted = reader.predict_states(states)
     truth = true_classes(batch["target"], len(classes), mllm)
@@ -60,77 +64,28 @@ def knock_out_batch(
     if not cases:
         return {}
     adapter = states[ADAPTER]
-    visible = reader.visible()
     del states  # of every layer; the forwards under a knockout need the memory
-    attention = None
+    attention: Sequence[Tensor | None] = [None] * len(cases)
     if "matched" in plan.controls:
-        attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
-    results: list[dict[str, Tensor]] = []
+        queries = [(case.row, case.mistaken) for case in cases]
+        attention = attention_from(mllm, pixels, queries)
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
-        mass = None if attention is None else attention[i].mean(0)
-        features = MatchingFeatures.from_case(
-            case,
-            mllm.grid,
-            visible,
-            adapter[case.row],
-            mass,
-        )
-        blocked = blocked_by_condition(case, features, plan)
-        results.append(describe_case(case, predicted[:, case.row], features, blocked))
-        rows += plan_rows(i, blocked, plan, depth)
-    for (i, key), outcomes in _run_rows(reader, pixels, cases, rows, plan).items():
-        if key.startswith("swept:"):
-            results[i][key] = outcomes["rate"]
-        else:
-            results[i] |= {
-                outcome_key(name, key): values.mean(0) for name, values in outcomes.items()
-            }
+        features = MatchingFeatures.from_case(case, mllm.grid, adapter[case.row], attention[i])
+        for condition, draws in blocked_by_condition(case, features, plan).items():
+            rows += [ForwardRow(i, condition, draw) for draw in draws]
+    measured = _run_rows(reader, pixels, cases, rows, plan)
     tensors: dict[str, list[Tensor]] = {}
-    for case, result in zip(cases, results, strict=True):
-        for key, value in result.items():
+    for case, outcomes in zip(cases, measured, strict=True):
+        values = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
+        outcomes["none"] = [case.outcomes(predicted[:, case.row])]
+        for condition, draws in outcomes.items():
+            for name in draws[0]:
+                of_draws = torch.stack([draw[name] for draw in draws])
+                values[outcome_key(name, condition)] = of_draws.mean(0)
+        for key, value in values.items():
             tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
     return {key: torch.stack(values) for key, values in tensors.items()}
-
-
-def describe_case(
-    case: ConfusionCase,
-    predicted: Tensor,
-    features: MatchingFeatures,
-    blocked: dict[str, list[Tensor]],
-) -> dict[str, Tensor]:
-    """Return what is known of a case without a forward: itself, its outcomes unmodified, and how its controls match.
-
-    Args:
-        case: The case.
-        predicted: Classes of its image at each layer, i64[L + 1, T].
-        features: What controls are matched in.
-        blocked: Tokens bool[T] of each draw, by condition.
-    """
-    result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
-    unmodified = case.outcomes(predicted)
-    result |= {outcome_key(name, "none"): values for name, values in unmodified.items()}
-    for key, draws in blocked.items():
-        result[f"balance:{key}"] = measure_balance(case, features, key, draws)
-    return result
-
-
-def plan_rows(
-    number: int,
-    blocked: dict[str, list[Tensor]],
-    plan: KnockoutPlan,
-    depth: int,
-) -> list[ForwardRow]:
-    """Return the rows of case `number`: each draw of each condition, then the sweep over windows of `depth` layers."""
-    layers = plan.layers or range(1, depth + 1)
-    rows = [
-        ForwardRow(number, key, draw, layers) for key, draws in blocked.items() for draw in draws
-    ]
-    locations = cut_locations(plan.layer_windows, depth)
-    for key in SWEEP_CONDITIONS:
-        for at in locations:
-            rows.append(ForwardRow(number, f"swept:{key}", blocked[key][0], at.layers))
-    return rows
 
 
 def _run_rows(
@@ -138,33 +93,27 @@ def _run_rows(
     pixels: Tensor,
     cases: list[ConfusionCase],
     rows: list[ForwardRow],
-    plan: KnockoutPlan,
-) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """Return the outcomes by case and key, f[rows of the key, L + 1] each; identical rows run once."""
-    identities = [(row.case, row.blocked.numpy().tobytes(), *row.layers) for row in rows]
-    distinct = list(dict(zip(identities, rows, strict=True)).items())
-    measured: dict[tuple, dict[str, Tensor]] = {}
+    plan: KnockoutOptions,
+) -> list[dict[str, list[Outcomes]]]:
+    """Return the outcomes of each draw by case and condition; identical rows run once."""
+    distinct = {row.identity: row for row in rows}
+    measured: dict[tuple[int, bytes], Outcomes] = {}
     for start in range(0, len(distinct), plan.batch_size):
-        chunk = distinct[start : start + plan.batch_size]
-        of_rows = [cases[row.case] for _, row in chunk]
-        depths = range(1, len(reader.layers))
-        layers = torch.tensor([[layer in row.layers for layer in depths] for _, row in chunk])
-        knockout = Knockout(torch.stack([row.blocked for _, row in chunk]), layers)
-        images = sorted({case.row for case in of_rows})
-        row_images = [images.index(case.row) for case in of_rows]
-        predicted = reader.predict_states(
-            reader.mllm.states(pixels[images], reader.layers, knockout, row_images)
+        chunk = list(distinct.values())[start : start + plan.batch_size]
+        blocked = torch.stack([row.blocked for row in chunk])
+        in_batch = [cases[row.case].row for row in chunk]
+        images = sorted(set(in_batch))
+        states = reader.mllm.states(
+            pixels[images],
+            reader.layers,
+            Knockout(blocked, plan.layers),
+            rows=[images.index(image) for image in in_batch],
         )
-        for i, (identity, _) in enumerate(chunk):
-            measured[identity] = of_rows[i].outcomes(predicted[:, i])
-    by_key: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
-    for identity, row in zip(identities, rows, strict=True):
-        by_key.setdefault((row.case, row.key), []).append(measured[identity])
-
-    def stack(outcomes, name):
-        return torch.stack([values[name] for values in outcomes])
-
-    return {
-        key: {name: stack(outcomes, name) for name in outcomes[0]}
-        for key, outcomes in by_key.items()
-    }
+        predicted = reader.predict_states(states)
+        for i, row in enumerate(chunk):
+            measured[row.identity] = cases[row.case].outcomes(predicted[:, i])
+    by_case: list[dict[str, list[Outcomes]]] = [{} for _ in cases]
+    for row in rows:
+        draws = by_case[row.case].setdefault(row.condition, [])
+        draws.append(measured[row.identity])
+    return by_case

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.models.attention_masks import as_list, is_allowed
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
@@ -41,24 +40,17 @@ class PatchReader:
         device = self.mllm.device
         self.probes = {site: probe.to(device) for site, probe in run.probes().items()}
 
-    def visible(self) -> Tensor:
-        """Return the image tokens that each one sees in any layer, bool[T, T]."""
-        nothing = Knockout(torch.zeros(1, self.mllm.image_tokens, dtype=torch.bool))
-        mask = torch.stack(
-            [is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]
-        ).any(0)
-        image = self.mllm.is_image
-        return mask[image][:, image].cpu()
-
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
         """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""
         return self.predict_states(self.mllm.states(pixels, self.layers, knockout))
 
     def predict_states(self, states: dict[str, Tensor]) -> Tensor:
         """Return the predicted class of each patch, long[L + 1, B, T], from the states f[B, T, d] of each layer."""
-        return torch.stack(
-            [self.probes[site](states[site].float()).argmax(-1) for site in self.layers]
-        ).cpu()
+        predicted = []
+        for site in self.layers:
+            logits = self.probes[site](states[site].float())
+            predicted.append(logits.argmax(-1))
+        return torch.stack(predicted).cpu()
 
 
 @dataclass
@@ -78,11 +70,12 @@ class ConfusionCase:
 
     def outcomes(self, predicted: Tensor) -> dict[str, Tensor]:
         """Return the outcomes at each layer, f[L + 1] by name, from the predictions long[L + 1, T]."""
-        wrong = predicted == self.wrong_class
+        as_wrong = predicted == self.wrong_class
+        is_other = (self.truth != self.wrong_class) & (self.truth >= 0)
+        count = (as_wrong & is_other).sum(-1)
         return {
-            "rate": (wrong & (self.truth != self.wrong_class) & (self.truth >= 0)).sum(-1)
-            / self.patches,
-            "still_wrong": wrong[:, self.mistaken].float().mean(-1),
+            "rate": count / self.patches,
+            "still_wrong": as_wrong[:, self.mistaken].float().mean(-1),
         }
 
 
@@ -113,10 +106,18 @@ def find_cases(
             continue
         correct_class = true[mistaken].mode().values.item()
         blocked = {"incorrect": reference == wrong_class, "correct": reference == correct_class}
-        counts = int(mistaken.sum()), int(blocked["correct"].sum())
-        cases.append(
-            ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, true, blocked)
+        case = ConfusionCase(
+            image=image,
+            row=row,
+            patches=int(mistaken.sum()),
+            anchors=int(blocked["correct"].sum()),
+            wrong_class=wrong_class,
+            correct_class=correct_class,
+            mistaken=mistaken,
+            truth=true,
+            blocked=blocked,
         )
+        cases.append(case)
     return cases
 
 
@@ -135,5 +136,6 @@ def confused_classes(run: ProbeRun, count: int) -> list[str]:
             f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes"
         )
     site = run.sites.index(ADAPTER)
-    wrong = (run.counts.predicted[site] - run.counts.intersection[site]).sum(0).numpy()
-    return [names[k] for k in np.argsort(-wrong, kind="stable")[:count]]
+    wrong = run.counts.predicted[site] - run.counts.intersection[site]
+    order = np.argsort(-wrong.sum(0).numpy(), kind="stable")
+    return [names[k] for k in order[:count]]

@@ -7,12 +7,11 @@
 
 Blocking any token can hurt, nearby or highly attended ones more. An effect is class-specific only if it exceeds the
 matched controls. Controls avoid tokens of high norm, often attention sinks (Neo et al., 2410.07149), and matched
-controls avoid tokens of X, while others are left; :func:`measure_balance` reports the match. Conditions with random
-tokens are drawn several times.
+controls avoid tokens of X, while others are left. Conditions with random tokens are drawn several times.
 
 For matched_X, distance and attention are ranks among the image's tokens: ranks put both on one scale, which a few
 attention sinks cannot stretch (rank-based distance; Rosenbaum, Design of Observational Studies, 2010, ch. 8). A token
-that no mistaken patch sees receives no attention, so visibility is matched with it.
+that no mistaken patch sees receives no attention.
 
 Shapes: T patches on a grid h x w, L layers.
 """
@@ -26,8 +25,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from . import KnockoutOptions
 from .cases import ConfusionCase
-from .config import KnockoutPlan
 from .schema import SETS
 
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
@@ -37,9 +36,7 @@ class MatchingFeatures(NamedTuple):
     """Features of each token by which controls are matched, for one case."""
 
     distance: np.ndarray  # f[T], distance to the nearest mistaken patch, in patches
-    visibility: np.ndarray  # f[T], share of the mistaken patches that may attend to it
-    # f[T], attention received per mistaken patch, mean over layers and heads; NaN if not measured
-    mass: np.ndarray
+    mass: np.ndarray | None  # f[T], attention received per mistaken patch; None if not measured
     high_norm: np.ndarray  # bool[T]
 
     @classmethod
@@ -47,22 +44,16 @@ class MatchingFeatures(NamedTuple):
         cls,
         case: ConfusionCase,
         grid: tuple[int, int],
-        visible: Tensor,
         states: Tensor,
-        mass: Tensor | None,
+        attention: Tensor | None,
     ) -> "MatchingFeatures":
-        """Compute the features from `visible` bool[T, T] (query, key), adapter states f[T, d] and `mass` f[T]."""
+        """Compute the features from adapter states f[T, d] and the attention f[L, T] that the mistaken patches pay."""
         at = np.stack(np.unravel_index(np.arange(len(case.mistaken)), grid), 1)
         mistaken = case.mistaken.numpy()
         apart = at[:, None] - at[mistaken][None]
         distance = np.linalg.norm(apart, axis=-1).min(1)
-        if mass is None:
-            mass = np.full(len(at), np.nan)
-        else:
-            mass = mass.cpu().numpy()
-        return cls(
-            distance, visible.cpu().numpy()[mistaken].mean(0), mass, high_norm_tokens(states)
-        )
+        mass = None if attention is None else attention.mean(0).cpu().numpy()
+        return cls(distance, mass, high_norm_tokens(states))
 
 
 def high_norm_tokens(states: Tensor) -> np.ndarray:
@@ -72,7 +63,7 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
 
 
 def blocked_by_condition(
-    case: ConfusionCase, features: MatchingFeatures, plan: KnockoutPlan
+    case: ConfusionCase, features: MatchingFeatures, plan: KnockoutOptions
 ) -> dict[str, list[Tensor]]:
     """Return the blocked tokens bool[T] by condition, one or several draws.
 
@@ -129,28 +120,3 @@ def matched_tokens(
         for candidates in pools:
             candidates[pick] = False
     return taken
-
-
-def measure_balance(
-    case: ConfusionCase,
-    features: MatchingFeatures,
-    condition: str,
-    draws: list[Tensor],
-) -> Tensor:
-    """Return how well a condition's tokens match, by `BALANCE`: f[5], mean over draws, NaN if undefined.
-
-    The values are the number of tokens, their mean distance and visibility, their summed attention mass, and the share
-    of them that is in the set that the condition is compared with.
-    """
-    compared = case.blocked[condition.rpartition("_")[2]].numpy()
-    rows = []
-    for draw in draws:
-        b = draw.numpy()
-        if not b.any():
-            rows.append([0] + [np.nan] * 4)
-        else:
-            distance = features.distance[b].mean()
-            visibility = features.visibility[b].mean()
-            mass = features.mass[b].sum()
-            rows.append([b.sum(), distance, visibility, mass, compared[b].mean()])
-    return torch.tensor(np.mean(rows, 0), dtype=torch.float32)

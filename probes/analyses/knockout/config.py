@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 from llava_bidir.common.errors import UserError, error_context
-from probes.analyses.options import check_ranges
+from llava_bidir.common.options import options_from
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 
 from . import KnockoutOptions
-from .layer_sweep import cut_locations
-from .schema import CONTROLS
 
 
 def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
@@ -21,51 +19,45 @@ def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
         )
 
 
-class KnockoutPlan(KnockoutOptions):
-    """The options of a knockout, which fit a run."""
+def options_of_run(run: ProbeRun) -> KnockoutOptions:
+    """Return the options of a run's knockout.json; the paper's for a run without one."""
+    results = run.analysis("knockout.json")
+    if results is None:
+        return KnockoutOptions(probes=run.path, classes=())
+    with error_context(run.path / "knockout.json"):
+        names = KnockoutOptions(probes=run.path, classes=()).settings
+        settings = {name: results[name] for name in names}
+        settings["classes"] = [entry["class"] for entry in results["classes"]]
+        settings["layers"] = None if results["layers"] == "all" else results["layers"]
+        return options_from(KnockoutOptions, {"probes": run.path} | settings, "knockout")
 
-    @classmethod
-    def of_run(cls, run: ProbeRun) -> "KnockoutPlan":
-        """Return the plan of a run's knockout.json; the paper's for a run without one."""
-        results = run.analysis("knockout.json")
-        if results is None:
-            return cls(classes=())
-        with error_context(run.path / "knockout.json"):
-            settings = {name: results[name] for name in cls.__dataclass_fields__}
-            settings["classes"] = [entry["class"] for entry in results["classes"]]
-            return cls(
-                **settings | {"layers": None if results["layers"] == "all" else results["layers"]}
+
+def describe(options: KnockoutOptions) -> str:
+    """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
+    differences = []
+    if layers := options.layers:
+        numbers = ", ".join(map(str, layers))
+        differences.append(f"cut in layer{'s' * (len(layers) > 1)} {numbers} only")
+    if options.block_by != ADAPTER:
+        differences.append(f"blocked by the predictions at {options.block_by}")
+    return "; ".join(differences)
+
+
+def check_fits(options: KnockoutOptions, run: ProbeRun) -> None:
+    """Raise a `UserError` if the options do not fit the run."""
+    check_has_layers(run, [layer_site(layer) for layer in range(1, len(run.layers))])
+    choices = {
+        "class": (options.classes, run.metrics["classes"]),
+        "block_by site": ([options.block_by], run.layers),
+    }
+    for kind, (names, known) in choices.items():
+        for name in names:
+            if name not in known:
+                raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
+    if repeated := [name for i, name in enumerate(options.classes) if name in options.classes[:i]]:
+        raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
+    for layer in options.layers or ():
+        if not 1 <= layer < len(run.layers):
+            raise UserError(
+                f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}"
             )
-
-    def describe(self) -> str:
-        """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
-        differences = []
-        if self.layers is not None:
-            differences.append(
-                f"cut in layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))} only"
-            )
-        if self.block_by != ADAPTER:
-            differences.append(f"blocked by the predictions at {self.block_by}")
-        return "; ".join(differences)
-
-    def check(self, run: ProbeRun) -> None:
-        """Raise a `UserError` if the plan does not fit the run."""
-        check_has_layers(run, [layer_site(layer) for layer in range(1, len(run.layers))])
-        choices = {
-            "class": (self.classes, run.metrics["classes"]),
-            "block_by site": ([self.block_by], run.layers),
-            "control": (self.controls, CONTROLS[1:]),
-        }
-        for kind, (names, known) in choices.items():
-            for name in names:
-                if name not in known:
-                    raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
-        if repeated := [name for i, name in enumerate(self.classes) if name in self.classes[:i]]:
-            raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
-        check_ranges(self)
-        cut_locations(self.layer_windows, len(run.layers) - 1)
-        for layer in self.layers or ():
-            if not 1 <= layer < len(run.layers):
-                raise UserError(
-                    f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}"
-                )

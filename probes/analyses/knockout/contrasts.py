@@ -11,8 +11,7 @@ other. Contrasts therefore balance the two: within a pair of classes a, b, "a ca
 weight. Pairs are weighted by how many patches they balance, N_a N_b / (N_a + N_b), as Mantel and Haenszel weigh strata.
 
 The unit is the image, as in all other claims. The classes are those that were blocked: few, chosen because they are
-often confused, no sample of others, and the same in every resampling, as the classes of a mIoU are. The spread over
-pairs stands beside a contrast and is no part of its interval.
+often confused, no sample of others, and the same in every resampling, as the classes of a mIoU are.
 
 Shapes: C cases, E effects, R resamplings, N images.
 """
@@ -27,20 +26,18 @@ from torch import Tensor
 from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 
-from .effects import (
-    Cases,
+from .rates import (
     blocked_classes,
     concat_classes,
-    enough_units,
     later_half,
     list_conditions,
-    mean_over_classes,
     outcome_key,
     select_cases,
 )
 from .schema import CONTROLS, SETS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
+MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
 EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 
@@ -93,26 +90,24 @@ def rate_effects(tensors: dict[str, Tensor], weights: Tensor) -> dict[str, Estim
 def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor], control: str) -> dict[str, Estimate]:
     """Return the contrast of each effect with "random" or "matched" tokens.
 
-    It is about "n": the number of images, mistaken patches and pairs of classes; and "over_pairs", the mean over pairs
-    of :func:`mean_over_classes`. {} without a knockout, or if the cases of pairs with both kinds of mistakes are in
-    fewer than `MIN_IMAGES` images, or groups of images.
+    It is about "n": the number of images, mistaken patches and pairs of classes. {} without a knockout, or if the cases
+    of pairs with both kinds of mistakes are in fewer than `MIN_IMAGES` images, or groups of images.
     """
     cases = paired_cases(tensors, run.metrics["classes"], control)
-    if cases is None or not enough_units(Cases({}, cases.image), run.groups):
+    if cases is None:
         return {}
-    means, by_pair = contrast_estimates(cases, run.weights, run.groups)
+    unit = cases.image if run.groups is None else run.groups[cases.image]
+    if len(unit.unique()) < MIN_IMAGES:
+        return {}
     counts = {
         "images": len(cases.image.unique()),
         "patches": int(cases.patches.sum()),
-        "pairs": len(by_pair),
+        "pairs": len(cases.pair.unique()),
     }
-
-    def spread(i):
-        return mean_over_classes({str(j): of_pair[i] for j, of_pair in enumerate(by_pair)})
-
+    contrasts = contrast_estimates(cases, run.weights, run.groups)
     return {
-        name: replace(means[i], about={"n": counts, "over_pairs": spread(i)})
-        for i, name in enumerate(EFFECTS)
+        name: replace(contrast, about={"n": counts})
+        for name, contrast in zip(EFFECTS, contrasts, strict=True)
     }
 
 
@@ -122,64 +117,61 @@ def paired_cases(
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
     if f"{control}_correct" not in list_conditions(tensors):
         return None
-
-    def read(key):
-        return concat_classes(tensors, key, None)
-
-    def later(condition):
-        return later_half(read(outcome_key(OUTCOME, condition))).double()
-
-    incorrect, correct = (later(name) - later(f"{control}_{name}") for name in SETS)
+    left = {
+        condition: later_half(_read(tensors, outcome_key(OUTCOME, condition))).double()
+        for condition in (*SETS, *(f"{control}_{name}" for name in SETS))
+    }
+    incorrect = left["incorrect"] - left[f"{control}_incorrect"]
+    correct = left["correct"] - left[f"{control}_correct"]
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
-    wrong = torch.cat(
-        [
-            torch.full_like(tensors[f"{name}/image"], classes.index(name))
-            for name in blocked_classes(tensors)
-        ]
-    )
-    true = read("correct_class")
-    patches = read("patches")
-    image = read("image")
+    wrong = [
+        torch.full_like(tensors[f"{name}/image"], classes.index(name))
+        for name in blocked_classes(tensors)
+    ]
+    wrong = torch.cat(wrong)
+    true = _read(tensors, "correct_class")
     pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
     forward = wrong > true
     both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
     if not both.any():
         return None
-    pair = torch.unique(pair[both], return_inverse=True)[1]
     return PairedCases(
         values[both],
-        patches[both].double(),
-        image[both],
-        pair,
+        _read(tensors, "patches")[both].double(),
+        _read(tensors, "image")[both],
+        torch.unique(pair[both], return_inverse=True)[1],
         forward[both],
     )
 
 
+def _read(tensors: dict[str, Tensor], key: str) -> Tensor:
+    """Return what is known of the cases of all classes."""
+    return concat_classes(tensors, key, None)
+
+
 def contrast_estimates(
     cases: PairedCases, weights: Tensor, groups: Tensor | None = None
-) -> tuple[list[Estimate], list[list[Estimate]]]:
-    """Return the contrast of each effect, over all pairs and for each pair, under bootstrap weights f[R, N].
+) -> list[Estimate]:
+    """Return the contrast of each effect over all pairs, under bootstrap weights f[R, N].
 
-    The bootstrap's spread is too small for few images, of which some have most of the patches: the one over all pairs
-    is widened to Student's t with as many degrees of freedom as Kish's effective number of images, or groups, less one.
+    The bootstrap's spread is too small for few images, of which some have most of the patches: it is widened to
+    Student's t with as many degrees of freedom as Kish's effective number of images, or groups, less one.
     """
-    sums, tokens = balance(cases, torch.cat([torch.ones_like(weights[:1]), weights]))
-
-    def estimates(values):
-        return [Estimate.from_vector(of_effect) for of_effect in values.T]
-
+    once = torch.ones_like(weights[:1])
+    sums, tokens = balance(cases, torch.cat([once, weights]))
+    vectors = sums.sum(0) / tokens.sum(0)[:, None]
     unit = cases.image if groups is None else groups[cases.image]
-    patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(
-        0, unit, cases.patches
-    )
+    patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64)
+    patches.index_add_(0, unit, cases.patches)
     df = (patches.sum().square() / patches.square().sum()).item() - 1
     tails = scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)
     wider = float(tails) * ((df + 1) / df) ** 0.5
-    means = estimates(sums.sum(0) / tokens.sum(0)[:, None])
-    widened = [
-        Estimate(mean.value, mean.value + wider * (mean.resampled - mean.value)) for mean in means
-    ]
-    return widened, [estimates(of_pair) for of_pair in sums / tokens[..., None]]
+    contrasts = []
+    for vector in vectors.T:
+        mean = Estimate.from_vector(vector)
+        spread = mean.resampled - mean.value
+        contrasts.append(Estimate(mean.value, mean.value + wider * spread))
+    return contrasts
 
 
 def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,12 +180,17 @@ def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
     sums = []
     tokens = []
     for pair in range(int(cases.pair.max()) + 1):
-        kinds = [(cases.pair == pair) & (cases.forward == forward) for forward in (True, False)]
-        (sum_a, n_a), (sum_b, n_b) = (
-            (weights[:, x] @ cases.values[x], weights[:, x].sum(1)) for x in kinds
-        )
+        of_pair = cases.pair == pair
+        sum_a, n_a = _weighted(cases, weights, of_pair & cases.forward)
+        sum_b, n_b = _weighted(cases, weights, of_pair & ~cases.forward)
         total = (n_a + n_b).clamp(min=1)  # a resampling can lack the pair
         crossed = sum_a * n_b[:, None] + sum_b * n_a[:, None]
         sums.append(crossed / (2 * total[:, None]))
         tokens.append(n_a * n_b / total)
     return torch.stack(sums), torch.stack(tokens)
+
+
+def _weighted(cases: PairedCases, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of effects f[R, E] and the weight f[R] of some cases."""
+    of_chosen = weights[:, chosen]
+    return of_chosen @ cases.values[chosen], of_chosen.sum(1)

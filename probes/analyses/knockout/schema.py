@@ -4,6 +4,5 @@
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
 SETS = ("incorrect", "correct")
 CONTROLS = ("random", "matched")  # "random" is part of every knockout
-BALANCE = ("size", "distance", "seen", "mass", "overlap")
 # fields of a case in knockout.safetensors
 CASE_KEYS = ("image", "patches", "anchors", "correct_class")

@@ -1,16 +1,14 @@
-"""What the report shows of knockouts: rates, and effects against controls."""
+"""What the report shows of knockouts: rates by layer. The claims have its effects."""
 
 from probes.analyses.base import Section
 from probes.results.study import StudyRuns
 
-from .control_figures import control_figures
-from .figures import knockout_figures
+from .figures import rates_figure
 
 ABOUT_CLAIMS = (
     "Claims about knockouts are of the later half of the layers: as the paper measures them, the rate of wrong patches "
     "against nothing blocked; elsewhere, the share of the mistaken patches that stay so, against other tokens blocked, "
-    "both mistakes of a pair of classes weighed alike. The classes are those that were blocked; the spread over them "
-    "is in results.json."
+    "both mistakes of a pair of classes weighed alike. The classes are those that were blocked."
 )
 
 
@@ -20,5 +18,5 @@ def section(study: StudyRuns) -> Section:
     figures = []
     for mask, run in study.main_runs.items():
         if found[mask]:
-            figures += [*knockout_figures(mask, run), *control_figures(mask, run)]
+            figures.append(rates_figure(mask, run))
     return Section(figures, [ABOUT_CLAIMS] if figures else [], by_mask={"knockout": found})

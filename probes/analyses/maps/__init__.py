@@ -1,40 +1,33 @@
 """Predicted maps by site, and under knockout."""
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llava_bidir.common.options import Indices
 from probes.analyses.base import Analysis
-from probes.analyses.options import add_fields, add_out, add_run, images_option, option
+from probes.analyses.fields import RunOptions
 
 
-@dataclass(frozen=True)
-class MapsOptions:
-    """What to show."""
+@dataclass(frozen=True, kw_only=True)
+class MapsOptions(RunOptions):
+    """What to show.
 
-    image: Sequence[int] = images_option((0,))
-    classes: Sequence[str] = option(
-        "classes in RUN/knockout.json to show under knockout",
-        (),
-        metavar="NAME",
-    )
+    Args:
+        image: Indices in the validation split.
+        classes: Classes in RUN/knockout.json to show under knockout.
+    """
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `probes maps`."""
-    add_run(parser)
-    add_fields(parser, MapsOptions)
-    add_out(parser)
+    image: Indices = (0,)
+    classes: tuple[str, ...] = ()
 
 
 ANALYSIS = Analysis(
     help="predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors",
     question="What do the probes predict on single images, layer by layer? Illustrations, no evidence.",
-    add_options=add_options,
+    options=MapsOptions,
     result="maps.json",
     title="Predicted segmentation maps",
     paper="Figs. 4, 6, 12, 13",
-    options={"image": "0,1,2,3"},
+    in_study={"image": (0, 1, 2, 3)},
     arms=("trained", "probes"),
     reads=("knockout",),
     of_encoders=True,

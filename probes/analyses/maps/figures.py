@@ -32,9 +32,11 @@ def site_maps(run: FinishedRun, palette: np.ndarray | None = None) -> FigureData
     for image in index["images"]:
         sample = dataset[image["index"]]
         predicted = maps[f"image/{image['index']}"].numpy()
-        target = run.task.truth(torch.from_numpy(sample["target"])[None])[0].numpy()
-        shown = np.stack([target, *(predicted[index["sites"].index(site)] for site in sites)])
-        rows.append([np.asarray(sample["image"]), *run.task.colorize(shown, palette)])
+        target = torch.from_numpy(sample["target"])[None]
+        maps_shown = [run.task.truth(target)[0].numpy()]
+        maps_shown += [predicted[index["sites"].index(site)] for site in sites]
+        coloured = run.task.colorize(np.stack(maps_shown), palette)
+        rows.append([np.asarray(sample["image"]), *coloured])
     titles = ["image", "target", *(site.replace("_", " ") for site in sites)]
     legend = _legend(run, palette) if run.task_name == SEGMENTATION else ()
     return FigureData(_image_grid(rows, titles, legend=legend), [])
@@ -51,8 +53,11 @@ def _shown_sites(run: FinishedRun) -> list[str]:
         evenly = np.linspace(0, len(layers) - 1, count).round().astype(int)
         shown = {*evenly.tolist(), layers.index(peak)}
         return [layers[i] for i in sorted(shown)]
-    between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
-    return [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
+    shown = [ENCODER, ADAPTER]
+    if layers:
+        half_way = layers[layers.index(peak) // 2]
+        shown += [layers[0], half_way, peak]
+    return [site for site in dict.fromkeys(shown) if site in run.sites]
 
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
@@ -65,12 +70,14 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     evenly = np.linspace(0, predicted.shape[1] - 1, 7)
     layers = np.unique(evenly.round().astype(int))
     blank = np.full((*sample["target"].shape, 3), 255)
-    first_column = [np.asarray(sample["image"]), colorize_classes(sample["target"], palette), blank]
-    rows = [
-        [first_column[i], *(colorize_classes(predicted[i, layer], palette) for layer in layers)]
-        for i in range(3)
-    ]
-    titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
+    target = colorize_classes(sample["target"], palette)
+    first_column = [np.asarray(sample["image"]), target, blank]
+    rows = []
+    for first, of_condition in zip(first_column, predicted, strict=True):
+        maps_shown = [colorize_classes(of_condition[layer], palette) for layer in layers]
+        rows.append([first, *maps_shown])
+    titles = ["image / label"]
+    titles += ["adapter" if layer == 0 else f"layer {layer}" for layer in layers]
     row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]
     return FigureData(_image_grid(rows, titles, row_titles, _legend(run, palette)), [])
 
@@ -95,7 +102,9 @@ def _image_grid(
     row_titles: Sequence[str] = (),
     legend: Sequence[Patch] = (),
 ) -> Figure:
-    figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.3 * len(rows) + 0.7), layout="constrained")
+    width = 1.25 * len(titles) + 0.4
+    height = 1.3 * len(rows) + 0.7
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
         for ax, image in zip(axes[i], row, strict=True):

@@ -9,9 +9,7 @@ Of other tasks than segmentation, "image/I" is the prediction, f32[S, H, W] or f
 Shapes: S sites, T patches, L layers, H W pixels.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,8 +20,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
-from probes.analyses.knockout.config import KnockoutPlan
-from probes.analyses.options import read_fields
+from probes.analyses.knockout.config import describe, options_of_run
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.true_classes import true_classes
 from probes.models.knockout import Knockout
@@ -52,10 +49,14 @@ def predict_maps(
     pixels = reader.mllm.preprocess([sample["image"]])
     knockout = None if blocked is None else Knockout(blocked[None], layers)
     states = reader.mllm.states(pixels, sites, knockout)
-    logits = torch.stack([reader.probes[site](states[site].float())[0] for site in sites])
-    logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
+    logits = []
+    for site in sites:
+        of_site = reader.probes[site](states[site].float())[0]
+        logits.append(of_site.T.unflatten(-1, reader.mllm.grid))
     size = sample["target"].shape
-    return upsampled_argmax(logits, size, reader.mllm.geometry.view(size)).to(torch.uint8).cpu()
+    view = reader.mllm.geometry.view(size)
+    maps = upsampled_argmax(torch.stack(logits), size, view)
+    return maps.to(torch.uint8).cpu()
 
 
 def predict_knockout_maps(
@@ -66,7 +67,7 @@ def predict_knockout_maps(
     The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
     if no image has such patches; a `UserError` if `probes knockout` has not been run for this class.
     """
-    plan = KnockoutPlan.of_run(run)
+    plan = options_of_run(run)
     if name not in plan.classes:
         raise UserError(
             f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first"
@@ -78,15 +79,16 @@ def predict_knockout_maps(
     image = tensors[f"{name}/image"][usable.argmax()].item()
     sample = run.dataset()[image]
     classes = run.metrics["classes"]
-    truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
+    target = torch.from_numpy(sample["target"])[None]
+    truth = true_classes(target, len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    how = (run.layers.index(plan.block_by), plan.min_patches)
     (case,) = find_cases(
         predicted,
         truth,
         torch.tensor([image]),
         classes.index(name),
-        *how,
+        run.layers.index(plan.block_by),
+        plan.min_patches,
     )
     blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
     maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]
@@ -96,14 +98,13 @@ def predict_knockout_maps(
         "image": image,
         "name": sample["name"],
     }
-    return entry | {"how": plan.describe()}, torch.stack(maps)
+    return entry | {"how": describe(plan)}, torch.stack(maps)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: MapsOptions) -> None:
     """Run `probes maps`."""
-    options = read_fields(MapsOptions, args)
-    run = open_run(args.probes)
-    out = Path(args.out or args.probes)
+    run = open_run(options.probes)
+    out = options.folder
     if run.task_name != SEGMENTATION and options.classes:
         raise UserError(
             f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         return results | {"image": [entry["index"] for entry in results["images"]]}
 
     with exclusive_run_lock(out, "maps.json"):
-        check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
+        check_replaceable(out / "maps.json", made_from, options.overwrite, images_of)
         knockouts = []
         tensors = {}
         for i in tqdm(options.image, desc="maps"):

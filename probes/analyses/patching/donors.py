@@ -83,13 +83,11 @@ def pair_batch(
             raise UserError(
                 f"the pictures with and without {one['name']} differ in size; expected the same pixels"
             )
-    both = [[np.asarray(sample["image"]) for sample in samples] for samples in (without, cued)]
-    pairs = zip(*both, strict=True)
-    differs = [torch.from_numpy((a != b).any(-1)) for a, b in pairs]
-    cue = (
-        true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm)
-        == 0
-    )
+    cue_pixels = []
+    for one, other in zip(without, cued, strict=True):
+        differs = (np.asarray(one["image"]) != np.asarray(other["image"])).any(-1)
+        cue_pixels.append(torch.where(torch.from_numpy(differs), 0, IGNORE_INDEX).byte())
+    cue = true_classes(cue_pixels, 1, mllm) == 0
     for sample, covered in zip(cued, cue.all(1).tolist(), strict=True):
         if covered:
             raise UserError(
@@ -106,7 +104,8 @@ def pair_batch(
 
 
 def _truth(mllm: FrozenMLLM, samples: Sequence[dict], classes: int) -> Tensor:
-    return true_classes([torch.from_numpy(sample["target"]) for sample in samples], classes, mllm)
+    targets = [torch.from_numpy(sample["target"]) for sample in samples]
+    return true_classes(targets, classes, mllm)
 
 
 class Pairs:
@@ -137,5 +136,6 @@ class Pairs:
 
     def identity(self) -> dict[str, str]:
         """Return what the pairs are, by content."""
-        return {f"{name}_{key}": value for name, split in (("with", self.cued), ("without", self.without))
-                for key, value in split.identity().items()}  # fmt: skip
+        of_cued = {f"with_{key}": value for key, value in self.cued.identity().items()}
+        of_others = {f"without_{key}": value for key, value in self.without.identity().items()}
+        return of_cued | of_others

@@ -59,8 +59,12 @@ def patching_effects(
 
 def set_names(tensors: dict[str, Tensor], experiment: str) -> list[str]:
     """Return the sets of an experiment, from the keys "EXPERIMENT/SET/GROUP"."""
-    keys = (key.split("/") for key in tensors)
-    return list(dict.fromkeys(key[1] for key in keys if key[0] == experiment and len(key) == 3))
+    names: dict[str, None] = {}
+    for key in tensors:
+        parts = key.split("/")
+        if parts[0] == experiment and len(parts) == 3:
+            names[parts[1]] = None
+    return list(names)
 
 
 def _groups(
@@ -91,8 +95,10 @@ def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of f[N, L] over images without NaN, f[L], and those under weights f[R, N], f[R, L]."""
     valid = ~values.isnan()
     filled = torch.where(valid, values, 0)
+    mean = filled.sum(0) / valid.sum(0)
     weights = weights.double()
-    return filled.sum(0) / valid.sum(0), (weights @ filled) / (weights @ valid.double())
+    resampled = (weights @ filled) / (weights @ valid.double())
+    return mean, resampled
 
 
 def print_effects(results: dict[str, Any]) -> None:

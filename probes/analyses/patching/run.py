@@ -15,11 +15,9 @@ of the set in the difference, are the patches in neither.
 Shapes: N images, B of a batch, T image tokens, L layers, D draws.
 """
 
-import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,19 +29,19 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
-from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import ADAPTER, is_before_adapter, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
-from . import PatchingPlan
+from . import PatchingOptions
 from .donors import Batch, Pairs, mask_batch, pair_batch
 from .effects import patching_effects, print_effects, set_names
 
 # Change of log-odds that rounding explains: some processors sum a batch in another order than a part of it.
 NO_EFFECT = 1e-6
+Patch = Callable[[list[int]], dict[str, Tensor]]  # patch the images of these indices
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Experiment:
     mllm: FrozenMLLM
     donor: FrozenMLLM
     probe: Probe
-    plan: PatchingPlan
+    plan: PatchingOptions
 
     @torch.no_grad()
     def patch(self, batch: Batch) -> dict[str, Tensor]:
@@ -184,78 +182,56 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
     return drawn
 
 
-def patch_states(
-    run: ProbeRun,
-    plan: PatchingPlan,
-    pairs: Pairs | None,
-    out: Path,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The plan does not fit the run, or there is a result of other options, pairs or runs, and not
-            `overwrite`.
+        UserError: The options do not fit the run, or there is a result of other options, pairs or runs, which may not
+            be replaced.
         RuntimeError: The patched states changed nothing, so that they did not reach the model.
     """
+    out = options.folder
     mllm = run.mllm()
     classes = len(run.metrics["classes"])
     dataset = run.dataset()
-    plan = check_plan(plan, mllm)
+    plan = complete_options(options, run)
+    pairs = None
+    if plan.pairs:
+        pairs = Pairs(plan.pairs, run.metrics["classes"])
     identity = pairs and pairs.identity()
-    made_from = (
-        {"runs": [run.fingerprint], "pairs": identity}
-        | asdict(plan)
-        | {"layers": list(plan.layers)}
-    )
-    check_replaceable(out / "patching.json", made_from, overwrite)
+    settings = plan.settings | {"pairs": identity}
+    made_from = {"runs": [run.fingerprint]} | settings
+    check_replaceable(out / "patching.json", made_from, plan.overwrite)
     probe = run.probes()[plan.site].to(mllm.device)
     other = mllm.with_attention(plan.mask)
-    work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
+    partial = out / "patching.partial"
+    of_mask = Experiment(mllm, other, probe, plan)
+    of_pairs = Experiment(mllm, mllm, probe, plan)
+
+    def patch_mask(index: list[int]) -> dict[str, Tensor]:
+        return of_mask.patch(mask_batch(mllm, dataset, index, classes))
+
+    def patch_pairs(index: list[int]) -> dict[str, Tensor]:
+        return of_pairs.patch(pair_batch(mllm, pairs, index, classes))
+
+    def run_batches(name: str, images: int, patch: Patch) -> dict[str, Tensor]:
+        indices = list(range(images))[: plan.limit]
+        found = cached_batches(partial / name, made_from, indices, plan.batch_size, patch)
+        return {f"{name}/{key}": values for key, values in found.items()}
+
+    tensors = run_batches("mask", len(dataset), patch_mask)
+    if any(plan.layers):  # what enters the LLM is the same under both masks
+        check_effects(tensors, "mask")
     if pairs is not None:
-        work["pairs"] = (mllm, len(pairs), lambda index: pair_batch(mllm, pairs, index, classes))
-    tensors = {}
-    for name, (donor, images, read) in work.items():
-        experiment = Experiment(mllm, donor, probe, plan)
-        count = min(images, plan.limit or images)
-        arguments = {
-            "plan": asdict(plan),
-            "run": run.fingerprint,
-            "pairs": identity,
-        }
-        folder = out / "patching.partial" / name
-
-        def patch(index, experiment=experiment, read=read):
-            return experiment.patch(read(index))
-
-        tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, patch)
-        if name == "pairs" or any(plan.layers):  # what enters the LLM is the same under both masks
-            check_effects(tensors, name)
+        tensors |= run_batches("pairs", len(pairs), patch_pairs)
+        check_effects(tensors, "pairs")
     results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | made_from
     results |= patching_effects(tensors, plan.layers, plan.seed, run.groups)
     write_files({out / "patching.safetensors": tensors, out / "patching.json": results})
-    shutil.rmtree(out / "patching.partial")
+    shutil.rmtree(partial)
     return results
-
-
-def _in_batches(
-    folder: Path,
-    arguments: dict,
-    name: str,
-    images: int,
-    size: int,
-    patch: Callable[[list[int]], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    batches = cached_batches(
-        folder,
-        arguments,
-        list(range(images)),
-        size,
-        patch,
-    )
-    return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
 def check_effects(tensors: dict[str, Tensor], name: str) -> None:
@@ -268,54 +244,41 @@ def check_effects(tensors: dict[str, Tensor], name: str) -> None:
             )
 
 
-def check_plan(plan: PatchingPlan, mllm: FrozenMLLM) -> PatchingPlan:
-    """Return the plan with the numbers of its layers.
+def complete_options(options: PatchingOptions, run: ProbeRun) -> PatchingOptions:
+    """Return the options with the site, the mask and the layers that are their defaults for a run.
 
     Raises:
-        UserError: A number is too small, the mask is the run's, or a layer is not before the read-out.
+        UserError: There is no such site, the mask is the run's, or a layer is not before the read-out.
     """
-    check_ranges(plan)
-    if plan.mask == mllm.image_attention:
+    site = run.check_site(options.site)
+    mask = options.mask or ("causal" if run.mask != "causal" else "bidirectional")
+    if mask == run.mask:
         raise UserError(
-            f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own"
+            f"--mask is {mask}, the mask of the run; name another one, whose states replace its own"
         )
-    before = []
-    if not is_before_adapter(plan.site):
-        before = mllm.sites[1 : mllm.sites.index(plan.site)]
+    sites = run.mllm().sites
+    before = [] if is_before_adapter(site) else sites[1 : sites.index(site)]
     if not before:
         raise UserError(
-            f"no layer is before the read-out {plan.site}; name a decoder layer or final_norm by --site"
+            f"no layer is before the read-out {site}; name a decoder layer or final_norm by --site"
         )
-    if wrong := [layer for layer in plan.layers or () if _site(layer) not in before]:
+    layers = tuple(range(len(before)))
+    if options.layers is not None:
+        layers = tuple(sorted(set(options.layers)))
+    if wrong := [layer for layer in layers if _site(layer) not in before]:
         raise UserError(
-            f"--layers {wrong[0]} is not before the read-out {plan.site}; expected 0 to {len(before) - 1}"
+            f"--layers {wrong[0]} is not before the read-out {site}; expected 0 to {len(before) - 1}"
         )
-    return plan if plan.layers is not None else replace(plan, layers=tuple(range(len(before))))
+    return replace(options, site=site, mask=mask, layers=layers)
 
 
 def _site(layer: int) -> str:
     return layer_site(layer) if layer else ADAPTER
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: PatchingOptions) -> None:
     """Run `probes patching`."""
-    probe_run = ProbeRun(args.probes)
+    probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "patching")
-    out = Path(args.out or args.probes)
-    site = probe_run.check_site(args.site)
-    layers = None
-    if args.layers is not None:
-        layers = tuple(sorted(set(args.layers)))
-    mask = args.mask or ("causal" if probe_run.mask != "causal" else "bidirectional")
-    plan = read_fields(
-        PatchingPlan,
-        args,
-        site=site,
-        mask=mask,
-        layers=layers,
-    )
-    pairs = None
-    if args.pairs:
-        pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"])
-    with exclusive_run_lock(out, "patching.json"):
-        print_effects(patch_states(probe_run, plan, pairs, out, args.overwrite))
+    with exclusive_run_lock(options.folder, "patching.json"):
+        print_effects(patch_states(probe_run, options))

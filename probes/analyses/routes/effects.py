@@ -1,4 +1,4 @@
-"""Effects of cut routes: changes of the right answer's log-probability and of answers, with paired intervals.
+"""Accuracy of answers beside probes, and effects of cut routes on answers, with paired intervals.
 
 Each question is its own control. Images are resampled with all their questions, for all routes and runs alike. The
 interval of a cut in all layers is its own; those of windows hold for all windows of a route together.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import simultaneous_band
-from probes.analyses.knockout.effects import Cases, image_weights
+from probes.analyses.knockout.rates import Cases, image_weights
 from probes.evaluation.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"
@@ -25,7 +25,50 @@ ROUTES += [("question", "last")]
 Tensors = dict[str, Tensor]  # content of routes.safetensors
 
 
-def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) -> dict[str, Any]:
+def answer_statistics(tensors: Tensors, sites: Sequence[str], seed: int) -> dict[str, Any]:
+    """Return how many answers are right, beside the probes at the same places.
+
+    Args:
+        tensors: See run.py.
+        sites: Sites of the probes.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        {"questions", "images": numbers, "accuracy", "sites": [{"site", "accuracy", "difference": answer minus probe,
+        "agreement": share of questions on which both say the same}]}; values with intervals are {"value", "ci95"}.
+    """
+    cases = Cases({}, tensors["image"])
+    weights = image_weights(tensors["image"], seed)
+
+    def entry(values: Tensor, lowest: float = 0.0) -> dict[str, Any]:
+        mean, resampled = cases.mean(values.double(), weights)
+        return Estimate(mean.item(), resampled).json(lowest=lowest, highest=1.0)
+
+    answered = tensors["none"].argmax(-1)
+    is_right = (answered == tensors["right"]).double()
+    of_sites = []
+    for site in sites:
+        read = tensors[f"probe:{site}"].argmax(-1)
+        probe_is_right = (read == tensors["right"]).double()
+        of_sites.append(
+            {
+                "site": site,
+                "accuracy": entry(probe_is_right),
+                "difference": entry(is_right - probe_is_right, -1.0),
+                "agreement": entry(answered == read),
+            }
+        )
+    return {
+        "questions": len(answered),
+        "images": cases.counts["images"],
+        "accuracy": entry(is_right),
+        "sites": of_sites,
+    }
+
+
+def route_effects(
+    tensors: Tensors, places: Sequence[Sequence[int]], seed: int
+) -> list[dict[str, Any]]:
     """Return the effects in the content of routes.safetensors.
 
     Args:
@@ -34,16 +77,13 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
         seed: Seed of the bootstrap.
 
     Returns:
-        {"questions", "images", "accuracy": {"value", "ci95"}, "effects": [{"source", "target", "all", "windows",
-        "changed", "changed_windows"}]}. "all" and "changed" are {"value", "ci95"}, in nats and as the share of answers
-        that change; the lists have one of these with "layers" for each window. The source "object - random" is the
+        [{"source", "target", "all", "windows", "changed", "changed_windows", "right"}]. "all", "changed" and "right"
+        are {"value", "ci95"} of a cut in all layers: in nats, and as the shares of answers that change and that are
+        right; the lists have one of these with "layers" for each window. The source "object - random" is the
         difference of the two.
     """
     cases = Cases({}, tensors["image"])
     weights = image_weights(tensors["image"], seed)
-    right = (tensors["none"].argmax(-1) == tensors["right"]).double()
-    mean, resampled = cases.mean(right, weights)
-    accuracy = Estimate(mean.item(), resampled).json(lowest=0.0, highest=1.0)
     effects = []
     for source, target in ROUTES:
         effect: dict[str, Any] = {"source": source, "target": target}
@@ -54,9 +94,10 @@ def route_effects(tensors: Tensors, places: Sequence[Sequence[int]], seed: int) 
             mean, resampled = cases.mean(change(tensors, outcome, source, target), weights)
             effect[of_all] = Estimate(mean[0].item(), resampled[:, 0]).json()
             effect[by_window] = _window_entries(mean[1:], resampled[:, 1:], places[1:])
+        mean, resampled = cases.mean(change(tensors, "correct", source, target), weights)
+        effect["right"] = Estimate(mean[0].item(), resampled[:, 0]).json()
         effects.append(effect)
-    counts = {"questions": len(right), "images": cases.counts["images"]}
-    return counts | {"accuracy": accuracy, "effects": effects}
+    return effects
 
 
 def change(
@@ -65,12 +106,12 @@ def change(
     source: str,
     target: str,
 ) -> Tensor:
-    """Return the change of an outcome, "right" or "changed", when a route is cut, f[Q, 1 + W]."""
+    """Return an outcome when a route is cut, f[Q, 1 + W]: "right" in nats more, "changed", or "correct"."""
     if source == CONTRAST:
         own, other = (change(tensors, outcome, name, target) for name in CONTRAST.split(" - "))
         return own - other
     values = tensors[f"{outcome}:{source} to {target}"].double()
-    if outcome == "changed":
+    if outcome != "right":
         return values
     none = tensors["none"].gather(1, tensors["right"][:, None]).double()
     return values - none
@@ -110,17 +151,23 @@ def _window_entries(
 
 
 def print_routes(results: dict[str, Any]) -> None:
-    """Print the effects of cuts in all layers, and the window with the largest one."""
+    """Print how many answers are right, the effects of cuts in all layers, and the window with the largest one."""
     accuracy = estimate_text(results["accuracy"], ".1%")
     asked = f"{results['questions']} questions about {results['images']} images"
-    print(f"{asked}, answered correctly: {accuracy}")
-    print("Change of the right answer's log-probability (nats), share of answers that change:")
+    by_chance = f"{1 / len(results['classes']):.1%} by a random class"
+    print(f"{asked}, answered correctly: {accuracy} ({by_chance})")
+    for entry in results["sites"]:
+        accuracy = estimate_text(entry["accuracy"], ".1%")
+        agreement = entry["agreement"]["value"]
+        print(f"  probe at {entry['site']:<11} {accuracy}, agrees in {agreement:.1%}")
+    print(
+        "Change of the right answer's log-probability (nats), shares that change and that are right:"
+    )
     for effect in results["effects"]:
         route = f"{effect['source']} to {effect['target']}"
         of_all = estimate_text(effect["all"], "+.3f")
         strongest = max(effect["windows"], key=lambda window: abs(window["value"]))
         first, last = strongest["layers"]
         window = estimate_text(strongest, "+.3f")
-        print(
-            f"  {route:<27} {of_all}, {effect['changed']['value']:+.0%}; most in layers {first}-{last}: {window}"
-        )
+        shares = f"{effect['changed']['value']:+.0%}, {effect['right']['value']:.0%}"
+        print(f"  {route:<27} {of_all}, {shares}; most in layers {first}-{last}: {window}")

@@ -1,8 +1,10 @@
-"""`probes routes`: which way an answer takes from the patches of its object to the last token.
+"""`probes routes`: does the model say what its probes read, and which way does an answer take to the last token?
 
 Each question asks for the class at a place, its object, with one of the run's class names as the right answer
-(answers/questions.py). A route is cut by a knockout with rows and columns of the prompt: no token of the target attends
-to a token of the source, in all layers, or in each window of K layers, whose first layers are a stride apart.
+(questions.py). The probes of all sites read the tokens at that place (several: the mean of their logits).
+
+A route is cut by a knockout with rows and columns of the prompt: no token of the target attends to a token of the
+source, in all layers, or in each window of K layers, whose first layers are a stride apart.
 
     targets   question (with its options), last (token before the answer), text (question, last and answer), image
     sources   image, all image tokens; object, the patches at the place; others, all other patches; random, as many
@@ -11,24 +13,23 @@ to a token of the source, in all layers, or in each window of K layers, whose fi
               question, for the target last
 
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
-name changes. No probe takes part.
+name changes and is right. No probe takes part in them.
 
-    routes.json         settings and effects, see effects.py
-    routes.safetensors  "image", "right" long[Q]; "none" f[Q, K], log-probabilities without a knockout;
+    routes.json         settings, accuracies and effects, see effects.py
+    routes.safetensors  "image", "right" long[Q]; "none", "probe:SITE" f[Q, K], log-probabilities without a knockout;
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
                         "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
-                        "changed:ROUTE" f[Q, 1 + W], 1 where the answer is another one; each the mean over draws
+                        "changed:ROUTE", "correct:ROUTE" f[Q, 1 + W], 1 where the answer is another one, and where it
+                        is right; each the mean over draws
     routes_effects.safetensors   what claims are made from, see probes/analyses/effects.py
     routes.partial/     finished batches, removed at the end
 
 Shapes: Q questions, K classes, T image tokens, W windows, L layers, R rows of a forward.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,39 +39,27 @@ from torch import Tensor
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.answers.questions import (
-    Question,
+from probes.analyses.base import check_has_llm
+from probes.analyses.batch_cache import cached_batches
+from probes.analyses.effects import effects_path
+from probes.analyses.replacement import check_replaceable
+from probes.evaluation.effect_file import effect_file
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.knockout import Knockout
+from probes.results.probe_run import ProbeRun
+from probes.training.heads import Probe
+
+from . import RoutesOptions
+from .effects import answer_statistics, claimed_routes, print_routes, route_effects
+from .questions import (
     QuestionFile,
     first_questions,
     read_question_image,
     read_questions,
     tokens_in_box,
 )
-from probes.analyses.base import check_has_llm
-from probes.analyses.batch_cache import cached_batches
-from probes.analyses.effects import effects_path
-from probes.analyses.options import check_questions, check_ranges, read_fields, read_questions_path
-from probes.analyses.replacement import check_replaceable
-from probes.evaluation.effect_file import effect_file
-from probes.models.frozen_mllm import FrozenMLLM
-from probes.models.knockout import Knockout
-from probes.results.probe_run import ProbeRun
-
-from . import RoutesOptions
-from .effects import claimed_routes, print_routes, route_effects
 
 QUESTIONS_PER_FILE = 8
-
-
-class RoutesPlan(RoutesOptions):
-    """What to ask and what to cut, of files that are there and a model with these layers."""
-
-    def check(self, layers: int) -> None:
-        """Raise a UserError if a number is out of range or a path is missing."""
-        check_ranges(self)
-        if not 1 <= self.window <= layers:
-            raise UserError(f"window is {self.window}; expected 1 to {layers}, the model's layers")
-        check_questions(self)
 
 
 def windows(width: int, layers: int, stride: int = 1) -> list[list[int]]:
@@ -86,43 +75,41 @@ def layers_cut(places: Sequence[Sequence[int]], layers: int) -> Tensor:
     return torch.stack([(numbers >= first) & (numbers <= last) for first, last in places])
 
 
-def measure_routes(
-    run: ProbeRun,
-    plan: RoutesPlan,
-    out: Path,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     """Cut each route for each question, write the files named above, and return the content of routes.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
         UserError: The questions do not fit the run, its model cannot be asked, or there is a result of other questions,
-            options or runs, and not `overwrite`.
+            options or runs, which may not be replaced.
     """
+    out = plan.folder
     classes = run.metrics["classes"]
     mllm = run.mllm()
     layers = len(mllm.layers)
-    plan.check(layers)
+    if not 1 <= plan.window <= layers:
+        raise UserError(f"window is {plan.window}; expected 1 to {layers}, the model's layers")
+    plan = plan.located(run.manifest["data"]["root"])
     file = read_questions(plan.questions, classes)
     asked = range(len(first_questions(plan.questions, file, plan.limit)))
-    settings = asdict(plan)
-    del settings["questions"], settings["images"]
-    made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
-    check_replaceable(out / "routes.json", made_from, overwrite)
+    made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | plan.settings
+    check_replaceable(out / "routes.json", made_from, plan.overwrite)
     places = windows(plan.window, layers, plan.stride)
 
+    probes = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
+
     def compute(numbers: range) -> dict[str, Tensor]:
-        results = [ask(mllm, plan, file, number, classes, places) for number in numbers]
+        results = [ask(mllm, probes, plan, file, number, classes, places) for number in numbers]
         return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
     arguments = made_from | {"images": str(plan.images)}
     partial = out / "routes.partial"
-    batches = cached_batches(partial, arguments, asked, QUESTIONS_PER_FILE, compute)
-    tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    tensors = cached_batches(partial, arguments, asked, QUESTIONS_PER_FILE, compute)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
     results |= made_from | {"questions_file": plan.questions.name}
-    results |= route_effects(tensors, places, plan.seed)
+    results |= answer_statistics(tensors, run.sites, plan.seed)
+    results["effects"] = route_effects(tensors, places, plan.seed)
     effects = effect_file(claimed_routes(tensors, plan.seed), run.fingerprint)
     write_files(
         {
@@ -135,9 +122,52 @@ def measure_routes(
     return results
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question that is asked about its image, under knockouts.
+
+    Args:
+        mllm: The model.
+        pixels: Its image, f[1, 3, H, W].
+        text: The question.
+        classes: The possible answers.
+        batch_size: Knockouts per forward.
+    """
+
+    mllm: FrozenMLLM
+    pixels: Tensor
+    text: str
+    classes: list[str]
+    batch_size: int
+
+    def plain(self) -> Tensor:
+        """Return the log-probability of each class as the answer, f[K], normalised over classes."""
+        scores = self.mllm.answer_log_probs(self.pixels, [self.text], self.classes)
+        return scores[0, 0].log_softmax(-1)
+
+    def cut(
+        self,
+        rows: tuple[str, ...],
+        columns: str | tuple[str, ...],
+        layers: Tensor,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
+        """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
+        scores = []
+        for start in range(0, len(layers), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            patches = None if blocked is None else blocked[part]
+            knockout = Knockout(patches, layers[part], rows, columns)
+            pixels = self.pixels.expand(len(layers[part]), -1, -1, -1)
+            found = self.mllm.answer_log_probs(pixels, [self.text], self.classes, knockout)
+            scores.append(found)
+        return torch.cat(scores)[:, 0].log_softmax(-1)
+
+
 def ask(
     mllm: FrozenMLLM,
-    plan: RoutesPlan,
+    probes: dict[str, Probe],
+    plan: RoutesOptions,
     file: QuestionFile,
     number: int,
     classes: list[str],
@@ -152,34 +182,38 @@ def ask(
         raise UserError(
             f"{plan.questions}: the place of {question.text!r} is all of {file.images[question.image]}; expected a part"
         )
-    none = mllm.answer_log_probs(pixels, [question.text], classes)[0, 0].log_softmax(-1)
+    asked = Asked(mllm, pixels, question.text, classes, plan.batch_size)
+    none = asked.plain()
     results = {
         "image": torch.tensor(question.image),
         "right": torch.tensor(question.right),
         "none": none,
     }
+    for site, states in mllm.states(pixels, list(probes)).items():
+        logits = probes[site](states.float())[0].cpu()
+        results[f"probe:{site}"] = logits[place].mean(0).log_softmax(-1)
     cut = layers_cut(places, len(mllm.layers))
     sources = blocked_patches(place, plan.draws, [plan.seed, number])
-    asked = ("question",)
+    counts = [len(patches) for patches in sources.values()]
+    patches = torch.cat([*sources.values()])
+    blocked = patches.repeat_interleave(len(cut), 0)
+    layers = cut.repeat(len(patches), 1)
+    of_question = ("question",)
     if any(mllm.chat.is_option(question.text)):
-        asked = ("question", "options")
+        of_question = ("question", "options")
     targets = {
-        "question": asked,
+        "question": of_question,
         "last": ("last",),
-        "text": (*asked, "last", "answer"),
+        "text": (*of_question, "last", "answer"),
         "image": ("image",),
     }
     for target, rows in targets.items():
-        blocked = torch.cat([*sources.values()]).repeat_interleave(len(cut), 0)
-        layers = cut.repeat(len(blocked) // len(cut), 1)
-        knockouts = _batches(plan.batch_size, rows, "blocked", layers, blocked)
-        scores = _scores(mllm, pixels, question, classes, knockouts).unflatten(0, (-1, len(cut)))
-        counts = [len(patches) for patches in sources.values()]
-        for source, of_source in zip(sources, scores.split(counts), strict=True):
+        scores = asked.cut(rows, "blocked", layers, blocked)
+        by_source = scores.unflatten(0, (-1, len(cut))).split(counts)
+        for source, of_source in zip(sources, by_source, strict=True):
             results |= _outcomes(f"{source} to {target}", of_source, none, question.right)
-    knockouts = _batches(plan.batch_size, ("last",), asked, cut)
-    scores = _scores(mllm, pixels, question, classes, knockouts)[None]
-    return results | _outcomes("question to last", scores, none, question.right)
+    scores = asked.cut(("last",), of_question, cut)
+    return results | _outcomes("question to last", scores[None], none, question.right)
 
 
 def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Tensor]:
@@ -204,39 +238,6 @@ def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Ten
     }
 
 
-def _batches(
-    size: int,
-    rows: tuple[str, ...],
-    columns: str | tuple[str, ...],
-    layers: Tensor,
-    blocked: Tensor | None = None,
-) -> list[Knockout]:
-    """Return knockouts of at most `size` rows each."""
-    parts = layers.split(size)
-    of_parts = [None] * len(parts) if blocked is None else blocked.split(size)
-    return [
-        Knockout(patches, part, rows, columns)
-        for patches, part in zip(of_parts, parts, strict=True)
-    ]
-
-
-def _scores(
-    mllm: FrozenMLLM,
-    pixels: Tensor,
-    question: Question,
-    classes: list[str],
-    knockouts: list[Knockout],
-) -> Tensor:
-    """Return the log-probability of each class as the answer, f[R, K], normalised over classes."""
-    scores = [
-        mllm.answer_log_probs(
-            pixels.expand(len(knockout.layers), -1, -1, -1), [question.text], classes, knockout
-        )
-        for knockout in knockouts
-    ]
-    return torch.cat(scores)[:, 0].log_softmax(-1)
-
-
 def _outcomes(
     route: str,
     scores: Tensor,
@@ -244,21 +245,21 @@ def _outcomes(
     right: int,
 ) -> dict[str, Tensor]:
     """Return the outcomes of a route, f[1 + W] each, means over draws of scores f[draws, 1 + W, K]."""
-    changed = (scores.argmax(-1) != none.argmax()).float()
+    answers = scores.argmax(-1)
+    changed = (answers != none.argmax()).float()
+    correct = (answers == right).float()
     return {
         f"right:{route}": scores[..., right].mean(0),
         f"probability:{route}": scores[..., right].exp().mean(0),
         f"changed:{route}": changed.mean(0),
+        f"correct:{route}": correct.mean(0),
     }
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: RoutesOptions) -> None:
     """Run `probes routes`."""
-    probe_run = ProbeRun(args.probes)
+    probe_run = ProbeRun(options.probes)
     check_has_llm(probe_run, "routes")
-    out = Path(args.out or args.probes)
-    paths = read_questions_path(args, probe_run.manifest["data"]["root"])
-    plan = read_fields(RoutesPlan, args, **paths)
-    with exclusive_run_lock(out, "routes.json"):
-        results = measure_routes(probe_run, plan, out, args.overwrite)
+    with exclusive_run_lock(options.folder, "routes.json"):
+        results = measure_routes(probe_run, options)
     print_routes(results)

@@ -1,4 +1,4 @@
-"""What the report shows of routes: effects of cuts by window of layers, of trained models and of random LLMs."""
+"""What the report shows of answers: right ones beside probes, and effects of cut routes, also of random LLMs."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.answers.tables import models_of
 from probes.analyses.base import Section
 from probes.analyses.style import COLOURS, FigureData, ReportFigure, draw_curve
+from probes.evaluation.estimate import estimate_text
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
 from .effects import TARGETS
 
-KEYS = ("questions", "images", "accuracy", "effects")  # of routes.json
+KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of routes.json
 DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
 
 
@@ -33,11 +33,18 @@ def section(study: StudyRuns) -> Section:
         for mask, of_mask in routes.items()
     ]  # fmt: skip
     by_mask = {"routes": {mask: routes.get(mask) for mask in study.main_runs}}
-    return Section(figures, [summarize(mask, routes[mask]) for mask in routes], by_mask=by_mask)
+    sentences = []
+    for mask, of_mask in routes.items():
+        sentences += [describe_answers(mask, of_mask), summarize(mask, of_mask)]
+    tables = {"answer_accuracy": accuracy_rows(routes)}
+    return Section(figures, sentences, tables, by_mask=by_mask)
 
 
 def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
-    """Return {mask: `KEYS` of routes.json, and "random": [{"draw", and `KEYS`}]}; masks without are missing.
+    """Return the results by mask, of the solved run if it has some, else of the main one; masks without are missing.
+
+    Returns:
+        {mask: `KEYS` of routes.json, "peak_site": best decoder layer by mIoU, "random": [{"draw", and `KEYS`}]}.
 
     Raises:
         UserError: A random LLM was asked other questions than the trained one.
@@ -47,7 +54,7 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         for other in random_runs:
             _check_same_questions(run, other)
         random = [{"draw": other.draw} | _select(other) for other in random_runs]
-        by_mask[mask] = _select(run) | {"random": random}
+        by_mask[mask] = _select(run) | {"peak_site": run.peak_layer, "random": random}
     return by_mask
 
 
@@ -64,6 +71,35 @@ def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:
 def _select(run: ProbeRun) -> dict[str, Any]:
     results = run.analysis("routes.json")
     return {key: results[key] for key in KEYS}
+
+
+def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what was measured of the trained model and of each random LLM, by name."""
+    return {"trained": of_mask} | {
+        f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]
+    }
+
+
+def accuracy_rows(routes: dict[str, dict[str, Any]]) -> Rows:
+    """Return the accuracy of answers, then of the probe at each site, at the same places."""
+    rows = []
+    for mask, of_mask in routes.items():
+        for model, entry in models_of(of_mask).items():
+            common = {"image_attention": mask, "model": model}
+            rows.append(common | {"read_by": "answer"} | _numbers(entry["accuracy"], "accuracy"))
+            rows += [
+                common
+                | {"read_by": f"probe at {site['site']}"}
+                | _numbers(site["accuracy"], "accuracy")
+                | _numbers(site["difference"], "answer_minus_probe")
+                | {"agreement": site["agreement"]["value"]}
+                for site in entry["sites"]
+            ]
+    return rows
+
+
+def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
 
 
 def routes_figure(of_mask: dict[str, Any]) -> FigureData:
@@ -138,8 +174,29 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
             for layers, right, changed in pairs:
                 numbers = {"nats": right["value"]} | bounds(right["ci95"], "nats_")
                 numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
+                if layers == "all":
+                    numbers["right"] = effect["right"]["value"]
                 rows.append(common | {"layers": layers} | numbers)
     return rows
+
+
+def describe_answers(mask: str, of_mask: dict[str, Any]) -> str:
+    """Return one sentence per mask: how many answers are right, beside the probe at the same places."""
+    sites = {site["site"]: site for site in of_mask["sites"]}
+    site = sites.get(of_mask["peak_site"], of_mask["sites"][-1])
+    text = (
+        f"{mask.capitalize()}: at {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions, the right class "
+        f"is the model's most probable answer of all classes; at {_percent(site['accuracy'])}, it is that of the probe "
+        f"at {site['site']} (both say the same in {site['agreement']['value']:.0%})"
+    )
+    for model, entry in models_of(of_mask).items():
+        if entry is not of_mask:
+            text += f"; {model}: {_percent(entry['accuracy'])}"
+    return f"{text}."
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    return estimate_text(entry, ".1%")
 
 
 def summarize(mask: str, of_mask: dict[str, Any]) -> str:

@@ -1,39 +1,37 @@
 """Context starvation: accuracy by patch position under two masks."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from llava_bidir.common.options import Seed
 from probes.analyses.base import Analysis, Claim, PlannedRun
-from probes.analyses.options import add_fields, add_out, option, seed_option
 from probes.models.sites import is_layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StarvationOptions:
-    """What to compare."""
+    """What to compare.
 
-    site: str | None = option(
-        "site to compare at (default: the causal run's best decoder layer)", None
-    )
-    by_class: bool = option("also hold the classes fixed: early patches are mostly sky", False)
-    seed: int = seed_option("the bootstrap")
+    Args:
+        probes: Folders of finished probe runs on the same images, the causal one first.
+        out: Output folder (default: the bidirectional run's folder).
+        overwrite: Replace a result that other options or runs have made.
+        site: Site to compare at (default: the causal run's best decoder layer).
+        by_class: Also hold the classes fixed: early patches are mostly sky.
+        seed: Random seed of the bootstrap.
+    """
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `probes starvation`."""
-    parser.add_argument(
-        "--probes",
-        required=True,
-        nargs=2,
-        metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"),
-        help="folders of finished probe runs on the same images",
-    )
-    add_fields(parser, StarvationOptions)
-    add_out(parser, "the bidirectional run's folder")
+    probes: tuple[Path, Path]
+    out: Path | None = None
+    overwrite: bool = False
+    site: str | None = None
+    by_class: bool = False
+    seed: Seed = 0
 
 
-def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
     """Return why two planned runs cannot be compared, the causal one first; "" if they can."""
     masks = [run.mask for run in runs]
     if masks != ["causal", "bidirectional"]:
@@ -48,12 +46,12 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
 ANALYSIS = Analysis(
     help="compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json",
     question="Are early image tokens worse off under causal attention, since they attend to few others?",
-    add_options=add_options,
+    options=StarvationOptions,
     result="starvation.json",
     title="Context starvation",
     paper="Sec. 5.1, Fig. 7, Table 3",
     of="pair",
-    options={"by-class": "true"},
+    in_study={"by_class": True},
     arms=("trained", "probes"),
     default=True,
     lacks=lacks,

@@ -33,11 +33,11 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
     dataset = run.dataset()
     mllm = run.mllm()
     names = run.metrics["classes"]
-    targets = (
-        torch.from_numpy(dataset[i]["target"])[None]
-        for i in tqdm(range(len(dataset)), desc="masks")
-    )
-    labels = torch.cat([true_classes(target, len(names), mllm) for target in targets])
+    labels = []
+    for i in tqdm(range(len(dataset)), desc="masks"):
+        target = torch.from_numpy(dataset[i]["target"])[None]
+        labels.append(true_classes(target, len(names), mllm))
+    labels = torch.cat(labels)
     share = run.counts.labelled.sum(0).double()
     share /= share.sum()
     columns = run.metrics["grid"][1]
@@ -68,20 +68,19 @@ def standardised_gap(
 
     `labels` are the classes of the patches, long[N, T], -1 for unlabelled ones; `weights` those of the bootstrap.
     """
-    # row 0: the split itself
-    all_weights = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])
-    total = {
-        mask: torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double) for mask in counts
-    }
-    mix = torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double)
+    of_split = torch.ones_like(weights[:1])
+    all_weights = torch.cat([of_split, weights])
+    nothing = torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double)
+    total = {mask: nothing.clone() for mask in counts}
+    mix = nothing.clone()
+    valid_pixels = counts["causal"].valid  # the same of both masks
     for k in share.nonzero().flatten().tolist():
         of_class = (labels == k).double()
-        valid = all_weights @ (next(iter(counts.values())).valid * of_class)
+        valid = all_weights @ (valid_pixels * of_class)
         mix += share[k] * (valid > 0)
         for mask, (right, _) in counts.items():
-            total[mask] += share[k] * torch.where(
-                valid > 0, all_weights @ (right * of_class) / valid, 0.0
-            )
+            accuracy = all_weights @ (right * of_class) / valid
+            total[mask] += share[k] * torch.where(valid > 0, accuracy, 0.0)
     accuracy = {mask: values / mix for mask, values in total.items()}
     estimate = {mask: values[0] for mask, values in accuracy.items()}
     resampled = {mask: values[1:] for mask, values in accuracy.items()}
@@ -97,7 +96,8 @@ def _frequency_groups(
     columns: int,
 ) -> list[dict]:
     """Return the gap over the first row for each third of the classes; thirds that do not occur there are left out."""
-    ranked = [k for k in share.argsort(descending=True, stable=True).tolist() if share[k] > 0]
+    order = share.argsort(descending=True, stable=True)
+    ranked = order[share[order] > 0].tolist()
     groups = []
     third = -(-len(ranked) // 3)
     for i, frequency in enumerate(GROUPS):

@@ -41,19 +41,20 @@ def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
     """
     if site not in run.sites:
         raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
-    return PatchCounts(
-        run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double()
-    )
+    right = run.counts.patch_right[run.sites.index(site)]
+    return PatchCounts(right.double(), run.counts.patch_valid.double())
 
 
 def patch_accuracy(
     counts: CountsByMask, weights: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return accuracy by patch, f[T], and under each resampling `weights` f[R, N], f[R, T]; both by mask."""
-    return (
-        {mask: right.sum(0) / valid.sum(0) for mask, (right, valid) in counts.items()},
-        {mask: (weights @ right) / (weights @ valid) for mask, (right, valid) in counts.items()},
-    )
+    accuracy = {}
+    resampled = {}
+    for mask, (right, valid) in counts.items():
+        accuracy[mask] = right.sum(0) / valid.sum(0)
+        resampled[mask] = (weights @ right) / (weights @ valid)
+    return accuracy, resampled
 
 
 def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor]) -> dict[str, list]:
@@ -72,6 +73,6 @@ def pooled_gap(
 ) -> dict[str, float | list[float]]:
     """Return the same for some patches pooled, with one number per key."""
     pooled = {mask: pixels.pool(patches) for mask, pixels in counts.items()}
-    return {
-        key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()
-    }
+    accuracy, resampled = patch_accuracy(pooled, weights)
+    gap = accuracy_gap(accuracy, resampled)
+    return {key: values[0] for key, values in gap.items()}

@@ -6,11 +6,8 @@ content that both masks share: early patches are mostly sky and ceiling. One mas
 by_class.py therefore holds the classes fixed.
 """
 
-import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,7 +15,6 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.results.comparable import check_pair
 from probes.results.finished_run import warn_of_changed_data
@@ -94,21 +90,25 @@ def _read_pair(
     return site, counts, weights.double()
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: StarvationOptions) -> None:
     """Run `probes starvation`."""
-    options = read_fields(StarvationOptions, args)
-    check_ranges(options)
-    causal, bidirectional = map(ProbeRun, args.probes)
+    causal, bidirectional = map(ProbeRun, options.probes)
     warn_of_changed_data([causal, bidirectional])
-    out = Path(args.out or args.probes[1])
+    out = options.out or options.probes[1]
     with exclusive_run_lock(out, "starvation.json"):
         made_from = {
             "runs": [causal.fingerprint, bidirectional.fingerprint],
             "site": options.site or causal.peak_layer,
             "options": {"seed": options.seed, "by_class": options.by_class},
         }
-        check_replaceable(out / "starvation.json", made_from, args.overwrite)
-        results = starvation(causal, bidirectional, **asdict(options))
+        check_replaceable(out / "starvation.json", made_from, options.overwrite)
+        results = starvation(
+            causal,
+            bidirectional,
+            options.site,
+            options.seed,
+            by_class=options.by_class,
+        )
         write_files({out / "starvation.json": results})
     for where, gap in _gaps(results):
         print(f"{where}: {_format_gap(gap)}")

@@ -1,40 +1,29 @@
 """The patches of images in two dimensions, site by site."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
+from llava_bidir.common.options import Indices, Seed
 from probes.analyses.base import Analysis, PlannedRun
-from probes.analyses.options import (
-    add_fields,
-    add_out,
-    add_run,
-    images_option,
-    option,
-    seed_option,
-)
+from probes.analyses.fields import RunOptions
 from probes.models.sites import ADAPTER, PATCHES, is_layer
 
 
-@dataclass(frozen=True)
-class UmapOptions:
-    """What to embed."""
+@dataclass(frozen=True, kw_only=True)
+class UmapOptions(RunOptions):
+    """What to embed.
 
-    image: Sequence[int] = images_option((0,))
-    sites: Sequence[str] | None = option(
-        "sites (default: adapter, half-way, best layer)",
-        None,
-        metavar="SITE",
-    )
-    seed: int = seed_option("UMAP")
+    Args:
+        image: Indices in the validation split.
+        sites: Sites (default: adapter, half-way, best layer).
+        seed: Random seed of UMAP.
+    """
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `probes umap`."""
-    add_run(parser)
-    add_fields(parser, UmapOptions)
-    add_out(parser)
+    image: Indices = (0,)
+    sites: tuple[str, ...] | None = None
+    seed: Seed = 0
 
 
 def lacks_package() -> str:
@@ -44,7 +33,7 @@ def lacks_package() -> str:
     return ""
 
 
-def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
+def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
     """Return that the package, or the probe of a planned run at a default site, is missing, "" if none is."""
     if missing := lacks_package():
         return missing
@@ -58,7 +47,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, str]) -> str:
 ANALYSIS = Analysis(
     help="embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json",
     question="Do the patches of one class lie together, layer by layer? Illustrations, no evidence.",
-    add_options=add_options,
+    options=UmapOptions,
     result="umap.json",
     title="UMAP of patches",
     paper="Sec. 3.3, Fig. 5",

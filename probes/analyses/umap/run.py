@@ -6,9 +6,7 @@ neighbour purity and the silhouette of the classes.
 Shapes: T patches, d width of a site.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_image
-from probes.analyses.options import check_ranges, read_fields
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.true_classes import true_classes
 from probes.models.sites import ADAPTER
@@ -60,8 +57,10 @@ def umap_of_images(
     for image in images:
         check_image(image, len(dataset))
         sample = dataset[image]
-        labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
-        states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
+        target = torch.from_numpy(sample["target"])[None]
+        labels = true_classes(target, len(classes), mllm)[0]
+        pixels = mllm.preprocess([sample["image"]])
+        states = mllm.states(pixels, sites or _default_sites(run))
         embedded = []
         for site, x in states.items():
             points = embed(x[0].float().cpu(), labels, seed)
@@ -119,7 +118,8 @@ def _default_sites(run: ProbeRun) -> list[str]:
             f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model"
         )
     start = ADAPTER if run.has_llm else layers[0]
-    return list(dict.fromkeys([start, layers[layers.index(peak) // 2], peak]))
+    half_way = layers[layers.index(peak) // 2]
+    return list(dict.fromkeys([start, half_way, peak]))
 
 
 def _made_from(results: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +128,10 @@ def _made_from(results: dict[str, Any]) -> dict[str, Any]:
     return results | {"image": [image["image"] for image in images], "sites": sites}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: UmapOptions) -> None:
     """Run `probes umap`."""
-    options = read_fields(UmapOptions, args)
-    check_ranges(options)
-    run = ProbeRun(args.probes)
-    out = Path(args.out or args.probes)
+    run = ProbeRun(options.probes)
+    out = options.folder
     sites = options.sites or _default_sites(run)
     made_from = {
         "runs": [run.fingerprint],
@@ -142,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         "sites": sites,
     }
     with exclusive_run_lock(out, "umap.json"):
-        check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
+        check_replaceable(out / "umap.json", made_from, options.overwrite, _made_from)
         results = umap_of_images(run, options.image, sites, options.seed)
         write_files({out / "umap.json": results})
     for image in results["images"]:

@@ -21,8 +21,8 @@ def test_only_missing_or_damaged_batches_are_computed_again(tmp_path):
     computed.clear()
     again = cached_batches(folder, {"seed": 0}, "abcdefg", 2, compute)
     assert computed == ["cd", "ef"]
-    assert [b["x"][0].item() for b in first] == [1, 2, 3, 4]
-    assert [b["x"][0].item() for b in again] == [1, 1, 2, 4]
+    assert first["x"][::100].tolist() == [1, 2, 3, 4]
+    assert again["x"][::100].tolist() == [1, 1, 2, 4]
     computed.clear()
     cached_batches(folder, {"seed": 1}, "abcdefg", 2, compute)
     assert computed == ["ab", "cd", "ef", "g"], "different arguments"

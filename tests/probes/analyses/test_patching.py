@@ -12,25 +12,28 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.patching import PatchingOptions
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
 from probes.analyses.patching.run import (
     NO_EFFECT,
-    PatchingPlan,
     check_effects,
     patch_states,
     random_tokens_outside,
 )
 from probes.cli import main
+from probes.results.probe_run import ProbeRun
 
 READ_OUT = "layer_02"
 
 
-def plan(mask: str, **changes) -> PatchingPlan:
-    return PatchingPlan(
+def options(run: ProbeRun, out: Path, **changes) -> PatchingOptions:
+    return PatchingOptions(
         **{
+            "probes": run.path,
+            "out": out,
             "site": READ_OUT,
-            "mask": mask,
+            "mask": "bidirectional",
             "layers": (0, 1),
             "draws": 2,
             "batch_size": 4,
@@ -222,7 +225,7 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
 
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
     with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
-        patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)
+        patch_states(runs["causal"], options(runs["causal"], tmp_path))
 
 
 def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
@@ -253,9 +256,8 @@ def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoint
 
 
 def test_a_mask_leaves_what_enters_the_llm_alone(runs, tmp_path):
-    results = patch_states(
-        runs["causal"], plan("bidirectional", layers=(0,), limit=2), None, tmp_path
-    )
+    run = runs["causal"]
+    results = patch_states(run, options(run, tmp_path, layers=(0,), limit=2))
     values = [
         place["value"] for entry in results["experiments"][0]["sets"] for place in entry["patched"]
     ]

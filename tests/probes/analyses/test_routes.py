@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from llava_bidir.common.errors import UserError
 from probes import Knockout
-from probes.analyses.answers.questions import read_questions
+from probes.analyses.routes import RoutesOptions
+from probes.analyses.routes.effects import answer_statistics
+from probes.analyses.routes.questions import read_questions
 from probes.analyses.routes.run import (
-    RoutesPlan,
     _outcomes,
     blocked_patches,
     measure_routes,
@@ -66,6 +67,7 @@ def test_routes_equal_a_loop_over_knockouts(measured):
     }
     for number, question in list(enumerate(file.questions))[:2]:
         pixels = mllm.preprocess([Image.open(path.parent / file.images[question.image])])
+        states = mllm.states(pixels, run.sites)
         left, top, right, bottom = question.box
         place = [
             left <= (column + 0.5) / 2 < right and top <= (row + 0.5) / 2 < bottom
@@ -73,6 +75,10 @@ def test_routes_equal_a_loop_over_knockouts(measured):
             for column in range(2)
         ]
         place = torch.tensor(place)
+        for site, probe in run.probes().items():
+            read = probe(states[site])[0, place].mean(0).log_softmax(-1)
+            found = tensors[f"probe:{site}"][number]
+            torch.testing.assert_close(found, read, rtol=0, atol=1e-4)
         blocked = {
             "image": place | True,
             "object": place,
@@ -88,6 +94,8 @@ def test_routes_equal_a_loop_over_knockouts(measured):
                     torch.testing.assert_close(found, scores[question.right], rtol=0, atol=1e-4)
                     changed = scores.argmax() != tensors["none"][number].argmax()
                     assert tensors[f"changed:{source} to {target}"][number, i] == changed
+                    correct = scores.argmax() == question.right
+                    assert tensors[f"correct:{source} to {target}"][number, i] == correct
         knockout = Knockout(None, [2, 3], "last", "question")
         scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
         expected = scores[0, 0].log_softmax(-1)[question.right]
@@ -95,14 +103,52 @@ def test_routes_equal_a_loop_over_knockouts(measured):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_accuracies_are_shares_of_questions(measured):
+    run, _, results, tensors = measured
+    right = tensors["right"]
+    said = tensors["none"].argmax(-1)
+    assert results["accuracy"]["value"] == pytest.approx((said == right).double().mean().item())
+    assert [entry["site"] for entry in results["sites"]] == run.sites
+    for entry in results["sites"]:
+        read = tensors[f"probe:{entry['site']}"].argmax(-1)
+        assert entry["accuracy"]["value"] == pytest.approx((read == right).double().mean().item())
+        assert entry["agreement"]["value"] == pytest.approx((read == said).double().mean().item())
+    for effect in results["effects"][:4]:
+        correct = tensors[f"correct:{effect['source']} to {effect['target']}"][:, 0]
+        assert effect["right"]["value"] == pytest.approx(correct.double().mean().item())
+
+
+def test_intervals_resample_images_with_all_their_questions():
+    """Ten copies of each question about an image are no new evidence."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        "image": torch.arange(30).repeat_interleave(2),
+        "right": torch.randint(3, (60,), generator=generator),
+    }
+    for reader in ("none", "probe:adapter"):
+        tensors[reader] = torch.randn(60, 3, generator=generator).log_softmax(-1)
+    copies = {key: value.repeat_interleave(10, 0) for key, value in tensors.items()}
+    once, often = (answer_statistics(found, ["adapter"], 0) for found in (tensors, copies))
+    assert often["questions"] == 10 * once["questions"]
+    assert often["images"] == once["images"]
+    assert often["accuracy"]["ci95"] == pytest.approx(once["accuracy"]["ci95"])
+    difference = [found["sites"][0]["difference"]["ci95"] for found in (once, often)]
+    assert difference[0] == pytest.approx(difference[1])
+
+
 def test_questions_about_one_image_are_refused(measured, tmp_path):
     """Their intervals, which go by image, would have no width."""
     run, questions, *_ = measured
     records = json.loads(questions.read_text())
     (tmp_path / "one.json").write_text(json.dumps(records[:1] * 3))
-    plan = RoutesPlan(tmp_path / "one.json", questions.parent)
+    plan = RoutesOptions(
+        probes=run.path,
+        out=tmp_path,
+        questions=tmp_path / "one.json",
+        images=questions.parent,
+    )
     with pytest.raises(UserError, match="are about one image; expected two or more"):
-        measure_routes(run, plan, tmp_path)
+        measure_routes(run, plan)
 
 
 def test_random_patches_are_as_many_others():
@@ -205,8 +251,14 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
         questions.write_text(json.dumps(held_out))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ProbeRun, "mllm", lambda self, mllm=mllm: mllm)
-            plan = RoutesPlan(questions, questions.parent, window=1, draws=2)
-            results = measure_routes(run, plan, tmp_path / name / "out")
+            plan = RoutesOptions(
+                probes=run.path,
+                out=tmp_path / name / "out",
+                questions=questions,
+                window=1,
+                draws=2,
+            )
+            results = measure_routes(run, plan)
         effects = {(entry["source"], entry["target"]): entry for entry in results["effects"]}
         tensors = load_file(tmp_path / name / "out/routes.safetensors")
         own, other = (tensors[f"right:{s} to text"][:, 0].exp() for s in ("object", "random"))

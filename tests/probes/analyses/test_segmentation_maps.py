@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from safetensors.torch import load_file
 
 from probes import Knockout
 from probes.analyses.explore.readout import explore
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
-from probes.analyses.knockout.config import KnockoutPlan
+from probes.analyses.knockout.config import describe, options_of_run
 from probes.analyses.knockout.run import knockout
 from probes.analyses.maps.run import predict_maps
 from probes.cli import main
@@ -20,18 +20,18 @@ from probes.results.probe_run import ProbeRun
 
 PLANS = {
     "paper": {},
-    "layers": {"layers": [2]},
+    "layers": {"layers": (2,)},
     "site of the predictions": {"block_by": "layer_02"},
 }
 
 
 @pytest.fixture(params=PLANS)
-def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutPlan, dict]:
+def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutOptions, dict]:
     """A copy of a run with a knockout, its plan, and the tokens that it blocks by image and condition."""
     run = ProbeRun(shutil.copytree(runs["bidirectional"].path, tmp_path / "run"))
     (name,) = confused_classes(run, 1)
-    plan = KnockoutPlan([name], **PLANS[request.param])
-    knockout(run, plan, run.path)
+    plan = KnockoutOptions(probes=run.path, classes=(name,), **PLANS[request.param])
+    knockout(run, plan)
     reader = PatchReader(run)
     tokens = {}
     classes = run.metrics["classes"]
@@ -52,11 +52,11 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, KnockoutPlan, dict]:
 
 def test_maps_are_those_of_the_runs_knockout(blocked):
     run, plan, tokens = blocked
-    assert KnockoutPlan.of_run(run) == replace(plan, controls=[])
+    assert options_of_run(run) == plan
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
-    assert entry["how"] == plan.describe()
-    assert bool(plan.describe()) == (plan != KnockoutPlan(plan.classes))
+    assert entry["how"] == describe(plan)
+    assert bool(describe(plan)) == (plan != KnockoutOptions(probes=run.path, classes=plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
     reader = PatchReader(run)
     sample = run.dataset()[entry["image"]]
@@ -76,7 +76,7 @@ def test_the_explorer_shows_the_runs_knockout(blocked):
     run, plan, tokens = blocked
     explored = explore(run, list(tokens), classes=plan.classes)
     mllm = run.mllm()
-    assert explored.how == plan.describe()
+    assert explored.how == describe(plan)
     for image in explored.images:
         pixels = mllm.preprocess([run.dataset()[image.image]["image"]])
         for condition in ("incorrect", "correct"):

@@ -24,7 +24,6 @@ from probes.data.label_counts import (
 )
 from probes.report.page import write_report
 from probes.results.probe_run import ProbeRun
-from probes.training.solve.command import main as solve
 
 
 def masks(root: Path, split: str) -> list[Path]:
@@ -172,7 +171,7 @@ def test_images_in_both_splits_are_named_from_the_check_to_the_page(tmp_path, ch
     ]
     words += ["--model.sites", "[encoder]", "--model.mllm", str(checkpoints["causal"])]
     with pytest.warns(UserWarning, match="002 = copy"):
-        solve(["solve", *words, "--out", str(tmp_path / "run")])
+        main(["solve", *words, "--out", str(tmp_path / "run")])
     run = ProbeRun(tmp_path / "run")
     assert run.manifest["data"]["shared_images"] == [["002", "copy"]]
     assert any(

@@ -161,7 +161,7 @@ def test_workers_find_what_one_process_finds(tmp_path):
 
 
 def test_incomplete_official_split_is_a_warning(tmp_path):
-    data = ProbeData(str(dataset_layouts.write_ade20k(tmp_path)), "ade20k")
+    data = ProbeData(str(dataset_layouts.write_ade20k(tmp_path)), dataset="ade20k")
     with pytest.warns(UserWarning, match="3 training images, but 20,210 were published") as warned:
         assert data.find_bad_files(0, progress=False) == []
     assert any("2 validation images, but 2,000" in str(warning.message) for warning in warned)

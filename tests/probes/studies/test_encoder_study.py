@@ -9,6 +9,7 @@ import pytest
 import tiny_encoders
 import tiny_models
 from reference import miou_of_counts
+from studies import study_of
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
@@ -28,7 +29,7 @@ from probes.results.formatting import format_difference
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 from probes.studies.estimate import print_estimate
-from probes.studies.plan import Settings, make_plan
+from probes.studies.plan import make_plan
 from probes.studies.run import run_study
 
 OPTIONS = ("--data.batch_size", "8", "--trainer.accelerator", "cpu", "--model.image_px", "32")
@@ -59,7 +60,7 @@ def study(parts, tmp_path_factory):
     arms = ("trained", "random0", "random1", "permuted0", "permuted1")
     with redirect_stdout(printed):
         run_study(
-            Settings(
+            study_of(
                 {"": parts[0]},
                 parts[1],
                 out,
@@ -147,7 +148,7 @@ def test_what_cannot_apply_is_said_after_the_results_and_not_as_a_failure(study,
     page = (out / "report" / "index.html").read_text()
     assert 'class="note"' not in page
     assert page.index("reads best: ") < page.index(reason)
-    print_estimate(Settings({"": parts[0]}, parts[1], out.parent / "planned", options=OPTIONS))
+    print_estimate(study_of({"": parts[0]}, parts[1], out.parent / "planned", options=OPTIONS))
     planned = capsys.readouterr().out
     assert planned.count("left out") == 1
     assert planned.index("passes over the images") < planned.index(f"trained/knockout {reason}")
@@ -157,7 +158,7 @@ def test_a_second_call_has_nothing_to_do(study, parts, capsys):
     out, _ = study
     arms = ("trained", "random0", "random1", "permuted0", "permuted1")
     run_study(
-        Settings(
+        study_of(
             {"": parts[0]},
             parts[1],
             out,
@@ -172,12 +173,12 @@ def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tm
     with pytest.raises(
         UserError, match="arm 'adapter0' needs an LLM, and the model is a vision encoder"
     ):
-        make_plan(Settings({"": parts[0]}, parts[1], tmp_path, arms=("trained", "adapter0")))
+        make_plan(study_of({"": parts[0]}, parts[1], tmp_path, arms=("trained", "adapter0")))
     with pytest.raises(
         UserError, match=r"--model\.image_px 30: expected a multiple of the patch, 4 px"
     ):
-        make_plan(Settings({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
-    steps = [step.name for step in make_plan(Settings({"": parts[0]}, parts[1], tmp_path, draws=1))]
+        make_plan(study_of({"": parts[0]}, parts[1], tmp_path, options=("--model.image_px", "30")))
+    steps = [step.name for step in make_plan(study_of({"": parts[0]}, parts[1], tmp_path, draws=1))]
     assert [name for name in steps if "adapter" in name] == []
 
 
@@ -230,7 +231,6 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     [
         ["knockout", "--classes", "wall", "sky", "--probes"],
         ["patching", "--site", "layer_02", "--probes"],
-        ["answers", "--probes"],
         ["routes", "--probes"],
         ["explore", "--images", "0", "--out", "page"],
     ],
@@ -245,5 +245,5 @@ def test_commands_that_need_an_llm_say_so_of_an_encoder(study, command, capsys):
 
 def test_the_final_norm_alone_has_a_page(parts, tmp_path):
     options = (*OPTIONS, "--model.sites", "[final_norm]")
-    run_study(Settings({"": parts[0]}, parts[1], tmp_path, draws=0, options=options))
+    run_study(study_of({"": parts[0]}, parts[1], tmp_path, draws=0, options=options))
     assert (tmp_path / "report/index.html").is_file()

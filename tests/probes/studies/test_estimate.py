@@ -6,11 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from studies import study_of
 
 from probes.evaluation.estimate import Estimate
 from probes.report.verdicts import judge_draws
 from probes.studies.estimate import TOY_WORLD, Spread, describe_power, detectable_effect, own_spread
-from probes.studies.plan import Settings
 
 STUDIES = 1000
 
@@ -96,5 +96,5 @@ def test_the_spread_is_that_of_the_folders_own_report(tmp_path):
     ],
 )
 def test_a_dry_run_says_what_random_draws_can_tell(tmp_path, settings, said):
-    settings = Settings(models={"": "model"}, data="photos", out=tmp_path, **settings)
+    settings = study_of(models={"": "model"}, data="photos", out=tmp_path, **settings)
     assert said in describe_power(settings, 30, 1)

@@ -19,13 +19,16 @@ import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
+from studies import study_of
 
 import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.steps import Step
+from probes.analyses.options import options_of, read_text
 from probes.cli import main
-from probes.studies.command import build_parser, join_settings
-from probes.studies.plan import Settings, listed, make_plan, planned_runs
+from probes.studies.arms import plan_arms
+from probes.studies.parser import build_command_parser
+from probes.studies.plan import make_plan
 from probes.studies.run import _config
 
 OPTIONS = [
@@ -46,6 +49,13 @@ LITTLE = [
     "1e-1",
 ]  # what tests that are not about scores solve: the sites that a knockout needs
 PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
+# The same as values
+PROBES = {"data": {"batch_size": 2}, "folds": 2, "strengths": [1e-3, 1e-1]}
+LITTLE_PROBES = {
+    **PROBES,
+    "model": {"sites": ["adapter", "layer_01", "layer_02", "layer_03"]},
+    "strengths": [1e-1],
+}
 
 
 def arguments(
@@ -354,7 +364,6 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
     out = tmp_path / "study"
 
     def study(*arms: str, overwrite: bool = False):
-        options = [*OPTIONS, "--model.sites", "[adapter, layer_03]", "--strengths", "1e-1"]
         probes.study(
             model,
             segmentation,
@@ -362,7 +371,8 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
             overwrite=overwrite,
             arms=[*arms],
             only=["solve", "report"],
-            options=options,
+            configs=["demo/probes"],
+            options=LITTLE_PROBES | {"model": {"sites": ["adapter", "layer_03"]}},
         )
 
     def weights_of(arm: str) -> dict:
@@ -386,20 +396,17 @@ def test_new_weights_replace_every_arm_also_after_an_interruption(
 @pytest.mark.parametrize(
     "words",
     [
-        ["-c", "configs/demo/probes.yaml", "MODEL", "DATA", "--out", "OUT"],
-        ["--data.batch_size", "2", "MODEL", "--out", "OUT", "-c", "demo/probes", "--folds", "2"],
-        ["MODEL", "DATA", "--out", "OUT", "--data.batch_size=2", "--strengths", "1", "2"],
-        ["--passes", "3", "--sample-images=9", "MODEL", "DATA", "--out", "OUT", "--disk-gb", "1"],
-        ["--out", "OUT", "--strengths", "1e-2", ".1", "MODEL", "DATA"],
+        "-c configs/demo/probes.yaml MODEL DATA --out OUT",
+        "--data.batch_size 2 MODEL DATA --out OUT --folds 2 --fit",
+        "MODEL DATA --out OUT --data.batch_size=2 --strengths 1 2",
+        "--passes 3 --sample-images=9 MODEL DATA --out OUT --disk-gb 1",
+        "--out OUT --arms trained random0 --strengths 1e-2 .1 --fit MODEL DATA",
     ],
 )
-def test_values_of_options_before_the_model_are_no_models(words):
-    joined, given = join_settings(words)
-    args, unknown = build_parser().parse_known_args(joined)
-    assert args.inputs == [word for word in words if word in ("MODEL", "DATA")]
-    others = [part for word in unknown for part in given.get(word, [word])]
-    own = {"MODEL", "DATA", "--out", "OUT"}
-    assert others == [word for word in words if word not in own], "in their order"
+def test_options_before_the_model_take_no_model(words):
+    values = build_command_parser().read(words.split())
+    assert values.inputs == ["MODEL", "DATA"]
+    assert values.out == "OUT"
 
 
 def test_questions_beside_the_data_are_found_from_inside_of_it(
@@ -408,19 +415,24 @@ def test_questions_beside_the_data_are_found_from_inside_of_it(
     shutil.copytree(segmentation, tmp_path / "data")
     (tmp_path / "questions.json").write_text('[{"regions": []}]')
     monkeypatch.chdir(tmp_path / "data")
-    steps = make_plan(Settings({"": str(checkpoints["causal"])}, ".", tmp_path / "study", draws=0))
-    assert "trained/answers" in [step.name for step in steps]
+    model = {"": str(checkpoints["causal"])}
+    steps = make_plan(study_of(model, ".", tmp_path / "study", draws=0, add=("routes",)))
+    assert "trained/routes" in [step.name for step in steps]
 
 
 def test_a_class_with_a_comma_is_one_class():
-    assert listed('["wall, brick", sky]') == ["wall, brick", "sky"]
-    assert listed("wall,sky") == ["wall", "sky"]
+    assert read_text("knockout", "classes", '["wall, brick", sky]') == ["wall, brick", "sky"]
+    assert read_text("knockout", "classes", "wall,sky") == ["wall", "sky"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": ["--data.batch_size", 2]}, "each of options must be one text, got 2"),
+        ({"configs": "demo/probes"}, r"configs must be a list such as \['demo/probes'\]"),
+        ({"options": {"data": {"batch": 2}}}, "data.batch"),
+        ({"options": {"folds": 1}}, "--folds must be at least 2, got 1"),
+        ({"options": {"data": {"batch_size": "some"}}}, "data.batch_size"),
+        ({"draws": "some"}, "draws is 'some'"),
         ({"arms": []}, "arms is empty"),
     ],
 )
@@ -436,7 +448,7 @@ def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_pat
     tasks = ("boundaries",)
     add = ("maps", "umap", "patching.draws=2")
     steps = make_plan(
-        Settings(
+        study_of(
             models,
             str(segmentation),
             tmp_path,
@@ -497,7 +509,8 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
     options = {
         "draws": 0,
         "only": ["solve"],
-        "options": [*OPTIONS, *LITTLE],
+        "configs": ["configs/demo/probes.yaml"],
+        "options": LITTLE_PROBES,
     }
     study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, **options)
     assert set(study.table().run) == {"trained"}
@@ -516,7 +529,8 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
     more = {
         "only": ["solve", "knockout", "report"],
         "add": ["knockout.min-patches=99"],
-        "options": OPTIONS,
+        "configs": ["demo/probes"],
+        "options": PROBES,
     }
     study = probes.study(
         checkpoints["causal"],
@@ -547,7 +561,8 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
             draws=0,
             only=["solve", "knockout", "report"],
             add=["knockout.classes=auto:2", *options],
-            options=[*OPTIONS, *LITTLE],
+            configs=["demo/probes"],
+            options=LITTLE_PROBES,
             overwrite=overwrite,
         )
         claims = study.claims()
@@ -566,22 +581,22 @@ def test_photos_that_are_shown_by_default_are_those_that_there_are(
     checkpoints, segmentation, tmp_path
 ):
     """Twelve in the explorer, four as maps; this split has five."""
-    settings = Settings(
+    settings = study_of(
         {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, add=("maps", "explore")
     )
     configs = {step.name: step.config for step in make_plan(settings)}
-    assert configs["explore"]["images"] == [0, 1, 2, 3, 4]
+    assert configs["explore"].images == (0, 1, 2, 3, 4)
     asked = make_plan(replace(settings, add=("explore.images=11",)))
-    assert next(step.config for step in asked if step.name == "explore")["images"] == [11]
+    assert next(step.config for step in asked if step.name == "explore").images == (11,)
 
 
 def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tmp_path):
     """Two draws of one number would be one model, counted twice."""
-    settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
+    settings = study_of({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)
     drawn = {}
     for step in make_plan(settings):
-        if step.kind == "solve" and step.config["model"]["untrained"]:
-            drawn[step.name] = step.config["model"]["draw"]
+        if step.kind == "solve" and step.config.model.untrained:
+            drawn[step.name] = step.config.model.draw
     counts = {"random": 3, "permuted": 2, "adapter": 3}
     assert drawn == {f"{arm}{i}": i for arm, count in counts.items() for i in range(count)}
 
@@ -598,7 +613,7 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
         "--passes",
         "2",
     )
-    settings = Settings(
+    settings = study_of(
         {"": str(checkpoints["causal"])},
         str(segmentation),
         tmp_path,
@@ -607,49 +622,55 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
     )
     configs = {step.name: step.config for step in make_plan(settings)}
     solved, fitted = configs["trained"], configs["probes"]
-    assert solved["strengths"] == [0.1, 1] and solved["passes"] == 2
-    assert not {"strengths", "passes"} & fitted.keys()
+    assert solved.solver.strengths == [0.1, 1] and solved.solver.passes == 2
+    assert not {"strengths", "passes"} & fitted.values_of_fit().keys()
     for config in (solved, fitted):
-        assert config["data"]["batch_size"] == 2
-        assert config["model"]["learning_rate"] == 0.01, "of the config"
+        assert config.data.batch_size == 2
+        assert config.model.learning_rate == 0.01, "of the config"
 
 
 def test_options_replace_those_of_the_papers_training(checkpoints, segmentation, tmp_path):
     given = ("--trainer.max_steps", "4")
-    settings = Settings(
+    settings = study_of(
         {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given
     )
-    trainer = {step.name: step.config for step in make_plan(settings)}["probes"]["trainer"]
+    trainer = {step.name: step.config for step in make_plan(settings)}["probes"].trainer
     assert trainer["max_steps"] == 4
     assert trainer["val_check_interval"] == 316
 
 
-def test_answers_are_asked_for_about_places_and_again_if_the_questions_have_changed(
+def test_questions_are_asked_about_places_and_again_if_they_have_changed(
     checkpoints, segmentation, tmp_path
 ):
     root = tmp_path / "a, b"  # a comma is part of a path
     shutil.copytree(segmentation, root / "data")
-    settings = Settings(
-        {"": str(checkpoints["causal"])}, str(root / "data"), tmp_path / "study", draws=0
+    settings = study_of(
+        {"": str(checkpoints["causal"])},
+        str(root / "data"),
+        tmp_path / "study",
+        draws=0,
+        add=("routes",),
     )
     questions = root / "questions.json"
 
     def asked(content: str) -> list[Step]:
         questions.write_text(content)
-        return [step for step in make_plan(settings) if step.kind == "answers"]
+        return [step for step in make_plan(settings) if step.kind == "routes"]
 
-    assert asked("[]") == []
+    with pytest.raises(UserError, match="--add routes needs .*questions.json"):
+        asked("[]")
     (first,) = asked('[{"regions": []}]')
-    assert first.config["questions"] == questions
-    before = first.inputs()["answers.questions"]
+    assert first.config.questions == questions
+    before = first.inputs()["routes.questions"]
     (second,) = asked('[{"regions": [1]}]')
-    assert second.inputs()["answers.questions"] != before
+    assert second.inputs()["routes.questions"] != before
 
 
 def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):
     page = tmp_path / "explorer.html"
     page.write_text("earlier")
-    step = Step("explore", {"runs": ["run"], "out": str(tmp_path)}, page, kind="explore")
+    options = options_of("explore", {"runs": ["run"], "out": tmp_path, "images": [0]})
+    step = Step("explore", options, page, kind="explore")
     assert _config(step, tmp_path, overwrite=True) == step.config
 
 
@@ -662,14 +683,14 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
 ):
     """Random models share the encoder, so these sites would be solved again for the same states."""
     arms = ("trained", "random0", "permuted0", "adapter0", "untrained0")
-    settings = Settings(
+    settings = study_of(
         {"": str(checkpoints["causal"])},
         str(segmentation),
         tmp_path,
         arms=arms,
         options=("--model.sites", chosen),
     )
-    planned = planned_runs(settings, ())
+    planned = {arm.name: arm.run for arm in plan_arms(settings)}
     in_encoder = ["encoder_00", "encoder_01", "encoder_02"] if chosen == "all" else None
     in_encoder = in_encoder or ["encoder_00", "encoder_02"]
     assert planned["trained"].sites[: len(in_encoder)] == in_encoder
@@ -677,6 +698,6 @@ def test_layers_of_the_encoder_are_read_by_the_trained_arm_alone(
     for arm in arms[1:]:
         assert planned[arm].sites and not any("encoder_" in site for site in planned[arm].sites)
     solved = [step for step in make_plan(settings) if step.kind == "solve"]
-    assert [step.config["model"]["sites"] for step in solved[1:]] == [
+    assert [step.config.model.sites for step in solved[1:]] == [
         planned[arm].sites for arm in arms[1:]
     ]

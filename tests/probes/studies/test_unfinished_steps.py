@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from studies import study_of
 
 from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
@@ -12,16 +13,17 @@ from llava_bidir.common.steps import Step, must_replace
 from probes.cli import main
 from probes.results.steps import unfinished_steps
 from probes.studies import run
-from probes.studies.plan import Settings, check, make_plan
+from probes.studies.config import StudyConfig
+from probes.studies.plan import check, make_plan
 
 
 @pytest.fixture
 def settings(checkpoints, segmentation, tmp_path):
     """Return a function that makes the settings of a study of models by label and mask."""
 
-    def make(models: dict[str, str], **more) -> Settings:
+    def make(models: dict[str, str], **more) -> StudyConfig:
         paths = {label: str(checkpoints[mask]) for label, mask in models.items()}
-        return Settings(paths, str(segmentation), tmp_path / "study", **{"draws": 1, **more})
+        return study_of(paths, str(segmentation), tmp_path / "study", **{"draws": 1, **more})
 
     return make
 
@@ -39,7 +41,7 @@ def ran(monkeypatch):
     names = Ran()
     names.failing = {}
 
-    def run_step(step: Step, config: dict, settings: Settings) -> None:
+    def run_step(step: Step, config: object, study: StudyConfig) -> None:
         names.append(step.name)
         if step.name in names.failing:
             raise names.failing[step.name]
@@ -83,7 +85,7 @@ def test_sites_in_words_and_in_a_file_are_those_of_every_arm_that_has_them(setti
         (f"--config={file}",),
     ):
         steps = make_plan(settings({"": "causal"}, options=words, only=("solve",)))
-        sites = {step.name: step.config["model"]["sites"] for step in steps}
+        sites = {step.name: step.config.model.sites for step in steps}
         assert sites == {
             "trained": ["encoder", "adapter", "layer_02"],
             "random0": ["adapter", "layer_02"],
@@ -96,7 +98,7 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
     file = tmp_path / "solve.yaml"
     file.write_text("model: {image_resize: squash}\n")
 
-    def made() -> Settings:
+    def made() -> StudyConfig:
         return settings({"": "causal"}, options=("-c", str(file)), only=("solve",))
 
     run.run_study(made())
@@ -114,7 +116,7 @@ def test_a_config_of_other_content_is_other_options(settings, ran, tmp_path):
 def test_what_was_asked_for_and_cannot_be_run_is_an_error(settings, capsys):
     with pytest.raises(UserError, match=r"--add routes needs .*questions.json with \"regions\""):
         make_plan(settings({"": "causal"}, add=("routes.limit=5",)))
-    for only in (("umap",), ("fit",), ("starvation", "answers")):
+    for only in (("umap",), ("fit",), ("starvation", "routes")):
         with pytest.raises(UserError, match=f"no such step: --only {' '.join(only)}. fit needs"):
             make_plan(settings({"": "causal"}, only=only))
     with pytest.raises(SystemExit):
@@ -148,15 +150,15 @@ def test_maps_read_the_knockout_that_they_show(settings):
     assert maps.reads["trained/knockout"].name == "knockout.json"
 
 
-def test_options_are_values_of_all_words_and_files(settings, tmp_path):
+def test_options_are_values_of_all_words_and_files(settings, segmentation, tmp_path):
     file = tmp_path / "some.yaml"
     file.write_text("data: {options: {a: 1}, root: there}\nmodel: {sites: [encoder]}\n")
     words = ("-c", str(file), "--data.options.b", "2", "--model.sites=[adapter]", "--folds", "3")
     found = settings({"": "causal"}, options=words)
-    assert found.solve["data"]["options"] == {"a": 1, "b": 2}
-    assert found.solve["data"]["root"] == found.data, "not that of the file"
-    assert found.solve["model"]["sites"] == found.trained["model"]["sites"] == ["adapter"]
-    assert found.solve["folds"] == 3 and "folds" not in found.trained
+    assert found.probes.data.options == {"a": 1, "b": 2}
+    assert found.probes.data.root == str(segmentation), "not that of the file"
+    assert found.probes.model.sites == ["adapter"]
+    assert found.probes.solver.folds == 3
 
 
 def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
@@ -167,7 +169,7 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     models = {"": str(checkpoints["causal"])}
     add = ("knockout.classes=background",)
     check(
-        Settings(
+        study_of(
             models,
             "voc2012",
             tmp_path / "out",
@@ -177,7 +179,7 @@ def test_options_of_the_data_reach_the_check_of_classes(tmp_path, checkpoints):
     )
     with pytest.raises(UserError, match="no class 'background'"):
         check(
-            Settings(
+            study_of(
                 models,
                 "voc2012",
                 tmp_path / "out",
@@ -193,7 +195,7 @@ def test_a_pair_is_ordered_by_its_masks(order, settings):
         s for s in make_plan(settings({mask: mask for mask in order})) if s.kind == "starvation"
     )
     assert step.name == "bidirectional/trained/starvation" and not step.why_left_out
-    assert [Path(run).parent.name for run in step.config["probes"]] == ["causal", "bidirectional"]
+    assert [Path(run).parent.name for run in step.config.probes] == ["causal", "bidirectional"]
 
 
 def test_two_models_of_one_mask_have_no_starvation(settings):
@@ -343,7 +345,7 @@ def test_an_option_without_its_value_is_an_error_before_any_work(
 
 
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="no option 'clases'; did you mean 'classes'"):
         run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))
     assert not ran
 

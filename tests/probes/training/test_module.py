@@ -338,4 +338,4 @@ def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
 def test_learning_rate_that_trains_nothing_is_an_error(rate):
     with pytest.raises(UserError, match=f"model.learning_rate must be above 0, got {rate}"):
-        ProbeModule("model", learning_rate=rate)
+        ProbeModule(mllm="model", learning_rate=rate)

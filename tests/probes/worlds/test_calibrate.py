@@ -2,8 +2,8 @@
 
 import json
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import pytest
 from processes import run_command
 
 from llava_bidir.common.errors import UserError
-from probes.world_options import add_calibrate_options
+from probes.world_options import CalibratedStudy
 from probes.worlds import calibrate
 from probes.worlds.calibrate import (
     COLUMNS,
@@ -119,10 +119,7 @@ def test_every_studied_model_is_planted_after_its_source():
 
 
 def test_each_family_of_random_llms_is_an_entry_without_trained_probes():
-    options = ArgumentParser()
-    add_calibrate_options(options)
-    (studies,) = (action.choices for action in options._actions if action.dest == "studies")
-    assert studies == list(DESIGNS)
+    assert list(get_args(CalibratedStudy)) == list(DESIGNS)
     assert set(DESIGNS) >= {"random", "language", *FAMILIES} - {"shuffled"}
     for name in NEGATIVES:
         assert not DESIGNS[name].fit

@@ -1,4 +1,4 @@
-"""Questions from masks: true by a loop over pixels, in half right for the blind, and what `probes answers` reads."""
+"""Questions from masks: true by a loop over pixels, in half right for the blind, and what `probes routes` reads."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from probes.analyses.answers.questions import read_questions
+from probes.analyses.routes.questions import read_questions
 from probes.cli import main
 from probes.data.folder import FolderDataset
 

@@ -1,10 +1,12 @@
 """Layers that have learned nothing, in many ways: what each of them keeps of the trained ones, and what it has."""
 
+from typing import get_args
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from probes.world_options import RANDOM_LLMS
+from probes.world_options import RandomLLM
 from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE, matrices
 
 CONFIG = {
@@ -24,7 +26,7 @@ def layers():
 
 
 def test_the_command_knows_all_of_them():
-    assert list(FAMILIES) == RANDOM_LLMS
+    assert list(FAMILIES) == list(get_args(RandomLLM))
     assert {*OF_LANGUAGE} < {*FAMILIES}
 
 

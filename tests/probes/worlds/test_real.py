@@ -78,7 +78,7 @@ def test_models_on_photos_are_exported_at_a_tenth_and_a_third_of_stage_2(
     assert "--trainer.callbacks.steps" not in stage1
     for words in (stage1, stage2):
         assert option(words, "--model.encoder.image_px") == "112"
-        check_options("llava-bidir fit", words[2:], OPTIONS, ())
+        check_options("llava-bidir fit", words[2:], OPTIONS.read_text().split(), ())
 
 
 def test_models_are_trained_again_if_their_records_have_changed(photos, tmp_path, monkeypatch):
@@ -172,4 +172,4 @@ def test_a_gpu_is_used_if_there_is_one(commands, photos, tmp_path, monkeypatch):
         if "stage" in result:
             assert option(command, "--trainer.accelerator") == "gpu"
             assert "--trainer.accelerator" not in on_cpu[result]
-            check_options("llava-bidir fit", command[2:], OPTIONS, ())
+            check_options("llava-bidir fit", command[2:], OPTIONS.read_text().split(), ())

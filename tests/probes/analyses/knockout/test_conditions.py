@@ -1,17 +1,18 @@
 """Controls: what each of them keeps fixed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import (
     MatchingFeatures,
     blocked_by_condition,
     matched_tokens,
-    measure_balance,
 )
-from probes.analyses.knockout.config import KnockoutPlan
 
 GRID = (4, 6)
 T = 24
@@ -36,18 +37,11 @@ def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9))
     )
 
 
-def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
-    visible = torch.ones(T, T, dtype=torch.bool)
+def features_of(case: ConfusionCase, high=(11,)) -> MatchingFeatures:
     states = torch.ones(T, 8)
     states[list(high)] *= 10
-    mass = torch.linspace(0, 1, T)
-    return MatchingFeatures.from_case(
-        case,
-        GRID,
-        visible.tril() if causal else visible,
-        states,
-        mass,
-    )
+    attention = torch.linspace(0, 1, T)[None]
+    return MatchingFeatures.from_case(case, GRID, states, attention)
 
 
 def blocked_of(case, features, **kwargs) -> dict:
@@ -56,19 +50,18 @@ def blocked_of(case, features, **kwargs) -> dict:
         "draws": 4,
         "seed": 0,
     } | kwargs
-    return blocked_by_condition(case, features, KnockoutPlan(classes=(), **settings))
+    return blocked_by_condition(
+        case, features, KnockoutOptions(probes=Path("run"), classes=(), **settings)
+    )
 
 
 def test_features_equal_a_loop():
     case = case_of()
-    features = features_of(case, causal=True)
+    features = features_of(case)
     for token in range(T):
         y, x = divmod(token, 6)
         distance = min(np.hypot(y - q // 6, x - q % 6) for q in (7, 8, 13))
         assert features.distance[token] == pytest.approx(distance)
-        assert features.visibility[token] == pytest.approx(
-            np.mean([token <= q for q in (7, 8, 13)])
-        )
     assert features.high_norm.nonzero()[0].tolist() == [11]
 
 
@@ -93,12 +86,13 @@ def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
         incorrect=(12, 13),
         correct=(0, 1, 2, 3, 4),
     )
-    features = features_of(case, causal=True, high=())
-    features = features._replace(mass=features.visibility / 14)  # all seen tokens alike
+    features = features_of(case, high=())
+    visibility = np.array([np.mean([token <= q for q in (12, 13)]) for token in range(T)])
+    features = features._replace(mass=visibility / 14)  # all seen tokens alike
     blocked = blocked_of(case, features, draws=100)
 
     def seen(name):
-        return np.mean([features.visibility[draw.numpy()].mean() for draw in blocked[name]])
+        return np.mean([visibility[draw.numpy()].mean() for draw in blocked[name]])
 
     assert seen("correct") == 1
     assert seen("matched_correct") > 0.95
@@ -110,7 +104,7 @@ def test_matched_in_both_finds_the_tokens_that_match_in_both():
     distance = np.full(T, 3.0)
     mass = np.full(T, 0.001)
     distance[:14], mass[8:14] = 1, 0.9
-    features = MatchingFeatures(distance, np.ones(T), mass, np.zeros(T, dtype=bool))
+    features = MatchingFeatures(distance, mass, np.zeros(T, dtype=bool))
     case = case_of(
         wrong=(23,),
         incorrect=(0, 1),
@@ -149,20 +143,6 @@ def test_a_condition_draws_by_itself():
     case.blocked["incorrect"] = case.blocked["correct"]  # the same set, but different draws
     equal = blocked_of(case, features)
     assert not same(equal["random_correct"], equal["random_incorrect"])
-
-
-def test_balance_describes_the_blocked_tokens():
-    case = case_of()
-    features = features_of(case)
-    size, distance, seen, mass, overlap = measure_balance(
-        case, features, "random_correct", [case.blocked["correct"]]
-    ).tolist()
-    tokens = [0, 1, 2, 3, 9]
-    assert (size, seen, overlap) == (5, 1, 1)
-    assert distance == pytest.approx(features.distance[tokens].mean())
-    assert mass == pytest.approx(features.mass[tokens].sum())
-    none = torch.zeros(T, dtype=torch.bool)
-    assert measure_balance(case, features, "random_correct", [none])[0] == 0
 
 
 def test_cases_follow_the_paper():

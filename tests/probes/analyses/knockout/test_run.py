@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -13,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import probes.analyses.knockout.run as analysis
+from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import PatchReader, confused_classes
-from probes.analyses.knockout.config import KnockoutPlan
-from probes.analyses.knockout.effects import outcome_key
-from probes.analyses.knockout.layer_sweep import cut_locations
+from probes.analyses.knockout.rates import outcome_key
 from probes.analyses.knockout.run import knockout
 from probes.analyses.knockout.schema import CONDITIONS
 from probes.cli import main
@@ -121,6 +121,10 @@ def c1_by_loop(
     return outcomes
 
 
+def plan(run: ProbeRun, out: Path, classes: list[str], **more) -> KnockoutOptions:
+    return KnockoutOptions(probes=run.path, out=out, classes=tuple(classes), **more)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"layers": [1]}, {"layers": [2]}, {"layers": [3]}, {"layers": [2, 3]}],
@@ -133,7 +137,7 @@ def test_equals_a_loop_over_images(
     options,
 ):
     reader = PatchReader(run)
-    results = knockout(run, KnockoutPlan(classes, batch_size=2, **options), tmp_path)
+    results = knockout(run, plan(run, tmp_path, classes, batch_size=2, **options))
     tensors = load_file(tmp_path / "knockout.safetensors")
     changed = {
         torch.equal(tensors[f"{name}/none"], tensors[f"{name}/{condition}"])
@@ -161,55 +165,7 @@ def test_equals_a_loop_over_images(
         )
 
 
-@pytest.mark.slow
-def test_windows_equal_the_loop_too(run, classes, tmp_path):
-    """In batches that mix them with all other conditions."""
-    reader = PatchReader(run)
-    index = tiny_models.CLASSES.index
-    knockout(
-        run,
-        KnockoutPlan(
-            classes,
-            batch_size=7,
-            layer_windows=2,
-            draws=1,
-        ),
-        tmp_path,
-    )
-    swept = json.loads((tmp_path / "knockout_windows.json").read_text())
-    base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
-    pooled = swept["classes"][0]
-    cases = [image for by_image in base.values() for image in by_image]
-    assert (pooled["cases"], pooled["images"]) == (len(cases), len(set(cases)))
-    for i, place in enumerate(swept["places"]):
-        cut = {name: c1_by_loop(run, reader, index(name), place["layers"]) for name in classes}
-        for condition in ("incorrect", "correct"):
-            change = [
-                np.subtract(outcomes[condition]["rate"], base[name][image]["none"]["rate"])
-                for name in classes
-                for image, outcomes in cut[name].items()
-            ]
-            np.testing.assert_allclose(
-                pooled["change"][condition][i], np.mean(change, 0), atol=1e-6
-            )
-            assert not any(pooled["change"][condition][i][: place["layers"][0]]), (
-                "layers before a window do not change"
-            )
-
-
-def test_locations_of_windows():
-    places = cut_locations(2, 3)
-
-    def layers(kind):
-        return [place.layers for place in places if place.kind == kind]
-
-    assert layers("single") == [[1], [2], [3]]
-    assert layers("sliding") == [[1, 2], [2, 3]]
-    assert layers("from") == [[1, 2, 3], [2, 3], [3]]
-    assert layers("up_to") == [[1], [1, 2], [1, 2, 3]]
-
-
-ALL = ["--controls", "matched", "--layer-windows", "3", "--draws", "2"]
+ALL = ["--controls", "matched", "--draws", "2"]
 
 
 def read_files(folder) -> dict[str, bytes]:
@@ -267,17 +223,7 @@ def test_same_seed_gives_the_same_files_also_after_a_kill(
         "knockout.json",
         "knockout.safetensors",
         "knockout_effects.safetensors",
-        "knockout_windows.json",
     }
-
-
-def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run, classes, tmp_path):
-    argv = ["knockout", "--probes", str(run.path), "--classes", classes[0], "--draws", "1"]
-    argv += ["--out", str(tmp_path)]
-    main([*argv, "--layer-windows", "1"])
-    main([*argv, "--overwrite", "true"])
-    left = {"knockout.json", "knockout.safetensors", "knockout_effects.safetensors"}
-    assert set(read_files(tmp_path)) == left
 
 
 def test_another_plan_does_not_reuse_cached_batches(
@@ -286,12 +232,12 @@ def test_another_plan_does_not_reuse_cached_batches(
     tmp_path,
     monkeypatch,
 ):
-    plan = KnockoutPlan(classes, batch_size=5, draws=1)
+    options = plan(run, tmp_path, classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         record_batches(patch, stop_after=1)
-        knockout(run, plan, tmp_path)
+        knockout(run, options)
     again = record_batches(monkeypatch)
-    knockout(run, dataclasses.replace(plan, seed=1), tmp_path)
+    knockout(run, dataclasses.replace(options, seed=1))
     assert again == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 

@@ -1,0 +1,32 @@
+"""The command `probes verify-data`."""
+
+import time
+
+from llava_bidir.common.loader_workers import usable_cores
+from probes.run_config import DataOptions
+
+from .base import shared_images
+from .datamodule import ProbeData
+from .label_counts import format_labels
+
+
+def verify(config: DataOptions, workers: int | None) -> None:
+    """Read every image and target of both splits, and print what they contain.
+
+    Args:
+        config: The data.
+        workers: Number of processes; None for one per core.
+
+    Raises:
+        UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
+    """
+    data = ProbeData(**vars(config))
+    start = time.perf_counter()
+    data.check_files(data.find_bad_files(usable_cores() if workers is None else workers))
+    data.shared_images = shared_images(data.splits["training"], data.splits["validation"])
+    print(format_labels(data.classes, data.labels))
+    for note in data.notes():
+        print(f"warning: {note}")
+    sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
+    targets = f"{data.num_classes} classes" if data.classes else data.task
+    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

@@ -1,0 +1,197 @@
+"""The analyses of a study: which are run, with which options, and their steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.steps import Step
+from probes.analyses import ANALYSES
+from probes.analyses.base import PlannedRun
+from probes.analyses.options import options_of, read_text
+from probes.data.registry import open_split
+
+from .arms import FITTED, Arm, join, kind_of
+from .config import StudyConfig
+
+Values = dict[str, Any]  # of options by name
+SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
+
+
+def chosen_analyses(study: StudyConfig) -> dict[str, Values]:
+    """Return the options of each analysis that is run; the default ones and those of `--add`."""
+    chosen = {
+        name: dict(analysis.in_study) for name, analysis in ANALYSES.items() if analysis.default
+    }
+    for text in study.add:
+        name, _, setting = text.partition(".")
+        if name not in ANALYSES:
+            raise UserError(
+                f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)"
+            )
+        options = chosen.setdefault(name, dict(ANALYSES[name].in_study))
+        if setting:
+            key, equals, value = setting.partition("=")
+            if not (key and equals and value):
+                raise UserError(
+                    f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road"
+                )
+            key = key.replace("-", "_")
+            options[key] = read_text(name, key, value)
+    for name, option in (("maps", "image"), ("explore", "images")):
+        if name in chosen and chosen[name][option] == ANALYSES[name].in_study[option]:
+            images = len(open_split(study.probes.data, "validation"))
+            chosen[name][option] = [n for n in chosen[name][option] if n < images]
+    _add_files_beside_data(study, chosen)
+    return chosen
+
+
+def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> None:
+    """Add the files that analyses need and that stand beside the data; leave out the analyses that have none.
+
+    Raises:
+        UserError: An analysis of `--add` has none.
+    """
+    named = {text.partition(".")[0] for text in study.add}
+    for name in [*chosen]:
+        for option, (file, content) in ANALYSES[name].beside_data.items():
+            beside = Path(study.probes.data.root).resolve().parent / file
+            if beside.is_file() and content in beside.read_bytes():
+                chosen[name].setdefault(option, str(beside))
+            if option in chosen[name]:
+                continue
+            if name in named:
+                raise UserError(
+                    f"--add {name} needs {beside} with {content.decode()}, or {name}.{option}=FILE"
+                )
+            del chosen[name]
+
+
+def check_analyses(study: StudyConfig) -> None:
+    """Raise a UserError if an analysis has an option that it cannot have."""
+    classes = open_split(study.probes.data, "validation").classes
+    asked = chosen_analyses(study).get("knockout", {}).get("classes", ())
+    if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
+        raise UserError(
+            f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); "
+            'a name with a comma is given as knockout.classes=["a, b", "c"]'
+        )
+
+
+def steps_of_runs(study: StudyConfig, arms: Sequence[Arm]) -> list[Step]:
+    """Return the steps that analyse each run of a model by itself."""
+    analyses = chosen_analyses(study)
+    has_llm = arms[0].run.has_llm
+    if not has_llm:  # maps of a few photos are made unasked
+        photos = len(open_split(study.probes.data, "validation"))
+        shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
+        analyses = {"maps": {"image": list(shown)}} | analyses
+    steps = []
+    for name, values in analyses.items():
+        if ANALYSES[name].of != "run":
+            continue
+        analysed = [arm for arm in arms if kind_of(arm.name) in ANALYSES[name].arms]
+        if not has_llm and not ANALYSES[name].of_encoders:
+            analysed = analysed[:1]  # said once
+        steps += [_of_run(study, arm, name, values) for arm in analysed]
+    return steps
+
+
+def steps_of_models(study: StudyConfig, arms: Sequence[Arm]) -> list[Step]:
+    """Return the steps that read the runs of several models; none if there are not all trained runs."""
+    trained = [arm.run for arm in arms if arm.name == "trained"]
+    if len(trained) < len(study.models):
+        return []
+    steps = []
+    for name, values in chosen_analyses(study).items():
+        if ANALYSES[name].of == "pair" and len(study.models) == 2:
+            fitted = [arm.run for arm in arms if arm.name == FITTED]
+            pairs = [pair for pair in (trained, fitted) if pair]
+            steps += [_of_pair(study, pair, name, values) for pair in pairs]
+        if ANALYSES[name].of == "page":
+            steps.append(_of_page(study, trained, name, values))
+    return steps
+
+
+def _of_run(
+    study: StudyConfig,
+    arm: Arm,
+    name: str,
+    values: Values,
+) -> Step:
+    """Return the step that analyses a run; random controls also read what was analysed in the trained arm."""
+    analysis = ANALYSES[name]
+    run = study.out / arm.run.name
+    trained = join(arm.label, "trained")
+    is_control = arm.name not in ("trained", FITTED)  # "probes" have mistakes of their own
+    return Step(
+        f"{arm.run.name}/{name}",
+        options_of(name, values | {"probes": str(run)}),
+        run / analysis.result,
+        kind=name,
+        reads=_metrics(study, (arm.run.name, trained) if is_control else (arm.run.name,))
+        | {f"{name}.{key}": Path(values[key]) for key in analysis.beside_data if key in values}
+        | _results(study, [arm.run.name], name),
+        takes_overwrite=True,
+        # a knockout is then run with the classes of this step (run._classes_to_block), not those of its config
+        follows=f"{trained}/{name}" if is_control else "",
+        optional=True,
+        why_left_out=analysis.why_left_out([arm.run], values),
+    )
+
+
+def _of_pair(
+    study: StudyConfig,
+    pair: Sequence[PlannedRun],
+    name: str,
+    values: Values,
+) -> Step:
+    """Return the step that compares two runs, the causal one first, whatever the order of the models."""
+    pair = sorted(pair, key=lambda run: run.mask != "causal")
+    runs = tuple(run.name for run in pair)
+    folders = [str(study.out / run) for run in runs]
+    return Step(
+        f"{runs[1]}/{name}",
+        options_of(name, values | {"probes": folders}),
+        study.out / runs[1] / ANALYSES[name].result,
+        kind=name,
+        reads=_metrics(study, runs),
+        takes_overwrite=True,
+        optional=True,
+        why_left_out=ANALYSES[name].why_left_out(pair, values),
+    )
+
+
+def _of_page(
+    study: StudyConfig,
+    trained: Sequence[PlannedRun],
+    name: str,
+    values: Values,
+) -> Step:
+    """Return the step of an analysis that draws a page of all trained models."""
+    runs = tuple(run.name for run in trained)
+    report = study.out / "report"
+    folders = [str(study.out / run) for run in runs]
+    return Step(
+        name,
+        options_of(name, values | {"runs": folders, "out": str(report)}),
+        report / ANALYSES[name].result,
+        kind=name,
+        reads=_metrics(study, runs) | _results(study, runs, name),
+        optional=True,
+        why_left_out=ANALYSES[name].why_left_out(trained, values),
+    )
+
+
+def _metrics(study: StudyConfig, runs: Sequence[str]) -> dict[str, Path]:
+    """Return the file that says that a run is finished, by the run's name."""
+    return {run: study.out / run / "metrics.json" for run in runs}
+
+
+def _results(study: StudyConfig, runs: Sequence[str], name: str) -> dict[str, Path]:
+    """Return the results of other analyses that an analysis reads where there are some, by run and analysis."""
+    return {
+        f"{run}/{other}": study.out / run / ANALYSES[other].result
+        for run in runs
+        for other in ANALYSES[name].reads
+    }

@@ -1,0 +1,202 @@
+"""The arms of a study: a model with trained or random weights.
+
+The name of an arm says which:
+
+    trained       the checkpoint as it is
+    random0, ...  a random LLM whose layers change the states as much as the trained ones, draw 0, 1, ...
+    permuted0     the trained LLM with the entries of each weight matrix permuted
+    adapter0      a random adapter
+    untrained0    a random adapter and a random LLM
+
+Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and there are no other controls.
+
+A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
+can differ from all draws of one kind, e.g. by the scale of its weights (probes/worlds/beyond_random.md).
+
+`--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
+"""
+
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.base import PlannedRun
+from probes.models.families import family_of, own_image_attention
+from probes.models.families.encoder_layers import encoder_layers
+from probes.models.prompt_and_pixels import read_config
+from probes.models.sites import is_encoder_layer, wants_all
+from probes.run_config import ModelOptions, RunConfig
+
+from .config import StudyConfig, StudyOptions
+
+
+class Weights(NamedTuple):
+    """Which weights of an arm are random, and the sites that they change."""
+
+    parts: tuple[str, ...]
+    match: str  # how random layers resemble the trained ones
+    # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
+    sites: slice
+
+    def apply(self, model: ModelOptions, draw: int, sites: list[str]) -> ModelOptions:
+        """Return the options of a model with these weights, whose changed sites are probed."""
+        if not self.parts:
+            return model
+        return replace(
+            model,
+            untrained=list(self.parts),
+            match=self.match,
+            draw=draw,
+            sites=sites,
+        )
+
+
+ARMS = {
+    "trained": Weights((), "none", slice(None)),
+    "random": Weights(("llm",), "update", slice(1, None)),
+    "permuted": Weights(("llm",), "permuted", slice(1, None)),
+    "adapter": Weights(("adapter",), "none", slice(0, 2)),
+    "untrained": Weights(("adapter", "llm"), "none", slice(1, None)),
+}
+ENCODER_ARMS = {
+    "trained": ARMS["trained"],
+    "random": Weights(("encoder",), "update", slice(None)),
+    "permuted": Weights(("encoder",), "permuted", slice(None)),
+}
+# Of any study: the fewest with an interval. Their spread is pooled with that of the other draws.
+PERMUTED_DRAWS = 2
+
+
+FITTED = "probes"  # the arm of `--fit`: the trained model with probes that AdamW trained
+# The paper's protocol (configs/probes/folder.yaml) for it, unless the options say how long to train.
+RECIPE = {
+    "max_epochs": -1,
+    "max_steps": 6320,
+    "val_check_interval": 316,
+    "check_val_every_n_epoch": None,
+}
+
+
+class Arm(NamedTuple):
+    """An arm of a model: a probe run.
+
+    Args:
+        label: Of the model in the study.
+        name: "trained", "random0", ..., or "probes".
+        run: Mask and sites.
+        config: Options of the run.
+    """
+
+    label: str
+    name: str
+    run: PlannedRun
+    config: RunConfig
+
+
+def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
+    """Return the names of the arms of a model, the trained one first.
+
+    Raises:
+        UserError: There is no such arm.
+    """
+    if study.arms is not None and not study.arms:
+        raise UserError("arms is empty; expected trained, random0, ... (--arms)")
+    if study.arms is None:
+        draws = {"random": study.draws, "permuted": min(study.draws, PERMUTED_DRAWS)}
+        draws |= {"adapter": study.draws} if has_llm else {}
+        return ["trained", *(f"{kind}{i}" for kind, count in draws.items() for i in range(count))]
+    for name in study.arms:
+        if not has_llm and kind_of(name) in ARMS.keys() - ENCODER_ARMS.keys():
+            known = "trained, random0, permuted0, or another draw"
+            raise UserError(
+                f"arm {name!r} needs an LLM, and the model is a vision encoder; expected {known} (--arms)"
+            )
+        if not re.fullmatch(r"trained|(random|permuted|adapter|untrained)\d{1,3}", name):
+            known = "trained, random0, permuted0, adapter0, untrained0, or another draw"
+            raise UserError(f"there is no arm {name!r}; expected {known} (--arms)")
+    return sorted(dict.fromkeys(study.arms), key=lambda name: name != "trained")
+
+
+def weights_of(arm: str, has_llm: bool) -> Weights:
+    """Return which weights of an arm are random; `probes` are of the trained model."""
+    kinds = ARMS if has_llm else ENCODER_ARMS
+    return kinds["trained" if arm == FITTED else kind_of(arm)]
+
+
+def kind_of(arm: str) -> str:
+    """Return the kind of an arm: "random" of "random0"."""
+    return arm.rstrip("0123456789")
+
+
+def draw_of(arm: str) -> int:
+    """Return the number of the draw of an arm, 0 without one."""
+    return int(arm.removeprefix(kind_of(arm)) or 0)
+
+
+def join(label: str, name: str) -> str:
+    """Return the name of a run of a model."""
+    return f"{label}/{name}" if label else name
+
+
+def plan_arms(study: StudyConfig) -> list[Arm]:
+    """Return the arms of all models: the trained one first, and the one with trained probes last."""
+    arms = []
+    for label, path in study.models.items():
+        model = replace(study.probes.model, mllm=path)
+        has_llm, own_mask, sites = describe_model(path, model.image_px)
+        probed = chosen_sites(model, sites)
+        mask = model.image_attention or own_mask
+        for name in [*arm_names(study, has_llm), *([FITTED] if study.fit else [])]:
+            weights = weights_of(name, has_llm)
+            compared = [site for site in sites[weights.sites] if site in probed]
+            if not weights.parts:
+                # all random models share the encoder, so only this one reads its layers
+                compared = [*filter(is_encoder_layer, probed), *compared]
+            run = PlannedRun(join(label, name), mask, compared, sites, has_llm)
+            config = replace(
+                study.probes,
+                model=weights.apply(model, draw_of(name), compared),
+                out=str(study.out / run.name),
+            )
+            if name == FITTED and "max_epochs" not in config.trainer:
+                config = replace(config, trainer=RECIPE | config.trainer)
+            arms.append(Arm(label, name, run, config))
+    return arms
+
+
+def describe_model(model: str, image_px: int | None = None) -> tuple[bool, str, list[str]]:
+    """Return whether a model has an LLM, the mask that it was trained with, and its sites, from its config.
+
+    Raises:
+        UserError: It takes no input of this side.
+    """
+    config = read_config(model)
+    family = family_of(config)
+    if image_px is not None:
+        family.with_side(image_px, config)
+    return family.has_llm, own_image_attention(config), family.sites(config)
+
+
+def chosen_sites(model: ModelOptions, sites: list[str]) -> list[str]:
+    """Return the sites that `model.sites` chooses, in forward order: `sites` for None.
+
+    Raises:
+        UserError: A site is unknown, or is a layer of an encoder whose layers cannot be read.
+    """
+    chosen = model.sites
+    if not chosen:
+        return sites
+    known = sites
+    in_encoder = [site for site in chosen if is_encoder_layer(site)]
+    if in_encoder or wants_all(chosen):
+        config = read_config(model.mllm)
+        family = family_of(config)
+        if family.has_llm:
+            known = [*encoder_layers(family, config).sites, *sites]
+    if wants_all(chosen):
+        return known
+    if unknown := [site for site in chosen if site not in known]:
+        some = f"{', '.join(known[:3])}, ..., {known[-1]}"
+        raise UserError(f"{model.mllm} has no site {unknown[0]!r}; it has {some} (model.sites)")
+    return [site for site in known if site in chosen]

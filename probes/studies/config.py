@@ -1,0 +1,70 @@
+"""What a study is made of, as values. Nothing here imports torch or Lightning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.options import flag
+from probes.run_config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Options of a study beside those of its probe runs.
+
+    Args:
+        out: Folder of the study.
+        draws: Draws of random LLMs, and of random adapters; of a bare encoder, of random layers. At most two are also
+            permuted.
+        arms: Arms to solve: trained, random0, adapter0, permuted0, untrained0, ... (default: trained and all draws).
+        fit: Also train probes, as the paper does.
+        tasks: Other tasks, each solved on all arms: depth, normals, boundaries.
+        add: Further analyses, by the names of their commands, or options of one: knockout.classes=sky,road.
+        only: Only these kinds of steps: solve, fit, report, or an analysis.
+    """
+
+    out: Path
+    draws: int = 3
+    arms: tuple[str, ...] | None = None
+    fit: bool = flag()
+    tasks: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(StudyOptions):
+    """All that a study is made of.
+
+    Args:
+        models: Checkpoint directory or hub id by label. One model has the label "".
+        probes: Options of the probe runs; each arm has a model, weights and a folder of its own.
+    """
+
+    models: dict[str, str]
+    probes: RunConfig
+
+
+def label_models(words: Sequence[str]) -> dict[str, str]:
+    """Return the models by label: "" for one, else the text before "=" or the model's own mask.
+
+    Raises:
+        UserError: Two models have one label, or there are more than two.
+    """
+    if len(words) > 2:
+        raise UserError(f"a study has one model or two, got {len(words)}: {', '.join(words)}")
+    pairs = [
+        text.split("=", 1) if "=" in text and not Path(text).exists() else ["", text]
+        for text in words
+    ]
+    if len(pairs) == 2 and not all(label for label, _ in pairs):
+        from probes.models.families import own_image_attention
+        from probes.models.prompt_and_pixels import read_config
+
+        pairs = [
+            [label or own_image_attention(read_config(model)), model] for label, model in pairs
+        ]
+    if len({label for label, _ in pairs}) < len(pairs):
+        raise UserError(f"both models are called {pairs[0][0]!r}; name them: first=DIR second=DIR")
+    return dict(pairs)

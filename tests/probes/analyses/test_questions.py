@@ -1,0 +1,151 @@
+"""Questions about places: their file, their images, and the tokens of a place."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.routes.questions import read_question_image, read_questions, tokens_in_box
+from probes.cli import main
+from probes.ops.geometry import Geometry, ResizeRule
+from probes.results.probe_run import ProbeRun
+
+CLASSES = ["sky", "wall", "road"]
+BOXES = [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.0, 0.0, 1.0, 0.5]]
+
+
+def record(image: str, *regions: tuple[list[float], str] | None) -> dict:
+    turns = []
+    for number, region in enumerate(regions):
+        picture = "" if turns else "<image>\n"
+        turns += [{"from": "human", "value": f"{picture}name the wall {'of this road' * number}"}]
+        turns += [{"from": "gpt", "value": "a wall" if region is None else region[1]}]
+    listed = [
+        None if region is None else {"box": region[0], "class": region[1]} for region in regions
+    ]
+    return {
+        "id": image,
+        "image": image,
+        "conversations": turns,
+        "regions": listed,
+    }
+
+
+@pytest.fixture(scope="module")
+def questions(runs, tmp_path_factory):
+    """Nine questions about the validation images of the runs, two of them about one image."""
+    root = ProbeRun(runs["causal"].path).manifest["data"]["root"]
+    names = [f"images/validation/{i:03d}.png" for i in range(7)]
+    records = [record(name, (BOXES[i % 4], CLASSES[i % 3])) for i, name in enumerate(names)]
+    records += [record("images/validation/008.png", (BOXES[0], "sky"), None, (BOXES[3], "road"))]
+    records += [{"id": "text", "conversations": [{"from": "human", "value": "hello"}]}]
+    path = tmp_path_factory.mktemp("questions") / "questions.json"
+    path.write_text(json.dumps(records))
+    return path, root
+
+
+def arguments(run: ProbeRun, questions, out) -> list[str]:
+    path, root = questions
+    options = ["--questions", str(path), "--images", str(root), "--draws", "2", "--batch-size", "4"]
+    return ["routes", "--probes", str(run.path), "--out", str(out), *options]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "has no question with an entry in 'regions'"),
+        ("{}", "0.conversations Field required"),  # one record, as in JSON Lines
+        ('"sky"', "Input should be a valid"),
+        (
+            [record("a.png", (BOXES[0], "sea"))],
+            "record 0: class 'sea' is none of the probes': sky, wall, road",
+        ),
+        ([record("a.png", (BOXES[0], "sky")) | {"regions": []}], "has no question with an entry"),
+        (
+            [record("a.png", None, None) | {"regions": [None]}],
+            "record 0: 1 regions for 2 questions",
+        ),
+        (
+            [
+                record("a.png", (BOXES[0], "sky"))
+                | {"conversations": [{"from": "human", "value": "<image>"}]}
+            ],
+            "record 0: a question with a region has no text",
+        ),
+        ([record("a.png", ([0, 0, 2, 1], "sky"))], "less than or equal to 1"),
+        ([record("a.png", ([0, 0, 1], "sky"))], "at least 4 items"),
+        (
+            [record("a.png", ([0.5, 0.5, 0.25, 0.25], "sky"))],
+            "record 0: the box .* ends before it starts",
+        ),
+    ],
+)
+def test_invalid_questions_are_errors_that_name_file_and_record(tmp_path, content, message):
+    path = tmp_path / "questions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        read_questions(path, CLASSES)
+    assert str(path) in str(error.value)
+
+
+def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path):
+    run = runs["causal"]
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="is not a file; expected questions with regions"):
+        main(["routes", "--probes", str(run.path), *out])
+    records = [record(name, (BOXES[0], "sky")) for name in ("../secret.png", "../other.png")]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    with pytest.raises(SystemExit, match="leads out of"):
+        main(["routes", "--probes", str(run.path), *out, "--questions", str(tmp_path / "q.json")])
+    with pytest.raises(SystemExit, match=r"the first 1 questions \(--limit\) are about one image"):
+        main(arguments(run, questions, tmp_path / "out") + ["--limit", "1"])
+
+
+def test_a_linked_folder_is_read_as_the_real_run_lays_its_photos_out(tmp_path):
+    (tmp_path / "photos" / "camvid").mkdir(parents=True)
+    Image.new("RGB", (4, 3)).save(tmp_path / "photos" / "camvid" / "a.png")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "camvid").symlink_to(tmp_path / "photos" / "camvid")
+    assert read_question_image(tmp_path / "run", "camvid/a.png").size == (4, 3)
+    with pytest.raises(UserError, match="leads out of"):
+        read_question_image(tmp_path / "run", "camvid/../../photos/camvid/a.png")
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad", "center_crop"])
+@pytest.mark.parametrize(
+    "box", [*BOXES, [0.4, 0.4, 0.41, 0.41], [0.0, 0.0, 1.0, 1.0], [0.99, 0.0, 1.0, 0.01]]
+)
+def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
+    height = 60
+    width = 90
+    geometry = Geometry((4, 4), 32, 32, ResizeRule(resize))
+    view = geometry.view((height, width))
+    points = [
+        (
+            view.rows.start_px + (r + 0.5) * view.rows.length_px / 4,
+            view.cols.start_px + (c + 0.5) * view.cols.length_px / 4,
+        )
+        for r in range(4)
+        for c in range(4)
+    ]
+    expected = [box[1] <= y / height < box[3] and box[0] <= x / width < box[2] for y, x in points]
+    found = tokens_in_box(geometry, (height, width), box)
+    if any(expected):
+        assert found.tolist() == expected
+    else:  # the nearest one on each axis
+        middle = (box[1] + box[3]) / 2 * height, (box[0] + box[2]) / 2 * width
+        nearest = min(
+            range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], middle, strict=True))
+        )
+        assert found[nearest]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_have_the_questions_of_a_list(mark, tmp_path):
+    records = [record("a.png", (BOXES[0], "sky")), record("b.png", (BOXES[1], "wall"))]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    lines = "\n\n".join(json.dumps(line) for line in records)
+    (tmp_path / "lines.json").write_bytes(mark + lines.encode())
+    found = [read_questions(tmp_path / name, CLASSES) for name in ("lines.json", "list.json")]
+    assert found[0][:2] == found[1][:2] and len(found[0].questions) == 2

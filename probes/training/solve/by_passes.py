@@ -17,10 +17,15 @@ from torch import Tensor
 from probes.evaluation.strengths import OPTIMUM
 from probes.training.distributed import all_gather_objects, all_reduce, broadcast, rank
 
-from .checkpoints import SolverCheckpoints, tensors_of
+from .curvature import SampledPixels
 from .moments import Moments, SiteSpace
 from .objective import PixelProblem
-from .pass_refinement import PassRefinement, bytes_of_probes
+from .pass_refinement import (
+    PassRefinement,
+    bytes_of_probes,
+    pack_refinement,
+    unpack_refinement,
+)
 from .pass_sums import PassSums, null_gradient
 from .pixel_sample import (
     CANDIDATES,
@@ -31,12 +36,10 @@ from .pixel_sample import (
     draw_pixels,
     prefer_uncertain,
 )
-from .sample_hessian import SampledPixels
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver
+from .solver import SolveOptions, Solver, SolverCheckpoints, in_workers, tensors_of
 from .state_reader import StateReader
 from .strength_path import FoldSearch, PathSolution
-from .workers import in_workers
 
 PASSES = "passes.safetensors"
 MEASURED = 8  # images whose states say how the first pass stores those of all
@@ -255,7 +258,7 @@ class PassSolver(Solver):
         """Return the refinement of what was found on the sample."""
         path = solution.path
         of_all_images = solution.points[path.solved.index(path.chosen)]
-        return PassRefinement(
+        return PassRefinement.start(
             self.loss,
             space,
             null_gradient,
@@ -294,7 +297,7 @@ class PassSolver(Solver):
     def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
         """Return the arguments of `PassSums` after the loss; None on processes that do not solve the site."""
         refinement = self.refinements.get(site)
-        return refinement and refinement.probes()
+        return refinement and refinement.arguments()
 
     def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
@@ -313,7 +316,8 @@ class PassSolver(Solver):
         tensors = {"passes": torch.tensor(self.passes)}
         for site in self.sites:
             tensors[f"{site}/deviation"] = self.axis_ranges[site].deviation
-            state = self.refinements[site].state() if site in self.refinements else None
+            refinement = self.refinements.get(site)
+            state = refinement and pack_refinement(refinement)
             state = broadcast(state, self.owner_of(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
         if rank() == 0:
@@ -327,7 +331,7 @@ class PassSolver(Solver):
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
             deviation = state.pop("deviation")
-            refinement = PassRefinement.of_state(self.loss, state, self.options.strengths)
+            refinement = unpack_refinement(state, self.loss, self.options.strengths)
             self.axis_ranges[site] = AxisRange(refinement.space, deviation)
             if rank() == self.owner_of(site):
                 self.refinements[site] = refinement

@@ -18,8 +18,7 @@ from probes.training.distributed import all_gather_objects, broadcast
 from .objective import LOOSE_NODES, SiteProblem
 from .refinement import solve_site
 from .solved_site import SolvedSite
-from .solver import Solver
-from .workers import in_workers
+from .solver import Solver, in_workers
 
 
 class MemorySolver(Solver):

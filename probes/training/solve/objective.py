@@ -7,7 +7,7 @@ The objective of a strength r is convex:
 w is in coordinates in which D is the identity and the pooled within-class covariance diag(s) (`moments.py`). There,
 p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curvature along w_kj. That is what L-BFGS
 starts from on a sample of pixels. With all images in memory it starts from the Hessian on some of their nodes
-(`node_sample.py`, `sample_hessian.py`), which takes half the time.
+(`curvature.py`), which takes half the time.
 
 `strength_path.py` finds the region of the best strength with two nodes per cell (`probes/ops`). What chooses among
 neighbouring strengths, certificates, the last probes and reported losses use five.
@@ -26,9 +26,8 @@ from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import Loss
 
+from .curvature import SampledPixels, SampleHessian, first_damping, sample_nodes
 from .moments import SiteSpace, full_precision
-from .node_sample import sample_nodes
-from .sample_hessian import SampledPixels, SampleHessian, first_damping
 
 LOOSE_NODES = 2
 TIGHT_NODES = 5

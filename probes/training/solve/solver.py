@@ -1,16 +1,26 @@
-"""What all solvers are made of: a way to read states, options, and files from which a killed run resumes."""
+"""What all solvers are made of: options, files from which a killed run resumes, and work on the cores of a machine."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from llava_bidir.common.atomic_io import atomic_write, write_tensors
+from llava_bidir.common.errors import error_context
+from llava_bidir.common.identity import Identity, check_same_identity
+from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import assign_folds
-from probes.training.distributed import broadcast, gather_images, rank_count
+from probes.training.distributed import broadcast, gather_images, rank, rank_count
 
-from .checkpoints import SolverCheckpoints
 from .solved_site import SolvedSite
 from .state_reader import StateReader
 
@@ -35,6 +45,55 @@ class SolveOptions:
     passes: int = 20
     sample_images: int | None = None
     disk_gb: float = 0.0
+
+
+class SolverCheckpoints:
+    """Files of tensors in a folder, each with the identity of its run.
+
+    Args:
+        folder: RUN/checkpoints.
+        identity: Of this run; None where nothing is saved.
+        resuming: Files of a killed run may be read.
+    """
+
+    def __init__(self, folder: Path, identity: Identity | None, resuming: bool):
+        self.folder = folder
+        self.identity = identity
+        self.resuming = resuming
+
+    def has(self, name: str) -> bool:
+        """Return whether a killed run has left a file that this run may read."""
+        return self.resuming and (self.folder / name).is_file()
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of the files that a killed run has left."""
+        return sorted(file.name for file in self.folder.glob(pattern)) if self.resuming else []
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to a file, with the identity of the run."""
+        with atomic_write(self.folder / name) as partial:
+            on_cpu = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+            write_tensors(on_cpu, partial, {"identity": json.dumps(self.identity)})
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a file.
+
+        Raises:
+            UserError: The file is damaged, or belongs to a run of another identity.
+        """
+        path = self.folder / name
+        with error_context(path):
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()["identity"])
+            # in memory of torch: products of tensors at the addresses of a mapped file can differ in their last bits
+            tensors = {key: x.clone() for key, x in load_file(path).items()}
+        check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
+        return tensors
+
+
+def tensors_of(site: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a site by name, from those of all sites by "SITE/NAME"."""
+    return {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}
 
 
 class Solver:
@@ -131,3 +190,46 @@ class Solver:
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""
         return {"passes": self.passes}
+
+
+def in_workers(
+    work: Callable[[str], Any], sites: list[str], device: torch.device
+) -> Iterable[tuple[str, Any]]:
+    """Yield each site with the result of its work, on a CPU as many at a time as torch has threads.
+
+    Each worker has one thread, so that the bits of a site do not depend on their number. They are processes, which
+    share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
+    this process, however it ends.
+    """
+    threads = (
+        torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    )
+    # one site alone, too, which has as many threads here: they would round differently
+    processes = (
+        {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
+        if threads > 1
+        else {}
+    )
+    results = DataLoader(
+        _Results(work, sites),
+        batch_size=None,
+        collate_fn=lambda result: result,
+        **processes,
+    )
+    yield from zip(
+        sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True
+    )
+
+
+class _Results(Dataset):
+    """The result of some work for each site, done when it is asked for."""
+
+    def __init__(self, work: Callable[[str], Any], sites: list[str]):
+        self.work = work
+        self.sites = sites
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.work(self.sites[index])

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.evaluation.strengths import OPTIMUM
+from probes.run_config import SolverOptions
 from probes.training.distributed import all_gather_objects, all_reduce, broadcast, rank
 
 from .curvature import SampledPixels
@@ -37,7 +38,7 @@ from .pixel_sample import (
     prefer_uncertain,
 )
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver, SolverCheckpoints, in_workers, tensors_of
+from .solver import Solver, SolverCheckpoints, in_workers, tensors_of
 from .state_reader import StateReader
 from .strength_path import FoldSearch, PathSolution
 
@@ -60,7 +61,7 @@ class PassSolver(Solver):
     def __init__(
         self,
         reader: StateReader,
-        options: SolveOptions,
+        options: SolverOptions,
         checkpoints: SolverCheckpoints,
         sample_images: int,
     ):
@@ -168,7 +169,7 @@ class PassSolver(Solver):
         tokens = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1]
         total = tokens * self.mllm.model.dtype.itemsize * (1 if self.in_first_pass else 2)
         count, seed = count_and_seed(image, self.images, total, self.passes)
-        return count, self.options.seed + seed
+        return count, self.reader.data.seed + seed
 
     def _gather_pixels(self) -> None:
         """Bring the sample of each site to its owner, in the order of the images."""

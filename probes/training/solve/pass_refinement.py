@@ -13,6 +13,7 @@ Legend: W strengths in the window, F folds, G = F + 1 probes of a strength, or 1
 K classes, d width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -121,7 +122,7 @@ class PassRefinement:
         null_gradient: Tensor,
         strength: float,
         points: Tensor,
-        given: tuple[float, ...] | None,
+        given: Sequence[float] | None,
     ) -> "PassRefinement":
         """Return the refinement of what was found on a sample.
 
@@ -349,7 +350,7 @@ def pack_refinement(refinement: PassRefinement) -> dict[str, Tensor]:
 
 
 def unpack_refinement(
-    tensors: dict[str, Tensor], loss: Loss, given: tuple[float, ...] | None
+    tensors: dict[str, Tensor], loss: Loss, given: Sequence[float] | None
 ) -> PassRefinement:
     """Return the refinement of :func:`pack_refinement`.
 

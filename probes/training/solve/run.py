@@ -18,6 +18,7 @@ from llava_bidir.common.identity import Identity
 from llava_bidir.common.run_folder import begin_run
 from probes.data.available_memory import available_memory
 from probes.data.datamodule import ProbeData
+from probes.run_config import SolverOptions
 from probes.tasks import Task
 from probes.training.distributed import broadcast, rank_count
 from probes.training.prediction_files import save_predictions
@@ -30,7 +31,7 @@ from .in_memory import MemorySolver
 from .least_squares_solver import LeastSquaresSolver
 from .path_scores import PathScores
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver, SolverCheckpoints
+from .solver import Solver, SolverCheckpoints
 from .state_reader import StateReader
 
 LEAST = 4  # images of each fold in memory, however little there is
@@ -51,7 +52,7 @@ class SolveRun:
     """
 
     hparams: dict[str, Any]
-    options: SolveOptions
+    options: SolverOptions
     task: Task
     identity: Identity | None = None
     resuming: bool = False
@@ -97,7 +98,7 @@ def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
 
 
 def choose_solver(
-    reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints
+    reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints
 ) -> Solver:
     """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
     if reader.probes.task.loss is None:
@@ -143,7 +144,8 @@ def score(
     probes = solver.probes
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
-        found.report_limit(site)
+        if limit := found.describe_limit(site):
+            rank_zero_info(limit)
     validation = data.splits["validation"]
     metric = probes.new_metric(len(validation)).to(solver.device)
     of_path = PathScores(probes, solved, len(validation), solver.device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.evaluation.strengths import is_at_end
@@ -142,15 +141,15 @@ class SolvedSite:
         probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
         probe.head.bias.copy_(self.bias[self.row])
 
-    def report_limit(self, site: str) -> None:
-        """Say so if the lowest loss is at the end of the strengths that were tried."""
+    def describe_limit(self, site: str) -> str:
+        """Return a sentence if the lowest loss is at the end of the strengths that were tried, else an empty one."""
         strengths = self.strengths.tolist()
         lowest = self.lowest
         if not is_at_end(strengths, strengths[lowest]):
-            return
+            return ""
         end = "strongest" if lowest == 0 else "weakest"
         why = "the states tell little" if lowest == 0 else "more would be used"
-        rank_zero_info(
+        return (
             f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
             f"the probe has {strengths[int(self.chosen)]:g}"
         )

@@ -1,9 +1,8 @@
-"""What all solvers are made of: options, files from which a killed run resumes, and work on the cores of a machine."""
+"""What all solvers are made of: files from which a killed run resumes, and work on the cores of a machine."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,11 @@ from llava_bidir.common.errors import error_context
 from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import assign_folds
+from probes.run_config import SolverOptions
 from probes.training.distributed import broadcast, gather_images, rank, rank_count
 
 from .solved_site import SolvedSite
 from .state_reader import StateReader
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """Options of `probes solve`.
-
-    Args:
-        folds: F, folds of training images for the cross-validation.
-        strengths: Strengths to solve, above 0; None for a search or, of least squares, for 25.
-        seed: Seed of the pixels that are sampled.
-        passes: Most passes over the training split; of classes.
-        sample_images: Training images whose memory is used; None for as many as fit into a quarter of the available
-            memory; of classes.
-        disk_gb: Most GB of states that may be written to the disk of the run; of classes.
-    """
-
-    folds: int = 4
-    strengths: tuple[float, ...] | None = None
-    seed: int = 0
-    passes: int = 20
-    sample_images: int | None = None
-    disk_gb: float = 0.0
 
 
 class SolverCheckpoints:
@@ -115,7 +93,7 @@ class Solver:
     most_passes = 1  # over the training images
     keeps_states = False  # of all images on the disk
 
-    def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
+    def __init__(self, reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints):
         self.reader = reader
         self.options = options
         self.checkpoints = checkpoints

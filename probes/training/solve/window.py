@@ -11,6 +11,7 @@ Legend: W strengths in the window.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .objective import STRONGEST, WEAKEST, half_decade, half_decades
@@ -38,7 +39,7 @@ class Window:
     """
 
     strengths: list[float]
-    given: tuple[float, ...] | None
+    given: Sequence[float] | None
     best: float
     losses: dict[float, float] = field(default_factory=dict)
     settled: bool = False

@@ -7,6 +7,7 @@ from losses import CROSS_ENTROPY, LabelSmoothing
 
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
+from probes.run_config import SolverOptions
 from probes.training.solve import curvature
 from probes.training.solve.curvature import (
     FIRST_DAMPING,
@@ -33,7 +34,6 @@ from probes.training.solve.pass_refinement import (
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, Pixels, choose_pixels
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.solver import SolveOptions
 from probes.training.solve.strength_path import HELD_OUT_GAIN, FoldSearch
 
 pytestmark = pytest.mark.numerics
@@ -572,7 +572,7 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
         sampled.probes.points[0],
         None,
     )
-    for number in range(2, SolveOptions.passes + 1):
+    for number in range(2, SolverOptions.passes + 1):
         data.take_pass(refinement)
         refinement.step(data.sample(count, number)[0])
         if refinement.converged:

@@ -375,7 +375,7 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         seen.add(torch.is_autocast_enabled("cpu"))
         return loss_and_gradient(*args, **kwargs)
 
-    monkeypatch.setattr("probes.training.solve.objective.loss_and_gradient", record)
+    monkeypatch.setattr("probes.tasks.losses.loss_and_gradient", record)
     solve(
         "--trainer.precision",
         "bf16-mixed",

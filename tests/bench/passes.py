@@ -249,7 +249,12 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         )
         if refinement.converged:
             break
-    return refinement.solution() | {"passes": number, "converged": refinement.converged}
+    return refinement.window.path()._asdict() | {
+        "space": space,
+        "points": refinement.points,
+        "passes": number,
+        "converged": refinement.converged,
+    }
 
 
 def gather(kept, fold_of: torch.Tensor, device: str):
@@ -270,7 +275,12 @@ def solve_in_memory(data) -> dict:
     problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
-    return refinement.solution(path) | {"passes": 1, "converged": refinement.converged}
+    return path._asdict() | {
+        "space": problem.space,
+        "points": refinement.accepted.points,
+        "passes": 1,
+        "converged": refinement.converged,
+    }
 
 
 def mean_iou(data, found: dict, row: int) -> float:

@@ -194,8 +194,9 @@ class PassSolver(Solver):
             found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
             if self.most_passes == 1:
                 solved = {
-                    site: SolvedSite.of_points(**self._of_sample(*parts))
-                    for site, parts in found.items()
+                    # without certificates: no pass has seen these probes
+                    site: SolvedSite.of_points(solution.path, axes.space, solution.points)
+                    for site, (axes, solution) in found.items()
                 }
                 return self.share_solved(solved)
             self._start_refinements(found, {site: sums[site][1] for site in found})
@@ -204,8 +205,8 @@ class PassSolver(Solver):
             self._refine()
             self._save_passes()
         solved = {
-            site: SolvedSite.of_points(**refinement.solution())
-            for site, refinement in self.refinements.items()
+            site: SolvedSite.of_points(x.window.path(), x.space, x.points, x.certificates)
+            for site, x in self.refinements.items()
         }
         return self.share_solved(solved)
 
@@ -242,16 +243,6 @@ class PassSolver(Solver):
         labels, weights, folds = (x.to(self.device) for x in self.sample_pixels)
         problem = PixelProblem(space, self.loss, inputs, labels, weights, folds, self.options.folds)
         return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
-
-    @staticmethod
-    def _of_sample(axes: AxisRange, solution: PathSolution) -> dict[str, Any]:
-        """Return the probes of a sample, which have no certificates: no pass has seen them."""
-        return {
-            **solution.path._asdict(),
-            "space": axes.space,
-            "points": solution.points,
-            "certificates": [],
-        }
 
     def _start(
         self, space: SiteSpace, null_gradient: Tensor, solution: PathSolution

@@ -91,7 +91,7 @@ def solve_features(
     loss = TASKS[SEGMENTATION].loss
     problem = SiteProblem(loss, features.flatten(1, 2), loose, tight, fold_of)
     path, refinement = solve_site(problem, None if strength is None else [strength])
-    solved = SolvedSite.of_points(**refinement.solution(path))
+    solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
     return FeatureProbe(

@@ -16,7 +16,6 @@ K classes, d width.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -312,20 +311,10 @@ class PassRefinement:
         """The strength is settled, and its probes have certificates."""
         return self.window.settled and all(x.converged for x in self.certificates)
 
-    def solution(self) -> dict[str, Any]:
-        """Return the probes of all images at the strengths that are scored, and the path by which they were chosen."""
-        window = self.window
-        path = sorted(window.losses, reverse=True)
-        return {
-            "strengths": path,
-            "loss": [window.losses[strength] for strength in path],
-            "compared": [path.index(strength) for strength in window.compared],
-            "chosen": path.index(window.strengths[window.chosen]),
-            "solved": [path.index(window.strengths[row]) for row in window.solved],
-            "space": self.space,
-            "points": self.probes.accepted.points[window.solved, -1],
-            "certificates": self.certificates,
-        }
+    @property
+    def points(self) -> Tensor:
+        """Probes of all images at the strengths that are scored, f64[R, K, d + 1]."""
+        return self.probes.accepted.points[self.window.solved, -1]
 
 
 def pack_refinement(refinement: PassRefinement) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ Legend: R strengths, d width, K classes.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,15 +203,6 @@ class Refinement:
             self.null_gradient,
             decrease,
         )
-
-    def solution(self, path: StrengthPath) -> dict[str, Any]:
-        """Return the accepted probes and the path by which their strengths were chosen, for `SolvedSite.of_points`."""
-        return {
-            **path._asdict(),
-            "space": self.problem.space,
-            "points": self.accepted.points,
-            "certificates": self.certificates,
-        }
 
 
 def solve_site(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from .objective import STRONGEST, WEAKEST, half_decade, half_decades
 from .refinement import CONVERGED
-from .strength_path import HELD_OUT_GAIN
+from .strength_path import HELD_OUT_GAIN, StrengthPath
 
 # The window follows probes with at most this decrease left, in nats, or to strengths that are better by more
 LEAVE = 100 * CONVERGED
@@ -62,10 +62,17 @@ class Window:
             return list(range(len(self.strengths)))
         return [self.chosen - 1, self.chosen, self.chosen + 1]
 
-    @property
-    def compared(self) -> list[float]:
-        """Strengths among which one was chosen."""
-        return [strength for strength in self.strengths if strength in self.losses]
+    def path(self) -> StrengthPath:
+        """Return the strengths whose losses are known, and which of them are compared, chosen and scored."""
+        order = sorted(self.losses, reverse=True)
+        compared = [strength for strength in self.strengths if strength in self.losses]
+        return StrengthPath(
+            order,
+            [self.losses[strength] for strength in order],
+            [order.index(strength) for strength in compared],
+            order.index(self.strengths[self.chosen]),
+            [order.index(self.strengths[row]) for row in self.solved],
+        )
 
     def move(self, left: list[float]) -> list[int]:
         """Bring strengths into the window and remove others; return the row where each had its nearest neighbour.

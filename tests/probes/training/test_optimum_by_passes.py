@@ -164,15 +164,15 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
         if refinement.converged:
             break
     assert refinement.converged and len(refinement.certificates) == 3
-    found = refinement.solution()
-    ratio = found["strengths"][found["chosen"]] / path.strengths[path.chosen]
+    found = refinement.window.path()
+    ratio = found.strengths[found.chosen] / path.strengths[path.chosen]
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
     losses = dict(zip(path.strengths, path.loss, strict=True))
-    for strength, loss in zip(found["strengths"], found["loss"], strict=True):
+    for strength, loss in zip(found.strengths, found.loss, strict=True):
         near = [known for other, known in losses.items() if other == pytest.approx(strength)]
         if strength in refinement.window.strengths and near:
             assert loss == pytest.approx(near[0], abs=3e-3)
-    for strength, point in zip(refinement.window.strengths, found["points"], strict=True):
+    for strength, point in zip(refinement.window.strengths, refinement.points, strict=True):
         rows = [
             i
             for i, other in enumerate(whole.strengths.tolist())
@@ -629,13 +629,13 @@ def test_every_loss_that_is_reported_was_measured(data, passes):
             )
         )
         refinement.step(data.sample(200, number)[0], is_last=number == passes)
-    found = refinement.solution()
-    assert dict(zip(found["strengths"], found["loss"], strict=True)) == measured
-    chosen = found["strengths"][found["chosen"]]
+    found = refinement.window.path()
+    assert dict(zip(found.strengths, found.loss, strict=True)) == measured
+    chosen = found.strengths[found.chosen]
     assert chosen in (min(measured, key=measured.get), *refinement.window.strengths[1:-1])
-    solved = [found["strengths"][i] for i in found["solved"]]
+    solved = [found.strengths[i] for i in found.solved]
     assert chosen in solved
-    assert len(solved) == len(found["points"]) == (1 if passes == 2 else 3)
+    assert len(solved) == len(refinement.points) == (1 if passes == 2 else 3)
 
 
 def test_state_resumes_to_the_same_numbers(data):

@@ -3,19 +3,16 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
-from probes.results.formatting import Rows, bounds, run_columns
-from probes.results.probe_run import ProbeRun
+from probes.results.formatting import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 # of anything else but masks, whose colours mean nothing but masks
@@ -33,6 +30,9 @@ STYLE = {
     "ps.fonttype": 42,
     "svg.hashsalt": "llava-bidir",  # reproducible bytes
 }
+
+
+Looks = dict[Hashable, dict[str, Any]]  # properties of curves, by name
 
 
 class FigureData(NamedTuple):
@@ -147,17 +147,6 @@ def label_layers(
     ax.set_xlabel("layer")
 
 
-def score_row(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the scores of a site as a row of a table."""
-    scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
-    return scores | bounds(entry["miou_ci95"], "miou_")
-
-
-def score_rows(runs: Iterable[ProbeRun]) -> Rows:
-    """Return the scores of runs as rows of a table, one for each run and site."""
-    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
-
-
 def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
     """Move annotations that overlap others of their axes upwards."""
     figure.draw_without_rendering()
@@ -173,60 +162,43 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
             placed.append(box)
 
 
-def draw_curve(
+def curves(
     ax: Axes,
-    x: Sequence[float],
-    values: Sequence[float],
-    ci95: Sequence[Sequence[float]] | None,
-    colour: str,
-    style: str = "-",
-    **kwargs,
+    table: Rows,
+    looks: Looks,
+    x: str = "depth",
+    y: str = "value",
+    by: str = "curve",
+    band: tuple[str, str] = ("low", "high"),
+    scale: float = 1,
 ) -> None:
-    """Draw a value by site or layer as a line, with the band of its 95% intervals.
+    """Draw a value by site or layer: a line or points for each group of rows, and the band of its intervals.
 
     Args:
         ax: Where to draw.
-        x: Positions of the sites.
-        values: The value at each of them.
-        ci95: Two bounds for each; None for no band.
-        colour: Of line and band.
-        style: Of the line, as matplotlib writes it.
-        kwargs: Further properties of the line.
+        table: A row for each point.
+        looks: Properties of the line of each group, by its name, which is its label unless they have another. "band"
+            is True for a group whose intervals are drawn.
+        x: Column of the position.
+        y: Column of the value.
+        by: Column of the group's name.
+        band: Columns of the lower and the upper bound.
+        scale: What values and bounds are multiplied with: 100 for percent.
     """
-    ax.plot(x, values, style, color=colour, **({"lw": 1.6} | kwargs))
-    if ci95 is not None and len(ci95) > 0:
-        low, high = zip(*ci95, strict=True)
-        ax.fill_between(
-            x,
-            low,
-            high,
-            color=colour,
-            alpha=0.12,
-            lw=0,
-        )
-
-
-def draw_intervals(
-    ax: Axes,
-    x: Sequence[float],
-    values: Sequence,
-    ci95: Sequence,
-    colour: str,
-    **kwargs,
-) -> None:
-    """Draw fractions in percent as points with their 95% intervals."""
-    y = 100 * np.array(values, float)
-    low, high = 100 * np.array(ci95, float).T
-    ax.errorbar(
-        x,
-        y,
-        [y - low, high - y],
-        color=colour,
-        **kwargs,
-    )
-
-
-def signed_colours(*grids: np.ndarray) -> dict[str, Any]:
-    """Return the colours of maps of percentage points that share a scale around zero."""
-    limit = max(1.0, *(np.nanmax(abs(grid)) for grid in grids))
-    return {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}
+    for name, look in looks.items():
+        rows = [row for row in table if row[by] == name]
+        if not rows:
+            continue
+        at = [row[x] for row in rows]
+        line = {"lw": 1.6, "label": name} | {k: v for k, v in look.items() if k != "band"}
+        ax.plot(at, [scale * row[y] for row in rows], **line)
+        if look.get("band"):
+            low, high = ([scale * row[bound] for row in rows] for bound in band)
+            ax.fill_between(
+                at,
+                low,
+                high,
+                color=look["color"],
+                alpha=0.12,
+                lw=0,
+            )

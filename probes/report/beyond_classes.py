@@ -6,24 +6,18 @@ claim about these tasks.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.claims import CLAIMS
-from probes.evaluation.estimate import estimate_text
 from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows, bounds, format_p
-from probes.results.study import StudyRuns, read_studies
+from probes.results.formatting import Entry, Rows, bounds
+from probes.results.study import StudyRuns, read_studies, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS, Task
 
+from .claim_table import claim_notes, claim_text, verdict_reasons
 from .claims import evaluate_claims
 from .seeds import joint_studies
-from .summary_text import claim_notes, format_count, verdict_reasons
-from .tables import claim_rows
-from .verdicts import measured_effect
-
-Entry = dict[str, Any]
 
 TEXTS = {  # of claims that are about classes in the paper's words
     "adapter_drop": "{task} drops at the adapter: how much worse its {score} is than the encoder's",
@@ -63,7 +57,7 @@ def _study_entries(study: StudyRuns) -> list[Entry]:
     claims = evaluate_claims(study)
     task = study.task
     entries = []
-    for mask, run in study.runs_by_site.items():
+    for mask, run in runs_to_compare(study)[0].items():
         of_mask = [claim for claim in claims if claim["image_attention"] == mask]
         entry = {
             "task": task.name,
@@ -97,7 +91,7 @@ def _unit_site(run: FinishedRun) -> str | None:
     return unit if unit in run.sites else None
 
 
-def _sites(run: FinishedRun) -> list[dict[str, Any]]:
+def _sites(run: FinishedRun) -> list[Entry]:
     """Return the main score of a run at each site."""
     score = run.task.score
     return [
@@ -110,7 +104,7 @@ def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     ]
 
 
-def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any]]:
+def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[Entry]:
     """Return the scores of the models with random weights, with mask and kind of probes of the trained one."""
     return [
         {
@@ -127,7 +121,7 @@ def _mask_and_probes(run: FinishedRun) -> tuple[str, bool]:
     return run.mask, run.is_solved
 
 
-def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:
+def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[Entry]:
     """Return the claims of each task over the seeds of a model, see :func:`joint_studies`, with its "task"."""
     joint = []
     for name in dict.fromkeys(study.task.name for study in studies):
@@ -137,7 +131,7 @@ def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str
     return joint
 
 
-def _claims_of(study: StudyRuns, entries: list[Entry]) -> list[dict[str, Any]]:
+def _claims_of(study: StudyRuns, entries: list[Entry]) -> list[Entry]:
     """Return the claims of a study, from the entries of its masks."""
     own = (study.task.name, study.name, study.dataset, study.first.metrics["seed"])
     return [
@@ -155,81 +149,63 @@ def task_score_rows(entries: list[Entry]) -> Rows:
         common = {
             key: entry[key] for key in ("task", "model", "dataset", "seed", "image_attention")
         }
-        trained = {"weights": "trained", "draw": None, "sites": entry["sites"]}
+        trained = {
+            "weights": "trained",
+            "draw": None,
+            "sites": entry["sites"],
+        }
         for run in (trained, *entry["random"]):
             about = common | {"weights": run["weights"], "draw": run["draw"]}
             rows += [
                 about
-                | {"site": row["site"], "score": entry["score"], "value": row["value"]}
+                | {
+                    "site": row["site"],
+                    "score": entry["score"],
+                    "value": row["value"],
+                }
                 | bounds(row["ci95"])
                 for row in run["sites"]
             ]
     return rows
 
 
-def task_claim_rows(entries: list[Entry]) -> Rows:
-    """Return a row for each claim, in the units of its score; see :func:`probes.report.tables.claim_rows`."""
-    rows = []
-    for entry in entries:
-        common = {key: entry[key] for key in ("task", "model", "dataset", "seed")}
-        rows += [common | row for row in claim_rows(entry["claims"])]
-    return rows
-
-
-def claim_texts(entries: list[Entry]) -> Rows:
-    """Return a row of text for each claim, in the units of its score."""
+def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
+    """Return a row of text for each claim of entries of "tasks" or "joint_tasks", in the units of its score."""
     rows = []
     for entry in entries:
         task = TASKS[entry["task"]]
+        better = "higher" if task.sign > 0 else "lower"
         about = {
-            "task": entry["task"],
+            "task": task.name,
             "model": entry["model"],
             "dataset": entry["dataset"],
-            "score": f"{task.labels[entry['score']]}, {entry['better']} is better",
-            "attention": entry["image_attention"] if entry["has_llm"] else "–",
-            "seed": str(entry["seed"]),
+            "score": f"{task.labels[task.score]}, {better} is better",
         }
-        rows += [about | _claim_cells(claim) for claim in entry["claims"]]
+        for claim in entry["claims"]:
+            text = claim_text(claim, task.name)
+            seed = {"seed": str(entry.get("seed"))}
+            if "seeds" in entry:
+                seed = {"seeds": f"{', '.join(map(str, entry['seeds']))} ({text.count})"}
+            cells = {
+                "attention": text.mask if entry.get("has_llm", True) else "–",
+                "claim": CLAIMS[claim["claim"]].name,
+                "effect": text.effects[0],
+                "beyond random": text.columns["beyond_random"].effect,
+                "p (Holm)": text.p,
+                "finding": text.finding,
+            }
+            rows.append(about | seed | cells)
     return rows
 
 
-def joint_claim_texts(joint: list[dict[str, Any]]) -> Rows:
-    """Return a row of text for each claim over seeds."""
-    return [
-        {
-            "task": result["task"],
-            "model": result["model"],
-            "dataset": result["dataset"],
-            "seeds": f"{', '.join(map(str, result['seeds']))} ({format_count(claim['n'])})",
-            "attention": claim["image_attention"],
-        }
-        | _claim_cells(claim)
-        for result in joint
-        for claim in result["claims"]
-    ]
-
-
-def _claim_cells(claim: dict[str, Any]) -> dict[str, str]:
-    """Return name, numbers and finding of a claim as text."""
-    measured = measured_effect(claim)
-    beyond = claim["verdicts"]["beyond_random"]
-    return {
-        "claim": CLAIMS[claim["claim"]].name,
-        "effect": "–" if measured["ci95"] is None else estimate_text(measured),
-        "beyond_random": "–" if beyond["ci95"] is None else estimate_text(beyond),
-        "p_(Holm)": format_p(claim["p_holm"]),
-        "finding": claim["finding"],
-    }
-
-
-def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
+def task_notes(entries: list[Entry], joint: list[Entry]) -> list[str]:
     """Return from where on an effect counts, what else a reader must know, and why columns are untested.
 
     The column "paper" is left out: the paper has no such claims.
     """
     notes = []
     # p is corrected for the number of claims about all masks of a study
-    studies: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    studies: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         study = tuple(entry[key] for key in ("task", "model", "dataset", "seed"))
         studies.setdefault(study, []).extend(entry["claims"])
@@ -238,10 +214,6 @@ def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
     for name, claims in corrected:
         task = TASKS[name]
         notes += claim_notes(claims, f"{task.margin:g} of {task.labels[task.score]}")
-    reasons = [
-        reason
-        for result in (*entries, *joint)
-        for claim in result["claims"]
-        for reason in verdict_reasons({k: v for k, v in claim["verdicts"].items() if k != "paper"})
-    ]
+    claims = [claim for entry in (*entries, *joint) for claim in entry["claims"]]
+    reasons = verdict_reasons(claims, ("optimum", "beyond_random"))
     return [*dict.fromkeys([*notes, *reasons])]

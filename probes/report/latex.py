@@ -1,76 +1,60 @@
 """Format the main numbers of a study as LaTeX tables, in percent with 95% intervals."""
 
-from typing import Any
-
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import format_difference, format_score
+from probes.results.formatting import Entry, format_score
 from probes.results.study import StudyRuns
 
-from .summary_text import COLUMN_TITLES
+from .claim_table import COLUMN_TITLES, claim_text
+
+Cells = list[dict[str, str]]  # rows of a table by its titles
 
 
-def format_tables(study: StudyRuns, claims: list[dict[str, Any]]) -> str:
+def format_tables(study: StudyRuns, claims: list[Entry]) -> str:
     """Return one booktabs table each of the scores per site and of the claims, if there are any.
 
     Args:
         study: The runs.
         claims: From :func:`evaluate_claims`.
     """
-    tables = {"mIoU (%) per site": (_score_rows(study), 1)}
-    if claims:
-        tables["claims: differences in percentage points"] = (_claim_rows(claims), 2)
+    tables = {  # with the number of columns that hold names
+        "mIoU (%) per site": (_scores(study), 1),
+        "claims: differences in percentage points": (_claims(claims), 2),
+    }
     texts = [
-        f"% {title}, with 95% intervals\n{latex_table(rows, names)}"
-        for title, (rows, names) in tables.items()
+        f"% {title}, with 95% intervals\n{latex_table([list(cells[0]), *map(_values, cells)], names)}"
+        for title, (cells, names) in tables.items()
+        if cells
     ]
     return "\n".join([r"% needs \usepackage{booktabs}", *texts])
 
 
-def _score_rows(study: StudyRuns) -> list[list[str]]:
+def _values(row: dict[str, str]) -> list[str]:
+    return list(row.values())
+
+
+def _scores(study: StudyRuns) -> Cells:
     """Return a row for each site, and a column for each run."""
-    is_mixed = len({run.probe_kind for run in study.runs}) > 1
-    titles = []
-    columns = []
-    for run in study.runs:
-        words = [run.mask]
-        if run.metrics["untrained"]:
-            words.append("untrained")
-        if is_mixed:
-            words.append(f"{run.probe_kind} probes")
-        titles.append(", ".join(words))
-        scores = {}
-        for entry in run.metrics["sites"]:
-            scores[entry["site"]] = format_score(entry["miou"], entry["miou_ci95"])
-        columns.append(scores)
-    sites = dict.fromkeys(site for column in columns for site in column)
-    rows = [["site", *titles]]
-    for site in sites:
-        rows.append([site, *(column.get(site, "–") for column in columns)])
-    return rows
+    runs = [*study.main_runs.values(), *study.untrained.values()]
+    is_mixed = len({run.probe_kind for run in runs}) > 1
+    rows: dict[str, dict[str, str]] = {site: {"site": site} for run in runs for site in run.sites}
+    for run in runs:
+        title = run.mask + ", untrained" * bool(run.metrics["untrained"])
+        title += f", {run.probe_kind} probes" * is_mixed
+        scores = {entry["site"]: entry for entry in run.metrics["sites"]}
+        for site, row in rows.items():
+            score = scores.get(site)
+            row[title] = format_score(score["miou"], score["miou_ci95"]) if score else "–"
+    return list(rows.values())
 
 
-def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
-    known = ["truth"] if any("truth" in claim for claim in claims) else []
-    rows = [
-        [
-            "claim",
-            "image attention",
-            *(title.lower() for title in COLUMN_TITLES.values()),
-            *known,
-            "conclusion",
-        ]
-    ]
-    for claim in claims:
-        cells = [
-            f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()
-        ]
-        cells += [claim.get(key, "") for key in known]
-        rows.append(
-            [
-                claim["claim"].replace("_", " "),
-                claim["image_attention"],
-                *cells,
-                claim["finding"],
-            ]
-        )
+def _claims(claims: list[Entry]) -> Cells:
+    known = any("truth" in claim for claim in claims)
+    rows = []
+    for text in map(claim_text, claims):
+        row = {"claim": text.name, "image attention": text.mask}
+        for name, column in text.columns.items():
+            row[COLUMN_TITLES[name].lower()] = f"{column.effect} {column.verdict}".strip()
+        if known:
+            row["truth"] = text.truth
+        rows.append(row | {"conclusion": text.finding})
     return rows

@@ -18,46 +18,54 @@ import io
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.claims import load_registrations
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
 from probes.results import formatting
-from probes.results.finished_run import warn_of_changed_data
-from probes.results.formatting import Rows
+from probes.results.finished_run import FinishedRun, warn_of_changed_data
+from probes.results.formatting import Entry, Rows
 from probes.results.paper import PAPER
 from probes.results.runs import finished_runs, open_run
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
 from probes.results.study import (
+    UNTRAINED,
     StudyRuns,
+    by_mask,
     labels_of_models,
     overridden_masks,
     read_studies,
 )
 from probes.tasks import SEGMENTATION
 
-from . import latex, summary_text, tables
+from . import latex, tables
 from .beyond_classes import (
     claim_texts,
-    joint_claim_texts,
     joint_tasks,
     read_task_studies,
-    task_claim_rows,
     task_notes,
     task_results,
     task_score_rows,
 )
+from .claim_table import (
+    COLUMN_TITLES,
+    claim_notes,
+    claim_rows,
+    known_truths,
+    summarize_claims,
+    tested_by_mask,
+    verdict_reasons,
+)
 from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
-from .figures.layer_curves import overview_figures
+from .figures.model_curves import overview_figures
 from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
@@ -77,26 +85,18 @@ def to_anchor(heading: str) -> str:
 FILTERS = {  # of the page's template
     "anchor": to_anchor,
     "best_layer": describe_best_layer,
-    "by_claim": summary_text.group_claims,
-    "claim_notes": summary_text.claim_notes,
-    "count": summary_text.format_count,
-    "describe_column": summary_text.describe_column,
+    "claim_notes": claim_notes,
     "describe_sites": describe_sites,
-    "difference": formatting.format_difference,
-    "effect": summary_text.format_effect,
-    "p": formatting.format_p,
     "percent": formatting.format_percent,
     "points": formatting.format_points,
     "shown_sites": shown_rows,
-    "summary": summary_text.summarize_claims,
-    "truth_rows": summary_text.truth_rows,
-    "verdict_reasons": summary_text.verdict_reasons,
+    "summary": summarize_claims,
+    "tested": tested_by_mask,
+    "verdict_reasons": verdict_reasons,
 }
 
 
-def study_results(
-    study: StudyRuns, claims: list[dict[str, Any]], sections: list[PageSection]
-) -> dict[str, Any]:
+def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSection]) -> Entry:
     """Return the content of results.json for one model on one dataset."""
     by_mask = [entries for section in sections for entries in section.content.by_mask.items()]
 
@@ -107,7 +107,9 @@ def study_results(
             **{name: found[mask] for name, found in by_mask},
         }
 
-    random = {mask: [run for run in study.random if run.mask == mask] for mask in study.masks}
+    random: dict[str, list[Entry]] = {}
+    for run in _random_controls(study):
+        random.setdefault(run.mask, []).append({"probing": run.metrics})
     results = {
         "model": study.model,
         "dataset": study.dataset,
@@ -115,11 +117,7 @@ def study_results(
         "masks": {mask: entry(mask, run) for mask, run in study.main_runs.items()},
         "controls": {
             "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
-            "random": {
-                mask: [{"probing": run.metrics} for run in runs]
-                for mask, runs in random.items()
-                if runs
-            },
+            "random": random,
         },
         "sites": site_rows(study),
         "claims": claims,
@@ -130,13 +128,23 @@ def study_results(
     return results
 
 
+def _random_controls(study: StudyRuns) -> list[FinishedRun]:
+    """Return the controls beside the untrained model: its further draws, random adapters, random and permuted LLMs."""
+    untrained = [
+        *by_mask(study.where(arm=UNTRAINED, solved=True)).values(),
+        *study.untrained.values(),
+    ]
+    others = [run for run in study.members if run.arm != "trained" and run not in untrained]
+    return sorted(others, key=lambda run: not run.is_solved)
+
+
 def write_report(
     paths: Iterable[str],
     out: str | Path,
     timings: str | None = None,
     task_runs: Iterable[str] = (),
     unfinished: Iterable[dict[str, str]] = (),
-) -> dict[str, Any]:
+) -> Entry:
     """Write the report of probe runs to the folder `out` and return the content of results.json.
 
     Args:
@@ -154,7 +162,7 @@ def write_report(
     out = Path(out)
     warn_of_changed_data(study.first for study in (*studies, *task_studies))
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
-        wall_s = summary_text.total_wall_s(Path(timings)) if timings else None
+        wall_s = total_wall_s(Path(timings)) if timings else None
         return _write_files(studies, out, wall_s, task_studies, [*unfinished])
 
 
@@ -164,7 +172,7 @@ def _write_files(
     wall_s: float | None,
     task_studies: list[StudyRuns],
     unfinished: list[dict[str, str]],
-) -> dict[str, Any]:
+) -> Entry:
     single = len(studies) == 1
     files: Files = {}
     parts = [
@@ -173,7 +181,7 @@ def _write_files(
     tasks = task_results(task_studies)
     joint_of_tasks = joint_tasks(task_studies, tasks)
     table2 = tables.table2([s for s in studies if s.first.has_llm])
-    task_tables = {"task_scores": task_score_rows(tasks), "task_claims": task_claim_rows(tasks)}
+    task_tables = {"task_scores": task_score_rows(tasks), "task_claims": claim_rows(tasks)}
     files |= _csv_files({"table2": table2} | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
@@ -186,12 +194,12 @@ def _write_files(
         table2=table2,
         task_figures=_draw(task_figures(task_studies, tasks), out, files),
         task_claims=claim_texts(tasks),
-        joint_task_claims=joint_claim_texts(joint_of_tasks),
+        joint_task_claims=claim_texts(joint_of_tasks),
         task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
         wall_s=wall_s,
-        columns=summary_text.COLUMN_TITLES,
-        marks=summary_text.MARKS,
+        columns=COLUMN_TITLES,
+        truths=_truth_rows(by_study),
         explorer=(out / "explorer.html").is_file(),
         failed=describe_steps(unfinished, FAILED),
         left_out=describe_steps(unfinished, LEFT_OUT),
@@ -214,6 +222,38 @@ def _write_files(
     return results
 
 
+def _truth_rows(studies: list[Entry]) -> list[dict[str, str]]:
+    """Return a row of text for each claim whose truth is known."""
+    return [
+        {
+            "model": f"{study['model']}, {study['dataset']}",
+            "claim": text.name,
+            "attention": text.mask,
+            "truth": text.truth,
+            "found": text.finding,
+            "effect": ", beyond random ".join(text.effects),
+        }
+        for study, text in known_truths(studies)
+    ]
+
+
+def total_wall_s(timings: Path) -> float:
+    """Return the wall time of a log of lines "start end step": the length of the union of its intervals.
+
+    Raises:
+        UserError: The log does not exist, or has other lines.
+    """
+    with error_context(timings):
+        lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
+        intervals = sorted((float(start), float(end)) for start, end in lines)
+    total = 0.0
+    until = 0.0
+    for start, end in intervals:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
 def _earlier_files(out: Path) -> set[Path]:
     """Return the CSV files, figures and tables of the report that `out` holds."""
     file = out / "results.json"
@@ -230,7 +270,7 @@ def _build_part(
     out: Path,
     folder: str,
     files: Files,
-) -> dict[str, Any]:
+) -> Entry:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
     claims = evaluate_claims(study)
     out = out / folder
@@ -239,7 +279,7 @@ def _build_part(
     drawn = [(section, _draw(section.content.figures, out, files)) for section in sections]
     first, *others = drawn[0][1]  # the curve by layer, which stands above all sections
     drawn[0] = (sections[0], others)
-    files |= _csv_files({"sites": results["sites"]}, out)
+    files |= _csv_files({"sites": results["sites"], "claims": claim_rows([results])}, out)
     for section in sections:
         files |= _csv_files(section.content.tables, out)
     files[out / "tables.tex"] = latex.format_tables(study, claims)

@@ -1,21 +1,23 @@
 """The sections of a study's page, in its order: the report's own, and those of the analyses (probes/analyses/)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
-from probes.results.formatting import Rows
+from probes.results.formatting import Entry, Rows
 from probes.results.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
-from .figures.encoder_layers import encoder_figures
-from .figures.layer_curves import layer_figures
-from .figures.mask_comparison import mask_figures
-from .figures.whole_stack import stack_figures
-from .mask_comparison import compare_masks
-from .summary_text import edge_notes, summarize_mask_comparison
-from .tables import claim_rows, class_rows, mask_comparison_rows
+from .figures.layer_curves import encoder_figures, layer_figures, stack_figures
+from .mask_comparison import (
+    compare_masks,
+    mask_comparison_rows,
+    mask_figures,
+    summarize_mask_comparison,
+)
+from .strengths import edge_notes
+from .tables import class_rows
 
 
 class PageSection(NamedTuple):
@@ -26,15 +28,13 @@ class PageSection(NamedTuple):
     content: Section
 
 
-def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageSection]:
+def study_sections(study: StudyRuns, claims: list[Entry]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: run.strengths.at_edge() for mask, run in study.solved.items()}
     tables = {"classes": class_rows(study)}
     results = {"path_at_edge": at_edge}
     layers = _layers_section(study, claims, edge_notes(at_edge), tables, results)
-    controls = Section(
-        [*claim_figures(claims, study.first.has_llm)], tables={"claims": claim_rows(claims)}
-    )
+    controls = Section([*claim_figures(claims, study.first.has_llm)])
     return [
         layers,
         PageSection(
@@ -55,10 +55,10 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
 
 def _layers_section(
     study: StudyRuns,
-    claims: list[dict[str, Any]],
+    claims: list[Entry],
     notes: list[str],
     tables: dict[str, Rows],
-    results: dict[str, Any],
+    results: Entry,
 ) -> PageSection:
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:

@@ -6,12 +6,12 @@ seeds share are not part of it; their interval and that over seeds are then adde
 """
 
 import math
-from typing import Any
 
 import scipy.stats
 import torch
 
 from probes.analyses.claims import CLAIMS
+from probes.results.formatting import Entry
 from probes.results.study import StudyRuns, studies_by_model
 
 from .verdicts import (
@@ -28,159 +28,127 @@ from .verdicts import (
 )
 
 
-def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]:
     """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
 
     Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
     of the seeds.
     """
     claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
-
-    def data(members):
-        return {study.first.manifest["data"]["fingerprint"] for study in members}
-
-    def shared(members):
-        return len(data(members)) < len(members)  # some seeds have the same validation images
-
-    return [
-        {
+    joint = []
+    for members in studies_by_model(study for study in studies if study.seed is not None):
+        images = [study.first.manifest["data"]["fingerprint"] for study in members]
+        shares_images = len(set(images)) < len(images)
+        by_seed = {study.seed: claims[study.slug] for study in members}
+        about = {
             "model": members[0].name,
             "dataset": members[0].dataset,
-            "seeds": [study.seed for study in members],
+            "seeds": list(by_seed),
         }
-        | _joint_claims(
-            {study.seed: claims[study.slug] for study in members},
-            shared(members),
-            members[0].task.margin,
-        )
-        for members in studies_by_model(study for study in studies if study.seed is not None)
-    ]
+        joint.append(about | _joint_claims(by_seed, shares_images, members[0].task.margin))
+    return joint
 
 
 def _joint_claims(
-    claims_by_seed: dict[int, list[dict[str, Any]]],
+    claims_by_seed: dict[int, list[Entry]],
     shared_images: bool,
     margin: float,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Entry]]:
     """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
-    by_key = {
-        seed: {(c["claim"], c["image_attention"]): c for c in x}
-        for seed, x in claims_by_seed.items()
-    }
+    by_key: dict[tuple[str, str], dict[int, Entry]] = {}
+    for seed, claims in claims_by_seed.items():
+        for claim in claims:
+            key = (claim["claim"], claim["image_attention"])
+            by_key.setdefault(key, {})[seed] = claim
     joint = []
     left_out = []
-    for claim, mask in dict.fromkeys(key for claims in by_key.values() for key in claims):
-        if lacking := [seed for seed, claims in by_key.items() if (claim, mask) not in claims]:
-            left_out.append(
-                {
-                    "claim": claim,
-                    "image_attention": mask,
-                    "lacking": lacking,
-                }
-            )
-        entries = {
-            seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims
-        }
-        if len(entries) < 2:
-            continue
-        sign = CLAIMS[claim].sign
-        text = next(iter(entries.values()))["text"]
-        truths = {entry.get("truth") for entry in entries.values()}
-        columns = {
-            name: {seed: entry["verdicts"][name] for seed, entry in entries.items()}
-            for name in COLUMNS
-        }
-        verdicts = {
-            name: join_column(sign, by_seed, shared_images, margin)
-            for name, by_seed in columns.items()
-        }
-        # the numbers of the main runs
-        value = verdicts["paper"]["value"]
-        ci95 = verdicts["paper"]["ci95"]
-        entry = {
-            "claim": claim,
-            "image_attention": mask,
-            "text": text,
-            "value": value,
-            "ci95": ci95,
-            "holds": value is not None and judge(sign, value, ci95) == HOLDS,
-            "verdicts": verdicts,
-            **conclude(verdicts, CLAIMS[claim].unlearned),
-            "n": _count_seeds(verdicts, len(entries)),
-        }
-        if len(truths) == 1 and None not in truths:
-            entry["truth"] = truths.pop()
-        joint.append(entry)
+    for (name, mask), by_seed in by_key.items():
+        about = {"claim": name, "image_attention": mask}
+        if lacking := [seed for seed in claims_by_seed if seed not in by_seed]:
+            left_out.append(about | {"lacking": lacking})
+        if len(by_seed) > 1:
+            joint.append(about | _joint_claim(name, by_seed, shared_images, margin))
     correct_for_claims(joint)
     return {"claims": joint, "left_out": left_out}
 
 
-def _count_seeds(verdicts: dict[str, dict[str, Any]], seeds: int) -> dict[str, int]:
-    """Return the seeds that every joint number of a claim is a mean over, "of" those that have the claim."""
-    joined = [entry["seeds"] for entry in verdicts.values() if entry.get("seeds")]
-    return {"seeds": min(joined, default=0), "of": seeds}
+def _joint_claim(
+    name: str,
+    by_seed: dict[int, Entry],
+    shared_images: bool,
+    margin: float,
+) -> Entry:
+    """Return the columns and the conclusion of a claim over seeds."""
+    sign = CLAIMS[name].sign
+    verdicts = {}
+    for column_name in COLUMNS:
+        columns = {seed: claim["verdicts"][column_name] for seed, claim in by_seed.items()}
+        verdicts[column_name] = join_column(sign, columns, shared_images, margin)
+    # the numbers of the main runs
+    value = verdicts["paper"]["value"]
+    ci95 = verdicts["paper"]["ci95"]
+    # the seeds that every joint number is a mean over, of those that have the claim
+    counts = [column["seeds"] for column in verdicts.values() if column.get("seeds")]
+    entry = {
+        "text": next(iter(by_seed.values()))["text"],
+        "value": value,
+        "ci95": ci95,
+        "holds": value is not None and judge(sign, value, ci95) == HOLDS,
+        "verdicts": verdicts,
+        **conclude(verdicts, CLAIMS[name].unlearned),
+        "n": {"seeds": min(counts, default=0), "of": len(by_seed)},
+    }
+    truths = {claim.get("truth") for claim in by_seed.values()}
+    if len(truths) == 1 and None not in truths:
+        entry["truth"] = truths.pop()
+    return entry
 
 
 def join_column(
     sign: int,
-    by_seed: dict[int, dict[str, Any]],
+    by_seed: dict[int, Entry],
     shared_images: bool,
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
     """
-
-    def join(entries):
-        return mean_over_seeds(
-            [(entry["value"], entry["ci95"]) for entry in entries], shared_images
-        )
-
-    judged = _same_probes(
-        {seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED}
-    )
+    tested = {seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED}
+    judged = _same_probes(tested)
     missing = {
         seed: entry.get("reason", "other probes")
         for seed, entry in by_seed.items()
         if seed not in judged
     }
-    more = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
-    more |= {"left_out": missing} if missing else {}
-    reason = "".join(
-        [
-            "fewer than two seeds have a verdict",
-            *(f"; seed {k}: {x}" for k, x in [*missing.items()][:1]),
-        ]
-    )
+    more: Entry = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
+    if missing:
+        more["left_out"] = missing
+    reason = "fewer than two seeds have a verdict"
+    for seed, of_seed in [*missing.items()][:1]:
+        reason += f"; seed {seed}: {of_seed}"
     entries = [*(judged if len(judged) > 1 else _same_probes(by_seed)).values()]
     if len(entries) < 2 or any(entry["value"] is None for entry in entries):
         return untested(reason, **more)
     more["seeds"] = len(entries)
     # each seed has draws of its own, so that their spread is part of that between seeds
-    value, ci95 = join(
-        [entry | {"ci95": entry.get("ci95_without_draws", entry["ci95"])} for entry in entries]
-    )
+    of_images = [(x["value"], x.get("ci95_without_draws", x["ci95"])) for x in entries]
+    value, ci95 = mean_over_seeds(of_images, shared_images)
     if len(judged) < 2:
         return untested(reason, value, ci95, **more)
     if "p" in entries[0]:
-        return margin_column(
-            sign,
-            value,
-            ci95,
-            len(entries) - 1,
-            margin,
-            **more,
-        )
+        df = len(entries) - 1
+        return margin_column(sign, value, ci95, df, margin, **more)
     # the column "paper"
-    below = [entry["below_optimum"] for entry in entries if entry.get("below_optimum")]
-    more["below_optimum"] = (
-        dict(zip(("value", "ci95"), join(below), strict=True)) if len(below) > 1 else None
-    )
+    below = [x["below_optimum"] for x in entries if x.get("below_optimum")]
+    more["below_optimum"] = None
+    if len(below) > 1:
+        mean = mean_over_seeds([(x["value"], x["ci95"]) for x in below], shared_images)
+        more["below_optimum"] = {"value": mean[0], "ci95": mean[1]}
     return column(sign, value, ci95, **more)
 
 
-def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
     return {

@@ -8,11 +8,11 @@ Shapes: S sites, R resamplings.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from probes.evaluation.estimate import Estimate
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer
 from probes.results.formatting import (
+    Entry,
     Rows,
     bounds,
     format_interval,
@@ -21,7 +21,7 @@ from probes.results.formatting import (
     format_score,
 )
 from probes.results.probe_run import ProbeRun
-from probes.results.study import CONTROLS, StudyRuns
+from probes.results.study import CONTROLS, StudyRuns, runs_to_compare
 
 from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 
@@ -36,8 +36,10 @@ def site_rows(study: StudyRuns) -> Rows:
     draws and needs two draws. Of random and permuted models it is the smaller difference, and the interval covers those
     of both. Scores and differences are fractions 0..1, None where nothing is random.
     """
-    runs = study.runs_by_site.items()
-    return [row for mask, run in runs for row in _rows_of_run(study, mask, run, run.is_solved)]
+    (runs,) = runs_to_compare(study)
+    return [
+        row for mask, run in runs.items() for row in _rows_of_run(study, mask, run, run.is_solved)
+    ]
 
 
 def _rows_of_run(
@@ -74,7 +76,7 @@ def _random_runs(
     solved: bool,
 ) -> list[ProbeRun]:
     """Return the draws of a control; those of an adapter serve all masks, which it does not depend on."""
-    draws = study.draws_of(control, solved)
+    draws = study.draws(control, solved=solved)
     if control != "adapter":
         return [draw[mask] for draw in draws if mask in draw]
     return [draw.get(mask) or next(iter(draw.values())) for draw in draws]
@@ -89,7 +91,7 @@ def _random_part(site: str) -> str | None:
     return None
 
 
-def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> dict[str, Any]:
+def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> Entry:
     """Return the columns of the random models, from the draws of each control."""
     row = {
         "random": None,
@@ -144,7 +146,7 @@ def _describe_differences(rows: Rows, under: str) -> list[str]:
     return found
 
 
-def _is_beyond(row: dict[str, Any], sign: int) -> bool:
+def _is_beyond(row: Entry, sign: int) -> bool:
     """Whether a difference of this sign counts: as large as the margin, and with zero outside of its interval."""
     nearest = row["difference_low"] if sign > 0 else row["difference_high"]
     return sign * nearest > 0 and abs(row["difference"]) >= MARGIN
@@ -217,7 +219,7 @@ def shown_rows(rows: Rows) -> list[dict[str, str]]:
     ]
 
 
-def _format_difference(row: dict[str, Any]) -> str:
+def _format_difference(row: Entry) -> str:
     """Return a difference with its interval, "" without random models."""
     if not row["draws"]:
         return ""

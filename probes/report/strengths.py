@@ -8,7 +8,6 @@ the choice. A row counts only if the certificates of all sites that the effect r
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,16 +16,17 @@ from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import EFFECTS
 from probes.evaluation.strengths import ROWS
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows
-from probes.results.study import StudyRuns
+from probes.results.formatting import Entry, Rows
+from probes.results.study import UNTRAINED, StudyRuns, by_mask
 
 
 def path_rows(study: StudyRuns) -> Rows:
     """Return one entry per mask, effect and row: value, simultaneous interval, and whether it has converged."""
+    untrained = by_mask(study.where(arm=UNTRAINED, solved=True))
     return [
         {"image_attention": mask, "effect": effect} | row
         for mask, run in study.solved.items()
-        for effect, by_row in _effects_by_row(run, study.solved_untrained.get(mask)).items()
+        for effect, by_row in _effects_by_row(run, untrained.get(mask)).items()
         for row in _rows_of_effect(by_row)
     ]
 
@@ -55,7 +55,7 @@ def _minus_control(own: Estimate, control: Estimate) -> Estimate:
     return replace(own - control, about={"converged": converged})
 
 
-def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[dict[str, Any]]:
+def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[Entry]:
     estimates = list(by_row.values())
     values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
     resampled = torch.stack([estimate.resampled for estimate in estimates], 1)
@@ -68,3 +68,20 @@ def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[dict[str, Any]]:
             "high": high[i].item(),
             "converged": estimate.about["converged"],
         }
+
+
+def edge_notes(at_edge: dict[str, list[str]]) -> list[str]:
+    """Return which sites have their lowest cross-validated loss at an end of the path of strengths.
+
+    Args:
+        at_edge: Names of the sites by mask; the mask is named if there are several.
+    """
+    notes = []
+    for mask, sites in at_edge.items():
+        subject = f"Under {mask} attention, the" if len(at_edge) > 1 else "The"
+        if sites:
+            notes.append(
+                f"{subject} cross-validated loss is lowest at an end of the path at "
+                f"{', '.join(sites)}: the optimum may be beyond it."
+            )
+    return notes

@@ -1,51 +1,9 @@
 """Build the tables of a study, next to the numbers of the paper."""
 
-from typing import Any
-
 from probes.models.sites import FINAL_NORM
-from probes.results.formatting import Rows, bounds, run_columns
+from probes.results.formatting import Rows, run_columns
 from probes.results.paper import PAPER
 from probes.results.study import StudyRuns
-
-from .verdicts import COLUMNS
-
-
-def claim_rows(claims: list[dict[str, Any]]) -> Rows:
-    """Return one row per claim: the main runs' number, the untrained control, and the three columns of verdicts."""
-    rows = []
-    for claim in claims:
-        control = claim["control"] or {"value": None, "ci95": None}
-        row = {
-            "claim": claim["claim"],
-            "image_attention": claim["image_attention"],
-            "value": claim["value"],
-            **bounds(claim["ci95"]),
-            "holds": claim["holds"],
-            "images": claim["n"]["images"],
-            "patches": claim["n"].get("patches"),
-            "untrained": control["value"],
-            **bounds(control["ci95"], "untrained_"),
-        }
-        for name in COLUMNS:
-            row |= _verdict_columns(name, claim["verdicts"][name])
-        for key in ("supported", "conclusion", "finding", "truth", "p", "p_holm"):
-            row[key] = claim.get(key)
-        rows.append(row)
-    return rows
-
-
-def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a row about one column of verdicts."""
-    row = {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
-    if name == "paper":
-        below = entry.get("below_optimum") or {"value": None, "ci95": None}
-        row["below_optimum"] = below["value"]
-        row |= bounds(below["ci95"], "below_optimum_")
-    row[f"{name}_verdict"] = entry["verdict"]
-    row[f"{name}_detectable"] = entry.get("detectable")
-    row[f"{name}_reason"] = entry.get("reason")
-    return row
-
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
 
@@ -96,17 +54,7 @@ def class_rows(study: StudyRuns) -> Rows:
             "class": name,
             "iou": iou,
         }
-        for run in study.runs
+        for run in (*study.main_runs.values(), *study.untrained.values())
         for entry in run.metrics["sites"]
         for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
-    ]
-
-
-def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
-    """Return bidirectional minus causal per site, then for drop-off and recovery."""
-    return [
-        {"of": entry.get("site") or entry["effect"], "difference": entry["difference"]}
-        | bounds(entry["ci95"])
-        | {"p": entry["p"], "p_corrected": entry.get("p_corrected")}
-        for entry in [*comparison["sites"], *comparison["effects"]]
     ]

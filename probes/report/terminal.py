@@ -1,17 +1,16 @@
 """What a report and a study print: the table of sites, the verdicts, and what a reader must know of them."""
 
-from typing import Any
-
-from probes.results.formatting import Rows, format_difference
+from probes.results.formatting import Entry, Rows, align
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 
-from .beyond_classes import claim_texts, joint_claim_texts, task_notes
+from .beyond_classes import claim_texts, task_notes
+from .claim_table import COLUMN_TITLES, claim_notes, claim_text, verdict_reasons
 from .encoder_layers import describe_best_layer
 from .site_table import describe_sites, shown_rows
-from .summary_text import COLUMN_TITLES, claim_notes, edge_notes, format_count, verdict_reasons
+from .strengths import edge_notes
 
 
-def format_results(results: dict[str, Any]) -> str:
+def format_results(results: Entry) -> str:
     """Return the verdicts of results.json as text."""
     unfinished = results.get("unfinished", ())
     lines = describe_steps(unfinished, FAILED)
@@ -48,32 +47,29 @@ def _format_sites(sites: Rows) -> list[str]:
     keys.append("best")
     rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
     rows += [[row[key] for key in keys] for row in shown]
-    return [*_align(rows), "", *describe_sites(sites)]
+    return [*align(rows), "", *describe_sites(sites)]
 
 
-def _format_claims(claims: list[dict[str, Any]]) -> str:
+def _format_claims(claims: list[Entry]) -> str:
     """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
     rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:
-        conclusion = claim["finding"]
+        text = claim_text(claim)
+        conclusion = text.finding
         if "seeds" in claim["n"]:
-            conclusion += f" ({format_count(claim['n'])})"
-        if "truth" in claim:
-            conclusion += f" (truth: {claim['truth']})"
-        verdicts = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
-        effects = [format_difference(verdict) for verdict in verdicts]
-        rows.append([claim["claim"], claim["image_attention"], *effects, conclusion])
-    reasons = dict.fromkeys(
-        reason for claim in claims for reason in verdict_reasons(claim["verdicts"])
-    )
-    return "\n".join([*_align(rows), *claim_notes(claims), *reasons])
+            conclusion += f" ({text.count})"
+        if text.truth:
+            conclusion += f" (truth: {text.truth})"
+        effects = [text.columns[name].effect for name in ("optimum", "beyond_random")]
+        rows.append([claim["claim"], text.mask, *effects, conclusion])
+    return "\n".join([*align(rows), *claim_notes(claims), *verdict_reasons(claims)])
 
 
-def _format_tasks(entries: list[dict[str, Any]], joint: list[dict[str, Any]]) -> list[str]:
+def _format_tasks(entries: list[Entry], joint: list[Entry]) -> list[str]:
     """Return the claims about other tasks as lines for the terminal."""
     lines = []
-    for rows in (claim_texts(entries), joint_claim_texts(joint)):
-        lines += _format_task_claims(rows)
+    for tasks in (entries, joint):
+        lines += _format_task_claims(claim_texts(tasks))
     return [*lines, *task_notes(entries, joint)] if lines else []
 
 
@@ -82,14 +78,6 @@ def _format_task_claims(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return []
     named = [key for key in ("model", "dataset", "seed") if len({row.get(key) for row in rows}) > 1]
-    shown = ["task", *named]
-    shown += ["seeds"] if "seeds" in rows[0] else []
-    shown += ["attention", "claim", "effect", "beyond_random", "finding"]
-    titles = [key.replace("_", " ") for key in shown]
-    return [*_align([titles, *([row[key] for key in shown] for row in rows)]), ""]
-
-
-def _align(rows: list[list[str]]) -> list[str]:
-    """Return rows of equally many cells as lines whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    named += ["seeds"] if "seeds" in rows[0] else []
+    shown = ["task", *named, "attention", "claim", "effect", "beyond random", "finding"]
+    return [*align([shown, *([row[key] for key in shown] for row in rows)]), ""]

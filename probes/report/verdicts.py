@@ -27,7 +27,7 @@ model, seed and task (Holm) undoes it.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,7 @@ import scipy.stats
 
 from llava_bidir.common.bootstrap import holm
 from probes.evaluation.estimate import Estimate, p_value, standard_error
-from probes.models.sites import ADAPTER, ENCODER
-from probes.results.finished_run import FinishedRun
+from probes.results.formatting import Entry
 from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")
@@ -72,7 +71,7 @@ def column(
     ci95: Sequence[float],
     margin: float = 0.0,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
     entry = {
         "value": value,
@@ -93,7 +92,7 @@ def untested(
     value: float | None = None,
     ci95: Sequence[float] | None = None,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column without a verdict, and why."""
     return {
         "value": value,
@@ -103,7 +102,7 @@ def untested(
     } | more
 
 
-def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, Any]:
+def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns.
 
     `unlearned` is the conclusion about an effect that random models have as much.
@@ -130,7 +129,7 @@ def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, A
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}
 
 
-def correct_for_claims(claims: list[dict[str, Any]]) -> None:
+def correct_for_claims(claims: list[Entry]) -> None:
     """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words."""
     tested = [claim for claim in claims if claim["p"] is not None]
     for claim in claims:
@@ -141,13 +140,13 @@ def correct_for_claims(claims: list[dict[str, Any]]) -> None:
         claim["finding"] = describe_finding(claim)
 
 
-def measured_effect(claim: dict[str, Any]) -> dict[str, Any]:
+def measured_effect(claim: Entry) -> Entry:
     """Return the effect that a conclusion is about, "value" and "ci95": at the optimum, if it was measured there."""
     optimum = claim["verdicts"]["optimum"]
     return claim if optimum["ci95"] is None else optimum
 
 
-def describe_finding(claim: dict[str, Any]) -> str:
+def describe_finding(claim: Entry) -> str:
     """Return the conclusion of a claim; of a supported one also whether correction for all claims undoes it."""
     is_undone = claim["p_holm"] is not None and claim["p_holm"] >= ALPHA
     if claim["conclusion"] == SUPPORTED and is_undone:
@@ -155,36 +154,16 @@ def describe_finding(claim: dict[str, Any]) -> str:
     return claim["conclusion"]
 
 
-def why_unconverged(runs: Iterable[FinishedRun | None], claim: str) -> str | None:
-    """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
-    for run in filter(None, runs):
-        names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
-        sites = [i for i, site in enumerate(run.sites) if site in names]
-        chosen = run.strengths.neighbours()["chosen"]
-        if not run.strengths.has_converged(chosen, sites):
-            by_passes = run.metrics["path"].get("passes", 1) > 1
-            option = "more --passes or --sample-images" if by_passes else "stronger --strengths"
-            return (
-                f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
-                f"run `probes solve` again with {option}"
-            )
-    return None
-
-
 def path_column(
     sign: int,
-    rows: list[dict[str, Any]],
-    reason: str,
+    rows: list[Entry],
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
-    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count;
-    `reason` is that of a chosen strength that has not.
+    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count.
     """
     converged = [row for row in rows if row["converged"]]
-    if not any(row["row"] == "chosen" for row in converged):
-        return untested(reason)
 
     def ci95(row):
         return (row["low"], row["high"])
@@ -219,7 +198,7 @@ def margin_column(
     df: float = math.inf,
     margin: float = MARGIN,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
     return column(
         sign,
@@ -240,9 +219,7 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
     return replace(trained - Estimate.mean(draws), about=about)
 
 
-def least_favourable(
-    sign: int, columns: dict[str, dict[str, Any]], margin: float = MARGIN
-) -> dict[str, Any]:
+def least_favourable(sign: int, columns: dict[str, Entry], margin: float = MARGIN) -> Entry:
     """Return the column of the control beyond which a claim of this sign fares worst, with the "p" of all controls.
 
     A model that has learned nothing resembles one kind of random weights and not another one: a random LLM whose
@@ -263,7 +240,11 @@ def least_favourable(
     if verdicts == {REVERSED}:  # the one that comes nearest to the claim
         control = max(columns, key=bound)
     p = max(entry["p"] for entry in columns.values())
-    result = columns[control] | {"p": p, "control": control, "controls": columns}
+    result = columns[control] | {
+        "p": p,
+        "control": control,
+        "controls": columns,
+    }
     if len(verdicts) > 1:  # holds beyond some controls only
         result |= {"verdict": FAILS, "detectable": detectable(result["ci95"], margin)}
     return result
@@ -299,7 +280,7 @@ def judge_draws(
     compared: Estimate,
     others: Sequence[Estimate] = (),
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     own = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)

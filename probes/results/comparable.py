@@ -1,4 +1,7 @@
-"""Check that runs can be compared: the same images, settings, layers and kind of probes."""
+"""Check that runs can be compared: the same images, settings, layers and kind of probes, and other weights or seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ADAPTER
@@ -8,24 +11,20 @@ from .finished_run import FinishedRun
 KNOCKOUT_OPTIONS = ("classes", "layers", "block_by", "min_patches", "limit")  # of knockout.json
 
 
-def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
-    """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
-    for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
-        if (own := run.mask) != mask:
-            raise UserError(
-                f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other"
-            )
-    for key in ("dataset", "images", "grid", "untrained", "match", "draw"):
-        ours = causal.metrics[key]
-        theirs = bidirectional.metrics[key]
+def _check_same(
+    first: FinishedRun,
+    second: FinishedRun,
+    settings: Mapping[str, Sequence[Any]],
+    advice: str,
+    whose: str = "they",
+) -> None:
+    """Raise a UserError that ends with `advice` if a setting, by name with its value in both runs, differs."""
+    for name, (ours, theirs) in settings.items():
         if ours != theirs:
             raise UserError(
-                f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
-                "same data, with the same weights replaced"
+                f"{first.path} and {second.path} cannot be compared: {whose} differ in {name}, {ours!r} and "
+                f"{theirs!r}; {advice}"
             )
-    check_same_probes(causal, bidirectional)
-    check_same_settings(causal, bidirectional)
-    check_same_images(causal, bidirectional)
 
 
 def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "") -> None:
@@ -45,18 +44,26 @@ def check_same_images(first: FinishedRun, second: FinishedRun, advice: str = "")
 
 def check_same_settings(first: FinishedRun, second: FinishedRun) -> None:
     """Raise a UserError unless both runs read their data with the same options, and the same text before the image."""
-    runs = (first, second)
-    settings = {
-        "data.options": [run.manifest["data"]["options"] for run in runs],
-        "model.prefix": [run.manifest["config"].get("prefix") for run in runs],
-        "model.image_px": [run.manifest["config"].get("image_px") for run in runs],
-    }
-    for key, (ours, theirs) in settings.items():
-        if ours != theirs:
-            raise UserError(
-                f"{first.path} and {second.path} cannot be compared: they differ in {key}, {ours!r} and {theirs!r}; "
-                "make both with the same settings"
-            )
+    settings = {"data.options": [run.manifest["data"]["options"] for run in (first, second)]}
+    for name in ("prefix", "image_px"):
+        values = [run.manifest["config"].get(name) for run in (first, second)]
+        settings[f"model.{name}"] = values
+    _check_same(first, second, settings, "make both with the same settings")
+
+
+def check_same_probes(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
+    if first.is_solved != second.is_solved:
+        solved, trained = (first, second) if first.is_solved else (second, first)
+        raise UserError(
+            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
+            "the second were trained; make both in the same way"
+        )
+    ours = first.metrics["probe"]
+    theirs = second.metrics["probe"]
+    names = ("solved", *(name for name in theirs if name in ours))
+    settings = {name: (ours.get(name), theirs.get(name)) for name in names}
+    _check_same(first, second, settings, "make both with the same settings", "their probes")
 
 
 def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
@@ -65,6 +72,96 @@ def check_same_model(first: FinishedRun, second: FinishedRun) -> None:
         raise UserError(
             f"{first.path} and {second.path} cannot be compared: they were made from other weights or another config; "
             "make the older one again"
+        )
+
+
+def check_same_layers(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
+    ours = [site for site in first.layers if site != ADAPTER]
+    theirs = [site for site in second.layers if site != ADAPTER]
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"{first.path} and {second.path} cannot be compared: the first has probes at {_some(ours)}, the "
+            f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
+            "the same --model.sites"
+        )
+
+
+def _some(sites: list[str]) -> str:
+    """Return how many sites there are, and the first and the last of them."""
+    if len(sites) == 1:
+        return sites[0]
+    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"
+
+
+def check_pair(causal: FinishedRun, bidirectional: FinishedRun) -> None:
+    """Raise a UserError unless these are a causal and a bidirectional run that can be compared image by image."""
+    for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
+        if run.mask != mask:
+            raise UserError(
+                f"{run.path} has image attention {run.mask!r}; --probes takes the causal run, then the other"
+            )
+    settings = {
+        key: (causal.metrics[key], bidirectional.metrics[key])
+        for key in ("dataset", "images", "grid", "untrained", "match", "draw")
+    }
+    advice = "compare runs on the same data, with the same weights replaced"
+    _check_same(causal, bidirectional, settings, advice)
+    check_same_probes(causal, bidirectional)
+    check_same_settings(causal, bidirectional)
+    check_same_images(causal, bidirectional)
+
+
+def check_study(main: FinishedRun, runs: Sequence[FinishedRun]) -> None:
+    """Raise a UserError unless the runs of a study can be compared with its main run, and draws with each other."""
+    of_kind: dict[bool, FinishedRun] = {}
+    of_mask: dict[str, FinishedRun] = {}
+    for run in runs:
+        check_same_probes(of_kind.setdefault(run.is_solved, run), run)
+        check_same_settings(main, run)
+        check_same_model(of_mask.setdefault(run.mask, run), run)
+        if run.arm != "adapter":  # random adapters are compared at the adapter
+            check_same_layers(main, run)
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            if run.is_solved == other.is_solved and run.mask == other.mask:
+                _check_weights_differ(other, run)
+
+
+def _check_weights_differ(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
+    arms = {first.arm, second.arm}
+    if arms == {"trained"} or not (len(arms) == 1 or "trained" in arms):
+        return
+    sites = [ADAPTER]
+    if "adapter" not in arms:
+        sites = [site for site in second.layers if site != ADAPTER]
+    advice = "these weights are not two draws; make one of them again with another --model.draw"
+    if "trained" in arms:
+        advice = "random weights have changed nothing; make the control again"
+    _check_differ(first, second, sites, advice)
+
+
+def check_seeds_differ(runs: Sequence[FinishedRun]) -> None:
+    """Raise if the runs of two seeds under a mask are equal: the mean over seeds would count one training twice."""
+    advice = "these are not two trainings; pass one, or train the other with a seed of its own"
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            if run.is_solved == other.is_solved and run.layers:
+                _check_differ(other, run, run.sites, advice)
+
+
+def _check_differ(
+    first: FinishedRun,
+    second: FinishedRun,
+    sites: Iterable[str],
+    advice: str,
+) -> None:
+    """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
+    shared = [site for site in sites if site in first.content and site in second.content]
+    if shared and all(first.content[site] == second.content[site] for site in shared):
+        raise UserError(
+            f"{first.path} and {second.path} have the same probes at {', '.join(shared[:3])}: {advice}"
         )
 
 
@@ -86,40 +183,3 @@ def knockout_difference(first: FinishedRun, second: FinishedRun) -> str | None:
                 "the same options"
             )
     return None
-
-
-def check_same_layers(first: FinishedRun, second: FinishedRun) -> None:
-    """Raise a UserError if both runs have decoder layers, but not the same: the best of more layers is better."""
-    ours = [site for site in first.layers if site != ADAPTER]
-    theirs = [site for site in second.layers if site != ADAPTER]
-    if ours and theirs and ours != theirs:
-        raise UserError(
-            f"{first.path} and {second.path} cannot be compared: the first has probes at {_some(ours)}, the "
-            f"second at {_some(theirs)}, and the best of other layers would be another effect; make both with "
-            "the same --model.sites"
-        )
-
-
-def check_same_probes(first: FinishedRun, second: FinishedRun) -> None:
-    """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
-    if first.is_solved != second.is_solved:
-        solved, trained = (first, second) if first.is_solved else (second, first)
-        raise UserError(
-            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
-            "the second were trained; make both in the same way"
-        )
-    ours = first.metrics["probe"]
-    theirs = second.metrics["probe"]
-    for key in ("solved", *(key for key in theirs if key in ours)):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{first.path} and {second.path} cannot be compared: their probes differ in {key}, "
-                f"{ours.get(key)!r} and {theirs.get(key)!r}; make both with the same settings"
-            )
-
-
-def _some(sites: list[str]) -> str:
-    """Return how many sites there are, and the first and the last of them."""
-    if len(sites) == 1:
-        return sites[0]
-    return f"{len(sites)} layers, {sites[0]} to {sites[-1]}"

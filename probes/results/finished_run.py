@@ -221,15 +221,15 @@ class FinishedRun:
         Raises:
             UserError: If the probes were not solved.
         """
-        if not self.is_solved:
-            raise UserError(
-                f"{self.path} has no path of strengths; expected a run of `probes solve`"
-            )
         return self.metrics["path"][self.path_kind]["sites"]
 
     @property
     def path_kind(self) -> str:
         """How the probes were solved: "closed_form" for least squares, else "optimum"."""
+        if not self.is_solved:
+            raise UserError(
+                f"{self.path} has no path of strengths; expected a run of `probes solve`"
+            )
         return OPTIMUM if self.metrics["path"].get(OPTIMUM) else CLOSED_FORM
 
     @property
@@ -257,20 +257,8 @@ class FinishedRun:
 
     @property
     def sums(self) -> torch.Tensor:
-        """Sums per image, from which the scores are computed, [S, N, M].
-
-        Raises:
-            UserError: They are damaged.
-        """
-        expected = [len(self.sites), self.metrics["images"]]
-        sums = self._tensors.get("sums")
-        if sums is None or list(sums.shape[:-1]) != expected or not sums.isfinite().all():
-            shape = None if sums is None else list(sums.shape)
-            raise UserError(
-                f"{self.path / 'counts.safetensors'}: sums is {shape}; expected finite numbers {[*expected, 'M']} "
-                "according to metrics.json; make the run again"
-            )
-        return sums
+        """Sums per image, from which the scores are computed, [S, N, M]."""
+        return self.task.sums(self._tensors)
 
     def site_scores(self) -> dict[str, Estimate]:
         """Return the main score of each site, with its values under resampling of the images."""
@@ -286,7 +274,11 @@ class FinishedRun:
         Raises:
             UserError: The probes were not solved, or the file is damaged.
         """
-        return self._read("path.safetensors")[f"{self.path_kind}/sums"]
+        prefix = f"{self.path_kind}/"
+        counted = self._read("path.safetensors")
+        return self.task.sums(
+            self._tensors | {name.removeprefix(prefix): x for name, x in counted.items()}
+        )
 
     @property
     def is_solved(self) -> bool:

@@ -2,12 +2,13 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .finished_run import FinishedRun
 
-Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
+Entry = dict[str, Any]  # of results.json, or a row of a table
+Rows = list[Entry]
 
 
 def format_csv(rows: Rows) -> str:
@@ -29,6 +30,18 @@ def bounds(ci95: Sequence[float] | None, prefix: str = "") -> dict[str, Any]:
     """Return the columns of an interval: low and high, both None without one."""
     low, high = (None, None) if ci95 is None else ci95
     return {f"{prefix}low": low, f"{prefix}high": high}
+
+
+def value_columns(entry: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
+    """Return the columns of {"value", "ci95"}: value, low and high, None without an entry."""
+    entry = entry or {"value": None, "ci95": None}
+    return {f"{prefix}value": entry["value"]} | bounds(entry["ci95"], prefix)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of equally many cells as lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def run_columns(run: FinishedRun) -> dict[str, Any]:

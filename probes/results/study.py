@@ -8,22 +8,15 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER
 from probes.tasks import SEGMENTATION, Task
 
-from .comparable import (
-    check_same_images,
-    check_same_layers,
-    check_same_model,
-    check_same_probes,
-    check_same_settings,
-)
+from .comparable import check_same_images, check_seeds_differ, check_study
 from .finished_run import FinishedRun
 from .formatting import file_name
 from .probe_run import ProbeRun
@@ -38,14 +31,30 @@ Run = TypeVar("Run", bound=FinishedRun)
 log = logging.getLogger(__name__)
 
 
+def by_mask(runs: Iterable[FinishedRun]) -> dict[str, FinishedRun]:
+    """Return the first of these runs under each mask."""
+    found: dict[str, FinishedRun] = {}
+    for run in runs:
+        found.setdefault(run.mask, run)
+    return found
+
+
 @dataclass
 class StudyRuns:
-    """One model on one dataset: its runs of one task, the paper's masks first. What a run is says its metrics.json."""
+    """One model on one dataset: its runs of one task, the paper's masks first. What a run is says its metrics.json.
+
+    Three choices by mask: `main_runs` are those of the trained model with the kind of probes that more masks have
+    (trained ones, if as many). `solved` are those with solved probes, which can be the main ones. `untrained` is the
+    model, or its LLM, as it is before training, with trained probes if there are such.
+    """
 
     name: str  # of the model
     dataset: str
     seed: int | None = None  # if the report has several
     members: list[FinishedRun] = field(default_factory=list)
+    main_runs: dict[str, FinishedRun] = field(init=False)
+    solved: dict[str, FinishedRun] = field(init=False)
+    untrained: dict[str, FinishedRun] = field(init=False)
 
     def __post_init__(self):
         """Sort the runs, and leave out trained probes where more masks have solved ones.
@@ -56,13 +65,15 @@ class StudyRuns:
         self._check_differ()
         masks = [*MASKS, *sorted({run.mask for run in self.members})]
         self.members.sort(key=lambda run: (masks.index(run.mask), *_control_order(run)))
-        if not self.main_runs:
+        trained = [self.where(arm="trained", solved=solved) for solved in (False, True)]
+        main = max(trained, key=len)
+        if not main:
             raise UserError(
                 f"only untrained controls were passed for {self.title}; add a run of the trained model"
             )
-        main = self.first.is_solved
-        for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
-            if main or run.mask not in self.main_runs:
+        self.main_runs = by_mask(main)
+        for run in self.where(arm="trained", solved=not self.is_solved):
+            if self.is_solved or run.mask not in self.main_runs:
                 text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
                 log.warning(
                     text,
@@ -71,64 +82,51 @@ class StudyRuns:
                     self.title,
                     self.first.probe_kind,
                 )
-        if main:
+        if self.is_solved:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
+        self.solved = by_mask(self.where(arm="trained", solved=True))
+        self.untrained = by_mask(self.where(arm=UNTRAINED, solved=True))
+        self.untrained |= by_mask(self.where(arm=UNTRAINED, solved=False))
 
-    def select(self, solved: bool, *arms: str) -> dict[str, FinishedRun]:
-        """Return by mask the first run of these arms with solved or trained probes."""
-        found: dict[str, FinishedRun] = {}
-        for arm in arms:
-            for run in self.members:
-                if run.arm == arm and run.is_solved == solved:
-                    found.setdefault(run.mask, run)
-        return found
+    def where(
+        self,
+        *,
+        arm: str | Iterable[str],
+        mask: str | None = None,
+        solved: bool | None = None,
+    ) -> list[FinishedRun]:
+        """Return the runs of one or several arms, in the order of the arms, then of masks and draws.
 
-    @property
-    def main_runs(self) -> dict[str, FinishedRun]:
-        """The runs of the trained model by mask, with the kind of probes that more masks have (fitted, if as many)."""
-        return max(self.select(False, "trained"), self.select(True, "trained"), key=len)
+        Args:
+            arm: Names as in :attr:`FinishedRun.arm`.
+            mask: The mask, None for all.
+            solved: True for runs with solved probes, False for trained ones, None for both.
+        """
+        return [
+            run
+            for name in ([arm] if isinstance(arm, str) else arm)
+            for run in self.members
+            if run.arm == name and mask in (None, run.mask) and solved in (None, run.is_solved)
+        ]
 
-    @property
-    def solved(self) -> dict[str, FinishedRun]:
-        """The runs of the trained model with solved probes; if no others are there, they are the main ones too."""
-        return self.select(True, "trained")
+    def draws(self, *controls: str, solved: bool) -> list[dict[str, FinishedRun]]:
+        """Return the draws of the first of these `CONTROLS` that has any: per draw, the runs by mask.
 
-    @property
-    def all_solved(self) -> bool:
-        """True if all masks of the trained model have solved probes."""
-        return self.solved.keys() == self.main_runs.keys()
-
-    @property
-    def runs_by_site(self) -> dict[str, FinishedRun]:
-        """The runs of tables by site: solved ones if all masks have them, else the main ones."""
-        return self.solved if self.all_solved else self.main_runs
-
-    @property
-    def untrained(self) -> dict[str, FinishedRun]:
-        """The model, or its LLM, as it is before training; with trained probes if there are such."""
-        return self.solved_untrained | self.select(False, *UNTRAINED)
-
-    @property
-    def solved_untrained(self) -> dict[str, FinishedRun]:
-        """The same with solved probes."""
-        return self.select(True, *UNTRAINED)
-
-    @property
-    def masks(self) -> list[str]:
-        """The masks of all runs, controls included."""
-        return list(dict.fromkeys(run.mask for run in self.members))
+        Untrained models have a random adapter, too; of the same draw it has the same weights.
+        """
+        for control in controls:
+            arms = ("adapter", "untrained") if control == "adapter" else (control,)
+            by_draw: dict[tuple[int, int], list[FinishedRun]] = {}
+            for run in self.where(arm=arms, solved=solved):
+                by_draw.setdefault((run.draw, run.metrics["seed"]), []).append(run)
+            if by_draw:
+                return [by_mask(by_draw[key]) for key in sorted(by_draw)]
+        return []
 
     @property
-    def runs(self) -> list[FinishedRun]:
-        """Trained and untrained runs."""
-        return [*self.main_runs.values(), *self.untrained.values()]
-
-    @property
-    def random(self) -> list[FinishedRun]:
-        """All other controls: further draws of the untrained model, random adapters, random and permuted LLMs."""
-        untrained = [*self.untrained.values(), *self.solved_untrained.values()]
-        others = [run for run in self.members if run.arm != "trained" and run not in untrained]
-        return sorted(others, key=lambda run: not run.is_solved)
+    def is_solved(self) -> bool:
+        """Whether the probes of the main runs are solved."""
+        return self.first.is_solved
 
     @property
     def first(self) -> FinishedRun:
@@ -162,49 +160,6 @@ class StudyRuns:
             if all(mask in runs for mask in MASKS):
                 return runs[MASKS[0]], runs[MASKS[1]]
         return None
-
-    def control(self, mask: str) -> FinishedRun | None:
-        """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
-        return self.select(self.main_runs[mask].is_solved, *UNTRAINED).get(mask)
-
-    def random_draws(self, part: str, solved: bool) -> list[dict[str, FinishedRun]]:
-        """Return the controls with a random "adapter" or "llm" that figures show: per draw, the runs by mask.
-
-        Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
-        """
-        kinds = (self.draws_of(control, solved) for control in CONTROLS[part])
-        return next(filter(None, kinds), [])
-
-    def draws_of(self, control: str, solved: bool) -> list[dict[str, FinishedRun]]:
-        """Return the draws of one of `CONTROLS`: per draw, the runs by mask.
-
-        Untrained models have a random adapter, too; of the same draw it has the same weights.
-        """
-        arms = ("adapter", "untrained") if control == "adapter" else (control,)
-        draws: dict[tuple[int, int], dict[str, FinishedRun]] = {}
-        for run in sorted(
-            (run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)
-        ):
-            if run.is_solved == solved:
-                key = (run.draw, run.metrics["seed"])
-                draws.setdefault(key, {}).setdefault(run.mask, run)
-        return [draws[key] for key in sorted(draws)]
-
-    def random_runs(self, part: str, mask: str, solved: bool) -> list[FinishedRun]:
-        """Return the controls with a random "adapter" or "llm" under a mask, by draw."""
-        return [draw[mask] for draw in self.random_draws(part, solved) if mask in draw]
-
-    def analysed(self, result: str) -> Iterator[tuple[str, FinishedRun, list[FinishedRun]]]:
-        """Yield the trained and the random runs that have a result of an analysis, by mask; masks without are left out.
-
-        The trained run is the solved one if it has the result, else the main one. Random runs are its random LLMs.
-        """
-        for mask, main in self.main_runs.items():
-            runs = [self.solved.get(mask), main]
-            run = next((run for run in runs if run and run.analysis(result)), None)
-            if run is not None:
-                draws = self.random_runs("llm", mask, run.is_solved)
-                yield mask, run, [draw for draw in draws if draw.analysis(result)]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""
@@ -263,17 +218,10 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for run in study.members:
             compared = reference.setdefault((study.task.name, study.dataset, study.seed), run)
             check_same_images(compared, run)
-        first: dict[bool, FinishedRun] = {}  # of the solved runs, and of the others
-        of_mask: dict[str, FinishedRun] = {}
-        for run in study.members:
-            check_same_probes(first.setdefault(run.is_solved, run), run)
-            check_same_settings(study.first, run)
-            check_same_model(of_mask.setdefault(run.mask, run), run)
-            if run.arm != "adapter":  # random adapters are compared at the adapter
-                check_same_layers(study.first, run)
-        _check_draws_differ(study.members)
+        check_study(study.first, study.members)
     for of_model in studies_by_model(studies):
-        _check_seeds_differ(of_model)
+        for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):
+            check_seeds_differ([x.main_runs[mask] for x in of_model if mask in x.main_runs])
     return studies
 
 
@@ -292,51 +240,6 @@ def studies_by_model(studies: Iterable[StudyRuns]) -> list[list[StudyRuns]]:
     for study in studies:
         groups.setdefault((study.task.name, study.name, study.dataset), []).append(study)
     return list(groups.values())
-
-
-def check_differ(
-    run: FinishedRun,
-    other: FinishedRun,
-    sites: Iterable[str],
-    advice: str,
-) -> None:
-    """Raise a UserError if the probes of two runs are the same at these sites, where their weights should differ."""
-    shared = [site for site in sites if site in run.content and site in other.content]
-    if shared and all(run.content[site] == other.content[site] for site in shared):
-        raise UserError(
-            f"{run.path} and {other.path} have the same probes at {', '.join(shared[:3])}: {advice}"
-        )
-
-
-def _check_draws_differ(members: list[FinishedRun]) -> None:
-    """Raise if two draws of random weights are equal, or a draw equals the trained model: one number would be two."""
-    for i, run in enumerate(members):
-        for other in members[:i]:
-            pair = {run.arm, other.arm}
-            same_kind = run.is_solved == other.is_solved and run.mask == other.mask
-            if not same_kind or pair == {"trained"} or not (len(pair) == 1 or "trained" in pair):
-                continue
-            sites = (
-                [ADAPTER] if "adapter" in pair else [site for site in run.layers if site != ADAPTER]
-            )
-            advice = (
-                "these weights are not two draws; make one of them again with another --model.draw"
-            )
-            if "trained" in pair:
-                advice = "random weights have changed nothing; make the control again"
-            check_differ(other, run, sites, advice)
-
-
-def _check_seeds_differ(studies: list[StudyRuns]) -> None:
-    """Raise if the trained runs of two seeds are equal: the mean over seeds would count one training twice."""
-    for i, study in enumerate(studies):
-        for other in studies[:i]:
-            for mask in study.main_runs.keys() & other.main_runs.keys():
-                run = study.main_runs[mask]
-                same_kind = other.main_runs[mask].is_solved == run.is_solved
-                if same_kind and run.layers:
-                    advice = "these are not two trainings; pass one, or train the other with a seed of its own"
-                    check_differ(other.main_runs[mask], run, run.sites, advice)
 
 
 def _check_folders_differ(studies: Iterable[StudyRuns]) -> None:
@@ -409,6 +312,13 @@ def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
         if not same_model or shapes.setdefault(name, shape) != shape:
             return labels
     return {}
+
+
+def runs_to_compare(*studies: StudyRuns) -> list[dict[str, FinishedRun]]:
+    """Return the trained model's runs of each study by mask: solved ones if all masks of all studies have them."""
+    if all(study.solved.keys() == study.main_runs.keys() for study in studies):
+        return [study.solved for study in studies]
+    return [study.main_runs for study in studies]
 
 
 def overridden_masks(study: StudyRuns) -> dict[str, str]:

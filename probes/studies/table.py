@@ -9,12 +9,10 @@ from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
-from probes.report.verdicts import measured_effect
+from probes.report.claim_table import HEADLINES, claim_rows
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import bounds
 from probes.results.runs import finished_runs, open_run
 from probes.results.study import labels_of_models
-from probes.tasks import SEGMENTATION
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
@@ -69,6 +67,8 @@ class Study:
     def claims(self) -> "DataFrame":
         """Return a row for each claim, task and mask: conclusion, effect and interval, and the verdict of each column.
 
+        The numbers of each column are in claims.csv of the report, which has more columns of the same table.
+
         Raises:
             UserError: There is no report yet.
         """
@@ -78,47 +78,37 @@ class Study:
         if not file.is_file():
             raise UserError(f"{file} does not exist; the study is not finished")
         results = read_json(file)
-        judged = [*_studies(results), *results.get("tasks", [])]
-        return DataFrame([row for study in judged for row in _claim_rows(study)])
+        studies = results.get("studies", [results])
+        rows = claim_rows([*studies, *results.get("tasks", [])])
+        return DataFrame(rows, columns=list(HEADLINES))
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
         """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
         from matplotlib.figure import Figure
 
-        from probes.analyses.style import draw_curve, mask_colour
+        from probes.analyses.style import curves, mask_colour
 
         table = self.table().query("metric == @metric and task == @task")
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         several = table["model"].nunique() > 1
-        for (_, model, mask, weights, probes), rows in table.groupby(
-            ["run", "model", "mask", "weights", "probes"], sort=False, dropna=False
-        ):
-            if weights == "trained":
-                band = rows[["low", "high"]].to_numpy()
-                colour = mask_colour(mask)
-                style = "-" if probes == "solved" else "--"
-                label = f"{model}, " * several + f"{mask}, {probes}"
-                draw_curve(
-                    axes,
-                    rows["site"],
-                    rows["value"],
-                    band,
-                    colour,
-                    style,
-                    marker="o",
-                    ms=3,
-                    label=label,
-                )
-            else:
-                axes.plot(
-                    rows["site"],
-                    rows["value"],
-                    color="lightgrey",
-                    marker="o",
-                    ms=3,
-                    zorder=1,
-                )
+        looks = {}
+        for run in table.drop_duplicates("run").to_dict("records"):
+            look = {
+                "color": "lightgrey",
+                "label": None,
+                "zorder": 1,
+            }
+            if run["weights"] == "trained":
+                label = f"{run['model']}, " * several + f"{run['mask']}, {run['probes']}"
+                look = {
+                    "color": mask_colour(run["mask"]),
+                    "label": label,
+                    "band": True,
+                }
+                look["ls"] = "-" if run["probes"] == "solved" else "--"
+            looks[run["run"]] = look | {"marker": "o", "ms": 3}
+        curves(axes, table.to_dict("records"), looks, x="site", by="run")
         axes.set(ylabel=metric, title="grey: random weights")
         axes.tick_params(axis="x", rotation=60)
         axes.legend()
@@ -177,27 +167,3 @@ def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, 
     for analysis in ANALYSES.values():
         result = run.analysis(analysis.result) if analysis.of == "run" else None
         yield from (common | row for row in analysis.rows(result)) if result else ()
-
-
-def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return results.get("studies", [results])
-
-
-def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the claims of a study of classes, or of an entry of results.json["tasks"]."""
-    for claim in study["claims"]:
-        measured = measured_effect(claim)
-        beyond = claim["verdicts"]["beyond_random"]
-        row = {
-            "model": study["model"],
-            "dataset": study["dataset"],
-            "task": study.get("task", SEGMENTATION),
-            "seed": study["seed"],
-            "mask": claim["image_attention"],
-        }
-        row |= {
-            key: claim.get(key) for key in ("claim", "conclusion", "finding", "supported", "truth")
-        }
-        row |= {"value": measured["value"]} | bounds(measured["ci95"])
-        row |= {"beyond_value": beyond["value"]} | bounds(beyond["ci95"], "beyond_")
-        yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

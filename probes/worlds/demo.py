@@ -14,6 +14,7 @@ that was deleted is made again, and what was made from it.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
@@ -52,45 +53,26 @@ def run(options: DemoOptions) -> None:
 
 def format_truth(results: dict) -> str:
     """Return the claims whose truth is known as tables by model and mask: what is true, and what the study found."""
-    header = ("claim", "truth", "at the optimum", "beyond random", "found")
-    tables: dict[str, list[tuple[str, ...]]] = {}
-    for study in results.get("studies", [results]):
-        for claim in study["claims"]:
-            if "truth" in claim:
-                model = study["model"].partition(", ")[2]  # "3 pairs merged"
-                pictures = ", ".join(filter(None, (study["dataset"], model)))
-                heading = f"{pictures}, {claim['image_attention']} attention"
-                tables.setdefault(heading, []).append(_truth_row(claim))
+    from probes.report.claim_table import known_truths  # imports torch
+    from probes.results.formatting import align
+
+    tables: dict[str, list[list[str]]] = {}
+    for study, text in known_truths(results.get("studies", [results])):
+        model = study["model"].partition(", ")[2]  # "3 pairs merged"
+        pictures = ", ".join(filter(None, (study["dataset"], model)))
+        columns = [text.columns[name] for name in ("optimum", "beyond_random")]
+        effects = [column.effect or column.verdict for column in columns]
+        row = [text.name, text.truth, *effects, text.finding]
+        tables.setdefault(f"- {pictures}, {text.mask} attention", []).append(row)
     if not tables:
         return ""
-    rows = [header, *(row for table in tables.values() for row in table)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: tuple[str, ...]) -> str:
-        return "  ".join(map(str.ljust, row, widths)).rstrip()
-
-    lines = [
-        "",
-        "What was planted, and what the study found (points, 95% intervals):",
-        line(header),
-    ]
+    header = ["claim", "truth", "at the optimum", "beyond random", "found"]
+    title, *rest = align([header, *(row for table in tables.values() for row in table)])
+    rows = iter(rest)
+    lines = ["", "What was planted, and what the study found (points, 95% intervals):", title]
     for heading, table in tables.items():
-        lines += [f"- {heading}", *map(line, table)]
+        lines += [heading, *islice(rows, len(table))]
     return "\n".join(lines)
-
-
-def _truth_row(claim: dict) -> tuple[str, ...]:
-    """Return the cells of a claim."""
-    verdicts = claim["verdicts"]
-    numbers = [_format_column(verdicts[name]) for name in ("optimum", "beyond_random")]
-    return (claim["claim"].replace("_", " "), claim["truth"], *numbers, claim["finding"])
-
-
-def _format_column(column: dict) -> str:
-    if column["value"] is None:
-        return "untested"
-    low, high = column["ci95"]
-    return f"{100 * column['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _assets(out: Path, settings: dict) -> Step:

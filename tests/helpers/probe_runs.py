@@ -278,6 +278,12 @@ def data_identity(root: Path) -> dict[str, str]:
     return found
 
 
+def counts_by_strength(run: ProbeRun) -> list[Counts]:
+    """Return the counts of each row of solved strengths, strong to weak, without those by patch."""
+    right, predicted, labelled = run.sums_by_strength().unflatten(-1, (3, -1)).unbind(-2)
+    return [Counts(*row, None, None) for row in zip(right, predicted, labelled[:, 0], strict=True)]
+
+
 def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
     """Return the effects of a run, computed from its counts."""
     return run_effects(

@@ -2,22 +2,27 @@
 
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.style import FigureData, ReportFigure, draw_curve, new_panels
+from probes.analyses.style import FigureData, ReportFigure, curves, new_panels
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 
 from .rates import read_knockout, select_cases
 
-CONDITION_STYLES = {
-    "none": ("#444444", "-", "no blocking"),
-    "incorrect": ("#CC3311", "-", "wrong class blocked"),
-    "correct": ("#0072B2", "-", "correct class blocked"),
-    "random_incorrect": ("#EE9988", ":", "as many random patches (wrong)"),
-    "random_correct": ("#77BBDD", ":", "as many random patches (correct)"),
+LOOKS = {  # of the conditions
+    "none": {"color": "#444444", "label": "no blocking", "band": True},
+    "incorrect": {"color": "#CC3311", "label": "wrong class blocked", "band": True},
+    "correct": {"color": "#0072B2", "label": "correct class blocked", "band": True},
+    "random_incorrect": {
+        "color": "#EE9988",
+        "label": "as many random patches (wrong)",
+        "ls": ":",
+    },
+    "random_correct": {
+        "color": "#77BBDD",
+        "label": "as many random patches (correct)",
+        "ls": ":",
+    },
 }
 
 
@@ -33,7 +38,21 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
     )
     rows = []
     for ax, name in zip(axes, (None, *names), strict=True):
-        rows += _draw_rates(ax, run, tensors, name)
+        of_class = _rate_rows(run, tensors, name)
+        cases = of_class[0]["cases"] if of_class else 0
+        curves(
+            ax,
+            of_class,
+            LOOKS,
+            x="layer",
+            y="remaining",
+            by="condition",
+            scale=100,
+        )
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.tick_params(labelsize=7)
+        ax.set_title(f"{name or 'all classes'} ({cases} cases)", fontsize=8)
+        rows += of_class
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
     figure.legend(
@@ -45,50 +64,24 @@ def wrong_patches_left(run: ProbeRun) -> FigureData:
     return FigureData(figure, rows)
 
 
-def _draw_rates(
-    ax: Axes,
-    run: ProbeRun,
-    tensors: dict[str, Any],
-    name: str | None,
-) -> Rows:
-    """Draw n_c(l) / n_c(0) of one class, or of all, with intervals over images; return the rows of the CSV file."""
+def _rate_rows(run: ProbeRun, tensors: dict[str, Any], name: str | None) -> Rows:
+    """Return n_c(l) / n_c(0) of one class, or of all, with intervals over images, by condition and layer."""
     cases = select_cases(tensors, None if name is None else [name])
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.tick_params(labelsize=7)
-    ax.set_title(
-        f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} cases)", fontsize=8
-    )
     if cases is None:
         return []
     rows = []
-    for condition, (colour, dash, label) in CONDITION_STYLES.items():
+    for condition in LOOKS:
         mean, resampled = cases.mean(cases.rates[condition], run.weights)
-        ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
-        band = 100 * np.array(ci95) if dash == "-" else None
-        draw_curve(
-            ax,
-            range(len(mean)),
-            100 * mean,
-            band,
-            colour,
-            dash,
-            label=label,
-        )
-        common = {
-            "image_attention": run.mask,
-            "class": name or "all",
-            "condition": condition,
-        }
-        rows += [
-            common
-            | {
+        for layer, remaining in enumerate(mean.tolist()):
+            row = {
+                "image_attention": run.mask,
+                "class": name or "all",
+                "condition": condition,
                 "layer": layer,
                 "cases": len(cases.images),
-                "remaining": m,
-                **bounds(ci95[layer]),
+                "remaining": remaining,
             }
-            for layer, m in enumerate(mean.tolist())
-        ]
+            rows.append(row | bounds(interval(remaining, resampled[:, layer])))
     return rows
 
 

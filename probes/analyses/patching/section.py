@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probes.analyses.base import Section
-from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, draw_curve
+from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, curves
 from probes.results.formatting import Rows, bounds
 from probes.results.study import StudyRuns
 
@@ -17,33 +16,33 @@ TITLES = {"mask": "states under the other mask", "pairs": "states of a picture w
 def patching_figure(results: dict[str, Any]) -> FigureData:
     """Draw a panel per experiment of patching.json; the CSV file has all groups of patches."""
     experiments = results["experiments"]
+    table = effect_rows(results)
     figure = Figure(figsize=(3.6 * len(experiments) + 0.4, 3.4), layout="constrained")
-    for ax, experiment in zip(
-        figure.subplots(1, len(experiments), squeeze=False)[0], experiments, strict=True
-    ):
+    panels = figure.subplots(1, len(experiments), squeeze=False)[0]
+    for ax, experiment in zip(panels, experiments, strict=True):
         ax.set(title=TITLES[experiment["experiment"]], xlabel="layer whose states are replaced")
         ax.set_ylabel("change of log-odds at other patches (nats)", fontsize=8)
         ax.axhline(0, color="black", lw=0.8)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        shown = [entry for entry in experiment["sets"] if "others" in entry]
-        for number, entry in enumerate(shown):
-            _draw(
-                ax,
-                entry["others"],
-                COLOURS[number],
-                "-",
-                entry["set"].replace("_", " "),
-            )
-            if "random" in entry:
-                _draw(
-                    ax,
-                    entry["random"],
-                    COLOURS[number],
-                    ":",
-                    "random tokens" if len(shown) == 1 else None,
-                )
-        total = experiment["total"]["value"]
+        shown = [entry["set"] for entry in experiment["sets"] if "others" in entry]
+        looks = {}
+        for name, colour in zip(shown, COLOURS, strict=False):
+            look = {
+                "color": colour,
+                "marker": "o",
+                "ms": 3,
+            }
+            label = "random tokens" if len(shown) == 1 else None
+            looks[name, "others"] = look | {"label": name.replace("_", " "), "band": True}
+            looks[name, "random"] = look | {"label": label, "ls": ":"}
+        points = [
+            row | {"curve": (row["set"], row["patches"])}
+            for row in table
+            if row["experiment"] == experiment["experiment"]
+        ]
+        curves(ax, points, looks, x="layer")
         if len(shown) == 1:
+            total = experiment["total"]["value"]
             ax.axhline(
                 total,
                 color="#777777",
@@ -54,30 +53,7 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
         elif len(shown) > 1:
             ax.plot([], [], ":", color="#777777", label="as many random tokens")
         ax.legend(fontsize=7)
-    return FigureData(figure, effect_rows(results))
-
-
-def _draw(
-    ax: Axes,
-    places: list[dict[str, Any]],
-    colour: str,
-    dash: str,
-    label: str | None,
-) -> None:
-    layers = [place["layer"] for place in places]
-    values = [place["value"] for place in places]
-    band = [place["ci95"] for place in places] if dash == "-" else None
-    draw_curve(
-        ax,
-        layers,
-        values,
-        band,
-        colour,
-        dash,
-        marker="o",
-        ms=3,
-        label=label,
-    )
+    return FigureData(figure, table)
 
 
 def effect_rows(results: dict[str, Any]) -> Rows:

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probes.analyses.maps.figures import site_maps
@@ -11,19 +10,20 @@ from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,
+    Looks,
     ReportFigure,
     caption,
-    draw_curve,
+    curves,
     has_depth,
     label_layers,
     label_sites,
     mask_colour,
     site_depth,
 )
-from probes.results.formatting import bounds
+from probes.results.formatting import Entry, Rows, bounds
 from probes.results.study import StudyRuns
 
-Entry = dict[str, Any]
+from ..beyond_classes import task_score_rows
 
 
 def tasks_by_site(results: list[Entry]) -> FigureData:
@@ -31,32 +31,45 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     panels = _panels(results)
     figure = Figure(figsize=(3.4 * len(panels) + 0.3, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    rows = []
+    rows: Rows = []
     for (title, of_task), ax in zip(panels.items(), axes, strict=True):
+        points: Rows = []
+        looks: Looks = {}
         for entry in of_task:
-            rows += _draw_scores(ax, entry)
-        if any(entry["random"] for entry in of_task):
-            ax.plot(
-                [],
-                [],
-                "--",
-                color="#777777",
-                lw=1.6,
-                label="random weights",
-            )
+            for row in relative_scores(entry):
+                rows.append(row)
+                name = f"{row['image_attention']}, {row['weights']} {row['draw']}, {row['seed']}"
+                points.append(row | {"curve": name, "depth": site_depth(row["site"])})
+                looks.setdefault(name, _look(entry, row))
+        curves(ax, points, looks, y="relative")
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(title)
         sites = [row["site"] for row in of_task[0]["sites"] if has_depth(row["site"])]
-        if of_task[0]["has_llm"]:
-            label_sites(ax, sites, max_labels=6, fontsize=7)
-        else:
-            label_layers(ax, sites, max_labels=6, fontsize=7)
+        label = label_sites if of_task[0]["has_llm"] else label_layers
+        label(ax, sites, max_labels=6, fontsize=7)
         ax.xaxis.label.set_size(8)
-        # seeds share one
-        labels = {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-        ax.legend(labels.values(), labels, fontsize=7)
+        handles, labels = ax.get_legend_handles_labels()
+        of_label = dict(zip(labels, handles, strict=True))  # seeds and draws share one
+        ax.legend(of_label.values(), of_label, fontsize=7)
     axes[0].set_ylabel(f"relative to {_unit_names(results)}; higher is better", fontsize=8)
     return FigureData(figure, rows)
+
+
+def _look(entry: Entry, row: Entry) -> dict[str, Any]:
+    """Return how the curve of a model is drawn: a bare encoder has no other mask that it could be compared with."""
+    colour = mask_colour(entry["image_attention"]) if entry["has_llm"] else COLOURS[0]
+    if row["weights"] != "trained":
+        return {
+            "color": colour,
+            "ls": "--",
+            "label": "random weights",
+        }
+    name = entry["image_attention"] if entry["has_llm"] else "trained"
+    return {
+        "color": colour,
+        "label": name,
+        "band": True,
+    }
 
 
 def _unit_names(results: list[Entry]) -> str:
@@ -75,51 +88,10 @@ def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
     return panels
 
 
-def _draw_scores(ax: Axes, entry: Entry) -> list[dict[str, Any]]:
-    """Draw the trained run of an entry and its random ones, and return their rows."""
-    if entry["has_llm"]:
-        colour = mask_colour(entry["image_attention"])
-        name = entry["image_attention"]
-    else:  # has no other mask that it could be compared with
-        colour = COLOURS[0]
-        name = "trained"
-    drawn = relative_scores(entry, entry["sites"])
-    band = [row["ci95"] for row in drawn]
-    draw_curve(ax, *_points(drawn), band, colour, "-", label=name)
-    rows = _csv_rows(entry, "trained", None, drawn)
-    for random in entry["random"]:
-        drawn = relative_scores(entry, random["sites"])
-        draw_curve(ax, *_points(drawn), None, colour, "--")
-        rows += _csv_rows(entry, random["weights"], random["draw"], drawn)
-    return rows
+def relative_scores(entry: Entry) -> Rows:
+    """Return the scores of an entry of "tasks" at each site that has a depth, of trained and random models.
 
-
-def _points(drawn: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return where the scores of sites stand, and the scores."""
-    return [site_depth(row["site"]) for row in drawn], [row["value"] for row in drawn]
-
-
-def _csv_rows(
-    entry: Entry,
-    weights: str,
-    draw: int | None,
-    drawn: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Return what is drawn of a run as rows of a CSV file."""
-    about = {key: entry[key] for key in ("task", "model", "dataset", "image_attention", "seed")}
-    about |= {"weights": weights, "draw": draw}
-    return [
-        about | {"site": row["site"], "relative": row["value"]} | bounds(row["ci95"])
-        for row in drawn
-    ]
-
-
-def relative_scores(entry: Entry, sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return site, score and interval in units of the trained model's score at "unit"; inverted where lower is better.
-
-    Args:
-        entry: An entry of results.json["tasks"].
-        sites: Its "sites", or those of one of its "random" models.
+    They are in units of the trained model's score at "unit"; inverted where lower is better.
     """
     (unit,) = (row["value"] for row in entry["sites"] if row["site"] == entry["unit"])
 
@@ -130,12 +102,10 @@ def relative_scores(entry: Entry, sites: list[dict[str, Any]]) -> list[dict[str,
         return unit / score if score > 0 else math.inf
 
     return [
-        {
-            "site": row["site"],
-            "value": relative(row["value"]),
-            "ci95": sorted(map(relative, row["ci95"])),
-        }
-        for row in sites
+        {key: row[key] for key in row if key not in ("score", "value", "low", "high")}
+        | {"relative": relative(row["value"])}
+        | bounds(sorted(map(relative, (row["low"], row["high"]))))
+        for row in task_score_rows([entry])
         if has_depth(row["site"])
     ]
 

@@ -1,7 +1,5 @@
 """Figure of the claims: trained models beside models with random weights, one row per claim and mask."""
 
-from typing import Any
-
 from matplotlib.lines import Line2D
 
 from probes.analyses.claims import CLAIMS
@@ -14,14 +12,31 @@ from probes.analyses.style import (
     new_axes,
 )
 from probes.report.verdicts import COLUMNS
-from probes.results.formatting import bounds
+from probes.results.formatting import Entry, Rows, value_columns
 
-# Column -> offset within a row, whether the marker is filled
-STYLES = {"paper": (-0.2, False), "optimum": (0.0, True)}
-DRAWS_OFFSET = 0.22
+# What is drawn of a claim: offset within its row, look and label.
+STYLES = {
+    "paper": (-0.2, {"marker": "o", "mfc": "white"}, "as the paper measures it"),
+    "optimum": (0.0, {"marker": "o"}, "probes at the optimum"),
+    "random": (
+        0.22,
+        {
+            "marker": "D",
+            "mfc": "none",
+            "color": "#444444",
+        },
+        "random models",
+    ),
+    "trained_like_random": (
+        0.22,
+        {"marker": "d", "ms": 5.5},
+        "trained model, same probes as the random ones",
+    ),
+}
+POINT = {"ls": "", "ms": 4.5}
 
 
-def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
+def claim_values(claims: list[Entry], has_llm: bool) -> FigureData:
     """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model.
 
     A filled diamond is the trained model with the probes of the random ones; a circle can be at another strength.
@@ -31,53 +46,32 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
     claims = [claim for claim in claims if claim["claim"] != "recovery_trained"]
     figure, ax = new_axes(6.4, 0.9 + 0.3 * len(claims))
     rows = []
-    for y, entry in enumerate(claims):
-        colour = mask_colour(entry["image_attention"])
-        for name, (offset, filled) in STYLES.items():
-            found = entry["verdicts"][name]
-            if found["ci95"] is not None:
-                low, high = (100 * bound for bound in found["ci95"])
-                ax.plot([low, high], [y + offset] * 2, color=colour, lw=1.3)
-                fill = colour if filled else "white"
-                ax.plot(
-                    [100 * found["value"]],
-                    [y + offset],
-                    "o",
-                    color=colour,
-                    mfc=fill,
-                    ms=4.5,
-                )
-        draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
-        ax.plot(
-            [100 * x for x in draws],
-            [y + DRAWS_OFFSET] * len(draws),
-            "D",
-            color="#444444",
-            mfc="none",
-            ms=4.5,
-        )
-        if draws:
-            trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
-            ax.plot(
-                [trained],
-                [y + DRAWS_OFFSET],
-                "d",
-                color=colour,
-                ms=5.5,
-            )
-        rows += _rows(entry, draws)
+    for y, claim in enumerate(claims):
+        colour = mask_colour(claim["image_attention"])
+        for row in _rows(claim):
+            rows.append(row)
+            kind = "random" if row["of"].startswith("random_") else row["of"]
+            if kind not in STYLES:  # the difference of diamonds
+                continue
+            offset, style, _ = STYLES[kind]
+            if row["low"] is not None:
+                ends = [100 * row["low"], 100 * row["high"]]
+                ax.plot(ends, [y + offset] * 2, color=colour, lw=1.3)
+            ax.plot([100 * row["value"]], [y + offset], **(POINT | {"color": colour} | style))
     labels = [CLAIMS[claim["claim"]].name for claim in claims]
     if has_llm:
-        labels = [
-            f"{label} ({claim['image_attention']})"
-            for label, claim in zip(labels, claims, strict=True)
-        ]
+        masks = [claim["image_attention"] for claim in claims]
+        labels = [f"{label} ({mask})" for label, mask in zip(labels, masks, strict=True)]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("percentage points")
+    handles = [
+        Line2D([], [], label=label, **(POINT | style | {"color": "#444444", "ms": 4.5}))
+        for _, style, label in STYLES.values()
+    ]
     figure.legend(
-        handles=_legend(),
+        handles=handles,
         loc="outside lower center",
         ncols=2,
         fontsize=8,
@@ -85,62 +79,19 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
     return FigureData(figure, rows)
 
 
-def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
-    key = {"claim": entry["claim"], "image_attention": entry["image_attention"]}
-    columns = {name: entry["verdicts"][name] for name in COLUMNS}
-    rows = [
-        key | {"of": name, "value": found["value"]} | bounds(found["ci95"])
-        for name, found in columns.items()
-        if found["ci95"] is not None
-    ]
-    like_random = {"trained_like_random": columns["beyond_random"]["trained"]} if draws else {}
-    values = like_random | {f"random_{i}": value for i, value in enumerate(draws)}
-    return rows + [
-        key | {"of": name, "value": value} | bounds(None) for name, value in values.items()
-    ]
+def _rows(claim: Entry) -> Rows:
+    """Return the numbers of a claim: of its columns with their intervals, and of each model that is compared."""
+    columns = claim["verdicts"]
+    drawn = {name: columns[name] for name in COLUMNS if columns[name]["ci95"] is not None}
+    draws = columns["beyond_random"].get("by_draw", [])
+    alone = {"trained_like_random": columns["beyond_random"]["trained"]} if draws else {}
+    alone |= {f"random_{i}": value for i, value in enumerate(draws)}
+    drawn |= {name: {"value": value, "ci95": None} for name, value in alone.items()}
+    about = {"claim": claim["claim"], "image_attention": claim["image_attention"]}
+    return [about | {"of": name} | value_columns(entry) for name, entry in drawn.items()]
 
 
-def _legend() -> list[Line2D]:
-    point = {
-        "color": "#444444",
-        "ms": 4.5,
-        "ls": "",
-    }
-    return [
-        Line2D(
-            [],
-            [],
-            marker="o",
-            mfc="white",
-            label="as the paper measures it",
-            **point,
-        ),
-        Line2D(
-            [],
-            [],
-            marker="o",
-            label="probes at the optimum",
-            **point,
-        ),
-        Line2D(
-            [],
-            [],
-            marker="D",
-            mfc="none",
-            label="random models",
-            **point,
-        ),
-        Line2D(
-            [],
-            [],
-            marker="d",
-            label="trained model, same probes as the random ones",
-            **point,
-        ),
-    ]
-
-
-def claim_figures(claims: list[dict[str, Any]], has_llm: bool) -> Figures:
+def claim_figures(claims: list[Entry], has_llm: bool) -> Figures:
     """Yield the figure of claims beside controls, if there are random models."""
     if not any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         return

@@ -77,8 +77,8 @@ def test_estimates_are_those_of_the_results(runs):
             "their probes differ in feature_norm, .* and 'layernorm'",
         ),
         ({"probe": {"solved": "optimum"}}, "their probes differ in solved, None and 'optimum'"),
-        ({"match": "update"}, "differ in match: 'none' and 'update'"),
-        ({"draw": 1}, "differ in draw: 0 and 1"),
+        ({"match": "update"}, "differ in match, 'none' and 'update'"),
+        ({"draw": 1}, "differ in draw, 0 and 1"),
     ],
 )
 def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message):

@@ -199,19 +199,19 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
 
 def test_scores_are_in_units_of_the_encoders(folders):
     (entry,) = results_of(folders["depth"])
-    rows = relative_scores(entry, entry["sites"])
-    assert rows[0]["value"] == 1
-    assert rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
-    assert all(low <= row["value"] <= high for row in rows for low, high in [row["ci95"]])
+    rows = relative_scores(entry)
+    assert rows[0]["relative"] == 1
+    assert rows[1]["relative"] == pytest.approx(0.5 / 0.8, abs=0.02)
+    assert all(row["low"] <= row["relative"] <= row["high"] for row in rows)
 
 
 def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
     (entry,) = results_of(folders["depth"])
     entry["sites"][1] |= {"value": 0.25, "ci95": [-0.1, 0.4]}
     entry["sites"][2] |= {"value": 0.25, "ci95": [0.0, 0.4]}
-    encoder, *rows = relative_scores(entry, entry["sites"])[:3]
-    assert [row["ci95"] for row in rows] == [
-        [pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]
+    encoder, *rows = relative_scores(entry)[:3]
+    assert [(row["low"], row["high"]) for row in rows] == [
+        (pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf)
     ] * 2
     tasks_by_site([entry]).figure.draw_without_rendering()
 
@@ -364,9 +364,3 @@ def test_rejects_runs_that_do_not_fit(
                 *(folders[run] for run in runs),
             ]
         )
-
-
-def test_damaged_sums_are_named(folders):
-    save_file({"sums": torch.ones(2, 3)}, f"{folders['depth']}/counts.safetensors")
-    with pytest.raises(ValueError, match="counts.safetensors: sums is"):
-        _ = FinishedRun(folders["depth"]).sums

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
-from probes.report.claims import _no_contrast, _not_analysed, evaluate_claims
+from probes.report.claims import evaluate_claims
+from probes.report.remedies import no_analysis, no_contrast
 from probes.results.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
@@ -172,7 +173,7 @@ def test_commands_in_reasons_quote_their_folders(write, tmp_path):
         for column in claim["verdicts"].values()
     ]
     # of claims that need an analysis of the run
-    reasons += [_not_analysed("knockout_correct", study.first), _no_contrast(study.first)]
+    reasons += [no_analysis("knockout_correct", study.first), no_contrast(study.first)]
     commands = [re.search("`(.*?)`", reason)[1] for reason in reasons if "`" in reason]
     words = [word for command in commands for word in shlex.split(command)]
     assert {"my models/hf", "my photos"} <= set(words)

@@ -16,7 +16,7 @@ from probes.analyses.starvation.section import further_analyses
 from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
-from probes.results.study import read_studies
+from probes.results.study import CONTROLS, UNTRAINED, read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -79,7 +79,7 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
     expected = [{"causal"}, {"causal", "bidirectional"}, {"causal", "bidirectional"}]
     for order in (trained + random, trained + random[::-1]):
         (study,) = read_studies(order)
-        found = study.random_draws(part, solved=False)
+        found = study.draws(*CONTROLS[part], solved=False)
         assert [set(runs) for runs in found] == expected
         assert all(
             {run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found)
@@ -118,10 +118,8 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
     ]
     for order in permutations(runs):
         (study,) = read_studies(order)
-        assert study.control("causal").path == Path(runs[1])
-        draws = [
-            draw["causal"].metrics["draw"] for draw in study.random_draws("adapter", solved=False)
-        ]
+        assert study.where(arm=UNTRAINED)[0].path == Path(runs[1])
+        draws = [draw["causal"].metrics["draw"] for draw in study.draws("adapter", solved=False)]
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
         read_studies([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])

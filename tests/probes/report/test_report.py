@@ -14,7 +14,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.summary_text import total_wall_s
+from probes.report.page import total_wall_s
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 

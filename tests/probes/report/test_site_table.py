@@ -66,7 +66,7 @@ def miou(run: ProbeRun, site: int, weights=None) -> np.ndarray:
 def test_differences_and_intervals_equal_numpy(study):
     runs = study(CURVE, FLAT)
     rows = {row["site"]: row for row in site_rows(runs)}
-    draws = runs.random
+    draws = runs.where(arm="random")
     assert len(draws) == 3
     weights = bootstrap_weights(IMAGES, seed=0).double().numpy()
     for site, name in enumerate(runs.first.sites):

@@ -12,6 +12,7 @@ import torch
 from probe_runs import (
     CLASSES_TASK,
     ROWS,
+    counts_by_strength,
     effects_of_counts,
     random_counts,
     sums_of,
@@ -20,16 +21,15 @@ from probe_runs import (
     write_solved,
 )
 from reference import miou_of_counts
-from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.layer_effects import cross_validated_layers, image_folds
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
-from probes.report.figures.layer_curves import overview_figures
+from probes.report.figures.model_curves import overview_figures
 from probes.report.strengths import path_rows
 from probes.results.probe_run import ProbeRun
-from probes.results.study import read_studies
+from probes.results.study import UNTRAINED, read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -158,13 +158,13 @@ def test_without_layers_or_with_one_image():
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
     run = study.solved["causal"]
-    control = study.solved_untrained["causal"]
+    (control,) = study.where(arm=UNTRAINED, solved=True)
     run.weights = control.weights = run.weights[:60]
     run.effects, control.effects = map(effects_of_counts, (run, control))
     rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
     fold = np.arange(40) % 10
-    path = run.counts_by_strength()
-    untrained = control.counts_by_strength()
+    path = counts_by_strength(run)
+    untrained = counts_by_strength(control)
     for i, name in enumerate(ROWS):
         values, others = (numpy_values(p[i], run.sites, fold) for p in (path, untrained))
         values["recovery_trained"] = values["recovery"] - others["recovery"]
@@ -219,7 +219,7 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
 
     def score(r, site):
         return miou_of_counts(
-            *(x[site] for x in run.counts_by_strength()[r][:2]), run.counts.labelled
+            *(x[site] for x in counts_by_strength(run)[r][:2]), run.counts.labelled
         )
 
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
@@ -277,25 +277,26 @@ def test_the_order_of_the_runs_does_not_matter(paths):
     for order in itertools.permutations(paths.values()):
         (study,) = read_studies(order)
         found = {kind: [str(run.path) for run in getattr(study, kind).values()]
-                 for kind in ("main_runs", "untrained", "solved", "solved_untrained")}  # fmt: skip
+                 for kind in ("main_runs", "untrained", "solved")}  # fmt: skip
         assert found == {
             "main_runs": [paths["sgd"]],
             "untrained": [paths["sgd_untrained"]],
             "solved": [paths["solved"]],
-            "solved_untrained": [paths["solved_untrained"]],
         }
-        assert str(study.control("causal").path) == paths["sgd_untrained"]
+        for solved, name in ((True, "solved_untrained"), (False, "sgd_untrained")):
+            (run,) = study.where(arm=UNTRAINED, mask="causal", solved=solved)
+            assert str(run.path) == paths[name]
+        assert not study.where(arm=UNTRAINED, mask="bidirectional")
 
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
-    assert study.untrained == study.solved_untrained
-    assert study.control("causal") is None
+    assert [str(run.path) for run in study.untrained.values()] == [paths["solved_untrained"]]
     assert "recovery_trained" not in {claim["claim"] for claim in evaluate_claims(study)}
-    (study,) = read_studies([paths["solved"], paths["sgd_untrained"]])
-    assert study.control("causal") is None
-    (study,) = read_studies([paths["solved"], paths["sgd_untrained"], paths["solved_untrained"]])
-    assert str(study.control("causal").path) == paths["solved_untrained"]
+    for controls, known in ((["sgd_untrained"], 0), (["sgd_untrained", "solved_untrained"], 1)):
+        (study,) = read_studies([paths[name] for name in ("solved", *controls)])
+        names = [claim["claim"] for claim in evaluate_claims(study)]
+        assert names.count("recovery_trained") == known
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
@@ -319,42 +320,6 @@ def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
-def damage(name, change):
-    return lambda tensors: tensors | {name: change(tensors[name])}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            damage("optimum/intersection", lambda x: x[:1]),
-            r"optimum/intersection is torch.int32 \[1, 6, 40, 3\]",
-        ),
-        (
-            damage("optimum/predicted", lambda x: -x),
-            "optimum/predicted is .*expected non-negative integers",
-        ),
-        (
-            lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"},
-            "has no optimum/predicted",
-        ),
-    ],
-)
-def test_damaged_counts_of_the_path_are_named(
-    paths,
-    tmp_path,
-    change,
-    message,
-):
-    shutil.copytree(paths["solved"], tmp_path / "run")
-    save_file(
-        change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors"
-    )
-    with pytest.raises(ValueError, match=f"path.safetensors.*{message}"):
-        ProbeRun(tmp_path / "run").counts_by_strength()
-    assert len(ProbeRun(paths["solved"]).counts_by_strength()) == 3
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -397,11 +362,11 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
     shutil.copytree(paths["solved"], tmp_path / "run")
     (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
-        ProbeRun(tmp_path / "run").counts_by_strength()
+        ProbeRun(tmp_path / "run").sums_by_strength()
     with pytest.raises(
         ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"
     ):
-        ProbeRun(paths["sgd"]).counts_by_strength()
+        ProbeRun(paths["sgd"]).sums_by_strength()
 
 
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):

@@ -8,8 +8,7 @@ import pytest
 import tiny_models
 
 from probes.cli import main
-from probes.report.figures.layer_curves import layer_curves
-from probes.report.figures.whole_stack import stack_curve, stack_figures
+from probes.report.figures.layer_curves import layer_curves, stack_curve, stack_figures
 from probes.results.study import read_studies
 
 IN_ENCODER = [0.2, 0.3, 0.5, 0.6]
@@ -67,7 +66,7 @@ def test_random_llms_are_points_at_the_layers_of_the_llm(write, tmp_path):
     (axes,) = figure.data.figure.axes
     _, (x, y) = lines_of(axes)
     assert x == [SITES.index(f"layer_{i:02d}") for i in (1, 2, 3)]
-    (run,) = study.random
+    (run,) = study.where(arm="random")
     scores = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     assert y == pytest.approx([100 * scores[f"layer_{i:02d}"] for i in (1, 2, 3)])
     assert len(figure.data.rows) == 16, "of both runs"

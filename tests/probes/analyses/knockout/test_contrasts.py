@@ -18,7 +18,7 @@ from probes.analyses.knockout.contrasts import (
     knockout_effects,
     patch_contrasts,
 )
-from probes.report.claims import compared_tokens
+from probes.report.measure import compared_tokens
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics

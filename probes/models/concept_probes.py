@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from probes.ops.lbfgs import minimise
+from probes.tasks import SEGMENTATION, TASKS
 
+LOSS = TASKS[SEGMENTATION].loss
 CONCEPT_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
@@ -290,9 +292,9 @@ def _solve_path(
             start = 2 * start - before
         points = problem.solve(start, PATH_TOLERANCE)
         logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
-        log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
-        of_labels = log_p[:, torch.arange(patches), :, y]
-        losses[r, left] = -(of_labels * weights.T[:, None]).sum(0)
+        logits = logits.view(len(left), patches, folds, concepts)
+        of_labels, _ = LOSS.of_pixels(logits, y[:, None], needs_grad=False)
+        losses[r, left] = (of_labels * weights.T).sum(1)
         paths[r, left] = points.view(len(left), folds, concepts, -1)
         totals = losses[:, left].sum(2)
         left = left[totals[r] <= totals[max(r - 1, 0)]]
@@ -320,13 +322,13 @@ class _Problem:
     ):
         self.tokens = tokens
         self.v = _concept_weights(y, seen)
-        self.one_hot = torch.nn.functional.one_hot(y).float()[:, None]  # [N, 1, K]
+        self.y = y
         self.ridge = strengths[:, None, None].repeat(1, 1, tokens.shape[2])
         self.ridge[..., -1] = 0  # of biases
 
     def solve(self, start: Tensor, tolerance: float) -> Tensor:
         """Return the minima f32[P, K, m + 1]."""
-        concepts = self.one_hot.shape[-1]
+        concepts = start.shape[1]
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         # at w = 0
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge
@@ -349,10 +351,9 @@ class _Problem:
         w[at] = points
         of_site = w.view(len(rows), -1, w.shape[2])
         logits = (x @ of_site.mT).view(*x.shape[:2], folds, -1)  # [S, N, F, K]
-        log_p = logits.log_softmax(-1)
-        of_label = (log_p * self.one_hot).sum(-1)
-        value = -(of_label * self.v.T).sum(1).flatten()
-        error = (log_p.exp() - self.one_hot) * self.v.T[..., None]
+        of_label, error = LOSS.of_pixels(logits, self.y[:, None])
+        value = (of_label * self.v.T).sum(1).flatten()
+        error *= self.v.T[..., None]
         gradient = (error.flatten(2).mT @ x).view_as(w)
         penalty = self.ridge[which] * points
         return value[at] + (penalty * points).sum((1, 2)) / 2, gradient[at] + penalty

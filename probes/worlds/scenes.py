@@ -54,7 +54,7 @@ def _build_textures() -> np.ndarray:
     return textures
 
 
-_TEXTURES = _build_textures()
+_GRAIN = _build_textures()
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.
     # to unit standard deviation
     field = np.asarray(smooth) / 0.67
     contrast = GRAIN_CONTRAST * (field + mean)
-    texture = _TEXTURES[mask, _ROWS % 4, _COLUMNS % 4]
+    texture = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
     grain = contrast * texture
     return grain[..., None]
 

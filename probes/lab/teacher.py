@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.models.concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
+from probes.models.concept_folds import Paint, make_folds
+from probes.models.concept_probes import ConceptProbes, solve_concepts
 from probes.models.random_init import random_layers
 from probes.models.teach import describe_folds, paint_of, painted_states, score_sites
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from probes.ops.lbfgs import minimise
 from probes.tasks import SEGMENTATION, TASKS
 
+from .concept_folds import Folds, Paint
+
 LOSS = TASKS[SEGMENTATION].loss
 CONCEPT_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE = 1e-6
 TOLERANCE = 1e-7
@@ -36,32 +37,6 @@ MEMORY = 12  # pairs of L-BFGS; in the coordinates of the patches' axes, 40 take
 # variance of a constant channel relative to its mean square, up to rounding of float32
 DEAD = 1e-12
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
-
-
-class Paint(NamedTuple):
-    """Painted patches of photos.
-
-    Args:
-        concept: i64[N], 0 .. K-1, each at least once.
-        photo: i64[N], 0 .. P-1.
-        patch: i64[N], number of the patch in its photo.
-    """
-
-    concept: Tensor
-    photo: Tensor
-    patch: Tensor
-
-
-class Folds(NamedTuple):
-    """How painted patches are left out.
-
-    Args:
-        of: i64[N], fold of each patch; None if a concept has one patch only, so that none can be left out.
-        by_photo: True if all patches of a photo are in one fold.
-    """
-
-    of: Tensor | None
-    by_photo: bool
 
 
 @dataclass
@@ -84,75 +59,19 @@ class ConceptProbes:
 
     def logits(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f32[..., K] of states f[..., d]."""
-        return states.float() @ self.weights[site][-1].mT + self.bias[site][-1]
+        weights = self.weights[site][-1]
+        bias = self.bias[site][-1]
+        return states.float() @ weights.mT + bias
 
     def left_out(self, states: Tensor, site: str) -> Tensor:
         """Return the concept i64[N] of each painted patch by the probe that has not seen it, from states f[N, d]."""
         fold = self.folds.of
-        weights = self.weights[site][fold]
+        weights = self.weights[site][fold]  # [N, K, d]
         bias = self.bias[site][fold]
-        return ((weights @ states.float()[..., None]).squeeze(-1) + bias).argmax(-1)
-
-
-def make_folds(paint: Paint, photo_width: int) -> Folds:
-    """Leave photos out if each concept is painted on several, else blocks of patches.
-
-    Args:
-        paint: The patches.
-        photo_width: Columns of the grid.
-    """
-    by_photo = _folds_of_photos(paint)
-    if by_photo is not None:
-        return Folds(by_photo[paint.photo], True)
-    return Folds(_folds_of_blocks(paint, photo_width), False)
-
-
-def _folds_of_photos(paint: Paint) -> Tensor | None:
-    """Return the fold i64[P] of each photo; None if a concept would be in no photo of the other folds."""
-    photos = int(paint.photo.max()) + 1
-    concepts = int(paint.concept.max()) + 1
-    shown = torch.zeros(photos, concepts, dtype=torch.bool)
-    shown[paint.photo, paint.concept] = True
-    fold_of = torch.full((photos,), -1)
-    count = min(FOLDS, photos)
-    rarest_first = shown.sum(0).argsort(stable=True).tolist()
-    # photos of the rarest concept go into different folds
-    for concept in rarest_first:
-        with_concept = shown[:, concept]
-        for photo in (with_concept & (fold_of < 0)).nonzero().flatten().tolist():
-            fullness = []
-            for fold in range(count):
-                in_fold = fold_of == fold
-                fullness.append((int((with_concept & in_fold).sum()), int(in_fold.sum())))
-            fold_of[photo] = fullness.index(min(fullness))
-    for fold in range(count):
-        left = shown[fold_of != fold]
-        if not left.any(0).all():
-            return None
-    return fold_of
-
-
-def _folds_of_blocks(paint: Paint, photo_width: int) -> Tensor | None:
-    """Return the fold i64[N] of each patch: the patches of a concept, cut along their longer side.
-
-    None if a concept has one patch only.
-    """
-    sizes = paint.concept.bincount()
-    count = min(FOLDS, int(sizes.min()))
-    if count < 2:
-        return None
-    fold = torch.empty_like(paint.concept)
-    row = paint.patch // photo_width
-    column = paint.patch % photo_width
-    for concept, size in enumerate(sizes.tolist()):
-        mine = (paint.concept == concept).nonzero().flatten()
-        sides = [row[mine], column[mine]]
-        longer, shorter = sorted(sides, key=lambda side: -int(side.max() - side.min()))
-        photo = paint.photo[mine]
-        place = photo * photo_width**2 * 4 + longer * photo_width * 2 + shorter
-        order = mine[place.argsort()]
-        fold[order] = torch.arange(size) * count // size
-    return fold
+        columns = states.float().unsqueeze(-1)
+        products = weights @ columns
+        logits = products.squeeze(-1) + bias
+        return logits.argmax(-1)
 
 
 def solve_concepts(
@@ -166,52 +85,113 @@ def solve_concepts(
     Args:
         states: f[N, d] of the painted patches by site.
         paint: The patches.
-        folds: See :func:`make_folds`. Without folds, the middle one of the strengths is taken.
+        folds: See :func:`probes.models.concept_folds.make_folds`. Without folds, the middle one of the strengths is taken.
         check: Called before each strength of a group of sites; an exception there ends the work.
     """
-    result = ConceptProbes(paint, folds, {}, {}, {})
+    result = ConceptProbes(
+        paint,
+        folds,
+        weights={},
+        bias={},
+        strengths={},
+    )
     patches = len(paint.concept)
     width = max(x.shape[1] for x in states.values())
-    step = max(1, CHUNK_NUMEL // (patches * min(patches, width)))
+    site_numel = patches * min(patches, width)
+    step = max(1, CHUNK_NUMEL // site_numel)
     names = list(states)
     for start in range(0, len(names), step):
-        _solve_sites({site: states[site] for site in names[start : start + step]}, result, check)
+        together = names[start : start + step]
+        chunk = {site: states[site] for site in together}
+        _solve_sites(chunk, result, check)
     return result
 
 
+class _FoldSolutions(NamedTuple):
+    """Probes of sites without each fold, and what they tell about the probe of all patches.
+
+    Args:
+        points: f32[S, F, K, m + 1], of each fold at the strength that is best on the other folds.
+        best: i64[S], the number of the strength that is best on all folds.
+        mean: f32[S, K, m + 1], mean over the folds' probes at that strength.
+    """
+
+    points: Tensor
+    best: Tensor
+    mean: Tensor
+
+
 def _solve_sites(
-    states: Mapping[str, Tensor], result: ConceptProbes, check: Callable[[], None]
+    states: Mapping[str, Tensor],
+    result: ConceptProbes,
+    check: Callable[[], None],
 ) -> None:
     """Add the probes of sites to the result."""
     y = result.paint.concept
-    fold_of = result.folds.of
-    sites = len(states)
     scaled = [_Channels(x) for x in states.values()]
     tokens, to_weights = _coordinates([site.x for site in scaled])
-    points = torch.zeros(sites, 0, int(y.max()) + 1, tokens.shape[2])  # [S, F, K, m + 1]
-    # [S, F + 1], the last one of all patches
-    best = torch.full((sites, 1), len(CONCEPT_STRENGTHS) // 2)
-    start = points.new_zeros(sites, *points.shape[2:])
-    if fold_of is not None:
-        folds = torch.arange(int(fold_of.max()) + 1)
-        held = fold_of == folds[:, None]
-        paths, losses = _solve_path(tokens, y, held, check)
-        total = losses.sum(2, keepdim=True)
-        of_others = (total - losses).nan_to_num(torch.inf)  # infinite where not solved
-        best = torch.cat([of_others, total], 2).argmin(0)
-        site = torch.arange(sites)
-        points = paths[best[:, :-1], site[:, None], folds]
-        start = paths[best[:, -1], site].mean(1)
+    of_folds = _solve_folds(
+        tokens,
+        y,
+        result.folds.of,
+        check,
+    )
+    all_strengths = torch.tensor(CONCEPT_STRENGTHS)
     seen = torch.ones(1, len(y), dtype=torch.bool)
-    strengths = torch.tensor(CONCEPT_STRENGTHS)[best[:, -1]]
-    of_all = _Problem(tokens, y, seen, strengths).solve(start, TOLERANCE)
-    points = torch.cat([points, of_all[:, None]], 1)
-    for s, (name, site) in enumerate(zip(states, scaled, strict=True)):
-        weights = to_weights(s, points[s, ..., :-1].double()) * site.scale.double()
+    problem = _Problem(
+        tokens,
+        y,
+        seen,
+        all_strengths[of_folds.best],
+    )
+    of_all = problem.solve(of_folds.mean, TOLERANCE)
+    points = torch.cat([of_folds.points, of_all[:, None]], 1).double()
+    for s, name in enumerate(states):
+        channels = scaled[s]
+        scaled_weights = to_weights(s, points[s, ..., :-1])
+        weights = scaled_weights * channels.scale.double()
+        at_mean = weights @ channels.mean.double()
+        bias = points[s, ..., -1] - at_mean
         result.weights[name] = weights.float()
-        at_mean = weights @ site.mean.double()
-        result.bias[name] = (points[s, ..., -1].double() - at_mean).float()
-        result.strengths[name] = CONCEPT_STRENGTHS[best[s, -1]]
+        result.bias[name] = bias.float()
+        result.strengths[name] = CONCEPT_STRENGTHS[of_folds.best[s]]
+
+
+def _solve_folds(
+    tokens: Tensor,
+    y: Tensor,
+    fold_of: Tensor | None,
+    check: Callable[[], None],
+) -> _FoldSolutions:
+    """Return the probes of left-out folds; without folds, none, the middle strength and zeros."""
+    sites = len(tokens)
+    concepts = int(y.max()) + 1
+    if fold_of is None:
+        size = tokens.shape[2]
+        return _FoldSolutions(
+            points=torch.zeros(sites, 0, concepts, size),
+            best=torch.full((sites,), len(CONCEPT_STRENGTHS) // 2),
+            mean=torch.zeros(sites, concepts, size),
+        )
+    folds = torch.arange(int(fold_of.max()) + 1)
+    held = fold_of == folds[:, None]
+    paths, losses = _solve_path(
+        tokens,
+        y,
+        held,
+        check,
+    )
+    total = losses.sum(2)
+    of_others = total[..., None] - losses
+    of_others = of_others.nan_to_num(torch.inf)  # where not solved
+    best_of_others = of_others.argmin(0)
+    best = total.argmin(0)
+    site = torch.arange(sites)
+    return _FoldSolutions(
+        points=paths[best_of_others, site[:, None], folds],
+        best=best,
+        mean=paths[best, site].mean(1),
+    )
 
 
 class _Channels:
@@ -220,11 +200,13 @@ class _Channels:
     def __init__(self, states: Tensor):
         states = states.float()
         self.mean = states.mean(0)
-        variance = (states - self.mean).square().mean(0)
-        alive = variance > DEAD * states.square().mean(0)
+        centred = states - self.mean
+        variance = centred.square().mean(0)
+        mean_square = states.square().mean(0)
+        alive = variance > DEAD * mean_square
         norms = variance.clamp(min=1e-30) * len(variance)
         self.scale = torch.where(alive, norms.rsqrt(), 0)
-        self.x = (states - self.mean) * self.scale
+        self.x = centred * self.scale
 
 
 def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
@@ -233,29 +215,38 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
     coordinates = []
     for x in inputs:
         # x = r^T basis^T
-        if len(x) < x.shape[1]:
+        patches, channels = x.shape
+        if patches < channels:
             basis, r = torch.linalg.qr(x.T)
         else:
-            basis = torch.eye(x.shape[1])
+            basis = torch.eye(channels)
             r = x.T
-        axes = torch.linalg.eigh(r @ r.T)[1]
+        _, axes = torch.linalg.eigh(r @ r.T)
         bases.append(basis @ axes)
         coordinates.append(r.T @ axes)
-    width = max(x.shape[1] for x in coordinates)
-    padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates]
+    most = max(x.shape[1] for x in coordinates)
+    padded = []
+    for x in coordinates:
+        missing = most - x.shape[1]
+        padded.append(torch.nn.functional.pad(x, (0, missing)))
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
+    tokens = torch.cat([torch.stack(padded), ones], -1)
 
     def to_weights(site: int, weights: Tensor) -> Tensor:
         basis = bases[site].to(weights)
-        return weights[..., : basis.shape[1]] @ basis.T
+        unpadded = weights[..., : basis.shape[1]]
+        return unpadded @ basis.T
 
-    return torch.cat([torch.stack(padded), ones], -1), to_weights
+    return tokens, to_weights
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
     """Return the weights f32[..., N] of patches, of equal sum for each concept and 1 in all, 0 where not `used`."""
-    of_concept = torch.nn.functional.one_hot(y).T * used[..., None, :]  # [..., K, N]
-    return (of_concept / of_concept.sum(-1, keepdim=True).clamp(min=1)).mean(-2)
+    one_hot = torch.nn.functional.one_hot(y)
+    of_concept = one_hot.T * used[..., None, :]  # [..., K, N]
+    counts = of_concept.sum(-1, keepdim=True)
+    shares = of_concept / counts.clamp(min=1)
+    return shares.mean(-2)
 
 
 def _solve_path(
@@ -270,34 +261,54 @@ def _solve_path(
     from its own points at the two strengths before, extrapolated, never from a solution of all patches, which has seen
     what the fold leaves out.
     """
-    sites, patches, _ = tokens.shape
+    sites, patches, size = tokens.shape
     folds = len(held)
     concepts = int(y.max()) + 1
-    weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
+    all_patches = torch.ones_like(y, dtype=torch.bool)
+    weights = held * _concept_weights(y, all_patches)  # [F, N]
     paths = tokens.new_zeros(
         len(CONCEPT_STRENGTHS),
         sites,
         folds,
         concepts,
-        tokens.shape[2],
+        size,
     )
     losses = tokens.new_full((len(CONCEPT_STRENGTHS), sites, folds), torch.inf)
     left = torch.arange(sites)
     for r, strength in enumerate(CONCEPT_STRENGTHS):
         check()
-        problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
-        start = paths[max(r - 1, 0), left].flatten(0, 1)
+        last = max(r - 1, 0)
+        x = tokens[left]
+        problem = _Problem(
+            x,
+            y,
+            seen=~held,
+            strengths=torch.full((len(left) * folds,), strength),
+        )
+        start = paths[last, left].flatten(0, 1)
         if r > 1:
             before = paths[r - 2, left].flatten(0, 1)
             start = 2 * start - before
         points = problem.solve(start, PATH_TOLERANCE)
-        logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
-        logits = logits.view(len(left), patches, folds, concepts)
-        of_labels, _ = LOSS.of_pixels(logits, y[:, None], needs_grad=False)
+        of_site = points.view(len(left), folds * concepts, size)
+        logits = x @ of_site.mT
+        by_fold = logits.view(
+            len(left),
+            patches,
+            folds,
+            concepts,
+        )
+        of_labels, _ = LOSS.of_pixels(by_fold, y[:, None], needs_grad=False)
         losses[r, left] = (of_labels * weights.T).sum(1)
-        paths[r, left] = points.view(len(left), folds, concepts, -1)
+        paths[r, left] = points.view(
+            len(left),
+            folds,
+            concepts,
+            size,
+        )
         totals = losses[:, left].sum(2)
-        left = left[totals[r] <= totals[max(r - 1, 0)]]
+        continues = totals[r] <= totals[last]
+        left = left[continues]
         if not len(left):
             break
     return paths, losses
@@ -330,30 +341,41 @@ class _Problem:
         """Return the minima f32[P, K, m + 1]."""
         concepts = start.shape[1]
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
+        of_problem = squares.flatten(0, 1).unsqueeze(1)
         # at w = 0
-        curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge
-        diagonal = (1 / curvature.clamp(min=1e-12)).expand_as(start)
-        return minimise(
+        curvature = (concepts - 1) / concepts**2 * of_problem + self.ridge
+        diagonal = 1 / curvature.clamp(min=1e-12)
+        minimum = minimise(
             self._value_and_gradient,
             start,
-            diagonal,
+            diagonal.expand_as(start),
             tolerance,
             pairs=deque(maxlen=MEMORY),
-        ).points
+        )
+        return minimum.points
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""
         folds = len(self.v)
-        rows = sorted({p // folds for p in which})
-        at = torch.tensor([rows.index(p // folds) * folds + p % folds for p in which])
-        x = self.tokens if len(rows) == len(self.tokens) else self.tokens[rows]
-        w = points.new_zeros(len(rows) * folds, *points.shape[1:])
+        sites = sorted({p // folds for p in which})
+        # where the problems are among all of these sites
+        at = []
+        for p in which:
+            site = sites.index(p // folds)
+            fold = p % folds
+            at.append(site * folds + fold)
+        is_all = len(sites) == len(self.tokens)
+        x = self.tokens if is_all else self.tokens[sites]
+        w = points.new_zeros(len(sites) * folds, *points.shape[1:])
         w[at] = points
-        of_site = w.view(len(rows), -1, w.shape[2])
-        logits = (x @ of_site.mT).view(*x.shape[:2], folds, -1)  # [S, N, F, K]
+        of_site = w.view(len(sites), -1, w.shape[2])
+        products = x @ of_site.mT
+        logits = products.view(*x.shape[:2], folds, -1)  # [S, N, F, K]
         of_label, error = LOSS.of_pixels(logits, self.y[:, None])
         value = (of_label * self.v.T).sum(1).flatten()
         error *= self.v.T[..., None]
-        gradient = (error.flatten(2).mT @ x).view_as(w)
+        gradient = error.flatten(2).mT @ x
+        gradient = gradient.view_as(w)
         penalty = self.ridge[which] * points
-        return value[at] + (penalty * points).sum((1, 2)) / 2, gradient[at] + penalty
+        penalty_value = (penalty * points).sum((1, 2)) / 2
+        return value[at] + penalty_value, gradient[at] + penalty

@@ -21,7 +21,8 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, as_photo
 from probes.ops.geometry import Geometry, mask_tensor
 
-from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
+from .concept_folds import Folds, Paint, make_folds
+from .concept_probes import ConceptProbes, solve_concepts
 from .knockout import Knockout
 from .random_init import random_layers
 

@@ -18,15 +18,26 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 SIZE_PX = 96
-CLASSES = (
-    "ceiling", "sky", "wall", "building", "floor", "road", "bed", "car",
-    "lamp", "tree", "picture", "window", "door", "person",
-)  # fmt: skip
+# of each class in coloured masks
+CLASS_COLOURS = {
+    "ceiling": (233, 243, 150),
+    "sky": (122, 193, 253),
+    "wall": (240, 228, 209),
+    "building": (95, 99, 116),
+    "floor": (205, 155, 88),
+    "road": (78, 50, 105),
+    "bed": (222, 148, 181),
+    "car": (178, 34, 52),
+    "lamp": (250, 234, 40),
+    "tree": (0, 140, 96),
+    "picture": (162, 96, 217),
+    "window": (20, 42, 159),
+    "door": (72, 10, 14),
+    "person": (238, 139, 20),
+}
+CLASSES = tuple(CLASS_COLOURS)
+PALETTE = np.array(list(CLASS_COLOURS.values()), np.uint8)
 PAIR_OF = (1, 0, 3, 2, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13)
-PALETTE = np.array([
-    (233, 243, 150), (122, 193, 253), (240, 228, 209), (95, 99, 116), (205, 155, 88), (78, 50, 105), (222, 148, 181),
-    (178, 34, 52), (250, 234, 40), (0, 140, 96), (162, 96, 217), (20, 42, 159), (72, 10, 14), (238, 139, 20),
-], np.uint8)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,11 @@ class Quad:
         x, y = foot
         half = width / 2
         return cls(
-            (x - half, y - height),
-            (x + half, y - height),
-            (x + half, y),
-            (x - half, y),
-            plane,
+            top_left=(x - half, y - height),
+            top_right=(x + half, y - height),
+            bottom_right=(x + half, y),
+            bottom_left=(x - half, y),
+            plane=plane,
         )
 
     def point_at(self, u: float, v: float) -> Point:
@@ -68,23 +79,34 @@ class Quad:
         cx, cy = self.bottom_right
         dx, dy = self.bottom_left
         x = (1 - v) * (ax + u * (bx - ax)) + v * (dx + u * (cx - dx))
-        return x, (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
+        y = (1 - v) * (ay + u * (by - ay)) + v * (dy + u * (cy - dy))
+        return x, y
 
     def part(
         self,
-        u0: float,
-        u1: float,
-        v0: float,
-        v1: float,
+        *,
+        left: float = 0,
+        right: float = 1,
+        top: float = 0,
+        bottom: float = 1,
     ) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
-        corners = (
-            self.point_at(u0, v0),
-            self.point_at(u1, v0),
-            self.point_at(u1, v1),
-            self.point_at(u0, v1),
+        return Quad(
+            top_left=self.point_at(left, top),
+            top_right=self.point_at(right, top),
+            bottom_right=self.point_at(right, bottom),
+            bottom_left=self.point_at(left, bottom),
+            plane=self.plane,
         )
-        return Quad(*corners, self.plane)
+
+    def inset(self, across: float, down: float) -> Quad:
+        """Return the part within margins of these widths."""
+        return self.part(
+            left=across,
+            right=1 - across,
+            top=down,
+            bottom=1 - down,
+        )
 
     @property
     def width(self) -> float:
@@ -99,7 +121,6 @@ class Quad:
 
 FULL_FRAME = Quad((0, 0), (SIZE_PX, 0), (SIZE_PX, SIZE_PX), (0, SIZE_PX))
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
-ROUNDED = ((0.1, 0), (0.9, 0), (1, 0.2), (1, 0.8), (0.9, 1), (0.1, 1), (0, 0.8), (0, 0.2))
 
 
 class Canvas:
@@ -118,7 +139,8 @@ class Canvas:
         side = self.SCALE * SIZE_PX
         self._picture = Image.new("RGB", (side, side))
         self._index = Image.new("L", (side, side))
-        self._pens = ImageDraw.Draw(self._picture), ImageDraw.Draw(self._index)
+        self._picture_pen = ImageDraw.Draw(self._picture)
+        self._index_pen = ImageDraw.Draw(self._index)
         # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
         self._surfaces = {(0, 0, NOWHERE): 0}
         self._object = 0
@@ -140,11 +162,24 @@ class Canvas:
         points: Sequence[Point] = CORNERS,
     ) -> None:
         """Fill a polygon."""
-        self._draw("polygon", quad, points, colour, name)
+        self._draw(
+            "polygon",
+            quad,
+            points,
+            colour,
+            name,
+        )
 
     def oval(self, quad: Quad, colour: Colour, name: str = "") -> None:
         """Fill the upright ellipse between the quad's top left and bottom right corner."""
-        self._draw("ellipse", quad, ((0, 0), (1, 1)), colour, name)
+        top_left, _, bottom_right, _ = CORNERS
+        self._draw(
+            "ellipse",
+            quad,
+            (top_left, bottom_right),
+            colour,
+            name,
+        )
 
     def line(
         self,
@@ -155,25 +190,40 @@ class Canvas:
         name: str = "",
     ) -> None:
         """Draw a line through the points. The width is in thirds of a pixel."""
-        self._draw("line", quad, points, colour, name, width=width)
+        self._draw(
+            "line",
+            quad,
+            points,
+            colour,
+            name,
+            width=width,
+        )
 
     def image(self) -> np.ndarray:
         """Return the picture as `float32[H, W, 3]` in 0..1."""
-        return np.asarray(self._picture.reduce(self.SCALE), np.float32) / 255
+        means = self._picture.reduce(self.SCALE)
+        return np.asarray(means, np.float32) / 255
 
     def mask(self) -> np.ndarray:
         """Return the classes as `uint8[H, W]`."""
-        return np.array([label for label, _, _ in self._surfaces], np.uint8)[self._centres()]
+        labels = [label for label, _, _ in self._surfaces]
+        return np.array(labels, np.uint8)[self._centres()]
 
     def surfaces(self, camera: Camera) -> Surfaces:
         """Return what each pixel shows."""
-        _, objects, planes = zip(*self._surfaces, strict=True)
-        return Surfaces(self._centres(), np.array(planes), np.array(objects, np.uint8), camera.eye)
+        objects = [number for _, number, _ in self._surfaces]
+        planes = [plane for _, _, plane in self._surfaces]
+        return Surfaces(
+            index=self._centres(),
+            planes=np.array(planes),
+            objects=np.array(objects, np.uint8),
+            eye=camera.eye,
+        )
 
     def _centres(self) -> np.ndarray:
-        return np.asarray(self._index)[
-            self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE
-        ].copy()
+        """Return the surface of the centre of each pixel."""
+        centres = slice(self.SCALE // 2, None, self.SCALE)
+        return np.asarray(self._index)[centres, centres].copy()
 
     def _draw(
         self,
@@ -186,23 +236,35 @@ class Canvas:
     ) -> None:
         if not self._draws:
             return
-        # Pillow counts from pixel centres, truncates fractions, and requires sorted corners of an ellipse.
-        scaled = [
-            tuple(round(self.SCALE * c - 0.5) for c in quad.point_at(u, v)) for u, v in points
-        ]
-        scaled = (
-            [tuple(map(min, *scaled)), tuple(map(max, *scaled))] if tool == "ellipse" else scaled
-        )
-        getattr(self._pens[0], tool)(scaled, fill=colour, **options)
+        xs = []
+        ys = []
+        for u, v in points:
+            x, y = quad.point_at(u, v)
+            xs.append(self._scale(x))
+            ys.append(self._scale(y))
+        # Pillow requires sorted corners of an ellipse.
+        if tool == "ellipse":
+            xs.sort()
+            ys.sort()
+        scaled = list(zip(xs, ys, strict=True))
+        draw_picture = getattr(self._picture_pen, tool)
+        draw_picture(scaled, fill=colour, **options)
         if name:
-            surface = CLASSES.index(name), self._object, quad.plane
+            label = CLASSES.index(name)
+            surface = (label, self._object, quad.plane)
             index = self._surfaces.setdefault(surface, len(self._surfaces))
-            getattr(self._pens[1], tool)(scaled, fill=index, **options)
+            draw_index = getattr(self._index_pen, tool)
+            draw_index(scaled, fill=index, **options)
+
+    def _scale(self, coordinate: float) -> int:
+        """Return a coordinate as Pillow wants it: counted from the centre of a pixel, without a fraction."""
+        return round(self.SCALE * coordinate - 0.5)
 
 
 def shade(colour: Colour, factor: float) -> Colour:
     """Scale the brightness of a colour."""
-    return tuple(min(255, round(channel * factor)) for channel in colour)
+    scaled = [round(channel * factor) for channel in colour]
+    return tuple(min(255, channel) for channel in scaled)
 
 
 @dataclass(frozen=True)
@@ -216,7 +278,9 @@ class Camera:
         """Move a point on its line through the vanishing point: nearer to the viewer for scale > 1, else farther."""
         x, y = point
         eye_x, eye_y = self.eye
-        return eye_x + scale * (x - eye_x), eye_y + scale * (y - eye_y)
+        scaled_x = eye_x + scale * (x - eye_x)
+        scaled_y = eye_y + scale * (y - eye_y)
+        return scaled_x, scaled_y
 
     @property
     def far_adult_px(self) -> float:
@@ -235,9 +299,8 @@ class Camera:
 
     def ceiling(self) -> Quad:
         """Return the complete picture at the depth of the ceiling."""
-        return replace(
-            FULL_FRAME, plane=self.level_plane(self.far_end.top_left[1], self.far_adult_px)
-        )
+        plane = self.level_plane(self.far_end.top_left[1], self.far_adult_px)
+        return replace(FULL_FRAME, plane=plane)
 
     def ground(self) -> Quad:
         """Return the ground from the far end to below the picture."""
@@ -245,11 +308,11 @@ class Camera:
         right = self.far_end.bottom_right
         plane = self.level_plane(left[1], self.far_adult_px)
         return Quad(
-            left,
-            right,
-            self.scale_depth(right, 7),
-            self.scale_depth(left, 7),
-            plane,
+            top_left=left,
+            top_right=right,
+            bottom_right=self.scale_depth(right, 7),
+            bottom_left=self.scale_depth(left, 7),
+            plane=plane,
         )
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
@@ -258,33 +321,22 @@ class Camera:
         x = self.eye[0]
         to_left = x / (x - far.top_left[0])
         to_right = (SIZE_PX - x) / (far.top_right[0] - x)
-        outer_left = (
-            self.scale_depth(far.top_left, to_left),
-            self.scale_depth(far.bottom_left, to_left),
-        )
-        outer_right = (
-            self.scale_depth(far.top_right, to_right),
-            self.scale_depth(far.bottom_right, to_right),
-        )
-        planes = [
-            self.side_plane(corner[0], self.far_adult_px)
-            for corner in (far.top_left, far.top_right)
-        ]
         left = Quad(
-            outer_left[0],
-            far.top_left,
-            far.bottom_left,
-            outer_left[1],
-            planes[0],
+            top_left=self.scale_depth(far.top_left, to_left),
+            top_right=far.top_left,
+            bottom_right=far.bottom_left,
+            bottom_left=self.scale_depth(far.bottom_left, to_left),
+            plane=self.side_plane(far.top_left[0], self.far_adult_px),
         )
         right = Quad(
-            far.top_right,
-            outer_right[0],
-            outer_right[1],
-            far.bottom_right,
-            planes[1],
+            top_left=far.top_right,
+            top_right=self.scale_depth(far.top_right, to_right),
+            bottom_right=self.scale_depth(far.bottom_right, to_right),
+            bottom_left=far.bottom_right,
+            plane=self.side_plane(far.top_right[0], self.far_adult_px),
         )
-        return left, replace(far, plane=Plane.facing(self.far_adult_px)), right
+        middle = replace(far, plane=Plane.facing(self.far_adult_px))
+        return left, middle, right
 
     def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:
         """Return a point on the ground.
@@ -295,9 +347,13 @@ class Camera:
             margin_px: Distance to keep from the walls and from the edge of the picture.
         """
         scale = height_px / self.far_adult_px
-        left = max(0, self.scale_depth(self.far_end.bottom_left, scale)[0]) + margin_px
-        right = min(SIZE_PX, self.scale_depth(self.far_end.bottom_right, scale)[0]) - margin_px
-        return left + across * (right - left), self.eye[1] + height_px
+        left_wall, _ = self.scale_depth(self.far_end.bottom_left, scale)
+        right_wall, _ = self.scale_depth(self.far_end.bottom_right, scale)
+        left = max(0, left_wall) + margin_px
+        right = min(SIZE_PX, right_wall) - margin_px
+        x = left + across * (right - left)
+        y = self.eye[1] + height_px
+        return x, y
 
 
 def sample_camera(rng: np.random.Generator) -> Camera:
@@ -308,4 +364,5 @@ def sample_camera(rng: np.random.Generator) -> Camera:
     half_height = SIZE_PX * rng.uniform(0.15, 0.22)
     up = half_height * rng.uniform(0.9, 1.3)
     down = half_height * rng.uniform(0.8, 1.1)
-    return Camera((x, y), Quad.upright((x, y + down), 2 * half_width, up + down))
+    far_end = Quad.upright((x, y + down), 2 * half_width, up + down)
+    return Camera((x, y), far_end)

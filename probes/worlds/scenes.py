@@ -19,10 +19,12 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from . import objects
 from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
-from .objects import GROUND, TOP, GroundObject
+from .colours import GROUND, TOP
+from .ground_objects import GroundObject, draw_bed, draw_car, draw_on_ground, draw_tree
+from .lights import draw_hanging_lamp, draw_moon, draw_standing_lamp
 from .surfaces import Surfaces
+from .walls import draw_door, draw_house, draw_picture, draw_wall, draw_window
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = (
@@ -33,11 +35,26 @@ WEAVES = (
 )
 GRAIN_CONTRAST = 0.03
 PIXEL_NOISE = 0.018
-_GRAIN = np.zeros((len(CLASSES), 4, 4), np.float32)
-_GRAIN[:8] = np.repeat(
-    [[[1 if sign == "+" else -1 for sign in row] for row in w.split()] for w in WEAVES], 2, axis=0
-)
+# of red, green and blue
+WARM_GLOW = (0.18, 0.12, 0.03)
+CAST_RANGE = (0.12, 0.06, 0.12)
+LIT_FROM_LEFT = (0.84, 1.0, 0.93)  # brightness of the left, far and right wall
+LIT_FROM_RIGHT = (0.93, 1.0, 0.84)
 _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
+
+
+def _build_textures() -> np.ndarray:
+    """Return the texture of each class as `float32[K, 4, 4]` of -1 and 1, and of 0 for classes without a pair."""
+    textures = np.zeros((len(CLASSES), 4, 4), np.float32)
+    for pair, weave in enumerate(WEAVES):
+        signs = np.array([list(row) for row in weave.split()])
+        texture = np.where(signs == "+", 1, -1)
+        textures[2 * pair] = texture
+        textures[2 * pair + 1] = texture
+    return textures
+
+
+_GRAIN = _build_textures()
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,8 @@ class Scene:
     @property
     def kind(self) -> str:
         """What a caption calls it."""
-        return f"an {'indoor' if self.indoor else 'outdoor'} scene"
+        place = "indoor" if self.indoor else "outdoor"
+        return f"an {place} scene"
 
 
 def draw_scene(
@@ -73,22 +91,28 @@ def draw_scene(
         hides_cues: Leave out the objects that are cues. All else is drawn as with them.
         indoor: Whether it is a room; None for either.
     """
-    indoor = bool(rng.random() < 0.5) if indoor is None else indoor
+    if indoor is None:
+        indoor = bool(rng.random() < 0.5)
     camera = sample_camera(rng)
     canvas = Canvas(hides_cues)
-    (draw_room if indoor else draw_street)(canvas, camera, rng)
+    if indoor:
+        draw_room(canvas, camera, rng)
+        mean_grain = evidence
+    else:
+        draw_street(canvas, camera, rng)
+        mean_grain = -evidence
     mask = canvas.mask()
-    image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
-    image = image * sample_light(camera, rng) + PIXEL_NOISE * rng.standard_normal(
-        image.shape, np.float32
-    )
-    pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    image = canvas.image() + sample_grain(mask, mean_grain, rng)
+    light = sample_light(camera, rng)
+    noise = PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
+    image = image * light + noise
+    pixels = image.clip(0, 1) * 255 + 0.5
     return Scene(
-        indoor,
-        pixels,
-        mask,
-        canvas.surfaces(camera),
-        canvas.cues,
+        indoor=indoor,
+        image=pixels.astype(np.uint8),
+        mask=mask,
+        surfaces=canvas.surfaces(camera),
+        cues=canvas.cues,
     )
 
 
@@ -103,7 +127,8 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
         rng.bit_generator.state = start
         without = draw_scene(rng, hides_cues=True)
         rng.bit_generator.state = end
-        if (cued.image != without.image).any():
+        cue_can_be_seen = (cued.image != without.image).any()
+        if cue_can_be_seen:
             return cued, without
 
 
@@ -120,25 +145,47 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     )
     canvas.polygon(camera.ceiling(), TOP, "ceiling")
     canvas.begin_object()
-    canvas.polygon(camera.ground(), GROUND, "floor")
+    floor = camera.ground()
+    canvas.polygon(floor, GROUND, "floor")
     for u in np.arange(0.1, 1, 0.2):
-        canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
-    for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
+        draw_ground_line(canvas, floor, u)
+    tints = sample_wall_tints(rng)
+    for front, tint in zip(camera.walls(), tints, strict=True):
         canvas.begin_object()
-        objects.draw_wall(canvas, front, "wall", tint)
+        draw_wall(
+            canvas,
+            front,
+            "wall",
+            tint,
+        )
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
-        objects.draw_window(canvas, sections.pop().part(0, 1, 0.16, 0.58), rng)
+        section = sections.pop()
+        draw_window(canvas, section.part(top=0.16, bottom=0.58), rng)
     if "picture" in names:
-        objects.draw_picture(canvas, sections.pop().part(0, 1, 0.15, 0.59), rng)
+        section = sections.pop()
+        draw_picture(canvas, section.part(top=0.15, bottom=0.59), rng)
     if "door" in names:
-        objects.draw_door(canvas, sections.pop().part(0.05, 0.95, 0.28, 1), rng)
-    standing = [GroundObject(partial(objects.draw_bed, camera), 0.55)] if "bed" in names else []
-    if "lamp" in names and rng.random() < 0.6:
-        objects.draw_hanging_lamp(canvas, camera, rng)
-    elif "lamp" in names:
-        standing.append(GroundObject(objects.draw_standing_lamp, 0.3, at_wall=True))
-    objects.draw_on_ground(canvas, camera, standing, rng)
+        section = sections.pop()
+        entrance = section.part(left=0.05, right=0.95, top=0.28)
+        draw_door(canvas, entrance, rng)
+    standing = []
+    if "bed" in names:
+        bed = GroundObject(partial(draw_bed, camera), 0.55)
+        standing.append(bed)
+    if "lamp" in names:
+        hangs = rng.random() < 0.6
+        if hangs:
+            draw_hanging_lamp(canvas, camera, rng)
+        else:
+            lamp = GroundObject(draw_standing_lamp, 0.3, at_wall=True)
+            standing.append(lamp)
+    draw_on_ground(
+        canvas,
+        camera,
+        standing,
+        rng,
+    )
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
@@ -152,41 +199,102 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     )
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:
-        objects.draw_moon(canvas, camera, rng)
+        draw_moon(canvas, camera, rng)
     canvas.begin_object()
-    canvas.polygon(camera.ground(), GROUND, "road")
+    road = camera.ground()
+    canvas.polygon(road, GROUND, "road")
     for u in (0.16, 0.84):
-        canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
+        draw_ground_line(canvas, road, u)
     for v in (0.03, 0.1, 0.22, 0.38):
-        canvas.polygon(camera.ground().part(0.48, 0.52, v, 1.5 * v + 0.01), shade(GROUND, 1.5))
-    left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
-    for (front, tint), count in (
-        (far, rng.integers(2, 4)),
-        (left, rng.integers(1, 3)),
-        (right, rng.integers(1, 3)),
-    ):
-        for i in range(count):
-            objects.draw_house(
-                canvas,
-                front.part(i / count, (i + 1) / count, rng.uniform(-0.18, 0.16), 1),
-                tint,
-                rng,
-            )
-    standing = [GroundObject(objects.draw_car, 0.58)] if "car" in names else []
+        lane_mark = road.part(
+            left=0.48,
+            right=0.52,
+            top=v,
+            bottom=1.5 * v + 0.01,
+        )
+        canvas.polygon(lane_mark, shade(GROUND, 1.5))
+    left, far, right = camera.walls()
+    left_tint, far_tint, right_tint = sample_wall_tints(rng)
+    houses_far = rng.integers(2, 4)
+    houses_left = rng.integers(1, 3)
+    houses_right = rng.integers(1, 3)
+    draw_houses(
+        canvas,
+        far,
+        far_tint,
+        houses_far,
+        rng,
+    )
+    draw_houses(
+        canvas,
+        left,
+        left_tint,
+        houses_left,
+        rng,
+    )
+    draw_houses(
+        canvas,
+        right,
+        right_tint,
+        houses_right,
+        rng,
+    )
+    standing = []
+    if "car" in names:
+        car = GroundObject(draw_car, 0.58)
+        standing.append(car)
     if "tree" in names:
-        standing.append(GroundObject(objects.draw_tree, 0.3, at_wall=True))
-    objects.draw_on_ground(canvas, camera, standing, rng)
+        tree = GroundObject(draw_tree, 0.3, at_wall=True)
+        standing.append(tree)
+    draw_on_ground(
+        canvas,
+        camera,
+        standing,
+        rng,
+    )
+
+
+def draw_ground_line(canvas: Canvas, ground: Quad, u: float) -> None:
+    """Draw a line on the ground from the far end towards the viewer: between boards, or a kerb."""
+    canvas.line(ground, shade(GROUND, 0.85), [(u, 0), (u, 1)])
+
+
+def draw_houses(
+    canvas: Canvas,
+    side: Quad,
+    tint: float,
+    count: int,
+    rng: np.random.Generator,
+) -> None:
+    """Draw a row of houses, of random heights, along a side of a street."""
+    for i in range(count):
+        front = side.part(
+            left=i / count,
+            right=(i + 1) / count,
+            top=rng.uniform(-0.18, 0.16),
+        )
+        draw_house(
+            canvas,
+            front,
+            tint,
+            rng,
+        )
 
 
 def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
     """Sample objects independently, each with its own probability, plus one cue that is always present."""
-    cue = cues[rng.integers(len(cues))]
-    return {name for name, chance in chances.items() if rng.random() < chance or name == cue}
+    certain = cues[rng.integers(len(cues))]
+    names = {certain}
+    for name, chance in chances.items():
+        if rng.random() < chance:
+            names.add(name)
+    return names
 
 
 def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
     """Return the brightness of the left, far and right wall, lit from one side."""
-    return (0.84, 1.0, 0.93) if rng.random() < 0.5 else (0.93, 1.0, 0.84)
+    from_left = rng.random() < 0.5
+    return LIT_FROM_LEFT if from_left else LIT_FROM_RIGHT
 
 
 def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]:
@@ -194,8 +302,14 @@ def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]
     sections = []
     for front in camera.walls():
         count = min(2, int(front.width / 13))
-        sections += [front.part((i + 0.1) / count, (i + 0.9) / count, 0, 1) for i in range(count)]
-    return [sections[i] for i in rng.permutation(len(sections))]
+        for i in range(count):
+            section = front.part(
+                left=(i + 0.1) / count,
+                right=(i + 0.9) / count,
+            )
+            sections.append(section)
+    order = rng.permutation(len(sections))
+    return [sections[i] for i in order]
 
 
 def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray:
@@ -207,9 +321,13 @@ def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.
         rng: Random generator.
     """
     knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
+    smooth = knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)
     # to unit standard deviation
-    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67
-    return (GRAIN_CONTRAST * (field + mean) * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
+    field = np.asarray(smooth) / 0.67
+    contrast = GRAIN_CONTRAST * (field + mean)
+    texture = _GRAIN[mask, _ROWS % 4, _COLUMNS % 4]
+    grain = contrast * texture
+    return grain[..., None]
 
 
 def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
@@ -219,11 +337,19 @@ def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
     """
     sideways = abs(_COLUMNS - camera.eye[0])
     upwards = abs(_ROWS - camera.eye[1])
-    depth = 1 - (1.5 * np.maximum(sideways, upwards) / SIZE_PX).clip(0, 1)
-    glow = 1 + (depth**2)[..., None] * (0.18, 0.12, 0.03)
+    from_eye = 1.5 * np.maximum(sideways, upwards) / SIZE_PX
+    depth = 1 - from_eye.clip(0, 1)
+    squared_depth = depth**2
+    glow = 1 + squared_depth[..., None] * WARM_GLOW
     across = _COLUMNS / SIZE_PX - 0.5
     down = _ROWS / SIZE_PX - 0.5
-    slope = 1 + rng.uniform(-0.2, 0.2) * across + rng.uniform(-0.2, 0.2) * down
-    vignette = 1 - rng.uniform(0.4, 0.8) * (across**2 + down**2)
-    cast = rng.uniform(0.78, 1.2) * (1 + rng.uniform(-1, 1, 3) * (0.12, 0.06, 0.12))
-    return (glow * (slope * vignette)[..., None] * cast).astype(np.float32)
+    slope_across = rng.uniform(-0.2, 0.2)
+    slope_down = rng.uniform(-0.2, 0.2)
+    slope = 1 + slope_across * across + slope_down * down
+    darkening = rng.uniform(0.4, 0.8)
+    vignette = 1 - darkening * (across**2 + down**2)
+    brightness = rng.uniform(0.78, 1.2)
+    tint = 1 + rng.uniform(-1, 1, 3) * CAST_RANGE
+    shading = slope * vignette
+    light = glow * shading[..., None] * (brightness * tint)
+    return light.astype(np.float32)

@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from probes.models import concept_probes
-from probes.models.concept_probes import CONCEPT_STRENGTHS, Folds, Paint, make_folds, solve_concepts
+from probes.models.concept_folds import Folds, Paint, make_folds
+from probes.models.concept_probes import CONCEPT_STRENGTHS, solve_concepts
 
 pytestmark = pytest.mark.numerics
 

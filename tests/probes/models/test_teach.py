@@ -9,7 +9,8 @@ from PIL import Image
 import probes
 from llava_bidir.common.errors import UserError
 from probes.models import teach
-from probes.models.concept_probes import Paint, make_folds, solve_concepts
+from probes.models.concept_folds import Paint, make_folds
+from probes.models.concept_probes import solve_concepts
 from probes.models.teach import MOST_REST
 
 GREEN = (20, 160, 40)

@@ -83,7 +83,7 @@ def solve_concepts(
     Args:
         states: f[N, d] of the painted patches by site.
         paint: The patches.
-        folds: See :func:`probes.models.concept_folds.make_folds`. Without folds, the middle one of the strengths is taken.
+        folds: See :func:`~probes.models.concept_folds.make_folds`. Without folds, the middle strength is taken.
         check: Called before each strength of a group of sites; an exception there ends the work.
     """
     result = ConceptProbes(

@@ -7,14 +7,13 @@ MODEL is a checkpoint of any family that `probes sites` knows, DATA a folder of 
 images and scored on the validation images:
 
 1. One forward returns the hidden states of the image tokens at all sites (`probes.load`).
-2. The loss is the cross-entropy of the logits upsampled to each mask's own size
-   (`probes.upsampled_cross_entropy`), plus a penalty on the weights. It is convex, so that L-BFGS
-   finds its minimum: there is no learning rate to choose.
-3. The score is the mIoU of the upsampled predictions.
+2. The loss of the task is that of the logits upsampled to each mask's own size
+   (`tasks/losses.py`), plus a penalty on the weights (`training/solve/objective.py`). It is convex,
+   so that its minimum is found without a learning rate (`training/solve/refinement.py`).
+3. The score is the mIoU of the upsampled predictions (`tasks/segmentation.py`).
 
-`probes solve` gives the same numbers for the same strength, and adds what a study needs: the
-strength by cross-validation, certificates, intervals, states that do not fit into memory, several
-processes, resuming.
+These are the functions of `probes solve`, which adds what a study needs: the strength by
+cross-validation, intervals, states that do not fit into memory, several processes, resuming.
 
 Shapes: N images, T = h * w image tokens, d width of a site, K classes.
 """
@@ -25,11 +24,14 @@ import torch
 from torch import Tensor
 
 import probes
+from probes.data.batches import MaskPreparer
 from probes.data.registry import open_dataset
-from probes.ops.pixel_counts import count
-from probes.ops.quadrature import PreparedMasks, join_masks
+from probes.ops.quadrature import PreparedMasks
+from probes.tasks import SEGMENTATION, TASKS
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from probes.training.solve.refinement import Refinement
 
-NODES = 5  # per cell of the token grid and axis; the loss is then exact to five digits
+TASK = TASKS[SEGMENTATION]
 
 
 def read_split(mllm, dataset, batch_size: int = 8) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -45,81 +47,29 @@ def read_split(mllm, dataset, batch_size: int = 8) -> tuple[dict[str, Tensor], l
     return {site: torch.cat(of_batches) for site, of_batches in states.items()}, targets
 
 
-def prepare(mllm, targets: list[Tensor], classes: int) -> PreparedMasks:
-    """Return the masks as weights on a few nodes of the token grid, which the loss needs."""
-    parts = []
-    for target in targets:
-        view = mllm.geometry.view(tuple(target.shape))
-        parts.append(
-            probes.prepare_masks(
-                target[None],
-                classes,
-                mllm.grid,
-                nodes=NODES,
-                view=view,
-            )
-        )
-    return join_masks(parts)
-
-
-def whiten_channels(states: Tensor, masks: PreparedMasks) -> tuple[Tensor, Tensor]:
-    """Return mean and scale f[d] of the channels, the scale pooled within classes.
-
-    The penalty is on weights in these units, so that it does not depend on the scale of a channel.
-    """
-    soft = masks.soft.flatten(2).double()  # f[N, K, T], weight of each class at each token
-    total = soft.sum()
-    x = states.double()
-    mean = torch.einsum("nkt,ntd->d", soft, x) / total
-    x = x - mean
-    class_sums = torch.einsum("nkt,ntd->kd", soft, x)
-    weights = soft.sum((0, 2)).clamp(min=1e-12)
-    between = (class_sums.square() / weights[:, None]).sum(0)
-    within = (torch.einsum("nkt,ntd->d", soft, x.square()) - between) / total
-    return mean.float(), within.sqrt().float()
-
-
-def logits_of(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    grid: tuple[int, int],
-) -> Tensor:
-    """Return the logits f[N, K, h, w] of states f[N, T, d]."""
-    return (states @ weight.T + bias).transpose(1, 2).unflatten(2, grid)
-
-
 def solve(
     states: Tensor,
-    masks: PreparedMasks,
-    grid: tuple[int, int],
+    loose: PreparedMasks,
+    tight: PreparedMasks,
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return weight f[K, d] and bias f[K] at the minimum of the penalised loss."""
-    mean, scale = whiten_channels(states, masks)
-    whitened = (states - mean) / scale
-    classes = masks.soft.shape[1]
-    weight = torch.zeros(classes, states.shape[2], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=1000,
-        history_size=20,
-        tolerance_grad=1e-6,
-        line_search_fn="strong_wolfe",
-    )
+    """Return weight f[K, d] and bias f[K] at the minimum of the penalised loss.
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        fit = probes.upsampled_cross_entropy(logits_of(whitened, weight, bias, grid), masks)
-        value = fit + strength / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(objective)
-    with torch.no_grad():
-        unwhitened = weight / scale
-        return unwhitened, bias - unwhitened @ mean
+    Args:
+        states: f[N, T, d].
+        loose: The masks with few nodes, which most steps need.
+        tight: The masks with many nodes, whose loss is exact to five digits.
+        strength: Penalty r: r/2 |w|^2 in units of each channel.
+    """
+    one_fold = torch.zeros(len(states), dtype=torch.long)  # no image is left out
+    problem = SiteProblem(TASK.loss, states, loose, tight, one_fold)
+    strengths = torch.tensor([strength], dtype=torch.float64)
+    probe = Refinement(problem, strengths, problem.start[None])
+    probe.solve_in_memory()
+    point = probe.accepted.points[0]  # in the coordinates of the site
+    weight = problem.space.to_states(point[:, :-1])
+    bias = point[:, -1] - weight @ problem.space.mean
+    return weight.float(), bias.float()
 
 
 def score(
@@ -130,15 +80,12 @@ def score(
     bias: Tensor,
 ) -> float:
     """Return the mIoU over the classes that occur in masks or predictions; pixels of all images are added first."""
-    sums = torch.zeros(3, len(bias))  # intersection, predicted, labelled
+    sums = []
     for state, target in zip(states, targets, strict=True):
-        logits = logits_of(state[None], weight, bias, mllm.grid)
-        found = count(logits[None], target[None], mllm.geometry.view(tuple(target.shape)))
-        counted = [found.intersection[0, 0], found.predicted[0, 0], found.labelled[0]]
-        sums += torch.stack(counted)
-    intersection, predicted, labelled = sums
-    union = predicted + labelled - intersection
-    return (intersection / union)[union > 0].mean().item()
+        logits = (state @ weight.T + bias).T.unflatten(1, mllm.grid)  # f[K, h, w]
+        counted = TASK.count(logits[None, None], target[None], mllm.geometry)
+        sums.append(TASK.sums(counted)[0, 0])
+    return TASK.dataset_scores(torch.stack(sums).sum(0))[TASK.score].item()
 
 
 def measure(model: str, data: str, strength: float) -> dict[str, float]:
@@ -146,13 +93,16 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     mllm = probes.load(model, image_resize="squash")  # all of a photo; masks are placed accordingly
     training = open_dataset("folder", data, "training")
     states, targets = read_split(mllm, training)
-    masks = prepare(mllm, targets, len(training.classes))
+    classes = len(training.classes)
+    # the masks as weights on a few nodes per cell of the token grid, which the loss needs
+    loose = MaskPreparer(mllm.geometry, classes, LOOSE_NODES)(targets)
+    tight = MaskPreparer(mllm.geometry, classes, TIGHT_NODES)(targets)
     validation_states, validation_targets = read_split(
         mllm, open_dataset("folder", data, "validation")
     )
     miou = {}
     for site in mllm.sites:
-        weight, bias = solve(states[site], masks, mllm.grid, strength)
+        weight, bias = solve(states[site], loose, tight, strength)
         miou[site] = score(
             mllm,
             validation_states[site],

@@ -40,7 +40,7 @@ if [[ -n $rehearse ]]; then
   fi
   if [[ -n $dry_run ]]; then
     # what of the inputs' settings the plan shows (probes/rehearsal/inputs.py); nothing is written
-    export ENCODERS=${ENCODERS%% *} ARMS="trained random0 random1"
+    export ENCODERS=${ENCODERS%% *} ARMS="trained random0 random1 permuted0 permuted1"
   else
     check_paths PYTHON
     "$PYTHON" -m probes rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"

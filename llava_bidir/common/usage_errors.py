@@ -80,7 +80,8 @@ def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:
     unknown = re.findall(r"(?<![\w.-])--?[\w.-]+|(?<=invalid choice: ')[\w-]+", message)
     for word in unknown:
         word = word.partition("=")[0]
-        if word not in known and (meant := get_close_matches(word, known, 1)):
+        alike = [name for name in known if name.startswith("-") == word.startswith("-")]
+        if word not in known and (meant := get_close_matches(word, alike, 1)):
             return meant[0]
     return None
 

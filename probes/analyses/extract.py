@@ -72,7 +72,8 @@ def write_states(options: StatesOptions) -> None:
     with exclusive_run_lock(out.parent, out.name):
         settings = {"image_attention": options.image_attention, "prefix": options.prefix}
         mllm = load(options.mllm, image_px=options.image_px, **settings)
-        states = mllm.states(mllm.preprocess(images), options.sites)
+        sites = options.sites and list(options.sites)
+        states = mllm.states(mllm.preprocess(images), sites)
         # two sites can be one tensor: the layer that the adapter reads, and its input
         states = {site: state.clone() for site, state in states.items()}
         write_files({out: states})

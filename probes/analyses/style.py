@@ -3,11 +3,10 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -31,6 +30,9 @@ STYLE = {
     "ps.fonttype": 42,
     "svg.hashsalt": "llava-bidir",  # reproducible bytes
 }
+
+
+Looks = dict[Hashable, dict[str, Any]]  # properties of curves, by name
 
 
 class FigureData(NamedTuple):
@@ -163,7 +165,7 @@ def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
 def curves(
     ax: Axes,
     table: Rows,
-    looks: Mapping[Hashable, Mapping[str, Any]],
+    looks: Looks,
     x: str = "depth",
     y: str = "value",
     by: str = "curve",
@@ -200,23 +202,3 @@ def curves(
                 alpha=0.12,
                 lw=0,
             )
-
-
-def draw_intervals(
-    ax: Axes,
-    x: Sequence[float],
-    values: Sequence,
-    ci95: Sequence,
-    colour: str,
-    **kwargs,
-) -> None:
-    """Draw fractions in percent as points with their 95% intervals."""
-    y = 100 * np.array(values, float)
-    low, high = 100 * np.array(ci95, float).T
-    ax.errorbar(
-        x,
-        y,
-        [y - low, high - y],
-        color=colour,
-        **kwargs,
-    )

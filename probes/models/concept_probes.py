@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from probes.ops.lbfgs import minimise
+from probes.tasks import SEGMENTATION, TASKS
 
 from .concept_folds import Folds, Paint
 
+LOSS = TASKS[SEGMENTATION].loss
 CONCEPT_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE = 1e-6
@@ -83,7 +85,7 @@ def solve_concepts(
     Args:
         states: f[N, d] of the painted patches by site.
         paint: The patches.
-        folds: See :func:`~probes.models.concept_folds.make_folds`. Without folds, the middle strength is taken.
+        folds: See :func:`probes.models.concept_folds.make_folds`. Without folds, the middle strength is taken.
         check: Called before each strength of a group of sites; an exception there ends the work.
     """
     result = ConceptProbes(
@@ -296,10 +298,8 @@ def _solve_path(
             folds,
             concepts,
         )
-        log_p = by_fold.log_softmax(-1)
-        of_labels = log_p[:, torch.arange(patches), :, y]  # [N, S, F]
-        weighted = of_labels * weights.T[:, None]
-        losses[r, left] = -weighted.sum(0)
+        of_labels, _ = LOSS.of_pixels(by_fold, y[:, None], needs_grad=False)
+        losses[r, left] = (of_labels * weights.T).sum(1)
         paths[r, left] = points.view(
             len(left),
             folds,
@@ -331,16 +331,15 @@ class _Problem:
         seen: Tensor,
         strengths: Tensor,
     ):
-        one_hot = torch.nn.functional.one_hot(y)
         self.tokens = tokens
         self.v = _concept_weights(y, seen)
-        self.one_hot = one_hot.float().unsqueeze(1)  # [N, 1, K]
+        self.y = y
         self.ridge = strengths[:, None, None].repeat(1, 1, tokens.shape[2])
         self.ridge[..., -1] = 0  # of biases
 
     def solve(self, start: Tensor, tolerance: float) -> Tensor:
         """Return the minima f32[P, K, m + 1]."""
-        concepts = self.one_hot.shape[-1]
+        concepts = start.shape[1]
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         of_problem = squares.flatten(0, 1).unsqueeze(1)
         # at w = 0
@@ -372,13 +371,10 @@ class _Problem:
         of_site = w.view(len(sites), -1, w.shape[2])
         products = x @ of_site.mT
         logits = products.view(*x.shape[:2], folds, -1)  # [S, N, F, K]
-        log_p = logits.log_softmax(-1)
-        of_label = (log_p * self.one_hot).sum(-1)
-        weighted = of_label * self.v.T
-        value = -weighted.sum(1).flatten()
-        error = log_p.exp() - self.one_hot
-        weighted_error = error * self.v.T[..., None]
-        gradient = weighted_error.flatten(2).mT @ x
+        of_label, error = LOSS.of_pixels(logits, self.y[:, None])
+        value = (of_label * self.v.T).sum(1).flatten()
+        error *= self.v.T[..., None]
+        gradient = error.flatten(2).mT @ x
         gradient = gradient.view_as(w)
         penalty = self.ridge[which] * points
         penalty_value = (penalty * points).sum((1, 2)) / 2

@@ -15,6 +15,8 @@ README.md has the errors and times. Labels at the resolution of the token grid w
 Legend: P probes, B images, K classes, h w token grid, H W pixels, My Mx nodes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -99,8 +101,9 @@ def upsampled_cross_entropy(
         raise ValueError(
             f"masks were prepared for {list(masks.soft.shape)}, but the logits are {list(logits.shape)}"
         )
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    losses = _CrossEntropySum.apply(logits if logits.ndim == 5 else logits[None], masks, needs_grad)
+    losses = differentiable_sum(
+        loss_and_gradient, logits if logits.ndim == 5 else logits[None], masks
+    )
     if reduction == "mean":
         losses = losses / masks.pixels.sum().clamp(min=1).to(losses.dtype)
     return losses if logits.ndim == 5 else losses[0]
@@ -123,17 +126,33 @@ def quadrature_error(
     return (few - more).abs()
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Sum over valid pixels, f[P, B, K, h, w] -> f[P]; the gradient is computed in forward."""
+ImageLoss = Callable[[Tensor, PreparedMasks, bool], tuple[Tensor, Tensor | None]]
+
+
+def differentiable_sum(image_loss: ImageLoss, logits: Tensor, masks: PreparedMasks) -> Tensor:
+    """Return the loss of each probe summed over images, f[P], as a function that autograd can differentiate.
+
+    Args:
+        image_loss: Returns loss and gradient as :func:`loss_and_gradient` does.
+        logits: f[P, B, K, h, w].
+        masks: B masks.
+    """
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    return _DifferentiableSum.apply(logits, image_loss, masks, needs_grad)
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """The gradient is computed in forward; backward only scales it."""
 
     @staticmethod
     def forward(
         ctx,
         logits: Tensor,
+        image_loss: ImageLoss,
         masks: PreparedMasks,
         needs_grad: bool,
     ) -> Tensor:
-        totals, grads = loss_and_gradient(logits, masks, needs_grad)
+        totals, grads = image_loss(logits, masks, needs_grad)
         ctx.save_for_backward(grads)
         ctx.logits_dtype = logits.dtype
         return totals.sum(1).to(compute_dtype(logits))
@@ -142,7 +161,12 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
         (grads,) = ctx.saved_tensors
-        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), None, None
+        return (
+            (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ CLASSES = (1, 3, 6)
 STEPS = 2  # optimizer steps of each stage; the first one also compiles and allocates
 RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
-# Of `probes study`: two random LLMs and no more images and draws than it needs. As at the real size, the states of
-# all images do not fit: the memory of two is the least for two folds. Passes end when the certificates hold.
+# Of `probes study`: two LLMs of each control, the fewest with a verdict, and no more images than it needs. As at the
+# real size, the states of all images do not fit: the memory of two is the least for two folds. Passes end when the
+# certificates hold.
 KEPT = 2  # images whose memory the solver may use
 PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
-ARMS = "trained random0 random1"
+ARMS = "trained random0 random1 permuted0 permuted1"
 STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
 STUDY += " --trainer.log_every_n_steps 1 --fit --passes 10 --folds 2 --strengths 0.1"
 STUDY += f" --sample-images {KEPT}"

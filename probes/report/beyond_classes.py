@@ -6,21 +6,18 @@ claim about these tasks.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.claims import CLAIMS
 from probes.models.sites import ENCODER
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows, bounds
+from probes.results.formatting import Entry, Rows, bounds
 from probes.results.study import StudyRuns, read_studies, runs_to_compare
 from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .claim_table import claim_notes, claim_text, verdict_reasons
 from .claims import evaluate_claims
 from .seeds import joint_studies
-
-Entry = dict[str, Any]
 
 TEXTS = {  # of claims that are about classes in the paper's words
     "adapter_drop": "{task} drops at the adapter: how much worse its {score} is than the encoder's",
@@ -94,7 +91,7 @@ def _unit_site(run: FinishedRun) -> str | None:
     return unit if unit in run.sites else None
 
 
-def _sites(run: FinishedRun) -> list[dict[str, Any]]:
+def _sites(run: FinishedRun) -> list[Entry]:
     """Return the main score of a run at each site."""
     score = run.task.score
     return [
@@ -107,7 +104,7 @@ def _sites(run: FinishedRun) -> list[dict[str, Any]]:
     ]
 
 
-def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[dict[str, Any]]:
+def _random_scores(study: StudyRuns, trained: FinishedRun) -> list[Entry]:
     """Return the scores of the models with random weights, with mask and kind of probes of the trained one."""
     return [
         {
@@ -124,7 +121,7 @@ def _mask_and_probes(run: FinishedRun) -> tuple[str, bool]:
     return run.mask, run.is_solved
 
 
-def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str, Any]]:
+def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[Entry]:
     """Return the claims of each task over the seeds of a model, see :func:`joint_studies`, with its "task"."""
     joint = []
     for name in dict.fromkeys(study.task.name for study in studies):
@@ -134,7 +131,7 @@ def joint_tasks(studies: list[StudyRuns], entries: list[Entry]) -> list[dict[str
     return joint
 
 
-def _claims_of(study: StudyRuns, entries: list[Entry]) -> list[dict[str, Any]]:
+def _claims_of(study: StudyRuns, entries: list[Entry]) -> list[Entry]:
     """Return the claims of a study, from the entries of its masks."""
     own = (study.task.name, study.name, study.dataset, study.first.metrics["seed"])
     return [
@@ -201,14 +198,14 @@ def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
     return rows
 
 
-def task_notes(entries: list[Entry], joint: list[dict[str, Any]]) -> list[str]:
+def task_notes(entries: list[Entry], joint: list[Entry]) -> list[str]:
     """Return from where on an effect counts, what else a reader must know, and why columns are untested.
 
     The column "paper" is left out: the paper has no such claims.
     """
     notes = []
     # p is corrected for the number of claims about all masks of a study
-    studies: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    studies: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         study = tuple(entry[key] for key in ("task", "model", "dataset", "seed"))
         studies.setdefault(study, []).extend(entry["claims"])

@@ -6,10 +6,9 @@ Page, terminal, LaTeX and demo select from the text of a claim; none of them for
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from probes.evaluation.estimate import estimate_text
-from probes.results.formatting import Rows, format_difference, format_p, value_columns
+from probes.results.formatting import Entry, Rows, format_difference, format_p, value_columns
 from probes.tasks import SEGMENTATION
 
 from .verdicts import ALPHA, FAILS, HOLDS, MARGIN, REVERSED, SUPPORTED, UNTESTED, measured_effect
@@ -38,7 +37,7 @@ HEADLINES = (
 )
 
 
-def claim_row(study: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, Any]:
+def claim_row(study: Entry, claim: Entry) -> Entry:
     """Return a claim as a row of numbers; "value", "low" and "high" are those that the conclusion is about.
 
     Args:
@@ -67,7 +66,7 @@ def claim_row(study: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, A
     return row | {"p": claim["p"], "p_holm": claim["p_holm"]}
 
 
-def claim_rows(studies: Iterable[Mapping[str, Any]]) -> Rows:
+def claim_rows(studies: Iterable[Entry]) -> Rows:
     """Return :func:`claim_row` of all claims of studies, or of entries of "tasks"."""
     return [claim_row(study, claim) for study in studies for claim in study["claims"]]
 
@@ -102,7 +101,7 @@ class ClaimText:
     columns: dict[str, ColumnText]
 
 
-def claim_text(claim: Mapping[str, Any], task: str = SEGMENTATION) -> ClaimText:
+def claim_text(claim: Entry, task: str = SEGMENTATION) -> ClaimText:
     """Return the text of a claim about a task."""
     verdicts = claim["verdicts"]
     statement, _, source = claim["text"].partition(": ")
@@ -124,7 +123,7 @@ def claim_text(claim: Mapping[str, Any], task: str = SEGMENTATION) -> ClaimText:
     )
 
 
-def _column_text(column: Mapping[str, Any], task: str) -> ColumnText:
+def _column_text(column: Entry, task: str) -> ColumnText:
     verdict = column["verdict"]
     notes = []
     if "row" in column and column["converged"] < column["strengths"]:
@@ -144,7 +143,7 @@ def _column_text(column: Mapping[str, Any], task: str) -> ColumnText:
     )
 
 
-def format_effect(entry: Mapping[str, Any], task: str = SEGMENTATION) -> str:
+def format_effect(entry: Entry, task: str = SEGMENTATION) -> str:
     """Return the value and interval of an entry: in points, or in the unit of another task's score; "" without."""
     if entry["value"] is None or entry["ci95"] is None:
         return ""
@@ -159,7 +158,7 @@ def format_count(n: Mapping[str, int]) -> str:
     return f"{n['seeds']} of {n['of']} seeds" if fewer else f"{n['seeds']} seeds"
 
 
-def tested_by_mask(claims: Iterable[Mapping[str, Any]]) -> list[dict[str, ClaimText]]:
+def tested_by_mask(claims: Iterable[Entry]) -> list[dict[str, ClaimText]]:
     """Return the texts of each claim by mask, of those that are tested under some mask."""
     grouped: dict[str, dict[str, ClaimText]] = {}
     for text in map(claim_text, claims):
@@ -167,7 +166,7 @@ def tested_by_mask(claims: Iterable[Mapping[str, Any]]) -> list[dict[str, ClaimT
     return [by_mask for by_mask in grouped.values() if any(x.tested for x in by_mask.values())]
 
 
-def known_truths(studies: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], ClaimText]]:
+def known_truths(studies: Iterable[Entry]) -> list[tuple[Entry, ClaimText]]:
     """Return the claims of studies whose truth is known, each with its study."""
     return [
         (study, claim_text(claim))
@@ -178,7 +177,7 @@ def known_truths(studies: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str
 
 
 # ------------------------------------------------------------------------------------------------ sentences
-def summarize_claims(claims: list[dict[str, Any]]) -> str:
+def summarize_claims(claims: list[Entry]) -> str:
     """Return how many claims are supported, and which; the numbers of other conclusions, and of untested claims."""
     tested = [claim for claim in claims if claim["supported"] is not None]
     supported = [claim for claim in tested if claim["finding"] == SUPPORTED]
@@ -197,7 +196,7 @@ def summarize_claims(claims: list[dict[str, Any]]) -> str:
     return f"Of {counted}: {', '.join(parts)}."
 
 
-def claim_notes(claims: list[dict[str, Any]], margin: str = f"{100 * MARGIN:g} point") -> list[str]:
+def claim_notes(claims: list[Entry], margin: str = f"{100 * MARGIN:g} point") -> list[str]:
     """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
     tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]
     beyond = [claim["verdicts"]["beyond_random"] for claim in claims]
@@ -233,7 +232,7 @@ def claim_notes(claims: list[dict[str, Any]], margin: str = f"{100 * MARGIN:g} p
 
 
 def verdict_reasons(
-    claims: Iterable[Mapping[str, Any]], columns: Iterable[str] = tuple(COLUMN_TITLES)
+    claims: Iterable[Entry], columns: Iterable[str] = tuple(COLUMN_TITLES)
 ) -> list[str]:
     """Return why columns of claims are untested, and which seeds are left out of joint ones; each reason once."""
     reasons = []

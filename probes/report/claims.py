@@ -5,11 +5,11 @@ The numbers are those of measure.py. What a column lacks for a verdict, and the 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
 from probes.evaluation.estimate import Estimate
 from probes.results.comparable import knockout_difference
+from probes.results.formatting import Entry
 from probes.results.study import CONTROLS, StudyRuns
 from probes.tasks import SEGMENTATION
 
@@ -31,7 +31,7 @@ from .verdicts import (
 )
 
 
-def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
+def evaluate_claims(study: StudyRuns) -> list[Entry]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
@@ -53,7 +53,7 @@ def evaluate_claims(study: StudyRuns) -> list[dict[str, Any]]:
     return claims
 
 
-def _entry(case: Case) -> dict[str, Any]:
+def _entry(case: Case) -> Entry:
     claim = CLAIMS[case.claim]
     study = case.study
     measured = case.main.paper.json()
@@ -80,7 +80,7 @@ def _entry(case: Case) -> dict[str, Any]:
     }
 
 
-def _paper_column(case: Case) -> dict[str, Any]:
+def _paper_column(case: Case) -> Entry:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     measured = case.main.paper.json()
     if case.claim in WITHOUT_PROBES:
@@ -100,7 +100,7 @@ def _paper_column(case: Case) -> dict[str, Any]:
     )
 
 
-def _optimum_column(case: Case) -> dict[str, Any]:
+def _optimum_column(case: Case) -> Entry:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
     number = case.solved and case.solved.judged
     measured = number.json() if number and not case.path else {}
@@ -120,7 +120,7 @@ def _optimum_column(case: Case) -> dict[str, Any]:
     )
 
 
-def _beyond_random_column(case: Case) -> dict[str, Any]:
+def _beyond_random_column(case: Case) -> Entry:
     """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
 
     The drop at the adapter is compared with random adapters, all other claims with both kinds of random LLMs.
@@ -158,7 +158,7 @@ def _judge_beyond_random(
     case: Case,
     compared: Mapping[tuple[str, str], Estimate],
     solved: bool,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column of the control beyond which the claim fares worst."""
     margin = case.study.task.margin
     # random adapters are the same under both masks

@@ -3,10 +3,14 @@
 Shapes: S sites, N images, K classes, R resamplings.
 """
 
-from typing import Any
-
 from probes.models.sites import FINAL_NORM, is_layer
-from probes.results.formatting import format_interval, format_percent, format_points, format_score
+from probes.results.formatting import (
+    Entry,
+    format_interval,
+    format_percent,
+    format_points,
+    format_score,
+)
 from probes.results.probe_run import ProbeRun
 
 from .verdicts import measured_effect
@@ -14,7 +18,7 @@ from .verdicts import measured_effect
 SHOWN_LAYERS = 7  # in the table by class
 
 
-def best_layer(run: ProbeRun, claims: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best_layer(run: ProbeRun, claims: list[Entry]) -> Entry | None:
     """Return the best layer of an encoder, its mIoU, and the effect of the claim "over_last"; None without layers.
 
     The layer is the best one on the validation images. Its distance from the last one on the same images would be too
@@ -36,7 +40,7 @@ def best_layer(run: ProbeRun, claims: list[dict[str, Any]]) -> dict[str, Any] | 
     }
 
 
-def describe_best_layer(best: dict[str, Any]) -> str:
+def describe_best_layer(best: Entry) -> str:
     """Return "layer 8 of 12 reads best: 53.7 [..] mIoU", and how far the claim finds a best layer above the last."""
     layer = int(best["site"].removeprefix("layer_"))
     last = int(best["last"].removeprefix("layer_"))
@@ -66,6 +70,6 @@ def class_table(run: ProbeRun) -> list[dict[str, str]]:
     return rows
 
 
-def _title(entry: dict[str, Any], best: dict[str, Any]) -> str:
+def _title(entry: Entry, best: Entry) -> str:
     title = entry["site"].replace("_", " ")
     return f"{title} (best)" if entry is best else title

@@ -1,9 +1,7 @@
 """Format the main numbers of a study as LaTeX tables, in percent with 95% intervals."""
 
-from typing import Any
-
 from llava_bidir.common.latex import latex_table
-from probes.results.formatting import format_score
+from probes.results.formatting import Entry, format_score
 from probes.results.study import StudyRuns
 
 from .claim_table import COLUMN_TITLES, claim_text
@@ -11,7 +9,7 @@ from .claim_table import COLUMN_TITLES, claim_text
 Cells = list[dict[str, str]]  # rows of a table by its titles
 
 
-def format_tables(study: StudyRuns, claims: list[dict[str, Any]]) -> str:
+def format_tables(study: StudyRuns, claims: list[Entry]) -> str:
     """Return one booktabs table each of the scores per site and of the claims, if there are any.
 
     Args:
@@ -49,7 +47,7 @@ def _scores(study: StudyRuns) -> Cells:
     return list(rows.values())
 
 
-def _claims(claims: list[dict[str, Any]]) -> Cells:
+def _claims(claims: list[Entry]) -> Cells:
     known = any("truth" in claim for claim in claims)
     rows = []
     for text in map(claim_text, claims):

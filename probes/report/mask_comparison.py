@@ -8,8 +8,6 @@ Source: Sec. 5.2, Fig. 8; the paper reports peaks without intervals.
 Shapes: P permutations plus the observed data in row 0, S sites.
 """
 
-from typing import Any
-
 import torch
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -26,7 +24,7 @@ from probes.analyses.style import (
 )
 from probes.evaluation.resampling import swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
-from probes.results.formatting import Rows, bounds, format_interval, format_p, format_points
+from probes.results.formatting import Entry, Rows, bounds, format_interval, format_p, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
@@ -35,7 +33,7 @@ from .verdicts import ALPHA
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 
 
-def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
+def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> Entry | None:
     """Return the entry "paired" of results.json; None unless the trained model was probed under both masks.
 
     "sites" has, per site of both runs, the difference of mIoU, its 95% interval and two-sided p-values: uncorrected,
@@ -83,7 +81,7 @@ def _compare_effects(
     bidirectional: ProbeRun,
     sites: list[str],
     swapped: list[Tensor],
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
     layers = [i for i, site in enumerate(sites) if is_layer(site)]
     effect_of_miou = {
@@ -108,7 +106,7 @@ def _compare_effects(
     return entries
 
 
-def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
+def summarize_mask_comparison(comparison: Entry) -> list[str]:
     """Return how many sites differ between the masks, the differences of the effects, and the power of the test."""
     sites = comparison["sites"]
     units = f"{comparison['images']} images"
@@ -135,7 +133,7 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     return lines
 
 
-def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
+def mask_comparison_rows(comparison: Entry) -> Rows:
     """Return bidirectional minus causal per site, then for drop-off and recovery."""
     return [
         {"of": entry.get("site") or entry["effect"], "difference": entry["difference"]}
@@ -145,7 +143,7 @@ def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
     ]
 
 
-def mask_difference(comparison: dict[str, Any]) -> FigureData:
+def mask_difference(comparison: Entry) -> FigureData:
     """Draw the differences of mIoU with 95% intervals; markers are filled if the corrected p-value is below 5%."""
     figure, ax = new_axes(6.4, 3.3)
     sites = comparison["sites"]
@@ -186,7 +184,7 @@ def mask_difference(comparison: dict[str, Any]) -> FigureData:
     return FigureData(figure, [])
 
 
-def mask_figures(comparison: dict[str, Any] | None) -> Figures:
+def mask_figures(comparison: Entry | None) -> Figures:
     """Yield the figure of both masks, if the study has both."""
     if comparison:
         yield ReportFigure(

@@ -18,7 +18,6 @@ import io
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -31,7 +30,7 @@ from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
 from probes.results import formatting
 from probes.results.finished_run import FinishedRun, warn_of_changed_data
-from probes.results.formatting import Rows
+from probes.results.formatting import Entry, Rows
 from probes.results.paper import PAPER
 from probes.results.runs import finished_runs, open_run
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps, unfinished_steps
@@ -97,9 +96,7 @@ FILTERS = {  # of the page's template
 }
 
 
-def study_results(
-    study: StudyRuns, claims: list[dict[str, Any]], sections: list[PageSection]
-) -> dict[str, Any]:
+def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSection]) -> Entry:
     """Return the content of results.json for one model on one dataset."""
     by_mask = [entries for section in sections for entries in section.content.by_mask.items()]
 
@@ -110,7 +107,7 @@ def study_results(
             **{name: found[mask] for name, found in by_mask},
         }
 
-    random: dict[str, list[dict[str, Any]]] = {}
+    random: dict[str, list[Entry]] = {}
     for run in _random_controls(study):
         random.setdefault(run.mask, []).append({"probing": run.metrics})
     results = {
@@ -147,7 +144,7 @@ def write_report(
     timings: str | None = None,
     task_runs: Iterable[str] = (),
     unfinished: Iterable[dict[str, str]] = (),
-) -> dict[str, Any]:
+) -> Entry:
     """Write the report of probe runs to the folder `out` and return the content of results.json.
 
     Args:
@@ -175,7 +172,7 @@ def _write_files(
     wall_s: float | None,
     task_studies: list[StudyRuns],
     unfinished: list[dict[str, str]],
-) -> dict[str, Any]:
+) -> Entry:
     single = len(studies) == 1
     files: Files = {}
     parts = [
@@ -225,7 +222,7 @@ def _write_files(
     return results
 
 
-def _truth_rows(studies: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _truth_rows(studies: list[Entry]) -> list[dict[str, str]]:
     """Return a row of text for each claim whose truth is known."""
     return [
         {
@@ -273,7 +270,7 @@ def _build_part(
     out: Path,
     folder: str,
     files: Files,
-) -> dict[str, Any]:
+) -> Entry:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
     claims = evaluate_claims(study)
     out = out / folder

@@ -1,10 +1,10 @@
 """The sections of a study's page, in its order: the report's own, and those of the analyses (probes/analyses/)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
-from probes.results.formatting import Rows
+from probes.results.formatting import Entry, Rows
 from probes.results.study import StudyRuns
 
 from .encoder_layers import best_layer, class_table, describe_best_layer
@@ -28,7 +28,7 @@ class PageSection(NamedTuple):
     content: Section
 
 
-def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageSection]:
+def study_sections(study: StudyRuns, claims: list[Entry]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
     at_edge = {mask: run.strengths.at_edge() for mask, run in study.solved.items()}
     tables = {"classes": class_rows(study)}
@@ -55,10 +55,10 @@ def study_sections(study: StudyRuns, claims: list[dict[str, Any]]) -> list[PageS
 
 def _layers_section(
     study: StudyRuns,
-    claims: list[dict[str, Any]],
+    claims: list[Entry],
     notes: list[str],
     tables: dict[str, Rows],
-    results: dict[str, Any],
+    results: Entry,
 ) -> PageSection:
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:

@@ -6,12 +6,12 @@ seeds share are not part of it; their interval and that over seeds are then adde
 """
 
 import math
-from typing import Any
 
 import scipy.stats
 import torch
 
 from probes.analyses.claims import CLAIMS
+from probes.results.formatting import Entry
 from probes.results.study import StudyRuns, studies_by_model
 
 from .verdicts import (
@@ -28,7 +28,7 @@ from .verdicts import (
 )
 
 
-def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]:
     """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
 
     Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
@@ -50,12 +50,12 @@ def joint_studies(studies: list[StudyRuns], results: list[dict[str, Any]]) -> li
 
 
 def _joint_claims(
-    claims_by_seed: dict[int, list[dict[str, Any]]],
+    claims_by_seed: dict[int, list[Entry]],
     shared_images: bool,
     margin: float,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Entry]]:
     """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
-    by_key: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    by_key: dict[tuple[str, str], dict[int, Entry]] = {}
     for seed, claims in claims_by_seed.items():
         for claim in claims:
             key = (claim["claim"], claim["image_attention"])
@@ -74,10 +74,10 @@ def _joint_claims(
 
 def _joint_claim(
     name: str,
-    by_seed: dict[int, dict[str, Any]],
+    by_seed: dict[int, Entry],
     shared_images: bool,
     margin: float,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the columns and the conclusion of a claim over seeds."""
     sign = CLAIMS[name].sign
     verdicts = {}
@@ -106,10 +106,10 @@ def _joint_claim(
 
 def join_column(
     sign: int,
-    by_seed: dict[int, dict[str, Any]],
+    by_seed: dict[int, Entry],
     shared_images: bool,
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
 
     "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
@@ -121,7 +121,7 @@ def join_column(
         for seed, entry in by_seed.items()
         if seed not in judged
     }
-    more: dict[str, Any] = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
+    more: Entry = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
     if missing:
         more["left_out"] = missing
     reason = "fewer than two seeds have a verdict"
@@ -148,7 +148,7 @@ def join_column(
     return column(sign, value, ci95, **more)
 
 
-def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _same_probes(by_seed: dict[int, Entry]) -> dict[int, Entry]:
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
     return {

@@ -8,11 +8,11 @@ Shapes: S sites, R resamplings.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from probes.evaluation.estimate import Estimate
 from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer
 from probes.results.formatting import (
+    Entry,
     Rows,
     bounds,
     format_interval,
@@ -91,7 +91,7 @@ def _random_part(site: str) -> str | None:
     return None
 
 
-def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> dict[str, Any]:
+def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> Entry:
     """Return the columns of the random models, from the draws of each control."""
     row = {
         "random": None,
@@ -146,7 +146,7 @@ def _describe_differences(rows: Rows, under: str) -> list[str]:
     return found
 
 
-def _is_beyond(row: dict[str, Any], sign: int) -> bool:
+def _is_beyond(row: Entry, sign: int) -> bool:
     """Whether a difference of this sign counts: as large as the margin, and with zero outside of its interval."""
     nearest = row["difference_low"] if sign > 0 else row["difference_high"]
     return sign * nearest > 0 and abs(row["difference"]) >= MARGIN
@@ -219,7 +219,7 @@ def shown_rows(rows: Rows) -> list[dict[str, str]]:
     ]
 
 
-def _format_difference(row: dict[str, Any]) -> str:
+def _format_difference(row: Entry) -> str:
     """Return a difference with its interval, "" without random models."""
     if not row["draws"]:
         return ""

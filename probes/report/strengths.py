@@ -8,7 +8,6 @@ the choice. A row counts only if the certificates of all sites that the effect r
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import EFFECTS
 from probes.evaluation.strengths import ROWS
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows
+from probes.results.formatting import Entry, Rows
 from probes.results.study import UNTRAINED, StudyRuns, by_mask
 
 
@@ -56,7 +55,7 @@ def _minus_control(own: Estimate, control: Estimate) -> Estimate:
     return replace(own - control, about={"converged": converged})
 
 
-def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[dict[str, Any]]:
+def _rows_of_effect(by_row: dict[str, Estimate]) -> Iterator[Entry]:
     estimates = list(by_row.values())
     values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
     resampled = torch.stack([estimate.resampled for estimate in estimates], 1)

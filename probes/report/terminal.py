@@ -1,8 +1,6 @@
 """What a report and a study print: the table of sites, the verdicts, and what a reader must know of them."""
 
-from typing import Any
-
-from probes.results.formatting import Rows, align
+from probes.results.formatting import Entry, Rows, align
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 
 from .beyond_classes import claim_texts, task_notes
@@ -12,7 +10,7 @@ from .site_table import describe_sites, shown_rows
 from .strengths import edge_notes
 
 
-def format_results(results: dict[str, Any]) -> str:
+def format_results(results: Entry) -> str:
     """Return the verdicts of results.json as text."""
     unfinished = results.get("unfinished", ())
     lines = describe_steps(unfinished, FAILED)
@@ -52,7 +50,7 @@ def _format_sites(sites: Rows) -> list[str]:
     return [*align(rows), "", *describe_sites(sites)]
 
 
-def _format_claims(claims: list[dict[str, Any]]) -> str:
+def _format_claims(claims: list[Entry]) -> str:
     """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
     rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:
@@ -67,7 +65,7 @@ def _format_claims(claims: list[dict[str, Any]]) -> str:
     return "\n".join([*align(rows), *claim_notes(claims), *verdict_reasons(claims)])
 
 
-def _format_tasks(entries: list[dict[str, Any]], joint: list[dict[str, Any]]) -> list[str]:
+def _format_tasks(entries: list[Entry], joint: list[Entry]) -> list[str]:
     """Return the claims about other tasks as lines for the terminal."""
     lines = []
     for tasks in (entries, joint):

@@ -35,6 +35,7 @@ import scipy.stats
 
 from llava_bidir.common.bootstrap import holm
 from probes.evaluation.estimate import Estimate, p_value, standard_error
+from probes.results.formatting import Entry
 from probes.tasks import SEGMENTATION, TASKS
 
 COLUMNS = ("paper", "optimum", "beyond_random")
@@ -70,7 +71,7 @@ def column(
     ci95: Sequence[float],
     margin: float = 0.0,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
     entry = {
         "value": value,
@@ -91,7 +92,7 @@ def untested(
     value: float | None = None,
     ci95: Sequence[float] | None = None,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column without a verdict, and why."""
     return {
         "value": value,
@@ -101,7 +102,7 @@ def untested(
     } | more
 
 
-def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, Any]:
+def conclude(verdicts: dict[str, Entry], unlearned: str) -> Entry:
     """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns.
 
     `unlearned` is the conclusion about an effect that random models have as much.
@@ -128,7 +129,7 @@ def conclude(verdicts: dict[str, dict[str, Any]], unlearned: str) -> dict[str, A
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}
 
 
-def correct_for_claims(claims: list[dict[str, Any]]) -> None:
+def correct_for_claims(claims: list[Entry]) -> None:
     """Add "p_holm": "p" corrected for the number of claims that have one (Holm), and the "finding" in words."""
     tested = [claim for claim in claims if claim["p"] is not None]
     for claim in claims:
@@ -139,13 +140,13 @@ def correct_for_claims(claims: list[dict[str, Any]]) -> None:
         claim["finding"] = describe_finding(claim)
 
 
-def measured_effect(claim: dict[str, Any]) -> dict[str, Any]:
+def measured_effect(claim: Entry) -> Entry:
     """Return the effect that a conclusion is about, "value" and "ci95": at the optimum, if it was measured there."""
     optimum = claim["verdicts"]["optimum"]
     return claim if optimum["ci95"] is None else optimum
 
 
-def describe_finding(claim: dict[str, Any]) -> str:
+def describe_finding(claim: Entry) -> str:
     """Return the conclusion of a claim; of a supported one also whether correction for all claims undoes it."""
     is_undone = claim["p_holm"] is not None and claim["p_holm"] >= ALPHA
     if claim["conclusion"] == SUPPORTED and is_undone:
@@ -155,9 +156,9 @@ def describe_finding(claim: dict[str, Any]) -> str:
 
 def path_column(
     sign: int,
-    rows: list[dict[str, Any]],
+    rows: list[Entry],
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
     It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count.
@@ -197,7 +198,7 @@ def margin_column(
     df: float = math.inf,
     margin: float = MARGIN,
     **more: Any,
-) -> dict[str, Any]:
+) -> Entry:
     """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
     return column(
         sign,
@@ -218,9 +219,7 @@ def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Estimate:
     return replace(trained - Estimate.mean(draws), about=about)
 
 
-def least_favourable(
-    sign: int, columns: dict[str, dict[str, Any]], margin: float = MARGIN
-) -> dict[str, Any]:
+def least_favourable(sign: int, columns: dict[str, Entry], margin: float = MARGIN) -> Entry:
     """Return the column of the control beyond which a claim of this sign fares worst, with the "p" of all controls.
 
     A model that has learned nothing resembles one kind of random weights and not another one: a random LLM whose
@@ -281,7 +280,7 @@ def judge_draws(
     compared: Estimate,
     others: Sequence[Estimate] = (),
     margin: float = MARGIN,
-) -> dict[str, Any]:
+) -> Entry:
     """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
     own = compared.ci95
     ci95, of_draws = interval_over_draws(compared, others)

@@ -7,7 +7,8 @@ from typing import Any
 
 from .finished_run import FinishedRun
 
-Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
+Entry = dict[str, Any]  # of results.json, or a row of a table
+Rows = list[Entry]
 
 
 def format_csv(rows: Rows) -> str:

@@ -8,7 +8,7 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -160,19 +160,6 @@ class StudyRuns:
             if all(mask in runs for mask in MASKS):
                 return runs[MASKS[0]], runs[MASKS[1]]
         return None
-
-    def analysed(self, result: str) -> Iterator[tuple[str, FinishedRun, list[FinishedRun]]]:
-        """Yield the trained and the random runs that have a result of an analysis, by mask; masks without are left out.
-
-        The trained run is the solved one if it has the result, else the main one. Random runs are its random LLMs.
-        """
-        for mask, main in self.main_runs.items():
-            runs = [self.solved.get(mask), main]
-            run = next((run for run in runs if run and run.analysis(result)), None)
-            if run is not None:
-                draws = self.draws(*CONTROLS["llm"], solved=run.is_solved)
-                random = [draw[mask] for draw in draws if mask in draw]
-                yield mask, run, [other for other in random if other.analysis(result)]
 
     def _check_differ(self) -> None:
         """Raise if two runs are the same arm under the same mask with the same kind of probes."""

@@ -1,6 +1,6 @@
 """The analyses of a study: which are run, with which options, and their steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,15 @@ def check_analyses(study: StudyConfig) -> None:
         )
 
 
-def steps_of_runs(study: StudyConfig, arms: Sequence[Arm]) -> list[Step]:
+def steps_of_runs(
+    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values]
+) -> list[Step]:
     """Return the steps that analyse each run of a model by itself."""
-    analyses = chosen_analyses(study)
     has_llm = arms[0].run.has_llm
     if not has_llm:  # maps of a few photos are made unasked
         photos = len(open_split(study.probes.data, "validation"))
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
-        analyses = {"maps": {"image": list(shown)}} | analyses
+        analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []
     for name, values in analyses.items():
         if ANALYSES[name].of != "run":
@@ -97,13 +98,15 @@ def steps_of_runs(study: StudyConfig, arms: Sequence[Arm]) -> list[Step]:
     return steps
 
 
-def steps_of_models(study: StudyConfig, arms: Sequence[Arm]) -> list[Step]:
+def steps_of_models(
+    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values]
+) -> list[Step]:
     """Return the steps that read the runs of several models; none if there are not all trained runs."""
     trained = [arm.run for arm in arms if arm.name == "trained"]
     if len(trained) < len(study.models):
         return []
     steps = []
-    for name, values in chosen_analyses(study).items():
+    for name, values in analyses.items():
         if ANALYSES[name].of == "pair" and len(study.models) == 2:
             fitted = [arm.run for arm in arms if arm.name == FITTED]
             pairs = [pair for pair in (trained, fitted) if pair]

@@ -6,16 +6,21 @@ A target has the shape [H, W], or [H, W, 3] for vectors; predictions have the sh
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
 from probes.ops.kernels import limit_on
 from probes.ops.pixel_counts import PIXELS_AT_ONCE
+from probes.ops.quadrature import PreparedMasks
+
+from .losses import Loss
 
 
 class Task(ABC):
@@ -36,8 +41,10 @@ class Task(ABC):
     highest: ClassVar[float] = math.inf  # that a score can be
     # smallest difference of the main score that is a finding, chosen before any result
     margin: ClassVar[float] = 0.0
-    # what `probes solve` minimises: the cross-entropy of targets that are classes, or else squared errors
-    cross_entropy: ClassVar[bool] = False
+    # what `probes solve` minimises if targets are classes; None for squared errors
+    loss: ClassVar[Loss | None] = None
+    # what `training_losses` takes of a batch: "target", or "masks" that are prepared from it
+    trained_on: ClassVar[str] = "target"
     counted: ClassVar[tuple[str, ...]] = ("sums",)  # names of what `count` returns
 
     @property
@@ -49,6 +56,18 @@ class Task(ABC):
     def sign(self) -> int:
         """1 if a higher main score is better, else -1."""
         return 1 if self.scores[self.score] else -1
+
+    @abstractmethod
+    def training_losses(
+        self, outputs: Tensor, targets: PreparedMasks | Sequence[Tensor], geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums f[P] whose mean `probes fit` minimises, and the number of pixels or images that are summed.
+
+        Args:
+            outputs: Of the probes on the token grid, f[P, B, K, h, w].
+            targets: B masks, or B targets [H, W] or [H, W, 3].
+            geometry: Placement of the tokens on the images.
+        """
 
     @abstractmethod
     def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
@@ -104,7 +123,7 @@ class ValueTask(Task):
 
     @abstractmethod
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each image f[P, B] that `probes fit` minimises; 0 for an image without a value.
+        """Return the loss of each image f[P, B], of which `probes fit` minimises the mean; 0 for one without a value.
 
         Args:
             maps: Upsampled channels f[P, B, K, H, W].
@@ -119,6 +138,24 @@ class ValueTask(Task):
             prediction: f[P, n] or f[P, n, 3].
             target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
+
+    def training_losses(
+        self, outputs: Tensor, targets: Sequence[Tensor], geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed losses of images f[P], and the number of images that have a value."""
+        images = outputs.new_zeros(())
+        total = outputs[:, :0].sum((1, 2, 3, 4))
+        for x, y in zip(outputs.unbind(1), targets, strict=True):
+            size = tuple(y.shape[:2])
+            y = y[None]
+            images = images + self.valid(y).any()
+
+            # recomputed in backward: the maps of all sites and images at once would be gigabytes
+            def loss(x, y=y, size=size):
+                return self.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
+
+            total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
+        return total, images
 
     def valid(self, target: Tensor) -> Tensor:
         """Return which pixels have a value, bool[B, H, W]."""

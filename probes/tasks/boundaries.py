@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from probes.ops.geometry import IGNORE_INDEX
 
 from .base import ValueTask, mean_over_valid
+from .losses import CrossEntropy
 
 TOLERANCE = 0.0075  # of the image's diagonal. Source: maxDist of BSDS500's correspondPixels
 THRESHOLDS = 99  # equally spaced in (0, 1). Source: nthresh of BSDS500's boundaryBench
@@ -39,7 +40,7 @@ class Boundaries(ValueTask):
     scores = {"f": True, "ap": True}
     labels = {"f": "F (best threshold)", "ap": "average precision"}
     margin = 0.01  # one point, as of segmentation
-    cross_entropy = True
+    loss = CrossEntropy()
 
     def values(self, target: Tensor) -> Tensor:
         """Return 1 for the class of each pixel and 0 for the other, f[B, H, W, 2]."""

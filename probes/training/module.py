@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
@@ -28,11 +27,9 @@ from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.resampling import dataset_scores
-from probes.ops.bilinear import upsample
-from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.quadrature import PreparedMasks
 from probes.run_config import ModelOptions
-from probes.tasks import SEGMENTATION, Task
+from probes.tasks import Task
 
 from .distributed import all_gather
 from .heads import HEADS
@@ -106,14 +103,14 @@ class ProbeModule(LightningModule):
         self.heads = probes.heads
         self.metric = probes.new_metric(len(data.splits["validation"]))
         prepare = None
-        if self.task.name == SEGMENTATION:
+        if self.task.trained_on == "masks":
             prepare = MaskPreparer(self.mllm.geometry, probes.channels, NODES)
         data.read_for(self.mllm, probes.sites, prepare)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
         states = self.probes.states(batch)
-        target = batch["masks" if self.task.name == SEGMENTATION else "target"]
+        target = batch[self.task.trained_on]
         # padding must not enter batch statistics
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:
             states = {site: x[:0] for site, x in states.items()}
@@ -124,35 +121,12 @@ class ProbeModule(LightningModule):
         return losses.sum()
 
     def losses(self, logits: Tensor, target: PreparedMasks | Tensor | list[Tensor]) -> Tensor:
-        """Return the loss of the global batch, f[S]; of segmentation, the mean cross-entropy over labelled pixels.
-
-        Large photos have more pixels, so they weigh more (an order of magnitude on ADE20K); the paper does not say.
+        """Return the loss of the global batch, f[S]: the mean over its labelled pixels, or its images with values.
 
         With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
         """
-        if self.task.name != SEGMENTATION:
-            return self._value_losses(logits, target)
-        valid = all_gather(target.pixels.sum()).mean().clamp(min=1)
-        if not len(target):
-            return logits.sum((1, 2, 3, 4)) / valid  # 0 with gradient 0
-        return upsampled_cross_entropy(logits, target, reduction="sum") / valid
-
-    def _value_losses(self, channels: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        """Return the mean over the images of the global batch that have a value, f[S], from f[S, B, K, h, w]."""
-        geometry = self.mllm.geometry
-        images = channels.new_zeros(())
-        total = channels[:, :0].sum((1, 2, 3, 4))
-        for x, y in zip(channels.unbind(1), target, strict=True):
-            size = tuple(y.shape[:2])
-            y = y[None]
-            images = images + self.task.valid(y).any()
-
-            # recomputed in backward: the maps of all sites and images at once would be gigabytes
-            def loss(x, y=y, size=size):
-                return self.task.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
-
-            total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
-        return total / all_gather(images).mean().clamp(min=1e-9)
+        total, count = self.task.training_losses(logits, target, self.mllm.geometry)
+        return total / all_gather(count).mean().clamp(min=1e-9)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""

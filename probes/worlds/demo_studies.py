@@ -13,7 +13,8 @@ ARMS = ("trained", *RANDOM_LLMS, "adapter0", "adapter1")
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
 ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", "explore")
 # What no claim needs; it takes half of the time of a small demo.
-EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap")
+QUESTIONS = ("routes.limit=80", "routes.draws=1")
+EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap", *QUESTIONS)
 TASKS = ("depth", "normals", "boundaries")
 # The binding world. The drop, at the encoder and the adapter, has studies of its own.
 BINDING_ARMS = ("trained", *RANDOM_LLMS)
@@ -76,7 +77,7 @@ def _binding_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
         out=out,
         arms=BINDING_ARMS,
         fit=True,
-        add=BINDING_ADD,
+        add=(*BINDING_ADD, *QUESTIONS) if in_full else BINDING_ADD,
         only=None if in_full else BINDING_STEPS,
         **_probes(settings, f"{SCENES} scenes", SITES),
     )

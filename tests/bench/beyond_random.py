@@ -1,13 +1,14 @@
-"""False findings of recovery in LLMs that have learned nothing, by kind of random weights and by rule.
+"""False findings in layers that have learned nothing, by kind of random weights and by rule.
 
-    python tests/bench/beyond_random.py MODEL WORLD --subjects 20
+    python tests/bench/beyond_random.py MODEL DATA --subjects 20
 
-MODEL is a planted model of `probes calibrate` (seedN/models/bidirectional/planted/hf), WORLD its seedN/assets. Each
+MODEL is an MLLM, such as a planted model of `probes calibrate` (seedN/models/bidirectional/planted/hf), and DATA a
+folder of images and masks, such as its seedN/assets/segmentation; photos become squares of the model's side. Each
 subject has layers of a family of `random_llms.py`, and its own draws of both controls. Judged as in a report, but with
 linear discriminants, in closed form, in place of solved probes: 0.5 instead of 10 CPU-seconds for a model.
 
-A line for each family: mean recovery in points, relative update of a layer, entropy of attention among image tokens in
-nats, and of the subjects that were called learned
+A line for each family: mean recovery in points with its range, relative update of a layer, entropy of attention among
+image tokens in nats, and of the subjects that were called learned
 
     update     beyond three random LLMs of the same updates, the rule until now
     permuted   beyond three permuted LLMs
@@ -15,15 +16,22 @@ nats, and of the subjects that were called learned
     study      the same from the draws of a study, three and two
     mean       beyond the mean of all six
 
+MODEL can also be a bare vision encoder. Its layers are the subjects, a line is of a claim as well (a best layer beyond
+the last one, or beyond the patch embeddings), and only matrices are drawn: biases, norms and layer scales stay trained.
+
 Shapes: N images, T tokens, d width, K classes.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import probes
@@ -34,38 +42,83 @@ from probes.evaluation.layer_effects import run_effects
 from probes.models.matched_updates import MATCH_IMAGES, layer_updates
 from probes.models.random_init import permute_weights, random_layers
 from probes.models.sites import last_layer
+from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
 from probes.tasks import SEGMENTATION, TASKS
-from probes.worlds.dialogues import patch_shares
 from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance
 RULES = ("update", "permuted", "both", "study", "mean")
+BATCH = 32
+# Those that draw matrices of any layer, at scales that suit an encoder's width
+OF_ENCODERS = ("shuffled", "normal_0.02", "normal_0.04", "normal_0.08", "orthogonal")
+CLAIMS = {True: ("recovery",), False: ("over_last", "layer_gain")}  # with an LLM, and without
+
+Split = tuple[list[Image.Image], Tensor]  # images, and targets uint8[N, H, W]
+
+
+def read_split(
+    folder: Path,
+    split: str,
+    side: int,
+    limit: int | None,
+) -> tuple[Split, int]:
+    """Return images and masks as squares, at most `limit` at equal distances, and the number of classes."""
+    data = open_dataset("folder", str(folder), split, None, SEGMENTATION)
+    chosen = np.linspace(0, len(data) - 1, min(len(data), limit or len(data))).round()
+    rows = [data[int(i)] for i in chosen]
+    images = [row["image"].resize((side, side)) for row in rows]
+    masks = [Image.fromarray(row["target"]) for row in rows]
+    squares = [np.array(mask.resize((side, side), Image.Resampling.NEAREST)) for mask in masks]
+    return (images, torch.from_numpy(np.stack(squares))), len(data.classes)
+
+
+def patch_shares(targets: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
+    """Return the share of each class in each patch, f[N * T, K], of targets uint8[N, H, W]."""
+    labels = targets.long()
+    labels = labels.where(labels != IGNORE_INDEX, classes)
+    pixels = F.one_hot(labels, classes + 1)[..., :classes].permute(0, 3, 1, 2).double()
+    return F.adaptive_avg_pool2d(pixels, grid).flatten(2).mT.flatten(0, 1).float()
+
+
+def remember_images(mllm: nn.Module) -> None:
+    """Let an MLLM run encoder and adapter once for the same pixels: no subject and no control changes them."""
+    compute = mllm.model.model.get_image_features
+    known = {}
+
+    def image_features(pixel_values: Tensor, **options):
+        key = pixel_values.numpy().tobytes()
+        if key not in known:
+            known[key] = compute(pixel_values=pixel_values, **options)
+        return known[key]
+
+    mllm.model.model.get_image_features = image_features
 
 
 class Readout:
-    """Recovery of a model by linear discriminants of the classes of patches.
+    """Effects of a model by linear discriminants of the classes of patches.
 
     Args:
         mllm: The model.
-        folder: Images and masks.
+        training, validation: Images and targets.
+        classes: K.
     """
 
-    def __init__(self, mllm: nn.Module, folder: Path):
+    def __init__(
+        self,
+        mllm: nn.Module,
+        training: Split,
+        validation: Split,
+        classes: int,
+    ):
         self.mllm = mllm
-        self.sites = ["adapter", *mllm.layer_sites[1:]]
-        splits = [
-            open_dataset("folder", str(folder), name, None, SEGMENTATION)
-            for name in ("training", "validation")
-        ]
-        training, validation = ([split[i] for i in range(len(split))] for split in splits)
-        self.match_images = [row["image"] for row in training[:MATCH_IMAGES]]
-        self.pixels = mllm.preprocess([row["image"] for row in (*training, *validation)])
-        self.targets = torch.stack([torch.as_tensor(row["target"]) for row in validation])
-        shares = [torch.as_tensor(patch_shares(row["target"])) for row in training]
-        self.labels = torch.cat(shares).float()  # [N * T, K]
-        self.training = len(training)
+        self.sites = ["adapter", *mllm.layer_sites[1:]] if mllm.has_llm else mllm.layer_sites
+        self.match_images = training[0][:MATCH_IMAGES]
+        self.pixels = mllm.preprocess([*training[0], *validation[0]])
+        self.targets = validation[1]
+        self.labels = patch_shares(training[1], classes, mllm.grid)
+        self.training = len(training[0])
         self.weights = bootstrap_weights(len(self.targets))
 
     def logits(self, states: Tensor) -> Tensor:
@@ -84,9 +137,9 @@ class Readout:
         logits = (states[self.training :] - mean) / scale @ weight + bias
         return logits.transpose(1, 2).unflatten(-1, tuple(self.mllm.grid))
 
-    def recovery(self) -> Estimate:
-        """Return the recovery of the model as it is now."""
-        parts = [self.mllm.states(part, self.sites) for part in self.pixels.split(32)]
+    def effects(self) -> dict[str, Estimate]:
+        """Return the effects of the model as it is now."""
+        parts = [self.mllm.states(part, self.sites) for part in self.pixels.split(BATCH)]
         logits = [
             self.logits(torch.cat([part[site].float() for part in parts])) for site in self.sites
         ]
@@ -95,7 +148,7 @@ class Readout:
         task = TASKS[SEGMENTATION]
         sums = task.sums(counts._asdict())
         last = last_layer(self.mllm.sites)
-        return run_effects(self.sites, last, task, sums, self.weights, None)["recovery"]
+        return run_effects(self.sites, last, task, sums, self.weights, None)
 
 
 @contextmanager
@@ -119,18 +172,39 @@ def entropy(mllm: nn.Module, pixels: Tensor) -> float:
     return -weights.xlogy(weights).sum(-1).mean().item()
 
 
-def judge_subject(readout: Readout, number: int) -> tuple[Estimate, dict[str, bool]]:
-    """Return the recovery of the model as it is now, and whether each rule calls it learned."""
+def draw_matrices(draw: Callable[[nn.ModuleList], None], layers: nn.ModuleList) -> None:
+    """Draw layers, and put biases, norms and layer scales back."""
+    vectors = {name: x.clone() for name, x in layers.named_parameters() if x.ndim < 2}
+    draw(layers)
+    layers.load_state_dict(vectors, strict=False)
+
+
+def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, dict[str, bool]]]:
+    """Return the effect of the model as it is now, and whether each rule calls it learned, by claim."""
     mllm = readout.mllm
-    own = readout.recovery()
+    own = readout.effects()
     random = []
     permuted = []
     for draw in range(3):
         seed = 100 * number + draw + 13
         with random_layers(mllm, "update", seed, match_images=readout.match_images):
-            random.append(readout.recovery())
+            random.append(readout.effects())
         with edited(mllm, permute_weights, seed):
-            permuted.append(readout.recovery())
+            permuted.append(readout.effects())
+
+    def judged(claim: str) -> tuple[Estimate, dict[str, bool]]:
+        draws = [[effects[claim] for effects in kind] for kind in (random, permuted)]
+        return own[claim], judge(own[claim], *draws)
+
+    return {claim: judged(claim) for claim in CLAIMS[mllm.has_llm]}
+
+
+def judge(
+    own: Estimate,
+    random: list[Estimate],
+    permuted: list[Estimate],
+) -> dict[str, bool]:
+    """Return whether each rule calls an effect learned, from those of the draws."""
     beyond = {
         "update": compare_to_draws(own, random),
         "permuted": compare_to_draws(own, permuted),
@@ -144,39 +218,60 @@ def judge_subject(readout: Readout, number: int) -> tuple[Estimate, dict[str, bo
     }
     columns["both"] = least_favourable(1, {name: columns[name] for name in RULES[:2]})
     columns["study"] = least_favourable(1, pooled)
-    return own, {rule: columns[rule]["verdict"] == HOLDS for rule in RULES}
+    return {rule: columns[rule]["verdict"] == HOLDS for rule in RULES}
+
+
+def count_family(
+    readout: Readout,
+    edit: Callable[[nn.ModuleList], None],
+    subjects: int,
+) -> tuple[list[dict[str, tuple[Estimate, dict[str, bool]]]], list[float]]:
+    """Return the judged subjects of a family, and the update and entropy of the first one."""
+    mllm = readout.mllm
+    judged = []
+    about = []
+    for number in range(subjects):
+        with edited(mllm, edit, 1000 * number + 7):
+            if number == 0:
+                about.append(sum(layer_updates(mllm, readout.pixels[:16])) / len(mllm.layers))
+                about.append(entropy(mllm, readout.pixels[:4]))
+            judged.append(judge_subject(readout, number))
+    return judged, about
 
 
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="a planted model of the toy world")
-    parser.add_argument("world", type=Path, help="the folder of its world")
+    parser.add_argument("model", help="an MLLM or a bare vision encoder")
+    parser.add_argument("data", type=Path, help="a folder of images and masks")
     parser.add_argument("--subjects", type=int, default=20, help="models of each family")
-    parser.add_argument(
-        "--families", nargs="+", default=[x for x in FAMILIES if x not in OF_LANGUAGE]
-    )
+    parser.add_argument("--families", nargs="+", choices=FAMILIES)
+    parser.add_argument("--training", type=int, help="training images; default: all")
+    parser.add_argument("--validation", type=int, help="validation images; default: all")
+    parser.add_argument("--side", type=int, help="of a bare encoder's images, in pixels")
     args = parser.parse_args()
-    mllm = probes.load(args.model, device="cpu")
-    readout = Readout(mllm, args.world / "segmentation")
-    print("family  subjects  recovery  update  entropy  " + "  ".join(RULES))
-    for name in args.families:
-        values = []
-        yes = dict.fromkeys(RULES, 0)
-        for number in range(args.subjects):
-            with edited(mllm, FAMILIES[name], 1000 * number + 7):
-                if number == 0:
-                    updates = torch.tensor(layer_updates(mllm, readout.pixels[:16])).mean()
-                    spread = entropy(mllm, readout.pixels[:4])
-                own, said = judge_subject(readout, number)
-            values.append(own.value)
-            yes = {rule: yes[rule] + said[rule] for rule in RULES}
-        mean = 100 * sum(values) / len(values)
-        counts = "  ".join(map(str, yes.values()))
-        print(
-            f"{name}  {len(values)}  {mean:+.1f}  {updates:.2f}  {spread:.2f}  {counts}", flush=True
-        )
+    mllm = probes.load(args.model, device="cpu", image_px=args.side)
+    side = mllm.geometry.image_px
+    training, classes = read_split(args.data, "training", side, args.training)
+    validation, _ = read_split(args.data, "validation", side, args.validation)
+    if mllm.has_llm:
+        remember_images(mllm)
+    readout = Readout(mllm, training, validation, classes)
+    usual = [x for x in FAMILIES if x not in OF_LANGUAGE] if mllm.has_llm else OF_ENCODERS
+    print("family  claim  subjects  effect (range)  update  entropy  " + "  ".join(RULES))
+    for name in args.families or usual:
+        edit = FAMILIES[name] if mllm.has_llm else partial(draw_matrices, FAMILIES[name])
+        judged, (update, spread) = count_family(readout, edit, args.subjects)
+        for claim in CLAIMS[mllm.has_llm]:
+            values = [100 * subject[claim][0].value for subject in judged]
+            mean = sum(values) / len(values)
+            yes = "  ".join(str(sum(x[claim][1][rule] for x in judged)) for rule in RULES)
+            effect = f"{mean:+.1f} ({min(values):+.1f} to {max(values):+.1f})"
+            print(
+                f"{name}  {claim}  {len(values)}  {effect}  {update:.2f}  {spread:.2f}  {yes}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from probes.data.samplers import assign_folds
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import join_masks, prepare_masks
+from probes.tasks import SEGMENTATION, TASKS
+from probes.training.solve.curvature import SampledPixels
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_refinement import PassRefinement
@@ -34,9 +36,9 @@ from probes.training.solve.pixel_sample import (
     prefer_uncertain,
 )
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.sample_hessian import SampledPixels
 from probes.training.solve.strength_path import FoldSearch
 
+LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4
 BATCH = 32
 
@@ -203,21 +205,21 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         pixels = draw_pixels(images, targets, draws, data.grid, GridPlacement.full)
         kept.append((channels.store(pixels.interpolate(states)).cpu(), pixels))
     space = SiteSpace.of_moments(moments)
-    null = null_gradient(space, moments)
+    null = null_gradient(LOSS, space, moments)
     moments = None
     stored, labels, weights, folds = gather(kept, fold_of, data.device)
     inputs = space.coordinates(channels.restore(stored))
     axes = AxisRange.of(space, inputs)
-    found = FoldSearch(PixelProblem(space, inputs, labels, weights, folds, FOLDS)).solve()
+    found = FoldSearch(PixelProblem(space, LOSS, inputs, labels, weights, folds, FOLDS)).solve()
     chosen = found.path.strengths[found.path.chosen]
     of_all_images = found.points[found.path.solved.index(found.path.chosen)]
     points = torch.cat([found.fold_points, of_all_images[None]])
-    refinement = PassRefinement(space, null, chosen, points, None)
+    refinement = PassRefinement.start(LOSS, space, null, chosen, points, None)
     print(
         f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
     )
     for number in range(2, passes + 1):
-        sums = PassSums(*refinement.probes())
+        sums = PassSums(LOSS, *refinement.arguments())
         pixel_count = torch.zeros(FOLDS, dtype=torch.float64, device=data.device)
         kept = []
         for images, states, masks, targets in data.batches():
@@ -233,19 +235,26 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         stored, _, weights, folds = gather(kept, fold_of, data.device)
         sample = SampledPixels(axes.coordinates_of(stored), weights.float(), folds)
         refinement.step(sample, is_last=number == passes)
-        strengths = [f"{strength:.2g}" for strength in refinement.strengths]
+        strengths = [f"{strength:.2g}" for strength in refinement.window.strengths]
         certificates = ", ".join(
             f"{c.gradient:.1e} {c.decrease:.1e}" for c in refinement.certificates
         )
-        losses = [f"{refinement.losses.get(s, math.nan):.4f}" for s in refinement.strengths]
+        losses = [
+            f"{refinement.window.losses.get(s, math.nan):.4f}" for s in refinement.window.strengths
+        ]
         print(
             f"  pass {number}: window {' '.join(strengths)}, cross-validated {' '.join(losses)}, "
-            f"{'settled, ' if refinement.settled else ''}certificates {certificates}; {cpu_seconds():.0f} CPU-s",
+            f"{'settled, ' if refinement.window.settled else ''}certificates {certificates}; {cpu_seconds():.0f} CPU-s",
             flush=True,
         )
         if refinement.converged:
             break
-    return refinement.solution() | {"passes": number, "converged": refinement.converged}
+    return refinement.window.path()._asdict() | {
+        "space": space,
+        "points": refinement.points,
+        "passes": number,
+        "converged": refinement.converged,
+    }
 
 
 def gather(kept, fold_of: torch.Tensor, device: str):
@@ -263,10 +272,15 @@ def solve_in_memory(data) -> dict:
         join_masks(data.prepared(nodes)).to(data.device) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
     states = data.states.to(data.device)
-    problem = SiteProblem(states, loose, tight, assign_folds(len(data), FOLDS))
+    problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(data), FOLDS))
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
-    return refinement.solution(path) | {"passes": 1, "converged": refinement.converged}
+    return path._asdict() | {
+        "space": problem.space,
+        "points": refinement.accepted.points,
+        "passes": 1,
+        "converged": refinement.converged,
+    }
 
 
 def mean_iou(data, found: dict, row: int) -> float:

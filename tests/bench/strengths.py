@@ -22,7 +22,7 @@ from probes.data.samplers import assign_folds
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
-from probes.tasks import TASKS
+from probes.tasks import SEGMENTATION, TASKS
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from probes.training.solve.refinement import start_refinement
 
@@ -30,6 +30,7 @@ GRID = (16, 16)
 GEOMETRY = Geometry(GRID, 224, 224)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+LOSS = TASKS[SEGMENTATION].loss
 FOLDS = 4
 STEPS = {
     "stronger": 0.5,
@@ -99,7 +100,7 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     loose, tight = (
         MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
-    problem = SiteProblem(states, loose, tight, assign_folds(len(states), FOLDS, None))
+    problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(states), FOLDS, None))
     path, _ = start_refinement(problem)
     chosen = path.strengths[path.chosen]
     given = [

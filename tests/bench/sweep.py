@@ -188,7 +188,7 @@ class Sweep:
             tokens = torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], -1)
             head = self.heads[site]
             points = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
-            loss_sums(tokens, self.masks, points)
+            loss_sums(self.task.loss, tokens, self.masks, points)
 
     @torch.no_grad()
     def score(self) -> None:

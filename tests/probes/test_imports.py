@@ -17,6 +17,10 @@ import probes
             "import probes; probes.FrozenMLLM",
             {"lightning", "sklearn", "umap", "deepspeed", "matplotlib"},
         ),
+        (
+            "import probes; probes.solve_features",
+            {"lightning", "transformers", "torchmetrics"},
+        ),
     ],
 )
 def test_imports_wait_until_they_are_needed(code, unwanted):

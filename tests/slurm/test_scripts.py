@@ -11,6 +11,7 @@ from processes import run_command
 
 from probes.cli import main
 from probes.data import ade20k
+from probes.rehearsal.inputs import ARMS as REHEARSED_ARMS
 from probes.rehearsal.inputs import STUDY
 from probes.studies.plan import make_plan
 
@@ -247,7 +248,7 @@ def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
 
 def test_dry_run_of_a_rehearsal_prints_its_plan_and_writes_nothing(study, tmp_path):
     done, calls = study("--rehearse", "--dry-run", PYTHON="/nowhere/python", ENCODERS="dinov2 clip")
-    arms = ["--arms", "trained", "random0", "random1", "--only", "solve", "fit", "knockout"]
+    arms = ["--arms", *REHEARSED_ARMS.split(), "--only", "solve", "fit", "knockout"]
     plan = planned(done)
     assert plan["dinov2-causal/study"][: len(arms) + 3] == [
         "slurm/study.sbatch",

@@ -1,5 +1,6 @@
 """What the report shows of answers: right ones beside probes, and effects of cut routes, also of random LLMs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
 from probes.evaluation.estimate import estimate_text
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
-from probes.results.study import StudyRuns
+from probes.results.study import CONTROLS, StudyRuns
 
 from .effects import TARGETS
 
@@ -50,12 +51,26 @@ def study_routes(study: StudyRuns) -> dict[str, dict[str, Any]]:
         UserError: A random LLM was asked other questions than the trained one.
     """
     by_mask = {}
-    for mask, run, random_runs in study.analysed("routes.json"):
+    for mask, run, random_runs in _analysed(study):
         for other in random_runs:
             _check_same_questions(run, other)
         random = [{"draw": other.draw} | _select(other) for other in random_runs]
         by_mask[mask] = _select(run) | {"peak_site": run.peak_layer, "random": random}
     return by_mask
+
+
+def _analysed(study: StudyRuns) -> Iterator[tuple[str, ProbeRun, list[ProbeRun]]]:
+    """Yield the trained run and the random LLMs that have routes.json, by mask; masks without are left out.
+
+    The trained run is the solved one if it has the result, else the main one.
+    """
+    for mask, main in study.main_runs.items():
+        runs = [study.solved.get(mask), main]
+        run = next((run for run in runs if run and run.analysis("routes.json")), None)
+        if run is not None:
+            draws = study.draws(*CONTROLS["llm"], solved=run.is_solved)
+            random = [draw[mask] for draw in draws if mask in draw]
+            yield mask, run, [other for other in random if other.analysis("routes.json")]
 
 
 def _check_same_questions(run: ProbeRun, draw: ProbeRun) -> None:

@@ -9,7 +9,6 @@ from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,
-    draw_intervals,
     mask_colour,
     new_axes,
 )
@@ -67,14 +66,13 @@ def compare_gaps(measured: dict[str, Any], standardised: dict[str, Any]) -> Figu
         width=0.85,
         label="measured",
     )
-    gap = standardised["gap"][: len(x)]
-    ci95 = standardised["gap_ci95"][: len(x)]
-    draw_intervals(
-        ax,
+    gap = 100 * np.array(standardised["gap"][: len(x)], float)
+    low, high = 100 * np.array(standardised["gap_ci95"][: len(x)], float).T
+    ax.errorbar(
         x,
         gap,
-        ci95,
-        POINTS,
+        [gap - low, high - gap],
+        color=POINTS,
         fmt="o",
         ms=3,
         lw=0.8,

@@ -10,6 +10,7 @@ from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,
+    Looks,
     ReportFigure,
     caption,
     curves,
@@ -19,10 +20,10 @@ from probes.analyses.style import (
     mask_colour,
     site_depth,
 )
-from probes.results.formatting import Rows, bounds
+from probes.results.formatting import Entry, Rows, bounds
 from probes.results.study import StudyRuns
 
-from ..beyond_classes import Entry, task_score_rows
+from ..beyond_classes import task_score_rows
 
 
 def tasks_by_site(results: list[Entry]) -> FigureData:
@@ -33,7 +34,7 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     rows: Rows = []
     for (title, of_task), ax in zip(panels.items(), axes, strict=True):
         points: Rows = []
-        looks: dict[str, dict[str, Any]] = {}
+        looks: Looks = {}
         for entry in of_task:
             for row in relative_scores(entry):
                 rows.append(row)
@@ -54,7 +55,7 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     return FigureData(figure, rows)
 
 
-def _look(entry: Entry, row: dict[str, Any]) -> dict[str, Any]:
+def _look(entry: Entry, row: Entry) -> dict[str, Any]:
     """Return how the curve of a model is drawn: a bare encoder has no other mask that it could be compared with."""
     colour = mask_colour(entry["image_attention"]) if entry["has_llm"] else COLOURS[0]
     if row["weights"] != "trained":

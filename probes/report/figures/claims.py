@@ -1,7 +1,5 @@
 """Figure of the claims: trained models beside models with random weights, one row per claim and mask."""
 
-from typing import Any
-
 from matplotlib.lines import Line2D
 
 from probes.analyses.claims import CLAIMS
@@ -14,7 +12,7 @@ from probes.analyses.style import (
     new_axes,
 )
 from probes.report.verdicts import COLUMNS
-from probes.results.formatting import Rows, value_columns
+from probes.results.formatting import Entry, Rows, value_columns
 
 # What is drawn of a claim: offset within its row, look and label.
 STYLES = {
@@ -38,7 +36,7 @@ STYLES = {
 POINT = {"ls": "", "ms": 4.5}
 
 
-def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
+def claim_values(claims: list[Entry], has_llm: bool) -> FigureData:
     """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model.
 
     A filled diamond is the trained model with the probes of the random ones; a circle can be at another strength.
@@ -81,7 +79,7 @@ def claim_values(claims: list[dict[str, Any]], has_llm: bool) -> FigureData:
     return FigureData(figure, rows)
 
 
-def _rows(claim: dict[str, Any]) -> Rows:
+def _rows(claim: Entry) -> Rows:
     """Return the numbers of a claim: of its columns with their intervals, and of each model that is compared."""
     columns = claim["verdicts"]
     drawn = {name: columns[name] for name in COLUMNS if columns[name]["ci95"] is not None}
@@ -93,7 +91,7 @@ def _rows(claim: dict[str, Any]) -> Rows:
     return [about | {"of": name} | value_columns(entry) for name, entry in drawn.items()]
 
 
-def claim_figures(claims: list[dict[str, Any]], has_llm: bool) -> Figures:
+def claim_figures(claims: list[Entry], has_llm: bool) -> Figures:
     """Yield the figure of claims beside controls, if there are random models."""
     if not any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         return

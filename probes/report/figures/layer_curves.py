@@ -4,7 +4,6 @@ Each figure is a table of points, drawn by :func:`probes.analyses.style.curves`,
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,
+    Looks,
     ReportFigure,
     caption,
     curves,
@@ -72,9 +72,7 @@ def score_rows(runs: Iterable[ProbeRun]) -> Rows:
     ]
 
 
-def points_of(
-    curve: str, run: ProbeRun, is_shown: Callable[[str], bool] = has_depth
-) -> list[dict[str, Any]]:
+def points_of(curve: str, run: ProbeRun, is_shown: Callable[[str], bool] = has_depth) -> Rows:
     """Return the points of a run at the sites that have a depth and are shown, as points of a curve."""
     return [
         row | {"curve": curve, "depth": site_depth(row["site"])}
@@ -138,7 +136,7 @@ def layer_curves(study: StudyRuns, solved: bool) -> FigureData:
     random = [run for draw in study.draws(*CONTROLS["llm"], solved=solved) for run in draw.values()]
     adapters = [next(iter(draw.values())) for draw in study.draws("adapter", solved=solved)]
     points: Rows = []
-    looks: dict[str, dict[str, Any]] = {}
+    looks: Looks = {}
     for mask, run in trained.items():
         points += points_of(mask, run)
         marker = "os"[mask == "bidirectional"] if len(run.sites) < 20 else None
@@ -286,7 +284,7 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
     random = list(random)
     sites = _in_forward_order(runs.values())
     points: Rows = []
-    looks: dict[str, dict[str, Any]] = {}
+    looks: Looks = {}
     for run in runs.values():
         points += [row | {"curve": run.mask} for row in score_rows([run])]
         look = {

@@ -15,12 +15,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.evaluation.strengths import OPTIMUM
+from probes.run_config import SolverOptions
 from probes.training.distributed import all_gather_objects, all_reduce, broadcast, rank
 
-from .checkpoints import SolverCheckpoints, tensors_of
+from .curvature import SampledPixels
 from .moments import Moments, SiteSpace
 from .objective import PixelProblem
-from .pass_refinement import PassRefinement, bytes_of_probes
+from .pass_refinement import (
+    PassRefinement,
+    bytes_of_probes,
+    pack_refinement,
+    unpack_refinement,
+)
 from .pass_sums import PassSums, null_gradient
 from .pixel_sample import (
     CANDIDATES,
@@ -31,12 +37,10 @@ from .pixel_sample import (
     draw_pixels,
     prefer_uncertain,
 )
-from .sample_hessian import SampledPixels
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver
+from .solver import Solver, SolverCheckpoints, in_workers, tensors_of
 from .state_reader import StateReader
 from .strength_path import FoldSearch, PathSolution
-from .workers import in_workers
 
 PASSES = "passes.safetensors"
 MEASURED = 8  # images whose states say how the first pass stores those of all
@@ -57,7 +61,7 @@ class PassSolver(Solver):
     def __init__(
         self,
         reader: StateReader,
-        options: SolveOptions,
+        options: SolverOptions,
         checkpoints: SolverCheckpoints,
         sample_images: int,
     ):
@@ -165,7 +169,7 @@ class PassSolver(Solver):
         tokens = self.sample_images * self.mllm.grid[0] * self.mllm.grid[1]
         total = tokens * self.mllm.model.dtype.itemsize * (1 if self.in_first_pass else 2)
         count, seed = count_and_seed(image, self.images, total, self.passes)
-        return count, self.options.seed + seed
+        return count, self.reader.data.seed + seed
 
     def _gather_pixels(self) -> None:
         """Bring the sample of each site to its owner, in the order of the images."""
@@ -190,8 +194,9 @@ class PassSolver(Solver):
             found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
             if self.most_passes == 1:
                 solved = {
-                    site: SolvedSite.of_points(**self._of_sample(*parts))
-                    for site, parts in found.items()
+                    # without certificates: no pass has seen these probes
+                    site: SolvedSite.of_points(solution.path, axes.space, solution.points)
+                    for site, (axes, solution) in found.items()
                 }
                 return self.share_solved(solved)
             self._start_refinements(found, {site: sums[site][1] for site in found})
@@ -200,8 +205,8 @@ class PassSolver(Solver):
             self._refine()
             self._save_passes()
         solved = {
-            site: SolvedSite.of_points(**refinement.solution())
-            for site, refinement in self.refinements.items()
+            site: SolvedSite.of_points(x.window.path(), x.space, x.points, x.certificates)
+            for site, x in self.refinements.items()
         }
         return self.share_solved(solved)
 
@@ -228,7 +233,7 @@ class PassSolver(Solver):
         if rank() != self.owner_of(site):
             return None
         space = SiteSpace.of_moments(moments)
-        return space, null_gradient(space, moments)
+        return space, null_gradient(self.loss, space, moments)
 
     def _solve_sample(self, site: str) -> tuple[AxisRange, PathSolution]:
         """Solve a site on the sample of the first pass."""
@@ -236,18 +241,8 @@ class PassSolver(Solver):
         stored = self.sample_states[site].view(STORED)
         inputs = space.coordinates(self.channel_ranges[site].restore(stored.to(self.device)))
         labels, weights, folds = (x.to(self.device) for x in self.sample_pixels)
-        problem = PixelProblem(space, inputs, labels, weights, folds, self.options.folds)
+        problem = PixelProblem(space, self.loss, inputs, labels, weights, folds, self.options.folds)
         return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
-
-    @staticmethod
-    def _of_sample(axes: AxisRange, solution: PathSolution) -> dict[str, Any]:
-        """Return the probes of a sample, which have no certificates: no pass has seen them."""
-        return {
-            **solution.path._asdict(),
-            "space": axes.space,
-            "points": solution.points,
-            "certificates": [],
-        }
 
     def _start(
         self, space: SiteSpace, null_gradient: Tensor, solution: PathSolution
@@ -255,7 +250,8 @@ class PassSolver(Solver):
         """Return the refinement of what was found on the sample."""
         path = solution.path
         of_all_images = solution.points[path.solved.index(path.chosen)]
-        return PassRefinement(
+        return PassRefinement.start(
+            self.loss,
             space,
             null_gradient,
             path.strengths[path.chosen],
@@ -266,7 +262,9 @@ class PassSolver(Solver):
     def _refine(self) -> None:
         """Take the exact losses and gradients of a pass over the split, and move the probes."""
         sums = {
-            site: PassSums(*broadcast(self._probes(site), self.owner_of(site), self.device))
+            site: PassSums(
+                self.loss, *broadcast(self._probes(site), self.owner_of(site), self.device)
+            )
             for site in self.sites
         }
         labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
@@ -289,9 +287,9 @@ class PassSolver(Solver):
         self.refinements |= dict(in_workers(self._step, list(self.refinements), self.device))
 
     def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
-        """Return the arguments of `PassSums`; None on processes that do not solve the site."""
+        """Return the arguments of `PassSums` after the loss; None on processes that do not solve the site."""
         refinement = self.refinements.get(site)
-        return refinement and refinement.probes()
+        return refinement and refinement.arguments()
 
     def _step(self, site: str) -> PassRefinement:
         refinement = self.refinements[site]
@@ -310,7 +308,8 @@ class PassSolver(Solver):
         tensors = {"passes": torch.tensor(self.passes)}
         for site in self.sites:
             tensors[f"{site}/deviation"] = self.axis_ranges[site].deviation
-            state = self.refinements[site].state() if site in self.refinements else None
+            refinement = self.refinements.get(site)
+            state = refinement and pack_refinement(refinement)
             state = broadcast(state, self.owner_of(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
         if rank() == 0:
@@ -324,7 +323,7 @@ class PassSolver(Solver):
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}
             deviation = state.pop("deviation")
-            refinement = PassRefinement.of_state(state, self.options.strengths)
+            refinement = unpack_refinement(state, self.loss, self.options.strengths)
             self.axis_ranges[site] = AxisRange(refinement.space, deviation)
             if rank() == self.owner_of(site):
                 self.refinements[site] = refinement

@@ -1,8 +1,7 @@
 """The command `probes solve`: model, data and trainer of `probes fit`, and a solver in place of its training loop."""
 
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, replace
 
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,13 +11,12 @@ from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.rank_zero import run_on_all_ranks
 from llava_bidir.common.run_folder import StartOfRun
 from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
-from probes.run_config import RunConfig, SolverOptions
+from probes.run_config import RunConfig
 from probes.tasks import TASKS
 from probes.training.cli import ProbeCLI, build_run
 from probes.training.run_schema import MODEL_SETTINGS
 
 from .run import SolveRun, estimate, solve
-from .solver import SolveOptions
 
 
 def run_config(config: RunConfig) -> None:
@@ -58,45 +56,37 @@ def build_solve(config: RunConfig) -> ProbeCLI:
     cli = build_run(config, "probes solve")
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
     cli.datamodule.trainer = cli.trainer
-    cli.model = make_solve_run(cli.model.hparams, config.solver, cli.datamodule.task)
+    cli.model = make_solve_run(config, cli.datamodule.num_classes)
     for callback in cli.trainer.callbacks:
         if isinstance(callback, StartOfRun):
             callback.content = yaml.safe_dump(config.values(), sort_keys=False)
     return cli
 
 
-def make_solve_run(
-    module_settings: Mapping[str, Any],
-    solver: SolverOptions,
-    task: str,
-) -> SolveRun:
+def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
     """Return what a run is made from.
 
     Args:
-        module_settings: Settings of a `ProbeModule`, of which those of the frozen model are used.
-        solver: Options of the solver.
-        task: Kind of targets.
+        config: Options of the run.
+        num_classes: Of the data.
 
     Raises:
         UserError: The config asks for probes that are not linear, or a strength is out of range.
     """
-    if module_settings["head"] != "linear":
+    if config.model.head != "linear":
         raise UserError(
-            f"model.head is {module_settings['head']!r}, but only linear probes can be solved; use `probes fit`"
+            f"model.head is {config.model.head!r}, but only linear probes can be solved; use `probes fit`"
         )
-    of_classes = TASKS[task].cross_entropy
-    strengths = tuple(sorted(set(solver.strengths or ()), reverse=True)) or None
-    if not of_classes and strengths and strengths[0] > 1:
+    task = TASKS[config.data.task]
+    strengths = sorted(set(config.solver.strengths or ()), reverse=True) or None
+    if task.loss is None and strengths and strengths[0] > 1:
         raise UserError(f"--strengths of least squares must be at most 1, got {strengths[0]:g}")
-    own = {"folds": solver.folds, "strengths": strengths}
-    of_passes = {}
-    if of_classes:
-        of_passes = {"passes": solver.passes, "sample_images": solver.sample_images}
-    of_model = {name: module_settings[name] for name in MODEL_SETTINGS}
-    options = SolveOptions(
-        seed=module_settings["seed"],
-        disk_gb=solver.disk_gb,
-        **own,
-        **of_passes,
-    )
-    return SolveRun(own | of_model | of_passes, options, TASKS[task])
+    settings = asdict(config.model) | {"num_classes": num_classes, "seed": config.seed_everything}
+    hparams = {"folds": config.solver.folds, "strengths": strengths}
+    hparams |= {name: settings[name] for name in MODEL_SETTINGS}
+    if task.loss is not None:
+        hparams |= {
+            "passes": config.solver.passes,
+            "sample_images": config.solver.sample_images,
+        }
+    return SolveRun(hparams, replace(config.solver, strengths=strengths), task)

@@ -87,9 +87,11 @@ def solve_features(
     tight = _prepare(masks, classes, grid, TIGHT_NODES).to(features.device)
     if not tight.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
-    problem = SiteProblem(features.flatten(1, 2), loose, tight, assign_folds(len(masks), folds))
+    fold_of = assign_folds(len(masks), folds)
+    loss = TASKS[SEGMENTATION].loss
+    problem = SiteProblem(loss, features.flatten(1, 2), loose, tight, fold_of)
     path, refinement = solve_site(problem, None if strength is None else [strength])
-    solved = SolvedSite.of_points(**refinement.solution(path))
+    solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)
     weight = solved.weights[solved.row]
     bias = solved.bias[solved.row].double() - weight.double() @ solved.mean.double()
     return FeatureProbe(

@@ -18,8 +18,7 @@ from probes.training.distributed import all_gather_objects, broadcast
 from .objective import LOOSE_NODES, SiteProblem
 from .refinement import solve_site
 from .solved_site import SolvedSite
-from .solver import Solver
-from .workers import in_workers
+from .solver import Solver, in_workers
 
 
 class MemorySolver(Solver):
@@ -53,8 +52,8 @@ class MemorySolver(Solver):
             rank_zero_info(f"{len(saved)} of {len(self.sites)} sites were solved before")
         mine = [site for site in self.sample_states if site not in saved]
         for site, found in in_workers(self._solve_site, mine, self.device):
-            solved[site] = SolvedSite.of_points(**found)
-            self.checkpoints.save(file(site), vars(solved[site]))
+            solved[site] = found
+            self.checkpoints.save(file(site), vars(found))
             del self.sample_states[site]
         return self.share_solved(solved)
 
@@ -73,10 +72,15 @@ class MemorySolver(Solver):
         self.tight = join_masks([part[2] for part in parts])[order.tolist()]
         self.gather_states(states, counts, order)
 
-    def _solve_site(self, site: str) -> dict[str, Any]:
+    def _solve_site(self, site: str) -> SolvedSite:
         states = self.sample_states[site].to(self.device)
         loose = self.loose.to(self.device)
         tight = self.tight.to(self.device)
-        problem = SiteProblem(states, loose, tight, self.fold_of)
+        problem = SiteProblem(self.loss, states, loose, tight, self.fold_of)
         path, refinement = solve_site(problem, self.options.strengths)
-        return refinement.solution(path)
+        return SolvedSite.of_points(
+            path,
+            problem.space,
+            refinement.accepted.points,
+            refinement.certificates,
+        )

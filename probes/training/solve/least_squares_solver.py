@@ -22,11 +22,10 @@ from probes.evaluation.strengths import CLOSED_FORM
 from probes.ops.normal_equations import normal_equations
 from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
-from .checkpoints import tensors_of
 from .least_squares import LEAST_SQUARES_STRENGTHS, LeastSquaresMoments, solve_least_squares
 from .moments import packed_size
 from .solved_site import SolvedSite
-from .solver import Solver
+from .solver import Solver, tensors_of
 
 SAVE_SECONDS = 600  # between two files of moments
 

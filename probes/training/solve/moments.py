@@ -155,14 +155,14 @@ class SiteSpace:
         scale: f64[d], D^-1/2; 0 for constant channels.
         basis: f64[d, d], V, one eigenvector per column.
         spectrum: f64[d], s.
-        log_prior: f64[K], log(N_k / n). A class without pixels has half a pixel.
+        pixels: f64[K], N of all images.
     """
 
     mean: Tensor
     scale: Tensor
     basis: Tensor
     spectrum: Tensor
-    log_prior: Tensor
+    pixels: Tensor
 
     @classmethod
     def of(cls, states: Tensor, soft: Tensor) -> "SiteSpace":
@@ -184,14 +184,13 @@ class SiteSpace:
         within = second / total - (means * (count / total)[:, None]).T @ means
         mean = moments.pivot.double() + overall
         scale, spectrum, basis = standardise(within, second.diagonal() / total + mean.square())
-        log_prior = torch.where(seen, count, 0.5).log() - total.log()
         # basis is sent between processes
         return cls(
             mean,
             scale,
             basis.contiguous(),
             spectrum,
-            log_prior,
+            count,
         )
 
     @property

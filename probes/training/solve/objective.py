@@ -1,13 +1,13 @@
-"""The objective of linear probes of one site: the paper's loss with a penalty, on images or pixels in memory.
+"""The objective of linear probes of one site: the task's loss with a penalty, on images or pixels in memory.
 
 The objective of a strength r is convex:
 
-    f(w, b) = mean cross-entropy of the upsampled logits over labelled pixels + r/2 w^T D w        (D: moments.py)
+    f(w, b) = mean loss of the upsampled logits over labelled pixels + r/2 w^T D w        (D: moments.py)
 
 w is in coordinates in which D is the identity and the pooled within-class covariance diag(s) (`moments.py`). There,
 p_k (1 - p_k) s_j + r, with p the frequencies of the classes, is about the curvature along w_kj. That is what L-BFGS
 starts from on a sample of pixels. With all images in memory it starts from the Hessian on some of their nodes
-(`node_sample.py`, `sample_hessian.py`), which takes half the time.
+(`curvature.py`), which takes half the time.
 
 `strength_path.py` finds the region of the best strength with two nodes per cell (`probes/ops`). What chooses among
 neighbouring strengths, certificates, the last probes and reported losses use five.
@@ -22,13 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
+from probes.tasks.losses import Loss
 
+from .curvature import SampledPixels, SampleHessian, first_damping, sample_nodes
 from .moments import SiteSpace, full_precision
-from .node_sample import sample_nodes
-from .sample_hessian import SampledPixels, SampleHessian, first_damping
 
 LOOSE_NODES = 2
 TIGHT_NODES = 5
@@ -59,13 +58,15 @@ class FoldProblem:
 
     Args:
         space: Coordinates of the site.
+        loss: Of the logits.
         pixels: f64[F], labelled pixels of each fold.
     """
 
     has_nodes = True  # the number of nodes makes a difference
 
-    def __init__(self, space: SiteSpace, pixels: Tensor):
+    def __init__(self, space: SiteSpace, loss: Loss, pixels: Tensor):
         self.space = space
+        self.loss = loss
         self.pixels = pixels
 
     def sums(
@@ -80,18 +81,18 @@ class FoldProblem:
 
     @property
     def start(self) -> Tensor:
-        """The constant prediction, f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
-        prior = self.space.log_prior
-        weights = prior.new_zeros(len(prior), len(self.space.spectrum))
-        return torch.cat([weights, prior[:, None]], 1)
+        """The constant prediction, f64[K, d + 1]: w = 0, and the best biases."""
+        bias = self.loss.constant(self.space.pixels)
+        weights = bias.new_zeros(len(bias), len(self.space.spectrum))
+        return torch.cat([weights, bias[:, None]], 1)
 
     def first_guess(
         self, strengths: Tensor, left_out: Sequence[int | None], nodes: int
     ) -> FirstGuess | Tensor:
         """Return the first guess of the inverse Hessian for `minimise`; arguments as of :meth:`objective`."""
-        p = self.space.log_prior.exp().clamp(min=1e-4)
-        loss_curvature = (p * (1 - p))[:, None] * self.space.input_spectrum
-        return 1 / (loss_curvature + self.space.ridge(strengths))
+        by_logits = self.loss.curvature(self.start[:, -1]).diagonal().clamp(min=1e-4)
+        curvature = by_logits[:, None] * self.space.input_spectrum
+        return 1 / (curvature + self.space.ridge(strengths))
 
     def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
         """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
@@ -123,7 +124,7 @@ class FoldProblem:
         return self.pixels.sum() - (0 if fold is None else self.pixels[fold])
 
     def held_out_loss(self, points: Tensor) -> float:
-        """Return the mean cross-entropy of all images, each under the point f64[F, K, d + 1] of its fold."""
+        """Return the mean loss of all images, each under the point f64[F, K, d + 1] of its fold."""
         by_fold = [(fold, point[None]) for fold, point in enumerate(points)]
         losses = [
             self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold
@@ -135,6 +136,7 @@ class SiteProblem(FoldProblem):
     """The objective of a site on images in memory.
 
     Args:
+        loss: Of the logits.
         states: f[B, T, d], on the device of the computation.
         loose: The masks of the images, with few nodes.
         tight: The same with many nodes.
@@ -143,6 +145,7 @@ class SiteProblem(FoldProblem):
 
     def __init__(
         self,
+        loss: Loss,
         states: Tensor,
         loose: PreparedMasks,
         tight: PreparedMasks,
@@ -157,7 +160,7 @@ class SiteProblem(FoldProblem):
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
         pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
         self.samples: dict[int, SampledPixels] = {}
-        super().__init__(space, pixels)
+        super().__init__(space, loss, pixels)
 
     def sample(self, nodes: int) -> SampledPixels:
         """Return some nodes of all images, for the curvature of the loss with so many nodes.
@@ -183,6 +186,7 @@ class SiteProblem(FoldProblem):
 
         def inverse_hessian(points: Tensor, gradient: Tensor) -> Callable[[Tensor], Tensor]:
             hessian = SampleHessian(
+                self.loss,
                 sample,
                 points,
                 gradient,
@@ -203,7 +207,7 @@ class SiteProblem(FoldProblem):
         needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
-        return loss_sums(self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
+        return loss_sums(self.loss, self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
 
 
 class PixelProblem(FoldProblem):
@@ -211,6 +215,7 @@ class PixelProblem(FoldProblem):
 
     Args:
         space: Coordinates of the site.
+        loss: Of the logits.
         inputs: f32[n, d + 1], states in the coordinates, and ones.
         labels: i64[n].
         weights: f64[n], labelled pixels that each one stands for.
@@ -223,6 +228,7 @@ class PixelProblem(FoldProblem):
     def __init__(
         self,
         space: SiteSpace,
+        loss: Loss,
         inputs: Tensor,
         labels: Tensor,
         weights: Tensor,
@@ -231,7 +237,7 @@ class PixelProblem(FoldProblem):
     ):
         parts = [(fold_of == fold).nonzero().flatten() for fold in range(folds)]
         self.parts = [(inputs[part], labels[part], weights[part].float()) for part in parts]
-        super().__init__(space, torch.stack([weights[part].sum() for part in parts]))
+        super().__init__(space, loss, torch.stack([weights[part].sum() for part in parts]))
 
     @full_precision()
     def sums(
@@ -245,21 +251,17 @@ class PixelProblem(FoldProblem):
         inputs, labels, weights = self.parts[fold]
         count, classes = points.shape[:2]
         logits = (inputs @ points.flatten(0, 1).T.to(inputs)).view(-1, count, classes)
-        log_probability = logits.log_softmax(-1)
-        at_label = labels[:, None, None].expand(-1, count, 1)
-        loss = -(log_probability.gather(2, at_label)[..., 0] * weights[:, None]).sum(
-            0, dtype=torch.float64
-        )
+        losses, by_logits = self.loss.of_pixels(logits, labels[:, None], needs_grad)
+        total = (losses * weights[:, None]).sum(0, dtype=torch.float64)
         if not needs_grad:
-            return loss, None
-        residual = log_probability.exp()
-        residual.scatter_add_(2, at_label, residual.new_full((1, 1, 1), -1).expand_as(at_label))
-        residual *= weights[:, None, None]
-        return loss, (residual.flatten(1).T @ inputs).view_as(points).double()
+            return total, None
+        by_logits *= weights[:, None, None]
+        return total, (by_logits.flatten(1).T @ inputs).view_as(points).double()
 
 
 @full_precision()
 def loss_sums(
+    loss: Loss,
     tokens: Tensor,
     masks: PreparedMasks,
     points: Tensor,
@@ -268,6 +270,7 @@ def loss_sums(
     """Return the summed loss f64[P] of P linear probes on the same images, and its gradient f64[P, K, n].
 
     Args:
+        loss: Of the logits.
         tokens: f32[B, T, n], the inputs of the probes.
         masks: B masks.
         points: f64[P, K, n], weights of the inputs.
@@ -276,7 +279,7 @@ def loss_sums(
     n_probes, classes = points.shape[:2]
     weights = points.flatten(0, 1).to(tokens)
     grid = tuple(masks.soft.shape[2:])
-    loss = torch.zeros(n_probes, dtype=torch.float64, device=points.device)
+    total = torch.zeros(n_probes, dtype=torch.float64, device=points.device)
     gradient = torch.zeros_like(points) if needs_grad else None
     step = max(1, CHUNK_NUMEL // (len(weights) * tokens.shape[1]))
     for start in range(0, len(tokens), step):
@@ -284,9 +287,9 @@ def loss_sums(
         x = tokens[start : start + step].flatten(0, 1)
         by_token = (x @ weights.T).view(-1, *grid, n_probes, classes)
         logits = by_token.permute(3, 0, 4, 1, 2)
-        losses, by_logits = loss_and_gradient(logits, masks[part], needs_grad)
-        loss += losses.sum(1)
+        losses, by_logits = loss.of_images(logits, masks[part], needs_grad)
+        total += losses.sum(1)
         if needs_grad:
             by_weight_row = by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
             gradient += (by_weight_row @ x).view_as(points)
-    return loss, gradient
+    return total, gradient

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probes.ops.quadrature import PreparedMasks
+from probes.tasks.losses import Loss
 
 from .moments import Moments, SiteSpace, full_precision
 from .objective import loss_sums
@@ -18,6 +19,7 @@ class PassSums:
     """Losses and gradients of a site's probes, summed over the images of a pass.
 
     Args:
+        loss: Of the logits.
         mean: f64[d], of the states.
         points: f64[W, G, K, d + 1], weights of x - mean, and biases.
         left_out: The fold that each of the G probes leaves out.
@@ -26,15 +28,17 @@ class PassSums:
 
     def __init__(
         self,
+        loss: Loss,
         mean: Tensor,
         points: Tensor,
         left_out: list[int | None],
         folds: int,
     ):
+        self.loss = loss
         self.mean = mean.float()
         self.points = points
         self.left_out = left_out
-        self.loss = points.new_zeros(points.shape[:2])
+        self.value = points.new_zeros(points.shape[:2])
         self.gradient = torch.zeros_like(points)
         self.held_out = points.new_zeros(len(points), folds)
 
@@ -49,16 +53,17 @@ class PassSums:
     def _add_fold(self, inputs: Tensor, masks: PreparedMasks, fold: int) -> None:
         used = [g for g, left_out in enumerate(self.left_out) if left_out != fold]
         points = self.points[:, used]
-        loss, gradient = loss_sums(inputs, masks, points.flatten(0, 1))
-        self.loss[:, used] += loss.view(points.shape[:2])
+        value, gradient = loss_sums(self.loss, inputs, masks, points.flatten(0, 1))
+        self.value[:, used] += value.view(points.shape[:2])
         self.gradient[:, used] += gradient.view_as(points)
         if fold in self.left_out:
             points = self.points[:, self.left_out.index(fold)]
-            self.held_out[:, fold] += loss_sums(inputs, masks, points, needs_grad=False)[0]
+            value, _ = loss_sums(self.loss, inputs, masks, points, needs_grad=False)
+            self.held_out[:, fold] += value
 
     @full_precision()
     def uncertainty(self, states: Tensor, pixels: Pixels) -> Tensor:
-        """Return how unsure a probe is of each pixel, f32[n]: the sum of p (1 - p) over classes.
+        """Return how unsure a probe is of each pixel, f32[n]: the trace of the loss's curvature by logits.
 
         It is the probe of all images in the middle of the window.
 
@@ -68,12 +73,12 @@ class PassSums:
         """
         probe = self.points[len(self.points) // 2, -1].float()
         by_token = (states.float() - self.mean) @ probe[:, :-1].T + probe[:, -1]
-        probability = pixels.interpolate(by_token).softmax(-1)
-        return (1 - probability.square().sum(-1)).nan_to_num(0).clamp(min=0)
+        curvature = self.loss.curvature(pixels.interpolate(by_token))
+        return curvature.trace().nan_to_num(0).clamp(min=0)
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums, which are added over processes in place."""
-        return self.loss, self.gradient, self.held_out
+        return self.value, self.gradient, self.held_out
 
     def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `PassRefinement.accept_losses` takes; `pixels` f64[F] are the labelled ones of each fold."""
@@ -84,17 +89,18 @@ class PassSums:
         gradient = torch.cat(
             [space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1
         )
-        return self.loss / used, gradient / used[:, None, None], self.held_out / total
+        return self.value / used, gradient / used[:, None, None], self.held_out / total
 
 
-def null_gradient(space: SiteSpace, moments: Moments) -> Tensor:
+def null_gradient(loss: Loss, space: SiteSpace, moments: Moments) -> Tensor:
     """Return the gradient of the mean loss of all images at the constant prediction, f64[K, d + 1].
 
     The prediction is the same everywhere, so that the moments have its gradient.
     """
     count, first, _ = moments.without(None)
     first = first + count[:, None] * (moments.pivot.double() - space.mean)
-    prior = space.log_prior.exp()
-    weights = space.from_gradient(torch.outer(prior, first.sum(0)) - first)
-    biases = prior * count.sum() - count
+    classes = torch.arange(len(count), device=count.device)
+    _, by_logits = loss.of_pixels(loss.constant(count).expand(len(count), -1), classes)
+    weights = space.from_gradient(by_logits.T @ first)
+    biases = by_logits.T @ count
     return torch.cat([weights, biases[:, None]], 1) / count.sum()

@@ -5,13 +5,14 @@ Legend: R strengths, d width, K classes.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probes.ops.lbfgs import MEMORY, Minimum, Objective, Pair, minimise
 
+from .moments import SiteSpace
 from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from .strength_path import FoldSearch, StrengthPath
 
@@ -44,11 +45,51 @@ class Certificate(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Points f64[R, K, d + 1] with the values f64[R] and gradients of the objective there."""
+    """Points f64[..., K, d + 1] with the values f64[...] and gradients of the objective there."""
 
     points: Tensor
     value: Tensor
     gradient: Tensor
+
+    def is_improved_by(self, other: "Evaluated") -> Tensor:
+        """Return where the value of others is not higher, up to rounding, bool[...]."""
+        return other.value <= self.value + ROUNDING
+
+    def replace_where(self, better: Tensor, other: "Evaluated") -> "Evaluated":
+        """Return the others where `better` bool[...] is True, and these elsewhere."""
+        of_points = better[..., None, None]
+        return Evaluated(
+            torch.where(of_points, other.points, self.points),
+            torch.where(better, other.value, self.value),
+            torch.where(of_points, other.gradient, self.gradient),
+        )
+
+
+def certify(
+    space: SiteSpace,
+    strengths: Tensor,
+    gradient: Tensor,
+    null_gradient: Tensor,
+    decrease: Tensor,
+) -> list[Certificate]:
+    """Return the certificates of R points.
+
+    Args:
+        space: Coordinates of the site.
+        strengths: f64[R].
+        gradient: f64[R, K, d + 1].
+        null_gradient: f64[K, d + 1], at w = 0.
+        decrease: f64[R], expected of another step.
+    """
+    null = null_norm(space, strengths, null_gradient)
+    relative = space.whitened_norm(gradient, strengths) / null
+    return [Certificate(*pair) for pair in zip(relative.tolist(), decrease.tolist(), strict=True)]
+
+
+def null_norm(space: SiteSpace, strengths: Tensor, null_gradient: Tensor) -> Tensor:
+    """Return the norms f64[R] of the gradient at w = 0, f64[K, d + 1], by which others are divided."""
+    at_zero = null_gradient.expand(len(strengths), -1, -1)
+    return space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
 
 
 class Refinement:
@@ -82,11 +123,10 @@ class Refinement:
         unknown = torch.full_like(strengths, torch.inf)
         self.accepted = Evaluated(points, unknown, torch.zeros_like(points))
         self.certificates: list[Certificate] = []
-        start = problem.start.expand_as(points)
-        at_zero = self._objective(LOOSE_NODES)(start, self._everything)[1]
-        self.null_norm = problem.space.whitened_norm(at_zero, strengths).clamp(min=1e-300)
-        # for the norm of the gradient
-        self.tolerance = min(TOLERANCE, (GRADIENT * self.null_norm.min().item()) ** 2 / 8)
+        at_start = self._objective(LOOSE_NODES)(problem.start[None], [0])
+        self.null_gradient = at_start[1][0]
+        least = null_norm(problem.space, strengths, self.null_gradient).min().item()
+        self.tolerance = min(TOLERANCE, (GRADIENT * least) ** 2 / 8)  # for the norm of the gradient
 
     @property
     def _everything(self) -> list[int]:
@@ -123,16 +163,9 @@ class Refinement:
 
     def accept(self, value: Tensor, gradient: Tensor) -> None:
         """Take exact values f64[R] and gradients f64[R, K, d + 1] of the objective at `points`."""
-        better = value <= self.accepted.value + ROUNDING
-
-        def choose(new, old):
-            return torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-        self.accepted = Evaluated(
-            choose(self.points, self.accepted.points),
-            choose(value, self.accepted.value),
-            choose(gradient, self.accepted.gradient),
-        )
+        found = Evaluated(self.points, value, gradient)
+        better = self.accepted.is_improved_by(found)
+        self.accepted = self.accepted.replace_where(better, found)
         self.points = self.accepted.points
 
     def _step_with_few_nodes(self) -> None:
@@ -163,20 +196,13 @@ class Refinement:
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""
-        norm = self.problem.space.whitened_norm(self.accepted.gradient, self.strengths)
-        gradient = norm / self.null_norm
-        self.certificates = [
-            Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)
-        ]
-
-    def solution(self, path: StrengthPath) -> dict[str, Any]:
-        """Return the accepted probes and the path by which their strengths were chosen, for `SolvedSite.of_points`."""
-        return {
-            **path._asdict(),
-            "space": self.problem.space,
-            "points": self.accepted.points,
-            "certificates": self.certificates,
-        }
+        self.certificates = certify(
+            self.problem.space,
+            self.strengths,
+            self.accepted.gradient,
+            self.null_gradient,
+            decrease,
+        )
 
 
 def solve_site(

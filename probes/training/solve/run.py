@@ -16,20 +16,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity
 from llava_bidir.common.run_folder import begin_run
+from probes.data.available_memory import available_memory
 from probes.data.datamodule import ProbeData
+from probes.run_config import SolverOptions
 from probes.tasks import Task
+from probes.training.distributed import broadcast, rank_count
 from probes.training.prediction_files import save_predictions
 from probes.training.scoring import compute_counts, score_batch
 from probes.training.site_probes import load_probes
 from probes.training.write_run import RunRecord, StrengthsRecord, save_run
 
-from .checkpoints import SolverCheckpoints
-from .choose_solver import choose_solver
+from .by_passes import PassSolver
+from .in_memory import MemorySolver
+from .least_squares_solver import LeastSquaresSolver
 from .path_scores import PathScores
 from .solved_site import SolvedSite
-from .solver import SolveOptions, Solver
+from .solver import Solver, SolverCheckpoints
 from .state_reader import StateReader
 
+LEAST = 4  # images of each fold in memory, however little there is
 MEASURED_BATCHES = 3  # by `--dry-run`; the first is not counted
 
 
@@ -47,7 +52,7 @@ class SolveRun:
     """
 
     hparams: dict[str, Any]
-    options: SolveOptions
+    options: SolverOptions
     task: Task
     identity: Identity | None = None
     resuming: bool = False
@@ -87,9 +92,44 @@ def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
     probes.mllm.to(device)
     trainer.precision_plugin.convert_module(probes.mllm)
     trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=run.task.cross_entropy)
+    reader = StateReader(probes, data, trainer, masks=run.task.loss is not None)
     folder = Path(trainer.default_root_dir) / "checkpoints"
     return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
+
+
+def choose_solver(
+    reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints
+) -> Solver:
+    """Return the solver of the reader's task: in memory, if the states of all images fit, or by passes."""
+    if reader.probes.task.loss is None:
+        return LeastSquaresSolver(reader, options, checkpoints)
+    images = len(reader.data.splits["training"])
+    wanted = options.sample_images
+    fit = images_that_fit(reader, options.folds) if wanted is None else wanted
+    sample_images = broadcast(min(images, fit), 0)
+    if sample_images == images:
+        return MemorySolver(reader, options, checkpoints)
+    return PassSolver(reader, options, checkpoints, sample_images)
+
+
+def images_that_fit(reader: StateReader, folds: int) -> int:
+    """Return the number of images whose states fit into a quarter of the memory, some of each fold at least."""
+    mllm = reader.probes.mllm
+    widths = [mllm.widths[site] for site in reader.probes.sites]
+    tokens = mllm.grid[0] * mllm.grid[1]
+    processes = max(1, reader.trainer.num_devices)  # of this machine
+    kept = (
+        int(available_memory() / 4 / mllm.state_bytes(reader.probes.sites))
+        * rank_count()
+        // processes
+    )
+    # tokens of a site in float32, with logits and copies, on the device
+    solved = 12 * tokens * max(widths)
+    if reader.device.type == "cuda":
+        free = torch.cuda.mem_get_info(reader.device)[0]
+    else:
+        free = available_memory()
+    return max(min(kept, int(free / 4 / solved)), LEAST * folds)
 
 
 def score(
@@ -104,7 +144,8 @@ def score(
     probes = solver.probes
     for site, found in solved.items():
         found.set_probe(probes.heads[site])
-        found.report_limit(site)
+        if limit := found.describe_limit(site):
+            rank_zero_info(limit)
     validation = data.splits["validation"]
     metric = probes.new_metric(len(validation)).to(solver.device)
     of_path = PathScores(probes, solved, len(validation), solver.device)

@@ -3,11 +3,11 @@
 Legend: R strengths that were solved, B images, T tokens, d width, K channels of a probe.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from probes.evaluation.strengths import is_at_end
@@ -15,6 +15,7 @@ from probes.training.heads import Probe
 
 from .moments import SiteSpace, full_precision
 from .refinement import Certificate
+from .strength_path import StrengthPath
 
 
 @dataclass
@@ -48,22 +49,25 @@ class SolvedSite:
     @classmethod
     def of_points(
         cls,
-        strengths: list[float],
-        loss: list[float],
-        compared: list[int],
-        chosen: int,
-        solved: list[int],
+        path: StrengthPath,
         space: SiteSpace,
         points: Tensor,
-        certificates: list[Certificate],
+        certificates: Sequence[Certificate] = (),
     ) -> "SolvedSite":
-        """Return the probes whose points f64[R, K, d + 1] are in the coordinates of a site."""
+        """Return probes from points in the coordinates of a site.
+
+        Args:
+            path: The strengths, and how one was chosen.
+            space: The coordinates.
+            points: f64[R, K, d + 1], at `path.solved`.
+            certificates: Of the points; none of those that no pass has seen.
+        """
         return cls(
-            strengths=torch.tensor(strengths, dtype=torch.float64),
-            loss=torch.tensor(loss, dtype=torch.float64),
-            compared=torch.tensor(compared),
-            chosen=torch.tensor(chosen),
-            solved=torch.tensor(solved),
+            strengths=torch.tensor(path.strengths, dtype=torch.float64),
+            loss=torch.tensor(path.loss, dtype=torch.float64),
+            compared=torch.tensor(path.compared),
+            chosen=torch.tensor(path.chosen),
+            solved=torch.tensor(path.solved),
             mean=space.mean.cpu(),
             scale=space.scale.cpu(),
             weights=space.to_states(points[..., :-1]).float().cpu(),
@@ -142,15 +146,15 @@ class SolvedSite:
         probe.head.weight.copy_(chosen * (norm.running_var + norm.eps).sqrt())
         probe.head.bias.copy_(self.bias[self.row])
 
-    def report_limit(self, site: str) -> None:
-        """Say so if the lowest loss is at the end of the strengths that were tried."""
+    def describe_limit(self, site: str) -> str:
+        """Return a sentence if the lowest loss is at the end of the strengths that were tried, else an empty one."""
         strengths = self.strengths.tolist()
         lowest = self.lowest
         if not is_at_end(strengths, strengths[lowest]):
-            return
+            return ""
         end = "strongest" if lowest == 0 else "weakest"
         why = "the states tell little" if lowest == 0 else "more would be used"
-        rank_zero_info(
+        return (
             f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
             f"the probe has {strengths[int(self.chosen)]:g}"
         )

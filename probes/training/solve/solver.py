@@ -1,40 +1,77 @@
-"""What all solvers are made of: a way to read states, options, and files from which a killed run resumes."""
+"""What all solvers are made of: files from which a killed run resumes, and work on the cores of a machine."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from llava_bidir.common.atomic_io import atomic_write, write_tensors
+from llava_bidir.common.errors import error_context
+from llava_bidir.common.identity import Identity, check_same_identity
+from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import assign_folds
-from probes.training.distributed import broadcast, gather_images, rank_count
+from probes.run_config import SolverOptions
+from probes.training.distributed import broadcast, gather_images, rank, rank_count
 
-from .checkpoints import SolverCheckpoints
 from .solved_site import SolvedSite
 from .state_reader import StateReader
 
 
-@dataclass(frozen=True)
-class SolveOptions:
-    """Options of `probes solve`.
+class SolverCheckpoints:
+    """Files of tensors in a folder, each with the identity of its run.
 
     Args:
-        folds: F, folds of training images for the cross-validation.
-        strengths: Strengths to solve, above 0; None for a search or, of least squares, for 25.
-        seed: Seed of the pixels that are sampled.
-        passes: Most passes over the training split; of classes.
-        sample_images: Training images whose memory is used; None for as many as fit into a quarter of the available
-            memory; of classes.
-        disk_gb: Most GB of states that may be written to the disk of the run; of classes.
+        folder: RUN/checkpoints.
+        identity: Of this run; None where nothing is saved.
+        resuming: Files of a killed run may be read.
     """
 
-    folds: int = 4
-    strengths: tuple[float, ...] | None = None
-    seed: int = 0
-    passes: int = 20
-    sample_images: int | None = None
-    disk_gb: float = 0.0
+    def __init__(self, folder: Path, identity: Identity | None, resuming: bool):
+        self.folder = folder
+        self.identity = identity
+        self.resuming = resuming
+
+    def has(self, name: str) -> bool:
+        """Return whether a killed run has left a file that this run may read."""
+        return self.resuming and (self.folder / name).is_file()
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of the files that a killed run has left."""
+        return sorted(file.name for file in self.folder.glob(pattern)) if self.resuming else []
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to a file, with the identity of the run."""
+        with atomic_write(self.folder / name) as partial:
+            on_cpu = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+            write_tensors(on_cpu, partial, {"identity": json.dumps(self.identity)})
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a file.
+
+        Raises:
+            UserError: The file is damaged, or belongs to a run of another identity.
+        """
+        path = self.folder / name
+        with error_context(path):
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()["identity"])
+            # in memory of torch: products of tensors at the addresses of a mapped file can differ in their last bits
+            tensors = {key: x.clone() for key, x in load_file(path).items()}
+        check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
+        return tensors
+
+
+def tensors_of(site: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a site by name, from those of all sites by "SITE/NAME"."""
+    return {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}
 
 
 class Solver:
@@ -56,7 +93,7 @@ class Solver:
     most_passes = 1  # over the training images
     keeps_states = False  # of all images on the disk
 
-    def __init__(self, reader: StateReader, options: SolveOptions, checkpoints: SolverCheckpoints):
+    def __init__(self, reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints):
         self.reader = reader
         self.options = options
         self.checkpoints = checkpoints
@@ -64,6 +101,7 @@ class Solver:
         self.mllm = reader.probes.mllm
         self.sites = reader.probes.sites
         self.channels = reader.probes.channels
+        self.loss = reader.probes.task.loss
         self.device = reader.device
         self.passes = 0  # that are complete
         training = reader.data.splits["training"]
@@ -130,3 +168,46 @@ class Solver:
     def about(self) -> dict[str, Any]:
         """Return what metrics.json["path"] says of the passes."""
         return {"passes": self.passes}
+
+
+def in_workers(
+    work: Callable[[str], Any], sites: list[str], device: torch.device
+) -> Iterable[tuple[str, Any]]:
+    """Yield each site with the result of its work, on a CPU as many at a time as torch has threads.
+
+    Each worker has one thread, so that the bits of a site do not depend on their number. They are processes, which
+    share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
+    this process, however it ends.
+    """
+    threads = (
+        torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    )
+    # one site alone, too, which has as many threads here: they would round differently
+    processes = (
+        {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"}
+        if threads > 1
+        else {}
+    )
+    results = DataLoader(
+        _Results(work, sites),
+        batch_size=None,
+        collate_fn=lambda result: result,
+        **processes,
+    )
+    yield from zip(
+        sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True
+    )
+
+
+class _Results(Dataset):
+    """The result of some work for each site, done when it is asked for."""
+
+    def __init__(self, work: Callable[[str], Any], sites: list[str]):
+        self.work = work
+        self.sites = sites
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.work(self.sites[index])

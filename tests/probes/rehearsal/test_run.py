@@ -15,8 +15,10 @@ from llava_bidir.common.steps import find_missing, run_steps
 from probes import cli
 from probes.rehearsal import run as rehearsal
 from probes.rehearsal.cost import extrapolate
+from probes.rehearsal.inputs import ARMS
 from probes.rehearsal.measure import run_measured
 from probes.rehearsal.study import rehearsal_step
+from probes.results.study import CONTROLS
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,6 +77,11 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
     assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
+def test_claims_about_the_llm_have_the_draws_of_a_verdict():
+    needed = {f"{control}{draw}" for control in CONTROLS["llm"] for draw in range(2)}
+    assert needed <= set(ARMS.split())
+
+
 def test_folder_of_another_rehearsal_is_an_error(tmp_path, monkeypatch):
     # It would last for all tests after this one
     monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)
@@ -130,5 +137,7 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     assert {part["part"] for part in record["cost"]} == {"probes"} | stages
     claims = json.loads((tmp_path / "out/report/results.json").read_text())["claims"]
     assert {claim["claim"] for claim in claims} >= {"adapter_drop", "recovery"}
+    beyond = [x["verdicts"]["beyond_random"] for x in claims if x["claim"] == "recovery"]
+    assert all({*column["controls"]} == {"random", "permuted"} for column in beyond)
     assert "host GB" in done.stdout
     assert "device-hours" in done.stdout

@@ -58,4 +58,3 @@ def test_constant_channels_and_absent_classes_have_finite_coordinates():
     assert space.scale[2] == 0
     assert (space.scale > 0).sum() == 4
     assert space.coordinates(states).isfinite().all()
-    assert space.log_prior.isfinite().all()

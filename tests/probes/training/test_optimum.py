@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import CROSS_ENTROPY, LabelSmoothing
 from optima import ROUNDING, SLACK
 from scipy.optimize import minimize as scipy_minimize
 
 from probes.ops.quadrature import prepare_masks
+from probes.tasks.losses import Loss
 from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
 from probes.training.solve.objective import (
@@ -49,12 +51,12 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return states + 2, pixels
 
 
-def problem(data, images: slice = slice(None)) -> SiteProblem:
-    states, target = (x[images] for x in data)
+def problem(data, loss: Loss = CROSS_ENTROPY) -> SiteProblem:
+    states, target = data
     loose, tight = (
         prepare_masks(target, CLASSES, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
-    return SiteProblem(states, loose, tight, torch.arange(len(states)) // 2 % FOLDS)
+    return SiteProblem(loss, states, loose, tight, torch.arange(len(states)) // 2 % FOLDS)
 
 
 def objective(
@@ -63,6 +65,7 @@ def objective(
     strength: float,
     point: torch.Tensor,
     images=slice(None),
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the objective with F.interpolate and F.cross_entropy, in float64."""
     states = data[0][images]
@@ -73,7 +76,7 @@ def objective(
     up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
     variance = torch.where(at.space.scale > 0, at.space.scale**-2, 0)
     return (
-        F.cross_entropy(up, target.long(), ignore_index=255)
+        F.cross_entropy(up, target.long(), ignore_index=255, label_smoothing=label_smoothing)
         + strength / 2 * (weights**2 * variance).sum()
     )
 
@@ -83,10 +86,11 @@ def scipy_optimum(
     at: SiteProblem,
     strength: float,
     images=slice(None),
+    label_smoothing: float = 0.0,
 ) -> tuple[float, torch.Tensor]:
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x).view_as(at.start).requires_grad_()
-        value = objective(data, at, strength, point, images)
+        value = objective(data, at, strength, point, images, label_smoothing)
         value.backward()
         return value.item(), point.grad.flatten().numpy()
 
@@ -110,15 +114,18 @@ def others(fold: int) -> list[int]:
     return [i for i in range(IMAGES) if i // 2 % FOLDS != fold]
 
 
-def test_solved_probes_equal_scipy_on_upsampled_logits(data):
-    at = problem(data)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_solved_probes_equal_scipy_on_upsampled_logits(data, smoothing):
+    """With another loss, too: a class and nothing else."""
+    at = problem(data, LabelSmoothing(smoothing) if smoothing else CROSS_ENTROPY)
     path, refinement = start_refinement(at, (1.0, 1e-2, 1e-4))
     refinement.solve_in_memory()
     assert refinement.converged
     assert path.solved == [0, 1, 2]
     for strength, point in zip(path.strengths, refinement.points, strict=True):
-        found = objective(data, at, strength, point).item()
-        assert found == pytest.approx(scipy_optimum(data, at, strength)[0], abs=1e-5)
+        found = objective(data, at, strength, point, label_smoothing=smoothing).item()
+        expected, _ = scipy_optimum(data, at, strength, label_smoothing=smoothing)
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def held_out_loss_of_scipy(data, at: SiteProblem, strength: float) -> float:
@@ -189,7 +196,7 @@ def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkey
     for guess in (SiteProblem.first_guess, FoldProblem.first_guess):
         monkeypatch.setattr(SiteProblem, "first_guess", guess)
         evaluated.append(0)
-        at = SiteProblem(states, *masks, torch.arange(240) // 2 % FOLDS)
+        at = SiteProblem(CROSS_ENTROPY, states, *masks, torch.arange(240) // 2 % FOLDS)
         path, refinement = start_refinement(at)
         refinement.solve_in_memory()
         assert refinement.converged
@@ -318,6 +325,8 @@ def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
     tokens = torch.randn(IMAGES, 9, 4)
     masks = prepare_masks(data[1], CLASSES, GRID)
     points = torch.randn(2, CLASSES, 4, dtype=torch.float64)
-    whole = loss_sums(tokens, masks, points)
+    whole = loss_sums(CROSS_ENTROPY, tokens, masks, points)
     monkeypatch.setattr(objectives, "CHUNK_NUMEL", 1)  # one image at a time
-    torch.testing.assert_close(loss_sums(tokens, masks, points), whole, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        loss_sums(CROSS_ENTROPY, tokens, masks, points), whole, rtol=1e-4, atol=1e-2
+    )

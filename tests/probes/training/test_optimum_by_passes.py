@@ -3,10 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import CROSS_ENTROPY, LabelSmoothing
 
 from probes.ops.geometry import GridPlacement
 from probes.ops.quadrature import prepare_masks
-from probes.training.solve import sample_hessian
+from probes.run_config import SolverOptions
+from probes.training.solve import curvature
+from probes.training.solve.curvature import (
+    FIRST_DAMPING,
+    LEAST_DAMPING,
+    MOST_FIRST_DAMPING,
+    SampledPixels,
+    SampleHessian,
+)
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import (
     LOOSE_NODES,
@@ -17,18 +26,14 @@ from probes.training.solve.objective import (
     SiteProblem,
     half_decades,
 )
-from probes.training.solve.pass_refinement import PassRefinement
+from probes.training.solve.pass_refinement import (
+    PassRefinement,
+    pack_refinement,
+    unpack_refinement,
+)
 from probes.training.solve.pass_sums import PassSums, null_gradient
 from probes.training.solve.pixel_sample import AxisRange, Pixels, choose_pixels
 from probes.training.solve.refinement import start_refinement
-from probes.training.solve.sample_hessian import (
-    FIRST_DAMPING,
-    LEAST_DAMPING,
-    MOST_FIRST_DAMPING,
-    SampledPixels,
-    SampleHessian,
-)
-from probes.training.solve.solver import SolveOptions
 from probes.training.solve.strength_path import HELD_OUT_GAIN, FoldSearch
 
 pytestmark = pytest.mark.numerics
@@ -45,6 +50,7 @@ class Data:
     """Images whose tokens resemble each other, as those of photos do: each has an offset of its own."""
 
     def __init__(self):
+        self.loss = CROSS_ENTROPY
         generator = torch.Generator().manual_seed(0)
         coarse = torch.randint(0, CLASSES, (IMAGES, 1, 3, 3), generator=generator).float()
         tokens = F.interpolate(coarse, GRID)[:, 0].long()
@@ -90,7 +96,7 @@ class Data:
 
     def whole(self, strengths=None):
         """Return the path and the refinement with all images in memory."""
-        problem = SiteProblem(self.states, self.loose, self.tight, self.fold_of)
+        problem = SiteProblem(self.loss, self.states, self.loose, self.tight, self.fold_of)
         path, refinement = start_refinement(problem, strengths)
         refinement.solve_in_memory()
         return path, refinement
@@ -100,6 +106,7 @@ class Data:
         sample, labels = self.sample(count, 0)
         problem = PixelProblem(
             self.space,
+            self.loss,
             sample.inputs,
             labels,
             sample.weights.double(),
@@ -109,8 +116,9 @@ class Data:
         found = FoldSearch(problem).solve(strengths)
         chosen = found.path.chosen
         points = torch.cat([found.fold_points, found.points[found.path.solved.index(chosen)][None]])
-        null = null_gradient(self.space, self.moments)
-        return PassRefinement(
+        null = null_gradient(self.loss, self.space, self.moments)
+        return PassRefinement.start(
+            self.loss,
             self.space,
             null,
             found.path.strengths[chosen],
@@ -120,7 +128,7 @@ class Data:
 
     def take_pass(self, refinement: PassRefinement) -> None:
         """Give a refinement the exact sums of all images, in batches of mixed folds."""
-        sums = PassSums(*refinement.probes())
+        sums = PassSums(self.loss, *refinement.arguments())
         for images in torch.arange(IMAGES).split(50):
             sums.add(
                 self.states[images], self.tight[images.tolist()], self.fold_of[images].tolist()
@@ -139,7 +147,7 @@ def data() -> Data:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def product_dtype(request, monkeypatch):
     """The dtype of a sample's products, whatever this machine is fast in."""
-    monkeypatch.setattr(sample_hessian, "fast_dtype", lambda device: request.param)
+    monkeypatch.setattr(curvature, "fast_dtype", lambda device: request.param)
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.08, 8), (0.02, 8), (0.005, 10)])
@@ -156,15 +164,15 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
         if refinement.converged:
             break
     assert refinement.converged and len(refinement.certificates) == 3
-    found = refinement.solution()
-    ratio = found["strengths"][found["chosen"]] / path.strengths[path.chosen]
+    found = refinement.window.path()
+    ratio = found.strengths[found.chosen] / path.strengths[path.chosen]
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
     losses = dict(zip(path.strengths, path.loss, strict=True))
-    for strength, loss in zip(found["strengths"], found["loss"], strict=True):
+    for strength, loss in zip(found.strengths, found.loss, strict=True):
         near = [known for other, known in losses.items() if other == pytest.approx(strength)]
-        if strength in refinement.strengths and near:
+        if strength in refinement.window.strengths and near:
             assert loss == pytest.approx(near[0], abs=3e-3)
-    for strength, point in zip(refinement.strengths, found["points"], strict=True):
+    for strength, point in zip(refinement.window.strengths, refinement.points, strict=True):
         rows = [
             i
             for i, other in enumerate(whole.strengths.tolist())
@@ -177,28 +185,50 @@ def test_a_small_share_of_the_bytes_ends_at_the_optimum_and_the_strength_of_all_
             assert value == pytest.approx(whole.accepted.value[rows[0]].item(), abs=2e-4)
 
 
+def test_another_loss_ends_at_its_own_optimum(data, monkeypatch):
+    """Its class is all that is written."""
+    plain, _ = data.whole((1e-2,))
+    monkeypatch.setattr(data, "loss", LabelSmoothing(0.2))
+    path, whole = data.whole((1e-2,))
+    assert path.loss[0] > plain.loss[0] + 0.05
+    refinement = data.start(2000, (1e-2,))
+    for number in range(2, 10):
+        data.take_pass(refinement)
+        refinement.step(data.sample(2000, number)[0])
+        if refinement.converged:
+            break
+    assert refinement.converged
+    torch.testing.assert_close(
+        refinement.probes.accepted.value[0], whole.accepted.value, atol=2e-4, rtol=0
+    )
+
+
 def test_gradient_at_zero_and_sums_of_a_pass_are_those_of_all_images(data):
-    problem = SiteProblem(data.states, data.loose, data.tight, data.fold_of)
+    problem = SiteProblem(data.loss, data.states, data.loose, data.tight, data.fold_of)
     strengths = torch.tensor([0.0]).double()
     expected = problem.objective(strengths, [None], TIGHT_NODES)(problem.start[None], [0])[1][0]
     torch.testing.assert_close(
-        null_gradient(data.space, data.moments), expected, atol=1e-5, rtol=1e-4
+        null_gradient(data.loss, data.space, data.moments), expected, atol=1e-5, rtol=1e-4
     )
     generator = torch.Generator().manual_seed(1)
     points = (
         problem.start
         + 0.1 * torch.randn(FOLDS + 1, *problem.start.shape, generator=generator).double()
     )
-    refinement = PassRefinement(data.space, expected, 0.1, points, (0.1,))
+    refinement = PassRefinement.start(data.loss, data.space, expected, 0.1, points, (0.1,))
     data.take_pass(refinement)
     strengths = torch.full((FOLDS + 1,), 0.1).double()
     left_out = [*range(FOLDS), None]
     value, gradient = problem.objective(strengths, left_out, TIGHT_NODES)(
         points, list(range(FOLDS + 1))
     )
-    torch.testing.assert_close(refinement.value[0], value, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(refinement.gradient[0], gradient, atol=1e-5, rtol=1e-3)
-    assert refinement.losses[0.1] == pytest.approx(problem.held_out_loss(points[:-1]), rel=1e-5)
+    torch.testing.assert_close(refinement.probes.accepted.value[0], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        refinement.probes.accepted.gradient[0], gradient, atol=1e-5, rtol=1e-3
+    )
+    assert refinement.window.losses[0.1] == pytest.approx(
+        problem.held_out_loss(points[:-1]), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("bias_gradient", [0.0, 0.2])
@@ -206,6 +236,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype, b
     sample, labels = data.sample(400, 3)
     problem = PixelProblem(
         data.space,
+        data.loss,
         sample.inputs,
         labels,
         sample.weights.double(),
@@ -224,6 +255,7 @@ def test_sample_hessian_is_the_derivative_of_the_gradient(data, product_dtype, b
     expected = (gradient(points + 1e-2 * direction) - gradient(points - 1e-2 * direction)) / 2e-2
     spectrum = torch.cat([data.space.spectrum, torch.ones(1)])
     hessian = SampleHessian(
+        data.loss,
         sample,
         points,
         bias_gradient * direction,
@@ -244,21 +276,25 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     refinement = data.start(400, (1e-1, 1e-2))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    before = refinement.accepted_points.clone()
-    value = refinement.value.clone()
-    damping = refinement.damping.clone()
-    losses = dict.fromkeys(refinement.strengths, refinement.losses[refinement.best])
-    refinement.points = refinement.points + 100
+    before = refinement.probes.accepted.points.clone()
+    value = refinement.probes.accepted.value.clone()
+    damping = refinement.probes.damping.clone()
+    losses = dict.fromkeys(
+        refinement.window.strengths, refinement.window.losses[refinement.window.best]
+    )
+    refinement.probes.points = refinement.probes.points + 100
     data.take_pass(refinement)
-    assert torch.equal(refinement.accepted_points, before) and torch.equal(refinement.value, value)
-    assert refinement.losses == losses, (
+    assert torch.equal(refinement.probes.accepted.points, before) and torch.equal(
+        refinement.probes.accepted.value, value
+    )
+    assert refinement.window.losses == losses, (
         "the cross-validated loss, too, is that of the points that are kept"
     )
-    assert (refinement.damping == 10 * damping).all()
+    assert (refinement.probes.damping == 10 * damping).all()
     refinement.step(data.sample(400, 2)[0])
     data.take_pass(refinement)
-    assert (refinement.value < value).all()
-    assert (refinement.damping < 10 * damping).all(), "the next step was taken"
+    assert (refinement.probes.accepted.value < value).all()
+    assert (refinement.probes.damping < 10 * damping).all(), "the next step was taken"
 
 
 def test_a_damped_step_is_shorter(data):
@@ -266,9 +302,9 @@ def test_a_damped_step_is_shorter(data):
     for damping in (LEAST_DAMPING, 100 * LEAST_DAMPING):
         refinement = data.start(400, (1e-1, 1e-2))
         data.take_pass(refinement)
-        refinement.damping[:] = damping
+        refinement.probes.damping[:] = damping
         refinement.step(data.sample(400, 1)[0])
-        lengths.append((refinement.points - refinement.accepted_points).norm())
+        lengths.append((refinement.probes.points - refinement.probes.accepted.points).norm())
     assert lengths[1] < 0.8 * lengths[0]
 
 
@@ -278,19 +314,21 @@ def test_the_first_step_is_damped_by_the_weights_for_each_pixel(data, count, exp
     sample = SampledPixels(torch.ones(count, WIDTH + 1), torch.ones(count), torch.zeros(count))
     refinement._start_damping(sample)
     assert FIRST_DAMPING * CLASSES * (WIDTH + 1) / 13 == 1.5 and MOST_FIRST_DAMPING == 3
-    assert (refinement.damping == expected).all()
+    assert (refinement.probes.damping == expected).all()
     refinement._start_damping(sample)
-    assert (refinement.damping == expected).all(), "only the first time"
+    assert (refinement.probes.damping == expected).all(), "only the first time"
 
 
 @pytest.mark.parametrize(("gain", "factor"), [(-0.5, 10), (0.1, 3), (0.5, 1), (1.0, 1 / 3)])
 def test_damping_follows_what_a_step_has_gained_of_what_was_promised(data, gain, factor):
     refinement = data.start(400, (1e-1, 1e-2))
-    refinement.value[:] = 0.7
-    refinement.decrease[:] = 0.1
-    refinement.damping[:] = 1.0
-    refinement._adapt_damping(refinement.value - gain * 0.1)
-    torch.testing.assert_close(refinement.damping, torch.full_like(refinement.value, factor))
+    refinement.probes.accepted.value[:] = 0.7
+    refinement.probes.decrease[:] = 0.1
+    refinement.probes.damping[:] = 1.0
+    refinement._adapt_damping(refinement.probes.accepted.value - gain * 0.1)
+    torch.testing.assert_close(
+        refinement.probes.damping, torch.full_like(refinement.probes.accepted.value, factor)
+    )
 
 
 def test_a_point_is_taken_for_the_strength_whose_value_it_lowers_most(data):
@@ -299,17 +337,17 @@ def test_a_point_is_taken_for_the_strength_whose_value_it_lowers_most(data):
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
     data.take_pass(refinement)
-    value = refinement.value.clone()
-    kept = refinement.accepted_points.clone()
-    gradient = refinement.gradient.clone()
-    held_out = refinement.held_out.clone()
-    refinement.value += 1
-    refinement.points = kept.flip(0)
+    value = refinement.probes.accepted.value.clone()
+    kept = refinement.probes.accepted.points.clone()
+    gradient = refinement.probes.accepted.gradient.clone()
+    held_out = refinement.probes.held_out.clone()
+    refinement.probes.accepted.value.add_(1)
+    refinement.probes.points = kept.flip(0)
     data.take_pass(refinement)
-    torch.testing.assert_close(refinement.value, value)
-    torch.testing.assert_close(refinement.gradient, gradient)
-    torch.testing.assert_close(refinement.held_out, held_out)
-    assert torch.equal(refinement.accepted_points, kept)
+    torch.testing.assert_close(refinement.probes.accepted.value, value)
+    torch.testing.assert_close(refinement.probes.accepted.gradient, gradient)
+    torch.testing.assert_close(refinement.probes.held_out, held_out)
+    assert torch.equal(refinement.probes.accepted.points, kept)
 
 
 def test_a_class_that_the_sample_misses_does_not_run_away(data):
@@ -323,6 +361,7 @@ def test_a_class_that_the_sample_misses_does_not_run_away(data):
     gradient = torch.zeros_like(points)
     gradient[0, 2, -1] = 1e-3
     hessian = SampleHessian(
+        data.loss,
         sample,
         points,
         gradient,
@@ -343,7 +382,7 @@ def test_pairs_of_a_neighbour_are_those_of_the_own_penalty(data):
     refinement.step(data.sample(400, 1)[0])
     ridge = refinement._ridge()
     step = torch.randn(ridge.shape[0], FOLDS + 1, CLASSES, WIDTH + 1)
-    refinement.pairs = [(step, ((2 + ridge) * step).float())]
+    refinement.probes.pairs = [(step, ((2 + ridge) * step).float())]
     for row, rows in ((0, [1, 0]), (1, [0, 2, 1]), (2, [1, 2])):
         pairs = refinement._pairs_near(row)
         assert len(pairs) == len(rows)
@@ -358,21 +397,23 @@ def test_the_strength_is_settled_when_its_neighbours_cannot_catch_up(data):
     for seed in (1, 2):
         data.take_pass(refinement)
         refinement.step(data.sample(400, seed)[0])
-    best = refinement.strengths[2]
-    refinement.best = best
-    refinement.losses |= {strength: 1.0 for strength in refinement.strengths} | {best: 0.5}
-    refinement.decrease[:] = 1e-6
+    best = refinement.window.strengths[2]
+    refinement.window.best = best
+    refinement.window.losses |= {strength: 1.0 for strength in refinement.window.strengths} | {
+        best: 0.5
+    }
+    refinement.probes.decrease[:] = 1e-6
     enough = 0.5 / (2 * HELD_OUT_GAIN)
-    refinement.decrease[3] = 1.1 * enough
+    refinement.probes.decrease[3] = 1.1 * enough
     refinement._settle()
-    assert not refinement.settled, "left-out images may gain more than a neighbour is behind"
-    refinement.decrease[3] = 0.9 * enough
-    refinement.decrease[2] = 1.1 * enough
+    assert not refinement.window.settled, "left-out images may gain more than a neighbour is behind"
+    refinement.probes.decrease[3] = 0.9 * enough
+    refinement.probes.decrease[2] = 1.1 * enough
     refinement._settle()
-    assert not refinement.settled, "left-out images may lose more than the best one is ahead"
-    refinement.decrease[2] = 1e-6
+    assert not refinement.window.settled, "left-out images may lose more than the best one is ahead"
+    refinement.probes.decrease[2] = 1e-6
     refinement._settle()
-    assert refinement.settled and len(refinement.strengths) == 3
+    assert refinement.window.settled and len(refinement.window.strengths) == 3
 
 
 @pytest.mark.parametrize(("decrease", "settled"), [(1e-5, False), (2e-6, True)])
@@ -382,26 +423,26 @@ def test_a_close_choice_waits_until_its_folds_have_converged(data, decrease, set
     for seed in (1, 2):
         data.take_pass(refinement)
         refinement.step(data.sample(400, seed)[0])
-    weaker = refinement.strengths[3]
-    refinement.best = refinement.strengths[2]
-    refinement.losses |= {strength: 1.0 for strength in refinement.strengths}
-    refinement.losses |= {refinement.best: 0.5, weaker: 0.50005}
-    refinement.decrease[:] = decrease
+    weaker = refinement.window.strengths[3]
+    refinement.window.best = refinement.window.strengths[2]
+    refinement.window.losses |= {strength: 1.0 for strength in refinement.window.strengths}
+    refinement.window.losses |= {refinement.window.best: 0.5, weaker: 0.50005}
+    refinement.probes.decrease[:] = decrease
     refinement._settle()
-    assert refinement.settled == settled
+    assert refinement.window.settled == settled
 
 
 def test_uncertainty_is_that_of_the_probe_of_all_images_at_the_pixel(data):
     refinement = data.start(400, (1e-1, 1e-2, 1e-3))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    sums = PassSums(*refinement.probes())
+    sums = PassSums(data.loss, *refinement.arguments())
     view = GridPlacement.full(SIZE)
     tokens, shares, labels, _ = choose_pixels(data.target[5], 50, 0, GRID, view)
     pixels = Pixels(tokens, shares, labels, torch.ones(50).double(), torch.full((50,), 5))
     found = sums.uncertainty(data.states[5:6], pixels)
     inputs = data.space.coordinates(pixels.interpolate(data.states[5:6]))
-    probability = (inputs.double() @ refinement.points[1, -1].T).softmax(1)
+    probability = (inputs.double() @ refinement.probes.points[1, -1].T).softmax(1)
     expected = (probability * (1 - probability)).sum(1)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -412,14 +453,16 @@ def test_the_strength_is_settled_at_an_end_of_the_grid_too(data, end):
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
     first = STRONGEST if end == STRONGEST else WEAKEST - 4
-    refinement.strengths = [*half_decades(first, first + 4)]
-    lowest = refinement.strengths[0 if end == STRONGEST else -1]
-    refinement.losses = {strength: 1.0 for strength in refinement.strengths} | {lowest: 0.5}
-    refinement.best = refinement.strengths[refinement.chosen]
-    assert refinement.best != lowest, "a chosen strength has two neighbours"
-    refinement.decrease[:] = 1e-6
+    refinement.window.strengths = [*half_decades(first, first + 4)]
+    lowest = refinement.window.strengths[0 if end == STRONGEST else -1]
+    refinement.window.losses = {strength: 1.0 for strength in refinement.window.strengths} | {
+        lowest: 0.5
+    }
+    refinement.window.best = refinement.window.strengths[refinement.window.chosen]
+    assert refinement.window.best != lowest, "a chosen strength has two neighbours"
+    refinement.probes.decrease[:] = 1e-6
     refinement._settle()
-    assert refinement.settled and lowest in refinement.strengths
+    assert refinement.window.settled and lowest in refinement.window.strengths
 
 
 def test_probes_that_have_converged_do_not_move(data):
@@ -429,30 +472,33 @@ def test_probes_that_have_converged_do_not_move(data):
         data.take_pass(refinement)
         refinement.step(data.sample(800, seed)[0])
     assert refinement.converged
-    before = refinement.accepted_points.clone()
+    before = refinement.probes.accepted.points.clone()
     for seed in range(9, 29):
         data.take_pass(refinement)
         refinement.step(data.sample(800, seed)[0])
         assert refinement.converged
-    torch.testing.assert_close(refinement.accepted_points, before, atol=1e-3, rtol=1e-2)
-    assert torch.equal(refinement.points, refinement.accepted_points)
+    torch.testing.assert_close(refinement.probes.accepted.points, before, atol=1e-3, rtol=1e-2)
+    assert torch.equal(refinement.probes.points, refinement.probes.accepted.points)
 
 
 def test_a_broken_point_is_taken_back_and_spoils_no_other_strength(data):
     refinement = data.start(400, (1e-1, 1e-2))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    damping = refinement.damping.clone()
-    value = refinement.value.clone()
-    refinement.points[1] = torch.nan
+    damping = refinement.probes.damping.clone()
+    value = refinement.probes.accepted.value.clone()
+    refinement.probes.points[1] = torch.nan
     data.take_pass(refinement)
-    assert (refinement.value[0] < value[0]).all() and (
-        refinement.damping[1] == 10 * damping[1]
+    assert (refinement.probes.accepted.value[0] < value[0]).all() and (
+        refinement.probes.damping[1] == 10 * damping[1]
     ).all()
     refinement.step(data.sample(400, 2)[0])
-    assert refinement.points.isfinite().all() and refinement.accepted_points.isfinite().all()
+    assert (
+        refinement.probes.points.isfinite().all()
+        and refinement.probes.accepted.points.isfinite().all()
+    )
     data.take_pass(refinement)
-    assert (refinement.value < value).all()
+    assert (refinement.probes.accepted.value < value).all()
 
 
 def test_given_strengths_are_settled_when_all_have_converged(data):
@@ -460,22 +506,26 @@ def test_given_strengths_are_settled_when_all_have_converged(data):
     refinement = data.start(400, (1e-1, 1e-2, 1e-3))
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    refinement.best = refinement.strengths[1]
-    refinement.losses |= {strength: 1.0 for strength in refinement.strengths}
-    refinement.losses[refinement.strengths[1]] = 0.5
-    refinement.decrease[:] = 1e-6
-    refinement.decrease[0] = 0.01
-    found = refinement.gradient
-    refinement.gradient = torch.zeros_like(found)
+    refinement.window.best = refinement.window.strengths[1]
+    refinement.window.losses |= {strength: 1.0 for strength in refinement.window.strengths}
+    refinement.window.losses[refinement.window.strengths[1]] = 0.5
+    refinement.probes.decrease[:] = 1e-6
+    refinement.probes.decrease[0] = 0.01
+    found = refinement.probes.accepted.gradient
+    refinement.probes.accepted = refinement.probes.accepted._replace(
+        gradient=torch.zeros_like(found)
+    )
     refinement._settle()
-    assert not refinement.settled, "folds of a strength that is far behind"
-    refinement.decrease[0] = 1e-6
-    refinement.gradient = found
+    assert not refinement.window.settled, "folds of a strength that is far behind"
+    refinement.probes.decrease[0] = 1e-6
+    refinement.probes.accepted = refinement.probes.accepted._replace(gradient=found)
     refinement._settle()
-    assert not refinement.settled, "probes of all images have no certificates"
-    refinement.gradient = torch.zeros_like(found)
+    assert not refinement.window.settled, "probes of all images have no certificates"
+    refinement.probes.accepted = refinement.probes.accepted._replace(
+        gradient=torch.zeros_like(found)
+    )
     refinement._settle()
-    assert refinement.settled
+    assert refinement.window.settled
 
 
 def test_probes_that_have_stopped_early_do_not_move_the_window(data):
@@ -484,11 +534,13 @@ def test_probes_that_have_stopped_early_do_not_move_the_window(data):
     for seed in (1, 2):
         data.take_pass(refinement)
         refinement.step(data.sample(400, seed)[0])
-    weakest = min(refinement.strengths)
-    refinement.losses |= {strength: 1.0 for strength in refinement.strengths} | {weakest: 0.5}
+    weakest = min(refinement.window.strengths)
+    refinement.window.losses |= {strength: 1.0 for strength in refinement.window.strengths} | {
+        weakest: 0.5
+    }
     for left, moves in ((0.05, False), (0.005, True)):
-        refinement.decrease[refinement.strengths.index(weakest)] = left
-        assert (min(refinement._window()) < weakest) == moves
+        refinement.probes.decrease[refinement.window.strengths.index(weakest)] = left
+        assert (min(refinement.window.next_strengths(refinement._left())) < weakest) == moves
 
 
 @pytest.mark.parametrize(("behind", "moves"), [(0.0, False), (0.005, False), (0.02, True)])
@@ -498,13 +550,13 @@ def test_probes_that_have_stopped_early_move_the_window_to_stronger_ones(data, b
     for seed in (1, 2):
         data.take_pass(refinement)
         refinement.step(data.sample(400, seed)[0])
-    strongest = max(refinement.strengths)
-    others = dict.fromkeys(refinement.strengths, 1.0 + behind)
-    refinement.losses |= others | {strongest: 1.0}
-    refinement.decrease[:] = 0.05
-    assert (max(refinement._window()) > strongest) == moves
-    refinement.losses |= {strongest: 2.0}
-    assert refinement._window() == refinement.strengths
+    strongest = max(refinement.window.strengths)
+    others = dict.fromkeys(refinement.window.strengths, 1.0 + behind)
+    refinement.window.losses |= others | {strongest: 1.0}
+    refinement.probes.decrease[:] = 0.05
+    assert (max(refinement.window.next_strengths(refinement._left())) > strongest) == moves
+    refinement.window.losses |= {strongest: 2.0}
+    assert refinement.window.next_strengths(refinement._left()) == refinement.window.strengths
 
 
 def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
@@ -512,20 +564,21 @@ def test_a_start_at_a_far_too_weak_strength_finds_that_of_all_images(data):
     path, _ = data.whole()
     count = int(0.02 * IMAGES * GRID[0] * GRID[1] * 8)
     sampled = data.start(count)
-    refinement = PassRefinement(
+    refinement = PassRefinement.start(
+        data.loss,
         data.space,
         sampled.null_gradient,
         path.strengths[path.chosen] * 1e-4,
-        sampled.points[0],
+        sampled.probes.points[0],
         None,
     )
-    for number in range(2, SolveOptions.passes + 1):
+    for number in range(2, SolverOptions.passes + 1):
         data.take_pass(refinement)
         refinement.step(data.sample(count, number)[0])
         if refinement.converged:
             break
     assert refinement.converged
-    ratio = refinement.strengths[refinement.chosen] / path.strengths[path.chosen]
+    ratio = refinement.window.strengths[refinement.window.chosen] / path.strengths[path.chosen]
     assert 0.3 < ratio < 3.5, "the same strength or its neighbour"
 
 
@@ -536,29 +589,31 @@ def test_losses_of_probes_that_have_stopped_early_leave_with_them(data, left, ke
     for seed in (1, 2):
         data.take_pass(refinement)
         refinement.step(data.sample(400, seed)[0])
-    before = refinement.strengths
-    refinement.losses |= dict.fromkeys(before, 1.1) | {max(before): 1.0}
-    refinement.decrease[:] = left
+    before = refinement.window.strengths
+    refinement.window.losses |= dict.fromkeys(before, 1.1) | {max(before): 1.0}
+    refinement.probes.decrease[:] = left
     refinement._move_window()
-    gone = set(before) - set(refinement.strengths)
+    gone = set(before) - set(refinement.window.strengths)
     assert len(gone) == 2
-    assert gone.issubset(refinement.losses) == kept
-    assert gone.isdisjoint(refinement.losses) != kept
-    assert set(before) & set(refinement.strengths) <= refinement.losses.keys()
+    assert gone.issubset(refinement.window.losses) == kept
+    assert gone.isdisjoint(refinement.window.losses) != kept
+    assert set(before) & set(refinement.window.strengths) <= refinement.window.losses.keys()
 
 
 def test_a_strength_that_enters_the_window_has_the_value_and_gradient_of_its_own_penalty(data):
     refinement = data.start(400)
     data.take_pass(refinement)
     refinement.step(data.sample(400, 1)[0])
-    value = refinement.value.clone()
-    gradient = refinement.gradient.clone()
-    kept = refinement.accepted_points.clone()
-    refinement.points = kept
-    refinement.value = torch.full_like(value, torch.inf)
+    value = refinement.probes.accepted.value.clone()
+    gradient = refinement.probes.accepted.gradient.clone()
+    kept = refinement.probes.accepted.points.clone()
+    refinement.probes.points = kept
+    refinement.probes.accepted = refinement.probes.accepted._replace(
+        value=torch.full_like(value, torch.inf)
+    )
     data.take_pass(refinement)
-    torch.testing.assert_close(refinement.value, value)
-    torch.testing.assert_close(refinement.gradient, gradient)
+    torch.testing.assert_close(refinement.probes.accepted.value, value)
+    torch.testing.assert_close(refinement.probes.accepted.gradient, gradient)
 
 
 @pytest.mark.parametrize("passes", [2, 3, 4])
@@ -569,16 +624,18 @@ def test_every_loss_that_is_reported_was_measured(data, passes):
     for number in range(2, passes + 1):
         data.take_pass(refinement)
         measured |= dict(
-            zip(refinement.strengths, refinement.held_out.sum(1).tolist(), strict=True)
+            zip(
+                refinement.window.strengths, refinement.probes.held_out.sum(1).tolist(), strict=True
+            )
         )
         refinement.step(data.sample(200, number)[0], is_last=number == passes)
-    found = refinement.solution()
-    assert dict(zip(found["strengths"], found["loss"], strict=True)) == measured
-    chosen = found["strengths"][found["chosen"]]
-    assert chosen in (min(measured, key=measured.get), *refinement.strengths[1:-1])
-    solved = [found["strengths"][i] for i in found["solved"]]
+    found = refinement.window.path()
+    assert dict(zip(found.strengths, found.loss, strict=True)) == measured
+    chosen = found.strengths[found.chosen]
+    assert chosen in (min(measured, key=measured.get), *refinement.window.strengths[1:-1])
+    solved = [found.strengths[i] for i in found.solved]
     assert chosen in solved
-    assert len(solved) == len(found["points"]) == (1 if passes == 2 else 3)
+    assert len(solved) == len(refinement.points) == (1 if passes == 2 else 3)
 
 
 def test_state_resumes_to_the_same_numbers(data):
@@ -586,9 +643,12 @@ def test_state_resumes_to_the_same_numbers(data):
     for number in range(1, 3):
         data.take_pass(refinement)
         refinement.step(data.sample(300, number)[0])
-    again = PassRefinement.of_state(refinement.state(), None)
+    again = unpack_refinement(pack_refinement(refinement), data.loss, None)
     for one in (refinement, again):
         data.take_pass(one)
         one.step(data.sample(300, 3)[0])
-    assert torch.equal(refinement.points, again.points) and refinement.losses == again.losses
+    assert (
+        torch.equal(refinement.probes.points, again.probes.points)
+        and refinement.window.losses == again.window.losses
+    )
     assert refinement.certificates == again.certificates

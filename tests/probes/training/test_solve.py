@@ -24,10 +24,10 @@ from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
 from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
-from probes.training.solve.checkpoints import SolverCheckpoints
 from probes.training.solve.in_memory import MemorySolver
 from probes.training.solve.path_scores import PathScores
 from probes.training.solve.refinement import CONVERGED
+from probes.training.solve.solver import SolverCheckpoints
 from probes.training.solve.strength_path import HELD_OUT_GAIN
 
 pytestmark = pytest.mark.numerics
@@ -361,8 +361,8 @@ def test_later_passes_prefer_uncertain_pixels(solve, monkeypatch):
 
 
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
-    monkeypatch.setattr("probes.training.solve.choose_solver.available_memory", lambda: 0)
-    monkeypatch.setattr("probes.training.solve.choose_solver.LEAST", 1)
+    monkeypatch.setattr("probes.training.solve.run.available_memory", lambda: 0)
+    monkeypatch.setattr("probes.training.solve.run.LEAST", 1)
     path = solve("--passes", "1").metrics["path"]
     assert path["sample_images"] == 2
     assert np.isfinite([entry["cv_cross_entropy"] for entry in path["optimum"]["sites"]]).all()
@@ -375,7 +375,7 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
         seen.add(torch.is_autocast_enabled("cpu"))
         return loss_and_gradient(*args, **kwargs)
 
-    monkeypatch.setattr("probes.training.solve.objective.loss_and_gradient", record)
+    monkeypatch.setattr("probes.tasks.losses.loss_and_gradient", record)
     solve(
         "--trainer.precision",
         "bf16-mixed",

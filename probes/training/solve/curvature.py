@@ -10,7 +10,11 @@
   miss the few pixels where it still has a probability: without H_g, steps of 20 to 30 were taken instead of one.
 - The pairs (step, change of the exact gradient) correct all of this (`probes/ops/lbfgs.py`).
 
-Legend: G probes that are solved together, n pixels of the sample, K classes, d width.
+In memory, the sample are nodes of the masks, drawn as often as they have pixels (`sample_nodes`). Between passes they
+are pixels (`pixel_sample.py`).
+
+Legend: G probes that are solved together, n pixels or nodes of the sample, K classes, d width; F folds, B images,
+T tokens.
 """
 
 from collections.abc import Sequence
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from probes.ops.kernels import fast_dtype
 from probes.ops.lbfgs import dot
+from probes.ops.quadrature import PreparedMasks
+from probes.tasks.losses import Loss
 
 from .moments import full_precision
 
@@ -59,6 +65,7 @@ class SampleHessian:
     """The Hessian of the objectives of some probes on a sample, and its preconditioner.
 
     Args:
+        loss: Of the logits.
         sample: The pixels.
         points: f64[G, K, d + 1].
         gradient: f64[G, K, d + 1], of the objectives there, on all images.
@@ -71,6 +78,7 @@ class SampleHessian:
     @full_precision()
     def __init__(
         self,
+        loss: Loss,
         sample: SampledPixels,
         points: Tensor,
         gradient: Tensor,
@@ -85,17 +93,16 @@ class SampleHessian:
         total = used.sum(0).clamp(min=torch.finfo(used.dtype).tiny)
         self.weights = (used / total)[..., None]  # [n, G, 1]
         logits = sample.inputs @ points.flatten(0, 1).T.to(sample.inputs)
-        self.probability = logits.view(len(used), *points.shape[:2]).softmax(-1)
-        spread = self.probability * (1 - self.probability) * self.weights
+        self.curvature = loss.curvature(logits.view(len(used), *points.shape[:2]))
+        spread = self.curvature.diagonal() * self.weights
         self.typical = spread.sum(0).double()[..., None] * input_spectrum + 1e-6  # H_0
         self.pull = damping[:, None, None] * self.typical
         self.pull += gradient[..., -1:].abs() * input_spectrum  # H_g
 
     def times(self, direction: Tensor) -> Tensor:
         """Return the product with f64[G, K, d + 1], with the pull towards the point."""
-        change = (self.inputs @ direction.flatten(0, 1).T.to(self.inputs)).view_as(self.probability)
-        change = self.probability * change.float()
-        change -= self.probability * change.sum(-1, keepdim=True)
+        logits = self.inputs @ direction.flatten(0, 1).T.to(self.inputs)
+        change = self.curvature.times(logits.view(-1, *direction.shape[:2]).float())
         change *= self.weights
         change = change.flatten(1).to(self.inputs)
         product = (change.T @ self.inputs).view_as(direction).double()
@@ -142,3 +149,81 @@ def first_damping(weights: int, pixels: int) -> float:
 def _used(sample: SampledPixels, left_out: int | None) -> Tensor:
     """Return the weights f32[n] of the pixels, 0 in the fold that is left out."""
     return sample.weights if left_out is None else sample.weights * (sample.folds != left_out)
+
+
+def sample_nodes(
+    tokens: Sequence[Tensor], masks: Sequence[PreparedMasks], count: int
+) -> SampledPixels:
+    """Return about `count` nodes of all images with the states there.
+
+    Args:
+        tokens: F tensors f32[B, T, d + 1], states in the coordinates of the site, and ones, of each fold.
+        masks: The masks of each fold.
+        count: Number of nodes of all folds.
+    """
+    pixels = [mask.pixels.sum().item() for mask in masks]
+    inputs = []
+    weights = []
+    folds = []
+    for fold, (states, mask) in enumerate(zip(tokens, masks, strict=True)):
+        if pixels[fold] == 0:
+            continue
+        # one at least: the others may have no labels at all
+        number = max(1, round(count * pixels[fold] / sum(pixels)))
+        image, row, col, weight = _draw_nodes(mask.mass, number, seed=fold)
+        inputs.append(_interpolate(states, mask, image, row, col))
+        weights.append(torch.full_like(inputs[-1][:, 0], weight))
+        folds.append(torch.full_like(image, fold))
+    return SampledPixels(torch.cat(inputs), torch.cat(weights), torch.cat(folds))
+
+
+def _draw_nodes(
+    mass: Tensor,
+    number: int,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return image, row and column i64[n] of nodes, and the weight of each one.
+
+    The nodes, one after the other, are cut into `number` parts of as many pixels; one node of each is drawn.
+
+    Args:
+        mass: f[B, My, Mx], pixels of each node.
+        number: n.
+        seed: Seed of the draw.
+    """
+    # on the CPU: on a GPU, sums of floats in order are not deterministic
+    total = mass.cpu().clamp(min=0).double().flatten().cumsum(0)
+    draw = torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = total[-1].item() / number
+    at = (torch.arange(number) + draw) * weight
+    node = torch.searchsorted(total, at, right=True).clamp(max=len(total) - 1).to(mass.device)
+    _, rows, cols = mass.shape
+    return node // (rows * cols), node // cols % rows, node % cols, weight
+
+
+def _interpolate(
+    states: Tensor,
+    masks: PreparedMasks,
+    image: Tensor,
+    row: Tensor,
+    col: Tensor,
+) -> Tensor:
+    """Return the states f[n, d] at nodes, from those of the images f[B, T, d].
+
+    Args:
+        states: f[B, T, d].
+        masks: Of the images.
+        image: i64[n], image of each node.
+        row: i64[n], its row among the nodes of the image.
+        col: i64[n], its column.
+    """
+    by_row, by_col = (torch.stack(rules) for rules in zip(*masks.rules, strict=True))
+    rule = torch.tensor(masks.rule_of, device=image.device)[image]
+    row_share, at_row = by_row[rule, row].topk(min(2, by_row.shape[-1]))
+    col_share, at_col = by_col[rule, col].topk(min(2, by_col.shape[-1]))
+    found = states.new_zeros(len(image), states.shape[-1])
+    for i in range(at_row.shape[1]):
+        for j in range(at_col.shape[1]):
+            token = at_row[:, i] * by_col.shape[-1] + at_col[:, j]
+            found += (row_share[:, i] * col_share[:, j])[:, None] * states[image, token]
+    return found

@@ -13,7 +13,7 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
-from probes.training.solve.state_file import StateFile
+from probes.training.solve.state_reader import StateFile
 
 CPU = torch.device("cpu")
 # two sites of six images, of which four have their states in memory

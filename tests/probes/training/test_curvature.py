@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
-from probes.training.solve.node_sample import sample_nodes
+from probes.training.solve.curvature import sample_nodes
 from probes.training.solve.objective import LOOSE_NODES
 
 pytestmark = pytest.mark.numerics

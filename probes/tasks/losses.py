@@ -1,0 +1,112 @@
+"""Losses of probes whose targets are classes: all that `fit` and `solve` know of what they minimise.
+
+Another loss is another class here, and `loss` of a task; `solve` needs a convex one.
+`tests/probes/tasks/test_losses.py` compares the parts of a loss with one another.
+
+Legend: P probes, B images, K classes, h w token grid.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.quadrature import PreparedMasks
+
+
+class Loss(ABC):
+    """A convex loss of the logits and the class of each pixel."""
+
+    @abstractmethod
+    def of_images(
+        self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of upsampled logits, summed over the pixels of each image, f64[P, B], and its gradient.
+
+        Args:
+            logits: On the token grid, f[P, B, K, h, w].
+            masks: B masks.
+            needs_grad: If False, the gradient is None, else f[P, B, K, h, w].
+        """
+
+    @abstractmethod
+    def of_pixels(
+        self, logits: Tensor, labels: Tensor, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss f[...] at single pixels, and its gradient f[..., K].
+
+        Args:
+            logits: f[..., K].
+            labels: i64[...], which is broadcast.
+            needs_grad: If False, the gradient is None.
+        """
+
+    @abstractmethod
+    def curvature(self, logits: Tensor) -> "SoftmaxCurvature":
+        """Return the second derivative by the logits f[..., K] of a pixel, which must not depend on its class."""
+
+    @abstractmethod
+    def constant(self, pixels: Tensor) -> Tensor:
+        """Return the logits f64[K] of lowest loss that are the same everywhere.
+
+        Args:
+            pixels: f64[K], labelled pixels of each class.
+        """
+
+
+class SoftmaxCurvature:
+    """The matrix diag(p) - p p^T of the probabilities p of a pixel, of any loss that is logsumexp - a linear function.
+
+    Args:
+        logits: f[..., K].
+    """
+
+    def __init__(self, logits: Tensor):
+        self.probability = logits.softmax(-1)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal f[..., K]."""
+        return self.probability * (1 - self.probability)
+
+    def trace(self) -> Tensor:
+        """Return the sum of the diagonal f[...]: how unsure a probe is."""
+        return 1 - self.probability.square().sum(-1)
+
+    def times(self, change: Tensor) -> Tensor:
+        """Return the product with f[..., K]."""
+        product = self.probability * change
+        product -= self.probability * product.sum(-1, keepdim=True)
+        return product
+
+
+class CrossEntropy(Loss):
+    """The paper's loss: minus the logarithm of the probability of a pixel's class."""
+
+    def of_images(
+        self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return :func:`probes.ops.cross_entropy.loss_and_gradient`."""
+        return loss_and_gradient(logits, masks, needs_grad)
+
+    def of_pixels(
+        self, logits: Tensor, labels: Tensor, needs_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return -log p of the label, and p - onehot(label)."""
+        log_probability = logits.log_softmax(-1)
+        at_label = labels.expand(logits.shape[:-1])[..., None]
+        loss = -log_probability.gather(-1, at_label)[..., 0]
+        if not needs_grad:
+            return loss, None
+        gradient = log_probability.exp()
+        return loss, gradient.scatter_add_(
+            -1, at_label, gradient.new_full((), -1).expand(at_label.shape)
+        )
+
+    def curvature(self, logits: Tensor) -> SoftmaxCurvature:
+        """Return that of the softmax."""
+        return SoftmaxCurvature(logits)
+
+    def constant(self, pixels: Tensor) -> Tensor:
+        """Return the logarithms of the frequencies. A class without pixels has half a pixel."""
+        return torch.where(pixels > 0, pixels, 0.5).log() - pixels.sum().log()

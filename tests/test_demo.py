@@ -151,6 +151,7 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
     assert steps == {
         "causal/random1",
         "causal/random1/knockout",
+        "causal/random1/routes",
         "report",
     }
     assert results(finished) == before

@@ -7,7 +7,8 @@ import probes.cli
 
 MODEL_AND_DATA = "--model.mllm DIR --data.root DIR"
 RECORDS = "--data.annotations FILE --data.images DIR"
-PAGES = {"llava-bidir": llava_bidir.cli.HELP, "probes": probes.cli.HELP}
+# commands whose `--help` is short, and `--help-all` complete
+SHORT = {"llava-bidir": [*llava_bidir.cli.HELP], "probes": ["fit", "validate", "test"]}
 PARSERS = {"llava-bidir": llava_bidir.cli.build_parser, "probes": probes.cli.build_parser}
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
@@ -49,14 +50,13 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ),
         ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
         ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
-        ("probes demo-assets DIR --scale 0", "argument --scale: expected", None),
         ("probes lab RUN --fly 1", "probes lab: unrecognized arguments: --fly 1", None),
         (
             f"probes solve {MODEL_AND_DATA} --pass 8",
-            "probes solve: unrecognized arguments: --pass 8",
+            "probes solve: unrecognized arguments: --pass",
             "--passes",
         ),
-        ("probes verify-data --worker 2", "probes verify-data: ", None),
+        ("probes verify-data --worker 2", "probes verify-data: ", "--workers"),
         (
             f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one",
             "argument --index: invalid int value",
@@ -78,9 +78,14 @@ def test_usage_errors_have_three_lines_and_say_what_was_meant(
     assert message in lines[0]
     assert lines[0].startswith(program)
     assert lines[1:-1] == ([f"did you mean {meant}?"] if meant else [])
-    is_short = arguments[0] in PAGES[program]
+    is_short = arguments[0] in SHORT[program]
     option = "--help-all" if is_short else "--help"
     assert lines[-1] == f"All options: {lines[0].partition(':')[0]} {option}"
+
+
+def test_a_number_out_of_range_is_one_line_that_names_its_option():
+    with pytest.raises(SystemExit, match="^probes: --scale is '0'; expected greater than or"):
+        probes.cli.main("demo-assets DIR --scale 0".split())
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,6 @@ CLAIMS: dict[str, Claim] = {
 ANALYSIS_OF: dict[str, str] = {  # of each claim of an analysis
     claim: name for name, analysis in ANALYSES.items() for claim in analysis.claims
 }
-WITHOUT_PROBES = {  # whose numbers depend on the model alone
-    name for name, claim in CLAIMS.items() if not claim.reads_probes
-}
 
 
 def load_registrations() -> None:

@@ -102,10 +102,12 @@ class Session:
         if not heads:
             return {"classes": None}
         paint = request.painting
-        count = (
-            len(self._model(request).classes) if paint is None else len(paint.concepts) + paint.rest
-        )
-        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, count))
+        if paint is None:
+            count = len(self._model(request).classes)
+        else:
+            count = len(paint.concepts) + paint.rest
+        shown = min(TOP_CLASSES, count)
+        classes, probabilities = most_probable(states, heads, shown)
         return {
             "classes": _pack(classes[0], np.uint8),
             "probabilities": _pack(probabilities[0], np.float32),
@@ -118,11 +120,9 @@ class Session:
         check_patches(model, [request.patch])
         if not model.word_sites:  # a run of the encoder's probe only
             return {"words": []}
-        return {
-            "words": self._words(
-                model, {s: states[s][:, [request.patch]] for s in model.word_sites}
-            )[0]
-        }
+        of_patch = {site: states[site][:, [request.patch]] for site in model.word_sites}
+        (words,) = self._words(model, of_patch)
+        return {"words": words}
 
     def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the most probable words of each patch at a site."""
@@ -132,11 +132,9 @@ class Session:
             raise UserError(
                 f"no words at {request.site!r}; expected one of {', '.join(model.word_sites)}"
             )
-        return {
-            "words": [
-                patch[0] for patch in self._words(model, {request.site: states[request.site]})
-            ]
-        }
+        of_site = {request.site: states[request.site]}
+        words = [patch[0] for patch in self._words(model, of_site)]
+        return {"words": words}
 
     def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
         """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
@@ -148,13 +146,14 @@ class Session:
             )
         photo = self.photos.get(request.photo)
         logits = model.probes[request.site](states[request.site].float())
-        width, height = photo.squares[request.model].size if request.square else photo.preview.size
+        shown = photo.squares[request.model] if request.square else photo.preview
+        size = (shown.height, shown.width)
         maps = logits.mT.unflatten(-1, model.mllm.grid)
-        view = model.mllm.geometry.view((height, width))
-        prediction = upsampled_argmax(maps[0], (height, width), view).cpu().numpy()
-        png = encode(
-            Image.fromarray(colorize_classes(prediction, np.array(self.palette, np.uint8))), "PNG"
-        )
+        view = model.mllm.geometry.view(size)
+        prediction = upsampled_argmax(maps[0], size, view).cpu().numpy()
+        palette = np.array(self.palette, np.uint8)
+        coloured = Image.fromarray(colorize_classes(prediction, palette))
+        png = encode(coloured, "PNG")
         return {"png": base64.b64encode(png).decode()}
 
     def ask(self, request: PhotoQuestion, job: Job) -> dict[str, Any]:
@@ -317,10 +316,10 @@ class Session:
                 )
                 self._states[view] = states
         self._states.move_to_end(view)
-        size = sum(state.nbytes for states in self._states.values() for state in states.values())
+        size = sum(_count_bytes(states) for states in self._states.values())
         while size > STATE_BYTES and len(self._states) > 1:
             _, dropped = self._states.popitem(last=False)
-            size -= sum(state.nbytes for state in dropped.values())
+            size -= _count_bytes(dropped)
         return self._states[view]
 
     def _knockout(self, request: View) -> Knockout | None:
@@ -371,17 +370,18 @@ class Session:
     ) -> list[list[list[tuple[str, float]]]]:
         """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
         heads = {site: partial(model.mllm.logit_lens, site=site) for site in states}
-        ids, probabilities = (
-            part[0].permute(2, 1, 0).tolist() for part in most_probable(states, heads, TOP_WORDS)
-        )
-        text: Callable[[int], str] = partial(token_text, model.tokenizer)
-        return [
-            [
-                [(text(i), p) for i, p in zip(*pair, strict=True)]
-                for pair in zip(*patch, strict=True)
-            ]
-            for patch in zip(ids, probabilities, strict=True)
-        ]
+        ids, probabilities = most_probable(states, heads, TOP_WORDS)  # [1, rank, S, T]
+        ids = ids[0].permute(2, 1, 0).tolist()
+        probabilities = probabilities[0].permute(2, 1, 0).tolist()
+        words = []
+        for patch in range(len(ids)):
+            by_site = []
+            for site in range(len(states)):
+                texts = [token_text(model.tokenizer, i) for i in ids[patch][site]]
+                of_site = list(zip(texts, probabilities[patch][site], strict=True))
+                by_site.append(of_site)
+            words.append(by_site)
+        return words
 
 
 def knockout_of(model: LabModel, block: Block) -> Knockout:
@@ -401,16 +401,25 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     return mask
 
 
+def _count_bytes(states: dict[str, Tensor]) -> int:
+    return sum(state.nbytes for state in states.values())
+
+
 def split_answer(model: LabModel, answer: str) -> list[str]:
     """Return the part of an answer that each of its tokens adds; together they are the answer."""
     tokenizer = model.mllm.chat.tokenizer
     parts = []
     start = 0
-    (ids,) = model.mllm.chat.answer_ids([answer]) if answer else ([],)
+    if not answer:
+        return parts
+    (ids,) = model.mllm.chat.answer_ids([answer])
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count], skip_special_tokens=True).strip()
         # Bytes of an unfinished character are not a part of the answer yet.
-        end = max(start, len(commonprefix([text, answer]))) if count < len(ids) else len(answer)
+        finished = commonprefix([text, answer])
+        end = max(start, len(finished))
+        if count == len(ids):
+            end = len(answer)
         parts.append(answer[start:end])
         start = end
     return parts

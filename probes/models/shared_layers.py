@@ -30,7 +30,9 @@ class DistinctRows(NamedTuple):
 
 
 def distinct_rows(
-    images: Sequence[int], cuts: Sequence[Hashable], layers: Tensor
+    images: Sequence[int],
+    cuts: Sequence[Hashable],
+    layers: Tensor,
 ) -> list[DistinctRows]:
     """Return the distinct rows at each layer.
 
@@ -49,21 +51,35 @@ def distinct_rows(
     current = list(images)
     plan = []
     for cut_here in layers.T.tolist():
-        keys = [(row, cuts[i] if cut_here[i] else None) for i, row in enumerate(current)]
-        first: dict[tuple, int] = {}
-        for i, key in enumerate(keys):
-            first.setdefault(key, i)
-        number = {key: n for n, key in enumerate(first)}
-        parents = [key[0] for key in first]
-        current = [number[key] for key in keys]
-        plan.append(DistinctRows(*map(torch.tensor, (parents, list(first.values()), current))))
+        numbers: dict[tuple, int] = {}  # of distinct rows, by their parent and what is cut
+        parents = []
+        first = []
+        of_row = []
+        for i, parent in enumerate(current):
+            cut = cuts[i] if cut_here[i] else None
+            key = (parent, cut)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                parents.append(parent)
+                first.append(i)
+            of_row.append(numbers[key])
+        rows = DistinctRows(
+            parents=torch.tensor(parents),
+            first=torch.tensor(first),
+            of_row=torch.tensor(of_row),
+        )
+        plan.append(rows)
+        current = of_row
     return plan
 
 
 def on_device(plan: Sequence[DistinctRows], device: torch.device) -> list[DistinctRows]:
     """Return the plan on a device, moved in one copy, since each copy waits for the device."""
-    parts = [part for rows in plan for part in rows]
-    moved = torch.cat(parts).to(device).split([len(part) for part in parts])
+    parts: list[Tensor] = []
+    for rows in plan:
+        parts.extend(rows)
+    sizes = [len(part) for part in parts]
+    moved = torch.cat(parts).to(device).split(sizes)
     return [DistinctRows(*moved[i : i + 3]) for i in range(0, len(moved), 3)]
 
 
@@ -82,34 +98,44 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
     """
 
     def take_parents(rows: DistinctRows, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        states = args[0] if args else kwargs["hidden_states"]
-        states = states[rows.parents.to(states.device)]
-        kwargs = kwargs | {
-            key: _one_row(kwargs[key])
-            for key in ("position_embeddings", "position_ids")
-            if key in kwargs
-        }
-        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+        states = _states_of(args, kwargs)
+        of_parents = states[rows.parents.to(states.device)]
+        kwargs = dict(kwargs)
+        for key in ("position_embeddings", "position_ids"):
+            if key in kwargs:
+                kwargs[key] = _one_row(kwargs[key])
+        return _with_states(args, kwargs, of_parents)
 
     def take_masks(rows: DistinctRows, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs["attention_mask"]
-        return args, kwargs | {"attention_mask": mask[rows.first.to(mask.device)]}
+        of_first = mask[rows.first.to(mask.device)]
+        return args, kwargs | {"attention_mask": of_first}
 
     with ExitStack() as hooks:
+
+        def register(module: nn.Module, take: Callable, rows: DistinctRows) -> None:
+            def hook(_, args, kwargs):
+                return take(rows, args, kwargs)
+
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+
         for layer, rows in zip(layers, plan, strict=True):
-            for module, take in ((layer, take_parents), (layer.self_attn, take_masks)):
-
-                def hook(
-                    _,
-                    args,
-                    kwargs,
-                    take=take,
-                    rows=rows,
-                ):
-                    return take(rows, args, kwargs)
-
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            register(layer, take_parents, rows)
+            register(layer.self_attn, take_masks, rows)
         yield
+
+
+def _states_of(args: tuple, kwargs: dict) -> Tensor:
+    """Return the hidden states among a layer's arguments: the first one, or one by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_states(args: tuple, kwargs: dict, states: Tensor) -> tuple[tuple, dict]:
+    """Return a layer's arguments with other hidden states."""
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": states}
 
 
 def version(tensor: Tensor) -> int:
@@ -121,7 +147,10 @@ class States(dict[str, Tensor]):
     """States f[B, T, d] by site that know what they are of, so that no other forward starts from them."""
 
     def __init__(
-        self, states: Iterable[tuple[str, Tensor]], mllm: nn.Module, pixels: Tensor | None
+        self,
+        states: Iterable[tuple[str, Tensor]],
+        mllm: nn.Module,
+        pixels: Tensor | None,
     ):
         super().__init__(states)
         self.pixels = pixels  # f[B, 3, H, W]; None for those of a changed forward
@@ -136,8 +165,8 @@ class States(dict[str, Tensor]):
 
     def check(self, mllm: nn.Module, pixels: Tensor) -> None:
         """Raise a UserError unless a forward of `mllm` on `pixels` gives these states."""
-        same = self.pixels is not None and version(self.pixels) == self.pixels_version
-        if not same or not torch.equal(self.pixels.to(pixels), pixels):
+        is_unedited = self.pixels is not None and version(self.pixels) == self.pixels_version
+        if not is_unedited or not torch.equal(self.pixels.to(pixels), pixels):
             raise UserError(
                 "known states are of other pixels, or of a changed forward; expected the same, unchanged"
             )
@@ -174,16 +203,21 @@ def unchanged_sites(
             )
     if isinstance(known, States):
         known.check(mllm, pixels)
-    last = max([mllm.sites.index(site) for site in wanted if site in mllm.sites], default=0)
-    changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
+    layers = mllm.decoder.layers
+    number = {site: i for i, site in enumerate(mllm.sites)}
+    last = max([number[site] for site in wanted if site in number], default=0)
+    changed = [number[site] for site in hooks if site in number]
     if knockout:
         # "encoder" and "adapter" precede "layer_01"
-        changed.append(knockout.first_layer(mllm.decoder.layers) + 1)
+        changed.append(knockout.first_layer(layers) + 1)
+    first_change = min([*changed, last, len(layers) + 1])
     # The adapter's own states are known, also if a hook replaces them; at least the last layer runs.
-    end = max(2, min([*changed, last, len(mllm.decoder.layers) + 1]))
+    end = max(2, first_change)
     while end > 1 and mllm.sites[end - 1] not in known:
         end -= 1
-    return mllm.sites[:end] if 1 < end <= last else []
+    if 1 < end <= last:
+        return mllm.sites[:end]
+    return []
 
 
 @contextmanager
@@ -208,16 +242,18 @@ def skipped_layers(layers: nn.ModuleList, count: int, states: Tensor) -> Iterato
     """
 
     def substitute(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = args[0] if args else kwargs["hidden_states"]
-        new = states.to(given)
-        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+        given = _states_of(args, kwargs)
+        return _with_states(args, kwargs, states.to(given))
+
+    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
 
     with ExitStack() as stack:
         for layer in layers[:count]:
-            stack.enter_context(
-                replaced_forward(layer, lambda hidden_states, *args, **kwargs: hidden_states)
-            )
-        stack.callback(layers[count].register_forward_pre_hook(substitute, with_kwargs=True).remove)
+            stack.enter_context(replaced_forward(layer, skip))
+        next_layer = layers[count]
+        handle = next_layer.register_forward_pre_hook(substitute, with_kwargs=True)
+        stack.callback(handle.remove)
         yield
 
 

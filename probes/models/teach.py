@@ -8,7 +8,7 @@ Shapes: h w patch grid, T = h w patches, N painted patches, K concepts, P photos
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,7 +58,9 @@ class Taught:
             self.concepts.append(BACKGROUND)
         self.paint = paint_of(grids, len(self.concepts), rest_is_background)
         self._states = self._read_states()
-        self.probes = solve_concepts(self._states, self.paint, make_folds(self.paint, mllm.grid[1]))
+        _, photo_width = mllm.grid
+        folds = make_folds(self.paint, photo_width)
+        self.probes = solve_concepts(self._states, self.paint, folds)
         self.note = describe_folds(self.probes)
         if not self.probes.folds.by_photo:
             warnings.warn(self.note, stacklevel=3)
@@ -72,9 +74,10 @@ class Taught:
         Args:
             knockout: Attention knockout bool[1, T] of each photo, under which the same probes are read.
         """
-        return score_sites(
-            self.probes, self._states if knockout is None else self._read_states(knockout)
-        )
+        states = self._states
+        if knockout is not None:
+            states = self._read_states(knockout)
+        return score_sites(self.probes, states)
 
     def random_curve(self, draw: int = 0) -> "pd.DataFrame":
         """Return the curve of new probes on states of a random LLM that is matched to the trained one.
@@ -86,7 +89,8 @@ class Taught:
         """
         with random_layers(self.mllm, draw=draw, match_images=self.photos):
             states = self._read_states()
-        return score_sites(solve_concepts(states, self.paint, self.probes.folds), states)
+        random_probes = solve_concepts(states, self.paint, self.probes.folds)
+        return score_sites(random_probes, states)
 
     def map(self, image: PhotoLike, site: str, knockout: Knockout | None = None) -> Tensor:
         """Return the probability of each concept at each patch of any image, f32[K, h, w].
@@ -94,15 +98,18 @@ class Taught:
         Raises:
             UserError: The site is unknown, or the knockout does not fit the model.
         """
-        states = self.mllm.states(self.mllm.preprocess(image), [site], knockout)[site]
-        probability = self.probes.logits(states[0], site).softmax(-1)
+        pixels = self.mllm.preprocess(image)
+        by_site = self.mllm.states(pixels, [site], knockout)
+        states = by_site[site][0]
+        probability = self.probes.logits(states, site).softmax(-1)
         return probability.T.unflatten(1, self.mllm.grid).cpu()
 
     def _read_states(self, knockout: Knockout | None = None) -> dict[str, Tensor]:
         """Return the states f[N, d] of the painted patches at all sites."""
-        by_photo = [
-            self.mllm.states(self.mllm.preprocess([photo]), None, knockout) for photo in self.photos
-        ]
+        by_photo = []
+        for photo in self.photos:
+            pixels = self.mllm.preprocess([photo])
+            by_photo.append(self.mllm.states(pixels, None, knockout))
         return painted_states(self.paint, by_photo)
 
 
@@ -121,24 +128,30 @@ def paint_of(grids: Sequence[Tensor], concepts: int, rest_is_background: bool) -
     painted = torch.stack([grid.clone() for grid in grids])
     if rest_is_background:
         rest = (painted < 0).nonzero()
-        chosen = torch.linspace(0, len(rest) - 1, min(len(rest), MOST_REST))
-        rest = rest[chosen.round().long()]
-        painted[rest[:, 0], rest[:, 1]] = concepts - 1
+        count = min(len(rest), MOST_REST)
+        evenly = torch.linspace(0, len(rest) - 1, count)
+        photo, patch = rest[evenly.round().long()].T
+        painted[photo, patch] = concepts - 1
     photo, patch = (painted >= 0).nonzero().T
     paint = Paint(painted[photo, patch], photo, patch)
     if concepts < 2:
         raise UserError(
             "one concept is right everywhere; paint another one, or let the rest be background"
         )
-    if missing := sorted(set(range(concepts)) - set(paint.concept.tolist())):
-        raise UserError(f"concept {missing[0] + 1} of {concepts} has no patch; paint at least one")
+    counts = paint.concept.bincount(minlength=concepts).tolist()
+    if 0 in counts:
+        number = counts.index(0) + 1
+        raise UserError(f"concept {number} of {concepts} has no patch; paint at least one")
     return paint
 
 
 def painted_states(paint: Paint, by_photo: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the states f[N, d] of painted patches by site, from those f[1, T, d] of each photo, on the CPU."""
-    states = {site: torch.stack([photo[site][0] for photo in by_photo]) for site in by_photo[0]}
-    return {site: x[paint.photo, paint.patch].cpu() for site, x in states.items()}
+    painted = {}
+    for site in by_photo[0]:
+        states = torch.stack([of_photo[site][0] for of_photo in by_photo])
+        painted[site] = states[paint.photo, paint.patch].cpu()
+    return painted
 
 
 def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.DataFrame":
@@ -146,15 +159,26 @@ def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.Data
     import pandas as pd
 
     paint = probes.paint
-    concepts = int(probes.paint.concept.max()) + 1
+    concepts = int(paint.concept.max()) + 1
     rows = []
     for site, x in states.items():
-        estimate = (np.nan, np.nan, np.nan)
+        score, low, high = (np.nan, np.nan, np.nan)
         if probes.folds.of is not None:
-            estimate = _score(
-                probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds
+            right = probes.left_out(x, site) == paint.concept
+            score, low, high = _score(
+                right,
+                paint,
+                concepts,
+                probes.folds,
             )
-        rows.append((site, *estimate, 1 / concepts))
+        row = {
+            "site": site,
+            "score": score,
+            "low": low,
+            "high": high,
+            "chance": 1 / concepts,
+        }
+        rows.append(row)
     return pd.DataFrame(rows, columns=["site", "score", "low", "high", "chance"])
 
 
@@ -173,26 +197,30 @@ def _score(
     Source: Nadeau and Bengio, Inference for the Generalization Error, 2003; Clopper and Pearson 1934.
     """
     photos = int(paint.photo.max()) + 1
-    counts = torch.zeros(2, photos, concepts, dtype=torch.float64)
-    counts[0].index_put_((paint.photo, paint.concept), right.double(), accumulate=True)
-    counts[1].index_put_(
-        (paint.photo, paint.concept), torch.ones_like(right, dtype=torch.float64), accumulate=True
-    )
-
-    def mean_accuracy(sums):
-        return (sums[0] / sums[1]).mean(-1)
-
-    score = mean_accuracy(counts.sum(1)).item()
+    # f64[P, K], patches
+    correct = torch.zeros(photos, concepts, dtype=torch.float64)
+    painted = torch.zeros(photos, concepts, dtype=torch.float64)
+    place = (paint.photo, paint.concept)
+    correct.index_put_(place, right.double(), accumulate=True)
+    painted.index_put_(place, torch.ones_like(right).double(), accumulate=True)
+    all_correct = correct.sum(0)
+    all_painted = painted.sum(0)
+    score = (all_correct / all_painted).mean().item()
     if not folds.by_photo or photos < FEWEST_PHOTOS:
         return score, np.nan, np.nan
-    # f64[P], the score without each photo
-    without = mean_accuracy(counts.sum(1, keepdim=True) - counts)
-    variance = (photos - 1) * (without - without.mean()).square().mean().item()
+    # f64[P, K], accuracy without each photo
+    accuracy_without = (all_correct - correct) / (all_painted - painted)
+    without = accuracy_without.mean(-1)
+    squares = (without - without.mean()).square()
+    variance = (photos - 1) * squares.mean().item()
     count = int(folds.of.max()) + 1
-    half = student_t.ppf(0.975, photos - 1) * (variance * (1 + count / (count - 1))) ** 0.5
+    overlap = 1 + count / (count - 1)
+    half = student_t.ppf(0.975, photos - 1) * (variance * overlap) ** 0.5
     if (without == without[0]).all():
         half = 1 - 0.025 ** (1 / photos)
-    return score, max(0.0, score - half), min(1.0, score + half)
+    low = max(0.0, score - half)
+    high = min(1.0, score + half)
+    return score, low, high
 
 
 def describe_folds(probes: ConceptProbes) -> str:
@@ -225,54 +253,67 @@ def _read_painted(
         raise UserError(
             f"expected {{'road': [(image, patches), ...], ...}}, got {type(painted).__name__}"
         )
-    photos: dict[tuple, tuple[Image.Image, Tensor]] = {}
-    for k, (name, pairs) in enumerate(painted.items()):
+    names = list(painted)
+    images: dict[tuple, Image.Image] = {}
+    concepts: dict[tuple, Tensor] = {}  # i64[T], -1 where nothing is painted
+    for k, name in enumerate(names):
+        pairs = painted[name]
         check_is_list(f"concept {name!r}", pairs, "[(image, patches), ...]")
         if not pairs:
             raise UserError(
                 f"concept {name!r} has no photo; expected pairs of an image and its painted patches"
             )
         for pair in pairs:
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise UserError(
-                    f"concept {name!r}: expected pairs of an image and its painted patches, got {pair!r:.80}"
-                )
-            image, patches = pair
-            if not isinstance(patches, np.ndarray | Tensor | list):
-                kind = type(patches).__name__
-                raise UserError(
-                    f"concept {name!r}: expected painted patches as an array, got {kind}"
-                )
-            patches = mask_tensor(patches)
-            if not isinstance(image, PhotoLike):
-                kind = type(image).__name__
-                raise UserError(
-                    f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}"
-                )
-            image = as_photo(image)
-            size = (image.height, image.width)
-            if patches.dtype != torch.bool or tuple(patches.shape) not in (geometry.grid, size):
-                got = f"{str(patches.dtype).removeprefix('torch.')}{list(patches.shape)}"
-                raise UserError(
-                    f"concept {name!r}: expected painted patches bool{list(geometry.grid)}, or pixels of the photo "
-                    f"bool{list(size)}, got {got}"
-                )
-            if tuple(patches.shape) != geometry.grid:
-                patches = geometry.patches(patches) > 0.5
-            key = image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
-            _, concept = photos.setdefault(key, (image, torch.full((patches.numel(),), -1)))
-            mine = patches.flatten()
-            if (taken := mine & (concept >= 0) & (concept != k)).any():
-                other = list(painted)[int(concept[taken][0])]
-                raise UserError(
-                    f"patch {int(taken.nonzero()[0])} of a photo is painted as {other!r} and {name!r}"
-                )
+            image, mine = _read_pair(name, pair, geometry)
+            content = hashlib.sha256(image.tobytes()).digest()
+            key = (image.size, image.mode, content)
+            images.setdefault(key, image)
+            concept = concepts.setdefault(key, torch.full((mine.numel(),), -1))
+            is_taken = mine & (concept >= 0) & (concept != k)
+            if is_taken.any():
+                patch = int(is_taken.nonzero()[0])
+                other = names[int(concept[patch])]
+                raise UserError(f"patch {patch} of a photo is painted as {other!r} and {name!r}")
             concept[mine] = k
-    images, grids = zip(*photos.values(), strict=True) if photos else ((), ())
-    names = list(painted)
+    grids = list(concepts.values())
     for k, name in enumerate(names):
-        if not any((concept == k).any() for concept in grids):
+        is_painted = any((concept == k).any() for concept in grids)
+        if not is_painted:
             raise UserError(f"concept {name!r} has no painted patch; paint at least one")
     if not names:
         raise UserError("got no concepts; expected {'road': [(image, patches), ...], ...}")
-    return names, list(images), list(grids)
+    return names, list(images.values()), grids
+
+
+def _read_pair(name: str, pair: Any, geometry: Geometry) -> tuple[Image.Image, Tensor]:
+    """Return the photo and the painted patches bool[T] of a pair.
+
+    Raises:
+        UserError: It is not a pair of an image and a grid of patches, or of pixels.
+    """
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise UserError(
+            f"concept {name!r}: expected pairs of an image and its painted patches, got {pair!r:.80}"
+        )
+    image, patches = pair
+    if not isinstance(patches, np.ndarray | Tensor | list):
+        kind = type(patches).__name__
+        raise UserError(f"concept {name!r}: expected painted patches as an array, got {kind}")
+    patches = mask_tensor(patches)
+    if not isinstance(image, PhotoLike):
+        kind = type(image).__name__
+        raise UserError(
+            f"concept {name!r}: expected a PIL image or the path of a photo, got {kind}"
+        )
+    image = as_photo(image)
+    size = (image.height, image.width)
+    shape = tuple(patches.shape)
+    if patches.dtype != torch.bool or shape not in (geometry.grid, size):
+        dtype = str(patches.dtype).removeprefix("torch.")
+        raise UserError(
+            f"concept {name!r}: expected painted patches bool{list(geometry.grid)}, or pixels of the photo "
+            f"bool{list(size)}, got {dtype}{list(shape)}"
+        )
+    if shape != geometry.grid:
+        patches = geometry.patches(patches) > 0.5
+    return image, patches.flatten()

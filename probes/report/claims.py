@@ -1,12 +1,13 @@
 """Evaluate the paper's claims, each as one number with a 95% interval and a verdict in three columns (verdicts.py).
 
-The numbers are those of measure.py. What a column lacks for a verdict, and the command that gives it, says remedies.py.
+The numbers are those of measure.py; of drop and recovery at the optimum, those of strengths.py. What a column
+lacks for a verdict, and the command that gives it, says remedies.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.evaluation.estimate import Estimate
 from probes.results.comparable import knockout_difference
 from probes.results.formatting import Entry
@@ -83,7 +84,7 @@ def _entry(case: Case) -> Entry:
 def _paper_column(case: Case) -> Entry:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
     measured = case.main.paper.json()
-    if case.claim in WITHOUT_PROBES:
+    if not CLAIMS[case.claim].reads_probes:
         return column(case.sign, **measured)
     if reason := why_untested("paper", case):
         return untested(reason, **measured, probes="solved")
@@ -183,7 +184,7 @@ def _why_undecided(case: Case, compared: Mapping[tuple[str, str], Estimate], sol
     missing = [control for control in controls if (case.mask, control) not in compared]
     if missing:
         return why_no_draws(case, missing[0])
-    if not solved or case.claim in WITHOUT_PROBES:
+    if not solved or not CLAIMS[case.claim].reads_probes:
         return ""
     draws = [draw for control in controls for draw in case.study.draws(control, solved=True)]
     runs = [draw[mask] for draw in draws for mask in case.masks if mask in draw]

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from probes.analyses import ANALYSES
-from probes.analyses.claims import ANALYSIS_OF, CLAIMS, WITHOUT_PROBES
+from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.analyses.knockout.contrasts import MIN_IMAGES
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
@@ -91,7 +91,7 @@ class Case:
 # ------------------------------------------------------------------------------------------------ of columns
 def trained_probes(case: Case) -> str:
     """Require trained probes, as the paper has them."""
-    if case.claim in WITHOUT_PROBES or not case.study.is_solved:
+    if not CLAIMS[case.claim].reads_probes or not case.study.is_solved:
         return ""
     remedy = f"run {case.command('fit')}, the paper's recipe"
     if study_folder(case.study.first.path) and case.study.task.name == SEGMENTATION:
@@ -125,7 +125,7 @@ def contrast(case: Case) -> str:
 
 def convergence(case: Case) -> str:
     """Require that the solved probes which the claim reads have converged."""
-    if case.claim in WITHOUT_PROBES:
+    if not CLAIMS[case.claim].reads_probes:
         return ""
     if any(row["row"] == "chosen" and row["converged"] for row in case.path):
         return ""

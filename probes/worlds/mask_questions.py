@@ -13,6 +13,7 @@ Shapes: H W pixels, G cells per row and column, K classes.
 """
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -60,40 +61,70 @@ def find_facts(mask: ndarray, classes: list[str], grid: int) -> Facts:
         classes: Their names.
         grid: G.
     """
-    facts = {("there", name): Fact(answer) for name, answer in _find_seen(mask, classes).items()}
+    facts = {}
+    for name, answer in _find_seen(mask, classes).items():
+        facts["there", name] = Fact(answer)
     cells = find_cells(mask, classes, grid)
-    boxes = {(row, column): _box(row, column, grid) for row, column in np.ndindex(grid, grid)}
-    for name, (answer, place) in _find_left(cells).items():
-        facts["left", name] = Fact(answer, boxes[place])
-    for (row, column), box in boxes.items():
-        if (name := cells[row][column]) is not None:
-            facts["place", f"row {row + 1}, column {column + 1}"] = Fact(name, box)
+    for name, neighbour in _find_left(cells).items():
+        box = _box(neighbour.row, neighbour.column, grid)
+        facts["left", name] = Fact(neighbour.name, box)
+    for row, names in enumerate(cells):
+        for column, name in enumerate(names):
+            if name is None:
+                continue
+            about = f"row {row + 1}, column {column + 1}"
+            box = _box(row, column, grid)
+            facts["place", about] = Fact(name, box)
     return facts
 
 
 def find_cells(mask: ndarray, classes: list[str], grid: int) -> Cells:
     """Return the class of more than half of the pixels of each cell, None if there is none."""
-    rows, columns = (np.linspace(0, side, grid + 1).round().astype(int) for side in mask.shape)
+    height, width = mask.shape
+    rows = _cell_edges(height, grid)
+    columns = _cell_edges(width, grid)
     cells: Cells = []
-    for top, bottom in zip(rows[:-1], rows[1:], strict=True):
-        cells.append([])
-        for left, right in zip(columns[:-1], columns[1:], strict=True):
+    for top, bottom in pairwise(rows):
+        names = []
+        for left, right in pairwise(columns):
             cell = mask[top:bottom, left:right]
-            counts = np.bincount(cell.ravel(), minlength=len(classes))[: len(classes)]
-            most = int(counts.argmax())
-            found = counts[most] > HALF * cell.size
-            cells[-1].append(classes[most] if found else None)
+            names.append(_main_class(cell, classes))
+        cells.append(names)
     return cells
+
+
+def _cell_edges(side: int, grid: int) -> list[int]:
+    """Return where the cells of a side begin and end, in pixels, G + 1 numbers."""
+    edges = np.linspace(0, side, grid + 1)
+    return edges.round().astype(int).tolist()
+
+
+def _main_class(cell: ndarray, classes: list[str]) -> str | None:
+    """Return the class of more than half of the pixels; None if there is none."""
+    counts = _count_pixels(cell, classes)
+    most = int(counts.argmax())
+    is_main = counts[most] > HALF * cell.size
+    return classes[most] if is_main else None
+
+
+def _count_pixels(mask: ndarray, classes: list[str]) -> ndarray:
+    """Return the pixels i64[K] of each class; others are not counted."""
+    counts = np.bincount(mask.ravel(), minlength=len(classes))
+    return counts[: len(classes)]
 
 
 def _box(row: int, column: int, grid: int) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a cell as fractions of the photo."""
-    return column / grid, row / grid, (column + 1) / grid, (row + 1) / grid
+    left = column / grid
+    top = row / grid
+    right = (column + 1) / grid
+    bottom = (row + 1) / grid
+    return left, top, right, bottom
 
 
 def _find_seen(mask: ndarray, classes: list[str]) -> dict[str, str]:
     """Return "yes" or "no" by class; classes of a few pixels are left out."""
-    shares = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)] / mask.size
+    shares = _count_pixels(mask, classes) / mask.size
     seen = {}
     for name, share in zip(classes, shares, strict=True):
         if share >= LEAST_SEEN:
@@ -103,26 +134,39 @@ def _find_seen(mask: ndarray, classes: list[str]) -> dict[str, str]:
     return seen
 
 
-def _find_left(cells: Cells) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Return, by class, what more than half of the cells left of its own show, and the first of these cells.
+class _Neighbour(NamedTuple):
+    """A cell to the left of a cell of another class."""
+
+    name: str
+    row: int
+    column: int
+
+
+def _find_left(cells: Cells) -> dict[str, _Neighbour]:
+    """Return, by class, the first of the cells that show what more than half of the cells left of its own show.
 
     Only cells of another class count, and only one step to the left.
     """
     neighbours = defaultdict(list)
     for row, names in enumerate(cells):
-        for column, (left, name) in enumerate(zip(names, names[1:], strict=False)):
-            if name is not None and left not in (None, name):
-                neighbours[name].append((left, (row, column)))
+        for column, (left, name) in enumerate(pairwise(names)):
+            if name is None or left is None or left == name:
+                continue
+            neighbours[name].append(_Neighbour(left, row, column))
     found = {}
-    for name, places in neighbours.items():
-        answer, count = Counter(left for left, _ in places).most_common(1)[0]
-        if count > HALF * len(places):
-            found[name] = answer, next(place for left, place in places if left == answer)
+    for name, of_name in neighbours.items():
+        counts = Counter(neighbour.name for neighbour in of_name)
+        answer = max(counts, key=counts.get)
+        if counts[answer] > HALF * len(of_name):
+            showing = [neighbour for neighbour in of_name if neighbour.name == answer]
+            found[name] = showing[0]
     return found
 
 
 def ask_in_pairs(
-    photos: list[Facts], pairs: int, rng: np.random.Generator
+    photos: list[Facts],
+    pairs: int,
+    rng: np.random.Generator,
 ) -> list[list[MaskQuestion]]:
     """Return questions about each photo; each text is asked of two photos with different answers.
 
@@ -133,12 +177,22 @@ def ask_in_pairs(
     """
     asked: list[list[MaskQuestion]] = [[] for _ in photos]
     for number, kind in enumerate(KINDS):
-        drawn = _draw_pairs(photos, kind, pairs // (len(KINDS) - number), rng)
+        kinds_left = len(KINDS) - number
+        drawn = _draw_pairs(
+            photos,
+            kind,
+            pairs // kinds_left,
+            rng,
+        )
         pairs -= len(drawn)
         for pair in drawn:
             for photo, question in pair.items():
                 asked[photo].append(question)
-    return [[questions[i] for i in rng.permutation(len(questions))] for questions in asked]
+    shuffled = []
+    for questions in asked:
+        order = rng.permutation(len(questions))
+        shuffled.append([questions[i] for i in order])
+    return shuffled
 
 
 def _draw_pairs(
@@ -152,7 +206,8 @@ def _draw_pairs(
     left: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for photo, facts in enumerate(photos):
         for key, fact in facts.items():
-            if key[0] == kind:
+            kind_of_fact, _ = key
+            if kind_of_fact == kind:
                 left[key][fact.answer].append(photo)
     counts = np.zeros(len(photos), int)
     pairs: list[dict[int, MaskQuestion]] = []
@@ -162,22 +217,27 @@ def _draw_pairs(
             break
         key = keys[rng.integers(len(keys))]
         by_answer = left[key]
-        answers = [sorted(by_answer)[i] for i in rng.permutation(len(by_answer))[:2]]
+        possible = sorted(by_answer)
+        order = rng.permutation(len(possible))
+        answers = [possible[i] for i in order[:2]]
         pair = {}
         for answer in answers:
             candidates = by_answer[answer]
-            fewest = counts[candidates] == counts[candidates].min()
+            asked = counts[candidates]
+            fewest = asked == asked.min()
             photo = int(rng.choice(np.array(candidates)[fewest]))
             candidates.remove(photo)
             if not candidates:
                 del by_answer[answer]
             counts[photo] += 1
-            pair[photo] = _build_question(key, photos[photo][key], answers)
+            fact = photos[photo][key]
+            pair[photo] = _build_question(key, fact, answers)
         pairs.append(pair)
     return pairs
 
 
 def _build_question(key: Key, fact: Fact, choice: list[str]) -> MaskQuestion:
+    """Return the question about a fact, with two answers to choose from."""
     kind, about = key
     one, other = choice
     texts = {
@@ -185,7 +245,9 @@ def _build_question(key: Key, fact: Fact, choice: list[str]) -> MaskQuestion:
         "left": f"Which is left of the {about}: {one} or {other}?",
         "place": f"Which is in {about}: {one} or {other}?",
     }
-    region = fact.box and {"box": list(fact.box), "class": fact.answer}
+    region = None
+    if fact.box is not None:
+        region = {"box": list(fact.box), "class": fact.answer}
     return MaskQuestion(texts[kind], fact.answer, region)
 
 
@@ -193,6 +255,8 @@ def to_turns(questions: list[tuple[str, str]]) -> list[Turn]:
     """Return questions and answers about a photo as the turns of LLaVA's JSON."""
     turns = []
     for text, answer in questions:
-        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        turns.append({"from": "human", "value": text})
+        turns.append({"from": "gpt", "value": answer})
+    first = turns[0]
+    first["value"] = f"<image>\n{first['value']}"
     return turns

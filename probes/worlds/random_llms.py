@@ -17,6 +17,7 @@ Norms of drawn layers are one. The last two rows keep what was trained: they are
 pictures.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -31,7 +32,9 @@ RANK = 8
 def shuffle_weights(layers: nn.ModuleList) -> None:
     """Put the entries of each matrix into random order."""
     for weight in matrices(layers):
-        weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+        order = torch.randperm(weight.numel())
+        shuffled = weight.flatten()[order]
+        weight.copy_(shuffled.view_as(weight))
 
 
 def matrices(layers: nn.Module) -> list[Tensor]:
@@ -64,7 +67,9 @@ def draw_low_rank(layers: nn.ModuleList) -> None:
 
     def draw(weight: Tensor) -> None:
         rows, columns = weight.shape
-        product = torch.randn(rows, RANK) @ torch.randn(RANK, columns)
+        left = torch.randn(rows, RANK)
+        right = torch.randn(RANK, columns)
+        product = left @ right
         weight.copy_(SD / RANK**0.5 * product)
 
     draw_weights(draw, layers)
@@ -74,40 +79,48 @@ def scale_attention(layers: nn.ModuleList, factor: float) -> None:
     """Draw normal weights, and multiply those of queries and keys."""
     draw_normal(layers)
     for layer in layers:
-        layer.self_attn.q_proj.weight.mul_(factor)
-        layer.self_attn.k_proj.weight.mul_(factor)
+        attention = layer.self_attn
+        attention.q_proj.weight.mul_(factor)
+        attention.k_proj.weight.mul_(factor)
 
 
 def repeat_layer(layers: nn.ModuleList) -> None:
     """Draw normal weights of one layer, and give them to all."""
     draw_normal(layers)
+    first = layers[0].state_dict()
     for layer in layers[1:]:
-        layer.load_state_dict(layers[0].state_dict())
+        layer.load_state_dict(first)
 
 
 def reorder_layers(layers: nn.ModuleList) -> None:
     """Put the layers into another order; none stays where it was."""
     shift = int(torch.randint(1, len(layers), ()))
     order = torch.randperm(len(layers))
-    before = [{name: x.clone() for name, x in layer.state_dict().items()} for layer in layers]
-    for place, source in zip(order.tolist(), order.roll(shift).tolist(), strict=True):
+    before = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    places = order.tolist()
+    sources = order.roll(shift).tolist()
+    for place, source in zip(places, sources, strict=True):
         layers[place].load_state_dict(before[source])
 
 
 def exchange_heads(layers: nn.ModuleList) -> None:
     """Exchange attention heads at random between all layers; each keeps its queries, keys, values and output."""
-    size = layers[0].self_attn.head_dim
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    heads_per_layer = len(_heads(layers[0], "q_proj"))
+    order = torch.randperm(len(layers) * heads_per_layer)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        heads = torch.cat([_heads(layer, name) for layer in layers])
+        exchanged = heads[order].chunk(len(layers))
+        for layer, of_layer in zip(layers, exchanged, strict=True):
+            _heads(layer, name).copy_(of_layer)
 
-    def heads(layer: nn.Module, name: str) -> Tensor:
-        weight = getattr(layer.self_attn, name).weight
-        return (weight.T if name == "o_proj" else weight).unflatten(0, (-1, size))
 
-    order = torch.randperm(len(layers) * len(heads(layers[0], "q_proj")))
-    for name in names:
-        exchanged = torch.cat([heads(layer, name) for layer in layers])[order]
-        for layer, part in zip(layers, exchanged.chunk(len(layers)), strict=True):
-            heads(layer, name).copy_(part)
+def _heads(layer: nn.Module, name: str) -> Tensor:
+    """Return a view of a projection's weights with the attention heads first."""
+    weight = getattr(layer.self_attn, name).weight
+    if name == "o_proj":
+        weight = weight.T
+    size = layer.self_attn.head_dim
+    return weight.unflatten(0, (-1, size))
 
 
 FAMILIES: dict[str, Callable[[nn.ModuleList], None]] = {

@@ -253,6 +253,7 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         "space": space,
         "points": refinement.points,
         "passes": number,
+        "certificates": refinement.certificates,
         "converged": refinement.converged,
     }
 
@@ -279,6 +280,7 @@ def solve_in_memory(data) -> dict:
         "space": problem.space,
         "points": refinement.accepted.points,
         "passes": 1,
+        "certificates": refinement.certificates,
         "converged": refinement.converged,
     }
 

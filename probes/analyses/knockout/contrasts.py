@@ -34,7 +34,7 @@ from .rates import (
     outcome_key,
     select_cases,
 )
-from .schema import CONTROLS, SETS
+from .schema import CONTROLS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
 MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
@@ -59,13 +59,13 @@ def knockout_effects(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Est
         tensors: Content of knockout.safetensors.
     """
     controls = [name for name in CONTROLS if f"{name}_correct" in list_conditions(tensors)]
-    effects = {
-        name: replace(estimate, about={"controls": controls})
-        for name, estimate in rate_effects(tensors, run.weights).items()
-    }
+    effects = {}
+    for name, estimate in rate_effects(tensors, run.weights).items():
+        effects[name] = replace(estimate, about={"controls": controls})
     for control in controls:
         contrasts = patch_contrasts(run, tensors, control)
-        effects |= {f"{name}@{control}": estimate for name, estimate in contrasts.items()}
+        for name, contrast in contrasts.items():
+            effects[f"{name}@{control}"] = contrast
     return effects
 
 
@@ -117,31 +117,38 @@ def paired_cases(
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
     if f"{control}_correct" not in list_conditions(tensors):
         return None
-    left = {
-        condition: later_half(_read(tensors, outcome_key(OUTCOME, condition))).double()
-        for condition in (*SETS, *(f"{control}_{name}" for name in SETS))
-    }
-    incorrect = left["incorrect"] - left[f"{control}_incorrect"]
-    correct = left["correct"] - left[f"{control}_correct"]
+    incorrect = _left(tensors, "incorrect") - _left(tensors, f"{control}_incorrect")
+    correct = _left(tensors, "correct") - _left(tensors, f"{control}_correct")
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
-    wrong = [
-        torch.full_like(tensors[f"{name}/image"], classes.index(name))
-        for name in blocked_classes(tensors)
-    ]
-    wrong = torch.cat(wrong)
+    by_class = []
+    for name in blocked_classes(tensors):
+        images = tensors[f"{name}/image"]
+        by_class.append(torch.full_like(images, classes.index(name)))
+    wrong = torch.cat(by_class)
     true = _read(tensors, "correct_class")
-    pair = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true)
+    first = torch.minimum(wrong, true)
+    second = torch.maximum(wrong, true)
+    pair = first * len(classes) + second
     forward = wrong > true
-    both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
+    has_forward = torch.isin(pair, pair[forward])
+    has_backward = torch.isin(pair, pair[~forward])
+    both = has_forward & has_backward
     if not both.any():
         return None
+    _, number = torch.unique(pair[both], return_inverse=True)
     return PairedCases(
-        values[both],
-        _read(tensors, "patches")[both].double(),
-        _read(tensors, "image")[both],
-        torch.unique(pair[both], return_inverse=True)[1],
-        forward[both],
+        values=values[both],
+        patches=_read(tensors, "patches")[both].double(),
+        image=_read(tensors, "image")[both],
+        pair=number,
+        forward=forward[both],
     )
+
+
+def _left(tensors: dict[str, Tensor], condition: str) -> Tensor:
+    """Return the share of the mistaken patches that a condition leaves, over the later half of the layers, f64[C]."""
+    outcome = _read(tensors, outcome_key(OUTCOME, condition))
+    return later_half(outcome).double()
 
 
 def _read(tensors: dict[str, Tensor], key: str) -> Tensor:
@@ -163,7 +170,8 @@ def contrast_estimates(
     unit = cases.image if groups is None else groups[cases.image]
     patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64)
     patches.index_add_(0, unit, cases.patches)
-    df = (patches.sum().square() / patches.square().sum()).item() - 1
+    effective_number = patches.sum().square() / patches.square().sum()
+    df = effective_number.item() - 1
     tails = scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)
     wider = float(tails) * ((df + 1) / df) ** 0.5
     contrasts = []

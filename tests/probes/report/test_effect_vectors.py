@@ -14,6 +14,7 @@ import probes
 from llava_bidir.common.atomic_io import write_files
 from probes.analyses import claims as registry
 from probes.analyses.effects import read_effects
+from probes.cli import main
 from probes.evaluation.effect_file import effect_file
 from probes.report.claims import evaluate_claims
 from probes.results.study import read_studies
@@ -96,6 +97,24 @@ def test_an_analysis_outside_the_repository_adds_a_claim_with_three_columns(
     assert claim["value"] == pytest.approx((accuracy[2] - accuracy[1]).item())
     page = (tmp_path / "report/index.html").read_text()
     assert "The first layer improves on the adapter" in page
+
+
+def test_a_registered_claim_that_reads_no_probes_needs_no_trained_ones(runs, tmp_path, registered):
+    """Which claims read probes was noted when the module was imported, without those registered later."""
+    solved = [path for path in runs if probes.ProbeRun(path).is_solved]
+    claims = {
+        "reads": probes.Claim(+1, "It is: a number", "reads"),
+        "reads_none": probes.Claim(+1, "It is: a number", "none", reads_probes=False),
+    }
+    probes.register_analysis("mine", claims)
+    for path in solved:
+        run = probes.ProbeRun(path)
+        probes.write_effects(run, "mine", dict.fromkeys(claims, run.effects["recovery"]))
+    main(["report", *solved, "--out", str(tmp_path / "report")])
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    paper = {claim["claim"]: claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]}
+    assert paper["reads"] == "untested"
+    assert paper["reads_none"] == "holds"
 
 
 def test_names_are_registered_once(registered):

@@ -40,10 +40,11 @@ def check_options(
             parser.add_argument(name)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     configs = _read_configs(words)
+    of_keys = ["--" + name.removeprefix("--").replace("-", "_") for name in names]
     for file, values in configs.items():
         for key in values:
-            if not _is_known(f"--{key}", names, groups):
-                parser.error(f"{file}: there is no option {key!r}{_meant(key, names)}")
+            if not _is_known(f"--{key}", of_keys, groups):
+                parser.error(f"{file}: there is no option {key!r}{_meant(key, of_keys)}")
     if any(option in ("--help", "--print_config") for option in options):
         return
     keys = [

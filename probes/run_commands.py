@@ -11,9 +11,8 @@ from typing import NamedTuple
 from llava_bidir.common import usage_errors
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.option_names import check_options
+from llava_bidir.common.short_help import HELP, HELP_ALL
 
-HELP = ("-h", "--help")
-HELP_ALL = "--help-all"  # of LightningCLI, with all options of the trainer
 SCORE = "probes test -c folder --model.mllm MODEL --data.root DATA --out runs/mine --ckpt_path last"
 
 

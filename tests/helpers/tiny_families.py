@@ -133,6 +133,18 @@ def _gemma4(images: list[Image.Image]) -> dict:
     return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
+def _gemma4_unified(images: list[Image.Image]) -> dict:
+    """The pixels of each token, row by row, channels last; the stock processor needs torchvision."""
+    pixels = _normalised(images)["pixel_values"]
+    corners = [(6 * row, 6 * column) for row in range(SIDE) for column in range(SIDE)]
+    tokens = [pixels[:, :, y : y + 6, x : x + 6] for y, x in corners]
+    places = torch.tensor([[x // 6, y // 6] for y, x in corners])
+    return {
+        "pixel_values": torch.stack([x.permute(0, 2, 3, 1).flatten(1) for x in tokens], 1),
+        "image_position_ids": places.expand(len(images), -1, -1),
+    }
+
+
 def _sizes(images: list[Image.Image]) -> dict:
     return _normalised(images) | {
         "image_sizes": torch.tensor([[i.height, i.width] for i in images])
@@ -538,6 +550,38 @@ STOCK = {
         native="bidirectional_sliding",
         types=("mm_token_type_ids", 1, 0),
     ),
+    "gemma4_unified": Stock(
+        _config(
+            "gemma4_unified",
+            {
+                "model_type": "gemma4_unified_vision",
+                "patch_size": 2,
+                "mm_embed_dim": 24,
+                "output_proj_dims": 24,
+            },
+            LLM
+            | GEMMA
+            | {
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "sliding_window": 128,  # more than there are tokens, as in the published models
+                "use_bidirectional_attention": "vision",
+                "global_head_dim": 8,
+            },
+            audio_config=None,
+            video_token_id=96,
+            audio_token_id=95,
+            boi_token_id=94,
+        ),
+        "model.embed_vision.multimodal_embedder",
+        24,
+        (SIDE, SIDE),
+        SIDE * 6,
+        inputs=_gemma4_unified,
+        placeholder="<|image|>",
+        prefix=["<s>", "hello", "<|image>"],
+        native="bidirectional",
+        types=("mm_token_type_ids", 1, 0),
+    ),
     "paligemma": Stock(
         _config(
             "paligemma",
@@ -614,6 +658,9 @@ STOCK = {
         "lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"
     ),
 }
+
+
+ENCODER_FREE = {"gemma4_unified"}  # whose LLM reads patches
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -50,7 +50,7 @@ class Family:
             raster order.
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
         language_model: The decoder, with `layers`, `norm` and `embed_tokens`.
-        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there are two.
+        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there is none, or two.
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.

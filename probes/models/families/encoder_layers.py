@@ -136,7 +136,7 @@ def encoder_layers(family: Family, config: PreTrainedConfig) -> EncoderLayers:
     """
     kind = config.model_type
     if family.vision_tower is None:
-        raise UserError(f"{kind} combines two encoders, which have no common layers; {ADVICE}")
+        raise UserError(f"{kind} has no encoder, or two without common layers; {ADVICE}")
     vision = config.vision_config
     if vision.model_type in WINDOWS:
         raise UserError(

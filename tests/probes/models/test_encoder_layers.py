@@ -47,7 +47,8 @@ NORMED = {
     "ovis2": "transformer.rms_norm",
 }
 REFUSED = {
-    "deepseek_vl_hybrid": "combines two encoders, which have no common layers",
+    "deepseek_vl_hybrid": "has no encoder, or two without common layers",
+    "gemma4_unified": "has no encoder, or two without common layers",
     "gemma3": "averages 2 x 2 patches for an image token: its encoder's grid is 6 x 6, .* tokens 3 x 3",
     "gemma4": "the layers of gemma4's encoder, gemma4_vision, cannot be read one by one",
     "qwen2_5_vl": "orders its patches by windows of attention",

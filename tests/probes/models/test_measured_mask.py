@@ -18,6 +18,13 @@ from probes.models.measured_mask import DIRECTIONS, RUNS
 
 pytestmark = pytest.mark.numerics
 
+# transformers 5.24.0; see findings/gemma4_unified_masks.sh
+OTHER_MASKS = {
+    ("gemma4_unified", "generate with a static cache"): [
+        "image to later image: no instead of yes, in layer_03"
+    ]
+}
+
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("applied", [None, "causal", "bidirectional"])
@@ -47,7 +54,8 @@ def test_every_family_attends_as_it_claims(name, tmp_path, monkeypatch):
     assert measured.disagreements() == []
     assert measured.moved.any(2).any(1).all(), "each layer mixes tokens"
     for run in RUNS:
-        assert measured.differences(mllm.measured_mask(run)) == [], run
+        expected = OTHER_MASKS.get((name, run), [])
+        assert measured.differences(mllm.measured_mask(run)) == expected, run
 
 
 def with_mask(mllm, layer: int, change):

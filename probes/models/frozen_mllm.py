@@ -140,8 +140,13 @@ class FrozenMLLM(FrozenModel):
 
     @property
     def decoder(self) -> nn.Module:
-        """The LLM's decoder, with `layers`, `norm` and `embed_tokens`."""
+        """The LLM's decoder, with `layers` and `embed_tokens`."""
         return self.family.decoder_of(self.model)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer of the LLM."""
+        return self.family.norm_of(self.model)
 
     def clear_prefix_cache(self) -> None:
         """Drop the cached keys and values of the prompt; the next forward recomputes them."""
@@ -207,7 +212,7 @@ class FrozenMLLM(FrozenModel):
         self.check_sites([site])
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
-        logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
+        logits = head(states if site == FINAL_NORM else self.final_norm(states))
         check_outputs("logits", {site: logits})
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         if cap is None or isinstance(head, LogitHead):  # which caps its logits itself

@@ -158,6 +158,12 @@ def _raster(images: list[Image.Image]) -> dict:
     }
 
 
+def _unmerged(images: list[Image.Image]) -> dict:
+    inputs = _raster(images)
+    ones = torch.ones(len(images), dtype=torch.long)
+    return inputs | {"pixel_values": inputs["pixel_values"].flatten(1), "image_merge_sizes": ones}
+
+
 def _siglip2(images: list[Image.Image]) -> dict:
     """The pixels of each patch of 4 x 4, row by row, channels last."""
     pixels = _normalised(images)["pixel_values"]
@@ -758,6 +764,51 @@ STOCK = {
         4 * SIDE,
         inputs=_raster,
         placeholder="<|media_pad|>",
+    ),
+    "glm4v_moe": _patched(
+        "glm4v_moe",
+        "model.visual.downsample",
+        GLM_VISION | {"model_type": "glm4v_moe_vision"},
+        {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+        | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+        "<|image|>",
+    ),
+    "exaone4_5": _patched(
+        "exaone4_5",
+        f"{MERGER}.mlp",
+        QWEN_VISION
+        | {
+            "model_type": "exaone4_5_vision",
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "num_key_value_heads": 1,
+        },
+        {
+            "model_type": "exaone4",
+            "rope_parameters": None,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+        types=None,
+    ),
+    "video_llama_3": Stock(
+        _config(
+            "video_llama_3",
+            VISION | {"model_type": "video_llama_3_vision", "patch_size": 2},
+            _llm("qwen2"),
+            video_token_id=96,
+        ),
+        "model.projector",
+        16,
+        (SIDE, SIDE),
+        2 * SIDE,
+        inputs=_unmerged,
+        placeholder="<|image_pad|>",
     ),
     "qwen3_5": _patched("qwen3_5", f"{MERGER}.linear_fc1", QWEN3_VISION, LINEAR, masks=False),
     "qwen3_5_moe": _patched(

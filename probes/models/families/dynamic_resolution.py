@@ -40,6 +40,13 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     }
 
 
+def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches without the types of tokens, where position ids only count these."""
+    inputs = _patches(model, pixels, is_image)
+    del inputs["mm_token_type_ids"]
+    return inputs
+
+
 def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
     patch = patch_size(model.config)
@@ -57,6 +64,14 @@ def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
 def _typed_raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return the same with the types of tokens, from which positions are computed."""
     return _raster_patches(model, pixels, is_image) | {"mm_token_type_ids": is_image.int()}
+
+
+def _unmerged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches f[B x P, channels x p x p] in raster order, none of which are merged."""
+    inputs = _raster_patches(model, pixels, is_image)
+    ones = torch.ones(len(pixels), dtype=torch.long, device=model.device)
+    patches = inputs["pixel_values"].flatten(1)
+    return inputs | {"pixel_values": patches, "image_merge_sizes": ones}
 
 
 def _merge_raster(model: PreTrainedModel, args: tuple) -> Tensor:
@@ -137,6 +152,13 @@ DYNAMIC = {
     "qwen2_5_vl": _patch_family(
         "Qwen2_5_VLForConditionalGeneration", "visual.merger.mlp", encoder_states=_to_raster_order
     ),
+    "exaone4_5": _patch_family(
+        "Exaone4_5_ForConditionalGeneration",
+        "visual.merger.mlp",
+        encoder_states=_to_raster_order,
+        inputs=_untyped_patches,
+        placeholder="<|image_pad|>",
+    ),
     # Features of earlier encoder layers are added after the first decoder layers; states are read before.
     "qwen3_vl": _patch_family(
         "Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
@@ -145,9 +167,19 @@ DYNAMIC = {
         "Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
     ),
     "glm4v": _patch_family("Glm4vForConditionalGeneration", "visual.downsample", **_GLM),
+    "glm4v_moe": _patch_family("Glm4vMoeForConditionalGeneration", "visual.downsample", **_GLM),
     "glm46v": _patch_family("Glm46VForConditionalGeneration", "visual.downsample", **_GLM),
     "glm_ocr": _patch_family("GlmOcrForConditionalGeneration", "visual.downsample", **_GLM),
     "paddleocr_vl": _patch_family("PaddleOCRVLForConditionalGeneration", "projector", **_PADDLE),
+    # One token per patch of an image; the patches of videos are averaged.
+    "video_llama_3": Family(
+        "VideoLlama3ForConditionalGeneration",
+        image_px=lambda config: TOKENS_PER_SIDE * patch_size(config),
+        adapter=("projector",),
+        vision_tower="vision_model",
+        inputs=_unmerged_patches,
+        placeholder="<|image_pad|>",
+    ),
     "kimi_k25": Family(
         "Kimi_K25ForConditionalGeneration",
         image_px=lambda config: TOKENS_PER_SIDE * patch_size(config) * _kimi_merge(config),

@@ -26,7 +26,9 @@ TOWERS = {
     "internvl": ("vision_tower", 1, 2),
     "qianfan_ocr": ("vision_tower", 1, 2),
     "lfm2_vl": ("vision_tower", 0, 2),
+    "glm4v_moe": ("visual", 0, 2),
     "glm_ocr": ("visual", 0, 2),
+    "video_llama_3": ("vision_model", 0, 1),
     "paddleocr_vl": ("visual", 0, 2),
     "kimi_k25": ("vision_tower", 0, 2),
     "idefics3": ("vision_model", 0, 3),
@@ -49,7 +51,9 @@ TOWERS = {
 NORMED = {
     "glm4v": "post_layernorm",
     "glm46v": "post_layernorm",
+    "glm4v_moe": "post_layernorm",
     "glm_ocr": "post_layernorm",
+    "video_llama_3": "post_layernorm",
     "kimi_k25": "final_layernorm",
     "paddleocr_vl": "vision_model.post_layernorm",
     "ovis2": "transformer.rms_norm",
@@ -59,6 +63,7 @@ REFUSED = {
     "gemma4_unified": "has no encoder, or two without common layers",
     "gemma3": "averages 2 x 2 patches for an image token: its encoder's grid is 6 x 6, .* tokens 3 x 3",
     "gemma4": "the layers of gemma4's encoder, gemma4_vision, cannot be read one by one",
+    "exaone4_5": "orders its patches by windows of attention",
     "qwen2_5_vl": "orders its patches by windows of attention",
 }
 

@@ -139,7 +139,7 @@ def layer_depth(name: str) -> int:
 
 
 def in_raster_order(states: torch.Tensor, vision) -> torch.Tensor:
-    """Qwen2.5-VL runs tokens window by window (here 4 x 4 tokens), and so enter its merger."""
+    """Qwen2.5-VL and EXAONE 4.5 run tokens window by window (here 4 x 4), and so enter their mergers."""
     side = STOCK["qwen2_5_vl"].grid[0]
     window = vision.window_size // vision.patch_size // vision.spatial_merge_size
     ordered = torch.empty_like(states)
@@ -234,7 +234,7 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
         stock["encoder"][::3] if STOCK[name].extra else stock["encoder"]
     )  # views: whole, tile, tile
     encoder = encoder.reshape(len(images), tokens, -1)
-    if name == "qwen2_5_vl":
+    if "window_size" in STOCK[name].config["vision_config"]:
         encoder = in_raster_order(encoder, read.model.config.vision_config)
     if name == "paddleocr_vl":
         encoder = side_by_side(encoder.reshape(len(images), 4 * tokens, -1))

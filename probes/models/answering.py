@@ -24,7 +24,13 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import end_tokens
 from llava_bidir.common.model_outputs import check_outputs
 
-from .attention_masks import Masks, build_decoder_masks, last_rows, supports_masks
+from .attention_masks import (
+    Masks,
+    build_decoder_masks,
+    decode_under,
+    last_rows,
+    supports_masks,
+)
 from .attention_weights import capture_attention
 from .families import SLIDING, layer_kinds
 from .knockout import ANSWER, Knockout
@@ -272,13 +278,13 @@ def generate_answer(
         answer.append(token)
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        with _cut_step(mllm, ids, answer, options, knockout, effect) as masks:
-            output = mllm.decoder(
+        with _cut_step(mllm, ids, answer, options, knockout, effect):
+            # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
+            output = mllm.model.model(
                 input_ids=torch.tensor([[token]], device=mllm.device),
                 position_ids=first_position + len(ids) + len(answer) - 1,
                 use_cache=True,
                 **mllm.cached(cache),
-                **masks,
             )
         states = output.last_hidden_state
         if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
@@ -295,13 +301,13 @@ def _cut_step(
     options: list[list[bool]],
     knockout: Knockout | None,
     effect: Tensor | None,
-) -> Iterator[dict[str, Masks]]:
-    """Cut the attention of the last token of an answer while the context is open, and yield the argument of its masks.
+) -> Iterator[None]:
+    """Cut the attention of the last token of an answer while the context is open.
 
-    Without `effect`, no row of the knockout is a token of the answer, and the decoder has its own masks.
+    Without `effect`, no row of the knockout is a token of the answer.
     """
     if effect is None:
-        yield {}
+        yield
         return
     # the last token of an answer in a tree does not run, so one more is appended
     text = TextTree.from_ids([question], [[*answer, 0]], options)
@@ -309,8 +315,9 @@ def _cut_step(
     layers = mllm.decoder.layers
     is_image = is_image_before(mllm, text)
     sets = sets_after_image(mllm, text)
-    with knockout.apply(layers, masks, is_image, len(layers), sets, effect):
-        yield {"attention_mask": masks}
+    cut = knockout.apply(layers, masks, is_image, len(layers), sets, effect)
+    with cut, decode_under(mllm.decoder, masks):
+        yield
 
 
 def option_tokens(

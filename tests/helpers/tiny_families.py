@@ -48,7 +48,7 @@ SPECIAL = [
     ),
     *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
     *("</img>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<end_of_image>", "<image|>", "[IMG_END]"),
-    *("<IMG_GRID>", "<IMG_END>", "\n"),
+    *("<IMG_GRID>", "<IMG_END>", "\n", "<|image_end|>"),
 ]
 QUESTION = "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
 _FIRST = ["<IMG_START>", *(token for token in SPECIAL if token != "<IMG_START>")]
@@ -561,6 +561,7 @@ STOCK = {
         (3, 3),
         placeholder="<IMG_CONTEXT>",
         prefix=["<s>", "hello", "<img>"],
+        before_question=("</img>",),
     ),
     "lfm2_vl": Stock(
         _config(
@@ -580,6 +581,7 @@ STOCK = {
         inputs=_siglip2,
         norm="embedding_norm",
         prefix=["<s>", "hello", "<|image_start|>"],
+        before_question=("<|image_end|>",),
         masks=False,
     ),
     "idefics3": _idefics("idefics3"),
@@ -696,6 +698,7 @@ STOCK = {
         inputs=_gemma4_unified,
         placeholder="<|image|>",
         prefix=["<s>", "hello", "<|image>"],
+        before_question=("<image|>",),
         native="bidirectional",
         types=("mm_token_type_ids", 1, 0),
     ),

@@ -113,5 +113,6 @@ GEMMA = {
         image_attention=_gemma4_unified_attention,
         placeholder="<|image|>",
         image_start_text="<|image>",
+        image_end_text="<image|>",
     ),
 }

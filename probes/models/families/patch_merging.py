@@ -67,6 +67,7 @@ MERGED = {
         lambda config: 1 / config.downsample_ratio,
         placeholder="<IMG_CONTEXT>",
         image_start_text="<img>",
+        image_end_text="</img>",
     ),
     # Most layers are convolutions: only the model's own, causal attention is possible.
     "lfm2_vl": _merging(
@@ -78,6 +79,7 @@ MERGED = {
         norm="embedding_norm",
         shared_prefix=False,  # convolutions do not stop between prefix and image
         image_start_text="<|image_start|>",
+        image_end_text="<|image_end|>",
     ),
     "idefics3": _idefics("Idefics3ForConditionalGeneration"),
     "smolvlm": _idefics("SmolVLMForConditionalGeneration"),

@@ -49,6 +49,7 @@ SPECIAL = [
     *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
     *("</img>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<end_of_image>", "<image|>", "[IMG_END]"),
     *("<IMG_GRID>", "<IMG_END>", "\n", "<|image_end|>"),
+    *("sky", "wall", "road"),
 ]
 QUESTION = "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
 _FIRST = ["<IMG_START>", *(token for token in SPECIAL if token != "<IMG_START>")]

@@ -17,20 +17,11 @@ from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
-from .families.layer_parts import part_sites, part_width, why_no_values
+from .families.chosen_sites import all_sites, chosen_sites
+from .families.layer_parts import part_width
 from .knockout import Knockout
 from .shared_layers import version
-from .sites import (
-    is_encoder_layer,
-    is_joined,
-    layer_around,
-    layer_number,
-    layer_site,
-    members,
-    wants_all,
-    wants_all_parts,
-    with_parts,
-)
+from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
 from .teach import Painted, Taught
 
 
@@ -224,60 +215,23 @@ class FrozenModel(nn.Module):
         return []
 
     @cached_property
-    def part_sites(self) -> list[str]:
-        """Names of the parts of layers in forward order: "value_01", "attn_01", "mlp_01", "value_02", ..."""
-        return part_sites(self.family, self.model.config)
-
-    @cached_property
     def all_sites(self) -> list[str]:
-        """Names of all sites but joined ones in forward order; without encoder layers that cannot be read."""
-        try:
-            in_encoder = self.encoder_sites
-        except UserError:
-            in_encoder = []
-        return with_parts([*in_encoder, *self.sites], self.part_sites)
+        """Names of all sites but joined ones in forward order; without those that cannot be read."""
+        return all_sites(self.family, self.model.config)
 
-    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """Return `sites` as a list: `self.sites` for None.
-
-        "all" stands also for `encoder_sites`, and "all_parts" for `all_sites`.
+    def check_sites(self, sites: str | Sequence[str] | None) -> list[str]:
+        """Return `sites` as a list: `self.sites` for None, also `encoder_sites` for "all", `all_sites` for "all_parts".
 
         Raises:
-            UserError: A site is unknown, is a layer of an encoder whose layers cannot be read, is a part that its layer
-                does not have, or joins a site with itself.
+            UserError: A site is unknown or cannot be read; see families/chosen_sites.py.
         """
-        if sites is None:
-            return list(self.sites)
-        if wants_all(sites):
-            return [*self.encoder_sites, *self.sites]
-        if wants_all_parts(sites):
-            return list(self.all_sites)
-        if isinstance(sites, str):
-            raise UserError(f"sites must be a list of names, or 'all'; got {sites!r}")
-        known = list(self.sites)
-        joined = [members(site) for site in sites]
-        single = [site for of_site in joined for site in of_site]
-        if any(map(is_encoder_layer, single)):
-            known = [*self.encoder_sites, *known]
-        unknown = set(single) - {*known, *self.part_sites}
-        if unknown:
-            site = min(unknown)
-            if why := why_no_values(self.family, self.model.config, site):
-                raise UserError(why)
-            parts = "value_NN, attn_NN and mlp_NN inside layer_NN"
-            raise UserError(
-                f"unknown site {site!r}; this model has {', '.join(known)}, and {parts}"
-            )
-        for site, of_site in zip(sites, joined, strict=True):
-            if len(set(of_site)) < len(of_site):
-                raise UserError(f"{site!r} joins a site with itself")
-        return list(sites)
+        return chosen_sites(self.family, self.model.config, sites)
 
     def _find_width(self, site: str) -> int:
         """Return the width of a part of a layer, or of a joined site."""
         if is_joined(site):
             return sum(self.widths[member] for member in members(site))
-        if site not in self.part_sites:
+        if part_of(site) is None or site not in self.all_sites:
             raise KeyError(site)
         width = self.widths[layer_around(site)]
         return part_width(self.layers[layer_number(site) - 1], site, width)

@@ -88,7 +88,7 @@ def test_reports_and_the_lab_open_such_a_run(solved, tmp_path):
     (model,) = labs.open_session([str(solved.path)]).describe()["models"]
     assert model["sites"] == SITES
     assert model["word_sites"] == ["adapter", "attn_02", "mlp_02", "layer_02"]
-    assert model["change_sites"] == ["layer_02"]
+    assert model["change_sites"] == ["adapter", "layer_02"]
 
 
 def test_states_are_written_by_name_and_sites_say_what_there_is(
@@ -100,7 +100,7 @@ def test_states_are_written_by_name_and_sites_say_what_there_is(
     photo = next((segmentation / "images/validation").iterdir())
     model = str(checkpoints["causal"])
     file = tmp_path / "x.safetensors"
-    main(["states", model, str(photo), "--sites", f"{JOINED},value_01", "--out", str(file)])
+    main(["states", model, str(photo), "--sites", JOINED, "value_01", "--out", str(file)])
     assert {*load_file(file)} == {JOINED, "value_01"}
     main(["sites", model])
     expected = (

@@ -91,7 +91,12 @@ def write(name: str, tmp_path_factory):
 
 def photos(name: str, count: int = 2) -> list[Image.Image]:
     side = STOCK[name].image_px
-    noise = np.random.default_rng(0).integers(0, 255, (count, side, side, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0,
+        255,
+        (count, side, side, 3),
+        np.uint8,
+    )
     return [Image.fromarray(image) for image in noise]
 
 
@@ -173,7 +178,10 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
     stock = "llava" if name in LLMS else name
     frozen = load(name)
     states = frozen.states(frozen.preprocess(photos(stock)), "all_parts")
-    path = {"gemma4": "self_attn.v_norm", "phi3": "self_attn.qkv_proj"}
+    path = {
+        "gemma4": "self_attn.v_norm",
+        "phi3": "self_attn.qkv_proj",
+    }
     values = dict.fromkeys(LAYERS, path.get(name, "self_attn.v_proj"))
     if name in LINEAR:
         values = {2: values[2]}
@@ -188,7 +196,13 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
     )
     for site, state in states.items():
         assert state.shape == (2, frozen.image_tokens, frozen.widths[site])
-    check_parts(states, found, depth, is_image, fused=name == "phi3")
+    check_parts(
+        states,
+        found,
+        depth,
+        is_image,
+        fused=name == "phi3",
+    )
 
 
 @pytest.mark.parametrize("name", [*STOCK, *LLMS])
@@ -261,11 +275,23 @@ def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
 def test_knockouts_rows_and_known_states_reach_parts(load):
     frozen = load("llava")
     pixels = frozen.preprocess(photos("llava"))
-    sites = ["value_02", "attn_02", "mlp_02", "value_03", "attn_03", "attn_02+layer_03"]
+    sites = [
+        "value_02",
+        "attn_02",
+        "mlp_02",
+        "value_03",
+        "attn_03",
+        "attn_02+layer_03",
+    ]
     plain = frozen.states(pixels, sites)
     blocked = torch.arange(36).expand(3, -1) % torch.tensor([[2], [3], [5]]) == 0
     rows = [1, 0, 1]
-    cut = frozen.states(pixels, sites, Knockout(blocked, [2]), rows)
+    cut = frozen.states(
+        pixels,
+        sites,
+        Knockout(blocked, [2]),
+        rows,
+    )
     for i, image in enumerate(rows):
         one = frozen.states(pixels[[image]], sites, Knockout(blocked[[i]], [2]))
         for site in sites:
@@ -279,7 +305,12 @@ def test_knockouts_rows_and_known_states_reach_parts(load):
     handle = frozen.decoder.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
     for known in (plain, plain | frozen.states(pixels, "all_parts")):
         ran.clear()
-        from_known = frozen.states(pixels, sites, Knockout(blocked[:2], [3]), known=known)
+        from_known = frozen.states(
+            pixels,
+            sites,
+            Knockout(blocked[:2], [3]),
+            known=known,
+        )
         for site in sites:
             torch.testing.assert_close(from_known[site], again[site], **rounding(again[site], 1))
     handle.remove()
@@ -320,11 +351,28 @@ def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     if name.startswith("dino"):
         stock = replace(stock, settings=stock.settings | {"layerscale_value": 0.5})
     encoder = probes.load(stock.write(tmp_path / name), device="cpu")
-    noise = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0,
+        255,
+        (2, 24, 24, 3),
+        np.uint8,
+    )
     pixels = encoder.preprocess([Image.fromarray(image) for image in noise])
     states = encoder.states(pixels, "all_parts")
-    assert [*states][:6] == ["layer_00", "value_01", "attn_01", "mlp_01", "layer_01", "value_02"]
-    model = load_weights("encoder", stock.cls, tmp_path / name, dtype=torch.float32).eval()
+    assert [*states][:6] == [
+        "layer_00",
+        "value_01",
+        "attn_01",
+        "mlp_01",
+        "layer_01",
+        "value_02",
+    ]
+    model = load_weights(
+        "encoder",
+        stock.cls,
+        tmp_path / name,
+        dtype=torch.float32,
+    ).eval()
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     norm = NORM_BEFORE_MLP.get(name, "layer_norm2")
     attention = "attention" if hasattr(layers[0], "attention") else "self_attn"
@@ -339,7 +387,12 @@ def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
         alone = encoder.states(pixels, [f"attn_{i:02d}"])[f"attn_{i:02d}"]
         assert torch.equal(alone, states[f"attn_{i:02d}"])
     is_patch = torch.arange(found["in", 1].shape[1]) >= stock.extra_tokens
-    check_parts(states, found, 1, is_patch)
+    check_parts(
+        states,
+        found,
+        1,
+        is_patch,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ joined sites

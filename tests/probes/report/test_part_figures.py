@@ -12,8 +12,28 @@ from probes.report.figures.layer_parts import part_curves, part_figures
 from probes.report.site_table import name_site, name_sites, site_rows
 from probes.results.study import read_studies
 
-PLAIN = ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
-QUALITY = dict(zip(PLAIN, [0.55, 0.4, 0.45, 0.5, 0.42, 0.42], strict=True))
+PLAIN = [
+    "encoder",
+    "adapter",
+    "layer_01",
+    "layer_02",
+    "layer_03",
+    "final_norm",
+]
+QUALITY = dict(
+    zip(
+        PLAIN,
+        [
+            0.55,
+            0.4,
+            0.45,
+            0.5,
+            0.42,
+            0.42,
+        ],
+        strict=True,
+    )
+)
 MORE = {
     "value_01": 0.9,
     "attn_01": 0.3,
@@ -33,7 +53,15 @@ def write(tmp_path):
         out = tmp_path / f"{mask}_{len(quality)}"
         values = [*quality.values()]
         sites = [*quality]
-        return str(probe_runs.write_run(out, values, root=root, mask=mask, sites=sites))
+        return str(
+            probe_runs.write_run(
+                out,
+                values,
+                root=root,
+                mask=mask,
+                sites=sites,
+            )
+        )
 
     return write
 
@@ -89,13 +117,26 @@ def test_random_llms_are_compared_at_parts_and_joined_sites(write, tmp_path):
     out = tmp_path / "random"
     quality = {site: 0.2 for site in (*PLAIN[1:], *MORE)}
     root = tmp_path / "data"
-    probe_runs.write_run(out, [*quality.values()], root=root, mask="causal", sites=[*quality])
+    probe_runs.write_run(
+        out,
+        [*quality.values()],
+        root=root,
+        mask="causal",
+        sites=[*quality],
+    )
     file = out / "metrics.json"
-    control = {"untrained": ["llm"], "match": "update", "draw": 0}
+    control = {
+        "untrained": ["llm"],
+        "match": "update",
+        "draw": 0,
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | control))
     (study,) = read_studies([path, str(out)])
     compared = {row["site"]: row["draws"] for row in site_rows(study)}
-    none = {"encoder": 0, "adapter": 0}
+    none = {
+        "encoder": 0,
+        "adapter": 0,
+    }
     assert compared == dict.fromkeys((*PLAIN, *MORE), 1) | none
 
 
@@ -105,6 +146,12 @@ def test_names_in_sentences():
     assert name_site("encoder_04+mlp_02") == (
         "the encoder's layer 4 joined with the MLP output of layer 2"
     )
-    sites = ["layer_01", "value_02", "layer_02", "layer_03", "layer_04+layer_05"]
+    sites = [
+        "layer_01",
+        "value_02",
+        "layer_02",
+        "layer_03",
+        "layer_04+layer_05",
+    ]
     expected = "layers 1 to 3, the values of layer 2 and layer 4 joined with layer 5"
     assert name_sites(sites) == expected

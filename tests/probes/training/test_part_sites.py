@@ -18,7 +18,14 @@ from probes.results.probe_run import ProbeRun
 from probes.studies.plan import make_plan
 
 JOINED = "encoder_01+layer_02"
-SITES = ["adapter", "value_02", "attn_02", "mlp_02", "layer_02", JOINED]
+SITES = [
+    "adapter",
+    "value_02",
+    "attn_02",
+    "mlp_02",
+    "layer_02",
+    JOINED,
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,15 @@ def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved") / "run"
     command = solving.arguments(checkpoints["causal"], segmentation, out)
     sites = f"[{', '.join(SITES)}]"
-    main([*command, "--model.sites", sites, "--save_predictions", "true"])
+    main(
+        [
+            *command,
+            "--model.sites",
+            sites,
+            "--save_predictions",
+            "true",
+        ]
+    )
     return ProbeRun(out)
 
 
@@ -64,7 +79,14 @@ def test_the_joined_probe_is_that_of_the_states_side_by_side_as_features(solved)
 
 def test_segment_and_predict_read_a_joined_site(solved, segmentation, tmp_path):
     photo = next((segmentation / "images/validation").iterdir())
-    command = ["segment", "--probes", str(solved.path), str(photo), "--out", str(tmp_path)]
+    command = [
+        "segment",
+        "--probes",
+        str(solved.path),
+        str(photo),
+        "--out",
+        str(tmp_path),
+    ]
     main([*command, "--site", JOINED])
     mllm = solved.mllm()
     pixels = mllm.preprocess([photo])
@@ -100,7 +122,18 @@ def test_states_are_written_by_name_and_sites_say_what_there_is(
     photo = next((segmentation / "images/validation").iterdir())
     model = str(checkpoints["causal"])
     file = tmp_path / "x.safetensors"
-    main(["states", model, str(photo), "--sites", JOINED, "value_01", "--out", str(file)])
+    main(
+        [
+            "states",
+            model,
+            str(photo),
+            "--sites",
+            JOINED,
+            "value_01",
+            "--out",
+            str(file),
+        ]
+    )
     assert {*load_file(file)} == {JOINED, "value_01"}
     main(["sites", model])
     expected = (
@@ -126,7 +159,13 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
     assert arms["random0"] == ["attn_01", "layer_01", "encoder+value_01", "adapter+encoder"]
     assert arms["adapter0"] == ["encoder", "encoder_01+encoder", "adapter+encoder"]
     everything = planned("all_parts", "random0")["random0"]
-    assert everything[:5] == ["adapter", "value_01", "attn_01", "mlp_01", "layer_01"]
+    assert everything[:5] == [
+        "adapter",
+        "value_01",
+        "attn_01",
+        "mlp_01",
+        "layer_01",
+    ]
     assert len(everything) == 1 + 4 * 3 + 1
     message = r"unknown site 'attn_09'; this model has .*\(model.sites\)"
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ import json
 
 import labs
 import numpy as np
+import probe_runs
 import pytest
 import solving
 import studies
@@ -170,3 +171,19 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
     message = r"unknown site 'attn_09'; this model has .*\(model.sites\)"
     with pytest.raises(UserError, match=message):
         planned("[layer_01+attn_09]", "random0")
+
+
+def test_a_trained_probe_of_a_part_does_not_depend_on_the_other_sites(
+    checkpoints, segmentation, tmp_path
+):
+    weights = []
+    for name, sites in (("few", "[attn_01]"), ("more", "[value_01, attn_01, adapter]")):
+        command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "-1"]
+        command += ["--trainer.max_steps", "1", "--model.sites", sites]
+        command += probe_runs.places(checkpoints["causal"], segmentation, tmp_path / name)
+        main(command)
+        weights.append(load_file(tmp_path / name / "probes.safetensors"))
+    few, more = weights
+    assert len(few) < len(more)
+    for name, weight in few.items():
+        torch.testing.assert_close(more[name], weight)

@@ -12,6 +12,7 @@ from probes.models.families.chosen_sites import PARTS_TEXT
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.families.layer_parts import part_sites
 from probes.models.load import load
+from probes.models.measured_mask import RUNS
 from probes.models.prompt_and_pixels import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names
 
@@ -57,7 +58,8 @@ def print_mask(options: MaskOptions) -> None:
     """Run `probes mask`.
 
     Raises:
-        UserError: The model has no LLM, or attends otherwise than its config and family say.
+        UserError: The model has no LLM, or attends otherwise than its config and family say, or otherwise in a
+            generation than in a forward.
     """
     if not family_of(read_config(options.mllm)).has_llm:
         raise UserError(
@@ -70,10 +72,19 @@ def print_mask(options: MaskOptions) -> None:
         forward = f"as `probes` runs it; its own mask is {mllm.own_image_attention}"
     print(f"{mllm.model.config.model_type}, {mllm.image_attention} image attention, {forward}")
     print(measured)
-    if wrong := measured.disagreements():
-        raise UserError(
-            f"{options.mllm} does not attend as {mllm.image_attention} says: " + "; ".join(wrong)
-        )
+    wrong = measured.disagreements()
+    if wrong:
+        wrong = [
+            f"{options.mllm} does not attend as {mllm.image_attention} says: {'; '.join(wrong)}"
+        ]
+    if mllm.image_attention == mllm.own_image_attention:
+        for run in RUNS[1:]:
+            differences = measured.differences(mllm.measured_mask(run))
+            print(f"{run}: {'; '.join(differences) or 'the same'}")
+            if differences:
+                wrong.append(f"{run} attends otherwise than a forward: {'; '.join(differences)}")
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def write_states(options: StatesOptions) -> None:

@@ -37,7 +37,7 @@ from .families import Family, LogitHead
 from .families.encoder_layers import EncoderLayers, encoder_layers
 from .frozen_model import FrozenModel
 from .knockout import Knockout
-from .measured_mask import MeasuredMask, measure_mask
+from .measured_mask import FORWARD, MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
@@ -142,8 +142,13 @@ class FrozenMLLM(FrozenModel):
 
     @property
     def decoder(self) -> nn.Module:
-        """The LLM's decoder, with `layers`, `norm` and `embed_tokens`."""
+        """The LLM's decoder, with `layers` and `embed_tokens`."""
         return self.family.decoder_of(self.model)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer of the LLM."""
+        return self.family.norm_of(self.model)
 
     def clear_prefix_cache(self) -> None:
         """Drop the cached keys and values of the prompt; the next forward recomputes them."""
@@ -209,7 +214,7 @@ class FrozenMLLM(FrozenModel):
             )
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
-        logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
+        logits = head(states if site == FINAL_NORM else self.final_norm(states))
         check_outputs("logits", {site: logits})
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         if cap is None or isinstance(head, LogitHead):  # which caps its logits itself
@@ -322,13 +327,16 @@ class FrozenMLLM(FrozenModel):
             self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
         )
 
-    def measured_mask(self) -> MeasuredMask:
-        """Measure which tokens attend to which in each layer, in the model's own forward; see measured_mask.py.
+    def measured_mask(self, run: str = FORWARD) -> MeasuredMask:
+        """Measure which tokens attend to which in each layer, in the model's own code; see measured_mask.py.
 
         Print the result, or read its `directions()` and `disagreements()` with config and family. Load the model in
         float32 for this.
+
+        Args:
+            run: What runs: "forward", or the first step of "generate" or of "generate with a static cache".
         """
-        return measure_mask(self)
+        return measure_mask(self, run)
 
     def _shares_prefix(self, masks: Masks | None) -> bool:
         """Return True if the prefix does not attend to the image, and so is the same for all images."""

@@ -177,7 +177,7 @@ def _recorded_states(
     positions = mllm.image_positions - start
     in_encoder = [site for site in wanted if is_encoder_layer(site)]
     last = max(wanted, key=mllm.all_sites.index)
-    after_adapter = [*mllm.decoder.layers, mllm.decoder.norm]
+    after_adapter = [*mllm.decoder.layers, mllm.final_norm]
     modules = dict(zip(mllm.sites[2:], after_adapter, strict=True))
 
     def record(site: str, state: Tensor) -> None:

@@ -15,7 +15,7 @@ of files; figures and tables that compare studies are in OUT.
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,6 +66,12 @@ from .claims import evaluate_claims
 from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
+from .model_comparison import (
+    compare_models,
+    comparison_rows,
+    describe_comparison,
+    shown_comparison,
+)
 from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
@@ -86,6 +92,8 @@ FILTERS = {  # of the page's template
     "anchor": to_anchor,
     "best_layer": describe_best_layer,
     "claim_notes": claim_notes,
+    "comparison": shown_comparison,
+    "describe_comparison": describe_comparison,
     "describe_sites": describe_sites,
     "percent": formatting.format_percent,
     "points": formatting.format_points,
@@ -182,7 +190,9 @@ def _write_files(
     joint_of_tasks = joint_tasks(task_studies, tasks)
     table2 = tables.table2([s for s in studies if s.first.has_llm])
     task_tables = {"task_scores": task_score_rows(tasks), "task_claims": claim_rows(tasks)}
-    files |= _csv_files({"table2": table2} | task_tables, out)
+    compared = compare_models(studies)
+    tables_of_all = {"table2": table2, "models": comparison_rows(compared)}
+    files |= _csv_files(tables_of_all | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
     page = render(
@@ -190,6 +200,7 @@ def _write_files(
         FILTERS,
         parts=parts,
         joint=joint,
+        compared=compared,
         overview=[] if single else _draw(overview_figures(studies), out, files),
         table2=table2,
         task_figures=_draw(task_figures(task_studies, tasks), out, files),
@@ -208,6 +219,7 @@ def _write_files(
         "seed": by_study[0]["seed"],
         "studies": by_study,
         "joint": joint,
+        "compared": compared,
     }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}
@@ -325,25 +337,43 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
     load_registrations()
-    runs, tasks = _expand_studies(options.runs)
+    runs, tasks = _expand_studies(options.runs, options.labels)
+    folders = [folder for _, folder in map(_split_name, options.runs)]
     unfinished = [
-        entry for path in options.runs if Path(path).is_dir() for entry in unfinished_steps(path)
+        entry for folder in folders if Path(folder).is_dir() for entry in unfinished_steps(folder)
     ]
     results = write_report(runs, options.out, options.timings, [*tasks, *options.tasks], unfinished)
     print(f"{format_results(results)}\n{Path(options.out) / 'index.html'}")
 
 
-def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the runs of segmentation and those of other tasks; a study stands for all of its runs."""
+def _expand_studies(
+    paths: Iterable[str], labels: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return the runs of segmentation and those of other tasks; a study stands for all of its runs.
+
+    Args:
+        paths: Studies and runs; NAME=PATH names the model of either.
+        labels: Labels of a study's models in the order of the report; others follow.
+    """
     runs: list[str] = []
     tasks: list[str] = []
     for path in paths:
-        is_named_run = "=" in path and not Path(path).is_dir()
-        is_run = is_named_run or (Path(path) / "metrics.json").is_file()
-        opened = [] if is_run else [open_run(run) for run in finished_runs(path)]
-        labels = labels_of_models(Path(path), opened)
+        name, folder = _split_name(path)
+        is_run = (Path(folder) / "metrics.json").is_file()
+        opened = [] if is_run else [open_run(run) for run in finished_runs(folder)]
+        names = labels_of_models(Path(folder), opened)
+        if names and not name:
+            order = {label: i for i, label in enumerate(labels)}
+            opened.sort(key=lambda run: order.get(names[run.path], len(order)))
         for run in opened:
-            named = f"{labels[run.path]}={run.path}" if labels else str(run.path)
+            label = " ".join(filter(None, (name, names.get(run.path))))
+            named = f"{label}={run.path}" if label else str(run.path)
             (runs if run.task_name == SEGMENTATION else tasks).append(named)
         runs += [] if opened else [path]  # a folder without runs is then an error
     return runs, tasks
+
+
+def _split_name(path: str) -> tuple[str, str]:
+    """Return the name and the folder of NAME=FOLDER; "" and the folder without a name."""
+    name, separator, folder = path.partition("=")
+    return (name, folder) if separator and not Path(path).is_dir() else ("", path)

@@ -6,6 +6,7 @@ from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 from .beyond_classes import claim_texts, task_notes
 from .claim_table import COLUMN_TITLES, claim_notes, claim_text, verdict_reasons
 from .encoder_layers import describe_best_layer
+from .model_comparison import describe_comparison, shown_comparison
 from .site_table import describe_sites, shown_rows
 from .strengths import edge_notes
 
@@ -27,9 +28,21 @@ def format_results(results: Entry) -> str:
         lines += [_format_claims(study["claims"]), *notes, ""]
         if best := study.get("best_layer"):
             lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
+    for entry in results.get("compared", []):
+        lines += _format_comparison(entry)
     lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
     lines += describe_steps(unfinished, LEFT_OUT)
     return "\n".join(lines)
+
+
+def _format_comparison(entry: Entry) -> list[str]:
+    """Return the comparison of two models as lines for the terminal."""
+    rows = shown_comparison(entry)
+    heading = (
+        f"{entry['second']} minus {entry['first']}, {entry['dataset']}, {entry['image_attention']}"
+    )
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+    return [heading, *(align(cells) if cells else []), "", *describe_comparison(entry), ""]
 
 
 def _format_sites(sites: Rows) -> list[str]:

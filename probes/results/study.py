@@ -296,22 +296,17 @@ def model_name(run: FinishedRun) -> str:
 def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
-    They do if two models have one name and one mask, or one name and another grid or depth; else two labels are one
-    model under two masks, and {} is returned.
+    They do if two labels have one mask, or another grid or depth; else two labels are one model under two masks, and
+    {} is returned.
     """
     labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
-    models: dict[tuple, str] = {}
-    shapes: dict[str, tuple] = {}
-    for run in runs:
-        if run.path.parent == folder:
-            continue
-        name = model_name(run)
-        key = (name, run.mask)
-        shape = (run.metrics["grid"], run.last_layer)
-        same_model = models.setdefault(key, labels[run.path]) == labels[run.path]
-        if not same_model or shapes.setdefault(name, shape) != shape:
-            return labels
-    return {}
+    labelled = [run for run in runs if run.path.parent != folder]
+    labels_by_mask: dict[str, set[str]] = {}
+    for run in labelled:
+        labels_by_mask.setdefault(run.mask, set()).add(labels[run.path])
+    shapes = {(*run.metrics["grid"], run.last_layer) for run in labelled}
+    are_models = len(shapes) > 1 or any(len(of_mask) > 1 for of_mask in labels_by_mask.values())
+    return labels if are_models else {}
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, FinishedRun]]:

@@ -16,6 +16,9 @@ image tokens in nats, and of the subjects that were called learned
     study      the same from the draws of a study, three and two
     mean       beyond the mean of all six
 
+With `--starvation`, a line is also of starvation at patch 0 and in the first row: accuracy under bidirectional minus
+that under causal attention, of the same layers, at the subject's best layer under the causal mask.
+
 MODEL can also be a bare vision encoder. Its layers are the subjects, a line is of a claim as well (a best layer beyond
 the last one, or beyond the patch embeddings), and only matrices are drawn: biases, norms and layer scales stay trained.
 
@@ -27,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +43,10 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.data.registry import open_dataset
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
+from probes.evaluation.resampling import dataset_scores
 from probes.models.matched_updates import MATCH_IMAGES, layer_updates
 from probes.models.random_init import permute_weights, random_layers
-from probes.models.sites import last_layer
+from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
@@ -54,8 +59,16 @@ BATCH = 32
 # Those that draw matrices of any layer, at scales that suit an encoder's width
 OF_ENCODERS = ("shuffled", "normal_0.02", "normal_0.04", "normal_0.08", "orthogonal")
 CLAIMS = {True: ("recovery",), False: ("over_last", "layer_gain")}  # with an LLM, and without
+STARVATION = {"starvation": "patch_0", "starvation_first_row": "first_row"}  # effects at a site
 
 Split = tuple[list[Image.Image], Tensor]  # images, and targets uint8[N, H, W]
+
+
+class Effects(NamedTuple):
+    """The effects of a model by name, and its best layer."""
+
+    effects: dict[str, Estimate]
+    best: str
 
 
 def read_split(
@@ -103,6 +116,7 @@ class Readout:
         mllm: The model.
         training, validation: Images and targets.
         classes: K.
+        starvation: Measure starvation, too: the claims of a model are then of both masks.
     """
 
     def __init__(
@@ -111,8 +125,12 @@ class Readout:
         training: Split,
         validation: Split,
         classes: int,
+        *,
+        starvation: bool = False,
     ):
         self.mllm = mllm
+        self.causal = mllm.with_attention("causal") if starvation else None
+        self.claims = CLAIMS[mllm.has_llm] + (tuple(STARVATION) if starvation else ())
         self.sites = ["adapter", *mllm.layer_sites[1:]] if mllm.has_llm else mllm.layer_sites
         self.match_images = training[0][:MATCH_IMAGES]
         self.pixels = mllm.preprocess([*training[0], *validation[0]])
@@ -137,18 +155,53 @@ class Readout:
         logits = (states[self.training :] - mean) / scale @ weight + bias
         return logits.transpose(1, 2).unflatten(-1, tuple(self.mllm.grid))
 
-    def effects(self) -> dict[str, Estimate]:
-        """Return the effects of the model as it is now."""
-        parts = [self.mllm.states(part, self.sites) for part in self.pixels.split(BATCH)]
+    def numbers(self, site: str | None = None) -> tuple[dict[str, Estimate], str | None]:
+        """Return the number of each claim about the model as it is now, and where the masks were compared.
+
+        Args:
+            site: Where the masks are compared; None for the best layer under the causal mask.
+        """
+        own, _ = self.effects(self.mllm)
+        numbers = {claim: own[claim] for claim in CLAIMS[self.mllm.has_llm]}
+        if self.causal is not None:
+            of_causal, best = self.effects(self.causal)
+            site = site or best
+            for claim, effect in STARVATION.items():
+                at_site = f"{effect}@{site}"
+                numbers[claim] = own[at_site] - of_causal[at_site]
+        return numbers, site
+
+    def effects(self, mllm: nn.Module) -> Effects:
+        """Return the effects of a model, which has the layers of this one."""
+        parts = [mllm.states(part, self.sites) for part in self.pixels.split(BATCH)]
         logits = [
             self.logits(torch.cat([part[site].float() for part in parts])) for site in self.sites
         ]
-        view = self.mllm.geometry.view(tuple(self.targets.shape[-2:]))
-        counts = count(torch.stack(logits), self.targets, view, by_token=False)
+        view = mllm.geometry.view(tuple(self.targets.shape[-2:]))
+        by_token = self.causal is not None
+        counts = count(
+            torch.stack(logits),
+            self.targets,
+            view,
+            by_token=by_token,
+        )
         task = TASKS[SEGMENTATION]
         sums = task.sums(counts._asdict())
-        last = last_layer(self.mllm.sites)
-        return run_effects(self.sites, last, task, sums, self.weights, None)
+        effects = run_effects(
+            self.sites,
+            last_layer(mllm.sites),
+            task,
+            sums,
+            self.weights,
+            None,
+            counts=counts if by_token else None,
+            columns=mllm.grid[1],
+        )
+        scores = dataset_scores(task, sums)[task.score].tolist()
+        of_layers = {
+            site: score for site, score in zip(self.sites, scores, strict=True) if is_layer(site)
+        }
+        return Effects(effects, max(of_layers, key=of_layers.get))
 
 
 @contextmanager
@@ -182,21 +235,21 @@ def draw_matrices(draw: Callable[[nn.ModuleList], None], layers: nn.ModuleList) 
 def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, dict[str, bool]]]:
     """Return the effect of the model as it is now, and whether each rule calls it learned, by claim."""
     mllm = readout.mllm
-    own = readout.effects()
+    own, site = readout.numbers()
     random = []
     permuted = []
     for draw in range(3):
         seed = 100 * number + draw + 13
         with random_layers(mllm, "update", seed, match_images=readout.match_images):
-            random.append(readout.effects())
+            random.append(readout.numbers(site)[0])
         with edited(mllm, permute_weights, seed):
-            permuted.append(readout.effects())
+            permuted.append(readout.numbers(site)[0])
 
     def judged(claim: str) -> tuple[Estimate, dict[str, bool]]:
-        draws = [[effects[claim] for effects in kind] for kind in (random, permuted)]
+        draws = [[numbers[claim] for numbers in kind] for kind in (random, permuted)]
         return own[claim], judge(own[claim], *draws)
 
-    return {claim: judged(claim) for claim in CLAIMS[mllm.has_llm]}
+    return {claim: judged(claim) for claim in readout.claims}
 
 
 def judge(
@@ -250,6 +303,7 @@ def main() -> None:
     parser.add_argument("--training", type=int, help="training images; default: all")
     parser.add_argument("--validation", type=int, help="validation images; default: all")
     parser.add_argument("--side", type=int, help="of a bare encoder's images, in pixels")
+    parser.add_argument("--starvation", action="store_true", help="judge starvation, too")
     args = parser.parse_args()
     mllm = probes.load(args.model, device="cpu", image_px=args.side)
     side = mllm.geometry.image_px
@@ -257,13 +311,19 @@ def main() -> None:
     validation, _ = read_split(args.data, "validation", side, args.validation)
     if mllm.has_llm:
         remember_images(mllm)
-    readout = Readout(mllm, training, validation, classes)
+    readout = Readout(
+        mllm,
+        training,
+        validation,
+        classes,
+        starvation=args.starvation,
+    )
     usual = [x for x in FAMILIES if x not in OF_LANGUAGE] if mllm.has_llm else OF_ENCODERS
     print("family  claim  subjects  effect (range)  update  entropy  " + "  ".join(RULES))
     for name in args.families or usual:
         edit = FAMILIES[name] if mllm.has_llm else partial(draw_matrices, FAMILIES[name])
         judged, (update, spread) = count_family(readout, edit, args.subjects)
-        for claim in CLAIMS[mllm.has_llm]:
+        for claim in readout.claims:
             values = [100 * subject[claim][0].value for subject in judged]
             mean = sum(values) / len(values)
             yes = "  ".join(str(sum(x[claim][1][rule] for x in judged)) for rule in RULES)

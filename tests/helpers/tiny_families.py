@@ -33,6 +33,8 @@ SPECIAL = [
         "<begin_of_image>",
         "<IMG_CONTEXT>",
         "<img>",
+        "<|image_start|>",
+        "<|media_pad|>",
         "<fake_token_around_image>",
     ),
     *(
@@ -133,6 +135,47 @@ def _gemma4(images: list[Image.Image]) -> dict:
     return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
+def _gemma4_unified(images: list[Image.Image]) -> dict:
+    """The pixels of each token, row by row, channels last; the stock processor needs torchvision."""
+    pixels = _normalised(images)["pixel_values"]
+    corners = [(6 * row, 6 * column) for row in range(SIDE) for column in range(SIDE)]
+    tokens = [pixels[:, :, y : y + 6, x : x + 6] for y, x in corners]
+    places = torch.tensor([[x // 6, y // 6] for y, x in corners])
+    return {
+        "pixel_values": torch.stack([x.permute(0, 2, 3, 1).flatten(1) for x in tokens], 1),
+        "image_position_ids": places.expand(len(images), -1, -1),
+    }
+
+
+def _raster(images: list[Image.Image]) -> dict:
+    """Patches of 2 x 2 pixels, row by row."""
+    pixels = _normalised(images)["pixel_values"]
+    sides = range(0, pixels.shape[-1], 2)
+    patches = [pixels[:, :, y : y + 2, x : x + 2] for y in sides for x in sides]
+    return {
+        "pixel_values": torch.stack(patches, 1).flatten(0, 1),
+        "image_grid_thw": torch.tensor([[1, len(sides), len(sides)]] * len(images)),
+    }
+
+
+def _unmerged(images: list[Image.Image]) -> dict:
+    inputs = _raster(images)
+    ones = torch.ones(len(images), dtype=torch.long)
+    return inputs | {"pixel_values": inputs["pixel_values"].flatten(1), "image_merge_sizes": ones}
+
+
+def _siglip2(images: list[Image.Image]) -> dict:
+    """The pixels of each patch of 4 x 4, row by row, channels last."""
+    pixels = _normalised(images)["pixel_values"]
+    sides = range(0, pixels.shape[-1], 4)
+    patches = [pixels[:, :, y : y + 4, x : x + 4] for y in sides for x in sides]
+    return {
+        "pixel_values": torch.stack([x.permute(0, 2, 3, 1).flatten(1) for x in patches], 1),
+        "spatial_shapes": torch.tensor([[len(sides), len(sides)]] * len(images)),
+        "pixel_attention_mask": torch.ones(len(images), len(sides) ** 2, dtype=torch.long),
+    }
+
+
 def _sizes(images: list[Image.Image]) -> dict:
     return _normalised(images) | {
         "image_sizes": torch.tensor([[i.height, i.width] for i in images])
@@ -178,6 +221,7 @@ class Stock:
         image_px: Side of the input.
         inputs: PIL images of that side -> arguments of the stock forward.
         decoder: Path of the LLM.
+        norm: Its norm after the last layer.
         prefix: Tokens before the image; "hello" is the template's.
         placeholder: The image in the template.
         row_separator: Token after each row.
@@ -194,6 +238,7 @@ class Stock:
     image_px: int = 24
     inputs: Callable = _normalised
     decoder: str = "model.language_model"
+    norm: str = "norm"
     prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
     placeholder: str = "<image>"
     row_separator: str | None = None
@@ -362,6 +407,21 @@ LINEAR = {
     },
     "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }
+LATENT = {
+    "head_dim": 4,  # of the positions
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -464,6 +524,44 @@ STOCK = {
         placeholder="<IMG_CONTEXT>",
         prefix=["<s>", "hello", "<img>"],
     ),
+    "qianfan_ocr": Stock(
+        _config(
+            "qianfan_ocr",
+            {
+                "model_type": "qianfan_ocr_vision",
+                **VISION,
+                "image_size": [24, 24],
+                "patch_size": [4, 4],
+            },
+            _llm("qwen3"),
+            image_seq_length=9,
+        ),
+        PROJECTOR,
+        64,
+        (3, 3),
+        placeholder="<IMG_CONTEXT>",
+        prefix=["<s>", "hello", "<img>"],
+    ),
+    "lfm2_vl": Stock(
+        _config(
+            "lfm2_vl",
+            {
+                "model_type": "siglip2_vision_model",
+                **VISION,
+                "num_patches": 36,
+                "patch_size": 4,
+            },
+            _llm("lfm2", layer_types=["conv", "full_attention", "conv"]),
+            projector_hidden_size=24,
+        ),
+        f"{PROJECTOR}.layer_norm",
+        64,
+        (3, 3),
+        inputs=_siglip2,
+        norm="embedding_norm",
+        prefix=["<s>", "hello", "<|image_start|>"],
+        masks=False,
+    ),
     "idefics3": _idefics("idefics3"),
     "smolvlm": _idefics("smolvlm"),
     "aya_vision": _cohere("aya_vision", "<|START_OF_IMG|>", "TILE_GLOBAL"),
@@ -538,6 +636,38 @@ STOCK = {
         native="bidirectional_sliding",
         types=("mm_token_type_ids", 1, 0),
     ),
+    "gemma4_unified": Stock(
+        _config(
+            "gemma4_unified",
+            {
+                "model_type": "gemma4_unified_vision",
+                "patch_size": 2,
+                "mm_embed_dim": 24,
+                "output_proj_dims": 24,
+            },
+            LLM
+            | GEMMA
+            | {
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "sliding_window": 128,  # more than there are tokens, as in the published models
+                "use_bidirectional_attention": "vision",
+                "global_head_dim": 8,
+            },
+            audio_config=None,
+            video_token_id=96,
+            audio_token_id=95,
+            boi_token_id=94,
+        ),
+        "model.embed_vision.multimodal_embedder",
+        24,
+        (SIDE, SIDE),
+        SIDE * 6,
+        inputs=_gemma4_unified,
+        placeholder="<|image|>",
+        prefix=["<s>", "hello", "<|image>"],
+        native="bidirectional",
+        types=("mm_token_type_ids", 1, 0),
+    ),
     "paligemma": Stock(
         _config(
             "paligemma",
@@ -595,6 +725,91 @@ STOCK = {
         {"model_type": "glm4v_text"},
         "<|image|>",
     ),
+    "glm_ocr": _patched(
+        "glm_ocr",
+        "model.visual.downsample",
+        GLM_VISION | {"model_type": "glm_ocr_vision"},
+        {},
+        "<|image|>",
+    ),
+    "paddleocr_vl": _patched(
+        "paddleocr_vl",
+        "model.projector.pre_norm",
+        VISION
+        | {
+            "model_type": "paddleocr_vl_vision",
+            "image_size": 4 * SIDE,
+            "patch_size": 2,
+        },
+        {"head_dim": 8},
+        inputs=_raster,
+    ),
+    "kimi_k25": Stock(
+        _config(
+            "kimi_k25",
+            VISION
+            | {
+                "model_type": "kimi_k25_vision",
+                "patch_size": 2,
+                "pos_emb_height": 16,
+                "pos_emb_width": 16,
+            },
+            _llm("deepseek_v3", **LATENT),
+            projection_hidden_size=16,
+            video_token_id=96,
+        ),
+        "model.mm_projector",
+        64,
+        (SIDE, SIDE),
+        4 * SIDE,
+        inputs=_raster,
+        placeholder="<|media_pad|>",
+    ),
+    "glm4v_moe": _patched(
+        "glm4v_moe",
+        "model.visual.downsample",
+        GLM_VISION | {"model_type": "glm4v_moe_vision"},
+        {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+        | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+        "<|image|>",
+    ),
+    "exaone4_5": _patched(
+        "exaone4_5",
+        f"{MERGER}.mlp",
+        QWEN_VISION
+        | {
+            "model_type": "exaone4_5_vision",
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "num_key_value_heads": 1,
+        },
+        {
+            "model_type": "exaone4",
+            "rope_parameters": None,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+        types=None,
+    ),
+    "video_llama_3": Stock(
+        _config(
+            "video_llama_3",
+            VISION | {"model_type": "video_llama_3_vision", "patch_size": 2},
+            _llm("qwen2"),
+            video_token_id=96,
+        ),
+        "model.projector",
+        16,
+        (SIDE, SIDE),
+        2 * SIDE,
+        inputs=_unmerged,
+        placeholder="<|image_pad|>",
+    ),
     "qwen3_5": _patched("qwen3_5", f"{MERGER}.linear_fc1", QWEN3_VISION, LINEAR, masks=False),
     "qwen3_5_moe": _patched(
         "qwen3_5_moe",
@@ -614,6 +829,9 @@ STOCK = {
         "lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"
     ),
 }
+
+
+ENCODER_FREE = {"gemma4_unified"}  # whose LLM reads patches
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -47,6 +47,9 @@ UNSUPPORTED = {
         ("chameleon", "emu3"),
         "images are tokens of a codebook; it has neither encoder states nor adapter",
     ),
+    "hunyuan_vl": "begin, newlines and end of the image have the id of its tokens, which are no grid",
+    "granite_docling": "a router decides by the image's content how many tokens it has",
+    "llama4": "its decoder is a model with a head of its own, at another place than in all other families",
     "molmo2": "tokens of the full view attend to those of its crops, which come later and cannot be left out",
     "fuyu": "it has no encoder: patches are projected directly into the LLM",
 }

@@ -49,8 +49,9 @@ class Family:
         encoder_states: (model, arguments of that module) -> states f[B x T, width], or a tensor that reshapes to it, in
             raster order.
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
-        language_model: The decoder, with `layers`, `norm` and `embed_tokens`.
-        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there are two.
+        language_model: The decoder, with `layers`, the norm after them, and `embed_tokens`.
+        norm: Name of that norm in the decoder.
+        vision_tower: The encoder, whose layers are sites, too (encoder_layers.py); None if there is none, or two.
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.
@@ -76,6 +77,7 @@ class Family:
         "pixel_values": pixels
     }
     language_model: str = "language_model"
+    norm: str = "norm"
     vision_tower: str | None = "vision_tower"
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     image_resize: str | None = "squash"
@@ -136,6 +138,10 @@ class Family:
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the decoder of a model."""
         return module_at(model, self.language_model, "model")
+
+    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+        """Return the norm after the decoder's last layer."""
+        return module_at(model, f"{self.language_model}.{self.norm}", "model")
 
     def adapter_of(self, model: PreTrainedModel) -> list[nn.Module]:
         """Return the modules of a model's adapter."""

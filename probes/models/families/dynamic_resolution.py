@@ -6,10 +6,10 @@ Encoders of Qwen and GLM take patches instead of images, ordered by the token th
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, patch_size
+from .base import Family, patch_size, square_side
 
 TOKENS_PER_SIDE = 24
 
@@ -38,6 +38,48 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
         "image_grid_thw": _grid_thw(model, images),
         "mm_token_type_ids": is_image.int(),
     }
+
+
+def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches without the types of tokens, where position ids only count these."""
+    inputs = _patches(model, pixels, is_image)
+    del inputs["mm_token_type_ids"]
+    return inputs
+
+
+def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
+    patch = patch_size(model.config)
+    # B, C, h, p, w, p
+    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    patches = split.permute(0, 2, 4, 1, 3, 5)  # B, h, w, C, p, p
+    rows, columns = patches.shape[1:3]
+    grid = torch.tensor([[1, rows, columns]], device=model.device)
+    return {
+        "pixel_values": patches.flatten(0, 2),
+        "image_grid_thw": grid.expand(len(pixels), -1),
+    }
+
+
+def _typed_raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return the same with the types of tokens, from which positions are computed."""
+    return _raster_patches(model, pixels, is_image) | {"mm_token_type_ids": is_image.int()}
+
+
+def _unmerged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches f[B x P, channels x p x p] in raster order, none of which are merged."""
+    inputs = _raster_patches(model, pixels, is_image)
+    ones = torch.ones(len(pixels), dtype=torch.long, device=model.device)
+    patches = inputs["pixel_values"].flatten(1)
+    return inputs | {"pixel_values": patches, "image_merge_sizes": ones}
+
+
+def _merge_raster(model: PreTrainedModel, args: tuple) -> Tensor:
+    """Return encoder states in raster order of patches, f[..., d], with the patches of a token side by side."""
+    merge = model.config.vision_config.spatial_merge_size
+    states = args[0].flatten(0, -2)
+    cells = states.unflatten(0, (-1, TOKENS_PER_SIDE, merge, TOKENS_PER_SIDE, merge))
+    return cells.transpose(2, 3).flatten(3)  # B, h, w, m * m * d
 
 
 def _to_raster_order(model: PreTrainedModel, args: tuple) -> Tensor:
@@ -81,6 +123,20 @@ _PIXTRAL = {
     "inputs": _sizes_of_images,
 }
 
+# Each merges patches in its adapter, which receives them one by one, in raster order.
+_PADDLE = {
+    "adapter": ("projector",),
+    "vision_tower": "visual",
+    "inputs": _typed_raster_patches,
+    "encoder_states": _merge_raster,
+}
+
+
+def _kimi_merge(config: PreTrainedConfig) -> int:
+    """Return m of the m x m patches that are merged into a token."""
+    return square_side(config.vision_config.merge_kernel_size)
+
+
 _DEEPSTACK = {"adapter": ("visual.merger", "visual.deepstack_merger_list")}
 _GLM = {"adapter": ("visual.downsample", "visual.merger"), "placeholder": "<|image|>"}
 
@@ -96,6 +152,13 @@ DYNAMIC = {
     "qwen2_5_vl": _patch_family(
         "Qwen2_5_VLForConditionalGeneration", "visual.merger.mlp", encoder_states=_to_raster_order
     ),
+    "exaone4_5": _patch_family(
+        "Exaone4_5_ForConditionalGeneration",
+        "visual.merger.mlp",
+        encoder_states=_to_raster_order,
+        inputs=_untyped_patches,
+        placeholder="<|image_pad|>",
+    ),
     # Features of earlier encoder layers are added after the first decoder layers; states are read before.
     "qwen3_vl": _patch_family(
         "Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
@@ -104,7 +167,28 @@ DYNAMIC = {
         "Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK
     ),
     "glm4v": _patch_family("Glm4vForConditionalGeneration", "visual.downsample", **_GLM),
+    "glm4v_moe": _patch_family("Glm4vMoeForConditionalGeneration", "visual.downsample", **_GLM),
     "glm46v": _patch_family("Glm46VForConditionalGeneration", "visual.downsample", **_GLM),
+    "glm_ocr": _patch_family("GlmOcrForConditionalGeneration", "visual.downsample", **_GLM),
+    "paddleocr_vl": _patch_family("PaddleOCRVLForConditionalGeneration", "projector", **_PADDLE),
+    # One token per patch of an image; the patches of videos are averaged.
+    "video_llama_3": Family(
+        "VideoLlama3ForConditionalGeneration",
+        image_px=lambda config: TOKENS_PER_SIDE * patch_size(config),
+        adapter=("projector",),
+        vision_tower="vision_model",
+        inputs=_unmerged_patches,
+        placeholder="<|image_pad|>",
+    ),
+    "kimi_k25": Family(
+        "Kimi_K25ForConditionalGeneration",
+        image_px=lambda config: TOKENS_PER_SIDE * patch_size(config) * _kimi_merge(config),
+        token_px=lambda config: patch_size(config) * _kimi_merge(config),
+        encoder_width=lambda config: config.vision_config.hidden_size * _kimi_merge(config) ** 2,
+        adapter=("mm_projector",),
+        inputs=_raster_patches,
+        placeholder="<|media_pad|>",
+    ),
     # Three of four layers have linear attention: only the model's own, causal attention is possible.
     "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", "visual.merger.linear_fc1"),
     "qwen3_5_moe": _patch_family("Qwen3_5MoeForConditionalGeneration", "visual.merger.linear_fc1"),

@@ -55,6 +55,10 @@ TOWERS: dict[str, Tower] = {
 }
 TOWERS |= {
     "internvl_vision": Tower("encoder.layer", cls_token),
+    "qianfan_ocr_vision": Tower("layers", cls_token),
+    "paddleocr_vl_vision": Tower("vision_model.encoder.layers"),
+    "kimi_k25_vision": Tower("layers"),
+    "video_llama_3_vision": Tower("encoder.layers"),
     "pixtral": Tower("transformer.layers"),
     "ovis2_vision": Tower("transformer.encoder.layers"),
     "qwen2_vl_vision": Tower("blocks", width=_embed_dim, **_BY_TOKEN),
@@ -66,8 +70,13 @@ TOWERS |= dict.fromkeys(
     ("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_5_vision", "qwen3_5_moe_vision"),
     Tower("blocks", **_BY_TOKEN),
 )
-TOWERS |= dict.fromkeys(("glm4v", "glm4v_vision"), Tower("blocks", **_BY_TOKEN))
-WINDOWS = ("qwen2_5_vl_vision",)  # whose order of patches is that of windows of attention
+TOWERS |= dict.fromkeys(
+    ("glm4v", "glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision"), Tower("blocks", **_BY_TOKEN)
+)
+WINDOWS = (
+    "qwen2_5_vl_vision",
+    "exaone4_5_vision",
+)  # whose order of patches is that of windows of attention
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def encoder_layers(family: Family, config: PreTrainedConfig) -> EncoderLayers:
     """
     kind = config.model_type
     if family.vision_tower is None:
-        raise UserError(f"{kind} combines two encoders, which have no common layers; {ADVICE}")
+        raise UserError(f"{kind} has no encoder, or two without common layers; {ADVICE}")
     vision = config.vision_config
     if vision.model_type in WINDOWS:
         raise UserError(

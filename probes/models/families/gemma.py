@@ -28,9 +28,29 @@ def _paligemma_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) 
     return {"pixel_values": pixels, "token_type_ids": (images_from_here == 0).long()}
 
 
+def _gemma4_unified_attention(config: PreTrainedConfig) -> str:
+    """Return the mask of a forward; with a static cache, `generate` has a causal one in layers of full attention."""
+    attention = config.get_text_config().use_bidirectional_attention
+    return "bidirectional" if attention == "vision" else "causal"
+
+
+def _merged_patch_px(config: PreTrainedConfig) -> int:
+    """Return the side in pixels of the patches that are merged into a token."""
+    return patch_size(config) * config.vision_config.pooling_kernel_size
+
+
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches and their places, see :func:`_split`, for the encoder."""
+    return _split(patch_size(model.config), pixels, is_image)
+
+
+def _merged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return patches of a token's size and their places, see :func:`_split`, which the LLM reads without an encoder."""
+    return _split(_merged_patch_px(model.config), pixels, is_image)
+
+
+def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
-    patch = patch_size(model.config)
     # B, h, w, p, p, C
     split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     split = split.permute(0, 2, 4, 3, 5, 1)
@@ -66,10 +86,8 @@ GEMMA = {
     ),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
-        image_px=lambda config: (
-            GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size
-        ),
-        token_px=lambda config: patch_size(config) * config.vision_config.pooling_kernel_size,
+        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * _merged_patch_px(config),
+        token_px=_merged_patch_px,
         adapter=("embed_vision",),
         encoder_output_module="embed_vision.embedding_projection",
         inputs=_gemma4_patches,
@@ -77,5 +95,18 @@ GEMMA = {
         placeholder="<|image|>",
         image_start_text="<|image>",
         shared_prefix=False,  # layers have further inputs, computed from all ids
+    ),
+    # No encoder: "encoder" are the embeddings of the patches with their positions.
+    "gemma4_unified": Family(
+        "Gemma4UnifiedForConditionalGeneration",
+        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * _merged_patch_px(config),
+        token_px=_merged_patch_px,
+        encoder_width=lambda config: config.vision_config.mm_embed_dim,
+        adapter=("embed_vision.multimodal_embedder",),
+        inputs=_merged_patches,
+        vision_tower=None,
+        image_attention=_gemma4_unified_attention,
+        placeholder="<|image|>",
+        image_start_text="<|image>",
     ),
 }

@@ -2,8 +2,9 @@
 
 "value_07" are the values of layer 7 as its attention reads them, heads side by side; under grouped-query attention its
 key-value heads, not repeated. "attn_07" and "mlp_07" are what the layer adds, after the output projection and whatever
-norm, scale or multiplier a family has before the addition. The output of a layer is its input plus both, except in
-Gemma 4, whose layers also add an embedding of their own and scale the sum. The input is the output of the layer before,
+norm, scale or multiplier a family has before the addition; LFM2 has a convolution in place of attention in some layers.
+The output of a layer is its input plus both, except in Gemma 4, whose layers also add an embedding of their own and
+scale the sum. The input is the output of the layer before,
 except after the first layers of Qwen3-VL, where features of the encoder are added in between. In Cohere's layers
 attention and MLP read the same input.
 
@@ -42,6 +43,7 @@ MODULES = {
         "post_self_attn_layernorm",  # GLM-4V
         "self_attn",
         "linear_attn",  # Qwen3.5
+        "conv",  # LFM2, in place of attention
         "attention",
     ),
     "mlp": (
@@ -49,7 +51,13 @@ MODULES = {
         "post_mlp_layernorm",
         "post_feedforward_layernorm",  # Gemma
         "mlp",
+        "feed_forward",  # LFM2
     ),
+}
+# kinds of layers, as configs name them, whose values cannot be read
+WITHOUT_VALUES = {
+    "linear_attention": "linear attention, which mixes values over tokens",
+    "conv": "a convolution in place of attention",
 }
 
 
@@ -73,10 +81,11 @@ def why_no_values(
     of_layers = config.get_text_config() if family.has_llm else vision_config(config)
     layer = layer_number(site)
     kinds = getattr(of_layers, "layer_types", None) or []
-    if kinds[layer - 1 : layer] == ["linear_attention"]:
-        return (
-            f"layer {layer} has linear attention, which mixes values over tokens; leave out {site}"
-        )
+    why = "".join(WITHOUT_VALUES.get(kind, "") for kind in kinds[layer - 1 : layer])
+    if getattr(of_layers, "kv_lora_rank", None):  # DeepSeek-V3
+        why = "latent attention, which expands values from one vector for all heads"
+    if why:
+        return f"layer {layer} has {why}; leave out {site}"
     shared = getattr(of_layers, "num_kv_shared_layers", None) or 0
     if of_layers.num_hidden_layers - shared < layer <= of_layers.num_hidden_layers:
         return f"layer {layer} has no values of its own, but reads those of an earlier layer; leave out {site}"

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import Family, patch_size
+from .base import Family, module_at, patch_size
+from .encoders import patch_inputs, stored_grid_side
 
 
 def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kwargs) -> Family:
@@ -23,6 +24,20 @@ def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kw
 
 def _one_view(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels[:, None]}
+
+
+def _stored_grid_px(config: PreTrainedConfig) -> int:
+    """Return the side in pixels of SigLIP 2's stored grid."""
+    return stored_grid_side(config.vision_config)
+
+
+def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    return patch_inputs(model.config.vision_config, pixels)
+
+
+def _unshuffled(model: PreTrainedModel, args: tuple) -> Tensor:
+    """Return encoder states f[1, T x B, 1, m * m * d] from those of the patches, which the adapter merges itself."""
+    return module_at(model, "multi_modal_projector", "model").pixel_unshuffle(args[0])
 
 
 def _idefics(model_class: str) -> Family:
@@ -44,6 +59,23 @@ MERGED = {
         lambda config: 1 / config.downsample_ratio,
         placeholder="<IMG_CONTEXT>",
         image_start_text="<img>",
+    ),
+    "qianfan_ocr": _merging(
+        "QianfanOCRForConditionalGeneration",
+        lambda config: 1 / config.downsample_ratio,
+        placeholder="<IMG_CONTEXT>",
+        image_start_text="<img>",
+    ),
+    # Most layers are convolutions: only the model's own, causal attention is possible.
+    "lfm2_vl": _merging(
+        "Lfm2VlForConditionalGeneration",
+        lambda config: config.downsample_factor,
+        image_px=_stored_grid_px,
+        encoder_states=_unshuffled,
+        inputs=_patches,
+        norm="embedding_norm",
+        shared_prefix=False,  # convolutions do not stop between prefix and image
+        image_start_text="<|image_start|>",
     ),
     "idefics3": _idefics("Idefics3ForConditionalGeneration"),
     "smolvlm": _idefics("SmolVLMForConditionalGeneration"),

@@ -24,6 +24,13 @@ TOWERS = {
     "deepseek_vl": ("vision_model", 0, 1),
     "janus": ("vision_model", 0, 1),
     "internvl": ("vision_tower", 1, 2),
+    "qianfan_ocr": ("vision_tower", 1, 2),
+    "lfm2_vl": ("vision_tower", 0, 2),
+    "glm4v_moe": ("visual", 0, 2),
+    "glm_ocr": ("visual", 0, 2),
+    "video_llama_3": ("vision_model", 0, 1),
+    "paddleocr_vl": ("visual", 0, 2),
+    "kimi_k25": ("vision_tower", 0, 2),
     "idefics3": ("vision_model", 0, 3),
     "smolvlm": ("vision_model", 0, 3),
     "aya_vision": ("vision_tower", 0, 2),
@@ -44,12 +51,19 @@ TOWERS = {
 NORMED = {
     "glm4v": "post_layernorm",
     "glm46v": "post_layernorm",
+    "glm4v_moe": "post_layernorm",
+    "glm_ocr": "post_layernorm",
+    "video_llama_3": "post_layernorm",
+    "kimi_k25": "final_layernorm",
+    "paddleocr_vl": "vision_model.post_layernorm",
     "ovis2": "transformer.rms_norm",
 }
 REFUSED = {
-    "deepseek_vl_hybrid": "combines two encoders, which have no common layers",
+    "deepseek_vl_hybrid": "has no encoder, or two without common layers",
+    "gemma4_unified": "has no encoder, or two without common layers",
     "gemma3": "averages 2 x 2 patches for an image token: its encoder's grid is 6 x 6, .* tokens 3 x 3",
     "gemma4": "the layers of gemma4's encoder, gemma4_vision, cannot be read one by one",
+    "exaone4_5": "orders its patches by windows of attention",
     "qwen2_5_vl": "orders its patches by windows of attention",
 }
 
@@ -151,7 +165,8 @@ def test_encoder_layers_are_the_hidden_states_of_the_stock_vision_tower(name, lo
     patches = frozen.grid[0] * frozen.grid[1] * merged**2
     for site, hidden in zip(sites, stock, strict=True):
         hidden = hidden.reshape(2, extra + patches, -1)
-        expected = by_image_token(hidden, extra, merged, frozen.grid, tower == "visual")
+        by_token = tower == "visual" and name != "paddleocr_vl"
+        expected = by_image_token(hidden, extra, merged, frozen.grid, by_token)
         torch.testing.assert_close(states[site], expected, **rounding(expected, 1))
         assert states[site].shape == (2, patches // merged**2, frozen.widths[site])
 

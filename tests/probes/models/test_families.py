@@ -15,7 +15,7 @@ import pytest
 import tiny_families
 import torch
 from PIL import Image
-from tiny_families import STOCK, stock_ids, stock_inputs
+from tiny_families import ENCODER_FREE, STOCK, stock_ids, stock_inputs
 from tolerances import rounding
 from transformers import (
     AutoConfig,
@@ -102,9 +102,11 @@ def stock_states(
     stock, (_, is_image), found = STOCK[name], stock_ids(name), {}
     decoder = attrgetter(stock.decoder)(model)
     encoder = attrgetter(stock.encoder)(model)
+    calls = []  # PaddleOCR-VL's adapter runs image by image
 
     def entering(_, args):
-        found["encoder"] = torch.cat(args, -1) if name == "deepseek_vl_hybrid" else args[0]
+        calls.append(torch.cat(args, -1) if name == "deepseek_vl_hybrid" else args[0])
+        found["encoder"] = torch.cat(calls)
 
     def embedded(_, args, kwargs):
         found["adapter"] = kwargs["inputs_embeds"]
@@ -120,7 +122,8 @@ def stock_states(
         layer.register_forward_hook(out(site))
         for site, layer in zip(LAYERS, decoder.layers, strict=True)
     ]
-    hooks += [decoder.norm.register_forward_hook(out("final_norm"))]
+    norm = getattr(decoder, stock.norm)
+    hooks += [norm.register_forward_hook(out("final_norm"))]
     with torch.no_grad():
         found["logits"] = model(use_cache=False, **stock_inputs(name, images)).logits
     for hook in hooks:
@@ -136,7 +139,7 @@ def layer_depth(name: str) -> int:
 
 
 def in_raster_order(states: torch.Tensor, vision) -> torch.Tensor:
-    """Qwen2.5-VL runs tokens window by window (here 4 x 4 tokens), and so enter its merger."""
+    """Qwen2.5-VL and EXAONE 4.5 run tokens window by window (here 4 x 4), and so enter their mergers."""
     side = STOCK["qwen2_5_vl"].grid[0]
     window = vision.window_size // vision.patch_size // vision.spatial_merge_size
     ordered = torch.empty_like(states)
@@ -148,6 +151,18 @@ def in_raster_order(states: torch.Tensor, vision) -> torch.Tensor:
                     ordered[:, row * side + column] = states[:, position]
                     position += 1
     return ordered
+
+
+def side_by_side(patches: torch.Tensor) -> torch.Tensor:
+    """PaddleOCR-VL's adapter gets patches in raster order; return those of each token of 2 x 2, side by side."""
+    side = STOCK["paddleocr_vl"].grid[0]
+    tokens = []
+    for row in range(side):
+        for column in range(side):
+            first = 2 * row * 2 * side + 2 * column
+            of_token = [first, first + 1, first + 2 * side, first + 2 * side + 1]
+            tokens.append(patches[:, of_token].flatten(1))
+    return torch.stack(tokens, 1)
 
 
 def test_there_are_tests_for_all_families():
@@ -219,8 +234,10 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
         stock["encoder"][::3] if STOCK[name].extra else stock["encoder"]
     )  # views: whole, tile, tile
     encoder = encoder.reshape(len(images), tokens, -1)
-    if name == "qwen2_5_vl":
+    if "window_size" in STOCK[name].config["vision_config"]:
         encoder = in_raster_order(encoder, read.model.config.vision_config)
+    if name == "paddleocr_vl":
+        encoder = side_by_side(encoder.reshape(len(images), 4 * tokens, -1))
     torch.testing.assert_close(states["encoder"], encoder, **rounding(encoder, depth))
     for site in (*LAYERS, "final_norm"):
         depth += layer_depth(name)
@@ -311,7 +328,7 @@ def no_attention(read):
         if module not in decoder and module.__class__.__name__.endswith("Attention")
         for parameter in module.parameters()
     ]
-    assert weights
+    assert weights or read.model.config.model_type in ENCODER_FREE
     kept = [weight.clone() for weight in weights]
     try:
         [weight.zero_() for weight in weights]
@@ -495,12 +512,13 @@ def test_refusals_say_why(tmp_path, checkpoint):
 @pytest.mark.parametrize("name", [name for name in ALL if not STOCK[name].masks])
 def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
     pixels = mllm(name).preprocess(pictures(name, 1))
-    tokens = tiny_families.SIDE**2
-    with pytest.raises(ValueError, match="knockouts are not supported by linear_attention layers"):
+    tokens = mllm(name).image_tokens
+    kind = next(k for k in STOCK[name].config["text_config"]["layer_types"] if "full" not in k)
+    with pytest.raises(ValueError, match=f"knockouts are not supported by {kind} layers"):
         mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
     with pytest.raises(
         ValueError,
-        match="'bidirectional' and knockouts are not supported by linear_attention layers",
+        match=f"'bidirectional' and knockouts are not supported by {kind} layers",
     ):
         probes.load(checkpoint(name), image_attention="bidirectional")
     with pytest.raises(ValueError, match="attention cannot be read: layer 1 has linear attention"):

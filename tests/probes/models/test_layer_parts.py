@@ -32,6 +32,9 @@ NORM_BEFORE_MLP = {
     "gemma2": "pre_feedforward_layernorm",
     "gemma3": "pre_feedforward_layernorm",
     "gemma4": "pre_feedforward_layernorm",
+    "gemma4_unified": "pre_feedforward_layernorm",
+    "exaone4_5": "mlp",  # no norm
+    "lfm2_vl": "ffn_norm",
     "dinov2": "norm2",
     "dinov2_with_registers": "norm2",
     "dinov3_vit": "norm2",
@@ -39,7 +42,13 @@ NORM_BEFORE_MLP = {
     "ijepa": "layernorm_after",
 }
 PARALLEL = ("aya_vision", "cohere2_vision")  # attention and MLP read the same input
-LINEAR = ("qwen3_5", "qwen3_5_moe")  # layers 1 and 3 have linear attention
+# layers with values, of families that have others; and what is said of the first layer
+VALUES = {
+    "qwen3_5": ([2], "linear attention, which mixes values over tokens"),
+    "qwen3_5_moe": ([2], "linear attention, which mixes values over tokens"),
+    "lfm2_vl": ([2], "a convolution in place of attention"),
+    "kimi_k25": ([], "latent attention, which expands values from one vector for all heads"),
+}
 # families whose layer i is not layer i - 1 plus its two parts
 NOT_SUMS = {
     "gemma4": "a layer adds an embedding of its own and is scaled",
@@ -180,20 +189,20 @@ def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
     states = frozen.states(frozen.preprocess(photos(stock)), "all_parts")
     path = {
         "gemma4": "self_attn.v_norm",
+        "gemma4_unified": "self_attn.v_norm",
         "phi3": "self_attn.qkv_proj",
     }
     values = dict.fromkeys(LAYERS, path.get(name, "self_attn.v_proj"))
-    if name in LINEAR:
-        values = {2: values[2]}
+    if name in VALUES:
+        values = {layer: values[layer] for layer in VALUES[name][0]}
     norm = NORM_BEFORE_MLP.get(name, "post_attention_layernorm")
     layers = attrgetter(STOCK[stock].decoder)(frozen.model).layers
     with recorded(layers, "" if name in PARALLEL else norm, values) as found:
         frozen.model(use_cache=False, **stock_inputs(stock, photos(stock)))
     _, is_image = stock_ids(stock)
     depth = 1 if STOCK[stock].masks else 1 + len(is_image) // 8  # as in test_families.py
-    assert len(found) == 4 * 3 - (0 if name not in LINEAR else 2) + (
-        3 if name in (*PARALLEL, "gemma4") else 0
-    )
+    of_a_layer = 3 + (name in (*PARALLEL, "gemma4"))  # what is recorded, without values
+    assert len(found) == 3 * of_a_layer + len(values)
     for site, state in states.items():
         assert state.shape == (2, frozen.image_tokens, frozen.widths[site])
     check_parts(
@@ -228,29 +237,30 @@ def test_a_part_read_alone_is_the_same_and_the_forward_ends_there(name, load):
     pixels = frozen.preprocess(photos(name, 1))
     together = frozen.states(pixels, "all_parts")
     sites = [site for site in together if site.endswith("_02") and not site.startswith("encoder")]
-    assert sites == ["value_02", "attn_02", "mlp_02", "layer_02"]
+    has_values = 2 in VALUES.get(name, (LAYERS,))[0]
+    assert sites == ["value_02"] * has_values + ["attn_02", "mlp_02", "layer_02"]
     ran = []
-    layers = frozen.decoder.layers
-    handle = layers[1].mlp.register_forward_hook(lambda *_: ran.append("mlp"))
-    for site, mlp in zip(sites, ([], [], ["mlp"], ["mlp"]), strict=True):
+    layer = frozen.decoder.layers[1]
+    mlp = layer.feed_forward if name == "lfm2_vl" else layer.mlp
+    handle = mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+    for site in sites:
         alone = frozen.states(pixels, [site])
         assert torch.equal(alone[site], together[site])
-        parallel = name in PARALLEL and site == "attn_02"
-        assert ran == mlp or parallel
+        assert ran == ["mlp"] * (site in ("mlp_02", "layer_02"))
         ran.clear()
     handle.remove()
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_values_of_linear_attention_are_refused(name, load):
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_are_not_of_one_token_are_refused(name, load):
     frozen = load(name)
     pixels = frozen.preprocess(photos(name, 1))
-    message = "layer 1 has linear attention, which mixes values over tokens; leave out value_01"
+    layers, why = VALUES[name]
     for site in ("value_01", "layer_02+value_01"):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
             frozen.states(pixels, [site])
     values = [site for site in frozen.states(pixels, "all_parts") if site.startswith("value_")]
-    assert values == ["value_02"]
+    assert values == [f"value_{layer:02d}" for layer in layers]
 
 
 def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
@@ -339,7 +349,7 @@ def test_states_are_replaced_at_no_part(load):
 
 def test_a_layer_without_a_known_module_is_an_error_that_names_them():
     layer = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="mlp_03 cannot be read: Linear has none of .* mlp$"):
+    with pytest.raises(UserError, match="mlp_03 cannot be read: Linear has none of .* mlp, feed_"):
         part_module(layer, "mlp_03")
 
 

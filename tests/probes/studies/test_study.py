@@ -590,6 +590,13 @@ def test_photos_that_are_shown_by_default_are_those_that_there_are(
     assert next(step.config for step in asked if step.name == "explore").images == (11,)
 
 
+def test_two_models_are_compared_in_the_order_given(checkpoints, segmentation, tmp_path):
+    model = str(checkpoints["causal"])
+    settings = study_of({"zero": model, "after": model}, str(segmentation), tmp_path, draws=0)
+    report = next(step.config for step in make_plan(settings) if step.kind == "report")
+    assert report.labels == ("zero", "after")
+
+
 def test_each_draw_of_a_control_has_its_own_number(checkpoints, segmentation, tmp_path):
     """Two draws of one number would be one model, counted twice."""
     settings = study_of({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, draws=3)

@@ -1,0 +1,227 @@
+"""Compare models on the same photos: each with the first, site by site, and the best layer of one with the other's.
+
+Intervals (95%) are of the difference, over the same resamplings of the photos for both models. The best layer of each
+is chosen on other photos than those that it is scored on. Models of different depth are compared at equal relative
+depth. One training each: what another one would change is in no interval.
+
+Shapes: S sites, N images, K classes, R resamplings.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import holm
+from llava_bidir.common.errors import UserError
+from probes.evaluation.estimate import Estimate
+from probes.evaluation.layer_effects import cross_validated_layers
+from probes.models.sites import is_layer
+from probes.results.comparable import check_same_probes
+from probes.results.formatting import (
+    Entry,
+    Rows,
+    bounds,
+    format_interval,
+    format_percent,
+    format_points,
+)
+from probes.results.probe_run import ProbeRun
+from probes.results.study import StudyRuns, runs_to_compare
+
+from .verdicts import ALPHA, MARGIN
+
+BEST_LAYER = "best layer"
+NAMED_CLASSES = 5  # in a sentence
+
+
+def compare_models(studies: Sequence[StudyRuns]) -> list[Entry]:
+    """Return an entry for each model after the first of a dataset, and each mask that both have, in the order given.
+
+    Of models with several seeds, those of one seed are compared.
+
+    Each has "dataset", "image_attention", the names "first" and "second", "images", "groups", "sites" with the scores
+    of both and their difference by site, the same of "best" layers, and of the IoU of each class there in "classes".
+    "left_out" says why two runs are not compared: their probes were made in different ways.
+    """
+    entries = []
+    references: dict[tuple[str, int | None], StudyRuns] = {}
+    for study in studies:
+        first = references.setdefault((study.dataset, study.seed), study)
+        if first.name == study.name:
+            continue
+        ours, theirs = runs_to_compare(first, study)
+        for mask in [mask for mask in ours if mask in theirs]:
+            about = {
+                "dataset": study.dataset,
+                "image_attention": mask,
+                "first": first.model,
+                "second": study.model,
+            }
+            try:
+                check_same_probes(ours[mask], theirs[mask])
+            except UserError as error:
+                entries.append(about | {"left_out": str(error)})
+            else:
+                entries.append(about | compare_runs(ours[mask], theirs[mask]))
+    return entries
+
+
+def compare_runs(first: ProbeRun, second: ProbeRun) -> Entry:
+    """Return the differences of two runs on the same images, the second minus the first; see :func:`compare_models`."""
+    scores = [run.site_scores() for run in (first, second)]
+    sites = [
+        {"site": site, "second_site": other} | _compare_estimates(scores[0][site], scores[1][other])
+        for site, other in pair_sites(first, second)
+    ]
+    groups = first.groups
+    entry: Entry = {
+        "images": first.metrics["images"],
+        "groups": None if groups is None else len(torch.unique(groups)),
+        "sites": sites,
+        "best": None,
+        "classes": [],
+    }
+    if first.peak_layer is None or second.peak_layer is None:
+        return entry
+    best = [_best_layer_ious(run) for run in (first, second)]
+    means = [ious.nanmean(1) for ious in best]
+    names = {"site": first.peak_layer, "second_site": second.peak_layer}
+    entry["best"] = names | _compare_estimates(*map(Estimate.from_vector, means))
+    entry["classes"] = _compare_classes(first.metrics["classes"], *best)
+    return entry
+
+
+def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
+    """Return the sites of both runs that are compared: of one name, and of layers those of equal relative depth."""
+    others = [site for site in second.sites if is_layer(site)]
+    pairs = []
+    for site in first.sites:
+        if not is_layer(site):
+            pairs += [(site, site)] if site in second.sites else []
+        elif others:
+            depth = _relative_depth(first, site)
+            distances = [abs(_relative_depth(second, other) - depth) for other in others]
+            pairs.append((site, others[distances.index(min(distances))]))
+    return pairs
+
+
+def _relative_depth(run: ProbeRun, site: str) -> float:
+    """Return the number of a layer in units of that of the model's last one."""
+    number, last = (int(name.removeprefix("layer_")) for name in (site, run.last_layer))
+    return number / last
+
+
+def _best_layer_ious(run: ProbeRun) -> Tensor:
+    """Return the IoU of each class at the best layer, f64[1 + R, K]: of the dataset, then of its resamplings.
+
+    NaN where a class is neither labelled nor predicted.
+    """
+    sums = run.sums
+    layers = cross_validated_layers(run.sites, run.task, sums, run.groups)
+    read = sums[layers, torch.arange(sums.shape[1])].double()  # [N, M]
+    weights = torch.cat([torch.ones(1, len(read)), run.weights]).double()
+    return run.task.iou(weights @ read)
+
+
+def _compare_estimates(first: Estimate, second: Estimate) -> Entry:
+    difference = second - first
+    return {
+        "first": first.value,
+        "second": second.value,
+        "difference": difference.value,
+        "ci95": difference.ci95,
+    }
+
+
+def _compare_classes(names: list[str], first: Tensor, second: Tensor) -> list[Entry]:
+    """Return the differences of IoU f64[1 + R, K] by class, with two-sided p-values corrected for their number."""
+    entries = []
+    for k, name in enumerate(names):
+        ious = [Estimate.from_vector(x[:, k].nan_to_num()) for x in (first, second)]
+        if first[0, k].isnan() or second[0, k].isnan():
+            continue
+        difference = ious[1] - ious[0]
+        p = min(1.0, 2 * min(difference.p(sign) for sign in (-1, 1)))
+        entries.append({"class": name} | _compare_estimates(*ious) | {"p": p})
+    corrected = holm([entry["p"] for entry in entries])
+    return [entry | {"p_corrected": p} for entry, p in zip(entries, corrected, strict=True)]
+
+
+def differs(entry: Entry) -> bool:
+    """Return whether a difference is a finding: its interval excludes 0, and it is a point of mIoU or more."""
+    low, high = entry["ci95"]
+    return abs(entry["difference"]) >= MARGIN and not low <= 0 <= high
+
+
+def describe_comparison(entry: Entry) -> list[str]:
+    """Return sentences: the best layer of one against that of the other, sites that differ, and classes that differ."""
+    if "left_out" in entry:
+        return [entry["left_out"]]
+    first = entry["first"]
+    second = entry["second"]
+    lines = []
+    if best := entry["best"]:
+        points = f"{format_points(best['difference'])} {format_interval(best['ci95'])} points"
+        layers = f"best layers: {best['site']} of {first}, {best['second_site']} of {second}"
+        said = f"No difference between {second} and {first} is shown"
+        if differs(best):
+            more = "more" if best["difference"] > 0 else "less"
+            said = f"{second} reads {more} than {first}"
+        lines.append(f"{said}: {points} of mIoU ({layers}, each chosen on other photos).")
+    differing = [entry["site"] for entry in entry["sites"] if differs(entry)]
+    lines.append(f"Sites that differ, by themselves: {', '.join(differing) or 'none'}.")
+    classes = [x for x in entry["classes"] if x["p_corrected"] < ALPHA and differs(x)]
+    if classes:
+        named = sorted(classes, key=lambda x: x["difference"])[:NAMED_CLASSES]
+        text = ", ".join(f"{x['class']} {format_points(x['difference'])}" for x in named)
+        lines.append(
+            f"Classes whose IoU differs there, corrected for {len(entry['classes'])}: {text} points."
+        )
+    return lines
+
+
+def comparison_rows(entries: Sequence[Entry]) -> Rows:
+    """Return a row for each number of the comparisons: of sites, best layers, and classes at these."""
+    rows: Rows = []
+    for entry in entries:
+        if "left_out" in entry:
+            continue
+        about = {key: entry[key] for key in ("dataset", "image_attention")}
+        about |= {"first_model": entry["first"], "second_model": entry["second"]}
+        numbers = [({"of": x["site"]}, x) for x in entry["sites"]]
+        if entry["best"]:
+            numbers.append(({"of": BEST_LAYER}, entry["best"]))
+        numbers += [({"of": f"IoU of {x['class']}"}, x) for x in entry["classes"]]
+        for of, x in numbers:
+            row = about | of
+            row |= {"first_site": x.get("site"), "second_site": x.get("second_site")}
+            row |= {key: x[key] for key in ("first", "second", "difference")}
+            rows.append(row | bounds(x["ci95"]) | {"p_corrected": x.get("p_corrected")})
+    return rows
+
+
+def shown_comparison(entry: Entry) -> list[dict[str, str]]:
+    """Return the table of the page and the terminal: sites, then best layers, in percent and points."""
+    if "left_out" in entry:
+        return []
+    rows = list(entry["sites"])
+    rows += [entry["best"] | {"name": BEST_LAYER}] if entry["best"] else []
+    shown = []
+    for row in rows:
+        site = row.get("name", row["site"])
+        if row["site"] != row["second_site"]:
+            site += (
+                f" ({row['site']}, {row['second_site']})"
+                if "name" in row
+                else f", {row['second_site']}"
+            )
+        shown.append(
+            {
+                "site": site,
+                entry["first"]: format_percent(row["first"]),
+                entry["second"]: format_percent(row["second"]),
+                "difference": f"{format_points(row['difference'])} {format_interval(row['ci95'])}",
+            }
+        )
+    return shown

@@ -1,0 +1,163 @@
+"""Comparisons of models on the same photos: planted pairs, their intervals, order and names."""
+
+import json
+from pathlib import Path
+
+import probe_runs
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from probes.cli import main
+from probes.report.model_comparison import (
+    compare_runs,
+    describe_comparison,
+    differs,
+    pair_sites,
+)
+from probes.results.probe_run import ProbeRun
+from probes.results.study import labels_of_models
+
+QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """Write a report of runs, and return results.json and what was printed."""
+
+    def report(*words: str) -> tuple[dict, str]:
+        main(["report", *words, "--out", str(tmp_path / "report")])
+        results = json.loads((tmp_path / "report/results.json").read_text())
+        return results, capsys.readouterr().out
+
+    return report
+
+
+def test_equal_models_show_no_difference(write, report):
+    first = write("first", QUALITY)
+    second = write("second", QUALITY)
+    results, printed = report(f"before={first}", f"after={second}")
+    (entry,) = results["compared"]
+    assert (entry["first"], entry["second"]) == ("before", "after"), "in the order given"
+    assert {x["difference"] for x in [*entry["sites"], *entry["classes"], entry["best"]]} == {0}
+    assert "No difference between after and before is shown: +0.0 [+0.0, +0.0] points" in printed
+    assert "Sites that differ, by themselves: none." in printed
+
+
+def test_a_worse_model_reads_less_where_it_is_worse(write, report):
+    worse = [*QUALITY[:3], 0.50, 0.48, 0.48]
+    first = write("first", QUALITY, number=1)
+    second = write("second", worse, number=2)
+    results, printed = report(f"before={first}", f"after={second}")
+    (entry,) = results["compared"]
+    by_site = {x["site"]: x for x in entry["sites"]}
+    assert [site for site, x in by_site.items() if differs(x)] == [
+        "layer_02",
+        "layer_03",
+        "final_norm",
+    ]
+    runs = [ProbeRun(path) for path in (first, second)]
+    scores = [run.site_scores()["layer_02"] for run in runs]
+    expected = scores[1].value - scores[0].value
+    assert by_site["layer_02"]["difference"] == pytest.approx(expected)
+    assert entry["best"]["difference"] < -0.03 and entry["best"]["ci95"][1] < -0.01
+    assert "after reads less than before: −" in printed
+    page = (Path(first).parent / "report/index.html").read_text()
+    assert "after reads less than before" in page
+
+
+def merge_classes(run: str, kept: int, lost: int) -> None:
+    """Make the probes of a run take one class for another everywhere."""
+    file = Path(run) / "counts.safetensors"
+    counts = load_file(file)
+    counts["predicted"][..., kept] += counts["predicted"][..., lost]
+    counts["predicted"][..., lost] = 0
+    counts["intersection"][..., lost] = 0
+    save_file(counts, file)
+    probe_runs.write_effects(Path(run))
+
+
+def test_a_class_that_a_model_does_not_tell_is_named(write, report):
+    first = write("first", QUALITY, number=1)
+    second = write("second", QUALITY, number=1)
+    merge_classes(second, 0, 1)
+    names = ProbeRun(first).metrics["classes"]
+    results, printed = report(f"before={first}", f"after={second}")
+    (entry,) = results["compared"]
+    found = {x["class"] for x in entry["classes"] if x["p_corrected"] < 0.05 and differs(x)}
+    assert found == {names[0], names[1]}, "the other one loses by what it is taken for"
+    line = next(x for x in printed.splitlines() if x.startswith("Classes whose IoU differs"))
+    assert line.index(names[1]) < line.index(names[0]), "the greatest loss first"
+
+
+def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
+    for study in ("new", "old"):
+        run = Path(write(study, QUALITY))
+        folder = tmp_path / study
+        folder.mkdir()
+        run.rename(folder / "trained")
+    results, _ = report(f"old one={tmp_path / 'old'}", f"new one={tmp_path / 'new'}")
+    (entry,) = results["compared"]
+    assert (entry["first"], entry["second"]) == ("old one", "new one")
+
+
+def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
+    """A study of models "zero" and "after", whose folders have other names."""
+    for label, name, mask in zip(("zero", "after"), ("r1", "r2"), masks, strict=True):
+        run = Path(write(name, QUALITY, mask=mask, mllm=f"{name}/checkpoint"))
+        (tmp_path / "study" / label).mkdir(parents=True)
+        run.rename(tmp_path / "study" / label / "trained")
+    return tmp_path / "study"
+
+
+def test_a_study_of_two_models_keeps_labels_and_order(write, report, tmp_path):
+    study = study_of_two(write, tmp_path)
+    results, _ = report(str(study), "--labels", "zero", "after")
+    (entry,) = results["compared"]
+    assert (entry["first"], entry["second"]) == ("zero", "after")
+    results, _ = report(str(study))
+    assert results["compared"][0]["first"] == "after", "of the alphabet"
+
+
+def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):
+    study = study_of_two(write, tmp_path, ("causal", "bidirectional"))
+    runs = [ProbeRun(study / label / "trained") for label in ("zero", "after")]
+    assert labels_of_models(study, runs) == {}
+
+
+def test_layers_of_equal_relative_depth_are_compared(write):
+    sites = [
+        ["adapter", *(f"layer_{i:02d}" for i in layers), "final_norm"]
+        for layers in ((2, 4), (3, 6))
+    ]
+    runs = [ProbeRun(write(f"of_{x[2]}", [0.4, 0.5, 0.6, 0.6], sites=x)) for x in sites]
+    assert pair_sites(*runs) == [
+        ("adapter", "adapter"),
+        ("layer_02", "layer_03"),
+        ("layer_04", "layer_06"),
+        ("final_norm", "final_norm"),
+    ]
+
+
+def test_solved_and_trained_probes_are_not_compared(write, report):
+    first = write("first", QUALITY)
+    second = write("second", QUALITY, solved=True)
+    results, printed = report(f"before={first}", f"after={second}")
+    (entry,) = results["compared"]
+    assert "sites" not in entry and "make both in the same way" in entry["left_out"]
+    assert entry["left_out"] in printed
+
+
+def test_differences_have_the_intervals_of_paired_resampling(write):
+    """Not those of independent ones: the photos are the same."""
+    runs = [ProbeRun(write(name, QUALITY, number=i)) for i, name in enumerate(("a", "b"))]
+    entry = compare_runs(*runs)
+    scores = [run.site_scores()["layer_02"] for run in runs]
+    drawn = (scores[1].resampled - scores[0].resampled).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    found = next(x for x in entry["sites"] if x["site"] == "layer_02")["ci95"]
+    assert found == pytest.approx(drawn.tolist(), abs=2e-3)
+    apart = scores[0].resampled.std() + scores[1].resampled.std()
+    assert found[1] - found[0] < 2 * apart
+    assert len(describe_comparison(entry | {"first": "a", "second": "b"})) >= 2

@@ -68,7 +68,7 @@ def read_states(
     skipped: list[str] = []
     only_image = mllm.prefix_is_shared and tokens == len(mllm.image_positions)
     if known is not None and shared is None and only_image:
-        known = split_states(known, mllm.widths)
+        known = split_states(known, sites, mllm.widths)
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:

@@ -195,13 +195,17 @@ def join_states(states: Mapping[str, Tensor], site: str) -> Tensor:
     return torch.cat([states[member] for member in members(site)], -1)
 
 
-def split_states(states: Mapping[str, Tensor], widths: Mapping[str, int]) -> Mapping[str, Tensor]:
-    """Return known states with the members of joined sites, too, which are parts of their tensors."""
+def split_states(
+    states: Mapping[str, Tensor],
+    sites: Iterable[str],
+    widths: Mapping[str, int],
+) -> Mapping[str, Tensor]:
+    """Return known states with the members of those sites that are joined, which are parts of their tensors."""
     split = copy(states)
-    for site in filter(is_joined, states):
+    for site in sites:
         names = members(site)
         sizes = [widths[name] for name in names]
-        if states[site].shape[-1] == sum(sizes):
+        if len(names) > 1 and site in states and states[site].shape[-1] == sum(sizes):
             split |= dict(zip(names, states[site].split(sizes, -1), strict=True))
     return split
 

@@ -44,6 +44,7 @@ def part_curves(runs: dict[str, ProbeRun]) -> FigureData:
         looks[name] = TRAINED | {"color": colour, "marker": marker}
     for ax, (mask, run) in zip(axes, runs.items(), strict=True):
         curves(ax, _points(run), looks, **MIOU)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("layer")
         if len(runs) > 1:
             ax.set_title(mask, fontsize=10)

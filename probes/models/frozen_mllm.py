@@ -41,7 +41,7 @@ from .measured_mask import FORWARD, MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
-from .sites import FINAL_NORM, is_before_adapter
+from .sites import FINAL_NORM, is_in_llm_space
 from .steering import Replacement
 
 
@@ -51,7 +51,9 @@ class FrozenMLLM(FrozenModel):
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
-    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py).
+    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py). By name,
+    several of these side by side, "encoder_04+encoder_08".
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
@@ -170,7 +172,7 @@ class FrozenMLLM(FrozenModel):
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            sites: Sites to return, None for all. The forward stops after the last of them.
+            sites: Sites to return, None for `mllm.sites`. The forward stops after the last of them.
             knockout: Attention knockout, of Eq. 1 or between other parts of prefix and image.
             rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image. Under a
                 knockout, rows of an image share the encoder and all layers up to the first that is cut differently
@@ -202,14 +204,14 @@ class FrozenMLLM(FrozenModel):
         it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or "encoder", whose states are not in the LLM's space, or logits are NaN or
-                infinite.
+            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites), or
+                logits are NaN or infinite.
         """
-        if is_before_adapter(site):
+        self.check_sites([site])
+        if not is_in_llm_space(site):
             raise UserError(
                 f"states of {site!r} are not in the LLM's space; use a later site for the logit lens"
             )
-        self.check_sites([site])
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.final_norm(states))

@@ -885,14 +885,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return built
 
 
-def build(name: str, seed: int = 0):
+def build(name: str, seed: int = 0, attention: str = "sdpa"):
     """A random stock model whose attention is far from uniform."""
     settings = dict(STOCK[name].config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(seed)
     from probes.models.families import FAMILIES
 
-    model = FAMILIES[name].model_cls._from_config(config, attn_implementation="sdpa").eval()
+    model = FAMILIES[name].model_cls._from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -903,9 +903,9 @@ def build(name: str, seed: int = 0):
     return model
 
 
-def write(name: str, folder: Path) -> Path:
+def write(name: str, folder: Path, attention: str = "sdpa") -> Path:
     """A checkpoint as the hub has it, without weights that a processor would need."""
-    build(name).save_pretrained(folder)
+    build(name, attention=attention).save_pretrained(folder)
     text = tokenizer()
     text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder + QUESTION
     text.save_pretrained(folder)

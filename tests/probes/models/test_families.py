@@ -410,6 +410,26 @@ def test_starting_from_known_states_equals_the_full_forward(name, mllm):
             )
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(name, mllm):
+    frozen = mllm(name)
+    pixels = frozen.preprocess(pictures(name))
+    vector = torch.linspace(-1, 1, frozen.widths["layer_01"])
+    expected = frozen.states(pixels, hooks={"layer_01": lambda states: states + vector})
+    image = frozen.image_positions - frozen.prefill_prefix()
+
+    def add(_, args, output):
+        output = output.clone()
+        output[:, image] += vector
+        return output
+
+    with frozen.layers[0].register_forward_hook(add):
+        states = frozen.states(pixels)
+    assert all(torch.equal(states[site], expected[site]) for site in frozen.sites)
+    plain = frozen.states(pixels)
+    assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):

@@ -193,7 +193,13 @@ def main() -> None:
         print("  ", effect_in_the_encoder(path, inputs, 0), "one layer earlier")
         text = torch.tensor([[5, 6, 7, 8, 9, 10]])
         stock = load(path).generate(text, max_new_tokens=6, do_sample=False)
-        theirs = load_bridge(path).generate(
+        bridge = load_bridge(path)
+        newest = [
+            stock[0, 6:7]
+        ]  # continued without the prompt: each token from the one before alone
+        while len(newest) < 6:
+            newest.append(bridge(newest[-1][None])[0, -1:].argmax(-1))
+        theirs = bridge.generate(
             text,
             max_new_tokens=6,
             do_sample=False,
@@ -203,6 +209,7 @@ def main() -> None:
         )
         print("generate, transformers:", *stock[0, 6:].tolist())
         print("generate, TransformerLens:", *theirs[0, 6:].tolist())
+        print("forwards of the newest token alone:", *torch.cat(newest).tolist())
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(mllm, pixels, s
     for name in mllm.sites:
         assert torch.equal(states[name], expected[name])
         assert torch.equal(after[name], plain[name])
+    assert torch.equal(states[site], plus(plain[site]))
     assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
 
 

@@ -1,6 +1,7 @@
 """Probes inside a layer and at joined sites: solved, saved under their names, and read by the commands after it."""
 
 import json
+import re
 
 import labs
 import numpy as np
@@ -112,6 +113,12 @@ def test_reports_and_the_lab_open_such_a_run(solved, tmp_path):
     assert model["sites"] == SITES
     assert model["word_sites"] == ["adapter", "attn_02", "mlp_02", "layer_02"]
     assert model["change_sites"] == ["adapter", "layer_02"]
+
+
+def test_patching_refuses_a_part_as_the_read_out(solved):
+    for site in ("attn_02", JOINED):
+        with pytest.raises(SystemExit, match=f"no layer is before the read-out {re.escape(site)};"):
+            main(["patching", "--probes", str(solved.path), "--site", site])
 
 
 def test_states_are_written_by_name_and_sites_say_what_there_is(

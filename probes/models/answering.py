@@ -6,8 +6,8 @@ it reads the keys and values of the first forward from the cache, and the knocko
 are the answer is the exception: it cuts each step.
 
 Questions and answers about an image share its forward as a tree (text_tree.py). There are two exceptions. Image tokens
-of PaliGemma attend to the question, so that each question has a forward of its own. Linear attention has no mask, so
-that each answer to each question has one.
+of PaliGemma attend to the question, so that each question has a forward of its own. Linear attention and convolutions
+have no mask, so that each answer to each question has one.
 
 Shapes: B images, T image tokens, N tokens of prefix and image, P questions, A answers, Q tokens of text, d width.
 """

@@ -300,7 +300,7 @@ class FrozenMLLM(FrozenModel):
     ) -> Tensor:
         """Return the log-probability of each answer to each question, f[B, P, A], on the CPU.
 
-        One forward computes all of them, except in PaliGemma and models with linear attention (answering.py).
+        One forward computes all of them, except in PaliGemma and in models with layers without masks (answering.py).
 
         It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
         is never the more probable of the two.

@@ -31,8 +31,10 @@ class ModelOptions:
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model, auto as stored in the checkpoint. Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
-        sites: Sites to probe; None for all but the encoder's own layers in an MLLM (encoder_00 ...), which are probed
-            by name, or by all.
+        sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
+            (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
+            (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts; several sites side by
+            side are one, encoder_04+encoder_08.
         head: Kind of probe: linear (the paper), or another, see probes/training/heads.py; only linear ones are solved.
         feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
             batchnorm, and neither this nor the options of AdamW below.
@@ -50,7 +52,7 @@ class ModelOptions:
     image_resize: str = "squash"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     prefix: str | None = None
-    sites: list[str] | Literal["all"] | None = None
+    sites: list[str] | Literal["all", "all_parts"] | None = None
     head: str = "linear"
     feature_norm: Literal["none", "batchnorm", "layernorm"] = "none"
     learning_rate: float = 1e-3

@@ -7,11 +7,14 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photos
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.command_options import MaskOptions, SitesOptions, StatesOptions
-from probes.models.families import Family, family_of, own_image_attention
+from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
+from probes.models.families.chosen_sites import PARTS_TEXT
 from probes.models.families.encoder_layers import encoder_layers
+from probes.models.families.layer_parts import part_sites
 from probes.models.load import load
 from probes.models.measured_mask import RUNS
 from probes.models.prompt_and_pixels import check_numbers, read_config
+from probes.models.sites import last_layer, layer_number, part_names
 
 
 def print_sites(options: SitesOptions) -> None:
@@ -29,6 +32,7 @@ def print_sites(options: SitesOptions) -> None:
         print(f"  {site:<11} {width}")
     if family.has_llm:
         print(describe_encoder_layers(family, config))
+    print(describe_parts(family, config))
 
 
 def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
@@ -38,6 +42,16 @@ def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
     except UserError as error:
         return f"no sites in the encoder: {error}"
     return f"by name, or with `all`: {layers.sites[0]} to {layers.sites[-1]}, width {layers.width}"
+
+
+def describe_parts(family: Family | EncoderFamily, config: PreTrainedConfig) -> str:
+    """Return the sites inside the layers, which are read by name only, and layers without values."""
+    last = layer_number(last_layer(family.sites(config)))
+    readable = part_sites(family, config)
+    values = [part_names(layer)[0] for layer in range(1, last + 1)]
+    without = [site for site in values if site not in readable]
+    text = f"by name, or with `all_parts`: {PARTS_TEXT}, 01 to {last:02d}"
+    return f"{text}, without {', '.join(without)}" if without else text
 
 
 def print_mask(options: MaskOptions) -> None:

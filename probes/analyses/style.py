@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer
+from probes.models.sites import ADAPTER, ENCODER, is_layer
 from probes.results.formatting import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
@@ -97,9 +97,10 @@ def new_panels(
 def has_depth(site: str) -> bool:
     """Return whether a site is on the axis of depths.
 
-    `final_norm` repeats the last layer, and the encoder's own layers in an MLLM have a figure of their own.
+    `final_norm` repeats the last layer. The encoder's own layers in an MLLM and the parts of layers have figures of
+    their own, and joined sites have no depth.
     """
-    return site != FINAL_NORM and not is_encoder_layer(site)
+    return site in (ENCODER, ADAPTER) or is_layer(site)
 
 
 def site_depth(site: str) -> int:

@@ -15,7 +15,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.palette import palette_of
 from probes.models.frozen_model import FrozenModel
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.models.sites import ENCODER, is_before_adapter
+from probes.models.sites import ENCODER, is_in_llm_space
 from probes.results.comparable import check_same_images
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
@@ -49,7 +49,7 @@ class LabModel:
         """Sites whose states are in the LLM's space; [] of a bare encoder."""
         if not self.mllm.has_llm:
             return []
-        return [site for site in self.sites if not is_before_adapter(site)]
+        return [site for site in self.sites if is_in_llm_space(site)]
 
     @property
     def change_sites(self) -> list[str]:

@@ -5,19 +5,15 @@ whose keys and values were computed under the cut. Generated tokens are text, so
 it reads the keys and values of the first forward from the cache, and the knockout holds in it. A knockout whose rows
 are the answer is the exception: it cuts each step.
 
-Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image. Each
-token attends to the prefix, the image, its own question and its own answer so far, and has the position that it would
-have alone. Two questions with two answers each::
-
-    positions after the image   0 1 2 | 3 | 3 4 | 0 1 | 2 | 2 3
-    tokens                      question A, a, b; question B, a, b
+Questions and answers about an image share its forward as a tree (text_tree.py). There are two exceptions. Image tokens
+of PaliGemma attend to the question, so that each question has a forward of its own. Linear attention and convolutions
+have no mask, so that each answer to each question has one.
 
 Shapes: B images, T image tokens, N tokens of prefix and image, P questions, A answers, Q tokens of text, d width.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,109 +24,50 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import end_tokens
 from llava_bidir.common.model_outputs import check_outputs
 
-from .attention_masks import Masks, decode_under, last_rows
+from .attention_masks import (
+    Masks,
+    build_decoder_masks,
+    decode_under,
+    last_rows,
+    supports_masks,
+)
 from .attention_weights import capture_attention
-from .families import SLIDING, Family
-from .knockout import ANSWER, TEXT_SETS, Knockout
+from .families import SLIDING, layer_kinds
+from .knockout import ANSWER, Knockout
 from .sites import FINAL_NORM
+from .steering import Replacement, replaced_states
+from .text_tree import TextTree, append_text, decode_tree
 
-
-class TextTree(NamedTuple):
-    """Tokens after the image that branch, and the tokens to score."""
-
-    ids: Tensor  # long[Q]
-    positions: Tensor  # long[Q], position after the image
-    visible: Tensor  # bool[Q, Q], the text tokens that each one attends to
-    targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer p * A + a)
-    sets: dict[str, Tensor]  # bool[Q] by name of a set of a knockout
-
-    @classmethod
-    def from_ids(
-        cls,
-        questions: Sequence[list[int]],
-        answers: Sequence[list[int]] = (),
-        options: Sequence[list[bool]] = (),
-    ) -> "TextTree":
-        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run.
-
-        `options` says of each question's tokens whether they are options, () that none is.
-        """
-        ids = []
-        positions = []
-        ancestors = []
-        targets = []
-        sets = []  # of each token
-
-        def grow(token: int, path: list[int], name: str) -> list[int]:
-            ids.append(token)
-            sets.append(name)
-            positions.append(len(path))
-            ancestors.append([*path, len(ids) - 1])
-            return ancestors[-1]
-
-        for row, question in enumerate(questions):
-            path = []
-            is_option = options[row] if options else [False] * len(question)
-            for token, name in zip(question, question_sets(is_option), strict=True):
-                path = grow(token, path, name)
-            for number, answer in enumerate(answers, row * len(answers)):
-                branch = path
-                for i, token in enumerate(answer):
-                    targets.append((branch[-1], token, number))
-                    if i + 1 < len(answer):
-                        branch = grow(token, branch, ANSWER)
-        visible = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-        for i, path in enumerate(ancestors):
-            visible[i, path] = True
-        of_sets = {name: torch.tensor([own == name for own in sets]) for name in TEXT_SETS}
-        return cls(
-            torch.tensor(ids),
-            torch.tensor(positions),
-            visible,
-            targets,
-            of_sets,
-        )
-
-
-def question_sets(is_option: Sequence[bool]) -> list[str]:
-    """Return the set of each token of a question: "question", "options" or, of the last one, "last"."""
-    names = ["options" if flag else "question" for flag in is_option]
-    return [*names[:-1], "last"]
-
-
-def check_family(family: Family, kind: str) -> None:
-    """Raise a UserError unless the family's chat template states all text after the image."""
-    if not family.answers:
-        raise UserError(
-            f"answers of {kind} are not supported: its processor adds tiles or tokens after the image that the chat "
-            "template does not state, or its position ids do not count tokens; use the family's own generate()"
-        )
+Hooks = Mapping[str, Replacement]
 
 
 def text_states(
     mllm: nn.Module,
     pixels: Tensor,
     text: TextTree,
-    knockout: Knockout | None,
+    knockout: Knockout | None = None,
+    hooks: Hooks | None = None,
     cache: DynamicCache | None = None,
-) -> Tensor:
-    """Return the normed states f[B, Q, d] of text after the image, from one forward.
+    effect: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the normed states f[B, Q, d] of text after the image, and the position of its first token, long[..., 1].
 
     Args:
         mllm: The :class:`FrozenMLLM`.
         pixels: f[B, 3, H, W].
         text: Text after each image.
         knockout: Attention knockout.
+        hooks: Functions by site that replace the states of image tokens.
         cache: Empty cache to fill, for decoding.
+        effect: As of :meth:`Knockout.apply`.
 
     Raises:
-        UserError: The family or the attention backend is not supported, the text is too long, the knockout is invalid,
-            or states are NaN or infinite.
+        UserError: The attention backend is not supported, the text is too long, the intervention is invalid, or states
+            are NaN or infinite.
     """
     config = mllm.model.config.get_text_config()
     batch = len(pixels)
     tokens = mllm.ids.shape[1]
-    check_family(mllm.family, mllm.model.config.model_type)
     mllm.check_pixels(pixels)
     if tokens + int(text.positions.max()) >= config.max_position_embeddings:
         raise UserError(
@@ -141,44 +78,73 @@ def text_states(
         raise UserError(
             "a question or an answer contains the image's placeholder; remove it from the text"
         )
-    masks = append_text(
-        mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None)
-    )
+    masks = text_masks(mllm, batch, text, knockout)
     ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
-    positions = torch.cat([torch.arange(tokens), tokens + text.positions])
-    positions = positions.to(mllm.device).expand(batch, -1)
-    is_image = torch.cat(
-        [mllm.is_image, torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)]
-    )
+    is_image = is_image_before(mllm, text)
     inputs = mllm.family.inputs(
         mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image.expand(batch, -1)
     )
-    with ExitStack() as hooks:
+    layers = mllm.decoder.layers
+    with ExitStack() as stack:
         if knockout:
-            layers = mllm.decoder.layers
             sets = sets_after_image(mllm, text)
-            answer_follows = cache is not None
-            hooks.enter_context(
+            stack.enter_context(
                 knockout.apply(
                     layers,
                     masks,
                     is_image,
                     len(layers),
                     sets,
-                    answer_follows,
+                    effect,
                 )
             )
-        hooks.enter_context(decode_under(mllm.decoder, masks))
+        if hooks:
+            stack.enter_context(replaced_states(layers, hooks, mllm.image_positions))
+        positions = stack.enter_context(decode_tree(mllm.decoder, masks, tokens, text))
         output = mllm.model.model(
             input_ids=ids,
-            position_ids=positions,
             use_cache=cache is not None,
             **mllm.cached(cache),
             **inputs,
         )
     states = output.last_hidden_state[:, tokens:]
     check_outputs("states", {FINAL_NORM: states})
-    return states
+    return states, positions[-1]
+
+
+def text_masks(
+    mllm: nn.Module,
+    batch: int,
+    text: TextTree,
+    knockout: Knockout | None,
+) -> Masks | None:
+    """Return the masks of prefix, image and text, [B, 1, N + Q, N + Q]; None if the model has its own only.
+
+    Raises:
+        UserError: There is a knockout, and a layer has no mask.
+    """
+    masks = mllm.attention_masks(batch, knockout)
+    if masks is None:
+        return None
+    config = mllm.model.config.get_text_config()
+    tokens = mllm.ids.shape[1]
+    if question_is_in_block(mllm):
+        question = int((~text.sets[ANSWER]).sum())
+        block = torch.ones(batch, tokens + question, dtype=torch.bool, device=mllm.device)
+        masks = build_decoder_masks(mllm.image_attention, config, block, mllm.model.dtype)
+    window = config.sliding_window if SLIDING in layer_kinds(config) else None
+    return append_text(masks, tokens, text, window)
+
+
+def question_is_in_block(mllm: nn.Module) -> bool:
+    """Return True if image tokens attend to the question, as PaliGemma's do under its own mask."""
+    return mllm.family.question_in_prefix and mllm.image_attention == "prefix"
+
+
+def is_image_before(mllm: nn.Module, text: TextTree) -> Tensor:
+    """Return which tokens of prefix, image and text are image tokens, bool[N + Q]."""
+    after_image = torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)
+    return torch.cat([mllm.is_image, after_image])
 
 
 def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
@@ -190,27 +156,18 @@ def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
     return sets
 
 
-def append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
-    """Return the masks of prefix and image with rows and columns for the text, [B, 1, N + Q, N + Q]."""
-    if isinstance(masks, dict):
-        return {
-            k: append_text(mask, text, window if k == SLIDING else None)
-            for k, mask in masks.items()
-        }
-    tokens = masks.shape[-1]
-    length = len(text.ids)
-    seen = torch.cat([torch.ones(length, tokens, dtype=torch.bool), text.visible], 1)
-    if window:
-        keys = torch.cat([torch.arange(tokens), tokens + text.positions])
-        seen &= tokens + text.positions[:, None] - keys < window
-    seen = seen.to(masks.device)
-    forbidden = False if masks.dtype == torch.bool else torch.finfo(masks.dtype).min
-    extended = masks.new_full((len(masks), 1, tokens + length, tokens + length), forbidden)
-    extended[:, :, :tokens, :tokens] = masks
-    extended[:, :, tokens:] = masks.new_full(seen.shape, forbidden).masked_fill(
-        seen, True if masks.dtype == torch.bool else 0.0
-    )
-    return extended
+def share_forwards(
+    mllm: nn.Module,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    knockout: Knockout | None,
+) -> list[tuple[Sequence[str], Sequence[str]]]:
+    """Return the questions and answers of each forward, in the order of the scores."""
+    if mllm.attention_masks(1, knockout) is None:
+        return [([question], [answer]) for question in questions for answer in answers]
+    if question_is_in_block(mllm):
+        return [([question], answers) for question in questions]
+    return [(questions, answers)]
 
 
 @torch.no_grad()
@@ -220,6 +177,7 @@ def score_answers(
     questions: Sequence[str],
     answers: Sequence[str],
     knockout: Knockout | None,
+    hooks: Hooks | None,
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
     check_is_list("questions", questions, "['What is it?']")
@@ -228,19 +186,30 @@ def score_answers(
         check_is_text("each question and answer", text)
     if not questions or not answers or not all(text.strip() for text in [*questions, *answers]):
         raise UserError("got no question or answer, or an empty one; expected lists of texts")
-    text = TextTree.from_ids(
-        [*map(mllm.chat.question_ids, questions)],
-        mllm.chat.answer_ids(answers),
-        option_tokens(mllm, questions, knockout),
-    )
+    scores = []
+    for some_questions, some_answers in share_forwards(mllm, questions, answers, knockout):
+        text = TextTree.from_ids(
+            [*map(mllm.chat.question_ids, some_questions)],
+            mllm.chat.answer_ids(some_answers),
+            option_tokens(mllm, some_questions, knockout),
+        )
+        states, _ = text_states(mllm, pixels, text, knockout, hooks)
+        scores.append(_score_text(mllm, states, text, len(some_questions) * len(some_answers)))
+    return torch.cat(scores, 1).view(len(pixels), len(questions), len(answers))
+
+
+def _score_text(
+    mllm: nn.Module,
+    states: Tensor,
+    text: TextTree,
+    answers: int,
+) -> Tensor:
+    """Return the log-probabilities f[B, answers] of a text's answers from its normed states f[B, Q, d]."""
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
-    states = text_states(mllm, pixels, text, knockout)[:, used.to(mllm.device)]
-    log_probs = mllm.logit_lens(states, FINAL_NORM).float().log_softmax(-1).cpu()[:, row, ids]
-    scores = torch.zeros(len(pixels), len(questions) * len(answers)).index_add_(
-        1, numbers, log_probs
-    )
-    return scores.view(len(pixels), len(questions), len(answers))
+    logits = mllm.logit_lens(states[:, used.to(mllm.device)], FINAL_NORM)
+    log_probs = logits.float().log_softmax(-1).cpu()[:, row, ids]
+    return torch.zeros(len(states), answers).index_add_(1, numbers, log_probs)
 
 
 @torch.no_grad()
@@ -251,6 +220,7 @@ def attend_from_answer(
     answer: str,
     layers: Sequence[int],
     knockout: Knockout | None,
+    hooks: Hooks | None,
 ) -> Tensor:
     """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
     check_is_text("question", question)
@@ -273,7 +243,7 @@ def attend_from_answer(
             weights[layer] = compute(0, queries).cpu()[..., image]
 
     with capture_attention(mllm.decoder.layers, record):
-        text_states(mllm, pixels, text, knockout)
+        text_states(mllm, pixels, text, knockout, hooks)
     return torch.stack([weights[layer] for layer in layers])
 
 
@@ -285,23 +255,22 @@ def generate_answer(
     knockout: Knockout | None,
     max_new_tokens: int,
     on_token: Callable[[str], None] | None = None,
+    hooks: Hooks | None = None,
 ) -> str:
     """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
-    cache = DynamicCache()
+    config = mllm.model.config.get_text_config()
+    # With the config, a cache drops keys outside of sliding windows, but masks have all tokens.
+    cache = DynamicCache() if supports_masks(config) else DynamicCache(config=config)
     answer = []
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
-    room = (
-        mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
-    )
+    room = config.max_position_embeddings - mllm.ids.shape[1] - len(ids)
     options = option_tokens(mllm, [question], knockout)
-    states = text_states(
-        mllm,
-        pixels,
-        TextTree.from_ids([ids], (), options),
-        knockout,
-        cache,
-    )
+    text = TextTree.from_ids([ids], (), options)
+    effect = None
+    if knockout and ANSWER in knockout.names("rows"):
+        effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
+    states, first_position = text_states(mllm, pixels, text, knockout, hooks, cache, effect)
     for _ in range(min(max_new_tokens, room)):
         token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
         if token in ends:
@@ -309,8 +278,46 @@ def generate_answer(
         answer.append(token)
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        states = _decode(mllm, ids, answer, options, knockout, cache)
+        with _cut_step(mllm, ids, answer, options, knockout, effect):
+            # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
+            output = mllm.model.model(
+                input_ids=torch.tensor([[token]], device=mllm.device),
+                position_ids=first_position + len(ids) + len(answer) - 1,
+                use_cache=True,
+                **mllm.cached(cache),
+            )
+        states = output.last_hidden_state
+        if effect is not None and len(answer) == 1:  # later steps see no more of the prompt
+            is_cut = knockout.select_layers(mllm.decoder.layers).any(1)
+            knockout.check_effect(effect, is_cut.to(effect.device))
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@contextmanager
+def _cut_step(
+    mllm: nn.Module,
+    question: list[int],
+    answer: list[int],
+    options: list[list[bool]],
+    knockout: Knockout | None,
+    effect: Tensor | None,
+) -> Iterator[None]:
+    """Cut the attention of the last token of an answer while the context is open.
+
+    Without `effect`, no row of the knockout is a token of the answer.
+    """
+    if effect is None:
+        yield
+        return
+    # the last token of an answer in a tree does not run, so one more is appended
+    text = TextTree.from_ids([question], [[*answer, 0]], options)
+    masks = last_rows(text_masks(mllm, 1, text, knockout), 1)
+    layers = mllm.decoder.layers
+    is_image = is_image_before(mllm, text)
+    sets = sets_after_image(mllm, text)
+    cut = knockout.apply(layers, masks, is_image, len(layers), sets, effect)
+    with cut, decode_under(mllm.decoder, masks):
+        yield
 
 
 def option_tokens(
@@ -332,42 +339,3 @@ def option_tokens(
                 "'A. a cat'"
             )
     return tokens
-
-
-def _decode(
-    mllm: nn.Module,
-    question: list[int],
-    answer: list[int],
-    options: list[list[bool]],
-    knockout: Knockout | None,
-    cache: DynamicCache,
-) -> Tensor:
-    """Return the normed state f[1, 1, d] of the last token of an answer; the cache has all before it."""
-    more = {}
-    with ExitStack() as hooks:
-        if knockout and ANSWER in knockout.names("rows"):
-            # the last token of an answer in a tree does not run, so one more is appended
-            text = TextTree.from_ids([question], [[*answer, 0]], options)
-            window = getattr(mllm.model.config.get_text_config(), "sliding_window", None)
-            masks = last_rows(append_text(mllm.attention_masks(1, knockout), text, window), 1)
-            after_image = torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)
-            is_image = torch.cat([mllm.is_image, after_image])
-            layers = mllm.decoder.layers
-            sets = sets_after_image(mllm, text)
-            hooks.enter_context(
-                knockout.apply(
-                    layers,
-                    masks,
-                    is_image,
-                    len(layers),
-                    sets,
-                )
-            )
-            more = {"attention_mask": masks}
-        output = mllm.decoder(
-            input_ids=torch.tensor([[answer[-1]]], device=mllm.device),
-            use_cache=True,
-            **mllm.cached(cache),
-            **more,
-        )
-    return output.last_hidden_state

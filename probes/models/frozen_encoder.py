@@ -16,9 +16,11 @@ from probes.ops.geometry import ResizeRule
 
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
+from .families.layer_parts import recorded_parts
 from .frozen_model import FrozenModel
 from .knockout import PREFIX, Knockout
 from .read_states import StopForward
+from .shared_layers import join_states, single_sites
 from .sites import FINAL_NORM
 from .steering import Replacement, replaced_states
 
@@ -52,7 +54,9 @@ class FrozenEncoder(FrozenModel):
     """A vision encoder in eval mode without gradients, created by :func:`probes.load`.
 
     Its sites are "layer_00" (input of the first layer), "layer_01" ... (outputs of the layers) and "final_norm" (the
-    last layer after the model's norm). CLS and register tokens are left out of the states.
+    last layer after the model's norm). By name, or with "all_parts", also the parts of layers, "value_01", "attn_01",
+    "mlp_01" ... (families/layer_parts.py). By name, several of these side by side, "layer_04+layer_08". CLS and
+    register tokens are left out of the states.
     """
 
     def __init__(
@@ -104,9 +108,10 @@ class FrozenEncoder(FrozenModel):
             UserError: A site is unknown, the knockout or a hook's states do not fit the model, or states are NaN or
                 infinite.
         """
-        wanted = self.check_sites(sites)
-        if not wanted:
+        sites = self.check_sites(sites)
+        if not sites:
             return {}
+        wanted = single_sites(sites)
         self.check_pixels(pixels)
         if rows is not None:
             pixels = pixels[[int(row) for row in rows]]
@@ -124,7 +129,7 @@ class FrozenEncoder(FrozenModel):
                 self.model(**self.family.inputs(self.model.config, pixels))
         states = {site: recorded[site] for site in wanted}
         check_outputs("states", states)
-        return states
+        return {site: join_states(states, site) for site in sites}
 
     forward = states
 
@@ -132,7 +137,7 @@ class FrozenEncoder(FrozenModel):
     def _recorded(self, wanted: list[str]) -> Iterator[dict[str, Tensor]]:
         """Record the states at sites while the context is open, and end the forward after the last of them."""
         states: dict[str, Tensor] = {}
-        last = max(wanted, key=self.sites.index)
+        last = max(wanted, key=self.all_sites.index)
         stop_after = self.layer_sites[-1] if last == FINAL_NORM else last
 
         def record(site: str, hidden: Tensor | tuple) -> None:
@@ -149,6 +154,7 @@ class FrozenEncoder(FrozenModel):
             record(self.layer_sites[0], args[0] if args else kwargs["hidden_states"])
 
         with ExitStack() as stack:
+            stack.enter_context(recorded_parts(self.layers, wanted, self.widths, record))
             handle = self.layers[0].register_forward_pre_hook(before_layers, with_kwargs=True)
             stack.callback(handle.remove)
             for site, layer in zip(self.layer_sites[1:], self.layers, strict=True):

@@ -24,7 +24,7 @@ from llava_bidir.common.image_io import PhotoLike
 from llava_bidir.common.model_outputs import check_outputs
 from probes.ops.geometry import SQUASH, ResizeRule
 
-from .answering import attend_from_answer, check_family, generate_answer, score_answers
+from .answering import attend_from_answer, generate_answer, score_answers
 from .attention_masks import (
     Masks,
     as_list,
@@ -41,7 +41,7 @@ from .measured_mask import FORWARD, MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
-from .sites import FINAL_NORM, is_before_adapter
+from .sites import FINAL_NORM, is_in_llm_space
 from .steering import Replacement
 
 
@@ -51,7 +51,9 @@ class FrozenMLLM(FrozenModel):
     Its sites are "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
-    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py).
+    with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py). By name,
+    several of these side by side, "encoder_04+encoder_08".
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
@@ -170,7 +172,7 @@ class FrozenMLLM(FrozenModel):
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            sites: Sites to return, None for all. The forward stops after the last of them.
+            sites: Sites to return, None for `mllm.sites`. The forward stops after the last of them.
             knockout: Attention knockout, of Eq. 1 or between other parts of prefix and image.
             rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image. Under a
                 knockout, rows of an image share the encoder and all layers up to the first that is cut differently
@@ -202,14 +204,14 @@ class FrozenMLLM(FrozenModel):
         it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or "encoder", whose states are not in the LLM's space, or logits are NaN or
-                infinite.
+            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites), or
+                logits are NaN or infinite.
         """
-        if is_before_adapter(site):
+        self.check_sites([site])
+        if not is_in_llm_space(site):
             raise UserError(
                 f"states of {site!r} are not in the LLM's space; use a later site for the logit lens"
             )
-        self.check_sites([site])
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.final_norm(states))
@@ -222,7 +224,6 @@ class FrozenMLLM(FrozenModel):
     @cached_property
     def chat(self) -> Chat:
         """Tokenizer and chat template of the checkpoint, read on first use."""
-        check_family(self.family, self.model.config.model_type)
         return self._read_chat()
 
     def answer(
@@ -232,6 +233,7 @@ class FrozenMLLM(FrozenModel):
         knockout: Knockout | None = None,
         max_new_tokens: int = 256,
         on_token: Callable[[str], None] | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
     ) -> str | list[str]:
         """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
 
@@ -241,18 +243,19 @@ class FrozenMLLM(FrozenModel):
             knockout: Attention knockout, of one row; it holds for each image.
             max_new_tokens: Maximum tokens of an answer.
             on_token: Called after each token with the answer so far, to show it; an exception there ends the answer.
+            hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
 
         Returns:
             The answer; for a list of images, a list of their answers.
 
         Raises:
-            UserError: The model cannot be asked, an image cannot be read, the question is too long, or the knockout
-                does not fit the model.
+            UserError: There is no chat template, an image cannot be read, the question is too long, or the knockout or
+                a hook does not fit the model.
         """
         check_is_text("question", question)
         images = self.preprocess(image)
         answers = [
-            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token)
+            generate_answer(self, pixels, question, knockout, max_new_tokens, on_token, hooks)
             for pixels in images.split(1)
         ]
         return answers[0] if isinstance(image, str | Path | Image.Image) else answers
@@ -264,6 +267,7 @@ class FrozenMLLM(FrozenModel):
         answer: str,
         layers: Sequence[int] | None = None,
         knockout: Knockout | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
     ) -> Tensor:
         """Return the attention weights of an answer's tokens to the image tokens, f[L, A, n, T], from one forward.
 
@@ -275,6 +279,7 @@ class FrozenMLLM(FrozenModel):
             answer: Its answer, n tokens (`chat.answer_ids`); the model need not have generated it.
             layers: Decoder layers, numbered 1..L as in the site names; None for all.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
+            hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
 
         Returns:
             float32, on the CPU. A row sums to 1 minus the attention to text.
@@ -283,7 +288,7 @@ class FrozenMLLM(FrozenModel):
             UserError: As :meth:`answer`, or a text is empty, or a layer is unknown.
         """
         layers = self._check_layers(layers)
-        return attend_from_answer(self, pixels, question, answer, layers, knockout)
+        return attend_from_answer(self, pixels, question, answer, layers, knockout, hooks)
 
     def answer_log_probs(
         self,
@@ -291,8 +296,11 @@ class FrozenMLLM(FrozenModel):
         questions: Sequence[str],
         answers: Sequence[str],
         knockout: Knockout | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
     ) -> Tensor:
-        """Return the log-probability of each answer to each question, f[B, P, A], on the CPU, from one forward.
+        """Return the log-probability of each answer to each question, f[B, P, A], on the CPU.
+
+        One forward computes all of them, except in PaliGemma and in models with layers without masks (answering.py).
 
         It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
         is never the more probable of the two.
@@ -302,11 +310,12 @@ class FrozenMLLM(FrozenModel):
             questions: P questions, each the first of its conversation.
             answers: A answers to each of them.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
+            hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
 
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
-        return score_answers(self, pixels, questions, answers, knockout)
+        return score_answers(self, pixels, questions, answers, knockout, hooks)
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.

@@ -3,7 +3,8 @@
 Shapes: B images, T patches or image tokens, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,23 @@ from probes.ops.geometry import Geometry, ResizeRule
 
 from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
+from .families.chosen_sites import all_sites, chosen_sites
+from .families.layer_parts import part_width
 from .knockout import Knockout
 from .shared_layers import version
-from .sites import is_encoder_layer, layer_site, wants_all
+from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
 from .teach import Painted, Taught
+
+
+class Widths(dict[str, int]):
+    """Widths by site; those of parts and of joined sites are found when they are asked for."""
+
+    def __init__(self, widths: Mapping[str, int], find: Callable[[str], int]):
+        super().__init__(widths)
+        self._find = find
+
+    def __missing__(self, site: str) -> int:
+        return self._find(site)
 
 
 class FrozenModel(nn.Module):
@@ -27,9 +41,10 @@ class FrozenModel(nn.Module):
 
     Attributes:
         has_llm: True for an MLLM, which has an adapter, a prompt and answers; False for a bare vision encoder.
-        sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, which are read by name.
+        sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, parts of layers and
+            joined sites, which are read by name.
         layers: The layers, whose inputs and outputs are `layer_sites`.
-        widths: d per site.
+        widths: d per site, also of those that are read by name.
         grid: Rows and columns of patches, the same at all sites; `image_tokens`, T, is their product.
         geometry: How images become squares, and the position of the grid on an image and its mask.
         image_attention, own_image_attention: Mask among patches that the model runs with, and the one of its training.
@@ -63,7 +78,7 @@ class FrozenModel(nn.Module):
         self.own_image_attention = own_image_attention(model.config)
         self.grid = family.grid(model.config)
         self.sites = family.sites(model.config)
-        self.widths = family.widths(model.config)
+        self.widths = Widths(family.widths(model.config), self._find_width)
         # the last one's pixels are those of the square; DeepSeek-VL makes the smaller ones of them
         colour = tuple(int(255 * x) for x in image_processors[-1].image_mean)
         side = family.side_px(model.config)
@@ -199,25 +214,27 @@ class FrozenModel(nn.Module):
         """Names of the encoder's own layers in an MLLM, in forward order: before `sites`."""
         return []
 
-    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """Return `sites` as a list: `self.sites` for None, and also `encoder_sites` for "all".
+    @cached_property
+    def all_sites(self) -> list[str]:
+        """Names of all sites but joined ones in forward order; without those that cannot be read."""
+        return all_sites(self.family, self.model.config)
+
+    def check_sites(self, sites: str | Sequence[str] | None) -> list[str]:
+        """Return `sites` as a list: `self.sites` for None, also `encoder_sites` for "all", `all_sites` for "all_parts".
 
         Raises:
-            UserError: A site is unknown, or is a layer of an encoder whose layers cannot be read.
+            UserError: A site is unknown or cannot be read; see families/chosen_sites.py.
         """
-        if sites is None:
-            return list(self.sites)
-        if wants_all(sites):
-            return [*self.encoder_sites, *self.sites]
-        if isinstance(sites, str):
-            raise UserError(f"sites must be a list of names, or 'all'; got {sites!r}")
-        known = list(self.sites)
-        if any(map(is_encoder_layer, sites)):
-            known = [*self.encoder_sites, *known]
-        unknown = set(sites) - set(known)
-        if unknown:
-            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(known)}")
-        return list(sites)
+        return chosen_sites(self.family, self.model.config, sites)
+
+    def _find_width(self, site: str) -> int:
+        """Return the width of a part of a layer, or of a joined site."""
+        if is_joined(site):
+            return sum(self.widths[member] for member in members(site))
+        if part_of(site) is None or site not in self.all_sites:
+            raise KeyError(site)
+        width = self.widths[layer_around(site)]
+        return part_width(self.layers[layer_number(site) - 1], site, width)
 
     def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Return layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""

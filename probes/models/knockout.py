@@ -215,13 +215,13 @@ class Knockout:
         is_image: Tensor,
         depth: int,
         text: Mapping[str, Tensor] | None = None,
-        answer_follows: bool = False,
+        effect: Tensor | None = None,
     ) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
         `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops. `text` are
-        the tokens of the sets after the image. If an answer follows, rows of the answer come in later forwards, so that
-        this one may have no pair to cut.
+        the tokens of the sets after the image. A caller that runs the answer in later forwards passes `effect` bool[B],
+        which becomes True where a pair was cut, and checks it itself.
 
         Raises:
             UserError: A layer is out of range, or the knockout changes no allowed pair.
@@ -234,7 +234,9 @@ class Knockout:
         on_device = chosen.to(as_list(masks)[0].device)
         cuts = [(mask, self.cut(mask, is_image, text)) for mask in as_list(masks)]
         changes = [(cut != mask).flatten(1).any(1) for mask, cut in cuts]  # bool[B] each
-        changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
+        changed = effect
+        if effect is None:
+            changed = torch.zeros(images, dtype=torch.bool, device=on_device.device)
 
         def replace(layer: int, kwargs: dict) -> dict:
             given = kwargs.get("attention_mask")
@@ -268,7 +270,7 @@ class Knockout:
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
-        if not (self.is_eq_1 or (answer_follows and ANSWER in self.names("rows"))):
+        if effect is None and not self.is_eq_1:
             self.check_effect(changed, on_device[:, :depth].any(1))
 
     def check_effect(self, changed: Tensor, is_cut: Tensor) -> None:

@@ -17,8 +17,8 @@ from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .prompt_and_pixels import (
     check_numbers,
-    read_chat,
     read_config,
+    read_dialogue,
     read_image_processors,
     read_prefix_ids,
     read_separator_id,
@@ -111,7 +111,7 @@ def load(
     if family.has_llm:
         ids = read_prefix_ids(path, family, prefix, **hub)
         separator_id = read_separator_id(path, family, **hub)
-        chat = partial(read_chat, path, family, **hub)
+        chat = partial(read_dialogue, path, family, **hub)
         mllm = FrozenMLLM(
             model, family, processors, ids, attention, rule, separator_id, commit, chat
         )

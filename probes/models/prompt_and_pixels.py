@@ -48,6 +48,7 @@ PIXEL_SETTINGS = (
 )
 MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
 OPTION = re.compile(r"^[ \t]*\(?(?P<letter>[A-Z])[.):].*$", re.MULTILINE)
+IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
 PROMPT_DATE = date(2025, 1, 1)
 # Replaces the function of templates with the date of the day: states would differ from day to day.
 _PARTS = "".join(
@@ -238,13 +239,13 @@ def read_prefix_ids(
     Raises:
         UserError: There is no chat template, it has no image, or the tokenizer lacks a token of the family.
     """
-    if family.placeholder is None and prefix is None:
-        return []
+    if family.own_template and prefix is None:
+        return []  # the image comes first
     if prefix is None:
         chat = read_chat(path, family, **hub)
         prefix = _chat_before_image(chat) + family.image_start_text
         tokenizer = chat.tokenizer
-        for token in re.findall(r"<[^<>]+>|\[IMG\w*\]", family.image_start_text):
+        for token in IMAGE_TOKENS.findall(family.image_start_text):
             _token_id(path, tokenizer, token)
     else:
         tokenizer = read_tokenizer(path, **hub)
@@ -266,6 +267,7 @@ class Chat(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     template: str
     placeholder: str
+    image_end_text: str  # that the processor inserts after the image tokens
 
     def render(self, *texts: str) -> str:
         """Return the prompt for the answer to an image and texts.
@@ -283,13 +285,13 @@ class Chat(NamedTuple):
             )
 
     def after_image(self, question: str) -> str:
-        """Return the text between the image and the answer."""
+        """Return the text between the last image token and the answer."""
         before, placeholder, after = self.render(question).partition(self.placeholder)
         if not placeholder or not after:
             raise UserError(
                 f"the chat template of {self.path} has no text after {self.placeholder}; expected a question"
             )
-        return after
+        return self.image_end_text + after
 
     def question_ids(self, question: str) -> list[int]:
         """Return the token ids between the image and the answer, as the stock processor tokenises them."""
@@ -306,8 +308,8 @@ class Chat(NamedTuple):
         lines = option_lines(stripped)
         if not lines:
             return [False] * len(self.question_ids(question))
-        text = self.placeholder + self.after_image(question)
-        begin = text.find(stripped, len(self.placeholder))
+        text = self._token_before + self.after_image(question)
+        begin = text.find(stripped, len(self._token_before))
         if begin < 0:
             raise UserError(
                 f"the chat template of {self.path} changes the question {question!r}, so that its options are not found"
@@ -330,7 +332,15 @@ class Chat(NamedTuple):
 
     def _continue(self, text: str) -> list[int]:
         """Return the ids of text after a special token, where tokenizers add no word-start marker."""
-        return self.tokenizer.encode(self.placeholder + text, add_special_tokens=False)[1:]
+        return self.tokenizer.encode(self._token_before + text, add_special_tokens=False)[1:]
+
+    @property
+    def _token_before(self) -> str:
+        """A special token. Some templates have a placeholder that is none, which processors replace as text."""
+        number = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        if number not in (None, self.tokenizer.unk_token_id):
+            return self.placeholder
+        return self.tokenizer.eos_token
 
 
 def option_lines(question: str) -> list[tuple[int, int]]:
@@ -352,6 +362,8 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
         UserError: There is no chat template, or it or the tokenizer is damaged.
     """
     tokenizer = read_tokenizer(path, **hub)
+    if family.own_template:
+        return Chat(path, tokenizer, family.own_template, family.placeholder, "")
     with error_context(f"chat template of {path}"):
         settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
         template = settings.get("chat_template") or tokenizer.chat_template
@@ -361,7 +373,19 @@ def read_chat(path: str, family: Family, **hub: Any) -> Chat:
         raise UserError(
             f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}"
         )
-    return Chat(path, tokenizer, template, family.placeholder)
+    return Chat(path, tokenizer, template, family.placeholder, family.image_end_text)
+
+
+def read_dialogue(path: str, family: Family, **hub: Any) -> Chat:
+    """Read what :func:`read_chat` reads, for questions about the image.
+
+    Raises:
+        UserError: As :func:`read_chat`, or the tokenizer lacks a token of the family.
+    """
+    chat = read_chat(path, family, **hub)
+    for token in IMAGE_TOKENS.findall(family.image_end_text):
+        _token_id(path, chat.tokenizer, token)
+    return chat
 
 
 def _chat_before_image(chat: Chat) -> str:

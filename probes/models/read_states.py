@@ -12,18 +12,22 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_masks import decode_under, last_rows
+from .families.layer_parts import recorded_parts
 from .knockout import PREFIX, Knockout
 from .shared_layers import (
     DistinctRows,
     States,
     distinct_rows,
+    join_states,
     on_device,
     rows_by_site,
     shared_layers,
+    single_sites,
     skipped_layers,
+    split_states,
     unchanged_sites,
 )
-from .sites import ADAPTER, ENCODER, is_before_adapter, is_encoder_layer
+from .sites import ADAPTER, ENCODER, is_before_adapter, is_encoder_layer, layer_around, part_of
 from .steering import Replacement, replaced_states
 
 
@@ -34,7 +38,7 @@ class StopForward(Exception):
 def read_states(
     mllm: nn.Module,
     pixels: Tensor,
-    wanted: list[str],
+    sites: list[str],
     knockout: Knockout | None,
     rows: Sequence[int] | None,
     hooks: Mapping[str, Replacement],
@@ -42,6 +46,7 @@ def read_states(
 ) -> States:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     mllm.check_pixels(pixels)
+    wanted = single_sites(sites)
     rows = _check_rows(rows, len(pixels))
     shared = _shared_rows(mllm, knockout, rows, hooks)
     given = pixels
@@ -63,6 +68,7 @@ def read_states(
     skipped: list[str] = []
     only_image = mllm.prefix_is_shared and tokens == len(mllm.image_positions)
     if known is not None and shared is None and only_image:
+        known = split_states(known, sites, mllm.widths)
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:
@@ -86,8 +92,9 @@ def read_states(
             inputs = _inputs(mllm, pixels, start)  # of some families this runs the encoder
         with suppress(StopForward):
             run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
-    if skipped:  # so is the encoder
-        skipped = [*(site for site in wanted if is_encoder_layer(site)), *skipped]
+    if skipped:  # so are the encoder, and the parts of these layers
+        inside = [site for site in wanted if part_of(site) and layer_around(site) in skipped]
+        skipped = [*filter(is_encoder_layer, wanted), *skipped, *inside]
     states |= {
         site: of_rows(known[site]) for site in skipped if site in known and site not in hooks
     }
@@ -97,10 +104,13 @@ def read_states(
         )
     if shared is not None:
         positions = dict(zip(mllm.sites, rows_by_site(rows, shared), strict=True))
-        positions |= {site: positions[ENCODER] for site in wanted if is_encoder_layer(site)}
+        for site in wanted:
+            around = ENCODER if is_encoder_layer(site) else layer_around(site)
+            positions[site] = positions[around]
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     states = {site: states[site].to(mllm.device) for site in wanted}
     check_outputs("states", states)
+    states = {site: join_states(states, site) for site in sites}
     changed = knockout or hooks or rows is not None
     return States(states.items(), mllm, None if changed else given)
 
@@ -130,7 +140,7 @@ def _first_token(mllm: nn.Module, knockout: Knockout | None) -> int:
 def _last_layer_needed(mllm: nn.Module, wanted: list[str]) -> int:
     """Return the index of the last wanted site, counted from the adapter: 0 and below need no layer of the LLM."""
     of_llm = [site for site in wanted if not is_encoder_layer(site)]
-    return max([mllm.sites.index(site) - 1 for site in of_llm], default=-1)
+    return max([mllm.sites.index(layer_around(site)) - 1 for site in of_llm], default=-1)
 
 
 def _inputs(mllm: nn.Module, pixels: Tensor, start: int) -> dict[str, Tensor]:
@@ -166,7 +176,7 @@ def _recorded_states(
     states: dict[str, Tensor] = {}
     positions = mllm.image_positions - start
     in_encoder = [site for site in wanted if is_encoder_layer(site)]
-    last = max(wanted, key=[*sorted(in_encoder), *mllm.sites].index)
+    last = max(wanted, key=mllm.all_sites.index)
     after_adapter = [*mllm.decoder.layers, mllm.final_norm]
     modules = dict(zip(mllm.sites[2:], after_adapter, strict=True))
 
@@ -195,6 +205,7 @@ def _recorded_states(
         stack.callback(
             mllm.decoder.layers[0].register_forward_pre_hook(adapter_hook, with_kwargs=True).remove
         )
+        stack.enter_context(recorded_parts(mllm.layers, wanted, mllm.widths, record))
         for site in (site for site in wanted if site in modules):
 
             def hook(

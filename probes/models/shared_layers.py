@@ -10,6 +10,7 @@ Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, 
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 
 from .knockout import Knockout
+from .sites import is_joined, layer_around, members
 
 
 class DistinctRows(NamedTuple):
@@ -181,6 +183,33 @@ class States(dict[str, Tensor]):
             )
 
 
+def single_sites(sites: Iterable[str]) -> list[str]:
+    """Return the sites with the members of joined ones in place of these, each once."""
+    return list(dict.fromkeys(member for site in sites for member in members(site)))
+
+
+def join_states(states: Mapping[str, Tensor], site: str) -> Tensor:
+    """Return the states f[B, T, d] of a site; of a joined one, those of its members side by side."""
+    if not is_joined(site):
+        return states[site]
+    return torch.cat([states[member] for member in members(site)], -1)
+
+
+def split_states(
+    states: Mapping[str, Tensor],
+    sites: Iterable[str],
+    widths: Mapping[str, int],
+) -> Mapping[str, Tensor]:
+    """Return known states with the members of those sites that are joined, which are parts of their tensors."""
+    split = copy(states)
+    for site in sites:
+        names = members(site)
+        sizes = [widths[name] for name in names]
+        if len(names) > 1 and site in states and states[site].shape[-1] == sum(sizes):
+            split |= dict(zip(names, states[site].split(sizes, -1), strict=True))
+    return split
+
+
 def unchanged_sites(
     mllm: nn.Module,
     known: Mapping[str, Tensor],
@@ -205,7 +234,8 @@ def unchanged_sites(
         known.check(mllm, pixels)
     layers = mllm.decoder.layers
     number = {site: i for i, site in enumerate(mllm.sites)}
-    last = max([number[site] for site in wanted if site in number], default=0)
+    around = map(layer_around, wanted)
+    last = max([number[site] for site in around if site in number], default=0)
     changed = [number[site] for site in hooks if site in number]
     if knockout:
         # "encoder" and "adapter" precede "layer_01"

@@ -1,10 +1,18 @@
-"""Names of the sites where states are read; imports nothing, since reports need them without a model."""
+"""Names of the sites where states are read; imports nothing, since reports need them without a model.
+
+Sites of the main path follow each other from the pixels to the output: "encoder", "adapter", "layer_07". A part is
+inside a layer: "attn_07". A joined site is several of these side by side: "encoder_04+encoder_08".
+"""
 
 ENCODER = "encoder"
 ADAPTER = "adapter"
 FINAL_NORM = "final_norm"
 PATCHES = "layer_00"  # of a bare encoder: patch embeddings, the input of its first layer
-ALL = "all"  # stands for every site, also for the encoder's own layers in an MLLM
+ALL = "all"  # stands for every site of the main path, also for the encoder's own layers in an MLLM
+ALL_PARTS = "all_parts"  # stands for these and for the parts of every layer
+VALUE = "value"
+PARTS = (VALUE, "attn", "mlp")  # of a layer, in forward order
+JOINT = "+"
 
 
 def layer_site(layer: int) -> str:
@@ -17,9 +25,35 @@ def encoder_site(layer: int) -> str:
     return f"{ENCODER}_{layer:02d}"
 
 
+def layer_number(site: str) -> int:
+    """Return the number in the name of a layer or of a part of one."""
+    return int(site.rpartition("_")[2])
+
+
+def is_joined(site: str) -> bool:
+    """Return whether a site is several ones side by side."""
+    return JOINT in site
+
+
+def members(site: str) -> list[str]:
+    """Return the sites that a joined site consists of; of another site, itself."""
+    return site.split(JOINT)
+
+
+def part_of(site: str) -> str | None:
+    """Return which part of its layer a site is, one of `PARTS`; None for a site of the main path or a joined one."""
+    part, _, number = site.rpartition("_")
+    return part if part in PARTS and number.isdecimal() else None
+
+
+def is_on_main_path(site: str) -> bool:
+    """Return whether a site is neither inside a layer nor joined."""
+    return part_of(site) is None and not is_joined(site)
+
+
 def is_layer(site: str) -> bool:
     """Return whether a site is a layer of the LLM or, of a bare encoder, one of its layers."""
-    return site.startswith("layer_")
+    return site.startswith("layer_") and not is_joined(site)
 
 
 def last_layer(sites: list[str]) -> str | None:
@@ -27,14 +61,27 @@ def last_layer(sites: list[str]) -> str | None:
     return next((site for site in reversed(sites) if is_layer(site)), None)
 
 
+def layer_around(site: str) -> str:
+    """Return the layer that a part is inside of; another site is returned as it is."""
+    return layer_site(layer_number(site)) if part_of(site) else site
+
+
 def is_encoder_layer(site: str) -> bool:
     """Return whether a site is one of the encoder's own layers in an MLLM; of a bare encoder none is."""
-    return site.startswith(f"{ENCODER}_")
+    return site.startswith(f"{ENCODER}_") and not is_joined(site)
 
 
 def is_before_adapter(site: str) -> bool:
-    """Return whether a site of an MLLM is in its encoder, or is the encoder's output."""
-    return site == ENCODER or is_encoder_layer(site)
+    """Return whether a site of an MLLM is in its encoder, or is the encoder's output, or joins such sites only."""
+    return all(member == ENCODER or is_encoder_layer(member) for member in members(site))
+
+
+def is_in_llm_space(site: str) -> bool:
+    """Return whether states at a site of an MLLM are vectors that its LLM's output head can read.
+
+    What attention and MLP add to the residual stream is in its space. Values and joined states are not.
+    """
+    return not (is_before_adapter(site) or part_of(site) == VALUE or is_joined(site))
 
 
 def wants_all(sites: str | list[str] | None) -> bool:
@@ -42,6 +89,27 @@ def wants_all(sites: str | list[str] | None) -> bool:
     return sites in (ALL, [ALL])
 
 
+def wants_all_parts(sites: str | list[str] | None) -> bool:
+    """Return whether chosen sites are "all_parts", by itself or as a list."""
+    return sites in (ALL_PARTS, [ALL_PARTS])
+
+
 def site_names(layers: int) -> list[str]:
-    """Return all sites of a model with `layers` decoder layers, in forward order."""
+    """Return the sites of the main path of a model with `layers` decoder layers, in forward order."""
     return [ENCODER, ADAPTER, *(layer_site(i) for i in range(1, layers + 1)), FINAL_NORM]
+
+
+def part_names(layer: int) -> list[str]:
+    """Return the sites inside layer 1..L, in forward order."""
+    return [f"{part}_{layer:02d}" for part in PARTS]
+
+
+def with_parts(sites: list[str], parts: list[str]) -> list[str]:
+    """Return sites of the main path and parts of their layers, in forward order: parts before their layer."""
+    by_layer: dict[str, list[str]] = {}
+    for part in parts:
+        by_layer.setdefault(layer_around(part), []).append(part)
+    ordered = []
+    for site in sites:
+        ordered += [*by_layer.get(site, []), site]
+    return ordered

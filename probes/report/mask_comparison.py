@@ -17,13 +17,14 @@ from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,
+    has_depth,
     label_sites,
     mask_colour,
     new_axes,
     site_depth,
 )
 from probes.evaluation.resampling import swapped_scores
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM, is_encoder_layer, is_layer
+from probes.models.sites import ADAPTER, ENCODER, is_layer
 from probes.results.formatting import Entry, Rows, bounds, format_interval, format_p, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
@@ -43,9 +44,9 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> Entry | 
     if study.pair() is None:
         return None
     causal, bidirectional = study.pair()
-    # layers of the encoder come before all that the mask changes
-    compared = [site for site in causal.sites if site != FINAL_NORM and not is_encoder_layer(site)]
-    sites = [site for site in compared if site in bidirectional.sites]
+    # Layers of the encoder come before all that the mask changes. Parts and joined sites would be further tests, and
+    # the correction for the number of sites harder on the layers.
+    sites = [site for site in causal.sites if has_depth(site) and site in bidirectional.sites]
     groups = causal.groups
     of_causal = causal.site_scores()
     of_bidirectional = bidirectional.site_scores()

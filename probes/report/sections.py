@@ -10,6 +10,7 @@ from probes.results.study import StudyRuns
 from .encoder_layers import best_layer, class_table, describe_best_layer
 from .figures.claims import claim_figures
 from .figures.layer_curves import encoder_figures, layer_figures, stack_figures
+from .figures.layer_parts import part_figures
 from .mask_comparison import (
     compare_masks,
     mask_comparison_rows,
@@ -63,14 +64,14 @@ def _layers_section(
     """Return the section of the scores by layer: of an MLLM, or of a bare encoder."""
     if study.first.has_llm:
         question = "Where does the model lose what it sees, and where is it back?"
-        figures = [*layer_figures(study), *stack_figures(study)]
+        figures = [*layer_figures(study), *stack_figures(study), *part_figures(study)]
         content = Section(figures, notes, tables, results=results)
         return PageSection("Layer by layer", question, content)
     best = best_layer(study.first, claims)
     sentences = [f"{describe_best_layer(best)}.", *notes] if best else notes
     results = results | {"best_layer": best}
     shown = {"IoU by class and layer, in percent": class_table(study.first)} if best else {}
-    figures = [*encoder_figures(study)]
+    figures = [*encoder_figures(study), *part_figures(study)]
     return PageSection(
         "Layer by layer",
         "Which layer reads best, and for which class?",

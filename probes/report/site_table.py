@@ -10,7 +10,17 @@ Shapes: S sites, R resamplings.
 from collections.abc import Iterable, Sequence
 
 from probes.evaluation.estimate import Estimate
-from probes.models.sites import ADAPTER, FINAL_NORM, PATCHES, is_layer
+from probes.models.sites import (
+    ADAPTER,
+    FINAL_NORM,
+    PATCHES,
+    is_joined,
+    is_layer,
+    layer_around,
+    layer_number,
+    members,
+    part_of,
+)
 from probes.results.formatting import (
     Entry,
     Rows,
@@ -27,6 +37,7 @@ from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 
 WORSE = "worse than random models"
 BETTER = "better than random models"
+PART_NAMES = {"value": "values", "attn": "attention output", "mlp": "MLP output"}
 
 
 def site_rows(study: StudyRuns) -> Rows:
@@ -83,12 +94,14 @@ def _random_runs(
 
 
 def _random_part(site: str) -> str | None:
-    """Return what must be random for a site to have other states than the trained model's."""
-    if site == ADAPTER:
-        return "adapter"
-    if site == FINAL_NORM or (is_layer(site) and site != PATCHES):
+    """Return what must be random for a site to have other states than the trained model's.
+
+    Of a joined site one member in the LLM is enough; else the adapter.
+    """
+    single = [layer_around(member) for member in members(site)]
+    if any(x == FINAL_NORM or (is_layer(x) and x != PATCHES) for x in single):
         return "llm"
-    return None
+    return "adapter" if ADAPTER in single else None
 
 
 def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> Entry:
@@ -153,7 +166,11 @@ def _is_beyond(row: Entry, sign: int) -> bool:
 
 
 def name_site(site: str) -> str:
-    """Return the name of a site in a sentence: "layer 7", "the adapter", "the final norm"."""
+    """Return the name of a site in a sentence: "layer 7", "the adapter", "the final norm", "the values of layer 7"."""
+    if is_joined(site):
+        return " joined with ".join(map(name_site, members(site)))
+    if part := part_of(site):
+        return f"the {PART_NAMES[part]} of layer {layer_number(site)}"
     if site == PATCHES:
         return "the patch embeddings"
     kind, _, number = site.rpartition("_")
@@ -167,7 +184,7 @@ def name_sites(sites: Iterable[str]) -> str:
     """Return the names of sites in a sentence: "the adapter, layers 1 to 4 and 9 and the final norm"."""
     sites = list(sites)
     layers = [site for site in sites if is_layer(site) and site != PATCHES]
-    numbers = [int(site.removeprefix("layer_")) for site in layers]
+    numbers = [layer_number(site) for site in layers]
     names = []
     for site in sites:
         if site not in layers:

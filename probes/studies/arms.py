@@ -23,9 +23,9 @@ from typing import NamedTuple
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import PlannedRun
 from probes.models.families import family_of, own_image_attention
-from probes.models.families.encoder_layers import encoder_layers
+from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.prompt_and_pixels import read_config
-from probes.models.sites import is_encoder_layer, wants_all
+from probes.models.sites import is_joined, layer_around, members
 from probes.run_config import ModelOptions, RunConfig
 
 from .config import StudyConfig, StudyOptions
@@ -145,14 +145,14 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
     for label, path in study.models.items():
         model = replace(study.probes.model, mllm=path)
         has_llm, own_mask, sites = describe_model(path, model.image_px)
-        probed = chosen_sites(model, sites)
+        probed = probed_sites(model)
         mask = model.image_attention or own_mask
         for name in [*arm_names(study, has_llm), *([FITTED] if study.fit else [])]:
             weights = weights_of(name, has_llm)
-            compared = [site for site in sites[weights.sites] if site in probed]
-            if not weights.parts:
-                # all random models share the encoder, so only this one reads its layers
-                compared = [*filter(is_encoder_layer, probed), *compared]
+            compared = [*probed]
+            if weights.parts:
+                changed = sites[weights.sites]
+                compared = [site for site, place in probed.items() if place in changed]
             run = PlannedRun(join(label, name), mask, compared, sites, has_llm)
             config = replace(
                 study.probes,
@@ -178,25 +178,21 @@ def describe_model(model: str, image_px: int | None = None) -> tuple[bool, str, 
     return family.has_llm, own_image_attention(config), family.sites(config)
 
 
-def chosen_sites(model: ModelOptions, sites: list[str]) -> list[str]:
-    """Return the sites that `model.sites` chooses, in forward order: `sites` for None.
+def probed_sites(model: ModelOptions) -> dict[str, str]:
+    """Return the sites that `model.sites` chooses, in forward order, joined ones last, and where each is complete.
+
+    A part is complete with its layer, a joined site with the last of its members: random weights from there on leave it
+    as it is.
 
     Raises:
-        UserError: A site is unknown, or is a layer of an encoder whose layers cannot be read.
+        UserError: A site is unknown or cannot be read.
     """
-    chosen = model.sites
-    if not chosen:
-        return sites
-    known = sites
-    in_encoder = [site for site in chosen if is_encoder_layer(site)]
-    if in_encoder or wants_all(chosen):
-        config = read_config(model.mllm)
-        family = family_of(config)
-        if family.has_llm:
-            known = [*encoder_layers(family, config).sites, *sites]
-    if wants_all(chosen):
-        return known
-    if unknown := [site for site in chosen if site not in known]:
-        some = f"{', '.join(known[:3])}, ..., {known[-1]}"
-        raise UserError(f"{model.mllm} has no site {unknown[0]!r}; it has {some} (model.sites)")
-    return [site for site in known if site in chosen]
+    config = read_config(model.mllm)
+    family = family_of(config)
+    try:
+        chosen = chosen_sites(family, config, model.sites or None)
+    except UserError as error:
+        raise UserError(f"{model.mllm}: {error} (model.sites)") from error
+    order = all_sites(family, config)
+    ordered = [*(site for site in order if site in chosen), *filter(is_joined, chosen)]
+    return {site: layer_around(max(members(site), key=order.index)) for site in ordered}

@@ -9,6 +9,7 @@ from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
+from probes.models.sites import is_on_main_path
 from probes.report.claim_table import HEADLINES, claim_rows
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
@@ -108,7 +109,8 @@ class Study:
                 }
                 look["ls"] = "-" if run["probes"] == "solved" else "--"
             looks[run["run"]] = look | {"marker": "o", "ms": 3}
-        curves(axes, table.to_dict("records"), looks, x="site", by="run")
+        rows = [row for row in table.to_dict("records") if is_on_main_path(row["site"])]
+        curves(axes, rows, looks, x="site", by="run")
         axes.set(ylabel=metric, title="grey: random weights")
         axes.tick_params(axis="x", rotation=60)
         axes.legend()

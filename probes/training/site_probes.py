@@ -89,8 +89,8 @@ def load_probes(
         task = TASKS[data.task]
         channels = task.channels or settings["num_classes"]
         sites = mllm.check_sites(settings["sites"])
-        # layers of the encoder last: the other sites keep their numbers, with or without them
-        numbered = list(dict.fromkeys([*mllm.sites, *sites]))
+        # sites that are read by name last: the others keep their numbers, with or without them
+        numbered = list(dict.fromkeys([*mllm.sites, *mllm.all_sites, *sites]))
         heads = nn.ModuleDict()
         for site in sites:
             # the initialisation of a probe does not depend on the other probes of the run

@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 VOCABULARY = 128
@@ -46,7 +47,20 @@ SPECIAL = [
         "<start_of_image>",
     ),
     *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
+    *("</img>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<end_of_image>", "<image|>", "[IMG_END]"),
+    *("<IMG_GRID>", "<IMG_END>", "\n", "<|image_end|>"),
+    *("sky", "wall", "road"),
 ]
+QUESTION = "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
+_FIRST = ["<IMG_START>", *(token for token in SPECIAL if token != "<IMG_START>")]
+WORDS = {
+    "<pad>": 0,
+    "<s>": 1,
+    "</s>": 2,
+    "hello": 3,
+    "\n\n": 4,
+    "<unk>": 5,
+} | {token: 10 + i for i, token in enumerate(_FIRST)}
 LLM = {
     **{
         "vocab_size": VOCABULARY,
@@ -223,6 +237,8 @@ class Stock:
         decoder: Path of the LLM.
         norm: Its norm after the last layer.
         prefix: Tokens before the image; "hello" is the template's.
+        before_question: Tokens between the image and a question.
+        after_question: Tokens between a question and its answer; "hello" is the template's.
         placeholder: The image in the template.
         row_separator: Token after each row.
         extra: Image tokens of the stock forward after those of the full view.
@@ -240,6 +256,8 @@ class Stock:
     decoder: str = "model.language_model"
     norm: str = "norm"
     prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
+    before_question: tuple[str, ...] = ()
+    after_question: tuple[str, ...] = ("hello",)
     placeholder: str = "<image>"
     row_separator: str | None = None
     extra: int = 0
@@ -358,6 +376,7 @@ def _idefics(kind: str) -> Stock:
         inputs=lambda images: processor([[image] for image in images]),
         decoder="model.text_model",
         prefix=["<s>", "hello", "<fake_token_around_image>", "<global-img>"],
+        before_question=("<fake_token_around_image>",),
     )
 
 
@@ -504,6 +523,7 @@ STOCK = {
             }
         },
         prefix=["<s>", "hello", "<begin_of_image>"],
+        before_question=("<end_of_image>",),
         **DEEPSEEK,
     ),
     "internvl": Stock(
@@ -523,6 +543,7 @@ STOCK = {
         (3, 3),
         placeholder="<IMG_CONTEXT>",
         prefix=["<s>", "hello", "<img>"],
+        before_question=("</img>",),
     ),
     "qianfan_ocr": Stock(
         _config(
@@ -541,6 +562,7 @@ STOCK = {
         (3, 3),
         placeholder="<IMG_CONTEXT>",
         prefix=["<s>", "hello", "<img>"],
+        before_question=("</img>",),
     ),
     "lfm2_vl": Stock(
         _config(
@@ -560,12 +582,20 @@ STOCK = {
         inputs=_siglip2,
         norm="embedding_norm",
         prefix=["<s>", "hello", "<|image_start|>"],
+        before_question=("<|image_end|>",),
         masks=False,
     ),
     "idefics3": _idefics("idefics3"),
     "smolvlm": _idefics("smolvlm"),
-    "aya_vision": _cohere("aya_vision", "<|START_OF_IMG|>", "TILE_GLOBAL"),
-    "cohere2_vision": _cohere("cohere2_vision", "<|START_OF_IMG|>", placeholder="<|IMG_PATCH|>"),
+    "aya_vision": _cohere(
+        "aya_vision", "<|START_OF_IMG|>", "TILE_GLOBAL", before_question=("<|END_OF_IMG|>",)
+    ),
+    "cohere2_vision": _cohere(
+        "cohere2_vision",
+        "<|START_OF_IMG|>",
+        placeholder="<|IMG_PATCH|>",
+        before_question=("<|IMG_LINE_BREAK|>", "<|END_OF_IMG|>"),
+    ),
     "ovis2": Stock(
         _config(
             "ovis2",
@@ -579,7 +609,8 @@ STOCK = {
             _llm("qwen2"),
         )
         | {
-            "visual_indicator_token_ids": [10, 120, 121, 122, 123],
+            # <IMG_START>, <IMG_END>, <IMG_GRID>, and two that are for tiles
+            "visual_indicator_token_ids": [10, WORDS["<IMG_END>"], WORDS["<IMG_GRID>"], 122, 123],
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
         },
@@ -587,6 +618,7 @@ STOCK = {
         64,
         (3, 3),
         prefix=["<s>", "hello", "<IMG_START>"],
+        before_question=("<IMG_GRID>", "<IMG_END>"),
     ),
     "gemma3": Stock(
         _config("gemma3", SIGLIP, _llm("gemma3_text", **GEMMA), mm_tokens_per_image=9),
@@ -594,6 +626,7 @@ STOCK = {
         grid=(3, 3),
         placeholder="<start_of_image>",
         prefix=["<s>", "hello", "\n\n", "<start_of_image>"],
+        before_question=("<end_of_image>", "\n\n"),
         native="bidirectional",
         types=("token_type_ids", 1, 0),
     ),
@@ -633,6 +666,7 @@ STOCK = {
         inputs=_gemma4,
         placeholder="<|image|>",
         prefix=["<s>", "hello", "<|image>"],
+        before_question=("<image|>",),
         native="bidirectional_sliding",
         types=("mm_token_type_ids", 1, 0),
     ),
@@ -665,6 +699,7 @@ STOCK = {
         inputs=_gemma4_unified,
         placeholder="<|image|>",
         prefix=["<s>", "hello", "<|image>"],
+        before_question=("<image|>",),
         native="bidirectional",
         types=("mm_token_type_ids", 1, 0),
     ),
@@ -678,6 +713,8 @@ STOCK = {
         ),
         PROJECTOR,
         prefix=[],
+        before_question=("<s>",),
+        after_question=("\n",),
         native="prefix",
         types=("token_type_ids", 0, 1),
     ),
@@ -824,6 +861,7 @@ STOCK = {
         PROJECTOR,
         placeholder="[IMG]",
         row_separator="[IMG_BREAK]",
+        before_question=("[IMG_END]",),
     ),
     "lighton_ocr": _pixtral(
         "lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"
@@ -835,19 +873,7 @@ ENCODER_FREE = {"gemma4_unified"}  # whose LLM reads patches
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = {
-        "<pad>": 0,
-        "<s>": 1,
-        "</s>": 2,
-        "hello": 3,
-        "\n\n": 4,
-        "<unk>": 5,
-    }
-    words |= {
-        token: 10 + i
-        for i, token in enumerate(["<IMG_START>", *(t for t in SPECIAL if t != "<IMG_START>")])
-    }
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("hello", "isolated")
     built = PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -859,14 +885,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return built
 
 
-def build(name: str, seed: int = 0):
+def build(name: str, seed: int = 0, attention: str = "sdpa"):
     """A random stock model whose attention is far from uniform."""
     settings = dict(STOCK[name].config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(seed)
     from probes.models.families import FAMILIES
 
-    model = FAMILIES[name].model_cls._from_config(config, attn_implementation="sdpa").eval()
+    model = FAMILIES[name].model_cls._from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -877,11 +903,11 @@ def build(name: str, seed: int = 0):
     return model
 
 
-def write(name: str, folder: Path) -> Path:
+def write(name: str, folder: Path, attention: str = "sdpa") -> Path:
     """A checkpoint as the hub has it, without weights that a processor would need."""
-    build(name).save_pretrained(folder)
+    build(name, attention=attention).save_pretrained(folder)
     text = tokenizer()
-    text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder
+    text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder + QUESTION
     text.save_pretrained(folder)
     settings = {
         "image_mean": MEAN,
@@ -893,7 +919,7 @@ def write(name: str, folder: Path) -> Path:
     return folder
 
 
-def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def stock_ids(name: str) -> tuple[Tensor, Tensor]:
     """Return a full prompt, long[N], with text after the image, and its tokens of the full view, bool[N]."""
     stock = STOCK[name]
     vocabulary = tokenizer().get_vocab()
@@ -921,3 +947,17 @@ def stock_inputs(name: str, images: list[Image.Image]) -> dict:
         **stock.inputs(images),
         **types,
     }
+
+
+def asked_ids(name: str, question: list[int], answer: list[int] = ()) -> tuple[Tensor, Tensor]:
+    """Return the ids of a question about the full view, long[N], and its image tokens, bool[N]."""
+    stock = STOCK[name]
+    rows, columns = stock.grid
+    separator = [WORDS[stock.row_separator]] if stock.row_separator else []
+    image = ([IMAGE_ID] * columns + separator) * rows
+    image = image[: len(image) - len(separator)]
+    before = [WORDS[token] for token in stock.before_question]
+    after = [WORDS[token] for token in stock.after_question]
+    prefix = [WORDS[token] for token in stock.prefix]
+    ids = torch.tensor([*prefix, *image, *before, *question, *after, *answer])
+    return ids, ids == IMAGE_ID

@@ -28,7 +28,7 @@ from probes.analyses.knockout.config import describe, options_of_run
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.models.sites import ADAPTER, is_before_adapter
+from probes.models.sites import ADAPTER, is_in_llm_space
 from probes.ops.geometry import GridPlacement
 from probes.ops.pixel_counts import patch_labels
 from probes.results.probe_run import ProbeRun
@@ -100,7 +100,7 @@ def explore(
     """
     names = run.metrics["classes"]
     dataset = run.dataset()
-    llm_sites = [site for site in run.sites if not is_before_adapter(site)]
+    llm_sites = [site for site in run.sites if is_in_llm_space(site)]
     word_sites = llm_sites if word_sites is None else list(word_sites)
     _check_known("--images", images, range(len(dataset)), f"the validation split of {run.path}")
     _check_known("--conditions", conditions, CONDITIONS, "the knockout")

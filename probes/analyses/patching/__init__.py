@@ -8,7 +8,7 @@ from typing import Any
 from llava_bidir.common.options import Count, Seed
 from probes.analyses.base import Analysis, PlannedRun
 from probes.analyses.fields import RunOptions
-from probes.models.sites import ADAPTER, is_before_adapter
+from probes.models.sites import FINAL_NORM, is_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class PatchingOptions(RunOptions):
 def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
     """Return "no probe after the adapter" if a planned run has none to read out; "" if it has."""
     sites = runs[0].sites
-    later = [site for site in sites if site != ADAPTER and not is_before_adapter(site)]
+    later = [site for site in sites if is_layer(site) or site == FINAL_NORM]
     return "" if later else "no probe after the adapter, which is the read-out (model.sites)"
 
 

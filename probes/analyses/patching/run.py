@@ -31,7 +31,7 @@ from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.models.sites import ADAPTER, is_before_adapter, layer_site
+from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
@@ -257,7 +257,7 @@ def complete_options(options: PatchingOptions, run: ProbeRun) -> PatchingOptions
             f"--mask is {mask}, the mask of the run; name another one, whose states replace its own"
         )
     sites = run.mllm().sites
-    before = [] if is_before_adapter(site) else sites[1 : sites.index(site)]
+    before = sites[1 : sites.index(site)] if is_layer(site) or site == FINAL_NORM else []
     if not before:
         raise UserError(
             f"no layer is before the read-out {site}; name a decoder layer or final_norm by --site"

@@ -55,13 +55,14 @@ class Family:
         image_attention: Mask that checkpoints were trained with, as a name or from the config.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.
-        placeholder: The image in the chat template; None if the image comes before all text.
+        placeholder: The image in the chat template.
         image_start_text: Text that the processor inserts before the first image token.
+        image_end_text: Text that the processor inserts after the last image token.
+        own_template: Chat template of a family whose checkpoints have none, and whose image comes before all text.
         row_separator: Token between rows of image tokens, if any. Its states are not returned.
         shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
             of the prefix do not depend on the image.
-        answers: True if the model can be asked: position ids count tokens, and the chat template states all that the
-            processor puts after the image tokens.
+        question_in_prefix: True if the question is a part of the block of the mask "prefix".
     """
 
     model_class: str | type[PreTrainedModel]
@@ -82,11 +83,13 @@ class Family:
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     image_resize: str | None = "squash"
     normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)
-    placeholder: str | None = "<image>"
+    placeholder: str = "<image>"
     image_start_text: str = ""
+    image_end_text: str = ""
+    own_template: str | None = None
     row_separator: str | None = None
     shared_prefix: bool = True
-    answers: bool = False
+    question_in_prefix: bool = False
 
     has_llm = True
     parts = ("adapter", "llm")  # that can be random

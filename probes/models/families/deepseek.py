@@ -41,14 +41,12 @@ _TOWER = {"vision_tower": "vision_model"}
 DEEPSEEK = {
     "deepseek_vl": Family(
         "DeepseekVLForConditionalGeneration",
-        answers=True,
         **_TOWER,
         **_COMMON,
     ),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
-        answers=True,
         token_px=_hybrid_token_px,
         # SigLIP's states, then SAM's
         encoder_width=lambda config: (
@@ -63,6 +61,7 @@ DEEPSEEK = {
     "janus": Family(
         "JanusForConditionalGeneration",
         image_start_text="<begin_of_image>",
+        image_end_text="<end_of_image>",
         **_TOWER,
         **_COMMON,
     ),

@@ -197,6 +197,7 @@ DYNAMIC = {
         encoder_output_module="multi_modal_projector.patch_merger.merging_layer",
         placeholder="[IMG]",
         row_separator="[IMG_BREAK]",
+        image_end_text="[IMG_END]",
         **_PIXTRAL,
     ),
     "lighton_ocr": Family(

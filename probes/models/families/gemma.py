@@ -8,6 +8,8 @@ from .base import Family, image_size, patch_size
 
 # Gemma 4 accepts images of any shape, by default with at most 280 tokens; the largest square has 16 x 16.
 GEMMA4_TOKENS_PER_SIDE = 16
+# Source: PaliGemma's processor.
+PALIGEMMA_TEMPLATE = "<image>{{ bos_token }}{{ messages[0]['content'][1]['text'] }}{{ '\n' }}"
 
 
 def _gemma4_attention(config: PreTrainedConfig) -> str:
@@ -75,14 +77,16 @@ GEMMA = {
         image_attention="bidirectional",
         placeholder="<start_of_image>",
         image_start_text="\n\n<start_of_image>",
+        image_end_text="<end_of_image>\n\n",
     ),
-    # A question would be part of the bidirectional block; here there is none. Position ids begin at 1.
+    # States are read without a question, which would be part of the bidirectional block. Position ids begin at 1.
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         inputs=_paligemma_pixels,
         image_attention="prefix",
-        placeholder=None,
+        own_template=PALIGEMMA_TEMPLATE,
         shared_prefix=False,
+        question_in_prefix=True,
     ),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
@@ -94,6 +98,7 @@ GEMMA = {
         image_attention=_gemma4_attention,
         placeholder="<|image|>",
         image_start_text="<|image>",
+        image_end_text="<image|>",
         shared_prefix=False,  # layers have further inputs, computed from all ids
     ),
     # No encoder: "encoder" are the embeddings of the patches with their positions.
@@ -108,5 +113,6 @@ GEMMA = {
         image_attention=_gemma4_unified_attention,
         placeholder="<|image|>",
         image_start_text="<|image>",
+        image_end_text="<image|>",
     ),
 }

@@ -49,7 +49,6 @@ def _llava(model_class, **kwargs) -> Family:
         "image_px": _image_px,
         "encoder_width": _encoder_width,
         "image_resize": None,
-        "answers": True,
     }
     return Family(model_class, **settings | kwargs)
 
@@ -58,7 +57,6 @@ _TILED = {
     "image_px": image_size,
     "inputs": _full_view,
     "image_resize": "squash",
-    "answers": False,
 }
 LLAVA = {
     "llava_bidir": _llava(LlavaBidirForConditionalGeneration),

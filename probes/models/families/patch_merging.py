@@ -50,6 +50,7 @@ def _idefics(model_class: str) -> Family:
         language_model="text_model",
         vision_tower="vision_model",
         image_start_text="<fake_token_around_image><global-img>",
+        image_end_text="<fake_token_around_image>",
     )
 
 
@@ -59,12 +60,14 @@ MERGED = {
         lambda config: 1 / config.downsample_ratio,
         placeholder="<IMG_CONTEXT>",
         image_start_text="<img>",
+        image_end_text="</img>",
     ),
     "qianfan_ocr": _merging(
         "QianfanOCRForConditionalGeneration",
         lambda config: 1 / config.downsample_ratio,
         placeholder="<IMG_CONTEXT>",
         image_start_text="<img>",
+        image_end_text="</img>",
     ),
     # Most layers are convolutions: only the model's own, causal attention is possible.
     "lfm2_vl": _merging(
@@ -76,6 +79,7 @@ MERGED = {
         norm="embedding_norm",
         shared_prefix=False,  # convolutions do not stop between prefix and image
         image_start_text="<|image_start|>",
+        image_end_text="<|image_end|>",
     ),
     "idefics3": _idefics("Idefics3ForConditionalGeneration"),
     "smolvlm": _idefics("SmolVLMForConditionalGeneration"),
@@ -84,6 +88,7 @@ MERGED = {
         lambda config: config.downsample_factor,
         encoder_output_module="multi_modal_projector.linear_1",
         image_start_text="<|START_OF_IMG|>TILE_GLOBAL",
+        image_end_text="<|END_OF_IMG|>",
     ),
     "cohere2_vision": _merging(
         "Cohere2VisionForConditionalGeneration",
@@ -91,6 +96,7 @@ MERGED = {
         encoder_output_module="multi_modal_projector.linear_1",
         placeholder="<|IMG_PATCH|>",
         image_start_text="<|START_OF_IMG|>",
+        image_end_text="<|IMG_LINE_BREAK|><|END_OF_IMG|>",
     ),
     # The adapter is a linear layer to a visual vocabulary, a softmax, and the embeddings of that vocabulary.
     "ovis2": _merging(
@@ -98,6 +104,7 @@ MERGED = {
         lambda config: config.vision_config.hidden_stride,
         adapter=("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
         image_start_text="<IMG_START>",
+        image_end_text="<IMG_GRID><IMG_END>",
         # <IMG_START> takes its embedding from that vocabulary if there is an image
         shared_prefix=False,
     ),

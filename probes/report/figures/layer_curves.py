@@ -275,7 +275,7 @@ def stack_figures(study: StudyRuns) -> Figures:
 
 
 def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> FigureData:
-    """Draw mIoU at all sites but `final_norm`, which repeats the last layer, with intervals; one curve per mask.
+    """Draw mIoU from the pixels to the last layer with intervals, without `final_norm`; one curve per mask.
 
     Args:
         runs: The trained model's, by mask.
@@ -312,8 +312,8 @@ def stack_curve(runs: dict[str, ProbeRun], random: Iterable[ProbeRun] = ()) -> F
 
 
 def _in_forward_order(runs: Iterable[ProbeRun]) -> list[str]:
-    """Return the sites of all runs: encoder layers, encoder, adapter, LLM layers."""
-    sites = {site for run in runs for site in run.sites if site != FINAL_NORM}
+    """Return the sites of all runs from the pixels to the last layer: encoder layers, encoder, adapter, LLM layers."""
+    sites = {x for run in runs for x in run.sites if has_depth(x) or is_encoder_layer(x)}
     in_encoder = sorted(filter(is_encoder_layer, sites))
     between = [site for site in (ENCODER, ADAPTER) if site in sites]
     return [*in_encoder, *between, *sorted(sites - {*in_encoder, *between})]

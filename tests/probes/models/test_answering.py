@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import reference
-import tiny_families
 import tiny_models
 import torch
 from PIL import Image
@@ -239,52 +238,3 @@ def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
     with pytest.raises(UserError, match="attn_implementation='sdpa'"):
         eager.answer_attention(pixels, QUESTIONS[0], ANSWERS[0])
-
-
-@pytest.mark.parametrize(
-    "name", ["llava_next", "internvl", "qwen2_vl", "paligemma", "mistral3", "gemma3", "janus"]
-)
-def test_families_whose_template_lacks_text_after_the_image_are_refused(name, tmp_path):
-    mllm = probes.load(str(tiny_families.write(name, tmp_path)))
-    with pytest.raises(UserError, match=f"answers of {name} are not supported"):
-        mllm.answer(Image.new("RGB", (24, 24)), "hello")
-
-
-@pytest.mark.parametrize("name", ["llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid"])
-def test_other_families_equal_their_own_full_forward(name, tmp_path):
-    path = tiny_families.write(name, tmp_path)
-    stock = tiny_families.STOCK[name]
-    tokenizer = tiny_families.tokenizer()
-    template = "{{ bos_token }}hello" + stock.placeholder
-    template += "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(path)
-    mllm = probes.load(str(path))
-    side = stock.image_px
-    pixels = torch.randint(
-        0,
-        255,
-        (side, side, 3),
-        generator=torch.Generator().manual_seed(1),
-        dtype=torch.uint8,
-    )
-    images = [Image.fromarray(pixels.numpy())]
-    hello = mllm.chat.tokenizer.get_vocab()["hello"]
-    prompt = mllm.ids[0].tolist() + [hello, hello]
-    assert mllm.chat.question_ids("hello") == [hello, hello]
-    inputs = stock.inputs(images)
-    score = mllm.answer_log_probs(mllm.preprocess(images), ["hello"], ["hellohello"])
-    with torch.no_grad():
-        expected, (ids,) = torch.zeros(()), mllm.chat.answer_ids(["hellohello"])
-        logits = mllm.model(input_ids=torch.tensor([prompt + ids]), **inputs).logits[0]
-        for i, token in enumerate(ids, len(prompt) - 1):
-            expected += logits[i].log_softmax(-1)[token]
-        answer = mllm.model.generate(
-            input_ids=torch.tensor([prompt]),
-            **inputs,
-            do_sample=False,
-            max_new_tokens=5,
-        )
-    torch.testing.assert_close(score.squeeze(), expected, **rounding(logits, 10))
-    expected = mllm.chat.tokenizer.decode(answer[0, -5:], skip_special_tokens=True).strip()
-    assert mllm.answer(images[0], "hello", max_new_tokens=5) == expected

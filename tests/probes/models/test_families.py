@@ -1,13 +1,10 @@
 """Every family on a tiny random instance of its real class, against plain hooks on the forward of that class."""
 
-import importlib
-import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import probe_runs
@@ -413,6 +410,26 @@ def test_starting_from_known_states_equals_the_full_forward(name, mllm):
             )
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(name, mllm):
+    frozen = mllm(name)
+    pixels = frozen.preprocess(pictures(name))
+    vector = torch.linspace(-1, 1, frozen.widths["layer_01"])
+    expected = frozen.states(pixels, hooks={"layer_01": lambda states: states + vector})
+    image = frozen.image_positions - frozen.prefill_prefix()
+
+    def add(_, args, output):
+        output = output.clone()
+        output[:, image] += vector
+        return output
+
+    with frozen.layers[0].register_forward_hook(add):
+        states = frozen.states(pixels)
+    assert all(torch.equal(states[site], expected[site]) for site in frozen.sites)
+    plain = frozen.states(pixels)
+    assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
@@ -451,42 +468,6 @@ def test_an_initialisation_that_makes_all_states_equal_is_an_error(checkpoint):
         ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"
     ):
         probes.load(checkpoint("gemma3"), untrained=["adapter"])
-
-
-def test_image_start_texts_are_those_of_the_stock_processors():
-    """The text that a processor inserts between the template's text and the image tokens."""
-    processors = {
-        "internvl": "InternVL",
-        "aya_vision": "AyaVision",
-        "cohere2_vision": "Cohere2Vision",
-        "janus": "Janus",
-        "ovis2": "Ovis2",
-        "idefics3": "Idefics3",
-        "smolvlm": "SmolVLM",
-        "deepseek_vl": "DeepseekVL",
-    }
-    self = SimpleNamespace(
-        start_image_token="<img>", end_image_token="END", image_token="I", image_seq_length=2,
-        start_of_img_token="<|START_OF_IMG|>", end_of_img_token="END", img_patch_token="I",
-        tile_token="TILE", tile_global_token="TILE_GLOBAL", img_size=2, patch_size=1,
-        image_start_token="<begin_of_image>", num_image_tokens=2, image_end_token="END", boi_token="<|START_OF_IMG|>",
-        image_seq_len=2, fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>",
-        global_image_token="<global-img>", img_line_break_token="BREAK", eoi_token="END",
-    )  # fmt: skip
-    one = {
-        "num_patches": [1],
-        "grids": torch.tensor([[1, 1]]),
-        "rows": [[0]],
-        "cols": [[0]],
-    }
-    for (
-        name,
-        prefix,
-    ) in processors.items():  # from their modules: the top level has stand-ins without torchvision
-        module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
-        text = getattr(module, f"{prefix}Processor").replace_image_token(self, one, 0)
-        start = FAMILIES[name].image_start_text
-        assert text.startswith(start) and re.match("I|<IMG_ATOM>", text.removeprefix(start)), name
 
 
 def test_refusals_say_why(tmp_path, checkpoint):

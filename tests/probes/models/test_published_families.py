@@ -93,7 +93,7 @@ def load(entry: dict, image_attention: str | None = None) -> Iterator[FrozenMLLM
         )
     assert all(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     processors = [CLIPImageProcessorPil()] * len(family.normalisations)
-    prefix = PREFIX if family.placeholder else []
+    prefix = [] if family.own_template else PREFIX
     separator = SEPARATOR if family.row_separator else None
     with weights:
         attention = image_attention or own_image_attention(config)

@@ -64,12 +64,16 @@ def _idefics(name: str, **kwargs) -> StockProcessor:
     return StockProcessor(name, sides | kwargs, view=-1)
 
 
+def _square(side: int) -> dict[str, int]:
+    """Return the least and the most pixels of a square."""
+    return {"shortest_edge": side**2, "longest_edge": side**2}
+
+
 def _patches(name: str, **kwargs) -> StockProcessor:
-    pixels = TOKENS_PX**2
     settings = {
         "patch_size": 2,
         "merge_size": 2,
-        "size": {"shortest_edge": pixels, "longest_edge": pixels},
+        "size": _square(TOKENS_PX),
     }
     return StockProcessor(name, settings | kwargs, square_only=True, is_patches=True)
 
@@ -135,9 +139,14 @@ PROCESSORS = {
     ],
     "smolvlm": [_idefics("SmolVLMImageProcessorPil", resample=BILINEAR)],
     "aya_vision": [StockProcessor("GotOcr2ImageProcessorPil", _GOT)],
+    "qianfan_ocr": [StockProcessor("GotOcr2ImageProcessorPil", _GOT)],
     "ovis2": [StockProcessor("Ovis2ImageProcessorPil", {"size": BOTH_SIDES})],
     "glm46v": [_patches("Glm46VImageProcessorPil", **_FRAMES)],
     **dict.fromkeys(("mistral3", "lighton_ocr"), [_PIXTRAL]),
+    "paddleocr_vl": [_patches("PaddleOCRVLImageProcessorPil")],
+    "video_llama_3": [
+        _patches("VideoLlama3ImageProcessorPil", merge_size=1, size=_square(2 * SIDE))
+    ],
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), [_DINOV2]),
     **dict.fromkeys(("clip", "clip_vision_model"), [_CLIP]),
     **dict.fromkeys(
@@ -151,13 +160,20 @@ PROCESSORS = {
     **dict.fromkeys(("vit", "ijepa"), [_VIT]),
 }
 # Their only processor needs torchvision, whose resize is torch's own with antialias.
-OF_TORCH = {"dinov3_vit": "bilinear", "cohere2_vision": "bicubic"}
+OF_TORCH = {
+    "dinov3_vit": "bilinear",
+    "cohere2_vision": "bicubic",
+    "gemma4_unified": "bicubic",
+    "lfm2_vl": "bilinear",
+    "kimi_k25": "bicubic",
+}
 WITHOUT = {"llava_bidir", "deepseek_vl_hybrid", *OF_TORCH}  # LLaVA's processor; tests of their own
 
 
 def processors_of(name: str) -> list[StockProcessor]:
     """Return the processors of a family; Qwen's and GLM's take patches, whatever their LLM is."""
-    if name not in PROCESSORS and FAMILIES[name].inputs is dynamic_resolution._patches:
+    of_qwen = (dynamic_resolution._patches, dynamic_resolution._untyped_patches)
+    if name not in PROCESSORS and FAMILIES[name].inputs in of_qwen:
         return [_GLM if name.startswith("glm") else _QWEN]
     return PROCESSORS.get(name, [])
 

@@ -1,0 +1,166 @@
+"""Sites inside a layer, of an LLM or of a bare encoder: values, and what attention and MLP add to the residual stream.
+
+"value_07" are the values of layer 7 as its attention reads them, heads side by side; under grouped-query attention its
+key-value heads, not repeated. "attn_07" and "mlp_07" are what the layer adds, after the output projection and whatever
+norm, scale or multiplier a family has before the addition; LFM2 has a convolution in place of attention in some layers.
+The output of a layer is its input plus both, except in Gemma 4, whose layers also add an embedding of their own and
+scale the sum. The input is the output of the layer before,
+except after the first layers of Qwen3-VL, where features of the encoder are added in between. In Cohere's layers
+attention and MLP read the same input.
+
+Shapes: B images, N tokens, A heads, d width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from llava_bidir.common.errors import UserError
+from probes.models.sites import (
+    PATCHES,
+    VALUE,
+    is_layer,
+    layer_number,
+    part_names,
+    part_of,
+)
+
+from .base import Family
+from .encoders import EncoderFamily, vision_config
+
+# Paths in a layer of the module whose output is the part. A layer's part is that of the first one that it has.
+MODULES = {
+    VALUE: (
+        "self_attn.v_norm",  # Gemma 4
+        "self_attn.v_proj",
+        "self_attn.qkv_proj",  # Phi-3: queries, keys and values side by side
+        "attention.v_proj",  # ViT, DINO
+    ),
+    "attn": (
+        "layer_scale1",  # DINO
+        "post_self_attn_layernorm",  # GLM-4V
+        "self_attn",
+        "linear_attn",  # Qwen3.5
+        "conv",  # LFM2, in place of attention
+        "attention",
+    ),
+    "mlp": (
+        "layer_scale2",
+        "post_mlp_layernorm",
+        "post_feedforward_layernorm",  # Gemma
+        "mlp",
+        "feed_forward",  # LFM2
+    ),
+}
+# kinds of layers, as configs name them, whose values cannot be read
+WITHOUT_VALUES = {
+    "linear_attention": "linear attention, which mixes values over tokens",
+    "conv": "a convolution in place of attention",
+}
+
+
+def part_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list[str]:
+    """Return the sites inside the layers in forward order, without values that cannot be read."""
+    sites = []
+    for site in family.sites(config):
+        if is_layer(site) and site != PATCHES:
+            sites += part_names(layer_number(site))
+    return [site for site in sites if not why_no_values(family, config, site)]
+
+
+def why_no_values(
+    family: Family | EncoderFamily,
+    config: PreTrainedConfig,
+    site: str,
+) -> str:
+    """Return why the values of a layer cannot be read, "" if they can or the site is another one."""
+    if part_of(site) != VALUE:
+        return ""
+    of_layers = config.get_text_config() if family.has_llm else vision_config(config)
+    layer = layer_number(site)
+    kinds = getattr(of_layers, "layer_types", None) or []
+    why = "".join(WITHOUT_VALUES.get(kind, "") for kind in kinds[layer - 1 : layer])
+    if getattr(of_layers, "kv_lora_rank", None):  # DeepSeek-V3
+        why = "latent attention, which expands values from one vector for all heads"
+    if why:
+        return f"layer {layer} has {why}; leave out {site}"
+    shared = getattr(of_layers, "num_kv_shared_layers", None) or 0
+    if of_layers.num_hidden_layers - shared < layer <= of_layers.num_hidden_layers:
+        return f"layer {layer} has no values of its own, but reads those of an earlier layer; leave out {site}"
+    return ""
+
+
+def part_module(layer: nn.Module, site: str) -> nn.Module:
+    """Return the module of a layer whose output is a part of it.
+
+    Raises:
+        UserError: The layer has none of the known modules.
+    """
+    part = part_of(site)
+    paths = MODULES[part]
+    if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
+        # Gemma and OLMo 2; in all other families a norm of this name comes before the MLP
+        paths = ("post_attention_layernorm", *paths)
+    for path in paths:
+        module = layer
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if module is not None:
+            return module
+    expected = ", ".join(paths)
+    raise UserError(
+        f"{site} cannot be read: {type(layer).__name__} has none of the modules {expected}"
+    )
+
+
+def part_width(layer: nn.Module, site: str, width: int) -> int:
+    """Return the width of the states of a part, in a layer of `width` channels.
+
+    Raises:
+        UserError: The layer has no such part.
+    """
+    part_module(layer, site)
+    if part_of(site) != VALUE:
+        return width
+    attention = getattr(layer, "self_attn", None) or layer.attention
+    output = getattr(attention, "o_proj", None) or attention.out_proj  # reads all heads
+    return output.in_features // getattr(attention, "num_key_value_groups", 1)
+
+
+@contextmanager
+def recorded_parts(
+    layers: nn.ModuleList,
+    wanted: list[str],
+    widths: Mapping[str, int],
+    record: Callable[[str, Tensor], None],
+) -> Iterator[None]:
+    """Call record(site, f[B, N, d]) for the parts among the wanted sites while the context is open.
+
+    Raises:
+        UserError: A layer has none of the modules of a part.
+    """
+    with ExitStack() as stack:
+        for site in wanted:
+            if part_of(site) is None:
+                continue
+            layer = layers[layer_number(site) - 1]
+            multiplier = getattr(layer, "residual_multiplier", 1)  # Granite
+
+            def hook(
+                _,
+                args: tuple,
+                out: Tensor | tuple,
+                site: str = site,
+                multiplier: float = multiplier,
+            ) -> None:
+                out = out[0] if isinstance(out, tuple) else out
+                if part_of(site) == VALUE:
+                    # of heads as an axis of their own, or after queries and keys
+                    record(site, out.flatten(2)[..., -widths[site] :])
+                else:
+                    record(site, out if multiplier == 1 else out * multiplier)
+
+            stack.callback(part_module(layer, site).register_forward_hook(hook).remove)
+        yield

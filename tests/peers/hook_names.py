@@ -1,0 +1,216 @@
+r"""Compare the sites of a tiny random LLaVA with TransformerLens and nnsight, for probes/models/hooks.md.
+
+    pip install --no-deps transformer-lens==4.3.0 nnsight==0.8.1 beartype fancy_einsum jaxtyping wadler-lindig \
+        typeguard zstandard websocket-client httpx httpcore        # in a copy of .venv
+    PYTHONPATH=.:tests/helpers python tests/peers/hook_names.py
+
+Prints the largest difference at each site, then that of the last states after a vector was added at a site. Float32,
+with stock weights and three text tokens after the image.
+"""
+
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import nnsight
+import tiny_models
+import torch
+import transformers
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import probes
+from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import as_llava, export_hf
+from probes.models.sites import encoder_site, layer_site
+
+TEXT = torch.tensor([[5, 6, 7]])
+States = dict[str, Tensor]
+
+
+def write_llava(folder: Path) -> Path:
+    """Write a checkpoint of type llava."""
+    encoder, llm = tiny_models.write_parts(folder)
+    processor = build_processor(encoder, llm)
+    torch.manual_seed(3)
+    model = build_model(encoder, llm, processor, image_attention="causal")
+    tiny_models.sharpen(model, 8.0)
+    export_hf(as_llava(model), processor, folder / "hf")
+    return folder / "hf"
+
+
+def load(path: Path, attention: str = "sdpa") -> transformers.LlavaForConditionalGeneration:
+    return transformers.LlavaForConditionalGeneration.from_pretrained(
+        path, attn_implementation=attention
+    ).eval()
+
+
+def load_bridge(path: Path) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(
+        str(path),
+        hf_model=load(path, "eager"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
+        device="cpu",
+    )
+
+
+def in_transformers(path: Path, inputs: dict) -> States:
+    model = load(path)
+    hidden = model(**inputs, output_hidden_states=True).hidden_states
+    tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    states = {encoder_site(j): state[:, 1:] for j, state in enumerate(tower.hidden_states)}
+    states["encoder"] = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
+    states["adapter"] = hidden[0]
+    for i in range(1, len(hidden) - 1):
+        states[layer_site(i)] = hidden[i]
+    states["final_norm"] = hidden[-1]
+    return states
+
+
+def in_transformer_lens(path: Path, inputs: dict) -> States:
+    bridge = load_bridge(path)
+    _, cache = bridge.run_with_cache(**as_bridge_inputs(inputs))
+    blocks = "vision_encoder.encoder_layers"
+    states = {encoder_site(0): cache[f"{blocks}.0.hook_in"][:, 1:]}
+    for j in range(1, bridge.original_model.config.vision_config.num_hidden_layers + 1):
+        states[encoder_site(j)] = cache[f"{blocks}.{j - 1}.hook_resid_post"][:, 1:]
+    states["encoder"] = cache["vision_projector.hook_in"]
+    states["adapter"] = cache["blocks.0.hook_resid_pre"]
+    for i in range(1, bridge.cfg.n_layers + 1):
+        states[layer_site(i)] = cache[f"blocks.{i - 1}.hook_resid_post"]
+    states["final_norm"] = cache["ln_final.hook_out"]
+    states["embed.hook_out, not adapter"] = cache["embed.hook_out"]
+    return states
+
+
+def in_nnsight(path: Path, inputs: dict) -> States:
+    model = nnsight.TransformersModel(str(path), task="image-text-to-text", dispatch=True)
+    with model.trace(**inputs):
+        states = {}.save()
+        tower = model.model.vision_tower.encoder.layers
+        states[encoder_site(0)] = tower[0].input[:, 1:]
+        for j, layer in enumerate(tower, 1):
+            states[encoder_site(j)] = layer.output[:, 1:]
+        states["encoder"] = model.model.multi_modal_projector.input
+        states["adapter"] = model.model.language_model.layers[0].input
+        for i, layer in enumerate(model.model.language_model.layers, 1):
+            states[layer_site(i)] = layer.output
+        states["final_norm"] = model.model.language_model.norm.output
+    return states
+
+
+def steer_transformer_lens(
+    path: Path,
+    inputs: dict,
+    image: slice,
+    layer: int,
+    vector: Tensor,
+) -> Tensor:
+    last = {}
+
+    def steer(states: Tensor, hook) -> Tensor:
+        states = states.clone()
+        states[:, image] += vector
+        return states
+
+    def keep(states: Tensor, hook) -> None:
+        last["states"] = states
+
+    hooks = [(f"blocks.{layer - 1}.hook_resid_post", steer), ("ln_final.hook_out", keep)]
+    load_bridge(path).run_with_hooks(**as_bridge_inputs(inputs), fwd_hooks=hooks)
+    return last["states"]
+
+
+def steer_nnsight(
+    path: Path,
+    inputs: dict,
+    image: slice,
+    layer: int,
+    vector: Tensor,
+) -> Tensor:
+    model = nnsight.TransformersModel(str(path), task="image-text-to-text", dispatch=True)
+    with model.trace(**inputs):
+        model.model.language_model.layers[layer - 1].output[:, image] += vector
+        last = model.model.language_model.norm.output.save()
+    return last
+
+
+def as_bridge_inputs(inputs: dict) -> dict:
+    return {"input": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
+
+
+def effect_in_the_encoder(path: Path, inputs: dict, layer: int) -> float:
+    """Return the largest change of TransformerLens's logits by a hook at an encoder layer, counted from 0."""
+    bridge = load_bridge(path)
+    inputs = as_bridge_inputs(inputs)
+    hooks = [(f"vision_encoder.encoder_layers.{layer}.hook_resid_post", lambda s, hook: s + 5)]
+    return largest(bridge.run_with_hooks(**inputs, fwd_hooks=hooks), bridge(**inputs))
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the tables."""
+    versions = [f"{m.__name__} {m.__version__}" for m in (torch, transformers, nnsight)]
+    print(*versions, f"transformer_lens {version('transformer-lens')}", sep=", ")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_llava(Path(folder))
+        mllm = probes.load(str(path))
+        pixels = tiny_models.pixels(2)
+        ours = mllm.states(pixels, "all")
+        ids = torch.cat([mllm.ids, TEXT], 1).expand(2, -1)
+        inputs = {"input_ids": ids, "pixel_values": pixels}
+        first = mllm.prefix_ids.shape[1]
+        image = slice(first, first + mllm.image_tokens)
+        peers = {
+            "transformers": in_transformers,
+            "TransformerLens": in_transformer_lens,
+            "nnsight": in_nnsight,
+        }
+        for peer, read in peers.items():
+            for site, states in read(path, inputs).items():
+                states = states if states.shape[1] == mllm.image_tokens else states[:, image]
+                expected = ours[site.split(", not ")[-1]]
+                size = expected.abs().max()
+                print(f"{peer:16}{site:30}{largest(states, expected):9.1e} at up to {size:.0f}")
+        vector = torch.linspace(-9, 9, mllm.widths["adapter"])
+        steering = {"TransformerLens": steer_transformer_lens, "nnsight": steer_nnsight}
+        for layer in range(1, len(mllm.layers) + 1):
+            hooks = {layer_site(layer): lambda states: states + vector}
+            expected = mllm.states(pixels, ["final_norm"], hooks=hooks)["final_norm"]
+            effect = largest(expected, ours["final_norm"])
+            for peer, steer in steering.items():
+                got = steer(path, inputs, image, layer, vector)[:, image]
+                print(
+                    f"{peer} steered at layer {layer}: {largest(got, expected):.1e} of {effect:.1e}"
+                )
+        print("TransformerLens, a hook in the encoder moves the logits by")
+        print("  ", effect_in_the_encoder(path, inputs, 1), "at the layer that LLaVA reads")
+        print("  ", effect_in_the_encoder(path, inputs, 0), "one layer earlier")
+        text = torch.tensor([[5, 6, 7, 8, 9, 10]])
+        stock = load(path).generate(text, max_new_tokens=6, do_sample=False)
+        bridge = load_bridge(path)
+        newest = [
+            stock[0, 6:7]
+        ]  # continued without the prompt: each token from the one before alone
+        while len(newest) < 6:
+            newest.append(bridge(newest[-1][None])[0, -1:].argmax(-1))
+        theirs = bridge.generate(
+            text,
+            max_new_tokens=6,
+            do_sample=False,
+            stop_at_eos=False,
+            return_type="tokens",
+            verbose=False,
+        )
+        print("generate, transformers:", *stock[0, 6:].tolist())
+        print("generate, TransformerLens:", *theirs[0, 6:].tolist())
+        print("forwards of the newest token alone:", *torch.cat(newest).tolist())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

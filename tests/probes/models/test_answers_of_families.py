@@ -1,0 +1,239 @@
+"""Answers of every family on a tiny random model, against the stock model's own generation and forward."""
+
+import copy
+import dataclasses
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import tiny_families
+import torch
+from PIL import Image
+from stock_answers import Change, StockModel
+from tiny_families import IMAGE_ID, STOCK, WORDS, asked_ids
+from tolerances import rounding
+
+import probes
+from probes import Knockout
+from probes.models.families import FAMILIES, dynamic_resolution, gemma
+
+pytestmark = pytest.mark.numerics
+
+ALL = sorted(STOCK)
+MASKABLE = [name for name in ALL if STOCK[name].masks]
+LINEAR = [name for name in ALL if not STOCK[name].masks]
+HELLO = WORDS["hello"]
+QUESTIONS = {"hello": [HELLO], "hellohellohello": [HELLO] * 3}
+ANSWERS = ["hello", "hellohello"]
+DEPTH = 3 + 3 + 1  # encoder and adapter, layers, word head
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_squares():
+    """Families that take images of any size are given fewer tokens here, for time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    loaded = {}
+
+    def load(name: str):
+        if name not in loaded:
+            folder = tiny_families.write(name, tmp_path_factory.mktemp(name))
+            loaded[name] = probes.load(str(folder))
+            loaded[name].chat.tokenizer.decode = lambda ids, **_: spoken(ids)
+        return loaded[name]
+
+    return load
+
+
+def pictures(name: str, count: int = 2) -> list[Image.Image]:
+    side = STOCK[name].image_px
+    generator = np.random.default_rng(0)
+    return [
+        Image.fromarray(generator.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(count)
+    ]
+
+
+def spoken(tokens: list[int]) -> str:
+    """What `decode` of the fixture returns, so that all ids are compared, special ones included."""
+    return " ".join(map(str, tokens))
+
+
+def pairs(rows: tuple[str, ...], columns: tuple[str, ...]):
+    """Return a function of the pairs of named tokens, bool[N, N]."""
+
+    def cut(sets):
+        queries = sum(sets[name] for name in rows) > 0
+        keys = sum(sets[name] for name in columns) > 0
+        return queries[:, None] & keys[None]
+
+    return cut
+
+
+def blocked_tokens(name: str, images: int) -> torch.Tensor:
+    """Other tokens of each image, bool[B, T]; never the first one, which may be all that a token sees."""
+    tokens = STOCK[name].grid[0] * STOCK[name].grid[1]
+    place = torch.arange(tokens)
+    return torch.stack([(place > 0) & ((place + image) % 3 == 1) for image in range(images)])
+
+
+def cut_blocked(blocked: torch.Tensor):
+    """Return a function of the pairs of Eq. 1, bool[B, N, N]."""
+
+    def cut(sets):
+        image = sets["image"]
+        keys = torch.zeros(len(blocked), len(image), dtype=torch.bool)
+        keys[:, image] = blocked
+        return image[None, :, None] & keys[:, None]
+
+    return cut
+
+
+def interventions(name: str, images: int) -> dict[str, tuple[dict, Change]]:
+    """Return keywords of the package and what they mean, by a name."""
+    blocked = blocked_tokens(name, images)
+    text = ("question", "last", "answer")
+    to_image = Change(pairs(text, ("image",)), (1, 3))
+    found = {
+        "none": ({}, Change()),
+        "Eq. 1": ({"knockout": Knockout(blocked)}, Change(cut_blocked(blocked))),
+        "text to image": (
+            {"knockout": Knockout(layers=[1, 3], rows=text, columns="image")},
+            to_image,
+        ),
+        "last to question": (
+            {"knockout": Knockout(rows="last", columns="question")},
+            Change(pairs(("last",), ("question",))),
+        ),
+    }
+    if STOCK[name].native == "prefix":
+        found["image to question"] = (
+            {"knockout": Knockout(rows="image", columns="question")},
+            Change(pairs(("image",), ("question",))),
+        )
+    hooks = {"adapter": lambda states: states.flip(1), "layer_02": lambda states: states * 0.5}
+    for known in ("none", "text to image"):
+        arguments, change = found[known]
+        name_with = "patched" if known == "none" else f"{known}, patched"
+        by_layer = {0: hooks["adapter"], 2: hooks["layer_02"]}
+        changed = Change(change.cut, change.layers, by_layer)
+        found[name_with] = (arguments | {"hooks": hooks}, changed)
+    return found
+
+
+def possible(name: str, images: int) -> dict[str, tuple[dict, Change]]:
+    """Return the interventions that a family can take."""
+    all_of_them = interventions(name, images)
+    if STOCK[name].masks:
+        return all_of_them
+    return {key: value for key, value in all_of_them.items() if key in ("none", "patched")}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_greedy_answers_equal_the_stock_models_generation(name, mllm):
+    """Of each of two images; the stock model generates for both at once, with its own cache and positions."""
+    read = mllm(name)
+    images = pictures(name)
+    for text, question in QUESTIONS.items():
+        ids, _ = asked_ids(name, question)
+        assert [*read.ids[0].tolist(), *read.chat.question_ids(text)] == ids.tolist()
+        expected = StockModel(name, read.model, images).generate(question, 4)
+        answers = read.answer(images, text, max_new_tokens=4)
+        assert answers == [spoken(tokens) for tokens in expected]
+        assert any(answers), "nothing is compared with nothing"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_equal_the_stock_forward_with_masks_and_states_written_out(name, mllm):
+    """Of two images, two questions and two answers, as they are and under knockouts and hooks."""
+    read = mllm(name)
+    images = pictures(name)
+    pixels = read.preprocess(images)
+    stock = StockModel(name, read.model, images)
+    answers = read.chat.answer_ids(ANSWERS)
+    scores = {}
+    for kind, (arguments, change) in possible(name, len(images)).items():
+        scores[kind] = read.answer_log_probs(pixels, [*QUESTIONS], ANSWERS, **arguments)
+        for row, question in enumerate(QUESTIONS.values()):
+            for column, answer in enumerate(answers):
+                expected = stock.score(question, answer, change)
+                found = scores[kind][:, row, column]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                if kind == "none":  # the written masks are the model's own
+                    own = stock.score(question, answer)
+                    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+    for kind, score in scores.items():
+        if kind != "none":
+            assert (score - scores["none"]).abs().amax((1, 2)).min() > 1e-4, f"{kind} does nothing"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cached_answers_equal_uncached_ones(name, mllm):
+    read = mllm(name)
+    images = pictures(name, 1)
+    stock = StockModel(name, read.model, images)
+    answers = {}
+    with never_generated(read, IMAGE_ID):
+        for kind, (arguments, change) in possible(name, 1).items():
+            answers[kind] = read.answer(images[0], "hello", max_new_tokens=4, **arguments)
+            assert answers[kind] == spoken(stock.generate_uncached([HELLO], 4, change)), kind
+    assert len({*answers.values()}) > 1
+
+
+@contextmanager
+def never_generated(read, token: int):
+    """Set a token's logit to 0: an uncached forward would take a placeholder for a part of the image."""
+    row = read.model.get_output_embeddings().weight.data[token]
+    kept = row.clone()
+    row.zero_()
+    try:
+        yield
+    finally:
+        row.copy_(kept)
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_attention_of_an_answer_equals_eager_attention(name, mllm):
+    read = mllm(name)
+    images = pictures(name, 1)
+    weights = read.answer_attention(read.preprocess(images), "hello", "hellohello")
+    (answer,) = read.chat.answer_ids(["hellohello"])
+    model = copy.deepcopy(read.model)
+    model.set_attn_implementation("eager")
+    ids, is_image = asked_ids(name, [HELLO], answer)
+    with torch.no_grad():
+        output = StockModel(name, model, images).logits(ids, len(answer), output_attentions=True)
+    first = len(ids) - len(answer) - 1
+    expected = torch.cat(output.attentions)[:, :, first:-1][..., is_image]
+    torch.testing.assert_close(weights, expected, **rounding(expected, DEPTH))
+    assert (weights.sum(-1) <= 1 + 1e-5).all()
+    assert (weights.sum(-1) > 0).any()
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_layers_without_masks_take_no_knockout_and_have_no_weights(name, mllm):
+    read = mllm(name)
+    pixels = read.preprocess(pictures(name, 1))
+    knockout = Knockout(rows="last", columns="image")
+    message = "knockouts are not supported by (linear_attention|conv) layers"
+    with pytest.raises(ValueError, match=message):
+        read.answer_log_probs(pixels, ["hello"], ["hello"], knockout)
+    with pytest.raises(ValueError, match=message):
+        read.answer(pictures(name, 1), "hello", knockout)
+    with pytest.raises(ValueError, match="attention cannot be read: layer 1 has linear attention"):
+        read.answer_attention(pixels, "hello", "hello")
+
+
+def test_a_tokenizer_without_the_token_after_the_image_is_an_error_once_asked(mllm, monkeypatch):
+    family = dataclasses.replace(FAMILIES["internvl"], image_end_text="<end>")
+    monkeypatch.setitem(FAMILIES, "internvl", family)
+    read = probes.load(mllm("internvl").model.name_or_path)
+    states = read.states(read.preprocess(pictures("internvl")), ["adapter"])
+    assert states["adapter"].isfinite().all()
+    with pytest.raises(ValueError, match="has no token <end>, which this family needs around"):
+        read.answer(pictures("internvl"), "hello")

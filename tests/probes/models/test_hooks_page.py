@@ -1,0 +1,162 @@
+"""The code of probes/models/hooks.md, and plain torch hooks beside the hooks of `states`."""
+
+import re
+from pathlib import Path
+
+import pytest
+import reference
+import tiny_models
+import torch
+from PIL import Image
+from tolerances import rounding
+
+import probes
+
+PAGE = Path(probes.__file__).parent / "models/hooks.md"
+PATH = "runs/demo/causal/planted/hf"
+
+
+def plus(states):
+    return states + torch.linspace(-9, 9, states.shape[-1])
+
+
+def changed(states, positions, change=plus):
+    """Return the states of all tokens, changed at some positions."""
+    states = states.clone()
+    states[:, positions] = change(states[:, positions])
+    return states
+
+
+def stock_states(mllm, pixels, hook) -> torch.Tensor:
+    """Return the normed states of image tokens under a hook on layer 2, from a forward with text after the image."""
+    first = mllm.prefix_ids.shape[1]
+    ids = torch.cat([mllm.ids, torch.tensor([[5, 6, 7]])], 1).expand(len(pixels), -1)
+    with mllm.layers[1].register_forward_hook(hook), torch.no_grad():
+        hidden = mllm.model(
+            input_ids=ids,
+            pixel_values=pixels,
+            output_hidden_states=True,
+        ).hidden_states
+    return hidden[-1][:, first : first + tiny_models.TOKENS]
+
+
+@pytest.fixture
+def names(checkpoints, tmp_path, monkeypatch):
+    """The variables after all Python blocks of the page, run in one folder with two photos."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / PATH
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(checkpoints["causal"])
+    Image.new("RGB", (30, 20), "red").save("photo.jpg")
+    Image.radial_gradient("L").convert("RGB").save("other.jpg")
+    variables = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
+        exec(block, variables)
+    return variables
+
+
+def test_code_of_the_page_equals_plain_hooks_on_the_stock_forward(names):
+    mllm = names["mllm"]
+    pixels = names["pixels"]
+    states = names["states"]
+    image = mllm.image_positions
+    assert list(states) == [*mllm.encoder_sites, *mllm.sites]
+    other = states["layer_02"][[1, 0]]
+    difference = (states["layer_02"][1] - states["layer_02"][0]).mean(0)
+    changes = {
+        "patched": lambda f: other,
+        "steered": lambda f: f + 4 * difference,
+        "ablated": lambda f: f.mean(1, keepdim=True),
+        "by_hand": lambda f: f + difference,
+    }
+    for name, change in changes.items():
+        got = names[name]["final_norm"]
+        expected = stock_states(
+            mllm,
+            pixels,
+            lambda _, args, out, change=change: changed(out, image, change),
+        )
+        torch.testing.assert_close(got, expected, **rounding(expected, 4))
+        assert not torch.allclose(got, states["final_norm"], atol=1e-3), name
+
+
+def test_knockouts_of_the_page_equal_the_mask_written_out(names):
+    mllm = names["mllm"]
+    first = mllm.prefix_ids.shape[1]
+    image = range(first, first + tiny_models.TOKENS)
+    row = range(first, first + tiny_models.GRID[1])
+
+    def gone(layer: int, q: int, k: int) -> bool:
+        return layer in (2, 3) and q in image and k in row
+
+    masks = reference.masks_by_layer(mllm, image.stop, gone)
+    expected = reference.uncached_states(mllm, names["pixels"], [], masks)[-1][:, image.start :]
+    got = names["cut"]["layer_03"]
+    torch.testing.assert_close(got, expected, **rounding(expected, 4))
+    assert not torch.allclose(got, names["states"]["layer_03"], atol=1e-3)
+    assert isinstance(names["text"], str)
+
+
+@pytest.mark.parametrize("site", ["adapter", "layer_01", "layer_02", "layer_03"])
+def test_a_plain_hook_at_image_positions_equals_a_hook_of_states(mllm, pixels, site):
+    expected = mllm.states(pixels, hooks={site: plus})
+    plain = mllm.states(pixels)
+    mllm.clear_prefix_cache()
+    image = mllm.image_positions - mllm.prefill_prefix()
+    if site == "adapter":
+        handle = mllm.layers[0].register_forward_pre_hook(
+            lambda _, args: (changed(args[0], image), *args[1:])
+        )
+    else:
+        handle = mllm.layers[int(site[-2:]) - 1].register_forward_hook(
+            lambda _, args, out: changed(out, image)
+        )
+    with handle:
+        states = mllm.states(pixels)
+    after = mllm.states(pixels)
+    for name in mllm.sites:
+        assert torch.equal(states[name], expected[name])
+        assert torch.equal(after[name], plain[name])
+    assert torch.equal(states[site], plus(plain[site]))
+    assert not torch.allclose(states["final_norm"], plain["final_norm"], atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])  # of these, the prompt is cached
+def test_a_plain_hook_on_all_tokens_needs_the_prompt_to_be_run_again(mask, checkpoints, pixels):
+    """Without that, the prompt is one that the hook has not changed."""
+    mllm = probes.load(str(checkpoints[mask]))
+    plain = mllm.states(pixels)["final_norm"]
+
+    def hook(_, args, out):
+        return plus(out)
+
+    expected = stock_states(mllm, pixels, hook)
+    with mllm.layers[1].register_forward_hook(hook):
+        stale = mllm.states(pixels)["final_norm"]
+        mllm.clear_prefix_cache()
+        states = mllm.states(pixels)["final_norm"]
+    torch.testing.assert_close(states, expected, **rounding(expected, 4))
+    assert not torch.allclose(stale, expected, atol=1e-3)
+    assert not torch.allclose(mllm.states(pixels)["final_norm"], plain, atol=1e-3)
+    mllm.clear_prefix_cache()
+    assert torch.equal(mllm.states(pixels)["final_norm"], plain)
+
+
+def test_a_plain_hook_on_the_vision_layer_that_is_read_goes_first(checkpoints, pixels):
+    """transformers collects that layer's output by a hook of its own, which it adds in the first forward."""
+
+    def steer(_, args, out):
+        return plus(out)
+
+    adapters = []
+    for has_run in (False, True):
+        mllm = probes.load(str(checkpoints["causal"]))
+        if has_run:
+            mllm.states(pixels)
+        layer = mllm.model.model.vision_tower.encoder.layers[-1]
+        with layer.register_forward_hook(steer, prepend=has_run):
+            adapters.append(mllm.states(pixels)["adapter"])
+    tower = mllm.model.model.vision_tower(pixels).last_hidden_state
+    expected = mllm.model.model.multi_modal_projector(plus(tower[:, 1:]))
+    for adapter in adapters:
+        torch.testing.assert_close(adapter, expected, **rounding(expected, 2))

@@ -1,0 +1,451 @@
+"""Sites inside a layer, and joined sites: equal to what plain hooks on the stock forward say, or refused.
+
+What attention adds is here the input of the norm before the MLP minus the input of the layer, so that no test reads the
+module that the package reads.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import tiny_encoders
+import tiny_families
+import torch
+from PIL import Image
+from tiny_families import STOCK, stock_ids, stock_inputs
+from tolerances import rounding
+
+import probes
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import load_weights
+from probes import Knockout
+from probes.models.families import dynamic_resolution, gemma
+from probes.models.families.layer_parts import part_module
+
+pytestmark = pytest.mark.numerics
+
+LAYERS = (1, 2, 3)
+# where attention has been added, and the MLP not yet; other families: "post_attention_layernorm"
+NORM_BEFORE_MLP = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3": "pre_feedforward_layernorm",
+    "gemma4": "pre_feedforward_layernorm",
+    "gemma4_unified": "pre_feedforward_layernorm",
+    "exaone4_5": "mlp",  # no norm
+    "lfm2_vl": "ffn_norm",
+    "dinov2": "norm2",
+    "dinov2_with_registers": "norm2",
+    "dinov3_vit": "norm2",
+    "vit": "layernorm_after",
+    "ijepa": "layernorm_after",
+}
+PARALLEL = ("aya_vision", "cohere2_vision")  # attention and MLP read the same input
+# layers with values, of families that have others; and what is said of the first layer
+VALUES = {
+    "qwen3_5": ([2], "linear attention, which mixes values over tokens"),
+    "qwen3_5_moe": ([2], "linear attention, which mixes values over tokens"),
+    "lfm2_vl": ([2], "a convolution in place of attention"),
+    "kimi_k25": ([], "latent attention, which expands values from one vector for all heads"),
+}
+# families whose layer i is not layer i - 1 plus its two parts
+NOT_SUMS = {
+    "gemma4": "a layer adds an embedding of its own and is scaled",
+    "qwen3_vl": "features of the encoder are added after the first layers",
+    "qwen3_vl_moe": "the same",
+}
+# other LLMs inside of LLaVA: fused projections, a multiplier, norms after the parts
+LLMS = {
+    "phi3": {},
+    "granite": {"residual_multiplier": 0.25},
+    "gemma2": {},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_squares():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Return a function that loads a family, or LLaVA with another LLM, each once."""
+    loaded = {}
+
+    def load_once(name: str):
+        if name not in loaded:
+            loaded[name] = probes.load(str(write(name, tmp_path_factory)), device="cpu")
+        return loaded[name]
+
+    return load_once
+
+
+def write(name: str, tmp_path_factory):
+    """Write the checkpoint of a family, or of LLaVA with another LLM."""
+    folder = tmp_path_factory.mktemp(name)
+    if name not in LLMS:
+        return tiny_families.write(name, folder)
+    llava = STOCK["llava"]
+    text = tiny_families.LLM | {"model_type": name} | LLMS[name]
+    attention = "eager" if name == "gemma2" else "sdpa"  # which transformers does not have for it
+    with pytest.MonkeyPatch.context() as patch:
+        config = llava.config | {"text_config": text}
+        patch.setitem(STOCK, "llava", replace(llava, config=config))
+        return tiny_families.write("llava", folder, attention)
+
+
+def photos(name: str, count: int = 2) -> list[Image.Image]:
+    side = STOCK[name].image_px
+    noise = np.random.default_rng(0).integers(
+        0,
+        255,
+        (count, side, side, 3),
+        np.uint8,
+    )
+    return [Image.fromarray(image) for image in noise]
+
+
+@contextmanager
+def recorded(layers, norm: str, values: dict[int, str]):
+    """Record by layer what the stock layers read and return; `values` are paths of modules by layer."""
+    found = {}
+
+    def keep(key, tensor):
+        found[key] = (tensor[0] if isinstance(tensor, tuple) else tensor).clone()
+
+    def entering(key):
+        return lambda _, args, kwargs: keep(key, args[0] if args else kwargs["hidden_states"])
+
+    def leaving(key):
+        return lambda _, args, output: keep(key, output)
+
+    handles = []
+
+    def before(module, key):
+        handles.append(module.register_forward_pre_hook(entering(key), with_kwargs=True))
+
+    for i, layer in enumerate(layers, 1):
+        before(layer, ("in", i))
+        handles.append(layer.register_forward_hook(leaving(("out", i))))
+        if norm:
+            before(layer.get_submodule(norm), ("middle", i))
+        else:
+            handles.append(layer.self_attn.register_forward_hook(leaving(("attn", i))))
+            handles.append(layer.mlp.register_forward_hook(leaving(("mlp", i))))
+        if hasattr(layer, "per_layer_input_gate"):  # Gemma 4: after the MLP has been added
+            before(layer.per_layer_input_gate, ("summed", i))
+        if i in values:
+            module = layer.get_submodule(values[i])
+            handles.append(module.register_forward_hook(leaving(("value", i))))
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def parts_of(found: dict, layer: int, fused: bool = False) -> dict[str, torch.Tensor]:
+    """Return the parts of a layer by name, from what was recorded."""
+    parts = {}
+    if ("middle", layer) in found:
+        middle = found["middle", layer]
+        parts["attn"] = middle - found["in", layer]
+        parts["mlp"] = found.get(("summed", layer), found["out", layer]) - middle
+    else:
+        parts = {part: found[part, layer] for part in ("attn", "mlp")}
+    if ("value", layer) in found:
+        value = found["value", layer].flatten(2)
+        parts["value"] = value.chunk(4, -1)[3] if fused else value  # 4 heads q, 2 k, 2 v
+    return parts
+
+
+def check_parts(
+    states: dict[str, torch.Tensor],
+    found: dict,
+    depth: int,
+    is_image: torch.Tensor,
+    fused: bool = False,
+):
+    """Compare the states of all parts with what was recorded, relative to the states of the layer."""
+    for layer in LAYERS:
+        for part, expected in parts_of(found, layer, fused).items():
+            expected = expected[:, is_image]
+            large = found["out", layer] if part != "value" else expected
+            tolerance = rounding(large, depth * layer)
+            torch.testing.assert_close(states.pop(f"{part}_{layer:02d}"), expected, **tolerance)
+            assert expected.abs().max() > 30 * tolerance["atol"]  # else zeros would pass
+    assert not [site for site in states if site.startswith(("value_", "attn_", "mlp_"))]
+
+
+# ------------------------------------------------------------------------------------------------ MLLMs
+@pytest.mark.parametrize("name", [*STOCK, *LLMS])
+@torch.no_grad()
+def test_parts_are_what_layers_of_the_stock_forward_add(name, load):
+    """Values are those of `v_proj`, in Gemma 4 after their norm, in Phi-3 the last quarter of the fused projection."""
+    stock = "llava" if name in LLMS else name
+    frozen = load(name)
+    states = frozen.states(frozen.preprocess(photos(stock)), "all_parts")
+    path = {
+        "gemma4": "self_attn.v_norm",
+        "gemma4_unified": "self_attn.v_norm",
+        "phi3": "self_attn.qkv_proj",
+    }
+    values = dict.fromkeys(LAYERS, path.get(name, "self_attn.v_proj"))
+    if name in VALUES:
+        values = {layer: values[layer] for layer in VALUES[name][0]}
+    norm = NORM_BEFORE_MLP.get(name, "post_attention_layernorm")
+    layers = attrgetter(STOCK[stock].decoder)(frozen.model).layers
+    with recorded(layers, "" if name in PARALLEL else norm, values) as found:
+        frozen.model(use_cache=False, **stock_inputs(stock, photos(stock)))
+    _, is_image = stock_ids(stock)
+    depth = 1 if STOCK[stock].masks else 1 + len(is_image) // 8  # as in test_families.py
+    of_a_layer = 3 + (name in (*PARALLEL, "gemma4"))  # what is recorded, without values
+    assert len(found) == 3 * of_a_layer + len(values)
+    for site, state in states.items():
+        assert state.shape == (2, frozen.image_tokens, frozen.widths[site])
+    check_parts(
+        states,
+        found,
+        depth,
+        is_image,
+        fused=name == "phi3",
+    )
+
+
+@pytest.mark.parametrize("name", [*STOCK, *LLMS])
+def test_a_layer_is_the_one_before_plus_its_parts(name, load):
+    """Except where NOT_SUMS says why."""
+    frozen = load(name)
+    states = frozen.states(
+        frozen.preprocess(photos("llava" if name in LLMS else name)), "all_parts"
+    )
+    is_sum = []
+    before = states["adapter"]
+    for layer in ("01", "02", "03"):
+        after = states[f"layer_{layer}"]
+        total = before + states[f"attn_{layer}"] + states[f"mlp_{layer}"]
+        is_sum.append(torch.allclose(total, after, **rounding(after, 1)))
+        before = after
+    assert all(is_sum) == (name not in NOT_SUMS), is_sum
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_part_read_alone_is_the_same_and_the_forward_ends_there(name, load):
+    frozen = load(name)
+    pixels = frozen.preprocess(photos(name, 1))
+    together = frozen.states(pixels, "all_parts")
+    sites = [site for site in together if site.endswith("_02") and not site.startswith("encoder")]
+    has_values = 2 in VALUES.get(name, (LAYERS,))[0]
+    assert sites == ["value_02"] * has_values + ["attn_02", "mlp_02", "layer_02"]
+    ran = []
+    layer = frozen.decoder.layers[1]
+    mlp = layer.feed_forward if name == "lfm2_vl" else layer.mlp
+    handle = mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+    for site in sites:
+        alone = frozen.states(pixels, [site])
+        assert torch.equal(alone[site], together[site])
+        assert ran == ["mlp"] * (site in ("mlp_02", "layer_02"))
+        ran.clear()
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_are_not_of_one_token_are_refused(name, load):
+    frozen = load(name)
+    pixels = frozen.preprocess(photos(name, 1))
+    layers, why = VALUES[name]
+    for site in ("value_01", "layer_02+value_01"):
+        with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
+            frozen.states(pixels, [site])
+    values = [site for site in frozen.states(pixels, "all_parts") if site.startswith("value_")]
+    assert values == [f"value_{layer:02d}" for layer in layers]
+
+
+def test_values_that_a_layer_takes_from_an_earlier_one_are_refused(tmp_path):
+    """Gemma 4's last layers have no values of their own."""
+    config = STOCK["gemma4"].config
+    text = config["text_config"] | {
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            STOCK, "gemma4", replace(STOCK["gemma4"], config=config | {"text_config": text})
+        )
+        frozen = probes.load(str(tiny_families.write("gemma4", tmp_path)), device="cpu")
+    pixels = frozen.preprocess(photos("gemma4", 1))
+    with pytest.raises(UserError, match="layer 3 has no values of its own, .*; leave out value_03"):
+        frozen.states(pixels, ["value_03"])
+    states = frozen.states(pixels, "all_parts")
+    assert "value_03" not in states and {"value_02", "attn_03", "mlp_03"} < states.keys()
+
+
+def test_knockouts_rows_and_known_states_reach_parts(load):
+    frozen = load("llava")
+    pixels = frozen.preprocess(photos("llava"))
+    sites = [
+        "value_02",
+        "attn_02",
+        "mlp_02",
+        "value_03",
+        "attn_03",
+        "attn_02+layer_03",
+    ]
+    plain = frozen.states(pixels, sites)
+    blocked = torch.arange(36).expand(3, -1) % torch.tensor([[2], [3], [5]]) == 0
+    rows = [1, 0, 1]
+    cut = frozen.states(
+        pixels,
+        sites,
+        Knockout(blocked, [2]),
+        rows,
+    )
+    for i, image in enumerate(rows):
+        one = frozen.states(pixels[[image]], sites, Knockout(blocked[[i]], [2]))
+        for site in sites:
+            torch.testing.assert_close(cut[site][[i]], one[site], **rounding(one[site], 3))
+    # the knockout is in attention, after the values
+    torch.testing.assert_close(cut["value_02"], plain["value_02"][rows])
+    for site in ("attn_02", "mlp_02", "value_03"):
+        assert not torch.allclose(cut[site], plain[site][rows], atol=1e-4)
+    again = frozen.states(pixels, sites, Knockout(blocked[:2], [3]))
+    ran = []
+    handle = frozen.decoder.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
+    for known in (plain, plain | frozen.states(pixels, "all_parts")):
+        ran.clear()
+        from_known = frozen.states(
+            pixels,
+            sites,
+            Knockout(blocked[:2], [3]),
+            known=known,
+        )
+        for site in sites:
+            torch.testing.assert_close(from_known[site], again[site], **rounding(again[site], 1))
+    handle.remove()
+    assert ran == []  # with the states of layer 2, it does not run
+
+
+def test_the_logit_lens_reads_what_layers_add_but_no_values(load):
+    frozen = load("llava")
+    states = frozen.states(frozen.preprocess(photos("llava")), "all_parts")
+    norm = frozen.model.model.language_model.norm
+    for site in ("attn_02", "mlp_02"):
+        expected = frozen.model.lm_head(norm(states[site]))
+        assert torch.equal(frozen.logit_lens(states[site], site), expected)
+    for site in ("value_02", "layer_01+layer_02"):
+        with pytest.raises(UserError, match="not in the LLM's space"):
+            frozen.logit_lens(torch.zeros(1, frozen.widths[site]), site)
+
+
+def test_states_are_replaced_at_no_part(load):
+    frozen = load("llava")
+    pixels = frozen.preprocess(photos("llava"))
+    for site in ("attn_01", "layer_01+layer_02"):
+        with pytest.raises(UserError, match="expected adapter or layer_01, layer_02, layer_03"):
+            frozen.states(pixels, ["layer_02"], hooks={site: lambda states: states})
+
+
+def test_a_layer_without_a_known_module_is_an_error_that_names_them():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="mlp_03 cannot be read: Linear has none of .* mlp, feed_"):
+        part_module(layer, "mlp_03")
+
+
+# ------------------------------------------------------------------------------------------------ bare encoders
+@pytest.mark.parametrize("name", tiny_encoders.STOCK)
+@torch.no_grad()
+def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
+    stock = tiny_encoders.STOCK[name]
+    if name.startswith("dino"):
+        stock = replace(stock, settings=stock.settings | {"layerscale_value": 0.5})
+    encoder = probes.load(stock.write(tmp_path / name), device="cpu")
+    noise = np.random.default_rng(0).integers(
+        0,
+        255,
+        (2, 24, 24, 3),
+        np.uint8,
+    )
+    pixels = encoder.preprocess([Image.fromarray(image) for image in noise])
+    states = encoder.states(pixels, "all_parts")
+    assert [*states][:6] == [
+        "layer_00",
+        "value_01",
+        "attn_01",
+        "mlp_01",
+        "layer_01",
+        "value_02",
+    ]
+    model = load_weights(
+        "encoder",
+        stock.cls,
+        tmp_path / name,
+        dtype=torch.float32,
+    ).eval()
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    norm = NORM_BEFORE_MLP.get(name, "layer_norm2")
+    attention = "attention" if hasattr(layers[0], "attention") else "self_attn"
+    values = dict.fromkeys(LAYERS, f"{attention}.v_proj")
+    with recorded(layers, norm, values) as found:
+        model(**stock.inputs(pixels))
+    assert len(found) == 12
+    for i in LAYERS:
+        total = states[f"layer_{i - 1:02d}"] + states[f"attn_{i:02d}"] + states[f"mlp_{i:02d}"]
+        after = states[f"layer_{i:02d}"]
+        torch.testing.assert_close(total, after, **rounding(after, 1))
+        alone = encoder.states(pixels, [f"attn_{i:02d}"])[f"attn_{i:02d}"]
+        assert torch.equal(alone, states[f"attn_{i:02d}"])
+    is_patch = torch.arange(found["in", 1].shape[1]) >= stock.extra_tokens
+    check_parts(
+        states,
+        found,
+        1,
+        is_patch,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ joined sites
+JOINED = {
+    "llava": ["encoder_01+encoder_02", "encoder+layer_02", "value_01+mlp_03+final_norm"],
+    "qwen2_vl": ["encoder_02+adapter", "layer_03+layer_01"],
+    "dinov2": ["layer_00+layer_03", "attn_02+final_norm"],
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_joined_sites_are_states_side_by_side(name, load, tmp_path):
+    if name == "dinov2":
+        frozen = probes.load(tiny_encoders.STOCK[name].write(tmp_path / name), device="cpu")
+        pixels = frozen.preprocess(photos("llava"))
+    else:
+        frozen = load(name)
+        pixels = frozen.preprocess(photos(name))
+    single = frozen.states(pixels, "all_parts")
+    asked = [*JOINED[name], "layer_01"]
+    states = frozen.states(pixels, asked)
+    assert [*states] == asked
+    for site in JOINED[name]:
+        expected = torch.cat([single[member] for member in site.split("+")], -1)
+        assert torch.equal(states[site], expected)
+        assert frozen.widths[site] == expected.shape[-1]
+        assert torch.equal(frozen.states(pixels, [site])[site], expected)
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("layer_01+layer_01", "joins a site with itself"),
+        ("layer_01+layer_09", "unknown site 'layer_09'; this model has encoder, adapter, .*"),
+        ("layer_01+", "unknown site ''"),
+        ("attn_04", "unknown site 'attn_04'; .* value_NN, attn_NN and mlp_NN inside layer_NN"),
+        ("attn_00", "unknown site 'attn_00'"),
+        ("mlp_2", "unknown site 'mlp_2'"),
+    ],
+)
+def test_sites_that_do_not_exist_are_named(site, message, load):
+    frozen = load("llava")
+    with pytest.raises(UserError, match=message):
+        frozen.states(frozen.preprocess(photos("llava")), [site])
+    with pytest.raises(KeyError):
+        frozen.widths["value_09"]

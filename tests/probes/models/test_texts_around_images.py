@@ -1,0 +1,258 @@
+"""The text that processors insert around image tokens: ours is that of the stock processors."""
+
+import importlib
+import re
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_families
+import torch
+import transformers
+from PIL import Image
+from tiny_families import IMAGE_ID, STOCK
+from transformers.processing_utils import ProcessorMixin
+
+import probes
+from probes.models.families import FAMILIES
+
+PIXELS = {"height": 24, "width": 24}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A stock processor that runs here, with a tiny tokenizer.
+
+    Args:
+        name: Its class, without "Processor".
+        images: Class of its image processor, and settings.
+        tokens: Attributes of the published tokenizer that name tokens.
+        settings: Arguments of the processor.
+    """
+
+    name: str
+    images: tuple[str, dict]
+    tokens: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+
+    def build(self, family: str, tokenizer):
+        for name, token in self.tokens.items():
+            setattr(tokenizer, name, token)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        kind, settings = self.images
+        images = getattr(transformers, kind)(**settings)
+        images.image_seq_length = 36  # as published configs have it; PaliGemma's processor wants it
+        module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
+        processor = getattr(module, f"{self.name}Processor")
+        return processor(image_processor=images, tokenizer=tokenizer, **self.settings)
+
+
+PROCESSORS = {
+    "gemma3": Processor(
+        "Gemma3",
+        ("Gemma3ImageProcessorPil", {"size": PIXELS}),
+        {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image>",
+        },
+        {"image_seq_length": 9},
+    ),
+    "paligemma": Processor(
+        "PaliGemma", ("SiglipImageProcessorPil", {"size": PIXELS}), {"image_token": "<image>"}
+    ),
+    "idefics3": Processor(
+        "Idefics3",
+        (
+            "Idefics3ImageProcessorPil",
+            {"do_image_splitting": False, "max_image_size": {"longest_edge": 24}},
+        ),
+        {},
+        {"image_seq_len": 16},
+    ),
+    "aya_vision": Processor(
+        "AyaVision",
+        ("GotOcr2ImageProcessorPil", {"size": PIXELS}),
+        {},
+        {"patch_size": 8, "img_size": 24},
+    ),
+    "janus": Processor(
+        "Janus",
+        ("JanusImageProcessorPil", {"size": PIXELS}),
+        {
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    ),
+    "internvl": Processor(
+        "InternVL",
+        ("GotOcr2ImageProcessorPil", {"size": PIXELS}),
+        {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+        {"image_seq_length": 9},
+    ),
+    "lighton_ocr": Processor(
+        "LightOnOcr",
+        ("PixtralImageProcessorPil", {"size": {"longest_edge": 32}, "patch_size": {"height": 4, "width": 4}}),
+        {
+            "image_token": "<|image_pad|>",
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+        },
+        {"patch_size": 2, "spatial_merge_size": 2},
+    ),
+    "llava": Processor(
+        "Llava",
+        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_size": PIXELS}),
+        {},
+        {
+            "patch_size": 4,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+    "deepseek_vl": Processor(
+        "DeepseekVL",
+        ("DeepseekVLImageProcessorPil", {"size": PIXELS}),
+        {"image_token": "<image_placeholder>"},
+        {"num_image_tokens": 36},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_ids_of_a_question_equal_those_of_the_stock_processor(name, tmp_path, monkeypatch):
+    """All but the image tokens, whose id is another one in the tiny models."""
+    monkeypatch.setattr(  # it asks for classes that need torchvision
+        ProcessorMixin, "check_argument_for_proper_class", lambda self, name, argument: None
+    )
+    mllm = probes.load(str(tiny_families.write(name, tmp_path)))
+    asked = [*mllm.ids[0].tolist(), *mllm.chat.question_ids("hello")]
+    tokenizer = tiny_families.tokenizer()
+    processor = PROCESSORS[name].build(name, tokenizer)
+    placeholder = STOCK[name].placeholder
+    text = f"<s>hello{placeholder}hellohello"
+    if name == "paligemma":
+        text = "<image>hello"
+    photo = Image.fromarray(np.zeros((24, 24, 3), np.uint8))
+    found = processor(images=[photo], text=[text], add_special_tokens=False)["input_ids"][0]
+    token = {"gemma3": "<image>", "aya_vision": "<|IMG_PATCH|>"}.get(name, placeholder)
+    image = tokenizer.convert_tokens_to_ids(token)
+    theirs = [int(number) for number in found]
+    assert [x for x in theirs if x != image] == [x for x in asked if x != IMAGE_ID]
+    assert image in theirs
+
+
+CLASSES = {
+    "internvl": "InternVL",
+    "qianfan_ocr": "QianfanOCR",
+    "aya_vision": "AyaVision",
+    "cohere2_vision": "Cohere2Vision",
+    "janus": "Janus",
+    "ovis2": "Ovis2",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+    "deepseek_vl": "DeepseekVL",
+    "deepseek_vl_hybrid": "DeepseekVLHybrid",
+    "gemma4": "Gemma4",
+    "gemma4_unified": "Gemma4Unified",
+    "mistral3": "Pixtral",
+    "lfm2_vl": "Lfm2Vl",
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "glm4v": "Glm4v",
+    "glm46v": "Glm46V",
+    "kimi_k25": "Kimi_K25",
+    "exaone4_5": "Exaone4_5_",
+    "paddleocr_vl": "PaddleOCRVL",
+    "video_llama_3": "VideoLlama3",
+}
+# Of the same processor; of LLaVA-NeXT and OneVision, of the full view, which tiles follow in theirs.
+OF_ANOTHER = {
+    **dict.fromkeys(("vipllava", "llava_next", "llava_onevision"), "llava"),
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "qwen3_vl"),
+    "glm4v_moe": "glm4v",
+    "glm_ocr": "glm46v",
+}
+# Attributes that processors take from the published tokenizers.
+COHERE = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>")
+GEMMA4 = {"boi_token": "<|image>", "eoi_token": "<image|>"}
+TOKENS = {
+    "cohere2_vision": dict(zip(("boi_token", "eoi_token", "img_line_break_token"), COHERE, strict=True)),
+    "gemma4": GEMMA4,
+    "gemma4_unified": GEMMA4,
+    "mistral3": {"image_end_token": "[IMG_END]", "image_break_token": "[IMG_BREAK]"},
+    "lfm2_vl": {"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
+}  # fmt: skip
+OTHERS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "start_of_img_token": "<|START_OF_IMG|>",
+    "end_of_img_token": "<|END_OF_IMG|>",
+    "img_patch_token": "I",
+    "tile_token": "TILE",
+    "tile_global_token": "TILE_GLOBAL",
+    "image_start_token": "<begin_of_image>",
+    "image_end_token": "<end_of_image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_tag": "<global-img>",
+    "global_image_token": "<global-img>",
+    "image_token": "I",
+    "image_seq_length": 2,
+    "image_seq_len": 2,
+    "num_image_tokens": 2,
+    "img_size": 2,
+    "patch_size": 1,
+    "spatial_merge_size": 1,
+    "image_processor": SimpleNamespace(merge_size=1),
+}
+
+
+def one_image() -> dict:
+    """Return what image processors say of a photo of 2 x 2 tokens without tiles."""
+    return {
+        "num_patches": [1],
+        "grids": torch.tensor([[1, 1]]),
+        "rows": [[0]],
+        "cols": [[0]],
+        "image_sizes": [(2, 2)],
+        "num_soft_tokens_per_image": [2],
+        "image_grid_thw": torch.tensor([[1, 2, 2]]),
+    }
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_texts_around_the_image_are_those_of_the_stock_processor(name, monkeypatch):
+    """By the method that inserts them, of processors that need torchvision, too."""
+    kind = "pixtral" if name == "mistral3" else name
+    if kind == "pixtral":  # imports a function, not used here, from a module that needs torchvision
+        resizing = SimpleNamespace(get_resize_output_image_size=None)
+        path = "transformers.models.pixtral.image_processing_pixtral"
+        monkeypatch.setitem(sys.modules, path, resizing)
+    module = importlib.import_module(f"transformers.models.{kind}.processing_{kind}")
+    processor = getattr(module, f"{CLASSES[name]}Processor")
+    processor_self = SimpleNamespace(**OTHERS | TOKENS.get(name, {}))
+    if name == "lfm2_vl":
+        text = processor._build_image_tokens(processor_self, 1, 1, 2, 2, True, True)
+    else:
+        text = processor.replace_image_token(processor_self, one_image(), 0)
+    family = FAMILIES[name]
+    start, separator, end = map(
+        re.escape, (family.image_start_text, family.row_separator or "", family.image_end_text)
+    )
+    assert re.fullmatch(f"{start}(I|<IMG_ATOM>)+({separator}I+)*{end}", text), text
+
+
+def test_the_texts_of_every_family_are_compared():
+    assert {*CLASSES, *PROCESSORS, *OF_ANOTHER} == set(STOCK)
+    for name, other in OF_ANOTHER.items():
+        for text in ("image_start_text", "image_end_text"):
+            assert getattr(FAMILIES[name], text) == getattr(FAMILIES[other], text)

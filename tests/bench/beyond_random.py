@@ -14,6 +14,7 @@ image tokens in nats, and of the subjects that were called learned
     permuted   beyond three permuted LLMs
     both       beyond both, the rule of reports, from three draws each
     study      the same from the draws of a study, three and two
+    supported  the same, and its own effect is above 0: "supported" in a report needs both
     mean       beyond the mean of all six
 
 With `--starvation`, a line is also of starvation at patch 0 and in the first row: accuracy under bidirectional minus
@@ -50,11 +51,12 @@ from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
+from probes.report.verdicts import judge as judge_effect
 from probes.tasks import SEGMENTATION, TASKS
 from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance
-RULES = ("update", "permuted", "both", "study", "mean")
+RULES = ("update", "permuted", "both", "study", "supported", "mean")
 BATCH = 32
 # Those that draw matrices of any layer, at scales that suit an encoder's width
 OF_ENCODERS = ("shuffled", "normal_0.02", "normal_0.04", "normal_0.08", "orthogonal")
@@ -271,7 +273,9 @@ def judge(
     }
     columns["both"] = least_favourable(1, {name: columns[name] for name in RULES[:2]})
     columns["study"] = least_favourable(1, pooled)
-    return {rule: columns[rule]["verdict"] == HOLDS for rule in RULES}
+    holds = {rule: column["verdict"] == HOLDS for rule, column in columns.items()}
+    above_zero = judge_effect(1, own.value, own.ci95) == HOLDS
+    return holds | {"supported": holds["study"] and above_zero}
 
 
 def count_family(

@@ -18,6 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_weights import softmax_attention
+from .families.layer_parts import find_part
 from .shared_layers import replaced_forward
 from .sites import layer_site
 
@@ -145,28 +146,14 @@ def _scaled_output(
 
 
 def _attention(layer: nn.Module) -> nn.Module:
-    return softmax_attention(layer) or layer.linear_attn
+    """Return the attention of a layer, or what it has in place of it."""
+    found = softmax_attention(layer) or getattr(layer, "linear_attn", None)
+    return found or layer.conv  # LFM2
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:
     """Return the modules of a layer whose outputs are added to its input, for attention and for the MLP."""
-    # Where the norm before the MLP has a name of its own, `post_attention_layernorm` follows attention.
-    after_attention = (
-        ("post_attention_layernorm",) if hasattr(layer, "pre_feedforward_layernorm") else ()
-    )
-    attention = (
-        "post_self_attn_layernorm",
-        *after_attention,
-        "layer_scale1",
-        "self_attn",
-        "linear_attn",
-    )
-    attention += ("attention",)  # of a vision encoder; DINO scales both branches
-    mlp = ("post_mlp_layernorm", "post_feedforward_layernorm", "layer_scale2", "mlp")
-    outputs = [
-        next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
-        for names in (attention, mlp)
-    ]
+    outputs = [find_part(layer, part) for part in ("attn", "mlp")]
     if None in outputs:
         raise UserError(
             f"{type(layer).__name__} has no known attention or MLP to scale; use match: permuted"

@@ -92,16 +92,11 @@ def why_no_values(
     return ""
 
 
-def part_module(layer: nn.Module, site: str) -> nn.Module:
-    """Return the module of a layer whose output is a part of it.
-
-    Raises:
-        UserError: The layer has none of the known modules.
-    """
-    part = part_of(site)
+def find_part(layer: nn.Module, part: str) -> nn.Module | None:
+    """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
     paths = MODULES[part]
     if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
-        # Gemma and OLMo 2; in all other families a norm of this name comes before the MLP
+        # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
         paths = ("post_attention_layernorm", *paths)
     for path in paths:
         module = layer
@@ -109,10 +104,23 @@ def part_module(layer: nn.Module, site: str) -> nn.Module:
             module = getattr(module, name, None)
         if module is not None:
             return module
-    expected = ", ".join(paths)
-    raise UserError(
-        f"{site} cannot be read: {type(layer).__name__} has none of the modules {expected}"
-    )
+    return None
+
+
+def part_module(layer: nn.Module, site: str) -> nn.Module:
+    """Return the module of a layer whose output is the part that a site names.
+
+    Raises:
+        UserError: The layer has none of the known modules.
+    """
+    part = part_of(site)
+    module = find_part(layer, part)
+    if module is None:
+        expected = ", ".join(MODULES[part])
+        raise UserError(
+            f"{site} cannot be read: {type(layer).__name__} has none of the modules {expected}"
+        )
+    return module
 
 
 def part_width(layer: nn.Module, site: str, width: int) -> int:

@@ -269,7 +269,7 @@ BAD = {
     "three models": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "one model or two"),
     "an unknown layer of the encoder": (
         ["MODEL", "DATA", "--model.sites", "[encoder_03]"],
-        "no site 'encoder_03'; it has encoder_00, .*, final_norm",
+        "unknown site 'encoder_03'; this model has encoder_00, .*final_norm",
     ),
     "a class with a comma that does not exist": (
         ["MODEL", "DATA", "--add", 'knockout.classes=["wall, brick", sky]'],

@@ -173,10 +173,11 @@ def describe_comparison(entry: Entry) -> list[str]:
     lines.append(f"Sites that differ, by themselves: {', '.join(differing) or 'none'}.")
     classes = [x for x in entry["classes"] if x["p_corrected"] < ALPHA and differs(x)]
     if classes:
-        named = sorted(classes, key=lambda x: x["difference"])[:NAMED_CLASSES]
-        text = ", ".join(f"{x['class']} {format_points(x['difference'])}" for x in named)
+        most = sorted(classes, key=lambda x: -abs(x["difference"]))[:NAMED_CLASSES]
+        text = ", ".join(f"{x['class']} {format_points(x['difference'])}" for x in most)
         lines.append(
-            f"Classes whose IoU differs there, corrected for {len(entry['classes'])}: {text} points."
+            f"IoU differs there in {len(classes)} of {len(entry['classes'])} classes, corrected for their number; "
+            f"most: {text} points."
         )
     return lines
 

@@ -86,7 +86,7 @@ def test_a_class_that_a_model_does_not_tell_is_named(write, report):
     (entry,) = results["compared"]
     found = {x["class"] for x in entry["classes"] if x["p_corrected"] < 0.05 and differs(x)}
     assert found == {names[0], names[1]}, "the other one loses by what it is taken for"
-    line = next(x for x in printed.splitlines() if x.startswith("Classes whose IoU differs"))
+    line = next(x for x in printed.splitlines() if x.startswith("IoU differs there in 2 of"))
     assert line.index(names[1]) < line.index(names[0]), "the greatest loss first"
 
 

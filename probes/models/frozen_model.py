@@ -248,10 +248,6 @@ class FrozenModel(nn.Module):
         self.check_sites([layer_site(layer) for layer in layers])
         return layers
 
-    def hooks_key(self) -> list[tuple[int, ...]]:
-        """Return the numbers of the hooks that the modules have now: torch gives each hook another one."""
-        return [(*m._forward_pre_hooks, *m._forward_hooks) for m in self.model.modules()]
-
     def weights_key(self) -> tuple:
         """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
         kind = self.device.type

@@ -160,7 +160,6 @@ class States(dict[str, Tensor]):
         self.image_attention = mllm.image_attention
         self.prefix = mllm.prefix_ids
         self.weights = mllm.weights_key()
-        self.hooks = mllm.hooks_key()
 
     def __missing__(self, site: str) -> Tensor:
         """Raise a KeyError that names the sites that were read."""
@@ -181,10 +180,6 @@ class States(dict[str, Tensor]):
         if self.weights != mllm.weights_key():
             raise UserError(
                 "known states are of other weights, or of weights that have changed; read them again"
-            )
-        if self.hooks != mllm.hooks_key():
-            raise UserError(
-                "known states are of a model with other hooks on its modules; read them again, or do without `known`"
             )
 
 

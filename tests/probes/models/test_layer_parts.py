@@ -313,7 +313,6 @@ def test_knockouts_rows_and_known_states_reach_parts(load):
     again = frozen.states(pixels, sites, Knockout(blocked[:2], [3]))
     ran = []
     handle = frozen.decoder.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
-    plain = frozen.states(pixels, sites)  # states from before a hook are refused
     for known in (plain, plain | frozen.states(pixels, "all_parts")):
         ran.clear()
         from_known = frozen.states(

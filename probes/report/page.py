@@ -361,7 +361,7 @@ def _expand_studies(
         name, folder = _split_name(path)
         is_run = (Path(folder) / "metrics.json").is_file()
         opened = [] if is_run else [open_run(run) for run in finished_runs(folder)]
-        names = labels_of_models(Path(folder), opened)
+        names = labels_of_models(Path(folder), opened, labels)
         if names and not name:
             order = {label: i for i, label in enumerate(labels)}
             opened.sort(key=lambda run: order.get(names[run.path], len(order)))

@@ -8,7 +8,7 @@ resemble the trained one (probes/models/random_init.py).
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -293,20 +293,29 @@ def model_name(run: FinishedRun) -> str:
     return Path(run.metrics["mllm"]).name
 
 
-def labels_of_models(folder: Path, runs: list[FinishedRun]) -> dict[Path, str]:
+def labels_of_models(
+    folder: Path, runs: list[FinishedRun], given: Sequence[str] = ()
+) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
-    They do if two labels have one mask, or another grid or depth; else two labels are one model under two masks, and
-    {} is returned.
+    They do if two models have one name and one mask, or one name and another grid or depth, or if two of the labels that
+    were `given` have one mask; else two labels are one model under two masks, and {} is returned.
     """
     labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
-    labelled = [run for run in runs if run.path.parent != folder]
-    labels_by_mask: dict[str, set[str]] = {}
-    for run in labelled:
-        labels_by_mask.setdefault(run.mask, set()).add(labels[run.path])
-    shapes = {(*run.metrics["grid"], run.last_layer) for run in labelled}
-    are_models = len(shapes) > 1 or any(len(of_mask) > 1 for of_mask in labels_by_mask.values())
-    return labels if are_models else {}
+    models: dict[tuple, str] = {}
+    shapes: dict[str, tuple] = {}
+    for run in runs:
+        if run.path.parent == folder:
+            continue
+        name = model_name(run)
+        shape = (run.metrics["grid"], run.last_layer)
+        keys = [(name, run.mask)]
+        if labels[run.path] in given:
+            keys.append(("", run.mask))  # whatever the models' names are
+        is_known = [models.setdefault(key, labels[run.path]) == labels[run.path] for key in keys]
+        if not all(is_known) or shapes.setdefault(name, shape) != shape:
+            return labels
+    return {}
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, FinishedRun]]:

@@ -104,7 +104,7 @@ def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
 def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
     """A study of models "zero" and "after", whose folders have other names."""
     for label, name, mask in zip(("zero", "after"), ("r1", "r2"), masks, strict=True):
-        run = Path(write(name, QUALITY, mask=mask, mllm=f"{name}/checkpoint"))
+        run = Path(write(name, QUALITY, mask=mask, mllm=f"models/{name}"))
         (tmp_path / "study" / label).mkdir(parents=True)
         run.rename(tmp_path / "study" / label / "trained")
     return tmp_path / "study"
@@ -116,13 +116,15 @@ def test_a_study_of_two_models_keeps_labels_and_order(write, report, tmp_path):
     (entry,) = results["compared"]
     assert (entry["first"], entry["second"]) == ("zero", "after")
     results, _ = report(str(study))
-    assert results["compared"][0]["first"] == "after", "of the alphabet"
+    assert results["compared"][0]["first"] == "r2", (
+        "names of the models, labels in the order of the alphabet"
+    )
 
 
 def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):
     study = study_of_two(write, tmp_path, ("causal", "bidirectional"))
     runs = [ProbeRun(study / label / "trained") for label in ("zero", "after")]
-    assert labels_of_models(study, runs) == {}
+    assert labels_of_models(study, runs, ("zero", "after")) == {}
 
 
 def test_layers_of_equal_relative_depth_are_compared(write):

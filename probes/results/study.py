@@ -298,8 +298,8 @@ def labels_of_models(
 ) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
-    They do if two models have one name and one mask, or one name and another grid or depth, or if two `given` labels have
-    one mask; else two labels are one model under two masks, and {} is returned.
+    They do if two models have one name and one mask, or one name and another grid or depth, or if two `given` labels
+    have one mask; else two labels are one model under two masks, and {} is returned.
     """
     labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
     models: dict[tuple, str] = {}

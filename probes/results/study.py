@@ -298,10 +298,11 @@ def labels_of_models(
 ) -> dict[Path, str]:
     """Return the label in the study, DIR/LABEL/ARM, of each run by its folder if labels tell models apart.
 
-    They do if two models have one name and one mask, or one name and another grid or depth, or if two `given` labels
-    have one mask; else two labels are one model under two masks, and {} is returned.
+    They do if two models have one name and one mask, or one name and another grid or depth, or if two labels have one
+    mask and all were `given`; else two labels are one model under two masks, and {} is returned.
     """
     labels = {run.path: run.path.relative_to(folder).parts[0] for run in runs}
+    all_given = {*labels.values()} <= {*given}
     models: dict[tuple, str] = {}
     shapes: dict[str, tuple] = {}
     for run in runs:
@@ -310,7 +311,7 @@ def labels_of_models(
         name = model_name(run)
         shape = (run.metrics["grid"], run.last_layer)
         keys = [(name, run.mask)]
-        if labels[run.path] in given:
+        if all_given:
             keys.append(("", run.mask))  # whatever the models' names are
         is_known = [models.setdefault(key, labels[run.path]) == labels[run.path] for key in keys]
         if not all(is_known) or shapes.setdefault(name, shape) != shape:

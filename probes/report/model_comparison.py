@@ -16,7 +16,7 @@ from llava_bidir.common.bootstrap import holm
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import cross_validated_layers
-from probes.models.sites import is_layer
+from probes.models.sites import is_layer, layer_number
 from probes.results.comparable import check_same_probes
 from probes.results.formatting import (
     Entry,
@@ -29,7 +29,7 @@ from probes.results.formatting import (
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns, runs_to_compare
 
-from .verdicts import ALPHA, MARGIN
+from .verdicts import ALPHA, FAILS, MARGIN, judge
 
 BEST_LAYER = "best layer"
 NAMED_CLASSES = 5  # in a sentence
@@ -93,23 +93,22 @@ def compare_runs(first: ProbeRun, second: ProbeRun) -> Entry:
 
 
 def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
-    """Return the sites of both runs that are compared: of one name, and of layers those of equal relative depth."""
+    """Return the sites of both runs that are compared: of one name, and of layers those of equal relative depth.
+
+    A layer is compared with that layer of the other model whose depth is nearest, if it was probed.
+    """
     others = [site for site in second.sites if is_layer(site)]
     pairs = []
     for site in first.sites:
         if not is_layer(site):
             pairs += [(site, site)] if site in second.sites else []
         elif others:
-            depth = _relative_depth(first, site)
-            distances = [abs(_relative_depth(second, other) - depth) for other in others]
-            pairs.append((site, others[distances.index(min(distances))]))
+            depth = layer_number(site) / layer_number(first.last_layer)
+            wanted = depth * layer_number(second.last_layer)  # among the other model's layers
+            nearest = min(others, key=lambda other: abs(layer_number(other) - wanted))
+            if abs(layer_number(nearest) - wanted) <= 0.5:
+                pairs.append((site, nearest))
     return pairs
-
-
-def _relative_depth(run: ProbeRun, site: str) -> float:
-    """Return the number of a layer in units of that of the model's last one."""
-    number, last = (int(name.removeprefix("layer_")) for name in (site, run.last_layer))
-    return number / last
 
 
 def _best_layer_ious(run: ProbeRun) -> Tensor:
@@ -150,8 +149,7 @@ def _compare_classes(names: list[str], first: Tensor, second: Tensor) -> list[En
 
 def differs(entry: Entry) -> bool:
     """Return whether a difference is a finding: its interval excludes 0, and it is a point of mIoU or more."""
-    low, high = entry["ci95"]
-    return abs(entry["difference"]) >= MARGIN and not low <= 0 <= high
+    return judge(1, entry["difference"], entry["ci95"], MARGIN) != FAILS
 
 
 def describe_comparison(entry: Entry) -> list[str]:

@@ -141,6 +141,15 @@ def test_layers_of_equal_relative_depth_are_compared(write):
     ]
 
 
+def test_layers_without_a_probed_one_at_their_depth_are_not_compared(write):
+    """Layers 1 and 4 of four against layers 3 and 4: the first has no counterpart."""
+    runs = [
+        ProbeRun(write(f"of_{first}", [0.4, 0.5, 0.6], sites=["adapter", first, "layer_04"]))
+        for first in ("layer_01", "layer_03")
+    ]
+    assert pair_sites(*runs) == [("adapter", "adapter"), ("layer_04", "layer_04")]
+
+
 def test_solved_and_trained_probes_are_not_compared(write, report):
     first = write("first", QUALITY)
     second = write("second", QUALITY, solved=True)

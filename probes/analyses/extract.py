@@ -72,11 +72,10 @@ def print_mask(options: MaskOptions) -> None:
         forward = f"as `probes` runs it; its own mask is {mllm.own_image_attention}"
     print(f"{mllm.model.config.model_type}, {mllm.image_attention} image attention, {forward}")
     print(measured)
-    wrong = measured.disagreements()
-    if wrong:
-        wrong = [
-            f"{options.mllm} does not attend as {mllm.image_attention} says: {'; '.join(wrong)}"
-        ]
+    wrong = []
+    if disagreements := measured.disagreements():
+        said = f"{options.mllm} does not attend as {mllm.image_attention} says"
+        wrong.append(f"{said}: {'; '.join(disagreements)}")
     if mllm.image_attention == mllm.own_image_attention:
         for run in RUNS[1:]:
             differences = measured.differences(mllm.measured_mask(run))

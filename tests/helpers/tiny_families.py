@@ -358,6 +358,24 @@ def _pixtral(
     )
 
 
+def _internvl(kind: str, text: dict) -> Stock:
+    vision = {
+        "model_type": f"{kind}_vision",
+        **VISION,
+        "image_size": [24, 24],
+        "patch_size": [4, 4],
+    }
+    return Stock(
+        _config(kind, vision, text, image_seq_length=9),
+        PROJECTOR,
+        64,
+        (3, 3),
+        placeholder="<IMG_CONTEXT>",
+        prefix=["<s>", "hello", "<img>"],
+        before_question=("</img>",),
+    )
+
+
 def _idefics(kind: str) -> Stock:
     vision = {
         "model_type": f"{kind}_vision",
@@ -526,44 +544,8 @@ STOCK = {
         before_question=("<end_of_image>",),
         **DEEPSEEK,
     ),
-    "internvl": Stock(
-        _config(
-            "internvl",
-            {
-                "model_type": "internvl_vision",
-                **VISION,
-                "image_size": [24, 24],
-                "patch_size": [4, 4],
-            },
-            _llm("qwen2"),
-            image_seq_length=9,
-        ),
-        PROJECTOR,
-        64,
-        (3, 3),
-        placeholder="<IMG_CONTEXT>",
-        prefix=["<s>", "hello", "<img>"],
-        before_question=("</img>",),
-    ),
-    "qianfan_ocr": Stock(
-        _config(
-            "qianfan_ocr",
-            {
-                "model_type": "qianfan_ocr_vision",
-                **VISION,
-                "image_size": [24, 24],
-                "patch_size": [4, 4],
-            },
-            _llm("qwen3"),
-            image_seq_length=9,
-        ),
-        PROJECTOR,
-        64,
-        (3, 3),
-        placeholder="<IMG_CONTEXT>",
-        prefix=["<s>", "hello", "<img>"],
-        before_question=("</img>",),
-    ),
+    "internvl": _internvl("internvl", _llm("qwen2")),
+    "qianfan_ocr": _internvl("qianfan_ocr", _llm("qwen3")),
     "lfm2_vl": Stock(
         _config(
             "lfm2_vl",

@@ -1,12 +1,23 @@
-"""Runs of other tasks than segmentation that tests share."""
+"""Runs of other tasks than segmentation, and small squares of families, that tests share."""
 
 from pathlib import Path
 
 import pytest
 import task_runs as helper
+import tiny_families
 
 from probes import FinishedRun
 from probes.cli import main
+from probes.models.families import dynamic_resolution, gemma
+
+
+@pytest.fixture(scope="module")
+def small_squares():
+    """Families that take images of any size are given fewer tokens, for time; modules ask for it by `usefixtures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, patch_size, square_side
+from .base import Family, patch_size, split_patches, square_side
 
 TOKENS_PER_SIDE = 24
 
@@ -20,7 +20,7 @@ def _grid_thw(model: PreTrainedModel, images: int) -> Tensor:
     return torch.tensor([[1, patches, patches]], device=model.device).expand(images, -1)
 
 
-def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels x frames x p x p], grouped by token, with the image as all frames of a patch.
 
     Source: Qwen2-VL's image processor.
@@ -36,23 +36,17 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     return {
         "pixel_values": frames.reshape(-1, channels * vision.temporal_patch_size * patch * patch),
         "image_grid_thw": _grid_thw(model, images),
-        "mm_token_type_ids": is_image.int(),
     }
 
 
-def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    """Return patches without the types of tokens, where position ids only count these."""
-    inputs = _patches(model, pixels, is_image)
-    del inputs["mm_token_type_ids"]
-    return inputs
+def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Return the same with the types of tokens, from which positions are computed."""
+    return _untyped_patches(model, pixels, is_image) | {"mm_token_type_ids": is_image.int()}
 
 
 def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
-    patch = patch_size(model.config)
-    # B, C, h, p, w, p
-    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
-    patches = split.permute(0, 2, 4, 1, 3, 5)  # B, h, w, C, p, p
+    patches = split_patches(pixels, patch_size(model.config))
     rows, columns = patches.shape[1:3]
     grid = torch.tensor([[1, rows, columns]], device=model.device)
     return {

@@ -18,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
-from .base import find_model_class, module_at, square_side
+from .base import find_model_class, module_at, split_patches, square_side
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -54,18 +54,15 @@ def interpolating_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
 def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     """Return the inputs of SigLIP 2: the pixels of each patch f[B, T, p * p * 3], none of which is padding."""
     patch = square_side(config.patch_size)
-    images, channels, height, width = pixels.shape
-    rows = height // patch
-    columns = width // patch
+    rows, columns = (side // patch for side in pixels.shape[-2:])
     pixels = pixels[:, :, : rows * patch, : columns * patch]
-    patches = pixels.reshape(images, channels, rows, patch, columns, patch)
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    patches = split_patches(pixels, patch).movedim(3, -1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(
             patches.shape[:2], dtype=torch.long, device=pixels.device
         ),
-        "spatial_shapes": torch.tensor([[rows, columns]] * images, device=pixels.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels), device=pixels.device),
     }
 
 

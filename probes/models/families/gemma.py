@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import Family, image_size, patch_size
+from .base import Family, image_size, patch_size, split_patches
 
 # Gemma 4 accepts images of any shape, by default with at most 280 tokens; the largest square has 16 x 16.
 GEMMA4_TOKENS_PER_SIDE = 16
@@ -53,9 +53,7 @@ def _merged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
 
 def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
-    # B, h, w, p, p, C
-    split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
-    split = split.permute(0, 2, 4, 3, 5, 1)
+    split = split_patches(pixels, patch).movedim(3, -1)  # B, h, w, p, p, C
     rows, columns = split.shape[1:3]
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return {

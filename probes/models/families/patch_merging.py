@@ -54,21 +54,19 @@ def _idefics(model_class: str) -> Family:
     )
 
 
+def _internvl(model_class: str) -> Family:
+    return _merging(
+        model_class,
+        lambda config: 1 / config.downsample_ratio,
+        placeholder="<IMG_CONTEXT>",
+        image_start_text="<img>",
+        image_end_text="</img>",
+    )
+
+
 MERGED = {
-    "internvl": _merging(
-        "InternVLForConditionalGeneration",
-        lambda config: 1 / config.downsample_ratio,
-        placeholder="<IMG_CONTEXT>",
-        image_start_text="<img>",
-        image_end_text="</img>",
-    ),
-    "qianfan_ocr": _merging(
-        "QianfanOCRForConditionalGeneration",
-        lambda config: 1 / config.downsample_ratio,
-        placeholder="<IMG_CONTEXT>",
-        image_start_text="<img>",
-        image_end_text="</img>",
-    ),
+    "internvl": _internvl("InternVLForConditionalGeneration"),
+    "qianfan_ocr": _internvl("QianfanOCRForConditionalGeneration"),
     # Most layers are convolutions: only the model's own, causal attention is possible.
     "lfm2_vl": _merging(
         "Lfm2VlForConditionalGeneration",

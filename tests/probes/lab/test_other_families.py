@@ -16,17 +16,11 @@ from probes.analyses.routes.questions import read_questions
 from probes.cli import main
 from probes.lab.requests import AnswerAttention, Block, PhotoQuestion
 from probes.lab.session import MAX_ANSWER_TOKENS
-from probes.models.families import dynamic_resolution
+
+pytestmark = pytest.mark.usefixtures("small_squares")
 
 CLASSES = tiny_models.CLASSES
 QUESTION = "name the wall"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
 
 
 @pytest.fixture(scope="module", params=["gemma3", "internvl", "qwen2_vl", "smolvlm"])

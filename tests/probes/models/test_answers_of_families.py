@@ -15,9 +15,9 @@ from tolerances import rounding
 
 import probes
 from probes import Knockout
-from probes.models.families import FAMILIES, dynamic_resolution, gemma
+from probes.models.families import FAMILIES
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 ALL = sorted(STOCK)
 MASKABLE = [name for name in ALL if STOCK[name].masks]
@@ -26,15 +26,6 @@ HELLO = WORDS["hello"]
 QUESTIONS = {"hello": [HELLO], "hellohellohello": [HELLO] * 3}
 ANSWERS = ["hello", "hellohello"]
 DEPTH = 3 + 3 + 1  # encoder and adapter, layers, word head
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    """Families that take images of any size are given fewer tokens here, for time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from tolerances import rounding
 import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
-from probes.models.families import dynamic_resolution
+
+pytestmark = pytest.mark.usefixtures("small_squares")
 
 # the vision tower of each family, its tokens before the patches, and the patches per side of an image token
 TOWERS = {
@@ -72,13 +73,6 @@ def photos(name: str, count: int = 2) -> list[Image.Image]:
     side = STOCK[name].image_px
     noise = np.random.default_rng(0).integers(0, 255, (count, side, side, 3), np.uint8)
     return [Image.fromarray(image) for image in noise]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
 
 
 @pytest.fixture(scope="module")

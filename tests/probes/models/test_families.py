@@ -32,28 +32,17 @@ from probes.models.families import (
     LLAVA,
     MERGED,
     UNSUPPORTED,
-    dynamic_resolution,
     family_of,
-    gemma,
 )
 from probes.models.families.encoders import ENCODERS
 from probes.models.matched_updates import layer_updates
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 ALL = sorted(STOCK)
 MASKABLE = [name for name in ALL if STOCK[name].masks]
 LAYERS = ["layer_01", "layer_02", "layer_03"]
 SUFFIX = [3, 4, 3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    """Families that take images of any size are given fewer tokens here, for time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,9 @@ import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from probes import Knockout
-from probes.models.families import dynamic_resolution, gemma
 from probes.models.families.layer_parts import part_module
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 LAYERS = (1, 2, 3)
 # where attention has been added, and the MLP not yet; other families: "post_attention_layernorm"
@@ -61,14 +60,6 @@ LLMS = {
     "granite": {"residual_multiplier": 0.25},
     "gemma2": {},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
 
 
 @pytest.fixture(scope="module")

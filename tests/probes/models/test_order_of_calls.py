@@ -19,18 +19,9 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.models.attention_masks import supports_masks
-from probes.models.families import dynamic_resolution, gemma
 from probes.models.random_init import random_layers
 
-pytestmark = pytest.mark.numerics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
-        yield
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 
 
 def photos(side: int) -> list[Image.Image]:

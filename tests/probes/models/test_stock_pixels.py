@@ -15,9 +15,11 @@ from tiny_families import HIGH_MEAN, HIGH_STD, MEAN, SIDE, STD
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.models.families import FAMILIES, dynamic_resolution, gemma
+from probes.models.families import FAMILIES, dynamic_resolution
 from probes.models.prompt_and_pixels import read_image_processors
 from probes.ops.geometry import ResizeRule
+
+pytestmark = pytest.mark.usefixtures("small_squares")
 
 SQUARE = (90, 90)
 SIZES = (SQUARE, (120, 90), (61, 97))  # width, height
@@ -183,15 +185,6 @@ CASES = [
     for name in FAMILIES
     for number, stock in enumerate(processors_of(name))
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_squares():
-    """Families that take images of any size are given fewer tokens here, for time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", SIDE)
-        yield
 
 
 @pytest.fixture(scope="module")

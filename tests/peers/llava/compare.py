@@ -1,0 +1,87 @@
+"""Differences between two recorded trainings."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class Training:
+    """A recorded training, read back.
+
+    Args:
+        record: Losses of micro-batches, steps, parameter groups and facts.
+        batches: Tensors that the model was fed, by `MICRO_BATCH/NAME`.
+        weights: Parameters after the last step, by our names.
+    """
+
+    record: dict
+    batches: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Training":
+        """Read a folder that :class:`record.Recorder` wrote."""
+        return cls(
+            json.loads((folder / "record.json").read_text()),
+            dict(np.load(folder / "batches.npz")),
+            dict(np.load(folder / "weights.npz")),
+        )
+
+    def losses(self) -> np.ndarray:
+        """Return the loss of each step, the mean of its micro-batches."""
+        steps = len(self.record["steps"])
+        return np.array(self.record["losses"]).reshape(steps, -1).mean(1)
+
+    def steps(self, key: str) -> np.ndarray:
+        """Return a number of each step: "grad_norm", or a part's learning rate."""
+        steps = self.record["steps"]
+        return np.array([step[key] if key in step else step["lr"][key] for step in steps])
+
+
+def different_batches(a: Training, b: Training) -> dict[str, int]:
+    """Return the number of micro-batches in which a tensor differs; of pixels, by more than rounding."""
+    keys = sorted({name.partition("/")[2] for name in a.batches})
+    counts = dict.fromkeys(keys, 0)
+    if a.batches.keys() != b.batches.keys():
+        raise SystemExit(f"{len(a.batches)} and {len(b.batches)} tensors were recorded")
+    for name, tensor in a.batches.items():
+        other = b.batches[name]
+        key = name.partition("/")[2]
+        tolerance = 1e-5 if key == "pixels" else 0  # a step of a pixel's 256 values is 0.0145
+        same = tensor.shape == other.shape and np.allclose(tensor, other, rtol=0, atol=tolerance)
+        counts[key] += not same
+    return counts
+
+
+def largest_update(a: Training, b: Training, before: Training | dict) -> dict[str, float]:
+    """Return the largest difference of final weights over the largest update, by part."""
+    parts = {}
+    for name in a.record["trainable"]:
+        part = "adapter" if "projector" in name else "llm"
+        update = np.abs(a.weights[name] - before[name]).max()
+        difference = np.abs(a.weights[name] - b.weights[name]).max()
+        old = parts.get(part, (0.0, 0.0))
+        parts[part] = (max(old[0], difference), max(old[1], update))
+    return {part: difference / update for part, (difference, update) in parts.items()}
+
+
+def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
+    """Return the differences of b from a."""
+    losses = np.abs(a.losses() - b.losses())
+    norms = np.abs(b.steps("grad_norm") / a.steps("grad_norm") - 1)
+    rates = [np.abs(a.steps(part) - b.steps(part)).max() for part in a.record["steps"][0]["lr"]]
+    frozen = a.weights.keys() - set(a.record["trainable"])
+    return {
+        "steps": len(losses),
+        "different_batches": different_batches(a, b),
+        "loss": float(losses.max()),
+        "last_loss": float(losses[-1]),
+        "grad_norm": float(norms.max()),
+        "lr": float(max(rates)),
+        "weights": largest_update(a, b, before),
+        "frozen_changed": sum(not np.array_equal(b.weights[n], before[n]) for n in frozen),
+        "same_trainable": a.record["trainable"] == b.record["trainable"],
+    }

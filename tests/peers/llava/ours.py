@@ -1,0 +1,103 @@
+"""Run `llava-bidir fit` on the batches of a recorded training of LLaVA, and record it in the same way.
+
+    .venv/bin/python tests/peers/llava/ours.py OUT THEIRS [--own-order] [fit's own flags]
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from lightning import Callback
+from record import FloatIsDouble, Recorder
+
+from llava_bidir import cli
+from llava_bidir.training import cli as training_cli
+
+IMAGE = -200  # LLaVA's id
+
+
+class Watch(Callback):
+    """Train the given batches and keep what passes."""
+
+    def __init__(self, recorder: Recorder, order: list[int] | None):
+        self.recorder = recorder
+        self.order = order
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        """Replace the order of the sampler."""
+        sampler = trainer.datamodule.sampler
+        if self.order is not None:
+            batches = np.array(self.order).reshape(-1, sampler.global_batch_size)
+            sampler.draw = lambda *_: batches
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        """Keep the parameter groups."""
+        names = {id(p): name for name, p in pl_module.model.named_parameters()}
+        self.recorder.add_groups(trainer.optimizers[0], names)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Keep the batch with LLaVA's id for image tokens, and black pixels for text."""
+        ids = batch["input_ids"]
+        is_image = ids == pl_module.model.config.image_token_id
+        has_image = is_image.any(1)
+        size = pl_module.black_image().numel()
+        pixels = torch.zeros(len(ids), size, dtype=torch.float64)
+        if has_image.any():
+            pixels[has_image] = batch["pixel_values"].double().flatten(1)
+        attended = batch["attention_mask"].bool()
+        self.recorder.add_batch(
+            input_ids=ids.masked_fill(is_image, IMAGE).masked_fill(~attended, 0),
+            labels=batch["labels"],
+            attention_mask=attended,
+            pixels=pixels,
+        )
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        """Keep the loss, which Lightning has divided."""
+        self.recorder.add_loss(loss * trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        """Keep the step."""
+        self.recorder.add_step(optimizer)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Write all of it."""
+        model = pl_module.model
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.recorder.write(
+            dict(model.named_parameters()),
+            transformers=transformers.__version__,
+            trainable=sorted(trainable),
+        )
+
+
+def main(out: Path, theirs: Path, flags: list[str]) -> None:
+    """Train and write the record into `out`."""
+    order = json.loads((theirs / "record.json").read_text())["order"]
+    if "--own-order" in flags:
+        flags.remove("--own-order")
+        order = None
+    is_double = "64-true" in flags
+
+    class WatchedCLI(training_cli.TrainingCLI):
+        """The program's own, with one more callback."""
+
+        def instantiate_trainer(self, **kwargs):
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(Watch(Recorder(out), order))
+            return trainer
+
+        def fit(self, *args, **kwargs):
+            with FloatIsDouble() if is_double else nullcontext():
+                super().fit(*args, **kwargs)
+
+    training_cli.TrainingCLI = WatchedCLI
+    sys.exit(cli.main(["fit", "--out", str(out / "run"), "--overwrite", "true", *flags]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -85,3 +85,15 @@ def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
         "frozen_changed": sum(not np.array_equal(b.weights[n], before[n]) for n in frozen),
         "same_trainable": a.record["trainable"] == b.record["trainable"],
     }
+
+
+def initial_weights(adapter: Path) -> dict[str, np.ndarray]:
+    """Return the weights that both programs start from, by our names.
+
+    Args:
+        adapter: Folder with an exported model that holds encoder, adapter and LLM.
+    """
+    from llava_bidir import LlavaBidirForConditionalGeneration
+
+    model = LlavaBidirForConditionalGeneration.from_pretrained(adapter / "hf")
+    return {name: p.detach().double().numpy() for name, p in model.named_parameters()}

@@ -125,6 +125,8 @@ class RecordedTrainer(program.LLaVATrainer):
         if PRECISION == "float64":
             torch.set_default_dtype(torch.float64)
             with FloatIsDouble():
+                for layer in self.model.get_model().layers:
+                    layer.self_attn._init_rope()  # was rounded to float32
                 result = super().train(*args, **kwargs)
         else:
             result = super().train(*args, **kwargs)

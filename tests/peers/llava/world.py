@@ -86,8 +86,6 @@ class Writer:
         """Return a record of stage 2 of the kind that its index selects."""
         if index >= RECORDS - TEXT_ONLY:
             turns = [self.prose(5 + i % 9) for i in range(2 * self.random.randint(1, 4))]
-            if index % 11 == 0:
-                turns.append(self.prose(9))  # a question without an answer
             if index % 13 == 0:
                 turns[1] = " ".join(self.prose(150) for _ in range(2))
             return self.record(index, turns)
@@ -122,6 +120,20 @@ class Writer:
         conversations = [{"from": roles[i % 2], "value": text} for i, text in enumerate(turns)]
         record = {"id": str(index), "conversations": conversations}
         return record if image is None else record | {"image": image}
+
+
+def break_every_40th(dialogues: list[dict]) -> list[dict]:
+    """Return the dialogues with 40 of them as LLaVA's count of tokens loses them ("tokenization mismatch")."""
+    broken = json.loads(json.dumps(dialogues))
+    for i, record in enumerate(broken[::40]):
+        turns = record["conversations"]
+        if i % 3 == 0:
+            turns.append({"from": "human", "value": "And why?"})  # which nobody answers
+        elif i % 3 == 1:
+            turns[-1]["value"] = ""
+        else:
+            turns[-2]["value"] += " ASSISTANT: is a word."
+    return broken
 
 
 def write_encoder(folder: Path) -> None:
@@ -218,6 +230,7 @@ def write_world(folder: Path) -> None:
     dialogues = [writer.dialogue(i) for i in range(RECORDS)]
     (folder / "stage1.json").write_text(json.dumps(captions))
     (folder / "stage2.json").write_text(json.dumps(dialogues))
+    (folder / "stage2_broken.json").write_text(json.dumps(break_every_40th(dialogues)))
     write_encoder(folder / "encoder")
     for name, rows in (("vicuna", VOCABULARY + SPARE_ROWS), ("vicuna_full", VOCABULARY)):
         write_tokenizer(folder / name, VOCABULARY, VOCABULARY)

@@ -56,34 +56,56 @@ def different_batches(a: Training, b: Training) -> dict[str, int]:
     return counts
 
 
-def largest_update(a: Training, b: Training, before: Training | dict) -> dict[str, float]:
-    """Return the largest difference of final weights over the largest update, by part."""
-    parts = {}
+LAST = 10  # steps over which the loss at the end is averaged
+
+
+def weight_differences(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the largest difference of the trained weights to the largest update, by part."""
+    largest: dict[str, list[float]] = {}
     for name in a.record["trainable"]:
         part = "adapter" if "projector" in name else "llm"
-        update = np.abs(a.weights[name] - before[name]).max()
-        difference = np.abs(a.weights[name] - b.weights[name]).max()
-        old = parts.get(part, (0.0, 0.0))
-        parts[part] = (max(old[0], difference), max(old[1], update))
-    return {part: difference / update for part, (difference, update) in parts.items()}
+        difference, update = largest.setdefault(part, [0.0, 0.0])
+        theirs = a.weights[name]
+        rows = slice(len(theirs))  # ours may have more rows in its vocabulary
+        largest[part] = [
+            max(difference, np.abs(theirs - b.weights[name][rows]).max()),
+            max(update, np.abs(theirs - before[name][rows]).max()),
+        ]
+    return {part: float(difference / update) for part, (difference, update) in largest.items()}
 
 
 def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
-    """Return the differences of b from a."""
-    losses = np.abs(a.losses() - b.losses())
+    """Return the differences of b from a.
+
+    Args:
+        a, b: Trainings of the same records.
+        before: The weights that both start from, by our names.
+    """
+    losses = b.losses() - a.losses()
     norms = np.abs(b.steps("grad_norm") / a.steps("grad_norm") - 1)
     rates = [np.abs(a.steps(part) - b.steps(part)).max() for part in a.record["steps"][0]["lr"]]
     frozen = a.weights.keys() - set(a.record["trainable"])
+    moved = [x != y for x, y in zip(a.record["order"], b.record["order"], strict=True)]
     return {
         "steps": len(losses),
+        "samples_in_another_place": sum(moved),
         "different_batches": different_batches(a, b),
-        "loss": float(losses.max()),
-        "last_loss": float(losses[-1]),
+        "loss": float(np.abs(losses).max()),
+        "loss_of_the_last": float(losses[-LAST:].mean()),
         "grad_norm": float(norms.max()),
         "lr": float(max(rates)),
-        "weights": largest_update(a, b, before),
-        "frozen_changed": sum(not np.array_equal(b.weights[n], before[n]) for n in frozen),
-        "same_trainable": a.record["trainable"] == b.record["trainable"],
+        "weights": weight_differences(a, b, before),
+        "frozen_weights_changed": sum(not np.array_equal(b.weights[n], before[n]) for n in frozen),
+        "groups_differ": hyperparameters(a) != hyperparameters(b),
+    }
+
+
+def hyperparameters(training: Training) -> dict[str, tuple]:
+    """Return what AdamW does with each trained parameter."""
+    return {
+        name: (group["weight_decay"], group["eps"], *group["betas"])
+        for group in training.record["groups"]
+        for name in group["parameters"]
     }
 
 

@@ -1,6 +1,8 @@
 """Run `llava-bidir fit` on the batches of a recorded training of LLaVA, and record it in the same way.
 
     .venv/bin/python tests/peers/llava/ours.py OUT THEIRS [--own-order] [fit's own flags]
+
+With `--own-order`, its own sampler draws the batches, from the random numbers that LLaVA's had.
 """
 
 import json
@@ -23,16 +25,26 @@ IMAGE = -200  # LLaVA's id
 class Watch(Callback):
     """Train the given batches and keep what passes."""
 
-    def __init__(self, recorder: Recorder, order: list[int] | None):
+    def __init__(self, recorder: Recorder, theirs: dict, own_order: bool):
         self.recorder = recorder
-        self.order = order
+        self.theirs = theirs
+        self.own_order = own_order
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        """Replace the order of the sampler."""
+        """Replace the order of the sampler, or its random numbers."""
         sampler = trainer.datamodule.sampler
-        if self.order is not None:
-            batches = np.array(self.order).reshape(-1, sampler.global_batch_size)
-            sampler.draw = lambda *_: batches
+        draw = sampler.draw
+
+        def drawn(lengths, batch_size, micro_batch_size, generator):
+            if self.own_order:
+                generator.set_state(torch.tensor(self.theirs["generator_state"], dtype=torch.uint8))
+                batches = draw(lengths, batch_size, micro_batch_size, generator)
+            else:
+                batches = np.array(self.theirs["order"]).reshape(-1, batch_size)
+            self.drawn = batches.ravel().tolist()
+            return batches
+
+        sampler.draw = drawn
 
     def on_train_start(self, trainer, pl_module) -> None:
         """Keep the parameter groups."""
@@ -71,16 +83,16 @@ class Watch(Callback):
         self.recorder.write(
             dict(model.named_parameters()),
             transformers=transformers.__version__,
+            order=self.drawn,
             trainable=sorted(trainable),
         )
 
 
 def main(out: Path, theirs: Path, flags: list[str]) -> None:
     """Train and write the record into `out`."""
-    order = json.loads((theirs / "record.json").read_text())["order"]
-    if "--own-order" in flags:
-        flags.remove("--own-order")
-        order = None
+    record = json.loads((theirs / "record.json").read_text())
+    own_order = "--own-order" in flags
+    flags = [flag for flag in flags if flag != "--own-order"]
     is_double = "64-true" in flags
 
     class WatchedCLI(training_cli.TrainingCLI):
@@ -88,7 +100,7 @@ def main(out: Path, theirs: Path, flags: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs):
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(Watch(Recorder(out), order))
+            trainer.callbacks.append(Watch(Recorder(out), record, own_order))
             return trainer
 
         def fit(self, *args, **kwargs):

@@ -96,7 +96,7 @@ class Writer:
             ("What is in the picture?", f"A {disc} disc on a {ground} ground."),
             ("Is the disc red?", "yes" if disc == "red" else "no"),
             (self.prose(8), self.prose(10)),
-            ("Wie heißt „猫\"?", "naïve — 猫 😀"),
+            ('Wie heißt „猫"?', "naïve — 猫 😀"),
         ]
         asked = self.random.sample(facts, self.random.randint(1, 5))
         turns = [text for pair in asked for text in pair]

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/peers/llava").resolve()
 WORLD = RUNS / "world"
 ADAPTER = WORLD / "adapter"
-THEIR_PYTHON = os.environ.get("LLAVA_PYTHON", ".venv-llava/bin/python")
+THEIR_PYTHON = ".venv-llava/bin/python"
 
 
 def call(

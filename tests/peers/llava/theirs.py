@@ -114,7 +114,8 @@ class RecordedTrainer(program.LLaVATrainer):
         tokens = self.model.get_vision_tower().num_patches
         mask = self.fed["attention_mask"]
         expanded = torch.zeros(mask.shape, dtype=torch.long)
-        for row, ids, kept in zip(expanded, inputs["input_ids"], inputs["attention_mask"]):
+        rows = zip(expanded, inputs["input_ids"], inputs["attention_mask"], strict=True)
+        for row, ids, kept in rows:
             ids = ids[kept]
             repeats = torch.where(ids == IMAGE, tokens, 1)
             ids = ids.repeat_interleave(repeats)[: mask.shape[1]]

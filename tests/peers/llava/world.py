@@ -10,8 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 from llama_tokenizers import write_tokenizer
@@ -160,7 +165,7 @@ def write_encoder(folder: Path) -> None:
     weights = {f"vision_model.{name}": tensor for name, tensor in tower.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     size = {"height": SIDE_PX, "width": SIDE_PX}
-    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=size).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE_PX}, crop_size=size).save_pretrained(folder)
 
 
 def write_llm(folder: Path, records: list[dict], rows: int) -> None:

@@ -86,7 +86,7 @@ class Case:
         ]
         if result["frozen_weights_changed"] or result["groups_differ"]:
             found.append("frozen weights or settings of AdamW differ")
-        weights = max(result["weights"].values())
+        weights = max(result["weights"].values(), default=0.0)
         for key, value, most in (
             ("loss", result["loss"], self.loss),
             ("weights", weights, self.weights),

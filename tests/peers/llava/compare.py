@@ -45,10 +45,8 @@ def different_batches(a: Training, b: Training) -> dict[str, int]:
     """Return the number of micro-batches in which a tensor differs; of pixels, by more than rounding."""
     keys = sorted({name.partition("/")[2] for name in a.batches})
     counts = dict.fromkeys(keys, 0)
-    if a.batches.keys() != b.batches.keys():
-        raise SystemExit(f"{len(a.batches)} and {len(b.batches)} tensors were recorded")
-    for name, tensor in a.batches.items():
-        other = b.batches[name]
+    for name, other in b.batches.items():
+        tensor = a.batches[name]
         key = name.partition("/")[2]
         tolerance = 1e-5 if key == "pixels" else 0  # a step of a pixel's 256 values is 0.0145
         same = tensor.shape == other.shape and np.allclose(tensor, other, rtol=0, atol=tolerance)
@@ -75,26 +73,30 @@ def weight_differences(a: Training, b: Training, before: dict[str, np.ndarray]) 
 
 
 def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
-    """Return the differences of b from a.
+    """Return the differences of b from a, over the steps of b.
 
     Args:
-        a, b: Trainings of the same records.
+        a, b: Trainings of the same records; b may have stopped early, and then its weights are not compared.
         before: The weights that both start from, by our names.
     """
-    losses = b.losses() - a.losses()
-    norms = np.abs(b.steps("grad_norm") / a.steps("grad_norm") - 1)
-    rates = [np.abs(a.steps(part) - b.steps(part)).max() for part in a.record["steps"][0]["lr"]]
+    steps = len(b.record["steps"])
+    complete = steps == len(a.record["steps"])
+    losses = b.losses() - a.losses()[:steps]
+    norms = np.abs(b.steps("grad_norm") / a.steps("grad_norm")[:steps] - 1)
+    rates = [
+        np.abs(a.steps(part)[:steps] - b.steps(part)).max() for part in a.record["steps"][0]["lr"]
+    ]
     frozen = a.weights.keys() - set(a.record["trainable"])
     moved = [x != y for x, y in zip(a.record["order"], b.record["order"], strict=True)]
     return {
-        "steps": len(losses),
+        "steps": steps,
         "samples_in_another_place": sum(moved),
         "different_batches": different_batches(a, b),
         "loss": float(np.abs(losses).max()),
         "loss_of_the_last": float(losses[-LAST:].mean()),
         "grad_norm": float(norms.max()),
         "lr": float(max(rates)),
-        "weights": weight_differences(a, b, before),
+        "weights": weight_differences(a, b, before) if complete else {},
         "frozen_weights_changed": sum(not np.array_equal(b.weights[n], before[n]) for n in frozen),
         "groups_differ": hyperparameters(a) != hyperparameters(b),
     }

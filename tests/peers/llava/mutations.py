@@ -1,8 +1,13 @@
-"""Bugs that a re-implementation of LLaVA could have, each put into a copy of the package and compared."""
+"""Bugs that a re-implementation of LLaVA could have, each put into a copy of the package and compared.
+
+Each copy trains the first steps only, of the schedule of all.
+"""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ MUTATIONS = [
         "mean over the tokens of the step",
         "stage 2, float64",
         "training/module.py",
-        'loss_average == "llava" else',
-        'loss_average == "tokens" else',
+        'Literal["llava", "tokens"] = "llava"',
+        'Literal["llava", "tokens"] = "tokens"',
     ),
     Mutation(
         "weight decay of biases and norms",

@@ -1,10 +1,12 @@
 """Run `llava-bidir fit` on the batches of a recorded training of LLaVA, and record it in the same way.
 
-    .venv/bin/python tests/peers/llava/ours.py OUT THEIRS [--own-order] [fit's own flags]
+    .venv/bin/python tests/peers/llava/ours.py OUT THEIRS [--own-order] [--stop-after STEPS] [fit's flags]
 
-With `--own-order`, its own sampler draws the batches, from the random numbers that LLaVA's had.
+With `--own-order`, its own sampler draws the batches, from the random numbers that LLaVA's had. `--stop-after` leaves
+the schedule as it is.
 """
 
+import argparse
 import json
 import sys
 from contextlib import nullcontext
@@ -25,10 +27,11 @@ IMAGE = -200  # LLaVA's id
 class Watch(Callback):
     """Train the given batches and keep what passes."""
 
-    def __init__(self, recorder: Recorder, theirs: dict, own_order: bool):
+    def __init__(self, recorder: Recorder, theirs: dict, arguments: argparse.Namespace):
         self.recorder = recorder
         self.theirs = theirs
-        self.own_order = own_order
+        self.own_order = arguments.own_order
+        self.last_step = arguments.stop_after
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Replace the order of the sampler, or its random numbers."""
@@ -76,6 +79,10 @@ class Watch(Callback):
         """Keep the step."""
         self.recorder.add_step(optimizer)
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Stop early if asked."""
+        trainer.should_stop = trainer.global_step == self.last_step
+
     def on_train_end(self, trainer, pl_module) -> None:
         """Write all of it."""
         model = pl_module.model
@@ -88,11 +95,16 @@ class Watch(Callback):
         )
 
 
-def main(out: Path, theirs: Path, flags: list[str]) -> None:
-    """Train and write the record into `out`."""
-    record = json.loads((theirs / "record.json").read_text())
-    own_order = "--own-order" in flags
-    flags = [flag for flag in flags if flag != "--own-order"]
+def main(argv: list[str]) -> None:
+    """Train and write the record."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("theirs", type=Path)
+    parser.add_argument("--own-order", action="store_true")
+    parser.add_argument("--stop-after", type=int)
+    arguments, flags = parser.parse_known_args(argv)
+    out = arguments.out
+    record = json.loads((arguments.theirs / "record.json").read_text())
     is_double = "64-true" in flags
 
     class WatchedCLI(training_cli.TrainingCLI):
@@ -100,7 +112,7 @@ def main(out: Path, theirs: Path, flags: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs):
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(Watch(Recorder(out), record, own_order))
+            trainer.callbacks.append(Watch(Recorder(out), record, arguments))
             return trainer
 
         def fit(self, *args, **kwargs):
@@ -112,4 +124,4 @@ def main(out: Path, theirs: Path, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1:])

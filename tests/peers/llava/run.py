@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cases import BY_NAME, CASES, Case
 from compare import Training, compare, initial_weights
-from mutations import MUTATIONS, Mutation
+from mutations import MUTATIONS, STEPS, Mutation
 from report import write_report
 
 HERE = Path(__file__).parent
@@ -76,7 +76,12 @@ def train_theirs(case: Case) -> Path:
     return out
 
 
-def train_ours(case: Case, out: Path, packages: Path) -> Path:
+def train_ours(
+    case: Case,
+    out: Path,
+    packages: Path,
+    *more: str,
+) -> Path:
     """Return the folder of our training of a case."""
     if not (out / "weights.npz").exists():
         call(
@@ -85,6 +90,7 @@ def train_ours(case: Case, out: Path, packages: Path) -> Path:
             out,
             train_theirs(case),
             *case.our_flags(WORLD, ADAPTER),
+            *more,
             log=out.with_suffix(".log"),
             packages=packages,
         )
@@ -104,7 +110,8 @@ def compare_mutation(mutation: Mutation, before: dict) -> dict:
     folder = RUNS / "mutations" / mutation.name.replace(" ", "_")
     if not (folder / "llava_bidir").exists():
         mutation.copy(folder)
-    ours = Training.read(train_ours(case, folder / "ours", folder))
+    more = ("--stop-after", str(STEPS))
+    ours = Training.read(train_ours(case, folder / "ours", folder, *more))
     return compare(Training.read(train_theirs(case)), ours, before)
 
 

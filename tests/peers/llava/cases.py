@@ -54,7 +54,7 @@ class Case:
         theirs, ours: More flags.
         llm, records: Folder and file in the world, by default the stage's.
         own_order: Whether ours draws its own order, from the same random numbers.
-        theirs_of: Name of a case with the same training of LLaVA.
+        theirs_of, ours_of: Name of a case with the training of LLaVA, or of ours, that this one compares.
         why: Row of the table of deviations that makes them differ.
     """
 
@@ -70,6 +70,7 @@ class Case:
     records: str | None = None
     own_order: bool = False
     theirs_of: str | None = None
+    ours_of: str | None = None
     why: str = ""
 
     @property
@@ -86,14 +87,14 @@ class Case:
         ]
         if result["frozen_weights_changed"] or result["groups_differ"]:
             found.append("frozen weights or settings of AdamW differ")
-        weights = max(result["weights"].values(), default=0.0)
+        weights = max(result["weights"].values(), default=0.0)  # none if it stopped early
         for key, value, most in (
             ("loss", result["loss"], self.loss),
             ("weights", weights, self.weights),
             ("learning rate", result["lr"], 1e-12),
             ("gradient norm", result["grad_norm"], self.grad_norm),
         ):
-            if not value <= most:
+            if most is not None and not value <= most:
                 found.append(f"{key} differs by {value:.3g}, may by {most:.3g}")
         return found
 
@@ -143,6 +144,15 @@ class Case:
 
 EXACT = {"loss": 1e-9, "weights": 1e-9, "grad_norm": 1e-9}
 SINGLE = {"loss": 1e-5, "weights": 1e-4, "grad_norm": 1e-4}
+MIXED = {
+    stage: {
+        "loss": 1e-2,
+        "theirs_of": f"stage {stage}, float64",
+        "ours_of": f"stage {stage}, bf16",
+    }
+    for stage in STAGES
+}
+MASTER = "weights without ZeRO"
 DECAY = {
     "theirs": ("--weight_decay", "0.1", "--mm_projector_lr", "3e-4"),
     "ours": ("--model.weight_decay", "0.1", "--model.adapter_learning_rate", "3e-4"),
@@ -150,11 +160,13 @@ DECAY = {
 CASES = [
     Case("stage 1, float64", 1, "float64", **EXACT),
     Case("stage 1, float32", 1, "float32", **SINGLE),
-    Case("stage 1, bf16", 1, "bf16", why="weights without ZeRO"),
+    Case("stage 1, ours bf16-mixed, LLaVA float64", 1, "bf16", **MIXED[1]),
     Case("stage 2, float64", 2, "float64", **EXACT),
     Case("stage 2, float32", 2, "float32", **SINGLE),
-    Case("stage 2, bf16", 2, "bf16", why="weights without ZeRO"),
+    Case("stage 2, ours bf16-mixed, LLaVA float64", 2, "bf16", **MIXED[2]),
     Case("stage 2, weight decay, adapter's own rate", 2, "float64", **EXACT, **DECAY),
+    Case("stage 1, bf16", 1, "bf16", why=MASTER),
+    Case("stage 2, bf16", 2, "bf16", why=MASTER),
     Case(
         "own order",
         2,

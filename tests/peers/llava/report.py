@@ -12,7 +12,7 @@ from cases import CASES
 from compare import Training
 from mutations import MUTATIONS, STEPS
 
-COLOURS = {"float64": "#0072b2", "float32": "#d55e00", "bf16": "#009e73"}  # of Okabe and Ito
+PRECISIONS = ("float64", "float32", "bf16")
 CURVES = [case for case in CASES if case.name == f"stage {case.stage}, {case.precision}"]
 
 
@@ -70,6 +70,11 @@ def number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
+def limited(value: float, most: float | None) -> str:
+    """Return a difference with its limit, if it has one."""
+    return number(value) if most is None else f"{number(value)} (at most {most:.0e})"
+
+
 def table_of_cases(results: dict[str, dict]) -> list[str]:
     """Return the lines of the table of what has to agree."""
     lines = [
@@ -83,10 +88,10 @@ def table_of_cases(results: dict[str, dict]) -> list[str]:
                 case.name,
                 str(result["steps"]),
                 str(max(result["different_batches"].values())),
-                f"{number(result['loss'])} (at most {number(case.loss)})",
+                limited(result["loss"], case.loss),
                 number(result["grad_norm"]),
                 number(result["lr"]),
-                f"{number(max(result['weights'].values()))} (at most {number(case.weights)})",
+                limited(max(result["weights"].values()), case.weights),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -136,14 +141,13 @@ def table_of_mutations(results: dict[str, dict]) -> list[str]:
 
 def write_curves(file: Path, trainings: dict[str, tuple[Training, Training]]) -> None:
     """Write the loss of each step of both programs, one row per stage and step."""
-    precisions = list(COLOURS)
     header = ["stage", "step", "learning_rate"]
-    header += [f"{side}_{p}" for p in precisions for side in ("llava", "llava_bidir")]
+    header += [f"{side}_{p}" for p in PRECISIONS for side in ("llava", "llava_bidir")]
     with file.open("w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(header)
         for stage in (1, 2):
-            pairs = [trainings[f"stage {stage}, {p}"] for p in precisions]
+            pairs = [trainings[f"stage {stage}, {p}"] for p in PRECISIONS]
             rates = pairs[0][0].steps("adapter")
             losses = np.array([training.losses() for pair in pairs for training in pair])
             for step, (rate, row) in enumerate(zip(rates, losses.T, strict=True), 1):
@@ -154,20 +158,29 @@ def draw(file: Path, trainings: dict[str, tuple[Training, Training]]) -> None:
     """Draw the losses of each stage, and below them how far apart they are."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, sharey="row")
     for stage, (above, below) in zip((1, 2), axes.T, strict=True):
-        theirs, ours = trainings[f"stage {stage}, float32"]
-        steps = np.arange(1, len(theirs.losses()) + 1)
-        above.plot(steps, theirs.losses(), color="0.7", linewidth=3, label="LLaVA")
-        above.plot(steps, ours.losses(), color="black", linewidth=0.8, label="llava-bidir")
+        losses = {
+            precision: [training.losses() for training in trainings[f"stage {stage}, {precision}"]]
+            for precision in PRECISIONS
+        }
+        theirs, ours = losses["float64"]
+        steps = np.arange(1, len(theirs) + 1)
+        above.plot(steps, theirs, color="0.7", linewidth=3, label="LLaVA")
+        above.plot(steps, ours, color="black", linewidth=0.8, label="llava-bidir")
         above.set_title(f"Stage {stage}")
-        for precision, colour in COLOURS.items():
-            theirs, ours = trainings[f"stage {stage}, {precision}"]
-            difference = np.abs(theirs.losses() - ours.losses()).clip(1e-16)
-            below.semilogy(steps, difference, color=colour, linewidth=1, label=precision)
+        for label, colour, (first, second) in (
+            ("LLaVA's bf16 to its float64", "0.6", (theirs, losses["bf16"][0])),
+            ("ours bf16-mixed to LLaVA's float64", "#009e73", (theirs, losses["bf16"][1])),
+            ("float32", "#d55e00", losses["float32"]),
+            ("float64", "#0072b2", losses["float64"]),
+        ):
+            difference = np.abs(first - second).clip(1e-16)
+            below.semilogy(steps, difference, color=colour, linewidth=1, label=label)
         below.set_xlabel("Step")
     axes[0, 0].set_ylabel("Loss, nats")
     axes[1, 0].set_ylabel("Difference, nats")
     axes[0, 0].legend(frameon=False)
-    axes[1, 0].legend(frameon=False, ncols=3)
-    figure.tight_layout()
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -100,7 +100,10 @@ def train_ours(
 def compare_case(case: Case, before: dict) -> dict:
     """Train a case with both programs and return the differences."""
     theirs = Training.read(train_theirs(case))
-    ours = Training.read(train_ours(case, RUNS / case.folder / "ours", Path.cwd()))
+    trained = BY_NAME[case.ours_of or case.name]
+    if case.ours_of:
+        train_theirs(trained)  # whose order ours takes
+    ours = Training.read(train_ours(trained, RUNS / trained.folder / "ours", Path.cwd()))
     return compare(theirs, ours, before)
 
 

@@ -181,7 +181,7 @@ CASES = [
         2,
         "float64",
         records="stage2_broken.json",
-        why="answers whose tokens LLaVA miscounts",
+        why="records whose tokens LLaVA miscounts",
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -182,5 +182,5 @@ def draw(file: Path, trainings: dict[str, tuple[Training, Training]]) -> None:
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=85)
     plt.close(figure)

@@ -33,7 +33,7 @@ FAMILY = "gemma4_unified"
 LAYERS = 4
 HEAD_LAYER = 3
 ARMS = ("trained", "random0", "random1", "permuted0", "permuted1")
-TEMPLATE = "{{ bos_token }}<|image|>{{ messages[0]['content'][1]['text'] }}"
+TEMPLATE = "{{ bos_token }}<|image|>{{ messages[0]['content'][1:] | map(attribute='text') | join }}"
 
 
 def write_random_model(world: Path, out: Path) -> None:

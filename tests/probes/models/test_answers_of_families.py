@@ -84,6 +84,27 @@ def test_scores_equal_the_stock_forward_with_masks_and_states_written_out(name, 
             assert (score - scores["none"]).abs().amax((1, 2)).min() > 1e-4, f"{kind} does nothing"
 
 
+def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path, monkeypatch):
+    """PaliGemma 2: transformers has no sdpa for Gemma 2, so that masks are added to its scores."""
+    text = {"model_type": "gemma2", **tiny_families.LLM, "attn_logit_softcapping": 2.0}
+    config = STOCK["paligemma"].config | {"text_config": text}
+    monkeypatch.setitem(STOCK, "paligemma", dataclasses.replace(STOCK["paligemma"], config=config))
+    read = probes.load(str(tiny_families.write("paligemma", tmp_path, "eager")))
+    read.chat.tokenizer.decode = lambda ids, **_: spoken(ids)
+    images = pictures("paligemma")
+    stock = StockModel("paligemma", read.model, images)
+    expected = [spoken(tokens) for tokens in stock.generate([HELLO], 4)]
+    assert read.answer(images, "hello", max_new_tokens=4) == expected
+    (answer,) = read.chat.answer_ids(["hello"])
+    pixels = read.preprocess(images)
+    scores = []
+    for arguments, change in possible("paligemma", len(images)).values():
+        scores.append(read.answer_log_probs(pixels, "hello", ["hello"], **arguments)[:, 0])
+        expected = stock.score([HELLO], answer, change)
+        torch.testing.assert_close(scores[-1], expected, rtol=1e-5, atol=1e-5)
+    assert len({tuple(score.tolist()) for score in scores}) == len(scores), "each does something"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_cached_answers_equal_uncached_ones(name, mllm):
     read = mllm(name)

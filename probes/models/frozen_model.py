@@ -19,6 +19,7 @@ from .attention_weights import read_attention
 from .families import EncoderFamily, Family, own_image_attention
 from .families.chosen_sites import all_sites, chosen_sites
 from .families.layer_parts import part_width
+from .families.modules import MODULE_TYPE
 from .knockout import Knockout
 from .shared_layers import version
 from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
@@ -174,6 +175,10 @@ class FrozenModel(nn.Module):
         Raises:
             UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
         """
+        if self.model.config.model_type == MODULE_TYPE:
+            raise UserError(
+                "attention is read of models of transformers; that of a module of your own is not known"
+            )
         layers = self._check_layers(layers)
         if queries is None:
             queries = [

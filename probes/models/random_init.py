@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.training_record import read_training
 
 from .families import EncoderFamily, Family
+from .families.modules import MODULE_TYPE
 from .matched_updates import layer_updates, match_updates, scale_layers
 
 MATCHES = ("none", "update", "permuted")
@@ -56,6 +57,14 @@ def check_control(
     if match == "update" and not len(images) and scales is None:
         raise UserError(
             "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
+        )
+
+
+def check_matches(config: PreTrainedConfig, match: str) -> None:
+    """Raise a UserError if layers are to be matched whose attention and MLP are not known."""
+    if match == "update" and config.model_type == MODULE_TYPE and config.why_no_parts:
+        raise UserError(
+            f"random layers cannot be matched to the trained ones: {config.why_no_parts}; use match: permuted"
         )
 
 
@@ -192,6 +201,7 @@ def random_layers(
     """
     part = mllm.family.layers_part
     check_control(mllm.family, [part], match, match_images, None)
+    check_matches(mllm.model.config, match)
     if mllm.update_scales is not None:
         raise UserError(
             "the model has random layers already; leave their context, or load the trained model"

@@ -13,6 +13,7 @@ from .dynamic_resolution import DYNAMIC
 from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
 from .llava import FULL, LLAVA, SLIDING, LogitHead, block_ids_of, build_mask, layer_kinds
+from .modules import MODULE_TYPE, MODULES
 from .patch_merging import MERGED
 
 __all__ = [
@@ -69,6 +70,8 @@ def register_family(model_type: str, family: Family | EncoderFamily) -> None:
 def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
     """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
+    if kind == MODULE_TYPE:  # which no checkpoint is of
+        return MODULES
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in UNSUPPORTED:

@@ -29,6 +29,7 @@ from probes.models.sites import (
 
 from .base import Family
 from .encoders import EncoderFamily, vision_config
+from .modules import MODULE_TYPE
 
 # Paths in a layer of the module whose output is the part. A layer's part is that of the first one that it has.
 MODULES = {
@@ -67,15 +68,19 @@ def part_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list
     for site in family.sites(config):
         if is_layer(site) and site != PATCHES:
             sites += part_names(layer_number(site))
-    return [site for site in sites if not why_no_values(family, config, site)]
+    return [site for site in sites if not why_no_part(family, config, site)]
 
 
-def why_no_values(
+def why_no_part(
     family: Family | EncoderFamily,
     config: PreTrainedConfig,
     site: str,
 ) -> str:
-    """Return why the values of a layer cannot be read, "" if they can or the site is another one."""
+    """Return why a part of a layer cannot be read, "" if it can or the site is another one."""
+    if config.model_type == MODULE_TYPE and part_of(site):
+        if part_of(site) == VALUE:
+            return f"where a module of your own has its values is not known; leave out {site}"
+        return config.why_no_parts and f"{config.why_no_parts}; leave out {site}"
     if part_of(site) != VALUE:
         return ""
     of_layers = config.get_text_config() if family.has_llm else vision_config(config)
@@ -94,7 +99,7 @@ def why_no_values(
 
 def find_part(layer: nn.Module, part: str) -> nn.Module | None:
     """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
-    paths = MODULES[part]
+    paths = getattr(layer, "own_parts", MODULES)[part]  # of a user's module, measured
     if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
         # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
         paths = ("post_attention_layernorm", *paths)

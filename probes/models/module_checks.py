@@ -15,9 +15,10 @@ from llava_bidir.common.errors import UserError, error_context
 from .read_states import StopForward
 
 TOLERANCE = 1e-3  # of sums, relative to what is added: float32, or less
+ATTENTION = ("attn", "self_attn", "attention")
 # Modules of a layer whose output may be what attention, or the MLP, adds; the first ones that explain the layer's output
 CANDIDATES = {
-    "attn": ("drop_path1", "ls1", "layer_scale1", "attn", "self_attn", "attention"),
+    "attn": ("drop_path1", "ls1", "layer_scale1", *ATTENTION),
     "mlp": ("drop_path2", "ls2", "layer_scale2", "mlp", "feed_forward", "ffn"),
 }
 
@@ -35,7 +36,9 @@ def first_output(output: Tensor | tuple) -> Tensor:
 
 
 @contextmanager
-def _outputs(modules: Sequence[nn.Module], record: Callable[[int, tuple, Tensor], None]) -> Iterator[None]:
+def _outputs(
+    modules: Sequence[nn.Module], record: Callable[[int, tuple, Tensor], None]
+) -> Iterator[None]:
     """Call record(index, args, output) after each of some modules while the context is open."""
     with ExitStack() as stack:
         for i, module in enumerate(modules):
@@ -75,10 +78,15 @@ def trace_layers(
         for states in (args[0], output):
             if not isinstance(states, Tensor) or states.ndim != 3 or len(states) != 2:
                 got = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
-                raise UserError(f"states of 2 images at layer {names[i]} are {got}; expected [2, tokens, width]")
+                raise UserError(
+                    f"states of 2 images at layer {names[i]} are {got}; expected [2, tokens, width]"
+                )
         runs[i] = LayerRun(args[0].clone(), output.clone())
 
-    with error_context(f"a forward of 2 x 3 x {image_px} x {image_px} px"), _outputs(layers, record):
+    with (
+        error_context(f"a forward of 2 x 3 x {image_px} x {image_px} px"),
+        _outputs(layers, record),
+    ):
         model(noise(model, 2, image_px))
     if missing := [name for i, name in enumerate(names) if i not in runs]:
         raise UserError(f"layer {missing[0]} does not run in a forward; layers is {list(names)}")
@@ -110,10 +118,18 @@ def check_tokens(
         UserError: There are fewer tokens than patches, or patches are not in raster order after the other tokens.
     """
     rows, columns = grid
-    cells = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (rows // 3, columns // 2)]
+    cells = [
+        (0, 0),
+        (0, columns - 1),
+        (rows - 1, 0),
+        (rows - 1, columns - 1),
+        (rows // 3, columns // 2),
+    ]
     pixels = noise(model, 1, rows * patch).repeat(len(cells) + 1, 1, 1, 1)
     for image, (row, column) in enumerate(cells, 1):
-        pixels[image, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] *= -1
+        pixels[
+            image, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch
+        ] *= -1
     found: list[Tensor] = []
 
     def stop(_, args: tuple) -> None:
@@ -201,12 +217,20 @@ def find_parts(
     return ""
 
 
-def _pair_that_adds_up(outputs: dict[str, dict[str, Tensor]], run: LayerRun) -> dict[str, str] | None:
+def _pair_that_adds_up(
+    outputs: dict[str, dict[str, Tensor]], run: LayerRun
+) -> dict[str, str] | None:
     """Return the paths of attention and MLP whose outputs explain a layer's, None if there are none."""
     added = run.left - run.entered
+    rounding = (
+        torch.finfo(run.left.dtype).eps * run.left.norm()
+    )  # where layer scale is small, it is all there is
+    most = TOLERANCE * added.norm() + rounding
+    if not outputs["attn"].keys() & {*ATTENTION}:
+        return None
     for attn, by_attn in outputs["attn"].items():
         for mlp, by_mlp in outputs["mlp"].items():
             if by_attn.shape == by_mlp.shape == added.shape:
-                if (by_attn + by_mlp - added).norm() <= TOLERANCE * added.norm():
+                if (by_attn + by_mlp - added).norm() <= most:
                     return {"attn": attn, "mlp": mlp}
     return None

@@ -124,7 +124,9 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; expected a Python file, FILE.py:FUNCTION") from None
+        raise UserError(
+            f"{file}: {error.strerror}; expected a Python file, FILE.py:FUNCTION"
+        ) from None
 
 
 def _run(file: Path, content: bytes) -> ModuleType:
@@ -146,7 +148,9 @@ def _digest(content: bytes) -> str:
 
 def _mark(file: Path, content: bytes) -> Path:
     """Return the file that says that a file was run at the user's wish: at this place, as its imports are beside it."""
-    return cache_folder().with_name(OWN_FILES) / _digest(str(file.resolve()).encode() + b"\0" + content)
+    return cache_folder().with_name(OWN_FILES) / _digest(
+        str(file.resolve()).encode() + b"\0" + content
+    )
 
 
 def _remember(file: Path, content: bytes) -> None:

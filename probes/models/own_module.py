@@ -82,7 +82,9 @@ class ModuleModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
 
 
-def describe_module(encoder: EncoderModule) -> tuple[ModuleModel, CLIPImageProcessorPil, ResizeRule | None]:
+def describe_module(
+    encoder: EncoderModule,
+) -> tuple[ModuleModel, CLIPImageProcessorPil, ResizeRule | None]:
     """Return a module as a model with its config, its normalisation, and how images become squares, None if unknown.
 
     The model is a copy, so that neither eval mode nor random weights reach the module itself.

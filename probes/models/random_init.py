@@ -60,12 +60,18 @@ def check_control(
         )
 
 
+def why_unmatched(config: PreTrainedConfig) -> str:
+    """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
+    if config.model_type != MODULE_TYPE or not config.why_no_parts:
+        return ""
+    return f"random layers cannot be matched to the trained ones: {config.why_no_parts}"
+
+
 def check_matches(config: PreTrainedConfig, match: str) -> None:
     """Raise a UserError if layers are to be matched whose attention and MLP are not known."""
-    if match == "update" and config.model_type == MODULE_TYPE and config.why_no_parts:
-        raise UserError(
-            f"random layers cannot be matched to the trained ones: {config.why_no_parts}; use match: permuted"
-        )
+    why = why_unmatched(config)
+    if why and match == "update":
+        raise UserError(f"{why}; pass match='permuted' (--model.match permuted)")
 
 
 def reinitialize(

@@ -5,6 +5,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 
 from PIL import Image
+from torch import nn
 
 from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
@@ -13,7 +14,7 @@ from .own_module import EncoderModule
 
 TIMM = "timm:"
 LAYERS = "blocks"
-NORM = "norm"
+NORMS = ("norm", "fc_norm")  # the second where patches are averaged before it
 
 
 def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
@@ -28,7 +29,9 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
         UserError: timm is not installed, has no such model or weights, or the model is none of equal layers.
     """
     if find_spec("timm") is None:
-        raise UserError(f"{TIMM}{name}: timm is not installed; run: pip install 'llava-bidir[timm]'")
+        raise UserError(
+            f"{TIMM}{name}: timm is not installed; run: pip install 'llava-bidir[timm]'"
+        )
     import timm
 
     with error_context(f"{TIMM}{name}"):
@@ -42,14 +45,17 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
         rows, columns = model.patch_embed.img_size
         patch_rows, patch_columns = model.patch_embed.patch_size
         if rows != columns or patch_rows != patch_columns:
-            raise UserError(f"its input is {rows} x {columns} px; expected a square. Give its side by image_px")
-    norm = getattr(model, NORM, None)
+            raise UserError(
+                f"its input is {rows} x {columns} px; expected a square. Give its side by image_px"
+            )
+    norms = [getattr(model, name, nn.Identity()) for name in NORMS]
+    used = [name for name, norm in zip(NORMS, norms, strict=True) if [*norm.parameters()]]
     return EncoderModule(
         model,
         preprocess=(config["mean"], config["std"]),
         patch=patch_rows,
         layers=LAYERS,
-        norm=NORM if norm is not None and next(norm.parameters(), None) is not None else None,
+        norm=used[0] if used else None,
         image_px=rows,
         resize_rule=_resize_rule(config, rows),
     )

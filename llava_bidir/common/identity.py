@@ -270,6 +270,7 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
+    """Return the folder of cached checksums."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
     )

@@ -90,10 +90,6 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
-    if revision is not None and Path(path).is_dir():
-        raise UserError(
-            f"revision={revision!r}: {path} is a directory, which has no revisions; leave it out, or pass a hub id"
-        )
     described = {
         "preprocess": preprocess,
         "patch": patch,
@@ -107,8 +103,8 @@ def load(
             "attn_implementation": attn_implementation,
         }
         encoder = load_module(path, described, dtype, image_px, image_resize, of_checkpoints)
-        check_control(encoder.family, untrained, match, match_images, update_scales)
         check_matches(encoder.model.config, match)
+        check_control(encoder.family, untrained, match, match_images, update_scales)
         own = encoder.own_image_attention
         check_encoder("a module", own, image_attention, prefix, "sdpa")
         encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -116,6 +112,10 @@ def load(
             replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
         return encoder
     check_absent(described, f"they are of modules, and {path} is a checkpoint")
+    if revision is not None and Path(path).is_dir():
+        raise UserError(
+            f"revision={revision!r}: {path} is a directory, which has no revisions; leave it out, or pass a hub id"
+        )
     # once, so that all files are of the same commit
     hub = {"revision": resolve_revision(path, revision)}
     config = read_config(path, **hub)

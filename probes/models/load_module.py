@@ -49,7 +49,7 @@ def load_module(
     model, processor, rule = describe_module(encoder)
     if rule is None and image_resize is None:
         raise UserError(
-            f"{name}: preprocess makes squares in none of the known ways, so that masks could not be placed on them; say "
+            f"{name}: preprocess makes squares in none of the known ways, so that masks cannot be placed; say "
             "how they are made instead, e.g. image_resize='squash'"
         )
     if dtype not in (None, "auto"):

@@ -1,7 +1,7 @@
 """The normalisation of a user's preprocessing, measured: photos of one colour tell it, however photos are resized.
 
-Masks are placed by the rule that makes photos squares (`probes/ops/geometry.py`), so that the rule has to be known. It is
-searched: the one is taken that makes the same square of a photo of noise.
+Masks are placed by the rule that makes photos squares (`probes/ops/geometry.py`), so that the rule has to be known: it
+is the one that makes the same square of a photo of noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def measure_preprocess(
     low, high = (pixels.flatten(1).mean(1) for pixels in (black, white))
     if not (high > low).all():
         raise UserError(
-            f"preprocess makes white {high.tolist()} and black {low.tolist()}; expected white above black in each channel"
+            f"preprocess makes white {high.tolist()} and black {low.tolist()}; expected more for white"
         )
     rows, columns = black.shape[1:]
     resizes = (columns, rows) != PHOTO

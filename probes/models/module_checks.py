@@ -16,7 +16,7 @@ from .read_states import StopForward
 
 TOLERANCE = 1e-3  # of sums, relative to what is added: float32, or less
 ATTENTION = ("attn", "self_attn", "attention")
-# Modules of a layer whose output may be what attention, or the MLP, adds; the first ones that explain the layer's output
+# Modules of a layer whose output may be what attention, or the MLP, adds; the first pair that adds up is taken
 CANDIDATES = {
     "attn": ("drop_path1", "ls1", "layer_scale1", *ATTENTION),
     "mlp": ("drop_path2", "ls2", "layer_scale2", "mlp", "feed_forward", "ffn"),
@@ -94,8 +94,8 @@ def trace_layers(
         before, now = runs[i - 1].left, runs[i].entered
         if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-4, atol=1e-5):
             raise UserError(
-                f"layer {name} does not read what {names[i - 1]} wrote. Name all layers, in the order of the forward; which "
-                "of them are probed is the choice of `sites`"
+                f"layer {name} does not read what {names[i - 1]} wrote. Name all layers, in the order of the "
+                "forward; `sites` chooses which of them are probed"
             )
     return [runs[i] for i in range(len(names))]
 
@@ -147,16 +147,17 @@ def check_tokens(
     extra = states.shape[1] - rows * columns
     if extra < 0:
         raise UserError(
-            f"the first layer reads {states.shape[1]} tokens, and the input has {rows} x {columns} patches of {patch} px: "
-            "patch or image_px does not fit"
+            f"the first layer reads {states.shape[1]} tokens, and the input has {rows} x {columns} patches of {patch} "
+            "px: patch or image_px does not fit"
         )
     changed = (states[1:] - states[:1]).norm(dim=-1).argmax(1).tolist()
     for (row, column), token in zip(cells, changed, strict=True):
         expected = extra + row * columns + column
         if token != expected:
             raise UserError(
-                f"the patch in row {row}, column {column} of {rows} x {columns} changes token {token} most at the first "
-                f"layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in raster order"
+                f"the patch in row {row}, column {column} of {rows} x {columns} changes token {token} most at the "
+                f"first layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in raster "
+                "order"
             )
     return extra
 
@@ -210,8 +211,8 @@ def find_parts(
         pair = _pair_that_adds_up(of_layer, trace[i])
         if pair is None:
             return (
-                f"{name}, a {type(layer).__name__}, has no attention and MLP whose outputs add up to what it adds to its "
-                f"input"
+                f"{name}, a {type(layer).__name__}, has no attention and MLP whose outputs add up to what it "
+                "adds to its input"
             )
         layer.own_parts = {part: (path,) for part, path in pair.items()}
     return ""

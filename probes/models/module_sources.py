@@ -89,8 +89,8 @@ def check_was_run(path: str, source: str) -> None:
     file, _ = _split(path)
     if not _mark(file, _read(file)).is_file():
         raise UserError(
-            f"{source} is of {path}, a file with code that you have not run here, or not with this content. Read it, then "
-            f"allow it: probes sites {path}"
+            f"{source} is of {path}, a file with code that you have not run here, or not with this content. "
+            f"Read it, then allow it: probes sites {path}"
         )
 
 

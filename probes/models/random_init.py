@@ -206,8 +206,8 @@ def random_layers(
         UserError: An argument is invalid, or the updates are matched already.
     """
     part = mllm.family.layers_part
-    check_control(mllm.family, [part], match, match_images, None)
     check_matches(mllm.model.config, match)
+    check_control(mllm.family, [part], match, match_images, None)
     if mllm.update_scales is not None:
         raise UserError(
             "the model has random layers already; leave their context, or load the trained model"

@@ -62,7 +62,7 @@ def load_timm(name: str, image_px: int | None = None) -> EncoderModule:
 
 
 def _resize_rule(config: dict, side: int) -> ResizeRule:
-    """Return how timm's own transform makes squares, by the data config of a model; see timm.data.transforms_factory."""
+    """Return how timm's own transform makes squares (timm/data/transforms_factory.py), by its data config."""
     names = {filter.name.lower(): filter for filter in Image.Resampling}
     resample = names.get(config["interpolation"], Image.Resampling.BICUBIC)
     before = math.floor(side / config["crop_pct"])

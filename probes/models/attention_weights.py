@@ -64,7 +64,11 @@ def capture_attention(
                 keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
                 logits = query[image][:, rows].float() @ keys * scale
                 if attention_mask is not None:
-                    logits = logits.masked_fill(~attention_mask[image][:, rows], -inf)
+                    mask = attention_mask[image % len(attention_mask)][
+                        :, rows
+                    ]  # BEiT's has one for all
+                    is_bias = mask.is_floating_point()
+                    logits = logits + mask if is_bias else logits.masked_fill(~mask, -inf)
                 return logits.softmax(-1)
 
             record(layer_of[module], compute)

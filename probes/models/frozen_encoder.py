@@ -5,6 +5,7 @@ Shapes: B images, T patches, N tokens (extra tokens, then patches), d width, L l
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,7 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
             if not in_rows.any():
                 continue
             attention = softmax_attention(layer)
-            if attention is None:
+            if attention is None or "attention_mask" not in signature(attention.forward).parameters:
                 raise UserError(f"{type(layer).__name__} has no attention that a knockout can cut")
             mask = torch.where(in_rows[:, None, None, None], cut, allowed)
 
@@ -212,6 +213,11 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
                 kwargs: dict,
                 mask: Tensor = mask,
             ) -> tuple:
+                bias = kwargs.get("attention_mask")
+                if bias is not None:  # of relative positions, which BEiT adds to the scores
+                    mask = torch.where(
+                        mask if mask.dtype == torch.bool else mask == 0, bias, -torch.inf
+                    )
                 return args[:1], kwargs | {"attention_mask": mask}
 
             handle = attention.register_forward_pre_hook(replace_mask, with_kwargs=True)

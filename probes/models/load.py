@@ -139,6 +139,7 @@ def load(
         family.model_cls,
         path,
         attn_implementation=backend,
+        **({} if family.has_llm else family.settings),
         **options,
         **hub,
     )

@@ -156,8 +156,8 @@ def check_tokens(
         if token != expected:
             raise UserError(
                 f"the patch in row {row}, column {column} of {rows} x {columns} changes token {token} most at the "
-                f"first layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in raster "
-                "order"
+                f"first layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in "
+                "raster order"
             )
     return extra
 

@@ -107,7 +107,8 @@ def reinitialize(
             for name, parameter in (
                 pair for top in modules[part] for pair in top.named_parameters()
             ):
-                if parameter.ndim > 1 and not parameter.any():
+                is_bias = "bias" in name.rpartition(".")[2]  # of relative positions, in BEiT
+                if parameter.ndim > 1 and not is_bias and not parameter.any():
                     raise UserError(
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
                         "would be equal; leave this part trained"

@@ -74,6 +74,8 @@ def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
         return MODULES
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind == "timm_wrapper":
+        raise UserError("it is a model of timm: read it as timm:local-dir:DIR, or timm:hf-hub:ID")
     if kind in UNSUPPORTED:
         raise UserError(f"{kind} cannot be probed patch by patch: {UNSUPPORTED[kind]}")
     if _is_encoder(config):

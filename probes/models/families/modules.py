@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.image_side import check_image_px
-from probes.models.sites import FINAL_NORM, layer_site
 
 from .base import module_at
 from .encoders import EncoderFamily
@@ -53,8 +52,7 @@ class ModuleFamily(EncoderFamily):
 
     def sites(self, config: PreTrainedConfig) -> list[str]:
         """Return all sites in forward order."""
-        layers = [layer_site(i) for i in range(config.num_hidden_layers + 1)]
-        return [*layers, FINAL_NORM] if config.norm_name else layers
+        return super().sites(config) if config.norm_name else super().sites(config)[:-1]
 
     def widths(self, config: PreTrainedConfig) -> dict[str, int]:
         """Return the width of the states at each site."""
@@ -85,6 +83,6 @@ def _extra_tokens(config: PreTrainedConfig) -> int:
 MODULES = ModuleFamily(
     "PreTrainedModel",
     layers="",
-    norm="",
+    norm="norm_name",
     extra_tokens=_extra_tokens,
 )

@@ -49,6 +49,10 @@ def test_every_family_of_bare_encoders_has_a_stock_model_here():
 def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     """Of two-tower checkpoints, too, which stock code reads as a vision model."""
     stock = tiny_encoders.STOCK[name]
+    if stock.one_side and side != tiny_encoders.STORED_PX:
+        with pytest.raises(UserError, match="takes 24 px only"):
+            probes.load(folders[name], device="cpu", image_px=side)
+        return
     encoder = probes.load(folders[name], device="cpu", image_px=side)
     pixels = encoder.preprocess([photo(), photo(1)])
     assert pixels.shape == (2, 3, side, side) and not encoder.has_llm
@@ -65,10 +69,12 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
         patches = hidden[:, stock.extra_tokens :]
         assert patches.shape[1] == grid * grid
         torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-6)
-    last = output.last_hidden_state[:, stock.extra_tokens :]
-    last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
-    torch.testing.assert_close(states["final_norm"], last, rtol=1e-5, atol=1e-6)
-    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+    assert [*states][:4] == ["layer_00", "layer_01", "layer_02", "layer_03"]
+    assert [*states][4:] == (["final_norm"] if stock.has_norm else [])
+    if stock.has_norm:
+        last = output.last_hidden_state[:, stock.extra_tokens :]
+        last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
+        torch.testing.assert_close(states["final_norm"], last, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", tiny_encoders.STOCK)
@@ -149,6 +155,10 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     noise = torch.randn(16, generator=torch.Generator().manual_seed(1))
     hooks = {"layer_01": lambda states: torch.where(blocked[..., None], noise, states)}
     cut = probes.Knockout(blocked, layers=[2])
+    if tiny_encoders.STOCK[name].has_own_attention:
+        with pytest.raises(UserError, match="no attention that a knockout can cut"):
+            encoder.states(pixels, knockout=cut)
+        return
     plain = encoder.states(pixels, ["layer_01", "layer_02"])
     moved = encoder.states(pixels, ["layer_02"], hooks=hooks)
     with_cut = encoder.states(pixels, ["layer_01", "layer_02"], cut)
@@ -164,7 +174,9 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     torch.testing.assert_close(rows[1], plain["layer_02"][0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "clip_vision_model", "siglip_vision_model", "ijepa"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "clip_vision_model", "siglip_vision_model", "ijepa", "beit"]
+)
 @torch.no_grad()
 def test_attention_weights_are_those_of_eager_attention(name, folders):
     stock = tiny_encoders.STOCK[name]

@@ -35,7 +35,7 @@ FAMILIES: dict[str, Family | EncoderFamily] = LLAVA | DEEPSEEK | GEMMA | MERGED 
 
 _QUERIES = "learned queries summarise the image, so that its tokens have no position in it"
 _CROSS = "the LLM reads the image by cross-attention; its sequence has no image tokens"
-_TIMM = "its encoder is a timm model, and timm is not installed here"
+_TIMM = "its encoder is a model of timm, which is read by itself only (timm:NAME)"
 _SEQ2SEQ = "it is an encoder-decoder; image tokens do not pass through its decoder"
 
 UNSUPPORTED = {

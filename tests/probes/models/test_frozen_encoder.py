@@ -226,14 +226,14 @@ def test_attention_weights_are_those_of_eager_attention(name, folders):
     stock = tiny_encoders.STOCK[name]
     encoder = probes.load(folders[name], device="cpu")
     pixels = encoder.preprocess([photo()])
-    weights = encoder.attention(pixels, [1, 3], average_heads=False)[0]
+    weights = encoder.attention(pixels, ["layer_01", "layer_03"], average_heads=False)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
     expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
     patches = slice(stock.extra_tokens, None)
-    for found, layer in zip(weights, (0, 2), strict=True):
+    for found, layer in zip(weights.values(), (0, 2), strict=True):
         torch.testing.assert_close(
-            found, expected[layer][0][:, patches, patches], rtol=1e-4, atol=1e-6
+            found, expected[layer][:, :, patches, patches], rtol=1e-4, atol=1e-6
         )
 
 

@@ -324,12 +324,12 @@ def test_the_logit_lens_reads_what_layers_add_but_no_values(load):
     frozen = load("llava")
     states = frozen.states(frozen.preprocess(photos("llava")), "all_parts")
     norm = frozen.model.model.language_model.norm
-    for site in ("attn_02", "mlp_02"):
-        expected = frozen.model.lm_head(norm(states[site]))
-        assert torch.equal(frozen.logit_lens(states[site], site), expected)
+    sites = ("attn_02", "mlp_02")
+    for site, logits in frozen.logit_lens({site: states[site] for site in sites}).items():
+        assert torch.equal(logits, frozen.model.lm_head(norm(states[site])))
     for site in ("value_02", "layer_01+layer_02"):
         with pytest.raises(UserError, match="not in the LLM's space"):
-            frozen.logit_lens(torch.zeros(1, frozen.widths[site]), site)
+            frozen.logit_lens({site: torch.zeros(1, frozen.widths[site])})
 
 
 def test_states_are_replaced_at_no_part(load):

@@ -133,8 +133,14 @@ _CLIP = {
 }
 _METACLIP_2 = _CLIP | {"vision_class": "MetaClip2VisionModel"}
 REGISTERS = {"num_register_tokens": 2}
-BIASED = {"use_relative_position_bias": True, "layer_scale_init_value": 0.7}
-SAPIENS = REGISTERS | {"image_size": [32, 24], "num_key_value_attention_heads": 1}
+BIASED = {
+    "use_relative_position_bias": True,
+    "layer_scale_init_value": 0.7,
+}
+SAPIENS = REGISTERS | {
+    "image_size": [32, 24],
+    "num_key_value_attention_heads": 1,
+}
 _SIGLIP = {"vision_class": "SiglipVisionModel", "inputs": interpolated}
 _SIGLIP2 = {
     "vision_class": "Siglip2VisionModel",
@@ -182,7 +188,11 @@ STOCK = {
         "radio",
         "RadioModel",
         5,
-        {"num_cls_tokens": 3, "num_registers": 2, "max_img_size": 64},
+        {
+            "num_cls_tokens": 3,
+            "num_registers": 2,
+            "max_img_size": 64,
+        },
         has_norm=False,
     ),
     "sapiens2": StockEncoder("sapiens2", "Sapiens2Model", 3, SAPIENS),

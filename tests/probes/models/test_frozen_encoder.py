@@ -80,12 +80,30 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
 
 # of 16 px, which all of these are published with; and of two sides, of which the shorter one is read
 LARGER = {
-    "vit": {"patch_size": 16, "image_size": 64},
-    "beit": {"patch_size": 16, "image_size": 64},
-    "radio": {"patch_size": 16, "image_size": 64},
-    "pixio": {"patch_size": 16, "image_size": 64},
-    "vit_mae": {"patch_size": 16, "image_size": 64},
-    "sapiens2": {"patch_size": 16, "image_size": [96, 64]},
+    "vit": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "beit": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "radio": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "pixio": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "vit_mae": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "sapiens2": {
+        "patch_size": 16,
+        "image_size": [96, 64],
+    },
 }
 
 

@@ -43,11 +43,26 @@ def test_a_file_is_the_module_that_its_function_describes():
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("mine.py:build", True),
-        ("timm:vit_tiny_patch16_224", True),
-        ("facebook/dinov2-small", False),
-        ("mine.py", False),
-        ("runs/mine.py:7", False),
+        (
+            "mine.py:build",
+            True,
+        ),
+        (
+            "timm:vit_tiny_patch16_224",
+            True,
+        ),
+        (
+            "facebook/dinov2-small",
+            False,
+        ),
+        (
+            "mine.py",
+            False,
+        ),
+        (
+            "runs/mine.py:7",
+            False,
+        ),
     ],
 )
 def test_which_names_are_sources(path, expected):
@@ -57,9 +72,18 @@ def test_which_names_are_sources(path, expected):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (f"{FILE}:nothing", "has no function 'nothing'"),
-        (f"{FILE}:not_described", "returned a int; expected a probes.EncoderModule"),
-        ("absent.py:build", "No such file"),
+        (
+            f"{FILE}:nothing",
+            "has no function 'nothing'",
+        ),
+        (
+            f"{FILE}:not_described",
+            "returned a int; expected a probes.EncoderModule",
+        ),
+        (
+            "absent.py:build",
+            "No such file",
+        ),
     ],
 )
 def test_what_is_no_module_is_an_error(path, message):

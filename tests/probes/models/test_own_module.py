@@ -89,22 +89,86 @@ class Skipping(Encoder):
 @pytest.mark.parametrize(
     ("module", "changes", "message"),
     [
-        (None, {"patch": 16}, "changes token .* expected token"),
-        (None, {"patch": 4}, "reads 18 tokens, and the input has 8 x 8 patches"),
-        (None, {"image_px": 64}, "a forward of 2 x 3 x 64 x 64 px"),
-        (None, {"image_px": None}, "give image_px"),
-        (None, {"layers": ["blocks.0", "blocks.2"]}, "does not read what blocks.0 wrote"),
-        (None, {"layers": ["blocks.1", "blocks.0"]}, "does not read what blocks.1 wrote"),
-        (None, {"layers": ["stages.0"]}, "has no module 'stages.0'"),
-        (None, {"layers": None}, "a module needs layers"),
-        (None, {"layers": "norm"}, "expected the paths of layers"),
-        (None, {"norm": "stem"}, "norm stem"),
-        (None, {"preprocess": (0.5, 0.5)}, "expected .mean, std. of three channels"),
-        (None, {"revision": "main"}, "leave out revision"),
-        (None, {"prefix": "USER:"}, "leave out prefix"),
-        (Encoder(extra_last=True), {}, "2 other tokens, then patches of 8 px in raster order"),
-        (Encoder(ChannelsLast), {}, r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]"),
-        (Skipping(), {}, "does not read what blocks.0 wrote"),
+        (
+            None,
+            {"patch": 16},
+            "changes token .* expected token",
+        ),
+        (
+            None,
+            {"patch": 4},
+            "reads 18 tokens, and the input has 8 x 8 patches",
+        ),
+        (
+            None,
+            {"image_px": 64},
+            "a forward of 2 x 3 x 64 x 64 px",
+        ),
+        (
+            None,
+            {"image_px": None},
+            "give image_px",
+        ),
+        (
+            None,
+            {"layers": ["blocks.0", "blocks.2"]},
+            "does not read what blocks.0 wrote",
+        ),
+        (
+            None,
+            {"layers": ["blocks.1", "blocks.0"]},
+            "does not read what blocks.1 wrote",
+        ),
+        (
+            None,
+            {"layers": ["stages.0"]},
+            "has no module 'stages.0'",
+        ),
+        (
+            None,
+            {"layers": None},
+            "a module needs layers",
+        ),
+        (
+            None,
+            {"layers": "norm"},
+            "expected the paths of layers",
+        ),
+        (
+            None,
+            {"norm": "stem"},
+            "norm stem",
+        ),
+        (
+            None,
+            {"preprocess": (0.5, 0.5)},
+            "expected .mean, std. of three channels",
+        ),
+        (
+            None,
+            {"revision": "main"},
+            "leave out revision",
+        ),
+        (
+            None,
+            {"prefix": "USER:"},
+            "leave out prefix",
+        ),
+        (
+            Encoder(extra_last=True),
+            {},
+            "2 other tokens, then patches of 8 px in raster order",
+        ),
+        (
+            Encoder(ChannelsLast),
+            {},
+            r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]",
+        ),
+        (
+            Skipping(),
+            {},
+            "does not read what blocks.0 wrote",
+        ),
     ],
 )
 def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
@@ -153,10 +217,22 @@ def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda pixels: pixels.flip(0), "expected each channel shifted and scaled"),
-        (lambda pixels: -pixels, "expected more for white"),
-        (lambda pixels: pixels[:, :16], "expected a square"),
-        (lambda pixels: pixels.numpy(), "preprocess returned ndarray"),
+        (
+            lambda pixels: pixels.flip(0),
+            "expected each channel shifted and scaled",
+        ),
+        (
+            lambda pixels: -pixels,
+            "expected more for white",
+        ),
+        (
+            lambda pixels: pixels[:, :16],
+            "expected a square",
+        ),
+        (
+            lambda pixels: pixels.numpy(),
+            "preprocess returned ndarray",
+        ),
     ],
 )
 def test_a_function_that_changes_more_than_the_scale_is_refused(change, message):

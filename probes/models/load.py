@@ -1,5 +1,6 @@
 """Load a checkpoint, or a module, as a frozen MLLM or a frozen vision encoder."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,11 @@ from .prompt_and_pixels import (
     read_separator_id,
 )
 from .random_init import check_control, check_matches, replace_weights
+
+IMAGE_FIRST = (
+    "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "
+    "is the same for any image; use the prefix of the chat template, or measure it by `probes starvation --sinks`"
+)
 
 
 def load(
@@ -148,6 +154,8 @@ def load(
     commit = getattr(hub["revision"], "resolved", None)
     if family.has_llm:
         ids = read_prefix_ids(path, family, prefix, **hub)
+        if not ids and attention == "causal":
+            warnings.warn(IMAGE_FIRST, stacklevel=2)
         separator_id = read_separator_id(path, family, **hub)
         chat = partial(read_dialogue, path, family, **hub)
         mllm = FrozenMLLM(

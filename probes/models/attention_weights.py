@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_bidir.common.errors import UserError
 
+from .families.modules import MODULE_TYPE
 from .knockout import Knockout
 from .sites import layer_site
 from .steering import Replacement
@@ -65,7 +66,10 @@ def capture_attention(
                 keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
                 logits = query[image][:, rows].float() @ keys * scale
                 if attention_mask is not None:
-                    logits = logits.masked_fill(~attention_mask[image][:, rows], -inf)
+                    is_shared = len(attention_mask) == 1  # BEiT's bias of relative positions
+                    mask = attention_mask[0 if is_shared else image][:, rows]
+                    is_bias = mask.is_floating_point()
+                    logits = logits + mask if is_bias else logits.masked_fill(~mask, -inf)
                 return logits.softmax(-1)
 
             record(layer_of[module], compute)
@@ -106,7 +110,14 @@ def read_attention(
 
     Returns:
         {site: f[q, T]}, or f[A, q, T] by head, for each entry of `queries`: float32, on the CPU.
+
+    Raises:
+        UserError: The model is a module of no class of transformers.
     """
+    if model.model.config.model_type == MODULE_TYPE:
+        raise UserError(
+            "attention is read of models of transformers; that of a module of your own is not known"
+        )
     # from the end: prefix or not
     positions = model.is_image.cpu().nonzero().flatten() - len(model.is_image)
     weights: list[dict[str, Tensor]] = [{} for _ in queries]

@@ -102,6 +102,9 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     """
     check(study)
     steps = make_plan(study)
+    for line in dict.fromkeys(step.why_left_out for step in steps if step.kind in RUNS):
+        if line:
+            print(f"left out: {line}")
     out = study.out
     names = [*filter(None, study.models), *(study.arms or ())]
     part = "+".join(names).replace("/", ".")

@@ -37,8 +37,10 @@ NORM_BEFORE_MLP = {
     "dinov2": "norm2",
     "dinov2_with_registers": "norm2",
     "dinov3_vit": "norm2",
-    "vit": "layernorm_after",
-    "ijepa": "layernorm_after",
+    "aimv2_vision_model": "rms_norm2",
+    **dict.fromkeys(("tipsv2", "tipsv2_vision_model", "radio", "sapiens2"), "norm2"),
+    **dict.fromkeys(("vit", "ijepa", "deit", "vit_msn", "vit_mae"), "layernorm_after"),
+    **dict.fromkeys(("beit", "data2vec-vision", "pixio"), "layernorm_after"),
 }
 PARALLEL = ("aya_vision", "cohere2_vision")  # attention and MLP read the same input
 # layers with values, of families that have others; and what is said of the first layer
@@ -349,7 +351,7 @@ def test_a_layer_without_a_known_module_is_an_error_that_names_them():
 @torch.no_grad()
 def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     stock = tiny_encoders.STOCK[name]
-    if name.startswith("dino"):
+    if name.startswith(("dino", "tipsv2", "radio", "sapiens")):  # layer scale
         stock = replace(stock, settings=stock.settings | {"layerscale_value": 0.5})
     encoder = probes.load(stock.write(tmp_path / name), device="cpu")
     noise = np.random.default_rng(0).integers(
@@ -377,7 +379,8 @@ def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     norm = NORM_BEFORE_MLP.get(name, "layer_norm2")
     attention = "attention" if hasattr(layers[0], "attention") else "self_attn"
-    values = dict.fromkeys(LAYERS, f"{attention}.v_proj")
+    path = "attention.attention.value" if name == "data2vec-vision" else f"{attention}.v_proj"
+    values = dict.fromkeys(LAYERS, path)
     with recorded(layers, norm, values) as found:
         model(**stock.inputs(pixels))
     assert len(found) == 12

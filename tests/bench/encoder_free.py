@@ -12,6 +12,7 @@ Writes both checkpoints with a study each, and prints what the reports conclude.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ from probes.worlds.tiny_models import train
 FAMILY = "gemma4_unified"
 LAYERS = 4
 HEAD_LAYER = 3
-ARMS = ("trained", "random0", "random1", "permuted0", "permuted1")
+SITES = ["adapter", *(f"layer_{i:02d}" for i in range(1, LAYERS + 1))]
+ARMS = ["trained", "random0", "random1", "permuted0", "permuted1"]
 TEMPLATE = "{{ bos_token }}<|image|>{{ messages[0]['content'][1:] | map(attribute='text') | join }}"
 
 
@@ -99,31 +101,45 @@ def train_layers(mllm: FrozenMLLM, pixels: Tensor, labels: Tensor, steps: int) -
     train([*head.parameters(), *layers.parameters()], loss, steps, "LLM", **options)
 
 
+def write_models(world: Path, out: Path, steps: int, seed: int) -> None:
+    """Write the random model, the trained one, and the trained one with its layers shuffled."""
+    torch.manual_seed(seed)
+    write_random_model(world, out / "random")
+    mllm = probes.load(str(out / "random"), device="cpu", dtype="float32")
+    train_layers(mllm, *read_labelled_pictures(mllm, world / "llava"), steps)
+    save(mllm, out / "random", out / "trained")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        shuffle_weights(mllm.layers)
+    save(mllm, out / "random", out / "shuffled")
+
+
+def save(mllm: FrozenMLLM, source: Path, out: Path) -> None:
+    """Write the weights of a model with the other files of its source."""
+    shutil.copytree(source, out)
+    mllm.model.save_pretrained(out)
+
+
 def main() -> None:
-    """Write the models and print the conclusions."""
+    """Write the models, unless they are there, and print the conclusions."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("world", type=Path, help="folder of demo-assets --world binding")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    folders = {name: options.out / name for name in ("random", "trained", "shuffled")}
-    write_random_model(options.world, folders["random"])
-    mllm = probes.load(str(folders["random"]), device="cpu", dtype="float32")
-    train_layers(mllm, *read_labelled_pictures(mllm, options.world / "llava"), options.steps)
+    if not (options.out / "shuffled").exists():
+        write_models(options.world, options.out, options.steps, options.seed)
     for name in ("trained", "shuffled"):
-        if name == "shuffled":
-            with torch.no_grad():
-                shuffle_weights(mllm.layers)
-        mllm.model.save_pretrained(folders[name])
-        for file in folders["random"].glob("*"):
-            if not (folders[name] / file.name).exists():
-                (folders[name] / file.name).write_bytes(file.read_bytes())
-        data = options.world / "segmentation"
-        study = options.out / f"study_{name}"
-        found = probes.study(folders[name], data, out=study, arms=ARMS, only=("solve", "report"))
-        print(f"== {name}\n{found}")
+        study = probes.study(
+            options.out / name,
+            options.world / "segmentation",
+            out=options.out / f"study_{name}",
+            arms=ARMS,
+            only=["solve", "report"],
+            options={"model": {"sites": SITES}},
+        )
+        print(f"== {name}\n{study}", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def main() -> None:
     source = {mask: options.demo / mask / "stage2/hf" for mask in ("causal", "bidirectional")}
     mllm = probes.load(str(source["causal"]), device="cpu", dtype="float32")
     pixels, _ = read_pictures(options.demo / "assets/llava", "training")
-    train_sink(mllm, pixels, options.steps)
     planted = options.out / "causal"
+    train_sink(mllm, pixels, options.steps)
     shutil.copytree(source["causal"], planted)
     mllm.model.save_pretrained(planted)
     photos = sorted((options.demo / "assets/segmentation/images/validation").iterdir())[:8]
@@ -87,7 +87,7 @@ def main() -> None:
         out=options.out / "study",
         arms=ARMS,
         only=["solve", "starvation", "report"],
-        model={"sites": SITES},
+        options={"model": {"sites": SITES}},
     )
     print(study)
 

@@ -63,19 +63,21 @@ from .claim_table import (
     verdict_reasons,
 )
 from .claims import evaluate_claims
-from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
-from .model_comparison import (
-    compare_models,
-    comparison_rows,
+from .headline import describe_study, describe_table
+from .model_comparison import best_by_dataset, compare_models, comparison_rows
+from .model_tables import (
+    dataset_table,
     describe_comparison,
-    shown_comparison,
+    group_comparisons,
+    pair_table,
+    table_of_all,
 )
 from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
-from .site_table import describe_sites, shown_rows, site_rows
+from .site_table import shown_rows, site_rows
 from .terminal import format_results
 from .verdicts import MARGIN
 
@@ -90,15 +92,16 @@ def to_anchor(heading: str) -> str:
 
 FILTERS = {  # of the page's template
     "anchor": to_anchor,
-    "best_layer": describe_best_layer,
     "claim_notes": claim_notes,
-    "comparison": shown_comparison,
     "describe_comparison": describe_comparison,
-    "describe_sites": describe_sites,
+    "describe_study": describe_study,
+    "describe_table": describe_table,
+    "pair_table": pair_table,
     "percent": formatting.format_percent,
     "points": formatting.format_points,
     "shown_sites": shown_rows,
     "summary": summarize_claims,
+    "table_of_all": table_of_all,
     "tested": tested_by_mask,
     "verdict_reasons": verdict_reasons,
 }
@@ -121,6 +124,7 @@ def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSect
     results = {
         "model": study.model,
         "dataset": study.dataset,
+        "has_llm": study.first.has_llm,
         "seed": study.first.metrics["seed"],
         "masks": {mask: entry(mask, run) for mask, run in study.main_runs.items()},
         "controls": {
@@ -191,7 +195,12 @@ def _write_files(
     table2 = tables.table2([s for s in studies if s.first.has_llm])
     task_tables = {"task_scores": task_score_rows(tasks), "task_claims": claim_rows(tasks)}
     compared = compare_models(studies)
-    tables_of_all = {"table2": table2, "models": comparison_rows(compared)}
+    datasets = best_by_dataset(studies, compared)
+    tables_of_all = {
+        "table2": table2,
+        "models": comparison_rows(compared),
+        "datasets": datasets,
+    }
     files |= _csv_files(tables_of_all | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
@@ -200,7 +209,8 @@ def _write_files(
         FILTERS,
         parts=parts,
         joint=joint,
-        compared=compared,
+        comparisons=group_comparisons(compared),
+        dataset_table=dataset_table(datasets),
         overview=[] if single else _draw(overview_figures(studies), out, files),
         table2=table2,
         task_figures=_draw(task_figures(task_studies, tasks), out, files),
@@ -220,6 +230,7 @@ def _write_files(
         "studies": by_study,
         "joint": joint,
         "compared": compared,
+        "datasets": datasets,
     }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}

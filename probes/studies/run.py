@@ -66,7 +66,8 @@ def study(
         study.table().query("metric == 'miou' and weights == 'trained'")
 
     Args:
-        model: Checkpoint directory or hub id, or two of them by label, e.g. {"causal": ..., "bidirectional": ...}.
+        model: Checkpoint directory or hub id, or several by label, e.g. {"before": ..., "after": ...}; each is compared
+            with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
         overwrite: Replace results that other settings, models or data have made.
@@ -83,7 +84,7 @@ def study(
                 check_is_text(f"each of {key}", word)
     if not isinstance(model, str | Path | dict):
         raise UserError(
-            f"model must be a directory, a hub id, or two by label as a dict, got {model!r}"
+            f"model must be a directory, a hub id, or several by label as a dict, got {model!r}"
         )
     if isinstance(model, dict):
         models = {label: str(path) for label, path in model.items()}

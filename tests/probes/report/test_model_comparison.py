@@ -9,12 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
-from probes.report.model_comparison import (
-    compare_runs,
-    describe_comparison,
-    differs,
-    pair_sites,
-)
+from probes.report.model_comparison import compare_runs, differs, pair_sites
+from probes.report.model_tables import describe_comparison
 from probes.results.probe_run import ProbeRun
 from probes.results.study import labels_of_models
 
@@ -99,6 +95,56 @@ def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
     results, _ = report(f"old one={tmp_path / 'old'}", f"new one={tmp_path / 'new'}")
     (entry,) = results["compared"]
     assert (entry["first"], entry["second"]) == ("old one", "new one")
+
+
+def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(write, report):
+    worse = [*QUALITY[:3], 0.50, 0.48, 0.48]
+    runs = [
+        f"{name}={write(name, quality, number=i)}"
+        for i, (name, quality) in enumerate({"a": QUALITY, "b": worse, "c": QUALITY}.items())
+    ]
+    results, printed = report(*runs)
+    assert [(x["first"], x["second"]) for x in results["compared"]] == [("a", "b"), ("a", "c")]
+    lines = printed.splitlines()
+    (title,) = (i for i, line in enumerate(lines) if line.startswith("a, b and c, "))
+    assert lines[title + 1].split() == "site a b b − a c c − a".split()
+    assert [line.split()[0] for line in lines[title + 2 : title + 9]] == [
+        "encoder",
+        "adapter",
+        "layer_01",
+        "layer_02",
+        "layer_03",
+        "final_norm",
+        "best",
+    ]
+    by_site = {x["site"]: x for x in results["compared"][0]["sites"]}
+    row = next(line for line in lines[title:] if line.startswith("layer_02"))
+    shown = [f"{100 * by_site['layer_02'][key]:.1f}" for key in ("first", "second")]
+    assert row.split()[1:3] == shown
+    assert "b reads less than a: −" in printed
+    page = (Path(runs[0].partition("=")[2]).parent / "report/index.html").read_text()
+    assert page.count("<th>b − a</th><th>c</th><th>c − a</th>") == 1
+
+
+def test_several_data_sets_stand_side_by_side(write, report):
+    """Scores of a model on each, and differences from the first model on the same photos only."""
+    runs = []
+    for name, quality in (("a", QUALITY), ("b", [*QUALITY[:3], 0.50, 0.48, 0.48])):
+        for i, data in enumerate(("street", "room")):
+            run = write(f"{name}_{data}", quality, number=i, dataset=data)
+            runs.append(f"{name}={run}")
+    results, printed = report(*runs)
+    assert len(results["compared"]) == 2
+    rows = {(row["model"], row["dataset"]): row for row in results["datasets"]}
+    assert rows["a", "street"]["difference"] is None
+    for entry in results["compared"]:
+        row = rows["b", entry["dataset"]]
+        assert (row["difference"], row["miou"]) == (
+            entry["best"]["difference"],
+            entry["best"]["second"],
+        )
+    (line,) = (x for x in printed.splitlines() if x.startswith("b, causal  "))
+    assert line.count("(layer_") == 2 and line.count("; −") == 2
 
 
 def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:

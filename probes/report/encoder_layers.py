@@ -50,7 +50,7 @@ def describe_best_layer(best: Entry) -> str:
     if best["over_last_ci95"] is None:
         return f"{text}; the last one was not probed"
     over_last = f"{format_points(best['over_last'])} {format_interval(best['over_last_ci95'])}"
-    return f"{text}; best minus last layer, as the verdict counts it, with layers chosen on other images: {over_last} points"
+    return f"{text}; best minus last layer, as the verdict counts it: {over_last} points"
 
 
 def class_table(run: ProbeRun) -> list[dict[str, str]]:

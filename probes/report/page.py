@@ -38,6 +38,7 @@ from probes.results.study import (
     UNTRAINED,
     StudyRuns,
     by_mask,
+    given_labels,
     labels_of_models,
     overridden_masks,
     read_studies,
@@ -54,12 +55,12 @@ from .beyond_classes import (
     task_score_rows,
 )
 from .claim_table import (
-    COLUMN_TITLES,
     claim_notes,
     claim_rows,
     known_truths,
     summarize_claims,
     tested_by_mask,
+    tested_columns,
     verdict_reasons,
 )
 from .claims import evaluate_claims
@@ -103,6 +104,7 @@ FILTERS = {  # of the page's template
     "summary": summarize_claims,
     "table_of_all": table_of_all,
     "tested": tested_by_mask,
+    "tested_columns": tested_columns,
     "verdict_reasons": verdict_reasons,
 }
 
@@ -219,7 +221,6 @@ def _write_files(
         task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
         wall_s=wall_s,
-        columns=COLUMN_TITLES,
         truths=_truth_rows(by_study),
         explorer=(out / "explorer.html").is_file(),
         failed=describe_steps(unfinished, FAILED),
@@ -364,7 +365,8 @@ def _expand_studies(
 
     Args:
         paths: Studies and runs; NAME=PATH names the model of either.
-        labels: Labels of a study's models in the order of the report; others follow.
+        labels: Labels of a study's models in the order of the report, by default those that it was given; others
+            follow.
     """
     runs: list[str] = []
     tasks: list[str] = []
@@ -372,9 +374,10 @@ def _expand_studies(
         name, folder = _split_name(path)
         is_run = (Path(folder) / "metrics.json").is_file()
         opened = [] if is_run else [open_run(run) for run in finished_runs(folder)]
-        names = labels_of_models(Path(folder), opened, labels)
+        given = labels or given_labels(Path(folder))
+        names = labels_of_models(Path(folder), opened, given)
         if names and not name:
-            order = {label: i for i, label in enumerate(labels)}
+            order = {label: i for i, label in enumerate(given)}
             opened.sort(key=lambda run: order.get(names[run.path], len(order)))
         for run in opened:
             label = " ".join(filter(None, (name, names.get(run.path))))

@@ -6,7 +6,13 @@ from probes.results.formatting import Entry, Rows, align
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 
 from .beyond_classes import claim_texts, task_notes
-from .claim_table import COLUMN_TITLES, claim_notes, claim_text, verdict_reasons
+from .claim_table import (
+    COLUMN_TITLES,
+    claim_notes,
+    claim_text,
+    tested_columns,
+    verdict_reasons,
+)
 from .headline import describe_study, describe_table
 from .model_tables import (
     Comparison,
@@ -92,7 +98,8 @@ def _format_claims(claims: list[Entry], has_llm: bool) -> str:
             conclusion += f" (truth: {text.truth})"
         effects = [text.columns[name].effect for name in ("optimum", "beyond_random")]
         rows.append([claim["claim"], *[text.mask] * has_llm, *effects, conclusion])
-    return "\n".join([*align(rows), *claim_notes(claims), *verdict_reasons(claims)])
+    reasons = verdict_reasons(claims, tested_columns(claims, has_llm))
+    return "\n".join([*align(rows), *claim_notes(claims), *reasons])
 
 
 def _format_tasks(entries: list[Entry], joint: list[Entry]) -> list[str]:

@@ -104,7 +104,8 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     check(study)
     steps = make_plan(study)
     out = study.out
-    names = [*filter(None, study.models), *(study.arms or ())]
+    labels = tuple(filter(None, study.models))
+    names = [*labels, *(study.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         changed = _changed_runs(steps, overwrite)
@@ -119,7 +120,7 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
         if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
-            write_table(out)
+            write_table(out, labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
@@ -228,7 +229,8 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
             try:
                 _call(step, config)
                 if step.kind == "report":
-                    write_table(study.out)  # before the report counts as done
+                    # before the report counts as done
+                    write_table(study.out, tuple(filter(None, study.models)))
             except NothingToMeasure:
                 raise
             except UserError as error:

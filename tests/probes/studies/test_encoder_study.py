@@ -12,6 +12,7 @@ from reference import miou_of_counts
 from studies import study_of
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.templates import render
 from probes.cli import main
 from probes.lab.requests import (
     Attention,
@@ -203,6 +204,7 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     session = labs.open_session([str(out / "trained")])
     (model,) = session.describe()["models"]
     assert (model["word_sites"], model["has_llm"], model["layers"]) == ([], False, 3)
+    assert model["sites"][model["first_site"]] == session.models[0].run.peak_layer
     assert model["change_sites"] == ["layer_00", "layer_01", "layer_02", "layer_03"]
     view = {"photo": "split:0", "model": 0}
 
@@ -239,6 +241,19 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
         change = replace("other_mask", "layer_01")
         session.read(View(**view, intervention=change), labs.JOB)
     assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
+
+
+def test_the_lab_of_an_encoder_asks_nothing_and_has_no_words_of_mllms(study):
+    """Attention weights are the encoder's own, and are shown."""
+    out, _ = study
+    session = labs.open_session([str(out / "trained")])
+    page = render("lab/lab.html.j2", data=session.describe(), nonce="n")
+    shown = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.DOTALL)
+    shown, hidden = re.subn(r"<details[^>]* hidden>.*?</details>", "", shown, flags=re.DOTALL)
+    assert hidden == 1
+    words = {*re.findall(r"[a-z]+", re.sub(r"<[^>]*>", " ", shown).lower())}
+    assert not words & {*WORDS_OF_MLLMS.lower().split()} - {"attention"}
+    assert "random layers" in shown
 
 
 @pytest.mark.parametrize(

@@ -110,5 +110,7 @@ class StepWatcher:
         if known is None and part_left is None:
             return ""
         whole = max(elapsed + (part_left or 0.0), known or 0.0)
-        later = sum(self.seconds.get(kind, whole if kind == self.kind else 0.0) for kind in self.later)
+        later = sum(
+            self.seconds.get(kind, whole if kind == self.kind else 0.0) for kind in self.later
+        )
         return format_left(whole - elapsed + later, is_bound=known is None)

@@ -38,7 +38,7 @@ def describe_study(results: Mapping[str, Any]) -> list[str]:
 
 
 def describe_table(results: Mapping[str, Any]) -> list[str]:
-    """Return what the rows of an encoder's best and last layer differ by, and which difference a verdict counts; or []."""
+    """Return what an encoder's best and last layer differ by in the table, and what a verdict counts; else []."""
     best = results.get("best_layer")
     if not best or best["site"] == best["last"] or best["over_last_ci95"] is None:
         return []

@@ -145,7 +145,7 @@ def _add_cells(
     row: Entry,
     is_named: bool,
 ) -> None:
-    """Add the scores of a pair at a site to its row, and their difference; with the second one's site if it is named."""
+    """Add the scores of a pair at a site to its row, and their difference; the second one's site if it is named."""
     cells[pair["first"]] = format_percent(row["first"])
     cells[pair["second"]] = format_percent(row["second"]) + f" ({row['second_site']})" * is_named
     cells[f"{pair['second']} − {pair['first']}"] = _format_difference(row)

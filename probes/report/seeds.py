@@ -29,7 +29,7 @@ from .verdicts import (
 
 
 def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]:
-    """Return for each model and dataset with several seeds: {"model", "dataset", "has_llm", "seeds", "claims", "left_out"}.
+    """Return {"model", "dataset", "has_llm", "seeds", "claims", "left_out"} of models with several seeds on a dataset.
 
     Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
     of the seeds.

@@ -43,7 +43,9 @@ def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
     clock.now += 60
     assert watch("solving sites", 1, 4) == "about 8 min left", "as expected"
     clock.now += 180
-    assert watch("solving sites", 2, 4) == "about 9 min left", "four more of this step instead of none"
+    assert watch("solving sites", 2, 4) == "about 9 min left", (
+        "four more of this step instead of none"
+    )
 
 
 def test_lines_are_written_now_and_then_and_name_the_part(clock):

@@ -205,7 +205,10 @@ def test_the_plot_has_the_labels_and_the_order_that_the_study_was_given(tmp_path
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps/report.json").write_text(json.dumps(record))
     lines = probes.Study(tmp_path).plot().axes[0].get_lines()
-    assert [line.get_label() for line in lines] == ["before, trained probes", "after, trained probes"]
+    assert [line.get_label() for line in lines] == [
+        "before, trained probes",
+        "after, trained probes",
+    ]
 
 
 def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):

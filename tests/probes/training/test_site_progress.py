@@ -44,7 +44,9 @@ def test_sites_that_are_solved_say_how_many_minimisations_others_need():
         progress.begin(site)
         for _ in range(count):
             count_minimisation()
-    assert progress.done == pytest.approx(10 / 18 + 5 / 18 + 0.95), "never all of one before it ends"
+    assert progress.done == pytest.approx(10 / 18 + 5 / 18 + 0.95), (
+        "never all of one before it ends"
+    )
     progress.end(0)
     assert progress.done == pytest.approx(1 + 0.5 + 0.95)
 

@@ -82,7 +82,7 @@ def _describe_best(entry: Entry) -> str:
         more = "more" if best["difference"] > 0 else "less"
         said = f"{second} reads {more} than {first}"
     layers = f"best layers: {best['site']} of {first}, {best['second_site']} of {second}"
-    return f"{said}: {_format_difference(best)} points of mIoU ({layers}, each chosen on other photos)."
+    return f"{said}: {_format_difference(best)} points of mIoU ({layers}; the interval holds whichever are best)."
 
 
 def _format_difference(row: Entry) -> str:

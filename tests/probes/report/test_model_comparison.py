@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
-from probes.report.model_comparison import compare_runs, differs, pair_sites
+from probes.evaluation.estimate import Estimate
+from probes.report.model_comparison import (
+    compare_runs,
+    difference_of_best,
+    differs,
+    pair_sites,
+)
 from probes.report.model_tables import describe_comparison
 from probes.results.probe_run import ProbeRun
 from probes.results.study import labels_of_models
@@ -203,6 +209,53 @@ def test_solved_and_trained_probes_are_not_compared(write, report):
     (entry,) = results["compared"]
     assert "sites" not in entry and "make both in the same way" in entry["left_out"]
     assert entry["left_out"] in printed
+
+
+FLAT = [0.5] * 12
+PEAKED = [0.5 - 0.03 * i for i in range(12)]
+
+
+@pytest.mark.parametrize("first", [FLAT, PEAKED])
+def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
+    """Equal layers, and one best layer against twelve, where that of the two which look best covers too little."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.02
+    covered = 0
+    covered_by_best_here = 0
+    for _ in range(200):
+        models = []
+        for true in (first, FLAT):
+            observed = torch.tensor(true) + spread * torch.randn(12, generator=generator)
+            drawn = observed + spread * torch.randn(300, 12, generator=generator)
+            models.append([Estimate(observed[i].item(), drawn[:, i]) for i in range(12)])
+        entry = difference_of_best(*models)
+        low, high = entry["ci95"]
+        covered += low <= 0 <= high
+        best = [max(scores, key=lambda score: score.value) for scores in models]
+        assert entry["difference"] == pytest.approx(best[1].value - best[0].value)
+        low, high = (best[1] - best[0]).ci95
+        covered_by_best_here += low <= 0 <= high
+    assert covered >= 190
+    if first is PEAKED:
+        assert covered_by_best_here < 180, "else this test would not tell the two"
+
+
+def test_the_interval_of_best_layers_is_that_of_all_pairs_together():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 3, generator=generator)
+    drawn = scores + 0.1 * torch.randn(400, 2, 3, generator=generator)
+    models = [[Estimate(scores[m, i].item(), drawn[:, m, i]) for i in range(3)] for m in (0, 1)]
+    pairs = [(b, a) for b in range(3) for a in range(3)]
+    differences = torch.stack([drawn[:, 1, b] - drawn[:, 0, a] for b, a in pairs], 1).double()
+    sd = differences.std(0)
+    factor = ((differences - differences.mean(0)).abs() / sd).amax(1).quantile(0.95)
+    low = [-float("inf")] * 2
+    for b in range(3):
+        at = [(scores[1, b] - scores[0, a]).item() for a in range(3)]
+        half = [(factor * sd[pairs.index((b, a))]).item() for a in range(3)]
+        low[0] = max(low[0], min(x - h for x, h in zip(at, half, strict=True)))
+        low[1] = max(low[1], min(x + h for x, h in zip(at, half, strict=True)))
+    assert difference_of_best(*models)["ci95"] == pytest.approx(low, abs=1e-6)
 
 
 def test_differences_have_the_intervals_of_paired_resampling(write):

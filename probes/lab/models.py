@@ -107,7 +107,9 @@ class LabModel:
             "change_sites": self.change_sites,
             "has_llm": self.mllm.has_llm,
             "layers": len(self.mllm.layers),
-            "heads": config.num_attention_heads,
+            "heads": getattr(
+                config, "num_attention_heads", 0
+            ),  # not known of a module of one's own
             "other_mask": self.other_mask,
             "cannot_answer": self.cannot_answer,
         }

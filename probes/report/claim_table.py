@@ -228,6 +228,11 @@ def claim_notes(claims: list[Entry], margin: str = f"{100 * MARGIN:g} point") ->
             f"{len(tested)} claims are tested. One is called supported if p, corrected for their number (Holm), is "
             f"below {ALPHA}, and supported by itself if only the uncorrected p is."
         )
+    if any(claim["claim"] == "starvation_without_sink" for claim in claims):
+        notes.append(
+            "The first image token is an attention sink in the compared layer: its state is one large vector, whatever "
+            "the image shows. Of starvation, the claim without this token is about context."
+        )
     if any("same_as" in column for column in beyond):
         notes.append(
             "Recovery and recovery trained share the column beyond random: one confirmation, not two."

@@ -97,7 +97,8 @@ def steps_of_runs(
     for name, values in analyses.items():
         if ANALYSES[name].of != "run":
             continue
-        analysed = [arm for arm in arms if kind_of(arm.name) in ANALYSES[name].arms]
+        solved = [arm for arm in arms if not arm.why_left_out]
+        analysed = [arm for arm in solved if kind_of(arm.name) in ANALYSES[name].arms]
         if not has_llm and not ANALYSES[name].of_encoders:
             analysed = analysed[:1] if name in asked else []  # left out, which is said once
         steps += [_of_run(study, arm, name, values) for arm in analysed]

@@ -103,6 +103,9 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     """
     check(study)
     steps = make_plan(study)
+    for line in dict.fromkeys(step.why_left_out for step in steps if step.kind in RUNS):
+        if line:
+            print(f"left out: {line}")
     out = study.out
     labels = tuple(filter(None, study.models))
     names = [*labels, *(study.arms or ())]

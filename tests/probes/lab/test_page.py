@@ -206,10 +206,12 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
             session._pixels(view),
             "Sky?",
             answer,
-            [2],
+            ["layer_02"],
             knockout,
+            average_heads=False,
         )
-        assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
+        expected = weights["layer_02"][0, 1, number].tolist()
+        assert tab.evaluate(f"Array.from(panels[{i}].weights)") == expected
     again = open_tab(tab.evaluate("location.hash"))
     for i in range(4):
         assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(
@@ -217,9 +219,11 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
         )
     tab.get_by_role("button", name="Python").click()
     tab.wait_for_selector("#code:not([hidden])")
-    assert f"answer_attention(pixels, 'Sky?', {answer!r}, [2])[0, :, {number}]" in tab.inner_text(
-        "#code"
+    code = tab.inner_text("#code")
+    assert (
+        f"answer_attention(pixels, 'Sky?', {answer!r}, ['layer_02'], average_heads=False)" in code
     )
+    assert f"attention = weights['layer_02'][0, :, {number}]" in code
     tab.mouse.click(*point(tab, 2))
     settle(tab)
     assert (

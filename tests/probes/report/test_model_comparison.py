@@ -21,6 +21,7 @@ from probes.results.probe_run import ProbeRun
 from probes.results.study import labels_of_models
 
 QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
+WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]
 
 
 @pytest.fixture
@@ -47,9 +48,8 @@ def test_equal_models_show_no_difference(write, report):
 
 
 def test_a_worse_model_reads_less_where_it_is_worse(write, report):
-    worse = [*QUALITY[:3], 0.50, 0.48, 0.48]
     first = write("first", QUALITY, number=1)
-    second = write("second", worse, number=2)
+    second = write("second", WORSE, number=2)
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
     by_site = {x["site"]: x for x in entry["sites"]}
@@ -104,11 +104,15 @@ def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
 
 
 def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(write, report):
-    worse = [*QUALITY[:3], 0.50, 0.48, 0.48]
-    runs = [
-        f"{name}={write(name, quality, number=i)}"
-        for i, (name, quality) in enumerate({"a": QUALITY, "b": worse, "c": QUALITY}.items())
-    ]
+    models = {
+        "a": QUALITY,
+        "b": WORSE,
+        "c": QUALITY,
+    }
+    runs = []
+    for i, (name, quality) in enumerate(models.items()):
+        run = write(name, quality, number=i)
+        runs.append(f"{name}={run}")
     results, printed = report(*runs)
     assert [(x["first"], x["second"]) for x in results["compared"]] == [("a", "b"), ("a", "c")]
     lines = printed.splitlines()
@@ -135,9 +139,14 @@ def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(
 def test_several_data_sets_stand_side_by_side(write, report):
     """Scores of a model on each, and differences from the first model on the same photos only."""
     runs = []
-    for name, quality in (("a", QUALITY), ("b", [*QUALITY[:3], 0.50, 0.48, 0.48])):
+    for name, quality in (("a", QUALITY), ("b", WORSE)):
         for i, data in enumerate(("street", "room")):
-            run = write(f"{name}_{data}", quality, number=i, dataset=data)
+            run = write(
+                f"{name}_{data}",
+                quality,
+                number=i,
+                dataset=data,
+            )
             runs.append(f"{name}={run}")
     results, printed = report(*runs)
     assert len(results["compared"]) == 2
@@ -244,18 +253,28 @@ def test_the_interval_of_best_layers_is_that_of_all_pairs_together():
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(2, 3, generator=generator)
     drawn = scores + 0.1 * torch.randn(400, 2, 3, generator=generator)
-    models = [[Estimate(scores[m, i].item(), drawn[:, m, i]) for i in range(3)] for m in (0, 1)]
-    pairs = [(b, a) for b in range(3) for a in range(3)]
-    differences = torch.stack([drawn[:, 1, b] - drawn[:, 0, a] for b, a in pairs], 1).double()
-    sd = differences.std(0)
-    factor = ((differences - differences.mean(0)).abs() / sd).amax(1).quantile(0.95)
-    low = [-float("inf")] * 2
+    models = []
+    for m in (0, 1):
+        models.append([Estimate(scores[m, i].item(), drawn[:, m, i]) for i in range(3)])
+    observed = {}
+    spread = {}
+    distances = []
     for b in range(3):
-        at = [(scores[1, b] - scores[0, a]).item() for a in range(3)]
-        half = [(factor * sd[pairs.index((b, a))]).item() for a in range(3)]
-        low[0] = max(low[0], min(x - h for x, h in zip(at, half, strict=True)))
-        low[1] = max(low[1], min(x + h for x, h in zip(at, half, strict=True)))
-    assert difference_of_best(*models)["ci95"] == pytest.approx(low, abs=1e-6)
+        for a in range(3):
+            observed[b, a] = (scores[1, b] - scores[0, a]).item()
+            of_pair = (drawn[:, 1, b] - drawn[:, 0, a]).double()
+            spread[b, a] = of_pair.std().item()
+            distances.append((of_pair - of_pair.mean()).abs() / spread[b, a])
+    factor = torch.stack(distances).amax(0).quantile(0.95).item()
+    expected = []
+    for sign in (-1, 1):
+        bound = {}
+        for pair, value in observed.items():
+            bound[pair] = value + sign * factor * spread[pair]
+        least = [min(bound[b, a] for a in range(3)) for b in range(3)]
+        expected.append(max(least))
+    found = difference_of_best(*models)
+    assert found["ci95"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_differences_have_the_intervals_of_paired_resampling(write):

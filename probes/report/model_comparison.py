@@ -225,3 +225,24 @@ def comparison_rows(entries: Sequence[Entry]) -> Rows:
             row |= {key: x[key] for key in ("first", "second", "difference")}
             rows.append(row | bounds(x["ci95"]) | {"p_corrected": x.get("p_corrected")})
     return rows
+
+
+def comparisons_in_points(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the differences of two models, b minus a, in points of mIoU: of their sites, then of their best layers.
+
+    Each has "dataset", "image_attention", "of" ("site" or "best layer"), the names "a" and "b", "site_a", "site_b",
+    "value" and "ci95".
+    """
+    found = []
+    for row in comparison_rows(entries):
+        if row["first_site"] is None:  # the IoU of a class
+            continue
+        about = {key: row[key] for key in ("dataset", "image_attention")}
+        about["of"] = BEST_LAYER if row["of"] == BEST_LAYER else "site"
+        found.append(
+            about
+            | {"a": row["first_model"], "b": row["second_model"]}
+            | {"site_a": row["first_site"], "site_b": row["second_site"]}
+            | {"value": 100 * row["difference"], "ci95": [100 * row[x] for x in ("low", "high")]}
+        )
+    return found

@@ -67,7 +67,12 @@ from .claims import evaluate_claims
 from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
 from .headline import describe_study, describe_table
-from .model_comparison import best_by_dataset, compare_models, comparison_rows
+from .model_comparison import (
+    best_by_dataset,
+    compare_models,
+    comparison_rows,
+    comparisons_in_points,
+)
 from .model_tables import (
     dataset_table,
     describe_comparison,
@@ -231,6 +236,7 @@ def _write_files(
         "studies": by_study,
         "joint": joint,
         "compared": compared,
+        "comparisons": comparisons_in_points(compared),
         "datasets": datasets,
     }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)

@@ -53,6 +53,14 @@ def test_a_worse_model_reads_less_where_it_is_worse(write, report):
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
     by_site = {x["site"]: x for x in entry["sites"]}
+    in_points = {x["site_a"]: x for x in results["comparisons"] if x["of"] == "site"}
+    assert list(in_points) == list(by_site)
+    for site, x in by_site.items():
+        assert in_points[site]["value"] == pytest.approx(100 * x["difference"])
+        assert in_points[site]["ci95"] == pytest.approx([100 * bound for bound in x["ci95"]])
+    best = results["comparisons"][-1]
+    assert [best[key] for key in ("of", "a", "b")] == ["best layer", "before", "after"]
+    assert best["value"] == pytest.approx(100 * entry["best"]["difference"])
     assert [site for site, x in by_site.items() if differs(x)] == [
         "layer_02",
         "layer_03",

@@ -25,6 +25,7 @@ from .callbacks import ExportModel, LogLearningRate, ShowAnswers
 from .loss_monitor import LossMonitor
 from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
+from .resume import how_to_train_on
 from .throughput import Throughput
 
 
@@ -73,6 +74,7 @@ class TrainingCLI(RunCLI):
                 folder / "checkpoints",
                 record,
                 saved,
+                advice_of=how_to_train_on(folder, self.model.hparams.trainable),
             )
             if plan.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")

@@ -41,7 +41,7 @@ from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
-from .resume import rescale_progress
+from .resume import how_to_train_on, rescale_progress
 from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
@@ -159,7 +159,9 @@ class LlavaTraining(LightningModule):
 
             self.identity = rank_zero_result(self.trainer, compute)
         if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
-            check_same_parents(Path(self.hparams.adapter), self.identity)
+            check_same_parents(
+                Path(self.hparams.adapter), Path(self.hparams.llm), self.identity
+            )
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -399,8 +401,13 @@ class LlavaTraining(LightningModule):
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
             if self.identity is not None:
+                folder = Path(self.trainer.default_root_dir)
                 check_same_identity(
-                    checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+                    checkpoint.get("identity"),
+                    self.identity,
+                    "the checkpoint",
+                    RESUME_ADVICE,
+                    how_to_train_on(folder, self.hparams.trainable),
                 )
             self._tell_changed_average(checkpoint)
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
@@ -430,18 +437,22 @@ class LlavaTraining(LightningModule):
             )
 
 
-def check_same_parents(adapter: Path, identity: Identity) -> None:
+def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
     """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
 
     Args:
         adapter: Exported model of stage 1. Trained on data without an identity, it records none.
+        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
         identity: Of this run.
     """
+    of_adapter = "llm" if llm.is_dir() and llm.samefile(adapter) else None
     saved = read_training(adapter).get("identity") or {}
     for key, before in saved.get("model", {}).items():
         now = identity["model"].get(key)
-        if now is not None and now != before and not key.startswith("adapter"):
-            part = key.partition("/")[0]
+        part = key.partition("/")[0]
+        if part in ("adapter", of_adapter):
+            continue
+        if now is not None and now != before:
             raise UserError(
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"

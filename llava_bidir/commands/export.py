@@ -38,5 +38,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.exists() and path.parent.name == "checkpoints":
         newest = newest_checkpoint(path.parents[1])
         if newest != path:
-            log.warning("%s is not the newest checkpoint of its run, which is %s", path, newest.name)
+            log.warning(
+                "%s is not the newest checkpoint of its run, which is %s", path, newest.name
+            )
     return path

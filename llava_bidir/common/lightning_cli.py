@@ -18,7 +18,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
@@ -29,6 +29,7 @@ from .configs import check_unique_keys
 from .errors import UserError
 from .expected_messages import hide_expected_messages
 from .progress import FirstEstimate, LogProgress
+from .run_events import LogBeforeSave, RunEvents
 from .run_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
 from .when_to_save import SaveOnSignal
@@ -113,12 +114,7 @@ class RunCLI(LightningCLI):
             return self._get(self.config_init, key)
 
         if setting("trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(
-                setting("out"),
-                name="",
-                version="",
-                default_hp_metric=False,
-            )
+            kwargs["logger"] = RunEvents(setting("out"))
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]
         plugins = [*given, AtomicCheckpointIO()]
@@ -135,6 +131,8 @@ class RunCLI(LightningCLI):
             callback.dirpath = callback.dirpath or str(
                 Path(trainer.default_root_dir) / "checkpoints"
             )
+        saving = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)  # they are the last
+        trainer.callbacks.insert(saving, LogBeforeSave())
         trainer.callbacks.append(NoEmptyEvents(Path(trainer.default_root_dir)))
         if to_log:
             trainer.callbacks.append(LogProgress())

@@ -154,8 +154,6 @@ class SaveOnSignal(Callback):
         if not stops:
             return
         trainer.save_checkpoint(_checkpoints(trainer) / LAST)
-        # Lightning logs a step after this hook, so that the loggers would lack the step of the checkpoint
-        trainer._logger_connector.update_train_step_metrics()
         if signal.SIGINT in self.received:
             raise KeyboardInterrupt
         rank_zero_info(

@@ -27,6 +27,7 @@ from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
 from .resume import how_to_train_on
 from .throughput import Throughput
+from .validation_plan import ValidationPlan
 
 
 class TrainingCLI(RunCLI):
@@ -113,6 +114,7 @@ class TrainingCLI(RunCLI):
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
+        ValidationPlan(),
         LogLearningRate(),
         LossMonitor(),
         ShowAnswers(),

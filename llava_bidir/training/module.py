@@ -47,6 +47,8 @@ from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
 
+SHOWN = 3  # validation images in the event file, each with question and answer
+
 
 class LlavaTraining(LightningModule):
     """Training of an adapter (stage 1), or of adapter and LLM (stage 2), on conversations about images.
@@ -131,6 +133,8 @@ class LlavaTraining(LightningModule):
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
+        self.step_losses: list[Tensor] = []  # of the micro-batches of a step
+        self.step_tokens = 0  # supervised ones
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
 
@@ -159,9 +163,7 @@ class LlavaTraining(LightningModule):
 
             self.identity = rank_zero_result(self.trainer, compute)
         if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
-            check_same_parents(
-                Path(self.hparams.adapter), Path(self.hparams.llm), self.identity
-            )
+            check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -215,7 +217,9 @@ class LlavaTraining(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder."""
+        """Set train mode, except for the frozen encoder; forget the step in which an earlier run has ended."""
+        self.step_losses.clear()
+        self.step_tokens = 0
         self.model.train()
         self.model.model.vision_tower.eval()
 
@@ -240,10 +244,11 @@ class LlavaTraining(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
-        size = len(batch["ids"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log("train/supervised_tokens", float(batch["supervised"]), batch_size=size)
-        return loss if self.hparams.loss_average == "llava" else loss * batch["weight"]
+        if self.hparams.loss_average == "tokens":
+            loss = loss * batch["weight"]
+        self.step_losses.append(loss.detach())
+        self.step_tokens += batch["supervised"]
+        return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
@@ -287,15 +292,24 @@ class LlavaTraining(LightningModule):
             hook.remove()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding."""
+        """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
+
+        Captions (stage 1) have no right wording: only those that are shown are written.
+        """
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        are_captions = batch["are_captions"]
+        # as many on each rank, since under ZeRO-3 they run each forward together
+        if are_captions and batch_idx * self.trainer.datamodule.micro_batch_size >= SHOWN:
+            return []
         # the last sample may be padding for this rank
         answers = self.answer(batch["prompts"])[: len(batch["answers"])]
+        if are_captions:
+            return answers
         correct = [
             float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)
         ]
         self.val_accuracy.update(torch.tensor(correct, device=self.device))
-        self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
 
@@ -326,7 +340,8 @@ class LlavaTraining(LightningModule):
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Log the gradient norm, except under ZeRO."""
+        """Log the loss of the step, and the gradient norm, except under ZeRO."""
+        self._log_step()
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         gradients = [
@@ -336,6 +351,15 @@ class LlavaTraining(LightningModule):
             if p.grad is not None
         ]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def _log_step(self) -> None:
+        """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens."""
+        loss = torch.stack(self.step_losses).mean()
+        tokens = torch.tensor(float(self.step_tokens), device=self.device)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
+        self.step_losses.clear()
+        self.step_tokens = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""

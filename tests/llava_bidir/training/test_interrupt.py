@@ -97,7 +97,10 @@ def test_last_ckpt_is_the_newest_checkpoint_or_gone(fit, tmp_path):
 
 def test_a_callbacks_own_last_ckpt_replaces_the_interrupted_one(fit, tmp_path):
     """Lightning wrote last-v1.ckpt beside it."""
-    own = ["--trainer.callbacks", '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true}}]']
+    own = [
+        "--trainer.callbacks",
+        '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true}}]',
+    ]
     fit(*own, interrupts={2: 1})
     fit(*own, "--ckpt_path", "last")
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
@@ -121,7 +124,9 @@ def test_export_takes_the_newest_checkpoint_of_a_run_and_says_which(fit, tmp_pat
     shutil.copy2(old, run / "checkpoints/old.ckpt")
     os.utime(run / "checkpoints/old.ckpt", ns=(0, 0))
     main(["export", str(run / "checkpoints/old.ckpt"), str(tmp_path / "old")])
-    assert f"old.ckpt is not the newest checkpoint of its run, which is {newest.name}" in caplog.text
+    assert (
+        f"old.ckpt is not the newest checkpoint of its run, which is {newest.name}" in caplog.text
+    )
     assert json.loads((tmp_path / "old/training.json").read_text())["steps"] == 2
 
 

@@ -405,16 +405,12 @@ def test_settings_that_do_not_fit_are_errors(
     tmp_path,
     fit,
 ):
-    file = str(conversations / "data.json")
     cases = {
         "frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true": lambda: fit(
             settings={"frozen_dtype": "bfloat16"}
         ),
         r"model.trainable must include llm, got \['adapter'\]": lambda: module(
             parts, trainable=["adapter"], **LORA
-        ),
-        "data.val_annotations must be null with data.template plain": lambda: data(
-            conversations, parts, template="plain", val_annotations=file
         ),
         # Lightning would end with success and no metric
         "data.val_annotations is not set, so there are no questions": lambda: trainer(

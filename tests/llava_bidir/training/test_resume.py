@@ -190,7 +190,9 @@ def test_a_run_that_shall_be_longer_is_trained_on_from_its_export(
         assert not (run / "hf").exists()
     options = f"--model.adapter {export} --model.llm {export}"
     assert advice.endswith(f"the same command with {options} --out NEW")
-    more = f"{options} --trainer.max_steps 1 --model.learning_rate 0 --model.adapter_learning_rate 0"
+    more = (
+        f"{options} --trainer.max_steps 1 --model.learning_rate 0 --model.adapter_learning_rate 0"
+    )
     main([*command, *more.split(), "--out", str(tmp_path / "new")])
     before = load_file(export / "model.safetensors")
     after = load_file(tmp_path / "new/hf/model.safetensors")

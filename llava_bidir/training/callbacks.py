@@ -23,6 +23,11 @@ class LogLearningRate(LearningRateMonitor):
     def __init__(self):
         super().__init__("step")
 
+    def on_train_start(self, trainer: Trainer, *args, **kwargs) -> None:
+        """Note the names of the learning rates; with `--trainer.logger false` there is nothing to log."""
+        if trainer.loggers:
+            super().on_train_start(trainer, *args, **kwargs)
+
     def on_train_batch_start(
         self,
         trainer: Trainer,
@@ -31,7 +36,7 @@ class LogLearningRate(LearningRateMonitor):
         batch_idx: int,
     ) -> None:
         """Log at the first micro-batch of a step."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if trainer.loggers and batch_idx % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_start(trainer)
 
 

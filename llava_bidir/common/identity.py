@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -129,6 +129,7 @@ def check_same_identity(
     current: Identity,
     source: str,
     advice: str,
+    advice_of: Mapping[str, str] | None = None,
 ) -> None:
     """Raise if two identities differ.
 
@@ -137,6 +138,7 @@ def check_same_identity(
         current: Identity of this run.
         source: What `saved` belongs to, for the error.
         advice: What to do, the end of the error.
+        advice_of: What to do instead where these settings differ.
 
     Raises:
         UserError: Names the first difference.
@@ -154,7 +156,7 @@ def check_same_identity(
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
                     f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
-                    f"{advice}"
+                    f"{(advice_of or {}).get(key, advice)}"
                 )
 
 

@@ -57,7 +57,8 @@ class LogProgress(Callback):
         if steps > 0 or trainer.accumulate_grad_batches > 1:  # else batches are steps
             total = total_steps(trainer)
             text = f"step {trainer.global_step}{f' of {total}' if total else ''}, {text}"
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides by it
+        of_batch = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning divides by it
+        loss = float(trainer.callback_metrics.get("train/loss", of_batch))  # of the step
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
         if rate and left is not None:
             text += f", {_duration(left / rate)} left"

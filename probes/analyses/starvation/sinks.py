@@ -9,7 +9,7 @@ Shapes: B = 1 image, T image tokens.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
-from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
 
 from . import SINK_NORM
 
@@ -33,7 +35,7 @@ def sinks_of_run(run: ProbeRun) -> dict[str, Any]:
     return measure_sinks(run.mllm(), images)
 
 
-def measure_sinks(mllm: FrozenMLLM, images: Sequence[Image.Image]) -> dict[str, Any]:
+def measure_sinks(mllm: "FrozenMLLM", images: Sequence[Image.Image]) -> dict[str, Any]:
     """Return how the first image token differs from others in each layer.
 
     Returns:
@@ -55,7 +57,7 @@ def measure_sinks(mllm: FrozenMLLM, images: Sequence[Image.Image]) -> dict[str, 
     return {"images": len(images), "no_attention": no_attention, "layers": layers}
 
 
-def _attention(mllm: FrozenMLLM, pixels: Tensor) -> tuple[Mapping[str, Tensor], str]:
+def _attention(mllm: "FrozenMLLM", pixels: Tensor) -> tuple[Mapping[str, Tensor], str]:
     """Return the attention by layer, and ""; or nothing, and why it cannot be read."""
     try:
         return mllm.attention(pixels), ""

@@ -20,10 +20,10 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
 
+from . import SINK_NORM
+
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
-
-from . import SINK_NORM
 
 IMAGES = 8
 

@@ -157,8 +157,10 @@ audit: ## known vulnerabilities of the locked versions (pip-audit; needs the net
 UV ?= uv
 COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command 'make lock'
+# without timm, which needs torchvision: of another build than torch it breaks transformers
+LOCKED_EXTRAS := browser cluster figures gguf lab real test
 lock: ## writes both lock files from pyproject.toml, keeping versions that still fit (needs uv)
-	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
+	$(COMPILE) $(LOCKED_EXTRAS:%=--extra %) pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
 # With torch of its own range, too: a CUDA build, unless TORCH_INDEX=URL has CPU builds. --no-config: pyproject.toml tells uv

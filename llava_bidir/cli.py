@@ -17,6 +17,21 @@ from llava_bidir.common.usage_errors import ArgumentParser
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in HELP
 REQUIRED = ("model.encoder.name", "model.encoder.path", "model.llm", "model.trainable")
 REQUIRED += ("data.annotations", "data.images")
+ABSENT = {  # where a user of LightningCLI looks
+    "model": (
+        "the model is always LlavaTraining, as which checkpoints and exports are read back. Its parts are options "
+        "(--model.llm, --model.encoder, --model.lora), a mask is registered (llava_bidir.register_image_attention), "
+        "and a training step of your own is a subclass in Python"
+    ),
+    "data": "data are always LLaVA's JSON and a folder of images, --data.annotations and --data.images",
+    "optimizer": (
+        "the optimizer is LLaVA's AdamW, with --model.learning_rate, --model.adapter_learning_rate, --model.betas and "
+        "--model.weight_decay"
+    ),
+    "lr_scheduler": (
+        "the learning rate rises in --model.warmup_ratio of the steps and falls as a cosine, as LLaVA's"
+    ),
+}
 MODULES = {
     "inspect": "llava_bidir.commands.inspect_data",
     "verify-data": "llava_bidir.commands.verify_data",
@@ -95,7 +110,13 @@ def main(argv: list[str] | None = None) -> None:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
-            check_options(f"llava-bidir {argv[0]}", argv[1:], OPTIONS.read_text().split(), REQUIRED)
+            check_options(
+                f"llava-bidir {argv[0]}",
+                argv[1:],
+                OPTIONS.read_text().split(),
+                REQUIRED,
+                ABSENT,
+            )
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(
                 with_config_paths(argv)
             )

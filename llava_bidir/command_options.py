@@ -31,13 +31,13 @@ class ExportOptions:
     """Options of `llava-bidir export`.
 
     Args:
-        checkpoint: Checkpoint of a run, RUN/checkpoints/*.ckpt.
+        source: Folder of a run, whose newest complete checkpoint is exported, or one of its RUN/checkpoints/*.ckpt.
         out: Directory to write; replaces an earlier export.
         as_llava: Write a model of type llava for serving software; requires a causal model.
         dtype: Dtype of the weights; auto: those of training, into which LoRA's updates are rounded.
     """
 
-    checkpoint: Path = positional()
+    source: Path = positional()
     out: Path = positional()
     as_llava: bool = flag()
     dtype: Literal["auto", "float32"] = "auto"

@@ -14,6 +14,7 @@ _MODULES = {
     "FrozenEncoder": ".models.frozen_encoder",
     "Family": ".models.families",
     "EncoderFamily": ".models.families",
+    "EncoderModule": ".models.own_module",
     "register_family": ".models.families",
     "register_dataset": ".data.registry",
     "Probe": ".training.heads",

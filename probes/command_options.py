@@ -11,7 +11,8 @@ class SitesOptions:
     """Options of `probes sites`.
 
     Args:
-        mllm: Checkpoint directory or hub id; its weights are not loaded.
+        mllm: Checkpoint directory or hub id, whose weights are not loaded; or timm:NAME or FILE.py:FUNCTION, which is
+            built.
         image_px: Side of the square input of a bare encoder, a multiple of its patch (default: as published).
     """
 
@@ -37,7 +38,7 @@ class StatesOptions:
     """Options of `probes states`.
 
     Args:
-        mllm: Checkpoint directory or hub id.
+        mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION.
         image: Image files.
         out: A .safetensors file with "SITE" f[images, T, d].
         sites: Sites to write; `all` with the encoder's own layers in an MLLM, `all_parts` also with what is inside the
@@ -82,7 +83,7 @@ class LabOptions:
 
     Args:
         runs: Finished probe runs on the same images, one per mask or model, side by side.
-        mllm: Checkpoint directory or hub id without probes: words and attention.
+        mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION, without probes: words and attention.
         port: Port of the page; 0 for any free one.
         host: Address to listen at, for other machines (default: 127.0.0.1).
         save: Folder below which painted photos are saved as data folders and opened again.

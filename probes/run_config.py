@@ -17,7 +17,8 @@ class ModelOptions:
     """Options of the frozen model and of its probes.
 
     Args:
-        mllm: Checkpoint directory or hub id, of an MLLM or of a bare vision encoder.
+        mllm: Checkpoint directory or hub id, of an MLLM or of a bare vision encoder; or timm:NAME; or FILE.py:FUNCTION,
+            whose code is run, see probes/models/encoders.md.
         image_attention: Mask among image tokens; None for the one that the model was trained with.
         untrained: Parts that get random weights, as a control: adapter, llm; of a bare vision encoder: encoder.
         match: How a random LLM or encoder resembles the trained one: none; update, whose layers change the states as

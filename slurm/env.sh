@@ -43,6 +43,12 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
 
+# ---------------------------------------------------------------------------------------------------- GPU hours of the plan
+: "${REHEARSAL:=runs/rehearsal/rehearsal.json}"        # measured by `probes rehearse --out runs/rehearsal` on the cluster's GPUs
+: "${MFU=}"                                            # without that file: share of the peak that is assumed, 0.4 for example
+: "${PEAK_TFLOPS:=989}"                                # of a GPU; 989: H100 in bfloat16
+: "${TEXT_TOKENS:=20 300}"                             # assumed with MFU, of a caption and of a dialogue; count yours
+
 # ---------------------------------------------------------------------------------------------------- derived
 if [[ -d $LAYOUT ]]; then SEGMENTATION=$LAYOUT; fi
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"

@@ -2,7 +2,7 @@
 # Submit the study of slurm/env.sh, by default three encoders under two masks, as jobs that depend on each other:
 #   per configuration: stage 1 -> stage 2 -> `probes study` (in one job, or one per arm), and stage 2 -> benchmarks
 #   per encoder: starvation and report; once: Table 1 (benchmarks and Table 1 only if VQA_PYTHON is set)
-#   slurm/six_configurations.sh --dry-run    print the plan
+#   slurm/six_configurations.sh --dry-run    print the plan, with the GPU hours of the training jobs if REHEARSAL or MFU is known
 #   slurm/six_configurations.sh              print the plan and submit it
 #   slurm/six_configurations.sh --rehearse   the same for two steps each on random weights, into $RUNS/rehearsal: tries
 #                                            modules, storage, network and time limits before the study; SIZE=1b, tiny
@@ -32,6 +32,18 @@ check_paths() { # VARIABLE...: exit and name all whose path does not exist
   [[ -z $missing ]] || exit 1
 }
 
+check_environment() { # exit unless the packages and Slurm are there
+  local import='from importlib.util import find_spec; exit(not (find_spec("lightning") and find_spec("probes")))'
+  if ! "$PYTHON" -c "$import" 2>/dev/null; then
+    echo "slurm/env.sh: PYTHON=$PYTHON has no llava-bidir; \`make venv\` makes an environment" >&2
+    exit 1
+  fi
+  if ! squeue --me >/dev/null 2>&1; then
+    echo "Slurm does not answer to squeue: submit jobs on a cluster's login node. \`probes rehearse\` needs no Slurm" >&2
+    exit 1
+  fi
+}
+
 if [[ -n $rehearse ]]; then
   export RUNS=$RUNS/rehearsal
   if [[ $(realpath -m "$RUNS") == *[[:space:]]* ]]; then
@@ -43,6 +55,7 @@ if [[ -n $rehearse ]]; then
     export ENCODERS=${ENCODERS%% *} ARMS="trained random0 random1 permuted0 permuted1"
   else
     check_paths PYTHON
+    check_environment
     "$PYTHON" -m probes rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
     # shellcheck source=/dev/null
     source "$RUNS/inputs/env.sh"
@@ -107,6 +120,38 @@ print_part() {
   printf '  %-36s %-52s %s\n' "$1" "slurm/$5.sbatch ${*:6}" "$status"
 }
 
+print_hours() { # of the training jobs that are not finished
+  local name hours total=0 gpus=$((NODES * TASKS_PER_NODE)) source=() known
+  if [[ -e $REHEARSAL ]]; then
+    source=(--rehearsal "$REHEARSAL")
+  elif [[ -n $MFU ]]; then
+    # shellcheck disable=SC2206
+    source=(--mfu "$MFU" --peak-tflops "$PEAK_TFLOPS" --text-tokens $TEXT_TOKENS)
+    source+=(--llm "$LLM" --encoder-configs "$ENCODER_CONFIGS")
+  else
+    echo "GPU hours: unknown. \`probes rehearse --out $(dirname "$REHEARSAL")\` measures them; MFU=0.4 assumes a speed"
+    return
+  fi
+  if ! [[ -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then
+    echo "GPU hours: unknown. PYTHON=$PYTHON does not exist; \`make venv\` makes it"
+    return
+  fi
+  # shellcheck disable=SC2086
+  if ! known=$(PYTHONPATH=. "$PYTHON" slurm/gpu_hours.py "${source[@]}" --masks $MASKS -- $ENCODERS 2>&1); then
+    echo "GPU hours: unknown. ${known##*$'\n'}"
+    return
+  fi
+  while read -r name hours; do
+    if [[ $name == at ]]; then
+      echo "GPU hours, at $hours:"
+    elif [[ $name == */stage* ]] && ! is_finished "$name/hf"; then
+      printf '  %-36s %10.1f   %.1f h on %d GPUs\n' "$name" "$hours" "$(awk "BEGIN {print $hours / $gpus}")" "$gpus"
+      total=$(awk "BEGIN {print $total + $hours}")
+    fi
+  done <<<"$known"
+  printf '  %-36s %10.1f   without studies and benchmarks\n' "all" "$total"
+}
+
 declare -A job # part -> job id
 submit_part() {
   local name=$1 dependency after="" id
@@ -128,7 +173,10 @@ submit_part() {
 
 echo "plan, into $RUNS:"
 for_each_part print_part
-if [[ -n $dry_run ]]; then exit; fi
+if [[ -n $dry_run ]]; then
+  [[ -n $rehearse ]] || { echo; print_hours; }
+  exit
+fi
 check_paths PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION
 echo "submitted:"
 for_each_part submit_part

@@ -240,7 +240,7 @@ def test_a_program_has_a_version_and_without_a_command_its_help(package, capsys)
 
 
 def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
-    message = r"^llava-bidir: no checkpoint .*; expected RUN/checkpoints"
+    message = r"^llava-bidir: no checkpoint .*; expected the folder of a run"
     with pytest.raises(SystemExit, match=message):
         llava_bidir.cli.main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")])
 

@@ -292,9 +292,9 @@ def files_of(diff: str) -> list[str]:
     return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
 
 
-def test_there_are_seven_examples_each_with_a_test():
+def test_there_are_eight_examples_each_with_a_test():
     names = " ".join(Path(name).stem for name in EXAMPLES)
-    assert names == "analysis dataset encoder family head mask task"
+    assert names == "analysis dataset encoder family head mask module task"
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
         new = re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", diff, re.M)

@@ -110,7 +110,8 @@ def test_training(
     tiny_models.fit(parts, conversations, tmp_path / "run", *logger)
     assert {"train/loss", "val/loss", "val/answer_accuracy"} <= names("metrics")
     assert SAID["settings"]
-    assert names("images") == {"validation/images", "validation/attention_mask"}
+    shown = {f"validation/images/{i}" for i in range(3)}
+    assert names("images") == {*shown, "validation/attention_mask"}
     assert all(
         image.ndim == 3 and image.dtype == "uint8"
         for _, images in SAID["images"]

@@ -93,7 +93,7 @@ def test_states_of_image_tokens_that_overflow_are_refused_with_their_site(door, 
 
 def test_attention_and_mask_of_layers_that_overflow_are_refused(mllm, photo):
     with pytest.raises(UserError, match=LAYER_2):
-        mllm.attention(mllm.preprocess(photo), [2])
+        mllm.attention(mllm.preprocess(photo), ["layer_02"])
     with pytest.raises(UserError, match=LAYER_2):
         mllm.measured_mask()
 
@@ -107,7 +107,7 @@ def test_states_of_text_that_overflow_are_refused(mllm, photo):
     with pytest.raises(UserError, match=FINAL_NORM):
         mllm.answer_log_probs(pixels, [QUESTION], ["sky", "wall"])
     with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer_attention(pixels, QUESTION, "wall", [3])
+        mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"])
 
 
 def test_sites_before_the_overflow_can_be_read(mllm, photo, planted):
@@ -121,11 +121,11 @@ def test_sites_before_the_overflow_can_be_read(mllm, photo, planted):
 def test_logits_that_overflow_are_refused(checkpoints, photo):
     mllm = probes.load(str(checkpoints["causal"]), device="cpu")
     pixels = mllm.preprocess(photo)
-    states = mllm.states(pixels)["final_norm"]
+    states = mllm.states(pixels)["final_norm"] * 1e3
     with torch.no_grad():
         mllm.model.lm_head.weight.mul_(1e38)
     with pytest.raises(UserError, match="logits at final_norm are NaN or infinite"):
-        mllm.logit_lens(states * 1e3, "final_norm")
+        mllm.logit_lens({"final_norm": states})
 
 
 def test_states_of_a_bare_encoder_that_overflow_are_refused(photo, tmp_path):

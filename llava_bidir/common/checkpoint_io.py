@@ -7,6 +7,7 @@ untouched. A checkpoint is a file (one process, DDP) or a directory (ZeRO). A di
 
 import json
 import logging
+import shutil
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from .errors import UserError, error_context
 log = logging.getLogger(__name__)
 
 MANIFEST = "whole.json"
+LAST = "last.ckpt"  # in a run's checkpoints: where it was interrupted; always the newest one, or not there
 
 
 def is_complete(checkpoint: str | None, result: Path) -> bool:
@@ -130,6 +132,35 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
             return path
         log.warning("skipping checkpoint %s: %s", path, defect)
     return None
+
+
+def remove_superseded_last(folder: Path) -> None:
+    """Remove `last.ckpt` if `folder` has a newer valid checkpoint; a link, which ModelCheckpoint can make, stays."""
+    last = folder / LAST
+    if not last.exists() or last.is_symlink():
+        return
+    age = last.stat().st_mtime_ns
+    newer = [path for path in folder.glob("*.ckpt") if path.stat().st_mtime_ns > age]
+    if all(find_defect(path) for path in newer):
+        return
+    if last.is_file():
+        last.unlink()
+        return
+    (last / MANIFEST).unlink(missing_ok=True)  # first: what is left after a kill is no checkpoint
+    shutil.rmtree(last)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the newest valid checkpoint of a run's folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = run / "checkpoints"
+    newest = latest_valid_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"no valid checkpoint in {folder}; expected the folder of a run of `fit`")
+    return newest
 
 
 def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:

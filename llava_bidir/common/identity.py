@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -79,9 +79,16 @@ def run_identity(trainer, module, data) -> Identity:
     }
 
 
-def named_identity(models: dict[str, str]) -> dict[str, str]:
-    """Return {"NAME/FILE": checksum}, or {"NAME": "ID@REVISION"} for a model on the hub, of models by name."""
-    identities = {name: model_identity(f"model.{name}", path) for name, path in models.items()}
+def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:
+    """Return {"NAME/FILE": checksum}, or {"NAME": "ID@REVISION"} for a model on the hub, of models by name.
+
+    Args:
+        models: Checkpoint directory or hub id by name, or what identifies a model that is no checkpoint.
+    """
+    identities = {
+        name: model if isinstance(model, dict) else model_identity(f"model.{name}", model)
+        for name, model in models.items()
+    }
     return {
         f"{name}/{file}" if file else name: value
         for name, identity in identities.items()
@@ -122,6 +129,7 @@ def check_same_identity(
     current: Identity,
     source: str,
     advice: str,
+    advice_of: Mapping[str, str] | None = None,
 ) -> None:
     """Raise if two identities differ.
 
@@ -130,6 +138,7 @@ def check_same_identity(
         current: Identity of this run.
         source: What `saved` belongs to, for the error.
         advice: What to do, the end of the error.
+        advice_of: What to do instead where these settings differ.
 
     Raises:
         UserError: Names the first difference.
@@ -147,7 +156,7 @@ def check_same_identity(
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
                     f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
-                    f"{advice}"
+                    f"{(advice_of or {}).get(key, advice)}"
                 )
 
 
@@ -228,7 +237,7 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     Checksums are cached per root, by size and modification time, in `$XDG_CACHE_HOME/llava_bidir` (~/.cache).
     """
     root = Path(root).resolve()
-    cache_file = _cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:DIGITS]}.json"
+    cache_file = cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:DIGITS]}.json"
     cache = _read_cache(cache_file)
 
     def checksum(name: str) -> tuple[list[int], str]:
@@ -262,7 +271,8 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     return {name: digest for name, (_, digest) in found.items()}
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of cached checksums."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
     )

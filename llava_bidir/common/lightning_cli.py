@@ -4,12 +4,12 @@ import linecache
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jsonargparse import Namespace
@@ -18,17 +18,19 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from .checkpoint_io import AtomicCheckpointIO
-from .configs import check_unique_keys
+from .config_errors import explain_class, explain_parser_error
+from .configs import check_unique_keys, configs_in, read_values
 from .errors import UserError
 from .expected_messages import hide_expected_messages
 from .progress import FirstEstimate, LogProgress
+from .run_events import LogBeforeSave, RunEvents
 from .run_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
 from .when_to_save import SaveOnSignal
@@ -44,6 +46,8 @@ CONFIGURABLE = (
     Profiler,
     Strategy,
 )
+# Where a logger of the user's writes: the folder of the run, unless it is given
+LOGGER_FOLDERS = ("trainer.logger.init_args.save_dir", "trainer.logger.save_dir")
 # Options of a command that reads the data of a config, on machines without the config's GPUs too.
 ON_ONE_CPU = (
     "--trainer.accelerator=cpu",
@@ -55,7 +59,20 @@ ON_ONE_CPU = (
 
 
 class ConfigParser(ShortUsageErrors, LightningArgumentParser):
-    """LightningCLI's parser with short errors."""
+    """LightningCLI's parser with short errors, which name the file that sets a key."""
+
+    words: Sequence[str] = ()  # of the command
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:
+        """Parse, and keep the words for errors."""
+        self.words = args or ()
+        return super().parse_args(args, *more, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the explained error."""
+        if self.exit_on_error:
+            message = explain_parser_error(" ".join(message.split()), self.words, CONFIGURABLE)
+        super().error(message, ex)
 
 
 class RunCLI(LightningCLI):
@@ -73,6 +90,7 @@ class RunCLI(LightningCLI):
 
     def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
         hide_expected_messages()
+        self.words: Sequence[str] = kwargs.get("args") or ()
         super().__init__(
             *args,
             **kwargs,
@@ -100,6 +118,8 @@ class RunCLI(LightningCLI):
             help="replace the run that OUT holds",
         )
         parser.link_arguments("out", "trainer.default_root_dir")
+        if not _sets(self.words, LOGGER_FOLDERS):
+            parser.link_arguments("out", LOGGER_FOLDERS[0])
 
     def instantiate_trainer(self, requeue: bool = False, **kwargs) -> Trainer:
         """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar.
@@ -113,12 +133,7 @@ class RunCLI(LightningCLI):
             return self._get(self.config_init, key)
 
         if setting("trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(
-                setting("out"),
-                name="",
-                version="",
-                default_hp_metric=False,
-            )
+            kwargs["logger"] = RunEvents(setting("out"))
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]
         plugins = [*given, AtomicCheckpointIO()]
@@ -135,6 +150,8 @@ class RunCLI(LightningCLI):
             callback.dirpath = callback.dirpath or str(
                 Path(trainer.default_root_dir) / "checkpoints"
             )
+        saving = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)  # they are the last
+        trainer.callbacks.insert(saving, LogBeforeSave())
         trainer.callbacks.append(NoEmptyEvents(Path(trainer.default_root_dir)))
         if to_log:
             trainer.callbacks.append(LogProgress())
@@ -184,8 +201,19 @@ class RunCLI(LightningCLI):
             ):
                 raise
             # often names the setting
+            text = f"{type(error).__name__}: {error}"
+            explained = explain_class(" ".join(text.split()))
             source = linecache.getline(frame.f_code.co_filename, line).strip()
-            raise UserError(f"config: {type(error).__name__}: {error} (at `{source}`)") from error
+            raise UserError(f"config: {explained or f'{text} (at `{source}`)'}") from error
+
+
+def _sets(words: Sequence[str], keys: Sequence[str]) -> bool:
+    """Return whether the words of a command, or one of its configs, set one of these keys."""
+    values = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    for _, _, name in configs_in(words):
+        with suppress(OSError, ValueError):  # reported by the parser
+            values |= read_values(name).keys()
+    return not values.isdisjoint(keys)
 
 
 def _package_of(module: str) -> str:

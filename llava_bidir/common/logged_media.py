@@ -13,9 +13,14 @@ def media_loggers(trainer: Trainer) -> list[Logger]:
     return []
 
 
+def _step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs metrics now: that of the latest loss, for a validation after it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
     """Log images uint8[B, H, W, 3]."""
-    step = trainer.global_step
+    step = _step(trainer)
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images(name, images, step, dataformats="NHWC")
@@ -33,7 +38,7 @@ def log_table(
     rows: list[list[str]],
 ) -> None:
     """Log rows of text."""
-    step = trainer.global_step
+    step = _step(trainer)
     text = "\n".join(
         f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)
     )

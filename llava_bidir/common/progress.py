@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from lightning import Callback, LightningModule, Trainer
 
+from .step_progress import tell
+
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two lines within an epoch
@@ -38,6 +40,10 @@ class LogProgress(Callback):
     ) -> None:
         """Log if the last line is some seconds old or the epoch ends."""
         now = time.monotonic()
+        done = trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
+        left = batches_left(trainer, batch_idx)
+        if trainer.is_global_zero and left is not None:
+            tell("training", done, done + left)
         batches = trainer.num_training_batches
         epochs = trainer.max_epochs or 0
         steps = trainer.max_steps
@@ -46,15 +52,14 @@ class LogProgress(Callback):
         if not trainer.is_global_zero or (now - self.last < SECONDS and not ends):
             return
         self.last = now
-        done = trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         rate = done / max(now - self.started, 1e-9)
         text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
         if steps > 0 or trainer.accumulate_grad_batches > 1:  # else batches are steps
             total = total_steps(trainer)
             text = f"step {trainer.global_step}{f' of {total}' if total else ''}, {text}"
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides by it
+        of_batch = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning divides by it
+        loss = float(trainer.callback_metrics.get("train/loss", of_batch))  # of the step
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
-        left = batches_left(trainer, batch_idx)
         if rate and left is not None:
             text += f", {_duration(left / rate)} left"
         log.info(text)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def plan_run(
     checkpoints: Path,
     result: Path,
     read_identity: Callable[[], Identity | None],
+    advice_of: Mapping[str, str] | None = None,
 ) -> RunPlan:
     """Decide on rank 0 whether to start, resume or replace the run in a folder, and return the same plan on all ranks.
 
@@ -53,6 +54,7 @@ def plan_run(
         checkpoints: Folder of the run's checkpoints.
         result: The file that marks the run as finished.
         read_identity: Returns the identity stored with `result`.
+        advice_of: What to do where a setting differs from the finished run's, by setting.
 
     Raises:
         UserError: The folder holds a run and neither `--ckpt_path` nor `--overwrite` says what to do with it, its
@@ -73,7 +75,7 @@ def plan_run(
         if is_complete(checkpoint if ckpt_path == "last" else None, result):
             if ckpt_path != "last":
                 raise _occupied(folder, f"a finished run ({result.relative_to(folder)})")
-            check_same_identity(read_identity(), identity, str(result), RESUME_ADVICE)
+            check_same_identity(read_identity(), identity, str(result), RESUME_ADVICE, advice_of)
             return RunPlan(identity, finished=True)
         if ckpt_path is None and (left := sorted(checkpoints.glob("*.*"))):
             raise _occupied(folder, f"checkpoints of an unfinished run, e.g. {left[-1].name}")

@@ -11,10 +11,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .atomic_io import read_json, sha256, write_files
 from .errors import NothingToMeasure, UserError
+from .step_progress import StepWatcher, format_left, output_of_command, watched
 
 OUTCOMES = {"left_out": "left out", "failed": "failed"}  # by key of a record
 
@@ -204,6 +205,20 @@ def run_steps(
     Returns:
         What each optional step that failed has said.
     """
+    with output_of_command() as output:
+        return _run_in_order(missing, folder, run, log, overwrite, after, output)
+
+
+def _run_in_order(
+    missing: Sequence[Step],
+    folder: Path,
+    run: Callable[[Step], Mapping[str, Any] | None],
+    log: Path | None,
+    overwrite: bool,
+    after: Callable[[], None] | None,
+    output: TextIO | None,
+) -> list[str]:
+    """Run steps as :func:`run_steps` does; `output` is where lines on their progress go, None for nowhere."""
     failed: list[str] = []
     for i, step in enumerate(missing):
         if step.why_left_out:
@@ -218,11 +233,14 @@ def run_steps(
             continue
         left = describe_time_left(missing[i:], folder)
         print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
+        later = [other.kind for other in missing[i + 1 :]]
+        watcher = StepWatcher(step.name, step.kind, later, _mean_seconds(folder), output)
         started = time.perf_counter()
         before = _state(step)
         made = _how_made(step, folder)
         try:
-            more = run(step) or {}
+            with watched(watcher):
+                more = run(step) or {}
         except NothingToMeasure as error:
             print(f"left out: {error}", flush=True)
             _leave_out(step, folder, str(error), overwrite)
@@ -270,12 +288,16 @@ def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:
 
 def describe_time_left(steps: Sequence[Step], folder: Path) -> str:
     """Return the time that steps will take, as far as steps of their kind were timed; "" if none was."""
+    seconds = _mean_seconds(folder)
+    known = [seconds[step.kind] for step in steps if step.kind in seconds]
+    return format_left(sum(known)) if known else ""
+
+
+def _mean_seconds(folder: Path) -> dict[str, float]:
+    """Return the mean seconds of the steps that were timed, by kind."""
     seconds: dict[str, list[float]] = {}
     for file in (folder / "steps").glob("*.json"):
         record = read_json(file)
         if not any(record.get(key) for key in OUTCOMES):
             seconds.setdefault(record["kind"], []).append(record["seconds"])
-    known = [
-        sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds
-    ]
-    return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
+    return {kind: sum(values) / len(values) for kind, values in seconds.items()}

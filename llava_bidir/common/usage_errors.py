@@ -13,9 +13,17 @@ class ShortUsageErrors:
     """Parser that ends with status 2, the error, the nearest option or command, and where the options are listed."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with the error instead of the usage, which for `fit` has more than 60 lines."""
+        """Exit with the error instead of the usage, which for `fit` has more than 60 lines.
+
+        Raises:
+            ArgumentError: This is jsonargparse's parser of a class; its caller adds the key of the class.
+        """
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, message) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
+        command = f"{program} {next(iter(getattr(self, 'words', ())), '')}"
+        program = command if command in SHORT_HELP else program
         message = re.sub(r"\bfit\.|\bvalidate\.|\btest\.", "--", " ".join(message.split()))
         lines = [f"{program}: {message}"]
         if meant := _nearest(parser, message):

@@ -14,7 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from .checkpoint_io import LAST, remove_superseded_last
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +36,14 @@ def at_step_boundary(trainer: Trainer) -> bool:
 
 
 class SaveAtStepBoundary(Callback):
-    """Make every ModelCheckpoint that saves every n steps, or after a validation, wait for a step boundary.
+    """Make every ModelCheckpoint that saves every n steps or minutes, or after a validation, wait for a step boundary.
 
     Without it, such a ModelCheckpoint also saves at the first micro-batch after a resume, where the number of steps is
     still that of the checkpoint.
     """
+
+    def __init__(self):
+        self.last_times: dict[ModelCheckpoint, float] = {}  # of those that wait for a boundary
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let ModelCheckpoint remove the checkpoint that the run was resumed from when it has saved a newer one."""
@@ -51,11 +57,21 @@ class SaveAtStepBoundary(Callback):
         batch,
         batch_idx: int,
     ) -> None:
-        """Mark the current step as saved if it is not a boundary."""
-        if not at_step_boundary(trainer):
-            for callback in trainer.checkpoint_callbacks:
-                if not callback._every_n_epochs:  # the others save after a validation or an epoch
-                    callback._last_global_step_saved = trainer.global_step
+        """Mark the current step as saved if it is not a boundary, and stop the clock of `train_time_interval`.
+
+        Lightning starts the next interval where a save is due, also where it then skips the save.
+        """
+        for callback, last_time in self.last_times.items():
+            callback._last_time_checked = last_time
+        self.last_times.clear()
+        if at_step_boundary(trainer):
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if not callback._every_n_epochs:  # the others save after a validation or an epoch
+                callback._last_global_step_saved = trainer.global_step
+            if callback._last_time_checked is not None:
+                self.last_times[callback] = callback._last_time_checked
+                callback._last_time_checked = None  # no save is due
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the current step as saved after a validation within it (`trainer.val_check_interval`)."""
@@ -66,6 +82,8 @@ class SaveAtStepBoundary(Callback):
 
 class SaveOnSignal(Callback):
     """After a signal, save RUN/checkpoints/last.ckpt at the next step boundary, and end the run.
+
+    The file is the run's newest checkpoint, or is not there: a resumed run removes it when it has saved a newer one.
 
     Ctrl-C (SIGINT), in a run of one process. A second one ends it at once. Several processes cannot agree on a step
     unless they talk to each other after each one, as they do on Slurm.
@@ -87,6 +105,7 @@ class SaveOnSignal(Callback):
     def __init__(self, on_slurm: bool = False):
         self.on_slurm = on_slurm
         self.received: set[int] = set()
+        self.saved: list[str] = []  # the latest checkpoint of each ModelCheckpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ignore SIGUSR1 outside training, when there is nothing to save.
@@ -97,7 +116,11 @@ class SaveOnSignal(Callback):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note signals from now on."""
+        """Note signals from now on; a ModelCheckpoint that keeps a last.ckpt replaces the one that is there."""
+        last = _checkpoints(trainer) / LAST
+        for callback in trainer.checkpoint_callbacks:
+            if callback.save_last and last.exists() and last.parent == Path(callback.dirpath):
+                callback.last_model_path = str(last)  # else Lightning writes last-v1.ckpt beside it
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
         if self.on_slurm:
@@ -121,6 +144,7 @@ class SaveOnSignal(Callback):
         batch_idx: int,
     ) -> None:
         """Save and end the run if this process, on Slurm any rank, received a signal."""
+        self._remove_superseded(trainer)
         if not at_step_boundary(trainer):
             return
         agree = trainer.strategy.reduce_boolean_decision
@@ -129,9 +153,7 @@ class SaveOnSignal(Callback):
             stops = agree(stops, all=False)
         if not stops:
             return
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints/last.ckpt")
-        # Lightning logs a step after this hook, so that the loggers would lack the step of the checkpoint
-        trainer._logger_connector.update_train_step_metrics()
+        trainer.save_checkpoint(_checkpoints(trainer) / LAST)
         if signal.SIGINT in self.received:
             raise KeyboardInterrupt
         rank_zero_info(
@@ -143,10 +165,22 @@ class SaveOnSignal(Callback):
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
 
+    def _remove_superseded(self, trainer: Trainer) -> None:
+        """Remove an earlier last.ckpt if a checkpoint was saved since the last call."""
+        saved = [callback._last_checkpoint_saved for callback in trainer.checkpoint_callbacks]
+        if saved != self.saved and trainer.is_global_zero:
+            remove_superseded_last(_checkpoints(trainer))
+        self.saved = saved
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back if it was taken."""
+        """Remove an earlier last.ckpt if there is a newer checkpoint, and give Ctrl-C back if it was taken."""
+        self._remove_superseded(trainer)
         if signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _checkpoints(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import LlavaProcessor
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import trim_strip
 
-from .conversation import CHAT, IGNORE_INDEX, encode
+from .conversation import CHAT, IGNORE_INDEX, PLAIN, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -148,9 +148,19 @@ class Collate:
         return to_pixels(self.processor, images) if images else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
-        """Return the prompt with each sample's first question, padded on the left for `generate`."""
-        questions = [{**sample, "conversations": sample["conversations"][:1]} for sample in samples]
-        rows = [self.encode(question)[0] for question in questions]
+        """Return the prompt with each sample's first question, or its image, padded on the left for `generate`."""
+        questions = samples
+        if self.template == PLAIN:  # which has no prompt without a caption
+            encoded = [self.encode(sample) for sample in samples]
+            rows = [
+                [x for x, label in zip(*row, strict=True) if label == IGNORE_INDEX]
+                for row in encoded
+            ]
+        else:
+            questions = [
+                {**sample, "conversations": sample["conversations"][:1]} for sample in samples
+            ]
+            rows = [self.encode(question)[0] for question in questions]
         batch = {
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),

@@ -16,6 +16,7 @@ from llava_bidir.common.tokenizer import start_ids
 from .chat import render_chat, supervised_tokens
 
 IGNORE_INDEX = -100
+PLAIN = "plain"  # the template of captions, stage 1
 IMAGE = "<image>"
 # LLaVA's tokenizer treats these strings as text, but our processor adds them as tokens. Splitting after the "<" hides
 # them from the tokenizer, and no token of Llama's vocabulary spans that split.
@@ -126,7 +127,7 @@ def _pieces(
             f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
         )
     turns = _images_first(turns, has_image)
-    if template == "plain" and not has_image:
+    if template == PLAIN and not has_image:
         raise UserError("template 'plain' requires an image")
     return TEMPLATES[template](turns, tokenizer.eos_token)
 
@@ -244,6 +245,6 @@ def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
 
 
 TEMPLATES: dict[str, Callable[[list[Turn], str], list[Piece]]] = {
-    "plain": _plain,
+    PLAIN: _plain,
     "vicuna_v1": _vicuna_v1,
 }

@@ -18,7 +18,7 @@ from llava_bidir.common.loader_workers import limit_workers, worker_options
 
 from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
-from .conversation import IGNORE_INDEX, usable_turns
+from .conversation import IGNORE_INDEX, PLAIN, usable_turns
 from .instruction_dataset import Instructions, image_names, read_annotations
 from .shared_images import describe_shared, shared_images
 from .token_weighted_loader import StepLoader
@@ -30,7 +30,8 @@ class InstructionData(LightningDataModule):
     Args:
         annotations: LLaVA JSON file.
         images: Folder that image paths in the annotations are relative to.
-        val_annotations: LLaVA JSON file with questions and short answers for validation.
+        val_annotations: LLaVA JSON file for validation: questions with short answers, or captions that are not
+            trained on, with template plain.
         template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the chat template of the LLM's tokenizer.
         batch_size: Samples per global batch over all devices.
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
@@ -84,10 +85,6 @@ class InstructionData(LightningDataModule):
         if max_positions is not None:
             max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)
-        if template == "plain" and val_annotations:
-            raise UserError(
-                "data.val_annotations must be null with data.template plain: a caption answers no question"
-            )
         self.trained_micro_batches = 0
         self.shared_images: dict[str, str] = {}  # of validation and training, on the first rank
 
@@ -209,7 +206,7 @@ class InstructionData(LightningDataModule):
     test_dataloader = val_dataloader
 
     def collate_questions(self, samples: list[tuple[dict, bool]]) -> dict:
-        """Return a validation batch: the training batch, prompts with the first questions, and their answers.
+        """Return a validation batch: the training batch, prompts with the first questions or images, and their answers.
 
         A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
         """
@@ -227,6 +224,8 @@ class InstructionData(LightningDataModule):
             **batch,
             "prompts": self.collate.prompts(records),
             "answers": answers,
+            "are_captions": self.collate.template == PLAIN,
+            "image_tokens": self.collate.image_tokens,
         }
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:

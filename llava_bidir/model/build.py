@@ -7,10 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    LlavaProcessor,
-)
+from transformers import LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
@@ -25,7 +22,7 @@ from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
 from .encoders import Encoder
-from .llm import check_text_logits, load_llm
+from .llm import check_text_logits, load_llm, read_llm_config
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, check_layers
 
@@ -90,6 +87,7 @@ def build_processor(
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
     own = tokenizer.get_chat_template() if template == "chat" and tokenizer.chat_template else None
+    own = own and own.removeprefix(IMAGES_IN_CHAT)  # that of an exported model
     if template == "chat" and own is None:
         raise UserError(
             f"data.template chat: the tokenizer of {llm} has no chat template; use vicuna_v1"
@@ -131,7 +129,7 @@ def own_prompt(processor: LlavaProcessor, question: str, images: int) -> str:
 
 def max_positions(llm: str) -> int | None:
     """Return the positions of an LLM, of image and text together; None if its config states no limit."""
-    config = read_pretrained("model.llm", AutoConfig, llm).get_text_config()
+    config = read_llm_config(llm).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -153,7 +151,7 @@ def build_config(
     """Return the configuration of encoder, adapter and LLM without loading weights."""
     check_image_attention(image_attention)
     vision_config = encoder.load_config()
-    text_config = read_pretrained("model.llm", AutoConfig, llm)
+    text_config = read_llm_config(llm)
     with error_context(f"model.llm: {llm}"):
         check_layers(image_attention, text_config.get_text_config())
     rows, columns = encoder.grid(vision_config)

@@ -1,13 +1,23 @@
 """The LLM of a model: its weights, its vocabulary, and a comparison of its logits."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.hf_loading import load_weights, read_pretrained
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
@@ -18,6 +28,31 @@ CHECKED_TOKENS = 8  # of a text whose logits are compared with the LLM's
 NEAR = 1e-4  # relative difference that orders of operations make in float32
 
 
+# Names of weights in a llava, by transformers 5 and by earlier versions, and those of its LLM alone
+OF_LLAVA = {
+    r"^(model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
+def read_llm_config(path: str) -> PreTrainedConfig:
+    """Return the config of an LLM; that of a llava's LLM if `path` is a llava, from which a training goes on.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    config = read_pretrained("model.llm", AutoConfig, path)
+    return config.text_config if isinstance(config, LlavaConfig) else config
+
+
+def _llm_in_llava(path: str) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to read only the LLM of a llava; {} for an LLM."""
+    config = read_pretrained("model.llm", AutoConfig, path)
+    if not isinstance(config, LlavaConfig):
+        return {}
+    return {"config": config.text_config, "key_mapping": OF_LLAVA}
+
+
 def load_llm(
     path: str,
     config: PreTrainedConfig,
@@ -26,7 +61,7 @@ def load_llm(
     dtype: torch.dtype,
     attn_implementation: str,
 ):
-    """Load the LLM in `dtype` and resize its vocabulary to at least `tokens` rows.
+    """Load the LLM, also that of a llava, in `dtype` and resize its vocabulary to at least `tokens` rows.
 
     If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are the mean of
     embeddings of full precision.
@@ -45,15 +80,37 @@ def load_llm(
                     embeddings.to(default)
 
         reader = LanguageModel
-    language_model = load_weights(
-        "model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation
-    )
+    of_llava = _llm_in_llava(path)
+    with _without_load_report() if of_llava else nullcontext():
+        language_model = load_weights(
+            "model.llm",
+            reader,
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            **of_llava,
+        )
     with error_context(f"model.llm: {path}"):
         _check_head(language_model)
         resize_vocabulary(language_model, tokens)
     for embeddings in _embeddings(language_model):
         embeddings.weight.data = embeddings.weight.data.to(dtype)
     return language_model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Leave out transformers' list of tensors that it does not read, here all of the encoder and the adapter."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
 
 
 def _embeddings(language_model: nn.Module) -> list[nn.Module]:

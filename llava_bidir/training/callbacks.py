@@ -1,6 +1,6 @@
 """Callbacks: validation answers in the logger, and exports of the trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
 from .deepspeed_strategy import gather_parameters
+from .module import SHOWN
 
 
 class LogLearningRate(LearningRateMonitor):
@@ -21,6 +22,11 @@ class LogLearningRate(LearningRateMonitor):
 
     def __init__(self):
         super().__init__("step")
+
+    def on_train_start(self, trainer: Trainer, *args, **kwargs) -> None:
+        """Note the names of the learning rates; with `--trainer.logger false` there is nothing to log."""
+        if trainer.loggers:
+            super().on_train_start(trainer, *args, **kwargs)
 
     def on_train_batch_start(
         self,
@@ -30,19 +36,19 @@ class LogLearningRate(LearningRateMonitor):
         batch_idx: int,
     ) -> None:
         """Log at the first micro-batch of a step."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if trainer.loggers and batch_idx % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_start(trainer)
 
 
 class ShowAnswers(Callback):
-    """Log validation images, the model's answers and the attention mask.
+    """Log the first validation images with question, expected and given answer, and the attention mask of the first."""
 
-    Args:
-        images: Number of samples of the first validation batch to log.
-    """
+    def __init__(self):
+        self.rows: list[list[str]] = []
 
-    def __init__(self, images: int = 4):
-        self.images = images
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a table."""
+        self.rows = []
 
     def on_validation_batch_end(
         self,
@@ -53,36 +59,62 @@ class ShowAnswers(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log the first batch."""
-        if batch_idx > 0 or not media_loggers(trainer):
+        """Log the samples of the batch that are among the first."""
+        if not media_loggers(trainer):
             return
-        model = pl_module.model
-        processor = pl_module.processor
-        if batch["pixel_values"] is not None:
-            pixels = _unnormalize(batch["pixel_values"][: self.images], processor.image_processor)
-            log_images(trainer, "validation/images", _as_bytes(pixels))
-        columns = ["record", "question", "expected", "answered"]
-        log_table(
-            trainer, "validation/answers", columns, self._rows(batch, outputs, processor.tokenizer)
-        )
-        # the mask of the first prompt: white where a row (query) attends to a column (key)
-        prompt = batch["prompts"]["input_ids"][:1]
-        llm_config = copy(model.config.get_text_config())
-        llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
-        is_image = prompt == model.config.image_token_id
-        padding = batch["prompts"]["attention_mask"][:1]
-        mask = build_mask(model.config.image_attention, llm_config, is_image, padding)
-        log_images(
-            trainer, "validation/attention_mask", _as_bytes(mask.float().expand(-1, 3, -1, -1))
-        )
+        if not self.rows:
+            self._log_mask(trainer, pl_module, batch["prompts"])
+        first = len(self.rows)
+        tokenizer = pl_module.processor.tokenizer
+        self.rows += _rows(batch, outputs, tokenizer, first)[: SHOWN - first]
+        added = range(len(self.rows) - first)
+        for i, pixels in _first_images(batch, added, pl_module.processor):
+            log_images(trainer, f"validation/images/{first + i}", pixels)
 
-    def _rows(self, batch: dict, answers: list[str], tokenizer) -> list[list[str]]:
-        rows = []
-        for i in range(min(self.images, len(answers))):
-            question = tokenizer.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
-            question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
-            rows.append([str(batch["ids"][i]), question, batch["answers"][i], answers[i]])
-        return rows
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the table, whose first column has the numbers of the images."""
+        columns = ["image", "record", "question", "expected", "answered"]
+        log_table(trainer, "validation/answers", columns, self.rows)
+
+    def _log_mask(self, trainer: Trainer, pl_module: LightningModule, prompts: dict) -> None:
+        """Log the mask of the first prompt: white where a row (query) attends to a column (key)."""
+        config = pl_module.model.config
+        llm_config = copy(config.get_text_config())
+        llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
+        is_image = prompts["input_ids"][:1] == config.image_token_id
+        padding = prompts["attention_mask"][:1]
+        mask = build_mask(config.image_attention, llm_config, is_image, padding)
+        pixels = _as_bytes(mask.float().expand(-1, 3, -1, -1))
+        log_images(trainer, "validation/attention_mask", pixels)
+
+
+def _rows(
+    batch: dict,
+    answers: list[str],
+    tokenizer,
+    first: int,
+) -> list[list[str]]:
+    """Return number, record, question, expected and given answer of each sample that was answered."""
+    rows = []
+    for i, (expected, answer) in enumerate(zip(batch["answers"], answers, strict=False)):
+        question = tokenizer.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
+        question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
+        rows.append([str(first + i), str(batch["ids"][i]), question, expected, answer])
+    return rows
+
+
+def _first_images(
+    batch: dict, samples: Iterable[int], processor
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first image of each sample that shows one, with the sample's index: uint8[1, H, W, 3]."""
+    tokens = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    images_before = 0
+    per_image = batch["image_tokens"]
+    for i in samples:
+        if tokens[i]:
+            pixels = batch["pixel_values"][images_before : images_before + 1]
+            yield i, _as_bytes(_unnormalize(pixels, processor.image_processor))
+        images_before += tokens[i] // per_image
 
 
 def _unnormalize(pixels: Tensor, processor) -> Tensor:

@@ -25,7 +25,9 @@ from .callbacks import ExportModel, LogLearningRate, ShowAnswers
 from .loss_monitor import LossMonitor
 from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
+from .resume import how_to_train_on
 from .throughput import Throughput
+from .validation_plan import ValidationPlan
 
 
 class TrainingCLI(RunCLI):
@@ -73,6 +75,7 @@ class TrainingCLI(RunCLI):
                 folder / "checkpoints",
                 record,
                 saved,
+                advice_of=how_to_train_on(folder, self.model.hparams.trainable),
             )
             if plan.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
@@ -111,6 +114,7 @@ class TrainingCLI(RunCLI):
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
+        ValidationPlan(),
         LogLearningRate(),
         LossMonitor(),
         ShowAnswers(),

@@ -41,11 +41,13 @@ from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
-from .resume import rescale_progress
+from .resume import how_to_train_on, rescale_progress
 from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
+
+SHOWN = 3  # validation images in the event file, each with question and answer
 
 
 class LlavaTraining(LightningModule):
@@ -131,6 +133,8 @@ class LlavaTraining(LightningModule):
         self.model = None
         self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
+        self.step_losses: list[Tensor] = []  # of the micro-batches of a step
+        self.step_tokens = 0  # supervised ones
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
 
@@ -159,7 +163,7 @@ class LlavaTraining(LightningModule):
 
             self.identity = rank_zero_result(self.trainer, compute)
         if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
-            check_same_parents(Path(self.hparams.adapter), self.identity)
+            check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -213,7 +217,9 @@ class LlavaTraining(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder."""
+        """Set train mode, except for the frozen encoder; forget the step in which an earlier run has ended."""
+        self.step_losses.clear()
+        self.step_tokens = 0
         self.model.train()
         self.model.model.vision_tower.eval()
 
@@ -238,10 +244,11 @@ class LlavaTraining(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
-        size = len(batch["ids"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log("train/supervised_tokens", float(batch["supervised"]), batch_size=size)
-        return loss if self.hparams.loss_average == "llava" else loss * batch["weight"]
+        if self.hparams.loss_average == "tokens":
+            loss = loss * batch["weight"]
+        self.step_losses.append(loss.detach())
+        self.step_tokens += batch["supervised"]
+        return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
@@ -285,15 +292,24 @@ class LlavaTraining(LightningModule):
             hook.remove()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding."""
+        """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding.
+
+        Captions (stage 1) have no right wording: only those that are shown are written.
+        """
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        are_captions = batch["are_captions"]
+        # as many on each rank, since under ZeRO-3 they run each forward together
+        if are_captions and batch_idx * self.trainer.datamodule.micro_batch_size >= SHOWN:
+            return []
         # the last sample may be padding for this rank
         answers = self.answer(batch["prompts"])[: len(batch["answers"])]
+        if are_captions:
+            return answers
         correct = [
             float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)
         ]
         self.val_accuracy.update(torch.tensor(correct, device=self.device))
-        self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
 
@@ -324,7 +340,8 @@ class LlavaTraining(LightningModule):
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Log the gradient norm, except under ZeRO."""
+        """Log the loss of the step, and the gradient norm, except under ZeRO."""
+        self._log_step()
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         gradients = [
@@ -334,6 +351,15 @@ class LlavaTraining(LightningModule):
             if p.grad is not None
         ]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def _log_step(self) -> None:
+        """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens."""
+        loss = torch.stack(self.step_losses).mean()
+        tokens = torch.tensor(float(self.step_tokens), device=self.device)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/supervised_tokens", tokens, sync_dist=True, reduce_fx="sum")
+        self.step_losses.clear()
+        self.step_tokens = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and its schedule per step."""
@@ -399,8 +425,13 @@ class LlavaTraining(LightningModule):
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
             if self.identity is not None:
+                folder = Path(self.trainer.default_root_dir)
                 check_same_identity(
-                    checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
+                    checkpoint.get("identity"),
+                    self.identity,
+                    "the checkpoint",
+                    RESUME_ADVICE,
+                    how_to_train_on(folder, self.hparams.trainable),
                 )
             self._tell_changed_average(checkpoint)
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
@@ -430,18 +461,22 @@ class LlavaTraining(LightningModule):
             )
 
 
-def check_same_parents(adapter: Path, identity: Identity) -> None:
+def check_same_parents(adapter: Path, llm: Path, identity: Identity) -> None:
     """Raise if an adapter was trained with another encoder or LLM than this run has; shapes alone do not tell.
 
     Args:
         adapter: Exported model of stage 1. Trained on data without an identity, it records none.
+        llm: Directory of this run's LLM; that of the adapter's own export was trained with it.
         identity: Of this run.
     """
+    of_adapter = "llm" if llm.is_dir() and llm.samefile(adapter) else None
     saved = read_training(adapter).get("identity") or {}
     for key, before in saved.get("model", {}).items():
         now = identity["model"].get(key)
-        if now is not None and now != before and not key.startswith("adapter"):
-            part = key.partition("/")[0]
+        part = key.partition("/")[0]
+        if part in ("adapter", of_adapter):
+            continue
+        if now is not None and now != before:
             raise UserError(
                 f"adapter checkpoint {adapter} was trained with another {part} ({key} differs); use the same in both "
                 "stages, or train an adapter for this one"

@@ -23,7 +23,10 @@ def read_checkpoint(
         UserError: The checkpoint is missing, damaged, or not of `llava-bidir fit`.
     """
     if not checkpoint.exists():
-        raise UserError(f"no checkpoint {checkpoint}; expected RUN/checkpoints/*.ckpt")
+        raise UserError(
+            f"no checkpoint {checkpoint}; expected the folder of a run, whose newest checkpoint is taken, or "
+            "RUN/checkpoints/*.ckpt"
+        )
     resolve_ckpt_path(str(checkpoint), checkpoint.parent)  # raises if it is damaged
     if checkpoint.is_dir():
         saved = load_zero_state(checkpoint) | {"state_dict": load_zero_weights(checkpoint)}

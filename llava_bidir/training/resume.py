@@ -1,5 +1,8 @@
 """Where in an epoch a checkpoint is, counted in samples."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llava_bidir.common.errors import UserError
@@ -31,3 +34,26 @@ def rescale_progress(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts[key] = counts[key] * before // now
         if "completed" in counts:
             counts["completed"] = counts["processed"] - pending
+
+
+def how_to_train_on(run: Path, trainable: Sequence[str]) -> dict[str, str]:
+    """Return what to do where the length of a run differs, by setting.
+
+    The learning rate follows a cosine that ends with the run: a longer one has other rates from its first step.
+
+    Args:
+        run: Folder of the run.
+        trainable: Parts that it trains.
+    """
+    export = run / "hf"
+    first = ""
+    if not export.is_dir():
+        export = run.with_name(f"{run.name}-export")  # RUN/hf is that of a finished run
+        first = f"`llava-bidir export {quote(str(run))} {quote(str(export))}`, then "
+    parts = [part for part in ("adapter", "llm") if part in trainable]
+    options = " ".join(f"--model.{part} {quote(str(export))}" for part in parts)
+    advice = (
+        "its learning rate ends with it, so it cannot be made longer or shorter. Resume it as it was, or train on from "
+        f"its weights in a new run: {first}the same command with {options} --out NEW"
+    )
+    return dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), advice)

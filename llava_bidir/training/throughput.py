@@ -12,6 +12,7 @@ from .flops import ModelFlops, count_flops, peak_flops
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
 TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
+COUNTED = (*TIMING_METRICS, "padding_share", "text_only_share")  # all that is logged
 
 
 class Throughput(Callback):

@@ -35,6 +35,7 @@ class Claim(NamedTuple):
             effect "CLAIM@random" or "CLAIM@matched", against other tokens.
         reads_probes: The number depends on the run's probes; else on the model alone.
         unlearned: The conclusion if it holds, but of random models as much.
+        applies: Whether the claim is made of a study with these runs of the trained model, by mask; None: always.
     """
 
     sign: int
@@ -44,6 +45,7 @@ class Claim(NamedTuple):
     against_tokens: bool = False
     reads_probes: bool = True
     unlearned: str = "not learned"
+    applies: Callable[[Mapping[str, "FinishedRun"]], bool] | None = None
 
 
 class PlannedRun(NamedTuple):

@@ -10,7 +10,7 @@ from probes.command_options import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.chosen_sites import PARTS_TEXT
 from probes.models.families.encoder_layers import encoder_layers
-from probes.models.families.layer_parts import part_sites
+from probes.models.families.layer_parts import part_sites, why_no_part
 from probes.models.load import load
 from probes.models.measured_mask import RUNS
 from probes.models.prompt_and_pixels import check_numbers, read_config
@@ -48,6 +48,8 @@ def describe_parts(family: Family | EncoderFamily, config: PreTrainedConfig) -> 
     """Return the sites inside the layers, which are read by name only, and layers without values."""
     last = layer_number(last_layer(family.sites(config)))
     readable = part_sites(family, config)
+    if not readable:
+        return f"no sites inside the layers: {why_no_part(family, config, part_names(1)[-1])}"
     values = [part_names(layer)[0] for layer in range(1, last + 1)]
     without = [site for site in values if site not in readable]
     text = f"by name, or with `all_parts`: {PARTS_TEXT}, 01 to {last:02d}"

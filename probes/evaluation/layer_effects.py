@@ -190,9 +190,9 @@ def patch_accuracies(
     columns: int,
     weights: Tensor,
 ) -> dict[str, Estimate]:
-    """Return the accuracy under patch 0 and over the first row of patches at each decoder layer.
+    """Return the accuracy under patch 0, over the first row of patches, and over the rest of it, at each decoder layer.
 
-    Their names are "patch_0@SITE" and "first_row@SITE". They are NaN where no pixel is labelled.
+    Their names are "patch_0@SITE", "first_row@SITE" and "rest_of_row@SITE". They are NaN where no pixel is labelled.
 
     Args:
         sites: Names of the sites.
@@ -209,12 +209,13 @@ def patch_accuracies(
         right = _pool(right.double(), columns)
         accuracy = right.sum(0) / valid.sum(0)
         resampled = (weights @ right) / (weights @ valid)
-        for i, name in enumerate(("patch_0", "first_row")):
+        for i, name in enumerate(("patch_0", "first_row", "rest_of_row")):
             estimates[f"{name}@{site}"] = Estimate(accuracy[i].item(), resampled[:, i])
     return estimates
 
 
 def _pool(counts: Tensor, columns: int) -> Tensor:
-    """Return the sums f[N, 2] of counts by patch f[N, T]: of patch 0, and of the first row."""
+    """Return the sums f[N, 3] of counts by patch f[N, T]: of patch 0, of the first row, and of that without patch 0."""
     first_row = counts[:, :columns].sum(1)
-    return torch.stack([counts[:, 0], first_row], 1)
+    rest_of_row = counts[:, 1:columns].sum(1)
+    return torch.stack([counts[:, 0], first_row, rest_of_row], 1)

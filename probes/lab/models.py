@@ -52,6 +52,12 @@ class LabModel:
         return [site for site in self.sites if is_in_llm_space(site)]
 
     @property
+    def first_site(self) -> int:
+        """Index of the site that the page opens at: the run's best layer; 0 without a run or layers."""
+        best = None if self.run is None else self.run.peak_layer
+        return 0 if best is None else self.sites.index(best)
+
+    @property
     def change_sites(self) -> list[str]:
         """Sites at which states can be replaced."""
         return [site for site in self.sites if site in self.mllm.layer_sites]
@@ -97,10 +103,13 @@ class LabModel:
             "name": self.source,
             "sites": self.sites,
             "word_sites": self.word_sites,
+            "first_site": self.first_site,
             "change_sites": self.change_sites,
             "has_llm": self.mllm.has_llm,
             "layers": len(self.mllm.layers),
-            "heads": config.num_attention_heads,
+            "heads": getattr(
+                config, "num_attention_heads", 0
+            ),  # not known of a module of one's own
             "other_mask": self.other_mask,
             "cannot_answer": self.cannot_answer,
         }

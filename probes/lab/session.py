@@ -26,6 +26,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.explore.readout import most_probable, read_probe, token_text
 from probes.data.palette import palette_of
 from probes.models.knockout import Knockout
+from probes.models.sites import layer_site
 from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
 from probes.tasks.segmentation import colorize_classes
@@ -178,7 +179,7 @@ class Session:
             if not first["answer"]:
                 return None
             return model.mllm.answer_log_probs(
-                pixels, [request.question], [first["answer"]], knockout
+                pixels, request.question, [first["answer"]], knockout
             ).item()
 
         with job.watched(model.mllm):
@@ -196,11 +197,11 @@ class Session:
         pixels = self._pixels(request)
         check_patches(model, [request.patch])
         with job.watched(model.mllm):
-            (weights,) = model.mllm.attention(
-                pixels, [request.layer], self._knockout(request), average_heads=False
-            )
-        rows = weights[0][:, request.patch]
-        columns = weights[0][:, :, request.patch]
+            site = layer_site(request.layer)
+            knockout = self._knockout(request)
+            weights = model.mllm.attention(pixels, [site], knockout, average_heads=False)
+        rows = weights[site][0, :, request.patch]
+        columns = weights[site][0, :, :, request.patch]
         return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
 
     def answer_attention(self, request: AnswerAttention, job: Job) -> dict[str, Any]:
@@ -215,15 +216,17 @@ class Session:
                 f"token {request.token} does not exist; the answer has {len(tokens)}, counted from 0"
             )
         with job.watched(model.mllm):
+            site = layer_site(request.layer)
             weights = model.mllm.answer_attention(
                 pixels,
                 request.question,
                 request.answer,
-                [request.layer],
+                [site],
                 self._knockout(request),
+                average_heads=False,
             )
         return {
-            "to": _pack(weights[0, :, request.token], np.float32),
+            "to": _pack(weights[site][0, :, request.token], np.float32),
             "token": tokens[request.token],
         }
 
@@ -369,7 +372,7 @@ class Session:
         self, model: LabModel, states: dict[str, Tensor]
     ) -> list[list[list[tuple[str, float]]]]:
         """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
-        heads = {site: partial(model.mllm.logit_lens, site=site) for site in states}
+        heads = {site: model.mllm.word_head(site) for site in states}
         ids, probabilities = most_probable(states, heads, TOP_WORDS)  # [1, rank, S, T]
         ids = ids[0].permute(2, 1, 0).tolist()
         probabilities = probabilities[0].permute(2, 1, 0).tolist()

@@ -1,5 +1,7 @@
 """Python code of public API that reproduces a view of the lab."""
 
+from probes.models.sites import layer_site
+
 from .models import LabModel
 from .requests import MAX_ANSWER_TOKENS, Block, Export, Painting, Replace, View
 
@@ -47,12 +49,17 @@ def _attention(request: Export, knockout: str) -> list[str]:
     """Return the lines that read the shown attention."""
     if request.attention is None:
         return []
+    site = layer_site(request.layer)
+    by_head = f"{knockout}, average_heads=False"
     if request.attention == "answer_attention":
-        arguments = f"pixels, {request.question!r}, {request.answer!r}, [{request.layer}]{knockout}"
-        return [f"attention = mllm.answer_attention({arguments})[0, :, {request.token}]"]
+        text = f"{request.question!r}, {request.answer!r}"
+        return [
+            f"weights = mllm.answer_attention(pixels, {text}, [{site!r}]{by_head})",
+            f"attention = weights[{site!r}][0, :, {request.token}]",
+        ]
     patch = request.patch
     return [
-        f"(weights,) = mllm.attention(pixels, [{request.layer}]{knockout}, average_heads=False)[0]",
+        f"weights = mllm.attention(pixels, [{site!r}]{by_head})[{site!r}][0]",
         f"attention_of_patch, attention_to_patch = weights[:, {patch}], weights[:, :, {patch}]",
     ]
 

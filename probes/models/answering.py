@@ -34,7 +34,7 @@ from .attention_masks import (
 from .attention_weights import capture_attention
 from .families import SLIDING, layer_kinds
 from .knockout import ANSWER, Knockout
-from .sites import FINAL_NORM
+from .sites import FINAL_NORM, layer_site
 from .steering import Replacement, replaced_states
 from .text_tree import TextTree, append_text, decode_tree
 
@@ -207,7 +207,7 @@ def _score_text(
     """Return the log-probabilities f[B, answers] of a text's answers from its normed states f[B, Q, d]."""
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
-    logits = mllm.logit_lens(states[:, used.to(mllm.device)], FINAL_NORM)
+    logits = mllm.word_head(FINAL_NORM)(states[:, used.to(mllm.device)])
     log_probs = logits.float().log_softmax(-1).cpu()[:, row, ids]
     return torch.zeros(len(states), answers).index_add_(1, numbers, log_probs)
 
@@ -218,33 +218,37 @@ def attend_from_answer(
     pixels: Tensor,
     question: str,
     answer: str,
-    layers: Sequence[int],
+    sites: Sequence[str],
     knockout: Knockout | None,
     hooks: Hooks | None,
-) -> Tensor:
-    """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
+    average_heads: bool,
+) -> dict[str, Tensor]:
+    """Return attention weights of an answer's tokens by layer; see :meth:`FrozenMLLM.answer_attention`."""
     check_is_text("question", question)
     check_is_text("answer", answer)
     if not (question.strip() and answer.strip()):
         raise UserError("the question or the answer is empty; expected texts")
-    if len(pixels) != 1:
-        raise UserError(f"got pixels of {len(pixels)} images; expected one image")
     text = TextTree.from_ids(
         [mllm.chat.question_ids(question)],
         mllm.chat.answer_ids([answer]),
         option_tokens(mllm, [question], knockout),
     )
-    weights = {}
+    weights: dict[str, list[Tensor]] = {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
     image = mllm.is_image.cpu().nonzero().flatten()
 
     def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-        if layer in layers:
-            weights[layer] = compute(0, queries).cpu()[..., image]
+        site = layer_site(layer)
+        if site not in sites:
+            return
+        weights[site] = []
+        for row in range(len(pixels)):
+            heads = compute(row, queries)
+            weights[site].append((heads.mean(0) if average_heads else heads).cpu()[..., image])
 
     with capture_attention(mllm.decoder.layers, record):
         text_states(mllm, pixels, text, knockout, hooks)
-    return torch.stack([weights[layer] for layer in layers])
+    return {site: torch.stack(weights[site]) for site in sites}
 
 
 @torch.no_grad()
@@ -271,8 +275,9 @@ def generate_answer(
     if knockout and ANSWER in knockout.names("rows"):
         effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
     states, first_position = text_states(mllm, pixels, text, knockout, hooks, cache, effect)
+    word_head = mllm.word_head(FINAL_NORM)
     for _ in range(min(max_new_tokens, room)):
-        token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
+        token = int(word_head(states[:, -1]).argmax())
         if token in ends:
             break
         answer.append(token)

@@ -3,7 +3,7 @@
 Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n of which run (the others are cached).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_bidir.common.errors import UserError
 
+from .families.modules import MODULE_TYPE
 from .knockout import Knockout
 from .sites import layer_site
+from .steering import Replacement
 
 Compute = Callable[[int, Tensor], Tensor]
 
@@ -64,7 +66,10 @@ def capture_attention(
                 keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
                 logits = query[image][:, rows].float() @ keys * scale
                 if attention_mask is not None:
-                    logits = logits.masked_fill(~attention_mask[image][:, rows], -inf)
+                    is_shared = len(attention_mask) == 1  # BEiT's bias of relative positions
+                    mask = attention_mask[0 if is_shared else image][:, rows]
+                    is_bias = mask.is_floating_point()
+                    logits = logits + mask if is_bias else logits.masked_fill(~mask, -inf)
                 return logits.softmax(-1)
 
             record(layer_of[module], compute)
@@ -82,26 +87,50 @@ def capture_attention(
         )
 
 
+@torch.no_grad()
 def read_attention(
-    mllm: nn.Module,
+    model: nn.Module,
     pixels: Tensor,
-    layers: Sequence[int],
-    knockout: Knockout | None,
+    sites: Sequence[str],
     queries: Sequence[tuple[int, Tensor]],
-    average_heads: bool,
-) -> list[Tensor]:
-    """Return attention weights among image tokens; see :meth:`FrozenModel.attention`."""
+    knockout: Knockout | None = None,
+    hooks: Mapping[str, Replacement] | None = None,
+    average_heads: bool = True,
+) -> list[dict[str, Tensor]]:
+    """Return attention weights among image tokens by layer, computed for the requested query tokens only.
+
+    Args:
+        model: A :class:`FrozenModel`.
+        pixels: f[B, 3, H, W].
+        sites: Layers.
+        queries: Pairs of the index of an image and its q query tokens bool[T].
+        knockout: Attention knockout.
+        hooks: Functions by site that replace the states of image tokens.
+        average_heads: Whether weights are averaged over heads.
+
+    Returns:
+        {site: f[q, T]}, or f[A, q, T] by head, for each entry of `queries`: float32, on the CPU.
+
+    Raises:
+        UserError: The model is a module of no class of transformers.
+    """
+    if model.model.config.model_type == MODULE_TYPE:
+        raise UserError(
+            "attention is read of models of transformers; that of a module of your own is not known"
+        )
     # from the end: prefix or not
-    positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)
-    weights: list[dict[int, Tensor]] = [{} for _ in queries]
+    positions = model.is_image.cpu().nonzero().flatten() - len(model.is_image)
+    weights: list[dict[str, Tensor]] = [{} for _ in queries]
 
     def record(layer: int, compute: Compute) -> None:
-        for (image, tokens), by_layer in zip(queries, weights, strict=True):
-            if layer in layers:
-                heads = compute(image, positions[tokens.cpu()])
-                by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+        site = layer_site(layer)
+        if site not in sites:
+            return
+        for (image, tokens), by_site in zip(queries, weights, strict=True):
+            heads = compute(image, positions[tokens.cpu()])
+            by_site[site] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
 
-    mllm.prefill_prefix()  # before the capture, which must not include it
-    with capture_attention(mllm.layers, record):
-        mllm.states(pixels, [layer_site(layer) for layer in layers], knockout)
-    return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+    model.prefill_prefix()  # before the capture, which must not include it
+    with capture_attention(model.layers, record):
+        model.states(pixels, sites, knockout, hooks=hooks)
+    return [{site: by_site[site] for site in sites} for by_site in weights]

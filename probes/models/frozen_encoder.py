@@ -5,6 +5,7 @@ Shapes: B images, T patches, N tokens (extra tokens, then patches), d width, L l
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from probes.ops.geometry import ResizeRule
 from .attention_weights import softmax_attention
 from .families import EncoderFamily
 from .families.layer_parts import recorded_parts
+from .families.modules import MODULE_TYPE
 from .frozen_model import FrozenModel
 from .knockout import PREFIX, Knockout
 from .read_states import StopForward
 from .shared_layers import join_states, single_sites
-from .sites import FINAL_NORM
+from .sites import FINAL_NORM, is_layer
 from .steering import Replacement, replaced_states
 
 BACKENDS = ("sdpa", "eager")  # that apply the mask of a knockout
@@ -69,7 +71,7 @@ class FrozenEncoder(FrozenModel):
     ):
         attention = family.image_attention
         super().__init__(model, family, image_processors, attention, resize_rule, revision)
-        self.layer_sites = self.sites[:-1]
+        self.layer_sites = [site for site in self.sites if is_layer(site)]
         extra = family.extra_tokens(model.config)
         tokens = extra + self.image_tokens
         self.register_buffer("is_image", torch.arange(tokens) >= extra, persistent=False)
@@ -141,7 +143,7 @@ class FrozenEncoder(FrozenModel):
         stop_after = self.layer_sites[-1] if last == FINAL_NORM else last
 
         def record(site: str, hidden: Tensor | tuple) -> None:
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            hidden = hidden[0] if isinstance(hidden, tuple | list) else hidden
             patches = hidden.index_select(1, self.image_positions)
             if site in wanted:
                 states[site] = patches
@@ -178,6 +180,10 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
     Raises:
         UserError: The knockout does not fit, or a layer has no attention of transformers'.
     """
+    if encoder.model.config.model_type == MODULE_TYPE:
+        raise UserError(
+            "knockouts cut the attention of models of transformers; that of a module of your own is not known"
+        )
     tokens = len(encoder.is_image)
     shape = (images, 1, tokens, tokens)
     if encoder.model.config._attn_implementation == "eager":  # adds its mask to the scores
@@ -197,7 +203,7 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
             if not in_rows.any():
                 continue
             attention = softmax_attention(layer)
-            if attention is None:
+            if attention is None or "attention_mask" not in signature(attention.forward).parameters:
                 raise UserError(f"{type(layer).__name__} has no attention that a knockout can cut")
             mask = torch.where(in_rows[:, None, None, None], cut, allowed)
 
@@ -207,6 +213,11 @@ def cut_attention(encoder: FrozenEncoder, knockout: Knockout, images: int) -> It
                 kwargs: dict,
                 mask: Tensor = mask,
             ) -> tuple:
+                bias = kwargs.get("attention_mask")
+                if bias is not None:  # of relative positions, which BEiT adds to the scores
+                    mask = torch.where(
+                        mask if mask.dtype == torch.bool else mask == 0, bias, -torch.inf
+                    )
                 return args[:1], kwargs | {"attention_mask": mask}
 
             handle = attention.register_forward_pre_hook(replace_mask, with_kwargs=True)

@@ -9,7 +9,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 
@@ -197,21 +197,44 @@ class FrozenMLLM(FrozenModel):
 
     forward = states
 
-    def logit_lens(self, states: Tensor, site: str) -> Tensor:
-        """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
+    @torch.no_grad()
+    def logit_lens(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the logits of the LLM's output head at each site, for what :meth:`states` returns.
 
-        The final norm is applied first, except at "final_norm". Logits are those of the model's forward: soft-capped if
+        Args:
+            states: f[..., d] per site, "adapter" or a later one.
+
+        Returns:
+            f[..., V] per site, V tokens of the vocabulary.
+
+        Raises:
+            UserError: As :meth:`word_head`, or logits are NaN or infinite.
+        """
+        if not isinstance(states, Mapping):
+            kind = type(states).__name__
+            raise UserError(
+                f"logit_lens takes states by site, as mllm.states returns them; got {kind}"
+            )
+        return {site: self.word_head(site)(at_site) for site, at_site in states.items()}
+
+    def word_head(self, site: str) -> Callable[[Tensor], Tensor]:
+        """Return the function from states f[..., d] of a site to the logits f[..., V] of the LLM's output head.
+
+        It applies the final norm first, except at "final_norm". Logits are those of the model's forward: soft-capped if
         it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites), or
-                logits are NaN or infinite.
+            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites).
         """
         self.check_sites([site])
         if not is_in_llm_space(site):
             raise UserError(
                 f"states of {site!r} are not in the LLM's space; use a later site for the logit lens"
             )
+        return partial(self._token_logits, site=site)
+
+    def _token_logits(self, states: Tensor, site: str) -> Tensor:
+        """Return the logits f[..., V] for the states f[..., d] of a site; see :meth:`word_head`."""
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.final_norm(states))
@@ -265,40 +288,45 @@ class FrozenMLLM(FrozenModel):
         pixels: Tensor,
         question: str,
         answer: str,
-        layers: Sequence[int] | None = None,
+        sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
         hooks: Mapping[str, Replacement] | None = None,
-    ) -> Tensor:
-        """Return the attention weights of an answer's tokens to the image tokens, f[L, A, n, T], from one forward.
+        average_heads: bool = True,
+    ) -> dict[str, Tensor]:
+        """Return the attention weights of an answer's tokens to the image tokens in each layer, from one forward.
 
         Those of an answer's token are the weights with which it is predicted, i.e. of the token before it.
 
         Args:
-            pixels: f[1, 3, H, W] from :meth:`preprocess`.
+            pixels: f[B, 3, H, W] from :meth:`preprocess`.
             question: Question, the first of its conversation.
             answer: Its answer, n tokens (`chat.answer_ids`); the model need not have generated it.
-            layers: Decoder layers, numbered 1..L as in the site names; None for all.
+            sites: Layers such as "layer_01"; None for all.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
             hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
+            average_heads: If False, return the weights of each head.
 
         Returns:
-            float32, on the CPU. A row sums to 1 minus the attention to text.
+            f[B, n, T] per layer, or f[B, A, n, T] by head: float32, on the CPU. A row sums to 1 minus the attention to
+            text.
 
         Raises:
-            UserError: As :meth:`answer`, or a text is empty, or a layer is unknown.
+            UserError: As :meth:`answer`, or a text is empty, or a site is not a layer.
         """
-        layers = self._check_layers(layers)
-        return attend_from_answer(self, pixels, question, answer, layers, knockout, hooks)
+        sites = self._check_layers(sites)
+        return attend_from_answer(
+            self, pixels, question, answer, sites, knockout, hooks, average_heads
+        )
 
     def answer_log_probs(
         self,
         pixels: Tensor,
-        questions: Sequence[str],
+        questions: str | Sequence[str],
         answers: Sequence[str],
         knockout: Knockout | None = None,
         hooks: Mapping[str, Replacement] | None = None,
     ) -> Tensor:
-        """Return the log-probability of each answer to each question, f[B, P, A], on the CPU.
+        """Return the log-probability of each answer to each question, f[B, A] or f[B, P, A], on the CPU.
 
         One forward computes all of them, except in PaliGemma and in models with layers without masks (answering.py).
 
@@ -307,7 +335,7 @@ class FrozenMLLM(FrozenModel):
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
-            questions: P questions, each the first of its conversation.
+            questions: Question, the first of its conversation, for f[B, A]; or a list of P such, for f[B, P, A].
             answers: A answers to each of them.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
             hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
@@ -315,6 +343,8 @@ class FrozenMLLM(FrozenModel):
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
+        if isinstance(questions, str):
+            return score_answers(self, pixels, [questions], answers, knockout, hooks)[:, 0]
         return score_answers(self, pixels, questions, answers, knockout, hooks)
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:

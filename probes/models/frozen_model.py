@@ -22,6 +22,7 @@ from .families.layer_parts import part_width
 from .knockout import Knockout
 from .shared_layers import version
 from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
+from .steering import Replacement
 from .teach import Painted, Taught
 
 
@@ -148,38 +149,35 @@ class FrozenModel(nn.Module):
         """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
         return states.unflatten(-2, self.grid)
 
-    @torch.no_grad()
     def attention(
         self,
         pixels: Tensor,
-        layers: Sequence[int] | None = None,
+        sites: Sequence[str] | None = None,
         knockout: Knockout | None = None,
-        *,
-        queries: Sequence[tuple[int, Tensor]] | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
         average_heads: bool = True,
-    ) -> list[Tensor]:
-        """Return attention weights among image tokens, computed for the requested query tokens only.
+    ) -> dict[str, Tensor]:
+        """Return the attention weights among image tokens in each layer.
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            layers: Layers, numbered 1..L as in the site names; None for all.
+            sites: Layers such as "layer_01"; None for all.
             knockout: Attention knockout, as in :meth:`states`.
-            queries: Pairs of the index of an image and its query tokens bool[T]. None: all tokens of each image.
+            hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
             average_heads: If False, return the weights of each head.
 
         Returns:
-            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1
-            minus the attention to tokens outside of the image.
+            f[B, T, T] per layer, or f[B, A, T, T] by head, from a token (row) to each one (column): float32, on the
+            CPU. A row sums to 1 minus the attention to tokens outside of the image.
 
         Raises:
-            UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
+            UserError: A site is not a layer, or the model does not attend through transformers' sdpa interface.
         """
-        layers = self._check_layers(layers)
-        if queries is None:
-            queries = [
-                (i, torch.ones(self.image_tokens, dtype=torch.bool)) for i in range(len(pixels))
-            ]
-        return read_attention(self, pixels, layers, knockout, queries, average_heads)
+        sites = self._check_layers(sites)
+        every_token = torch.ones(self.image_tokens, dtype=torch.bool)
+        queries = [(image, every_token) for image in range(len(pixels))]
+        weights = read_attention(self, pixels, sites, queries, knockout, hooks, average_heads)
+        return {site: torch.stack([of_image[site] for of_image in weights]) for site in sites}
 
     def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
         """Return probes of painted concepts at all sites, with their scores and maps (teach.py).
@@ -236,17 +234,18 @@ class FrozenModel(nn.Module):
         width = self.widths[layer_around(site)]
         return part_width(self.layers[layer_number(site) - 1], site, width)
 
-    def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """Return layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
-        if layers is not None:
-            check_is_list("layers", layers, "[1, 2]")
-        layers = list(range(1, len(self.layers) + 1) if layers is None else layers)
-        if not layers:
+    def _check_layers(self, sites: Sequence[str] | None) -> list[str]:
+        """Return sites that attend as a list, or all of them for None; raise a UserError if one does not."""
+        own = [layer_site(i) for i in range(1, len(self.layers) + 1)]
+        if sites is None:
+            return own
+        check_is_list("sites", sites, "['layer_01']")
+        if not sites or set(sites) - {*own}:
+            got = ", ".join(map(repr, sites)) or "none"
             raise UserError(
-                f"got no layers; expected some of 1 to {len(self.layers)}, or None for all"
+                f"attention is that of layers; expected sites from {own[0]} to {own[-1]}, or None for all, got {got}"
             )
-        self.check_sites([layer_site(layer) for layer in layers])
-        return layers
+        return list(sites)
 
     def weights_key(self) -> tuple:
         """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""

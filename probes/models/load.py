@@ -1,11 +1,13 @@
-"""Load a checkpoint as a frozen MLLM or a frozen vision encoder."""
+"""Load a checkpoint, or a module, as a frozen MLLM or a frozen vision encoder."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
@@ -15,6 +17,9 @@ from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
+from .load_module import check_absent, load_module
+from .module_sources import is_source
+from .own_module import Preprocess
 from .prompt_and_pixels import (
     check_numbers,
     read_config,
@@ -23,11 +28,16 @@ from .prompt_and_pixels import (
     read_prefix_ids,
     read_separator_id,
 )
-from .random_init import check_control, replace_weights
+from .random_init import check_control, check_matches, replace_weights
+
+IMAGE_FIRST = (
+    "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "
+    "is the same for any image; use the prefix of the chat template, or measure it by `probes starvation --sinks`"
+)
 
 
 def load(
-    path: str,
+    path: str | nn.Module,
     image_attention: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
@@ -44,11 +54,16 @@ def load(
     match_images: Sequence[Image.Image] = (),
     update_scales: Sequence[float] | None = None,
     seed: int = 0,
+    preprocess: Preprocess | None = None,
+    patch: int | None = None,
+    layers: Sequence[str] | str | None = None,
+    norm: str | None = None,
 ) -> FrozenMLLM | FrozenEncoder:
-    """Load a checkpoint as a :class:`FrozenMLLM`, or a bare vision encoder as a :class:`FrozenEncoder`.
+    """Load a checkpoint as a :class:`FrozenMLLM`, or a bare vision encoder or a module as a :class:`FrozenEncoder`.
 
     Args:
-        path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families).
+        path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families). Or a
+            module, of which a copy is made; or "timm:NAME" or "FILE.py:FUNCTION" (module_sources.py).
         image_attention: Mask among image tokens: "causal", "bidirectional", "prefix" or a registered one. None: the
             mask that the checkpoint was trained with.
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
@@ -69,12 +84,40 @@ def load(
         match_images: Images on which "update" matches the layers' updates: training images.
         update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
         seed: Seed of the random weights.
+        preprocess: Of a module: mean and standard deviation of its channels, or a function of a PIL image that returns
+            f[3, S, S], of which normalisation, side and resizing are measured.
+        patch: Of a module: side of a patch in pixels.
+        layers: Of a module: paths of its layers in forward order, or of the list of all, e.g. "blocks".
+        norm: Of a module: path of the norm after its last layer, for the site "final_norm".
 
     Raises:
-        UserError: The checkpoint is not of a registered family or is damaged, or an argument is invalid.
+        UserError: The checkpoint is not of a registered family or is damaged, an argument is invalid, or a module does
+            not do what is said of it.
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; pass one of them")
+    described = {
+        "preprocess": preprocess,
+        "patch": patch,
+        "layers": layers,
+        "norm": norm,
+    }
+    if isinstance(path, nn.Module) or is_source(path):
+        of_checkpoints = {
+            "revision": revision,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+        }
+        encoder = load_module(path, described, dtype, image_px, image_resize, of_checkpoints)
+        check_matches(encoder.model.config, match)
+        check_control(encoder.family, untrained, match, match_images, update_scales)
+        own = encoder.own_image_attention
+        check_encoder("a module", own, image_attention, prefix, "sdpa")
+        encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if untrained:
+            replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
+        return encoder
+    check_absent(described, f"they are of modules, and {path} is a checkpoint")
     if revision is not None and Path(path).is_dir():
         raise UserError(
             f"revision={revision!r}: {path} is a directory, which has no revisions; leave it out, or pass a hub id"
@@ -102,6 +145,7 @@ def load(
         family.model_cls,
         path,
         attn_implementation=backend,
+        **({} if family.has_llm else family.settings),
         **options,
         **hub,
     )
@@ -110,6 +154,8 @@ def load(
     commit = getattr(hub["revision"], "resolved", None)
     if family.has_llm:
         ids = read_prefix_ids(path, family, prefix, **hub)
+        if not ids and attention == "causal":
+            warnings.warn(IMAGE_FIRST, stacklevel=2)
         separator_id = read_separator_id(path, family, **hub)
         chat = partial(read_dialogue, path, family, **hub)
         mllm = FrozenMLLM(

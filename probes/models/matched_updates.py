@@ -148,7 +148,7 @@ def _scaled_output(
 def _attention(layer: nn.Module) -> nn.Module:
     """Return the attention of a layer, or what it has in place of it."""
     found = softmax_attention(layer) or getattr(layer, "linear_attn", None)
-    return found or layer.conv  # LFM2
+    return found or getattr(layer, "attn", None) or layer.conv  # timm, LFM2
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:

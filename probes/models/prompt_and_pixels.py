@@ -31,6 +31,7 @@ from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
+from .module_sources import is_source, module_config
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 PIXEL_SETTINGS = (
@@ -58,7 +59,13 @@ FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endma
 
 
 def read_config(path: str, **hub: Any) -> PreTrainedConfig:
-    """Read the config of a checkpoint; raise a UserError if there is none or transformers does not know its kind."""
+    """Read the config of a checkpoint, or measure that of a module (module_sources.py).
+
+    Raises:
+        UserError: There is none, or transformers does not know its kind.
+    """
+    if is_source(path):
+        return module_config(path)
     return read_pretrained("MLLM", AutoConfig, path, **hub)
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.training_record import read_training
 
 from .families import EncoderFamily, Family
+from .families.modules import MODULE_TYPE
 from .matched_updates import layer_updates, match_updates, scale_layers
 
 MATCHES = ("none", "update", "permuted")
@@ -57,6 +58,20 @@ def check_control(
         raise UserError(
             "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
         )
+
+
+def why_unmatched(config: PreTrainedConfig) -> str:
+    """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
+    if config.model_type != MODULE_TYPE or not config.why_no_parts:
+        return ""
+    return f"random layers cannot be matched to the trained ones: {config.why_no_parts}"
+
+
+def check_matches(config: PreTrainedConfig, match: str) -> None:
+    """Raise a UserError if layers are to be matched whose attention and MLP are not known."""
+    why = why_unmatched(config)
+    if why and match == "update":
+        raise UserError(f"{why}; pass match='permuted' (--model.match permuted)")
 
 
 def reinitialize(
@@ -92,7 +107,8 @@ def reinitialize(
             for name, parameter in (
                 pair for top in modules[part] for pair in top.named_parameters()
             ):
-                if parameter.ndim > 1 and not parameter.any():
+                is_bias = "bias" in name.rpartition(".")[2]  # of relative positions, in BEiT
+                if parameter.ndim > 1 and not is_bias and not parameter.any():
                     raise UserError(
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
                         "would be equal; leave this part trained"
@@ -191,6 +207,7 @@ def random_layers(
         UserError: An argument is invalid, or the updates are matched already.
     """
     part = mllm.family.layers_part
+    check_matches(mllm.model.config, match)
     check_control(mllm.family, [part], match, match_images, None)
     if mllm.update_scales is not None:
         raise UserError(

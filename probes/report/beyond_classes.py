@@ -170,8 +170,12 @@ def task_score_rows(entries: list[Entry]) -> Rows:
 
 
 def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
-    """Return a row of text for each claim of entries of "tasks" or "joint_tasks", in the units of its score."""
+    """Return a row of text for each claim of entries of "tasks" or "joint_tasks", in the units of its score.
+
+    They name the mask, unless no model has an LLM.
+    """
     rows = []
+    with_llm = any(entry.get("has_llm", True) for entry in entries)
     for entry in entries:
         task = TASKS[entry["task"]]
         better = "higher" if task.sign > 0 else "lower"
@@ -186,8 +190,9 @@ def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
             seed = {"seed": str(entry.get("seed"))}
             if "seeds" in entry:
                 seed = {"seeds": f"{', '.join(map(str, entry['seeds']))} ({text.count})"}
+            if with_llm:
+                seed["attention"] = text.mask if entry.get("has_llm", True) else "–"
             cells = {
-                "attention": text.mask if entry.get("has_llm", True) else "–",
                 "claim": CLAIMS[claim["claim"]].name,
                 "effect": text.effects[0],
                 "beyond random": text.columns["beyond_random"].effect,

@@ -166,6 +166,14 @@ def tested_by_mask(claims: Iterable[Entry]) -> list[dict[str, ClaimText]]:
     return [by_mask for by_mask in grouped.values() if any(x.tested for x in by_mask.values())]
 
 
+def tested_columns(claims: Iterable[Entry], has_llm: bool) -> dict[str, str]:
+    """Return the titles of the columns that are shown: the paper's, which has no encoders, only of trained probes."""
+    of_paper = [claim["verdicts"]["paper"]["verdict"] for claim in claims]
+    if has_llm or any(verdict != UNTESTED for verdict in of_paper):
+        return COLUMN_TITLES
+    return {name: title for name, title in COLUMN_TITLES.items() if name != "paper"}
+
+
 def known_truths(studies: Iterable[Entry]) -> list[tuple[Entry, ClaimText]]:
     """Return the claims of studies whose truth is known, each with its study."""
     return [
@@ -219,6 +227,11 @@ def claim_notes(claims: list[Entry], margin: str = f"{100 * MARGIN:g} point") ->
         notes.append(
             f"{len(tested)} claims are tested. One is called supported if p, corrected for their number (Holm), is "
             f"below {ALPHA}, and supported by itself if only the uncorrected p is."
+        )
+    if any(claim["claim"] == "starvation_without_sink" for claim in claims):
+        notes.append(
+            "The first image token is an attention sink in the compared layer: its state is one large vector, whatever "
+            "the image shows. Of starvation, the claim without this token is about context."
         )
     if any("same_as" in column for column in beyond):
         notes.append(

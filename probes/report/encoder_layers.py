@@ -41,7 +41,7 @@ def best_layer(run: ProbeRun, claims: list[Entry]) -> Entry | None:
 
 
 def describe_best_layer(best: Entry) -> str:
-    """Return "layer 8 of 12 reads best: 53.7 [..] mIoU", and how far the claim finds a best layer above the last."""
+    """Return "layer 8 of 12 reads best: 53.7 [..] mIoU", and the claim's difference of the best layer and the last."""
     layer = int(best["site"].removeprefix("layer_"))
     last = int(best["last"].removeprefix("layer_"))
     text = f"layer {layer} of {last} reads best: {format_score(best['miou'], best['ci95'])} mIoU"
@@ -49,10 +49,8 @@ def describe_best_layer(best: Entry) -> str:
         return f"{text}; it is the last one"
     if best["over_last_ci95"] is None:
         return f"{text}; the last one was not probed"
-    over_last = (
-        f"{format_points(best['over_last'])} {format_interval(best['over_last_ci95'])} points"
-    )
-    return f"{text}; as the verdict counts, with layers chosen on other images, the best is {over_last} above the last"
+    over_last = f"{format_points(best['over_last'])} {format_interval(best['over_last_ci95'])}"
+    return f"{text}; best minus last layer, as the verdict counts it: {over_last} points"
 
 
 def class_table(run: ProbeRun) -> list[dict[str, str]]:

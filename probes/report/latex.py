@@ -4,7 +4,7 @@ from llava_bidir.common.latex import latex_table
 from probes.results.formatting import Entry, format_score
 from probes.results.study import StudyRuns
 
-from .claim_table import COLUMN_TITLES, claim_text
+from .claim_table import claim_text, tested_columns
 
 Cells = list[dict[str, str]]  # rows of a table by its titles
 
@@ -16,9 +16,10 @@ def format_tables(study: StudyRuns, claims: list[Entry]) -> str:
         study: The runs.
         claims: From :func:`evaluate_claims`.
     """
+    has_llm = study.first.has_llm
     tables = {  # with the number of columns that hold names
         "mIoU (%) per site": (_scores(study), 1),
-        "claims: differences in percentage points": (_claims(claims), 2),
+        "claims: differences in percentage points": (_claims(claims, has_llm), 1 + has_llm),
     }
     texts = [
         f"% {title}, with 95% intervals\n{latex_table([list(cells[0]), *map(_values, cells)], names)}"
@@ -38,7 +39,8 @@ def _scores(study: StudyRuns) -> Cells:
     is_mixed = len({run.probe_kind for run in runs}) > 1
     rows: dict[str, dict[str, str]] = {site: {"site": site} for run in runs for site in run.sites}
     for run in runs:
-        title = run.mask + ", untrained" * bool(run.metrics["untrained"])
+        title = run.mask if run.has_llm else study.model
+        title += ", untrained" * bool(run.metrics["untrained"])
         title += f", {run.probe_kind} probes" * is_mixed
         scores = {entry["site"]: entry for entry in run.metrics["sites"]}
         for site, row in rows.items():
@@ -47,13 +49,17 @@ def _scores(study: StudyRuns) -> Cells:
     return list(rows.values())
 
 
-def _claims(claims: list[Entry]) -> Cells:
+def _claims(claims: list[Entry], has_llm: bool) -> Cells:
+    """Return a row for each claim, with its mask if the model has an LLM."""
+    columns = tested_columns(claims, has_llm)
     known = any("truth" in claim for claim in claims)
     rows = []
     for text in map(claim_text, claims):
-        row = {"claim": text.name, "image attention": text.mask}
-        for name, column in text.columns.items():
-            row[COLUMN_TITLES[name].lower()] = f"{column.effect} {column.verdict}".strip()
+        row = {"claim": text.name}
+        row |= {"image attention": text.mask} if has_llm else {}
+        for name, title in columns.items():
+            column = text.columns[name]
+            row[title.lower()] = f"{column.effect} {column.verdict}".strip()
         if known:
             row["truth"] = text.truth
         rows.append(row | {"conclusion": text.finding})

@@ -68,7 +68,11 @@ def _measure_kind(
     def measure(runs: Mapping[str, FinishedRun]) -> dict[Key, Number]:
         return measure_runs(runs, effects, site, tokens)
 
-    trained = measure(runs)
+    trained = {
+        (claim, mask): number
+        for (claim, mask), number in measure(runs).items()
+        if CLAIMS[claim].applies is None or CLAIMS[claim].applies(runs)
+    }
     before = by_mask(study.where(arm=UNTRAINED, solved=solved))
     untrained = measure({mask: run for mask, run in before.items() if mask in runs})
     _add_recovery_trained(trained, untrained)

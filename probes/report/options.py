@@ -15,7 +15,8 @@ class ReportOptions:
             NAME=RUN name the model. Of several models on the same photos, each is compared with the first.
         out: Folder for index.html, results.json, *.csv, *.png and *.pdf.
         tasks: Runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model.
-        labels: Labels of a study's models, in the order in which they are compared (default: of the alphabet).
+        labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
+            given).
         timings: Log with lines "start end step", to report the wall time.
     """
 

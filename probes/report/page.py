@@ -38,6 +38,7 @@ from probes.results.study import (
     UNTRAINED,
     StudyRuns,
     by_mask,
+    given_labels,
     labels_of_models,
     overridden_masks,
     read_studies,
@@ -54,28 +55,35 @@ from .beyond_classes import (
     task_score_rows,
 )
 from .claim_table import (
-    COLUMN_TITLES,
     claim_notes,
     claim_rows,
     known_truths,
     summarize_claims,
     tested_by_mask,
+    tested_columns,
     verdict_reasons,
 )
 from .claims import evaluate_claims
-from .encoder_layers import describe_best_layer
 from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
+from .headline import describe_study, describe_table
 from .model_comparison import (
+    best_by_dataset,
     compare_models,
     comparison_rows,
+    comparisons_in_points,
+)
+from .model_tables import (
+    dataset_table,
     describe_comparison,
-    shown_comparison,
+    group_comparisons,
+    pair_table,
+    table_of_all,
 )
 from .options import ReportOptions
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
-from .site_table import describe_sites, shown_rows, site_rows
+from .site_table import shown_rows, site_rows
 from .terminal import format_results
 from .verdicts import MARGIN
 
@@ -90,16 +98,18 @@ def to_anchor(heading: str) -> str:
 
 FILTERS = {  # of the page's template
     "anchor": to_anchor,
-    "best_layer": describe_best_layer,
     "claim_notes": claim_notes,
-    "comparison": shown_comparison,
     "describe_comparison": describe_comparison,
-    "describe_sites": describe_sites,
+    "describe_study": describe_study,
+    "describe_table": describe_table,
+    "pair_table": pair_table,
     "percent": formatting.format_percent,
     "points": formatting.format_points,
     "shown_sites": shown_rows,
     "summary": summarize_claims,
+    "table_of_all": table_of_all,
     "tested": tested_by_mask,
+    "tested_columns": tested_columns,
     "verdict_reasons": verdict_reasons,
 }
 
@@ -121,6 +131,7 @@ def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSect
     results = {
         "model": study.model,
         "dataset": study.dataset,
+        "has_llm": study.first.has_llm,
         "seed": study.first.metrics["seed"],
         "masks": {mask: entry(mask, run) for mask, run in study.main_runs.items()},
         "controls": {
@@ -191,7 +202,12 @@ def _write_files(
     table2 = tables.table2([s for s in studies if s.first.has_llm])
     task_tables = {"task_scores": task_score_rows(tasks), "task_claims": claim_rows(tasks)}
     compared = compare_models(studies)
-    tables_of_all = {"table2": table2, "models": comparison_rows(compared)}
+    datasets = best_by_dataset(studies, compared)
+    tables_of_all = {
+        "table2": table2,
+        "models": comparison_rows(compared),
+        "datasets": datasets,
+    }
     files |= _csv_files(tables_of_all | task_tables, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
@@ -200,7 +216,8 @@ def _write_files(
         FILTERS,
         parts=parts,
         joint=joint,
-        compared=compared,
+        comparisons=group_comparisons(compared),
+        dataset_table=dataset_table(datasets),
         overview=[] if single else _draw(overview_figures(studies), out, files),
         table2=table2,
         task_figures=_draw(task_figures(task_studies, tasks), out, files),
@@ -209,7 +226,6 @@ def _write_files(
         task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
         wall_s=wall_s,
-        columns=COLUMN_TITLES,
         truths=_truth_rows(by_study),
         explorer=(out / "explorer.html").is_file(),
         failed=describe_steps(unfinished, FAILED),
@@ -220,6 +236,8 @@ def _write_files(
         "studies": by_study,
         "joint": joint,
         "compared": compared,
+        "comparisons": comparisons_in_points(compared),
+        "datasets": datasets,
     }
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}
@@ -353,7 +371,8 @@ def _expand_studies(
 
     Args:
         paths: Studies and runs; NAME=PATH names the model of either.
-        labels: Labels of a study's models in the order of the report; others follow.
+        labels: Labels of a study's models in the order of the report, by default those that it was given; others
+            follow.
     """
     runs: list[str] = []
     tasks: list[str] = []
@@ -361,9 +380,10 @@ def _expand_studies(
         name, folder = _split_name(path)
         is_run = (Path(folder) / "metrics.json").is_file()
         opened = [] if is_run else [open_run(run) for run in finished_runs(folder)]
-        names = labels_of_models(Path(folder), opened, labels)
+        given = labels or given_labels(Path(folder))
+        names = labels_of_models(Path(folder), opened, given)
         if names and not name:
-            order = {label: i for i, label in enumerate(labels)}
+            order = {label: i for i, label in enumerate(given)}
             opened.sort(key=lambda run: order.get(names[run.path], len(order)))
         for run in opened:
             label = " ".join(filter(None, (name, names.get(run.path))))

@@ -7,6 +7,7 @@ remedy. The reason of a column is that of its first need that is not met.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,7 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
 from probes.results.formatting import Rows
 from probes.results.run_command import format_command
-from probes.results.steps import study_folder
+from probes.results.steps import LEFT_OUT, study_folder, unfinished_steps
 from probes.results.study import MASKS, UNTRAINED, StudyRuns
 from probes.tasks import SEGMENTATION
 
@@ -159,7 +160,11 @@ def two_draws(case: Case, control: str) -> str:
     if count >= 2:
         return ""
     too_few = f"draws of a {_name(case, control)}: {count}, two are needed"
-    if study_folder(study.first.path):
+    folder = study_folder(study.first.path)
+    for step in unfinished_steps(folder) if folder else ():
+        if step["outcome"] == LEFT_OUT and Path(step["step"]).name == f"{control}0":
+            return f"{too_few}: {step['reason']}"
+    if folder:
         again = f"{too_few}: give the same `probes study` again with `--draws 2`"
         return f"{again}, or with {control}0 and {control}1 among its `--arms`"
     weights: dict[str, Any] = {"model.untrained": [_random_part(case)]}

@@ -29,7 +29,7 @@ from .verdicts import (
 
 
 def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]:
-    """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
+    """Return {"model", "dataset", "has_llm", "seeds", "claims", "left_out"} of models with several seeds on a dataset.
 
     Claims have the keys of `evaluate_claims` but "control", and "n" counts seeds; each column has "by_seed", the values
     of the seeds.
@@ -43,6 +43,7 @@ def joint_studies(studies: list[StudyRuns], results: list[Entry]) -> list[Entry]
         about = {
             "model": members[0].name,
             "dataset": members[0].dataset,
+            "has_llm": members[0].first.has_llm,
             "seeds": list(by_seed),
         }
         joint.append(about | _joint_claims(by_seed, shares_images, members[0].task.margin))

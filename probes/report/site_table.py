@@ -125,8 +125,13 @@ def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> Entry:
     return row
 
 
-def describe_sites(rows: Rows) -> list[str]:
-    """Return two sentences for each mask: where it reads best, and which sites differ from random models."""
+def describe_sites(rows: Rows, name_best: bool = True) -> list[str]:
+    """Return sentences for each mask: where it reads best, and which sites differ from random models.
+
+    Args:
+        rows: The table.
+        name_best: Say where it reads best.
+    """
     sentences = []
     masks = list(dict.fromkeys(row["image_attention"] for row in rows))
     for mask in masks:
@@ -134,7 +139,8 @@ def describe_sites(rows: Rows) -> list[str]:
         best = max(of_mask, key=lambda row: row["miou"])
         under = f" under {mask} attention" if len(masks) > 1 else ""
         score = format_score(best["miou"], [best["low"], best["high"]])
-        sentences.append(f"Best at {name_site(best['site'])}{under}: {score} mIoU.")
+        if name_best:
+            sentences.append(f"Best at {name_site(best['site'])}{under}: {score} mIoU.")
         sentences += _describe_differences(of_mask, under)
     return sentences
 

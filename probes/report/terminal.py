@@ -1,13 +1,28 @@
 """What a report and a study print: the table of sites, the verdicts, and what a reader must know of them."""
 
+from collections.abc import Mapping, Sequence
+
 from probes.results.formatting import Entry, Rows, align
 from probes.results.steps import FAILED, LEFT_OUT, describe_steps
 
 from .beyond_classes import claim_texts, task_notes
-from .claim_table import COLUMN_TITLES, claim_notes, claim_text, verdict_reasons
-from .encoder_layers import describe_best_layer
-from .model_comparison import describe_comparison, shown_comparison
-from .site_table import describe_sites, shown_rows
+from .claim_table import (
+    COLUMN_TITLES,
+    claim_notes,
+    claim_text,
+    tested_columns,
+    verdict_reasons,
+)
+from .headline import describe_study, describe_table
+from .model_tables import (
+    Comparison,
+    dataset_table,
+    describe_comparison,
+    group_comparisons,
+    pair_table,
+    table_of_all,
+)
+from .site_table import shown_rows
 from .strengths import edge_notes
 
 
@@ -20,36 +35,43 @@ def format_results(results: Entry) -> str:
         lines += [
             f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"
         ]
-        lines += [_format_claims(joint["claims"]), ""]
+        lines += [_format_claims(joint["claims"], joint.get("has_llm", True)), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
         notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
-        lines += [*_format_sites(study["sites"]), ""]
-        lines += [_format_claims(study["claims"]), *notes, ""]
-        if best := study.get("best_layer"):
-            lines += [f"{study['model']}, {study['dataset']}: {describe_best_layer(best)}"]
-    for entry in results.get("compared", []):
-        lines += _format_comparison(entry)
+        with_llm = study.get("has_llm", True)
+        lines += [*_format_sites(study["sites"]), "", *describe_study(study)]
+        lines += [*describe_table(study), ""]
+        lines += [_format_claims(study["claims"], with_llm), *notes, ""]
+    if datasets := dataset_table(results.get("datasets", [])):
+        lines += ["Best layer by data set, and its difference from the first model's"]
+        lines += [*_format_cells(datasets), ""]
+    for group in group_comparisons(results.get("compared", [])):
+        lines += _format_comparison(group)
     lines += _format_tasks(results.get("tasks", []), results.get("joint_tasks", []))
     lines += describe_steps(unfinished, LEFT_OUT)
     return "\n".join(lines)
 
 
-def _format_comparison(entry: Entry) -> list[str]:
-    """Return the comparison of two models as lines for the terminal."""
-    rows = shown_comparison(entry)
-    heading = (
-        f"{entry['second']} minus {entry['first']}, {entry['dataset']}, {entry['image_attention']}"
-    )
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
-    return [heading, *(align(cells) if cells else []), "", *describe_comparison(entry), ""]
+def _format_comparison(group: Comparison) -> list[str]:
+    """Return the comparison of models as lines for the terminal: one table, then sentences about each pair."""
+    rows = table_of_all(group) or [row for entry in group.pairs for row in pair_table(entry)]
+    sentences = [line for entry in group.pairs for line in [*describe_comparison(entry), ""]]
+    return [group.title, *_format_cells(rows), "", *sentences]
+
+
+def _format_cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return rows of text as lines whose columns are aligned, after a line of their titles; [] without rows."""
+    return align([list(rows[0]), *(list(row.values()) for row in rows)]) if rows else []
 
 
 def _format_sites(sites: Rows) -> list[str]:
-    """Return the table of sites as lines for the terminal, with its two sentences."""
+    """Return the table of sites as lines for the terminal; the mask is named if there are several."""
     shown = shown_rows(sites)
     with_random = any(row["random"] for row in shown)
-    keys = ["mask", "site", "score", "interval"]
+    keys = ["site", "score", "interval"]
+    if len({row["mask"] for row in shown}) > 1:
+        keys = ["mask", *keys]
     titles = {
         "mask": "attention",
         "score": "mIoU",
@@ -60,12 +82,13 @@ def _format_sites(sites: Rows) -> list[str]:
     keys.append("best")
     rows = [[titles.get(key, key) if key != "best" else "" for key in keys]]
     rows += [[row[key] for key in keys] for row in shown]
-    return [*align(rows), "", *describe_sites(sites)]
+    return align(rows)
 
 
-def _format_claims(claims: list[Entry]) -> str:
+def _format_claims(claims: list[Entry], has_llm: bool) -> str:
     """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
-    rows = [["claim", "attention", COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
+    mask = ["attention"] if has_llm else []
+    rows = [["claim", *mask, COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:
         text = claim_text(claim)
         conclusion = text.finding
@@ -74,8 +97,9 @@ def _format_claims(claims: list[Entry]) -> str:
         if text.truth:
             conclusion += f" (truth: {text.truth})"
         effects = [text.columns[name].effect for name in ("optimum", "beyond_random")]
-        rows.append([claim["claim"], text.mask, *effects, conclusion])
-    return "\n".join([*align(rows), *claim_notes(claims), *verdict_reasons(claims)])
+        rows.append([claim["claim"], *[text.mask] * has_llm, *effects, conclusion])
+    reasons = verdict_reasons(claims, tested_columns(claims, has_llm))
+    return "\n".join([*align(rows), *claim_notes(claims), *reasons])
 
 
 def _format_tasks(entries: list[Entry], joint: list[Entry]) -> list[str]:
@@ -91,6 +115,6 @@ def _format_task_claims(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return []
     named = [key for key in ("model", "dataset", "seed") if len({row.get(key) for row in rows}) > 1]
-    named += ["seeds"] if "seeds" in rows[0] else []
-    shown = ["task", *named, "attention", "claim", "effect", "beyond random", "finding"]
+    named += [key for key in ("seeds", "attention") if key in rows[0]]
+    shown = ["task", *named, "claim", "effect", "beyond random", "finding"]
     return [*align([shown, *([row[key] for key in shown] for row in rows)]), ""]

@@ -327,9 +327,20 @@ class FinishedRun:
         """Raise a UserError if the model, the images or the masks are not those of the run any more."""
         for split in ("training", "validation"):
             self.dataset(split)
-        self._check_unchanged(
-            "model", lambda: named_identity({"mllm": self.manifest["config"]["mllm"]})
-        )
+        self._check_unchanged("model", self._model_identity)
+
+    def _model_identity(self) -> dict[str, str]:
+        """Return what identifies the model as it is now.
+
+        Raises:
+            UserError: It is in a Python file that the user has not run by its name.
+        """
+        # transformers takes seconds to import, and a report needs no model
+        from probes.models.module_sources import check_was_run, source_identity
+
+        model = self.manifest["config"]["mllm"]
+        check_was_run(model, str(self.path))
+        return named_identity({"mllm": source_identity(model)})
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -347,7 +358,7 @@ class FinishedRun:
         # transformers takes seconds to import, and a report needs no model
         from probes.models.load import load
 
-        self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
+        self._check_unchanged("model", self._model_identity)
         names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
         settings = {name: config[name] for name in names} | {"image_px": config.get("image_px")}
         return load(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.steps import read_record
 from probes.tasks import SEGMENTATION, Task
 
 from .comparable import check_same_images, check_seeds_differ, check_study
@@ -317,6 +318,12 @@ def labels_of_models(
         if not all(is_known) or shapes.setdefault(name, shape) != shape:
             return labels
     return {}
+
+
+def given_labels(folder: Path) -> tuple[str, ...]:
+    """Return the labels that `probes study` was given for the models of its folder, in order; () of another folder."""
+    config = read_record("report", folder).get("config")
+    return tuple(config.get("labels", ())) if isinstance(config, dict) else ()
 
 
 def runs_to_compare(*studies: StudyRuns) -> list[dict[str, FinishedRun]]:

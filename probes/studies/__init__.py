@@ -1,1 +1,1 @@
-"""Whole studies: arms, analyses and report of one or two models on one dataset, with one command."""
+"""Whole studies: arms, analyses and report of one or several models on one dataset, with one command."""

@@ -52,7 +52,7 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
     Raises:
         UserError: An analysis of `--add` has none.
     """
-    named = {text.partition(".")[0] for text in study.add}
+    named = _names_asked_for(study)
     for name in [*chosen]:
         for option, (file, content) in ANALYSES[name].beside_data.items():
             beside = Path(study.probes.data.root).resolve().parent / file
@@ -65,6 +65,11 @@ def _add_files_beside_data(study: StudyConfig, chosen: dict[str, Values]) -> Non
                     f"--add {name} needs {beside} with {content.decode()}, or {name}.{option}=FILE"
                 )
             del chosen[name]
+
+
+def _names_asked_for(study: StudyConfig) -> set[str]:
+    """Return the analyses that `--add` names."""
+    return {text.partition(".")[0] for text in study.add}
 
 
 def check_analyses(study: StudyConfig) -> None:
@@ -83,6 +88,7 @@ def steps_of_runs(
 ) -> list[Step]:
     """Return the steps that analyse each run of a model by itself."""
     has_llm = arms[0].run.has_llm
+    asked = _names_asked_for(study)
     if not has_llm:  # maps of a few photos are made unasked
         photos = len(open_split(study.probes.data, "validation"))
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
@@ -91,9 +97,10 @@ def steps_of_runs(
     for name, values in analyses.items():
         if ANALYSES[name].of != "run":
             continue
-        analysed = [arm for arm in arms if kind_of(arm.name) in ANALYSES[name].arms]
+        solved = [arm for arm in arms if not arm.why_left_out]
+        analysed = [arm for arm in solved if kind_of(arm.name) in ANALYSES[name].arms]
         if not has_llm and not ANALYSES[name].of_encoders:
-            analysed = analysed[:1]  # said once
+            analysed = analysed[:1] if name in asked else []  # left out, which is said once
         steps += [_of_run(study, arm, name, values) for arm in analysed]
     return steps
 
@@ -105,8 +112,12 @@ def steps_of_models(
     trained = [arm.run for arm in arms if arm.name == "trained"]
     if len(trained) < len(study.models):
         return []
+    asked = _names_asked_for(study)
+    with_llm = any(run.has_llm for run in trained)
     steps = []
     for name, values in analyses.items():
+        if not (with_llm or ANALYSES[name].of_encoders or name in asked):
+            continue
         if ANALYSES[name].of == "pair" and len(study.models) == 2:
             fitted = [arm.run for arm in arms if arm.name == FITTED]
             pairs = [pair for pair in (trained, fitted) if pair]

@@ -25,6 +25,7 @@ from probes.analyses.base import PlannedRun
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.prompt_and_pixels import read_config
+from probes.models.random_init import why_unmatched
 from probes.models.sites import is_joined, layer_around, members
 from probes.run_config import ModelOptions, RunConfig
 
@@ -86,12 +87,14 @@ class Arm(NamedTuple):
         name: "trained", "random0", ..., or "probes".
         run: Mask and sites.
         config: Options of the run.
+        why_left_out: Why the model cannot have these weights, "" if it can.
     """
 
     label: str
     name: str
     run: PlannedRun
     config: RunConfig
+    why_left_out: str = ""
 
 
 def arm_names(study: StudyOptions, has_llm: bool = True) -> list[str]:
@@ -146,6 +149,7 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
         model = replace(study.probes.model, mllm=path)
         has_llm, own_mask, sites = describe_model(path, model.image_px)
         probed = probed_sites(model)
+        unmatched = why_unmatched(read_config(path))
         mask = model.image_attention or own_mask
         for name in [*arm_names(study, has_llm), *([FITTED] if study.fit else [])]:
             weights = weights_of(name, has_llm)
@@ -161,7 +165,10 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
             )
             if name == FITTED and "max_epochs" not in config.trainer:
                 config = replace(config, trainer=RECIPE | config.trainer)
-            arms.append(Arm(label, name, run, config))
+            why = unmatched if weights.match == "update" else ""
+            if why and study.arms is not None:
+                raise UserError(f"arm {name} of {path}: {why} (--arms)")
+            arms.append(Arm(label, name, run, config, why))
     return arms
 
 

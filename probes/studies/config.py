@@ -47,13 +47,13 @@ class StudyConfig(StudyOptions):
 
 
 def label_models(words: Sequence[str]) -> dict[str, str]:
-    """Return the models by label: "" for one, else the text before "=" or the model's own mask.
+    """Return the models by label, in the order given: "" for one, else the text before "=".
+
+    Two without labels are named by their masks, the two conditions of the paper.
 
     Raises:
-        UserError: Two models have one label, or there are more than two.
+        UserError: Two models have one label, or a model of several has none.
     """
-    if len(words) > 2:
-        raise UserError(f"a study has one model or two, got {len(words)}: {', '.join(words)}")
     pairs = [
         text.split("=", 1) if "=" in text and not Path(text).exists() else ["", text]
         for text in words
@@ -65,6 +65,13 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
         pairs = [
             [label or own_image_attention(read_config(model)), model] for label, model in pairs
         ]
-    if len({label for label, _ in pairs}) < len(pairs):
-        raise UserError(f"both models are called {pairs[0][0]!r}; name them: first=DIR second=DIR")
-    return dict(pairs)
+    models = {}
+    for label, model in pairs:
+        if len(pairs) > 1 and not label:
+            raise UserError(f"{model} has no label; name each of several models: NAME={model}")
+        if label in models:
+            raise UserError(
+                f"{models[label]} and {model} are both called {label!r}; name them: first=DIR second=DIR"
+            )
+        models[label] = model
+    return models

@@ -58,8 +58,12 @@ def print_estimate(study: StudyConfig) -> None:
         print(line)
     validation = open_split(study.probes.data, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    masks = {arm.run.mask for arm in plan_arms(study)}
-    print(describe_power(study, len(validation), len(masks)))
+    planned = plan_arms(study)
+    if any(arm.why_left_out for arm in planned):
+        print("without matched random layers, nothing can be told from random models")
+    else:
+        masks = {arm.run.mask for arm in planned}
+        print(describe_power(study, len(validation), len(masks)))
     solved = [step.config for step in runs if step.kind == "solve"]
     trained = [config for config in solved if not config.model.untrained]
     if trained:

@@ -17,8 +17,8 @@ DESCRIPTION = (
 )
 EXAMPLE = "probes study llava-hf/llava-1.5-7b-hf photos --out runs/photos"
 INPUTS = (
-    "checkpoint directory or hub id, or two of them as causal=DIR bidirectional=DIR; then a folder of images and masks "
-    "(probes/README.md), or the name of a layout (ade20k, with --data.root DIR)"
+    "checkpoint directory or hub id, or several as NAME=DIR, each compared with the first; then a folder of images and "
+    "masks (probes/README.md), or the name of a layout (ade20k, with --data.root DIR)"
 )
 SET_BY_STUDY = ("model.mllm", "out", "overwrite", "ckpt_path")
 

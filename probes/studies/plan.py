@@ -79,7 +79,7 @@ def _with_task(arm: Arm, task: str) -> Arm:
 
 def _step(arm: Arm) -> Step:
     """Return the step that makes the probe run of an arm."""
-    why_left_out = ""
+    why_left_out = arm.why_left_out
     if not arm.run.sites:
         changed = join(arm.label, arm.name)
         why_left_out = f"none of the sites that are probed is changed by {changed} (model.sites)"

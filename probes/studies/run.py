@@ -66,7 +66,8 @@ def study(
         study.table().query("metric == 'miou' and weights == 'trained'")
 
     Args:
-        model: Checkpoint directory or hub id, or two of them by label, e.g. {"causal": ..., "bidirectional": ...}.
+        model: Checkpoint directory or hub id, or several by label, e.g. {"before": ..., "after": ...}; each is compared
+            with the first.
         data: Folder of images and masks (probes/README.md), or the name of a layout.
         out: Folder of the study.
         overwrite: Replace results that other settings, models or data have made.
@@ -83,7 +84,7 @@ def study(
                 check_is_text(f"each of {key}", word)
     if not isinstance(model, str | Path | dict):
         raise UserError(
-            f"model must be a directory, a hub id, or two by label as a dict, got {model!r}"
+            f"model must be a directory, a hub id, or several by label as a dict, got {model!r}"
         )
     if isinstance(model, dict):
         models = {label: str(path) for label, path in model.items()}
@@ -102,8 +103,12 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     """
     check(study)
     steps = make_plan(study)
+    for line in dict.fromkeys(step.why_left_out for step in steps if step.kind in RUNS):
+        if line:
+            print(f"left out: {line}")
     out = study.out
-    names = [*filter(None, study.models), *(study.arms or ())]
+    labels = tuple(filter(None, study.models))
+    names = [*labels, *(study.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         changed = _changed_runs(steps, overwrite)
@@ -118,7 +123,7 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         )
         lacks_table = finished_runs(out) and not (out / "table.csv").is_file()
         if len(ready) < len(missing) or lacks_table:  # a report that was made has written it
-            write_table(out)
+            write_table(out, labels)
     if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
@@ -227,7 +232,8 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
             try:
                 _call(step, config)
                 if step.kind == "report":
-                    write_table(study.out)  # before the report counts as done
+                    # before the report counts as done
+                    write_table(study.out, tuple(filter(None, study.models)))
             except NothingToMeasure:
                 raise
             except UserError as error:

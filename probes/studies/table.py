@@ -9,11 +9,10 @@ from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.analyses.base import table_row
-from probes.models.sites import is_on_main_path
 from probes.report.claim_table import HEADLINES, claim_rows
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
-from probes.results.study import labels_of_models
+from probes.results.study import given_labels, labels_of_models
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
@@ -52,18 +51,7 @@ class Study:
 
     def table(self) -> "DataFrame":
         """Return a row for each number: see README.md for the columns."""
-        from pandas import DataFrame
-
-        runs = [open_run(path) for path in finished_runs(self.path)]
-        labels = labels_of_models(self.path, runs)
-        rows = [
-            row
-            for run in runs
-            for row in _rows(run, str(run.path.relative_to(self.path)), labels.get(run.path))
-        ]
-        if not rows:
-            raise UserError(f"{self.path} holds no finished run")
-        return DataFrame(rows, columns=list(COLUMNS))
+        return read_table(self.path, given_labels(self.path))
 
     def claims(self) -> "DataFrame":
         """Return a row for each claim, task and mask: conclusion, effect and interval, and the verdict of each column.
@@ -84,45 +72,48 @@ class Study:
         return DataFrame(rows, columns=list(HEADLINES))
 
     def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
-        """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
-        from matplotlib.figure import Figure
+        """Draw a metric by site: each trained model in its own colour with its intervals, the random ones in grey.
 
-        from probes.analyses.style import curves, mask_colour
+        Colours are those of the masks if the study has one model.
+        """
+        from .plot import plot_table
 
         table = self.table().query("metric == @metric and task == @task")
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        several = table["model"].nunique() > 1
-        looks = {}
-        for run in table.drop_duplicates("run").to_dict("records"):
-            look = {
-                "color": "lightgrey",
-                "label": None,
-                "zorder": 1,
-            }
-            if run["weights"] == "trained":
-                label = f"{run['model']}, " * several + f"{run['mask']}, {run['probes']}"
-                look = {
-                    "color": mask_colour(run["mask"]),
-                    "label": label,
-                    "band": True,
-                }
-                look["ls"] = "-" if run["probes"] == "solved" else "--"
-            looks[run["run"]] = look | {"marker": "o", "ms": 3}
-        rows = [row for row in table.to_dict("records") if is_on_main_path(row["site"])]
-        curves(axes, rows, looks, x="site", by="run")
-        axes.set(ylabel=metric, title="grey: random weights")
-        axes.tick_params(axis="x", rotation=60)
-        axes.legend()
-        return figure
+        trained = table[table["weights"] == "trained"].drop_duplicates("run")
+        encoders = {
+            run["model"]
+            for run in trained.to_dict("records")
+            if not open_run(self.path / run["run"]).has_llm
+        }
+        return plot_table(table, metric, given_labels(self.path), encoders)
 
     def _repr_html_(self) -> str:
         return self.claims().to_html(index=False, float_format="{:.3f}".format)
 
 
-def write_table(folder: Path) -> None:
-    """Write FOLDER/table.csv and FOLDER/table.parquet."""
-    table = Study(folder).table()
+def read_table(folder: Path, labels: tuple[str, ...]) -> "DataFrame":
+    """Return :meth:`Study.table` of a folder whose models were given these labels.
+
+    Raises:
+        UserError: There is no finished run.
+    """
+    from pandas import DataFrame
+
+    runs = [open_run(path) for path in finished_runs(folder)]
+    names = labels_of_models(folder, runs, labels)
+    rows = [
+        row
+        for run in runs
+        for row in _rows(run, str(run.path.relative_to(folder)), names.get(run.path))
+    ]
+    if not rows:
+        raise UserError(f"{folder} holds no finished run")
+    return DataFrame(rows, columns=list(COLUMNS))
+
+
+def write_table(folder: Path, labels: tuple[str, ...]) -> None:
+    """Write FOLDER/table.csv and FOLDER/table.parquet, of models with these labels."""
+    table = read_table(folder, labels)
     for name, write in (("table.csv", table.to_csv), ("table.parquet", table.to_parquet)):
         with atomic_write(folder / name) as file:
             write(file, index=False)

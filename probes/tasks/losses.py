@@ -18,6 +18,11 @@ from probes.ops.quadrature import PreparedMasks
 class Loss(ABC):
     """A convex loss of the logits and the class of each pixel."""
 
+    def describe(self) -> str:
+        """Return class and settings, for the identity of a run: "LabelSmoothing(share=0.2)"."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     @abstractmethod
     def of_images(
         self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True

@@ -27,6 +27,7 @@ from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.resampling import dataset_scores
+from probes.models.module_sources import source_identity
 from probes.ops.quadrature import PreparedMasks
 from probes.run_config import ModelOptions
 from probes.tasks import Task
@@ -75,9 +76,9 @@ class ProbeModule(LightningModule):
         self.strict_loading = False
         self.best: dict[str, dict[str, Tensor]] = {}
 
-    def models(self) -> dict[str, str]:
-        """Return the paths of the models that the run is made from, by setting."""
-        return {"mllm": self.hparams.mllm}
+    def models(self) -> dict[str, str | dict[str, str]]:
+        """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
+        return {"mllm": source_identity(self.hparams.mllm)}
 
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""

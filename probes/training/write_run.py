@@ -21,6 +21,7 @@ from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
+from probes.models.module_sources import absolute_source, is_source
 from probes.models.sites import last_layer
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
@@ -302,6 +303,8 @@ def _read_training(file: Path) -> dict[str, Any] | None:
 
 def _absolute(path: str) -> str:
     """Return the absolute path of a folder, so that analyses find it from any directory; a hub id unchanged."""
+    if is_source(path):
+        return absolute_source(path)
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 

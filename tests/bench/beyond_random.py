@@ -222,7 +222,7 @@ def edited(mllm: nn.Module, edit: Callable[[nn.ModuleList], None], seed: int) ->
 
 def entropy(mllm: nn.Module, pixels: Tensor) -> float:
     """Return the mean entropy of attention among image tokens, in nats."""
-    weights = torch.stack(mllm.attention(pixels, average_heads=False))
+    weights = torch.stack([*mllm.attention(pixels, average_heads=False).values()])
     weights = weights / weights.sum(-1, keepdim=True)
     return -weights.xlogy(weights).sum(-1).mean().item()
 

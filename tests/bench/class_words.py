@@ -57,7 +57,7 @@ def count_words(run: probes.ProbeRun, top: int) -> tuple[dict[str, Tensor], Tens
         patches += labels.bincount(minlength=count)
         states = mllm.states(mllm.preprocess([sample["image"]]), sites)
         for site in sites:
-            likely = mllm.logit_lens(states[site][0, labelled], site).topk(top).indices
+            likely = mllm.word_head(site)(states[site][0, labelled]).topk(top).indices
             for j, ids in enumerate(words):
                 says = torch.isin(likely, ids).any(-1)
                 found[site][:, j] += labels[says].bincount(minlength=count)

@@ -40,6 +40,13 @@ def interpolated(pixels: Tensor) -> dict:
     return {"pixel_values": pixels, "interpolate_pos_encoding": True}
 
 
+def in_order(pixels: Tensor) -> dict:
+    """Return the inputs of ViT-MAE: noise that leaves patches where they are."""
+    patches = (pixels.shape[-1] // PATCH_PX) ** 2
+    noise = torch.linspace(0, 1, patches).expand(len(pixels), -1)
+    return interpolated(pixels) | {"noise": noise}
+
+
 def patchified(pixels: Tensor) -> dict:
     """Return the inputs of SigLIP 2: patches cut out one by one, each as rows of pixels with their channels."""
     grid = [side // PATCH_PX for side in pixels.shape[2:]]
@@ -69,6 +76,9 @@ class StockEncoder:
         inputs: Normalised pixels -> arguments of the stock forward.
         two_towers: The checkpoint on disk has a text model, too.
         normed: The stock `last_hidden_state` is after the final norm.
+        has_norm: There is a final norm.
+        one_side: Positions are not interpolated.
+        has_own_attention: It attends in code of its own, which takes no mask.
     """
 
     model_type: str
@@ -78,6 +88,9 @@ class StockEncoder:
     inputs: Callable[[Tensor], dict] = whole
     two_towers: bool = False
     normed: bool = True
+    has_norm: bool = True
+    one_side: bool = False
+    has_own_attention: bool = False
 
     def write(self, folder: Path) -> str:
         """Write a checkpoint with its image processor, and return its path."""
@@ -118,6 +131,16 @@ _CLIP = {
     "normed": False,
     "inputs": interpolated,
 }
+_METACLIP_2 = _CLIP | {"vision_class": "MetaClip2VisionModel"}
+REGISTERS = {"num_register_tokens": 2}
+BIASED = {
+    "use_relative_position_bias": True,
+    "layer_scale_init_value": 0.7,
+}
+SAPIENS = REGISTERS | {
+    "image_size": [32, 24],
+    "num_key_value_attention_heads": 1,
+}
 _SIGLIP = {"vision_class": "SiglipVisionModel", "inputs": interpolated}
 _SIGLIP2 = {
     "vision_class": "Siglip2VisionModel",
@@ -136,4 +159,41 @@ STOCK = {
     "siglip2_vision_model": StockEncoder("siglip2_vision_model", **_SIGLIP2),
     "vit": StockEncoder("vit", "ViTModel", 1, inputs=interpolated),
     "ijepa": StockEncoder("ijepa", "IJepaModel", inputs=interpolated),
+    "deit": StockEncoder("deit", "DeiTModel", 2, inputs=interpolated),
+    "vit_msn": StockEncoder("vit_msn", "ViTMSNModel", 1, inputs=interpolated),
+    "vit_mae": StockEncoder("vit_mae", "ViTMAEModel", 1, {"mask_ratio": 0.0}, inputs=in_order),
+    "beit": StockEncoder("beit", "BeitModel", 1, BIASED, inputs=interpolated),
+    "data2vec-vision": StockEncoder(
+        "data2vec-vision",
+        "Data2VecVisionModel",
+        1,
+        BIASED,
+        inputs=interpolated,
+        has_own_attention=True,
+    ),
+    "pixio": StockEncoder("pixio", "PixioModel", 3, {"n_cls_tokens": 3}),
+    "metaclip_2": StockEncoder("metaclip_2", two_towers=True, **_METACLIP_2),
+    "metaclip_2_vision_model": StockEncoder("metaclip_2_vision_model", **_METACLIP_2),
+    "aimv2_vision_model": StockEncoder("aimv2_vision_model", "Aimv2VisionModel", one_side=True),
+    "mlcd_vision_model": StockEncoder(
+        "mlcd_vision_model",
+        "MLCDVisionModel",
+        1,
+        normed=False,
+        one_side=True,
+    ),
+    "tipsv2": StockEncoder("tipsv2", "Tipsv2VisionModel", 3, REGISTERS, two_towers=True),
+    "tipsv2_vision_model": StockEncoder("tipsv2_vision_model", "Tipsv2VisionModel", 3, REGISTERS),
+    "radio": StockEncoder(
+        "radio",
+        "RadioModel",
+        5,
+        {
+            "num_cls_tokens": 3,
+            "num_registers": 2,
+            "max_img_size": 64,
+        },
+        has_norm=False,
+    ),
+    "sapiens2": StockEncoder("sapiens2", "Sapiens2Model", 3, SAPIENS),
 }

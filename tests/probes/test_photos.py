@@ -104,8 +104,8 @@ CALLS = {
         "sites must be a list of names",
     ),
     "a layer": (
-        lambda m: m.attention(m.preprocess(Image.new("RGB", (9, 9))), 2),
-        r"layers must be a list such as \[1",
+        lambda m: m.attention(m.preprocess(Image.new("RGB", (9, 9))), "layer_02"),
+        r"sites must be a list such as \['layer_01'\], got 'layer_02'",
     ),
     "a cut layer": (
         lambda m: m.states(

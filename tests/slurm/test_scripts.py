@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_command
+from transformers import LlamaConfig
 
 from probes.cli import main
 from probes.data import ade20k
@@ -115,8 +116,8 @@ def study(tmp_path):
 
 
 def planned(done) -> dict[str, list[str]]:
-    """Return the printed words of each job by its name."""
-    _, *lines = done.stdout.splitlines()
+    """Return the printed words of each job by its name; GPU hours follow after an empty line."""
+    _, *lines = done.stdout.partition("\n\n")[0].splitlines()
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
@@ -258,6 +259,94 @@ def test_dry_run_of_a_rehearsal_prints_its_plan_and_writes_nothing(study, tmp_pa
     ]
     assert not any(name.startswith("clip") for name in plan)
     assert calls == []
+    assert not (tmp_path / "runs").exists()
+
+
+def hours(done) -> list[list[str]]:
+    """Return the words of each line about GPU hours."""
+    return [line.split() for line in done.stdout.partition("\n\n")[2].splitlines()]
+
+
+@pytest.mark.slow
+def test_the_plan_has_the_gpu_hours_at_a_stated_mfu(study, parts, tmp_path):
+    """Six operations per token and weight that trains, four per frozen weight; other operations are few here."""
+    encoder, _ = parts
+    (tmp_path / "clip.yaml").write_text(
+        json.dumps({"model": {"encoder": {"name": "clip", "path": encoder.path, "layer": -1}}})
+    )
+    llm = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    llm.save_pretrained(tmp_path / "llm")
+    weights = 4 * (4 * 512**2 + 3 * 512 * 4096)
+    (tmp_path / "runs/clip-causal/stage1/hf").mkdir(parents=True)
+    settings = {
+        "PYTHON": sys.executable,
+        "ENCODERS": "clip",
+        "ENCODER_CONFIGS": str(tmp_path),
+        "LLM": str(tmp_path / "llm"),
+        "REHEARSAL": "/nowhere",
+        "MFU": "0.5",
+        "PEAK_TFLOPS": "0.001",
+        "TEXT_TOKENS": "6 16",
+    }
+    done, _ = study("--dry-run", **settings)
+    assumption, *jobs, total = hours(done)
+    text = (
+        "GPU hours, at an MFU of 0.5 of 0.001 TFLOP/s, and 6 text tokens a caption, 16 a dialogue:"
+    )
+    assert " ".join(assumption) == text
+    names = ["clip-causal/stage2", "clip-bidirectional/stage1", "clip-bidirectional/stage2"]
+    assert [job[0] for job in jobs] == names, "but those that are finished"
+    of_stage = {"stage1": 558_128 * 4 * (4 + 6), "stage2": 665_298 * 6 * (4 + 16)}
+    for name, found, wall, *_ in jobs:
+        expected = of_stage[name.rpartition("/")[2]] * weights / (0.5 * 1e9) / 3600
+        assert float(found) == pytest.approx(expected, rel=0.02)
+        assert float(wall) == pytest.approx(float(found) / 8, abs=0.06)
+    assert float(total[1]) == pytest.approx(sum(float(job[1]) for job in jobs), rel=1e-4)
+
+
+def test_the_plan_has_the_gpu_hours_of_a_rehearsal(study, tmp_path):
+    cost = [{"part": "causal_stage2", "device_hours": 40.25, "assumes": ""}]
+    cost += [{"part": "probes", "device_hours": 3.0, "assumes": ""}]
+    record = {"size": "7b", "encoder": "clip", "devices": ["NVIDIA H100"] * 8, "cost": cost}
+    (tmp_path / "rehearsal.json").write_text(json.dumps(record))
+    there = {"PYTHON": sys.executable, "REHEARSAL": str(tmp_path / "rehearsal.json")}
+    done, _ = study("--dry-run", ENCODERS="clip", **there)
+    assumption, job, _ = hours(done)
+    assert " ".join(assumption).startswith(
+        f"GPU hours, at the speed of {tmp_path}/rehearsal.json: 7b"
+    )
+    assert job[:2] == ["clip-causal/stage2", "40.2"]
+
+
+def test_unknown_gpu_hours_say_how_to_know_them(study, tmp_path):
+    done, _ = study("--dry-run", REHEARSAL="/nowhere/x.json")
+    (words,) = hours(done)
+    assert " ".join(words).startswith("GPU hours: unknown. `probes rehearse --out /nowhere` measur")
+    done, _ = study("--dry-run", REHEARSAL="/nowhere", MFU="0.4", PYTHON="/nowhere/python")
+    (words,) = hours(done)
+    assert "PYTHON=/nowhere/python does not exist; `make venv`" in " ".join(words)
+    done, _ = study("--dry-run", REHEARSAL="/nowhere", MFU="40", PYTHON=sys.executable)
+    (words,) = hours(done)
+    assert "MFU=40.0 must be a share of the peak" in " ".join(words)
+
+
+def test_a_rehearsal_without_packages_or_slurm_says_so_and_writes_nothing(study, tmp_path):
+    """It had written 30 GB before."""
+    (tmp_path / "bin/other-python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/other-python").chmod(0o755)
+    done, _ = study("--rehearse", check=False, PYTHON="other-python")
+    assert done.stderr == (
+        "slurm/env.sh: PYTHON=other-python has no llava-bidir; `make venv` makes an environment\n"
+    )
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\nexit 1\n")
+    done, _ = study("--rehearse", check=False, PYTHON=sys.executable)
+    assert done.stderr.startswith("Slurm does not answer to squeue: submit jobs on a cluster's lo")
     assert not (tmp_path / "runs").exists()
 
 

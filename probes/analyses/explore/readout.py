@@ -115,9 +115,7 @@ def explore(
     heads = {
         site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()
     }
-    word_heads = {
-        site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites
-    }
+    word_heads = {site: mllm.word_head(site) for site in run.sites if site in word_sites}
     if conditions and ADAPTER not in heads:
         log.warning(
             "%s shows no knockouts: it has no probe at the adapter, which finds the patches to block",

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from probes.models.attention_weights import read_attention
 from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.sites import layer_site
 
 
 def attention_from(
@@ -23,5 +25,6 @@ def attention_from(
     Returns:
         Attention to each image token, f[C, L, T]; the remainder to 1 goes to the prefix.
     """
-    cases = mllm.attention(pixels, queries=queries)
-    return torch.stack([torch.stack([layer.mean(0) for layer in case]) for case in cases])
+    sites = [layer_site(i) for i in range(1, len(mllm.layers) + 1)]
+    cases = read_attention(mllm, pixels, sites, queries)
+    return torch.stack([torch.stack([case[site].mean(0) for site in sites]) for case in cases])

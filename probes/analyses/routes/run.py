@@ -142,8 +142,8 @@ class Asked:
 
     def plain(self) -> Tensor:
         """Return the log-probability of each class as the answer, f[K], normalised over classes."""
-        scores = self.mllm.answer_log_probs(self.pixels, [self.text], self.classes)
-        return scores[0, 0].log_softmax(-1)
+        scores = self.mllm.answer_log_probs(self.pixels, self.text, self.classes)
+        return scores[0].log_softmax(-1)
 
     def cut(
         self,
@@ -159,9 +159,9 @@ class Asked:
             patches = None if blocked is None else blocked[part]
             knockout = Knockout(patches, layers[part], rows, columns)
             pixels = self.pixels.expand(len(layers[part]), -1, -1, -1)
-            found = self.mllm.answer_log_probs(pixels, [self.text], self.classes, knockout)
+            found = self.mllm.answer_log_probs(pixels, self.text, self.classes, knockout)
             scores.append(found)
-        return torch.cat(scores)[:, 0].log_softmax(-1)
+        return torch.cat(scores).log_softmax(-1)
 
 
 def ask(

@@ -3,7 +3,7 @@
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. Two
 runs on the same images are compared by pixel accuracy under each patch at one site. The difference cancels effects of
 content that both masks share: early patches are mostly sky and ceiling. One mask may still be better at these classes.
-by_class.py therefore holds the classes fixed.
+by_class.py therefore holds the classes fixed. The first token may also be an attention sink, which sinks.py measures.
 """
 
 import math
@@ -21,7 +21,7 @@ from probes.results.finished_run import warn_of_changed_data
 from probes.results.probe_run import ProbeRun
 from probes.results.study import MASKS
 
-from . import StarvationOptions
+from . import StarvationOptions, sink_warning
 from .by_class import class_results
 from .patch_accuracy import (
     CountsByMask,
@@ -30,6 +30,7 @@ from .patch_accuracy import (
     patch_counts,
     pooled_gap,
 )
+from .sinks import sinks_of_run
 
 
 def starvation(
@@ -39,6 +40,7 @@ def starvation(
     seed: int = 0,
     *,
     by_class: bool = False,
+    sinks: bool = False,
 ) -> dict:
     """Return the content of starvation.json: accuracy by patch of both runs, and the gap with paired intervals.
 
@@ -47,6 +49,7 @@ def starvation(
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
         by_class: Also with the classes held fixed, see by_class.py.
+        sinks: Also measure attention sinks, see sinks.py.
 
     Raises:
         UserError: The runs differ in images, control or how probes were made, or a run has no such site.
@@ -55,7 +58,7 @@ def starvation(
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
-        "options": {"seed": seed, "by_class": by_class},
+        "options": {"seed": seed, "by_class": by_class, "sinks": sinks},
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],
@@ -64,6 +67,8 @@ def starvation(
     }
     if by_class:
         results["by_class"] = class_results(causal, counts, weights)
+    if sinks:
+        results["sinks"] = {run.mask: sinks_of_run(run) for run in (causal, bidirectional)}
     return results
 
 
@@ -99,7 +104,11 @@ def run(options: StarvationOptions) -> None:
         made_from = {
             "runs": [causal.fingerprint, bidirectional.fingerprint],
             "site": options.site or causal.peak_layer,
-            "options": {"seed": options.seed, "by_class": options.by_class},
+            "options": {
+                "seed": options.seed,
+                "by_class": options.by_class,
+                "sinks": options.sinks,
+            },
         }
         check_replaceable(out / "starvation.json", made_from, options.overwrite)
         results = starvation(
@@ -108,10 +117,13 @@ def run(options: StarvationOptions) -> None:
             options.site,
             options.seed,
             by_class=options.by_class,
+            sinks=options.sinks,
         )
         write_files({out / "starvation.json": results})
     for where, gap in _gaps(results):
         print(f"{where}: {_format_gap(gap)}")
+    if warning := sink_warning(results):
+        print(warning)
 
 
 def _gaps(results: dict) -> Iterator[tuple[str, dict]]:

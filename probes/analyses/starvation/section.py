@@ -10,6 +10,7 @@ from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
+from . import SINK_NORM, sink_warning
 from .figures import starvation_figures
 from .run import shared_layer, starvation
 
@@ -30,7 +31,10 @@ def section(study: StudyRuns) -> Section:
         for row in rows
     ]
     shown = {"Table 3: accuracy at the first patches, in percent": texts}
-    figures = [*starvation_figures(result, further_analyses(*pair))]
+    analysis = further_analyses(*pair)
+    if rows_of_sinks := sink_rows(analysis):
+        shown[f"Attention sinks. {sink_warning(analysis)}"] = rows_of_sinks
+    figures = [*starvation_figures(result, analysis)]
     return Section(
         figures,
         tables={"table3": rows},
@@ -47,6 +51,26 @@ def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any
         log.warning(text, bidirectional.path / "starvation.json", causal.path)
         return None
     return found
+
+
+def sink_rows(analysis: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Return a row of text for each layer at which the first image token is a sink, by mask."""
+    rows = []
+    for mask, measured in (analysis or {}).get("sinks", {}).items():
+        for layer in measured["layers"]:
+            if layer["first_norm"] < SINK_NORM:
+                continue
+            row = {
+                "attention": mask,
+                "site": layer["site"],
+                "norm of the first image token, in medians": f"{layer['first_norm']:.3g}",
+                "image tokens with such a norm": f"{layer['sinks']:.3g}",
+            }
+            for key in ("attention_to_first", "attention_to_text"):
+                share = layer[key]
+                row[key.replace("_", " ")] = "not read" if share is None else f"{share:.0%}"
+            rows.append(row)
+    return rows
 
 
 def table3(starvation: dict[str, Any]) -> Rows:

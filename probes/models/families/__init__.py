@@ -13,6 +13,7 @@ from .dynamic_resolution import DYNAMIC
 from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
 from .llava import FULL, LLAVA, SLIDING, LogitHead, block_ids_of, build_mask, layer_kinds
+from .modules import MODULE_TYPE, MODULES
 from .patch_merging import MERGED
 
 __all__ = [
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Family | EncoderFamily] = LLAVA | DEEPSEEK | GEMMA | MERGED 
 
 _QUERIES = "learned queries summarise the image, so that its tokens have no position in it"
 _CROSS = "the LLM reads the image by cross-attention; its sequence has no image tokens"
-_TIMM = "its encoder is a timm model, and timm is not installed here"
+_TIMM = "its encoder is a model of timm, which is read by itself only (timm:NAME)"
 _SEQ2SEQ = "it is an encoder-decoder; image tokens do not pass through its decoder"
 
 UNSUPPORTED = {
@@ -69,8 +70,12 @@ def register_family(model_type: str, family: Family | EncoderFamily) -> None:
 def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
     """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
+    if kind == MODULE_TYPE:  # which no checkpoint is of
+        return MODULES
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind == "timm_wrapper":
+        raise UserError("it is a model of timm: read it as timm:local-dir:DIR, or timm:hf-hub:ID")
     if kind in UNSUPPORTED:
         raise UserError(f"{kind} cannot be probed patch by patch: {UNSUPPORTED[kind]}")
     if _is_encoder(config):

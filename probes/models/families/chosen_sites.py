@@ -17,7 +17,7 @@ from probes.models.sites import (
 from .base import Family
 from .encoder_layers import encoder_layers
 from .encoders import EncoderFamily
-from .layer_parts import part_sites, why_no_values
+from .layer_parts import part_sites, why_no_part
 
 PARTS_TEXT = "value_NN, attn_NN and mlp_NN inside layer_NN"
 
@@ -72,7 +72,7 @@ def chosen_sites(
     parts = part_sites(family, config) if any(map(part_of, single)) else []
     if unknown := set(single) - {*own, *parts}:
         site = min(unknown)
-        why = why_no_values(family, config, site)
+        why = why_no_part(family, config, site)
         raise UserError(
             why or f"unknown site {site!r}; this model has {', '.join(own)}, and {PARTS_TEXT}"
         )

@@ -7,8 +7,9 @@ that the model applies to it; CLIP applies it to the CLS token only, and here it
 Two-tower checkpoints (CLIP, SigLIP) are read as their vision model. Shapes: B images, T patches, p side of a patch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ def stored_side(config: PreTrainedConfig) -> int:
     return square_side(config.image_size)
 
 
+def shorter_side(config: PreTrainedConfig) -> int:
+    """Return the shorter side of an input that is no square; Sapiens is published at 1024 x 768 px."""
+    size = config.image_size
+    return size if isinstance(size, int) else min(size)
+
+
 def published_side(config: PreTrainedConfig) -> int:
     """Return the side at which DINOv2 is published and evaluated, 224 px; its positions are stored for 518 px."""
     return min(224, stored_side(config))
@@ -49,6 +56,13 @@ def plain_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
 def interpolating_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
     """Return the inputs of a model that has to be asked to interpolate its positions."""
     return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+
+def unmasked_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
+    """Return the inputs of ViT-MAE, which orders the patches by noise: here as they are; `settings` keep them all."""
+    rows, columns = (side // square_side(config.patch_size) for side in pixels.shape[-2:])
+    order = torch.arange(rows * columns, device=pixels.device)
+    return interpolating_inputs(config, pixels) | {"noise": order.expand(len(pixels), -1)}
 
 
 def patch_inputs(config: PreTrainedConfig, pixels: Tensor) -> dict:
@@ -81,6 +95,21 @@ def cls_and_registers(config: PreTrainedConfig) -> int:
     return 1 + config.num_register_tokens
 
 
+def cls_and_distillation(config: PreTrainedConfig) -> int:
+    """Return 2: DeiT's CLS token and its token of distillation precede the patches."""
+    return 2
+
+
+def several_cls(config: PreTrainedConfig) -> int:
+    """Return the number of Pixio's CLS tokens."""
+    return config.n_cls_tokens
+
+
+def summaries_and_registers(config: PreTrainedConfig) -> int:
+    """Return the number of C-RADIO's tokens before the patches: one for each teacher, and the registers."""
+    return config.num_cls_tokens + config.num_registers
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """How to read one kind of vision encoder. Modules are named by their path in the model.
@@ -90,24 +119,26 @@ class EncoderFamily:
     Args:
         model_class: Name of a transformers class, or a class.
         layers: The list of layers; each has its attention as `attention` or `self_attn`.
-        norm: The norm after the last layer.
+        norm: The norm after the last layer; None if there is none, and then no site "final_norm".
         extra_tokens: Number of tokens before the patches.
         image_px: Side of the square input in pixels, unless a user chooses another one.
         inputs: (config, pixels f[B, 3, H, W]) -> arguments of the forward.
         any_side: True if positions are interpolated, so that the side can be any multiple of the patch.
         image_resize: How images become squares; None: as the checkpoint's image processor does.
         normalisations: Keys of mean and standard deviation in the image processor.
+        settings: What the checkpoint's config is replaced by, by key.
     """
 
     model_class: str | type[PreTrainedModel]
     layers: str
-    norm: str
+    norm: str | None
     extra_tokens: Callable[[PreTrainedConfig], int]
     image_px: Callable[[PreTrainedConfig], int] = stored_side
     inputs: Callable[[PreTrainedConfig, Tensor], dict] = plain_inputs
     any_side: bool = True
     image_resize: str | None = None
     normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     has_llm = False
     parts = ("encoder",)  # that can be random
@@ -150,8 +181,8 @@ class EncoderFamily:
 
     def sites(self, config: PreTrainedConfig) -> list[str]:
         """Return all sites in forward order."""
-        layers = vision_config(config).num_hidden_layers
-        return [*(layer_site(i) for i in range(layers + 1)), FINAL_NORM]
+        layers = [layer_site(i) for i in range(vision_config(config).num_hidden_layers + 1)]
+        return [*layers, FINAL_NORM] if self.norm else layers
 
     def widths(self, config: PreTrainedConfig) -> dict[str, int]:
         """Return the width of the states at each site."""
@@ -186,6 +217,7 @@ _DINOV2 = {
     "image_px": published_side,
 }
 _TOWER = {"layers": "encoder.layers", "norm": "post_layernorm"}
+_BLOCKS = {"layers": "encoder.layer", "norm": "layernorm"}
 _VIT = {
     "layers": "layers",
     "norm": "layernorm",
@@ -211,6 +243,13 @@ _SIGLIP2 = EncoderFamily(
     inputs=patch_inputs,
     **_TOWER,
 )
+_METACLIP_2 = EncoderFamily(
+    "MetaClip2VisionModel",
+    extra_tokens=cls_token,
+    inputs=interpolating_inputs,
+    **_TOWER,
+)
+_TIPSV2 = EncoderFamily("Tipsv2VisionModel", extra_tokens=cls_and_registers, **_BLOCKS)
 ENCODERS: dict[str, EncoderFamily] = {
     "dinov2": EncoderFamily("Dinov2Model", extra_tokens=cls_token, **_DINOV2),
     "dinov2_with_registers": EncoderFamily(
@@ -230,4 +269,53 @@ ENCODERS: dict[str, EncoderFamily] = {
     "siglip2_vision_model": _SIGLIP2,
     "vit": EncoderFamily("ViTModel", extra_tokens=cls_token, **_VIT),
     "ijepa": EncoderFamily("IJepaModel", extra_tokens=no_extra_tokens, **_VIT),
+    "deit": EncoderFamily("DeiTModel", extra_tokens=cls_and_distillation, **_VIT),
+    "vit_msn": EncoderFamily("ViTMSNModel", extra_tokens=cls_token, **_VIT),
+    "vit_mae": EncoderFamily(
+        "ViTMAEModel",
+        extra_tokens=cls_token,
+        settings={"mask_ratio": 0.0},
+        **_VIT | {"inputs": unmasked_inputs},
+    ),
+    "beit": EncoderFamily("BeitModel", extra_tokens=cls_token, **_VIT),
+    "data2vec-vision": EncoderFamily(
+        "Data2VecVisionModel",
+        extra_tokens=cls_token,
+        inputs=interpolating_inputs,
+        **_BLOCKS,
+    ),
+    "pixio": EncoderFamily(
+        "PixioModel", extra_tokens=several_cls, **_VIT | {"inputs": plain_inputs}
+    ),
+    "metaclip_2": _METACLIP_2,
+    "metaclip_2_vision_model": _METACLIP_2,
+    # of the model with two towers, transformers would draw the vision tower at random
+    "aimv2_vision_model": EncoderFamily(
+        "Aimv2VisionModel",
+        layers="encoder.layers",
+        norm="rms_norm",
+        extra_tokens=no_extra_tokens,
+        any_side=False,
+    ),
+    "mlcd_vision_model": EncoderFamily(
+        "MLCDVisionModel",
+        extra_tokens=cls_token,
+        any_side=False,
+        **_TOWER,
+    ),
+    "tipsv2": _TIPSV2,
+    "tipsv2_vision_model": _TIPSV2,
+    "radio": EncoderFamily(
+        "RadioModel",
+        layers="encoder.layer",
+        norm=None,
+        extra_tokens=summaries_and_registers,
+    ),
+    "sapiens2": EncoderFamily(
+        "Sapiens2Model",
+        layers="model.layer",
+        norm="norm",
+        extra_tokens=cls_and_registers,
+        image_px=shorter_side,
+    ),
 }

@@ -11,7 +11,7 @@ attention and MLP read the same input.
 Shapes: B images, N tokens, A heads, d width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from probes.models.sites import (
 
 from .base import Family
 from .encoders import EncoderFamily, vision_config
+from .modules import MODULE_TYPE
 
 # Paths in a layer of the module whose output is the part. A layer's part is that of the first one that it has.
 MODULES = {
@@ -37,6 +38,7 @@ MODULES = {
         "self_attn.v_proj",
         "self_attn.qkv_proj",  # Phi-3: queries, keys and values side by side
         "attention.v_proj",  # ViT, DINO
+        "attention.attention.value",  # Data2Vec
     ),
     "attn": (
         "layer_scale1",  # DINO
@@ -52,6 +54,8 @@ MODULES = {
         "post_feedforward_layernorm",  # Gemma
         "mlp",
         "feed_forward",  # LFM2
+        "ffn",  # AIMv2
+        "output",  # Data2Vec: the second half of its MLP
     ),
 }
 # kinds of layers, as configs name them, whose values cannot be read
@@ -67,15 +71,19 @@ def part_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list
     for site in family.sites(config):
         if is_layer(site) and site != PATCHES:
             sites += part_names(layer_number(site))
-    return [site for site in sites if not why_no_values(family, config, site)]
+    return [site for site in sites if not why_no_part(family, config, site)]
 
 
-def why_no_values(
+def why_no_part(
     family: Family | EncoderFamily,
     config: PreTrainedConfig,
     site: str,
 ) -> str:
-    """Return why the values of a layer cannot be read, "" if they can or the site is another one."""
+    """Return why a part of a layer cannot be read, "" if it can or the site is another one."""
+    if config.model_type == MODULE_TYPE and part_of(site):
+        if part_of(site) == VALUE:
+            return f"where a module of your own has its values is not known; leave out {site}"
+        return config.why_no_parts and f"{config.why_no_parts}; leave out {site}"
     if part_of(site) != VALUE:
         return ""
     of_layers = config.get_text_config() if family.has_llm else vision_config(config)
@@ -94,12 +102,17 @@ def why_no_values(
 
 def find_part(layer: nn.Module, part: str) -> nn.Module | None:
     """Return the module of a layer whose output is a part of it, "value", "attn" or "mlp"; None if there is none."""
-    paths = MODULES[part]
+    paths = getattr(layer, "own_parts", MODULES)[part]  # of a user's module, measured
     if part == "attn" and hasattr(layer, "post_feedforward_layernorm"):
         # Gemma, EXAONE and OLMo 2; in all other families a norm of this name comes before the MLP
         paths = ("post_attention_layernorm", *paths)
+    return _first_module(layer, paths)
+
+
+def _first_module(parent: nn.Module, paths: Iterable[str]) -> nn.Module | None:
+    """Return the module at the first of some paths that a module has; None if it has none of them."""
     for path in paths:
-        module = layer
+        module = parent
         for name in path.split("."):
             module = getattr(module, name, None)
         if module is not None:
@@ -133,8 +146,16 @@ def part_width(layer: nn.Module, site: str, width: int) -> int:
     if part_of(site) != VALUE:
         return width
     attention = getattr(layer, "self_attn", None) or layer.attention
-    output = getattr(attention, "o_proj", None) or attention.out_proj  # reads all heads
+    paths = ("o_proj", "out_proj", "output_proj", "output.dense")  # of what reads all heads
+    output = _first_module(attention, paths)
     return output.in_features // getattr(attention, "num_key_value_groups", 1)
+
+
+def part_multiplier(layer: nn.Module, part: str) -> float | Tensor | None:
+    """Return what a layer multiplies the output of attention or MLP by before it adds it; None for nothing."""
+    name = {"attn": "lambda_1", "mlp": "lambda_2"}.get(part, "")  # BEiT, Data2Vec
+    own = getattr(layer, name, None) if name else None
+    return getattr(layer, "residual_multiplier", None) if own is None else own  # Granite
 
 
 @contextmanager
@@ -154,21 +175,21 @@ def recorded_parts(
             if part_of(site) is None:
                 continue
             layer = layers[layer_number(site) - 1]
-            multiplier = getattr(layer, "residual_multiplier", 1)  # Granite
+            multiplier = part_multiplier(layer, part_of(site))
 
             def hook(
                 _,
                 args: tuple,
                 out: Tensor | tuple,
                 site: str = site,
-                multiplier: float = multiplier,
+                multiplier: float | Tensor = multiplier,
             ) -> None:
                 out = out[0] if isinstance(out, tuple) else out
                 if part_of(site) == VALUE:
                     # of heads as an axis of their own, or after queries and keys
                     record(site, out.flatten(2)[..., -widths[site] :])
                 else:
-                    record(site, out if multiplier == 1 else out * multiplier)
+                    record(site, out if multiplier is None else out * multiplier)
 
             stack.callback(part_module(layer, site).register_forward_hook(hook).remove)
         yield

@@ -4,6 +4,7 @@ from matplotlib.lines import Line2D
 
 from probes.analyses.claims import CLAIMS
 from probes.analyses.style import (
+    COLOURS,
     INTERVALS,
     FigureData,
     Figures,
@@ -47,7 +48,7 @@ def claim_values(claims: list[Entry], has_llm: bool) -> FigureData:
     figure, ax = new_axes(6.4, 0.9 + 0.3 * len(claims))
     rows = []
     for y, claim in enumerate(claims):
-        colour = mask_colour(claim["image_attention"])
+        colour = mask_colour(claim["image_attention"]) if has_llm else COLOURS[0]
         for row in _rows(claim):
             rows.append(row)
             kind = "random" if row["of"].startswith("random_") else row["of"]

@@ -16,7 +16,7 @@ from probes.analyses.style import (
     site_depth,
     spread_labels,
 )
-from probes.models.sites import ADAPTER, is_layer
+from probes.models.sites import ADAPTER, is_layer, layer_number
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import CONTROLS, MASKS, StudyRuns, runs_to_compare
@@ -31,6 +31,8 @@ from .layer_curves import (
     score_rows,
     sites_of,
 )
+
+MARKERS = "os^Dv"  # of encoders
 
 
 def models_by_dataset(
@@ -82,6 +84,50 @@ def models_by_dataset(
     return FigureData(figure, rows)
 
 
+def encoders_by_dataset(studies: list[StudyRuns]) -> FigureData:
+    """Draw the curves of bare encoders over the depth of their layers, one panel per dataset.
+
+    Depths are fractions of the last layer's, so that encoders with other numbers of layers can be compared; the table
+    has the layers.
+    """
+    models = list(dict.fromkeys(study.model for study in studies))
+    looks = {
+        model: TRAINED | {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, model in enumerate(models)
+    }
+    datasets = list(dict.fromkeys(study.dataset for study in studies))
+    figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
+    runs = [next(iter(by_mask.values())) for by_mask in runs_to_compare(*studies)]
+    names = [study.model for study in studies]
+    kinds = dict(zip(names, _kinds_of_probes(runs), strict=True))
+    rows: Rows = []
+    for dataset, ax in zip(datasets, axes, strict=True):
+        points: Rows = []
+        for study, run in zip(studies, runs, strict=True):
+            if study.dataset == dataset:
+                last = layer_number(run.last_layer)
+                points += [
+                    row | {"depth": row["depth"] / last} for row in points_of(study.model, run)
+                ]
+                about = {"model": study.model, "dataset": dataset}
+                rows += [about | row for row in score_rows([run])]
+        curves(ax, points, looks, **MIOU)
+        ax.set_title(dataset, fontsize=10)
+        ax.set_xlabel("depth: layer / last layer")
+    lines = [
+        Line2D([], [], color=look["color"], marker=look["marker"], label=model + kinds[model])
+        for model, look in looks.items()
+    ]
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
+    axes[0].set_ylabel("mIoU (%)")
+    return FigureData(figure, rows)
+
+
 def _over_adapter(rows: Rows) -> Rows:
     """Return the rows of a run with the column "over_adapter", mIoU minus the adapter's."""
     adapter = next(row["miou"] for row in rows if row["site"] == ADAPTER)
@@ -122,6 +168,15 @@ def masks_by_model(studies: list[StudyRuns]) -> FigureData:
 
 def overview_figures(studies: list[StudyRuns]) -> Figures:
     """Yield the figures that compare several models and datasets; the first one has the mask of most models."""
+    encoders = [study for study in studies if not study.first.has_llm]
+    studies = [study for study in studies if study.first.has_llm]
+    if encoders:
+        yield ReportFigure(
+            "encoders", "All encoders",
+            caption("mIoU by depth, one line per encoder: 0 are the patch embeddings, 1 is the last layer.",
+                    _kinds_caption(encoders), "Bands: 95% intervals, of each encoder by itself; the table has the "
+                    "differences."),
+            encoders_by_dataset(encoders))  # fmt: skip
     by_mask = {mask: [study for study in studies if mask in study.main_runs] for mask in MASKS}
     for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
         with_adapter = [study for study in with_mask if ADAPTER in study.main_runs[mask].sites]

@@ -13,6 +13,7 @@ from llava_bidir.common.run_folder import StartOfRun
 from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
 from probes.run_config import RunConfig
 from probes.tasks import TASKS
+from probes.tasks.losses import CrossEntropy
 from probes.training.cli import ProbeCLI, build_run
 from probes.training.run_schema import MODEL_SETTINGS
 
@@ -85,6 +86,8 @@ def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
     hparams = {"folds": config.solver.folds, "strengths": strengths}
     hparams |= {name: settings[name] for name in MODEL_SETTINGS}
     if task.loss is not None:
+        if type(task.loss) is not CrossEntropy:  # of which a run says nothing
+            hparams["loss"] = task.loss.describe()
         hparams |= {
             "passes": config.solver.passes,
             "sample_images": config.solver.sample_images,

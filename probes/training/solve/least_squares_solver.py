@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
@@ -24,6 +23,7 @@ from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
 from .least_squares import LEAST_SQUARES_STRENGTHS, LeastSquaresMoments, solve_least_squares
 from .moments import packed_size
+from .site_progress import follow
 from .solved_site import SolvedSite
 from .solver import Solver, tensors_of
 
@@ -126,12 +126,8 @@ class LeastSquaresSolver(Solver):
     def solve(self) -> dict[str, SolvedSite]:
         """Return the closed form of all sites."""
         solved = {}
-        for site in tqdm(
-            self.sites,
-            desc="solving sites",
-            disable=rank() > 0,
-            mininterval=5,
-        ):
+        sites = self.sites
+        for site in follow(sites, len(sites), "solving sites", hidden=rank() > 0):
             moments = self._sum_over_ranks(site)
             owner = self.owner_of(site)
             # in all processes: after an error in one, the others would wait for it

@@ -18,6 +18,7 @@ from llava_bidir.common.identity import Identity
 from llava_bidir.common.run_folder import begin_run
 from probes.data.available_memory import available_memory
 from probes.data.datamodule import ProbeData
+from probes.models.module_sources import source_identity
 from probes.run_config import SolverOptions
 from probes.tasks import Task
 from probes.training.distributed import broadcast, rank_count
@@ -57,9 +58,9 @@ class SolveRun:
     identity: Identity | None = None
     resuming: bool = False
 
-    def models(self) -> dict[str, str]:
-        """Return the paths of the models that the run is made from, by setting."""
-        return {"mllm": self.hparams["mllm"]}
+    def models(self) -> dict[str, str | dict[str, str]]:
+        """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
+        return {"mllm": source_identity(self.hparams["mllm"])}
 
 
 @torch.no_grad()

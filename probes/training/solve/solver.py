@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import atomic_write, write_tensors
 from llava_bidir.common.errors import error_context
@@ -21,6 +20,7 @@ from probes.data.samplers import assign_folds
 from probes.run_config import SolverOptions
 from probes.training.distributed import broadcast, gather_images, rank, rank_count
 
+from .site_progress import SiteProgress
 from .solved_site import SolvedSite
 from .state_reader import StateReader
 
@@ -188,26 +188,33 @@ def in_workers(
         if threads > 1
         else {}
     )
-    results = DataLoader(
-        _Results(work, sites),
-        batch_size=None,
-        collate_fn=lambda result: result,
-        **processes,
+    progress = SiteProgress(len(sites))
+    results = iter(
+        DataLoader(
+            _Results(work, sites, progress),
+            batch_size=None,
+            collate_fn=lambda result: result,
+            **processes,
+        )
     )
-    yield from zip(
-        sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True
-    )
+    # after the workers are forked: a thread of this process that holds a lock would leave it locked in them
+    with progress.shown("solving sites", hidden=rank() > 0):
+        for i, (site, result) in enumerate(zip(sites, results, strict=True)):
+            progress.end(i)
+            yield site, result
 
 
 class _Results(Dataset):
     """The result of some work for each site, done when it is asked for."""
 
-    def __init__(self, work: Callable[[str], Any], sites: list[str]):
+    def __init__(self, work: Callable[[str], Any], sites: list[str], progress: SiteProgress):
         self.work = work
         self.sites = sites
+        self.progress = progress
 
     def __len__(self) -> int:
         return len(self.sites)
 
     def __getitem__(self, index: int) -> Any:
+        self.progress.begin(index)
         return self.work(self.sites[index])

@@ -19,7 +19,6 @@ from lightning import Trainer
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.progress import log_pass, logs_progress
@@ -29,6 +28,7 @@ from probes.training.distributed import rank, rank_count
 from probes.training.site_probes import SiteProbes
 
 from .objective import TIGHT_NODES
+from .site_progress import follow
 
 
 class StateReader:
@@ -103,10 +103,11 @@ class StateReader:
 
     def _progress(self, loader: DataLoader, label: str) -> Iterable:
         """Show a bar on the first process, or lines of a log where no terminal shows a bar."""
+        count = len(loader)
         if logs_progress(self.trainer) and rank() == 0:
-            return log_pass(loader)
+            return follow(log_pass(loader), count, label, hidden=True)
         hidden = rank() > 0 or self.trainer.progress_bar_callback is None
-        return tqdm(loader, label, disable=hidden, mininterval=5)
+        return follow(loader, count, label, hidden)
 
 
 class StateFile:

@@ -245,5 +245,5 @@ def test_all_answers_end_at_the_same_tokens(
     mllm = probes.load(str(path))
     for end in (7, own):
         logits = torch.nn.functional.one_hot(torch.tensor([end]), 200).float()
-        monkeypatch.setattr(type(mllm), "logit_lens", lambda *_, logits=logits: logits)
+        monkeypatch.setattr(type(mllm), "word_head", lambda *_, logits=logits: lambda _: logits)
         assert mllm.answer(pictures(0)[0], "wall", max_new_tokens=3) == ""

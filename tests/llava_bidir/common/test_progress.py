@@ -25,6 +25,7 @@ def trainer_at(
         global_step=batches_done // accumulated,
         current_epoch=0,
         is_global_zero=True,
+        callback_metrics={},
     )
 
 

@@ -180,7 +180,7 @@ def test_words_of_states_are_those_of_the_model(kind, parts, llm_of, tmp_path):
     with torch.no_grad():
         states = own.base_model(input_ids=ids).last_hidden_state
         expected = own(input_ids=ids).logits
-        torch.testing.assert_close(mllm.logit_lens(states, "final_norm"), expected)
+        torch.testing.assert_close(mllm.word_head("final_norm")(states), expected)
 
 
 @torch.no_grad()

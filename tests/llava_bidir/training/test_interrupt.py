@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import tiny_models
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llava_bidir.cli import main
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
 from llava_bidir.training.module import LlavaTraining
@@ -71,6 +73,61 @@ def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(fit, tmp_pat
     assert len(events(tmp_path)) == 1, "of the batches that were done"
     assert fit("--ckpt_path", "last")[0] == 0
     assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 3
+
+
+def test_last_ckpt_is_the_newest_checkpoint_or_gone(fit, tmp_path):
+    """Of a run that was interrupted and finished, it stayed, and README's export took it without a word."""
+    resume = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
+
+    def saved() -> dict[str, int]:
+        files = (tmp_path / "run/checkpoints").iterdir()
+        return {
+            file.name: torch.load(file, weights_only=True)["global_step"] for file in sorted(files)
+        }
+
+    fit(*resume, interrupts={2: 1})
+    assert saved() == {"last.ckpt": 2}
+    fit(*resume, interrupts={2: 1})
+    assert saved() == {"epoch=0-step=3.ckpt": 3, "last.ckpt": 4}
+    fit(*resume, interrupts={1: 2})  # at once, before there is a newer one
+    assert saved() == {"epoch=0-step=3.ckpt": 3, "last.ckpt": 4}
+    assert fit(*resume)[0] == 0
+    assert saved() == {"epoch=1-step=6.ckpt": 6}
+
+
+def test_a_callbacks_own_last_ckpt_replaces_the_interrupted_one(fit, tmp_path):
+    """Lightning wrote last-v1.ckpt beside it."""
+    own = [
+        "--trainer.callbacks",
+        '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true}}]',
+    ]
+    fit(*own, interrupts={2: 1})
+    fit(*own, "--ckpt_path", "last")
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["epoch=0-step=3.ckpt", "last.ckpt"]
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+
+
+def test_export_takes_the_newest_checkpoint_of_a_run_and_says_which(fit, tmp_path, caplog):
+    fit(interrupts={2: 1})
+    run = tmp_path / "run"
+    old = shutil.copy(run / "checkpoints/last.ckpt", tmp_path)
+    fit("--ckpt_path", "last")
+    newest = run / "checkpoints/epoch=0-step=3.ckpt"
+    with caplog.at_level("INFO"):
+        main(["export", str(run), str(tmp_path / "hf")])
+    assert f"exporting {newest}, which is after step 3" in caplog.text
+    exported = json.loads((tmp_path / "hf/training.json").read_text())
+    assert exported["checkpoint"] == str(newest)
+    assert exported["steps"] == 3
+    shutil.copy2(old, run / "checkpoints/old.ckpt")
+    os.utime(run / "checkpoints/old.ckpt", ns=(0, 0))
+    main(["export", str(run / "checkpoints/old.ckpt"), str(tmp_path / "old")])
+    assert (
+        f"old.ckpt is not the newest checkpoint of its run, which is {newest.name}" in caplog.text
+    )
+    assert json.loads((tmp_path / "old/training.json").read_text())["steps"] == 2
 
 
 def test_each_step_is_logged_once_across_an_interrupt(fit, tmp_path):

@@ -168,6 +168,39 @@ def test_settings_that_change_no_result_may_change(finished, unfinished, caplog)
         assert weight.equal(weights[name]), name
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_that_shall_be_longer_is_trained_on_from_its_export(
+    is_finished,
+    finished,
+    unfinished,
+    tmp_path,
+    monkeypatch,
+):
+    """It said to resume with the original setting, or to start anew; the error's own command works."""
+    run, command = finished if is_finished else unfinished
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--trainer.max_steps", "4", "--ckpt_path", "last"])
+    advice = error.value.code
+    assert "trainer.max_steps=-1, but this run has 4; its learning rate ends with it" in advice
+    export = run / "hf"
+    if not is_finished:
+        export = tmp_path / "run-export"
+        assert f"`llava-bidir export {run} {export}`, then " in advice
+        main(["export", str(run), str(export)])
+        assert not (run / "hf").exists()
+    options = f"--model.adapter {export} --model.llm {export}"
+    assert advice.endswith(f"the same command with {options} --out NEW")
+    more = (
+        f"{options} --trainer.max_steps 1 --model.learning_rate 0 --model.adapter_learning_rate 0"
+    )
+    main([*command, *more.split(), "--out", str(tmp_path / "new")])
+    before = load_file(export / "model.safetensors")
+    after = load_file(tmp_path / "new/hf/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert weight.equal(after[name]), name
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
 def test_options_after_which_a_trial_would_count_as_finished_are_refused(

@@ -171,7 +171,7 @@ def test_word_head_of_the_final_norm_norms_once(run):
         torch.rand(norm.weight.shape) + 0.5
     )  # with ones in it, norming twice would change nothing
     torch.testing.assert_close(
-        mllm.logit_lens(states, "layer_01"), mllm.logit_lens(norm(states), "final_norm")
+        mllm.word_head("layer_01")(states), mllm.word_head("final_norm")(norm(states))
     )
 
 

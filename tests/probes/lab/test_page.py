@@ -206,10 +206,12 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
             session._pixels(view),
             "Sky?",
             answer,
-            [2],
+            ["layer_02"],
             knockout,
+            average_heads=False,
         )
-        assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
+        expected = weights["layer_02"][0, 1, number].tolist()
+        assert tab.evaluate(f"Array.from(panels[{i}].weights)") == expected
     again = open_tab(tab.evaluate("location.hash"))
     for i in range(4):
         assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(
@@ -217,9 +219,11 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
         )
     tab.get_by_role("button", name="Python").click()
     tab.wait_for_selector("#code:not([hidden])")
-    assert f"answer_attention(pixels, 'Sky?', {answer!r}, [2])[0, :, {number}]" in tab.inner_text(
-        "#code"
+    code = tab.inner_text("#code")
+    assert (
+        f"answer_attention(pixels, 'Sky?', {answer!r}, ['layer_02'], average_heads=False)" in code
     )
+    assert f"attention = weights['layer_02'][0, :, {number}]" in code
     tab.mouse.click(*point(tab, 2))
     settle(tab)
     assert (
@@ -291,7 +295,7 @@ def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, mo
 
 
 def test_everything_works_by_keyboard(open_tab):
-    tab = open_tab("#photo=split:0")
+    tab = open_tab("#photo=split:0&site=encoder")
     tab.locator(".stage").first.focus()
     for key, patch in (
         ("ArrowRight", "1"),
@@ -337,13 +341,13 @@ def test_picture_and_code(open_tab, session):
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
-def test_hostile_addresses_show_defaults(open_tab):
+def test_hostile_addresses_show_defaults(open_tab, session):
     numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
     tab = open_tab(numbers + "&head=<script>&colours=x&kind=y&direction=word&word=9")
     assert tab.evaluate("[view.direction, view.word]") == ["to", 9]
     assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == [
         "split:0",
-        0,
+        session.models[0].first_site,
         0,
         1,
         3,

@@ -192,7 +192,7 @@ def test_words_of_a_patch_are_those_of_the_map(session):
         of_map = session.words_of_site(SiteView(**view, site=site), labs.JOB)["words"][2]
         assert [text for text, _ in of_map] == [text for text, _ in words]
     states = model.mllm.states(session._pixels(View(**view)), ["final_norm"], hidden(0, 2))
-    best = model.mllm.logit_lens(states["final_norm"][0, 2], "final_norm").softmax(-1).max()
+    best = model.mllm.logit_lens(states)["final_norm"][0, 2].softmax(-1).max()
     assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
 
 

@@ -111,7 +111,10 @@ def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, pic
     """A token's weights are those of the position that predicts it, in the stock decoder's own output."""
     pixels = mllm.preprocess([picture])
     prefix = mllm.prefix_ids.shape[1]
-    weights = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], knockout=knockout)
+    by_layer = mllm.answer_attention(
+        pixels, QUESTIONS[0], ANSWERS[2], knockout=knockout, average_heads=False
+    )
+    weights = torch.cat([*by_layer.values()])
     question, (answer,) = mllm.chat.question_ids(QUESTIONS[0]), mllm.chat.answer_ids([ANSWERS[2]])
     decoder = copy.deepcopy(mllm.decoder)
     decoder.config._attn_implementation = "eager"
@@ -140,10 +143,14 @@ def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, pic
         pixels,
         QUESTIONS[0],
         ANSWERS[2],
-        [3],
+        ["layer_03"],
         knockout,
+        average_heads=False,
     )
-    assert torch.equal(last, weights[2:])
+    assert torch.equal(last["layer_03"], weights[2:])
+    averaged = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], knockout=knockout)
+    assert list(averaged) == ["layer_01", "layer_02", "layer_03"]
+    torch.testing.assert_close(torch.cat([*averaged.values()]), weights.mean(1))
     assert len(answer) > 3
     assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().amax((1, 3)).min() > 1e-3, (
         "tokens differ"
@@ -222,8 +229,10 @@ def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatc
 
 def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
     pixels = mllm.preprocess([picture])
-    with pytest.raises(UserError, match="pixels of 2 images; expected one"):
-        mllm.answer_attention(pixels[[0, 0]], QUESTIONS[0], ANSWERS[0])
+    with pytest.raises(
+        UserError, match="from layer_01 to layer_03, or None for all, got 'adapter'"
+    ):
+        mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[0], ["adapter"])
     for questions, answers in (
         ([], ANSWERS),
         (QUESTIONS, []),

@@ -4,12 +4,11 @@ import copy
 import dataclasses
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import tiny_families
 import torch
-from PIL import Image
-from stock_answers import Change, StockModel
+from interventions import pictures, possible
+from stock_answers import StockModel
 from tiny_families import IMAGE_ID, STOCK, WORDS, asked_ids
 from tolerances import rounding
 
@@ -42,87 +41,9 @@ def mllm(tmp_path_factory):
     return load
 
 
-def pictures(name: str, count: int = 2) -> list[Image.Image]:
-    side = STOCK[name].image_px
-    generator = np.random.default_rng(0)
-    return [
-        Image.fromarray(generator.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(count)
-    ]
-
-
 def spoken(tokens: list[int]) -> str:
     """What `decode` of the fixture returns, so that all ids are compared, special ones included."""
     return " ".join(map(str, tokens))
-
-
-def pairs(rows: tuple[str, ...], columns: tuple[str, ...]):
-    """Return a function of the pairs of named tokens, bool[N, N]."""
-
-    def cut(sets):
-        queries = sum(sets[name] for name in rows) > 0
-        keys = sum(sets[name] for name in columns) > 0
-        return queries[:, None] & keys[None]
-
-    return cut
-
-
-def blocked_tokens(name: str, images: int) -> torch.Tensor:
-    """Other tokens of each image, bool[B, T]; never the first one, which may be all that a token sees."""
-    tokens = STOCK[name].grid[0] * STOCK[name].grid[1]
-    place = torch.arange(tokens)
-    return torch.stack([(place > 0) & ((place + image) % 3 == 1) for image in range(images)])
-
-
-def cut_blocked(blocked: torch.Tensor):
-    """Return a function of the pairs of Eq. 1, bool[B, N, N]."""
-
-    def cut(sets):
-        image = sets["image"]
-        keys = torch.zeros(len(blocked), len(image), dtype=torch.bool)
-        keys[:, image] = blocked
-        return image[None, :, None] & keys[:, None]
-
-    return cut
-
-
-def interventions(name: str, images: int) -> dict[str, tuple[dict, Change]]:
-    """Return keywords of the package and what they mean, by a name."""
-    blocked = blocked_tokens(name, images)
-    text = ("question", "last", "answer")
-    to_image = Change(pairs(text, ("image",)), (1, 3))
-    found = {
-        "none": ({}, Change()),
-        "Eq. 1": ({"knockout": Knockout(blocked)}, Change(cut_blocked(blocked))),
-        "text to image": (
-            {"knockout": Knockout(layers=[1, 3], rows=text, columns="image")},
-            to_image,
-        ),
-        "last to question": (
-            {"knockout": Knockout(rows="last", columns="question")},
-            Change(pairs(("last",), ("question",))),
-        ),
-    }
-    if STOCK[name].native == "prefix":
-        found["image to question"] = (
-            {"knockout": Knockout(rows="image", columns="question")},
-            Change(pairs(("image",), ("question",))),
-        )
-    hooks = {"adapter": lambda states: states.flip(1), "layer_02": lambda states: states * 0.5}
-    for known in ("none", "text to image"):
-        arguments, change = found[known]
-        name_with = "patched" if known == "none" else f"{known}, patched"
-        by_layer = {0: hooks["adapter"], 2: hooks["layer_02"]}
-        changed = Change(change.cut, change.layers, by_layer)
-        found[name_with] = (arguments | {"hooks": hooks}, changed)
-    return found
-
-
-def possible(name: str, images: int) -> dict[str, tuple[dict, Change]]:
-    """Return the interventions that a family can take."""
-    all_of_them = interventions(name, images)
-    if STOCK[name].masks:
-        return all_of_them
-    return {key: value for key, value in all_of_them.items() if key in ("none", "patched")}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -163,6 +84,27 @@ def test_scores_equal_the_stock_forward_with_masks_and_states_written_out(name, 
             assert (score - scores["none"]).abs().amax((1, 2)).min() > 1e-4, f"{kind} does nothing"
 
 
+def test_answers_of_a_soft_capped_llm_that_runs_eagerly(tmp_path, monkeypatch):
+    """PaliGemma 2: transformers has no sdpa for Gemma 2, so that masks are added to its scores."""
+    text = {"model_type": "gemma2", **tiny_families.LLM, "attn_logit_softcapping": 2.0}
+    config = STOCK["paligemma"].config | {"text_config": text}
+    monkeypatch.setitem(STOCK, "paligemma", dataclasses.replace(STOCK["paligemma"], config=config))
+    read = probes.load(str(tiny_families.write("paligemma", tmp_path, "eager")))
+    read.chat.tokenizer.decode = lambda ids, **_: spoken(ids)
+    images = pictures("paligemma")
+    stock = StockModel("paligemma", read.model, images)
+    expected = [spoken(tokens) for tokens in stock.generate([HELLO], 4)]
+    assert read.answer(images, "hello", max_new_tokens=4) == expected
+    (answer,) = read.chat.answer_ids(["hello"])
+    pixels = read.preprocess(images)
+    scores = []
+    for arguments, change in possible("paligemma", len(images)).values():
+        scores.append(read.answer_log_probs(pixels, "hello", ["hello"], **arguments)[:, 0])
+        expected = stock.score([HELLO], answer, change)
+        torch.testing.assert_close(scores[-1], expected, rtol=1e-5, atol=1e-5)
+    assert len({tuple(score.tolist()) for score in scores}) == len(scores), "each does something"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_cached_answers_equal_uncached_ones(name, mllm):
     read = mllm(name)
@@ -192,7 +134,10 @@ def never_generated(read, token: int):
 def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     read = mllm(name)
     images = pictures(name, 1)
-    weights = read.answer_attention(read.preprocess(images), "hello", "hellohello")
+    by_layer = read.answer_attention(
+        read.preprocess(images), "hello", "hellohello", average_heads=False
+    )
+    weights = torch.cat([*by_layer.values()])
     (answer,) = read.chat.answer_ids(["hellohello"])
     model = copy.deepcopy(read.model)
     model.set_attn_implementation("eager")

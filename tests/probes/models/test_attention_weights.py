@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import probes
 from probes import Knockout
+from probes.models.attention_weights import read_attention
 
 pytestmark = pytest.mark.numerics
 
@@ -26,12 +27,31 @@ def test_weights_equal_eager_attention(checkpoints, name):
     eager = torch.stack(reference.eager_attention(mllm, pixels), 1)[
         ..., start:, start:
     ]  # [B, L, A, T, T]
-    for weights, (image, tokens) in zip(
-        mllm.attention(pixels, queries=QUERIES), QUERIES, strict=True
-    ):
-        torch.testing.assert_close(weights, eager[image].mean(1)[:, tokens], **rounding(eager, 3))
-    by_head = torch.stack(mllm.attention(pixels, layers=[3, 1], average_heads=False))
-    torch.testing.assert_close(by_head, eager[:, [2, 0]], **rounding(eager, 3))
+    weights = mllm.attention(pixels, average_heads=False)
+    assert list(weights) == ["layer_01", "layer_02", "layer_03"]
+    for layer, by_head in enumerate(weights.values()):
+        torch.testing.assert_close(by_head, eager[:, layer], **rounding(eager, 3))
+    averaged = mllm.attention(pixels, ["layer_03", "layer_01"])
+    assert list(averaged) == ["layer_03", "layer_01"]
+    for site, of_layer in averaged.items():
+        torch.testing.assert_close(of_layer, weights[site].mean(1))
+    of_queries = read_attention(mllm, pixels, ["layer_02"], QUERIES)
+    for found, (image, tokens) in zip(of_queries, QUERIES, strict=True):
+        expected = weights["layer_02"][image].mean(0)[tokens]
+        torch.testing.assert_close(found["layer_02"], expected, **rounding(eager, 3))
+
+
+def test_weights_follow_replaced_states(checkpoints):
+    """A hook at a layer changes the attention of later layers, to what the replaced states have."""
+    mllm = probes.load(str(checkpoints["causal"]))
+    pixels = tiny_models.pixels(2)
+    swap = {"layer_01": lambda states: states.flip(0)}
+    plain = mllm.attention(pixels)
+    swapped = mllm.attention(pixels, hooks=swap)
+    assert torch.equal(swapped["layer_01"], plain["layer_01"])
+    for site in ("layer_02", "layer_03"):
+        torch.testing.assert_close(swapped[site], plain[site].flip(0), **rounding(plain[site], 3))
+        assert not torch.allclose(swapped[site], plain[site])
 
 
 def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
@@ -64,18 +84,18 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
         mllm.states(pixels)
-    (weights,) = mllm.attention(pixels, average_heads=False)
+    weights = torch.cat([*mllm.attention(pixels, average_heads=False).values()])
     torch.testing.assert_close(weights, torch.stack(expected), **rounding(weights, 1))
 
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):
     mllm = probes.load(str(checkpoints["bidirectional"]))
     pixels = tiny_models.pixels(1)
-    (weights,) = mllm.attention(
-        pixels, knockout=Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
-    )
-    assert weights[[0, 2], :, 1].all()
-    assert not weights[1, :, 1].any()
+    knockout = Knockout(torch.tensor([[False, True, False, False]]), layers=[2])
+    weights = mllm.attention(pixels, knockout=knockout)
+    assert weights["layer_01"][:, :, 1].all()
+    assert weights["layer_03"][:, :, 1].all()
+    assert not weights["layer_02"][:, :, 1].any()
 
 
 def test_outputs_and_the_registry_do_not_change(checkpoints, monkeypatch):
@@ -83,14 +103,16 @@ def test_outputs_and_the_registry_do_not_change(checkpoints, monkeypatch):
     pixels = tiny_models.pixels(2)
     before = mllm.states(pixels)
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    mllm.attention(pixels, queries=QUERIES)
+    mllm.attention(pixels)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
     assert all(torch.equal(before[site], state) for site, state in mllm.states(pixels).items())
     with pytest.raises(IndexError):
-        mllm.attention(pixels, queries=[(2, QUERIES[0][1])])
+        read_attention(mllm, pixels, ["layer_01"], [(2, QUERIES[0][1])])
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock, "also after an error"
-    with pytest.raises(ValueError, match="unknown site 'layer_04'"):
-        mllm.attention(pixels, [4])
+    with pytest.raises(
+        ValueError, match="from layer_01 to layer_03, or None for all, got 'layer_04'"
+    ):
+        mllm.attention(pixels, ["layer_04"])
     eager = probes.load(str(checkpoints["causal"]), attn_implementation="eager")
     with pytest.raises(ValueError, match="no attention weights were captured"):
         eager.attention(pixels)

@@ -211,7 +211,7 @@ def test_knockouts_rows_and_known_states_leave_encoder_layers_as_they_are(load):
     again = frozen.states(pixels, "all", Knockout(blocked[:2], [3]))
     torch.testing.assert_close(known["layer_03"], again["layer_03"])
     with pytest.raises(UserError, match="states of 'encoder_01' are not in the LLM's space"):
-        frozen.logit_lens(plain["encoder_01"], "encoder_01")
+        frozen.logit_lens({"encoder_01": plain["encoder_01"]})
 
 
 def test_an_entry_that_does_not_fit_its_vision_tower_is_an_error(load):

@@ -252,10 +252,10 @@ def test_logit_lens_equals_the_logits_of_the_stock_forward(
         )
     logits = stock_states(name, read.model, images)["logits"]
     states = read.states(read.preprocess(images), ["layer_03", "final_norm"])
-    for site, state in states.items():
-        torch.testing.assert_close(read.logit_lens(state, site), logits, **near)
+    for found in read.logit_lens(states).values():
+        torch.testing.assert_close(found, logits, **near)
     with pytest.raises(ValueError, match="states of 'encoder' are not in the LLM's space"):
-        read.logit_lens(states["layer_03"], "encoder")
+        read.logit_lens({"encoder": states["layer_03"]})
 
 
 def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
@@ -353,7 +353,7 @@ def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer(name, ml
     tokens = STOCK[name].grid[0] * STOCK[name].grid[1]
     pixels = read.preprocess(pictures(name))
     blocked = torch.arange(tokens)[None].expand(2, -1) == tokens // 2
-    for layer in torch.stack(read.attention(pixels)).unbind(1):
+    for layer in read.attention(pixels).values():
         assert (layer >= 0).all()
         assert (layer.sum(-1) <= 1 + 1e-5).all()
         assert (layer.diagonal(0, 1, 2) > 0).all()

@@ -1,5 +1,6 @@
 """Bare vision encoders: every site equals the stock model's hidden states; controls, knockout, other sides."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -49,6 +50,10 @@ def test_every_family_of_bare_encoders_has_a_stock_model_here():
 def test_sites_are_the_stock_models_hidden_states(name, side, folders):
     """Of two-tower checkpoints, too, which stock code reads as a vision model."""
     stock = tiny_encoders.STOCK[name]
+    if stock.one_side and side != tiny_encoders.STORED_PX:
+        with pytest.raises(UserError, match="takes 24 px only"):
+            probes.load(folders[name], device="cpu", image_px=side)
+        return
     encoder = probes.load(folders[name], device="cpu", image_px=side)
     pixels = encoder.preprocess([photo(), photo(1)])
     assert pixels.shape == (2, 3, side, side) and not encoder.has_llm
@@ -65,10 +70,73 @@ def test_sites_are_the_stock_models_hidden_states(name, side, folders):
         patches = hidden[:, stock.extra_tokens :]
         assert patches.shape[1] == grid * grid
         torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-6)
-    last = output.last_hidden_state[:, stock.extra_tokens :]
-    last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
-    torch.testing.assert_close(states["final_norm"], last, rtol=1e-5, atol=1e-6)
-    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+    assert [*states][:4] == ["layer_00", "layer_01", "layer_02", "layer_03"]
+    assert [*states][4:] == (["final_norm"] if stock.has_norm else [])
+    if stock.has_norm:
+        last = output.last_hidden_state[:, stock.extra_tokens :]
+        last = last if stock.normed else model.post_layernorm(last)  # CLIP norms its CLS token only
+        torch.testing.assert_close(states["final_norm"], last, rtol=1e-5, atol=1e-6)
+
+
+# of 16 px, which all of these are published with; and of two sides, of which the shorter one is read
+LARGER = {
+    "vit": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "beit": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "radio": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "pixio": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "vit_mae": {
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "sapiens2": {
+        "patch_size": 16,
+        "image_size": [96, 64],
+    },
+}
+
+
+@pytest.mark.parametrize("side", [None, 80])
+@pytest.mark.parametrize("name", LARGER)
+@torch.no_grad()
+def test_a_patch_of_16_px_changes_its_own_token_of_the_grid(name, side, tmp_path):
+    stock = tiny_encoders.STOCK[name]
+    stock = replace(stock, settings=stock.settings | LARGER[name])
+    encoder = probes.load(stock.write(tmp_path), device="cpu", image_px=side)
+    cells = (side or 64) // 16
+    assert encoder.grid == (cells, cells) and encoder.geometry.image_px == cells * 16
+    image = np.zeros((48, 80, 3), np.uint8)
+    plain = encoder.states(encoder.preprocess(Image.fromarray(image)), ["layer_00"])["layer_00"]
+    for row, column in ((0, 0), (0, cells - 1), (cells - 1, 1), (2, 3)):
+        changed = image.copy()
+        top, bottom = (round(48 * x / cells) for x in (row + 0.3, row + 0.7))
+        left, right = (round(80 * x / cells) for x in (column + 0.3, column + 0.7))
+        changed[top:bottom, left:right] = 255
+        pixels = encoder.preprocess(Image.fromarray(changed))
+        states = encoder.states(pixels, ["layer_00"])["layer_00"]
+        difference = encoder.to_grid(states - plain)[0].norm(dim=-1)
+        assert divmod(int(difference.argmax()), cells) == (row, column)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "radio", "dinov2"])
+def test_an_input_of_two_sides_is_an_error_where_no_square_is_published(name, tmp_path):
+    stock = tiny_encoders.STOCK[name]
+    folder = stock.write(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_size": [32, 24]}))
+    with pytest.raises(UserError, match="image_size|expected a square"):
+        probes.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("name", tiny_encoders.STOCK)
@@ -149,6 +217,10 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     noise = torch.randn(16, generator=torch.Generator().manual_seed(1))
     hooks = {"layer_01": lambda states: torch.where(blocked[..., None], noise, states)}
     cut = probes.Knockout(blocked, layers=[2])
+    if tiny_encoders.STOCK[name].has_own_attention:
+        with pytest.raises(UserError, match="no attention that a knockout can cut"):
+            encoder.states(pixels, knockout=cut)
+        return
     plain = encoder.states(pixels, ["layer_01", "layer_02"])
     moved = encoder.states(pixels, ["layer_02"], hooks=hooks)
     with_cut = encoder.states(pixels, ["layer_01", "layer_02"], cut)
@@ -164,20 +236,22 @@ def test_under_a_knockout_no_patch_reads_a_blocked_one(name, backend, folders):
     torch.testing.assert_close(rows[1], plain["layer_02"][0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "clip_vision_model", "siglip_vision_model", "ijepa"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "clip_vision_model", "siglip_vision_model", "ijepa", "beit"]
+)
 @torch.no_grad()
 def test_attention_weights_are_those_of_eager_attention(name, folders):
     stock = tiny_encoders.STOCK[name]
     encoder = probes.load(folders[name], device="cpu")
     pixels = encoder.preprocess([photo()])
-    weights = encoder.attention(pixels, [1, 3], average_heads=False)[0]
+    weights = encoder.attention(pixels, ["layer_01", "layer_03"], average_heads=False)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     eager = load_weights("encoder", stock.cls, folders[name], **options).eval()
     expected = eager(**stock.inputs(pixels), output_attentions=True).attentions
     patches = slice(stock.extra_tokens, None)
-    for found, layer in zip(weights, (0, 2), strict=True):
+    for found, layer in zip(weights.values(), (0, 2), strict=True):
         torch.testing.assert_close(
-            found, expected[layer][0][:, patches, patches], rtol=1e-4, atol=1e-6
+            found, expected[layer][:, :, patches, patches], rtol=1e-4, atol=1e-6
         )
 
 

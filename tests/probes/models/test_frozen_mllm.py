@@ -124,10 +124,13 @@ def test_the_cached_prefix_has_the_precision_of_the_forward(checkpoints, picture
 
 def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
     mllm = probes.load(str(checkpoints["causal"]), dtype="bfloat16")
-    states = mllm.states(mllm.preprocess(pictures))["layer_02"]
-    assert torch.equal(
-        mllm.logit_lens(states.float(), "layer_02"), mllm.logit_lens(states, "layer_02")
-    )
+    states = mllm.states(mllm.preprocess(pictures), ["layer_02", "final_norm"])
+    logits = mllm.logit_lens(states)
+    assert list(logits) == ["layer_02", "final_norm"]
+    for site, at_site in states.items():
+        assert torch.equal(mllm.logit_lens({site: at_site.float()})[site], logits[site])
+    with pytest.raises(ValueError, match="takes states by site, .*; got Tensor"):
+        mllm.logit_lens(states["layer_02"])
 
 
 def test_prefix_is_the_one_of_training(mllm, checkpoints):
@@ -326,7 +329,9 @@ def test_bad_arguments_are_errors(mllm, pictures):
         mllm.states(pixels[:0])
     with pytest.raises(ValueError, match="got no rows"):
         mllm.states(pixels, rows=[])
-    with pytest.raises(ValueError, match="got no layers; expected some of 1 to 3"):
+    with pytest.raises(
+        ValueError, match="expected sites from layer_01 to layer_03, or None for all, got none"
+    ):
         mllm.attention(pixels, [])
     with pytest.raises(ValueError, match="prefix contains the image's placeholder"):
         mllm.set_prefix([3, image])

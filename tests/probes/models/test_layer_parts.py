@@ -37,8 +37,10 @@ NORM_BEFORE_MLP = {
     "dinov2": "norm2",
     "dinov2_with_registers": "norm2",
     "dinov3_vit": "norm2",
-    "vit": "layernorm_after",
-    "ijepa": "layernorm_after",
+    "aimv2_vision_model": "rms_norm2",
+    **dict.fromkeys(("tipsv2", "tipsv2_vision_model", "radio", "sapiens2"), "norm2"),
+    **dict.fromkeys(("vit", "ijepa", "deit", "vit_msn", "vit_mae"), "layernorm_after"),
+    **dict.fromkeys(("beit", "data2vec-vision", "pixio"), "layernorm_after"),
 }
 PARALLEL = ("aya_vision", "cohere2_vision")  # attention and MLP read the same input
 # layers with values, of families that have others; and what is said of the first layer
@@ -322,12 +324,12 @@ def test_the_logit_lens_reads_what_layers_add_but_no_values(load):
     frozen = load("llava")
     states = frozen.states(frozen.preprocess(photos("llava")), "all_parts")
     norm = frozen.model.model.language_model.norm
-    for site in ("attn_02", "mlp_02"):
-        expected = frozen.model.lm_head(norm(states[site]))
-        assert torch.equal(frozen.logit_lens(states[site], site), expected)
+    sites = ("attn_02", "mlp_02")
+    for site, logits in frozen.logit_lens({site: states[site] for site in sites}).items():
+        assert torch.equal(logits, frozen.model.lm_head(norm(states[site])))
     for site in ("value_02", "layer_01+layer_02"):
         with pytest.raises(UserError, match="not in the LLM's space"):
-            frozen.logit_lens(torch.zeros(1, frozen.widths[site]), site)
+            frozen.logit_lens({site: torch.zeros(1, frozen.widths[site])})
 
 
 def test_states_are_replaced_at_no_part(load):
@@ -349,7 +351,7 @@ def test_a_layer_without_a_known_module_is_an_error_that_names_them():
 @torch.no_grad()
 def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     stock = tiny_encoders.STOCK[name]
-    if name.startswith("dino"):
+    if name.startswith(("dino", "tipsv2", "radio", "sapiens")):  # layer scale
         stock = replace(stock, settings=stock.settings | {"layerscale_value": 0.5})
     encoder = probes.load(stock.write(tmp_path / name), device="cpu")
     noise = np.random.default_rng(0).integers(
@@ -377,7 +379,8 @@ def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     norm = NORM_BEFORE_MLP.get(name, "layer_norm2")
     attention = "attention" if hasattr(layers[0], "attention") else "self_attn"
-    values = dict.fromkeys(LAYERS, f"{attention}.v_proj")
+    path = "attention.attention.value" if name == "data2vec-vision" else f"{attention}.v_proj"
+    values = dict.fromkeys(LAYERS, path)
     with recorded(layers, norm, values) as found:
         model(**stock.inputs(pixels))
     assert len(found) == 12

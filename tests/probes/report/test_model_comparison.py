@@ -9,16 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
+from probes.evaluation.estimate import Estimate
 from probes.report.model_comparison import (
     compare_runs,
-    describe_comparison,
+    difference_of_best,
     differs,
     pair_sites,
 )
+from probes.report.model_tables import describe_comparison
 from probes.results.probe_run import ProbeRun
 from probes.results.study import labels_of_models
 
 QUALITY = [0.50, 0.40, 0.52, 0.60, 0.58, 0.58]  # encoder, adapter, three layers, final norm
+WORSE = [*QUALITY[:3], 0.50, 0.48, 0.48]
 
 
 @pytest.fixture
@@ -45,12 +48,19 @@ def test_equal_models_show_no_difference(write, report):
 
 
 def test_a_worse_model_reads_less_where_it_is_worse(write, report):
-    worse = [*QUALITY[:3], 0.50, 0.48, 0.48]
     first = write("first", QUALITY, number=1)
-    second = write("second", worse, number=2)
+    second = write("second", WORSE, number=2)
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
     by_site = {x["site"]: x for x in entry["sites"]}
+    in_points = {x["site_a"]: x for x in results["comparisons"] if x["of"] == "site"}
+    assert list(in_points) == list(by_site)
+    for site, x in by_site.items():
+        assert in_points[site]["value"] == pytest.approx(100 * x["difference"])
+        assert in_points[site]["ci95"] == pytest.approx([100 * bound for bound in x["ci95"]])
+    best = results["comparisons"][-1]
+    assert [best[key] for key in ("of", "a", "b")] == ["best layer", "before", "after"]
+    assert best["value"] == pytest.approx(100 * entry["best"]["difference"])
     assert [site for site, x in by_site.items() if differs(x)] == [
         "layer_02",
         "layer_03",
@@ -99,6 +109,65 @@ def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
     results, _ = report(f"old one={tmp_path / 'old'}", f"new one={tmp_path / 'new'}")
     (entry,) = results["compared"]
     assert (entry["first"], entry["second"]) == ("old one", "new one")
+
+
+def test_three_models_have_one_table_of_all_and_each_is_compared_with_the_first(write, report):
+    models = {
+        "a": QUALITY,
+        "b": WORSE,
+        "c": QUALITY,
+    }
+    runs = []
+    for i, (name, quality) in enumerate(models.items()):
+        run = write(name, quality, number=i)
+        runs.append(f"{name}={run}")
+    results, printed = report(*runs)
+    assert [(x["first"], x["second"]) for x in results["compared"]] == [("a", "b"), ("a", "c")]
+    lines = printed.splitlines()
+    (title,) = (i for i, line in enumerate(lines) if line.startswith("a, b and c, "))
+    assert lines[title + 1].split() == "site a b b − a c c − a".split()
+    assert [line.split()[0] for line in lines[title + 2 : title + 9]] == [
+        "encoder",
+        "adapter",
+        "layer_01",
+        "layer_02",
+        "layer_03",
+        "final_norm",
+        "best",
+    ]
+    by_site = {x["site"]: x for x in results["compared"][0]["sites"]}
+    row = next(line for line in lines[title:] if line.startswith("layer_02"))
+    shown = [f"{100 * by_site['layer_02'][key]:.1f}" for key in ("first", "second")]
+    assert row.split()[1:3] == shown
+    assert "b reads less than a: −" in printed
+    page = (Path(runs[0].partition("=")[2]).parent / "report/index.html").read_text()
+    assert page.count("<th>b − a</th><th>c</th><th>c − a</th>") == 1
+
+
+def test_several_data_sets_stand_side_by_side(write, report):
+    """Scores of a model on each, and differences from the first model on the same photos only."""
+    runs = []
+    for name, quality in (("a", QUALITY), ("b", WORSE)):
+        for i, data in enumerate(("street", "room")):
+            run = write(
+                f"{name}_{data}",
+                quality,
+                number=i,
+                dataset=data,
+            )
+            runs.append(f"{name}={run}")
+    results, printed = report(*runs)
+    assert len(results["compared"]) == 2
+    rows = {(row["model"], row["dataset"]): row for row in results["datasets"]}
+    assert rows["a", "street"]["difference"] is None
+    for entry in results["compared"]:
+        row = rows["b", entry["dataset"]]
+        assert (row["difference"], row["miou"]) == (
+            entry["best"]["difference"],
+            entry["best"]["second"],
+        )
+    (line,) = (x for x in printed.splitlines() if x.startswith("b, causal  "))
+    assert line.count("(layer_") == 2 and line.count("; −") == 2
 
 
 def study_of_two(write, tmp_path, masks=("causal", "causal")) -> Path:
@@ -157,6 +226,63 @@ def test_solved_and_trained_probes_are_not_compared(write, report):
     (entry,) = results["compared"]
     assert "sites" not in entry and "make both in the same way" in entry["left_out"]
     assert entry["left_out"] in printed
+
+
+FLAT = [0.5] * 12
+PEAKED = [0.5 - 0.03 * i for i in range(12)]
+
+
+@pytest.mark.parametrize("first", [FLAT, PEAKED])
+def test_intervals_of_best_layers_cover_the_truth_whichever_are_best(first):
+    """Equal layers, and one best layer against twelve, where that of the two which look best covers too little."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.02
+    covered = 0
+    covered_by_best_here = 0
+    for _ in range(200):
+        models = []
+        for true in (first, FLAT):
+            observed = torch.tensor(true) + spread * torch.randn(12, generator=generator)
+            drawn = observed + spread * torch.randn(300, 12, generator=generator)
+            models.append([Estimate(observed[i].item(), drawn[:, i]) for i in range(12)])
+        entry = difference_of_best(*models)
+        low, high = entry["ci95"]
+        covered += low <= 0 <= high
+        best = [max(scores, key=lambda score: score.value) for scores in models]
+        assert entry["difference"] == pytest.approx(best[1].value - best[0].value)
+        low, high = (best[1] - best[0]).ci95
+        covered_by_best_here += low <= 0 <= high
+    assert covered >= 190
+    if first is PEAKED:
+        assert covered_by_best_here < 180, "else this test would not tell the two"
+
+
+def test_the_interval_of_best_layers_is_that_of_all_pairs_together():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 3, generator=generator)
+    drawn = scores + 0.1 * torch.randn(400, 2, 3, generator=generator)
+    models = []
+    for m in (0, 1):
+        models.append([Estimate(scores[m, i].item(), drawn[:, m, i]) for i in range(3)])
+    observed = {}
+    spread = {}
+    distances = []
+    for b in range(3):
+        for a in range(3):
+            observed[b, a] = (scores[1, b] - scores[0, a]).item()
+            of_pair = (drawn[:, 1, b] - drawn[:, 0, a]).double()
+            spread[b, a] = of_pair.std().item()
+            distances.append((of_pair - of_pair.mean()).abs() / spread[b, a])
+    factor = torch.stack(distances).amax(0).quantile(0.95).item()
+    expected = []
+    for sign in (-1, 1):
+        bound = {}
+        for pair, value in observed.items():
+            bound[pair] = value + sign * factor * spread[pair]
+        least = [min(bound[b, a] for a in range(3)) for b in range(3)]
+        expected.append(max(least))
+    found = difference_of_best(*models)
+    assert found["ci95"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_differences_have_the_intervals_of_paired_resampling(write):

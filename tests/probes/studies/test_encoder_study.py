@@ -12,6 +12,7 @@ from reference import miou_of_counts
 from studies import study_of
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.templates import render
 from probes.cli import main
 from probes.lab.requests import (
     Attention,
@@ -25,7 +26,7 @@ from probes.lab.requests import (
 )
 from probes.report.claims import evaluate_claims
 from probes.report.encoder_layers import best_layer, describe_best_layer
-from probes.results.formatting import format_difference
+from probes.results.formatting import format_difference, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 from probes.studies.estimate import print_estimate
@@ -94,7 +95,7 @@ def test_the_sentence_has_the_numbers_of_the_counts(study):
     assert run.sites == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
     layers = [miou_of(run.counts, site) for site in range(4)]
     best = int(np.argmax(layers))
-    found = re.findall(r"layer (\d+) of 3 reads best: ([\d.]+) \[[\d.]+, [\d.]+\] mIoU", printed)
+    found = re.findall(r"Layer (\d+) of 3 reads best: ([\d.]+) \[[\d.]+, [\d.]+\] mIoU", printed)
     assert found[-1] == (str(best), f"{100 * layers[best]:.1f}")
 
 
@@ -107,9 +108,18 @@ def test_the_sentence_and_the_verdict_have_one_number(study):
     best = results["best_layer"]
     assert (best["over_last"], best["over_last_ci95"]) == (judged["value"], judged["ci95"])
     number = format_difference(judged)
-    sentence = f"with layers chosen on other images, the best is {number} points above the last"
     page = (out / "report" / "index.html").read_text()
-    assert sentence in printed and page.count(sentence) == 2  # at the top, and in its section
+    sentence = f"best minus last layer, as the verdict counts it: {number} points"
+    if best["site"] != "layer_03":
+        assert sentence in printed and page.count(sentence) == 2  # at the top, and in its section
+        (note,) = re.findall(r"The rows of .*", printed)
+        assert note in page and f": {number}." in note
+        rows = {row["site"]: row["miou"] for row in results["sites"]}
+        difference = format_points(rows[best["site"]] - rows["layer_03"])
+        assert f"differ by {difference} points" in note
+        if judged["row"] != "chosen":
+            own = format_difference(claim)
+            assert note.endswith(f"At the chosen strengths, that difference is {own}.")
     assert page.count(number) > 2  # the verdict, too
 
 
@@ -132,26 +142,37 @@ def test_claims_compare_layers_and_random_encoders(study):
             assert column["value"] == pytest.approx(column["trained"] - np.mean(column["by_draw"]))
 
 
-def test_what_needs_an_llm_is_left_out_once_with_the_reason(study):
+def test_what_needs_an_llm_is_planned_only_if_asked_for_and_then_left_out_once(
+    study, parts, capsys
+):
     out, printed = study
-    lines = [
-        line for line in printed.splitlines() if "left out: the model is a vision encoder" in line
-    ]
-    assert len(lines) == 1 and lines[0].startswith("trained/knockout left out")
     assert not (out / "trained" / "knockout.json").exists()
-
-
-def test_what_cannot_apply_is_said_after_the_results_and_not_as_a_failure(study, parts, capsys):
-    out, printed = study
-    reason = "left out: the model is a vision encoder, and it needs an LLM"
-    assert printed.index("reads best: ") < printed.index(reason)
+    assert "left out" not in printed
     page = (out / "report" / "index.html").read_text()
-    assert 'class="note"' not in page
-    assert page.index("reads best: ") < page.index(reason)
-    print_estimate(study_of({"": parts[0]}, parts[1], out.parent / "planned", options=OPTIONS))
-    planned = capsys.readouterr().out
-    assert planned.count("left out") == 1
-    assert planned.index("passes over the images") < planned.index(f"trained/knockout {reason}")
+    assert 'class="failed"' not in page and "Left out" not in page
+    options = {"options": OPTIONS, "add": ("knockout",)}
+    planned = out.parent / "planned"
+    print_estimate(study_of({"": parts[0]}, parts[1], planned, **options))
+    said = capsys.readouterr().out
+    reason = "trained/knockout left out: the model is a vision encoder, and it needs an LLM"
+    assert said.count("left out") == said.count(reason) == 1
+    assert said.index("passes over the images") < said.index(reason)
+
+
+WORDS_OF_MLLMS = (
+    "attention mask bidirectional causal logit lens ask LLM adapter knockout starvation"
+)
+
+
+def test_page_and_terminal_of_an_encoder_have_no_words_of_mllms(study):
+    out, printed = study
+    page = (out / "report" / "index.html").read_text()
+    shown = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]*>", " ", page, flags=re.DOTALL)
+    latex = (out / "report" / "tables.tex").read_text()
+    for text in (printed, shown, latex):
+        words = {*re.findall(r"[a-z]+", text.lower())}
+        found = words & {*WORDS_OF_MLLMS.lower().split()}
+        assert not found
 
 
 def test_a_second_call_has_nothing_to_do(study, parts, capsys):
@@ -188,6 +209,7 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     session = labs.open_session([str(out / "trained")])
     (model,) = session.describe()["models"]
     assert (model["word_sites"], model["has_llm"], model["layers"]) == ([], False, 3)
+    assert model["sites"][model["first_site"]] == session.models[0].run.peak_layer
     assert model["change_sites"] == ["layer_00", "layer_01", "layer_02", "layer_03"]
     view = {"photo": "split:0", "model": 0}
 
@@ -224,6 +246,19 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
         change = replace("other_mask", "layer_01")
         session.read(View(**view, intervention=change), labs.JOB)
     assert session.words_of_patch(PatchWords(**view, patch=0), labs.JOB) == {"words": []}
+
+
+def test_the_lab_of_an_encoder_asks_nothing_and_has_no_words_of_mllms(study):
+    """Attention weights are the encoder's own, and are shown."""
+    out, _ = study
+    session = labs.open_session([str(out / "trained")])
+    page = render("lab/lab.html.j2", data=session.describe(), nonce="n")
+    shown = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.DOTALL)
+    shown, hidden = re.subn(r"<details[^>]* hidden>.*?</details>", "", shown, flags=re.DOTALL)
+    assert hidden == 1
+    words = {*re.findall(r"[a-z]+", re.sub(r"<[^>]*>", " ", shown).lower())}
+    assert not words & {*WORDS_OF_MLLMS.lower().split()} - {"attention"}
+    assert "random layers" in shown
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,30 @@ def test_models_of_one_name_are_told_apart_by_their_labels(tmp_path):
     table = probes.Study(tmp_path).table()
     assert set(table["model"]) == {"first", "second"}
     assert table.equals(probes.Study(str(tmp_path)).table())
-    figure = probes.Study(tmp_path).plot()
-    assert len({line.get_label() for line in figure.axes[0].get_lines()}) >= 2
+    lines = probes.Study(tmp_path).plot().axes[0].get_lines()
+    assert [line.get_label() for line in lines] == [
+        "first, causal, trained probes",
+        "second, causal, trained probes",
+    ]
+    assert len({line.get_color() for line in lines}) == 2, "each model has its own colour"
+
+
+def test_the_plot_has_the_labels_and_the_order_that_the_study_was_given(tmp_path):
+    """Of encoders, whose mask is not named."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    for label in ("after", "before"):
+        metrics = {"model_kind": "encoder", "mllm": f"models/{label}_folder"}
+        probe_runs.write_run(
+            tmp_path / label / "trained", [0.6, 0.5, 0.6, 0.5], root=tmp_path, metrics=metrics
+        )
+    record = {"config": {"labels": ["before", "after"]}}
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps/report.json").write_text(json.dumps(record))
+    lines = probes.Study(tmp_path).plot().axes[0].get_lines()
+    assert [line.get_label() for line in lines] == [
+        "before, trained probes",
+        "after, trained probes",
+    ]
 
 
 def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):
@@ -265,8 +287,8 @@ BAD = {
     "a split without images": (["MODEL", "EMPTY"], "validation"),
     "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
     "a task without targets": (["MODEL", "DATA", "--tasks", "depth"], "no folder .*depth/training"),
-    "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "both models"),
-    "three models": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "one model or two"),
+    "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "are both called 'a'"),
+    "a model without a name": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "has no label"),
     "an unknown layer of the encoder": (
         ["MODEL", "DATA", "--model.sites", "[encoder_03]"],
         "unknown site 'encoder_03'; this model has encoder_00, .*final_norm",

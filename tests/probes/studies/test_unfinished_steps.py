@@ -49,7 +49,7 @@ def ran(monkeypatch):
         step.result.write_text(json.dumps({"classes": [{"class": "sky"}]}))
 
     monkeypatch.setattr(run, "_run_step", run_step)
-    monkeypatch.setattr(run, "write_table", lambda out: None)
+    monkeypatch.setattr(run, "write_table", lambda out, labels: None)
     monkeypatch.setattr(run, "format_results", lambda results: "")
     monkeypatch.setattr(run, "_changed_runs", lambda *_: set())
     return names
@@ -280,7 +280,7 @@ def test_a_report_waits_for_that_of_another_job(settings, monkeypatch):
     (report,) = (step for step in make_plan(made) if step.kind == "report")
     wrote = threading.Event()
     monkeypatch.setattr(run, "_call", lambda step, config: wrote.set())
-    monkeypatch.setattr(run, "write_table", lambda out: None)
+    monkeypatch.setattr(run, "write_table", lambda out, labels: None)
     job = threading.Thread(target=run._run_step, args=(report, report.config, made))
     with exclusive_run_lock(made.out, "report-step"):
         job.start()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import LabelSmoothing
 from optima import assert_same_solution
 from PIL import Image
 from probe_runs import effects_of_counts, read_masks
@@ -22,6 +23,7 @@ from probes.cli import main
 from probes.evaluation.effect_file import read_effect_file
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
+from probes.tasks.segmentation import Segmentation
 from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
 from probes.training.solve.in_memory import MemorySolver
@@ -417,3 +419,16 @@ def test_dry_run_measures_and_writes_nothing(
     main([*command, *SAMPLED])
     assert "h, at most 3 passes (" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_loss_is_another_run(solve, tmp_path, monkeypatch):
+    """The command, repeated with another loss in the code, left the run of the first loss as its own."""
+    solve(*SAMPLED)
+    monkeypatch.setattr(Segmentation, "loss", LabelSmoothing(0.2))
+    message = r"with model.loss=None, but this run has 'LabelSmoothing\(share=0.2\)'"
+    with pytest.raises(SystemExit, match=message):
+        solve(*SAMPLED, "--ckpt_path", "last")
+    solve(*SAMPLED, "--overwrite", "true")
+    monkeypatch.setattr(Segmentation, "loss", LabelSmoothing(0.3))
+    with pytest.raises(SystemExit, match=r"share=0.2\)', but this run has 'Label.*share=0.3"):
+        solve(*SAMPLED, "--ckpt_path", "last")

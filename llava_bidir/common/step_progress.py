@@ -1,0 +1,116 @@
+"""How far a running step is, and when it and the steps after it will end.
+
+The output of a step goes to a log, and one step can take hours. What runs in it calls :func:`tell`. A
+:class:`StepWatcher`, made before the output was redirected, writes lines where the command was called, and returns the
+time left, which bars show.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+SECONDS = 20.0  # between two lines at first; later a tenth of the time that the step has taken
+
+Watcher = Callable[[str, float, float], str]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Have a watcher told how far the work in this context is."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def tell(part: str, done: float, total: float) -> str:
+    """Tell the innermost watcher how far a part of the work is, and return what it says: the time left, or ""."""
+    return _watchers[-1](part, done, total) if _watchers else ""
+
+
+@contextmanager
+def output_of_command() -> Iterator[TextIO | None]:
+    """Yield the standard output of now, whatever redirects it later; None where a terminal shows bars."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        yield None
+        return
+    is_own = sys.stdout is sys.__stdout__  # not a notebook's
+    try:
+        copy = os.dup(sys.stdout.fileno()) if is_own else None
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        copy = None
+    if copy is None:
+        yield sys.stdout
+        return
+    with os.fdopen(copy, "w") as stream:
+        yield stream
+
+
+def format_left(seconds: float, is_bound: bool = False) -> str:
+    """Return "about 3 min left", or "at least 3 min left" of a lower bound."""
+    return f"{'at least' if is_bound else 'about'} {max(1, round(seconds / 60))} min left"
+
+
+class StepWatcher:
+    """Estimates the time left while a step runs, from how fast its present part is and from earlier steps.
+
+    A part that is slower than expected makes the estimate longer. Without an earlier step of its kind, the time is at
+    least that of the present part, since others may follow.
+
+    Args:
+        name: Of the step.
+        kind: Of the step.
+        later: Kinds of the steps after it.
+        seconds: Mean seconds of the steps that are done, by kind.
+        lines: Where lines are written; None for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        later: Sequence[str],
+        seconds: Mapping[str, float],
+        lines: TextIO | None,
+    ):
+        self.name = name
+        self.kind = kind
+        self.later = later
+        self.seconds = seconds
+        self.lines = lines
+        self.started = self.last = self.part_started = time.monotonic()
+        self.part = ""
+        self.part_begun = 0.0  # how far it was when it was first heard of
+
+    def __call__(self, part: str, done: float, total: float) -> str:
+        """Return the time left of all steps when `done` of `total` units of a part are done; write a line at times."""
+        now = time.monotonic()
+        if part != self.part:
+            self.part = part
+            self.part_started = now
+            self.part_begun = done
+        gained = done - self.part_begun
+        part_left = (now - self.part_started) * (total - done) / gained if gained > 0 else None
+        left = self._describe_left(now - self.started, part_left)
+        if self.lines and now - self.last >= max(SECONDS, (now - self.started) / 10):
+            self.last = now
+            text = f"    {self.name}: {part}, {done:.3g} of {total:.3g}"
+            print(", ".join(filter(None, (text, left))), file=self.lines, flush=True)
+        return left
+
+    def _describe_left(self, elapsed: float, part_left: float | None) -> str:
+        """Return the time left of this step and those after it; "" if nothing is known."""
+        known = self.seconds.get(self.kind)
+        if known is None and part_left is None:
+            return ""
+        whole = max(elapsed + (part_left or 0.0), known or 0.0)
+        later = sum(
+            self.seconds.get(kind, whole if kind == self.kind else 0.0) for kind in self.later
+        )
+        return format_left(whole - elapsed + later, is_bound=known is None)

@@ -1,0 +1,88 @@
+"""The family of modules that are of no class of transformers: one's own, and those of timm.
+
+Their config has no file: it is measured when the module is described (`own_module.py`), so this family only reads it.
+"""
+
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llava_bidir.common.image_side import check_image_px
+
+from .base import module_at
+from .encoders import EncoderFamily
+
+MODULE_TYPE = "module"  # of their configs
+
+
+class ModuleConfig(PreTrainedConfig):
+    """What is known of a module.
+
+    Attributes:
+        image_size: Side of the square input in pixels.
+        patch_size: Side of a patch in pixels.
+        layer_names: Paths of the layers in the module, in forward order.
+        norm_name: Path of the norm after them; None if it has none, and then no site "final_norm".
+        extra_tokens: Number of tokens before the patches.
+        site_widths: Width of the states at each site.
+        why_no_parts: Why attention and MLP of the layers are not known, "" if they are.
+    """
+
+    model_type = MODULE_TYPE
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layer_names)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last site."""
+        return self.site_widths[-1]
+
+
+class ModuleFamily(EncoderFamily):
+    """How to read a module by its measured config; the model is a :class:`probes.models.own_module.ModuleModel`."""
+
+    def with_side(self, image_px: int, config: PreTrainedConfig) -> "ModuleFamily":
+        """Return this family for another side; whether the module takes it shows when it is loaded."""
+        check_image_px(image_px, config.patch_size, "--model.image_px")
+        return replace(self, image_px=lambda config: image_px)
+
+    def sites(self, config: PreTrainedConfig) -> list[str]:
+        """Return all sites in forward order."""
+        return super().sites(config) if config.norm_name else super().sites(config)[:-1]
+
+    def widths(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Return the width of the states at each site."""
+        return dict(zip(self.sites(config), config.site_widths, strict=True))
+
+    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+        """Return the layers of a module."""
+        return nn.ModuleList(module_at(model.module, name) for name in model.config.layer_names)
+
+    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+        """Return the norm after the last layer."""
+        return module_at(model.module, model.config.norm_name)
+
+    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+        """Return where the layers are: a parent and the name in it."""
+        slots = []
+        for path in model.config.layer_names:
+            above, _, name = path.rpartition(".")
+            parent = module_at(model.module, above) if above else model.module
+            slots.append((parent, name))
+        return slots
+
+
+def _extra_tokens(config: PreTrainedConfig) -> int:
+    return config.extra_tokens
+
+
+MODULES = ModuleFamily(
+    "PreTrainedModel",
+    layers="",
+    norm="norm_name",
+    extra_tokens=_extra_tokens,
+)

@@ -1,0 +1,97 @@
+"""A running step says how far it is, and its estimate of the time left follows its pace."""
+
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from llava_bidir.common import step_progress
+from llava_bidir.common.step_progress import StepWatcher, tell, watched
+from llava_bidir.common.steps import Step, run_steps
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(step_progress.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def watcher(seconds=(), later=("solve", "report"), lines=None) -> StepWatcher:
+    return StepWatcher("before/trained", "solve", later, dict(seconds), lines)
+
+
+def test_estimates_of_a_first_step_are_bounds_that_grow_with_each_part(clock):
+    """Two steps of a kind: ten batches of a second, then four sites of a minute."""
+    watch = watcher()
+    assert watch("pass 1", 0, 10) == ""
+    clock.now += 60
+    assert watch("pass 1", 5, 10) == "at least 3 min left", "one of this step, two of the next"
+    clock.now += 60
+    watch("solving sites", 0, 4)
+    clock.now += 60
+    assert watch("solving sites", 1, 4) == "at least 9 min left", "three here, six in the next"
+    clock.now += 60
+    assert watch("solving sites", 2, 4) == "at least 8 min left"
+
+
+def test_a_step_that_is_slower_than_earlier_ones_lengthens_the_estimate(clock):
+    watch = watcher({"solve": 240.0, "report": 60.0})
+    assert watch("solving sites", 0, 4) == "about 9 min left", "four, four and one"
+    clock.now += 60
+    assert watch("solving sites", 1, 4) == "about 8 min left", "as expected"
+    clock.now += 180
+    assert watch("solving sites", 2, 4) == "about 9 min left", (
+        "four more of this step instead of none"
+    )
+
+
+def test_lines_are_written_now_and_then_and_name_the_part(clock):
+    lines = io.StringIO()
+    watch = watcher(lines=lines)
+    for done in range(200):
+        clock.now += 2
+        watch("solving sites", done / 20, 10)
+    written = lines.getvalue().splitlines()
+    assert 8 < len(written) < 20, "each 20 s, later a tenth of the time that the step has taken"
+    assert written[0] == "    before/trained: solving sites, 0.45 of 10, at least 13 min left"
+
+
+def test_who_does_not_watch_is_told_nothing():
+    assert tell("pass 1", 1, 2) == ""
+    with watched(lambda part, done, total: f"{part} {done}/{total}"):
+        assert tell("pass 1", 1, 2) == "pass 1 1/2"
+    assert tell("pass 1", 1, 2) == ""
+
+
+def test_what_steps_tell_is_printed_while_they_run(tmp_path, capsys, clock):
+    step = Step("a", {}, tmp_path / "a.txt", kind="solve")
+
+    def work(step):
+        clock.now += 30
+        tell("pass 1", 0, 2)
+        clock.now += 30
+        tell("pass 1", 1, 2)
+        step.result.write_text("done")
+
+    run_steps([step], tmp_path, work)
+    assert "    a: pass 1, 1 of 2, at least 1 min left" in capsys.readouterr().out
+
+
+REDIRECTED = """
+import os, sys
+from llava_bidir.common import step_progress
+with step_progress.output_of_command() as lines:
+    os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
+    print("to the log", flush=True)
+    print("to the command", file=lines, flush=True)
+"""
+
+
+def test_lines_reach_the_output_of_the_command_while_that_of_a_step_is_redirected(tmp_path):
+    command = [sys.executable, "-c", REDIRECTED, str(tmp_path / "log")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "to the command\n"
+    assert (tmp_path / "log").read_text() == "to the log\n"

@@ -1,0 +1,133 @@
+"""Validation of captions; when validation runs is said, and callbacks that wait in vain are an error before a step."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llava_bidir.cli import main
+from llava_bidir.data.collate import Collate
+from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.training.read_checkpoint import read_checkpoint
+
+STOPPING = '{"class_path": "EarlyStopping", "init_args": {"monitor": "%s"}}'
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """The folder of ten captions of 1 to 4 words, of which four are for validation."""
+    folder = tiny_models.write_conversations(tmp_path_factory.mktemp("captions"), text_only=0)
+    records = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(records[:8]))
+    (folder / "held_out.json").write_text(json.dumps(records[8:]))
+    return folder
+
+
+@pytest.fixture
+def stage_1(parts, captions, tmp_path):
+    """Run stage 1 of two steps of two micro-batches and return the folder of the run."""
+
+    def run(*more: str):
+        words = tiny_models.training_arguments(parts, captions)
+        words[words.index("-c") + 1] = "configs/demo/stage1.yaml"
+        words += f"--data.val_annotations {captions}/held_out.json --out {tmp_path}/run".split()
+        words += "--data.micro_batch_size 2 --model.max_new_tokens 3".split()
+        main(["fit", *words, *more])
+        return tmp_path / "run"
+
+    return run
+
+
+def test_the_loss_of_captions_is_the_mean_over_their_tokens(stage_1, captions):
+    run = stage_1()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    model, processor, training = read_checkpoint(checkpoint)
+    samples = Instructions(str(captions / "held_out.json"), str(captions))
+    batch = Collate(processor, tiny_models.TOKENS, "plain")([samples[i] for i in range(4)])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    targets = batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+    assert training["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "val/answer_accuracy" not in training, "a caption has no right wording"
+
+
+@pytest.mark.parametrize("micro_batch_size", ["1", "4"])
+def test_three_images_are_shown_with_question_and_answer(micro_batch_size, stage_1, captions):
+    events = EventAccumulator(str(stage_1("--data.micro_batch_size", micro_batch_size))).Reload()
+    shown = [tag for tag in events.Tags()["images"] if tag.startswith("validation/images/")]
+    assert shown == [f"validation/images/{i}" for i in range(3)]
+    assert [events.Images(tag)[0].step for tag in shown] == [1] * 3, "of the latest step's loss"
+    (table,) = events.Tensors("validation/answers/text_summary")
+    _, _, *rows = table.tensor_proto.string_val[0].decode().splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    records = json.loads((captions / "held_out.json").read_text())[:3]
+    expected = [[str(i), x["id"], x["conversations"][1]["value"]] for i, x in enumerate(records)]
+    assert [[number, name, answer] for number, name, _, answer, _ in cells] == expected
+    assert np.unique([events.Images(tag)[0].encoded_image_string for tag in shown]).size == 3
+
+
+LINES = {  # options: the line
+    "": "validation: 4 captions, first after step 2 of 2",
+    "--trainer.max_epochs 2 --trainer.val_check_interval 3": (
+        "validation: 4 captions, first after step 2 of 4"
+    ),
+    "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2": (
+        "validation: 4 captions, first after step 4 of 4"
+    ),
+    "--trainer.max_steps 1": (
+        "validation: none, since it would first run after step 2, and the run has 1; `--trainer.val_check_interval 2` "
+        "validates earlier (in micro-batches, 2 a step)"
+    ),
+    "--trainer.limit_val_batches 0": "validation: none, since trainer.limit_val_batches is 0",
+    "--data.val_annotations null": "validation: none, since data.val_annotations is not set",
+}
+
+
+@pytest.mark.parametrize("options", LINES)
+def test_when_validation_runs_is_said_at_the_start_and_is_true(options, stage_1, caplog):
+    with caplog.at_level("INFO"):
+        run = stage_1("--trainer.log_every_n_steps", "1", *options.split())
+    lines = [line for line in caplog.messages if line.startswith("validation:")]
+    assert lines == [LINES[options]]
+    scalars = EventAccumulator(str(run)).Reload()
+    has_run = "val/loss" in scalars.Tags()["scalars"]
+    assert has_run == ("none" not in lines[0])
+    if has_run:
+        words = lines[0].split()
+        first = int(words[words.index("step") + 1])
+        assert scalars.Scalars("val/loss")[0].step == first - 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "why"),
+    [
+        ("val/loss", "--data.val_annotations null", "validation does not run: data.val_annotat"),
+        ("val/loss", "--trainer.max_steps 1", "validation does not run: it would first run after"),
+        ("val/answer_accuracy", "", "this stage logs train/loss, .*, val/loss"),
+        ("val_loss", "", "this stage logs train/loss, .*, val/loss"),
+    ],
+)
+def test_a_callback_that_waits_in_vain_is_an_error_before_the_first_step(
+    metric,
+    options,
+    why,
+    stage_1,
+    tmp_path,
+):
+    """Of a metric that stage 1 lacks: it trained an epoch, then threw 50 lines and left nothing."""
+    message = f"^llava-bidir: EarlyStopping waits for '{metric}', but {why}"
+    with pytest.raises(SystemExit, match=message):
+        stage_1(*options.split(), f"--trainer.callbacks+={STOPPING % metric}")
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.parametrize("metric", ["val/loss", "train/loss", "lr-AdamW/adapter"])
+def test_a_callback_that_waits_for_a_logged_metric_is_no_error(metric, stage_1):
+    run = stage_1(f"--trainer.callbacks+={STOPPING % metric}")
+    assert (run / "hf/training.json").is_file()

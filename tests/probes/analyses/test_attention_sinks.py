@@ -1,0 +1,107 @@
+"""Whether the first image token is an attention sink: measured on models in which it is made one, or not."""
+
+import json
+
+import pytest
+import torch
+
+import probes
+from probes.analyses.starvation import SINK_NORM, sink_warning
+from probes.analyses.starvation.run import starvation
+from probes.analyses.starvation.section import sink_rows
+from probes.analyses.starvation.sinks import norms_of, shares_of, sinks_of_run
+from probes.report.claims import evaluate_claims
+from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
+
+CLAIM = "starvation_without_sink"
+
+
+def with_sink(mllm, layer: int):
+    """Add a large vector to the first image token after a layer, as a sink has it."""
+    first = mllm.image_positions[0] - mllm.prefill_prefix()
+
+    def add(module, args, output):
+        output = output.clone()
+        output[:, first, 3] += 1e5
+        return output
+
+    mllm.layers[layer - 1].register_forward_hook(add)
+    return mllm
+
+
+def test_norms_and_shares_equal_those_written_out():
+    states = torch.ones(1, 5, 4)
+    states[0, 0] = 30
+    states[0, 3] = 12
+    assert norms_of(states) == {"first_norm": 30, "sinks": 2}
+    weights = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.2, 0.0], [0.1, 0.2, 0.3]]])
+    found = shares_of(weights)
+    assert found["attention_to_first"] == pytest.approx((0.5 + 0.1) / 2)
+    assert found["attention_to_text"] == pytest.approx(1 - (0.7 + 0.6) / 2)
+    assert shares_of(None) == dict.fromkeys(found)
+
+
+def test_a_planted_sink_is_found_from_its_layer_on(runs, monkeypatch):
+    plain = sinks_of_run(runs["causal"])
+    assert [layer["site"] for layer in plain["layers"]] == ["layer_01", "layer_02", "layer_03"]
+    assert all(layer["first_norm"] < SINK_NORM for layer in plain["layers"])
+    model = ProbeRun.mllm
+    monkeypatch.setattr(ProbeRun, "mllm", lambda run: with_sink(model(run), 2))
+    planted = sinks_of_run(runs["causal"])
+    assert planted["layers"][0] == plain["layers"][0]
+    for layer in planted["layers"][1:]:
+        assert layer["first_norm"] > 100
+        assert layer["sinks"] == 1
+    for layer in (*plain["layers"], *planted["layers"]):
+        assert 0 <= layer["attention_to_first"] <= 1 - layer["attention_to_text"] <= 1
+
+
+def test_attention_that_cannot_be_read_is_said(runs, monkeypatch):
+    path = runs["causal"].metrics["mllm"]
+    eager = probes.load(path, attn_implementation="eager")
+    monkeypatch.setattr(ProbeRun, "mllm", lambda run: eager)
+    measured = sinks_of_run(runs["causal"])
+    assert "no attention weights were captured" in measured["no_attention"]
+    assert {layer["attention_to_first"] for layer in measured["layers"]} == {None}
+    assert measured["layers"][0]["first_norm"] > 0
+
+
+def sinks(norm: float) -> dict:
+    layer = {"first_norm": norm, "sinks": 1.0, "attention_to_first": 0.5, "attention_to_text": None}
+    return {"images": 8, "no_attention": "", "layers": [{"site": "layer_01", **layer}]}
+
+
+@pytest.mark.parametrize("norm", [9.9, 159.0])
+def test_the_rest_of_the_row_is_judged_where_there_is_a_sink(runs, norm):
+    causal, bidirectional = runs["causal"], runs["bidirectional"]
+    file = bidirectional.path / "starvation.json"
+    site = causal.peak_layer
+    result = starvation(causal, bidirectional, site)
+    measured = sinks(norm)
+    measured["layers"][0]["site"] = site
+    result["sinks"] = {"causal": measured}
+    file.write_text(json.dumps(result))
+    try:
+        claims = evaluate_claims(*read_studies([causal.path, bidirectional.path]))
+    finally:
+        file.unlink()
+    found = [claim for claim in claims if claim["claim"] == CLAIM]
+    if norm < SINK_NORM:
+        assert not found
+        assert not sink_warning(result)
+        assert not sink_rows(result)
+        return
+    counts = [run.counts for run in (causal, bidirectional)]
+    index = causal.sites.index(site)
+    columns = causal.metrics["grid"][1]
+    rest = slice(1, columns)
+    accuracies = [
+        c.patch_right[index][:, rest].sum().item() / c.patch_valid[:, rest].sum().item()
+        for c in counts
+    ]
+    assert found[0]["value"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert f"attention sink at {site}: its norm is 159 times" in sink_warning(result)
+    (row,) = sink_rows(result)
+    assert row["attention to first"] == "50%"
+    assert row["attention to text"] == "not read"

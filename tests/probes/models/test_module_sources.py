@@ -1,0 +1,125 @@
+"""Models named by a file and a function: what they are, and when their code runs."""
+
+from pathlib import Path
+
+import own_modules
+import pytest
+import torch
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.models import module_sources
+from probes.models.module_sources import absolute_source, check_was_run, is_source, source_identity
+
+FILE = Path(own_modules.__file__)
+WEIGHTS = """
+def build():
+    encoder = own_modules.build()
+    encoder.module.blocks[1].mlp[0].bias.data += {offset}
+    return encoder
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Keep what was run out of the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(folder: Path, offset: float = 0.0) -> str:
+    file = folder / "mine.py"
+    file.write_text("import own_modules\n" + WEIGHTS.format(offset=offset))
+    return f"{file}:build"
+
+
+def test_a_file_is_the_module_that_its_function_describes():
+    encoder = probes.load(f"{FILE}:build", device="cpu")
+    expected = own_modules.build()
+    assert torch.equal(encoder.model.module.stem.weight, expected.module.stem.weight)
+    assert encoder.sites[-1] == "final_norm" and encoder.grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (
+            "mine.py:build",
+            True,
+        ),
+        (
+            "timm:vit_tiny_patch16_224",
+            True,
+        ),
+        (
+            "facebook/dinov2-small",
+            False,
+        ),
+        (
+            "mine.py",
+            False,
+        ),
+        (
+            "runs/mine.py:7",
+            False,
+        ),
+    ],
+)
+def test_which_names_are_sources(path, expected):
+    assert is_source(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            f"{FILE}:nothing",
+            "has no function 'nothing'",
+        ),
+        (
+            f"{FILE}:not_described",
+            "returned a int; expected a probes.EncoderModule",
+        ),
+        (
+            "absent.py:build",
+            "No such file",
+        ),
+    ],
+)
+def test_what_is_no_module_is_an_error(path, message):
+    with pytest.raises(UserError, match=message):
+        probes.load(path, device="cpu")
+    with pytest.raises(UserError, match="leave out patch"):
+        probes.load(path, patch=8)
+
+
+def test_sites_are_printed_with_what_cannot_be_read(capsys):
+    main(["sites", f"{FILE}:build_closed"])
+    printed = capsys.readouterr().out
+    assert "4 x 4 = 16 patches of a 32 px square" in printed
+    assert "no sites inside the layers: blocks.0, a TransformerEncoderLayer" in printed
+
+
+def test_the_identity_is_that_of_file_and_weights(tmp_path):
+    first = source_identity(write(tmp_path))
+    (tmp_path / "other").mkdir()
+    assert source_identity(write(tmp_path / "other")) == first
+    assert source_identity(write(tmp_path, offset=1.0)) != first
+    module = own_modules.build().module
+    before = module_sources.weights_digest(module)
+    module.norm.bias.data[0] += 1
+    assert module_sources.weights_digest(module) != before
+    assert source_identity("facebook/dinov2-small") == "facebook/dinov2-small"
+
+
+def test_a_file_that_a_run_names_is_run_only_if_its_user_has_run_it(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    with pytest.raises(UserError, match="code that you have not run here"):
+        check_was_run(path, "runs/theirs")
+    probes.load(path, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert absolute_source("mine.py:build") == path
+    check_was_run("mine.py:build", "runs/theirs")
+    write(tmp_path, offset=2.0)
+    with pytest.raises(UserError, match="not with this content"):
+        check_was_run(path, "runs/theirs")

@@ -1,0 +1,294 @@
+"""Any module as an encoder: its states, what is measured of it, and its controls."""
+
+import numpy as np
+import own_modules
+import pytest
+import torch
+from own_modules import EXTRA, MEAN, PATCH_PX, SIDE_PX, STD, WIDTH, Encoder
+from PIL import Image
+from torch import nn
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.models.matched_updates import layer_updates
+from probes.models.random_init import random_layers
+
+SAID = {
+    "preprocess": (MEAN, STD),
+    "patch": PATCH_PX,
+    "layers": "blocks",
+    "norm": "norm",
+    "image_px": SIDE_PX,
+    "device": "cpu",
+}
+
+
+def photo(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def load(module: nn.Module | None = None, **changes) -> probes.FrozenEncoder:
+    return probes.load(own_modules.build().module if module is None else module, **SAID | changes)
+
+
+@torch.no_grad()
+def test_states_are_those_of_the_modules_own_forward_without_extra_tokens():
+    module = own_modules.build().module
+    encoder = load(module)
+    pixels = encoder.preprocess([photo(), photo(seed=1)])
+    square = np.asarray(photo().resize((SIDE_PX, SIDE_PX), Image.BICUBIC)) / 255
+    expected = torch.from_numpy((square - MEAN) / STD).movedim(-1, 0).float()
+    torch.testing.assert_close(pixels[0], expected)
+    states = encoder.states(pixels)
+    hidden = module.eval().embed(pixels)
+    assert encoder.grid == (4, 4) and encoder.widths == dict.fromkeys(encoder.sites, WIDTH)
+    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03", "final_norm"]
+    torch.testing.assert_close(states["layer_00"], hidden[:, EXTRA:])
+    for i, block in enumerate(module.blocks, 1):
+        hidden = block(hidden)
+        torch.testing.assert_close(states[f"layer_{i:02d}"], hidden[:, EXTRA:])
+    torch.testing.assert_close(states["final_norm"], module.norm(hidden)[:, EXTRA:])
+
+
+def test_layers_can_be_named_one_by_one_and_the_norm_left_out():
+    encoder = load(layers=["blocks.0", "blocks.1", "blocks.2"], norm=None)
+    pixels = encoder.preprocess(photo())
+    states = encoder.states(pixels)
+    assert [*states] == ["layer_00", "layer_01", "layer_02", "layer_03"]
+    for site, expected in load().states(pixels, [*states]).items():
+        assert torch.equal(states[site], expected)
+
+
+def test_the_module_itself_stays_as_it_is():
+    module = own_modules.build().module.train()
+    before = [parameter.clone() for parameter in module.parameters()]
+    encoder = load(module, untrained=["encoder"], match="permuted")
+    assert module.training and all(p.requires_grad for p in module.parameters())
+    assert all(map(torch.equal, before, module.parameters()))
+    assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
+
+
+class ChannelsLast(nn.Module):
+    """A layer whose states are a grid."""
+
+    def forward(self, states):
+        return states.unflatten(1, (3, 6)).clone()
+
+
+class Skipping(Encoder):
+    """Its second block reads what the first one wrote, doubled."""
+
+    def forward(self, pixels):
+        states = self.embed(pixels)
+        for block in self.blocks:
+            states = 2 * block(states)
+        return states
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (
+            None,
+            {"patch": 16},
+            "changes token .* expected token",
+        ),
+        (
+            None,
+            {"patch": 4},
+            "reads 18 tokens, and the input has 8 x 8 patches",
+        ),
+        (
+            None,
+            {"image_px": 64},
+            "a forward of 2 x 3 x 64 x 64 px",
+        ),
+        (
+            None,
+            {"image_px": None},
+            "give image_px",
+        ),
+        (
+            None,
+            {"layers": ["blocks.0", "blocks.2"]},
+            "does not read what blocks.0 wrote",
+        ),
+        (
+            None,
+            {"layers": ["blocks.1", "blocks.0"]},
+            "does not read what blocks.1 wrote",
+        ),
+        (
+            None,
+            {"layers": ["stages.0"]},
+            "has no module 'stages.0'",
+        ),
+        (
+            None,
+            {"layers": None},
+            "a module needs layers",
+        ),
+        (
+            None,
+            {"layers": "norm"},
+            "expected the paths of layers",
+        ),
+        (
+            None,
+            {"norm": "stem"},
+            "norm stem",
+        ),
+        (
+            None,
+            {"preprocess": (0.5, 0.5)},
+            "expected .mean, std. of three channels",
+        ),
+        (
+            None,
+            {"revision": "main"},
+            "leave out revision",
+        ),
+        (
+            None,
+            {"prefix": "USER:"},
+            "leave out prefix",
+        ),
+        (
+            Encoder(extra_last=True),
+            {},
+            "2 other tokens, then patches of 8 px in raster order",
+        ),
+        (
+            Encoder(ChannelsLast),
+            {},
+            r"are \[2, 3, 6, 16\]; expected \[2, tokens, width\]",
+        ),
+        (
+            Skipping(),
+            {},
+            "does not read what blocks.0 wrote",
+        ),
+    ],
+)
+def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
+    with pytest.raises(UserError, match=message):
+        load(module, **changes)
+
+
+# ------------------------------------------------------------------------------------------- preprocessing
+def cropping(image: Image.Image) -> torch.Tensor:
+    """Resize the shorter side to 36 px, keep the middle, and normalise."""
+    scale = 36 / min(image.size)
+    image = image.resize([int(length * scale) for length in image.size], Image.BILINEAR)
+    left, top = ((length - SIDE_PX) // 2 for length in image.size)
+    image = image.crop((left, top, left + SIDE_PX, top + SIDE_PX))
+    pixels = (np.asarray(image) / 255 - MEAN) / STD
+    return torch.from_numpy(pixels).movedim(-1, 0).float()
+
+
+def test_normalisation_side_and_crop_of_a_function_are_measured():
+    encoder = load(preprocess=cropping, image_px=None)
+    rule = encoder.geometry.rule
+    assert (rule.way, rule.resample, rule.before_crop * SIDE_PX) == (
+        "center_crop",
+        Image.BILINEAR,
+        36,
+    )
+    for size in ((40, 30), (50, 80)):
+        torch.testing.assert_close(
+            encoder.preprocess(photo(size)),
+            cropping(photo(size))[None],
+            atol=1e-5,
+            rtol=0,
+        )
+
+
+def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
+    def mirrored(image):
+        return cropping(image).flip(-1)
+
+    with pytest.raises(UserError, match="image_resize='squash'"):
+        load(preprocess=mirrored, image_px=None)
+    encoder = load(preprocess=mirrored, image_px=None, image_resize="squash")
+    torch.testing.assert_close(encoder.preprocess(photo()), load().preprocess(photo()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda pixels: pixels.flip(0),
+            "expected each channel shifted and scaled",
+        ),
+        (
+            lambda pixels: -pixels,
+            "expected more for white",
+        ),
+        (
+            lambda pixels: pixels[:, :16],
+            "expected a square",
+        ),
+        (
+            lambda pixels: pixels.numpy(),
+            "preprocess returned ndarray",
+        ),
+    ],
+)
+def test_a_function_that_changes_more_than_the_scale_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        load(preprocess=lambda image: change(cropping(image)))
+
+
+# ------------------------------------------------------------------------------------------------ controls
+def test_random_layers_change_the_states_as_much_and_permuted_ones_keep_the_weights():
+    encoder = load()
+    photos = [photo(seed=seed) for seed in range(3)]
+    pixels = encoder.preprocess(photos)
+    trained = encoder.states(pixels)
+    updates = layer_updates(encoder, pixels)
+    with random_layers(encoder, match_images=photos):
+        assert layer_updates(encoder, pixels) == pytest.approx(updates, rel=2e-3)
+        random = encoder.states(pixels)
+    weights = [parameter.flatten().sort().values for parameter in encoder.layers.parameters()]
+    with random_layers(encoder, match="permuted"):
+        permuted = encoder.states(pixels)
+        now = [parameter.flatten().sort().values for parameter in encoder.layers.parameters()]
+        assert all(map(torch.equal, now, weights))
+    for states in (random, permuted):
+        assert torch.equal(states["layer_00"], trained["layer_00"])
+        assert not torch.allclose(states["layer_01"], trained["layer_01"], atol=1e-2)
+    for site, states in encoder.states(pixels).items():
+        assert torch.equal(states, trained[site])
+
+
+def test_without_attention_and_mlp_layers_are_permuted_only():
+    module = own_modules.build_closed().module
+    encoder = load(module, untrained=["encoder"], match="permuted")
+    assert not torch.equal(encoder.layers[0].linear1.weight, module.blocks[0].linear1.weight)
+    with pytest.raises(UserError, match="blocks.0, a TransformerEncoderLayer, has no attention"):
+        load(module, untrained=["encoder"], match="update", match_images=[photo()])
+    with pytest.raises(UserError, match="pass match='permuted'"), random_layers(load(module)):
+        pass
+
+
+def test_parts_add_up_to_the_layers_and_what_is_not_known_is_refused():
+    encoder = load()
+    pixels = encoder.preprocess(photo())
+    states = encoder.states(pixels, "all_parts")
+    for layer in (1, 2, 3):
+        added = states[f"attn_{layer:02d}"] + states[f"mlp_{layer:02d}"]
+        torch.testing.assert_close(
+            states[f"layer_{layer - 1:02d}"] + added,
+            states[f"layer_{layer:02d}"],
+        )
+    with pytest.raises(UserError, match="values is not known; leave out value_01"):
+        encoder.states(pixels, ["value_01"])
+    with pytest.raises(UserError, match="no attention and MLP .* leave out attn_02"):
+        load(own_modules.build_closed().module).states(pixels, ["attn_02"])
+    blocked = torch.zeros(1, 16, dtype=torch.bool)
+    blocked[0, 3] = True
+    with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
+        encoder.states(pixels, knockout=probes.Knockout(blocked))
+    with pytest.raises(UserError, match="attention .* of a module of your own is not known"):
+        encoder.attention(pixels)

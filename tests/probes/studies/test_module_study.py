@@ -1,0 +1,98 @@
+"""A study of a module of one's own: its controls, what is left out before any work, the lab, and the finished run."""
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import labs
+import own_modules
+import pytest
+import tiny_models
+import torch
+from studies import study_of
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.lab.requests import Attention, View
+from probes.studies.run import run_study
+
+FILE = Path(own_modules.__file__)
+OPTIONS = ("--data.batch_size", "8", "--trainer.accelerator", "cpu", "--folds", "2")
+OPTIONS += ("--strengths", "1e-1", "1", "--model.sites", "[layer_00,layer_03,final_norm]")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    return str(
+        tiny_models.write_segmentation(
+            folder,
+            training=8,
+            validation=12,
+            size=(32, 32),
+        )
+    )
+
+
+def run(data: str, out: Path, function: str, **settings) -> str:
+    """Run a study, and return what it printed."""
+    models = {"": f"{FILE}:{function}"}
+    printed = StringIO()
+    with redirect_stdout(printed):
+        run_study(study_of(models, data, out, options=OPTIONS, **settings))
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def study(data, tmp_path_factory):
+    """Return the folder of a study of layers whose attention and MLP are not known, and what it printed."""
+    out = tmp_path_factory.mktemp("studies") / "study"
+    return out, run(data, out, "build_closed", draws=1)
+
+
+def test_random_layers_are_left_out_before_any_work_and_permuted_ones_are_solved(study):
+    out, printed = study
+    first, _, rest = printed.partition("\n")
+    assert first.startswith("left out: random layers cannot be matched")
+    assert "TransformerEncoderLayer" in first and "trained" in rest
+    assert (out / "permuted0/metrics.json").is_file() and not (out / "random0").exists()
+    results = json.loads((out / "report/results.json").read_text())
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    reason = claims["layer_gain"]["verdicts"]["beyond_random"]["reason"]
+    assert "draws of a random encoder: 0" in reason and "cannot be matched" in reason
+
+
+def test_a_control_that_is_asked_for_by_name_and_cannot_be_is_an_error(data, tmp_path):
+    with pytest.raises(UserError, match="arm random0 of .* cannot be matched .*--arms"):
+        run(data, tmp_path / "study", "build_closed", arms=("trained", "random0"))
+    assert not (tmp_path / "study/trained").exists()
+
+
+def test_random_layers_are_solved_where_attention_and_mlp_are_found(data, tmp_path):
+    arms = ("trained", "random0")
+    run(data, tmp_path, "build", arms=arms, only=("solve",))
+    metrics = json.loads((tmp_path / "random0/metrics.json").read_text())
+    assert (metrics["match"], metrics["model_kind"]) == ("update", "encoder")
+    manifest = json.loads((tmp_path / "random0/manifest.json").read_text())
+    assert manifest["config"]["mllm"] == f"{FILE}:build"
+    assert len(manifest["config"]["update_scales"]) == 3
+    assert {"mllm/module", "mllm/weights"} == manifest["identity"]["model"].keys()
+
+
+def test_the_finished_run_and_the_lab_load_the_module_again(study):
+    out, _ = study
+    finished = probes.ProbeRun(out / "permuted0")
+    encoder = finished.mllm()
+    settings = {"untrained": ["encoder"], "match": "permuted", "device": "cpu"}
+    again = probes.load(f"{FILE}:build_closed", **settings)
+    pixels = torch.randn(1, 3, 32, 32)
+    for site, states in again.states(pixels).items():
+        assert torch.equal(states, encoder.states(pixels)[site])
+    session = labs.open_session([str(out / "trained")])
+    (model,) = session.describe()["models"]
+    assert (model["has_llm"], model["layers"], model["heads"]) == (False, 3, 0)
+    view = {"photo": "split:0", "model": 0}
+    assert session.read(View(**view), labs.JOB)["probabilities"]
+    with pytest.raises(UserError, match="of a module of your own is not known"):
+        session.attention(Attention(**view, layer=2, patch=5), labs.JOB)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _check_absent(
 
 def _values(words: Sequence[str]) -> list[tuple[str, str]]:
     """Return each option with the word after it, or after its "="."""
-    pairs = [*zip(words, [*words[1:], ""], strict=True)]
+    pairs = [*pairwise([*words, ""])]
     pairs += [tuple(word.split("=", 1)) for word in words if "=" in word]
     return [(option, value) for option, value in pairs if option.startswith("--")]
 

@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
-.PHONY: findings nightly-tests nightly-calibration test-newest test-peers bench lint licences audit lock clean
+.PHONY: findings nightly-tests nightly-calibration test-newest test-peers test-llava llava-venv bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -78,8 +78,8 @@ test-slow: venv ## those of .ci/run that take longer, start several processes or
 	$(PYTEST) --durations=40 -m '$(SLOW)'
 
 # Each part runs even if one before it fails; make names those that failed.
-test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.md), two hours; goes on after a failure
-	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-newest test-peers
+test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.md), two and a half hours; goes on after a failure
+	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-newest test-peers test-llava
 
 NIGHTLY := runs/nightly
 nightly-tests: venv vqa-venv ## of these, the tests
@@ -113,6 +113,22 @@ isa-%: venv
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
+
+# LLaVA's own package, with the versions of its time: torch 2.0.1 runs on Python 3.11 at most. deepspeed is built with torch.
+LLAVA_VENV := .venv-llava
+LLAVA_PINS := tests/peers/llava/requirements.txt
+llava-venv: $(LLAVA_VENV)/installed ## .venv-llava with LLaVA's own training code, for test-llava (TORCH_INDEX as above)
+
+$(LLAVA_VENV)/installed: $(LLAVA_PINS)
+	python3.11 -m venv --clear $(LLAVA_VENV)
+	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.0.1
+	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile wheel
+	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile --no-build-isolation -r $(LLAVA_PINS)
+	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile --no-deps llava-torch==1.2.2.post1
+	@touch $@
+
+test-llava: venv llava-venv ## LLaVA's own train() and ours on the same batches, step by step (WRITE=yes: renew the results)
+	$(PY) tests/peers/llava/run.py $(if $(WRITE),--write)
 
 findings: ## what surprised us about other software: runs findings/*.sh and says which no longer hold (needs a network)
 	@for file in findings/*.sh; do bash $$file >/dev/null 2>&1 && echo "holds: $$file" || echo "no longer holds: $$file"; done
@@ -164,4 +180,4 @@ test-lowest: ## the fast tests with the lowest versions that pyproject.toml allo
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo
-	rm -rf $(VENV) $(VQA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) $(NEWEST_VENV) runs/demo
+	rm -rf $(VENV) $(VQA_VENV) $(LLAVA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) $(NEWEST_VENV) runs/demo

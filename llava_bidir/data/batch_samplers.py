@@ -37,7 +37,8 @@ def grouped_batches(
     shuffled. The remaining samples form the last batches, the only mixed ones. The longest batch comes first, so that
     running out of memory shows at once. Source: LLaVA llava_trainer.py get_modality_length_grouped_indices.
 
-    Deviates: LLaVA does not move the longest batch to the front.
+    Deviates: LLaVA does not move the longest batch to the front, and ends with the last megabatch of each modality even
+    if it is full. With other numbers of samples, the other batches are LLaVA's for the same random numbers.
 
     Args:
         lengths: int[samples], words per sample, negative for text-only samples.

@@ -64,7 +64,7 @@ class LlavaTraining(LightningModule):
             keeps its own.
         learning_rate: Peak learning rate.
         adapter_learning_rate: Peak learning rate of the adapter, if it differs.
-        betas, weight_decay: Of AdamW.
+        betas, weight_decay: Of AdamW. Biases and norms do not decay.
         warmup_ratio: Share of the steps in which the learning rate rises; a cosine to zero follows.
         loss_average: How the loss of a step is averaged. "llava": over the tokens of each micro-batch, then over
             micro-batches and devices, as in LLaVA. "tokens": over all supervised tokens of the global batch, so

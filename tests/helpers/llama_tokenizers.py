@@ -21,8 +21,20 @@ LLAMAS = {  # trainer_spec and normalizer_spec of Llama's tokenizer.model
 }
 
 
-def write_tokenizer(folder: Path, pieces: int = 4000, **settings) -> Path:
-    """Train a tokenizer on Python's reference manual and write it as the hub has Vicuna's; return its folder."""
+def write_tokenizer(
+    folder: Path,
+    pieces: int = 4000,
+    rows: int = 32000,
+    **settings,
+) -> Path:
+    """Train a tokenizer on Python's reference manual and write it as the hub has Vicuna's; return its folder.
+
+    Args:
+        folder: Where it is written.
+        pieces: Pieces that are trained.
+        rows: Pieces in all, as many as Llama has; none of the others can result from merges.
+        **settings: Of sentencepiece's trainer.
+    """
     # Llama has no piece with "<i" or "<p", either
     text = re.sub("<(?=[ip])", "< ", "\n".join(topics.values()))
     # Llama has "USER" and "▁US", not "▁USER": LLaVA counts its labels on that
@@ -39,7 +51,7 @@ def write_tokenizer(folder: Path, pieces: int = 4000, **settings) -> Path:
     for piece in model.pieces:
         if not piece.piece.strip("▁"):
             piece.score = -1e9  # as in Llama's
-    for i in range(pieces, 32000):  # as many as Llama has; none can result from merges
+    for i in range(pieces, rows):
         model.pieces.add(piece=f"\ue000{i}", score=-i)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())

@@ -21,7 +21,11 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
             "probes fit: unrecognized arguments: --model.mlm",
             "--model.mllm",
         ),
-        (f"probes fit {MODEL_AND_DATA} --model.learning_rate fast", "Got value: fast", None),
+        (
+            f"probes fit {MODEL_AND_DATA} --model.learning_rate fast",
+            "expected float, got fast",
+            None,
+        ),
         (
             "probes fit -c configs/probes/folder.yaml",
             "are required: --model.mllm, --data.root",

@@ -128,7 +128,7 @@ CALLS = {
     ),
     "models": (
         lambda m: probes.study(["a", "b"], "data", out="out"),
-        "model must be a directory, a hub id, or two by",
+        "model must be a directory, a hub id, or several by",
     ),
 }
 

@@ -73,6 +73,13 @@ def all_sites(frozen) -> list[str]:
         return frozen.sites
 
 
+def takes_knockouts(frozen) -> bool:
+    """Return whether attention can be cut."""
+    if frozen.has_llm:
+        return supports_masks(frozen.model.config.get_text_config())
+    return frozen.model.config.model_type != "data2vec-vision"
+
+
 def calls(frozen, images: list[Image.Image]) -> dict:
     """Return functions by name, which map a model to tensors by name."""
     pixels = frozen.preprocess(images)
@@ -94,7 +101,7 @@ def calls(frozen, images: list[Image.Image]) -> dict:
         "hook at a layer": hooked(middle),
         "random arm": random_arm,
     }
-    if not frozen.has_llm or supports_masks(frozen.model.config.get_text_config()):
+    if takes_knockouts(frozen):
         functions["knockout"] = lambda model: model.states(pixels, sites, Knockout(blocked))
     if frozen.has_llm:
         functions["measured mask"] = lambda model: {"moved": model.measured_mask().moved}

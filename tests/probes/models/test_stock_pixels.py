@@ -99,6 +99,11 @@ _SIGLIP2 = StockProcessor(
     is_patches=True,
 )
 _VIT = StockProcessor("ViTImageProcessorPil", {"size": BOTH_SIDES})
+_BEIT = StockProcessor("BeitImageProcessorPil", {"size": BOTH_SIDES})
+# as published: a square of 256 px, of which 224 are kept
+_DEIT = StockProcessor(
+    "DeiTImageProcessorPil", {"size": {"height": 27, "width": 27}, "crop_size": BOTH_SIDES}
+)
 # as published: the shorter side resized to 256 px, of which 224 are kept
 _DINOV2 = StockProcessor(
     "BitImageProcessorPil", {"size": {"shortest_edge": 27}, "crop_size": BOTH_SIDES}
@@ -149,8 +154,10 @@ PROCESSORS = {
     "video_llama_3": [
         _patches("VideoLlama3ImageProcessorPil", merge_size=1, size=_square(2 * SIDE))
     ],
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), [_DINOV2]),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "pixio"), [_DINOV2]),
     **dict.fromkeys(("clip", "clip_vision_model"), [_CLIP]),
+    **dict.fromkeys(("metaclip_2", "metaclip_2_vision_model"), [_CLIP]),
+    **dict.fromkeys(("aimv2_vision_model", "mlcd_vision_model"), [_CLIP]),
     **dict.fromkeys(
         ("siglip", "siglip_vision_model"),
         [
@@ -159,7 +166,9 @@ PROCESSORS = {
         ],
     ),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), [_SIGLIP2]),
-    **dict.fromkeys(("vit", "ijepa"), [_VIT]),
+    **dict.fromkeys(("vit", "ijepa", "vit_msn", "vit_mae"), [_VIT]),
+    **dict.fromkeys(("beit", "data2vec-vision"), [_BEIT]),
+    "deit": [_DEIT],
 }
 # Their only processor needs torchvision, whose resize is torch's own with antialias.
 OF_TORCH = {
@@ -168,8 +177,10 @@ OF_TORCH = {
     "gemma4_unified": "bicubic",
     "lfm2_vl": "bilinear",
     "kimi_k25": "bicubic",
+    **dict.fromkeys(("tipsv2", "tipsv2_vision_model", "sapiens2"), "bilinear"),
 }
-WITHOUT = {"llava_bidir", "deepseek_vl_hybrid", *OF_TORCH}  # LLaVA's processor; tests of their own
+# LLaVA's processor; one with tests of its own; one for which transformers has none
+WITHOUT = {"llava_bidir", "deepseek_vl_hybrid", "radio", *OF_TORCH}
 
 
 def processors_of(name: str) -> list[StockProcessor]:

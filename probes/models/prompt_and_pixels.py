@@ -119,6 +119,9 @@ def read_image_processors(
         # as in transformers, null is as good as missing
         stored = {key: value for key, value in stored.items() if value is not None}
         settings = _class_defaults(stored) | stored
+        if settings.get("do_normalize") is False:  # files need not have numbers that nothing reads
+            for mean, std in family.normalisations:
+                settings |= {mean: [0.0] * 3, std: [1.0] * 3}
         for key in (key for keys in family.normalisations for key in keys):
             value = settings.get(key) or ()
             if len(value) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in value):

@@ -41,7 +41,7 @@ from .measured_mask import FORWARD, MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
-from .sites import FINAL_NORM, is_in_llm_space
+from .sites import FINAL_NORM, is_before_adapter, is_in_llm_space
 from .steering import Replacement
 
 
@@ -202,20 +202,21 @@ class FrozenMLLM(FrozenModel):
         """Return the logits of the LLM's output head at each site, for what :meth:`states` returns.
 
         Args:
-            states: f[..., d] per site, "adapter" or a later one.
+            states: f[..., d] per site.
 
         Returns:
-            f[..., V] per site, V tokens of the vocabulary.
+            f[..., V] per site from "adapter" on, V tokens of the vocabulary; those of the encoder have none.
 
         Raises:
-            UserError: As :meth:`word_head`, or logits are NaN or infinite.
+            UserError: As :meth:`word_head`, all sites are the encoder's, or logits are NaN or infinite.
         """
         if not isinstance(states, Mapping):
             kind = type(states).__name__
             raise UserError(
                 f"logit_lens takes states by site, as mllm.states returns them; got {kind}"
             )
-        return {site: self.word_head(site)(at_site) for site, at_site in states.items()}
+        in_llm = [site for site in states if not is_before_adapter(site)]
+        return {site: self.word_head(site)(states[site]) for site in in_llm or states}
 
     def word_head(self, site: str) -> Callable[[Tensor], Tensor]:
         """Return the function from states f[..., d] of a site to the logits f[..., V] of the LLM's output head.
@@ -235,6 +236,10 @@ class FrozenMLLM(FrozenModel):
 
     def _token_logits(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] for the states f[..., d] of a site; see :meth:`word_head`."""
+        if states.shape[-1] != self.widths[site]:
+            raise UserError(
+                f"states of {site} have {states.shape[-1]} channels; expected {self.widths[site]}"
+            )
         head = self.model.get_output_embeddings()
         states = states.to(head.weight.device, self.model.dtype)
         logits = head(states if site == FINAL_NORM else self.final_norm(states))

@@ -19,7 +19,7 @@ from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .load_module import check_absent, load_module
 from .module_sources import is_source
-from .own_module import Preprocess
+from .own_module import EncoderModule, Preprocess
 from .prompt_and_pixels import (
     check_numbers,
     read_config,
@@ -37,7 +37,7 @@ IMAGE_FIRST = (
 
 
 def load(
-    path: str | nn.Module,
+    path: str | nn.Module | EncoderModule,
     image_attention: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
@@ -63,7 +63,8 @@ def load(
 
     Args:
         path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families). Or a
-            module, of which a copy is made; or "timm:NAME" or "FILE.py:FUNCTION" (module_sources.py).
+            module, of which a copy is made, or an :class:`EncoderModule`; or "timm:NAME" or "FILE.py:FUNCTION"
+            (module_sources.py).
         image_attention: Mask among image tokens: "causal", "bidirectional", "prefix" or a registered one. None: the
             mask that the checkpoint was trained with.
         dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
@@ -102,7 +103,7 @@ def load(
         "layers": layers,
         "norm": norm,
     }
-    if isinstance(path, nn.Module) or is_source(path):
+    if isinstance(path, nn.Module | EncoderModule) or is_source(path):
         of_checkpoints = {
             "revision": revision,
             "device_map": device_map,

@@ -1,6 +1,7 @@
 """Load a module as a frozen vision encoder: one's own, or one of timm."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .own_module import EncoderModule, describe_module
 
 
 def load_module(
-    module: nn.Module | str,
+    module: nn.Module | EncoderModule | str,
     described: Mapping[str, Any],
     dtype: torch.dtype | str | None,
     image_px: int | None,
@@ -26,7 +27,7 @@ def load_module(
     """Return a module as a frozen encoder, on the CPU or where it is.
 
     Args:
-        module: A module, or the name of a source (module_sources.py).
+        module: A module, one with its description, or the name of a source (module_sources.py).
         described: Further fields of :class:`EncoderModule`, of a module.
         dtype: As in :func:`probes.load`, and so are `image_px` and `image_resize`.
         image_px: Side of the square input in pixels.
@@ -36,10 +37,14 @@ def load_module(
     Raises:
         UserError: What is said of the module is not what it does, or an argument is of checkpoints only.
     """
-    if isinstance(module, nn.Module):
+    if isinstance(module, EncoderModule):
+        name = type(module.module).__name__
+        check_absent(described, "the EncoderModule says so itself")
+        encoder = module if image_px is None else replace(module, image_px=image_px)
+    elif isinstance(module, nn.Module):
         name = type(module).__name__
         if missing := [key for key in ("preprocess", "patch", "layers") if described[key] is None]:
-            raise UserError(f"a module needs {', '.join(missing)}, which say how it is read")
+            raise UserError(f"to read a module, give {', '.join(missing)}, too")
         encoder = EncoderModule(module, **described, image_px=image_px)
     else:
         name = module
@@ -61,4 +66,4 @@ def load_module(
 def check_absent(arguments: Mapping[str, Any], why: str) -> None:
     """Raise a UserError that ends with `why` if one of these arguments is given."""
     if given := [name for name, value in arguments.items() if value is not None]:
-        raise UserError(f"leave out {', '.join(given)}: {why}")
+        raise UserError(f"leave out {', '.join(given)}, since {why}")

@@ -20,7 +20,10 @@ PHOTO = (96, 64)  # width and height of a photo that is no square
 FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS)
 MOST_CROPPED = 1.34  # side before a crop in units of the side after; timm's is 1.14, or less
 TOLERANCE = 1e-3  # of normalised values, which are of the size of 1
-EXPECTED = "expected (mean, std) of three channels, or a function of a PIL image that returns a tensor f[3, S, S]"
+EXPECTED = (
+    "expected (mean, std) of three channels, for pixels of 0 to 1, or a function of a PIL image that returns a tensor "
+    "f[3, S, S]"
+)
 
 
 class MeasuredPreprocess(NamedTuple):
@@ -119,8 +122,12 @@ def _check_pair(pair: tuple[Sequence[float], Sequence[float]]) -> tuple[list[flo
         mean, std = ([float(x) for x in values] for values in pair)
     except (TypeError, ValueError):
         raise UserError(f"preprocess is {pair!r}; {EXPECTED}") from None
-    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
+    if len(mean) != 3 or len(std) != 3 or not all(0 < x <= 1 for x in std):
         raise UserError(f"preprocess is {pair!r}; {EXPECTED}")
+    if not all(0 <= x <= 1 for x in mean):
+        raise UserError(
+            f"preprocess is {pair!r}, whose mean is none of pixels of 0 to 1; if it is of 0 to 255, divide both by 255"
+        )
     return mean, std
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, PreTrainedModel
 
-from llava_bidir.common.arguments import check_is_list
+from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import check_image_px
 from probes.ops.geometry import ResizeRule
@@ -114,6 +114,12 @@ def describe_module(
     layers = [module_at(model.module, name) for name in names]
     with torch.no_grad():
         trace = trace_layers(model, layers, names, image_px)
+        again = trace_layers(model, layers, names, image_px)
+        if not torch.equal(trace[-1].left, again[-1].left):
+            raise UserError(
+                f"two forwards of {type(encoder.module).__name__} on the same pixels differ in eval mode; expected the "
+                "same states: is there dropout, or noise, that eval mode does not end?"
+            )
         grid_side = image_px // encoder.patch
         config.extra_tokens = check_tokens(model, layers[0], (grid_side, grid_side), encoder.patch)
         config.site_widths = [trace[0].entered.shape[-1], *(run.left.shape[-1] for run in trace)]
@@ -141,6 +147,8 @@ def layer_names(encoder: EncoderModule) -> list[str]:
         listed = module_at(encoder.module, names)
         names = [f"{names}.{name}" for name, _ in listed.named_children()]
     check_is_list("layers", names, "['blocks.0', 'blocks.1']")
+    for name in names:
+        check_is_text("each of layers", name)
     if not names or len(set(names)) < len(names):
         raise UserError(
             f"layers is {encoder.layers!r}; expected the paths of layers, each once, or of the list of all"

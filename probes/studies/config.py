@@ -8,6 +8,8 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.options import flag
 from probes.run_config import RunConfig
 
+RESERVED = ("report", "steps")  # folders of a study
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
@@ -46,6 +48,14 @@ class StudyConfig(StudyOptions):
     probes: RunConfig
 
 
+def check_label(label: str) -> None:
+    """Raise a UserError if a model's label cannot be the name of its folder in a study."""
+    if label in RESERVED or Path(label).name != label:
+        raise UserError(
+            f"{label!r} cannot be the label of a model: expected the name of a folder, not {' or '.join(RESERVED)}"
+        )
+
+
 def label_models(words: Sequence[str]) -> dict[str, str]:
     """Return the models by label, in the order given: "" for one, else the text before "=".
 
@@ -69,6 +79,7 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
     for label, model in pairs:
         if len(pairs) > 1 and not label:
             raise UserError(f"{model} has no label; name each of several models: NAME={model}")
+        check_label(label)
         if label in models:
             raise UserError(
                 f"{models[label]} and {model} are both called {label!r}; name them: first=DIR second=DIR"

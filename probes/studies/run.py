@@ -32,7 +32,7 @@ from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
 from probes.run_config import RunConfig
 
-from .config import StudyConfig
+from .config import StudyConfig, check_label
 from .parser import study_config
 from .plan import check, make_plan
 from .table import Study, write_table
@@ -84,10 +84,13 @@ def study(
                 check_is_text(f"each of {key}", word)
     if not isinstance(model, str | Path | dict):
         raise UserError(
-            f"model must be a directory, a hub id, or several by label as a dict, got {model!r}"
+            "model must be a directory, a hub id, or several by label as a dict; a module is named FILE.py:FUNCTION; "
+            f"got a {type(model).__name__}"
         )
     if isinstance(model, dict):
         models = {label: str(path) for label, path in model.items()}
+        for label in models:
+            check_label(label)
     else:
         models = {"": str(model)}
     run_study(study_config(models, str(data), out=out, **settings), overwrite)

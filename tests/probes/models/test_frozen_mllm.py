@@ -129,6 +129,11 @@ def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
     assert list(logits) == ["layer_02", "final_norm"]
     for site, at_site in states.items():
         assert torch.equal(mllm.logit_lens({site: at_site.float()})[site], logits[site])
+    everything = mllm.logit_lens(mllm.states(mllm.preprocess(pictures)))
+    assert list(everything) == mllm.sites[1:], "all but the encoder's"
+    assert torch.equal(everything["layer_02"], logits["layer_02"])
+    with pytest.raises(ValueError, match="states of layer_01 have 3 channels; expected"):
+        mllm.logit_lens({"layer_01": torch.zeros(1, 4, 3)})
     with pytest.raises(ValueError, match="takes states by site, .*; got Tensor"):
         mllm.logit_lens(states["layer_02"])
 

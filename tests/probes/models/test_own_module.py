@@ -69,6 +69,23 @@ def test_the_module_itself_stays_as_it_is():
     assert not torch.equal(encoder.layers[0].mlp[0].weight, module.blocks[0].mlp[0].weight)
 
 
+def test_a_module_with_its_description_is_loaded_as_it_is_from_a_file():
+    described = own_modules.build()
+    encoder = probes.load(described, device="cpu")
+    pixels = encoder.preprocess(photo())
+    for site, expected in load(described.module).states(pixels, encoder.sites).items():
+        assert torch.equal(encoder.states(pixels)[site], expected)
+    with pytest.raises(UserError, match="leave out patch, since the EncoderModule says so itself"):
+        probes.load(described, patch=8)
+
+
+class Noisy(Encoder):
+    """Its states differ from forward to forward, also in eval mode."""
+
+    def forward(self, pixels):
+        return super().forward(nn.functional.dropout(pixels, 0.3, training=True))
+
+
 class ChannelsLast(nn.Module):
     """A layer whose states are a grid."""
 
@@ -120,6 +137,21 @@ class Skipping(Encoder):
             "does not read what blocks.1 wrote",
         ),
         (
+            Noisy(),
+            {},
+            "on the same pixels differ in eval mode",
+        ),
+        (
+            None,
+            {"preprocess": ([123.0, 116.0, 103.0], [1.0, 1.0, 1.0])},
+            "divide both by 255",
+        ),
+        (
+            None,
+            {"layers": [nn.Identity()]},
+            "each of layers must be one text",
+        ),
+        (
             None,
             {"layers": ["stages.0"]},
             "has no module 'stages.0'",
@@ -127,7 +159,7 @@ class Skipping(Encoder):
         (
             None,
             {"layers": None},
-            "a module needs layers",
+            "to read a module, give layers, too",
         ),
         (
             None,

@@ -287,6 +287,11 @@ BAD = {
     "a split without images": (["MODEL", "EMPTY"], "validation"),
     "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
     "a task without targets": (["MODEL", "DATA", "--tasks", "depth"], "no folder .*depth/training"),
+    "the name of a folder of the study": (
+        ["report=MODEL", "a=MODEL", "DATA"],
+        "'report' cannot be",
+    ),
+    "a path as a name": (["a/b=MODEL", "a=MODEL", "DATA"], "'a/b' cannot be the label"),
     "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "are both called 'a'"),
     "a model without a name": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "has no label"),
     "an unknown layer of the encoder": (

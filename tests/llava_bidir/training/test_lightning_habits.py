@@ -21,8 +21,8 @@ KEYS = {  # of a config: the error after its name
     "optimizer: {class_path: Adam}": "optimizer.class_path is no option: the optimizer is LLaVA's",
     "model: {class_path: mymod.Mine}": "model.class_path is no option: the model is always LlavaTr",
     "fit: {model: {learning_rate: 1}}": "leave out the level 'fit', below which the keys are",
-    "modle: {learning_rate: 1}": (
-        "there is no option 'modle.learning_rate'; did you mean 'model.learning_rate'?"
+    "modelx: {learning_rate: 1}": (
+        "there is no option 'modelx.learning_rate'; did you mean 'model.learning_rate'?"
     ),
     "model: {learning_rate: fast}": "model.learning_rate: expected float, got fast",
     "trainer: {precision: bf17}": "trainer.precision: expected int or transformer-engine, ",
@@ -41,7 +41,7 @@ KEYS = {  # of a config: the error after its name
     "trainer: {logger: {class_path: CSVLoger}}": (
         "trainer.logger: there is no class 'CSVLoger'; did you mean 'CSVLogger'?"
     ),
-    "model: {lora: {alhpa: 3}}": "model.lora: Lora has no option 'alhpa'; did you mean 'alpha'?",
+    "model: {lora: {alphaa: 3}}": "model.lora: Lora has no option 'alphaa'; did you mean 'alpha'?",
     "model:\n  learning_rate: 1\n data:\n": "not valid YAML in line 3, column 2, while parsing a block mapping: ",
 }
 

@@ -23,7 +23,7 @@ from probes.models.frozen_mllm import FrozenMLLM
 from probes.worlds.plant import read_pictures
 from probes.worlds.tiny_models import train
 
-SINK_LAYER = 2
+SINK_LAYER = 1
 NORM = 40.0  # of the sink, in medians of the image's tokens
 SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 ARMS = ["trained", "random0", "random1", "random2", "permuted0", "permuted1"]
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--arms", nargs="+", default=ARMS)
     options = parser.parse_args()
     torch.manual_seed(0)
     source = {mask: options.demo / mask / "stage2/hf" for mask in ("causal", "bidirectional")}
@@ -85,7 +86,7 @@ def main() -> None:
         {"causal": planted, "bidirectional": source["bidirectional"]},
         options.demo / "assets/segmentation",
         out=options.out / "study",
-        arms=ARMS,
+        arms=options.arms,
         only=["solve", "starvation", "report"],
         options={"model": {"sites": SITES}},
     )

@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 
 from .configs import configs_in, read_values
 from .errors import UserError
+from .usage_errors import did_you_mean
 
 KEY = re.compile(r'Parser key "([^"]+)":? ?')
 PROBLEM = re.compile(
@@ -58,7 +58,7 @@ def _explain(text: str, classes: Iterable[type]) -> str | None:
     if no_class := NO_CLASS.search(text):
         name = no_class.group(1)
         known = {cls.__name__ for base in classes for cls in _subclasses(base)}
-        return f"there is no class {name!r}{_meant(name, known)}"
+        return f"there is no class {name!r}{did_you_mean(name, known)}"
     given = GIVEN.search(text)
     types = [_name_type(found) for found in EXPECTED.findall(text)]
     if given is None or not types:
@@ -73,9 +73,9 @@ def _explain_problem(class_path: str, reason: str) -> str:
     module, _, name = class_path.rpartition(".")
     if unknown := re.search(r"Option '([^']+)' is not accepted", reason):
         option = unknown.group(1).partition(".")[0]
-        return f"{name} has no option {option!r}{_meant(option, _options(module, name))}"
+        return f"{name} has no option {option!r}{did_you_mean(option, _options(module, name))}"
     if "has no attribute" in reason or "No module named" in reason:
-        return f"there is no class {name!r} in {module}{_meant(name, _names(module))}"
+        return f"there is no class {name!r} in {module}{did_you_mean(name, _names(module))}"
     if inner := KEY.search(reason):
         wrong = _explain(reason[inner.end() :], ()) or reason[inner.end() :]
         return f"{name}.{inner.group(1)}: {wrong}"
@@ -112,11 +112,6 @@ def _options(module: str, name: str) -> list[str]:
     ]
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
-    meant = get_close_matches(word, [*known], 1)
-    return f"; did you mean {meant[0]!r}?" if meant else ""
-
-
 def _find_file(key: str, words: Sequence[str]) -> str | None:
     """Return the last config that sets a key, None if an option does or nothing."""
     if any(re.match(rf"--{re.escape(key)}\b", word) for word in words):
@@ -126,10 +121,8 @@ def _find_file(key: str, words: Sequence[str]) -> str | None:
             keys = [*read_values(name)]
         except (OSError, ValueError):
             continue
-        if any(
-            f"{known}.".startswith((f"{key}.",)) or f"{key}.".startswith(f"{known}.")
-            for known in keys
-        ):
+        levels = [f"{known}." for known in keys]
+        if any(x.startswith(f"{key}.") or f"{key}.".startswith(x) for x in levels):
             return name
     return None
 

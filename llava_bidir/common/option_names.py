@@ -1,14 +1,13 @@
 """Misspelt and missing options of commands that have hundreds: errors at once, without importing what defines them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .configs import configs_in, read_values
 from .errors import UserError
-from .usage_errors import ArgumentParser
+from .usage_errors import ArgumentParser, did_you_mean
 
 OF_GROUP = (
     "model",
@@ -58,7 +57,9 @@ def check_options(
             if key.startswith(f"{command}."):
                 parser.error(f"{file}: leave out the level {command!r}, below which the keys are")
             if not _is_known(f"--{key}", of_keys, groups):
-                parser.error(f"{file}: there is no option {key!r}{_meant(key, of_keys)}")
+                parser.error(
+                    f"{file}: there is no option {key!r}{did_you_mean(f'--{key}', of_keys)}"
+                )
     if any(option in ("--help", "--print_config") for option in options):
         return
     keys = [
@@ -115,12 +116,6 @@ def _read_configs(words: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         except (OSError, ValueError, UserError):
             continue
     return configs
-
-
-def _meant(key: str, names: Iterable[str]) -> str:
-    """Return the option that is most like an unknown one, for its error; "" if there is none."""
-    meant = get_close_matches(f"--{key}", names, 1)
-    return f"; did you mean {meant[0].removeprefix('--')!r}?" if meant else ""
 
 
 def _is_known(word: str, names: Iterable[str], groups: set[str]) -> bool:

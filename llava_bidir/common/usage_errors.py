@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -80,6 +80,12 @@ def natural(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
     return int(text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name, with the known one that is most like it; "" without one."""
+    meant = get_close_matches(word, [*known], 1)
+    return f"; did you mean {meant[0].removeprefix('--')!r}?" if meant else ""
 
 
 def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:

@@ -15,30 +15,21 @@ Tiny random models of the stock classes, float32, two images, two questions. A r
 """
 
 import argparse
-import copy
 import tempfile
 from pathlib import Path
 
 import tiny_families
 import torch
-from interventions import pictures, possible
+from interventions import ANSWERS, HELLO, QUESTIONS, pictures, possible, spoken
 from stock_answers import StockModel
-from tiny_families import IMAGE_ID, STOCK, WORDS, asked_ids
+from tiny_families import IMAGE_ID, STOCK
 
 import probes
 from probes.models.families import dynamic_resolution, gemma
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.measured_mask import RUNS
 
-HELLO = WORDS["hello"]
-QUESTIONS = {"hello": [HELLO], "hellohellohello": [HELLO] * 3}
-ANSWERS = ["hello", "hellohello"]
 TOKENS = 4
-
-
-def spoken(tokens: list[int]) -> str:
-    """Return ids as text, so that special ones are compared, too."""
-    return " ".join(map(str, tokens))
 
 
 def tokens_are_equal(name: str, mllm: FrozenMLLM) -> bool:
@@ -76,13 +67,7 @@ def attention_difference(name: str, mllm: FrozenMLLM) -> float:
         mllm.preprocess(images), "hello", "hellohello", average_heads=False
     )
     (answer,) = mllm.chat.answer_ids(["hellohello"])
-    model = copy.deepcopy(mllm.model)
-    model.set_attn_implementation("eager")
-    ids, is_image = asked_ids(name, [HELLO], answer)
-    with torch.no_grad():
-        output = StockModel(name, model, images).logits(ids, len(answer), output_attentions=True)
-    first = len(ids) - len(answer) - 1
-    expected = torch.cat(output.attentions)[:, :, first:-1][..., is_image]
+    expected = StockModel(name, mllm.model, images).attention([HELLO], answer)
     return (torch.cat([*found.values()]) - expected).abs().max().item()
 
 

@@ -6,12 +6,21 @@ import numpy as np
 import torch
 from PIL import Image
 from stock_answers import Change
-from tiny_families import STOCK
+from tiny_families import STOCK, WORDS
 from torch import Tensor
 
 from probes import Knockout
 
 Cut = Callable[[dict[str, Tensor]], Tensor]
+
+HELLO = WORDS["hello"]
+QUESTIONS = {"hello": [HELLO], "hellohellohello": [HELLO] * 3}
+ANSWERS = ["hello", "hellohello"]
+
+
+def spoken(tokens: list[int]) -> str:
+    """Return ids as text, in place of what a tokenizer decodes, so that special ones are compared, too."""
+    return " ".join(map(str, tokens))
 
 
 def pictures(name: str, count: int = 2) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 Ids, masks and inputs come from `tiny_families`, positions from the stock forward. Nothing is cached.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -195,6 +196,20 @@ class StockModel:
         found = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
         prompt = len(ids) if "input_ids" in inputs else 0
         return [until_end(row) for row in found[:, prompt:].tolist()]
+
+    @torch.no_grad()
+    def attention(self, question: list[int], answer: list[int]) -> Tensor:
+        """Return the weights with which an answer to a question about one image is predicted, f[L, A, n, T].
+
+        They are those of eager attention to the image's tokens.
+        """
+        model = copy.deepcopy(self.model)
+        model.set_attn_implementation("eager")
+        ids, is_image = asked_ids(self.name, question, answer)
+        eager = StockModel(self.name, model, self.images)
+        output = eager.logits(ids, len(answer), output_attentions=True)
+        first = len(ids) - len(answer) - 1
+        return torch.cat(output.attentions)[:, :, first:-1][..., is_image]
 
     @torch.no_grad()
     def generate_uncached(

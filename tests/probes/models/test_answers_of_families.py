@@ -1,15 +1,14 @@
 """Answers of every family on a tiny random model, against the stock model's own generation and forward."""
 
-import copy
 import dataclasses
 from contextlib import contextmanager
 
 import pytest
 import tiny_families
 import torch
-from interventions import pictures, possible
+from interventions import ANSWERS, HELLO, QUESTIONS, pictures, possible, spoken
 from stock_answers import StockModel
-from tiny_families import IMAGE_ID, STOCK, WORDS, asked_ids
+from tiny_families import IMAGE_ID, STOCK, asked_ids
 from tolerances import rounding
 
 import probes
@@ -21,9 +20,6 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("small_squares")]
 ALL = sorted(STOCK)
 MASKABLE = [name for name in ALL if STOCK[name].masks]
 LINEAR = [name for name in ALL if not STOCK[name].masks]
-HELLO = WORDS["hello"]
-QUESTIONS = {"hello": [HELLO], "hellohellohello": [HELLO] * 3}
-ANSWERS = ["hello", "hellohello"]
 DEPTH = 3 + 3 + 1  # encoder and adapter, layers, word head
 
 
@@ -39,11 +35,6 @@ def mllm(tmp_path_factory):
         return loaded[name]
 
     return load
-
-
-def spoken(tokens: list[int]) -> str:
-    """What `decode` of the fixture returns, so that all ids are compared, special ones included."""
-    return " ".join(map(str, tokens))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -139,13 +130,7 @@ def test_attention_of_an_answer_equals_eager_attention(name, mllm):
     )
     weights = torch.cat([*by_layer.values()])
     (answer,) = read.chat.answer_ids(["hellohello"])
-    model = copy.deepcopy(read.model)
-    model.set_attn_implementation("eager")
-    ids, is_image = asked_ids(name, [HELLO], answer)
-    with torch.no_grad():
-        output = StockModel(name, model, images).logits(ids, len(answer), output_attentions=True)
-    first = len(ids) - len(answer) - 1
-    expected = torch.cat(output.attentions)[:, :, first:-1][..., is_image]
+    expected = StockModel(name, read.model, images).attention([HELLO], answer)
     torch.testing.assert_close(weights, expected, **rounding(expected, DEPTH))
     assert (weights.sum(-1) <= 1 + 1e-5).all()
     assert (weights.sum(-1) > 0).any()

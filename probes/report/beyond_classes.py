@@ -175,7 +175,7 @@ def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
     They name the mask, unless no model has an LLM.
     """
     rows = []
-    with_llm = any(entry.get("has_llm", True) for entry in entries)
+    with_llm = any(entry["has_llm"] for entry in entries)
     for entry in entries:
         task = TASKS[entry["task"]]
         better = "higher" if task.sign > 0 else "lower"
@@ -191,7 +191,7 @@ def claim_texts(entries: list[Entry]) -> list[dict[str, str]]:
             if "seeds" in entry:
                 seed = {"seeds": f"{', '.join(map(str, entry['seeds']))} ({text.count})"}
             if with_llm:
-                seed["attention"] = text.mask if entry.get("has_llm", True) else "–"
+                seed["attention"] = text.mask if entry["has_llm"] else "–"
             cells = {
                 "claim": CLAIMS[claim["claim"]].name,
                 "effect": text.effects[0],

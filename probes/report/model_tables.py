@@ -47,7 +47,7 @@ def group_comparisons(entries: Sequence[Entry]) -> list[Comparison]:
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         about = entry["dataset"]
-        if entry.get("has_llm", True):  # results.json of earlier versions
+        if entry["has_llm"]:
             about += f", {entry['image_attention']}"
         groups.setdefault((about, entry["first"]), []).append(entry)
     return [Comparison(*key, pairs) for key, pairs in groups.items()]

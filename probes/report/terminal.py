@@ -35,11 +35,11 @@ def format_results(results: Entry) -> str:
         lines += [
             f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"
         ]
-        lines += [_format_claims(joint["claims"], joint.get("has_llm", True)), ""]
+        lines += [_format_claims(joint["claims"], joint["has_llm"]), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
         notes = [*study.get("data_notes", ()), *edge_notes(study["path_at_edge"])]
-        with_llm = study.get("has_llm", True)
+        with_llm = study["has_llm"]
         lines += [*_format_sites(study["sites"]), "", *describe_study(study)]
         lines += [*describe_table(study), ""]
         lines += [_format_claims(study["claims"], with_llm), *notes, ""]

@@ -14,7 +14,7 @@ import torch
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import Identity, describe_digest
-from probes.data.datamodule import ProbeData
+from probes.data.probe_data import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects

@@ -24,7 +24,7 @@ import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
+from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder

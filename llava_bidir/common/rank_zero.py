@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # seconds, which commands that do not train do not need
     from lightning import Trainer
 
 log = logging.getLogger(__name__)
+log.setLevel(
+    logging.INFO
+)  # what a command says, whatever the level of a notebook's or a test's root logger
 
 T = TypeVar("T")
 # Index of a process, as torchrun, Slurm and Lightning tell it before the processes have met

@@ -78,6 +78,7 @@ class ProbeData:
         self.num_classes = len(self.classes)
         self.batch_size = config.batch_size
         self.num_workers = limit_workers(config.num_workers)
+        self.seed = seed
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []
         self._sources: dict[str, Dataset] = {}

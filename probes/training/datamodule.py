@@ -48,7 +48,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
             self.batch_size,
             rank(),
             rank_count(),
-            self.settings["seed"],
+            self.seed,
         )
         batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0

@@ -21,8 +21,9 @@ from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
-from probes.models.module_sources import absolute_source, is_source
+from probes.models.module_sources import absolute_source
 from probes.models.sites import last_layer
+from probes.models.source_names import is_source
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 

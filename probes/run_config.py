@@ -1,7 +1,7 @@
 """Options of probe runs, as values: what `probes fit` and `probes solve` make from, and what a study passes on to them.
 
 An option is a field here, with its type, default and description; the parsers of the commands are made of them. The
-model's and the data's are also the arguments of `ProbeModule` and `ProbeData`, which LightningCLI parses for `fit`.
+model's and the data's are also the arguments of `ProbeModule` and `ProbeDataModule`, which LightningCLI parses for `fit`.
 Nothing here imports torch or Lightning.
 """
 

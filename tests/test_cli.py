@@ -134,7 +134,7 @@ OF_PROBES = [("probes", name) for name in ("solve", "verify-data", "study")]
 
 
 def test_options_of_a_run_are_those_that_lightning_parses(capsys):
-    """A field of `run_config.py` that `ProbeModule` or `ProbeData` did not take would have no effect."""
+    """A field of `run_config.py` that `ProbeModule` or `ProbeDataModule` did not take would have no effect."""
     with pytest.raises(SystemExit):
         probes.cli.main(["fit", "--help-all"])
     text = capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 Intervals (95%) are of the difference, over the same resamplings of the photos for both models; that of the best layers
 holds whichever layers are best. Models of different depth are compared at equal relative depth. One training each: what
-another one would change is in no interval.
+another one would change is in no interval. Classes are compared at the best layers, by intervals that hold for all
+classes together.
 
 Shapes: S sites, N images, K classes, R resamplings.
 """
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import holm, simultaneous_band
+from llava_bidir.common.bootstrap import simultaneous_band
 from llava_bidir.common.errors import UserError
 from probes.evaluation.estimate import Estimate
 from probes.models.sites import is_layer, layer_number
@@ -33,7 +34,7 @@ def compare_models(studies: Sequence[StudyRuns]) -> list[Entry]:
 
     Each has "dataset", "image_attention", "has_llm", the names "first" and "second", "images", "groups", "sites" with
     the scores of both and their difference by site, the same of "best" layers, and of the IoU of each class there in
-    "classes".
+    "classes". "unconverged" lists the sites of either whose solved probe has no certificate.
     "left_out" says why two runs are not compared: their probes were made in different ways.
     """
     entries = []
@@ -74,6 +75,7 @@ def compare_runs(first: ProbeRun, second: ProbeRun) -> Entry:
         "sites": sites,
         "best": None,
         "classes": [],
+        "unconverged": {"first": unconverged_sites(first), "second": unconverged_sites(second)},
     }
     if first.peak_layer is None or second.peak_layer is None:
         return entry
@@ -81,8 +83,18 @@ def compare_runs(first: ProbeRun, second: ProbeRun) -> Entry:
     names = {"site": first.peak_layer, "second_site": second.peak_layer}
     entry["best"] = names | difference_of_best(*of_layers)
     ious = [_class_ious(run, run.peak_layer) for run in (first, second)]
-    entry["classes"] = _compare_classes(first.metrics["classes"], *ious)
+    entry["classes"] = compare_classes(first.metrics["classes"], *ious)
     return entry
+
+
+def unconverged_sites(run: ProbeRun) -> list[str]:
+    """Return the sites whose solved probe has no certificate of convergence; [] of trained probes."""
+    if not run.is_solved:
+        return []
+    chosen = run.strengths.neighbours()["chosen"]
+    return [
+        site for i, site in enumerate(run.sites) if not run.strengths.has_converged(chosen, [i])
+    ]
 
 
 def pair_sites(first: ProbeRun, second: ProbeRun) -> list[tuple[str, str]]:
@@ -188,18 +200,27 @@ def _compare_estimates(first: Estimate, second: Estimate) -> Entry:
     }
 
 
-def _compare_classes(names: list[str], first: Tensor, second: Tensor) -> list[Entry]:
-    """Return the differences of IoU f64[1 + R, K] by class, with two-sided p-values corrected for their number."""
-    entries = []
-    for k, name in enumerate(names):
-        ious = [Estimate.from_vector(x[:, k].nan_to_num()) for x in (first, second)]
-        if first[0, k].isnan() or second[0, k].isnan():
-            continue
-        difference = ious[1] - ious[0]
-        p = min(1.0, 2 * min(difference.p(sign) for sign in (-1, 1)))
-        entries.append({"class": name} | _compare_estimates(*ious) | {"p": p})
-    corrected = holm([entry["p"] for entry in entries])
-    return [entry | {"p_corrected": p} for entry, p in zip(entries, corrected, strict=True)]
+def compare_classes(names: Sequence[str], first: Tensor, second: Tensor) -> list[Entry]:
+    """Return the differences of IoU f64[1 + R, K] by class, with 95% intervals that hold for all classes together.
+
+    A class that is neither labelled nor predicted by either model is left out.
+    """
+    known = [k for k in range(len(names)) if not (first[0, k].isnan() or second[0, k].isnan())]
+    if not known:
+        return []
+    ious = [x[:, known].nan_to_num() for x in (first, second)]
+    differences = ious[1] - ious[0]
+    low, high = simultaneous_band(differences[0], differences[1:])
+    return [
+        {
+            "class": names[k],
+            "first": ious[0][0, i].item(),
+            "second": ious[1][0, i].item(),
+            "difference": differences[0, i].item(),
+            "ci95": [low[i].item(), high[i].item()],
+        }
+        for i, k in enumerate(known)
+    ]
 
 
 def differs(entry: Entry) -> bool:
@@ -223,26 +244,32 @@ def comparison_rows(entries: Sequence[Entry]) -> Rows:
             row = about | of
             row |= {"first_site": x.get("site"), "second_site": x.get("second_site")}
             row |= {key: x[key] for key in ("first", "second", "difference")}
-            rows.append(row | bounds(x["ci95"]) | {"p_corrected": x.get("p_corrected")})
+            rows.append(row | bounds(x["ci95"]))
     return rows
 
 
 def comparisons_in_points(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the differences of two models, b minus a, in points of mIoU: of their sites, then of their best layers.
+    """Return the differences of two models, b minus a, in points: of sites, then best layers, then classes at these.
 
-    Each has "dataset", "image_attention", "of" ("site" or "best layer"), the names "a" and "b", "site_a", "site_b",
-    "value" and "ci95".
+    Each has "dataset", "image_attention", "of" ("site", "best layer" or "class"), the names "a" and "b", "site_a",
+    "site_b", "value" and "ci95"; that of a class also "class". The intervals of all classes hold together.
     """
     found = []
-    for row in comparison_rows(entries):
-        if row["first_site"] is None:  # the IoU of a class
+    for entry in entries:
+        if "left_out" in entry:
             continue
-        about = {key: row[key] for key in ("dataset", "image_attention")}
-        about["of"] = BEST_LAYER if row["of"] == BEST_LAYER else "site"
-        found.append(
-            about
-            | {"a": row["first_model"], "b": row["second_model"]}
-            | {"site_a": row["first_site"], "site_b": row["second_site"]}
-            | {"value": 100 * row["difference"], "ci95": [100 * row[x] for x in ("low", "high")]}
-        )
+        about = {key: entry[key] for key in ("dataset", "image_attention")}
+        best = [entry["best"]] if entry["best"] else []
+        for of, numbers in (
+            ("site", entry["sites"]),
+            (BEST_LAYER, best),
+            ("class", entry["classes"]),
+        ):
+            for x in numbers:
+                at = entry["best"] if of == "class" else x
+                row = about | {"of": of, "a": entry["first"], "b": entry["second"]}
+                row |= {"site_a": at["site"], "site_b": at["second_site"]}
+                row |= {"class": x["class"]} if of == "class" else {}
+                ci95 = [100 * bound for bound in x["ci95"]]
+                found.append(row | {"value": 100 * x["difference"], "ci95": ci95})
     return found

@@ -62,6 +62,7 @@ class Sample(SimpleNamespace):
             peak_layer=SITES[scores.argmax()],
             task=CLASSES_TASK,
             groups=None,
+            is_solved=False,
             weights=bootstrap_weights(len(images), RESAMPLINGS),
             metrics={"images": len(images), "classes": [f"class {k}" for k in range(classes)]},
         )

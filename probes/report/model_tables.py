@@ -10,12 +10,13 @@ from probes.results.formatting import (
     Entry,
     Rows,
     format_interval,
+    format_p,
     format_percent,
     format_points,
     format_score,
 )
 
-from .model_comparison import BEST_LAYER, differs
+from .model_comparison import BEST_LAYER, class_differs, differs
 
 NAMED_CLASSES = 5  # in a sentence
 Cells = dict[str, str]  # of a row, by the titles of the columns
@@ -81,14 +82,14 @@ def describe_comparison(entry: Entry) -> list[str]:
 
 def _describe_classes(classes: Sequence[Entry]) -> str:
     """Return which classes are read better or worse at the best layers."""
-    found = sorted(filter(differs, classes), key=lambda x: -abs(x["difference"]))
+    found = sorted(filter(class_differs, classes), key=lambda x: -abs(x["difference"]))
     if not found:
-        return f"IoU there: none of {len(classes)} classes is shown to differ."
+        return f"IoU at the best layers: none of {len(classes)} classes is shown to differ."
     text = ", ".join(f"{x['class']} {_format_difference(x)}" for x in found[:NAMED_CLASSES])
     most = "most: " * (len(found) > NAMED_CLASSES)
     return (
-        f"IoU there differs in {len(found)} of {len(classes)} classes: {most}{text} points "
-        "(intervals for all classes together)."
+        f"IoU at the best layers differs in {len(found)} of {len(classes)} classes: {most}{text} points "
+        "(tested together)."
     )
 
 
@@ -128,7 +129,10 @@ def pair_table(entry: Entry) -> list[Cells]:
 def classes_of_pair(entry: Entry) -> list[Cells]:
     """Return the IoU of each class at the best layers of two models, the greatest difference first."""
     classes = sorted(entry.get("classes", []), key=lambda x: -abs(x["difference"]))
-    return [{"class": x["class"]} | _score_cells(entry, x) for x in classes]
+    return [
+        {"class": x["class"]} | _score_cells(entry, x) | {"p": format_p(x["p_corrected"])}
+        for x in classes
+    ]
 
 
 def _pair_cells(entry: Entry, site: str, row: Entry) -> Cells:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from probes.cli import main
 from probes.evaluation.estimate import Estimate
 from probes.report.model_comparison import (
+    class_differs,
     compare_runs,
     difference_of_best,
     differs,
@@ -96,9 +97,11 @@ def test_a_class_that_a_model_does_not_tell_is_named(write, report):
     names = ProbeRun(first).metrics["classes"]
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
-    found = {x["class"] for x in entry["classes"] if differs(x)}
+    found = {x["class"] for x in entry["classes"] if class_differs(x)}
     assert found == {names[0], names[1]}, "the other one loses by what it is taken for"
-    line = next(x for x in printed.splitlines() if x.startswith("IoU there differs in 2 of"))
+    line = next(
+        x for x in printed.splitlines() if x.startswith("IoU at the best layers differs in 2 of")
+    )
     assert line.index(names[1]) < line.index(names[0]), "the greatest loss first"
 
 

@@ -12,8 +12,8 @@ rows have 8 x 8 tokens:
     NAME       an MLLM with 8 x 8 image tokens: encoder, adapter, five of its layers
 
 OUT/DATA/ROW is a run of `probes solve`, OUT/DATA/ROW.fit one of `probes fit` as in the paper (AdamW, 1e-3, batches of
-64, 20 epochs), and OUT/DATA/ROW/patch_protocols.json has the rest (patch_protocols.py). What is there is kept. Then
-Markdown tables are printed.
+64, 20 epochs), ROW.fit8 the same with batches of 8, and OUT/DATA/ROW/patch_protocols.json has the rest
+(patch_protocols.py). What is there is kept. Then Markdown tables are printed.
 
 A state is a site of a row. Shapes: R resamplings, S states.
 """
@@ -42,7 +42,9 @@ MLLM_SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30, final_n
 SHARED = ["--model.image_resize", "squash", "--data.num_workers", "0"]
 ADAMW = "--trainer.max_epochs 20 --trainer.max_steps -1 --trainer.val_check_interval 1.0"
 ADAMW += " --trainer.check_val_every_n_epoch 1 --data.cache_features true"
-PROTOCOLS = ("best epoch", "20 epochs", "patch labels", "kNN")
+BATCHES = {"fit": 64, "fit8": 8}
+PATCHES = ("patch labels", "kNN")
+PROTOCOLS = ("best epoch", "20 epochs", "20 epochs, batches of 8", *PATCHES)
 
 
 def row_options(dinov2: str, mllms: list[str]) -> dict[str, list[str]]:
@@ -72,8 +74,7 @@ def make(
     if (run / "metrics.json").is_file():
         return
     words = [kind, "-c", "folder", "--data.root", str(data), "--data.name", data.name]
-    words += [*options, *SHARED, *(ADAMW.split() if kind == "fit" else [])]
-    command = [sys.executable, "-m", "probes", *words, "--out", str(run)]
+    command = [sys.executable, "-m", "probes", *words, *options, *SHARED, "--out", str(run)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
@@ -98,14 +99,18 @@ def read_states(folder: Path) -> States:
     scores: dict[str, list[float]] = {name: [] for name in PROTOCOLS}
     for row in PROTOCOL_ROWS:
         run = ProbeRun(folder / row)
-        fitted = {x["site"]: x for x in ProbeRun(folder / f"{row}.fit").metrics["sites"]}
+        fitted, by_8 = (
+            {x["site"]: x for x in ProbeRun(folder / f"{row}.{kind}").metrics["sites"]}
+            for kind in BATCHES
+        )
         patches = read_json(folder / row / "patch_protocols.json")
         for site, score in run.site_scores().items():
             names.append((row, site))
             exact.append(score.vector)
             scores["best epoch"].append(fitted[site]["miou"])
             scores["20 epochs"].append(fitted[site]["history"][-1])
-            for name in ("patch labels", "kNN"):
+            scores["20 epochs, batches of 8"].append(by_8[site]["history"][-1])
+            for name in PATCHES:
                 scores[name].append(patches[site][name])
     by_protocol = {name: torch.tensor(x, dtype=torch.float64) for name, x in scores.items()}
     return States(names, torch.stack(exact, 1), by_protocol)
@@ -127,15 +132,15 @@ def print_best(folder: Path, rows: list[str]) -> None:
         print("|", " | ".join(cells), "|")
 
 
-def print_sites(folder: Path, rows: list[str]) -> None:
-    """Print the score of each site of each row."""
-    for row in rows:
-        for site, score in ProbeRun(folder / row).site_scores().items():
-            print(
-                "|",
-                " | ".join([folder.name, row, site, format_score(score.value, score.ci95)]),
-                "|",
-            )
+def print_sites(folders: list[Path], row: str) -> None:
+    """Print the score of each site of a row, with the half width of its interval, on each data set."""
+    by_data = [ProbeRun(folder / row).site_scores() for folder in folders]
+    for site in by_data[0]:
+        cells = [row, site]
+        for scores in by_data:
+            half = (scores[site].ci95[1] - scores[site].ci95[0]) / 2
+            cells.append(f"{format_percent(scores[site].value)} ± {format_percent(half)}")
+        print("|", " | ".join(cells), "|")
 
 
 def told_apart(exact: torch.Tensor) -> torch.Tensor:
@@ -203,7 +208,9 @@ def main() -> None:
         for row, options in rows.items():
             make("solve", data, options, folder / row)
         for row in PROTOCOL_ROWS:
-            make("fit", data, rows[row], folder / f"{row}.fit")
+            for kind, batch in BATCHES.items():
+                words = ["--data.batch_size", str(batch), *ADAMW.split()]
+                make("fit", data, [*rows[row], *words], folder / f"{row}.{kind}")
             if not (folder / row / "patch_protocols.json").is_file():
                 script = str(HERE / "patch_protocols.py")
                 subprocess.run(
@@ -211,10 +218,10 @@ def main() -> None:
                     check=True,
                     env=os.environ,
                 )
-    for print_table in (print_best, print_sites):
-        for folder in folders:
-            print_table(folder, list(rows))
-        print()
+    for folder in folders:
+        print_best(folder, list(rows))
+    for row in rows:
+        print_sites(folders, row)
     for folder in folders:
         print_protocols(folder)
 

@@ -107,6 +107,7 @@ ModelTraining = TypedDict(
     {
         "encoder": TypedDict("Encoder", {"name": str}),
         "llm": str,
+        "name": str,
         "val/answer_accuracy": Number,
     },
     total=False,

@@ -28,7 +28,7 @@ from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import cross_validated_layers
+from probes.evaluation.layer_effects import cross_validated_layers, image_folds
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.report.model_comparison import compare_runs, differs
 
@@ -110,8 +110,12 @@ def population(scene: str, quality: list[float], seed: int) -> torch.Tensor:
 
 
 def cross_validated(sample: Sample) -> Estimate:
-    """Return the score with each image read at the layer that is best on other ones."""
-    return sample.chosen_score(cross_validated_layers(SITES, CLASSES_TASK, sample.sums))
+    """Return the score with each image read at the layer that is best on other ones, kept in all resamplings."""
+    images = sample.sums.shape[1]
+    fold = image_folds(images, None)
+    everything = torch.ones(1, images).double()
+    (layers,) = cross_validated_layers(CLASSES_TASK, sample.sums.double(), fold, everything)
+    return sample.chosen_score(layers[fold])
 
 
 def best_here(sample: Sample) -> Estimate:

@@ -217,7 +217,7 @@ def unread_notes(
 
     def record(index: int, args: tuple, output: Tensor) -> None:
         if index == len(paths):
-            normed.append(args[0].clone())
+            normed.extend(args[:1])
         elif isinstance(output, Tensor) and output.shape[-1] == trace[0].entered.shape[-1]:
             ran.append(paths[index])
 
@@ -245,8 +245,10 @@ def _is_part_of(entered: Tensor, states: Tensor) -> bool:
     read = entered.flatten(1, -2) if entered.ndim > 2 else entered[:, None]
     if len(read) != len(states) or read.shape[-1] != states.shape[-1]:
         return False
-    means = [states[:, first:].mean(1, keepdim=True) for first in range(states.shape[1])]
-    known = torch.cat([states, *means], 1).float()
+    states = states.float()
+    counts = torch.arange(states.shape[1], 0, -1, device=states.device)
+    means = states.flip(1).cumsum(1).flip(1) / counts[:, None]  # of the last 1 to N tokens
+    known = torch.cat([states, means], 1)
     nearest = torch.cdist(read.float(), known).amin(-1)
     return bool((nearest <= TOLERANCE * known.norm(dim=-1).amax()).all())
 

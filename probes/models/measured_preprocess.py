@@ -22,9 +22,8 @@ SQUARE = (64, 64)  # of a photo that needs no padding
 FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS)
 MOST_CROPPED = 1.34  # side before a crop in units of the side after; timm's is 1.14, or less
 TOLERANCE = 1e-3  # of normalised values, which are of the size of 1
-LEVEL = (
-    1 / 255
-)  # of pixels: the mean colour, with which a preprocessing may pad, is between two levels
+# Of pixels: the mean colour, with which a preprocessing may pad, is between two levels.
+LEVEL = 1 / 255
 EXPECTED = (
     "expected (mean, std) of three channels, for pixels of 0 to 1, or a function of a PIL image that returns a tensor "
     "f[3, S, S]"

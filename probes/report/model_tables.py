@@ -65,7 +65,9 @@ def describe_comparison(entry: Entry) -> list[str]:
         return [entry["left_out"]]
     lines = [_describe_best(entry)] if entry["best"] else []
     differing = [entry["site"] for entry in entry["sites"] if differs(entry)]
-    lines.append(f"Sites that differ, by themselves: {', '.join(differing) or 'none'}.")
+    # the sentence about best layers has said which two models
+    which = "" if entry["best"] else f" ({entry['second']} − {entry['first']})"
+    lines.append(f"Sites that differ, by themselves{which}: {', '.join(differing) or 'none'}.")
     if entry["classes"]:
         lines.append(_describe_classes(entry["classes"]))
     unconverged = entry["unconverged"]

@@ -211,6 +211,16 @@ def test_a_study_of_two_models_keeps_labels_and_order(write, report, tmp_path):
     )
 
 
+@pytest.mark.parametrize("masks", [("causal", "causal"), ("causal", "bidirectional")])
+def test_a_model_of_a_study_is_not_compared_with_itself(write, report, tmp_path, masks):
+    study = study_of_two(write, tmp_path, masks)
+    with pytest.raises(SystemExit) as raised:
+        report(f"A={study}", f"B={study}/after")
+    said = str(raised.value)
+    assert f"{study}/after/trained is passed twice, as 'A" in said and "and 'B': one model" in said
+    assert not (tmp_path / "report/results.json").exists()
+
+
 def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):
     study = study_of_two(write, tmp_path, ("causal", "bidirectional"))
     runs = [ProbeRun(study / label / "trained") for label in ("zero", "after")]

@@ -77,6 +77,7 @@ from .model_comparison import (
     comparisons_in_points,
 )
 from .model_tables import (
+    classes_of_pair,
     dataset_table,
     describe_comparison,
     group_comparisons,
@@ -102,6 +103,7 @@ def to_anchor(heading: str) -> str:
 FILTERS = {  # of the page's template
     "anchor": to_anchor,
     "claim_notes": claim_notes,
+    "classes_of_pair": classes_of_pair,
     "describe_comparison": describe_comparison,
     "describe_study": describe_study,
     "describe_table": describe_table,

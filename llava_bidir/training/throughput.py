@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from llava_bidir.common.errors import UserError
 
-from .flops import ModelFlops, count_flops, peak_flops
+from .flops import ModelFlops, peak_flops
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
 TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
@@ -43,7 +43,7 @@ class Throughput(Callback):
         self.peak = self._peak(trainer, pl_module.device)
         if self.peak is not None:
             with trainer.precision_plugin.forward_context():
-                self.flops = count_flops(pl_module.model, pl_module.black_image())
+                self.flops = pl_module.count_flops()
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
 

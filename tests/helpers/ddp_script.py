@@ -30,6 +30,7 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
 from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
+from llava_bidir.training.fsdp2_strategy import FSDP2
 from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
@@ -49,6 +50,8 @@ THRESHOLDS = (
 def build_strategy(name: str, **options):
     if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
+    if name == "fsdp2":
+        return FSDP2(timeout_minutes=TIMEOUT_MINUTES)
     file = f"configs/cluster/{name}.yaml"
     config = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]

@@ -23,6 +23,7 @@ import torch
 import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
 
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
 from llava_bidir.data.datamodule import InstructionData
@@ -92,6 +93,8 @@ def prepare(
     epochs: int = 2,
     batch_size: int = 4,
     strategy_options=(),
+    clip: float | None = None,
+    trainable=("adapter", "llm"),
     **settings,
 ):
     torch.manual_seed(0)
@@ -102,7 +105,7 @@ def prepare(
         "adapter_learning_rate": 5e-3,
         "max_new_tokens": 3,
     }
-    module = LlavaTraining(encoder, llm, ["adapter", "llm"], **settings)
+    module = LlavaTraining(encoder, llm, list(trainable), **settings)
     folder = SPEC["conversations"]
     data = InstructionData(
         f"{folder}/data.json",
@@ -119,6 +122,7 @@ def prepare(
         devices=SPEC["processes"],
         strategy=build_strategy(strategy, **dict(strategy_options)),
         precision=precision,
+        gradient_clip_val=clip,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
         default_root_dir=OUT / f"{strategy}-{precision}",
@@ -151,9 +155,13 @@ def fit(
         for name, p in parameters
         if hasattr(p, "ds_id")
     }
+    shares |= {
+        name: (p.to_local().numel(), p.numel()) for name, p in parameters if isinstance(p, DTensor)
+    }
     with gather_parameters(module.model):
         weights = {
-            name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+            for name, tensor in module.model.state_dict().items()
         }
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     results = {
@@ -200,6 +208,49 @@ def without_dropout(strategy, precision):
 def tokens(strategy, precision):
     """Average over the tokens of a step, which the ranks count together."""
     return fit(strategy, precision, epochs=1, loss_average="tokens")
+
+
+def twenty_steps(strategy, precision):
+    """Train for 21 steps of two micro-batches a rank."""
+    return fit(strategy, precision, epochs=7)
+
+
+def clipped(strategy, precision):
+    """Clip gradients, decay weights, average over tokens and recompute layers."""
+    return fit(
+        strategy,
+        precision,
+        clip=1.0,
+        weight_decay=0.1,
+        loss_average="tokens",
+        gradient_checkpointing=True,
+    )
+
+
+def stage1(strategy, precision):
+    """Train the adapter alone."""
+    return fit(strategy, precision, trainable=["adapter"], callbacks=[ExportModel()])
+
+
+def tied(strategy, precision):
+    """Train an LLM whose head is its word embedding."""
+    return fit(strategy, precision, llm="tied_llm", callbacks=[ExportModel()])
+
+
+def lora(strategy, precision):
+    """Train updates of an LLM in bfloat16."""
+    return fit(
+        strategy,
+        precision,
+        lora={"r": 4, "alpha": 8, "dropout": 0.0},
+        frozen_dtype="bfloat16",
+        callbacks=[ExportModel()],
+    )
+
+
+def compiled(strategy, precision):
+    """Compile the layers."""
+    return fit(strategy, precision, epochs=1, compile=True)
 
 
 def many_micro_batches(strategy, precision, **options):

@@ -67,12 +67,7 @@ class FSDP2(ModelParallelStrategy):
         """Shard the model that the block has built, unless it is."""
         yield
         if not isinstance(self.lightning_module, FSDPModule):
-            mixed = self.precision_plugin.precision == "bf16-mixed"
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if mixed else None,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=False,  # autocast does so; a loss's weight stays in fp32
-            )
+            policy = mixed_precision(self.precision_plugin.precision)
             shard(self.lightning_module, self.device_mesh["data_parallel"], policy)
 
     # ------------------------------------------------------------------------- checkpoints
@@ -99,8 +94,9 @@ class FSDP2(ModelParallelStrategy):
         def gather(value: Any) -> Any:
             if isinstance(value, DTensor):
                 value = value.full_tensor()
-            is_kept = self.is_global_zero and isinstance(value, Tensor)
-            return value.cpu() if is_kept else None if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            return value.cpu() if self.is_global_zero else None
 
         gathered = tree_map(gather, state)
         return gathered if self.is_global_zero else {}
@@ -113,9 +109,9 @@ class FSDP2(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load this rank's shards of the weights."""
-        parameters = dict(self.lightning_module.named_parameters())
+        shards = self.lightning_module.state_dict()  # parameters may be gathered
         state = {
-            name: take_shard(tensor, parameters[name])
+            name: take_shard(tensor, shards[name])
             for name, tensor in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(state, strict=strict)
@@ -129,6 +125,19 @@ class FSDP2(ModelParallelStrategy):
                 for i, moments in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shards})
+
+
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """Return the dtypes in which weights are gathered and gradients are summed.
+
+    Args:
+        precision: Lightning's name: bf16-mixed, 32-true, ...
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does so, and leaves the weight of a loss in fp32
+    )
 
 
 def shard(module: LightningModule, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
@@ -150,9 +159,9 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def take_shard(value: Any, parameter: nn.Parameter) -> Any:
+def take_shard(value: Any, parameter: Tensor) -> Any:
     """Return this rank's shard of a complete tensor of a parameter; other values, such as a count of steps, as is."""
-    if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
+    if getattr(value, "shape", None) != parameter.shape:
         return value
     return distribute_tensor(
         value.to(parameter.device),

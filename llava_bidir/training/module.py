@@ -346,7 +346,12 @@ class LlavaTraining(LightningModule):
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Log the loss of the step, and the gradient norm, except under ZeRO."""
+        """Log the loss of the step, and the gradient norm, except under ZeRO.
+
+        Under ZeRO, which accumulates gradients itself, Lightning calls this after each micro-batch.
+        """
+        if self.trainer.fit_loop._should_accumulate():
+            return
         self._log_step()
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return

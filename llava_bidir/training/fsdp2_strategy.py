@@ -39,6 +39,8 @@ FORWARD_METHODS = ("training_step", "validation_step", "test_step", "count_flops
 class FSDP2(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, which shards the model after it is built.
 
+    Private in Lightning: `_setup_distributed`, `_data_parallel_size`.
+
     Args:
         timeout_minutes: Time that a rank waits for the others before the run fails.
     """
@@ -51,7 +53,13 @@ class FSDP2(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Set up the ranks and one group of all devices: Lightning's "auto" would be a group for each node's."""
+        """Set up the ranks and, for a module, one group of all devices: Lightning's "auto" is one device of each node.
+
+        The ranks are set up before `fit`, too, to agree on what it does.
+        """
+        if self.lightning_module is None:
+            self._setup_distributed()
+            return
         self._data_parallel_size = self.world_size
         super().setup_environment()
 

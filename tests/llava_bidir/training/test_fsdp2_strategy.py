@@ -3,11 +3,15 @@
 One set of processes executes many runs of tests/helpers/ddp_script.py, as in test_deepspeed_strategy.py.
 """
 
+import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+from processes import run_ranks
 from training_runs import result, results, start, write_spec
 
 import llava_bidir.cli
@@ -25,15 +29,14 @@ AS_ONE = {  # run without dropout: (precision, tolerance)
 }
 ALSO = {"bf16-true": "without_dropout", "32-true": "as_on_gpus"}  # as `without_dropout` of one process
 SAVED = ("32-true", "bf16-mixed")
-OTHERS = {  # run of FSDP2: the same under another strategy
-    "fsdp2:twenty_steps:32-true": ["ddp:twenty_steps:32-true"],
-    "fsdp2:lora:bf16-mixed": ["ddp:lora:bf16-mixed"],
+OTHERS = {  # run under another strategy: tolerance of its losses
+    "ddp:lora:bf16-mixed": 2e-2,
+    "ddp:twenty_steps:32-true": 1e-5,
+    "zero3:twenty_steps:32-true": 1e-5,
 }
-if find_spec("deepspeed"):
-    OTHERS["fsdp2:twenty_steps:32-true"].append("zero3:twenty_steps:32-true")
-PAIRS = [(run, other) for run, others in OTHERS.items() for other in others]
+if find_spec("deepspeed") is None:
+    del OTHERS["zero3:twenty_steps:32-true"]
 RUNS = [
-    *(other for _, other in PAIRS),
     "fsdp2:lora:bf16-mixed",
     *(f"fsdp2:{run}:{precision}" for run, (precision, _) in AS_ONE.items()),
     *(f"fsdp2:{run}:{precision}" for precision, run in ALSO.items()),
@@ -42,6 +45,7 @@ RUNS = [
     "fsdp2:compiled:32-true",
     "ddp:without_dropout:32-true",
     "fsdp2:without_dropout:32-true",
+    *OTHERS,
 ]
 
 
@@ -108,14 +112,15 @@ def test_two_processes_train_as_one(run, one, two):
             torch.testing.assert_close(ranks[0]["weights"][name], weight, **near)
 
 
-@pytest.mark.parametrize(("run", "other"), PAIRS)
-def test_losses_are_those_of_other_strategies(run, other, two):
+@pytest.mark.parametrize("other", OTHERS)
+def test_losses_are_those_of_other_strategies(other, two):
     """Of 21 steps of two micro-batches, and of updates of an LLM in bfloat16."""
-    found, expected = (results(two, name) for name in (run, other))
+    strategy, _, run = other.partition(":")
+    found, expected = (results(two, f"{name}:{run}") for name in ("fsdp2", strategy))
     assert len(found[0]["losses"]) >= (2 * 20 if "twenty" in run else 12)
-    assert_same_training(together(found), together(expected), 1e-5)
+    assert_same_training(together(found), together(expected), OTHERS[other])
     for name, value in expected[0]["metrics"].items():
-        assert found[0]["metrics"][name] == pytest.approx(value, abs=1e-5), name
+        assert found[0]["metrics"][name] == pytest.approx(value, abs=OTHERS[other]), name
 
 
 def test_compiled_layers_compute_the_same(one, two):
@@ -190,18 +195,18 @@ def read_export(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_export_merges_the_updates_of_lora(two):
-    """They are as large as in the export of DDP."""
-    kinds = ("ddp", "fsdp2")
-    expected, found = (read_export(two / f"lora-{kind}-bf16-mixed/hf") for kind in kinds)
-    frozen = {
-        name.replace(".base_layer", ""): weight
-        for name, weight in result(two, "ddp:lora:bf16-mixed")["weights"].items()
-    }
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        update = (weight - frozen[name].to(weight.dtype)).norm()
-        assert (found[name] - weight).norm() <= 1e-2 * update, name
-        assert update > 0 or "proj.weight" not in name or "language_model" not in name
+    """Those of all processes, with alpha / r = 2."""
+    memory = result(two, "fsdp2:lora:bf16-mixed")["weights"]
+    written = read_export(two / "lora-fsdp2-bf16-mixed/hf")
+    merged = [name.partition(".base_layer")[0] for name in memory if ".base_layer" in name]
+    assert len(merged) == 3 * 7, "layers of three blocks"
+    for name in merged:
+        base, a, b = (
+            memory[f"{name}.{part}.weight"].float()
+            for part in ("base_layer", "lora_A.default", "lora_B.default")
+        )
+        assert b.norm() > 0
+        assert torch.equal(written[f"{name}.weight"], (base + 2 * (b @ a)).bfloat16()), name
 
 
 def test_export_of_tied_embeddings_equals_the_weights_of_all_processes(two):
@@ -233,3 +238,36 @@ def test_checkpoint_is_validated_as_in_the_run(two):
     for run, again in zip(during, after, strict=True):
         validated = {key: x for key, x in run["metrics"].items() if key.startswith("val/")}
         assert again["metrics"] == validated
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+def fit(parts, conversations, out: Path) -> None:
+    """Run `llava-bidir fit -c fsdp2` on two processes, with a checkpoint after each step and a final one."""
+    options = f"""-c fsdp2 --trainer.accelerator cpu --trainer.devices 2 --trainer.precision 32-true
+        --data.micro_batch_size 1 --trainer.max_epochs 2 --ckpt_path last --out {out}
+        --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=1
+        --trainer.callbacks.save_top_k=-1 --trainer.callbacks+=ModelCheckpoint"""
+    words = [*tiny_models.training_arguments(parts, conversations), *options.split()]
+    logs = out.with_name(f"{out.name}-logs")
+    logs.mkdir()
+    codes, log = run_ranks([sys.executable, "-m", "llava_bidir", "fit", *words], logs)
+    assert codes == [0, 0], log
+
+
+def test_command_resumes_to_the_export_of_an_undisturbed_run(parts, conversations, tmp_path):
+    fit(parts, conversations, tmp_path / "undisturbed")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "undisturbed", resumed)
+    shutil.rmtree(resumed / "hf")
+    saved = sorted((resumed / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(saved) > 3
+    for later in saved[2:]:
+        later.unlink()
+    fit(parts, conversations, resumed)
+    llava_bidir.cli.main(["export", str(resumed), str(tmp_path / "hf")])
+    expected = read_export(tmp_path / "undisturbed/hf")
+    for folder in (resumed / "hf", tmp_path / "hf"):
+        written = read_export(folder)
+        assert written.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert torch.equal(weight, written[name]), name

@@ -1,14 +1,14 @@
 """FSDP2, `torch.distributed.fsdp.fully_shard`, for Lightning: ZeRO-3 without DeepSpeed, on GPUs and on CPU processes.
 
-Parameters, gradients and optimizer state are sharded over all devices. A unit is gathered when it computes, and released
-afterwards: each layer of LLM and encoder is one, and the module of the training is the unit of what is left: adapter,
-word embeddings, head and norms. Tied embeddings are thereby in one unit.
+Parameters, gradients and optimizer state are sharded over all devices. A unit is gathered when it computes, and
+released afterwards: each layer of LLM and encoder is one, and the module of the training is the unit of the rest:
+adapter, word embeddings, head and norms. Tied embeddings are thereby in one unit.
 
-With precision bf16-mixed, weights are gathered in bf16, their fp32 masters are sharded, and gradients are summed in fp32.
+With precision bf16-mixed, weights are gathered in bf16 from sharded fp32 masters, and gradients are summed in fp32.
 
-Checkpoints are files, the same as those of one process and DDP: rank 0 writes gathered tensors, each rank reads its shard.
-A run resumes on any number of devices, also without FSDP2. Rank 0 needs host memory for trained weights and two moments,
-81 GB for 6.8 billion weights; ZeRO writes shards. While a model is built, each rank has all of it in host memory.
+Checkpoints are the files of one process and DDP: rank 0 writes complete tensors, and each rank reads its shards. So a
+run resumes on any number of devices, also without FSDP2. Rank 0 needs host memory for trained weights and two moments,
+82 GB for 6.8 billion weights; ZeRO writes shards. While the model is built, each rank has all of it in host memory.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Reading of training checkpoints, of DDP, FSDP2 and ZeRO, into a model in memory. `llava-bidir export` and `fit` use it."""
+"""Reading of training checkpoints, files or ZeRO's, into a model in memory, for `llava-bidir export` and `fit`."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -61,7 +61,9 @@ def test_layers_of_other_encoders_are_found(model, config, layer):
 
 
 def test_modules_in_a_list_inside_a_layer_belong_to_its_unit():
-    layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in "ab")
+    layers = nn.ModuleList(
+        nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in "ab"
+    )
     assert find_layers(nn.ModuleDict({"llm": nn.ModuleDict({"layers": layers})})) == [*layers]
 
 

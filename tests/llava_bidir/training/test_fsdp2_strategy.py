@@ -16,7 +16,6 @@ from training_runs import result, results, start, write_spec
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.training.read_checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -27,7 +26,10 @@ AS_ONE = {  # run without dropout: (precision, tolerance)
     "tied": ("32-true", 1e-5),
     "without_dropout": ("bf16-mixed", 2e-2),
 }
-ALSO = {"bf16-true": "without_dropout", "32-true": "as_on_gpus"}  # as `without_dropout` of one process
+ALSO = {
+    "bf16-true": "without_dropout",
+    "32-true": "as_on_gpus",
+}  # as `without_dropout` of one process
 SAVED = ("32-true", "bf16-mixed")
 OTHERS = {  # run under another strategy: tolerance of its losses
     "ddp:lora:bf16-mixed": 2e-2,

@@ -1,8 +1,8 @@
 """Save checkpoints atomically and find the latest valid checkpoint of a run.
 
 An interrupted save leaves a name that ends in .partial, which never counts as a checkpoint; the previous checkpoint is
-untouched. A checkpoint is a file (one process, DDP) or a directory (ZeRO). A directory is complete once it contains
-`whole.json`, a manifest with the size of each file.
+untouched. A checkpoint is a file (one process, DDP, FSDP2) or a directory (ZeRO). A directory is complete once it
+contains `whole.json`, a manifest with the size of each file.
 """
 
 import json
@@ -48,8 +48,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self,
+        path: str,
+        *args: Any,
+        mmap: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Return the checkpoint at `path`; pickled code is rejected, not executed.
+
+        Args:
+            path: Its file.
+            *args, **kwargs: Lightning's, which change nothing.
+            mmap: Read a tensor only when it is used.
 
         Raises:
             UserError: The file cannot be loaded as plain data, or is a checkpoint of a run with ZeRO.
@@ -59,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} is a directory, from a run with ZeRO; add the run's configs/cluster/zero*.yaml"
             )
         with error_context(f"checkpoint {path}"):
-            return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
 def commit_checkpoint_directory(path: Path, metadata: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .load_module import check_absent, load_module
-from .module_sources import is_source
+from .module_sources import check_names_function, is_source
 from .own_module import EncoderModule, Preprocess
 from .prompt_and_pixels import (
     check_numbers,
@@ -118,6 +118,7 @@ def load(
         if untrained:
             replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
         return encoder
+    check_names_function(path)
     check_absent(described, f"they are of modules, and {path} is a checkpoint")
     if revision is not None and Path(path).is_dir():
         raise UserError(

@@ -37,6 +37,16 @@ def _split(path: str) -> tuple[Path, str] | None:
     return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
 
 
+def check_names_function(path: str) -> None:
+    """Raise a UserError if a model is a Python file without the function that returns it."""
+    file = Path(str(path).partition(":")[0])
+    if file.suffix == ".py" and not is_source(path) and not file.is_dir():
+        raise UserError(
+            f"{path} names no function of the file; expected FILE.py:FUNCTION, of a function without arguments that "
+            f"returns a probes.EncoderModule, e.g. {file}:build"
+        )
+
+
 def absolute_source(path: str) -> str:
     """Return a source whose file has an absolute path, so that it is found from any directory."""
     if path.startswith(TIMM):

@@ -31,7 +31,7 @@ from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
-from .module_sources import is_source, module_config
+from .module_sources import check_names_function, is_source, module_config
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 PIXEL_SETTINGS = (
@@ -64,6 +64,7 @@ def read_config(path: str, **hub: Any) -> PreTrainedConfig:
     Raises:
         UserError: There is none, or transformers does not know its kind.
     """
+    check_names_function(path)
     if is_source(path):
         return module_config(path)
     return read_pretrained("MLLM", AutoConfig, path, **hub)

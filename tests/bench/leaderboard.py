@@ -117,6 +117,11 @@ def read_states(folder: Path) -> States:
 
 
 # ------------------------------------------------------------------------------------------------ tables
+def print_row(cells: list[str]) -> None:
+    """Print a row of a Markdown table."""
+    print("|", " | ".join(cells), "|")
+
+
 def print_best(folder: Path, rows: list[str]) -> None:
     """Print the best layer of each row, and its difference from the first."""
     first = ProbeRun(folder / FIRST)
@@ -125,11 +130,14 @@ def print_best(folder: Path, rows: list[str]) -> None:
         site = run.peak_layer
         score = run.site_scores()[site]
         certified = len(run.sites) - len(unconverged_sites(run))
-        cells = [folder.name, row, site, format_score(score.value, score.ci95)]
+        cells = [folder.name, row, site]
+        cells.append(format_score(score.value, score.ci95))
         best = compare_runs(first, run)["best"]
-        difference = f"{format_points(best['difference'])} {format_interval(best['ci95'])}"
-        cells += [difference * (row != FIRST), f"{certified} of {len(run.sites)}"]
-        print("|", " | ".join(cells), "|")
+        points = format_points(best["difference"])
+        bounds = format_interval(best["ci95"])
+        cells.append(f"{points} {bounds}" * (row != FIRST))
+        cells.append(f"{certified} of {len(run.sites)}")
+        print_row(cells)
 
 
 def print_sites(folders: list[Path], row: str) -> None:
@@ -138,9 +146,11 @@ def print_sites(folders: list[Path], row: str) -> None:
     for site in by_data[0]:
         cells = [row, site]
         for scores in by_data:
-            half = (scores[site].ci95[1] - scores[site].ci95[0]) / 2
-            cells.append(f"{format_percent(scores[site].value)} ± {format_percent(half)}")
-        print("|", " | ".join(cells), "|")
+            low, high = scores[site].ci95
+            value = format_percent(scores[site].value)
+            half = format_percent((high - low) / 2)
+            cells.append(f"{value} ± {half}")
+        print_row(cells)
 
 
 def told_apart(exact: torch.Tensor) -> torch.Tensor:
@@ -151,6 +161,13 @@ def told_apart(exact: torch.Tensor) -> torch.Tensor:
     apart = torch.zeros_like(upper)
     apart[upper] = (low > 0) | (high < 0)
     return apart | apart.T
+
+
+def swapped_pairs(exact: torch.Tensor, scores: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+    """Return bool[S, S], which pairs that are told apart other scores f[S] order otherwise."""
+    here = scores[:, None] - scores
+    before = exact[:, None] - exact
+    return apart & (here * before < 0)
 
 
 def print_protocols(folder: Path) -> None:
@@ -167,12 +184,20 @@ def print_protocols(folder: Path) -> None:
             best = scores.masked_fill(~here, -1).argmax()
             off = (scores - exact)[rows == i]
             cells.append(f"{states.names[best][1]} {format_percent(scores[best].item())}")
-            spread = f"{format_points(off.min().item())} to {format_points(off.max().item())}"
-            cells.append(f"{format_points(off.mean().item())} ({spread})" * (name != "exact"))
-        swapped = apart & ((scores[:, None] - scores) * (exact[:, None] - exact) < 0)
-        cells.append(f"{kendalltau(scores, exact).statistic:.2f}")
+            mean, least, most = (
+                format_points(x.item())
+                for x in (
+                    off.mean(),
+                    off.min(),
+                    off.max(),
+                )
+            )
+            cells.append(f"{mean} ({least} to {most})" * (name != "exact"))
+        swapped = swapped_pairs(exact, scores, apart)
+        tau = kendalltau(scores, exact).statistic
+        cells.append(f"{tau:.2f}")
         cells.append(f"{int(swapped.sum())} of {int(apart.sum())}")
-        print("|", " | ".join(cells), "|")
+        print_row(cells)
     for name, scores in states.scores.items():
         print_swaps(name, states, apart, scores)
 
@@ -185,13 +210,14 @@ def print_swaps(
 ) -> None:
     """Print the three pairs of states that a protocol orders otherwise by most, of those that are told apart."""
     exact = states.exact[0]
-    gap = scores[:, None] - scores
-    swapped = apart & (gap * (exact[:, None] - exact) < 0)
-    found = sorted(swapped.nonzero().tolist(), key=lambda pair: -gap[pair[0], pair[1]].abs())
-    for i, j in found[:3]:
-        difference = format_points((exact[i] - exact[j]).item())
+    swapped = swapped_pairs(exact, scores, apart)
+    pairs = swapped.nonzero().tolist()
+    pairs.sort(key=lambda pair: -abs(scores[pair[0]] - scores[pair[1]]))
+    for i, j in pairs[:3]:
         names = " and ".join(" ".join(states.names[k]) for k in (i, j))
-        print(f"{name}: {names}: exact {difference}, here {format_points(gap[i, j].item())}")
+        before = format_points((exact[i] - exact[j]).item())
+        here = format_points((scores[i] - scores[j]).item())
+        print(f"{name}: {names}: exact {before}, here {here}")
 
 
 def main() -> None:

@@ -52,21 +52,25 @@ def read_split(run: ProbeRun, split: str) -> Split:
     states: dict[str, list[Tensor]] = {site: [] for site in run.sites}
     masks = []
     for start in range(0, len(photos), BATCH):
-        batch = [photos[i] for i in range(start, min(start + BATCH, len(photos)))]
+        end = min(start + BATCH, len(photos))
+        batch = [photos[i] for i in range(start, end)]
         pixels = model.preprocess([photo["image"] for photo in batch])
         found = model.states(pixels, sites=run.sites)
         for site, kept in states.items():
             kept.append(found[site].float().cpu())
         masks += [torch.tensor(photo["target"]) for photo in batch]
-    return Split({site: torch.cat(kept) for site, kept in states.items()}, masks)
+    joined = {site: torch.cat(kept) for site, kept in states.items()}
+    return Split(joined, masks)
 
 
 def patch_shares(masks: list[Tensor], grid: tuple[int, int], classes: int) -> Tensor:
     """Return the share of each class among the pixels of each patch, f32[N, T, K]; they add up to what is labelled."""
     shares = []
     for mask in masks:
-        one_hot = F.one_hot(mask.long().clamp(max=classes), classes + 1)[..., :classes]
-        pooled = F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), grid)
+        labels = mask.long().clamp(max=classes)
+        one_hot = F.one_hot(labels, classes + 1)[..., :classes]
+        maps = one_hot.permute(2, 0, 1).float()
+        pooled = F.adaptive_avg_pool2d(maps, grid)
         shares.append(pooled.flatten(1).T)
     return torch.stack(shares)
 
@@ -77,12 +81,20 @@ def score(logits: Tensor, masks: list[Tensor], grid: tuple[int, int]) -> float:
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for photo, mask in zip(logits, masks, strict=True):
         maps = photo.T.reshape(1, classes, *grid)
-        maps = F.interpolate(maps, mask.shape, mode="bilinear", align_corners=False)
+        maps = F.interpolate(
+            maps,
+            mask.shape,
+            mode="bilinear",
+            align_corners=False,
+        )
+        predicted = maps[0].argmax(0)
         labelled = mask != IGNORED
-        pairs = classes * mask[labelled].long() + maps[0].argmax(0)[labelled]
-        matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        pairs = classes * mask[labelled].long() + predicted[labelled]
+        counts = torch.bincount(pairs, minlength=classes**2)
+        matrix += counts.view(classes, classes)
     right = matrix.diagonal().double()
-    return (right / (matrix.sum(0) + matrix.sum(1) - right)).nanmean().item()
+    union = matrix.sum(0) + matrix.sum(1) - right
+    return (right / union).nanmean().item()
 
 
 def fit_patch_labels(states: Tensor, shares: Tensor, queries: Tensor) -> tuple[Tensor, bool]:
@@ -93,13 +105,17 @@ def fit_patch_labels(states: Tensor, shares: Tensor, queries: Tensor) -> tuple[T
         shares: Their labels f[N, T, K].
         queries: States of the photos.
     """
-    labels = shares.argmax(2)[shares.sum(2) > 0]
+    labelled = shares.sum(2) > 0
+    labels = shares.argmax(2)[labelled]
+    patches = states[labelled]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", ConvergenceWarning)
-        found = LogisticRegression().fit(states[shares.sum(2) > 0].numpy(), labels.numpy())
-    weight, bias = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
+        found = LogisticRegression().fit(patches.numpy(), labels.numpy())
+    weight = torch.tensor(found.coef_).float()
+    bias = torch.tensor(found.intercept_).float()
     # a class that is the largest of no patch is never predicted; -inf would spread by the interpolation
-    logits = torch.full((*queries.shape[:2], shares.shape[2]), -1e4)
+    shape = (*queries.shape[:2], shares.shape[2])
+    logits = torch.full(shape, -1e4)
     logits[..., found.classes_] = queries @ weight.T + bias
     return logits, not said
 
@@ -109,16 +125,19 @@ def find_neighbours(states: Tensor, shares: Tensor, queries: Tensor) -> Tensor:
     memory = F.normalize(states.flatten(0, 1), dim=1)
     labels = shares.flatten(0, 1)
     found = []
-    for batch in F.normalize(queries.flatten(0, 1), dim=1).split(QUERIES):
+    patches = F.normalize(queries.flatten(0, 1), dim=1)
+    for batch in patches.split(QUERIES):
         cosine, nearest = (batch @ memory.T).topk(NEIGHBOURS)
         weights = (cosine / TEMPERATURE).softmax(1)
-        found.append((weights[..., None] * labels[nearest]).sum(1))
+        weighted = weights[..., None] * labels[nearest]
+        found.append(weighted.sum(1))
     return torch.cat(found).view(*queries.shape[:2], -1)
 
 
 def measure(run: ProbeRun) -> dict[str, dict[str, float | bool]]:
     """Return what each protocol says of each site."""
-    training, validation = (read_split(run, split) for split in ("training", "validation"))
+    training = read_split(run, "training")
+    validation = read_split(run, "validation")
     grid = tuple(run.metrics["grid"])
     shares = patch_shares(training.masks, grid, run.channels)
     probes = run.probes()
@@ -131,8 +150,9 @@ def measure(run: ProbeRun) -> dict[str, dict[str, float | bool]]:
             exact = score(solved, validation.masks, grid)
             if abs(exact - site["miou"]) > AGREES:
                 raise SystemExit(f"{run.path}, {name}: {exact} here, {site['miou']} in the run")
-            logits, converged = fit_patch_labels(training.states[name], shares, queries)
-            near = find_neighbours(training.states[name], shares, queries)
+            states = training.states[name]
+            logits, converged = fit_patch_labels(states, shares, queries)
+            near = find_neighbours(states, shares, queries)
             scores[name] = {
                 "exact": exact,
                 "patch labels": score(logits, validation.masks, grid),

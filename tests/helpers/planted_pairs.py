@@ -44,14 +44,18 @@ def write_photos(root: Path, training: int = 24, validation: int = 40) -> Path:
             for number in range(12):
                 top, left = rng.integers(0, SIDE_PX - 16, 2) if number else (0, 0)
                 height, width = rng.integers(16, 40, 2) if number else (SIDE_PX, SIDE_PX)
-                place = np.s_[top : top + height, left : left + width]
-                mask[place] = rng.integers(len(CLASSES))
-                image[place] = rng.normal(means[mask[top, left]], SPREAD)
+                rows = slice(top, top + height)
+                columns = slice(left, left + width)
+                label = rng.integers(len(CLASSES))
+                mask[rows, columns] = label
+                image[rows, columns] = rng.normal(means[label], SPREAD)
             image += rng.normal(0, 5, image.shape)
-            pixels = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-            pixels.save(root / "images" / split / f"{i:03d}.png")
-            Image.fromarray(mask).save(root / "annotations" / split / f"{i:03d}.png")
-    (root / "classes.json").write_text(json.dumps({"classes": CLASSES, "ignore_index": 255}))
+            pixels = image.clip(0, 255).astype(np.uint8)
+            name = f"{i:03d}.png"
+            Image.fromarray(pixels).save(root / "images" / split / name)
+            Image.fromarray(mask).save(root / "annotations" / split / name)
+    settings = {"classes": CLASSES, "ignore_index": 255}
+    (root / "classes.json").write_text(json.dumps(settings))
     return root
 
 
@@ -65,7 +69,9 @@ class Layer(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the states f[B, T, d]."""
-        return states + self.mlp(states @ self.rotation).tanh() @ self.rotation.T
+        before = states @ self.rotation
+        added = self.mlp(before).tanh()
+        return states + added @ self.rotation.T
 
 
 class Encoder(nn.Module):
@@ -76,16 +82,26 @@ class Encoder(nn.Module):
         torch.manual_seed(0)
         colours = torch.randn(WIDTH, 3)
         self.layers = nn.ModuleList([Layer(torch.eye(WIDTH)) for _ in range(2)])
-        rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q if rotates else torch.eye(WIDTH)
+        rotation = torch.eye(WIDTH)
+        if rotates:
+            rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
         for layer in self.layers:
             layer.rotation.data = rotation
         if merges:
             road, tree = (torch.tensor(COLOURS[name]).float() for name in MERGED)
-            axis = torch.nn.functional.normalize(colours @ (road - tree), dim=0)
+            axis = colours @ (road - tree)
+            axis = axis / axis.norm()
             colours = colours - torch.outer(axis, axis @ colours)
-        self.stem = nn.Conv2d(3, WIDTH, PATCH_PX, PATCH_PX, bias=False)
-        weight = (rotation @ colours)[..., None, None] / PATCH_PX**2
-        self.stem.weight.data = weight.expand(-1, -1, PATCH_PX, PATCH_PX).clone()
+        self.stem = nn.Conv2d(
+            3,
+            WIDTH,
+            PATCH_PX,
+            PATCH_PX,
+            bias=False,
+        )
+        mean = (rotation @ colours) / PATCH_PX**2  # of the pixels of a patch
+        weight = mean[..., None, None].expand(-1, -1, PATCH_PX, PATCH_PX)
+        self.stem.weight.data = weight.clone()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the states f[B, T, d] of the last layer."""

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -69,9 +69,21 @@ THREADS = 16
 RACY_NS = 2_000_000_000  # a file can change again within the resolution of its modification time
 
 
-def run_identity(trainer, module, data) -> Identity:
-    """Return the identity of a training run: `data.identity()`, `module.models()` and the settings."""
-    settings = _settings(trainer, module, data)
+def run_identity(
+    trainer,
+    module,
+    data,
+    trainer_settings: Sequence[str] = TRAINER_SETTINGS,
+) -> Identity:
+    """Return the identity of a run: `data.identity()`, `module.models()` and the settings.
+
+    Args:
+        trainer: Has the values of `trainer_settings` as attributes.
+        module: What is trained or solved.
+        data: Its images and targets.
+        trainer_settings: Settings of the trainer that change a result.
+    """
+    settings = _settings(trainer, module, data, trainer_settings)
     return {
         "data": data.identity(),
         "model": named_identity(module.models()),
@@ -96,7 +108,7 @@ def named_identity(models: dict[str, str | dict[str, str]]) -> dict[str, str]:
     }
 
 
-def _settings(trainer, module, data) -> dict[str, Any]:
+def _settings(trainer, module, data, trainer_settings: Sequence[str]) -> dict[str, Any]:
     kept = {
         f"{section}.{key}": plain(value)
         for section, settings in (("model", module.hparams), ("data", data.hparams))
@@ -105,7 +117,7 @@ def _settings(trainer, module, data) -> dict[str, Any]:
     }
     own = getattr(data, "sets_on_trainer", ())
     return kept | {
-        f"trainer.{key}": plain(getattr(trainer, key)) for key in TRAINER_SETTINGS if key not in own
+        f"trainer.{key}": plain(getattr(trainer, key)) for key in trainer_settings if key not in own
     }
 
 

@@ -1,17 +1,15 @@
 """What the commands that train have in common: a LightningCLI for runs, its logs and its processes."""
 
 import linecache
-import logging
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -24,14 +22,14 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
-from .checkpoint_io import AtomicCheckpointIO
+from .atomic_checkpoint import AtomicCheckpointIO
 from .config_errors import explain_class, explain_parser_error
 from .configs import check_unique_keys, configs_in, read_values
 from .errors import UserError
 from .expected_messages import hide_expected_messages
 from .progress import FirstEstimate, LogProgress
 from .run_events import LogBeforeSave, RunEvents
-from .run_folder import NoEmptyEvents, StartOfRun
+from .training_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
 from .when_to_save import SaveOnSignal
 
@@ -263,23 +261,3 @@ def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
         found = getattr(trainer, name)
         if type(found) is not type(value) or found != value:
             raise UserError(f"trainer.{name} must be {value}, got {found}: {why}")
-
-
-@contextmanager
-def run_process(matmul_precision: str = "highest") -> Iterator[None]:
-    """Log plain lines, and end the group of processes with the command.
-
-    Args:
-        matmul_precision: Of float32 products: "highest", or "high" for TF32 on GPUs. What it was before comes back, so
-            that no command of a process changes what the next one computes.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul_precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        # Lightning destroys NCCL groups only; a process that exits with running gloo threads may abort
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()

@@ -3,12 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Sized
-from datetime import timedelta
 
 from lightning import Callback, LightningModule, Trainer
 
-from .step_progress import tell
+from .step_progress import format_duration, tell
 
 log = logging.getLogger(__name__)
 
@@ -61,26 +59,13 @@ class LogProgress(Callback):
         loss = float(trainer.callback_metrics.get("train/loss", of_batch))  # of the step
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
         if rate and left is not None:
-            text += f", {_duration(left / rate)} left"
+            text += f", {format_duration(left / rate)} left"
         log.info(text)
 
 
 def logs_progress(trainer: Trainer) -> bool:
     """Return whether progress is logged as lines."""
     return any(isinstance(callback, LogProgress) for callback in trainer.callbacks)
-
-
-def log_pass(batches: Sized) -> Iterator:
-    """Yield batches of a pass that is no epoch of training; log as for an epoch."""
-    started = last = time.monotonic()
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        now = time.monotonic()
-        if now - last >= SECONDS or done == len(batches):
-            last = now
-            rate = done / max(now - started, 1e-9)
-            left = _duration((len(batches) - done) / rate)
-            log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
 
 
 class FirstEstimate(Callback):
@@ -108,12 +93,10 @@ class FirstEstimate(Callback):
             return
         accumulated = trainer.accumulate_grad_batches
         if accumulated > 1:
-            of_step = f", a step of {accumulated} about {_duration(seconds * accumulated)}"
+            of_step = f", a step of {accumulated} about {format_duration(seconds * accumulated)}"
         else:
             of_step = ""
-        text = (
-            f"the first batch took {seconds:.1f} s{of_step}: about {_duration(left * seconds)} left"
-        )
+        text = f"the first batch took {seconds:.1f} s{of_step}: about {format_duration(left * seconds)} left"
         if left * seconds > DAY:
             text += (
                 ". This run takes more than a day on this machine; trainer.max_steps, a smaller data.batch_size or a "
@@ -147,8 +130,3 @@ def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
     if epochs > 0:
         left.append((epochs - trainer.current_epoch) * batches - batch_idx - 1)
     return min(left) if left else None
-
-
-def _duration(seconds: float) -> str:
-    """Return days, hours, minutes and seconds, e.g. "1 day, 2:03:04"."""
-    return str(timedelta(seconds=round(seconds)))

@@ -1,17 +1,50 @@
 """Decide on rank 0 and tell the other ranks, so that all do the same and files are read once."""
 
+import logging
+import os
 import signal
+import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from lightning import Trainer
+import torch
 
 from .errors import UserError
 
+if TYPE_CHECKING:  # seconds, which commands that do not train do not need
+    from lightning import Trainer
+
+log = logging.getLogger(__name__)
+log.setLevel(
+    logging.INFO
+)  # what a command says, whatever the level of a notebook's or a test's root logger
+
 T = TypeVar("T")
+# Index of a process, as torchrun, Slurm and Lightning tell it before the processes have met
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
-def rank_zero_result(trainer: Trainer, function: Callable[[], T]) -> T:
+def is_rank_zero() -> bool:
+    """Return whether this is the first process of its run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    given = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return not given or given[0] == "0"
+
+
+def rank_zero_info(message: str) -> None:
+    """Log a message once for all processes."""
+    if is_rank_zero():
+        log.info(message)
+
+
+def rank_zero_warn(message: str) -> None:
+    """Warn once for all processes."""
+    if is_rank_zero():
+        warnings.warn(message, stacklevel=2)
+
+
+def rank_zero_result(trainer: "Trainer", function: Callable[[], T]) -> T:
     """Return rank 0's `function()` on every rank of a set-up strategy; its UserError is raised on every rank."""
     result = None
     error = None
@@ -26,7 +59,7 @@ def rank_zero_result(trainer: Trainer, function: Callable[[], T]) -> T:
     return result
 
 
-def run_on_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
+def run_on_all_ranks(trainer: "Trainer", function: Callable[[], T]) -> T:
     """Start the ranks, as `Trainer.fit` does, and return `function()` of this one. `fit` then finds the ranks running.
 
     Raises:
@@ -47,6 +80,6 @@ def run_on_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
         raise
 
 
-def decide_before_fit(trainer: Trainer, function: Callable[[], T]) -> T:
+def decide_before_fit(trainer: "Trainer", function: Callable[[], T]) -> T:
     """Start the ranks, and return `rank_zero_result`."""
     return run_on_all_ranks(trainer, lambda: rank_zero_result(trainer, function))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TextIO
 
 SECONDS = 20.0  # between two lines at first; later a tenth of the time that the step has taken
@@ -50,6 +51,11 @@ def output_of_command() -> Iterator[TextIO | None]:
         return
     with os.fdopen(copy, "w") as stream:
         yield stream
+
+
+def format_duration(seconds: float) -> str:
+    """Return days, hours, minutes and seconds, e.g. "1 day, 2:03:04"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def format_left(seconds: float, is_bound: bool = False) -> str:

@@ -12,11 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer, run_process
-from llava_bidir.common.run_folder import plan_run
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer
+from llava_bidir.common.run_folder import RunFolder
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.run_process import run_process
+from llava_bidir.common.training_folder import plan_training
 from llava_bidir.common.training_record import TRAINING_JSON
-from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
+from llava_bidir.common.when_to_save import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import check_annotations
 from llava_bidir.model.hf_export import export_hf
@@ -69,14 +72,15 @@ class TrainingCLI(RunCLI):
             def saved():
                 return read_json(record).get("identity")
 
-            plan = plan_run(
-                self,
-                ckpt_path,
-                folder / "checkpoints",
-                record,
-                saved,
-                advice_of=how_to_train_on(folder, self.model.hparams.trainable),
+            of_run = RunFolder(
+                path=folder,
+                checkpoints=folder / "checkpoints",
+                result=record,
+                results=self.results,
+                read_identity=saved,
             )
+            advice = how_to_train_on(folder, self.model.hparams.trainable)
+            plan = plan_training(self, ckpt_path, of_run, advice)
             if plan.finished:
                 rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
                 return

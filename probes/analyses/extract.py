@@ -12,9 +12,7 @@ from probes.models.families.chosen_sites import parts_text
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.families.layer_parts import part_sites, why_no_part
 from probes.models.families.modules import MODULE_TYPE
-from probes.models.load import load
-from probes.models.measured_mask import RUNS
-from probes.models.prompt_and_pixels import check_numbers, read_config
+from probes.models.read_config import check_numbers, read_config
 from probes.models.sites import last_layer, layer_number, part_names, part_of
 
 
@@ -70,6 +68,9 @@ def print_mask(options: MaskOptions) -> None:
         UserError: The model has no LLM, or attends otherwise than its config and family say, or otherwise in a
             generation than in a forward.
     """
+    from probes.models.load import load
+    from probes.models.measured_mask import RUNS
+
     if not family_of(read_config(options.mllm)).has_llm:
         raise UserError(
             f"{options.mllm} is a bare vision encoder: all its patches attend to each other"
@@ -97,6 +98,8 @@ def print_mask(options: MaskOptions) -> None:
 
 def write_states(options: StatesOptions) -> None:
     """Run `probes states`."""
+    from probes.models.load import load
+
     out = options.out
     check_suffix(out, ".safetensors")
     if out.exists() and not options.overwrite:

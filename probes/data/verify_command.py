@@ -6,8 +6,8 @@ from llava_bidir.common.loader_workers import usable_cores
 from probes.run_config import DataOptions
 
 from .base import shared_images
-from .datamodule import ProbeData
 from .label_counts import format_labels
+from .probe_data import ProbeData
 
 
 def verify(config: DataOptions, workers: int | None) -> None:

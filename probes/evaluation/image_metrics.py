@@ -1,17 +1,17 @@
-"""The metric of a task over the images of a dataset, each image once; apart from others: torchmetrics imports slowly.
+"""What a task counts over the images of a dataset, each image once, by batches and processes.
 
 Legend: P probes, N images of the dataset, B images of a batch, K channels of a probe, h w token grid.
 """
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from llava_bidir.common.distributed import all_gather_objects
 from probes.ops.geometry import Geometry
 from probes.tasks import Task
 
 
-class TaskMetric(Metric):
+class TaskMetric:
     """What a task counts of each image of a dataset, over batches and ranks, each image once.
 
     Args:
@@ -21,8 +21,6 @@ class TaskMetric(Metric):
         names: Of the tensors that are kept, if not those that the task counts.
     """
 
-    full_state_update = False
-
     def __init__(
         self,
         task: Task,
@@ -30,13 +28,15 @@ class TaskMetric(Metric):
         geometry: Geometry,
         names: tuple[str, ...] | None = None,
     ):
-        super().__init__()
         self.task = task
         self.images = images
         self.geometry = geometry
         self.names = names or task.counted
-        for name in ("index", *self.names):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in ("index", *self.names)}
 
     def update(self, outputs: Tensor, target: Tensor, index: Tensor) -> None:
         """Add images: `outputs` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
@@ -44,18 +44,24 @@ class TaskMetric(Metric):
 
     def add(self, index: Tensor, counted: dict[str, Tensor]) -> None:
         """Add images i64[B] with what was counted of them, [P, B, ...] or [B, n]."""
-        self.index.append(index)
+        self.kept["index"].append(index)
         for name, x in counted.items():
-            # images first: torchmetrics concatenates ranks along the first axis
-            getattr(self, name).append(x.transpose(0, 1) if x.ndim == 3 else x)
+            # images first, as they are joined
+            self.kept[name].append(x.transpose(0, 1) if x.ndim == 3 else x)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the tensors [P, N, ...] or [N, n] by name, images in the order of the dataset; integers as i64.
+        """Return the tensors [P, N, ...] or [N, n] of all processes by name; integers as i64.
+
+        Images are in the order of the dataset, tensors on the CPU.
 
         Raises:
             RuntimeError: If an image of the dataset was not seen exactly once.
         """
-        index, order = self._concatenate("index").sort()
+        parts = all_gather_objects(
+            {name: torch.cat(xs).cpu() for name, xs in self.kept.items() if xs}
+        )
+        joined = {name: torch.cat([part[name] for part in parts if part]) for name in self.kept}
+        index, order = joined["index"].sort()
         if len(index) > len(index.unique()):
             raise RuntimeError(
                 f"the metric saw image {index[:-1][index.diff() == 0][0]} more than once"
@@ -64,11 +70,7 @@ class TaskMetric(Metric):
             raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
         tensors = {}
         for name in self.names:
-            x = self._concatenate(name)[order]
+            x = joined[name][order]
             x = x.transpose(0, 1) if x.ndim == 3 else x
             tensors[name] = x if x.is_floating_point() else x.long()
         return tensors
-
-    def _concatenate(self, name: str) -> Tensor:
-        state = getattr(self, name)  # one tensor already if there are several ranks
-        return torch.cat(state) if isinstance(state, list) else state

@@ -32,7 +32,7 @@ from .attention_masks import (
     supports_masks,
 )
 from .attention_weights import capture_attention, weights_of_image
-from .families import SLIDING, layer_kinds
+from .families.our_code import SLIDING, layer_kinds
 from .knockout import ANSWER, Knockout
 from .sites import FINAL_NORM, layer_site
 from .steering import Replacement, replaced_states

@@ -13,7 +13,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 
-from .families import FULL, SLIDING, block_ids_of, build_mask, layer_kinds
+from .families.our_code import FULL, SLIDING, block_ids_of, build_mask, layer_kinds
 
 # Masks that differ between kinds of layers, as {kind of layer: mask}.
 MIXED_MASKS = {"bidirectional_sliding": {FULL: "causal", SLIDING: "bidirectional"}}  # Gemma 4's own

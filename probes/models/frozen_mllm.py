@@ -33,8 +33,9 @@ from .attention_masks import (
     is_allowed,
     supports_masks,
 )
-from .families import Family, LogitHead
+from .families import Family
 from .families.encoder_layers import EncoderLayers, encoder_layers
+from .families.our_code import LogitHead
 from .frozen_model import FrozenModel
 from .knockout import Knockout
 from .measured_mask import FORWARD, MeasuredMask, measure_mask

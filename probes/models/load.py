@@ -18,17 +18,16 @@ from .families import family_of, own_image_attention
 from .frozen_encoder import FrozenEncoder, check_encoder
 from .frozen_mllm import FrozenMLLM
 from .load_module import check_absent, load_module
-from .module_sources import check_names_function, is_source
 from .own_module import EncoderModule, Preprocess
 from .prompt_and_pixels import (
-    check_numbers,
-    read_config,
     read_dialogue,
     read_image_processors,
     read_prefix_ids,
     read_separator_id,
 )
 from .random_init import check_control, check_matches, replace_weights
+from .read_config import check_numbers, read_config
+from .source_names import check_names_function, is_source
 
 IMAGE_FIRST = (
     "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "

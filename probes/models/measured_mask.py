@@ -31,7 +31,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
-from .families import FULL, SLIDING, layer_kinds
+from .families.our_code import FULL, SLIDING, layer_kinds
 from .sites import layer_site
 
 IMAGE_BLOCKS = 4

@@ -21,37 +21,17 @@ from llava_bidir.common.identity import DIGITS, cache_folder
 
 from .families.modules import ModuleConfig
 from .own_module import EncoderModule, describe_module
-from .timm_models import TIMM, load_timm
+from .source_names import TIMM, is_source, split_source
+from .timm_models import load_timm
 
 OWN_FILES = "own_files"  # folder in the cache, of names that are digests of files that were run
-
-
-def is_source(path: str) -> bool:
-    """Return whether a model is one of timm or of a function in a file."""
-    return str(path).startswith(TIMM) or _split(path) is not None
-
-
-def _split(path: str) -> tuple[Path, str] | None:
-    """Return the file and the function of "FILE.py:FUNCTION"; None of another text."""
-    file, _, function = str(path).rpartition(":")
-    return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
-
-
-def check_names_function(path: str) -> None:
-    """Raise a UserError if a model is a Python file without the function that returns it."""
-    file = Path(str(path).partition(":")[0])
-    if file.suffix == ".py" and not is_source(path) and not file.is_dir():
-        raise UserError(
-            f"{path} names no function of the file; expected FILE.py:FUNCTION, of a function without arguments that "
-            f"returns a probes.EncoderModule, e.g. {file}:build"
-        )
 
 
 def absolute_source(path: str) -> str:
     """Return a source whose file has an absolute path, so that it is found from any directory."""
     if path.startswith(TIMM):
         return path
-    file, function = _split(path)
+    file, function = split_source(path)
     return f"{file.resolve()}:{function}"
 
 
@@ -67,7 +47,7 @@ def open_source(path: str, image_px: int | None = None) -> EncoderModule:
     """
     if path.startswith(TIMM):
         return load_timm(path.removeprefix(TIMM), image_px)
-    file, name = _split(path)
+    file, name = split_source(path)
     content = _read(file)
     _remember(file, content)
     with error_context(path):
@@ -96,7 +76,7 @@ def check_was_run(path: str, source: str) -> None:
     """Raise a UserError if a finished run, `source`, names a file that has not been run at the user's own wish."""
     if not is_source(path) or path.startswith(TIMM):
         return
-    file, _ = _split(path)
+    file, _ = split_source(path)
     if not _mark(file, _read(file)).is_file():
         raise UserError(
             f"{source} is of {path}, a file with code that you have not run here, or not with this content. "
@@ -113,12 +93,12 @@ def _describe(path: str, version: tuple) -> tuple[ModuleConfig, dict[str, str]]:
 
 def _version(path: str) -> tuple:
     """Return what changes when a file does."""
-    return () if path.startswith(TIMM) else (_digest(_read(_split(path)[0])),)
+    return () if path.startswith(TIMM) else (_digest(_read(split_source(path)[0])),)
 
 
 def _version_text(path: str) -> str:
     """Return the name of a model of timm, or the digest of a file."""
-    return path if path.startswith(TIMM) else f"{_split(path)[1]}@{_version(path)[0]}"
+    return path if path.startswith(TIMM) else f"{split_source(path)[1]}@{_version(path)[0]}"
 
 
 def weights_digest(module: nn.Module) -> str:

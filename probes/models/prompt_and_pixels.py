@@ -1,4 +1,4 @@
-"""Config, tokenizer, chat template and image normalisation of a checkpoint.
+"""Tokenizer, chat template and image normalisation of a checkpoint.
 
 Stock processors are not used: many need torchvision for videos, and each splits and crops images in its own way. Of the
 image processor, the normalisation and how it resizes are read: filter, sides, crop. `hub` is {"revision": ...} for an
@@ -16,22 +16,17 @@ from typing import Any, NamedTuple
 import transformers
 from PIL import Image
 from transformers import (
-    AutoConfig,
     CLIPImageProcessorPil,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.hf_loading import read_pretrained
-from llava_bidir.common.image_side import MAX_GRID_SIDE
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 
 from .families import EncoderFamily, Family
-from .module_sources import check_names_function, is_source, module_config
 
 PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
 PIXEL_SETTINGS = (
@@ -58,51 +53,9 @@ _PARTS = "".join(
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}"
 
 
-def read_config(path: str, **hub: Any) -> PreTrainedConfig:
-    """Read the config of a checkpoint, or measure that of a module (module_sources.py).
-
-    Raises:
-        UserError: There is none, or transformers does not know its kind.
-    """
-    check_names_function(path)
-    if is_source(path):
-        return module_config(path)
-    return read_pretrained("MLLM", AutoConfig, path, **hub)
-
-
 def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a checkpoint; raise a UserError if there is none or it is damaged."""
     return load_tokenizer("tokenizer", path, **hub)
-
-
-def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
-    """Raise a UserError if a config describes no usable grid, encoder or LLM."""
-    with error_context(f"config.json of {path}"):
-        vision = getattr(config, "vision_config", None)
-        if vision is None and "vision_config" in config.sub_configs:
-            raise UserError("it has no vision_config: this is a language model without an encoder")
-        if config.model_type == "llava" and vision.model_type == "pixtral":
-            raise UserError(
-                "a llava with a Pixtral encoder has a token after each row of patches; it is not supported"
-            )
-        # SigLIP has no CLS token, for which the other models of this class drop the first token.
-        if vision is not None and vision.model_type.startswith("siglip"):
-            if getattr(config, "vision_feature_select_strategy", "full") == "default":
-                raise UserError(
-                    "vision_feature_select_strategy 'default' drops the first patch, since this encoder has no CLS "
-                    "token; expected 'full', because the other patches are no grid"
-                )
-        side = family.grid(config)[0]
-        if not 1 <= side <= MAX_GRID_SIDE:
-            raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_GRID_SIDE} per side")
-        tokens = side * family.grid(config)[1]
-        if config.model_type == "llava_bidir" and config.image_seq_length != tokens:
-            raise UserError(
-                f"image_seq_length is {config.image_seq_length}, but the encoder's grid has {tokens} patches"
-            )
-        for name, size in family.sizes(config).items():
-            if size < 1:
-                raise UserError(f"{name}: {size}; expected 1 or more")
 
 
 def read_image_processors(

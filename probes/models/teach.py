@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import PhotoLike, as_photo
+from llava_bidir.common.quantiles import student_quantile
 from probes.ops.geometry import Geometry, mask_tensor
 
 from .concept_folds import Folds, Paint, make_folds
@@ -215,7 +215,7 @@ def _score(
     variance = (photos - 1) * squares.mean().item()
     count = int(folds.of.max()) + 1
     overlap = 1 + count / (count - 1)
-    half = student_t.ppf(0.975, photos - 1) * (variance * overlap) ** 0.5
+    half = student_quantile(0.975, photos - 1) * (variance * overlap) ** 0.5
     if (without == without[0]).all():
         half = 1 - 0.025 ** (1 / photos)
     low = max(0.0, score - half)

@@ -11,8 +11,8 @@ from llava_bidir.common.errors import UserError, error_context
 from probes.ops.geometry import ResizeRule
 
 from .own_module import EncoderModule
+from .source_names import TIMM
 
-TIMM = "timm:"
 LAYERS = "blocks"
 NORMS = ("norm", "fc_norm")  # the second where patches are averaged before it
 

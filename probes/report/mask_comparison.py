@@ -53,8 +53,7 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> Entry | 
     differences = {site: of_bidirectional[site] - of_causal[site] for site in sites}
     images = causal.metrics["images"]
     swaps = random_swaps(images, permutations, causal.metrics["seed"], groups)
-    sums = [run.sums[[run.sites.index(site) for site in sites]] for run in (causal, bidirectional)]
-    swapped = [scores["miou"] for scores in swapped_scores(causal.task, *sums, swaps)]
+    swapped = _swap_images(causal, bidirectional, sites, swaps)
     uncorrected, corrected = p_values(swapped[1] - swapped[0])
     units = images if groups is None else len(torch.unique(groups))
     return {
@@ -75,6 +74,20 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> Entry | 
         ],
         "effects": _compare_effects(causal, bidirectional, sites, swapped),
     }
+
+
+def _swap_images(
+    causal: ProbeRun,
+    bidirectional: ProbeRun,
+    sites: list[str],
+    swaps: Tensor,
+) -> list[Tensor]:
+    """Return mIoU f64[1 + R, S] of both runs after they exchange some of their images, f[1 + R, N]."""
+    parts = []
+    for part in causal.parts_of_sites(sites):
+        sums = [run.sums_at(part) for run in (causal, bidirectional)]
+        parts.append([x["miou"] for x in swapped_scores(causal.task, *sums, swaps)])
+    return [torch.cat(of_run, 1) for of_run in zip(*parts, strict=True)]
 
 
 def _compare_effects(

@@ -146,7 +146,7 @@ def _class_ious(run: ProbeRun, site: str) -> Tensor:
 
     NaN where a class is neither labelled nor predicted.
     """
-    read = run.sums[run.sites.index(site)].double()  # [N, M]
+    read = run.sums_at([site])[0].double()  # [N, M]
     weights = torch.cat([torch.ones(1, len(read)), run.weights]).double()
     return run.task.iou(weights @ read)
 

@@ -7,9 +7,9 @@ seeds share are not part of it; their interval and that over seeds are then adde
 
 import math
 
-import scipy.stats
 import torch
 
+from llava_bidir.common.quantiles import student_quantile
 from probes.analyses.claims import CLAIMS
 from probes.results.formatting import Entry
 from probes.results.study import StudyRuns, studies_by_model
@@ -170,7 +170,7 @@ def mean_over_seeds(
     halves = torch.tensor(widths, dtype=torch.float64) / 2
     of_images = halves.square().mean().sqrt().item()
     value = values.mean().item()
-    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
+    quantile = student_quantile(0.975, len(values) - 1)
     of_seeds = quantile * values.std().item() / len(values) ** 0.5
     half = (
         math.hypot(of_seeds, of_images)

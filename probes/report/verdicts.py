@@ -31,9 +31,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import scipy.stats
-
 from llava_bidir.common.bootstrap import holm
+from llava_bidir.common.quantiles import normal_quantile, student_quantile
 from probes.evaluation.estimate import Estimate, p_value, standard_error
 from probes.results.formatting import Entry
 from probes.tasks import SEGMENTATION, TASKS
@@ -84,7 +83,7 @@ def column(
 def detectable(ci95: Sequence[float], margin: float) -> float:
     """Return the effect that is found in 80% of studies with intervals of this length."""
     half = (ci95[1] - ci95[0]) / 2
-    return max(half, margin) + scipy.stats.norm.ppf(POWER) * half / scipy.stats.norm.ppf(0.975)
+    return max(half, margin) + normal_quantile(POWER) * half / normal_quantile(0.975)
 
 
 def untested(
@@ -270,7 +269,7 @@ def interval_over_draws(
     pooled = sum(variance * freedom for variance, freedom in variances) / df
     variance = max(variances[0][0], pooled)
     error = (variance / len(by_draw[0])) ** 0.5
-    half = float(scipy.stats.t.ppf(0.975, df)) * error
+    half = student_quantile(0.975, df) * error
     ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
     return ci95, (error, df)
 

@@ -15,9 +15,9 @@ Axes: S sites, N images, M sums per image, R solved strengths of each site.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ import torch
 
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.bootstrap import bootstrap_weights
+from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.image_io import PhotoLike, as_photo
@@ -47,13 +47,15 @@ from probes.training.run_schema import (
     read_run_file,
 )
 
-from .run_files import check_finite, check_hash, read_tensors
+from .run_files import CountsOfSites, check_finite, check_hash, open_tensors, read_tensors
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
     from probes.ops.geometry import Geometry
 
 log = logging.getLogger(__name__)
+
+NUMBERS_AT_ONCE = 2**22  # 34 MB in float64, of which scores take a few copies
 
 
 @dataclass
@@ -255,16 +257,46 @@ class FinishedRun:
         """What was counted of each image."""
         return self._read("counts.safetensors")
 
+    @cached_property
+    def _counts_file(self) -> Path:
+        """The file of what was counted of each image, after it was found to be the run's own."""
+        path = self.path / "counts.safetensors"
+        with open_tensors(path):
+            check_hash(path, self.manifest.get("files"))
+        return path
+
     @property
     def sums(self) -> torch.Tensor:
         """Sums per image, from which the scores are computed, [S, N, M]."""
-        return self.task.sums(self._tensors)
+        return self.sums_at(self.sites)
+
+    def sums_at(self, sites: Sequence[str]) -> torch.Tensor:
+        """Return the sums per image at some sites of the run, [S, N, M]; only these are read."""
+        rows = [self.sites.index(site) for site in sites]
+        return self.task.sums(CountsOfSites(self._counts_file, rows))
+
+    def parts_of_sites(self, sites: Sequence[str]) -> list[Sequence[str]]:
+        """Return sites in parts whose sums, also those of all resamplings, have at most `NUMBERS_AT_ONCE` numbers."""
+        sums = self.sums_at(sites[:1])
+        numbers = sums.shape[-1] * max(RESAMPLINGS, self.metrics["images"])
+        size = max(1, NUMBERS_AT_ONCE // numbers)
+        return [sites[i : i + size] for i in range(0, len(sites), size)]
 
     def site_scores(self) -> dict[str, Estimate]:
         """Return the main score of each site, with its values under resampling of the images."""
-        values = dataset_scores(self.task, self.sums)[self.task.score].tolist()
-        resampled = resampled_scores(self.task, self.sums, self.weights)[self.task.score]
-        return {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(self.sites)}
+        return self._site_scores
+
+    @cached_property
+    def _site_scores(self) -> dict[str, Estimate]:
+        score = self.task.score
+        found = {}
+        for sites in self.parts_of_sites(self.sites):
+            sums = self.sums_at(sites)
+            values = dataset_scores(self.task, sums)[score].tolist()
+            resampled = resampled_scores(self.task, sums, self.weights)[score]
+            for site, value, drawn in zip(sites, values, resampled.T, strict=True):
+                found[site] = Estimate(value, drawn)
+        return found
 
     def sums_by_strength(self) -> torch.Tensor:
         """Return the sums per image at each row of solved strengths, strong to weak, [R, S, N, M].
@@ -293,7 +325,7 @@ class FinishedRun:
     @property
     def groups(self) -> torch.Tensor | None:
         """i64[N]: group (city) of each validation image; None for a dataset without groups, or with one."""
-        groups = self._tensors.get("group")
+        groups = CountsOfSites(self._counts_file, ()).get("group")
         return None if groups is None or (groups == groups[0]).all() else groups
 
     def dataset(self, split: str = "validation"):
@@ -345,7 +377,9 @@ class FinishedRun:
     @cached_property
     def weights(self) -> torch.Tensor:
         """f[R, N]: bootstrap weights, the same for every run on these images."""
-        return bootstrap_weights(self.metrics["images"], groups=self.groups)
+        groups = self.groups
+        of_image = None if groups is None else tuple(groups.tolist())
+        return _weights(self.metrics["images"], of_image)
 
     def mllm(self) -> "FrozenMLLM":
         """Load the probed model with the settings of the run.
@@ -451,6 +485,12 @@ class FinishedRun:
     def geometry(self) -> "Geometry":
         """Placement of the tokens on images; the first call loads the model."""
         return self._loaded[0].geometry
+
+
+@lru_cache(maxsize=2)
+def _weights(images: int, groups: tuple[int, ...] | None) -> torch.Tensor:
+    """Return the bootstrap weights f[R, N] of images, once for all runs on them."""
+    return bootstrap_weights(images, groups=None if groups is None else torch.tensor(groups))
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -1,9 +1,11 @@
 """Tensors of a run and of its analyses; files of a run that have changed since it wrote them."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava_bidir.common.atomic_io import sha256
@@ -19,6 +21,59 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+
+
+class CountsOfSites(Mapping[str, torch.Tensor]):
+    """Tensors of counts.safetensors at some sites, each read when it is asked for.
+
+    Those of all sites would be gigabytes: 34 sites x 2,000 images x 150 classes are 80 MB a tensor, 34 x 2,000 x 576
+    tokens 313 MB.
+
+    Args:
+        path: The file; its tensors with three axes have the sites as the first.
+        rows: Indices of the sites.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[int]):
+        self.path = path
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor at the sites.
+
+        Raises:
+            KeyError: The file has no such tensor.
+        """
+        if name not in iter(self):
+            raise KeyError(name)
+        with open_tensors(self.path) as file:
+            if len(file.get_slice(name).get_shape()) < 3:
+                return file.get_tensor(name)
+            part = file.get_slice(name)
+            return torch.cat([part[row : row + 1] for row in self.rows])
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names of the tensors."""
+        with open_tensors(self.path) as file:
+            return iter(file.keys())
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len([*self])
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file, whose tensors are read one by one.
+
+    Raises:
+        UserError: If the file is damaged; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
 

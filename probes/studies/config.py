@@ -70,7 +70,7 @@ def label_models(words: Sequence[str]) -> dict[str, str]:
     ]
     if len(pairs) == 2 and not all(label for label, _ in pairs):
         from probes.models.families import own_image_attention
-        from probes.models.prompt_and_pixels import read_config
+        from probes.models.read_config import read_config
 
         pairs = [
             [label or own_image_attention(read_config(model)), model] for label, model in pairs

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.quantiles import student_quantile
 from probes.data.registry import open_split
 from probes.report.verdicts import MARGIN, POWER
 from probes.results.steps import LEFT_OUT, describe_steps
@@ -158,7 +158,7 @@ def detectable_effect(
     needed = []
     for x, variance, count in zip(values, variances, draws, strict=True):
         variance = np.maximum(variance[:, 0], pooled / df)
-        of_draws = scipy.stats.t.ppf(0.975, df) * np.sqrt(variance / count)
+        of_draws = student_quantile(0.975, df) * np.sqrt(variance / count)
         half = np.hypot(1.96 * of_images, of_draws)
         needed.append(np.maximum(half, MARGIN) + x[:, 0].mean(1) - error)
     return float(np.quantile(np.max(needed, 0), POWER))

@@ -1,8 +1,7 @@
-"""The commands `probes fit | validate | test`: LightningCLI for a probe run, which `probes solve` uses, too."""
+"""The commands `probes fit | validate | test`: LightningCLI for a run of probes that are trained."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from lightning import Trainer
@@ -12,17 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
-from llava_bidir.common.run_folder import RunPlan, check_unfinished, plan_run
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer
+from llava_bidir.common.run_folder import RunPlan, check_unfinished
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.when_to_save import SaveAtStepBoundary, interrupt_says_what_is_saved
-from probes.data.datamodule import ProbeData
+from llava_bidir.common.run_process import run_process
+from llava_bidir.common.training_folder import plan_training
+from llava_bidir.common.when_to_save import SaveAtStepBoundary
 from probes.run_config import RunConfig
-from probes.tasks import SEGMENTATION
 
+from .datamodule import ProbeDataModule
 from .module import ProbeModule
-from .prediction_files import SavePredictions, ShowMaps
-from .run_schema import Manifest, Metrics, read_run_file
+from .prediction_callbacks import SavePredictions, ShowMaps
+from .run_results import RESULTS, format_scores, run_folder, say_finished
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {
@@ -41,16 +42,7 @@ WHY_REQUIRED = (
 class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
-    # analyses check that they belong to the run's probes
-    results = (
-        "predictions",
-        "metrics.json",
-        "manifest.json",
-        "counts.safetensors",
-        "effects.safetensors",
-        "path.safetensors",
-        "probes.safetensors",
-    )
+    results = RESULTS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and link those that data and model share."""
@@ -109,46 +101,14 @@ class ProbeCLI(RunCLI):
                 self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
                 self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             if self.trainer.is_global_zero:  # others may be here before it has written the files
-                rank_zero_info(self.format_scores())
+                rank_zero_info(format_scores(self.out, self.model.task))
 
     def plan_run(self, ckpt_path: str | None) -> RunPlan:
         """Return whether to start, resume or leave alone the run in OUT; see `run_folder.plan_run`."""
-        metrics_file = self.out / "metrics.json"
-
-        def saved():
-            return read_run_file(Manifest, self.out / "manifest.json")["identity"]
-
-        plan = plan_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
+        plan = plan_training(self, ckpt_path, run_folder(self.out, self.checkpoints))
         if plan.finished:
-            self._check_asked_for_nothing_more(metrics_file)
-            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+            say_finished(self.out, self.datamodule.name, self.saves_predictions)
         return plan
-
-    def _check_asked_for_nothing_more(self, metrics_file: Path) -> None:
-        """Say which options have no effect on a finished run; raise for predictions that it does not have."""
-        if self.saves_predictions and not (self.out / "predictions").is_dir():
-            raise UserError(
-                f"{self.out} is finished without predictions, which are saved while probes are scored; make it again "
-                "with --overwrite true, or in another --out"
-            )
-        name = read_run_file(Metrics, metrics_file)["dataset"]
-        if name != self.datamodule.name:
-            rank_zero_info(f"{self.out} is finished, and its data set is still called {name!r}")
-
-    def format_scores(self) -> str:
-        """Return one line with the main scores of the finished run."""
-        summary = read_run_file(Metrics, self.out / "metrics.json")["summary"]
-        task = self.model.task
-        main = {site: summary[site] for site in ("encoder", "adapter")}
-        main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
-        text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"
-        scores = ", ".join(
-            text.format(site, value) for site, value in main.items() if value is not None
-        )
-        folders = f"{quote(str(self.out))} --out {quote(str(self.out / 'report'))}"
-        other = "" if task.name == SEGMENTATION else "RUN --tasks "
-        report = f"probes report {other}{folders}"
-        return f"{self.out}: {task.labels[task.score]} {scores or 'in metrics.json'}. To see all scores: {report}"
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Score the probes of a checkpoint and write the files of the run.
@@ -186,7 +146,7 @@ def build_cli(
     """Parse words or a config and execute its subcommand; with `run=False` only build model, data and trainer."""
     return ProbeCLI(
         ProbeModule,
-        ProbeData,
+        ProbeDataModule,
         args=args,
         run=run,
         parser_kwargs={"prog": prog, "allow_abbrev": False},

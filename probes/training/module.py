@@ -14,6 +14,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from llava_bidir.common.distributed import all_gather
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import (
@@ -32,7 +33,6 @@ from probes.ops.quadrature import PreparedMasks
 from probes.run_config import ModelOptions
 from probes.tasks import Task
 
-from .distributed import all_gather
 from .heads import HEADS
 from .scoring import compute_counts, score_batch
 from .site_probes import SiteProbes, load_probes

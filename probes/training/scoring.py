@@ -34,4 +34,4 @@ def compute_counts(metric: TaskMetric) -> dict[str, Tensor]:
     """Return what the task counts of each image, by name, on the CPU; the metric is empty then."""
     counted = metric.compute()
     metric.reset()
-    return {name: x.cpu() for name, x in counted.items()}
+    return counted

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from probes.data.datamodule import ProbeData
+from llava_bidir.common.rank_zero import rank_zero_info
+from probes.data.probe_data import ProbeData
 from probes.evaluation.image_metrics import TaskMetric
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.load import load

@@ -14,15 +14,16 @@ import torch
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import Identity, describe_digest
-from probes.data.datamodule import ProbeData
+from probes.data.probe_data import ProbeData
 from probes.evaluation.effect_file import EFFECTS_FILE, effect_file
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores, resampled_scores
 from probes.evaluation.strengths import CLOSED_FORM, Strengths
 from probes.evaluation.summary import summary
-from probes.models.module_sources import absolute_source, is_source
+from probes.models.module_sources import absolute_source
 from probes.models.sites import last_layer
+from probes.models.source_names import is_source
 from probes.ops.pixel_counts import Counts
 from probes.tasks import SEGMENTATION
 

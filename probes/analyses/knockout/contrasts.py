@@ -19,10 +19,10 @@ Shapes: C cases, E effects, R resamplings, N images.
 from dataclasses import replace
 from typing import NamedTuple
 
-import scipy.stats
 import torch
 from torch import Tensor
 
+from llava_bidir.common.quantiles import normal_quantile, student_quantile
 from probes.evaluation.estimate import Estimate
 from probes.results.probe_run import ProbeRun
 
@@ -172,7 +172,7 @@ def contrast_estimates(
     patches.index_add_(0, unit, cases.patches)
     effective_number = patches.sum().square() / patches.square().sum()
     df = effective_number.item() - 1
-    tails = scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)
+    tails = student_quantile(0.975, df) / normal_quantile(0.975)
     wider = float(tails) * ((df + 1) / df) ** 0.5
     contrasts = []
     for vector in vectors.T:

@@ -12,21 +12,15 @@ from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
 from .encoders import ENCODERS, EncoderFamily
 from .gemma import GEMMA
-from .llava import FULL, LLAVA, SLIDING, LogitHead, block_ids_of, build_mask, layer_kinds
+from .llava import LLAVA
 from .modules import MODULE_TYPE, MODULES
 from .patch_merging import MERGED
 
 __all__ = [
     "FAMILIES",
-    "FULL",
-    "SLIDING",
     "EncoderFamily",
     "Family",
-    "LogitHead",
-    "block_ids_of",
-    "build_mask",
     "family_of",
-    "layer_kinds",
     "own_image_attention",
     "register_family",
 ]

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import ENCODER, site_names
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 
 def square_side(size: int | list[int] | tuple[int, ...]) -> int:
@@ -44,7 +49,7 @@ class Family:
     The model's own forward runs on the ids of prefix and image with its own position ids.
 
     Args:
-        model_class: Name of a transformers class, or a class.
+        model_class: Name of a transformers class, or MODULE:NAME of another one, or a class.
         image_px: Side of the square input in pixels, from the config.
         token_px: Side of the square that one image token covers in pixels: the patch, or the patches merged into it.
         encoder_width: Width of the encoder states.
@@ -71,7 +76,7 @@ class Family:
         question_in_prefix: True if the question is a part of the block of the mask "prefix".
     """
 
-    model_class: str | type[PreTrainedModel]
+    model_class: "str | type[PreTrainedModel]"
     image_px: Callable[[PreTrainedConfig], int] = image_size
     token_px: Callable[[PreTrainedConfig], int | Fraction] = patch_size
     encoder_width: Callable[[PreTrainedConfig], int] = lambda config: (
@@ -79,8 +84,8 @@ class Family:
     )
     adapter: tuple[str, ...] = ("multi_modal_projector",)
     encoder_output_module: str | None = None
-    encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = lambda model, args: args[0]
-    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = lambda model, pixels, is_image: {
+    encoder_states: "Callable[[PreTrainedModel, tuple], Tensor]" = lambda model, args: args[0]
+    inputs: "Callable[[PreTrainedModel, Tensor, Tensor], dict]" = lambda model, pixels, is_image: {
         "pixel_values": pixels
     }
     language_model: str = "language_model"
@@ -102,7 +107,7 @@ class Family:
     layers_part = "llm"  # the part that has the layers
 
     @property
-    def model_cls(self) -> type[PreTrainedModel]:
+    def model_cls(self) -> "type[PreTrainedModel]":
         """Class of the model; loads a checkpoint without executing code in it."""
         return find_model_class(self.model_class)
 
@@ -144,43 +149,46 @@ class Family:
         """Return the part of the input side that the tokens cover, from the left and the top."""
         return int(self.grid(config)[0] * self.token_px(config))
 
-    def decoder_of(self, model: PreTrainedModel) -> nn.Module:
+    def decoder_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the decoder of a model."""
         return module_at(model, self.language_model, "model")
 
-    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+    def norm_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the norm after the decoder's last layer."""
         return module_at(model, f"{self.language_model}.{self.norm}", "model")
 
-    def adapter_of(self, model: PreTrainedModel) -> list[nn.Module]:
+    def adapter_of(self, model: "PreTrainedModel") -> list[nn.Module]:
         """Return the modules of a model's adapter."""
         return [module_at(model, path, "model") for path in self.adapter]
 
-    def encoder_output_of(self, model: PreTrainedModel) -> nn.Module:
+    def encoder_output_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the module of a model whose input is the encoder output."""
         return module_at(model, self.encoder_output_module or self.adapter[0], "model")
 
-    def random_modules(self, model: PreTrainedModel, match: str) -> dict[str, list[nn.Module]]:
+    def random_modules(self, model: "PreTrainedModel", match: str) -> dict[str, list[nn.Module]]:
         """Return the modules that random weights replace, by part; matched LLMs keep all but their layers."""
         decoder = self.decoder_of(model)
         llm = decoder if match == "none" else decoder.layers
         return {"adapter": self.adapter_of(model), "llm": [llm]}
 
-    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
         """Return where the modules of a random LLM are: a parent and the name in it."""
         decoder = self.decoder_of(model)
         names = [name for name, _ in decoder.named_children()] if match == "none" else ["layers"]
         return [(decoder, name) for name in names]
 
 
-def find_model_class(model_class: str | type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return a class, or the one that transformers has by a name.
+def find_model_class(model_class: "str | type[PreTrainedModel]") -> "type[PreTrainedModel]":
+    """Return a class, or the one of a name: of transformers, or MODULE:NAME.
 
     Raises:
         UserError: The installed transformers has no such class.
     """
     if not isinstance(model_class, str):
         return model_class
+    module, _, name = model_class.rpartition(":")
+    if module:
+        return getattr(import_module(module), name)
     if not hasattr(transformers, model_class):
         raise UserError(f"transformers {transformers.__version__} has no class {model_class!r}")
     return getattr(transformers, model_class)

@@ -1,13 +1,17 @@
 """DeepSeek-VL and Janus: SigLIP, in DeepSeek-VL's larger model combined with a SAM-B of 1024 px."""
 
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .base import Family, image_size, patch_size
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 
 def _high_res_px(config: PreTrainedConfig) -> int:
@@ -19,7 +23,7 @@ def _hybrid_token_px(config: PreTrainedConfig) -> Fraction:
     return Fraction(_high_res_px(config), image_size(config) // patch_size(config))
 
 
-def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _two_resolutions(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return SAM's pixels and SigLIP's, which are normalised separately and resized to its input.
 
     Deviates: the stock processor resizes 8-bit pixels, this function normalised ones. They differ by < 1 grey level.

@@ -4,23 +4,27 @@ They receive one square, so that all images have the same grid: 24 x 24 tokens a
 Encoders of Qwen and GLM take patches instead of images, ordered by the token that they are merged into.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.vision_utils import get_vision_window_index
+from transformers import PreTrainedConfig
 
 from .base import Family, patch_size, split_patches, square_side
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 TOKENS_PER_SIDE = 24
 
 
-def _grid_thw(model: PreTrainedModel, images: int) -> Tensor:
+def _grid_thw(model: "PreTrainedModel", images: int) -> Tensor:
     """Return time, rows and columns of the patches of each image, long[images, 3]."""
     patches = TOKENS_PER_SIDE * model.config.vision_config.spatial_merge_size
     return torch.tensor([[1, patches, patches]], device=model.device).expand(images, -1)
 
 
-def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _untyped_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels x frames x p x p], grouped by token, with the image as all frames of a patch.
 
     Source: Qwen2-VL's image processor.
@@ -39,12 +43,12 @@ def _untyped_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
     }
 
 
-def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return the same with the types of tokens, from which positions are computed."""
     return _untyped_patches(model, pixels, is_image) | {"mm_token_type_ids": is_image.int()}
 
 
-def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels, p, p] in raster order. Source: image processors of both families."""
     patches = split_patches(pixels, patch_size(model.config))
     rows, columns = patches.shape[1:3]
@@ -55,12 +59,12 @@ def _raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
     }
 
 
-def _typed_raster_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _typed_raster_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return the same with the types of tokens, from which positions are computed."""
     return _raster_patches(model, pixels, is_image) | {"mm_token_type_ids": is_image.int()}
 
 
-def _unmerged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _unmerged_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches f[B x P, channels x p x p] in raster order, none of which are merged."""
     inputs = _raster_patches(model, pixels, is_image)
     ones = torch.ones(len(pixels), dtype=torch.long, device=model.device)
@@ -68,7 +72,7 @@ def _unmerged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) 
     return inputs | {"pixel_values": patches, "image_merge_sizes": ones}
 
 
-def _merge_raster(model: PreTrainedModel, args: tuple) -> Tensor:
+def _merge_raster(model: "PreTrainedModel", args: tuple) -> Tensor:
     """Return encoder states in raster order of patches, f[..., d], with the patches of a token side by side."""
     merge = model.config.vision_config.spatial_merge_size
     states = args[0].flatten(0, -2)
@@ -76,8 +80,10 @@ def _merge_raster(model: PreTrainedModel, args: tuple) -> Tensor:
     return cells.transpose(2, 3).flatten(3)  # B, h, w, m * m * d
 
 
-def _to_raster_order(model: PreTrainedModel, args: tuple) -> Tensor:
+def _to_raster_order(model: "PreTrainedModel", args: tuple) -> Tensor:
     """Return encoder states in raster order; Qwen2.5-VL's encoder orders tokens by window."""
+    from transformers.vision_utils import get_vision_window_index
+
     vision = model.config.vision_config
     states = args[0]
     images = len(states) // TOKENS_PER_SIDE**2
@@ -106,7 +112,7 @@ def _patch_family(model_class: str, module: str, **kwargs) -> Family:
     return Family(model_class, encoder_output_module=module, **settings | kwargs)
 
 
-def _sizes_of_images(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _sizes_of_images(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * len(pixels))}
 
 

@@ -9,15 +9,19 @@ Shapes: B images, T image tokens on a grid h x w, m x m patches a token, d width
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import encoder_site
 
 from .base import Family, module_at, patch_size
 from .encoders import ENCODERS, cls_token, no_extra_tokens
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 ADVICE = "leave out sites that begin with encoder_"
 
@@ -106,7 +110,7 @@ class EncoderLayers:
         """The sites in forward order: the input of the first layer, then the output of each."""
         return [encoder_site(i) for i in range(self.count + 1)]
 
-    def modules(self, model: PreTrainedModel) -> nn.ModuleList:
+    def modules(self, model: "PreTrainedModel") -> nn.ModuleList:
         """Return the layers."""
         return module_at(model, self.path, "model")
 

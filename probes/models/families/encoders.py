@@ -9,17 +9,20 @@ Two-tower checkpoints (CLIP, SigLIP) are read as their vision model. Shapes: B i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import check_image_px
 from probes.models.sites import FINAL_NORM, layer_site
 
 from .base import find_model_class, module_at, split_patches, square_side
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -117,7 +120,7 @@ class EncoderFamily:
     Functions receive the config of the vision model.
 
     Args:
-        model_class: Name of a transformers class, or a class.
+        model_class: Name of a transformers class, or MODULE:NAME of another one, or a class.
         layers: The list of layers; each has its attention as `attention` or `self_attn`.
         norm: The norm after the last layer; None if there is none, and then no site "final_norm".
         extra_tokens: Number of tokens before the patches.
@@ -129,7 +132,7 @@ class EncoderFamily:
         settings: What the checkpoint's config is replaced by, by key.
     """
 
-    model_class: str | type[PreTrainedModel]
+    model_class: "str | type[PreTrainedModel]"
     layers: str
     norm: str | None
     extra_tokens: Callable[[PreTrainedConfig], int]
@@ -146,7 +149,7 @@ class EncoderFamily:
     image_attention = "bidirectional"  # every patch attends to every other one
 
     @property
-    def model_cls(self) -> type[PreTrainedModel]:
+    def model_cls(self) -> "type[PreTrainedModel]":
         """Class of the model."""
         return find_model_class(self.model_class)
 
@@ -193,19 +196,19 @@ class EncoderFamily:
         vision = vision_config(config)
         return {"layers": vision.num_hidden_layers, "width": vision.hidden_size}
 
-    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+    def layers_of(self, model: "PreTrainedModel") -> nn.ModuleList:
         """Return the layers of a model."""
         return module_at(model, self.layers)
 
-    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+    def norm_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the norm after the last layer of a model."""
         return module_at(model, self.norm)
 
-    def random_modules(self, model: PreTrainedModel, match: str) -> dict[str, list[nn.Module]]:
+    def random_modules(self, model: "PreTrainedModel", match: str) -> dict[str, list[nn.Module]]:
         """Return the modules that random weights replace, by part; patch embeddings and final norm stay trained."""
         return {"encoder": [self.layers_of(model)]}
 
-    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
         """Return where the modules that random weights replace are: a parent and the name in it."""
         layers = self.layers_of(model)
         return [(layers, name) for name, _ in layers.named_children()]

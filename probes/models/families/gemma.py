@@ -1,10 +1,15 @@
 """Gemma 3 and 4 and PaliGemma: bidirectional attention among image tokens (in Gemma 4 not in all layers)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .base import Family, image_size, patch_size, split_patches
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 # Gemma 4 accepts images of any shape, by default with at most 280 tokens; the largest square has 16 x 16.
 GEMMA4_TOKENS_PER_SIDE = 16
@@ -19,12 +24,12 @@ def _gemma4_attention(config: PreTrainedConfig) -> str:
     return "causal"
 
 
-def _gemma3_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _gemma3_pixels(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return pixels and the types of tokens, without which Gemma 3 attends causally. Source: its processor."""
     return {"pixel_values": pixels, "token_type_ids": is_image.long()}
 
 
-def _paligemma_pixels(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _paligemma_pixels(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return pixels and the types of tokens: 1, an answer, after the image, so that the prefix ends with it."""
     images_from_here = is_image.flip(1).cumsum(1).flip(1)
     return {"pixel_values": pixels, "token_type_ids": (images_from_here == 0).long()}
@@ -41,12 +46,12 @@ def _merged_patch_px(config: PreTrainedConfig) -> int:
     return patch_size(config) * config.vision_config.pooling_kernel_size
 
 
-def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _gemma4_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches and their places, see :func:`_split`, for the encoder."""
     return _split(patch_size(model.config), pixels, is_image)
 
 
-def _merged_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _merged_patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return patches of a token's size and their places, see :func:`_split`, which the LLM reads without an encoder."""
     return _split(_merged_patch_px(model.config), pixels, is_image)
 

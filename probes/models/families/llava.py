@@ -4,22 +4,17 @@ LLaVA-NeXT and OneVision put the full view before its tiles. Their image tokens 
 the full view do not depend on the tiles, which are not run.
 """
 
-from torch import Tensor
-from transformers import LlavaModel, PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
-from llava_bidir.model.modeling_llava_bidir import (
-    FULL,
-    SLIDING,
-    LlavaBidirForConditionalGeneration,
-    LogitHead,
-    block_ids_of,
-    build_mask,
-    layer_kinds,
-)
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .base import Family, image_size
 
-__all__ = ["FULL", "LLAVA", "SLIDING", "LogitHead", "block_ids_of", "build_mask", "layer_kinds"]
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
+
+OUR_CLASS = "probes.models.families.our_code:LlavaBidirForConditionalGeneration"
 
 
 def _image_px(config: PreTrainedConfig) -> int:
@@ -39,8 +34,10 @@ def _encoder_width(config: PreTrainedConfig) -> int:
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
-def _full_view(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _full_view(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     """Return encoder and adapter outputs as in LLaVA, without tiles and newlines."""
+    from transformers import LlavaModel
+
     return {"mm_encoder_outputs": {"image": LlavaModel.get_image_features(model.model, pixels)}}
 
 
@@ -59,7 +56,7 @@ _TILED = {
     "image_resize": "squash",
 }
 LLAVA = {
-    "llava_bidir": _llava(LlavaBidirForConditionalGeneration),
+    "llava_bidir": _llava(OUR_CLASS),
     "llava": _llava("LlavaForConditionalGeneration"),
     "vipllava": _llava("VipLlavaForConditionalGeneration"),
     "llava_next": _llava("LlavaNextForConditionalGeneration", **_TILED),

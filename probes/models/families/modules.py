@@ -4,14 +4,18 @@ Their config has no file: it is measured when the module is described (`own_modu
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from llava_bidir.common.image_side import check_image_px
 
 from .base import module_at
 from .encoders import EncoderFamily
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 MODULE_TYPE = "module"  # of their configs
 
@@ -59,15 +63,15 @@ class ModuleFamily(EncoderFamily):
         """Return the width of the states at each site."""
         return dict(zip(self.sites(config), config.site_widths, strict=True))
 
-    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+    def layers_of(self, model: "PreTrainedModel") -> nn.ModuleList:
         """Return the layers of a module."""
         return nn.ModuleList(module_at(model.module, name) for name in model.config.layer_names)
 
-    def norm_of(self, model: PreTrainedModel) -> nn.Module:
+    def norm_of(self, model: "PreTrainedModel") -> nn.Module:
         """Return the norm after the last layer."""
         return module_at(model.module, model.config.norm_name)
 
-    def random_slots(self, model: PreTrainedModel, match: str) -> list[tuple[nn.Module, str]]:
+    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
         """Return where the layers are: a parent and the name in it."""
         slots = []
         for path in model.config.layer_names:

@@ -4,12 +4,16 @@ If the stock processor adds tiles, only the full view (thumbnail) is run.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .base import Family, module_at, patch_size
 from .encoders import patch_inputs, stored_grid_side
+
+if TYPE_CHECKING:  # seconds, which reading a config does not need
+    from transformers import PreTrainedModel
 
 
 def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kwargs) -> Family:
@@ -22,7 +26,7 @@ def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kw
     )
 
 
-def _one_view(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _one_view(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels[:, None]}
 
 
@@ -31,11 +35,11 @@ def _stored_grid_px(config: PreTrainedConfig) -> int:
     return stored_grid_side(config.vision_config)
 
 
-def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _patches(model: "PreTrainedModel", pixels: Tensor, is_image: Tensor) -> dict:
     return patch_inputs(model.config.vision_config, pixels)
 
 
-def _unshuffled(model: PreTrainedModel, args: tuple) -> Tensor:
+def _unshuffled(model: "PreTrainedModel", args: tuple) -> Tensor:
     """Return encoder states f[1, T x B, 1, m * m * d] from those of the patches, which the adapter merges itself."""
     return module_at(model, "multi_modal_projector", "model").pixel_unshuffle(args[0])
 

@@ -11,12 +11,12 @@ Legend: B images, d width, K classes, F folds, n pixels of a sample.
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from llava_bidir.common.distributed import all_gather_objects, all_reduce, broadcast, rank
+from llava_bidir.common.rank_zero import rank_zero_info
 from probes.evaluation.strengths import OPTIMUM
 from probes.run_config import SolverOptions
-from probes.training.distributed import all_gather_objects, all_reduce, broadcast, rank
 
 from .curvature import SampledPixels
 from .moments import Moments, SiteSpace

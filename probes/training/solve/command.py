@@ -1,67 +1,98 @@
-"""The command `probes solve`: model, data and trainer of `probes fit`, and a solver in place of its training loop."""
+"""The command `probes solve`: a solver in place of the training loop of `probes fit`."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.distributed import decide_on_first, rank
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import run_process
-from llava_bidir.common.rank_zero import run_on_all_ranks
-from llava_bidir.common.run_folder import StartOfRun
-from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
+from llava_bidir.common.expected_messages import hide_expected_messages
+from llava_bidir.common.identity import run_identity
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
+from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.run_folder import RunPlan, begin_run, plan_run
+from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.run_process import run_process
+from probes.data.probe_data import ProbeData
 from probes.run_config import RunConfig
 from probes.tasks import TASKS
 from probes.tasks.losses import CrossEntropy
-from probes.training.cli import ProbeCLI, build_run
+from probes.training.machine import Machine, one_process, seed_everything
+from probes.training.run_results import format_scores, run_folder, say_finished
 from probes.training.run_schema import MODEL_SETTINGS
 
 from .run import SolveRun, estimate, solve
 
+TRAINER_SETTINGS = ("precision",)  # that change the result of a run without a training loop
+
 
 def run_config(config: RunConfig) -> None:
     """Make the passes, score the probes, and write the files of the run."""
-    cli = build_solve(config)
-    with run_process(), cli.exclusive_run_lock():
-        plan = cli.plan_run(config.ckpt_path)
-        if plan.finished:
-            return
-        cli.model.identity = plan.identity
-        cli.model.resuming = config.ckpt_path == "last"
+    run, data, machine = build_solve(config)
+    lock = exclusive_run_lock(run.out) if machine.is_first else nullcontext()
+    with run_process(), lock, interrupt_says_what_is_saved(run.checkpoints):
+        machine.run(lambda: solve_unless_finished(config, run, data, machine))
 
-        def solve_here() -> None:
-            solve(cli.model, cli.datamodule, cli.trainer, config.save_predictions)
 
-        with interrupt_says_what_is_saved(cli.checkpoints):
-            run_on_all_ranks(cli.trainer, solve_here)
-        if cli.trainer.is_global_zero:
-            shutil.rmtree(cli.checkpoints, ignore_errors=True)
-            rank_zero_info(cli.format_scores())
+def solve_unless_finished(
+    config: RunConfig,
+    run: SolveRun,
+    data: ProbeData,
+    machine: Machine,
+) -> None:
+    """Solve and score, or say that the run is finished; in all processes."""
+
+    def plan() -> RunPlan:
+        identity = run_identity(machine, run, data, TRAINER_SETTINGS)
+        folder = run_folder(run.out, run.checkpoints)
+        return plan_run(folder, identity, config.ckpt_path, config.overwrite)
+
+    planned = decide_on_first(plan)
+    if planned.finished:
+        say_finished(run.out, data.name, config.save_predictions)
+        return
+    run.identity = planned.identity
+    run.resuming = config.ckpt_path == "last"
+
+    def begin() -> None:
+        if rank() == 0:
+            content = yaml.safe_dump(config.values(), sort_keys=False)
+            begin_run(run.out, content, planned.replaced)
+
+    solve(run, data, machine, begin, config.save_predictions)
+    if rank() == 0:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        rank_zero_info(format_scores(run.out, run.task))
 
 
 def dry_run(config: RunConfig) -> None:
     """Print the time of a pass and the memory. Nothing is written."""
-    cli = build_solve(config)
-    data = cli.datamodule
+    run, data, machine = build_solve(config)
     training = len(data.splits["training"])
     with run_process():
         if training <= data.batch_size:  # known before the model is loaded
             rank_zero_info(f"time: not measured, since {training} training images are one batch")
         else:
-            run_on_all_ranks(cli.trainer, lambda: estimate(cli.model, data, cli.trainer))
+            machine.run(lambda: estimate(run, data, machine))
 
 
-def build_solve(config: RunConfig) -> ProbeCLI:
-    """Return data and trainer of a run, and in place of a module to train what the run is made from."""
-    cli = build_run(config, "probes solve")
-    cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
-    cli.datamodule.trainer = cli.trainer
-    cli.model = make_solve_run(config, cli.datamodule.num_classes)
-    for callback in cli.trainer.callbacks:
-        if isinstance(callback, StartOfRun):
-            callback.content = yaml.safe_dump(config.values(), sort_keys=False)
-    return cli
+def build_solve(config: RunConfig) -> tuple[SolveRun, ProbeData, Machine]:
+    """Return what a run is made from, its data, and where it computes.
+
+    Lightning is imported for several processes, and for options of the trainer that `one_process` does not know.
+    """
+    hide_expected_messages()
+    machine = one_process(config.trainer)
+    if machine is None:
+        from probes.training.lightning_machine import build_machine
+
+        machine = build_machine(config)
+    seed_everything(config.seed_everything)
+    data = ProbeData(**vars(config.data), seed=config.seed_everything)
+    return make_solve_run(config, data.num_classes), data, machine
 
 
 def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
@@ -92,4 +123,5 @@ def make_solve_run(config: RunConfig, num_classes: int) -> SolveRun:
             "passes": config.solver.passes,
             "sample_images": config.solver.sample_images,
         }
-    return SolveRun(hparams, replace(config.solver, strengths=strengths), task)
+    options = replace(config.solver, strengths=strengths)
+    return SolveRun(Path(config.out), hparams, options, task)

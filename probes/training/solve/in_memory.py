@@ -8,12 +8,12 @@ The first pass keeps the states; then each site is solved by one process, on a C
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.distributed import all_gather_objects, broadcast
+from llava_bidir.common.rank_zero import rank_zero_info
 from probes.data.batches import MaskPreparer
 from probes.evaluation.strengths import OPTIMUM
 from probes.ops.quadrature import join_masks
-from probes.training.distributed import all_gather_objects, broadcast
 
 from .objective import LOOSE_NODES, SiteProblem
 from .refinement import solve_site

@@ -10,16 +10,16 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from llava_bidir.common.distributed import all_reduce, broadcast, rank, rank_count
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.rank_zero import rank_zero_info
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_size
 from probes.data.samplers import fold_batches
 from probes.evaluation.strengths import CLOSED_FORM
 from probes.ops.normal_equations import normal_equations
-from probes.training.distributed import all_reduce, broadcast, rank, rank_count
 
 from .least_squares import LEAST_SQUARES_STRENGTHS, LeastSquaresMoments, solve_least_squares
 from .moments import packed_size
@@ -64,7 +64,7 @@ class LeastSquaresSolver(Solver):
         tokens = self.mllm.grid[0] * self.mllm.grid[1]
         need = sum(size.values())
         batch = self.reader.data.rank_batch_size * tokens * self.mllm.model.dtype.itemsize
-        free = available_memory() // max(1, self.reader.trainer.num_devices)
+        free = available_memory() // self.reader.machine.processes_here
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free
         available = max(0, free - batch * sum(width[site] for site in self.sites))
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"

@@ -59,7 +59,6 @@ class PathScores:
         probes: The probes of the run, with the chosen strength of each site.
         solved: What was solved, by site.
         images: Size of the validation split.
-        device: Device of the scores.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class PathScores:
         probes: SiteProbes,
         solved: dict[str, SolvedSite],
         images: int,
-        device: torch.device,
     ):
         self.probes = probes
         self.solved = solved
@@ -79,7 +77,7 @@ class PathScores:
         if probes.task.name == SEGMENTATION:
             others = [i for i in range(self.rows * len(sites)) if i not in self.chosen]
             metric = PathMetric(others, images, probes.mllm.geometry)
-        self.metric = metric.to(device)
+        self.metric = metric
 
     def add(self, states: dict[str, Tensor], batch: dict[str, Any]) -> None:
         """Add a batch of validation images with their states f[B, T, d] by site."""
@@ -114,7 +112,7 @@ class PathScores:
             counted: What the task counts of the chosen probes.
         """
         task = self.probes.task
-        tensors = {name: x.cpu() for name, x in self.metric.compute().items()}
+        tensors = self.metric.compute()
         loss_name = "cv_loss"
         if task.name == SEGMENTATION:
             loss_name = "cv_cross_entropy"

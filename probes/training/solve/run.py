@@ -5,23 +5,23 @@ scored once: the probes of the chosen strengths, which are the run's, and beside
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.distributed import broadcast, rank, rank_count
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity
-from llava_bidir.common.run_folder import begin_run
+from llava_bidir.common.rank_zero import rank_zero_info
 from probes.data.available_memory import available_memory
-from probes.data.datamodule import ProbeData
+from probes.data.probe_data import ProbeData
 from probes.models.module_sources import source_identity
 from probes.run_config import SolverOptions
 from probes.tasks import Task
-from probes.training.distributed import broadcast, rank_count
+from probes.training.machine import Machine
 from probes.training.prediction_files import save_predictions
 from probes.training.scoring import compute_counts, score_batch
 from probes.training.site_probes import load_probes
@@ -44,6 +44,7 @@ class SolveRun:
     """What a run is made from.
 
     Args:
+        out: Folder of the run.
         hparams: Every option of the model and of the solver, as a LightningModule names them, for the identity and
             the files of the run.
         options: Those of the solver.
@@ -52,11 +53,17 @@ class SolveRun:
         resuming: Start from the files of a killed run.
     """
 
+    out: Path
     hparams: dict[str, Any]
     options: SolverOptions
     task: Task
     identity: Identity | None = None
     resuming: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder from which a killed run resumes."""
+        return self.out / "checkpoints"
 
     def models(self) -> dict[str, str | dict[str, str]]:
         """Return the paths of the models that the run is made from, by setting, or what identifies a module."""
@@ -67,7 +74,8 @@ class SolveRun:
 def solve(
     run: SolveRun,
     data: ProbeData,
-    trainer: Trainer,
+    machine: Machine,
+    begin: Callable[[], None],
     save_images: bool = False,
 ) -> None:
     """Solve the probes of all sites, score them, and write the files of the run; in all processes.
@@ -75,27 +83,28 @@ def solve(
     Args:
         run: Model and options.
         data: Images and targets.
-        trainer: Says device, precision, processes and folder; its loops are not used.
+        machine: Where the run computes.
+        begin: Called once all settings were accepted; replaces what is in the folder of the run.
         save_images: Also write the predictions of every validation image.
     """
-    data.verify()  # before the model is loaded
-    solver = start_solver(run, data, trainer)
-    begin_run(trainer)
+    data.verify(machine.progress == "bar")  # before the model is loaded
+    solver = start_solver(run, data, machine)
+    begin()
     solver.read_first_pass()
     solved = solver.solve()
-    score(run, solver, solved, data, trainer, save_images)
+    score(run, solver, solved, data, machine, save_images)
 
 
-def start_solver(run: SolveRun, data: ProbeData, trainer: Trainer) -> Solver:
+def start_solver(run: SolveRun, data: ProbeData, machine: Machine) -> Solver:
     """Load the model, and return the solver of the run."""
-    device = trainer.strategy.root_device
+    device = machine.device
     probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
-    trainer.precision_plugin.convert_module(probes.mllm)
-    trainer.precision_plugin.convert_module(probes.heads.to(device).eval())
-    reader = StateReader(probes, data, trainer, masks=run.task.loss is not None)
-    folder = Path(trainer.default_root_dir) / "checkpoints"
-    return choose_solver(reader, run.options, SolverCheckpoints(folder, run.identity, run.resuming))
+    machine.convert_module(probes.mllm)
+    machine.convert_module(probes.heads.to(device).eval())
+    reader = StateReader(probes, data, machine, masks=run.task.loss is not None)
+    checkpoints = SolverCheckpoints(run.checkpoints, run.identity, run.resuming)
+    return choose_solver(reader, run.options, checkpoints)
 
 
 def choose_solver(
@@ -118,7 +127,7 @@ def images_that_fit(reader: StateReader, folds: int) -> int:
     mllm = reader.probes.mllm
     widths = [mllm.widths[site] for site in reader.probes.sites]
     tokens = mllm.grid[0] * mllm.grid[1]
-    processes = max(1, reader.trainer.num_devices)  # of this machine
+    processes = reader.machine.processes_here
     kept = (
         int(available_memory() / 4 / mllm.state_bytes(reader.probes.sites))
         * rank_count()
@@ -138,7 +147,7 @@ def score(
     solver: Solver,
     solved: dict[str, SolvedSite],
     data: ProbeData,
-    trainer: Trainer,
+    machine: Machine,
     save_images: bool,
 ) -> None:
     """Score what was solved on the validation split, and write the files of the run."""
@@ -148,9 +157,8 @@ def score(
         if limit := found.describe_limit(site):
             rank_zero_info(limit)
     validation = data.splits["validation"]
-    metric = probes.new_metric(len(validation)).to(solver.device)
-    of_path = PathScores(probes, solved, len(validation), solver.device)
-    out = Path(trainer.default_root_dir)
+    metric = probes.new_metric(len(validation))
+    of_path = PathScores(probes, solved, len(validation))
     for batch in solver.reader.validation():
         with solver.reader.precision():
             states = probes.states(batch)
@@ -162,16 +170,13 @@ def score(
                 logits,
                 batch,
                 validation.names,
-                out / "predictions",
+                run.out / "predictions",
             )
     counted = compute_counts(metric)
     entries, tensors = of_path.results(counted)
-    if not trainer.is_global_zero:
+    if rank() > 0:
         return
-    for logger in trainer.loggers:
-        logger.log_hyperparams(run.hparams)
-        logger.save()
-        logger.finalize("success")
+    machine.log_settings(run.out, run.hparams)
     name = solver.path_kind
     path = StrengthsRecord(name, solver.about() | {name: {"sites": entries}}, tensors)
     made = {
@@ -181,18 +186,18 @@ def score(
     }
     made |= {key: run.hparams[key] for key in ("seed", "folds")}
     record = RunRecord(run.hparams, run.identity, made, path=path)
-    save_run(probes, record, data, counted, out)
+    save_run(probes, record, data, counted, run.out)
 
 
 @torch.no_grad()
 def estimate(
     run: SolveRun,
     data: ProbeData,
-    trainer: Trainer,
+    machine: Machine,
 ) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
-    data.verify()
-    solver = start_solver(run, data, trainer)
+    data.verify(machine.progress == "bar")
+    solver = start_solver(run, data, machine)
     times: list[float] = []
     images: list[int] = []  # a batch at the end of a fold is smaller
     batches = solver.prepare_first_pass()[:MEASURED_BATCHES]
@@ -208,7 +213,7 @@ def estimate(
         raise UserError(
             f"{training} training images are one batch: too few to measure; run it without --dry-run"
         )
-    seconds = (times[-1] - times[0]) / sum(images[1:]) / trainer.world_size  # of an image
+    seconds = (times[-1] - times[0]) / sum(images[1:]) / rank_count()  # of an image
 
     def hours(images: int) -> str:
         return f"{images * seconds / 3600:.2f} h"

@@ -4,22 +4,27 @@ A site can take minutes, in a process of its own. It counts its minimisations, o
 probes, in memory that it shares; how many a site needs is known from those that are solved.
 """
 
+import logging
 import mmap
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from llava_bidir.common.step_progress import tell
+from llava_bidir.common.step_progress import format_duration, tell
+
+log = logging.getLogger(__name__)
 
 # Minimisations of a site, until one is solved: 9 or 10 at layers 2, 6 and 12 of DINOv2-S on 60 photos of MSRC
 EXPECTED = 10
 ALMOST = 0.95  # of a site that has ended more than expected
 POLL_S = 1.0
 BAR_S = 5.0  # between two drawings of a bar
+LINE_S = 10.0  # between two lines of a log
 BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 Item = TypeVar("Item")
@@ -33,6 +38,19 @@ def follow(items: Iterable[Item], count: int, label: str, hidden: bool) -> Itera
             yield item
             bar.set_postfix_str(tell(label, done, count), refresh=False)
             bar.update()
+
+
+def log_pass(batches: Sized) -> Iterator:
+    """Yield batches of a pass; log some of them, with the rate and the time left."""
+    started = last = time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        now = time.monotonic()
+        if now - last >= LINE_S or done == len(batches):
+            last = now
+            rate = done / max(now - started, 1e-9)
+            left = format_duration((len(batches) - done) / rate)
+            log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
 
 
 def count_minimisation() -> None:

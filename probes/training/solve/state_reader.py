@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Trainer
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from llava_bidir.common.distributed import rank, rank_count
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.progress import log_pass, logs_progress
 from probes.data.batches import MaskPreparer
-from probes.data.datamodule import ProbeData
-from probes.training.distributed import rank, rank_count
+from probes.data.probe_data import ProbeData
+from probes.ops.quadrature import PreparedMasks
+from probes.training.machine import Machine
 from probes.training.site_probes import SiteProbes
 
 from .objective import TIGHT_NODES
-from .site_progress import follow
+from .site_progress import follow, log_pass
 
 
 class StateReader:
@@ -37,7 +36,7 @@ class StateReader:
     Args:
         probes: Model and sites.
         data: Images and targets.
-        trainer: Says device and precision, and how progress is shown.
+        machine: Says device and precision, and how progress is shown.
         masks: Prepare the masks of training images for the loss, as "masks" of a batch.
     """
 
@@ -45,13 +44,13 @@ class StateReader:
         self,
         probes: SiteProbes,
         data: ProbeData,
-        trainer: Trainer,
+        machine: Machine,
         masks: bool,
     ):
         self.probes = probes
         self.data = data
-        self.trainer = trainer
-        self.device: torch.device = trainer.strategy.root_device
+        self.machine = machine
+        self.device = machine.device
         mllm = probes.mllm
         prepare = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES) if masks else None
         data.read_for(mllm, probes.sites, prepare)
@@ -76,7 +75,7 @@ class StateReader:
         """Yield batches of training images with their "states"; the progress bar shows `label`."""
         loader = self.data.training_loader(batches)
         for batch in self._progress(loader, label):
-            batch = move_data_to_device(batch, self.device)
+            batch = move_batch(batch, self.device)
             yield batch | {"states": self._states(batch)}
 
     def _states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -93,21 +92,32 @@ class StateReader:
 
     def validation(self) -> Iterator[dict[str, Any]]:
         """Yield this process's batches of validation images."""
-        for batch in self._progress(self.data.val_dataloader(), "scores"):
-            batch = self.trainer.precision_plugin.convert_input(batch)
-            yield move_data_to_device(batch, self.device)
+        for batch in self._progress(self.data.validation_loader(), "scores"):
+            yield move_batch(self.machine.convert_input(batch), self.device)
 
     def precision(self) -> AbstractContextManager:
-        """Return the context of a forward at the precision of the trainer."""
-        return self.trainer.precision_plugin.forward_context()
+        """Return the context of a forward at the precision of the run."""
+        return self.machine.forward_context()
 
     def _progress(self, loader: DataLoader, label: str) -> Iterable:
         """Show a bar on the first process, or lines of a log where no terminal shows a bar."""
         count = len(loader)
-        if logs_progress(self.trainer) and rank() == 0:
+        if self.machine.progress == "lines" and rank() == 0:
             return follow(log_pass(loader), count, label, hidden=True)
-        hidden = rank() > 0 or self.trainer.progress_bar_callback is None
-        return follow(loader, count, label, hidden)
+        return follow(loader, count, label, hidden=rank() > 0 or self.machine.progress != "bar")
+
+
+def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors, lists of tensors, and masks on a device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, list):
+            return [move(item) for item in x]
+        if isinstance(x, Tensor):
+            return x.to(device, non_blocking=True)
+        return x.to(device) if isinstance(x, PreparedMasks) else x
+
+    return {name: move(x) for name, x in batch.items()}
 
 
 class StateFile:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llava_bidir.cli import main
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.when_to_save import interrupt_says_what_is_saved
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.training.module import LlavaTraining
 
 

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
+from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
 from llava_bidir.training.module import LlavaTraining
 
 SAVING = '[{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 2}}]'

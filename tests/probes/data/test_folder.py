@@ -15,8 +15,8 @@ from json_values import json_values
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from probes.data.datamodule import ProbeData
 from probes.data.folder import FolderDataset
+from probes.data.probe_data import ProbeData
 from probes.data.registry import open_dataset
 
 

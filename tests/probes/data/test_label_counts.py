@@ -11,7 +11,6 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.data.datamodule import ProbeData
 from probes.data.folder import FolderDataset
 from probes.data.label_counts import (
     LabelCounts,
@@ -22,6 +21,7 @@ from probes.data.label_counts import (
     label_notes,
     notes_of_run,
 )
+from probes.data.probe_data import ProbeData
 from probes.report.page import write_report
 from probes.results.probe_run import ProbeRun
 

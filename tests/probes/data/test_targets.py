@@ -15,7 +15,7 @@ from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.boundaries import find_boundaries
-from probes.data.datamodule import ProbeData
+from probes.data.probe_data import ProbeData
 from probes.data.registry import (
     DATASETS,
     TARGET_DATASETS,

@@ -7,7 +7,7 @@ import tiny_models
 from PIL import Image
 
 from probes.cli import main
-from probes.data.datamodule import ProbeData
+from probes.data.probe_data import ProbeData
 from probes.data.registry import open_dataset
 from probes.data.verify import find_bad_files
 

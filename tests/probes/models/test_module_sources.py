@@ -10,7 +10,8 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.models import module_sources
-from probes.models.module_sources import absolute_source, check_was_run, is_source, source_identity
+from probes.models.module_sources import absolute_source, check_was_run, source_identity
+from probes.models.source_names import is_source
 
 FILE = Path(own_modules.__file__)
 WEIGHTS = """

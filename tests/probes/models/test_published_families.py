@@ -21,7 +21,7 @@ from probes.models.attention_masks import is_allowed, mask_backend
 from probes.models.families import FAMILIES, family_of, own_image_attention
 from probes.models.families.encoders import ENCODERS
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.models.prompt_and_pixels import check_numbers
+from probes.models.read_config import check_numbers
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published_families.yaml").read_text())
 MODELS = PUBLISHED["models"]

@@ -21,10 +21,10 @@ from PIL import Image
 from processes import HANGING_S, run_ranks
 from safetensors.torch import load_file
 
+from llava_bidir.common import distributed
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from probes import FinishedRun
 from probes.cli import main
-from probes.training import distributed
 from probes.training.solve.pixel_sample import AxisRange
 
 SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "4", "--passes", "3"]

@@ -1,10 +1,15 @@
 """Collectives with which several processes compute what a single one does."""
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
+
+T = TypeVar("T")
 
 
 def rank_count() -> int:
@@ -86,3 +91,18 @@ def gather_images(
         return None
     own = [part[:count].cpu() for part, count in zip(parts, images, strict=True)]
     return torch.cat(own)
+
+
+def decide_on_first(function: Callable[[], T]) -> T:
+    """Return the first process's `function()` on every process; its UserError is raised on every process."""
+    result = None
+    error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+    result, error = broadcast((result, error), 0)
+    if error is not None:
+        raise UserError(error)
+    return result

@@ -1,19 +1,18 @@
-"""LightningDataModule of a probe run."""
+"""Images and targets of a probe run, checked and in batches, shared among its processes."""
 
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy import ndarray
 from torch.utils.data import DataLoader, Dataset
 
-from llava_bidir.common.epoch_length import batches_per_epoch
+from llava_bidir.common.distributed import all_gather_objects, rank, rank_count
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import limit_workers, worker_options
+from llava_bidir.common.rank_zero import rank_zero_warn
 from probes.run_config import DataOptions
 from probes.tasks import SEGMENTATION
 
@@ -28,7 +27,7 @@ from .label_counts import (
     shared_image_note,
 )
 from .registry import open_split, split_identity
-from .samplers import TrainingBatches, validation_batches
+from .samplers import validation_batches
 from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
 if TYPE_CHECKING:  # a report needs no model
@@ -43,7 +42,7 @@ class Reader(NamedTuple):
     prepare: MaskPreparer | None
 
 
-class ProbeData(LightningDataModule):
+class ProbeData:
     """Training and validation images with masks, or with the targets of another task.
 
     Args:
@@ -61,13 +60,13 @@ class ProbeData(LightningDataModule):
         seed: int = 0,
         **options,
     ):
-        super().__init__()
+        super().__init__()  # of LightningDataModule, in a run that trains
         config = DataOptions(root=root, **options)
         # without the task, the identity of a segmentation run is that of a version that had no other tasks
         hyperparameters = asdict(config) | {"seed": seed}
         if config.task == SEGMENTATION:
             del hyperparameters["task"]
-        self.save_hyperparameters(hyperparameters, logger=False)
+        self.settings = hyperparameters
 
         self.splits = {split: open_split(config, split) for split in ("training", "validation")}
         self.root = root
@@ -78,57 +77,39 @@ class ProbeData(LightningDataModule):
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size = config.batch_size
-        self.cache_features = config.cache_features
         self.num_workers = limit_workers(config.num_workers)
         self.seed = seed
-        self.trained_batches = 0
         self.labels: dict[str, LabelCounts] = {}  # by split, after the files were checked
         self.shared_images: list[tuple[str, str]] = []
         self._sources: dict[str, Dataset] = {}
         self._reader: Reader | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
-        return batches_per_epoch(
-            math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer
-        )
-
-    def epochs_of(self, steps: int) -> int | float:
-        """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
-        epochs = steps / self.steps_per_epoch
-        return int(epochs) if epochs.is_integer() else epochs
+    def hparams(self) -> dict[str, Any]:
+        """Options of the data, as a LightningDataModule names them."""
+        return self.settings
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
         parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
         return {key: value for identity in parts for key, value in identity.items()}
 
-    def setup(self, stage: str) -> None:
-        """Read every image before training; `probes test` and the scores after `fit` read no image twice."""
-        if stage == "fit":
-            self.trainer.log_every_n_steps = min(
-                self.trainer.log_every_n_steps, self.steps_per_epoch
-            )
-            self.verify()
-
-    def verify(self) -> None:
+    def verify(self, show_bar: bool) -> None:
         """Read every image and target once, before the model is loaded; each rank reads its share.
+
+        Args:
+            show_bar: Whether the first process shows a progress bar.
 
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        rank = self.trainer.global_rank
-        ranks = self.trainer.world_size
-        bar = rank == 0 and self.trainer.progress_bar_callback is not None
-        bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)
-        if ranks > 1:
-            shares: list = [None] * ranks
-            torch.distributed.all_gather_object(shares, (bad_files, self.labels))
-            bad_files = sum((bad for bad, _ in shares), [])
-            self.labels = {
-                split: join_counts([labels[split] for _, labels in shares]) for split in self.labels
-            }
+        bar = show_bar and rank() == 0
+        found = self.find_bad_files(self.num_workers, rank(), rank_count(), bar)
+        shares = all_gather_objects((found, self.labels))
+        bad_files = sum((bad for bad, _ in shares), [])
+        self.labels = {
+            split: join_counts([labels[split] for _, labels in shares]) for split in self.labels
+        }
         self.check_files(bad_files)
         self.shared_images = shared_images(self.splits["training"], self.splits["validation"])
         for note in self.notes():
@@ -152,18 +133,18 @@ class ProbeData(LightningDataModule):
     def find_bad_files(
         self,
         workers: int,
-        rank: int = 0,
-        ranks: int = 1,
+        first: int = 0,
+        step: int = 1,
         progress: bool = True,
     ) -> list[tuple[str, str]]:
-        """Return what `check_files` takes, of the images rank, rank + ranks, ... of both splits."""
+        """Return what `check_files` takes, of the images first, first + step, ... of both splits."""
         bad_files = []
         for split, dataset in self.splits.items():
             if (published := dataset.official_size) not in (None, len(dataset)):
                 rank_zero_warn(
                     f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published"
                 )
-            share = range(rank, len(dataset), ranks)
+            share = range(first, len(dataset), step)
             counts: list[ndarray] = []
             bad_files += find_bad_files(
                 dataset, f"{self.name} {split}", share, workers, progress, counts
@@ -171,32 +152,11 @@ class ProbeData(LightningDataModule):
             self.labels[split] = add_counts(counts, len(dataset.classes))
         return bad_files
 
-    def train_dataloader(self) -> DataLoader:
-        """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
-        source = self._source("training")
-        rank = self.trainer.global_rank
-        ranks = self.trainer.world_size
-        batches = TrainingBatches(
-            len(source),
-            self.batch_size,
-            rank,
-            ranks,
-            self.seed,
-        )
-        batches.skip(self.trained_batches % self.steps_per_epoch)
-        self.trained_batches = 0
-        return self._loader(source, batches)
-
-    def val_dataloader(self) -> DataLoader:
+    def validation_loader(self) -> DataLoader:
         """Return the loader of the validation images."""
         source = self._source("validation")
-        rank = self.trainer.global_rank
-        ranks = self.trainer.world_size
-        return self._loader(
-            source, validation_batches(len(source), self.rank_batch_size, rank, ranks)
-        )
-
-    test_dataloader = val_dataloader
+        batches = validation_batches(len(source), self.rank_batch_size, rank(), rank_count())
+        return self._loader(source, batches)
 
     def training_loader(self, batches: list[list[int]]) -> DataLoader:
         """Return the loader of batches of training images, for a pass of `probes solve`."""
@@ -205,7 +165,7 @@ class ProbeData(LightningDataModule):
     @property
     def rank_batch_size(self) -> int:
         """Images per batch of a rank."""
-        return math.ceil(self.batch_size / self.trainer.world_size)
+        return math.ceil(self.batch_size / rank_count())
 
     def read_for(self, mllm: "FrozenMLLM", sites: list[str], prepare: MaskPreparer | None) -> None:
         """Set what images are read for; before the first loader.
@@ -218,45 +178,26 @@ class ProbeData(LightningDataModule):
         self._reader = Reader(mllm, sites, prepare)
 
     def _loader(self, source: Dataset, batches) -> DataLoader:
+        is_cached = isinstance(source, CachedFeatures)
         return DataLoader(
             source,
             batch_sampler=batches,
-            **worker_options(0 if self.cache_features else self.num_workers),
-            collate_fn=_identity if self.cache_features else collate,
+            **worker_options(0 if is_cached else self.num_workers),
+            collate_fn=_identity if is_cached else collate,
             pin_memory=torch.cuda.is_available(),
         )
 
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
-            trainer = self.trainer
-            mllm, sites, prepare = self._reader
-            if split != "training":
-                prepare = None
-            source = PreprocessedDataset(self.splits[split], mllm.preprocess, prepare)
-            if self.cache_features:
-                # the precision of states that are not cached
-                with trainer.precision_plugin.forward_context():
-                    source = CachedFeatures(
-                        mllm,
-                        source,
-                        sites,
-                        batch_size=self.rank_batch_size,
-                        workers=self.num_workers,
-                        copies=trainer.num_devices,
-                        name=f"{self.name} {split}",
-                    )
-            self._sources[split] = source
+            self._sources[split] = self._open_source(split)
         return self._sources[split]
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the epoch, at which a resumed run continues."""
-        return {
-            "trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the position in the epoch."""
-        self.trained_batches = state["trained_batches"]
+    def _open_source(self, split: str) -> Dataset:
+        """Return the images of a split as the model of :meth:`read_for` takes them."""
+        mllm, _, prepare = self._reader
+        return PreprocessedDataset(
+            self.splits[split], mllm.preprocess, prepare if split == "training" else None
+        )
 
 
 def _identity(batch: dict) -> dict:

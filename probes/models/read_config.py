@@ -1,0 +1,56 @@
+"""Config of a checkpoint or of a module, and whether its numbers describe a model; no class of a model is imported."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.image_side import MAX_GRID_SIDE
+
+from .families import EncoderFamily, Family
+from .source_names import check_names_function, is_source
+
+
+def read_config(path: str, **hub: Any) -> PreTrainedConfig:
+    """Read the config of a checkpoint, or measure that of a module (module_sources.py).
+
+    Raises:
+        UserError: There is none, or transformers does not know its kind.
+    """
+    check_names_function(path)
+    if is_source(path):
+        from .module_sources import module_config
+
+        return module_config(path)
+    return read_pretrained("MLLM", AutoConfig, path, **hub)
+
+
+def check_numbers(path: str, family: Family | EncoderFamily, config: PreTrainedConfig) -> None:
+    """Raise a UserError if a config describes no usable grid, encoder or LLM."""
+    with error_context(f"config.json of {path}"):
+        vision = getattr(config, "vision_config", None)
+        if vision is None and "vision_config" in config.sub_configs:
+            raise UserError("it has no vision_config: this is a language model without an encoder")
+        if config.model_type == "llava" and vision.model_type == "pixtral":
+            raise UserError(
+                "a llava with a Pixtral encoder has a token after each row of patches; it is not supported"
+            )
+        # SigLIP has no CLS token, for which the other models of this class drop the first token.
+        if vision is not None and vision.model_type.startswith("siglip"):
+            if getattr(config, "vision_feature_select_strategy", "full") == "default":
+                raise UserError(
+                    "vision_feature_select_strategy 'default' drops the first patch, since this encoder has no CLS "
+                    "token; expected 'full', because the other patches are no grid"
+                )
+        side = family.grid(config)[0]
+        if not 1 <= side <= MAX_GRID_SIDE:
+            raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_GRID_SIDE} per side")
+        tokens = side * family.grid(config)[1]
+        if config.model_type == "llava_bidir" and config.image_seq_length != tokens:
+            raise UserError(
+                f"image_seq_length is {config.image_seq_length}, but the encoder's grid has {tokens} patches"
+            )
+        for name, size in family.sizes(config).items():
+            if size < 1:
+                raise UserError(f"{name}: {size}; expected 1 or more")

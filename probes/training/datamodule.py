@@ -1,0 +1,89 @@
+"""LightningDataModule of probes that are trained: images in random order, and states that are kept in memory."""
+
+import math
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from llava_bidir.common.distributed import rank, rank_count
+from llava_bidir.common.epoch_length import batches_per_epoch
+from probes.data.batches import CachedFeatures
+from probes.data.probe_data import ProbeData
+from probes.data.samplers import TrainingBatches
+
+
+class ProbeDataModule(ProbeData, LightningDataModule):
+    """Images and targets of a run that trains.
+
+    Its arguments are those of :class:`.ProbeData`.
+    """
+
+    trained_batches = 0  # of the epoch, before a resume
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
+        return batches_per_epoch(
+            math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer
+        )
+
+    def epochs_of(self, steps: int) -> int | float:
+        """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
+        epochs = steps / self.steps_per_epoch
+        return int(epochs) if epochs.is_integer() else epochs
+
+    def setup(self, stage: str) -> None:
+        """Read every image before training; `probes test` and the scores after `fit` read no image twice."""
+        if stage == "fit":
+            self.trainer.log_every_n_steps = min(
+                self.trainer.log_every_n_steps, self.steps_per_epoch
+            )
+            self.verify(self.trainer.progress_bar_callback is not None)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
+        source = self._source("training")
+        batches = TrainingBatches(
+            len(source),
+            self.batch_size,
+            rank(),
+            rank_count(),
+            self.seed,
+        )
+        batches.skip(self.trained_batches % self.steps_per_epoch)
+        self.trained_batches = 0
+        return self._loader(source, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the loader of the validation images."""
+        return self.validation_loader()
+
+    test_dataloader = val_dataloader
+
+    def _open_source(self, split: str) -> Dataset:
+        """Return the images of a split, or their states if these are kept."""
+        source = super()._open_source(split)
+        if not self.settings["cache_features"]:
+            return source
+        mllm, sites, _ = self._reader
+        # the precision of states that are not cached
+        with self.trainer.precision_plugin.forward_context():
+            return CachedFeatures(
+                mllm,
+                source,
+                sites,
+                batch_size=self.rank_batch_size,
+                workers=self.num_workers,
+                copies=self.trainer.num_devices,
+                name=f"{self.name} {split}",
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the epoch, at which a resumed run continues."""
+        return {
+            "trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the position in the epoch."""
+        self.trained_batches = state["trained_batches"]

@@ -1,0 +1,69 @@
+"""What `probes fit` and `probes solve` say of their folder: what is in it, and the scores of a finished run."""
+
+from pathlib import Path
+from shlex import quote
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.rank_zero import rank_zero_info
+from llava_bidir.common.run_folder import RunFolder
+from probes.tasks import SEGMENTATION, Task
+
+from .run_schema import Manifest, Metrics, read_run_file
+
+# analyses check that they belong to the run's probes
+RESULTS = (
+    "predictions",
+    "metrics.json",
+    "manifest.json",
+    "counts.safetensors",
+    "effects.safetensors",
+    "path.safetensors",
+    "probes.safetensors",
+)
+
+
+def run_folder(out: Path, checkpoints: Path) -> RunFolder:
+    """Return the folder of a run of probes."""
+
+    def read_identity():
+        return read_run_file(Manifest, out / "manifest.json")["identity"]
+
+    return RunFolder(
+        path=out,
+        checkpoints=checkpoints,
+        result=out / "metrics.json",
+        results=RESULTS,
+        read_identity=read_identity,
+    )
+
+
+def say_finished(out: Path, data_name: str, save_predictions: bool) -> None:
+    """Say that the run is finished, and which options have no effect on it.
+
+    Raises:
+        UserError: It was made without predictions, which are wanted.
+    """
+    if save_predictions and not (out / "predictions").is_dir():
+        raise UserError(
+            f"{out} is finished without predictions, which are saved while probes are scored; make it again "
+            "with --overwrite true, or in another --out"
+        )
+    name = read_run_file(Metrics, out / "metrics.json")["dataset"]
+    if name != data_name:
+        rank_zero_info(f"{out} is finished, and its data set is still called {name!r}")
+    rank_zero_info(f"{out / 'metrics.json'} exists: this run is finished; nothing to do")
+
+
+def format_scores(out: Path, task: Task) -> str:
+    """Return one line with the main scores of the finished run."""
+    summary = read_run_file(Metrics, out / "metrics.json")["summary"]
+    main = {site: summary[site] for site in ("encoder", "adapter")}
+    main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
+    text = "{} {:.1%}" if task.name == SEGMENTATION else "{} {:.3g}"
+    scores = ", ".join(
+        text.format(site, value) for site, value in main.items() if value is not None
+    )
+    folders = f"{quote(str(out))} --out {quote(str(out / 'report'))}"
+    other = "" if task.name == SEGMENTATION else "RUN --tasks "
+    report = f"probes report {other}{folders}"
+    return f"{out}: {task.labels[task.score]} {scores or 'in metrics.json'}. To see all scores: {report}"

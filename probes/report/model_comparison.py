@@ -206,7 +206,7 @@ def compare_classes(first: ProbeRun, second: ProbeRun) -> list[Entry]:
     of which bootstrap intervals cover too little. A class that is neither labelled nor predicted is left out.
     """
     runs = (first, second)
-    ours, theirs = (run.sums[run.sites.index(run.peak_layer)].double() for run in runs)  # [N, M]
+    ours, theirs = (run.sums_at([run.peak_layer])[0].double() for run in runs)  # [N, M]
     swaps = random_swaps(len(ours), groups=first.groups).double()
     moved = swaps @ (theirs - ours)
     iou = first.task.iou

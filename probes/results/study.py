@@ -203,7 +203,8 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
             the same folder in the report, or runs do not fit together.
     """
     runs = [read_run(path, kind) for path in paths]
-    _check_named_once(runs)
+    if kind is ProbeRun:  # models are not compared at other tasks
+        _check_named_once(runs)
     members = {}
     key_of = study_keys(runs)
     for run in runs:

@@ -68,6 +68,10 @@ class Sample(SimpleNamespace):
             metrics={"images": len(images), "classes": [f"class {k}" for k in range(classes)]},
         )
 
+    def sums_at(self, sites: list[str]) -> torch.Tensor:
+        """Return the sums per image at some sites, f[S, N, M]."""
+        return self.sums[[SITES.index(site) for site in sites]]
+
     def site_scores(self) -> dict[str, Estimate]:
         """Return mIoU by site."""
         values = dataset_scores(self.task, self.sums)["miou"].tolist()

@@ -96,8 +96,7 @@ def run_of(right: torch.Tensor, labelled: torch.Tensor) -> SimpleNamespace:
     predicted = right + (labelled - right).roll(1, 1)
     sums = torch.cat([right, predicted, labelled], 1)[None].double()
     return SimpleNamespace(
-        sums=sums,
-        sites=["layer_01"],
+        sums_at=lambda sites: sums,
         peak_layer="layer_01",
         task=probe_runs.CLASSES_TASK,
         groups=None,

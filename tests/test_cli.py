@@ -218,7 +218,11 @@ NOT_NEEDED = (
         "sites states mask probes.study",
         NO_TRAINING | CLASSES_OF_MODELS | {"pandas", "scipy.stats"},
     ),
-    ("probes", "probes.load solve", NO_TRAINING | {"pandas", "scipy.stats", "tensorboard"}),
+    (
+        "probes",
+        "probes.load solve",
+        NO_TRAINING | {"pandas", "scipy.stats", "tensorboard"},
+    ),
     ("llava_bidir", "generate import-gguf", NO_TRAINING),
     (
         "probes",

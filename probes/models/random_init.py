@@ -26,7 +26,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.training_record import read_training
 
 from .families import EncoderFamily, Family
-from .families.modules import MODULE_TYPE
+from .families.modules import why_unmatched
 from .matched_updates import layer_updates, match_updates, scale_layers
 
 MATCHES = ("none", "update", "permuted")
@@ -58,13 +58,6 @@ def check_control(
         raise UserError(
             "match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images"
         )
-
-
-def why_unmatched(config: PreTrainedConfig) -> str:
-    """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
-    if config.model_type != MODULE_TYPE or not config.why_no_parts:
-        return ""
-    return f"random layers cannot be matched to the trained ones: {config.why_no_parts}"
 
 
 def check_matches(config: PreTrainedConfig, match: str) -> None:

@@ -24,7 +24,7 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.base import PlannedRun
 from probes.models.families import family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
-from probes.models.random_init import why_unmatched
+from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
 from probes.models.sites import is_joined, layer_around, members
 from probes.run_config import ModelOptions, RunConfig

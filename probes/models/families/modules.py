@@ -47,6 +47,13 @@ class ModuleConfig(PreTrainedConfig):
         return self.site_widths[-1]
 
 
+def why_unmatched(config: PreTrainedConfig) -> str:
+    """Return why random layers cannot be matched to the trained ones, "" if they can as far as a config says."""
+    if config.model_type != MODULE_TYPE or not config.why_no_parts:
+        return ""
+    return f"random layers cannot be matched to the trained ones: {config.why_no_parts}"
+
+
 class ModuleFamily(EncoderFamily):
     """How to read a module by its measured config; the model is a :class:`probes.models.own_module.ModuleModel`."""
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUMBERS_AT_ONCE = 2**22  # 34 MB in float64, of which scores take a few copies
+NUMBERS_AT_ONCE = 2**20  # 8 MB in float64, of which scores take a few copies
 
 
 @dataclass
@@ -195,11 +195,10 @@ class FinishedRun:
                 for site in self.sites
             }
         else:
-            counted = {name: x for name, x in self._tensors.items() if len(x) == len(self.sites)}
             of_site = {
-                site: {k: x[i] for k, x in counted.items()} for i, site in enumerate(self.sites)
+                site: CountsOfSites(self._counts_file, [i]) for i, site in enumerate(self.sites)
             }
-        return {site: _digest(parts) for site, parts in of_site.items()}
+        return {site: _digest(dict(parts)) for site, parts in of_site.items()}
 
     @property
     def training(self) -> dict[str, Any]:
@@ -289,14 +288,16 @@ class FinishedRun:
     @cached_property
     def _site_scores(self) -> dict[str, Estimate]:
         score = self.task.score
-        found = {}
+        weights = self.weights
+        values: list[float] = []
+        # at once: small tensors between large ones that are freed would keep the memory of these
+        drawn = torch.empty(len(self.sites), len(weights), dtype=torch.float64)
         for sites in self.parts_of_sites(self.sites):
             sums = self.sums_at(sites)
-            values = dataset_scores(self.task, sums)[score].tolist()
-            resampled = resampled_scores(self.task, sums, self.weights)[score]
-            for site, value, drawn in zip(sites, values, resampled.T, strict=True):
-                found[site] = Estimate(value, drawn)
-        return found
+            resampled = resampled_scores(self.task, sums, weights)[score]
+            drawn[len(values) :][: len(sites)] = resampled.T
+            values += dataset_scores(self.task, sums)[score].tolist()
+        return {site: Estimate(*own) for site, *own in zip(self.sites, values, drawn, strict=True)}
 
     def sums_by_strength(self) -> torch.Tensor:
         """Return the sums per image at each row of solved strengths, strong to weak, [R, S, N, M].

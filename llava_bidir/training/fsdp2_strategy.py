@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -62,13 +61,6 @@ class FSDP2(ModelParallelStrategy):
             return
         self._data_parallel_size = self.world_size
         super().setup_environment()
-
-    def setup(self, trainer: Trainer) -> None:
-        """Let validation run without inference mode, whose tensors FSDP2 would keep for the training."""
-        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
-        for loop in loops:
-            loop.inference_mode = False
-        super().setup(trainer)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -149,14 +141,15 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(module: LightningModule, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shard a module whose `model` is a LLaVA over a mesh, in place."""
+    """Shard a module whose `model` is a LLaVA over a mesh, in place.
+
+    Its `generate` then continues until that of each rank is done: transformers sees a mark that torch makes for itself.
+    """
     for unit in find_layers(module.model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     for name in FORWARD_METHODS:
         register_fsdp_forward_method(module, name)
-    # generate() of a rank then continues until that of each rank is done
-    module.model._is_fsdp_managed_module = True
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

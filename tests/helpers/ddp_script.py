@@ -271,16 +271,21 @@ def compiled(strategy, precision):
     return results | {"graphs": counters["stats"]["unique_graphs"]}
 
 
-def as_on_gpus(strategy, precision):
-    """Validate before the first step, without Lightning's exception for gloo; answers of rank 1 are short."""
+def validate_as_on_gpus(strategy, precision):
+    """As `validate`, in inference mode: without Lightning's exception for gloo."""
     with patch.object(lightning_loops, "_distributed_is_initialized", lambda: False):
-        return fit(
-            strategy,
-            precision,
-            epochs=1,
-            validate_first=True,
-            callbacks=[EndAtOnce()],
-        )
+        return validate(strategy, precision)
+
+
+def short_answers(strategy, precision):
+    """Validate before the first step, too; answers of rank 1 are shorter than those of rank 0."""
+    return fit(
+        strategy,
+        precision,
+        epochs=1,
+        validate_first=True,
+        callbacks=[EndAtOnce()],
+    )
 
 
 class EndAtOnce(Callback):

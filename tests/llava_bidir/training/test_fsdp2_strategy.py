@@ -28,7 +28,7 @@ AS_ONE = {  # run without dropout: (precision, tolerance)
 }
 ALSO = {
     "bf16-true": "without_dropout",
-    "32-true": "as_on_gpus",
+    "32-true": "short_answers",
 }  # as `without_dropout` of one process
 SAVED = ("32-true", "bf16-mixed")
 OTHERS = {  # run under another strategy: tolerance of its losses
@@ -44,6 +44,7 @@ RUNS = [
     *(f"fsdp2:{run}:{precision}" for precision, run in ALSO.items()),
     *(f"fsdp2:{run}:{precision}" for precision in SAVED for run in ("uninterrupted", "resume")),
     "fsdp2:validate:32-true",
+    "fsdp2:validate_as_on_gpus:32-true",
     "fsdp2:compiled:32-true",
     "ddp:without_dropout:32-true",
     "fsdp2:without_dropout:32-true",
@@ -133,16 +134,13 @@ def test_compiled_layers_compute_the_same(one, two):
 
 
 @pytest.mark.parametrize(("precision", "run"), ALSO.items())
-def test_weights_of_bfloat16_and_a_validation_before_the_first_step_train_as_well(
+def test_weights_of_bfloat16_and_short_answers_before_the_first_step_change_no_loss(
     precision,
     run,
     one,
     two,
 ):
-    """The latter as on GPUs, where Lightning validates in inference mode, after which FSDP2 cannot train.
-
-    Its answers end earlier on one rank, which then takes part in the forwards of the other.
-    """
+    """Answers end earlier on one rank, which then takes part in the forwards of the other."""
     expected = result(one, "ddp:without_dropout:32-true")["losses"]
     found = together(results(two, f"fsdp2:{run}:{precision}"))
     assert_same_training(found, expected, 1e-5 if precision == "32-true" else 2e-2)
@@ -237,11 +235,13 @@ def test_checkpoint_holds_trained_weights_only_and_their_masters(two):
         assert {w.dtype for w in saved["state_dict"].values()} == {torch.float32}
 
 
-def test_checkpoint_is_validated_as_in_the_run(two):
+@pytest.mark.parametrize("run", ["validate", "validate_as_on_gpus"])
+def test_checkpoint_is_validated_as_in_the_run(run, two):
+    """On GPUs, in inference mode."""
     during = results(two, "fsdp2:uninterrupted:32-true")
-    after = results(two, "fsdp2:validate:32-true")
-    for run, again in zip(during, after, strict=True):
-        validated = {key: x for key, x in run["metrics"].items() if key.startswith("val/")}
+    after = results(two, f"fsdp2:{run}:32-true")
+    for before, again in zip(during, after, strict=True):
+        validated = {key: x for key, x in before["metrics"].items() if key.startswith("val/")}
         assert again["metrics"] == validated
 
 

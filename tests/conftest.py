@@ -56,6 +56,7 @@ LONGEST = (
     "tests/real/test_real.py",
     "tests/slurm/test_cluster.py",
     "tests/llava_bidir/training/test_deepspeed_strategy.py",
+    "tests/llava_bidir/training/test_fsdp2_strategy.py",
     "tests/probes/studies/test_study.py",
     "tests/test_pretended_gpu.py",
     "tests/probes/test_faults.py",

@@ -30,6 +30,7 @@ ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 CLUSTER = [
     "cluster/ddp.yaml",
+    "cluster/fsdp2.yaml",
     "cluster/zero2.yaml",
     "cluster/zero3.yaml",
     "cluster/zero3_offload.yaml",
@@ -123,15 +124,20 @@ def test_cluster_config_is_instantiated_upon_a_recipe(
     conversations,
     encoders,
 ):
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        ModelParallelStrategy,
+    )
 
+    kinds = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
     if "zero" in cluster and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed (extra: cluster) is not installed")
     cli = instantiate(
         ["stage2.yaml", "encoder/clip.yaml", cluster], parts, conversations, encoders / "clip"
     )
     strategy = cli.trainer.strategy
-    assert isinstance(strategy, DeepSpeedStrategy if "zero" in cluster else DDPStrategy)
+    assert isinstance(strategy, kinds.get(Path(cluster).stem, DeepSpeedStrategy))
     if "zero" in cluster:
         zero, width = (
             strategy.config["zero_optimization"],

@@ -4,6 +4,7 @@ With DEMO=FOLDER, the tests use what `probes demo --out FOLDER --scale 0.05 --ex
 folder, they make it. `.ci/run` has it made by a wheel that is installed without the clone.
 """
 
+import html
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from processes import HANGING_S, run_command
 from safetensors.numpy import load_file
 
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.report.claim_table import summarize_truths
 
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
@@ -86,19 +88,22 @@ def test_results_name_every_mask_and_control(finished):
 
 
 def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
+    studies = results(finished)["studies"]
     truth = {
-        (study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim[
-            "truth"
-        ]
-        for study in results(finished)["studies"]
+        (study["model"], claim["claim"], claim["image_attention"]): claim["truth"]
+        for study in studies
         for claim in study["claims"]
         if "truth" in claim
     }
     for mask in ("causal", "bidirectional"):
-        assert truth.pop(("", "recovery", mask)) == "planted"
-    assert truth.pop(("shuffled", "recovery", "bidirectional")) == "absent"
-    assert truth.pop(("3 pairs merged", "adapter_drop", "bidirectional")) == "planted"
-    assert truth.pop(("0 pairs merged", "adapter_drop", "bidirectional")) == "absent"
+        assert truth.pop(("as trained", "recovery", mask)) == "planted"
+    assert truth.pop(("LLM shuffled", "recovery", "bidirectional")) == "absent"
+    merged = "adapter merges {} pairs of classes"
+    assert truth.pop((merged.format("three"), "adapter_drop", "bidirectional")) == "planted"
+    assert truth.pop((merged.format("no"), "adapter_drop", "bidirectional")) == "absent"
+    page = html.unescape((finished / "report/index.html").read_text())
+    assert all(study["model"] in page for study in studies) and "clip + llm" not in page
+    assert f"<p><b>{summarize_truths(studies)}</b></p>" in page
     assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 

@@ -23,8 +23,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self,
+        path: str,
+        *args: Any,
+        mmap: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Return the checkpoint at `path`; pickled code is rejected, not executed.
+
+        Args:
+            path: Its file.
+            *args, **kwargs: Lightning's, which change nothing.
+            mmap: Read a tensor only when it is used.
 
         Raises:
             UserError: The file cannot be loaded as plain data, or is a checkpoint of a run with ZeRO.
@@ -34,4 +45,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} is a directory, from a run with ZeRO; add the run's configs/cluster/zero*.yaml"
             )
         with error_context(f"checkpoint {path}"):
-            return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

@@ -1,8 +1,8 @@
 """Commit checkpoints of several files, and find the latest valid checkpoint of a run.
 
 An interrupted save leaves a name that ends in .partial, which never counts as a checkpoint; the previous checkpoint is
-untouched. A checkpoint is a file (one process, DDP) or a directory (ZeRO). A directory is complete once it contains
-`whole.json`, a manifest with the size of each file.
+untouched. A checkpoint is a file (one process, DDP, FSDP2) or a directory (ZeRO). A directory is complete once it
+contains `whole.json`, a manifest with the size of each file.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Callbacks: validation answers in the logger, and exports of the trained model."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from llava_bidir.common.logged_media import log_images, log_table, media_loggers
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.model.modeling_llava_bidir import build_mask
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_mask
 
 from .deepspeed_strategy import gather_parameters
+from .fsdp2_strategy import FSDP2
 from .module import SHOWN
+from .read_checkpoint import rebuild
 
 
 class LogLearningRate(LearningRateMonitor):
@@ -161,10 +164,30 @@ class ExportSteps(Callback):
 
 
 def _export(trainer: Trainer, pl_module: LightningModule, out: Path) -> None:
-    """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
-    with gather_parameters(pl_module.model):
+    """Export on rank 0; all ranks enter, because under ZeRO-3 and FSDP2 each holds a shard."""
+    with _complete_model(trainer, pl_module) as model:
         if trainer.is_global_zero:
             training = (
                 pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
             )
-            export_hf(pl_module.model, pl_module.processor, out, training)
+            export_hf(model, pl_module.processor, out, training)
+
+
+@contextmanager
+def _complete_model(
+    trainer: Trainer, pl_module: LightningModule
+) -> Iterator[LlavaBidirForConditionalGeneration]:
+    """Yield the model with all of its weights on rank 0; all ranks must enter.
+
+    ZeRO-3 gathers weights in place. The model of FSDP2 cannot be copied, and may hold rounded weights: the same is made
+    of a checkpoint's content as by `llava-bidir export`.
+    """
+    if not isinstance(trainer.strategy, FSDP2):
+        with gather_parameters(pl_module.model):
+            yield pl_module.model
+        return
+    weights = trainer.strategy.lightning_module_state_dict()
+    module = pl_module
+    if trainer.is_global_zero:
+        module = rebuild(pl_module.hparams, {"state_dict": weights})
+    yield module.model

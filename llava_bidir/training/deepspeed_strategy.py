@@ -149,7 +149,7 @@ class ZeRO(DeepSpeedStrategy):
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
-        manifest = {**self._layout(), "trained": sorted(self._trainable_names())}
+        manifest = {**self._layout(), "trained": sorted(self.lightning_module.trainable_names())}
         with wrap_os_errors(path):
             # ends with a barrier
             super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)
@@ -172,7 +172,7 @@ class ZeRO(DeepSpeedStrategy):
                 f"checkpoint {path} is a file of a run without ZeRO; resume without configs/cluster/zero*.yaml"
             )
         listing = read_manifest(path)
-        different = set(listing["trained"]) ^ self._trainable_names()
+        different = set(listing["trained"]) ^ self.lightning_module.trainable_names()
         if different:
             raise UserError(
                 f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
@@ -214,13 +214,6 @@ class ZeRO(DeepSpeedStrategy):
                     f"not fit. Resume with {key} {listing[key]}, or start from the weights alone: "
                     f"llava-bidir export {quote(str(path))} DIR"
                 )
-
-    def _trainable_names(self) -> set[str]:
-        return {
-            name
-            for name, parameter in self.lightning_module.named_parameters()
-            if parameter.requires_grad
-        }
 
 
 @contextmanager

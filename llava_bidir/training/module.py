@@ -14,6 +14,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from llava_bidir.common.epoch_length import optimizer_steps
@@ -40,6 +41,7 @@ from llava_bidir.model.build import (
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
+from .flops import ModelFlops, count_flops
 from .optim import build_optimizer, build_schedule
 from .resume import how_to_train_on, rescale_progress
 from .supervised_loss import supervised_loss
@@ -271,6 +273,10 @@ class LlavaTraining(LightningModule):
         """Return the features of a black image, f[T, d]."""
         return self.model.get_image_features(self.black_image()).pooler_output[0]
 
+    def count_flops(self) -> ModelFlops:
+        """Return the operations of a training step, which need a forward pass of encoder and adapter."""
+        return count_flops(self.model, self.black_image())
+
     @contextmanager
     def _keep_adapter_in_graph(self, needed: bool) -> Iterator[None]:
         """Encode a black image for a batch without images, and add zero times its features to the word embeddings.
@@ -340,7 +346,12 @@ class LlavaTraining(LightningModule):
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Log the loss of the step, and the gradient norm, except under ZeRO."""
+        """Log the loss of the step, and the gradient norm, except under ZeRO.
+
+        Under ZeRO, which accumulates gradients itself, Lightning calls this after each micro-batch.
+        """
+        if self.trainer.fit_loop._should_accumulate():
+            return
         self._log_step()
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
@@ -350,7 +361,8 @@ class LlavaTraining(LightningModule):
             for p in group["params"]
             if p.grad is not None
         ]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _log_step(self) -> None:
         """Log what the step minimises, the mean over its micro-batches and devices, and its supervised tokens."""
@@ -401,7 +413,7 @@ class LlavaTraining(LightningModule):
             **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
         }
 
-    def _trainable_names(self) -> set[str]:
+    def trainable_names(self) -> set[str]:
         """Return the names of trainable parameters in a checkpoint."""
         return {
             "model." + name
@@ -416,7 +428,7 @@ class LlavaTraining(LightningModule):
         )
         checkpoint["progress"] = self.progress()
         checkpoint["identity"] = self.identity
-        trained = self._trainable_names()
+        trained = self.trainable_names()
         checkpoint["state_dict"] = {
             k: v for k, v in checkpoint["state_dict"].items() if k in trained
         }
@@ -442,7 +454,7 @@ class LlavaTraining(LightningModule):
             check_same_model(checkpoint.get("identity"), files, self.hparams, "the checkpoint")
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself
-        trained = self._trainable_names()
+        trained = self.trainable_names()
         if missing := trained - set(checkpoint["state_dict"]):
             raise UserError(
                 f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "

@@ -1,6 +1,8 @@
-"""Reading of training checkpoints, of DDP and ZeRO, into a model in memory. `llava-bidir export` and `fit` use it."""
+"""Reading of training checkpoints, files or ZeRO's, into a model in memory, for `llava-bidir export` and `fit`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaProcessor
@@ -40,21 +42,37 @@ def read_checkpoint(
         or not saved.get("state_dict")
     ):
         raise UserError(f"{checkpoint} is not a checkpoint of `llava-bidir fit`")
-    settings = {k: v for k, v in settings.items() if not k.startswith("_")}
-    adapter = settings.get("adapter")
-    with error_context(f"the settings in {checkpoint}"):
-        # A trained adapter is in the checkpoint, so that the model of stage 1 may be gone.
-        module = LlavaTraining(
-            **settings | {"adapter": None if "adapter" in settings["trainable"] else adapter}
-        )
-    with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
-        module.configure_model()
-    module.hparams["adapter"] = adapter
-    module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"], strict=False)
+    module = rebuild(settings, saved, f"the settings in {checkpoint}")
     training = (
         module.settings()
         | saved["progress"]
         | {"identity": saved.get("identity"), "checkpoint": str(checkpoint)}
     )
     return module.model, module.processor, training
+
+
+def rebuild(
+    settings: Mapping[str, Any], saved: dict[str, Any], name: str = "the settings"
+) -> LlavaTraining:
+    """Return the module of a training with its trained weights; frozen ones are read from their source.
+
+    Args:
+        settings: Hyperparameters of the module.
+        saved: Checkpoint, or its `state_dict` alone.
+        name: What errors call the settings.
+
+    Raises:
+        UserError: The settings are not those of this class, or the weights not those of the settings.
+    """
+    settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+    adapter = settings.get("adapter")
+    # A trained adapter is in the checkpoint, so that the model of stage 1 may be gone.
+    replaced = {"adapter": None if "adapter" in settings["trainable"] else adapter}
+    with error_context(name):
+        module = LlavaTraining(**settings | replaced)
+    with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
+        module.configure_model()
+    module.hparams["adapter"] = adapter
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"], strict=False)
+    return module

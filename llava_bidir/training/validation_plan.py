@@ -10,7 +10,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import PLAIN
 from llava_bidir.data.datamodule import InstructionData
 
-from .throughput import COUNTED, Throughput
+from .throughput import MFU, Throughput
 
 OF_TRAINING = ("train/loss", "train/supervised_tokens", "train/grad_norm")
 OF_LIGHTNING = ("epoch", "step")  # which a ModelCheckpoint can monitor
@@ -75,8 +75,9 @@ def find_reason_for_none(trainer: Trainer, data: InstructionData) -> str | None:
 def logged_metrics(trainer: Trainer, data: InstructionData, *, validates: bool) -> list[str]:
     """Return the names of the metrics that a training logs, but for learning rates."""
     names = [*OF_TRAINING]
-    if any(isinstance(callback, Throughput) for callback in trainer.callbacks):
-        names += [f"train/{name}" for name in COUNTED]
+    for callback in trainer.callbacks:
+        if isinstance(callback, Throughput):
+            names += callback.logged_metrics(trainer)
     if validates:
         names += ["val/loss", *([] if _has_captions(data) else ["val/answer_accuracy"])]
     return names
@@ -105,6 +106,8 @@ def _check_monitor(
         why = f"validation does not run: {reason}"
     elif any(_is_of_user(other) for other in trainer.callbacks):
         return  # it may log it
+    elif metric == MFU:
+        why = "the peak of this device is not known; --throughput.peak_tflops sets it"
     else:
         why = f"this stage logs {', '.join(known)}"
     raise UserError(f"{type(callback).__name__} waits for {metric!r}, but {why}")

@@ -8,11 +8,12 @@ from llava_bidir.common.image_io import read_photos
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.command_options import MaskOptions, SitesOptions, StatesOptions
 from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
-from probes.models.families.chosen_sites import PARTS_TEXT
+from probes.models.families.chosen_sites import parts_text
 from probes.models.families.encoder_layers import encoder_layers
 from probes.models.families.layer_parts import part_sites, why_no_part
+from probes.models.families.modules import MODULE_TYPE
 from probes.models.read_config import check_numbers, read_config
-from probes.models.sites import last_layer, layer_number, part_names
+from probes.models.sites import last_layer, layer_number, part_names, part_of
 
 
 def print_sites(options: SitesOptions) -> None:
@@ -31,6 +32,11 @@ def print_sites(options: SitesOptions) -> None:
     if family.has_llm:
         print(describe_encoder_layers(family, config))
     print(describe_parts(family, config))
+    if config.model_type == MODULE_TYPE:
+        names = config.layer_names
+        print(f"layers: {names[0]} to {names[-1]}; what runs before or after them is not read")
+        for note in config.unread_notes:
+            print(f"note: {note}")
 
 
 def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
@@ -43,14 +49,15 @@ def describe_encoder_layers(family: Family, config: PreTrainedConfig) -> str:
 
 
 def describe_parts(family: Family | EncoderFamily, config: PreTrainedConfig) -> str:
-    """Return the sites inside the layers, which are read by name only, and layers without values."""
+    """Return the sites inside the layers, which are read by name only, and layers that lack one of them."""
     last = layer_number(last_layer(family.sites(config)))
     readable = part_sites(family, config)
     if not readable:
         return f"no sites inside the layers: {why_no_part(family, config, part_names(1)[-1])}"
-    values = [part_names(layer)[0] for layer in range(1, last + 1)]
-    without = [site for site in values if site not in readable]
-    text = f"by name, or with `all_parts`: {PARTS_TEXT}, 01 to {last:02d}"
+    kinds = {part_of(site) for site in readable}
+    parts = [site for layer in range(1, last + 1) for site in part_names(layer)]
+    without = [site for site in parts if part_of(site) in kinds and site not in readable]
+    text = f"by name, or with `all_parts`: {parts_text(kinds)}, 01 to {last:02d}"
     return f"{text}, without {', '.join(without)}" if without else text
 
 

@@ -1,16 +1,16 @@
 """Drop-off, recovery and gains over layers, as numbers with resamplings.
 
 The best layer of an effect is chosen by cross-validation over images: no image takes part in the choice of its own
-layer, so that the maximum over many layers is not biased upwards. It is chosen once and kept in all resamplings.
+layer, so that the maximum over many layers is not biased upwards. Each resampling chooses anew. With the choice kept,
+intervals of layers that are about as good as each other are a third too narrow (`tests/bench/best_layer.py`).
 
 A score is a function of sums over images, `sums` f[S, N, M], see :mod:`probes.tasks`. Scores are signed so that higher
 is better.
 
-Shapes: R resamplings, S sites, N images, T patches, M sums per image, E sites that the effects read:
-encoder, adapter and best layer of an MLLM; first, last and best layer of a bare encoder.
+Shapes: R resamplings, S sites, N images, F folds, T patches, M sums per image.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from probes.ops.pixel_counts import Counts
 from probes.tasks import Task
 
 from .estimate import Estimate
-from .resampling import dataset_scores, resampled_scores
 from .strengths import Strengths
 
 FOLDS = 10  # of validation images, to choose the best layer
@@ -35,9 +34,22 @@ EFFECTS = {
 }
 
 
-def resampled_main_score(task: Task, sums: Tensor, weights: Tensor) -> Tensor:
-    """Return the main score f64[R, S], higher is better, for weights f[R, N] of the images of sums f[S, N, M]."""
-    return task.sign * resampled_scores(task, sums, weights)[task.score]
+@dataclass(frozen=True)
+class Reading:
+    """The score of a site that effects read.
+
+    Args:
+        score: The main score, higher is better.
+        sites: Indices of the sites that it is of: several if folds have chosen different layers.
+    """
+
+    score: Estimate
+    sites: list[int]
+
+
+def main_score(task: Task, sums: Tensor) -> Tensor:
+    """Return the main score f64[...], higher is better, of sums f[..., M] over images."""
+    return task.sign * task.dataset_scores(sums)[task.score]
 
 
 def image_folds(images: int, groups: Tensor | None) -> Tensor:
@@ -47,63 +59,88 @@ def image_folds(images: int, groups: Tensor | None) -> Tensor:
 
 
 def cross_validated_layers(
-    sites: list[str],
     task: Task,
     sums: Tensor,
-    groups: Tensor | None = None,
-) -> Tensor | None:
-    """Return for each image the index i64[N] of the LLM layer with the best score on the images of all other folds.
+    fold: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Return for each resampling and fold the index i64[R, F] of the layer that is best on the images of other folds.
 
-    None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
+    Where all images are in one fold, it is the layer that is best on them.
+
+    Args:
+        task: The task.
+        sums: Sums per image of the layers, f64[S, N, M].
+        fold: Fold i64[N] of each image.
+        weights: f64[R, N].
     """
-    layers = [i for i, site in enumerate(sites) if is_layer(site)]
-    if not layers:
-        return None
-    fold = image_folds(sums.shape[1], groups)
-    others = fold != torch.arange(int(fold.max()) + 1)[:, None]
-    weights = others if others.any() else ~others
-    best = resampled_main_score(task, sums[layers], weights).nan_to_num(-torch.inf).argmax(1)
-    return torch.tensor(layers)[best][fold]
+    members = fold == torch.arange(int(fold.max()) + 1)[:, None]  # [F, N]
+    drawn = torch.stack([weights[:, rows].sum(1) for rows in members])
+    alone = drawn == drawn.sum(0)  # [F, R]
+    scores = []
+    for layer in sums:
+        by_fold = torch.stack([weights[:, rows] @ layer[rows] for rows in members])  # [F, R, M]
+        total = by_fold.sum(0)
+        others = torch.where(alone[..., None], total, total - by_fold)
+        scores.append(main_score(task, others))
+    return torch.stack(scores).nan_to_num(-torch.inf).argmax(0).T
 
 
-def sites_of_effects(
+def read_best_layer(
+    task: Task,
+    sums: Tensor,
+    fold: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the score f64[R] with each image read at the layer that other folds have chosen, and the layers i64[R, F].
+
+    See :func:`cross_validated_layers` for the arguments.
+    """
+    chosen = cross_validated_layers(task, sums, fold, weights)
+    of_image = chosen[:, fold]  # [R, N]
+    read = sum((weights * (of_image == i)) @ layer for i, layer in enumerate(sums))
+    return main_score(task, read), chosen
+
+
+def read_scores(
     sites: list[str],
     last: str | None,
     task: Task,
     sums: Tensor,
+    weights: Tensor,
     groups: Tensor | None,
-) -> dict[str, Tensor]:
-    """Return for each site that an effect reads, where probed, its index per image, i64[N]."""
+) -> dict[str, Reading]:
+    """Return the readings of the sites of `EFFECTS` that were probed; see :func:`run_effects` for the arguments."""
+    sums = sums.double()
+    weights = torch.cat(
+        [torch.ones_like(weights[:1]), weights]
+    ).double()  # the dataset, then its resamplings
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
     if PATCHES in sites and last in sites:  # a bare encoder
         index[LAST_LAYER] = sites.index(last)
-    images = sums.shape[1]
-    fixed = {site: torch.full((images,), i) for site, i in index.items()}
-    best = cross_validated_layers(sites, task, sums, groups)
-    return fixed if best is None else fixed | {BEST_LAYER: best}
+    vectors = {name: main_score(task, weights @ sums[i]) for name, i in index.items()}
+    readings = {
+        name: Reading(Estimate.from_vector(vectors[name]), [i]) for name, i in index.items()
+    }
+    layers = [i for i, site in enumerate(sites) if is_layer(site)]
+    if layers:
+        fold = image_folds(sums.shape[1], groups)
+        vector, chosen = read_best_layer(task, sums[layers], fold, weights)
+        of_dataset = sorted({layers[i] for i in chosen[0].tolist()})
+        readings[BEST_LAYER] = Reading(Estimate.from_vector(vector), of_dataset)
+    return readings
 
 
-def effects_at(
-    task: Task,
-    sums: Tensor,
-    sites: dict[str, Tensor],
-    weights: Tensor,
-) -> dict[str, Estimate]:
-    """Return the effects of `EFFECTS` at :func:`sites_of_effects`; one is missing if a site of it was not probed.
+def effects_of(readings: dict[str, Reading]) -> dict[str, Estimate]:
+    """Return the effects of `EFFECTS`; one is missing if a site of it was not probed.
 
     They are drop-off and recovery of an MLLM, and gains over layers of an encoder. The plain maximum over layers, the
     paper's definition, is "recovery" in the "summary" of metrics.json.
     """
-    if not sites:
-        return {}
-    read = sums[torch.stack(list(sites.values())), torch.arange(sums.shape[1])]  # [E, N, M]
-    values = (task.sign * dataset_scores(task, read)[task.score]).tolist()
-    resampled = resampled_main_score(task, read, weights)
-    estimates = {site: Estimate(values[i], resampled[:, i]) for i, site in enumerate(sites)}
     return {
-        name: estimates[a] - estimates[b]
+        name: readings[a].score - readings[b].score
         for name, (a, b) in EFFECTS.items()
-        if a in estimates and b in estimates
+        if a in readings and b in readings
     }
 
 
@@ -133,10 +170,10 @@ def effects_by_row(
     estimates = {}
     for name, row in strengths.neighbours().items():
         sums = path[row, torch.arange(len(sites))]
-        read = sites_of_effects(sites, last, task, sums, groups)
-        for effect, estimate in effects_at(task, sums, read, weights).items():
-            indices = torch.cat([read[site].unique() for site in EFFECTS[effect]]).tolist()
-            about = {"converged": strengths.has_converged(row, indices)}
+        readings = read_scores(sites, last, task, sums, weights, groups)
+        for effect, estimate in effects_of(readings).items():
+            read = [i for site in EFFECTS[effect] for i in readings[site].sites]
+            about = {"converged": strengths.has_converged(row, read)}
             estimates[f"{effect}@{name}"] = replace(estimate, about=about)
     return estimates
 
@@ -167,8 +204,7 @@ def run_effects(
         counts: Counts by patch, of segmentation.
         columns: Patches of a row.
     """
-    read = sites_of_effects(sites, last, task, sums, groups)
-    effects = effects_at(task, sums, read, weights)
+    effects = effects_of(read_scores(sites, last, task, sums, weights, groups))
     if strengths is not None:
         effects |= effects_by_row(
             sites,

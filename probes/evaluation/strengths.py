@@ -10,6 +10,9 @@ from torch import Tensor
 OPTIMUM = "optimum"
 CLOSED_FORM = "closed_form"
 
+# A certificate says how far a point can be from the minimum. It holds up to these:
+CONVERGED = 1e-4  # decrease in nats that a further step is expected to have
+GRADIENT = 1e-3  # the gradient's norm relative to that at w = 0
 # steps along the path, which runs from strong to weak
 ROWS = {
     "stronger": -1,
@@ -62,18 +65,30 @@ class Strengths:
             if name == "chosen" or (row != rows["chosen"]).any()
         }
 
+    def certificates(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
+        """Return the certificates of a row i64[S] at these sites by name: None if nothing is known."""
+        solved = self.solved
+        found = {}
+        for site in sites:
+            entry = self.sites[site]
+            certificates = entry.get("certificates")
+            strength = solved[site][int(row[site])]
+            found[entry["site"]] = certificates[strength] if certificates else None
+        return found
+
+    def unconverged(self, row: Tensor, sites: list[int]) -> dict[str, dict[str, Any] | None]:
+        """Return the certificates that do not hold, by site; {} of least squares, which needs none."""
+        if self.exact:
+            return {}
+        return {
+            site: certificate
+            for site, certificate in self.certificates(row, sites).items()
+            if not certificate or not certificate.get("converged")
+        }
+
     def has_converged(self, row: Tensor, sites: list[int]) -> bool:
         """Return whether the probes of a row i64[S] have converged at all these sites."""
-        if self.exact:
-            return True
-        solved = self.solved
-        for site in sites:
-            certificates = self.sites[site].get("certificates")
-            strength = solved[site][int(row[site])]
-            certificate = certificates[strength] if certificates else None
-            if not certificate or not certificate.get("converged"):
-                return False
-        return True
+        return not self.unconverged(row, sites)
 
     def at_edge(self) -> list[str]:
         """Return the sites whose cross-validated loss is lowest at an end of the path, where it may fall further."""

@@ -31,7 +31,7 @@ from .attention_masks import (
     last_rows,
     supports_masks,
 )
-from .attention_weights import capture_attention
+from .attention_weights import capture_attention, weights_of_image
 from .families.our_code import SLIDING, layer_kinds
 from .knockout import ANSWER, Knockout
 from .sites import FINAL_NORM, layer_site
@@ -241,10 +241,10 @@ def attend_from_answer(
         site = layer_site(layer)
         if site not in sites:
             return
-        weights[site] = []
-        for row in range(len(pixels)):
-            heads = compute(row, queries)
-            weights[site].append((heads.mean(0) if average_heads else heads).cpu()[..., image])
+        weights[site] = [
+            weights_of_image(compute(row, queries), image, average_heads)
+            for row in range(len(pixels))
+        ]
 
     with capture_attention(mllm.decoder.layers, record):
         text_states(mllm, pixels, text, knockout, hooks)

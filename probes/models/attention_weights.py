@@ -87,6 +87,18 @@ def capture_attention(
         )
 
 
+def weights_of_image(heads: Tensor, positions: Tensor, average_heads: bool) -> Tensor:
+    """Return the weights that image tokens receive, f[q, T], or f[A, q, T] by head, on the CPU.
+
+    Args:
+        heads: f[A, q, N], of `compute`.
+        positions: i64[T], of the image tokens among all.
+        average_heads: Whether weights are averaged over heads.
+    """
+    weights = heads.mean(0) if average_heads else heads
+    return weights.cpu()[..., positions]
+
+
 @torch.no_grad()
 def read_attention(
     model: nn.Module,
@@ -128,7 +140,7 @@ def read_attention(
             return
         for (image, tokens), by_site in zip(queries, weights, strict=True):
             heads = compute(image, positions[tokens.cpu()])
-            by_site[site] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+            by_site[site] = weights_of_image(heads, positions, average_heads)
 
     model.prefill_prefix()  # before the capture, which must not include it
     with capture_attention(model.layers, record):

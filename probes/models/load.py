@@ -27,7 +27,7 @@ from .prompt_and_pixels import (
 )
 from .random_init import check_control, check_matches, replace_weights
 from .read_config import check_numbers, read_config
-from .source_names import is_source
+from .source_names import check_names_function, is_source
 
 IMAGE_FIRST = (
     "no text precedes the image. Under a causal mask its first token can then be the LLM's attention sink, whose state "
@@ -117,6 +117,7 @@ def load(
         if untrained:
             replace_weights(encoder, untrained, match, draw, seed, match_images, update_scales)
         return encoder
+    check_names_function(path)
     check_absent(described, f"they are of modules, and {path} is a checkpoint")
     if revision is not None and Path(path).is_dir():
         raise UserError(

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from llava_bidir.common.errors import UserError
-from probes.ops.geometry import ResizeRule
+from probes.ops.geometry import RESIZES, ResizeRule
 
 from .families import family_of
 from .frozen_encoder import FrozenEncoder
+from .measured_preprocess import PHOTO
 from .module_sources import open_source
 from .own_module import EncoderModule, describe_module
 
@@ -51,11 +52,13 @@ def load_module(
         check_absent(described, f"{name} says so itself")
         encoder = open_source(name, image_px)
     check_absent(of_checkpoints, f"{name} is a module, and no checkpoint of transformers")
-    model, processor, rule = describe_module(encoder)
+    model, processor, measured = describe_module(encoder)
+    rule = measured.rule
     if rule is None and image_resize is None:
         raise UserError(
-            f"{name}: preprocess makes squares in none of the known ways, so that masks cannot be placed; say "
-            "how they are made instead, e.g. image_resize='squash'"
+            f"{name}: preprocess makes squares in none of the known ways, so that masks cannot be placed: of a photo "
+            f"of {PHOTO[0]} x {PHOTO[1]} px the square shows {measured.shown}. Say how squares are made instead, e.g. "
+            f"image_resize='squash'; expected one of {', '.join(RESIZES)}"
         )
     if dtype not in (None, "auto"):
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

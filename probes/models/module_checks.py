@@ -1,5 +1,8 @@
 """What is measured of a user's module: its tokens, the order of its layers, and their attention and MLP.
 
+A layer that runs before or after the named ones is not read, and no error: sites can be chosen so. Nor can a hook see a
+layer that is no module. `unread_notes` says what shows of either.
+
 Shapes: B images, h x w patches, T patches, N tokens (others, then patches), d width, L layers.
 """
 
@@ -15,6 +18,7 @@ from llava_bidir.common.errors import UserError, error_context
 from .read_states import StopForward
 
 TOLERANCE = 1e-3  # of sums, relative to what is added: float32, or less
+NEAR = 4  # patches: a convolutional stem mixes neighbours
 ATTENTION = ("attn", "self_attn", "attention")
 # Modules of a layer whose output may be what attention, or the MLP, adds; the first pair that adds up is taken
 CANDIDATES = {
@@ -105,8 +109,10 @@ def check_tokens(
     first: nn.Module,
     grid: tuple[int, int],
     patch: int,
-) -> int:
-    """Return the number of tokens before the patches, after a look at which token a patch of the image changes.
+) -> tuple[int, bool]:
+    """Return the number of tokens before the patches, and whether patches have been mixed before the first layer.
+
+    A patch of the image must change its own token most. If it changes tokens far from it, too, patches have been mixed.
 
     Args:
         model: Called with pixels.
@@ -159,7 +165,92 @@ def check_tokens(
                 f"first layer; expected token {expected}, i.e. {extra} other tokens, then patches of {patch} px in "
                 "raster order"
             )
-    return extra
+    return extra, _is_mixed(states[:, extra:], cells, grid)
+
+
+def _is_mixed(states: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> bool:
+    """Return whether the patch that was changed in each image but the first one changes far patches, too.
+
+    Args:
+        states: f[1 + C, T, d], without and with a change.
+        cells: Row and column of each changed patch.
+        grid: h and w.
+    """
+    changed = (states[1:] - states[:1]).norm(dim=-1).cpu().unflatten(1, grid)
+    at = torch.cartesian_prod(*map(torch.arange, grid)).view(*grid, 2)
+    for cell, change in zip(cells, changed, strict=True):
+        is_far = (at - torch.tensor(cell)).abs().amax(-1) > NEAR
+        if is_far.any() and change[is_far].max() > TOLERANCE * change[cell]:
+            return True
+    return False
+
+
+def unread_notes(
+    model: nn.Module,
+    module: nn.Module,
+    names: Sequence[str],
+    norm: str | None,
+    trace: Sequence[LayerRun],
+    mixed: bool,
+    image_px: int,
+) -> list[str]:
+    """Return sentences about layers that are not read, and what the named ones do not read or write.
+
+    Args:
+        model: Called with pixels.
+        module: The user's module in it, whose paths are named.
+        names: Paths of the layers.
+        norm: Path of the norm after them.
+        trace: What they read and wrote, of :func:`trace_layers`.
+        mixed: Of :func:`check_tokens`.
+        image_px: Side of the input in pixels.
+    """
+    kinds = {type(module.get_submodule(name)) for name in names}
+    others = {
+        name: other
+        for name, other in module.named_modules()
+        if type(other) in kinds and not any(f"{name}.".startswith(f"{own}.") for own in names)
+    }
+    ran: list[str] = []
+    normed: list[Tensor] = []
+    paths = list(others)
+
+    def record(index: int, args: tuple, output: Tensor) -> None:
+        if index == len(paths):
+            normed.extend(args[:1])
+        elif isinstance(output, Tensor) and output.shape[-1] == trace[0].entered.shape[-1]:
+            ran.append(paths[index])
+
+    of_norm = [module.get_submodule(norm)] if norm else []
+    with _outputs([*others.values(), *of_norm], record):
+        model(noise(model, 2, image_px))
+    notes = []
+    if ran:
+        which = f"{', '.join(ran)}, of the same class as layers that are named,"
+        notes.append(f"{which} also {'run' if len(ran) > 1 else 'runs'} in a forward, unread")
+    if mixed:
+        notes.append(
+            f"what {names[0]} reads of a patch depends on patches far from it: something before it mixes patches, "
+            "which is not read, and layer_00 is not the patch embeddings"
+        )
+    if normed and not _is_part_of(normed[0], trace[-1].left):
+        notes.append(
+            f"what {norm} reads in a forward is not what {names[-1]} wrote: something between them is not read"
+        )
+    return notes
+
+
+def _is_part_of(entered: Tensor, states: Tensor) -> bool:
+    """Return whether each vector that a norm read is a token's state, or a mean of tokens, f[B, N, d] the states."""
+    read = entered.flatten(1, -2) if entered.ndim > 2 else entered[:, None]
+    if len(read) != len(states) or read.shape[-1] != states.shape[-1]:
+        return False
+    states = states.float()
+    counts = torch.arange(states.shape[1], 0, -1, device=states.device)
+    means = states.flip(1).cumsum(1).flip(1) / counts[:, None]  # of the last 1 to N tokens
+    known = torch.cat([states, means], 1)
+    nearest = torch.cdist(read.float(), known).amin(-1)
+    return bool((nearest <= TOLERANCE * known.norm(dim=-1).amax()).all())
 
 
 def check_norm(norm: nn.Module, name: str, states: Tensor) -> int:

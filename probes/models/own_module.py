@@ -23,8 +23,8 @@ from probes.ops.geometry import ResizeRule
 
 from .families.base import module_at
 from .families.modules import ModuleConfig
-from .measured_preprocess import measure_preprocess
-from .module_checks import check_norm, check_tokens, find_parts, trace_layers
+from .measured_preprocess import MeasuredPreprocess, measure_preprocess
+from .module_checks import check_norm, check_tokens, find_parts, trace_layers, unread_notes
 
 Preprocess = Callable[[Image.Image], Tensor] | tuple[Sequence[float], Sequence[float]]
 INIT_STD = 0.02  # of ViT, DINOv2 and timm
@@ -84,8 +84,8 @@ class ModuleModel(PreTrainedModel):
 
 def describe_module(
     encoder: EncoderModule,
-) -> tuple[ModuleModel, CLIPImageProcessorPil, ResizeRule | None]:
-    """Return a module as a model with its config, its normalisation, and how images become squares, None if unknown.
+) -> tuple[ModuleModel, CLIPImageProcessorPil, MeasuredPreprocess]:
+    """Return a module as a model with its config, its normalisation, and what its preprocessing does.
 
     The model is a copy, so that neither eval mode nor random weights reach the module itself.
 
@@ -121,19 +121,29 @@ def describe_module(
                 "same states: is there dropout, or noise, that eval mode does not end?"
             )
         grid_side = image_px // encoder.patch
-        config.extra_tokens = check_tokens(model, layers[0], (grid_side, grid_side), encoder.patch)
+        grid = (grid_side, grid_side)
+        config.extra_tokens, mixed = check_tokens(model, layers[0], grid, encoder.patch)
         config.site_widths = [trace[0].entered.shape[-1], *(run.left.shape[-1] for run in trace)]
         if encoder.norm:
             norm = module_at(model.module, encoder.norm)
             config.site_widths.append(check_norm(norm, encoder.norm, trace[-1].left))
         config.why_no_parts = find_parts(model, layers, names, trace, image_px)
+        config.unread_notes = unread_notes(
+            model,
+            model.module,
+            names,
+            encoder.norm,
+            trace,
+            mixed,
+            image_px,
+        )
     processor = CLIPImageProcessorPil(
         do_resize=False,
         do_center_crop=False,
         image_mean=measured.mean,
         image_std=measured.std,
     )
-    return model, processor, encoder.resize_rule or measured.rule
+    return model, processor, measured._replace(rule=encoder.resize_rule or measured.rule)
 
 
 def layer_names(encoder: EncoderModule) -> list[str]:

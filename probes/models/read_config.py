@@ -9,7 +9,7 @@ from llava_bidir.common.hf_loading import read_pretrained
 from llava_bidir.common.image_side import MAX_GRID_SIDE
 
 from .families import EncoderFamily, Family
-from .source_names import is_source
+from .source_names import check_names_function, is_source
 
 
 def read_config(path: str, **hub: Any) -> PreTrainedConfig:
@@ -18,6 +18,7 @@ def read_config(path: str, **hub: Any) -> PreTrainedConfig:
     Raises:
         UserError: There is none, or transformers does not know its kind.
     """
+    check_names_function(path)
     if is_source(path):
         from .module_sources import module_config
 

@@ -87,6 +87,7 @@ class ResizeRule:
         before_thumbnail: Longer side to which photos are resized before their thumbnail is made of them, in units of
             the thumbnail's side (SmolVLM, Idefics3). None: it is made of the photo.
         splits: Whether the sides of that larger photo are rounded up to multiples of the thumbnail's.
+        padding: RGB colour of the padding; None: the mean colour of the model's normalisation.
         replaces: The checkpoint's rule, if a user asked for another way.
     """
 
@@ -95,6 +96,7 @@ class ResizeRule:
     before_crop: Fraction = Fraction(1)
     before_thumbnail: Fraction | None = None
     splits: bool = False
+    padding: tuple[int, int, int] | None = None
     replaces: "ResizeRule | None" = None
 
     def __post_init__(self):
@@ -114,6 +116,8 @@ class ResizeRule:
         text = f"{self.way}, {Image.Resampling(self.resample).name.lower()}"
         if self.before_crop > 1:
             text += f", the middle {px} of {round(px * self.before_crop)} px"
+        if self.padding:
+            text += f", padded with the colour {self.padding}"
         if self.replaces:
             text += f"; it replaces {self.replaces.describe(px)}"
         return text

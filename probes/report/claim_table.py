@@ -204,6 +204,42 @@ def summarize_claims(claims: list[Entry]) -> str:
     return f"Of {counted}: {', '.join(parts)}."
 
 
+def is_right(text: ClaimText) -> bool:
+    """Return whether the verdict on a claim whose truth is known is right: a planted effect is supported, no other."""
+    return (text.finding == SUPPORTED) == (text.truth == "planted")
+
+
+def summarize_truths(studies: Iterable[Entry]) -> str:
+    """Return a sentence: about how many claims whose truth is known the verdicts are right; "" if none is known."""
+    known = known_truths(studies)
+    if not known:
+        return ""
+    judged = [(study, text) for study, text in known if text.tested]
+    parts = []
+    for truth, about, mistaken in (
+        ("planted", "planted effects", "missed"),
+        ("absent", "absent ones", "wrongly"),
+    ):
+        of_truth = [(study, text) for study, text in judged if text.truth == truth]
+        supported = sum(text.finding == SUPPORTED for _, text in of_truth)
+        wrong = [_name_claim(study, text) for study, text in of_truth if not is_right(text)]
+        named = f" ({mistaken}: {'; '.join(wrong)})" if wrong else ""
+        if of_truth:
+            parts.append(f"{supported} of {len(of_truth)} {about}{named}")
+    right = sum(is_right(text) for _, text in judged)
+    said = f"The verdicts are right about {right} of {len(judged)} claims whose truth is known"
+    if parts:
+        said += f": supported are {' and '.join(parts)}"
+    untested = len(known) - len(judged)
+    return f"{said}; {untested} untested." if untested else f"{said}."
+
+
+def _name_claim(study: Entry, text: ClaimText) -> str:
+    """Return the name of a claim among those of several models and masks."""
+    under = f" under {text.mask} attention" * (len(study["masks"]) > 1)
+    return f"{text.name}{under}, of the model {study['model']!r}"
+
+
 def claim_notes(claims: list[Entry], margin: str = f"{100 * MARGIN:g} point") -> list[str]:
     """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
     tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]

@@ -1,13 +1,13 @@
 """The sentences that page and terminal begin with: where a model reads best, and where it differs from random ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from probes.models.sites import is_layer
+from probes.models.sites import FINAL_NORM, PATCHES, is_layer, part_of
 from probes.results.formatting import format_difference, format_points
 
 from .encoder_layers import describe_best_layer
-from .site_table import describe_sites, name_site
+from .site_table import describe_sites, join_words, name_site
 from .verdicts import measured_effect
 
 # At which strengths of regularisation a verdict at the optimum counts, by the row where the claim fares worst
@@ -35,6 +35,20 @@ def describe_study(results: Mapping[str, Any]) -> list[str]:
         f"{sentence[0].upper()}{sentence[1:]}.",
         *describe_sites(rows, name_best=highest != best["site"]),
     ]
+
+
+def kinds_of_sites(studies: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the encoders of a report were probed: "the patch embeddings, layers and the final norm".
+
+    Args:
+        studies: Content of results.json of each study.
+    """
+    sites = {row["site"] for study in studies for row in study["sites"]}
+    named = [name_site(PATCHES)] * (PATCHES in sites)
+    named += ["layers"] * any(is_layer(site) and site != PATCHES for site in sites)
+    named += ["parts of layers"] * any(part_of(site) for site in sites)
+    named += [name_site(FINAL_NORM)] * (FINAL_NORM in sites)
+    return join_words(named or ["several layers side by side"])
 
 
 def describe_table(results: Mapping[str, Any]) -> list[str]:

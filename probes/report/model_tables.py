@@ -10,13 +10,13 @@ from probes.results.formatting import (
     Entry,
     Rows,
     format_interval,
+    format_p,
     format_percent,
     format_points,
     format_score,
 )
 
-from .model_comparison import BEST_LAYER, differs
-from .verdicts import ALPHA
+from .model_comparison import BEST_LAYER, class_differs, differs
 
 NAMED_CLASSES = 5  # in a sentence
 Cells = dict[str, str]  # of a row, by the titles of the columns
@@ -41,6 +41,11 @@ class Comparison(NamedTuple):
         names = [self.first, *(pair["second"] for pair in self.pairs)]
         return f"{', '.join(names[:-1])} and {names[-1]}, {self.about}"
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether any two of the models can be compared."""
+        return any("left_out" not in pair for pair in self.pairs)
+
 
 def group_comparisons(entries: Sequence[Entry]) -> list[Comparison]:
     """Return the entries of :func:`compare_models` by dataset, mask and first model."""
@@ -55,21 +60,39 @@ def group_comparisons(entries: Sequence[Entry]) -> list[Comparison]:
 
 # ------------------------------------------------------------------------------------------------ sentences
 def describe_comparison(entry: Entry) -> list[str]:
-    """Return sentences: the best layer of one against that of the other, sites that differ, and classes that differ."""
+    """Return sentences about two models: their best layers, sites and classes that differ, missing certificates."""
     if "left_out" in entry:
         return [entry["left_out"]]
     lines = [_describe_best(entry)] if entry["best"] else []
     differing = [entry["site"] for entry in entry["sites"] if differs(entry)]
-    lines.append(f"Sites that differ, by themselves: {', '.join(differing) or 'none'}.")
-    classes = [x for x in entry["classes"] if x["p_corrected"] < ALPHA and differs(x)]
-    if classes:
-        most = sorted(classes, key=lambda x: -abs(x["difference"]))[:NAMED_CLASSES]
-        text = ", ".join(f"{x['class']} {format_points(x['difference'])}" for x in most)
+    # the sentence about best layers has said which two models
+    which = "" if entry["best"] else f" ({entry['second']} − {entry['first']})"
+    lines.append(f"Sites that differ, by themselves{which}: {', '.join(differing) or 'none'}.")
+    if entry["classes"]:
+        lines.append(_describe_classes(entry["classes"]))
+    unconverged = entry["unconverged"]
+    sites = [
+        f"{site} of {entry[model]}" for model in ("first", "second") for site in unconverged[model]
+    ]
+    if sites:
         lines.append(
-            f"IoU differs there in {len(classes)} of {len(entry['classes'])} classes, corrected for their number; "
-            f"most: {text} points."
+            f"Not shown to be at the optimum (no certificate of convergence): {', '.join(sites)}. "
+            "Differences there may be those of the solver."
         )
     return lines
+
+
+def _describe_classes(classes: Sequence[Entry]) -> str:
+    """Return which classes are read better or worse at the best layers."""
+    found = sorted(filter(class_differs, classes), key=lambda x: -abs(x["difference"]))
+    if not found:
+        return f"IoU at the best layers: none of {len(classes)} classes is shown to differ."
+    text = ", ".join(f"{x['class']} {_format_difference(x)}" for x in found[:NAMED_CLASSES])
+    most = "most: " * (len(found) > NAMED_CLASSES)
+    return (
+        f"IoU at the best layers differs in {len(found)} of {len(classes)} classes: {most}{text} points "
+        "(tested together)."
+    )
 
 
 def _describe_best(entry: Entry) -> str:
@@ -105,9 +128,21 @@ def pair_table(entry: Entry) -> list[Cells]:
     return rows
 
 
+def classes_of_pair(entry: Entry) -> list[Cells]:
+    """Return the IoU of each class at the best layers of two models, the greatest difference first."""
+    classes = sorted(entry.get("classes", []), key=lambda x: -abs(x["difference"]))
+    return [
+        {"class": x["class"]} | _score_cells(entry, x) | {"p": format_p(x["p_corrected"])}
+        for x in classes
+    ]
+
+
 def _pair_cells(entry: Entry, site: str, row: Entry) -> Cells:
+    return {"site": site} | _score_cells(entry, row)
+
+
+def _score_cells(entry: Entry, row: Entry) -> Cells:
     return {
-        "site": site,
         entry["first"]: format_percent(row["first"]),
         entry["second"]: format_percent(row["second"]),
         "difference": _format_difference(row),

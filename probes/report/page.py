@@ -18,6 +18,7 @@ import io
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -57,8 +58,10 @@ from .beyond_classes import (
 from .claim_table import (
     claim_notes,
     claim_rows,
+    is_right,
     known_truths,
     summarize_claims,
+    summarize_truths,
     tested_by_mask,
     tested_columns,
     verdict_reasons,
@@ -66,7 +69,7 @@ from .claim_table import (
 from .claims import evaluate_claims
 from .figures.beyond_classes import task_figures
 from .figures.model_curves import overview_figures
-from .headline import describe_study, describe_table
+from .headline import describe_study, describe_table, kinds_of_sites
 from .model_comparison import (
     best_by_dataset,
     compare_models,
@@ -74,6 +77,7 @@ from .model_comparison import (
     comparisons_in_points,
 )
 from .model_tables import (
+    classes_of_pair,
     dataset_table,
     describe_comparison,
     group_comparisons,
@@ -99,9 +103,11 @@ def to_anchor(heading: str) -> str:
 FILTERS = {  # of the page's template
     "anchor": to_anchor,
     "claim_notes": claim_notes,
+    "classes_of_pair": classes_of_pair,
     "describe_comparison": describe_comparison,
     "describe_study": describe_study,
     "describe_table": describe_table,
+    "kinds_of_sites": kinds_of_sites,
     "pair_table": pair_table,
     "percent": formatting.format_percent,
     "points": formatting.format_points,
@@ -140,6 +146,7 @@ def study_results(study: StudyRuns, claims: list[Entry], sections: list[PageSect
         },
         "sites": site_rows(study),
         "claims": claims,
+        "model_notes": study.first.manifest.get("unread_notes", []),
         "data_notes": notes_of_run(study.first.metrics["classes"], study.first.manifest["data"]),
     }
     for section in sections:
@@ -226,7 +233,7 @@ def _write_files(
         task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
         wall_s=wall_s,
-        truths=_truth_rows(by_study),
+        truth_sentence=summarize_truths(by_study),
         explorer=(out / "explorer.html").is_file(),
         failed=describe_steps(unfinished, FAILED),
         left_out=describe_steps(unfinished, LEFT_OUT),
@@ -252,18 +259,18 @@ def _write_files(
     return results
 
 
-def _truth_rows(studies: list[Entry]) -> list[dict[str, str]]:
-    """Return a row of text for each claim whose truth is known."""
+def _truth_rows(study: Entry) -> list[dict[str, Any]]:
+    """Return a row for each claim of a study whose truth is known, and whether the verdict is right."""
     return [
         {
-            "model": f"{study['model']}, {study['dataset']}",
             "claim": text.name,
-            "attention": text.mask,
+            "attention": text.mask if len(study["masks"]) > 1 else "",
             "truth": text.truth,
             "found": text.finding,
-            "effect": ", beyond random ".join(text.effects),
+            "effects": text.effects,
+            "right": is_right(text) if text.tested else None,
         }
-        for study, text in known_truths(studies)
+        for _, text in known_truths([study])
     ]
 
 
@@ -317,6 +324,7 @@ def _build_part(
         "study": study,
         "folder": folder,
         "results": results,
+        "truths": _truth_rows(results),
         "first": first,
         "sections": [
             (section, figures) for section, figures in drawn if figures or section.content.shown

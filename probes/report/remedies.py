@@ -5,7 +5,8 @@ of random weights needs. Each need is a function of the case that returns "" if 
 remedy. The reason of a column is that of its first need that is not met.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,9 +16,10 @@ from typing import Any
 from probes.analyses import ANALYSES
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.analyses.knockout.contrasts import MIN_IMAGES
+from probes.evaluation.strengths import CONVERGED, GRADIENT
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
-from probes.results.formatting import Rows
+from probes.results.formatting import Entry, Rows
 from probes.results.run_command import format_command
 from probes.results.steps import LEFT_OUT, study_folder, unfinished_steps
 from probes.results.study import MASKS, UNTRAINED, StudyRuns
@@ -25,6 +27,7 @@ from probes.tasks import SEGMENTATION
 
 from .measure import KNOCKOUT, Measured, Number, other_knockouts, random_part
 
+STRONGER = (100, 30, 10)  # times the strength at which probes have not converged
 MATCHES = {"random": "update", "permuted": "permuted"}  # `model.match` of a control
 
 
@@ -229,15 +232,47 @@ def why_unconverged(runs: list[FinishedRun], claim: str) -> str:
     for run in runs:
         names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
         sites = [i for i, site in enumerate(run.sites) if site in names]
-        chosen = run.strengths.neighbours()["chosen"]
-        if not run.strengths.has_converged(chosen, sites):
-            by_passes = run.metrics["path"].get("passes", 1) > 1
-            option = "more --passes or --sample-images" if by_passes else "stronger --strengths"
+        unconverged = run.strengths.unconverged(run.strengths.neighbours()["chosen"], sites)
+        if unconverged:
             return (
-                f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
-                f"run `probes solve` again with {option}"
+                f"probes of {run.path} have not converged at the chosen strength at {len(unconverged)} of {len(sites)} "
+                f"sites; {_farthest(unconverged)}: run {_solve_further(run, unconverged)}, and give RUN in place of "
+                f"{run.path}"
             )
     return ""
+
+
+def _farthest(unconverged: Mapping[str, Entry | None]) -> str:
+    """Return the site whose certificate is the farthest from holding, and its numbers."""
+
+    def distance(site: str) -> float:
+        certificate = unconverged[site]
+        if certificate is None:
+            return math.inf
+        return max(certificate["gradient"] / GRADIENT, certificate["decrease"] / CONVERGED)
+
+    site = max(unconverged, key=distance)
+    certificate = unconverged[site]
+    if certificate is None:
+        return f"{site} has no certificate"
+    return (
+        f"farthest is {site}, with a gradient of {certificate['gradient']:.2g} of that at w = 0 and an expected "
+        f"decrease of {certificate['decrease']:.2g} nats (a certificate needs less than {GRADIENT:g} and {CONVERGED:g})"
+    )
+
+
+def _solve_further(run: FinishedRun, unconverged: Collection[str]) -> str:
+    """Return the command that solves the probes of a run with more passes, or at strengths where they converge sooner.
+
+    In memory a probe stops where float32 no longer resolves its loss, which stronger regularisation makes better posed.
+    """
+    passes = run.metrics["path"]["passes"]
+    if passes > 1:
+        changes = {"passes": 2 * max(passes, run.manifest["config"].get("passes") or 0)}
+    else:
+        chosen = [site["chosen"] for site in run.site_strengths if site["site"] in unconverged]
+        changes = {"strengths": [float(f"{factor * max(chosen):.2g}") for factor in STRONGER]}
+    return f"`{format_command(run, 'solve', changes)}`"
 
 
 def no_analysis(claim: str, run: FinishedRun) -> str:

@@ -196,9 +196,9 @@ def name_sites(sites: Iterable[str]) -> str:
         if site not in layers:
             names.append(name_site(site))
         elif site == layers[0]:
-            spans = _join(_spans(numbers))
+            spans = join_words(_spans(numbers))
             names.append(f"layers {spans}" if len(numbers) > 1 else f"layer {spans}")
-    return _join(names)
+    return join_words(names)
 
 
 def _spans(numbers: list[int]) -> list[str]:
@@ -215,7 +215,7 @@ def _spans(numbers: list[int]) -> list[str]:
     return texts
 
 
-def _join(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """Return words as "a", "a and b" or "a, b and c"."""
     if len(words) < 2:
         return "".join(words)

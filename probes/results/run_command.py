@@ -20,9 +20,12 @@ def format_command(run: FinishedRun, command: str, changes: Mapping[str, Any]) -
     Args:
         run: Its model, data and, of solved probes, the solver's options are those of the command.
         command: "solve", or "fit", which has the recipe of the run's data set.
-        changes: Values of other settings, by names as in "model.draw".
+        changes: Values of other settings, by names as in "model.draw", or of the solver's options.
     """
-    settings = {k: x for k, x in (_settings(run) | changes).items() if x not in (None, [], {})}
+    solver = {name: run.manifest["config"].get(name) for name in SOLVER_OPTIONS}
+    solver |= {name: value for name, value in changes.items() if name in SOLVER_OPTIONS}
+    chosen = _settings(run) | {k: x for k, x in changes.items() if k not in SOLVER_OPTIONS}
+    settings = {k: x for k, x in chosen.items() if x not in (None, [], {})}
     if not settings.get("model.untrained"):  # nothing is drawn
         settings = {k: x for k, x in settings.items() if k not in ("model.match", "model.draw")}
     words = ["probes", command]
@@ -32,8 +35,8 @@ def format_command(run: FinishedRun, command: str, changes: Mapping[str, Any]) -
     for name, value in settings.items():
         words += [f"--{name}", _word(value)]
     if command == "solve":
-        for name in SOLVER_OPTIONS:
-            if value := run.manifest["config"].get(name):
+        for name, value in solver.items():
+            if value:
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return " ".join(map(quote, [*words, "--out", "RUN"]))

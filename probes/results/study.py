@@ -199,10 +199,12 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         kind: Class of the runs, which reads those of segmentation only or those of any task.
 
     Raises:
-        UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
-            report, or runs do not fit together.
+        UserError: A folder is not a finished run, or one of two models; two runs are the same case, two studies have
+            the same folder in the report, or runs do not fit together.
     """
     runs = [read_run(path, kind) for path in paths]
+    if kind is ProbeRun:  # models are not compared at other tasks
+        _check_named_once(runs)
     members = {}
     key_of = study_keys(runs)
     for run in runs:
@@ -224,6 +226,21 @@ def read_studies(paths: Iterable[str], kind: type[FinishedRun] = ProbeRun) -> li
         for mask in dict.fromkeys(mask for study in of_model for mask in study.main_runs):
             check_seeds_differ([x.main_runs[mask] for x in of_model if mask in x.main_runs])
     return studies
+
+
+def _check_named_once(runs: Iterable[FinishedRun]) -> None:
+    """Raise if a run is passed as that of two models, as one by itself and once more within its study."""
+    by_path: dict[Path, FinishedRun] = {}
+    for run in runs:
+        other = by_path.setdefault(run.path.resolve(), run)
+        if other.model != run.model:
+            names = " and ".join(
+                repr(x.model) if x.model else "without a name" for x in (other, run)
+            )
+            raise UserError(
+                f"{run.path} is passed twice, as {names}: one model, which would be compared with itself. Pass each "
+                "model once; a study with several models, NAME=STUDY, has them all, and NAME=STUDY/MODEL is one of them"
+            )
 
 
 def _has_trained_run(runs: list[FinishedRun]) -> bool:
@@ -285,10 +302,16 @@ def read_run(path: str, kind: type[Run]) -> Run:
 
 
 def model_name(run: FinishedRun) -> str:
-    """Return the name that the run was told, else encoder and LLM ("clip + vicuna-7b") or the checkpoint's name."""
+    """Return the name that the run was told, else that of its checkpoint.
+
+    A checkpoint is named by what it records of itself ("as trained"), else by encoder and LLM ("clip + vicuna-7b"),
+    else by its folder.
+    """
     training = run.training
     if run.model:
         return run.model
+    if "name" in training:
+        return training["name"]
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
     return Path(run.metrics["mllm"]).name

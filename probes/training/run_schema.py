@@ -107,6 +107,7 @@ ModelTraining = TypedDict(
     {
         "encoder": TypedDict("Encoder", {"name": str}),
         "llm": str,
+        "name": str,
         "val/answer_accuracy": Number,
     },
     total=False,
@@ -285,6 +286,7 @@ class Manifest(BaseModel):
     data: _Data
     identity: _Identity
     mllm_training: dict[str, Any] | None
+    unread_notes: list[str] = []  # of a module: about its layers that are not read
     hardware: dict[str, Any]
     files: dict[str, str] | None = None  # SHA-256 of the other files that the run wrote
 

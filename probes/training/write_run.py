@@ -275,6 +275,7 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest
         },
         identity=record.identity,
         mllm_training=_read_training(Path(settings["mllm"]) / "training.json"),
+        **({"unread_notes": notes} if (notes := probes.mllm.unread_notes) else {}),
         hardware={
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),

@@ -53,17 +53,16 @@ def run(options: DemoOptions) -> None:
 
 def format_truth(results: dict) -> str:
     """Return the claims whose truth is known as tables by model and mask: what is true, and what the study found."""
-    from probes.report.claim_table import known_truths  # imports torch
+    from probes.report.claim_table import known_truths, summarize_truths  # imports torch
     from probes.results.formatting import align
 
+    studies = results.get("studies", [results])
     tables: dict[str, list[list[str]]] = {}
-    for study, text in known_truths(results.get("studies", [results])):
-        model = study["model"].partition(", ")[2]  # "3 pairs merged"
-        pictures = ", ".join(filter(None, (study["dataset"], model)))
+    for study, text in known_truths(studies):
         columns = [text.columns[name] for name in ("optimum", "beyond_random")]
         effects = [column.effect or column.verdict for column in columns]
         row = [text.name, text.truth, *effects, text.finding]
-        tables.setdefault(f"- {pictures}, {text.mask} attention", []).append(row)
+        tables.setdefault(f"- {study['model']}, {text.mask} attention", []).append(row)
     if not tables:
         return ""
     header = ["claim", "truth", "at the optimum", "beyond random", "found"]
@@ -72,7 +71,7 @@ def format_truth(results: dict) -> str:
     lines = ["", "What was planted, and what the study found (points, 95% intervals):", title]
     for heading, table in tables.items():
         lines += [heading, *islice(rows, len(table))]
-    return "\n".join(lines)
+    return "\n".join([*lines, summarize_truths(studies)])
 
 
 def _assets(out: Path, settings: dict) -> Step:

@@ -26,6 +26,7 @@ BINDING_ADD = (
 # knockouts take half of the time, and no truth is known about them
 BINDING_STEPS = ("solve", "fit", "starvation", "explore", "report")
 SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
+PICTURES = f"pictures of {SCENES} scenes"
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
 # cheap; two draws judged alone would find effects from four points only (probes/report/statistics.md).
 ADAPTERS = tuple(f"adapter{draw}" for draw in range(5))
@@ -79,7 +80,7 @@ def _binding_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
         fit=True,
         add=(*BINDING_ADD, *QUESTIONS) if in_full else BINDING_ADD,
         only=None if in_full else BINDING_STEPS,
-        **_probes(settings, f"{SCENES} scenes", SITES),
+        **_probes(settings, PICTURES, SITES),
     )
 
 
@@ -94,7 +95,7 @@ def _other_studies(out: Path, settings: dict) -> list[StudyConfig]:
                 out=out / name,
                 arms=("trained", *controls),
                 only=("solve",),
-                **_probes(settings, f"{SCENES} scenes", sites),
+                **_probes(settings, PICTURES, sites),
             )
         )
     return studies

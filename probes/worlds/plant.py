@@ -11,6 +11,7 @@ of pictures, which reports show beside the verdicts.
 Shapes: B batch, N tokens, T = 64 image tokens, K classes, d width of the encoder.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .tiny_models import normalize, train
 QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
+NUMBERS = ("no", "one", "two", "three")  # of pairs, in names
 # Truth of the claims by folder of pictures, as far as it follows from how a model was made. With one scene it does not:
 # random layers mix its patches, too, and how much a probe reads of that is a matter of noise and of training images.
 # A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
@@ -154,9 +156,7 @@ def plant_random(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         FAMILIES[weights](net.model.language_model.layers)
-    record = {"planted": "random", "seed": seed}
-    if weights != "shuffled":
-        record["weights"] = weights
+    record = {"planted": "random", "seed": seed, "weights": weights}
     _save(
         net,
         processor,
@@ -164,13 +164,29 @@ def plant_random(
         out,
         record,
         nothing(RECOVERY),
-        f", {weights}",
     )
 
 
 def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Return the truth about the same claims where none is planted."""
     return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
+
+
+def name_model(planted: Sequence[Mapping[str, Any]]) -> str:
+    """Return the name that reports give a model, in plain words: "as trained", "adapter merges three pairs of classes".
+
+    Args:
+        planted: What was planted in it, as training.json records it. A recovery is trained, and so has no words.
+    """
+    words = []
+    for record in planted:
+        if record["planted"] == "random":
+            shuffled = record["weights"] == "shuffled"
+            words.append("LLM shuffled" if shuffled else f"LLM drawn anew ({record['weights']})")
+        if record["planted"] == "drop":
+            pairs = len(record["merged"])
+            words.append(f"adapter merges {NUMBERS[pairs]} pair{'s' * (pairs != 1)} of classes")
+    return ", ".join(words) or "as trained"
 
 
 def plant_drop(
@@ -197,7 +213,7 @@ def plant_drop(
             first -= first @ basis @ basis.T
     truth = {"segmentation": {"adapter_drop": "planted" if pairs else "absent"}}
     record = {"planted": "drop", "merged": MERGED[:pairs]}
-    _save(net, processor, model, out, record, truth, f", {pairs} pairs merged")
+    _save(net, processor, model, out, record, truth)
 
 
 def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -308,14 +324,13 @@ def _save(
     out: Path,
     record: dict[str, Any],
     truth: dict[str, dict[str, str]],
-    suffix: str = "",
 ) -> None:
     """Write the checkpoint; what was planted in its source stays true."""
     training = read_training(source)
     before = training.get("truth", {})
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}
-    training["llm"] = training.get("llm", "toy") + suffix  # reports name a model by its LLM
+    training["name"] = name_model(training["planted"])
     export_hf(net, processor, out, training)
 
 

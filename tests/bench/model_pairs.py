@@ -7,7 +7,8 @@ one model is 2.6 points less accurate at every layer. "three of 20": each image 
 model differ by up to 12 points ("peaked") or not at all ("flat"). Pairs of studies are drawn from them. A line for
 each: the true difference of best layers in points, how often its 95% interval covers it, how often the report says that
 the models differ, and the mean half width. The same follows for layers that are chosen by cross-validation, each
-model's on other images than it is scored on, and for those that are best on the images themselves.
+model's on other images than it is scored on, and for those that are best on the images themselves. Last, how often the
+report names a class in which they differ, and how many classes it names on average.
 
 Shapes: S sites, N images, M sums per image.
 """
@@ -28,9 +29,9 @@ from probe_runs import CLASSES_TASK, random_counts, sums_of
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.evaluation.estimate import Estimate
-from probes.evaluation.layer_effects import cross_validated_layers
+from probes.evaluation.layer_effects import cross_validated_layers, image_folds
 from probes.evaluation.resampling import dataset_scores, resampled_scores
-from probes.report.model_comparison import compare_runs, differs
+from probes.report.model_comparison import class_differs, compare_runs, differs
 
 POPULATION = 20_000
 CLASSES = {"all classes": 8, "three of 20": 20}
@@ -62,9 +63,14 @@ class Sample(SimpleNamespace):
             peak_layer=SITES[scores.argmax()],
             task=CLASSES_TASK,
             groups=None,
+            is_solved=False,
             weights=bootstrap_weights(len(images), RESAMPLINGS),
             metrics={"images": len(images), "classes": [f"class {k}" for k in range(classes)]},
         )
+
+    def sums_at(self, sites: list[str]) -> torch.Tensor:
+        """Return the sums per image at some sites, f[S, N, M]."""
+        return self.sums[[SITES.index(site) for site in sites]]
 
     def site_scores(self) -> dict[str, Estimate]:
         """Return mIoU by site."""
@@ -110,8 +116,12 @@ def population(scene: str, quality: list[float], seed: int) -> torch.Tensor:
 
 
 def cross_validated(sample: Sample) -> Estimate:
-    """Return the score with each image read at the layer that is best on other ones."""
-    return sample.chosen_score(cross_validated_layers(SITES, CLASSES_TASK, sample.sums))
+    """Return the score with each image read at the layer that is best on other ones, kept in all resamplings."""
+    images = sample.sums.shape[1]
+    fold = image_folds(images, None)
+    everything = torch.ones(1, images).double()
+    (layers,) = cross_validated_layers(CLASSES_TASK, sample.sums.double(), fold, everything)
+    return sample.chosen_score(layers[fold])
 
 
 def best_here(sample: Sample) -> Estimate:
@@ -125,8 +135,7 @@ def difference(samples: list[Sample], score: Callable[[Sample], Estimate]) -> di
     return {"difference": found.value, "ci95": found.ci95}
 
 
-METHODS = {
-    "report": lambda samples: compare_runs(*samples)["best"],
+METHODS = {  # beside that of the report
     "cross-validated": lambda samples: difference(samples, cross_validated),
     "best here": lambda samples: difference(samples, best_here),
 }
@@ -139,16 +148,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="validation images of a study")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    print("scene; true difference; by method: covered, said to differ, half width")
+    print("scene; true difference; by method: covered, said to differ, half width; classes named")
     for scene, qualities in SCENES.items():
         classes = CLASSES[scene.partition(",")[0]]
         populations = [population(scene, q, seed) for seed, q in enumerate(qualities, 1)]
         best = [dataset_scores(CLASSES_TASK, x)["miou"].max().item() for x in populations]
         truth = best[1] - best[0]
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("report", *METHODS)}
+        named = []
         for _ in range(args.pairs):
             images = rng.choice(POPULATION, args.images, replace=False)
             samples = [Sample(x, images, classes) for x in populations]
+            entry = compare_runs(*samples)
+            found["report"].append(entry["best"])
+            named.append(sum(map(class_differs, entry["classes"])))
             for name, method in METHODS.items():
                 found[name].append(method(samples))
         print(f"{scene}; {100 * truth:+.2f}", end="", flush=True)
@@ -157,7 +170,7 @@ def main() -> None:
             widths = [(x["ci95"][1] - x["ci95"][0]) / 2 for x in entries]
             width = 100 * sum(widths) / len(widths)
             print(f"; {name}: {covered}, {sum(map(differs, entries))}, {width:.2f}", end="")
-        print(flush=True)
+        print(f"; classes: {sum(x > 0 for x in named)}, {sum(named) / len(named):.1f}", flush=True)
 
 
 if __name__ == "__main__":

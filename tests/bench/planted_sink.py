@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import probes
-from probes.analyses.starvation.sinks import measure_sinks
+from probes.analyses.measured_sinks import measure_sinks
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.worlds.plant import read_pictures
 from probes.worlds.tiny_models import train

@@ -1,4 +1,4 @@
-"""Training runs on several processes, started by test_deepspeed_strategy.py: python ddp_script.py SPEC RUN ...
+"""Training runs on several processes, started by training_runs.py: python ddp_script.py SPEC RUN ...
 
 A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of processes executes many runs, because
 imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the tests.
@@ -12,7 +12,9 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from functools import partialmethod
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,7 +24,10 @@ import tiny_models
 import torch
 import yaml
 from lightning import Callback, Trainer
+from lightning.pytorch.loops import utilities as lightning_loops
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
 from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
 from llava_bidir.data.datamodule import InstructionData
@@ -30,6 +35,7 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
 from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
+from llava_bidir.training.fsdp2_strategy import FSDP2
 from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
@@ -49,6 +55,8 @@ THRESHOLDS = (
 def build_strategy(name: str, **options):
     if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
+    if name == "fsdp2":
+        return FSDP2(timeout_minutes=TIMEOUT_MINUTES)
     file = f"configs/cluster/{name}.yaml"
     config = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
@@ -89,6 +97,10 @@ def prepare(
     epochs: int = 2,
     batch_size: int = 4,
     strategy_options=(),
+    clip: float | None = None,
+    validate_first: bool = False,
+    trainable=("adapter", "llm"),
+    folder: str = "",
     **settings,
 ):
     torch.manual_seed(0)
@@ -99,12 +111,12 @@ def prepare(
         "adapter_learning_rate": 5e-3,
         "max_new_tokens": 3,
     }
-    module = LlavaTraining(encoder, llm, ["adapter", "llm"], **settings)
-    folder = SPEC["conversations"]
+    module = LlavaTraining(encoder, llm, list(trainable), **settings)
+    conversations = SPEC["conversations"]
     data = InstructionData(
-        f"{folder}/data.json",
-        folder,
-        val_annotations=f"{folder}/questions.json",
+        f"{conversations}/data.json",
+        conversations,
+        val_annotations=f"{conversations}/questions.json",
         processor=build_processor(encoder, llm),
         image_tokens=tiny_models.TOKENS,
         batch_size=batch_size,
@@ -116,11 +128,12 @@ def prepare(
         devices=SPEC["processes"],
         strategy=build_strategy(strategy, **dict(strategy_options)),
         precision=precision,
+        gradient_clip_val=clip,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
-        default_root_dir=OUT / f"{strategy}-{precision}",
+        default_root_dir=OUT / f"{folder}{strategy}-{precision}",
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=int(validate_first),
         enable_checkpointing=False,
         logger=False,
         enable_progress_bar=False,
@@ -142,23 +155,28 @@ def fit(
     recorder = Recorder(save or {})
     trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
-    parameters = list(module.model.named_parameters())
-    shares = {
-        name: (p.numel(), p.ds_numel, p.ds_tensor.numel())
-        for name, p in parameters
-        if hasattr(p, "ds_id")
-    }
     with gather_parameters(module.model):
         weights = {
-            name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+            for name, tensor in module.model.state_dict().items()
         }
+    shares = {
+        name: (p.numel(), p.ds_numel, p.ds_tensor.numel())
+        for name, p in module.model.named_parameters()
+        if hasattr(p, "ds_id")
+    }
+    shards = {
+        name: tuple(p.to_local().shape)
+        for name, p in module.model.named_parameters()
+        if isinstance(p, DTensor)
+    }
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     results = {
         "losses": recorder.losses,
         "text_only": recorder.text_only,
         "weights": weights,
     }
-    return results | {"metrics": metrics, "shares": shares}
+    return results | {"metrics": metrics, "shares": shares, "shards": shards}
 
 
 def uninterrupted(strategy, precision):
@@ -197,6 +215,86 @@ def without_dropout(strategy, precision):
 def tokens(strategy, precision):
     """Average over the tokens of a step, which the ranks count together."""
     return fit(strategy, precision, epochs=1, loss_average="tokens")
+
+
+def twenty_steps(strategy, precision):
+    """Train for 21 steps of two micro-batches a rank."""
+    return fit(strategy, precision, epochs=7)
+
+
+def clipped(strategy, precision):
+    """Clip gradients, decay weights, average over tokens and recompute layers."""
+    return fit(
+        strategy,
+        precision,
+        clip=1.0,
+        weight_decay=0.1,
+        loss_average="tokens",
+        gradient_checkpointing=True,
+    )
+
+
+def stage1(strategy, precision):
+    """Train the adapter alone."""
+    return fit(strategy, precision, trainable=["adapter"])
+
+
+def tied(strategy, precision):
+    """Train an LLM whose head is its word embedding."""
+    return fit(
+        strategy,
+        precision,
+        llm="tied_llm",
+        folder="tied-",
+        callbacks=[ExportModel()],
+    )
+
+
+def lora(strategy, precision):
+    """Train updates of an LLM in bfloat16."""
+    return fit(
+        strategy,
+        precision,
+        lora={"r": 4, "alpha": 8, "dropout": 0.0},
+        frozen_dtype="bfloat16",
+        folder="lora-",
+        callbacks=[ExportModel()],
+    )
+
+
+def compiled(strategy, precision):
+    """Compile the layers, without the minutes that C++ takes."""
+    counters.clear()
+    compile_layer = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    with patch.object(torch.nn.Module, "compile", compile_layer):
+        results = fit(strategy, precision, epochs=1, compile=True)
+    return results | {"graphs": counters["stats"]["unique_graphs"]}
+
+
+def validate_as_on_gpus(strategy, precision):
+    """As `validate`, in inference mode: without Lightning's exception for gloo."""
+    with patch.object(lightning_loops, "_distributed_is_initialized", lambda: False):
+        return validate(strategy, precision)
+
+
+def short_answers(strategy, precision):
+    """Validate before the first step, too; answers of rank 1 are shorter than those of rank 0."""
+    return fit(
+        strategy,
+        precision,
+        epochs=1,
+        validate_first=True,
+        callbacks=[EndAtOnce()],
+    )
+
+
+class EndAtOnce(Callback):
+    """Takes every token for the end of an answer on rank 1."""
+
+    def on_validation_start(self, trainer, module):
+        if trainer.global_rank == 1:
+            vocabulary = len(module.processor.tokenizer)
+            module.model.generation_config.eos_token_id = list(range(vocabulary))
 
 
 def many_micro_batches(strategy, precision, **options):

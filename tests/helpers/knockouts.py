@@ -26,6 +26,7 @@ PARTNERS = {
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
 N = 40
 L = 4
+NO_SINKS = {"images": 0, "no_attention": "", "layers": []}  # not measured
 
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
     effects = knockout_effects(run, tensors)
     options = KnockoutOptions(probes=run.path, classes=tuple(classes))
-    results = summarise_cases(run, options, tensors, effects)
+    results = summarise_cases(run, options, tensors, effects, NO_SINKS)
     (run.path / "knockout.json").write_text(json.dumps(results))
     write_effects(run, "knockout", effects)
     return results

@@ -1,6 +1,7 @@
 """Settings of `probes knockout`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.options import options_from
@@ -30,6 +31,13 @@ def options_of_run(run: ProbeRun) -> KnockoutOptions:
         settings["classes"] = [entry["class"] for entry in results["classes"]]
         settings["layers"] = None if results["layers"] == "all" else results["layers"]
         return options_from(KnockoutOptions, {"probes": run.path} | settings, "knockout")
+
+
+def cut_layers(results: Mapping[str, Any]) -> Sequence[int]:
+    """Return the layers that a knockout cuts, from knockout.json."""
+    if results["layers"] != "all":
+        return results["layers"]
+    return range(1, len(results["sinks"]["layers"]) + 1)
 
 
 def describe(options: KnockoutOptions) -> str:

@@ -31,7 +31,9 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
+from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.replacement import check_replaceable
+from probes.analyses.sinks import describe_sinks
 from probes.data.batches import PreprocessedDataset, collate
 from probes.evaluation.effect_file import effect_file
 from probes.evaluation.estimate import Estimate, estimate_text
@@ -41,7 +43,7 @@ from probes.results.probe_run import ProbeRun
 from . import KnockoutOptions
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
-from .config import check_fits, check_has_layers
+from .config import check_fits, check_has_layers, cut_layers
 from .contrasts import knockout_effects
 from .rates import class_entry
 
@@ -61,7 +63,8 @@ def knockout(run: ProbeRun, plan: KnockoutOptions) -> dict[str, Any]:
     check_has_layers(run, [site for site in reader.mllm.sites if is_layer(site)])
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     effects = knockout_effects(run, tensors)
-    results = summarise_cases(run, plan, tensors, effects)
+    sinks = sinks_of_run(run, reader.mllm)
+    results = summarise_cases(run, plan, tensors, effects, sinks)
     write_files(
         {
             out / "knockout.safetensors": tensors,
@@ -78,8 +81,9 @@ def summarise_cases(
     plan: KnockoutOptions,
     tensors: dict[str, Tensor],
     effects: dict[str, Estimate],
+    sinks: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of knockout.json, from that of knockout.safetensors and the effects."""
+    """Return the content of knockout.json, from that of knockout.safetensors, the effects, and attention sinks."""
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
     return header | {
         "runs": [run.fingerprint],
@@ -87,6 +91,7 @@ def summarise_cases(
         "layers": plan.layers or "all",
         "classes": [class_entry(name, tensors, plan.seed, run.groups) for name in plan.classes],
         "effects": {name: effect.json() for name, effect in effects.items()},
+        "sinks": sinks,
     }
 
 
@@ -162,3 +167,5 @@ def print_effects(results: dict[str, Any]) -> None:
     print("Effects in the later half of the layers, as in the paper and (@) against other tokens:")
     for name, effect in results["effects"].items():
         print(f"  {name:<30} {estimate_text(effect, '+.1%')}")
+    if sentence := describe_sinks(cut_layers(results), results["sinks"]):
+        print(f"{sentence}.")

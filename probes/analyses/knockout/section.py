@@ -1,8 +1,10 @@
 """What the report shows of knockouts: rates by layer. The claims have its effects."""
 
 from probes.analyses.base import Section
+from probes.analyses.sinks import describe_sinks
 from probes.results.study import StudyRuns
 
+from .config import cut_layers
 from .figures import rates_figure
 
 ABOUT_CLAIMS = (
@@ -19,4 +21,8 @@ def section(study: StudyRuns) -> Section:
     for mask, run in study.main_runs.items():
         if found[mask]:
             figures.append(rates_figure(mask, run))
-    return Section(figures, [ABOUT_CLAIMS] if figures else [], by_mask={"knockout": found})
+    sentences = [ABOUT_CLAIMS] if figures else []
+    for mask, results in found.items():
+        if results and (text := describe_sinks(cut_layers(results), results["sinks"])):
+            sentences.append(f"{mask.capitalize()}: {text[0].lower()}{text[1:]}.")
+    return Section(figures, sentences, by_mask={"knockout": found})

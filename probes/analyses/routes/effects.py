@@ -6,7 +6,7 @@ interval of a cut in all layers is its own; those of windows hold for all window
 Shapes: Q questions, W windows, R resamplings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.analyses.knockout.rates import Cases, image_weights
+from probes.analyses.sinks import describe_sinks, meets_sink
 from probes.evaluation.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"
@@ -169,5 +170,25 @@ def print_routes(results: dict[str, Any]) -> None:
         strongest = max(effect["windows"], key=lambda window: abs(window["value"]))
         first, last = strongest["layers"]
         window = estimate_text(strongest, "+.3f")
+        if can_cut_sink(effect["source"], strongest["layers"], results["sinks"]):
+            window += ", can cut a sink"
         shares = f"{effect['changed']['value']:+.0%}, {effect['right']['value']:.0%}"
         print(f"  {route:<27} {of_all}, {shares}; most in layers {first}-{last}: {window}")
+    if sentence := describe_sinks(every_layer(results["sinks"]), results["sinks"]):
+        print(f"{sentence}.")
+
+
+def every_layer(sinks: Mapping[str, Any]) -> range:
+    """Return the numbers of the layers in which sinks were measured."""
+    return range(1, len(sinks["layers"]) + 1)
+
+
+def can_cut_sink(source: str, layers: Sequence[int], sinks: Mapping[str, Any]) -> bool:
+    """Return whether the columns of a route can include an attention sink: of image tokens, in some of its layers.
+
+    Args:
+        source: Of `SOURCES`, or "question". All image tokens include the sinks; others do in some questions.
+        layers: First and last layer of the cut.
+        sinks: routes.json["sinks"].
+    """
+    return source in SOURCES and meets_sink(range(layers[0], layers[1] + 1), sinks)

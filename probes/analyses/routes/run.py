@@ -15,7 +15,7 @@ source, in all layers, or in each window of K layers, whose first layers are a s
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
 name changes and is right. No probe takes part in them.
 
-    routes.json         settings, accuracies and effects, see effects.py
+    routes.json         settings, accuracies and effects, see effects.py; "sinks", see measured_sinks.py
     routes.safetensors  "image", "right" long[Q]; "none", "probe:SITE" f[Q, K], log-probabilities without a knockout;
                         "right:ROUTE" f[Q, 1 + W], that of the right answer, in all layers and by window;
                         "probability:ROUTE" f[Q, 1 + W], the right answer's probability;
@@ -42,6 +42,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.effects import effects_path
+from probes.analyses.measured_sinks import IMAGES, measure_sinks
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.effect_file import effect_file
 from probes.models.frozen_mllm import FrozenMLLM
@@ -110,6 +111,10 @@ def measure_routes(run: ProbeRun, plan: RoutesOptions) -> dict[str, Any]:
     results |= made_from | {"questions_file": plan.questions.name}
     results |= answer_statistics(tensors, run.sites, plan.seed)
     results["effects"] = route_effects(tensors, places, plan.seed)
+    names = file.images[:IMAGES]
+    results["sinks"] = measure_sinks(
+        mllm, [read_question_image(plan.images, name) for name in names]
+    )
     effects = effect_file(claimed_routes(tensors, plan.seed), run.fingerprint)
     write_files(
         {

@@ -8,15 +8,17 @@ from matplotlib.figure import Figure
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import Section
+from probes.analyses.sinks import describe_sinks, layers_with_sinks
 from probes.analyses.style import COLOURS, FigureData, ReportFigure, curves
 from probes.evaluation.estimate import estimate_text
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 from probes.results.study import CONTROLS, StudyRuns
 
-from .effects import TARGETS
+from .effects import TARGETS, can_cut_sink, every_layer
 
-KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of routes.json
+KEYS = ("questions", "images", "accuracy", "sites", "effects", "sinks")  # of routes.json
+SINK_COLOUR = "#eeeeee"
 DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
 
 
@@ -29,7 +31,9 @@ def section(study: StudyRuns) -> Section:
             "Change of the right answer's log-probability when no token of the target attends to the source, in "
             "windows of layers (points, at the middle of the window) and in all layers (right). object: the patches "
             "that the question is about; random: as many others. Dotted: random LLMs, one line per draw. Bands: 95% "
-            "intervals over images, for all windows of a route together.",
+            "intervals over images, for all windows of a route together."
+            + " Grey: layers in which image tokens attend to an attention sink among them."
+            * bool(layers_with_sinks(of_mask["sinks"])),
             routes_figure(of_mask), "wide",)
         for mask, of_mask in routes.items()
     ]  # fmt: skip
@@ -37,6 +41,11 @@ def section(study: StudyRuns) -> Section:
     sentences = []
     for mask, of_mask in routes.items():
         sentences += [describe_answers(mask, of_mask), summarize(mask, of_mask)]
+        sinks = of_mask["sinks"]
+        if text := describe_sinks(every_layer(sinks), sinks):
+            sentences.append(
+                f"{mask.capitalize()}: {text[0].lower()}{text[1:]}. Grey in the figure."
+            )
     tables = {"answer_accuracy": accuracy_rows(routes)}
     return Section(figures, sentences, tables, by_mask=by_mask)
 
@@ -125,6 +134,8 @@ def routes_figure(of_mask: dict[str, Any]) -> FigureData:
         ax.set_title(f"to {target}", fontsize=9)
         ax.set_xlabel("layers that are cut", fontsize=8)
         ax.set_ylabel("right answer (nats)", fontsize=8)
+        for layer in layers_with_sinks(of_mask["sinks"]):
+            ax.axvspan(layer - 0.5, layer + 0.5, color=SINK_COLOUR, lw=0)
         for entry in of_mask["random"]:
             _draw(ax, entry, target, random=True)
         _draw(ax, of_mask, target)
@@ -184,18 +195,20 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
                 "source": effect["source"],
                 "target": effect["target"],
             }
-            pairs = [("all", effect["all"], effect["changed"])]
+            everywhere = every_layer(entry["sinks"])
+            pairs = [("all", [1, len(everywhere)], effect["all"], effect["changed"])]
             pairs += [
-                ("{}-{}".format(*window["layers"]), window, changed)
+                ("{}-{}".format(*window["layers"]), window["layers"], window, changed)
                 for window, changed in zip(
                     effect["windows"], effect["changed_windows"], strict=True
                 )
             ]
-            for layers, right, changed in pairs:
+            for layers, ends, right, changed in pairs:
                 numbers = {"nats": right["value"]} | bounds(right["ci95"], "nats_")
                 numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
                 if layers == "all":
                     numbers["right"] = effect["right"]["value"]
+                numbers["can_cut_sink"] = can_cut_sink(effect["source"], ends, entry["sinks"])
                 rows.append(common | {"layers": layers} | numbers)
     return rows
 

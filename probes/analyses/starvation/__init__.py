@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.options import Seed
 from probes.analyses.base import Analysis, Claim, PlannedRun
+from probes.analyses.sinks import starts_with_sink
 from probes.models.sites import is_layer
 
 if TYPE_CHECKING:  # this module answers `probes --help`
     from probes.results.finished_run import FinishedRun
-
-# A state is a sink's from this multiple of the median norm. In SmolLM2-135M sinks have 159 times the median, the
-# largest of other tokens 3 to 5 times.
-SINK_NORM = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ def sink_warning(starvation: Mapping[str, Any] | None) -> str:
     """Return what starvation.json says of an attention sink at the compared site; "" if there is none."""
     for mask, measured in (starvation or {}).get("sinks", {}).items():
         for layer in measured["layers"]:
-            if layer["site"] == starvation["site"] and layer["first_norm"] >= SINK_NORM:
+            if layer["site"] == starvation["site"] and starts_with_sink(layer):
                 return (
                     f"Under {mask} attention the first image token is an attention sink at {layer['site']}: its norm "
                     f"is {layer['first_norm']:.3g} times the median. Starvation is then not about context; see the "

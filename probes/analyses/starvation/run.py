@@ -3,7 +3,7 @@
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. Two
 runs on the same images are compared by pixel accuracy under each patch at one site. The difference cancels effects of
 content that both masks share: early patches are mostly sky and ceiling. One mask may still be better at these classes.
-by_class.py therefore holds the classes fixed. The first token may also be an attention sink, which sinks.py measures.
+by_class.py therefore holds the classes fixed. The first token may also be an attention sink (measured_sinks.py).
 """
 
 import math
@@ -15,6 +15,7 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.measured_sinks import sinks_of_run
 from probes.analyses.replacement import check_replaceable
 from probes.results.comparable import check_pair
 from probes.results.finished_run import warn_of_changed_data
@@ -30,7 +31,6 @@ from .patch_accuracy import (
     patch_counts,
     pooled_gap,
 )
-from .sinks import sinks_of_run
 
 
 def starvation(
@@ -49,7 +49,7 @@ def starvation(
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
         by_class: Also with the classes held fixed, see by_class.py.
-        sinks: Also measure attention sinks, see sinks.py.
+        sinks: Also measure attention sinks, see measured_sinks.py.
 
     Raises:
         UserError: The runs differ in images, control or how probes were made, or a run has no such site.

@@ -5,12 +5,13 @@ import math
 from typing import Any
 
 from probes.analyses.base import Section
+from probes.analyses.sinks import starts_with_sink
 from probes.results.formatting import Rows, format_percent, format_points
 from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.study import StudyRuns
 
-from . import SINK_NORM, sink_warning
+from . import sink_warning
 from .figures import starvation_figures
 from .run import shared_layer, starvation
 
@@ -58,7 +59,7 @@ def sink_rows(analysis: dict[str, Any] | None) -> list[dict[str, str]]:
     rows = []
     for mask, measured in (analysis or {}).get("sinks", {}).items():
         for layer in measured["layers"]:
-            if layer["first_norm"] < SINK_NORM:
+            if not starts_with_sink(layer):
                 continue
             row = {
                 "attention": mask,

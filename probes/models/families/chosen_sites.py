@@ -1,11 +1,12 @@
 """Which sites a choice of names stands for, from the family and the config of a model, without its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 from probes.models.sites import (
+    PARTS,
     is_encoder_layer,
     members,
     part_of,
@@ -19,7 +20,11 @@ from .encoder_layers import encoder_layers
 from .encoders import EncoderFamily
 from .layer_parts import part_sites, why_no_part
 
-PARTS_TEXT = "value_NN, attn_NN and mlp_NN inside layer_NN"
+
+def parts_text(kinds: Collection[str]) -> str:
+    """Return the names of the sites inside layers, of some kinds of parts: "attn_NN and mlp_NN inside layer_NN"."""
+    *others, last = [f"{part}_NN" for part in PARTS if part in kinds]
+    return f"{', '.join(others)}{' and ' if others else ''}{last} inside layer_NN"
 
 
 def encoder_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list[str]:
@@ -73,9 +78,9 @@ def chosen_sites(
     if unknown := set(single) - {*own, *parts}:
         site = min(unknown)
         why = why_no_part(family, config, site)
-        raise UserError(
-            why or f"unknown site {site!r}; this model has {', '.join(own)}, and {PARTS_TEXT}"
-        )
+        known = {part_of(part) for part in parts or part_sites(family, config)}
+        inside = f", and {parts_text(known)}" if known else ""
+        raise UserError(why or f"unknown site {site!r}; this model has {', '.join(own)}{inside}")
     for site in sites:
         if len(set(members(site))) < len(members(site)):
             raise UserError(f"{site!r} joins a site with itself")

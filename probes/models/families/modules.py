@@ -31,6 +31,7 @@ class ModuleConfig(PreTrainedConfig):
         extra_tokens: Number of tokens before the patches.
         site_widths: Width of the states at each site.
         why_no_parts: Why attention and MLP of the layers are not known, "" if they are.
+        unread_notes: Sentences about what runs before, between or after the layers and is not read.
     """
 
     model_type = MODULE_TYPE

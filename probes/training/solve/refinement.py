@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probes.evaluation.strengths import CONVERGED, GRADIENT
 from probes.ops.lbfgs import MEMORY, Minimum, Objective, Pair, minimise
 
 from .moments import SiteSpace
@@ -20,8 +21,6 @@ from .strength_path import FoldSearch, StrengthPath
 # Of the probes of all images. At 5e-7, half the evaluations are enough for certificates, but mIoU moves by 0.07 points
 # (46 photos of CamVid).
 TOLERANCE = 1e-7
-CONVERGED = 1e-4  # decrease in nats up to which a certificate holds
-GRADIENT = 1e-3  # the same for the gradient's norm relative to that at w = 0
 # Rounds of a refinement in memory after the first, which has few nodes. Those do not describe the loss of very rough
 # logits, as of a few images without regularisation: the others minimise the loss with many nodes.
 TIGHT_ROUNDS = 4

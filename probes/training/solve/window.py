@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from probes.evaluation.strengths import CONVERGED
+
 from .objective import STRONGEST, WEAKEST, half_decade, half_decades
-from .refinement import CONVERGED
 from .strength_path import HELD_OUT_GAIN, StrengthPath
 
 # The window follows probes with at most this decrease left, in nats, or to strengths that are better by more

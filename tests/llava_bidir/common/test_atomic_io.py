@@ -19,9 +19,9 @@ from processes import die
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common import atomic_io
+from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
 from llava_bidir.common.atomic_io import atomic_directory, atomic_write, write_files
 from llava_bidir.common.checkpoint_io import (
-    AtomicCheckpointIO,
     find_defect,
     latest_valid_checkpoint,
 )

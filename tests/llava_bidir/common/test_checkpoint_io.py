@@ -10,8 +10,8 @@ import pytest
 import torch
 from processes import die
 
+from llava_bidir.common.atomic_checkpoint import AtomicCheckpointIO
 from llava_bidir.common.checkpoint_io import (
-    AtomicCheckpointIO,
     commit_checkpoint_directory,
     find_defect,
     latest_valid_checkpoint,

@@ -111,6 +111,8 @@ def test_when_validation_runs_is_said_at_the_start_and_is_true(options, stage_1,
         ("val/loss", "--trainer.max_steps 1", "validation does not run: it would first run after"),
         ("val/answer_accuracy", "", "this stage logs train/loss, .*, val/loss"),
         ("val_loss", "", "this stage logs train/loss, .*, val/loss"),
+        ("train/mfu", "", "the peak of this device is not known; --throughput.peak_tflops sets it"),
+        ("train/memory_gb", "", "this stage logs train/loss, .*, val/loss"),
     ],
 )
 def test_a_callback_that_waits_in_vain_is_an_error_before_the_first_step(
@@ -127,7 +129,15 @@ def test_a_callback_that_waits_in_vain_is_an_error_before_the_first_step(
     assert not (tmp_path / "run/config.yaml").exists()
 
 
-@pytest.mark.parametrize("metric", ["val/loss", "train/loss", "lr-AdamW/adapter"])
-def test_a_callback_that_waits_for_a_logged_metric_is_no_error(metric, stage_1):
-    run = stage_1(f"--trainer.callbacks+={STOPPING % metric}")
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [
+        ("val/loss", ""),
+        ("train/loss", ""),
+        ("lr-AdamW/adapter", ""),
+        ("train/mfu", "--throughput.peak_tflops 1"),
+    ],
+)
+def test_a_callback_that_waits_for_a_logged_metric_is_no_error(metric, options, stage_1):
+    run = stage_1(*options.split(), f"--trainer.callbacks+={STOPPING % metric}")
     assert (run / "hf/training.json").is_file()

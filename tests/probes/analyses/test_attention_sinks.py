@@ -1,15 +1,20 @@
-"""Whether the first image token is an attention sink: measured on models in which it is made one, or not."""
+"""Attention sinks among image tokens: measured on models in which the first one is made one, or not, and told."""
 
 import json
 
+import probe_runs
 import pytest
 import torch
 
 import probes
-from probes.analyses.starvation import SINK_NORM, sink_warning
+from probes.analyses.knockout.section import section as knockout_section
+from probes.analyses.measured_sinks import norms_of, shares_of, sinks_of_run
+from probes.analyses.routes.section import section as route_section
+from probes.analyses.sinks import SINK_NORM, describe_sinks, layers_with_sinks, meets_sink
+from probes.analyses.starvation import sink_warning
 from probes.analyses.starvation.run import starvation
 from probes.analyses.starvation.section import sink_rows
-from probes.analyses.starvation.sinks import norms_of, shares_of, sinks_of_run
+from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -55,6 +60,88 @@ def test_a_planted_sink_is_found_from_its_layer_on(runs, monkeypatch):
         assert layer["sinks"] == 1
     for layer in (*plain["layers"], *planted["layers"]):
         assert 0 <= layer["attention_to_first"] <= 1 - layer["attention_to_text"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("norms", "counts", "layers"),
+    [
+        ([1.0, 1.0, 1.0], [0, 0, 0], []),
+        ([1.0, 50.0, 50.0], [0, 1, 1], [3]),
+        ([50.0, 1.0, 1.0], [1, 0.9, 0], [2]),
+        ([1.0, 1.0, 50.0], [1.5, 0, 1], [2]),
+    ],
+)
+def test_a_window_meets_the_sinks_that_the_layer_before_has_written(norms, counts, layers):
+    measured = {
+        "images": 8,
+        "layers": [
+            {"site": f"layer_{i:02d}", "first_norm": norm, "sinks": count}
+            for i, (norm, count) in enumerate(zip(norms, counts, strict=True), 1)
+        ],
+    }
+    assert layers_with_sinks(measured) == layers
+    for window in ([1], [2], [3], [1, 2, 3]):
+        assert meets_sink(window, measured) == bool({*window} & {*layers})
+        assert bool(describe_sinks(window, measured)) == meets_sink(window, measured)
+
+
+@pytest.fixture
+def planted(runs, monkeypatch):
+    """The causal run, whose model has a sink at the first image token after layer 1; files of it are removed again."""
+    model = ProbeRun.mllm
+    monkeypatch.setattr(ProbeRun, "mllm", lambda run: with_sink(model(run), 1))
+    run = runs["causal"]
+    before = {*run.path.iterdir()}
+    yield run
+    for file in {*run.path.iterdir()} - before:
+        file.unlink()
+
+
+SAID = "In 2 layers from 2 to 3, image tokens attend to attention sinks among them (up to 1 per"
+
+
+def test_routes_through_a_sink_are_marked_in_terminal_table_and_page(planted, tmp_path, capsys):
+    questions = probe_runs.write_questions(planted, tmp_path)
+    words = ["routes", "--probes", str(planted.path), "--questions", str(questions)]
+    main([*words, "--draws", "1", "--window", "1"])
+    printed = capsys.readouterr().out
+    assert SAID in printed
+    (study,) = read_studies([planted.path])
+    content = route_section(study)
+    assert any(text.startswith(f"Causal: i{SAID[1:]}") for text in content.sentences)
+    (figure,) = content.figures
+    assert "Grey: layers in which" in figure.caption
+    rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.data.rows}
+    assert len(rows) == len(figure.data.rows)
+    for (source, _, layers), can_cut in rows.items():
+        assert can_cut == (source != "question" and layers in ("all", "2-2", "3-3"))
+
+
+def test_routes_and_knockouts_without_a_sink_say_nothing(runs, tmp_path, capsys):
+    run = runs["causal"]
+    questions = probe_runs.write_questions(run, tmp_path)
+    words = ["--probes", str(run.path), "--out", str(tmp_path)]
+    main(["routes", *words, "--questions", str(questions), "--draws", "1"])
+    main(["knockout", *words, "--classes", "auto:2", "--draws", "1"])
+    printed = capsys.readouterr().out
+    assert "attention sink" not in printed and "can cut a sink" not in printed
+    measured = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["sinks"]
+        for name in ("routes", "knockout")
+    }
+    assert measured["knockout"] == sinks_of_run(run)
+    assert len(measured["routes"]["layers"]) == 3
+
+
+@pytest.mark.parametrize(("layers", "is_said"), [((), True), (("1",), False), (("1", "2"), True)])
+def test_a_knockout_of_layers_with_a_sink_says_so(planted, layers, is_said, capsys):
+    cut = ["--layers", *layers] if layers else []
+    words = ["--probes", str(planted.path), "--classes", "auto:2", "--draws", "1"]
+    main(["knockout", *words, *cut])
+    assert ("attention sinks among them" in capsys.readouterr().out) == is_said
+    (study,) = read_studies([planted.path])
+    said = " ".join(knockout_section(study).sentences)
+    assert ("Causal: in " in said and "attention sinks among them" in said) == is_said
 
 
 def test_attention_that_cannot_be_read_is_said(runs, monkeypatch):

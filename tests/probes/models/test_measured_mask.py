@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.analyses import extract
 from probes.cli import main
 from probes.models import measured_mask
 from probes.models.families import dynamic_resolution, gemma
@@ -82,7 +81,7 @@ def test_a_layer_that_drops_the_mask_is_named(checkpoints, monkeypatch, capsys):
     mllm = with_mask(probes.load(str(checkpoints["bidirectional"])), 2, torch.tril)
     expected = "image to later image: is not attended to, though the mask allows it, in layer_02"
     assert mllm.measured_mask().disagreements() == [expected]
-    monkeypatch.setattr(extract, "load", lambda *args, **kwargs: mllm)
+    monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: mllm)
     with pytest.raises(SystemExit) as exit_:
         main(["mask", str(checkpoints["bidirectional"])])
     assert expected in str(exit_.value.code)
@@ -122,7 +121,7 @@ def test_a_layer_that_leaks_in_a_generation_only_is_named(
         return args, kwargs
 
     mllm.layers[1].register_forward_pre_hook(leak, with_kwargs=True)
-    monkeypatch.setattr(extract, "load", lambda *args, **kwargs: mllm)
+    monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: mllm)
     with pytest.raises(SystemExit) as exit_:
         main(["mask", str(checkpoints["causal"])])
     leaks = "image to later image: yes instead of no, in layer_02"

@@ -94,11 +94,41 @@ def test_what_is_no_module_is_an_error(path, message):
         probes.load(path, patch=8)
 
 
+@pytest.mark.parametrize("path", ["mine.py", "mine.py:", "mine.py:7", "mine.py:my-build"])
+def test_a_file_without_a_function_is_told_how_to_name_one(path, capsys):
+    for call in (probes.load, lambda path: main(["sites", path])):
+        with pytest.raises((UserError, SystemExit)) as raised:
+            call(path)
+        said = f"{raised.value}{capsys.readouterr().err}"
+        assert "expected FILE.py:FUNCTION" in said and "e.g. mine.py:build" in said
+
+
 def test_sites_are_printed_with_what_cannot_be_read(capsys):
     main(["sites", f"{FILE}:build_closed"])
     printed = capsys.readouterr().out
     assert "4 x 4 = 16 patches of a 32 px square" in printed
     assert "no sites inside the layers: blocks.0, a TransformerEncoderLayer" in printed
+
+
+def test_only_parts_that_can_be_read_are_printed(capsys):
+    main(["sites", f"{FILE}:build"])
+    printed = capsys.readouterr().out
+    assert "attn_NN and mlp_NN inside layer_NN, 01 to 03" in printed
+    assert "value" not in printed
+    encoder = probes.load(f"{FILE}:build", device="cpu")
+    with pytest.raises(UserError, match="unknown site 'layer_09'.* and attn_NN and mlp_NN inside"):
+        encoder.check_sites(["layer_09"])
+
+
+def test_layers_that_are_not_read_are_printed(tmp_path, capsys):
+    file = tmp_path / "part.py"
+    text = "import own_modules\nfrom dataclasses import replace\n\n\ndef build():\n"
+    text += "    return replace(own_modules.build(), layers=['blocks.1'], norm=None)\n"
+    file.write_text(text)
+    main(["sites", f"{file}:build"])
+    printed = capsys.readouterr().out
+    assert "layers: blocks.1 to blocks.1; what runs before or after them is not read" in printed
+    assert "note: blocks.0, blocks.2, of the same class" in printed
 
 
 def test_the_identity_is_that_of_file_and_weights(tmp_path):

@@ -208,6 +208,64 @@ def test_a_description_that_does_not_fit_is_an_error(module, changes, message):
         load(module, **changes)
 
 
+# ------------------------------------------------------------------------------------ layers that are not read
+class Stepwise(Encoder):
+    """Its positions are 12 x 12; it attends once before its blocks, and adds once after them, without modules."""
+
+    def __init__(self, before: bool = False, after: bool = False):
+        super().__init__()
+        self.before, self.after = before, after
+        self.positions = nn.Parameter(torch.randn(1, 144, WIDTH))
+
+    def forward(self, pixels):
+        states = self.embed(pixels)
+        if self.before:
+            weights = (states @ states.transpose(1, 2)).softmax(-1)
+            states = states + weights @ states
+        for block in self.blocks:
+            states = block(states)
+        if self.after:
+            states = states + states.relu()
+        return self.norm(states)[:, 0]
+
+
+class Pooled(Encoder):
+    """Its norm reads the mean of the patches."""
+
+    def forward(self, pixels):
+        states = self.embed(pixels)
+        for block in self.blocks:
+            states = block(states)
+        return self.norm(states[:, EXTRA:].mean(1))
+
+
+LARGE = {"image_px": 12 * PATCH_PX}
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "said"),
+    [
+        (None, {}, []),
+        (Stepwise(), LARGE, []),
+        (Pooled(), {}, []),
+        (None, {"layers": ["blocks.1", "blocks.2"]}, ["blocks.0, of the same class"]),
+        (None, {"layers": ["blocks.0"], "norm": None}, ["blocks.1, blocks.2, of the same class"]),
+        (
+            None,
+            {"layers": ["blocks.0"]},
+            ["blocks.1, blocks.2, of the same class", "is not what blocks.0 wrote"],
+        ),
+        (Stepwise(before=True), LARGE, ["something before it mixes patches"]),
+        (Stepwise(after=True), LARGE, ["what norm reads in a forward is not what blocks.2 wrote"]),
+    ],
+)
+def test_what_runs_before_or_after_the_named_layers_is_said(module, changes, said):
+    notes = load(module, **changes).unread_notes
+    assert len(notes) == len(said), notes
+    for note, text in zip(notes, said, strict=True):
+        assert text in note
+
+
 # ------------------------------------------------------------------------------------------- preprocessing
 def cropping(image: Image.Image) -> torch.Tensor:
     """Resize the shorter side to 36 px, keep the middle, and normalise."""
@@ -236,11 +294,87 @@ def test_normalisation_side_and_crop_of_a_function_are_measured():
         )
 
 
+def normalised(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy((np.asarray(image) / 255 - MEAN) / STD).movedim(-1, 0).float()
+
+
+def padded(colour: tuple[int, int, int]):
+    """Centre the photo on a square of a colour, then resize."""
+
+    def preprocess(image):
+        side = max(image.size)
+        canvas = Image.new("RGB", (side, side), colour)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return normalised(canvas.resize((SIDE_PX, SIDE_PX), Image.BICUBIC))
+
+    return preprocess
+
+
+def letterboxed(image: Image.Image) -> torch.Tensor:
+    """Resize the longer side, normalise, and pad with 0, which is the mean colour."""
+    size = [max(round(length * SIDE_PX / max(image.size)), 1) for length in image.size]
+    square = torch.zeros(3, SIDE_PX, SIDE_PX)
+    left, top = ((SIDE_PX - length) // 2 for length in size)
+    square[:, top : top + size[1], left : left + size[0]] = normalised(
+        image.resize(size, Image.BILINEAR)
+    )
+    return square
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "way", "colour"),
+    [
+        (padded((0, 0, 0)), "pad", (0, 0, 0)),
+        (padded((200, 90, 30)), "pad", (200, 90, 30)),
+        (letterboxed, "letterbox", tuple(255 * x for x in MEAN)),
+    ],
+)
+def test_a_padding_and_its_colour_are_measured(preprocess, way, colour):
+    encoder = load(preprocess=preprocess, image_px=None)
+    assert encoder.geometry.resize == way
+    assert encoder.geometry.padding == pytest.approx(colour, abs=1)
+    assert "padded with the colour" in repr(encoder)
+    for size in ((40, 30), (50, 80), (32, 32)):
+        torch.testing.assert_close(
+            encoder.preprocess(photo(size))[0],
+            preprocess(photo(size)),
+            atol=1 / 255 / min(STD),
+            rtol=0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("side", "shown"),
+    [
+        (SIDE_PX, "columns 32 to 64 of its 96, and rows 16 to 48 of its 64"),
+        (48, "columns 24 to 72 of its 96, and rows 8 to 56 of its 64"),
+    ],
+)
+def test_an_unknown_way_to_make_squares_is_named_by_what_it_shows(side, shown):
+    def middle(image):
+        left, top = ((length - side) // 2 for length in image.size)
+        square = image.crop((left, top, left + side, top + side))
+        return normalised(square.resize((SIDE_PX, SIDE_PX), Image.BICUBIC))
+
+    with pytest.raises(UserError, match=f"of a photo of 96 x 64 px the square shows about {shown}"):
+        load(preprocess=middle, image_px=None)
+
+
+def test_squares_of_several_sides_are_refused():
+    def grown(image):
+        canvas = Image.new("RGB", (max(image.size),) * 2)
+        canvas.paste(image)
+        return normalised(canvas)
+
+    with pytest.raises(UserError, match="a square of 96 px of a photo of 96 x 64, and of 64 px of"):
+        load(preprocess=grown)
+
+
 def test_a_way_to_make_squares_that_is_not_known_must_be_replaced():
     def mirrored(image):
         return cropping(image).flip(-1)
 
-    with pytest.raises(UserError, match="image_resize='squash'"):
+    with pytest.raises(UserError, match="columns 76 to 20 of .*image_resize='squash'"):
         load(preprocess=mirrored, image_px=None)
     encoder = load(preprocess=mirrored, image_px=None, image_resize="squash")
     torch.testing.assert_close(encoder.preprocess(photo()), load().preprocess(photo()))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from probes.cli import main
 from probes.evaluation.estimate import Estimate
 from probes.report.model_comparison import (
+    class_differs,
     compare_runs,
     difference_of_best,
     differs,
@@ -58,7 +59,9 @@ def test_a_worse_model_reads_less_where_it_is_worse(write, report):
     for site, x in by_site.items():
         assert in_points[site]["value"] == pytest.approx(100 * x["difference"])
         assert in_points[site]["ci95"] == pytest.approx([100 * bound for bound in x["ci95"]])
-    best = results["comparisons"][-1]
+    (best,) = (x for x in results["comparisons"] if x["of"] == "best layer")
+    classes = [x["class"] for x in results["comparisons"] if x["of"] == "class"]
+    assert classes == [x["class"] for x in entry["classes"]]
     assert [best[key] for key in ("of", "a", "b")] == ["best layer", "before", "after"]
     assert best["value"] == pytest.approx(100 * entry["best"]["difference"])
     assert [site for site, x in by_site.items() if differs(x)] == [
@@ -94,10 +97,28 @@ def test_a_class_that_a_model_does_not_tell_is_named(write, report):
     names = ProbeRun(first).metrics["classes"]
     results, printed = report(f"before={first}", f"after={second}")
     (entry,) = results["compared"]
-    found = {x["class"] for x in entry["classes"] if x["p_corrected"] < 0.05 and differs(x)}
+    found = {x["class"] for x in entry["classes"] if class_differs(x)}
     assert found == {names[0], names[1]}, "the other one loses by what it is taken for"
-    line = next(x for x in printed.splitlines() if x.startswith("IoU differs there in 2 of"))
+    line = next(
+        x for x in printed.splitlines() if x.startswith("IoU at the best layers differs in 2 of")
+    )
     assert line.index(names[1]) < line.index(names[0]), "the greatest loss first"
+
+
+def test_probes_without_a_certificate_are_named(write, report):
+    paths = [write(name, QUALITY, solved=True, number=i) for i, name in enumerate("ab")]
+    results, printed = report(*(f"{Path(path).name[-1]}={path}" for path in paths))
+    assert results["compared"][0]["unconverged"] == {"first": [], "second": []}
+    assert "certificate" not in printed.partition("a and b, ")[2]
+    file = Path(paths[1]) / "metrics.json"
+    metrics = json.loads(file.read_text())
+    for entry in metrics["path"]["optimum"]["sites"]:
+        chosen = entry["strengths"].index(entry["chosen"])
+        entry["certificates"][chosen]["converged"] = entry["site"] != "layer_02"
+    file.write_text(json.dumps(metrics))
+    results, printed = report(*(f"{Path(path).name[-1]}={path}" for path in paths))
+    assert results["compared"][0]["unconverged"] == {"first": [], "second": ["layer_02"]}
+    assert "(no certificate of convergence): layer_02 of b." in printed
 
 
 def test_a_report_compares_studies_in_the_order_given(write, report, tmp_path):
@@ -188,6 +209,16 @@ def test_a_study_of_two_models_keeps_labels_and_order(write, report, tmp_path):
     assert results["compared"][0]["first"] == "r2", (
         "names of the models, labels in the order of the alphabet"
     )
+
+
+@pytest.mark.parametrize("masks", [("causal", "causal"), ("causal", "bidirectional")])
+def test_a_model_of_a_study_is_not_compared_with_itself(write, report, tmp_path, masks):
+    study = study_of_two(write, tmp_path, masks)
+    with pytest.raises(SystemExit) as raised:
+        report(f"A={study}", f"B={study}/after")
+    said = str(raised.value)
+    assert f"{study}/after/trained is passed twice, as 'A" in said and "and 'B': one model" in said
+    assert not (tmp_path / "report/results.json").exists()
 
 
 def test_two_masks_of_one_model_are_no_two_models(write, tmp_path):

@@ -22,8 +22,13 @@ from probe_runs import (
 )
 from reference import miou_of_counts
 
-from llava_bidir.common.bootstrap import simultaneous_band
-from probes.evaluation.layer_effects import cross_validated_layers, image_folds
+from llava_bidir.common.bootstrap import bootstrap_weights, simultaneous_band
+from probes.evaluation.layer_effects import (
+    cross_validated_layers,
+    image_folds,
+    read_best_layer,
+    read_scores,
+)
 from probes.ops.pixel_counts import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.figures.model_curves import overview_figures
@@ -78,15 +83,26 @@ def paths(root, tmp_path_factory) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------ numpy
-def numpy_layers(sites, counts: Counts, fold) -> list[int]:
-    """Index of the best layer on the other folds, per image."""
+def numpy_layers(
+    sites,
+    counts: Counts,
+    fold,
+    weights=None,
+) -> list[int]:
+    """Index of the best layer on the other folds, per image; on all images if the others have no weight."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
+    weights = np.ones(len(labelled)) if weights is None else weights
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
     chosen = []
     for image in range(len(labelled)):
         others = [other for other in range(len(labelled)) if fold[other] != fold[image]]
+        if not weights[others].any():
+            others = list(range(len(labelled)))
         score = [
-            miou_of_counts(right[i][others], predicted[i][others], labelled[others]) for i in layers
+            miou_of_counts(
+                right[i][others], predicted[i][others], labelled[others], weights[others]
+            )
+            for i in layers
         ]
         chosen.append(layers[int(np.argmax(score))])
     return chosen
@@ -105,7 +121,7 @@ def numpy_values(
         "encoder": [sites.index("encoder")] * len(images),
         "adapter": [sites.index("adapter")] * len(images),
     }
-    at["best"] = numpy_layers(sites, counts, fold)
+    at["best"] = numpy_layers(sites, counts, fold, weights)
     miou = {
         k: miou_of_counts(right[i, images], predicted[i, images], labelled, weights)
         for k, i in at.items()
@@ -140,19 +156,43 @@ def test_one_group_is_folded_as_without_groups():
 
 
 @pytest.mark.parametrize("groups", [None, torch.arange(23) % 4])
-def test_cross_validated_layers_equal_a_loop(groups):
+def test_each_resampling_chooses_layers_as_a_loop_does(groups):
     counts = close_layers()
     fold = np.arange(23) % 10 if groups is None else np.asarray(groups)
-    expected = numpy_layers(SITES, counts, fold)
-    assert cross_validated_layers(SITES, CLASSES_TASK, sums_of(counts), groups).tolist() == expected
-    assert len(set(expected)) > 1  # the folds disagree, so that the plain maximum would differ
+    weights = bootstrap_weights(23, 30, groups=groups)
+    weights[0] = 1.0
+    weights[1] = torch.as_tensor(fold == 3).float()  # all images in one fold
+    layers = sums_of(counts)[2:].double()
+    chosen = cross_validated_layers(CLASSES_TASK, layers, torch.as_tensor(fold), weights.double())
+    expected = [numpy_layers(SITES, counts, fold, row) for row in weights.numpy()]
+    assert (chosen[:, fold] + 2).tolist() == expected
+    assert len(set(expected[0])) > 1  # the folds disagree, so that the plain maximum would differ
+    assert len({tuple(row) for row in expected}) > 5  # and so do resamplings
+
+    readings = read_scores(SITES, None, CLASSES_TASK, sums_of(counts), weights, groups)
+    vector = readings["best_layer"].score.vector
+    right, predicted, labelled = (np.asarray(x) for x in counts[:3])
+    images = np.arange(23)
+    for i, (at, row) in enumerate(zip(expected, weights.numpy(), strict=True)):
+        by_hand = miou_of_counts(right[at, images], predicted[at, images], labelled, row)
+        assert vector[1 + i].item() == pytest.approx(by_hand)
+    assert vector[0] == vector[1]  # the dataset, and weights of 1
+    assert readings["best_layer"].sites == sorted(set(expected[0]))
 
 
 def test_without_layers_or_with_one_image():
     counts = close_layers(images=1)
     sums = sums_of(counts)
-    assert cross_validated_layers(SITES[:2], CLASSES_TASK, sums) is None
-    assert cross_validated_layers(SITES, CLASSES_TASK, sums).shape == (1,)
+    ones = torch.ones(1, 1)
+    assert "best_layer" not in read_scores(SITES[:2], None, CLASSES_TASK, sums[:2], ones, None)
+    layers = sums[2:].double()
+    score, chosen = read_best_layer(CLASSES_TASK, layers, torch.zeros(1, dtype=int), ones.double())
+    scores = [
+        miou_of_counts(*(np.asarray(x) for x in (counts[0][i], counts[1][i], counts[2])))
+        for i in (2, 3, 4)
+    ]
+    assert chosen.item() == np.argmax(scores)
+    assert score.item() == pytest.approx(max(scores))
 
 
 def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):

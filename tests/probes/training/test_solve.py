@@ -21,6 +21,7 @@ from solving import STRENGTHS, arguments
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.evaluation.effect_file import read_effect_file
+from probes.evaluation.strengths import CONVERGED
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
 from probes.tasks.segmentation import Segmentation
@@ -28,7 +29,6 @@ from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
 from probes.training.solve.in_memory import MemorySolver
 from probes.training.solve.path_scores import PathScores
-from probes.training.solve.refinement import CONVERGED
 from probes.training.solve.solver import SolverCheckpoints
 from probes.training.solve.strength_path import HELD_OUT_GAIN
 

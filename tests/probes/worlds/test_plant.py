@@ -14,6 +14,7 @@ from probes.worlds.plant import (
     MERGED,
     class_directions,
     encoder_states,
+    name_model,
     plant_drop,
     plant_random,
     plant_recovery,
@@ -84,7 +85,9 @@ def test_a_random_llm_has_the_same_entries_in_other_places(planted, world):
         in_layers = "language_model.layers" in name and old.ndim > 1
         assert torch.equal(old, new) != in_layers, name
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
-    truth = read_json(world.parent / "random/training.json")["truth"]
+    training = read_json(world.parent / "random/training.json")
+    assert training["name"] == "LLM shuffled"
+    truth = training["truth"]
     assert {text for claims in truth.values() for text in claims.values()} == {"absent"}
 
 
@@ -103,7 +106,19 @@ def test_a_drop_makes_the_directions_of_its_pairs_equal_and_no_others(pairs, wor
     assert (left[:pairs] < 1e-4).all()
     assert (left[pairs:] > 0.1).all()
     truth = "planted" if pairs else "absent"
-    assert read_json(out / "training.json")["truth"]["segmentation"]["adapter_drop"] == truth
+    training = read_json(out / "training.json")
+    assert training["truth"]["segmentation"]["adapter_drop"] == truth
+    words = {0: "no pairs", 1: "one pair", 3: "three pairs"}
+    assert training["name"] == f"adapter merges {words[pairs]} of classes"
+
+
+def test_models_have_plain_names_of_what_was_planted_in_this_order():
+    recovery = {"planted": "recovery"}
+    drawn = {"planted": "random", "weights": "orthogonal"}
+    drop = {"planted": "drop", "merged": MERGED[:2]}
+    assert name_model([recovery]) == "as trained"
+    both = "LLM drawn anew (orthogonal), adapter merges two pairs of classes"
+    assert name_model([recovery, drawn, drop]) == both
 
 
 def test_bad_input_is_named(world, model, tmp_path):

@@ -1,8 +1,9 @@
-"""Is the first image token an attention sink? Its state is then one large vector, whatever the image shows.
+"""Which image tokens are attention sinks? The state of one is a large vector, whatever the image shows.
 
 Where an image comes first, or nearly so, a causal LLM can make its first token the sink that other sequences have at
 their beginning. A probe reads nothing from such a state. That the first patch reads worse than under bidirectional
-attention is then a fact about the sink, not about context, and starvation is judged without this token, too.
+attention is then a fact about the sink, not about context, and starvation is judged without this token, too. Knockouts
+that block it show what a missing sink does.
 
 Shapes: B = 1 image, T image tokens.
 """
@@ -20,7 +21,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
 
-from . import SINK_NORM
+from .sinks import SINK_NORM
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
@@ -28,11 +29,11 @@ if TYPE_CHECKING:  # a report needs no model
 IMAGES = 8
 
 
-def sinks_of_run(run: ProbeRun) -> dict[str, Any]:
-    """Return :func:`measure_sinks` of a run's model, on the first images of its split."""
+def sinks_of_run(run: ProbeRun, mllm: "FrozenMLLM | None" = None) -> dict[str, Any]:
+    """Return :func:`measure_sinks` of a run's model, which may have been loaded, on the first images of its split."""
     dataset = run.dataset()
     images = [dataset[i]["image"] for i in range(min(IMAGES, len(dataset)))]
-    return measure_sinks(run.mllm(), images)
+    return measure_sinks(mllm or run.mllm(), images)
 
 
 def measure_sinks(mllm: "FrozenMLLM", images: Sequence[Image.Image]) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""FSDP2 on two CPU processes: the training of one process, exact resume, valid checkpoints, export.
+
+One set of processes executes many runs of tests/helpers/ddp_script.py, as in test_deepspeed_strategy.py.
+"""
+
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from processes import run_ranks
+from training_runs import result, results, start, write_spec
+
+import llava_bidir.cli
+from llava_bidir import LlavaBidirForConditionalGeneration
+
+pytestmark = pytest.mark.distributed
+
+AS_ONE = {  # run without dropout: (precision, tolerance)
+    "twenty_steps": ("32-true", 1e-5),
+    "clipped": ("32-true", 1e-5),
+    "stage1": ("32-true", 1e-5),
+    "tied": ("32-true", 1e-5),
+    "without_dropout": ("bf16-mixed", 2e-2),
+}
+ALSO = {
+    "bf16-true": "without_dropout",
+    "32-true": "short_answers",
+}  # as `without_dropout` of one process
+SAVED = ("32-true", "bf16-mixed")
+OTHERS = {  # run under another strategy: tolerance of its losses
+    "ddp:lora:bf16-mixed": 2e-2,
+    "ddp:twenty_steps:32-true": 1e-5,
+    "zero3:twenty_steps:32-true": 1e-5,
+}
+if find_spec("deepspeed") is None:
+    del OTHERS["zero3:twenty_steps:32-true"]
+RUNS = [
+    "fsdp2:lora:bf16-mixed",
+    *(f"fsdp2:{run}:{precision}" for run, (precision, _) in AS_ONE.items()),
+    *(f"fsdp2:{run}:{precision}" for precision, run in ALSO.items()),
+    *(f"fsdp2:{run}:{precision}" for precision in SAVED for run in ("uninterrupted", "resume")),
+    "fsdp2:validate:32-true",
+    "fsdp2:validate_as_on_gpus:32-true",
+    "fsdp2:compiled:32-true",
+    "ddp:without_dropout:32-true",
+    "fsdp2:without_dropout:32-true",
+    *OTHERS,
+]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> dict[str, str]:
+    return write_spec(tmp_path_factory.mktemp("fsdp2"))
+
+
+@pytest.fixture(scope="module")
+def two(spec) -> Path:
+    """Return the folder with the results of RUNS on two processes."""
+    out, codes, log = start(spec, "two", RUNS)
+    assert codes == [0, 0], log
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(spec, two) -> Path:
+    """Return the folder with the results of one process under DDP, and resumed checkpoints of `two`."""
+    resume = {
+        "ddp": str(two / "fsdp2-plain-32-true.ckpt"),
+        "fsdp2": str(two / "ddp-plain-32-true.ckpt"),
+    }
+    runs = [
+        *(f"ddp:{run}:32-true" for run in AS_ONE),
+        "ddp:resume_elsewhere:32-true",
+        "fsdp2:resume_elsewhere:32-true",
+    ]
+    out, codes, log = start(spec, "one", runs, processes=1, resume=resume)
+    assert codes == [0], log
+    return out
+
+
+def together(ranks: list[dict]) -> list[tuple]:
+    """Return samples and loss of each micro-batch in the order of one process."""
+    pairs = zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)
+    return [micro_batch for pair in pairs for micro_batch in pair]
+
+
+def assert_same_training(found: list[tuple], expected: list[tuple], tolerance: float) -> None:
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    losses = [[loss for _, loss in run] for run in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("run", AS_ONE)
+def test_two_processes_train_as_one(run, one, two):
+    """Compare losses, metrics and weights; clipped also decays weights, averages over tokens and recomputes layers."""
+    precision, tolerance = AS_ONE[run]
+    ranks = results(two, f"fsdp2:{run}:{precision}")
+    single = result(one, f"ddp:{run}:32-true")
+    assert_same_training(together(ranks), single["losses"], tolerance)
+    near = {"rtol": tolerance, "atol": tolerance}
+    for rank in ranks:
+        assert rank["metrics"].keys() == single["metrics"].keys()
+        assert rank["metrics"] == ranks[0]["metrics"]
+    exact = precision == "32-true"
+    for name, value in single["metrics"].items():
+        if exact or name != "val/answer_accuracy":
+            torch.testing.assert_close(ranks[0]["metrics"][name], value, **near)
+    if exact:
+        for name, weight in single["weights"].items():
+            torch.testing.assert_close(ranks[0]["weights"][name], weight, **near)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_losses_are_those_of_other_strategies(other, two):
+    """Of 21 steps of two micro-batches, and of updates of an LLM in bfloat16."""
+    strategy, _, run = other.partition(":")
+    found, expected = (results(two, f"{name}:{run}") for name in ("fsdp2", strategy))
+    assert len(found[0]["losses"]) >= (2 * 20 if "twenty" in run else 12)
+    assert_same_training(together(found), together(expected), OTHERS[other])
+    for name, value in expected[0]["metrics"].items():
+        assert found[0]["metrics"][name] == pytest.approx(value, abs=OTHERS[other]), name
+
+
+def test_compiled_layers_compute_the_same(one, two):
+    ranks = results(two, "fsdp2:compiled:32-true")
+    assert ranks[0]["graphs"] > 0
+    expected = result(one, "ddp:without_dropout:32-true")["losses"]
+    assert_same_training(together(ranks), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("precision", "run"), ALSO.items())
+def test_weights_of_bfloat16_and_short_answers_before_the_first_step_change_no_loss(
+    precision,
+    run,
+    one,
+    two,
+):
+    """Answers end earlier on one rank, which then takes part in the forwards of the other."""
+    expected = result(one, "ddp:without_dropout:32-true")["losses"]
+    found = together(results(two, f"fsdp2:{run}:{precision}"))
+    assert_same_training(found, expected, 1e-5 if precision == "32-true" else 2e-2)
+
+
+def test_each_process_has_half_of_every_parameter(two):
+    ranks = results(two, "fsdp2:uninterrupted:32-true")
+    for name, parameter in ranks[0]["weights"].items():
+        halves = [rank["shards"][name] for rank in ranks]
+        assert halves[0][0] == (len(parameter) + 1) // 2, name
+        assert halves[0][0] + halves[1][0] == len(parameter), name
+        assert {half[1:] for half in halves} == {parameter.shape[1:]}, name
+
+
+@pytest.mark.parametrize("precision", SAVED)
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(precision, two):
+    """From inside an epoch, with dropout."""
+    undisturbed = results(two, f"fsdp2:uninterrupted:{precision}")
+    resumed = results(two, f"fsdp2:resume:{precision}")
+    for before, after in zip(undisturbed, resumed, strict=True):
+        assert len(before["losses"]) == 12, "two micro-batches a step"
+        assert after["losses"] == before["losses"][4:]
+        assert after["metrics"] == before["metrics"]
+        for name, weight in before["weights"].items():
+            assert torch.equal(weight, after["weights"][name]), name
+    plain = result(two, f"fsdp2:without_dropout:{precision}")
+    assert undisturbed[0]["losses"][0] != plain["losses"][0], "dropout is on"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_one_process_resumes_what_two_have_saved_under_the_other_strategy(strategy, one):
+    moved = result(one, f"{strategy}:resume_elsewhere:32-true")
+    single = result(one, "ddp:without_dropout:32-true")
+    assert_same_training(moved["losses"], single["losses"][8:], 1e-5)
+    for name, weight in moved["weights"].items():
+        torch.testing.assert_close(weight, single["weights"][name], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize("precision", SAVED)
+def test_export_of_a_checkpoint_equals_the_weights_of_all_processes(precision, two, tmp_path):
+    """Export by the callback at the end of the run, and by the command, without the processes of the run."""
+    checkpoint = two / f"fsdp2-end-{precision}.ckpt"
+    llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "hf")])
+    memory = result(two, f"fsdp2:uninterrupted:{precision}")["weights"]
+    for folder in (tmp_path / "hf", two / f"fsdp2-{precision}" / "hf"):
+        written = read_export(folder)
+        assert set(written) == set(memory)
+        for name, weight in memory.items():
+            assert torch.equal(weight, written[name]), name
+
+
+def read_export(folder: Path) -> dict[str, torch.Tensor]:
+    return LlavaBidirForConditionalGeneration.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def test_export_merges_the_updates_of_lora(two):
+    """Those of all processes, with alpha / r = 2."""
+    memory = result(two, "fsdp2:lora:bf16-mixed")["weights"]
+    written = read_export(two / "lora-fsdp2-bf16-mixed/hf")
+    merged = [name.partition(".base_layer")[0] for name in memory if ".base_layer" in name]
+    assert len(merged) == 3 * 7, "layers of three blocks"
+    for name in merged:
+        base, a, b = (
+            memory[f"{name}.{part}.weight"].float()
+            for part in ("base_layer", "lora_A.default", "lora_B.default")
+        )
+        assert b.norm() > 0
+        assert torch.equal(written[f"{name}.weight"], (base + 2 * (b @ a)).bfloat16()), name
+
+
+def test_export_of_tied_embeddings_equals_the_weights_of_all_processes(two):
+    memory = result(two, "fsdp2:tied:32-true")["weights"]
+    written = read_export(two / "tied-fsdp2-32-true/hf")
+    for name, weight in memory.items():
+        assert torch.equal(weight, written[name]), name
+    embedding = written["model.language_model.embed_tokens.weight"]
+    assert torch.equal(embedding, written["lm_head.weight"])
+
+
+def test_checkpoint_holds_trained_weights_only_and_their_masters(two):
+    for precision in SAVED:
+        path = two / f"fsdp2-end-{precision}.ckpt"
+        saved = torch.load(path, weights_only=True)
+        memory = result(two, f"fsdp2:uninterrupted:{precision}")["weights"]
+        assert saved["state_dict"].keys() == {
+            f"model.{name}" for name in memory if "vision_tower" not in name
+        }
+        (optimizer,) = saved["optimizer_states"]
+        moments = [state["exp_avg"].shape for state in optimizer["state"].values()]
+        assert sorted(moments) == sorted(w.shape for w in saved["state_dict"].values())
+        assert {w.dtype for w in saved["state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("run", ["validate", "validate_as_on_gpus"])
+def test_checkpoint_is_validated_as_in_the_run(run, two):
+    """On GPUs, in inference mode."""
+    during = results(two, "fsdp2:uninterrupted:32-true")
+    after = results(two, f"fsdp2:{run}:32-true")
+    for before, again in zip(during, after, strict=True):
+        validated = {key: x for key, x in before["metrics"].items() if key.startswith("val/")}
+        assert again["metrics"] == validated
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+def fit(parts, conversations, out: Path) -> None:
+    """Run `llava-bidir fit -c fsdp2` on two processes, with a checkpoint after each step and a final one."""
+    options = f"""-c fsdp2 --trainer.accelerator cpu --trainer.devices 2 --trainer.precision 32-true
+        --data.micro_batch_size 1 --trainer.max_epochs 2 --ckpt_path last --out {out}
+        --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=1
+        --trainer.callbacks.save_top_k=-1 --trainer.callbacks+=ModelCheckpoint"""
+    words = [*tiny_models.training_arguments(parts, conversations), *options.split()]
+    logs = out.with_name(f"{out.name}-logs")
+    logs.mkdir()
+    codes, log = run_ranks([sys.executable, "-m", "llava_bidir", "fit", *words], logs)
+    assert codes == [0, 0], log
+
+
+def test_command_resumes_to_the_export_of_an_undisturbed_run(parts, conversations, tmp_path):
+    fit(parts, conversations, tmp_path / "undisturbed")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "undisturbed", resumed)
+    shutil.rmtree(resumed / "hf")
+    saved = sorted((resumed / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(saved) > 3
+    for later in saved[2:]:
+        later.unlink()
+    fit(parts, conversations, resumed)
+    llava_bidir.cli.main(["export", str(resumed), str(tmp_path / "hf")])
+    expected = read_export(tmp_path / "undisturbed/hf")
+    for folder in (resumed / "hf", tmp_path / "hf"):
+        written = read_export(folder)
+        assert written.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert torch.equal(weight, written[name]), name

@@ -1,7 +1,8 @@
 """Options of probe runs, as values: what `probes fit` and `probes solve` make from, and what a study passes on to them.
 
 An option is a field here, with its type, default and description; the parsers of the commands are made of them. The
-model's and the data's are also the arguments of `ProbeModule` and `ProbeDataModule`, which LightningCLI parses for `fit`.
+model's and the data's are also the arguments of `ProbeModule` and `ProbeDataModule`, which LightningCLI parses for
+`fit`.
 Nothing here imports torch or Lightning.
 """
 
@@ -30,8 +31,8 @@ class ModelOptions:
         image_resize: How images become squares: squash, pad (LLaVA's stage 2), center_crop (its stage 1) or letterbox
             (DeepSeek-VL). It replaces the checkpoint's way, with its crop, but not its filter.
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
-        dtype: Dtype of the model, auto as stored in the checkpoint. On CPUs that multiply in bfloat16 it takes 0.6 of the
-            time and can move mIoU by 0.1 points (probes/models/encoders.md). Probes are always float32.
+        dtype: Dtype of the model, auto as stored in the checkpoint. A CPU that multiplies in bfloat16 takes 0.6 of the
+            time in it, and mIoU can move by 0.1 points (probes/models/encoders.md). Probes are always float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
         sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers

@@ -197,10 +197,11 @@ def test_configured_command_parses(
     from llava_bidir.common.lightning_cli import RunCLI
     from probes.data import verify_command
 
-    def stop(*parsed):
+    def stop(*parsed, **options):
         raise Parsed
 
     monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
+    monkeypatch.setattr("probes.training.solve.command.ProbeData", stop)
     monkeypatch.setattr(verify_command, "verify", stop)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)

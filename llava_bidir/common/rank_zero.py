@@ -1,4 +1,4 @@
-"""Decide on rank 0 and tell the other ranks, so that all do the same and files are read once."""
+"""Start the ranks of a run to agree on what it does before it begins, and say once what each of them would say."""
 
 import logging
 import os
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .errors import UserError
+from .distributed import decide_on_first
 
 if TYPE_CHECKING:  # seconds, which commands that do not train do not need
     from lightning import Trainer
 
 log = logging.getLogger(__name__)
-log.setLevel(
-    logging.INFO
-)  # what a command says, whatever the level of a notebook's or a test's root logger
+# what a command says, whatever the level of a notebook's or a test's root logger
+log.setLevel(logging.INFO)
 
 T = TypeVar("T")
 # Index of a process, as torchrun, Slurm and Lightning tell it before the processes have met
@@ -44,21 +43,6 @@ def rank_zero_warn(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def rank_zero_result(trainer: "Trainer", function: Callable[[], T]) -> T:
-    """Return rank 0's `function()` on every rank of a set-up strategy; its UserError is raised on every rank."""
-    result = None
-    error = None
-    if trainer.is_global_zero:
-        try:
-            result = function()
-        except UserError as raised:
-            error = str(raised)
-    result, error = trainer.strategy.broadcast((result, error))
-    if error is not None:
-        raise UserError(error)
-    return result
-
-
 def run_on_all_ranks(trainer: "Trainer", function: Callable[[], T]) -> T:
     """Start the ranks, as `Trainer.fit` does, and return `function()` of this one. `fit` then finds the ranks running.
 
@@ -81,5 +65,5 @@ def run_on_all_ranks(trainer: "Trainer", function: Callable[[], T]) -> T:
 
 
 def decide_before_fit(trainer: "Trainer", function: Callable[[], T]) -> T:
-    """Start the ranks, and return `rank_zero_result`."""
-    return run_on_all_ranks(trainer, lambda: rank_zero_result(trainer, function))
+    """Start the ranks, and return what the first one decides, see :func:`.distributed.decide_on_first`."""
+    return run_on_all_ranks(trainer, lambda: decide_on_first(function))

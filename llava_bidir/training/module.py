@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
+from llava_bidir.common.distributed import decide_on_first
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import FiniteLogits
@@ -27,7 +28,6 @@ from llava_bidir.common.identity import (
     named_identity,
     run_identity,
 )
-from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.common.training_record import read_training
 from llava_bidir.data.datamodule import InstructionData
@@ -163,7 +163,7 @@ class LlavaTraining(LightningModule):
             def compute():
                 return run_identity(self.trainer, self, data)
 
-            self.identity = rank_zero_result(self.trainer, compute)
+            self.identity = decide_on_first(compute)
         if stage == "fit" and self.hparams.adapter is not None and self.identity is not None:
             check_same_parents(Path(self.hparams.adapter), Path(self.hparams.llm), self.identity)
 
@@ -450,7 +450,7 @@ class LlavaTraining(LightningModule):
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         elif self._trainer is not None:
-            files = rank_zero_result(self.trainer, lambda: named_identity(self.models()))
+            files = decide_on_first(lambda: named_identity(self.models()))
             check_same_model(checkpoint.get("identity"), files, self.hparams, "the checkpoint")
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself

@@ -112,9 +112,8 @@ def read_scores(
 ) -> dict[str, Reading]:
     """Return the readings of the sites of `EFFECTS` that were probed; see :func:`run_effects` for the arguments."""
     sums = sums.double()
-    weights = torch.cat(
-        [torch.ones_like(weights[:1]), weights]
-    ).double()  # the dataset, then its resamplings
+    # the dataset, then its resamplings
+    weights = torch.cat([torch.ones_like(weights[:1]), weights]).double()
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
     if PATCHES in sites and last in sites:  # a bare encoder
         index[LAST_LAYER] = sites.index(last)

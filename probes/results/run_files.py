@@ -46,12 +46,12 @@ class CountsOfSites(Mapping[str, torch.Tensor]):
         Raises:
             KeyError: The file has no such tensor.
         """
-        if name not in iter(self):
-            raise KeyError(name)
         with open_tensors(self.path) as file:
-            if len(file.get_slice(name).get_shape()) < 3:
-                return file.get_tensor(name)
+            if name not in file.keys():
+                raise KeyError(name)
             part = file.get_slice(name)
+            if len(part.get_shape()) < 3:
+                return file.get_tensor(name)
             return torch.cat([part[row : row + 1] for row in self.rows])
 
     def __iter__(self) -> Iterator[str]:

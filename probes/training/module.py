@@ -14,7 +14,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from llava_bidir.common.distributed import all_gather
+from llava_bidir.common.distributed import all_gather, decide_on_first
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import (
@@ -23,7 +23,6 @@ from llava_bidir.common.identity import (
     check_same_model,
     run_identity,
 )
-from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
@@ -87,7 +86,7 @@ class ProbeModule(LightningModule):
             def compute():
                 return run_identity(self.trainer, self, self.trainer.datamodule)
 
-            self.identity = rank_zero_result(self.trainer, compute)
+            self.identity = decide_on_first(compute)
 
     def configure_model(self) -> None:
         """Load the MLLM and build the probes."""

@@ -158,7 +158,7 @@ def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(tiny_families.STOCK))
 def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch):
-    if name.endswith("_moe"):
+    if name.endswith(("_moe", "kimi_k25")):
         pytest.skip("transformers calls a CUDA kernel for experts on a GPU")
     for module, side in (
         (dynamic_resolution, "TOKENS_PER_SIDE"),

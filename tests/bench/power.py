@@ -14,7 +14,7 @@ from pathlib import Path
 from probes.report.claims import evaluate_claims
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
-from probes.studies.plan import PERMUTED_DRAWS
+from probes.studies.arms import PERMUTED_DRAWS
 from probes.studies.run import run_study
 from probes.worlds.calibrate import DESIGNS, study_settings
 

@@ -1,5 +1,7 @@
 """The benchmarks run; what they measure is theirs to print, never to assert."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -17,6 +19,19 @@ def python(*words: object) -> str:
     folders = (HERE.parents[1], HERE.parent / "helpers", HERE)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     return run_command([sys.executable, *map(str, words)], env=environment).stdout
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_of_the_packages_is_there(path):
+    """Most scripts run in no test."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (
+            "llava_bidir",
+            "probes",
+        ):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                getattr(module, alias.name)
 
 
 @pytest.mark.slow

@@ -58,11 +58,13 @@ def test_study_job_runs_a_study_that_can_be_planned(
         "RUNS": str(tmp_path),
         "SLURM_JOB_NAME": f"{tmp_path}/clip-causal/study",
     }
+    config = layout
+    if layout == "photos":  # a config of one's own, with options that the job sets, too
+        config = tmp_path / "own.yaml"
+        config.write_text("data:\n  root: elsewhere\ntrainer:\n  devices: 1\n")
     if layout != "ade20k":  # the default
         there |= {"LAYOUT": str(tmp_path / layout) if layout == "photos" else layout}
-        there |= {
-            "STUDY": f"-c {'folder' if layout == 'photos' else layout} --add knockout.classes=auto:5"
-        }
+        there |= {"STUDY": f"-c {config} --add knockout.classes=auto:5"}
     job = ["bash", "slurm/study.sbatch", "clip", " ".join(MASKS), "--arms", "trained", "random1"]
     done = run_command(job, cwd=ROOT, env=os.environ | there)
     assert (tmp_path / "clip-causal/study.done").is_file(), "for six_configurations.sh"
@@ -80,6 +82,8 @@ def test_study_job_runs_a_study_that_can_be_planned(
     assert steps["causal/trained"].config.data.dataset == (
         layout if layout != "photos" else "folder"
     )
+    root = tmp_path / "photos" if layout == "photos" else "masks"
+    assert steps["causal/trained"].config.data.root == str(root)
     if layout == "ade20k":  # Fig. 11 of the paper
         classes = {"sky", "ceiling", "grass"}
         assert classes <= {*steps["causal/trained/knockout"].config.classes}

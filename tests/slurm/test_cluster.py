@@ -59,7 +59,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
         "LAYOUT": segmentation,
         "SEGMENTATION": segmentation,
-        "ARMS": "trained random0 random1",
+        "ARMS": "trained random0 random1 permuted0 permuted1",
         "STUDY": f"{PROBES} --fit --add knockout.draws=1",
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
         "VQA": f"--tasks toy --data {folder} --batch-size 4",
@@ -179,13 +179,15 @@ def test_requeued_study_resumes_after_the_last_complete_epoch(
     log = tmp_path / "log"
     losses = tmp_path / "losses"
     epochs = "--trainer.max_epochs 8"
+    arguments = {"losses": str(losses), "pause_after": 10}
+    pause = {"callbacks": [{"class_path": "skew.Skew", "init_args": arguments}]}
+    (tmp_path / "pause.yaml").write_text(json.dumps({"trainer": pause}))
     there = {
         "TASKS_PER_NODE": "1",
         "RUNS": str(tmp_path),
-        "STUDY": f"{PROBES} --fit {epochs}",
+        "STUDY": f"{PROBES} -c {tmp_path}/pause.yaml --fit {epochs}",
     }
-    pause = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.losses={losses} --trainer.callbacks.pause_after=10"
-    job = submit("study", settings | there, log, f"--arms trained --only fit {pause}")
+    job = submit("study", settings | there, log, "--arms trained --only fit")
     signal_at(10, losses, job, log, "--batch", "--signal=USR1")
     state = wait_for_end(job, log)
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]

@@ -48,13 +48,14 @@ class Case:
         name: Of its folder and its row.
         stage: 1 or 2.
         precision: "float64", "float32" or "bf16".
-        loss: Largest difference of the loss of a step, in nats.
+        loss: Largest difference of the loss of a step, in nats; of steps at which LLaVA's own rounding is not larger.
         weights: Largest difference of the final weights, to the largest update.
         grad_norm: Largest relative difference of the norm of a step's gradient.
         theirs, ours: More flags.
         llm, records: Folder and file in the world, by default the stage's.
         own_order: Whether ours draws its own order, from the same random numbers.
         theirs_of, ours_of: Name of a case with the training of LLaVA, or of ours, that this one compares.
+        rounding_of: Name of a case with LLaVA's training in our precision, where its own is another.
         why: Row of the table of deviations that makes them differ.
     """
 
@@ -71,6 +72,7 @@ class Case:
     own_order: bool = False
     theirs_of: str | None = None
     ours_of: str | None = None
+    rounding_of: str | None = None
     why: str = ""
 
     @property
@@ -89,7 +91,7 @@ class Case:
             found.append("frozen weights or settings of AdamW differ")
         weights = max(result["weights"].values(), default=0.0)  # none if it stopped early
         for key, value, most in (
-            ("loss", result["loss"], self.loss),
+            ("loss", result["loss_beyond_rounding"], self.loss),
             ("weights", weights, self.weights),
             ("learning rate", result["lr"], 1e-12),
             ("gradient norm", result["grad_norm"], self.grad_norm),
@@ -149,6 +151,7 @@ MIXED = {
         "loss": 1e-2,
         "theirs_of": f"stage {stage}, float64",
         "ours_of": f"stage {stage}, bf16",
+        "rounding_of": f"stage {stage}, bf16",
     }
     for stage in STAGES
 }

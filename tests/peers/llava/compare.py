@@ -72,16 +72,27 @@ def weight_differences(a: Training, b: Training, before: dict[str, np.ndarray]) 
     return {part: float(difference / update) for part, (difference, update) in largest.items()}
 
 
-def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
+def compare(
+    a: Training,
+    b: Training,
+    before: dict[str, np.ndarray],
+    rounded: Training | None = None,
+) -> dict:
     """Return the differences of b from a, over the steps of b.
 
     Args:
         a, b: Trainings of the same records; b may have stopped early, and then its weights are not compared.
         before: The weights that both start from, by our names.
+        rounded: a in the precision of b: the differences that rounding makes in a itself.
     """
     steps = len(b.record["steps"])
     complete = steps == len(a.record["steps"])
     losses = b.losses() - a.losses()[:steps]
+    beyond = np.abs(losses)
+    by_rounding = np.zeros(steps)
+    if rounded is not None:
+        by_rounding = np.abs(rounded.losses() - a.losses())
+        beyond = np.where(beyond > by_rounding, beyond, 0)
     norms = np.abs(b.steps("grad_norm") / a.steps("grad_norm")[:steps] - 1)
     rates = [
         np.abs(a.steps(part)[:steps] - b.steps(part)).max() for part in a.record["steps"][0]["lr"]
@@ -93,6 +104,8 @@ def compare(a: Training, b: Training, before: dict[str, np.ndarray]) -> dict:
         "samples_in_another_place": sum(moved),
         "different_batches": different_batches(a, b),
         "loss": float(np.abs(losses).max()),
+        "loss_beyond_rounding": float(beyond.max()),
+        "rounding_there": float(by_rounding[np.abs(losses).argmax()]),
         "loss_of_the_last": float(losses[-LAST:].mean()),
         "grad_norm": float(norms.max()),
         "lr": float(max(rates)),

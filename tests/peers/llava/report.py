@@ -75,6 +75,12 @@ def limited(value: float, most: float | None) -> str:
     return number(value) if most is None else f"{number(value)} (at most {most:.0e})"
 
 
+def rounding(result: dict) -> str:
+    """Return what LLaVA's own rounding changes at the step that differs most, if it was measured."""
+    there = result["rounding_there"]
+    return f"; LLaVA's own bf16 there {number(there)}" if there else ""
+
+
 def table_of_cases(results: dict[str, dict]) -> list[str]:
     """Return the lines of the table of what has to agree."""
     lines = [
@@ -88,7 +94,7 @@ def table_of_cases(results: dict[str, dict]) -> list[str]:
                 case.name,
                 str(result["steps"]),
                 str(max(result["different_batches"].values())),
-                limited(result["loss"], case.loss),
+                limited(result["loss"], case.loss) + rounding(result),
                 number(result["grad_norm"]),
                 number(result["lr"]),
                 limited(max(result["weights"].values()), case.weights),

@@ -104,7 +104,10 @@ def compare_case(case: Case, before: dict) -> dict:
     if case.ours_of:
         train_theirs(trained)  # whose order ours takes
     ours = Training.read(train_ours(trained, RUNS / trained.folder / "ours", Path.cwd()))
-    return compare(theirs, ours, before)
+    rounded = None
+    if case.rounding_of:
+        rounded = Training.read(train_theirs(BY_NAME[case.rounding_of]))
+    return compare(theirs, ours, before, rounded)
 
 
 def compare_mutation(mutation: Mutation, before: dict) -> dict:

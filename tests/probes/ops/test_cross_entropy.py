@@ -86,10 +86,8 @@ def test_with_all_pixels_as_nodes_it_is_exact(
     seed,
 ):
     logits, target = make_case(shape, size, scale=scale, seed=seed)
-    with (  # small chunks: of rows, images and probes
-        mock.patch.dict(loss_module.CHUNK_NUMEL, cpu=numel),
-        mock.patch.dict(loss_module.BAND_NUMEL, cpu=numel),
-    ):
+    # small chunks: of rows, images and probes
+    with mock.patch.dict(loss_module.CHUNK_NUMEL, cpu=numel):
         assert_equals_torch(
             logits,
             target,
@@ -291,7 +289,7 @@ def test_full_resolution_logits_never_exist():
             return out
 
     logits, target = make_case((2, 2, 60, 6, 6), (320, 320), dtype=torch.float32)
-    for nodes, most in ((None, 1.5 * loss_module.BAND_NUMEL["cpu"]), (3, 2 * target.numel())):
+    for nodes, most in ((None, 6 * loss_module.CHUNK_NUMEL["cpu"]), (3, 2 * target.numel())):
         with Largest() as largest:
             upsampled_cross_entropy(logits.requires_grad_(), target, nodes=nodes).sum().backward()
         assert 0 < largest.numel <= most < 60 * 320 * 320 / 3

@@ -95,8 +95,8 @@ def measure(model: str, data: str, strength: float) -> dict[str, float]:
     states, targets = read_split(mllm, training)
     classes = len(training.classes)
     # the masks as weights on a few nodes per cell of the token grid, which the loss needs
-    loose = MaskPreparer(mllm.geometry, classes, LOOSE_NODES)(targets)
     tight = MaskPreparer(mllm.geometry, classes, TIGHT_NODES)(targets)
+    loose = MaskPreparer(mllm.geometry, classes, LOOSE_NODES)(targets, like=tight)
     validation_states, validation_targets = read_split(
         mllm, open_dataset("folder", data, "validation")
     )

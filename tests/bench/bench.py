@@ -1,4 +1,4 @@
-"""`make bench`: speed and memory as ratios, both sides measured in turn in one run.
+"""`make bench`: speed and memory as ratios, both sides measured in turn in one run, in CPU-seconds of one thread.
 
 Prints a table and writes JSON: {"machine": ..., "ratios": [{"name", "ours_s", "other_s", "ratio": [min, median, max],
 ...}]}. A ratio over 1 says how many times as long (or as much memory) the other way takes. Single times depend on the
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from knockout import bench_knockout
 from loss import bench_loss, print_peak_memory
+from probe_solvers import bench_solver
+from states import bench_states
 from sweep import PREFIX, Sweep, frozen_model
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +37,11 @@ def paired(
     times = ([], [])
     for i in range(rounds + 1):
         for function, seconds, calls in zip((ours, other), times, (repeat, 1), strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(calls):
                 function()
             if i > 0:
-                seconds.append((time.perf_counter() - start) / calls)
+                seconds.append((time.process_time() - start) / calls)
     ratios = sorted(b / a for a, b in zip(*times, strict=True))
     return {
         "ours_s": statistics.median(times[0]),
@@ -112,6 +114,8 @@ def bench_text(rounds: int) -> list[dict]:
 
 BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
+    "solver": lambda args: bench_solver(paired, max(2, args.rounds // 3)),
+    "states": lambda args: bench_states(args.nnsight, max(2, args.rounds // 3)),
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
     "text": lambda args: bench_text(args.rounds),
@@ -140,6 +144,9 @@ def main() -> None:
         choices=BENCHES,
         default=list(BENCHES),
         help="some of them (all)",
+    )
+    parser.add_argument(
+        "--nnsight", metavar="PYTHON", help="of an environment with nnsight: a row of states"
     )
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()

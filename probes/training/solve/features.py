@@ -83,8 +83,9 @@ def solve_features(
     if strength is not None and not strength > 0:
         raise UserError(f"strength must be above 0, got {strength}")
     grid = (features.shape[1], features.shape[2])
-    loose = _prepare(masks, classes, grid, LOOSE_NODES).to(features.device)
-    tight = _prepare(masks, classes, grid, TIGHT_NODES).to(features.device)
+    tight = _prepare(masks, classes, grid, TIGHT_NODES)
+    loose = _prepare(masks, classes, grid, LOOSE_NODES, tight.soft).to(features.device)
+    tight = tight.to(features.device)
     if not tight.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
     fold_of = assign_folds(len(masks), folds)
@@ -108,9 +109,12 @@ def _prepare(
     classes: int,
     grid: tuple[int, int],
     nodes: int,
+    soft: Tensor | None = None,
 ) -> PreparedMasks:
     parts = []
     for number, mask in enumerate(masks):
+        known = None if soft is None else soft[number, None]
         with error_context(f"mask {number}"):
-            parts.append(prepare_masks(mask_tensor(mask)[None], classes, grid, nodes))
+            target = mask_tensor(mask)[None]
+            parts.append(prepare_masks(target, classes, grid, nodes, soft=known))
     return join_masks(parts)

@@ -38,7 +38,7 @@ class MemorySolver(Solver):
     def add(self, batch: dict[str, Any]) -> None:
         """Keep the states and masks of a batch."""
         prepare = MaskPreparer(self.mllm.geometry, self.channels, LOOSE_NODES)
-        loose = prepare(batch["target"]).to("cpu")
+        loose = prepare(batch["target"], batch["masks"]).to("cpu")
         states = {site: x.cpu() for site, x in batch["states"].items()}
         self.kept.append((batch["index"].cpu(), states, loose, batch["masks"].to("cpu")))
 

@@ -210,6 +210,8 @@ class FoldSearch:
                     TIGHT_NODES,
                     max(folds.decrease / 10, LEAST_TOLERANCE),
                 )
+            if all(compared[folds.strength].decrease >= folds.decrease for folds in undecided):
+                break  # rounding of float32 states allows no better
         return compared
 
     def _solve_folds(

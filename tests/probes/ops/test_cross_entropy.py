@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from reference import IGNORED, make_case, value_and_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from probes.data.batches import MaskPreparer
 from probes.ops import bilinear
 from probes.ops import cross_entropy as loss_module
 from probes.ops.cross_entropy import quadrature_error, upsampled_cross_entropy
-from probes.ops.geometry import AxisExtent, GridPlacement
+from probes.ops.geometry import AxisExtent, Geometry, GridPlacement, ResizeRule
 from probes.ops.quadrature import axis_rule, join_masks, prepare_masks
 
 pytestmark = pytest.mark.numerics
@@ -85,10 +86,8 @@ def test_with_all_pixels_as_nodes_it_is_exact(
     seed,
 ):
     logits, target = make_case(shape, size, scale=scale, seed=seed)
-    with (  # small chunks: of rows, images and probes
-        mock.patch.dict(loss_module.CHUNK_NUMEL, cpu=numel),
-        mock.patch.dict(loss_module.BAND_NUMEL, cpu=numel),
-    ):
+    # small chunks: of rows, images and probes
+    with mock.patch.dict(loss_module.CHUNK_NUMEL, cpu=numel):
         assert_equals_torch(
             logits,
             target,
@@ -290,7 +289,7 @@ def test_full_resolution_logits_never_exist():
             return out
 
     logits, target = make_case((2, 2, 60, 6, 6), (320, 320), dtype=torch.float32)
-    for nodes, most in ((None, 1.5 * loss_module.BAND_NUMEL["cpu"]), (3, 2 * target.numel())):
+    for nodes, most in ((None, 6 * loss_module.CHUNK_NUMEL["cpu"]), (3, 2 * target.numel())):
         with Largest() as largest:
             upsampled_cross_entropy(logits.requires_grad_(), target, nodes=nodes).sum().backward()
         assert 0 < largest.numel <= most < 60 * 320 * 320 / 3
@@ -343,3 +342,14 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             upsampled_cross_entropy(logits, target, **options)
+
+
+def test_masks_prepared_like_others_are_as_if_prepared_alone():
+    geometry = Geometry((3, 4), 56, 56, ResizeRule("squash"))
+    _, target = make_case((1, 3, 5, 3, 4), (20, 26))
+    targets = [target[0, :9], *target[1:]]
+    tight = MaskPreparer(geometry, 5, 5)(targets)
+    alone = MaskPreparer(geometry, 5, 2)(targets)
+    like = MaskPreparer(geometry, 5, 2)(targets, like=tight)
+    for name in ("mass", "soft", "pixels"):
+        assert torch.equal(getattr(like, name), getattr(alone, name))

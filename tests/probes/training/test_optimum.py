@@ -24,6 +24,7 @@ from probes.training.solve.strength_path import (
     COMPARED_TOLERANCE,
     HELD_OUT_GAIN,
     PATH_STRENGTHS,
+    PATH_TOLERANCE,
     FoldSearch,
 )
 
@@ -165,6 +166,21 @@ def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_
     ratio = np.divide(path.strengths[:-1], path.strengths[1:])
     np.testing.assert_allclose(ratio, 10**0.5, rtol=1e-6)
     assert refinement.strengths.tolist() == [path.strengths[i] for i in path.solved]
+
+
+def test_a_close_choice_ends_where_rounding_allows_no_smaller_decrease(data, monkeypatch):
+    solve = FoldSearch._solve_folds
+    calls = []
+
+    def stuck(self, strength, start, nodes=LOOSE_NODES, tolerance=PATH_TOLERANCE):
+        calls.append(strength)
+        assert len(calls) < 100, "the search goes on for ever"
+        folds = solve(self, strength, start, nodes, tolerance)
+        return folds._replace(decrease=1.0) if nodes == TIGHT_NODES else folds
+
+    monkeypatch.setattr(FoldSearch, "_solve_folds", stuck)
+    path = FoldSearch(problem(data)).solve(None).path
+    assert path.loss[path.chosen] == min(path.loss[i] for i in path.compared)
 
 
 def test_states_that_tell_nothing_need_more_regularisation_than_the_first_strength(data):

@@ -1,0 +1,173 @@
+"""Time of the states of all sites, by `probes`, by careful code on stock transformers and by nnsight.
+
+`bench.py --only states [--nnsight PYTHON]` runs it. The model has random weights and the shape of real ones: a CLIP of
+384 x 12 at 336 px, an LLM of SmolLM2's 576 x 30, 576 image tokens. Each way is a process of one thread, which makes the
+model and counts the CPU-seconds of the states alone. PYTHON is that of an environment with torch, transformers and
+nnsight; it may not have this project.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+BATCH = 4
+SIDE = 336
+PREFIX = 5  # tokens before the image
+IMAGE_TOKENS = 576
+IMAGE_ID = 2047
+ENCODER = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "image_size": SIDE,
+    "patch_size": 14,
+}
+LLM = {
+    "vocab_size": 2048,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def make_model() -> torch.nn.Module:
+    """Return a stock LLaVA with random weights."""
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**ENCODER),
+        text_config=transformers.LlamaConfig(**LLM),
+        image_token_index=IMAGE_ID,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def prompt() -> torch.Tensor:
+    """Return the ids i64[1, n] of a prefix and the image."""
+    return torch.tensor([[1] * PREFIX + [IMAGE_ID] * IMAGE_TOKENS])
+
+
+def by_probes() -> Callable[[torch.Tensor], object]:
+    """Return the states of all sites, as `probes` computes them, of pixels f[B, 3, px, px]."""
+    from probes.models.families import FAMILIES
+    from probes.models.frozen_mllm import FrozenMLLM
+
+    mllm = FrozenMLLM(
+        make_model(),
+        FAMILIES["llava"],
+        [transformers.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)],
+        [1] * PREFIX,
+        "causal",
+    )
+    return mllm.states
+
+
+def by_stock() -> Callable[[torch.Tensor], object]:
+    """Return what a careful user of transformers writes: no head, no text after the image."""
+    model = make_model().model
+    ids = prompt()
+
+    def states(pixels: torch.Tensor) -> object:
+        batch = ids.expand(len(pixels), -1)
+        return model(
+            input_ids=batch,
+            pixel_values=pixels,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+
+    return states
+
+
+def by_nnsight() -> Callable[[torch.Tensor], object]:
+    """Return what nnsight saves of every layer's image tokens."""
+    from nnsight import NNsight
+
+    model = NNsight(make_model().model)
+    ids = prompt()
+
+    def states(pixels: torch.Tensor) -> object:
+        batch = ids.expand(len(pixels), -1)
+        saved = []
+        with model.trace(input_ids=batch, pixel_values=pixels, use_cache=False):
+            for layer in model.language_model.layers:
+                saved.append(layer.output[..., PREFIX:, :].save())
+        return saved
+
+    return states
+
+
+WAYS = {
+    "probes": by_probes,
+    "stock": by_stock,
+    "nnsight": by_nnsight,
+}
+
+
+@torch.inference_mode()
+def print_seconds(way: str, images: int) -> None:
+    """Print the CPU-seconds of the states of some images, after one batch to warm up."""
+    torch.set_num_threads(1)
+    states = WAYS[way]()
+    pixels = torch.randn(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    states(pixels[:BATCH])
+    before = time.process_time()
+    for part in pixels.split(BATCH):
+        states(part)
+    print(time.process_time() - before)
+
+
+def measure(python: str, way: str, images: int) -> float:
+    """Return what a process of a way prints."""
+    command = [python, __file__, way, str(images)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        command,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return float(output.splitlines()[-1])
+
+
+def bench_states(nnsight: str | None, rounds: int, images: int = BATCH) -> list[dict]:
+    """Return the ratios of time of the other ways over ours; ways take turns.
+
+    Args:
+        nnsight: Python of an environment with nnsight, or None.
+        rounds: Of each way.
+        images: Of a process.
+    """
+    pythons = {"probes": sys.executable, "stock": sys.executable}
+    if nnsight:
+        pythons["nnsight"] = nnsight
+    seconds = {way: [] for way in pythons}
+    for _ in range(rounds):
+        for way, python in pythons.items():
+            seconds[way].append(measure(python, way, images))
+    ours = seconds.pop("probes")
+    entries = []
+    for way, found in seconds.items():
+        ratios = sorted(b / a for a, b in zip(ours, found, strict=True))
+        entries.append(
+            {
+                "name": f"states of all sites, an LLM of 30 layers x 576: {way} over probes",
+                "ours_s": statistics.median(ours),
+                "other_s": statistics.median(found),
+                "ratio": [ratios[0], statistics.median(ratios), ratios[-1]],
+            }
+        )
+    return entries
+
+
+if __name__ == "__main__":
+    print_seconds(sys.argv[1], int(sys.argv[2]))

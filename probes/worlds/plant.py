@@ -33,7 +33,7 @@ from probes.world_options import PlantOptions
 from .binding import GRID
 from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
-from .random_llms import FAMILIES
+from .random_llms import edit_layers
 from .tiny_models import normalize, train
 
 QUESTIONS = 8  # about each picture, where they are trained along
@@ -153,9 +153,7 @@ def plant_random(
 ) -> None:
     """Shuffle or draw the LLM's layers; `weights` is one of :data:`random_llms.FAMILIES`."""
     net, processor = _load(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        FAMILIES[weights](net.model.language_model.layers)
+    edit_layers(weights, net.model.language_model.layers, seed)
     record = {"planted": "random", "seed": seed, "weights": weights}
     _save(
         net,

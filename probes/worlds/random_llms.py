@@ -137,3 +137,14 @@ FAMILIES: dict[str, Callable[[nn.ModuleList], None]] = {
 }
 # They keep trained weights: of an LLM that has seen pictures they are no negatives.
 OF_LANGUAGE = ("reordered", "exchanged")
+# Added to the seed of those that draw weights. A random control of the same seed draws in the same order: it would be
+# the same LLM, or a scaled copy of it.
+SEED_OF_DRAWS = 500_009
+
+
+def edit_layers(weights: str, layers: nn.ModuleList, seed: int) -> None:
+    """Replace the layers in place by those of one of :data:`FAMILIES`."""
+    rearranged = weights in ("shuffled", *OF_LANGUAGE)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed if rearranged else seed + SEED_OF_DRAWS)
+        FAMILIES[weights](layers)

@@ -9,7 +9,6 @@ from llava_bidir.common.steps import Step
 from probes.analyses import ANALYSES
 from probes.analyses.base import PlannedRun
 from probes.analyses.options import options_of, read_text
-from probes.data.registry import open_split
 
 from .arms import FITTED, Arm, join, kind_of
 from .config import StudyConfig
@@ -18,8 +17,16 @@ Values = dict[str, Any]  # of options by name
 SHOWN_PHOTOS = 3  # with maps by layer, in a study of a bare encoder
 
 
-def chosen_analyses(study: StudyConfig) -> dict[str, Values]:
-    """Return the options of each analysis that is run; the default ones and those of `--add`."""
+def chosen_analyses(study: StudyConfig, photos: int) -> dict[str, Values]:
+    """Return the options of each analysis that is run; the default ones and those of `--add`.
+
+    Args:
+        study: The study.
+        photos: Number of validation images.
+
+    Raises:
+        UserError: `--add` names no analysis or option, or one whose file is missing.
+    """
     chosen = {
         name: dict(analysis.in_study) for name, analysis in ANALYSES.items() if analysis.default
     }
@@ -40,8 +47,7 @@ def chosen_analyses(study: StudyConfig) -> dict[str, Values]:
             options[key] = read_text(name, key, value)
     for name, option in (("maps", "image"), ("explore", "images")):
         if name in chosen and chosen[name][option] == ANALYSES[name].in_study[option]:
-            images = len(open_split(study.probes.data, "validation"))
-            chosen[name][option] = [n for n in chosen[name][option] if n < images]
+            chosen[name][option] = [n for n in chosen[name][option] if n < photos]
     _add_files_beside_data(study, chosen)
     return chosen
 
@@ -72,10 +78,9 @@ def _names_asked_for(study: StudyConfig) -> set[str]:
     return {text.partition(".")[0] for text in study.add}
 
 
-def check_analyses(study: StudyConfig) -> None:
-    """Raise a UserError if an analysis has an option that it cannot have."""
-    classes = open_split(study.probes.data, "validation").classes
-    asked = chosen_analyses(study).get("knockout", {}).get("classes", ())
+def check_classes(analyses: Mapping[str, Values], classes: Sequence[str]) -> None:
+    """Raise a UserError if a knockout is asked of other classes than those of the data."""
+    asked = analyses.get("knockout", {}).get("classes", ())
     if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
         raise UserError(
             f"there is no class {unknown[0]!r}; expected some of {', '.join(map(repr, classes))} (--add); "
@@ -84,13 +89,15 @@ def check_analyses(study: StudyConfig) -> None:
 
 
 def steps_of_runs(
-    study: StudyConfig, arms: Sequence[Arm], analyses: Mapping[str, Values]
+    study: StudyConfig,
+    arms: Sequence[Arm],
+    analyses: Mapping[str, Values],
+    photos: int,
 ) -> list[Step]:
-    """Return the steps that analyse each run of a model by itself."""
+    """Return the steps that analyse each run of a model by itself; `photos` as for :func:`chosen_analyses`."""
     has_llm = arms[0].run.has_llm
     asked = _names_asked_for(study)
     if not has_llm:  # maps of a few photos are made unasked
-        photos = len(open_split(study.probes.data, "validation"))
         shown = dict.fromkeys(i * photos // SHOWN_PHOTOS for i in range(SHOWN_PHOTOS))
         analyses = {"maps": {"image": list(shown)}, **analyses}
     steps = []

@@ -20,9 +20,11 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from llava_bidir.common.errors import UserError
 from probes.analyses.base import PlannedRun
-from probes.models.families import family_of, own_image_attention
+from probes.models.families import EncoderFamily, Family, family_of, own_image_attention
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
@@ -147,45 +149,39 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
     arms = []
     for label, path in study.models.items():
         model = replace(study.probes.model, mllm=path)
-        has_llm, own_mask, sites = describe_model(path, model.image_px)
-        probed = probed_sites(model)
-        unmatched = why_unmatched(read_config(path))
-        mask = model.image_attention or own_mask
-        for name in [*arm_names(study, has_llm), *([FITTED] if study.fit else [])]:
-            weights = weights_of(name, has_llm)
+        config = read_config(path)
+        family = family_of(config)
+        if model.image_px is not None:
+            family.with_side(model.image_px, config)  # an error if it takes no input of this side
+        mask = model.image_attention or own_image_attention(config)
+        sites = family.sites(config)
+        probed = probed_sites(model, family, config)
+        unmatched = why_unmatched(config)
+        names = [*arm_names(study, family.has_llm), *([FITTED] if study.fit else [])]
+        for name in names:
+            weights = weights_of(name, family.has_llm)
             compared = [*probed]
             if weights.parts:
                 changed = sites[weights.sites]
                 compared = [site for site, place in probed.items() if place in changed]
-            run = PlannedRun(join(label, name), mask, compared, sites, has_llm)
-            config = replace(
+            run = PlannedRun(join(label, name), mask, compared, sites, family.has_llm)
+            options = replace(
                 study.probes,
                 model=weights.apply(model, draw_of(name), compared),
                 out=str(study.out / run.name),
             )
-            if name == FITTED and "max_epochs" not in config.trainer:
-                config = replace(config, trainer=RECIPE | config.trainer)
+            if name == FITTED and "max_epochs" not in options.trainer:
+                options = replace(options, trainer=RECIPE | options.trainer)
             why = unmatched if weights.match == "update" else ""
             if why and study.arms is not None:
                 raise UserError(f"arm {name} of {path}: {why} (--arms)")
-            arms.append(Arm(label, name, run, config, why))
+            arms.append(Arm(label, name, run, options, why))
     return arms
 
 
-def describe_model(model: str, image_px: int | None = None) -> tuple[bool, str, list[str]]:
-    """Return whether a model has an LLM, the mask that it was trained with, and its sites, from its config.
-
-    Raises:
-        UserError: It takes no input of this side.
-    """
-    config = read_config(model)
-    family = family_of(config)
-    if image_px is not None:
-        family.with_side(image_px, config)
-    return family.has_llm, own_image_attention(config), family.sites(config)
-
-
-def probed_sites(model: ModelOptions) -> dict[str, str]:
+def probed_sites(
+    model: ModelOptions, family: Family | EncoderFamily, config: PreTrainedConfig
+) -> dict[str, str]:
     """Return the sites that `model.sites` chooses, in forward order, joined ones last, and where each is complete.
 
     A part is complete with its layer, a joined site with the last of its members: random weights from there on leave it
@@ -194,8 +190,6 @@ def probed_sites(model: ModelOptions) -> dict[str, str]:
     Raises:
         UserError: A site is unknown or cannot be read.
     """
-    config = read_config(model.mllm)
-    family = family_of(config)
     try:
         chosen = chosen_sites(family, config, model.sites or None)
     except UserError as error:

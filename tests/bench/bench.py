@@ -7,10 +7,7 @@ machine and its load; the ratios of paired runs hardly do.
 
 import argparse
 import json
-import os
 import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from pathlib import Path
 import torch
 from knockout import bench_knockout
 from loss import bench_loss, print_peak_memory
+from measure import last_line, ratios
 from probe_solvers import bench_solver
 from states import bench_states
 from sweep import PREFIX, Sweep, frozen_model
@@ -42,29 +40,14 @@ def paired(
                 function()
             if i > 0:
                 seconds.append((time.process_time() - start) / calls)
-    ratios = sorted(b / a for a, b in zip(*times, strict=True))
-    return {
-        "ours_s": statistics.median(times[0]),
-        "other_s": statistics.median(times[1]),
-        "ratio": [ratios[0], statistics.median(ratios), ratios[-1]],
-    }
+    return ratios(*times)
 
 
 def peak_memory_mb(step: str) -> float:
     """How much more memory a process holds at most for a step of loss.py; each in a process of its own."""
     command = [sys.executable, __file__, "--peak-memory", step]
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # what is freed goes back to the system
-    return float(
-        subprocess.run(
-            command,
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    )
+    # what is freed goes back to the system
+    return float(last_line(command, MALLOC_MMAP_THRESHOLD_=65536))
 
 
 def bench_sweep(rounds: int) -> list[dict]:
@@ -162,15 +145,15 @@ def main() -> None:
     print(
         f"{machine['machine']}, torch {machine['torch']}, one thread; median of {args.rounds} paired runs [min, max]\n"
     )
-    ratios = []
+    entries = []
     for name in args.only:
         for entry in BENCHES[name](args):
             low, median, high = entry["ratio"]
             print(f"{median:7.2f}x  [{low:.2f}, {high:.2f}]  {entry['name']}", flush=True)
-            ratios.append(entry)
+            entries.append(entry)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": machine, "ratios": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

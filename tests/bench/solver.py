@@ -18,12 +18,12 @@ and `wide`, Gaussian states of 4,096 channels and 150 classes (`passes.py`).
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from measure import last_line
 
 CASES = {
     "camvid46": (4, "own"),
@@ -171,15 +171,7 @@ def solve_case(name: str, states: str) -> None:
 def run_case(name: str, states: str, checkout: Path) -> dict:
     """Return what :func:`solve_case` prints in a process with a checkout."""
     command = [sys.executable, __file__, states, "--solve", name]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(
-        command,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
+    return json.loads(last_line(command, PYTHONPATH=checkout, OMP_NUM_THREADS=1))
 
 
 def main() -> None:

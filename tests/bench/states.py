@@ -6,15 +6,13 @@ model and counts the CPU-seconds of the states alone. PYTHON is that of an envir
 nnsight; it may not have this project.
 """
 
-import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 import transformers
+from measure import last_line, ratios
 
 BATCH = 4
 SIDE = 336
@@ -127,16 +125,7 @@ def print_seconds(way: str, images: int) -> None:
 
 def measure(python: str, way: str, images: int) -> float:
     """Return what a process of a way prints."""
-    command = [python, __file__, way, str(images)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = subprocess.run(
-        command,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return float(output.splitlines()[-1])
+    return float(last_line([python, __file__, way, images], OMP_NUM_THREADS=1))
 
 
 def bench_states(nnsight: str | None, rounds: int, images: int = BATCH) -> list[dict]:
@@ -155,18 +144,8 @@ def bench_states(nnsight: str | None, rounds: int, images: int = BATCH) -> list[
         for way, python in pythons.items():
             seconds[way].append(measure(python, way, images))
     ours = seconds.pop("probes")
-    entries = []
-    for way, found in seconds.items():
-        ratios = sorted(b / a for a, b in zip(ours, found, strict=True))
-        entries.append(
-            {
-                "name": f"states of all sites, an LLM of 30 layers x 576: {way} over probes",
-                "ours_s": statistics.median(ours),
-                "other_s": statistics.median(found),
-                "ratio": [ratios[0], statistics.median(ratios), ratios[-1]],
-            }
-        )
-    return entries
+    name = "states of all sites, an LLM of 30 layers x 576: {} over probes"
+    return [{"name": name.format(way)} | ratios(ours, found) for way, found in seconds.items()]
 
 
 if __name__ == "__main__":

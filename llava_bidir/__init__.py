@@ -7,7 +7,7 @@ classes of transformers.
 from importlib import import_module
 
 _MODULES = {
-    "LlavaBidirConfig": ".model.modeling_llava_bidir",
+    "LlavaBidirConfig": ".model.configuration_llava_bidir",
     "LlavaBidirForConditionalGeneration": ".model.modeling_llava_bidir",
     "IMAGE_ATTENTION": ".model.attention",
     "register_image_attention": ".model.attention",

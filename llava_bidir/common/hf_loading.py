@@ -19,8 +19,8 @@ from .errors import UserError, error_context
 if TYPE_CHECKING:  # seconds, which commands that only read results do not need
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Modules that register a model_type with transformers; seconds, which the config of a stock model does not need
-OWN_CODE = {"llava_bidir": "llava_bidir.model.modeling_llava_bidir"}
+# Modules that register the config of a model_type with transformers
+OWN_CONFIGS = {"llava_bidir": "llava_bidir.model.configuration_llava_bidir"}
 PARTS = ("vision_config", "text_config")
 AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type")  # in config.json of LLaVA's authors
 PEFT_PREFIX = "base_model.model."  # of the names of tensors in peft's files
@@ -80,8 +80,8 @@ def _read_config(path: str, **kwargs) -> "PreTrainedConfig":
 
     given, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     kind = given.get("model_type")
-    if kind in OWN_CODE:
-        import_module(OWN_CODE[kind])
+    if kind in OWN_CONFIGS:
+        import_module(OWN_CONFIGS[kind])
     of_authors = any(name in given for name in AUTHORS_KEYS)
     if of_authors:
         raise UserError(

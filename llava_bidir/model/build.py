@@ -21,10 +21,11 @@ from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.common.weight_files import read_tensors
 
 from .attention import block_ids_of
+from .configuration_llava_bidir import LlavaBidirConfig
 from .encoders import Encoder
 from .llm import check_text_logits, load_llm, read_llm_config
 from .lora import UPDATES, has_lora
-from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, check_layers
+from .modeling_llava_bidir import LlavaBidirForConditionalGeneration, check_layers
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from llava_bidir.common.hf_loading import is_finite
 from llava_bidir.common.training_record import TRAINING_JSON
 
 from . import attention
+from .configuration_llava_bidir import LlavaBidirConfig
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling_llava_bidir import (
-    LlavaBidirConfig,
     LlavaBidirForConditionalGeneration,
     logit_steps,
     released_names,

@@ -2,8 +2,8 @@
 
 One class implements all masks: ``config.image_attention`` names an entry of :mod:`.attention`. ``causal`` equals stock
 LLaVA bit for bit. The model type is not ``llava``, because the stock class would ignore the extra key and run the model
-causally. Exported checkpoints contain this file and :mod:`.attention` (``trust_remote_code``), so both import nothing
-else of the package.
+causally. Exported checkpoints contain this file, :mod:`.configuration_llava_bidir` and :mod:`.attention`
+(``trust_remote_code``), so they import nothing else of the package.
 
 Shapes: B batch, N tokens of this call.
 """
@@ -11,15 +11,12 @@ Shapes: B batch, N tokens of this call.
 import inspect
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
@@ -39,6 +36,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 
 from .attention import block_ids_of
+from .configuration_llava_bidir import LlavaBidirConfig
 
 logger = logging.get_logger(__name__)
 
@@ -53,33 +51,6 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 # Settings of what LLMs do with the products of their heads, with the value that changes nothing.
 NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
-
-
-@strict
-class LlavaBidirConfig(LlavaConfig):
-    """LlavaConfig plus the mask, the resizing of images and the encoder's registers.
-
-    Args:
-        image_attention: Name of the mask among image tokens: "causal", "bidirectional" (Eq. 2), "prefix", or one that
-            was registered with :func:`.attention.register_image_attention`.
-        image_resize: How images become squares: "pad" adds borders of the mean colour (LLaVA's stage 2 and evaluation),
-            "center_crop" cuts the sides off (LLaVA's stage 1).
-        register_tokens: Number of encoder tokens between CLS and patches. They are dropped before the adapter; stock
-            LLaVA would treat them as patches.
-        lm_head_bias: Whether the LLM's head has a bias (Phi); that of stock LLaVA has none.
-    """
-
-    model_type = "llava_bidir"
-
-    image_attention: str = "causal"
-    image_resize: str = "pad"
-    register_tokens: int = 0
-    lm_head_bias: bool = False
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        # an unknown name fails here, not in the first forward
-        block_ids_of(self.image_attention)
 
 
 class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
@@ -498,11 +469,9 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("llava"),
     overwrite=True,
 )
-AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
 # the second one is for "any-to-any"
 for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaBidirConfig, LlavaProcessor, exist_ok=True)
 # Each save_pretrained copies this code, so that fine-tunes load with trust_remote_code, too.
-LlavaBidirConfig.register_for_auto_class()
 LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

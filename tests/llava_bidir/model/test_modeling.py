@@ -121,6 +121,7 @@ def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     code = {
         "modeling_llava_bidir.py",
+        "configuration_llava_bidir.py",
         "attention.py",
     }  # for trust_remote_code, of fine-tunes and merged models, too
     assert code <= {file.name for file in tmp_path.iterdir()}

@@ -1,11 +1,13 @@
 """Generation against forwards of stock LLaVA without a cache, under masks from a loop over pairs of tokens."""
 
 import inspect
+from collections import Counter
 
 import pytest
 import reference
 import tiny_models
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration, StaticCache
 
 from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
@@ -194,3 +196,33 @@ def test_forward_exports():
         torch.testing.assert_close(
             program.module()(**inputs, use_cache=False).logits, model(**inputs).logits
         )
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+
+def operations(model, tokens: int) -> Counter:
+    """Return the operations in which a model answers two prompts with so many tokens."""
+    with Operations() as counted:
+        model.generate(**batch(), **GREEDY | {"max_new_tokens": tokens})
+    return counted.found
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_token_is_decoded_in_the_operations_of_stock_llava(mask):
+    """The mask belongs to the prompt: later tokens cost no more."""
+    model = tiny_models.model(mask)
+    ours, stock = (
+        operations(each, 9) - operations(each, 3) for each in (model, tiny_models.stock(model))
+    )
+    assert ours == stock
+    assert sum(ours.values()) > 100

@@ -211,7 +211,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations(model, tokens: int) -> Counter:
-    """Return the operations in which a model answers two prompts with so many tokens."""
+    """Return the operations in which a model answers each prompt with so many tokens."""
     with Operations() as counted:
         model.generate(**batch(), **GREEDY | {"max_new_tokens": tokens})
     return counted.found

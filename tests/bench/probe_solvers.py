@@ -1,8 +1,8 @@
 """Time and training loss of a probe: at its optimum, by the paper's AdamW, and by scikit-learn at a given strength.
 
-`bench.py --only solver` runs it on synthetic states (`passes.py`): 48 images, 16 x 16 tokens, 384 channels, 11 classes,
-masks of 360 x 480 pixels. `probes.solve_features` searches the strength over four folds and ends with a certificate;
-the other two are given what they need. `solver.py` compares two checkouts on states of photos.
+`bench.py --only solver` runs it on synthetic states (`synthetic_states.py`): 48 images, 16 x 16 tokens, 384 channels,
+11 classes, masks of 360 x 480 pixels. `probes.solve_features` searches the strength over four folds and ends with a
+certificate; the other two are given what they need. `solver.py` compares two checkouts on states of photos.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from passes import Synthetic
 from sklearn.linear_model import LogisticRegression
+from synthetic_states import Synthetic
 from torch import Tensor, nn
 
 import probes

@@ -13,7 +13,7 @@ photo or of all, with
 - 150: each class split by which of 14 groups of photos with similar mean states a photo belongs to, so that a mask has
   about ten classes;
 
-and `wide`, Gaussian states of 4,096 channels and 150 classes (`passes.py`).
+and `wide`, Gaussian states of 4,096 channels and 150 classes (`synthetic_states.py`).
 """
 
 import argparse
@@ -107,7 +107,7 @@ def read_wide():
     import torch
 
     sys.path.insert(0, str(HERE / "tests" / "bench"))
-    from passes import Synthetic
+    from synthetic_states import Synthetic
 
     images = Synthetic(216, 16, 4096, 150, 1.0, 0.1)
     parts = [(states, targets) for _, states, _, targets in images.batches()]

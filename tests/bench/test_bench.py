@@ -48,7 +48,7 @@ def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
 
 WRITE_STATES = """
 import sys, torch
-from passes import Synthetic
+from synthetic_states import Synthetic
 
 images, classes = map(int, sys.argv[1:3])
 parts = list(Synthetic(images, 16, 64, classes, decay=1.0, image_share=0.1).batches())

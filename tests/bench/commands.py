@@ -21,14 +21,17 @@ HERE = Path(__file__).resolve().parents[2]
 TESTS = ("-m", "pytest", "-q", "-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
-def command_of(case: str, model: Path | None, data: Path | None, folder: str) -> list[str]:
-    """Return the arguments of Python for a case, which may write to a folder."""
+def command_of(
+    case: str, checkout: Path, model: Path | None, data: Path | None, folder: str
+) -> list[str]:
+    """Return the arguments of Python for a case in a checkout, which may write to a folder."""
+    has_demo = "probes" if (checkout / "probes" / "worlds").is_dir() else "llava_bidir"
     commands = {
         "torch": ["-c", "import torch"],
         "import": ["-c", "import probes; probes.solve_features"],
         "report": ["-m", "probes", "report", folder, "--out", folder + "/page"],
         "sites": ["-m", "probes", "sites", str(model)],
-        "demo": ["-m", "probes", "demo", "--out", folder],
+        "demo": ["-m", has_demo, "demo", "--out", folder],
         "study": ["-m", "probes", "study", str(model), str(data), "--out", folder, "--draws", "1"],
         "tests": list(TESTS),
     }
@@ -70,7 +73,7 @@ def main() -> None:
             for name, checkout in zip(("other", "here"), found, strict=True):
                 folder = keep / f"{case}-{name}-{turn}"
                 folder.mkdir(parents=True)
-                command = command_of(case, args.model, args.data, str(folder))
+                command = command_of(case, checkout, args.model, args.data, str(folder))
                 log = keep / f"{folder.name}.log"
                 found[checkout].append(cpu_seconds(checkout, command, log))
         other, here = (statistics.median(seconds for seconds, _ in x) for x in found.values())

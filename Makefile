@@ -71,7 +71,7 @@ PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FAST := not slow and not distributed and not gpu and not real and not nightly
 SLOW := (slow or distributed or real) and not gpu and not nightly
 
-test: venv ## the fast tests, two and a half minutes (JOBS=2 worker processes)
+test: venv ## the fast tests, five to eight minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-slow: venv ## those of .ci/run that take longer, start several processes or train a real language model

@@ -7,11 +7,15 @@ machine and its load; the ratios of paired runs hardly do.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+# of numpy: where other jobs run, its threads wait for one another, and scikit-learn takes 17 times as long
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch
 from knockout import bench_knockout

@@ -38,6 +38,11 @@ def command_of(
     return commands[case]
 
 
+def absolute(path: str) -> Path:
+    """Return a path that holds in any folder, since commands run in their checkout."""
+    return Path(path).resolve()
+
+
 def cpu_seconds(checkout: Path, arguments: list[str], log: Path) -> tuple[float, int]:
     """Run Python in a checkout, and return the CPU-seconds of all its processes and its exit status."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -58,17 +63,17 @@ def main() -> None:
     """Print a row for each case."""
     cases = ("torch", "import", "report", "sites", "demo", "study", "tests")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--other", type=Path, required=True, help="the other checkout")
-    parser.add_argument("--model", type=Path, help="of sites and study")
-    parser.add_argument("--data", type=Path, help="of study, a folder of images and masks")
+    parser.add_argument("--other", type=absolute, required=True, help="the other checkout")
+    parser.add_argument("--model", type=absolute, help="of sites and study")
+    parser.add_argument("--data", type=absolute, help="of study, a folder of images and masks")
     parser.add_argument("--cases", nargs="+", choices=cases, default=["torch", "import", "report"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="a new folder for what they write and print")
+    parser.add_argument("--keep", type=absolute, help="a new folder for what they write and print")
     args = parser.parse_args()
     keep = args.keep or Path(tempfile.mkdtemp())
     print("case | other, CPU-s | this one | ratio | exit status", flush=True)
     for case in args.cases:
-        found = {args.other.resolve(): [], HERE: []}
+        found = {args.other: [], HERE: []}
         for turn in range(args.rounds):
             for name, checkout in zip(("other", "here"), found, strict=True):
                 folder = keep / f"{case}-{name}-{turn}"

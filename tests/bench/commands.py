@@ -18,24 +18,16 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
-TESTS = ("-m", "pytest", "-q", "-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")
-
-
-def command_of(
-    case: str, checkout: Path, model: Path | None, data: Path | None, folder: str
-) -> list[str]:
-    """Return the arguments of Python for a case in a checkout, which may write to a folder."""
-    has_demo = "probes" if (checkout / "probes" / "worlds").is_dir() else "llava_bidir"
-    commands = {
-        "torch": ["-c", "import torch"],
-        "import": ["-c", "import probes; probes.solve_features"],
-        "report": ["-m", "probes", "report", folder, "--out", folder + "/page"],
-        "sites": ["-m", "probes", "sites", str(model)],
-        "demo": ["-m", has_demo, "demo", "--out", folder],
-        "study": ["-m", "probes", "study", str(model), str(data), "--out", folder, "--draws", "1"],
-        "tests": list(TESTS),
-    }
-    return commands[case]
+# Arguments of Python: {demo} is the package that has the demo, {folder} is for what a command writes.
+CASES = {
+    "torch": ("-c", "import torch"),
+    "import": ("-c", "import probes; probes.solve_features"),
+    "report": ("-m", "probes", "report", "{folder}", "--out", "{folder}/page"),
+    "sites": ("-m", "probes", "sites", "{model}"),
+    "demo": ("-m", "{demo}", "demo", "--out", "{folder}"),
+    "study": ("-m", "probes", "study", "{model}", "{data}", "--out", "{folder}", "--draws", "1"),
+    "tests": ("-m", "pytest", "-q", "-n", "1", "--dist", "loadfile", "--no-loadscope-reorder"),
+}
 
 
 def absolute(path: str) -> Path:
@@ -61,15 +53,18 @@ def cpu_seconds(checkout: Path, arguments: list[str], log: Path) -> tuple[float,
 
 def main() -> None:
     """Print a row for each case."""
-    cases = ("torch", "import", "report", "sites", "demo", "study", "tests")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--other", type=absolute, required=True, help="the other checkout")
     parser.add_argument("--model", type=absolute, help="of sites and study")
     parser.add_argument("--data", type=absolute, help="of study, a folder of images and masks")
-    parser.add_argument("--cases", nargs="+", choices=cases, default=["torch", "import", "report"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["torch", "import", "report"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=absolute, help="a new folder for what they write and print")
     args = parser.parse_args()
+    for name in ("model", "data"):
+        needed = [case for case in args.cases if f"{{{name}}}" in CASES[case]]
+        if needed and getattr(args, name) is None:
+            parser.error(f"{' and '.join(needed)} need --{name}")
     keep = args.keep or Path(tempfile.mkdtemp())
     print("case | other, CPU-s | this one | ratio | exit status", flush=True)
     for case in args.cases:
@@ -78,7 +73,12 @@ def main() -> None:
             for name, checkout in zip(("other", "here"), found, strict=True):
                 folder = keep / f"{case}-{name}-{turn}"
                 folder.mkdir(parents=True)
-                command = command_of(case, checkout, args.model, args.data, str(folder))
+                has_demo = (checkout / "probes" / "worlds").is_dir()
+                known = vars(args) | {
+                    "demo": "probes" if has_demo else "llava_bidir",
+                    "folder": folder,
+                }
+                command = [word.format_map(known) for word in CASES[case]]
                 log = keep / f"{folder.name}.log"
                 found[checkout].append(cpu_seconds(checkout, command, log))
         other, here = (statistics.median(seconds for seconds, _ in x) for x in found.values())

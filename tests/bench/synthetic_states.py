@@ -1,4 +1,4 @@
-"""States of Gaussian classes, drawn for each batch from its number; nothing is kept."""
+"""Synthetic states for the benchmarks. Of `probes`, only what checkouts that are compared have, too, is imported."""
 
 import math
 

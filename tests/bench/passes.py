@@ -21,9 +21,15 @@ from synthetic_states import BATCH, Synthetic
 from probes.data.samplers import assign_folds
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
-from probes.ops.quadrature import join_masks, prepare_masks
+from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 from probes.training.solve.curvature import SampledPixels
+from probes.training.solve.held_out import (
+    class_pixels,
+    ignore_classes,
+    lone_classes,
+    scored_masks,
+)
 from probes.training.solve.moments import Moments, SiteSpace
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, PixelProblem, SiteProblem
 from probes.training.solve.pass_refinement import PassRefinement
@@ -62,6 +68,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def prepare(self, target: torch.Tensor) -> PreparedMasks:
+        """Return masks uint8[B, H, W] with many nodes."""
+        return prepare_masks(target, self.classes, self.grid, TIGHT_NODES)
 
     def prepared(self, nodes: int) -> list:
         """Return all masks, prepared once."""
@@ -108,8 +118,10 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
         share * len(data) * data.grid[0] * data.grid[1] * 4
     )  # float32 states, a byte a channel at first
     channels = moments = None
+    by_class = torch.zeros(FOLDS, data.classes, dtype=torch.float64, device=data.device)
     kept = []
     for images, states, masks, targets in data.batches():
+        by_class += class_pixels(masks, fold_of[images], FOLDS)
         if moments is None:
             channels = ChannelRange.of(states)
             moments = Moments.zeros(channels.mean, 1, data.classes)
@@ -131,13 +143,17 @@ def solve_by_passes(data, share: float, passes: int) -> dict:
     print(
         f"  pass 1: {len(labels)} pixels choose {chosen:.2g}; {cpu_seconds():.0f} CPU-s", flush=True
     )
+    lone = lone_classes(by_class).cpu()
     for number in range(2, passes + 1):
         sums = PassSums(LOSS, *refinement.arguments())
         pixel_count = torch.zeros(FOLDS, dtype=torch.float64, device=data.device)
         kept = []
         for images, states, masks, targets in data.batches():
             folds = fold_of[images]
-            sums.add(states, masks, folds.tolist())
+            scored = ignore_classes(
+                masks, lone[folds], lambda i, targets=targets: targets[i], data.prepare
+            )
+            sums.add(states, masks, scored, folds.tolist())
             pixel_count.index_add_(0, folds.to(data.device), masks.pixels)
             draws = [count_and_seed(image, len(data), 2 * total, number - 1) for image in images]
             draws = [(CANDIDATES * count, seed) for count, seed in draws]
@@ -186,7 +202,16 @@ def solve_in_memory(data) -> dict:
         join_masks(data.prepared(nodes)).to(data.device) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
     states = data.states.to(data.device)
-    problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(data), FOLDS))
+    fold_of = assign_folds(len(data), FOLDS)
+    scored = scored_masks(tight, fold_of, lambda i: data.targets[i], data.prepare)
+    problem = SiteProblem(
+        LOSS,
+        states,
+        loose,
+        tight,
+        fold_of,
+        scored,
+    )
     path, refinement = start_refinement(problem)
     refinement.solve_in_memory()
     return path._asdict() | {

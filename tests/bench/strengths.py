@@ -23,6 +23,7 @@ from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import Counts, count
 from probes.tasks import SEGMENTATION, TASKS
+from probes.training.solve.held_out import scored_masks
 from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from probes.training.solve.refinement import start_refinement
 
@@ -100,7 +101,17 @@ def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProb
     loose, tight = (
         MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
-    problem = SiteProblem(LOSS, states, loose, tight, assign_folds(len(states), FOLDS, None))
+    fold_of = assign_folds(len(states), FOLDS, None)
+    prepare = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)
+    scored = scored_masks(tight, fold_of, lambda i: targets[i], prepare)
+    problem = SiteProblem(
+        LOSS,
+        states,
+        loose,
+        tight,
+        fold_of,
+        scored,
+    )
     path, _ = start_refinement(problem)
     chosen = path.strengths[path.chosen]
     given = [

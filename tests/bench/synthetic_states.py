@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from probes.ops.quadrature import prepare_masks
+from probes.ops.quadrature import PreparedMasks, prepare_masks
 from probes.training.solve.objective import TIGHT_NODES
 
 BATCH = 32
@@ -65,6 +65,10 @@ class Synthetic:
     def __len__(self) -> int:
         return self.images
 
+    def prepare(self, target: torch.Tensor) -> PreparedMasks:
+        """Return masks uint8[B, H, W] with many nodes."""
+        return prepare_masks(target, self.classes, self.grid, TIGHT_NODES)
+
     def batches(self):
         """Yield images, states, masks and targets."""
         side = self.grid[0]
@@ -79,7 +83,7 @@ class Synthetic:
             tokens = F.interpolate(objects, (side, side))[:, 0].long()
             targets = F.interpolate(objects, (size, size))[:, 0].to(torch.uint8).cpu()
             states = self.means[tokens.flatten(1)] + self._noise(len(images), generator)
-            masks = prepare_masks(targets, self.classes, self.grid, TIGHT_NODES)
+            masks = self.prepare(targets)
             yield (images, self._mix(states), masks.to(self.device), list(targets))
 
     def _noise(self, images: int, generator: torch.Generator) -> torch.Tensor:

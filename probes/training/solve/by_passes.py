@@ -16,9 +16,11 @@ from torch import Tensor
 from llava_bidir.common.distributed import all_gather_objects, all_reduce, broadcast, rank
 from llava_bidir.common.rank_zero import rank_zero_info
 from probes.evaluation.strengths import OPTIMUM
+from probes.ops.quadrature import PreparedMasks
 from probes.run_config import SolverOptions
 
 from .curvature import SampledPixels
+from .held_out import class_pixels, ignore_classes, lone_classes
 from .moments import Moments, SiteSpace
 from .objective import PixelProblem
 from .pass_refinement import (
@@ -75,6 +77,10 @@ class PassSolver(Solver):
         self.channel_ranges: dict[str, ChannelRange] = {}
         self.axis_ranges: dict[str, AxisRange] = {}
         self.moments: dict[str, Moments] = {}
+        # f64[F, K], labelled pixels of each class in each fold, from the first pass
+        self.class_pixels = torch.zeros(
+            options.folds, self.channels, dtype=torch.float64, device=self.device
+        )
         # Labels, weights and folds of the n pixels of a pass, whose states are `sample_states`
         self.sample_pixels: tuple[Tensor, Tensor, Tensor] | None = None
         self.spaces: dict[str, SiteSpace] = {}
@@ -116,8 +122,10 @@ class PassSolver(Solver):
         )
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Keep some of the pixels of a batch, and add its tokens to the moments."""
+        """Keep some of the pixels of a batch, count all, and add its tokens to the moments."""
         self._keep_pixels(batch, {})
+        folds = self.fold_of[batch["index"].cpu()]
+        self.class_pixels += class_pixels(batch["masks"], folds, self.options.folds)
         labels = batch["masks"].soft.flatten(2).mT.flatten(0, 1).double()
         for site, x in batch["states"].items():
             self.moments[site].update(x.flatten(0, 1), labels, 0)
@@ -189,6 +197,7 @@ class PassSolver(Solver):
             self._resume_passes()
         else:
             sums = {site: self._sum_moments(site) for site in self.sites}
+            all_reduce(self.class_pixels)
             self._gather_pixels()
             self.spaces = {site: sums[site][0] for site in self.sample_states}
             found = dict(in_workers(self._solve_sample, list(self.sample_states), self.device))
@@ -268,13 +277,16 @@ class PassSolver(Solver):
             for site in self.sites
         }
         labelled = torch.zeros(self.options.folds, dtype=torch.float64, device=self.device)
+        lone = lone_classes(self.class_pixels)
         images = self.reader.share(range(self.images))
         for batch in self.reader.training(images, f"pass {self.passes + 1}"):
             self._keep_pixels(batch, sums)
+            masks = batch["masks"]
             folds = self.fold_of[batch["index"].cpu()]
-            labelled.index_add_(0, folds.to(self.device), batch["masks"].pixels)
+            scored = self._without(lone[folds], batch)
+            labelled.index_add_(0, folds.to(self.device), masks.pixels)
             for site, of_site in sums.items():
-                of_site.add(batch["states"][site], batch["masks"], folds.tolist())
+                of_site.add(batch["states"][site], masks, scored, folds.tolist())
         self.passes += 1
         all_reduce(labelled)
         for site, of_site in sums.items():
@@ -285,6 +297,12 @@ class PassSolver(Solver):
                 refinement.accept_losses(*of_site.means(refinement.space, labelled))
         self._gather_pixels()
         self.refinements |= dict(in_workers(self._step, list(self.refinements), self.device))
+
+    def _without(self, classes: Tensor, batch: dict[str, Any]) -> PreparedMasks:
+        """Return the masks of a batch without the pixels of some classes, bool[B, K]."""
+        targets = batch["target"]
+        prepare = self.reader.prepare_masks
+        return ignore_classes(batch["masks"], classes, lambda image: targets[image], prepare)
 
     def _probes(self, site: str) -> tuple[Tensor, Tensor, list[int | None], int] | None:
         """Return the arguments of `PassSums` after the loss; None on processes that do not solve the site."""
@@ -305,7 +323,7 @@ class PassSolver(Solver):
 
     def _save_passes(self) -> None:
         """Save all sites in one file, so that they are of the same pass."""
-        tensors = {"passes": torch.tensor(self.passes)}
+        tensors = {"passes": torch.tensor(self.passes), "class_pixels": self.class_pixels}
         for site in self.sites:
             tensors[f"{site}/deviation"] = self.axis_ranges[site].deviation
             refinement = self.refinements.get(site)
@@ -319,6 +337,7 @@ class PassSolver(Solver):
         """Read what a run that was killed in a later pass has saved."""
         tensors = self.checkpoints.load(PASSES)
         self.passes = int(tensors["passes"])
+        self.class_pixels = tensors["class_pixels"].to(self.device)
         rank_zero_info(f"resuming after pass {self.passes}")
         for site in self.sites:
             state = {name: x.to(self.device) for name, x in tensors_of(site, tensors).items()}

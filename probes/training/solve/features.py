@@ -16,6 +16,7 @@ from probes.ops.geometry import GridPlacement, mask_tensor
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 
+from .held_out import scored_masks
 from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
 from .refinement import solve_site
 from .solved_site import SolvedSite
@@ -29,7 +30,8 @@ class FeatureProbe:
         weight: f32[K, d].
         bias: f32[K].
         strength: How much the weights are regularised.
-        loss: Cross-entropy per pixel of images that were left out, in nats, at this strength.
+        loss: Cross-entropy per pixel of images that were left out, in nats, at this strength; pixels of a class that no
+            other fold has do not count.
         converged: The probe has a certificate: its gradient is below 1e-3 of that at w = 0, and a further step would
             lower the loss by less than 1e-4 nats.
     """
@@ -89,8 +91,15 @@ def solve_features(
     if not tight.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
     fold_of = assign_folds(len(masks), folds)
+    scored = scored_masks(
+        tight,
+        fold_of,
+        target_of=lambda image: mask_tensor(masks[image]),
+        prepare=lambda target: prepare_masks(target, classes, grid, TIGHT_NODES),
+    )
     loss = TASKS[SEGMENTATION].loss
-    problem = SiteProblem(loss, features.flatten(1, 2), loose, tight, fold_of)
+    states = features.flatten(1, 2)
+    problem = SiteProblem(loss, states, loose, tight, fold_of, scored)
     path, refinement = solve_site(problem, None if strength is None else [strength])
     solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)
     weight = solved.weights[solved.row]

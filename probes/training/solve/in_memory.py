@@ -15,6 +15,7 @@ from probes.data.batches import MaskPreparer
 from probes.evaluation.strengths import OPTIMUM
 from probes.ops.quadrature import join_masks
 
+from .held_out import scored_masks
 from .objective import LOOSE_NODES, SiteProblem
 from .refinement import solve_site
 from .solved_site import SolvedSite
@@ -70,13 +71,24 @@ class MemorySolver(Solver):
         order = torch.cat([index for index, _, _ in parts]).argsort()
         self.loose = join_masks([part[1] for part in parts])[order.tolist()]
         self.tight = join_masks([part[2] for part in parts])[order.tolist()]
+        self.scored = scored_masks(
+            self.tight, self.fold_of, self.reader.training_target, self.reader.prepare_masks
+        )
         self.gather_states(states, counts, order)
 
     def _solve_site(self, site: str) -> SolvedSite:
         states = self.sample_states[site].to(self.device)
         loose = self.loose.to(self.device)
         tight = self.tight.to(self.device)
-        problem = SiteProblem(self.loss, states, loose, tight, self.fold_of)
+        scored = self.scored.to(self.device)
+        problem = SiteProblem(
+            self.loss,
+            states,
+            loose,
+            tight,
+            self.fold_of,
+            scored,
+        )
         path, refinement = solve_site(problem, self.options.strengths)
         return SolvedSite.of_points(
             path,

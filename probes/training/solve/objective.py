@@ -27,6 +27,7 @@ from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import Loss
 
 from .curvature import SampledPixels, SampleHessian, first_damping, sample_nodes
+from .held_out import class_pixels, lone_classes
 from .moments import SiteSpace, full_precision
 
 LOOSE_NODES = 2
@@ -60,14 +61,25 @@ class FoldProblem:
         space: Coordinates of the site.
         loss: Of the logits.
         pixels: f64[F], labelled pixels of each fold.
+        scored: f64[F], those by which the fold is tested; see `held_out.py`.
+        lone: bool[F, K], classes that the fold alone has, and that probes without it do not know.
     """
 
     has_nodes = True  # the number of nodes makes a difference
 
-    def __init__(self, space: SiteSpace, loss: Loss, pixels: Tensor):
+    def __init__(
+        self,
+        space: SiteSpace,
+        loss: Loss,
+        pixels: Tensor,
+        scored: Tensor,
+        lone: Tensor,
+    ):
         self.space = space
         self.loss = loss
         self.pixels = pixels
+        self.scored = scored
+        self.lone = lone
 
     def sums(
         self,
@@ -77,6 +89,10 @@ class FoldProblem:
         needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the summed loss f64[P] of points f64[P, K, d + 1] on a fold, and its gradient."""
+        raise NotImplementedError
+
+    def scored_sum(self, fold: int, point: Tensor) -> Tensor:
+        """Return the summed loss f64[] of a point f64[K, d + 1] on the pixels by which a fold is tested."""
         raise NotImplementedError
 
     @property
@@ -124,12 +140,9 @@ class FoldProblem:
         return self.pixels.sum() - (0 if fold is None else self.pixels[fold])
 
     def held_out_loss(self, points: Tensor) -> float:
-        """Return the mean loss of all images, each under the point f64[F, K, d + 1] of its fold."""
-        by_fold = [(fold, point[None]) for fold, point in enumerate(points)]
-        losses = [
-            self.sums(fold, point, TIGHT_NODES, needs_grad=False)[0] for fold, point in by_fold
-        ]
-        return (torch.cat(losses).sum() / self.pixels.sum()).item()
+        """Return the mean loss of the pixels that test folds, each under the point f64[F, K, d + 1] of its fold."""
+        losses = [self.scored_sum(fold, point) for fold, point in enumerate(points)]
+        return (torch.stack(losses).sum() / self.scored.sum()).item()
 
 
 class SiteProblem(FoldProblem):
@@ -141,6 +154,11 @@ class SiteProblem(FoldProblem):
         loose: The masks of the images, with few nodes.
         tight: The same with many nodes.
         fold_of: i64[B], fold of each image.
+        scored: The masks with many nodes by which folds are tested, from `scored_masks`; None where each class is in
+            two folds, or there is one fold.
+
+    Raises:
+        ValueError: `scored` has pixels of a class that only their fold has.
     """
 
     def __init__(
@@ -150,7 +168,15 @@ class SiteProblem(FoldProblem):
         loose: PreparedMasks,
         tight: PreparedMasks,
         fold_of: Tensor,
+        scored: PreparedMasks | None = None,
     ):
+        scored = tight if scored is None else scored
+        count = int(fold_of.max()) + 1
+        lone = lone_classes(class_pixels(tight, fold_of, count))
+        if (lone & (class_pixels(scored, fold_of, count) > 0)).any():
+            raise ValueError(
+                "a class is in one fold only, and its pixels test it; see `scored_masks`"
+            )
         order = fold_of.argsort(stable=True)
         sizes = fold_of.bincount().tolist()
         space = SiteSpace.of(states, tight.soft)
@@ -158,9 +184,19 @@ class SiteProblem(FoldProblem):
         self.tokens = [space.coordinates(states[images]) for images in folds]
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-        pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        self.scored_masks = [scored[images] for images in folds]
         self.samples: dict[int, SampledPixels] = {}
-        super().__init__(space, loss, pixels)
+        pixels, tested = (
+            torch.stack([masks.pixels.sum() for masks in of_folds])
+            for of_folds in (self.masks[TIGHT_NODES], self.scored_masks)
+        )
+        super().__init__(
+            space,
+            loss,
+            pixels,
+            tested,
+            lone,
+        )
 
     def sample(self, nodes: int) -> SampledPixels:
         """Return some nodes of all images, for the curvature of the loss with so many nodes.
@@ -210,6 +246,11 @@ class SiteProblem(FoldProblem):
         """Return the summed loss of points on a fold, and its gradient; `nodes` as for :meth:`objective`."""
         return loss_sums(self.loss, self.tokens[fold], self.masks[nodes][fold], points, needs_grad)
 
+    def scored_sum(self, fold: int, point: Tensor) -> Tensor:
+        """Return the summed loss f64[] of a point f64[K, d + 1] on the pixels by which a fold is tested."""
+        masks = self.scored_masks[fold]
+        return loss_sums(self.loss, self.tokens[fold], masks, point[None], needs_grad=False)[0][0]
+
 
 class PixelProblem(FoldProblem):
     """The objective of a site on a sample of pixels; there are no nodes.
@@ -236,9 +277,23 @@ class PixelProblem(FoldProblem):
         fold_of: Tensor,
         folds: int,
     ):
+        counts = weights.new_zeros(folds, len(space.pixels))
+        counts.index_put_((fold_of, labels), weights, accumulate=True)
+        lone = lone_classes(counts)
+        scored = weights.masked_fill(lone[fold_of, labels], 0)
         parts = [(fold_of == fold).nonzero().flatten() for fold in range(folds)]
         self.parts = [(inputs[part], labels[part], weights[part].float()) for part in parts]
-        super().__init__(space, loss, torch.stack([weights[part].sum() for part in parts]))
+        self.scored_weights = [scored[part].float() for part in parts]
+        pixels, tested = (
+            torch.stack([of_all[part].sum() for part in parts]) for of_all in (weights, scored)
+        )
+        super().__init__(
+            space,
+            loss,
+            pixels,
+            tested,
+            lone,
+        )
 
     @full_precision()
     def sums(
@@ -258,6 +313,13 @@ class PixelProblem(FoldProblem):
             return total, None
         by_logits *= weights[:, None, None]
         return total, (by_logits.flatten(1).T @ inputs).view_as(points).double()
+
+    @full_precision()
+    def scored_sum(self, fold: int, point: Tensor) -> Tensor:
+        """Return the summed loss f64[] of a point f64[K, d + 1] on the pixels by which a fold is tested."""
+        inputs, labels, _ = self.parts[fold]
+        losses, _ = self.loss.of_pixels(inputs @ point.T.to(inputs), labels, needs_grad=False)
+        return (losses * self.scored_weights[fold]).sum(dtype=torch.float64)
 
 
 @full_precision()

@@ -41,16 +41,29 @@ class PassSums:
         self.value = points.new_zeros(points.shape[:2])
         self.gradient = torch.zeros_like(points)
         self.held_out = points.new_zeros(len(points), folds)
+        self.scored = points.new_zeros(())  # pixels that test folds
 
-    def add(self, states: Tensor, masks: PreparedMasks, folds: list[int]) -> None:
-        """Add images of states f[B, T, d]; `folds` has the fold of each."""
+    def add(
+        self, states: Tensor, masks: PreparedMasks, scored: PreparedMasks, folds: list[int]
+    ) -> None:
+        """Add images of states f[B, T, d].
+
+        Args:
+            states: Of B images.
+            masks: Of the images.
+            scored: The masks by which folds are tested; see `held_out.py`.
+            folds: The fold of each image.
+        """
         x = states.float() - self.mean
         inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        self.scored += scored.pixels.sum()
         for fold in sorted(set(folds)):
             images = [i for i, own in enumerate(folds) if own == fold]
-            self._add_fold(inputs[images], masks[images], fold)
+            self._add_fold(inputs[images], masks[images], scored[images], fold)
 
-    def _add_fold(self, inputs: Tensor, masks: PreparedMasks, fold: int) -> None:
+    def _add_fold(
+        self, inputs: Tensor, masks: PreparedMasks, scored: PreparedMasks, fold: int
+    ) -> None:
         used = [g for g, left_out in enumerate(self.left_out) if left_out != fold]
         points = self.points[:, used]
         value, gradient = loss_sums(self.loss, inputs, masks, points.flatten(0, 1))
@@ -58,7 +71,7 @@ class PassSums:
         self.gradient[:, used] += gradient.view_as(points)
         if fold in self.left_out:
             points = self.points[:, self.left_out.index(fold)]
-            value, _ = loss_sums(self.loss, inputs, masks, points, needs_grad=False)
+            value, _ = loss_sums(self.loss, inputs, scored, points, needs_grad=False)
             self.held_out[:, fold] += value
 
     @full_precision()
@@ -76,9 +89,9 @@ class PassSums:
         curvature = self.loss.curvature(pixels.interpolate(by_token))
         return curvature.trace().nan_to_num(0).clamp(min=0)
 
-    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+    def totals(self) -> tuple[Tensor, ...]:
         """Return the sums, which are added over processes in place."""
-        return self.value, self.gradient, self.held_out
+        return self.value, self.gradient, self.held_out, self.scored
 
     def means(self, space: SiteSpace, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `PassRefinement.accept_losses` takes; `pixels` f64[F] are the labelled ones of each fold."""
@@ -89,7 +102,7 @@ class PassSums:
         gradient = torch.cat(
             [space.from_gradient(self.gradient[..., :-1]), self.gradient[..., -1:]], -1
         )
-        return self.value / used, gradient / used[:, None, None], self.held_out / total
+        return self.value / used, gradient / used[:, None, None], self.held_out / self.scored
 
 
 def null_gradient(loss: Loss, space: SiteSpace, moments: Moments) -> Tensor:

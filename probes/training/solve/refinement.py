@@ -159,6 +159,8 @@ class Refinement:
             self._certify(found.decrease)
             if self.converged:
                 break
+            if (found.decrease > self.tolerance).any():
+                self.pairs.clear()  # steps along them do not lower the loss
             self.tolerance /= 4  # else the next round would end where it begins
 
     def accept(self, value: Tensor, gradient: Tensor) -> None:

@@ -52,8 +52,8 @@ class StateReader:
         self.machine = machine
         self.device = machine.device
         mllm = probes.mllm
-        prepare = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES) if masks else None
-        data.read_for(mllm, probes.sites, prepare)
+        self.prepare_masks = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES)
+        data.read_for(mllm, probes.sites, self.prepare_masks if masks else None)
         self.state_file: StateFile | None = None
 
     def share(self, images: Iterable[int]) -> list[list[int]]:
@@ -89,6 +89,10 @@ class StateReader:
         if file is not None:
             file.write(images, states)
         return states
+
+    def training_target(self, image: int) -> Tensor:
+        """Return the mask uint8[H, W] of a training image."""
+        return torch.from_numpy(self.data.splits["training"][image]["target"])
 
     def validation(self) -> Iterator[dict[str, Any]]:
         """Yield this process's batches of validation images."""

@@ -144,9 +144,9 @@ class FoldSearch:
             chosen,
             solved,
         )
-        points = torch.stack([visited[i].points.mean(0) for i in solved])
+        points = torch.stack([self._mean_of_folds(visited[i].points) for i in solved])
         at = points.new_tensor([order[i] for i in solved])
-        self._keep_first_fold(at)
+        self._keep_one_fold(at)
         if not self.problem.has_nodes:
             points = self._minimise(at, [None] * len(solved), points, LOOSE_NODES).points
         return PathSolution(path, visited[chosen].points, points)
@@ -256,13 +256,26 @@ class FoldSearch:
             add_penalty(self.pairs, ridge(strengths) - ridge(self.learned_at))
         self.learned_at = strengths
 
-    def _keep_first_fold(self, strengths: Tensor) -> None:
-        """Keep what is known of the first fold for probes of all images, most of which are its own."""
+    def _mean_of_folds(self, points: Tensor) -> Tensor:
+        """Return the mean of points f64[F, K, d + 1], of each class over the folds that know it."""
+        knows = ~self.problem.lone[..., None]
+        return torch.where(knows, points, 0).sum(0) / knows.sum(0)
+
+    def _keep_one_fold(self, strengths: Tensor) -> None:
+        """Keep what is known of a fold for probes of all images, most of which are its own, if it knows all classes.
+
+        Along the weights of a class that it does not know, it has no curvature; all images have.
+        """
+        knows_all = (~self.problem.lone.any(1)).nonzero().flatten().tolist()
+        if not knows_all:
+            self.pairs.clear()
+            return
+        fold = slice(knows_all[0], knows_all[0] + 1)
         count = len(strengths)
         self.learned_at = self.learned_at[:1].expand(count)
         for _ in range(len(self.pairs)):
             pair = self.pairs.popleft()
-            self.pairs.append(Pair(*(x[:1].expand(count, *x.shape[1:]) for x in pair)))
+            self.pairs.append(Pair(*(x[fold].expand(count, *x.shape[1:]) for x in pair)))
         self._carry_pairs(strengths)
 
 

@@ -1,5 +1,7 @@
 """Probes at the optimum against scipy on explicitly upsampled logits, on their path, and refined by passes."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from losses import CROSS_ENTROPY, LabelSmoothing
 from optima import ROUNDING, SLACK
 from scipy.optimize import minimize as scipy_minimize
 
+from probes.ops.lbfgs import MEMORY, Pair
 from probes.ops.quadrature import prepare_masks
 from probes.tasks.losses import Loss
 from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
+from probes.training.solve.held_out import scored_masks
 from probes.training.solve.objective import (
     LOOSE_NODES,
     TIGHT_NODES,
@@ -57,7 +61,21 @@ def problem(data, loss: Loss = CROSS_ENTROPY) -> SiteProblem:
     loose, tight = (
         prepare_masks(target, CLASSES, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES)
     )
-    return SiteProblem(loss, states, loose, tight, torch.arange(len(states)) // 2 % FOLDS)
+    fold_of = torch.arange(len(states)) // 2 % FOLDS
+    scored = scored_masks(
+        tight,
+        fold_of,
+        lambda image: target[image],
+        lambda mask: prepare_masks(mask, CLASSES, GRID, TIGHT_NODES),
+    )
+    return SiteProblem(
+        loss,
+        states,
+        loose,
+        tight,
+        fold_of,
+        scored,
+    )
 
 
 def objective(
@@ -227,6 +245,19 @@ def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkey
     certified = [refinement.accepted.value for _, refinement in found]
     left = [max(c.decrease for c in refinement.certificates) for _, refinement in found]
     torch.testing.assert_close(*certified, atol=SLACK * max(left) + ROUNDING, rtol=0)
+
+
+def test_pairs_that_tell_of_no_curvature_are_forgotten(data):
+    """As those of a fold along the weights of a class that it lacks: all steps would be far too long."""
+    at = problem(data)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, CLASSES, WIDTH + 1)
+    steps = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5)]
+    pairs = deque([Pair.of(step, 1e-9 * step) for step in steps], maxlen=MEMORY)
+    strengths = torch.tensor([1e-2], dtype=torch.float64)
+    refinement = Refinement(at, strengths, at.start[None], pairs)
+    refinement.solve_in_memory()
+    assert refinement.converged
 
 
 def test_the_curvature_is_that_of_the_nodes_whose_loss_is_minimised(monkeypatch):

@@ -36,8 +36,8 @@ def right(folders, tmp_path_factory) -> ProbeRun:
 def bias_without_gradient(patch) -> None:
     inner = objective.loss_sums
 
-    def loss_sums(*args):
-        loss, gradient = inner(*args)
+    def loss_sums(*args, **kwargs):
+        loss, gradient = inner(*args, **kwargs)
         if gradient is not None:
             gradient[..., -1] = 0
         return loss, gradient

@@ -55,16 +55,18 @@ def scored_masks(
     fold_of: Tensor,
     target_of: Callable[[int], Tensor],
     prepare: Callable[[Tensor], PreparedMasks],
-) -> PreparedMasks:
-    """Return the masks of all images by which folds are tested; arguments as of :func:`ignore_classes`.
+) -> PreparedMasks | None:
+    """Return the masks of all images by which folds are tested; None if each class is in two folds.
 
     Args:
         masks: Of all images.
         fold_of: i64[B], fold of each image.
-        target_of, prepare: How masks are made.
+        target_of, prepare: As of :func:`ignore_classes`.
     """
     folds = int(fold_of.max()) + 1
     lone = lone_classes(class_pixels(masks, fold_of, folds))
+    if not lone.any():
+        return None
     return ignore_classes(masks, lone.cpu()[fold_of], target_of, prepare)
 
 

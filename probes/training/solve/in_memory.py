@@ -80,7 +80,7 @@ class MemorySolver(Solver):
         states = self.sample_states[site].to(self.device)
         loose = self.loose.to(self.device)
         tight = self.tight.to(self.device)
-        scored = self.scored.to(self.device)
+        scored = None if self.scored is None else self.scored.to(self.device)
         problem = SiteProblem(
             self.loss,
             states,

@@ -158,6 +158,7 @@ class SiteProblem(FoldProblem):
             two folds, or there is one fold.
 
     Raises:
+        UserError: No class is in two folds.
         ValueError: `scored` has pixels of a class that only their fold has.
     """
 
@@ -170,10 +171,10 @@ class SiteProblem(FoldProblem):
         fold_of: Tensor,
         scored: PreparedMasks | None = None,
     ):
-        scored = tight if scored is None else scored
         count = int(fold_of.max()) + 1
         lone = lone_classes(class_pixels(tight, fold_of, count))
-        if (lone & (class_pixels(scored, fold_of, count) > 0)).any():
+        tested_by = class_pixels(tight if scored is None else scored, fold_of, count) > 0
+        if (lone & tested_by).any():
             raise ValueError(
                 "a class is in one fold only, and its pixels test it; see `scored_masks`"
             )
@@ -184,7 +185,9 @@ class SiteProblem(FoldProblem):
         self.tokens = [space.coordinates(states[images]) for images in folds]
         both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
         self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
-        self.scored_masks = [scored[images] for images in folds]
+        self.scored_masks = self.masks[TIGHT_NODES]
+        if scored is not None:
+            self.scored_masks = [scored[images] for images in folds]
         self.samples: dict[int, SampledPixels] = {}
         pixels, tested = (
             torch.stack([masks.pixels.sum() for masks in of_folds])

@@ -26,7 +26,7 @@ from probes.ops.lbfgs import FirstGuess, Objective
 from probes.ops.quadrature import PreparedMasks
 from probes.tasks.losses import Loss
 
-from .curvature import SampledPixels, SampleHessian, first_damping, sample_nodes
+from .curvature import SampleHessian, first_damping, sample_nodes
 from .held_out import class_pixels, lone_classes
 from .moments import SiteSpace, full_precision
 
@@ -103,9 +103,18 @@ class FoldProblem:
         return torch.cat([weights, bias[:, None]], 1)
 
     def first_guess(
-        self, strengths: Tensor, left_out: Sequence[int | None], nodes: int
+        self,
+        strengths: Tensor,
+        left_out: Sequence[int | None],
+        nodes: int,
+        start: Tensor,
     ) -> FirstGuess | Tensor:
-        """Return the first guess of the inverse Hessian for `minimise`; arguments as of :meth:`objective`."""
+        """Return the first guess of the inverse Hessian for `minimise`.
+
+        Args:
+            strengths, left_out, nodes: As of :meth:`objective`.
+            start: f64[P, K, d + 1], points from which it starts.
+        """
         by_logits = self.loss.curvature(self.start[:, -1]).diagonal().clamp(min=1e-4)
         curvature = by_logits[:, None] * self.space.input_spectrum
         return 1 / (curvature + self.space.ridge(strengths))
@@ -188,7 +197,6 @@ class SiteProblem(FoldProblem):
         self.scored_masks = self.masks[TIGHT_NODES]
         if scored is not None:
             self.scored_masks = [scored[images] for images in folds]
-        self.samples: dict[int, SampledPixels] = {}
         pixels, tested = (
             torch.stack([masks.pixels.sum() for masks in of_folds])
             for of_folds in (self.masks[TIGHT_NODES], self.scored_masks)
@@ -201,28 +209,30 @@ class SiteProblem(FoldProblem):
             lone,
         )
 
-    def sample(self, nodes: int) -> SampledPixels:
-        """Return some nodes of all images, for the curvature of the loss with so many nodes.
+    def first_guess(
+        self,
+        strengths: Tensor,
+        left_out: Sequence[int | None],
+        nodes: int,
+        start: Tensor,
+    ) -> FirstGuess | Tensor:
+        """Return the inverse of the Hessian on a sample of nodes of all images; arguments as of the base class.
 
-        That with few nodes differs where logits are very rough; a step for the other one would be far too long.
+        The curvature of the loss with few nodes is another one where logits are very rough; a step by it would be far
+        too long for the loss with many.
         """
-        if nodes not in self.samples:
-            self.samples = {nodes: self._sample(nodes)}  # the other one is not used again
-        return self.samples[nodes]
-
-    def _sample(self, nodes: int) -> SampledPixels:
         weights = self.start.numel()
         tokens = sum(len(x) * x.shape[1] for x in self.tokens)
         most = min(round(NODES_PER_WEIGHT * weights), tokens // TOKENS_PER_NODE)
         count = max(LEAST_SAMPLED, most)
-        return sample_nodes(self.tokens, self.masks[nodes], count)
-
-    def first_guess(
-        self, strengths: Tensor, left_out: Sequence[int | None], nodes: int
-    ) -> FirstGuess | Tensor:
-        """Return the inverse of the Hessian on the sample; arguments as of :meth:`objective`."""
-        sample = self.sample(nodes)
-        damping = first_damping(self.start.numel(), len(sample.weights))
+        sample = sample_nodes(
+            self.loss,
+            self.tokens,
+            self.masks[nodes],
+            count,
+            start.mean(0),
+        )
+        damping = first_damping(weights, len(sample.weights))
 
         def inverse_hessian(points: Tensor, gradient: Tensor) -> Callable[[Tensor], Tensor]:
             hessian = SampleHessian(

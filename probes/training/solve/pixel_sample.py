@@ -25,6 +25,7 @@ from .moments import SiteSpace
 # the choice of the pixels does.
 STORED = torch.float8_e4m3fn
 CANDIDATES = 8  # pixels from which one is kept where uncertain ones are preferred
+PIXELS_ALIKE = 1 / 2  # share of their chance that is the same for all
 LARGEST = 400.0  # in standard deviations; `STORED` ends at 448
 LEVELS = 16  # of half a byte
 # Between two levels, in standard deviations: the best for a Gaussian. Source: Max, Quantizing for minimum distortion,
@@ -146,10 +147,6 @@ def draw_pixels(
 def prefer_uncertain(pixels: Pixels, uncertainty: Tensor) -> Pixels:
     """Return one in `CANDIDATES` pixels of each image, with weights that make up for the preference.
 
-    Half of the chance of a pixel is the same for all, half in proportion to its uncertainty, so that no weight is
-    more than twice the mean. Source: Hesterberg, Weighted average importance sampling and defensive mixture
-    distributions, 1995.
-
     Args:
         pixels: Candidates; those of an image stand together and have equal weights.
         uncertainty: f32[n], at least 0.
@@ -158,19 +155,35 @@ def prefer_uncertain(pixels: Pixels, uncertainty: Tensor) -> Pixels:
     weights = []
     start = 0
     for count in pixels.images.unique_consecutive(return_counts=True)[1].tolist():
-        unsure = uncertainty[start : start + count].double() + 1e-12
-        chance = (1 / count + unsure / unsure.sum()) / 2
-        number = count // CANDIDATES
-        at = (torch.arange(number, dtype=torch.float64) + 0.5) / max(1, number)
-        chosen = torch.searchsorted(chance.cumsum(0), at).clamp(max=count - 1)
+        of_image = uncertainty[start : start + count]
+        chosen, weight = keep_uncertain(of_image, count // CANDIDATES, PIXELS_ALIKE)
         kept.append(chosen + start)
-        weights.append(pixels.weights[chosen + start] / (number * chance[chosen]))
+        weights.append(pixels.weights[chosen + start] * weight)
         start += count
     if not kept:
         return pixels
     return Pixels(*(field[torch.cat(kept)] for field in pixels))._replace(
         weights=torch.cat(weights)
     )
+
+
+def keep_uncertain(uncertainty: Tensor, number: int, alike: float) -> tuple[Tensor, Tensor]:
+    """Return which candidates are kept, i64[number], and for how many candidates each one stands, f64[number].
+
+    A part of the chance of a candidate is the same for all, which limits the weights; the rest is in proportion to its
+    uncertainty. Source: Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
+
+    Args:
+        uncertainty: f32[n], of each candidate, at least 0, on the CPU.
+        number: How many are kept.
+        alike: Share of the chance that is the same for all; weights are at most 1 / alike times the mean.
+    """
+    count = len(uncertainty)
+    unsure = uncertainty.double() + 1e-12
+    chance = alike / count + (1 - alike) * unsure / unsure.sum()
+    at = (torch.arange(number, dtype=torch.float64) + 0.5) / max(1, number)
+    chosen = torch.searchsorted(chance.cumsum(0), at).clamp(max=count - 1)
+    return chosen, 1 / (number * chance[chosen])
 
 
 def _neighbours(

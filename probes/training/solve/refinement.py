@@ -193,7 +193,12 @@ class Refinement:
         nodes: int,
     ) -> Minimum:
         """Minimise an objective of so many nodes."""
-        guess = self.problem.first_guess(self.strengths, [None] * len(points), nodes)
+        guess = self.problem.first_guess(
+            self.strengths,
+            [None] * len(points),
+            nodes,
+            points,
+        )
         minimum = minimise(objective, points, guess, self.tolerance, pairs=self.pairs, known=known)
         count_minimisation()
         return minimum

@@ -2,7 +2,7 @@
 
 Each fold of images has a path of its own, from strong to weak. A fold must never start from the solution of all
 images: that one has seen what the fold leaves out, and with finite tolerances weak strengths would look better than
-they are. The path stops when the loss of left-out images has risen twice.
+they are. The path stops when the loss of left-out images rises.
 
 The path has few nodes, which find the region. Its losses may be 0.01 nats too high, and those of neighbouring strengths
 are often closer than that. So the folds are solved with many nodes where the choice is in question, and further if it
@@ -163,9 +163,8 @@ class FoldSearch:
             before = last
             visited.append(self._solve_folds(strength, guess))
             last = visited[-1].points
-            losses = [folds.loss for folds in visited]
-            has_risen_twice = len(visited) > 2 and min(losses[-2:]) > min(losses[:-2])
-            if strengths is None and has_risen_twice:
+            has_risen = len(visited) > 1 and visited[-1].loss > visited[-2].loss
+            if strengths is None and has_risen:
                 break
         stronger = STRONGER if strengths is None else ()
         for strength in stronger:
@@ -244,7 +243,12 @@ class FoldSearch:
         problem = self.problem
         self._carry_pairs(strengths)
         objective = problem.objective(strengths, left_out, nodes)
-        guess = problem.first_guess(strengths, left_out, nodes)
+        guess = problem.first_guess(
+            strengths,
+            left_out,
+            nodes,
+            start,
+        )
         minimum = minimise(objective, start, guess, tolerance, pairs=self.pairs)
         count_minimisation()
         return minimum

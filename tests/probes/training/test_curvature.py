@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import CROSS_ENTROPY
 
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
-from probes.training.solve.curvature import sample_nodes
+from probes.training.solve.curvature import NODES_ALIKE, SampledPixels, sample_nodes
 from probes.training.solve.objective import LOOSE_NODES
 
 pytestmark = pytest.mark.numerics
@@ -25,6 +26,24 @@ def masks_of(grid: tuple[int, int], sizes: list[tuple[int, int]]) -> PreparedMas
     return join_masks(parts)
 
 
+def sample_of(
+    states: list[torch.Tensor],
+    masks: list[PreparedMasks],
+    count: int,
+    point: torch.Tensor | None = None,
+) -> SampledPixels:
+    """Return a sample of nodes, by default for a probe that is unsure of all alike."""
+    if point is None:
+        point = torch.zeros(CLASSES, states[0].shape[-1])
+    return sample_nodes(
+        CROSS_ENTROPY,
+        states,
+        masks,
+        count,
+        point,
+    )
+
+
 def node_states(states: torch.Tensor, masks: PreparedMasks, grid) -> torch.Tensor:
     """Return the states f[B, My, Mx, d] at all nodes, by products with the rules."""
     found = []
@@ -39,7 +58,7 @@ def test_states_are_those_at_nodes_that_have_pixels(grid):
     """Photos of several sizes have nodes of their own."""
     masks = masks_of(grid, [(24, 32), (40, 30), (24, 32)])
     states = torch.randn(3, grid[0] * grid[1], WIDTH)
-    sample = sample_nodes([states], [masks], 200)
+    sample = sample_of([states], [masks], 200)
     assert len(sample.weights) == 200
     at_all = node_states(states, masks, grid).flatten(0, 2)
     nearest, node = (sample.inputs[:, None] - at_all).norm(dim=2).min(1)
@@ -52,7 +71,7 @@ def test_nodes_are_drawn_as_often_as_they_have_pixels():
     grid = (3, 4)
     masks = masks_of(grid, [(24, 32)] * 4)
     states = torch.arange(4.0)[:, None, None].expand(4, 12, 1)  # the number of the image
-    sample = sample_nodes([states], [masks], 4000)
+    sample = sample_of([states], [masks], 4000)
     counts = sample.inputs[:, 0].round().long().bincount(minlength=4)
     mass = masks.mass.clamp(min=0).sum((1, 2))
     torch.testing.assert_close(counts / 4000, mass / mass.sum(), atol=1e-3, rtol=0)
@@ -65,7 +84,7 @@ def test_folds_have_nodes_by_their_pixels_and_one_without_labels_has_none():
     many = masks_of(grid, [(24, 24), (30, 30), (24, 24)])
     none = prepare_masks(torch.full((1, 24, 24), 255, dtype=torch.uint8), CLASSES, grid)
     states = [torch.randn(len(mask), 9, WIDTH) for mask in (few, none, many)]
-    sample = sample_nodes(states, [few, none, many], 300)
+    sample = sample_of(states, [few, none, many], 300)
     counts = sample.folds.bincount(minlength=3).tolist()
     assert counts[1] == 0 and sum(counts) == 300
     expected = 300 * few.pixels.sum() / (few.pixels.sum() + many.pixels.sum())
@@ -81,7 +100,7 @@ def test_a_fold_of_few_pixels_has_a_node(count):
     target[0, 0, :6] = 1
     few = prepare_masks(target, CLASSES, grid, LOOSE_NODES)
     states = torch.randn(1, 9, WIDTH)
-    sample = sample_nodes([states, states, states], [few, many, few], count)
+    sample = sample_of([states, states, states], [few, many, few], count)
     counts = sample.folds.bincount(minlength=3).tolist()
     assert counts == [1, count, 1]
     weights = sample.weights
@@ -89,16 +108,36 @@ def test_a_fold_of_few_pixels_has_a_node(count):
     torch.testing.assert_close(weights[sample.folds != 1], expected)
 
 
-def test_means_over_nodes_are_means_over_pixels():
-    """Of a function of the upsampled states that is not linear."""
+@pytest.mark.parametrize("certainty", [0.0, 2.0])
+def test_means_over_nodes_are_means_over_pixels(certainty):
+    """Of a function of the upsampled states that is not linear, whichever nodes are preferred."""
     grid = (4, 4)
     size = (64, 64)
     masks = masks_of(grid, [size, size])
     states = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(1))
-    sample = sample_nodes([states], [masks], 20_000)
+    point = certainty * torch.tensor([[-1.0], [0.0], [1.0]])
+    sample = sample_of([states], [masks], 20_000, point)
     up = F.interpolate(states.mT.unflatten(2, grid), size, mode="bilinear")[:, 0]
     labelled = torch.ones(2, *size)
     labelled[1, : size[0] // 5, : size[1] // 2] = 0
     expected = (up.square() * labelled).sum() / labelled.sum()
     found = (sample.inputs[:, 0].square() * sample.weights).sum() / sample.weights.sum()
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_nodes_of_which_the_probe_is_unsure_are_preferred():
+    """It is sure of nine in ten images, which few nodes show, with larger weights."""
+    grid = (3, 3)
+    masks = masks_of(grid, [(24, 24)] * 10)
+    masks = join_masks([masks[[0]]] * 10)  # all labelled
+    states = torch.ones(10, 9, 1)
+    states[0] = 0
+    point = 50 * torch.tensor([[-1.0], [0.0], [1.0]])
+    sample = sample_of([states], [masks], 1000, point)
+    is_unsure = sample.inputs[:, 0] == 0
+    share = NODES_ALIKE / 10 + 1 - NODES_ALIKE
+    assert is_unsure.double().mean().item() == pytest.approx(share, abs=0.01)
+    pixels = masks.pixels.sum().item()
+    assert sample.weights.sum().item() == pytest.approx(pixels, rel=0.02)
+    assert sample.weights[is_unsure].sum().item() == pytest.approx(pixels / 10, rel=0.02)
+    assert sample.weights.max().item() <= pixels / len(sample.weights) / NODES_ALIKE * 1.001

@@ -15,6 +15,7 @@ from probes.ops.quadrature import prepare_masks
 from probes.tasks.losses import Loss
 from probes.training.solve import objective as objectives
 from probes.training.solve import refinement as refinements
+from probes.training.solve import strength_path
 from probes.training.solve.held_out import scored_masks
 from probes.training.solve.objective import (
     LOOSE_NODES,
@@ -174,13 +175,13 @@ def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
         )
 
 
-def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
+def test_the_search_ends_where_the_loss_has_risen_with_neighbours_on_both_sides(data):
     path, refinement = start_refinement(problem(data))
     assert path.strengths == sorted(path.strengths, reverse=True)
     assert len(path.strengths) < len(PATH_STRENGTHS)
     assert path.loss[path.chosen] == min(path.loss)
     assert path.solved == [path.chosen + i for i in (-1, 0, 1)]
-    assert min(path.loss[-2:]) > path.loss[path.chosen], "risen twice"
+    assert path.loss[-1] > path.loss[path.chosen]
     ratio = np.divide(path.strengths[:-1], path.strengths[1:])
     np.testing.assert_allclose(ratio, 10**0.5, rtol=1e-6)
     assert refinement.strengths.tolist() == [path.strengths[i] for i in path.solved]
@@ -226,6 +227,8 @@ def test_curvature_from_nodes_leads_to_the_same_path_in_fewer_evaluations(monkey
         return inner(*args, **kwargs)
 
     monkeypatch.setattr(SiteProblem, "sums", sums)
+    # the decrease that a first guess by frequencies predicts is three times too small
+    monkeypatch.setattr(strength_path, "COMPARED_TOLERANCE", COMPARED_TOLERANCE / 10)
     found = []
     for guess in (SiteProblem.first_guess, FoldProblem.first_guess):
         monkeypatch.setattr(SiteProblem, "first_guess", guess)

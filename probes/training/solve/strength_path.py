@@ -273,6 +273,7 @@ class FoldSearch:
         knows_all = (~self.problem.lone.any(1)).nonzero().flatten().tolist()
         if not knows_all:
             self.pairs.clear()
+            self.learned_at = None
             return
         fold = slice(knows_all[0], knows_all[0] + 1)
         count = len(strengths)

@@ -184,6 +184,26 @@ def test_what_is_known_of_the_curvature_is_of_a_fold_that_knows_the_class(data):
     assert (after < before).all()
 
 
+def test_pixels_of_folds_that_each_have_a_class_of_their_own_are_solved(data):
+    """Nothing that a fold knows of the curvature can be kept; there are as many folds as strengths plus one."""
+    generator = torch.Generator().manual_seed(1)
+    fold_of = torch.arange(120) % FOLDS
+    labels = torch.where(torch.arange(120) < 60, 1 + fold_of, 0)
+    inputs = torch.randn(120, WIDTH + 1, generator=generator)
+    problem = PixelProblem(
+        data.site_problem().space,
+        CROSS_ENTROPY,
+        inputs,
+        labels,
+        torch.ones(120, dtype=torch.float64),
+        fold_of,
+        FOLDS,
+    )
+    assert problem.lone.any(1).all()
+    found = FoldSearch(problem).solve((1e-1, 1e-2))
+    assert found.points.isfinite().all()
+
+
 def test_masks_without_the_class_are_those_of_masks_that_ignore_it(data):
     expected = data.prepare(data.target.masked_fill(data.target == LONE, 255))
     for name in ("mass", "soft", "pixels"):

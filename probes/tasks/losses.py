@@ -75,8 +75,9 @@ class SoftmaxCurvature:
         return self.probability * (1 - self.probability)
 
     def trace(self) -> Tensor:
-        """Return the sum of the diagonal f[...]: how unsure a probe is."""
-        return 1 - self.probability.square().sum(-1)
+        """Return the sum of the diagonal f[...], at least 0: how unsure a probe is; 0 where a logit is not finite."""
+        trace = 1 - self.probability.square().sum(-1)
+        return trace.nan_to_num(0).clamp(min=0)
 
     def times(self, change: Tensor) -> Tensor:
         """Return the product with f[..., K]."""

@@ -184,22 +184,12 @@ def sample_nodes(
         number = max(1, round(count * pixels[fold] / sum(pixels)))
         *nodes, weight = _draw_nodes(mask.mass, CANDIDATES * number, seed=fold)
         logits = _interpolate(states @ point.T.to(states), mask, *nodes)
-        unsure = loss.curvature(logits).trace().nan_to_num(0).clamp(min=0)
-        chosen, stands_for = (
-            x.to(states.device) for x in keep_uncertain(unsure.cpu(), number, NODES_ALIKE)
-        )
-        image, row, col = (x[chosen] for x in nodes)
-        inputs.append(
-            _interpolate(
-                states,
-                mask,
-                image,
-                row,
-                col,
-            )
-        )
+        unsure = loss.curvature(logits).trace().cpu()
+        chosen, stands_for = keep_uncertain(unsure, number, NODES_ALIKE)
+        chosen = chosen.to(states.device)
+        inputs.append(_interpolate(states, mask, *(x[chosen] for x in nodes)))
         weights.append((weight * stands_for).to(states))
-        folds.append(torch.full_like(image, fold))
+        folds.append(torch.full_like(chosen, fold))
     return SampledPixels(torch.cat(inputs), torch.cat(weights), torch.cat(folds))
 
 

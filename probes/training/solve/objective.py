@@ -181,9 +181,10 @@ class SiteProblem(FoldProblem):
         scored: PreparedMasks | None = None,
     ):
         count = int(fold_of.max()) + 1
-        lone = lone_classes(class_pixels(tight, fold_of, count))
-        tested_by = class_pixels(tight if scored is None else scored, fold_of, count) > 0
-        if (lone & tested_by).any():
+        by_class = class_pixels(tight, fold_of, count)
+        scored_by_class = by_class if scored is None else class_pixels(scored, fold_of, count)
+        lone = lone_classes(by_class)
+        if (lone & (scored_by_class > 0)).any():
             raise ValueError(
                 "a class is in one fold only, and its pixels test it; see `scored_masks`"
             )

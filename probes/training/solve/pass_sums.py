@@ -86,8 +86,7 @@ class PassSums:
         """
         probe = self.points[len(self.points) // 2, -1].float()
         by_token = (states.float() - self.mean) @ probe[:, :-1].T + probe[:, -1]
-        curvature = self.loss.curvature(pixels.interpolate(by_token))
-        return curvature.trace().nan_to_num(0).clamp(min=0)
+        return self.loss.curvature(pixels.interpolate(by_token)).trace()
 
     def totals(self) -> tuple[Tensor, ...]:
         """Return the sums, which are added over processes in place."""

@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
-.PHONY: findings nightly-tests nightly-calibration test-newest test-peers test-llava llava-venv bench lint licences audit lock clean
+.PHONY: findings nightly-tests nightly-calibration test-newest test-peers test-llava llava-venv equal bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -132,6 +132,9 @@ test-llava: venv llava-venv ## LLaVA's own train() and ours on the same batches,
 
 findings: ## what surprised us about other software: runs findings/*.sh and says which no longer hold (needs a network)
 	@for file in findings/*.sh; do bash $$file >/dev/null 2>&1 && echo "holds: $$file" || echo "no longer holds: $$file"; done
+
+equal: venv ## what users get from this checkout and another one, OTHER=DIR (git worktree add --detach DIR COMMIT)
+	PYTHONPATH=.:tests/helpers $(PY) tests/equal.py --other $(OTHER) --out runs/equal
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
 	$(PY) tests/bench/bench.py --out runs/bench.json

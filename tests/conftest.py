@@ -61,7 +61,6 @@ LONGEST = (
     "tests/test_pretended_gpu.py",
     "tests/probes/test_faults.py",
     "tests/probes/training/test_distributed.py",
-    "tests/probes/rehearsal/test_run.py",
     "tests/llava_bidir/training/test_faults.py",
     "tests/test_documents.py",
     "tests/test_determinism.py",

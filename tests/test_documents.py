@@ -130,7 +130,8 @@ def test_length(name):
 
 
 # ------------------------------------------------------------------------------------------------------ commands
-TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+MAKEFILES = (ROOT / "Makefile").read_text() + (ROOT / "tests/nightly.mk").read_text()
+TARGETS = re.findall(r"^([\w-]+):", MAKEFILES, re.M)
 
 
 @pytest.mark.parametrize("name", TEXTS)

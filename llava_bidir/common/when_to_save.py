@@ -86,7 +86,7 @@ class SaveOnSignal(Callback):
     Ctrl-C (SIGINT), in a run of one process. A second one ends it at once. Several processes cannot agree on a step
     unless they talk to each other after each one, as they do on Slurm.
 
-    On Slurm, SIGUSR1, which comes some minutes before the time limit (`--signal` in slurm/stage*.sbatch) and requeues
+    On Slurm, SIGUSR1, which comes some minutes before the time limit (`--signal` in slurm/stage.sbatch) and requeues
     the job, and SIGTERM, which comes on preemption or `scancel` and does not: Slurm itself requeues a preempted job,
     and a cancelled job must not return. A handler only notes its signal, because a checkpoint needs all ranks and each
     may be at another point of the step; after a step the ranks agree on what to do. (Lightning's handlers save or

@@ -1,4 +1,4 @@
-"""A Slurm cluster for the tests of this folder: slurm/local_cluster.sh, started if it is not running."""
+"""A Slurm cluster for the tests of this folder: local_cluster.sh, started if it is not running."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import HANGING_S
 
-LOCAL_CLUSTER = Path(__file__).parents[2] / "slurm/local_cluster.sh"
+LOCAL_CLUSTER = Path(__file__).with_name("local_cluster.sh")
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def cluster():
     if name:
         pytest.skip(f"this machine belongs to the Slurm cluster {name}; tests don't submit to it")
     if os.geteuid():
-        pytest.skip("slurm/local_cluster.sh must run as root")
+        pytest.skip("tests/slurm/local_cluster.sh must run as root")
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
         pytest.skip("Slurm is not installed, and neither is apt-get to install it")
     started = subprocess.run(

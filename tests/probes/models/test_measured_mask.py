@@ -17,7 +17,7 @@ from probes.models.measured_mask import DIRECTIONS, RUNS
 
 pytestmark = pytest.mark.numerics
 
-# transformers 5.24.0; see findings/gemma4_unified_static_cache.sh
+# transformers 5.24.0
 OTHER_MASKS = {
     ("gemma4_unified", "generate with a static cache"): [
         "image to later image: no instead of yes, in layer_03"

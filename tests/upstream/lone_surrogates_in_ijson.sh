@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Workaround: llava_bidir/data/json_stream.py replaces half surrogates before ijson reads them.
+#
 # Half of a surrogate pair in JSON: one parser of ijson says "?", another gives half a character, and the order decides.
 #
 # Guess: all backends of ijson read the escape \ud83d without its other half as Python's json does, as a lone surrogate

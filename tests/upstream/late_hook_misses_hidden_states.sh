@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Workaround: states are read by hooks of our own; probes/models/hooks.md, rule 5.
+#
 # A forward hook that replaces a layer's output is missing in `hidden_states`, if the model had run before.
 #
 # Guess: what a hook returns is what everybody reads, the next layer and `output_hidden_states=True` alike, and when it

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Workaround: _add_released_rope in llava_bidir/model/hf_export.py writes both spellings.
+#
 # A checkpoint that transformers 5 writes loses its rotary settings in transformers 4.57, without a word.
 #
 # Guess: transformers 4.57.6, which names rotary settings `rope_theta` and `rope_scaling`, reads or rejects the

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Workaround: released_names in llava_bidir/model/modeling_llava_bidir.py keeps `vision_model.` in exports.
+#
 # A CLIP tower that transformers 5 writes is drawn at random by transformers 4, in the same class.
 #
 # Guess: transformers 4.57.6 reads the CLIPVisionModel that 5.24.0 has saved: class, config and shapes are the same.

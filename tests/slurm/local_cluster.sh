@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Slurm cluster with one node on this machine, from Debian's packages, to try the scripts on a CPU and for CI.
-#   slurm/local_cluster.sh up      install slurm-wlm and munge if missing, start them, wait for the node
-#   slurm/local_cluster.sh down    stop them and remove the files that `up` wrote; the packages stay installed
+#   tests/slurm/local_cluster.sh up      install slurm-wlm and munge if missing, start them, wait for the node
+#   tests/slurm/local_cluster.sh down    stop them and remove the files that `up` wrote; the packages stay installed
 # It needs root but neither systemd nor cgroups, so it works in a container. Both commands can be repeated.
 # Tested with Slurm 22.05 (Debian 12).
 set -euo pipefail
@@ -9,7 +9,7 @@ set -euo pipefail
 home=/var/lib/llava-bidir-slurm # state, logs and process ids
 conf=/etc/slurm/slurm.conf
 cgroup=/etc/slurm/cgroup.conf
-mark="# written by slurm/local_cluster.sh"
+mark="# written by tests/slurm/local_cluster.sh"
 
 fail() {
   echo "local_cluster.sh: $*" >&2
@@ -129,5 +129,5 @@ case ${1:-} in
     sed -i "/$(printf %s "$mark" | sed 's|/|\\/|g')\$/d" /etc/hosts 2>/dev/null || true
     rm -rf "$home" "$conf" "$cgroup"
     ;;
-  *) fail "usage: slurm/local_cluster.sh up | down" ;;
+  *) fail "usage: tests/slurm/local_cluster.sh up | down" ;;
 esac

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Workaround: probes/models/families/encoders.py reads `aimv2_vision_model` alone, not checkpoints of both towers.
+#
 # The vision tower of a two-tower AIMv2, loaded alone, has random weights; that of CLIP, SigLIP, MetaCLIP 2 and TIPSv2 not.
 #
 # Guess: XVisionModel.from_pretrained of a checkpoint of both towers loads the vision tower, as it does for CLIP, and a

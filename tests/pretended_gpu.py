@@ -103,7 +103,6 @@ def test_trained_probes(
     with pretend_gpu():
         fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
-        main(f"explore {tmp_path}/run --images 0 --out {tmp_path}/explorer".split())
 
 
 @pytest.mark.nightly

@@ -81,11 +81,10 @@ class Analysis:
         help: What the command does.
         question: The question that it answers.
         options: Dataclass of its options (llava_bidir/common/options.py), of which `run` takes an instance.
-        result: The file that it writes: into the run's folder; of a pair, into that of the second run; of a page, into
-            that of the report.
+        result: The file that it writes: into the run's folder; of a pair, into that of the second run.
         title: Heading of its section in the report; "" for none.
         paper: Where the paper has it.
-        of: What one command reads: a "run", a "pair" of two models, or for a "page" the trained runs of all models.
+        of: What one command reads: a "run", or a "pair" of two models.
         in_study: Options that have other defaults in a study; `--add` sets others.
         arms: The arms of a study that it is run on.
         default: It runs unasked.

@@ -106,7 +106,6 @@ def plan_study(out: Path, size: str, encoder: str) -> list[RehearsalStep]:
         "--arms",
         *ARMS.split(),
         *STUDY.split(),
-        "explore.images=0",
     )
     steps.append(
         rehearsal_step(

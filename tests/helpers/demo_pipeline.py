@@ -44,7 +44,6 @@ def run(out: Path) -> None:
     probes(f"maps --probes {first} --image 0 1".split())
     probes(f"umap --probes {first} --image 0".split())
     probes(f"starvation --probes {first} {second} --by-class".split())
-    probes(f"explore {first} {second} --images 0 1 --out {out}/report".split())
     probes(f"report {first} {second} {out}/solved --out {out}/report".split())
 
 

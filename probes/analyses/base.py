@@ -32,7 +32,7 @@ class Claim(NamedTuple):
         between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
             causal run's best layer.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
-            effect "CLAIM@random" or "CLAIM@matched", against other tokens.
+            effect "CLAIM@random", against random tokens.
         reads_probes: The number depends on the run's probes; else on the model alone.
         unlearned: The conclusion if it holds, but of random models as much.
         applies: Whether the claim is made of a study with these runs of the trained model, by mask; None: always.

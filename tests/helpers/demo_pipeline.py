@@ -37,7 +37,7 @@ def run(out: Path) -> None:
     for mask in MASKS:
         fit = f"fit {probed} --model.image_attention {mask} --trainer.max_epochs 2"
         probes(f"{fit} --save_predictions true --out {out}/{mask}".split())
-        knockout = f"knockout --probes {out}/{mask} --classes auto:3 --controls matched --draws 2"
+        knockout = f"knockout --probes {out}/{mask} --classes auto:3 --draws 2"
         probes(knockout.split())
     probes(f"solve {probed} --out {out}/solved --folds 2 --strengths 1e-2 1".split())
     first, second = (out / mask for mask in MASKS)

@@ -42,7 +42,7 @@ CASES = {
         ("starvation", "starvation_by_class"),
     ),
     "knockout": Case(
-        [*KNOCKOUT, "--controls", "matched"],
+        KNOCKOUT,
         ["--classes", "sky"],
         'classes ["sky", "wall"]',
     ),

@@ -105,8 +105,8 @@ def test_routes_through_a_sink_are_marked_in_terminal_table_and_page(planted, tm
     assert "Grey: layers in which" in figure.caption
     rows = {(x["source"], x["target"], x["layers"]): x["can_cut_sink"] for x in figure.data.rows}
     assert len(rows) == len(figure.data.rows)
-    for (source, _, layers), can_cut in rows.items():
-        assert can_cut == (source != "question" and layers in ("all", "2-2", "3-3"))
+    for (_, _, layers), can_cut in rows.items():
+        assert can_cut == (layers in ("all", "2-2", "3-3"))
 
 
 def test_routes_and_knockouts_without_a_sink_say_nothing(runs, tmp_path, capsys):

@@ -56,7 +56,6 @@ def run_studies(out: Path, settings: dict, extras: bool) -> None:
 
 def _context_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
     """Return the study of both masks in the world of one scene, whose truth is unknown."""
-    extras = (f"patching.pairs={out}/assets/pairs", *EXTRAS) if in_full else ()
     return study_config(
         {mask: f"{out}/{mask}/stage2/hf" for mask in MASKS},
         f"{out}/assets/segmentation",
@@ -64,7 +63,7 @@ def _context_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
         arms=ARMS,
         fit=True,
         tasks=TASKS if in_full else (),
-        add=(*ADD, *extras),
+        add=(*ADD, *EXTRAS) if in_full else ADD,
         **_probes(settings, "toy world"),
     )
 

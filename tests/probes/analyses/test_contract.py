@@ -197,7 +197,6 @@ BAD = [
     ("patching", ["--layers", "2"], "--layers 2 is not before the read-out layer_02; expected 0"),
     ("patching", ["--site", "layer_99"], "no site 'layer_99'"),
     ("patching", ["--site", "adapter"], "no layer is before the read-out adapter"),
-    ("patching", ["--pairs", "nowhere"], "no folder nowhere"),
     ("routes", ["--window", "4"], "window is 4; expected 1 to 3, the model's layers"),
     ("umap", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),
     ("maps", ["--image", "9"], "image 9 is out of range; the split has images 0..8"),

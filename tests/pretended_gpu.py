@@ -23,9 +23,8 @@ MASKS = ("causal", "bidirectional")
 GPU = ["--trainer.accelerator", "gpu"]
 # With a few strengths and sites: a pretended GPU is many times slower than the CPU.
 SOLVE = ["--model.sites", "[adapter, layer_02]", "--folds", "2", "--strengths", "1e-2"]
-CONTROLS = ["--controls", "matched"]
 ANALYSES = {
-    "knockout": ["--classes", "sky", "wall", *CONTROLS],
+    "knockout": ["--classes", "sky", "wall"],
     "routes": ["--limit", "2", "--draws", "1"],
     "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
     "starvation": ["--site", "layer_02", "--by-class"],
@@ -103,7 +102,6 @@ def test_trained_probes(
     with pretend_gpu():
         fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
-        main(f"explore {tmp_path}/run --images 0 --out {tmp_path}/explorer".split())
 
 
 @pytest.mark.nightly

@@ -226,7 +226,7 @@ NOT_NEEDED = (
     ("llava_bidir", "generate import-gguf", NO_TRAINING),
     (
         "probes",
-        "demo-assets knockout routes patching maps explore",
+        "demo-assets knockout routes patching maps",
         NO_TRAINING,
     ),
 )

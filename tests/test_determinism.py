@@ -40,7 +40,7 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     of_a_run = "metrics.json manifest.json counts.safetensors probes.safetensors knockout.json"
     of_a_run += " knockout.safetensors checkpoints/last.ckpt maps.safetensors umap.json"
     wanted = {f"causal/{name}" for name in of_a_run.split()}
-    of_a_report = "index.html results.json explorer.html layers.png layers.pdf"
+    of_a_report = "index.html results.json layers.png layers.pdf"
     wanted |= {f"report/{name}" for name in of_a_report.split()}
     wanted |= {"assets/captions.json", "assets/encoder/model.safetensors"}
     wanted |= {"stage2/hf/model.safetensors", "stage2/hf/training.json"}

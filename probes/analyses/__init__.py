@@ -14,7 +14,6 @@ NAMES = (
     "patching",
     "maps",
     "umap",
-    "explore",
 )
 ANALYSES: dict[str, Analysis] = {
     name: import_module(f"{__name__}.{name}").ANALYSIS for name in NAMES

@@ -32,7 +32,7 @@ class Claim(NamedTuple):
         between_masks: The effect "NAME@SITE" of which the claim is the difference: bidirectional minus causal, at the
             causal run's best layer.
         against_tokens: At the optimum and beyond random the claim is judged by another number than the paper's: the
-            effect "CLAIM@random" or "CLAIM@matched", against other tokens.
+            effect "CLAIM@random", against random tokens.
         reads_probes: The number depends on the run's probes; else on the model alone.
         unlearned: The conclusion if it holds, but of random models as much.
         applies: Whether the claim is made of a study with these runs of the trained model, by mask; None: always.
@@ -81,11 +81,10 @@ class Analysis:
         help: What the command does.
         question: The question that it answers.
         options: Dataclass of its options (llava_bidir/common/options.py), of which `run` takes an instance.
-        result: The file that it writes: into the run's folder; of a pair, into that of the second run; of a page, into
-            that of the report.
+        result: The file that it writes: into the run's folder; of a pair, into that of the second run.
         title: Heading of its section in the report; "" for none.
         paper: Where the paper has it.
-        of: What one command reads: a "run", a "pair" of two models, or for a "page" the trained runs of all models.
+        of: What one command reads: a "run", or a "pair" of two models.
         in_study: Options that have other defaults in a study; `--add` sets others.
         arms: The arms of a study that it is run on.
         default: It runs unasked.

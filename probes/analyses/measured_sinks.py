@@ -9,7 +9,7 @@ Shapes: B = 1 image, T image tokens.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_bidir.common.errors import UserError
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
 
@@ -40,30 +39,17 @@ def measure_sinks(mllm: "FrozenMLLM", images: Sequence[Image.Image]) -> dict[str
     """Return how the first image token differs from others in each layer.
 
     Returns:
-        {"images", "no_attention": why attention cannot be read, or "", "layers": [{"site", "first_norm": norm of the
-        first image token, in medians of the image's tokens, "sinks": number of tokens from SINK_NORM on,
-        "attention_to_first", "attention_to_text": shares of the other image tokens' attention, or None}]}; numbers are
-        means over images, of norms the median.
+        {"images", "layers": [{"site", "first_norm": norm of the first image token, in medians of the image's tokens,
+        "sinks": number of tokens from SINK_NORM on}]}; the median and the mean over images.
     """
     sites = [layer_site(i) for i in range(1, len(mllm.layers) + 1)]
-    no_attention = ""
-    measured: dict[str, list[dict[str, float | None]]] = {site: [] for site in sites}
+    measured: dict[str, list[dict[str, float]]] = {site: [] for site in sites}
     for image in tqdm(images, desc=f"attention sinks, {mllm.image_attention}"):
-        pixels = mllm.preprocess(image)
-        states = mllm.states(pixels, sites)
-        weights, no_attention = _attention(mllm, pixels)
+        states = mllm.states(mllm.preprocess(image), sites)
         for site in sites:
-            measured[site].append(norms_of(states[site]) | shares_of(weights.get(site)))
+            measured[site].append(norms_of(states[site]))
     layers = [{"site": site} | _summary(of_images) for site, of_images in measured.items()]
-    return {"images": len(images), "no_attention": no_attention, "layers": layers}
-
-
-def _attention(mllm: "FrozenMLLM", pixels: Tensor) -> tuple[Mapping[str, Tensor], str]:
-    """Return the attention by layer, and ""; or nothing, and why it cannot be read."""
-    try:
-        return mllm.attention(pixels), ""
-    except UserError as error:
-        return {}, str(error)
+    return {"images": len(images), "layers": layers}
 
 
 def norms_of(states: Tensor) -> dict[str, float]:
@@ -77,28 +63,10 @@ def norms_of(states: Tensor) -> dict[str, float]:
     return {"first_norm": norms[0].item(), "sinks": (norms >= SINK_NORM).sum().item()}
 
 
-def shares_of(weights: Tensor | None) -> dict[str, float | None]:
-    """Return the attention of the other image tokens to the first one and to text.
-
-    Args:
-        weights: f[1, T, T], of which a row sums to 1 minus the attention to text; None if they cannot be read.
-    """
-    if weights is None:
-        return {"attention_to_first": None, "attention_to_text": None}
-    others = weights[0, 1:]
+def _summary(of_images: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of norms and the mean number of sinks over images."""
+    counts = torch.tensor([image["sinks"] for image in of_images])
     return {
-        "attention_to_first": others[:, 0].mean().item(),
-        "attention_to_text": 1 - others.sum(-1).mean().item(),
+        "first_norm": statistics.median(image["first_norm"] for image in of_images),
+        "sinks": counts.double().mean().item(),
     }
-
-
-def _summary(of_images: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the median of norms and means of the other numbers over images."""
-
-    def mean(key: str) -> float | None:
-        values = [image[key] for image in of_images]
-        return None if None in values else torch.tensor(values).double().mean().item()
-
-    keys = ("sinks", "attention_to_first", "attention_to_text")
-    norm = statistics.median(image["first_norm"] for image in of_images)
-    return {"first_norm": norm} | {key: mean(key) for key in keys}

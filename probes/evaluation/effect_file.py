@@ -6,8 +6,8 @@
     "recovery"                 with the chosen probes; a claim of this name reads it
     "recovery@weaker"          at a row of strengths (`strengths.ROWS`), which the column "optimum" reads
     "patch_0@layer_07"         at a site; a claim with `between_masks` is the difference of two runs there
-    "knockout_correct@random"  against other tokens, random or matched; a claim with `against_tokens`
-                               reads it at the optimum and beyond random
+    "knockout_correct@random"  against random tokens; a claim with `against_tokens` reads it at the optimum and
+                               beyond random
 
 The metadata "effects" are JSON: "about", by effect in the order of the run, and "run", the fingerprint of the probes
 that an analysis was made from, else null. One entry, since safetensors writes several in any order.

@@ -16,10 +16,11 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import read_photo
-from probes.analyses.explore.readout import grid_box
 from probes.data.base import EmbeddedFile
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import patch_labels
+
+from .readout import grid_box
 
 KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB
 PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px

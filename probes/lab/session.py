@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.explore.readout import most_probable, read_probe, token_text
 from probes.data.palette import palette_of
 from probes.models.knockout import Knockout
 from probes.models.sites import layer_site
@@ -34,6 +33,7 @@ from probes.tasks.segmentation import colorize_classes
 from .folders import list_folders, read_folder, write_folder
 from .models import LabModel, check_patches, example_questions, open_split
 from .photos import Photos, encode
+from .readout import most_probable, read_probe, token_text
 from .requests import (
     MAX_ANSWER_TOKENS,
     MAX_CONCEPTS,
@@ -54,7 +54,7 @@ from .snippet import write_snippet
 from .teacher import Teacher
 from .worker import Job
 
-# per patch, as `probes explore` shows by default
+# per patch
 TOP_CLASSES = 3
 TOP_WORDS = 3
 STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits

@@ -110,14 +110,10 @@ def _optimum_column(case: Case) -> Entry:
     margin = case.study.task.margin
     if case.path:
         return path_column(case.sign, case.path, margin)
-    more = {}
-    if CLAIMS[case.claim].against_tokens:
-        more["tokens"] = number.about["tokens"]
     return margin_column(
         case.sign,
         **measured,
         margin=margin,
-        **more,
     )
 
 

@@ -9,10 +9,10 @@ chooses it on the images that it is scored on, which favours models with many la
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from probes.analyses.claims import ANALYSIS_OF, CLAIMS
 from probes.analyses.effects import read_effects
@@ -51,22 +51,20 @@ class Measured(NamedTuple):
 def measure_study(study: StudyRuns) -> dict[bool, Measured]:
     """Return the numbers from solved probes under True; under False from trained ones, if the main runs have these."""
     effects = {run.path: read_effects(run) for run in study.members}
-    tokens = compared_tokens(effects.values())
     kinds = {True, study.is_solved}
-    return {solved: _measure_kind(study, solved, effects, tokens) for solved in kinds}
+    return {solved: _measure_kind(study, solved, effects) for solved in kinds}
 
 
 def _measure_kind(
     study: StudyRuns,
     solved: bool,
     effects: Mapping[Path, Mapping[str, Estimate]],
-    tokens: str,
 ) -> Measured:
     runs = by_mask(study.where(arm="trained", solved=solved))
     site = next((run.peak_layer for run in runs.values()), None)
 
     def measure(runs: Mapping[str, FinishedRun]) -> dict[Key, Number]:
-        return measure_runs(runs, effects, site, tokens)
+        return measure_runs(runs, effects, site)
 
     trained = {
         (claim, mask): number
@@ -116,14 +114,6 @@ def other_knockouts(
     return next(filter(None, (knockout_difference(trained[0], run) for run in draws)), None)
 
 
-def compared_tokens(effects: Iterable[Mapping[str, Estimate]]) -> str:
-    """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
-    controls = [x["knockout_correct"].about["controls"] for x in effects if "knockout_correct" in x]
-    if controls and all("matched" in names for names in controls):
-        return "matched"
-    return "random"
-
-
 def _add_recovery_trained(trained: dict[Key, Number], untrained: dict[Key, Number]) -> None:
     """Add "recovery_trained", recovery minus that of the untrained model, under the masks that both have."""
     for claim, mask in list(trained):
@@ -136,7 +126,6 @@ def measure_runs(
     runs: Mapping[str, FinishedRun],
     effects: Mapping[Path, Mapping[str, Estimate]],
     site: str | None,
-    tokens: str,
 ) -> dict[Key, Number]:
     """Return the number of each claim from runs of one kind.
 
@@ -144,7 +133,6 @@ def measure_runs(
         runs: By mask.
         effects: The effects of each run by name, by its folder.
         site: Where the masks are compared: the best layer of the trained model, for its controls too; or nowhere.
-        tokens: What knockouts of classes are compared with, "random" or "matched".
     """
     numbers: dict[Key, Number] = {}
     for mask, run in runs.items():
@@ -154,8 +142,8 @@ def measure_runs(
                 continue
             paper = judged = _about_run(of_run[name], run)
             if claim.against_tokens:
-                contrast = of_run.get(f"{name}@{tokens}")
-                judged = contrast and _about_run(contrast, run, tokens=tokens)
+                contrast = of_run.get(f"{name}@random")
+                judged = contrast and _about_run(contrast, run)
             numbers[name, mask] = Number(paper, judged)
     pair = [runs[mask] for mask in MASKS if mask in runs]
     both = len(pair) == 2 and pair[0].is_solved == pair[1].is_solved
@@ -165,12 +153,12 @@ def measure_runs(
     return numbers
 
 
-def _about_run(estimate: Estimate, run: FinishedRun, **more: Any) -> Estimate:
+def _about_run(estimate: Estimate, run: FinishedRun) -> Estimate:
     """Return an estimate that says what it is a mean over: of a run's own scores, the images."""
     count = {"images": run.metrics["images"]}
     if run.groups is not None:
         count["groups"] = len(run.groups.unique())
-    return replace(estimate, about={"n": count} | dict(estimate.about) | more)
+    return replace(estimate, about={"n": count} | dict(estimate.about))
 
 
 def _differences_of_masks(

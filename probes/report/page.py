@@ -234,7 +234,6 @@ def _write_files(
         paper=PAPER,
         wall_s=wall_s,
         truth_sentence=summarize_truths(by_study),
-        explorer=(out / "explorer.html").is_file(),
         failed=describe_steps(unfinished, FAILED),
         left_out=describe_steps(unfinished, LEFT_OUT),
     )

@@ -45,9 +45,8 @@ def chosen_analyses(study: StudyConfig, photos: int) -> dict[str, Values]:
                 )
             key = key.replace("-", "_")
             options[key] = read_text(name, key, value)
-    for name, option in (("maps", "image"), ("explore", "images")):
-        if name in chosen and chosen[name][option] == ANALYSES[name].in_study[option]:
-            chosen[name][option] = [n for n in chosen[name][option] if n < photos]
+    if "maps" in chosen and chosen["maps"]["image"] == ANALYSES["maps"].in_study["image"]:
+        chosen["maps"]["image"] = [n for n in chosen["maps"]["image"] if n < photos]
     _add_files_beside_data(study, chosen)
     return chosen
 
@@ -129,8 +128,6 @@ def steps_of_models(
             fitted = [arm.run for arm in arms if arm.name == FITTED]
             pairs = [pair for pair in (trained, fitted) if pair]
             steps += [_of_pair(study, pair, name, values) for pair in pairs]
-        if ANALYSES[name].of == "page":
-            steps.append(_of_page(study, trained, name, values))
     return steps
 
 
@@ -180,27 +177,6 @@ def _of_pair(
         takes_overwrite=True,
         optional=True,
         why_left_out=ANALYSES[name].why_left_out(pair, values),
-    )
-
-
-def _of_page(
-    study: StudyConfig,
-    trained: Sequence[PlannedRun],
-    name: str,
-    values: Values,
-) -> Step:
-    """Return the step of an analysis that draws a page of all trained models."""
-    runs = tuple(run.name for run in trained)
-    report = study.out / "report"
-    folders = [str(study.out / run) for run in runs]
-    return Step(
-        name,
-        options_of(name, values | {"runs": folders, "out": str(report)}),
-        report / ANALYSES[name].result,
-        kind=name,
-        reads=_metrics(study, runs) | _results(study, runs, name),
-        optional=True,
-        why_left_out=ANALYSES[name].why_left_out(trained, values),
     )
 
 

@@ -2,12 +2,11 @@
 
 OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
 OUT/segmentation/{depth,normals,instances}/{training,validation}/*.png, targets.json    targets of the other tasks
-OUT/pairs/{images,annotations}/{with,without}/*.png, classes.json    scenes with one cue and without, same layout
 OUT/llava/{images,annotations}/training/*.png, classes.json    images of the conversations, same layout
 OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
 OUT/encoder/, OUT/llm/                                                             Hugging Face directories
 
-The binding world has no other tasks and no pairs, but
+The binding world has no other tasks, but
 
 OUT/one_scene/{images,annotations}/{training,validation}/*.png, classes.json    pictures of one scene, same layout
 OUT/segmentation/patches.json    of each picture: the scene of each patch, and whether it shows a cue
@@ -40,7 +39,7 @@ from .dialogues import (
     prepend_picture,
     swap_names,
 )
-from .scenes import Scene, draw_pair, draw_scene
+from .scenes import Scene, draw_scene
 from .surfaces import Surfaces
 
 # Pictures by folder and split. The index of a split is part of its seed, so that new ones go to the end.
@@ -56,7 +55,6 @@ BINDING_PICTURES = 16000
 CAPTIONS = 1920
 DIALOGUES = 4480
 QUESTIONS = 400
-PAIRS = 100
 # questions of a dialogue in plain English, about 330 tokens with the picture
 ENGLISH = {"choices": 3, "points": 1}
 # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
@@ -138,9 +136,6 @@ def demo_assets(
         if binding:
             _write_patches(partial / "segmentation", drawn)
         else:
-            jobs.append(
-                pool.submit(_write_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed)
-            )
             (partial / "segmentation/targets.json").write_text(
                 json.dumps({"depth_scale": DEPTH_SCALE}) + "\n"
             )
@@ -212,15 +207,6 @@ def _draw_chunk(
             for kind, pixels in _encode_targets(scene.surfaces).items():
                 _save(pixels, out / _path(kind, split, i))
     return drawn
-
-
-def _write_pairs(out: Path, count: int, seed: int) -> None:
-    rng = np.random.default_rng([seed, 12])
-    for i in range(count):
-        for split, scene in zip(("with", "without"), draw_pair(rng), strict=True):
-            _save(scene.image, out / "images" / split / f"{i:05d}.png")
-            _save(scene.mask, out / "annotations" / split / f"{i:05d}.png")
-    _write_classes(out)
 
 
 def _encode_targets(surfaces: Surfaces) -> dict[str, np.ndarray]:

@@ -128,14 +128,11 @@ class Canvas:
 
     Only calls with the name of a class change the surfaces. Each has a class, an object and a plane. Both are drawn at
     three times the final size. The picture is the mean of each 3 x 3 block, and its surface that of the centre.
-
-    Args:
-        hides_cues: Leave out the objects that are cues to what kind of scene it is.
     """
 
     SCALE = 3
 
-    def __init__(self, hides_cues: bool = False) -> None:
+    def __init__(self) -> None:
         side = self.SCALE * SIZE_PX
         self._picture = Image.new("RGB", (side, side))
         self._index = Image.new("L", (side, side))
@@ -144,15 +141,10 @@ class Canvas:
         # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
         self._surfaces = {(0, 0, NOWHERE): 0}
         self._object = 0
-        self._hides_cues = hides_cues
-        self._draws = True
-        self.cues = 0  # number of them that were begun
 
-    def begin_object(self, cue: bool = False) -> None:
-        """Make what is drawn from here on another object, which may be a cue."""
+    def begin_object(self) -> None:
+        """Make what is drawn from here on another object."""
         self._object += 1
-        self.cues += cue
-        self._draws = not (cue and self._hides_cues)
 
     def polygon(
         self,
@@ -234,8 +226,6 @@ class Canvas:
         name: str,
         **options: int,
     ) -> None:
-        if not self._draws:
-            return
         xs = []
         ys = []
         for u, v in points:

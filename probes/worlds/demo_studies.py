@@ -11,7 +11,7 @@ from .steps import MASKS, SCENES
 RANDOM_LLMS = ("random0", "random1", "permuted0", "permuted1")
 ARMS = ("trained", *RANDOM_LLMS, "adapter0", "adapter1")
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
-ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1", "explore")
+ADD = (f"knockout.classes={LOOK_ALIKES}", "knockout.draws=1")
 # What no claim needs; it takes half of the time of a small demo.
 QUESTIONS = ("routes.limit=80", "routes.draws=1")
 EXTRAS = ("patching.limit=100", "patching.draws=1", "maps.classes=ceiling,road", "umap", *QUESTIONS)
@@ -19,12 +19,11 @@ TASKS = ("depth", "normals", "boundaries")
 # The binding world. The drop, at the encoder and the adapter, has studies of its own.
 BINDING_ARMS = ("trained", *RANDOM_LLMS)
 BINDING_ADD = (
-    "explore",
     "knockout.classes=ceiling,sky,wall,building",
     "knockout.draws=1",
 )
 # knockouts take half of the time, and no truth is known about them
-BINDING_STEPS = ("solve", "fit", "starvation", "explore", "report")
+BINDING_STEPS = ("solve", "fit", "starvation", "report")
 SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 PICTURES = f"pictures of {SCENES} scenes"
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
@@ -57,7 +56,6 @@ def run_studies(out: Path, settings: dict, extras: bool) -> None:
 
 def _context_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
     """Return the study of both masks in the world of one scene, whose truth is unknown."""
-    extras = (f"patching.pairs={out}/assets/pairs", *EXTRAS) if in_full else ()
     return study_config(
         {mask: f"{out}/{mask}/stage2/hf" for mask in MASKS},
         f"{out}/assets/segmentation",
@@ -65,7 +63,7 @@ def _context_study(out: Path, settings: dict, in_full: bool) -> StudyConfig:
         arms=ARMS,
         fit=True,
         tasks=TASKS if in_full else (),
-        add=(*ADD, *extras),
+        add=(*ADD, *EXTRAS) if in_full else ADD,
         **_probes(settings, "toy world"),
     )
 

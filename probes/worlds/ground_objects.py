@@ -32,7 +32,7 @@ PERSON_CHANCES = (0.55, 0.35)  # of a first and of a second person
 
 
 class GroundObject(NamedTuple):
-    """An object on the ground, by default a cue.
+    """An object on the ground.
 
     half_width is in units of an adult's height; at_wall places it next to a side wall.
     """
@@ -40,7 +40,6 @@ class GroundObject(NamedTuple):
     draw: Callable[[Canvas, Quad, np.random.Generator], None]
     half_width: float
     at_wall: bool = False
-    cue: bool = True
 
 
 def draw_on_ground(
@@ -53,7 +52,7 @@ def draw_on_ground(
 
     Objects at a wall go to the left or right one. The others have a lane of their own in the middle.
     """
-    person = GroundObject(draw_person, 0.2, cue=False)
+    person = GroundObject(draw_person, 0.2)
     comes = rng.random(2) < PERSON_CHANCES
     people = int(comes.sum())
     standing = standing + [person] * people
@@ -69,7 +68,7 @@ def draw_on_ground(
         half_width = thing.half_width * size
         across = rng.integers(2) if thing.at_wall else lanes[i]
         foot = camera.ground_point(across, size, half_width)
-        canvas.begin_object(thing.cue)
+        canvas.begin_object()
         draw_shadow(canvas, foot, 2 * half_width)
         facing = rng.choice((-1, 1))
         place = Quad.upright(

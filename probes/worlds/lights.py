@@ -14,7 +14,7 @@ SHADE_WIDTH = (0.65, 0.75)  # of a lamp, in units of an adult's height
 
 def draw_moon(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw the moon above the roofs. Its class is sky."""
-    canvas.begin_object(cue=True)
+    canvas.begin_object()
     x, roofs = camera.far_end.point_at(rng.uniform(0.1, 0.9), 0)
     size = rng.uniform(8, 11)
     middle = max(4, roofs * rng.uniform(0.2, 0.5))
@@ -33,7 +33,7 @@ def draw_moon(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
 
 def draw_hanging_lamp(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a lamp that hangs from the ceiling, where its shade would be as wide as that of a standing lamp."""
-    canvas.begin_object(cue=True)
+    canvas.begin_object()
     x, ceiling_end = camera.far_end.point_at(rng.uniform(0, 1), 0)
     y = max(18, ceiling_end * rng.uniform(0.8, 1.15))
     size = rng.uniform(24, 31)

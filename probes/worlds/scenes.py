@@ -59,16 +59,12 @@ _GRAIN = _build_textures()
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room.
-
-    `cues` is the number of objects that tell rooms from streets.
-    """
+    """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room."""
 
     indoor: bool
     image: np.ndarray
     mask: np.ndarray
     surfaces: Surfaces
-    cues: int
 
     @property
     def kind(self) -> str:
@@ -80,7 +76,6 @@ class Scene:
 def draw_scene(
     rng: np.random.Generator,
     evidence: float = 0.1,
-    hides_cues: bool = False,
     indoor: bool | None = None,
 ) -> Scene:
     """Draw a room or a street with equal probability.
@@ -88,13 +83,12 @@ def draw_scene(
     Args:
         rng: Random generator. The same state gives the same bytes.
         evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
-        hides_cues: Leave out the objects that are cues. All else is drawn as with them.
         indoor: Whether it is a room; None for either.
     """
     if indoor is None:
         indoor = bool(rng.random() < 0.5)
     camera = sample_camera(rng)
-    canvas = Canvas(hides_cues)
+    canvas = Canvas()
     if indoor:
         draw_room(canvas, camera, rng)
         mean_grain = evidence
@@ -112,24 +106,7 @@ def draw_scene(
         image=pixels.astype(np.uint8),
         mask=mask,
         surfaces=canvas.surfaces(camera),
-        cues=canvas.cues,
     )
-
-
-def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
-    """Draw a scene with exactly one cue that can be seen, and the same scene without it."""
-    while True:
-        start = rng.bit_generator.state
-        cued = draw_scene(rng)
-        if cued.cues != 1:
-            continue
-        end = rng.bit_generator.state
-        rng.bit_generator.state = start
-        without = draw_scene(rng, hides_cues=True)
-        rng.bit_generator.state = end
-        cue_can_be_seen = (cued.image != without.image).any()
-        if cue_can_be_seen:
-            return cued, without
 
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:

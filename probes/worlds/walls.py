@@ -133,7 +133,7 @@ def draw_door(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 
 def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a framed landscape: hills under a low sun."""
-    canvas.begin_object(cue=True)
+    canvas.begin_object()
     scenery = frame.inset(0.2, 0.2)
     canvas.polygon(frame, BRASS, "picture")
     canvas.polygon(frame.inset(0.1, 0.1), CREAM)

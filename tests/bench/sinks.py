@@ -27,11 +27,7 @@ def print_sinks(mllm: FrozenMLLM, photos: list[Path], kind: str) -> None:
         step = -(-len(layers) // SHOWN)
         cells = []
         for layer in layers[step - 1 :: step]:
-            shares = [layer["attention_to_first"], layer["attention_to_text"]]
-            text = ", ".join("-" if share is None else f"{share:.0%}" for share in shares)
-            cells.append(
-                f"{layer['site']} {layer['first_norm']:.1f} ({layer['sinks']:.0f}; {text})"
-            )
+            cells.append(f"{layer['site']} {layer['first_norm']:.1f} ({layer['sinks']:.0f})")
         print(f"{kind}, {mask}: {', '.join(cells)}", flush=True)
 
 

@@ -37,14 +37,13 @@ def run(out: Path) -> None:
     for mask in MASKS:
         fit = f"fit {probed} --model.image_attention {mask} --trainer.max_epochs 2"
         probes(f"{fit} --save_predictions true --out {out}/{mask}".split())
-        knockout = f"knockout --probes {out}/{mask} --classes auto:3 --controls matched --draws 2"
+        knockout = f"knockout --probes {out}/{mask} --classes auto:3 --draws 2"
         probes(knockout.split())
     probes(f"solve {probed} --out {out}/solved --folds 2 --strengths 1e-2 1".split())
     first, second = (out / mask for mask in MASKS)
     probes(f"maps --probes {first} --image 0 1".split())
     probes(f"umap --probes {first} --image 0".split())
     probes(f"starvation --probes {first} {second} --by-class".split())
-    probes(f"explore {first} {second} --images 0 1 --out {out}/report".split())
     probes(f"report {first} {second} {out}/solved --out {out}/report".split())
 
 

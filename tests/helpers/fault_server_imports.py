@@ -6,7 +6,6 @@ import torch
 import torch.utils.tensorboard
 import umap
 
-import probes.analyses.explore.run
 import probes.analyses.knockout.run
 import probes.analyses.maps.run
 import probes.analyses.starvation.run

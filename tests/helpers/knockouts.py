@@ -26,7 +26,7 @@ PARTNERS = {
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
 N = 40
 L = 4
-NO_SINKS = {"images": 0, "no_attention": "", "layers": []}  # not measured
+NO_SINKS = {"images": 0, "layers": []}  # not measured
 
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

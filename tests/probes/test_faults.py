@@ -21,14 +21,12 @@ STEPS = {  # command -> files it writes, in this order
     "starvation": ["starvation.json"],
     "umap": ["umap.json"],
     "maps": ["maps.json", "maps.safetensors"],
-    "explore": ["report/explorer.html"],
     "report": ["report/index.html", "report/results.json"],
 }
 SHARES = {
     "fit": 0.3,
     "knockout": 0.2,
     "report": 0.15,
-    "explore": 0.1,
     "starvation": 0.1,
     "umap": 0.1,
     "maps": 0.05,
@@ -92,16 +90,6 @@ class Study:
             "starvation": ["starvation", "--probes", causal, other, "--by-class", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],
-            "explore": [
-                "explore",
-                causal,
-                other,
-                "--images",
-                "0",
-                "1",
-                "--out",
-                f"{causal}/report",
-            ],
             "report": ["report", causal, other, "--out", f"{causal}/report"],
         }[step]
 

@@ -19,7 +19,6 @@ COMMANDS = {  # command -> the result it locks
     "umap --probes RUN": "umap.json",
     "maps --probes RUN": "maps.json",
     "segment --probes RUN IMAGE --out RUN": "legend.json",
-    "explore RUN OTHER --images 0 --out RUN": "explorer.html",
     "report RUN OTHER --out RUN": "",
     "states nowhere IMAGE --out RUN/states.safetensors": "states.safetensors",
     "fit -c configs/demo/probes.yaml --model.mllm nowhere --data.root DATA --out RUN": "",

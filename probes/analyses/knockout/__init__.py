@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llava_bidir.common.options import Count, Seed
 from probes.analyses.base import Analysis, Claim, PlannedRun, Row, lacks_layers, table_row
@@ -21,7 +21,6 @@ class KnockoutOptions(RunOptions):
         min_patches: Leave out images with fewer wrong patches.
         limit: Number of images to read (default: all).
         batch_size: Images, or cases, per forward.
-        controls: Controls besides random tokens: tokens matched in distance and attention received.
         draws: Draws to average for each condition with random tokens.
         seed: Random seed of the controls and the bootstrap.
     """
@@ -32,7 +31,6 @@ class KnockoutOptions(RunOptions):
     min_patches: Count = 1
     limit: Count | None = None
     batch_size: Count = 64
-    controls: tuple[Literal["matched"], ...] = ()
     draws: Count = 5
     seed: Seed = 0
 

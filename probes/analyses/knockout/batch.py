@@ -3,7 +3,6 @@
 Shapes: B images, C cases, T patches, L layers.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,8 @@ from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 
 from . import KnockoutOptions
-from .attention import attention_from
 from .cases import ConfusionCase, PatchReader, find_cases
-from .conditions import MatchingFeatures, blocked_by_condition
+from .conditions import blocked_by_condition, high_norm_tokens
 from .rates import outcome_key
 from .schema import CASE_KEYS
 
@@ -65,14 +63,10 @@ def knock_out_batch(
         return {}
     adapter = states[ADAPTER]
     del states  # of every layer; the forwards under a knockout need the memory
-    attention: Sequence[Tensor | None] = [None] * len(cases)
-    if "matched" in plan.controls:
-        queries = [(case.row, case.mistaken) for case in cases]
-        attention = attention_from(mllm, pixels, queries)
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
-        features = MatchingFeatures.from_case(case, mllm.grid, adapter[case.row], attention[i])
-        for condition, draws in blocked_by_condition(case, features, plan).items():
+        high_norm = high_norm_tokens(adapter[case.row])
+        for condition, draws in blocked_by_condition(case, high_norm, plan).items():
             rows += [ForwardRow(i, condition, draw) for draw in draws]
     measured = _run_rows(reader, pixels, cases, rows, plan)
     tensors: dict[str, list[Tensor]] = {}

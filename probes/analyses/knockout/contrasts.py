@@ -30,11 +30,9 @@ from .rates import (
     blocked_classes,
     concat_classes,
     later_half,
-    list_conditions,
     outcome_key,
     select_cases,
 )
-from .schema import CONTROLS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
 MIN_IMAGES = 6  # fewer, or fewer groups of images, have no interval that says anything
@@ -52,20 +50,15 @@ class PairedCases(NamedTuple):
 
 
 def knockout_effects(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Estimate]:
-    """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@CONTROL".
+    """Return the effects of a knockout as the paper measures them, and the contrasts "EFFECT@random".
 
     Args:
         run: The run.
         tensors: Content of knockout.safetensors.
     """
-    controls = [name for name in CONTROLS if f"{name}_correct" in list_conditions(tensors)]
-    effects = {}
-    for name, estimate in rate_effects(tensors, run.weights).items():
-        effects[name] = replace(estimate, about={"controls": controls})
-    for control in controls:
-        contrasts = patch_contrasts(run, tensors, control)
-        for name, contrast in contrasts.items():
-            effects[f"{name}@{control}"] = contrast
+    effects = rate_effects(tensors, run.weights)
+    for name, contrast in patch_contrasts(run, tensors).items():
+        effects[f"{name}@random"] = contrast
     return effects
 
 
@@ -87,13 +80,13 @@ def rate_effects(tensors: dict[str, Tensor], weights: Tensor) -> dict[str, Estim
     return {name: Estimate(mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
 
 
-def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor], control: str) -> dict[str, Estimate]:
-    """Return the contrast of each effect with "random" or "matched" tokens.
+def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor]) -> dict[str, Estimate]:
+    """Return the contrast of each effect with random tokens.
 
-    It is about "n": the number of images, mistaken patches and pairs of classes. {} without a knockout, or if the cases
-    of pairs with both kinds of mistakes are in fewer than `MIN_IMAGES` images, or groups of images.
+    It is about "n": the number of images, mistaken patches and pairs of classes. {} if the cases of pairs with both
+    kinds of mistakes are in fewer than `MIN_IMAGES` images, or groups of images.
     """
-    cases = paired_cases(tensors, run.metrics["classes"], control)
+    cases = paired_cases(tensors, run.metrics["classes"])
     if cases is None:
         return {}
     unit = cases.image if run.groups is None else run.groups[cases.image]
@@ -111,14 +104,10 @@ def patch_contrasts(run: ProbeRun, tensors: dict[str, Tensor], control: str) -> 
     }
 
 
-def paired_cases(
-    tensors: dict[str, Tensor], classes: list[str], control: str
-) -> PairedCases | None:
+def paired_cases(tensors: dict[str, Tensor], classes: list[str]) -> PairedCases | None:
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
-    if f"{control}_correct" not in list_conditions(tensors):
-        return None
-    incorrect = _left(tensors, "incorrect") - _left(tensors, f"{control}_incorrect")
-    correct = _left(tensors, "correct") - _left(tensors, f"{control}_correct")
+    incorrect = _left(tensors, "incorrect") - _left(tensors, "random_incorrect")
+    correct = _left(tensors, "correct") - _left(tensors, "random_correct")
     values = torch.stack([incorrect, correct, correct - incorrect], 1)
     by_class = []
     for name in blocked_classes(tensors):

@@ -12,7 +12,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
-from .schema import CASE_KEYS, CONDITIONS
+from .schema import CONDITIONS
 
 
 class Cases(NamedTuple):
@@ -79,12 +79,9 @@ def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | No
 
 
 def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the conditions of a knockout, `CONDITIONS` first."""
-    keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    present = [key for key in keys if ":" not in key and key not in CASE_KEYS]
-    return sorted(
-        present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS)
-    )
+    """Return the conditions of a knockout."""
+    present = {key.rpartition("/")[2] for key in tensors}
+    return [name for name in CONDITIONS if name in present]
 
 
 def class_entry(

@@ -1,8 +1,7 @@
-"""Activation patching: states replaced at one layer by those of another mask or picture."""
+"""Activation patching: states replaced at one layer by those of another mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.options import Count, Seed
@@ -16,19 +15,16 @@ class PatchingOptions(RunOptions):
     """What to patch.
 
     Args:
-        pairs: Also patch pictures without a cue by those with it: a folder data set with the splits `with` and
-            `without`.
         site: Site of the read-out (default: the run's best decoder layer).
         mask: Mask under which replacement states are computed (default: bidirectional, or causal for a run that is
             not).
         layers: Layers whose states are replaced, 0 for the adapter (default: all before the read-out).
-        limit: Number of images, and of pairs, to read (default: all).
+        limit: Number of images to read (default: all).
         draws: Draws to average for each condition with random tokens.
         batch_size: Images per forward.
         seed: Random seed of the random tokens and the bootstrap.
     """
 
-    pairs: Path | None = None
     site: str | None = None
     mask: str | None = None
     layers: tuple[int, ...] | None = None
@@ -46,8 +42,7 @@ def lacks(runs: Sequence[PlannedRun], options: Mapping[str, Any]) -> str:
 
 
 ANALYSIS = Analysis(
-    help="replace states at one layer by those of another mask or picture, and read what follows, into "
-    "RUN/patching.json",
+    help="replace states at one layer by those of another mask, and read what follows, into RUN/patching.json",
     question="In which layers do tokens receive what they need from others, and at which do others still read it?",
     options=PatchingOptions,
     result="patching.json",

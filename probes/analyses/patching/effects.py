@@ -1,4 +1,4 @@
-"""Effects of patched states: means over images with intervals that hold for all layers of a set together.
+"""Effects of patched states: means over images with intervals that hold for all layers together.
 
 The paper makes no claim about them; they are exploratory.
 
@@ -26,56 +26,25 @@ def patching_effects(
     """Return the effects in the content of patching.safetensors.
 
     Args:
-        tensors: "EXPERIMENT/total" f[N] and "EXPERIMENT/SET/GROUP" f[N, L], in nats; NaN for an image without patches.
+        tensors: "total" f[N] and by group f[N, L], in nats; NaN for an image without patches.
         layers: Number of each layer.
         seed: Seed of the bootstrap.
-        groups: long[n], the group of each validation image, with which it is resampled; n >= N. Pairs have no groups.
+        groups: long[n], the group of each validation image, with which it is resampled; n >= N.
 
     Returns:
-        {"experiments": [{"experiment", "images", "total": {"value", "ci95"}, "sets": [{"set", GROUP: [{"layer",
-        "value", "ci95"}]}]}]}. Intervals of a list hold for all its layers together. A group without patches in any
-        image (such as "others" of the set "all") is left out.
+        {"images", "total": {"value", "ci95"}, GROUP: [{"layer", "value", "ci95"}]}. Intervals of a list hold for all
+        its layers together. A group without patches in any image is left out.
     """
-    experiments = []
-    for name in (key.removesuffix("/total") for key in tensors if key.endswith("/total")):
-        total = tensors[f"{name}/total"].double()
-        groups_of = None if groups is None or name == "pairs" else groups[: len(total)]
-        weights = bootstrap_weights(len(total), seed=seed, groups=groups_of)
-        sets = [
-            {"set": s} | _groups(tensors, f"{name}/{s}", layers, weights)
-            for s in set_names(tensors, name)
-        ]
-        mean, resampled = nan_mean(total[:, None], weights)
-        experiments.append(
-            {
-                "experiment": name,
-                "images": len(total),
-                "total": Estimate(mean.item(), resampled[:, 0]).json(),
-                "sets": sets,
-            }
-        )
-    return {"experiments": experiments}
-
-
-def set_names(tensors: dict[str, Tensor], experiment: str) -> list[str]:
-    """Return the sets of an experiment, from the keys "EXPERIMENT/SET/GROUP"."""
-    names: dict[str, None] = {}
-    for key in tensors:
-        parts = key.split("/")
-        if parts[0] == experiment and len(parts) == 3:
-            names[parts[1]] = None
-    return list(names)
-
-
-def _groups(
-    tensors: dict[str, Tensor],
-    key: str,
-    layers: Sequence[int],
-    weights: Tensor,
-) -> dict[str, Any]:
-    results = {}
+    total = tensors["total"].double()
+    groups = None if groups is None else groups[: len(total)]
+    weights = bootstrap_weights(len(total), seed=seed, groups=groups)
+    mean, resampled = nan_mean(total[:, None], weights)
+    results: dict[str, Any] = {
+        "images": len(total),
+        "total": Estimate(mean.item(), resampled[:, 0]).json(),
+    }
     for group in GROUPS:
-        values = tensors[f"{key}/{group}"].double()
+        values = tensors[group].double()
         if values.isnan().all():
             continue
         mean, resampled = nan_mean(values, weights)
@@ -103,18 +72,15 @@ def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def print_effects(results: dict[str, Any]) -> None:
     """Print the effects at other tokens than the patched ones, by layer."""
-    for experiment in results["experiments"]:
-        total = estimate_text(experiment["total"], "+.3f")
-        print(
-            f"{experiment['experiment']}: donor minus unpatched at {results['site']}, {experiment['images']} images: "
-            f"{total} nats"
-        )
-        for entry in experiment["sets"]:
-            shown = "others" if "others" in entry else "patched"
-            for place, random in zip(
-                entry[shown], entry.get("difference", [None] * len(entry[shown])), strict=True
-            ):
-                line = estimate_text(place, "+.3f")
-                if random:
-                    line += f", beyond random tokens {estimate_text(random, '+.3f')}"
-                print(f"  {entry['set']:<10} layer {place['layer']:>2}, {shown}: {line}")
+    total = estimate_text(results["total"], "+.3f")
+    print(f"donor minus unpatched at {results['site']}, {results['images']} images: {total} nats")
+    shown = "others" if "others" in results else "patched"
+    for place, random in zip(
+        results[shown],
+        results.get("difference", [None] * len(results[shown])),
+        strict=True,
+    ):
+        line = estimate_text(place, "+.3f")
+        if random:
+            line += f", beyond random tokens {estimate_text(random, '+.3f')}"
+        print(f"  layer {place['layer']:>2}, {shown}: {line}")

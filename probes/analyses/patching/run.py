@@ -1,27 +1,28 @@
 """`probes patching`: replace states of image tokens at one layer by those of another forward, and read what follows.
 
-For each set of tokens (donors.py) and each layer from 0, the adapter, to the one before the read-out, the states of
-the set are replaced by the donor's at the same tokens and layer. The probe of the read-out site then gives the log-odds
-of each labelled patch's true class, log p / (1 - p), in nats. The change against the unpatched forward is averaged per
-image over the labelled patches of the set ("patched") and over all others ("others"): what the set's tokens have passed
-on after that layer. The control replaces as many random tokens outside of the set ("random"); its "others", and those
-of the set in the difference, are the patches in neither.
+The donor is a forward of the same picture and weights under another mask among image tokens. The set is the tokens of
+the class with the most patches in the image, an object's. At each layer from 0, the adapter, to the one before the
+read-out, its states are replaced by the donor's at the same tokens and layer. The probe of the read-out site then gives
+the log-odds of each labelled patch's true class, log p / (1 - p), in nats. The change against the unpatched forward is
+averaged per image over the labelled patches of the set ("patched") and over all others ("others"): what the set's
+tokens have passed on after that layer. The control replaces as many random tokens outside of the set ("random"); its
+"others", and those of the set in the difference, are the patches in neither.
 
-    patching.json          settings and effects by experiment, set and layer, see effects.py
-    patching.safetensors   "EXPERIMENT/total" f[N]: donor minus unpatched, over all labelled patches but the first set's
-                           "EXPERIMENT/SET/patched", "others", "random", "difference" f[N, L], NaN without patches
+    patching.json          settings and effects by layer, see effects.py
+    patching.safetensors   "total" f[N]: donor minus unpatched, over all labelled patches
+                           "patched", "others", "random", "difference" f[N, L], NaN without patches
     patching.partial/      finished batches, removed at the end
 
 Shapes: N images, B of a batch, T image tokens, L layers, D draws.
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
@@ -30,18 +31,41 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.base import check_has_llm
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
+from probes.evaluation.true_classes import true_classes
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import ADAPTER, FINAL_NORM, is_layer, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
 from . import PatchingOptions
-from .donors import Batch, Pairs, mask_batch, pair_batch
-from .effects import patching_effects, print_effects, set_names
+from .effects import patching_effects, print_effects
 
 # Change of log-odds that rounding explains: some processors sum a batch in another order than a part of it.
 NO_EFFECT = 1e-6
-Patch = Callable[[list[int]], dict[str, Tensor]]  # patch the images of these indices
+
+
+class Batch(NamedTuple):
+    """Pictures whose states are replaced."""
+
+    index: list[int]
+    pixels: Tensor  # f[B, 3, H, W]
+    truth: Tensor  # long[B, T], class of most labelled pixels of each patch, -1 if unlabelled
+    tokens: Tensor  # bool[B, T], of the class with the most patches
+
+
+def read_batch(
+    mllm: FrozenMLLM,
+    dataset,
+    index: list[int],
+    classes: int,
+) -> Batch:
+    """Return images of a split, with the tokens whose states are replaced."""
+    samples = [dataset[i] for i in index]
+    pixels = mllm.preprocess([sample["image"] for sample in samples])
+    targets = [torch.from_numpy(sample["target"]) for sample in samples]
+    truth = true_classes(targets, classes, mllm)
+    patches = F.one_hot(truth + 1, classes + 1).sum(1)[:, 1:]
+    return Batch(index, pixels, truth, truth == patches.argmax(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -55,52 +79,44 @@ class Experiment:
 
     @torch.no_grad()
     def patch(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the results of a batch by "total" and "SET/GROUP", f[B] and f[B, L]."""
+        """Return the results of a batch by "total" and group, f[B] and f[B, L]."""
         sites = [_site(layer) for layer in self.plan.layers]
-        new = self.donor.states(batch.donor_pixels, [*sites, self.plan.site])
+        new = self.donor.states(batch.pixels, [*sites, self.plan.site])
         unpatched = self.mllm.states(
             batch.pixels, self.mllm.sites[: self.mllm.sites.index(self.plan.site) + 1]
         )
         plain = self._log_odds(unpatched[self.plan.site], batch.truth)
         donated = self._log_odds(new[self.plan.site], batch.truth)
-        labelled = batch.truth >= 0
-        first = next(iter(batch.sets.values()))
-        results = {
-            "total": mean_over(donated - plain, labelled & (~first | first.all(1, keepdim=True)))
-        }
-        for name, tokens in batch.sets.items():
-            random = random_tokens_outside(
-                tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index]
+        random = random_tokens_outside(
+            batch.tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index]
+        )
+        by_layer = [
+            self._patch_set(
+                batch,
+                site,
+                new[site],
+                random,
+                unpatched,
+                plain,
             )
-            by_layer = [
-                self._patch_set(
-                    batch,
-                    site,
-                    new[site],
-                    tokens,
-                    random,
-                    unpatched,
-                    plain,
-                )
-                for site in sites
-            ]
-            results |= {
-                f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1)
-                for key in by_layer[0]
-            }
-        return results
+            for site in sites
+        ]
+        total = mean_over(donated - plain, batch.truth >= 0)
+        return {"total": total} | {
+            key: torch.stack([entry[key] for entry in by_layer], 1) for key in by_layer[0]
+        }
 
     def _patch_set(
         self,
         batch: Batch,
         site: str,
         new: Tensor,
-        tokens: Tensor,
         random: Tensor,
         unpatched: dict[str, Tensor],
         plain: Tensor,
     ) -> dict[str, Tensor]:
-        """Return the changes by group, f[B], when the states of a set, or random ones, are replaced at a site."""
+        """Return the changes by group, f[B], when the states of the set, or random ones, are replaced at a site."""
+        tokens = batch.tokens
         replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
         images = list(range(len(plain))) * len(replaced)
         change = (
@@ -183,13 +199,13 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
 
 
 def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
-    """Run both experiments, write the files named above, and return the content of patching.json.
+    """Patch the images, write the files named above, and return the content of patching.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The options do not fit the run, or there is a result of other options, pairs or runs, which may not
-            be replaced.
+        UserError: The options do not fit the run, or there is a result of other options or runs, which may not be
+            replaced.
         RuntimeError: The patched states changed nothing, so that they did not reach the model.
     """
     out = options.folder
@@ -197,36 +213,19 @@ def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
     classes = len(run.metrics["classes"])
     dataset = run.dataset()
     plan = complete_options(options, run)
-    pairs = None
-    if plan.pairs:
-        pairs = Pairs(plan.pairs, run.metrics["classes"])
-    identity = pairs and pairs.identity()
-    settings = plan.settings | {"pairs": identity}
-    made_from = {"runs": [run.fingerprint]} | settings
+    made_from = {"runs": [run.fingerprint]} | plan.settings
     check_replaceable(out / "patching.json", made_from, plan.overwrite)
     probe = run.probes()[plan.site].to(mllm.device)
-    other = mllm.with_attention(plan.mask)
+    experiment = Experiment(mllm, mllm.with_attention(plan.mask), probe, plan)
     partial = out / "patching.partial"
-    of_mask = Experiment(mllm, other, probe, plan)
-    of_pairs = Experiment(mllm, mllm, probe, plan)
 
-    def patch_mask(index: list[int]) -> dict[str, Tensor]:
-        return of_mask.patch(mask_batch(mllm, dataset, index, classes))
+    def patch(index: list[int]) -> dict[str, Tensor]:
+        return experiment.patch(read_batch(mllm, dataset, index, classes))
 
-    def patch_pairs(index: list[int]) -> dict[str, Tensor]:
-        return of_pairs.patch(pair_batch(mllm, pairs, index, classes))
-
-    def run_batches(name: str, images: int, patch: Patch) -> dict[str, Tensor]:
-        indices = list(range(images))[: plan.limit]
-        found = cached_batches(partial / name, made_from, indices, plan.batch_size, patch)
-        return {f"{name}/{key}": values for key, values in found.items()}
-
-    tensors = run_batches("mask", len(dataset), patch_mask)
+    indices = list(range(len(dataset)))[: plan.limit]
+    tensors = cached_batches(partial, made_from, indices, plan.batch_size, patch)
     if any(plan.layers):  # what enters the LLM is the same under both masks
-        check_effects(tensors, "mask")
-    if pairs is not None:
-        tensors |= run_batches("pairs", len(pairs), patch_pairs)
-        check_effects(tensors, "pairs")
+        check_effects(tensors["patched"])
     results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | made_from
     results |= patching_effects(tensors, plan.layers, plan.seed, run.groups)
     write_files({out / "patching.safetensors": tensors, out / "patching.json": results})
@@ -234,14 +233,10 @@ def patch_states(run: ProbeRun, options: PatchingOptions) -> dict[str, Any]:
     return results
 
 
-def check_effects(tensors: dict[str, Tensor], name: str) -> None:
-    """Raise a RuntimeError if the states of a set changed nothing, not even at its own labelled patches, if any."""
-    for tokens in set_names(tensors, name):
-        changes = tensors[f"{name}/{tokens}/patched"]
-        if not changes.isnan().all() and changes.nan_to_num().abs().max() < NO_EFFECT:
-            raise RuntimeError(
-                f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect"
-            )
+def check_effects(changes: Tensor) -> None:
+    """Raise a RuntimeError if replaced states changed nothing, not even at their own labelled patches, if any."""
+    if not changes.isnan().all() and changes.nan_to_num().abs().max() < NO_EFFECT:
+        raise RuntimeError("the replaced states changed nothing: they had no effect")
 
 
 def complete_options(options: PatchingOptions, run: ProbeRun) -> PatchingOptions:

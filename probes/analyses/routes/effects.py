@@ -7,6 +7,7 @@ Shapes: Q questions, W windows, R resamplings.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,10 +19,8 @@ from probes.analyses.sinks import describe_sinks, meets_sink
 from probes.evaluation.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"
-TARGETS = ("question", "last", "text", "image")
-SOURCES = ("image", "object", "others", "random", CONTRAST)
-ROUTES = [(source, target) for target in TARGETS for source in SOURCES]
-ROUTES += [("question", "last")]
+TARGETS = ("question", "last", "text")
+SOURCES = ("image", "object", "random", CONTRAST)
 
 Tensors = dict[str, Tensor]  # content of routes.safetensors
 
@@ -86,7 +85,7 @@ def route_effects(
     cases = Cases({}, tensors["image"])
     weights = image_weights(tensors["image"], seed)
     effects = []
-    for source, target in ROUTES:
+    for target, source in product(TARGETS, SOURCES):
         effect: dict[str, Any] = {"source": source, "target": target}
         for outcome, of_all, by_window in (
             ("right", "all", "windows"),
@@ -170,7 +169,7 @@ def print_routes(results: dict[str, Any]) -> None:
         strongest = max(effect["windows"], key=lambda window: abs(window["value"]))
         first, last = strongest["layers"]
         window = estimate_text(strongest, "+.3f")
-        if can_cut_sink(effect["source"], strongest["layers"], results["sinks"]):
+        if can_cut_sink(strongest["layers"], results["sinks"]):
             window += ", can cut a sink"
         shares = f"{effect['changed']['value']:+.0%}, {effect['right']['value']:.0%}"
         print(f"  {route:<27} {of_all}, {shares}; most in layers {first}-{last}: {window}")
@@ -183,12 +182,11 @@ def every_layer(sinks: Mapping[str, Any]) -> range:
     return range(1, len(sinks["layers"]) + 1)
 
 
-def can_cut_sink(source: str, layers: Sequence[int], sinks: Mapping[str, Any]) -> bool:
-    """Return whether the columns of a route can include an attention sink: of image tokens, in some of its layers.
+def can_cut_sink(layers: Sequence[int], sinks: Mapping[str, Any]) -> bool:
+    """Return whether image tokens can be attention sinks in some layers of a cut.
 
     Args:
-        source: Of `SOURCES`, or "question". All image tokens include the sinks; others do in some questions.
         layers: First and last layer of the cut.
         sinks: routes.json["sinks"].
     """
-    return source in SOURCES and meets_sink(range(layers[0], layers[1] + 1), sinks)
+    return meets_sink(range(layers[0], layers[1] + 1), sinks)

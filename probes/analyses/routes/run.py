@@ -6,11 +6,9 @@ Each question asks for the class at a place, its object, with one of the run's c
 A route is cut by a knockout with rows and columns of the prompt: no token of the target attends to a token of the
 source, in all layers, or in each window of K layers, whose first layers are a stride apart.
 
-    targets   question (with its options), last (token before the answer), text (question, last and answer), image
-    sources   image, all image tokens; object, the patches at the place; others, all other patches; random, as many
-              random patches outside of the place as the object has, and some of its own where these are too few,
-              averaged over draws
-              question, for the target last
+    targets   question (with its options), last (token before the answer), text (question, last and answer)
+    sources   image, all image tokens; object, the patches at the place; random, as many random patches outside of the
+              place as the object has, and some of its own where these are too few, averaged over draws
 
 The outcomes are the log-probability of the right answer, normalised over the class names, and whether the most probable
 name changes and is right. No probe takes part in them.
@@ -150,19 +148,12 @@ class Asked:
         scores = self.mllm.answer_log_probs(self.pixels, self.text, self.classes)
         return scores[0].log_softmax(-1)
 
-    def cut(
-        self,
-        rows: tuple[str, ...],
-        columns: str | tuple[str, ...],
-        layers: Tensor,
-        blocked: Tensor | None = None,
-    ) -> Tensor:
+    def cut(self, rows: tuple[str, ...], layers: Tensor, blocked: Tensor) -> Tensor:
         """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
         scores = []
         for start in range(0, len(layers), self.batch_size):
             part = slice(start, start + self.batch_size)
-            patches = None if blocked is None else blocked[part]
-            knockout = Knockout(patches, layers[part], rows, columns)
+            knockout = Knockout(blocked[part], layers[part], rows)
             pixels = self.pixels.expand(len(layers[part]), -1, -1, -1)
             found = self.mllm.answer_log_probs(pixels, self.text, self.classes, knockout)
             scores.append(found)
@@ -210,15 +201,13 @@ def ask(
         "question": of_question,
         "last": ("last",),
         "text": (*of_question, "last", "answer"),
-        "image": ("image",),
     }
     for target, rows in targets.items():
-        scores = asked.cut(rows, "blocked", layers, blocked)
+        scores = asked.cut(rows, layers, blocked)
         by_source = scores.unflatten(0, (-1, len(cut))).split(counts)
         for source, of_source in zip(sources, by_source, strict=True):
             results |= _outcomes(f"{source} to {target}", of_source, none, question.right)
-    scores = asked.cut(("last",), of_question, cut)
-    return results | _outcomes("question to last", scores[None], none, question.right)
+    return results
 
 
 def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Tensor]:
@@ -234,11 +223,9 @@ def blocked_patches(place: Tensor, draws: int, seed: list[int]) -> dict[str, Ten
             # too few others: some of the object's own, which makes the difference smaller
             rest = rng.choice(inside, len(inside) - count, replace=False)
             drawn[torch.from_numpy(rest)] = True
-    everything = torch.ones_like(place)
     return {
-        "image": everything[None],
+        "image": torch.ones_like(place)[None],
         "object": place[None],
-        "others": ~place[None],
         "random": random,
     }
 

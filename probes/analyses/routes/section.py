@@ -19,7 +19,7 @@ from .effects import TARGETS, can_cut_sink, every_layer
 
 KEYS = ("questions", "images", "accuracy", "sites", "effects", "sinks")  # of routes.json
 SINK_COLOUR = "#eeeeee"
-DRAWN = ("image", "object", "others", "random", "question")  # sources, with the colours of COLOURS
+DRAWN = ("image", "object", "random")  # sources, with the colours of COLOURS
 
 
 def section(study: StudyRuns) -> Section:
@@ -128,8 +128,8 @@ def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
 
 def routes_figure(of_mask: dict[str, Any]) -> FigureData:
     """Draw a panel per target; the CSV file has all routes, windows and models."""
-    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
-    for ax, target in zip(figure.subplots(2, 2).flat, TARGETS, strict=True):
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    for ax, target in zip(figure.subplots(1, 3), TARGETS, strict=True):
         ax.axhline(0, color="black", lw=0.8)
         ax.set_title(f"to {target}", fontsize=9)
         ax.set_xlabel("layers that are cut", fontsize=8)
@@ -208,7 +208,7 @@ def route_rows(of_mask: dict[str, Any]) -> Rows:
                 numbers |= {"changed": changed["value"]} | bounds(changed["ci95"], "changed_")
                 if layers == "all":
                     numbers["right"] = effect["right"]["value"]
-                numbers["can_cut_sink"] = can_cut_sink(effect["source"], ends, entry["sinks"])
+                numbers["can_cut_sink"] = can_cut_sink(ends, entry["sinks"])
                 rows.append(common | {"layers": layers} | numbers)
     return rows
 

@@ -1,9 +1,8 @@
 """Starvation with the classes held fixed: early patches are mostly sky and ceiling, which one mask may predict better.
 
-    standardised   accuracy by patch with the same mix of classes at every patch: its accuracy on each class, weighted
-                   by the class's share of the split's labelled pixels (direct standardisation). A class that never
-                   occurs at a patch is left out there, for both masks.
-    groups         the gap over the first row for the frequent, middling and rare third of the classes
+Accuracy by patch is standardised to the same mix of classes at every patch: its accuracy on each class, weighted by
+the class's share of the split's labelled pixels (direct standardisation). A class that never occurs at a patch is left
+out there, for both masks.
 
 The class of a patch is that of most of its labelled pixels.
 
@@ -17,18 +16,17 @@ from tqdm import tqdm
 from probes.evaluation.true_classes import true_classes
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, pooled_gap
+from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap
 
 FIRST_PATCHES = 50  # as in Fig. 7; standardisation takes K products of R x N and N x T
-GROUPS = ("frequent", "middling", "rare")
 
 
 def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
     """Return "by_class" of starvation.json, from either run's images, and `weights` f[R, N] of the bootstrap.
 
     Returns:
-        {"causal", "bidirectional", "gap", "gap_ci95": standardised, of the first 50 patches; "first_row": standardised,
-        of the first row; "groups": [{"frequency", "classes", "share", "causal", "bidirectional", "gap", "gap_ci95"}]}
+        {"causal", "bidirectional", "gap", "gap_ci95": standardised, of the first 50 patches; "first_row": the same of
+        the first row}
     """
     dataset = run.dataset()
     mllm = run.mllm()
@@ -54,7 +52,6 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
     return {
         **standardised_gap(early, labels[:, :FIRST_PATCHES], share, weights),
         "first_row": {key: values[0] for key, values in first_row.items()},
-        "groups": _frequency_groups(counts, labels, share, weights, names, columns),
     }
 
 
@@ -85,34 +82,3 @@ def standardised_gap(
     estimate = {mask: values[0] for mask, values in accuracy.items()}
     resampled = {mask: values[1:] for mask, values in accuracy.items()}
     return accuracy_gap(estimate, resampled)
-
-
-def _frequency_groups(
-    counts: CountsByMask,
-    labels: Tensor,
-    share: Tensor,
-    weights: Tensor,
-    names: list[str],
-    columns: int,
-) -> list[dict]:
-    """Return the gap over the first row for each third of the classes; thirds that do not occur there are left out."""
-    order = share.argsort(descending=True, stable=True)
-    ranked = order[share[order] > 0].tolist()
-    groups = []
-    third = -(-len(ranked) // 3)
-    for i, frequency in enumerate(GROUPS):
-        members = ranked[i * third : (i + 1) * third]
-        in_group = torch.isin(labels, torch.tensor(members)).double()
-        of_group = {
-            mask: PatchCounts(right * in_group, valid * in_group)
-            for mask, (right, valid) in counts.items()
-        }
-        if members and of_group["causal"].valid[:, :columns].any():
-            classes = [names[k] for k in members]
-            group = {
-                "frequency": frequency,
-                "classes": classes,
-                "share": share[members].sum().item(),
-            }
-            groups.append(group | pooled_gap(of_group, weights, range(columns)))
-    return groups

@@ -134,8 +134,6 @@ def _gaps(results: dict) -> Iterator[tuple[str, dict]]:
     yield "first row", results["first_row"]
     if by_class := results.get("by_class"):
         yield "first row, standardised classes", by_class["first_row"]
-        for group in by_class["groups"]:
-            yield f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels)", group
 
 
 def _format_gap(gap: dict) -> str:

@@ -67,9 +67,6 @@ def sink_rows(analysis: dict[str, Any] | None) -> list[dict[str, str]]:
                 "norm of the first image token, in medians": f"{layer['first_norm']:.3g}",
                 "image tokens with such a norm": f"{layer['sinks']:.3g}",
             }
-            for key in ("attention_to_first", "attention_to_text"):
-                share = layer[key]
-                row[key.replace("_", " ")] = "not read" if share is None else f"{share:.0%}"
             rows.append(row)
     return rows
 

@@ -1,25 +1,21 @@
 """Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import probe_runs
 import pytest
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from llava_bidir.common.errors import UserError
 from probes.analyses.patching import PatchingOptions
-from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
 from probes.analyses.patching.run import (
     NO_EFFECT,
-    check_effects,
     patch_states,
     random_tokens_outside,
+    read_batch,
 )
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
@@ -42,37 +38,13 @@ def options(run: ProbeRun, out: Path, **changes) -> PatchingOptions:
     )
 
 
-@pytest.fixture(scope="module")
-def pairs(runs, tmp_path_factory) -> Path:
-    """Nine pairs: the validation images of the runs, with a bright square in one quarter and without."""
-    root = Path(runs["causal"].manifest["data"]["root"])
-    out = tmp_path_factory.mktemp("pairs")
-    for split in ("with", "without"):
-        for part in ("images", "annotations"):
-            shutil.copytree(root / part / "validation", out / part / split)
-    for i, file in enumerate(sorted((out / "images/with").iterdir())):
-        pixels = np.array(Image.open(file))
-        half = np.array(pixels.shape[:2]) // 2
-        pixels[: half[0] - 2, half[1] * (i % 2) : half[1] * (i % 2) + half[1] - 2] = 255
-        Image.fromarray(pixels).save(file)
-    shutil.copy(root / "classes.json", out)
-    return out
-
-
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
-def patched(
-    request,
-    runs,
-    pairs,
-    tmp_path_factory,
-):
+def patched(request, runs, tmp_path_factory):
     """A run, patching.json and patching.safetensors."""
     out = tmp_path_factory.mktemp("patching")
     options = [
         "--site",
         READ_OUT,
-        "--pairs",
-        str(pairs),
         "--draws",
         "2",
         "--batch-size",
@@ -147,7 +119,7 @@ def forward_by_hand(
     return states
 
 
-def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
+def test_changes_equal_full_forwards_that_are_patched_by_hand(patched):
     """Image by image and layer by layer, with the mask written out and no prefix cache."""
     run, results, tensors = patched
     mllm = run.mllm()
@@ -157,55 +129,44 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
     other = results["mask"]
     assert {own, other} == {"causal", "bidirectional"}
     dataset = run.dataset()
-    listed = Pairs(pairs, run.metrics["classes"])
 
     def odds(states, truth):
         p = probe(states[mllm.is_image][None].float())[0].softmax(-1)
         p = p[torch.arange(len(truth)), truth.clamp(min=0)]
         return (p / (1 - p)).log()
 
-    for name in ("mask", "pairs"):
-        for i in (0, 5, 8):
-            read, mask = (mask_batch, other) if name == "mask" else (pair_batch, own)
-            batch = read(mllm, dataset if name == "mask" else listed, [i], classes)
-            truth = batch.truth[0]
-            labelled = batch.truth[0] >= 0
-            donor = forward_by_hand(mllm, batch.donor_pixels, mask)
-            plain = odds(forward_by_hand(mllm, batch.pixels, own)[2], truth)
-            for set_name, tokens in batch.sets.items():
-                where = torch.zeros_like(mllm.is_image)
-                where[mllm.is_image.nonzero().flatten()[tokens[0]]] = True
-                for layer in (0, 1):
-                    states = forward_by_hand(
-                        mllm,
-                        batch.pixels,
-                        own,
-                        layer,
-                        where,
-                        donor[layer],
-                    )
-                    change = odds(states[2], truth) - plain
-                    for group, patches in (("patched", tokens[0]), ("others", ~tokens[0])):
-                        expected = change[labelled & patches].mean()  # NaN of no patch, too
-                        found = tensors[f"{name}/{set_name}/{group}"][i, layer]
-                        torch.testing.assert_close(
-                            found,
-                            expected,
-                            rtol=2e-3,
-                            atol=2e-4,
-                            equal_nan=True,
-                        )
-
-
-def test_the_cue_is_under_the_pixels_that_differ(runs, pairs):
-    run = runs["causal"]
-    batch = pair_batch(
-        run.mllm(), Pairs(pairs, run.metrics["classes"]), [0, 1], len(run.metrics["classes"])
-    )
-    assert batch.sets["cue"].view(2, 2, 2).tolist() == [
-        [[True, False], [False, False]],
-        [[False, True], [False, False]],
-    ]
+    for i in (0, 5, 8):
+        batch = read_batch(mllm, dataset, [i], classes)
+        truth = batch.truth[0]
+        tokens = batch.tokens[0]
+        labelled = truth >= 0
+        donor = forward_by_hand(mllm, batch.pixels, other)
+        plain = odds(forward_by_hand(mllm, batch.pixels, own)[2], truth)
+        expected = (odds(donor[2], truth) - plain)[labelled].mean()
+        torch.testing.assert_close(tensors["total"][i], expected, rtol=2e-3, atol=2e-4)
+        assert len(truth[tokens].unique()) == 1
+        assert tokens.sum() == truth[labelled].bincount().max()
+        where = torch.zeros_like(mllm.is_image)
+        where[mllm.is_image.nonzero().flatten()[tokens]] = True
+        for layer in (0, 1):
+            states = forward_by_hand(
+                mllm,
+                batch.pixels,
+                own,
+                layer,
+                where,
+                donor[layer],
+            )
+            change = odds(states[2], truth) - plain
+            for group, patches in (("patched", tokens), ("others", ~tokens)):
+                expected = change[labelled & patches].mean()  # NaN of no patch, too
+                torch.testing.assert_close(
+                    tensors[group][i, layer],
+                    expected,
+                    rtol=2e-3,
+                    atol=2e-4,
+                    equal_nan=True,
+                )
 
 
 def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypatch):
@@ -224,7 +185,7 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
         return states(self, pixels, sites, rows=rows)
 
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
-    with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
+    with pytest.raises(RuntimeError, match="the replaced states changed nothing"):
         patch_states(runs["causal"], options(runs["causal"], tmp_path))
 
 
@@ -258,16 +219,7 @@ def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoint
 def test_a_mask_leaves_what_enters_the_llm_alone(runs, tmp_path):
     run = runs["causal"]
     results = patch_states(run, options(run, tmp_path, layers=(0,), limit=2))
-    values = [
-        place["value"] for entry in results["experiments"][0]["sets"] for place in entry["patched"]
-    ]
-    assert max(map(abs, values)) < NO_EFFECT
-
-
-def test_a_set_without_labelled_patches_has_no_effect_and_no_error():
-    nothing = torch.full((2, 1), torch.nan)
-    zero = torch.zeros(2, 1)
-    check_effects({"mask/last_row/patched": nothing, "mask/last_row/others": zero}, "mask")
+    assert max(abs(place["value"]) for place in results["patched"]) < NO_EFFECT
 
 
 def test_random_tokens_are_outside_of_the_set_and_as_many():
@@ -300,50 +252,9 @@ def test_means_leave_out_images_without_patches_and_intervals_hold_together():
     draws = 200
     for _ in range(draws):
         values = torch.tensor(generator.normal(0.0, 1.0, (60, 6)))
-        tensors = {"mask/total": values[:, 0]} | {
-            f"mask/all/{name}": values for name in ("patched", "others")
-        }
-        tensors |= {
-            f"mask/all/{name}": torch.full_like(values, torch.nan)
-            for name in ("random", "difference")
-        }
-        experiment = patching_effects(tensors, range(6), seed=0)["experiments"][0]
-        assert set(experiment["sets"][0]) == {"set", "patched", "others"}
-        held += all(
-            place["ci95"][0] <= 0 <= place["ci95"][1] for place in experiment["sets"][0]["patched"]
-        )
+        tensors = {"total": values[:, 0], "patched": values, "others": values}
+        tensors |= dict.fromkeys(("random", "difference"), torch.full_like(values, torch.nan))
+        effects = patching_effects(tensors, range(6), seed=0)
+        assert set(effects) == {"images", "total", "patched", "others"}
+        held += all(place["ci95"][0] <= 0 <= place["ci95"][1] for place in effects["patched"])
     assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"
-
-
-def test_odd_pairs_are_errors(runs, pairs, tmp_path):
-    shutil.copytree(pairs, tmp_path / "odd")
-    (tmp_path / "odd/images/with/003.png").unlink()
-    classes = runs["causal"].metrics["classes"]
-    with pytest.raises(UserError, match="1 files have no image, e.g. .*annotations/with/003.png"):
-        Pairs(tmp_path / "odd", classes)
-    (tmp_path / "odd/annotations/with/003.png").unlink()
-    with pytest.raises(
-        UserError, match="003 is in one of images/with and images/without; expected pairs"
-    ):
-        Pairs(tmp_path / "odd", classes)
-    with pytest.raises(UserError, match="the classes are not those of the probes"):
-        Pairs(pairs, classes[:2])
-    shutil.copytree(pairs, tmp_path / "sizes")
-    for part, mode in (("images", "RGB"), ("annotations", "L")):
-        Image.new(mode, (9, 9)).save(next((tmp_path / "sizes" / part / "with").iterdir()))
-    with pytest.raises(UserError, match="with and without .* differ in size"):
-        pair_batch(
-            runs["causal"].mllm(), Pairs(tmp_path / "sizes", classes), list(range(9)), len(classes)
-        )
-    shutil.copytree(pairs, tmp_path / "compressed")
-    picture = next((tmp_path / "compressed/images/with").iterdir())
-    ImageOps.invert(Image.open(picture)).save(picture)
-    with pytest.raises(
-        UserError, match="differ in all patches; expected a cue in some, and equal pixels elsewhere"
-    ):
-        pair_batch(
-            runs["causal"].mllm(),
-            Pairs(tmp_path / "compressed", classes),
-            list(range(9)),
-            len(classes),
-        )

@@ -82,9 +82,8 @@ def test_routes_equal_a_loop_over_knockouts(measured):
         blocked = {
             "image": place | True,
             "object": place,
-            "others": ~place,
         }
-        for target, rows in (sets | {"image": "image"}).items():
+        for target, rows in sets.items():
             for source, patches in blocked.items():
                 for i, layers in enumerate((None, [1, 2], [2, 3])):
                     knockout = Knockout(patches[None], layers, rows)
@@ -96,11 +95,6 @@ def test_routes_equal_a_loop_over_knockouts(measured):
                     assert tensors[f"changed:{source} to {target}"][number, i] == changed
                     correct = scores.argmax() == question.right
                     assert tensors[f"correct:{source} to {target}"][number, i] == correct
-        knockout = Knockout(None, [2, 3], "last", "question")
-        scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
-        expected = scores[0, 0].log_softmax(-1)[question.right]
-        found = tensors["right:question to last"][number, 2]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_accuracies_are_shares_of_questions(measured):
@@ -113,7 +107,7 @@ def test_accuracies_are_shares_of_questions(measured):
         read = tensors[f"probe:{entry['site']}"].argmax(-1)
         assert entry["accuracy"]["value"] == pytest.approx((read == right).double().mean().item())
         assert entry["agreement"]["value"] == pytest.approx((read == said).double().mean().item())
-    for effect in results["effects"][:4]:
+    for effect in results["effects"][:3]:
         correct = tensors[f"correct:{effect['source']} to {effect['target']}"][:, 0]
         assert effect["right"]["value"] == pytest.approx(correct.double().mean().item())
 
@@ -269,7 +263,7 @@ def test_a_planted_route_is_found_and_a_shuffled_one_is_not(runs, tmp_path):
     assert claimed > 0.2
     assert effects["object - random", "text"]["all"]["ci95"][1] < -0.5
     assert effects["object", "text"]["changed"]["value"] > 0.2
-    for source, target in (("others", "text"), ("random", "text"), ("object", "question")):
+    for source, target in (("random", "text"), ("object", "question")):
         assert abs(effects[source, target]["all"]["value"]) < 0.1
     accuracy, effects, claimed = numbers["shuffled"]
     assert abs(accuracy - 1 / 3) < 0.2

@@ -1,4 +1,4 @@
-"""Maps and the explorer block the tokens that the run's knockout blocked, in the same layers."""
+"""Maps block the tokens that the run's knockout blocked, in the same layers."""
 
 import json
 import shutil
@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from probes import Knockout
-from probes.analyses.explore.readout import explore
 from probes.analyses.knockout import KnockoutOptions
 from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
 from probes.analyses.knockout.config import describe, options_of_run
@@ -69,23 +67,3 @@ def test_maps_are_those_of_the_runs_knockout(blocked):
             plan.layers,
         )
         assert torch.equal(maps[i], expected), condition
-
-
-@torch.no_grad()
-def test_the_explorer_shows_the_runs_knockout(blocked):
-    run, plan, tokens = blocked
-    explored = explore(run, list(tokens), classes=plan.classes)
-    mllm = run.mllm()
-    assert explored.how == describe(plan)
-    for image in explored.images:
-        pixels = mllm.preprocess([run.dataset()[image.image]["image"]])
-        for condition in ("incorrect", "correct"):
-            reading = image.readings[condition]
-            expected = tokens[image.image][condition]
-            assert torch.equal(reading.blocked, expected)
-            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))[
-                "layer_03"
-            ]
-            probabilities = run.probes()["layer_03"](states.float())[0].softmax(-1).max(1).values
-            site = explored.sites.index("layer_03")
-            torch.testing.assert_close(reading.class_probabilities[0, site], probabilities)

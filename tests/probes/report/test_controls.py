@@ -171,12 +171,12 @@ def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
 
 
 def test_files_of_an_earlier_report_are_removed(write, tmp_path):
-    """Others in its folder stay, the explorer's among them."""
+    """Others in its folder stay."""
     runs = [write("trained", CURVE, mask=mask) for mask in MASKS]
     out = tmp_path / "report"
     write_report([f"a={runs[0]}", f"b={runs[1]}"], out)
     assert (out / "a_toy_world/claims.csv").is_file()
-    (out / "explorer.html").write_text("kept")
+    (out / "notes.html").write_text("kept")
     write_report(runs, out)
     assert (out / "starvation.csv").is_file()
     assert not (out / "a_toy_world").exists()
@@ -184,7 +184,7 @@ def test_files_of_an_earlier_report_are_removed(write, tmp_path):
     expected = {
         "index.html",
         "results.json",
-        "explorer.html",
+        "notes.html",
         *read_json(out / "results.json")["files"],
     }
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == expected

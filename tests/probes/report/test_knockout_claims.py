@@ -135,7 +135,6 @@ def test_each_column_has_its_measure_and_an_interval_over_images(write, draws):
             contrast.value,
             interval(contrast.value, contrast.resampled),
         )
-        assert optimum["tokens"] == "random"
         of_draws = [read_effects(ProbeRun(path))[f"{name}@random"].value for path in paths[2:4]]
         assert beyond["by_draw"] == of_draws
         assert beyond["trained"] == optimum["value"]

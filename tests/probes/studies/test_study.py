@@ -15,6 +15,7 @@ import pandas as pd
 import probe_runs
 import pytest
 import task_runs
+import tiny_models
 import torch
 from processes import HANGING_S
 from run_bytes import run_bytes
@@ -24,12 +25,11 @@ from studies import study_of
 import probes
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.steps import Step
-from probes.analyses.options import options_of, read_text
+from probes.analyses.options import read_text
 from probes.cli import main
 from probes.studies.arms import plan_arms
 from probes.studies.parser import build_command_parser
 from probes.studies.plan import make_plan
-from probes.studies.run import _config
 
 OPTIONS = [
     "-c",
@@ -604,17 +604,14 @@ def test_an_analysis_that_finds_no_case_any_more_leaves_no_claims_behind(
     assert not claims.str.startswith("knockout").any()
 
 
-def test_photos_that_are_shown_by_default_are_those_that_there_are(
-    checkpoints, segmentation, tmp_path
-):
-    """Twelve in the explorer, four as maps; this split has five."""
-    settings = study_of(
-        {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, add=("maps", "explore")
-    )
+def test_photos_that_are_shown_by_default_are_those_that_there_are(checkpoints, tmp_path):
+    """Four as maps; this split has three."""
+    data = tiny_models.write_segmentation(tmp_path / "data", validation=3)
+    settings = study_of({"": str(checkpoints["causal"])}, str(data), tmp_path, add=("maps",))
     configs = {step.name: step.config for step in make_plan(settings)}
-    assert configs["explore"].images == (0, 1, 2, 3, 4)
-    asked = make_plan(replace(settings, add=("explore.images=11",)))
-    assert next(step.config for step in asked if step.name == "explore").images == (11,)
+    assert configs["trained/maps"].image == (0, 1, 2)
+    asked = make_plan(replace(settings, add=("maps.image=11",)))
+    assert next(step.config for step in asked if step.kind == "maps").image == (11,)
 
 
 def test_two_models_are_compared_in_the_order_given(checkpoints, segmentation, tmp_path):
@@ -698,14 +695,6 @@ def test_questions_are_asked_about_places_and_again_if_they_have_changed(
     before = first.inputs()["routes.questions"]
     (second,) = asked('[{"regions": [1]}]')
     assert second.inputs()["routes.questions"] != before
-
-
-def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):
-    page = tmp_path / "explorer.html"
-    page.write_text("earlier")
-    options = options_of("explore", {"runs": ["run"], "out": tmp_path, "images": [0]})
-    step = Step("explore", options, page, kind="explore")
-    assert _config(step, tmp_path, overwrite=True) == step.config
 
 
 @pytest.mark.parametrize("chosen", ["all", "[encoder_00, encoder_02, encoder, adapter, layer_02]"])

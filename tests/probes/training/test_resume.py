@@ -294,7 +294,6 @@ def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
         for analysis in (
             ["starvation", "--probes", str(run), str(out)],
             ["report", str(run), str(out)],
-            ["explore", str(run), str(out), "--images", "0"],
         ):
             with pytest.raises(SystemExit, match=f"scored (on different|with {name}) "):
                 main([*analysis, "--out", str(tmp_path / "report")])

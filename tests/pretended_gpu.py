@@ -69,6 +69,18 @@ def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
             operation(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16], ids=str)
+def test_masks_of_any_integer_type_are_those_of_the_cpu(dtype):
+    classes = 2 if dtype == torch.bool else 300
+    target = torch.randint(0, 2, (2, 9, 11)).to(dtype)
+    expected = probes.prepare_masks(target, classes, (3, 3), ignore_index=-1)
+    with pretend_gpu():
+        on_gpu = target.to("cuda")
+        masks = probes.prepare_masks(on_gpu, classes, (3, 3), ignore_index=-1).to("cpu")
+    assert torch.equal(masks.soft, expected.soft)
+    assert torch.equal(masks.mass, expected.mass)
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -9,8 +9,9 @@ import tiny_families
 import tiny_models
 import torch
 from PIL import Image
-from pretend_gpu import pretend_gpu
+from pretend_gpu import pretend_gpu, pretend_mps
 from probe_runs import arguments, fit, write_questions
+from safetensors.torch import load_file
 
 import llava_bidir.cli
 import probes
@@ -116,6 +117,27 @@ def test_trained_probes(
         fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
         main(f"explore {tmp_path}/run --images 0 --out {tmp_path}/explorer".split())
+
+
+def test_float64_fails_on_a_pretended_mac_as_on_a_real_one():
+    with pretend_mps():
+        for operation in (lambda x: x.double(), lambda x: x.sum(dtype=torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                operation(torch.ones(3).to("mps"))
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(3).double().to("mps")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentation, tmp_path):
+    root = task_runs.write_targets(segmentation, tmp_path / "data")
+    for out in ("cpu", "auto"):
+        words = task_runs.arguments("solve", task, checkpoints["causal"], root, tmp_path / out, *SOLVE)
+        with pretend_mps():
+            main([*words, "--trainer.accelerator", out])
+    on_cpu, on_mac = (load_file(tmp_path / out / "probes.safetensors") for out in ("cpu", "auto"))
+    assert on_cpu.keys() == on_mac.keys()
+    assert all(torch.equal(x, on_mac[name]) for name, x in on_cpu.items())
 
 
 @pytest.mark.nightly

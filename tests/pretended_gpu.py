@@ -9,8 +9,9 @@ import tiny_families
 import tiny_models
 import torch
 from PIL import Image
-from pretend_gpu import pretend_gpu
+from pretend_gpu import pretend_gpu, pretend_mps
 from probe_runs import arguments, fit, write_questions
+from safetensors.torch import load_file
 
 import llava_bidir.cli
 import probes
@@ -68,6 +69,18 @@ def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
             operation(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16], ids=str)
+def test_masks_of_any_integer_type_are_those_of_the_cpu(dtype):
+    classes = 2 if dtype == torch.bool else 300
+    target = torch.randint(0, 2, (2, 9, 11)).to(dtype)
+    expected = probes.prepare_masks(target, classes, (3, 3), ignore_index=-1)
+    with pretend_gpu():
+        on_gpu = target.to("cuda")
+        masks = probes.prepare_masks(on_gpu, classes, (3, 3), ignore_index=-1).to("cpu")
+    assert torch.equal(masks.soft, expected.soft)
+    assert torch.equal(masks.mass, expected.mass)
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -102,6 +115,27 @@ def test_trained_probes(
     with pretend_gpu():
         fit(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU)
         main(f"segment --probes {tmp_path}/run {photo} --out {tmp_path}/maps".split())
+
+
+def test_float64_fails_on_a_pretended_mac_as_on_a_real_one():
+    with pretend_mps():
+        for operation in (lambda x: x.double(), lambda x: x.sum(dtype=torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                operation(torch.ones(3).to("mps"))
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(3).double().to("mps")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentation, tmp_path):
+    root = task_runs.write_targets(segmentation, tmp_path / "data")
+    for out in ("cpu", "auto"):
+        words = task_runs.arguments("solve", task, checkpoints["causal"], root, tmp_path / out, *SOLVE)
+        with pretend_mps():
+            main([*words, "--trainer.accelerator", out])
+    on_cpu, on_mac = (load_file(tmp_path / out / "probes.safetensors") for out in ("cpu", "auto"))
+    assert on_cpu.keys() == on_mac.keys()
+    assert all(torch.equal(x, on_mac[name]) for name, x in on_cpu.items())
 
 
 @pytest.mark.nightly

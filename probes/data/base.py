@@ -93,7 +93,7 @@ class ImageDataset(Dataset):
         return {
             "name": self.names[index],
             "image": read_rgb(image, image_file),
-            "target": target,
+            "target": target.astype(np.uint8) if target.dtype == bool else target,
         }
 
     def read_target(self, image: Image.Image, image_file: File, *target_files: File) -> ndarray:

@@ -66,7 +66,7 @@ def upsampled_cross_entropy(
 
     Args:
         logits: f[B, K, h, w] or f[P, B, K, h, w], finite, of any magnitude.
-        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`; or the result of `prepare_masks`, to which the
+        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`, or bool; or the result of `prepare_masks`, to which the
             next three arguments were given.
         ignore_index: Label of the pixels that are excluded.
         view: Position of the grid on the pixels of `target`. None: the grid covers them exactly.

@@ -194,7 +194,7 @@ class Geometry:
             UserError: The mask has other than two axes, or numbers that are no integers.
         """
         mask = mask_tensor(mask)
-        if mask.ndim != 2 or mask.is_floating_point():
+        if mask.ndim != 2 or not is_integer(mask):
             kind = str(mask.dtype).removeprefix("torch.")
             raise UserError(
                 f"a mask must be bool[height, width] of its image, or integers, got {kind}{list(mask.shape)}"
@@ -262,6 +262,22 @@ class Geometry:
 def mask_tensor(mask: Tensor | np.ndarray) -> Tensor:
     """Return a user's mask as a tensor; an array is copied, as that of a picture is read-only, which torch warns of."""
     return torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
+
+
+def label_tensor(mask: Tensor | np.ndarray) -> Tensor:
+    """Return a user's labels as a tensor: uint8 as it is, a boolean mask as 0 and 1, other integers as int64.
+
+    Comparisons and indexing by a class mean something else for bool, and wrap in small integers.
+    """
+    labels = mask_tensor(mask)
+    if labels.dtype == torch.bool:
+        return labels.to(torch.uint8)
+    return labels if labels.dtype == torch.uint8 or not is_integer(labels) else labels.long()
+
+
+def is_integer(x: Tensor) -> bool:
+    """Return whether a tensor has integers, or truth values."""
+    return not (x.is_floating_point() or x.is_complex())
 
 
 def _even(length: int) -> int:

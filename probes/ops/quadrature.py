@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .bilinear import bilinear_weights
-from .geometry import AxisExtent, GridPlacement
+from .geometry import AxisExtent, GridPlacement, is_integer, label_tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def prepare_masks(
     """Return masks as weights on the token grid. It costs about 10 ms a mask of 512 x 683, once for all probes.
 
     Args:
-        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`.
+        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`; or bool, classes 0 and 1.
         num_classes: K.
         grid: (h, w).
         nodes: Nodes per cell and axis, at least 2. None: the pixels are the nodes, so that the loss is exact.
@@ -132,12 +132,15 @@ def prepare_masks(
         ValueError: `target` is not an integer [B, H, W], `nodes` is below 2, or a label is neither a class nor
             `ignore_index`. Labels are checked on a CPU only, since that would synchronise a GPU.
     """
-    if target.ndim != 3 or 0 in target.shape[1:] or target.is_floating_point():
+    target = label_tensor(target)
+    if target.ndim != 3 or 0 in target.shape[1:] or not is_integer(target):
         raise ValueError(
             f"expected integer masks [B, H, W], got {target.dtype}{list(target.shape)}"
         )
     if nodes is not None and nodes < 2:
         raise ValueError(f"nodes must be at least 2, or None for all pixels; got {nodes}")
+    if not (0 <= ignore_index <= 255 and num_classes <= 256):
+        target = target.long()  # uint8 would wrap them
     size = tuple(target.shape[1:])
     labelled = target != ignore_index
     like = {"dtype": dtype, "device": target.device}

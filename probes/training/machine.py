@@ -67,6 +67,11 @@ class Machine:
         self.precision = precision
         self.progress = progress
 
+    @property
+    def solver_device(self) -> torch.device:
+        """Where probes are solved and scored: not on a Mac's GPU, which has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def run(self, function: Callable[[], None]) -> None:
         """Call a function in every process of the run."""
         if self.device.type == "cuda":

@@ -1,7 +1,7 @@
 """A GPU that computes on the CPU but keeps to a GPU's rules about where tensors are.
 
-In `with pretend_gpu():`, tensors can be moved to "cuda". They stay in CPU memory, and are remembered as being on the
-device. As on a real one, an operation on tensors of both devices fails, and so does `numpy()`. The numbers are real, so
+In `with pretend_gpu():`, tensors can be moved to "cuda"; in `with pretend_mps():`, to "mps", which has no float64. They
+stay in CPU memory, and are remembered as being on the device. As on a real one, an operation on tensors of both devices fails, and so does `numpy()`. The numbers are real, so
 that a whole command can be tested without a GPU. What CUDA itself does is not tested: kernels, streams, memory, lower
 precision, synchronisation.
 """
@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 INDEXING = {
@@ -56,7 +55,11 @@ PLACEMENT = Placement()  # for the whole process, since caches outlive a test
 
 
 class CheckDevices(TorchDispatchMode):
-    """Fail as CUDA does if an operation has tensors of both devices; results are where their arguments are."""
+    """Fail as a GPU does if an operation has tensors of both devices; results are where their arguments are."""
+
+    def __init__(self, gpu: torch.device):
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_dispatch__(
         self,
@@ -71,7 +74,10 @@ class CheckDevices(TorchDispatchMode):
         if not any(on_gpu):
             return func(*args, **kwargs)
         self._check(func, tensors, on_gpu)
-        return tree_map_only(Tensor, PLACEMENT.add, func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if self.gpu.type == "mps" and func is not aten.copy_.default:
+            check_has_dtype([x for x in tree_leaves((tensors, result)) if isinstance(x, Tensor)])
+        return tree_map_only(Tensor, PLACEMENT.add, result)
 
     def _check(self, func, tensors: list[Tensor], on_gpu: list[bool]) -> None:
         allowed = func in INDEXING and on_gpu[0]  # CUDA takes indices from both devices
@@ -87,8 +93,25 @@ class CheckDevices(TorchDispatchMode):
             )
 
 
+def check_has_dtype(tensors: list[Tensor]) -> None:
+    """Fail as MPS does if a tensor there is float64."""
+    if any(x.dtype == torch.float64 for x in tensors):
+        raise TypeError(
+            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+        )
+
+
 class MoveTensors(TorchFunctionMode):
     """Move tensors to and from the pretended GPU, and answer where they are."""
+
+    def __init__(self, gpu: torch.device):
+        super().__init__()
+        self.gpu = gpu
+        self.getters = {
+            Tensor.device.__get__: gpu,
+            Tensor.is_cuda.__get__: gpu.type == "cuda",
+            Tensor.is_cpu.__get__: False,
+        }
 
     def __torch_function__(
         self,
@@ -99,8 +122,8 @@ class MoveTensors(TorchFunctionMode):
     ):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__get__" and func in GETTERS:
-            return GETTERS[func] if args[0] in PLACEMENT else func(*args, **kwargs)
+        if name == "__get__" and func in self.getters:
+            return self.getters[func] if args[0] in PLACEMENT else func(*args, **kwargs)
         if name in ("numpy", "__array__") and args[0] in PLACEMENT:
             raise TypeError(
                 "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first"
@@ -122,6 +145,8 @@ class MoveTensors(TorchFunctionMode):
     def _move(self, x: Tensor, to_gpu: bool) -> Tensor:
         if (x in PLACEMENT) == to_gpu:
             return x
+        if to_gpu and self.gpu.type == "mps":
+            check_has_dtype([x])
         with torch._C.DisableTorchFunction():
             return _Copy.apply(x, to_gpu)
 
@@ -131,25 +156,30 @@ class MoveTensors(TorchFunctionMode):
         dtype = kwargs.get("dtype")
         for other in others:
             if isinstance(other, Tensor):
-                device = GPU if other in PLACEMENT else CPU
+                device = self.gpu if other in PLACEMENT else CPU
                 dtype = other.dtype
             elif isinstance(other, torch.dtype):
                 dtype = other
             elif isinstance(other, (torch.device, str)):
                 device = other
+        to_gpu = None
         if device is not None and torch.device(device).type != "meta":
-            x = self._move(x, torch.device(device).type == "cuda")
-        return x if dtype is None else x.type(dtype)
+            to_gpu = torch.device(device).type == self.gpu.type
+        x = self._move(x, False) if to_gpu is False else x  # the CPU has more dtypes
+        x = x if dtype is None else x.type(dtype)
+        return self._move(x, True) if to_gpu else x
 
     def _create(self, func, args: tuple, kwargs: dict[str, Any]) -> Any:
         device = kwargs.get("device")
         if device is None:
             return func(*args, **kwargs)
-        to_gpu = torch.device(device).type == "cuda"
+        to_gpu = torch.device(device).type == self.gpu.type
         if to_gpu and kwargs.get("generator") is not None:  # all generators here are a CPU's
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         kwargs = kwargs | {"device": CPU} if to_gpu else kwargs
         result = func(*args, **kwargs)
+        if to_gpu and self.gpu.type == "mps":
+            check_has_dtype([x for x in tree_leaves(result) if isinstance(x, Tensor)])
         return tree_map_only(Tensor, PLACEMENT.add, result) if to_gpu else result
 
 
@@ -170,27 +200,14 @@ def _copy(x: Tensor, to_gpu: bool) -> Tensor:
     return PLACEMENT.add(copied) if to_gpu else copied
 
 
-GETTERS = {
-    Tensor.device.__get__: GPU,
-    Tensor.is_cuda.__get__: True,
-    Tensor.is_cpu.__get__: False,
-}
-
-
-def _run_backward(*args, **kwargs) -> Any:
-    """Run a backward pass, which may call code of ours, with the mode that is off while `torch.autograd.grad` runs."""
-    with MoveTensors():
-        return _engine_run_backward(*args, **kwargs)
-
-
 def _init_autocast(self, device_type: str, *args, **kwargs) -> None:
     """Cast as on a CPU, where the operations run."""
-    INIT_AUTOCAST(self, device_type.replace("cuda", "cpu"), *args, **kwargs)
+    INIT_AUTOCAST(self, device_type.replace("cuda", "cpu").replace("mps", "cpu"), *args, **kwargs)
 
 
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
-    """Pretend that the machine has one GPU."""
+    """Pretend that the machine has one GPU of Nvidia's."""
     answers = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -210,6 +227,31 @@ def pretend_gpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch("probes.ops.kernels._installed", lambda: False))
+        stack.enter_context(_pretend_device(torch.device("cuda", 0)))
+        yield
+
+
+@contextmanager
+def pretend_mps() -> Iterator[None]:
+    """Pretend that the machine is a Mac with a GPU of Apple's."""
+    with (
+        patch.object(torch.backends.mps, "is_available", lambda: True),
+        patch("platform.processor", lambda: "arm"),
+        _pretend_device(torch.device("mps", 0)),
+    ):
+        yield
+
+
+@contextmanager
+def _pretend_device(gpu: torch.device) -> Iterator[None]:
+    """Move tensors to a device, and check where they are."""
+
+    def run_backward(*args, **kwargs) -> Any:
+        """Run a backward pass, which may call code of ours, with the mode that is off in `torch.autograd.grad`."""
+        with MoveTensors(gpu):
+            return _engine_run_backward(*args, **kwargs)
+
+    with ExitStack() as stack:
         # Modes are of one thread
         stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         # checkpoints note the device where the modes are off
@@ -219,7 +261,7 @@ def pretend_gpu() -> Iterator[None]:
             )
         )
         stack.enter_context(patch.object(torch.autocast, "__init__", _init_autocast))
-        stack.enter_context(patch("torch.autograd._engine_run_backward", _run_backward))
-        stack.enter_context(CheckDevices())
-        stack.enter_context(MoveTensors())
+        stack.enter_context(patch("torch.autograd._engine_run_backward", run_backward))
+        stack.enter_context(CheckDevices(gpu))
+        stack.enter_context(MoveTensors(gpu))
         yield

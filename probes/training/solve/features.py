@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError, error_context
 from probes.data.samplers import assign_folds
-from probes.ops.geometry import GridPlacement, mask_tensor
+from probes.ops.geometry import GridPlacement, label_tensor
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
 
@@ -62,7 +62,8 @@ def solve_features(
 
     Args:
         features: f[N, h, w, d], on a grid that covers each image.
-        masks: Classes of the pixels of each image, uint8[H, W], of any size; 255 is ignored.
+        masks: Classes of the pixels of each image, uint8[H, W], of any size; 255 is ignored. Other
+            integers and bool are taken, too.
         classes: K.
         strength: Regularisation; None for the best one of held-out images.
         folds: Folds of images that choose it.
@@ -94,7 +95,7 @@ def solve_features(
     scored = scored_masks(
         tight,
         fold_of,
-        target_of=lambda image: mask_tensor(masks[image]),
+        target_of=lambda image: label_tensor(masks[image]),
         prepare=lambda target: prepare_masks(target, classes, grid, TIGHT_NODES),
     )
     loss = TASKS[SEGMENTATION].loss
@@ -124,6 +125,6 @@ def _prepare(
     for number, mask in enumerate(masks):
         known = None if soft is None else soft[number, None]
         with error_context(f"mask {number}"):
-            target = mask_tensor(mask)[None]
+            target = label_tensor(mask)[None]
             parts.append(prepare_masks(target, classes, grid, nodes, soft=known))
     return join_masks(parts)

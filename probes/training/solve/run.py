@@ -101,7 +101,7 @@ def start_solver(run: SolveRun, data: ProbeData, machine: Machine) -> Solver:
     probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
     machine.convert_module(probes.mllm)
-    machine.convert_module(probes.heads.to(device).eval())
+    machine.convert_module(probes.heads.to(machine.solver_device).eval())
     reader = StateReader(probes, data, machine, masks=run.task.loss is not None)
     checkpoints = SolverCheckpoints(run.checkpoints, run.identity, run.resuming)
     return choose_solver(reader, run.options, checkpoints)
@@ -161,7 +161,7 @@ def score(
     of_path = PathScores(probes, solved, len(validation))
     for batch in solver.reader.validation():
         with solver.reader.precision():
-            states = probes.states(batch)
+            states = solver.reader.states(batch)
             of_path.add(states, batch)
             logits = score_batch(probes, states, batch, metric)
         if save_images:

@@ -1,4 +1,4 @@
-"""Batches of images with the states of a frozen MLLM, on the device of a process, in several passes.
+"""Batches of images with the states of a frozen MLLM, on the device of the solver, in several passes.
 
 With `StateFile`, passes after the first one need no forward.
 
@@ -50,7 +50,7 @@ class StateReader:
         self.probes = probes
         self.data = data
         self.machine = machine
-        self.device = machine.device
+        self.device = machine.solver_device
         mllm = probes.mllm
         self.prepare_masks = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES)
         data.read_for(mllm, probes.sites, self.prepare_masks if masks else None)
@@ -85,10 +85,14 @@ class StateReader:
         if file is not None and file.has(images):
             return file.read(images, self.device)
         with self.precision():
-            states = self.probes.states(batch)
+            states = self.states(batch)
         if file is not None:
             file.write(images, states)
         return states
+
+    def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what the model says of a batch, f[B, T, d] by site."""
+        return {site: x.to(self.device) for site, x in self.probes.states(batch).items()}
 
     def training_target(self, image: int) -> Tensor:
         """Return the mask uint8[H, W] of a training image."""

@@ -20,6 +20,10 @@ from probes.ops.quadrature import axis_rule, join_masks, prepare_masks
 
 pytestmark = pytest.mark.numerics
 
+SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+LABEL_DTYPES = [torch.bool, *SIGNED, *UNSIGNED]
+
 
 def torch_losses(logits, target, ignore_index=IGNORED):
     """The definition, probe by probe, f[P]."""
@@ -194,11 +198,23 @@ def test_joined_masks_of_different_sizes_equal_each_alone():
         torch.testing.assert_close(found, sum(expected[i] for i in part))
 
 
-def test_one_probe_may_leave_out_its_axis_and_labels_may_be_uint8():
-    logits, target = make_case((1, 2, 4, 3, 3), (9, 11))
-    loss = upsampled_cross_entropy(logits[0], target.to(torch.uint8))
+@pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
+def test_labels_of_any_integer_type_and_truth_values_are_classes(dtype):
+    """One probe may leave out its axis."""
+    logits, target = make_case((1, 2, 2, 3, 3), (9, 11), ignored=0)
+    loss = upsampled_cross_entropy(logits[0], target.to(dtype))
     assert loss.shape == ()
     torch.testing.assert_close(loss, torch_losses(logits, target)[0])
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 256])
+def test_ignore_index_of_another_type_is_no_class(ignore_index):
+    """In uint8, -100 would be 156, and 256 be 0."""
+    logits, target = make_case((1, 2, 200, 3, 3), (9, 11), ignored=0)
+    target[:, :2] = 156
+    target[:, 2:4] = 0
+    loss = upsampled_cross_entropy(logits, target.to(torch.uint8), ignore_index)
+    torch.testing.assert_close(loss, torch_losses(logits, target, ignore_index))
 
 
 @pytest.mark.parametrize("scale", [3.0, 300.0])
@@ -326,7 +342,7 @@ def test_what_does_not_fit_is_refused():
     for bad_target in (target[:1], target[0]):
         with pytest.raises(ValueError, match=r"expected a target \[B=2, H, W\]"):
             upsampled_cross_entropy(logits, bad_target)
-    for bad_target in (target.float(), target[:, :0]):
+    for bad_target in (target.float(), target + 0j, target[:, :0]):
         with pytest.raises(ValueError, match=r"expected integer masks \[B, H, W\], got"):
             upsampled_cross_entropy(logits, bad_target)
     for masks in (

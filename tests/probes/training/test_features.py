@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from solving import arguments
 
@@ -75,6 +76,24 @@ def test_misfits_are_errors(solved, change, message):
     features, masks = change(features, [np.array(mask) for mask in masks])
     with pytest.raises(UserError, match=message):
         probes.solve_features(features, masks, 3)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "int64"])
+@pytest.mark.parametrize("lone", [False, True])
+def test_masks_of_any_integer_type_are_as_uint8(dtype, lone):
+    """Of an object in all images, or in one, whose fold it does not test."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 3, 3, 5, generator=generator)
+    masks = [(x[..., 0] > 0.5).numpy() for x in features]
+    if lone:
+        masks[1:] = [mask & False for mask in masks[1:]]
+    expected, found = (
+        probes.solve_features(features, [mask.astype(kind) for mask in masks], 3, folds=2)
+        for kind in ("uint8", dtype)
+    )
+    assert expected.converged
+    assert found.loss == expected.loss
+    assert torch.equal(found.weight, expected.weight)
 
 
 @pytest.mark.parametrize("folds", [0, 1, 1000])

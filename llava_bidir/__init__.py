@@ -5,6 +5,15 @@ classes of transformers.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
+    from .model.attention import IMAGE_ATTENTION as IMAGE_ATTENTION
+    from .model.attention import register_image_attention as register_image_attention
+    from .model.configuration_llava_bidir import LlavaBidirConfig as LlavaBidirConfig
+    from .model.modeling_llava_bidir import (
+        LlavaBidirForConditionalGeneration as LlavaBidirForConditionalGeneration,
+    )
 
 _MODULES = {
     "LlavaBidirConfig": ".model.configuration_llava_bidir",
@@ -20,3 +29,7 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,8 +4,34 @@ Public names are imported on first use, so that `import probes` and `probes --he
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from llava_bidir import __version__ as __version__
+
+if TYPE_CHECKING:  # for editors and type checkers; the same names as in `_MODULES`
+    from .analyses.base import Claim as Claim
+    from .analyses.claims import register_analysis as register_analysis
+    from .analyses.effects import write_effects as write_effects
+    from .data.registry import register_dataset as register_dataset
+    from .evaluation.estimate import Estimate as Estimate
+    from .models.families import EncoderFamily as EncoderFamily
+    from .models.families import Family as Family
+    from .models.families import register_family as register_family
+    from .models.frozen_encoder import FrozenEncoder as FrozenEncoder
+    from .models.frozen_mllm import FrozenMLLM as FrozenMLLM
+    from .models.knockout import Knockout as Knockout
+    from .models.load import load as load
+    from .models.own_module import EncoderModule as EncoderModule
+    from .ops.cross_entropy import upsampled_cross_entropy as upsampled_cross_entropy
+    from .ops.quadrature import prepare_masks as prepare_masks
+    from .results.finished_run import FinishedRun as FinishedRun
+    from .results.probe_run import ProbeRun as ProbeRun
+    from .results.runs import open_run as open_run
+    from .studies.run import study as study
+    from .studies.table import Study as Study
+    from .training.heads import Probe as Probe
+    from .training.heads import register_head as register_head
+    from .training.solve.features import solve_features as solve_features
 
 _MODULES = {
     "load": ".models.load",
@@ -39,3 +65,7 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -241,6 +241,8 @@ def _run_in_order(
         try:
             with watched(watcher):
                 more = run(step) or {}
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:
             print(f"left out: {error}", flush=True)
             _leave_out(step, folder, str(error), overwrite)

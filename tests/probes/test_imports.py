@@ -1,7 +1,9 @@
 """What `import probes` and loading a model import, and what the package exports."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,16 @@ def modules_after(code: str) -> set[str]:
         text=True,
     )
     return {*ran.stdout.split()}
+
+
+@pytest.mark.parametrize("package", [probes, llava_bidir])
+def test_editors_and_type_checkers_see_the_public_names_as_they_are(package):
+    """`dir(probes)` had one name, so that nothing could be completed."""
+    (block,) = (x for x in ast.parse(Path(package.__file__).read_text()).body if type(x) is ast.If)
+    seen = {x.name: f".{line.module}" for line in block.body for x in line.names}
+    assert all(x.asname == x.name for line in block.body for x in line.names), "exported"
+    assert seen == package._MODULES
+    assert dir(package) == sorted(package.__all__) == sorted(seen)
 
 
 def test_public_names_have_docstrings():

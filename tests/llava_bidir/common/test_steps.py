@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError, one_line_errors
+from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.steps import (
     Step,
     command_now,
@@ -177,6 +178,25 @@ def test_an_error_ends_the_work_unless_the_step_is_optional(folder):
     assert failed == f"c: RuntimeError: a bug (traceback in {log})"
     assert "Traceback" in log.read_text()
     assert [step.name for step in find_missing(steps, folder)] == ["c"], "it is tried again"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_advises_the_same_command_whatever_a_step_has_saved(saved, folder, capsys):
+    """A study advised `--ckpt_path last`, which it does not have, or said that nothing was saved."""
+
+    def interrupted(step: Step) -> None:
+        checkpoints = folder / step.name
+        checkpoints.mkdir()
+        if saved:
+            (checkpoints / "last.ckpt").touch()
+        with interrupt_says_what_is_saved(checkpoints):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop, one_line_errors("probes", ["study"]):
+        run_steps(chain(folder), folder, interrupted)
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert said == "probes: interrupted; run the same command again to go on\n"
 
 
 def test_a_step_is_left_out_with_the_one_that_it_follows(folder):

@@ -10,6 +10,9 @@ from llava_bidir.command_options import COMMANDS
 from llava_bidir.common.command_table import add_commands, run_chosen
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.imports import HELP as IMPORT_HELP
+from llava_bidir.common.imports import OPTION as IMPORT
+from llava_bidir.common.imports import take_imports
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
@@ -90,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {llava_bidir.__version__}"
     )
+    parser.add_argument(IMPORT, metavar="FILE.py", help=IMPORT_HELP)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, page in HELP.items():
         text = page.text.partition(". ")[0].removesuffix(".")
@@ -106,10 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("llava-bidir", argv):
+        argv = take_imports("llava-bidir", argv)
         if argv[1:] == ["--version"]:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
+            argv = with_config_paths(argv)
             check_options(
                 f"llava-bidir {argv[0]}",
                 argv[1:],
@@ -117,9 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                 REQUIRED,
                 ABSENT,
             )
-            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(
-                with_config_paths(argv)
-            )
+            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return
         parser = build_parser()
         if not argv:

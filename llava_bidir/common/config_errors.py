@@ -10,6 +10,7 @@ import yaml
 
 from .configs import configs_in, read_values
 from .errors import UserError
+from .imports import HINT
 from .usage_errors import did_you_mean
 
 KEY = re.compile(r'Parser key "([^"]+)":? ?')
@@ -74,7 +75,9 @@ def _explain_problem(class_path: str, reason: str) -> str:
     if unknown := re.search(r"Option '([^']+)' is not accepted", reason):
         option = unknown.group(1).partition(".")[0]
         return f"{name} has no option {option!r}{did_you_mean(option, _options(module, name))}"
-    if "has no attribute" in reason or "No module named" in reason:
+    if missing := re.search(r"No module named '[^']+'", reason):
+        return f"{module} cannot be imported: {missing[0]}; {HINT}"
+    if "has no attribute" in reason:
         return f"there is no class {name!r} in {module}{did_you_mean(name, _names(module))}"
     if inner := KEY.search(reason):
         wrong = _explain(reason[inner.end() :], ()) or reason[inner.end() :]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .usage_errors import did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/, in a wheel a copy
 if not FOLDER.is_dir():  # a clone on a system without links
@@ -60,7 +61,7 @@ def find_config(name: str) -> str:
     names = config_names()
     if name not in names:
         raise UserError(
-            f"there is no config {name!r}: it is not a file, nor one of {', '.join(sorted(names))}"
+            f"there is no config {name!r} in {FOLDER}, and no such file{did_you_mean(name, names)}"
         )
     return str(names[name])
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
+from .imports import OPTION as IMPORT
+
 SHORT_HELP: set[str] = set()  # commands of this process whose `--help` is short (short_help.py)
 
 
@@ -90,7 +92,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:
     """Return the option or command most like the first unknown one in an error, or None."""
-    known = set(_names(parser))
+    known = {IMPORT, *_names(parser)}
     unknown = re.findall(r"(?<![\w.-])--?[\w.-]+|(?<=invalid choice: ')[\w-]+", message)
     for word in unknown:
         word = word.partition("=")[0]

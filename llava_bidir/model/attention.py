@@ -59,7 +59,8 @@ def block_ids_of(name: str) -> BlockIds | None:
     """Return the block id function registered under `name`, None for causal attention."""
     if name not in IMAGE_ATTENTION:
         raise ValueError(
-            f"unknown image_attention {name!r}; registered: {', '.join(sorted(IMAGE_ATTENTION))}"
+            f"unknown image_attention {name!r}; registered: {', '.join(sorted(IMAGE_ATTENTION))}; "
+            "--import FILE.py registers your own"
         )
     return IMAGE_ATTENTION[name]
 

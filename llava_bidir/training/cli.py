@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import imports_as_text
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import ON_ONE_CPU, RunCLI, check_trainer
 from llava_bidir.common.run_folder import RunFolder
@@ -95,6 +96,7 @@ class TrainingCLI(RunCLI):
                 export_hf(model, processor, exported, training)
             rank_zero_info(
                 f"The trained model is {exported}. Try: llava-bidir generate {quote(str(exported))} IMAGE PROMPT"
+                + imports_as_text()
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:

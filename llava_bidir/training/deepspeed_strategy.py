@@ -35,6 +35,7 @@ from transformers.modeling_utils import local_torch_dtype
 from llava_bidir.common.atomic_io import partial_path, wrap_os_errors
 from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_manifest
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import imports_as_text
 from llava_bidir.model.build import no_zero3_partitioning
 
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
@@ -212,7 +213,7 @@ class ZeRO(DeepSpeedStrategy):
                 raise UserError(
                     f"checkpoint {path} has {key} {listing[key]} and this run {ours}, so the optimizer's state does "
                     f"not fit. Resume with {key} {listing[key]}, or start from the weights alone: "
-                    f"llava-bidir export {quote(str(path))} DIR"
+                    f"llava-bidir export {quote(str(path))} DIR{imports_as_text()}"
                 )
 
 

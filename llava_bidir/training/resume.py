@@ -6,6 +6,7 @@ from shlex import quote
 from typing import Any
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import imports_as_text
 
 POSITION = "trained_micro_batches"  # InstructionData's key
 
@@ -49,7 +50,9 @@ def how_to_train_on(run: Path, trainable: Sequence[str]) -> dict[str, str]:
     first = ""
     if not export.is_dir():
         export = run.with_name(f"{run.name}-export")  # RUN/hf is that of a finished run
-        first = f"`llava-bidir export {quote(str(run))} {quote(str(export))}`, then "
+        first = (
+            f"`llava-bidir export {quote(str(run))} {quote(str(export))}{imports_as_text()}`, then "
+        )
     parts = [part for part in ("adapter", "llm") if part in trainable]
     options = " ".join(f"--model.{part} {quote(str(export))}" for part in parts)
     advice = (

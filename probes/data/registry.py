@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
+from llava_bidir.common.imports import HINT
 from probes.run_config import DataOptions
 from probes.tasks import TASKS
 
@@ -37,7 +38,7 @@ TARGETS = ("segmentation", *TARGET_DATASETS)
 
 
 def register_dataset(name: str, cls: type[ImageDataset]) -> None:
-    """Add a layout under a new name for `data.dataset`, from Python before a command runs.
+    """Add a layout under a new name for `data.dataset`; commands get it by `--import FILE.py`.
 
     Args:
         name: Name of the layout.
@@ -111,7 +112,7 @@ def open_dataset(
         else:
             problem = f"unknown data.dataset {dataset!r}"
         known = {**layouts, **(DATASETS if task == "boundaries" else {})}
-        raise UserError(f"{problem}; expected one of {', '.join(known)}")
+        raise UserError(f"{problem}; expected one of {', '.join(known)}; {HINT}")
     layout = layouts[dataset]
     _check_options(layout, dataset, options or {})
     return layout(root, split, **(options or {}))

@@ -23,6 +23,7 @@ import yaml
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, run_steps
@@ -274,7 +275,8 @@ def _run_in_processes(step: Step, config: RunConfig, out: Path) -> None:
     values = config.values() if step.kind == "solve" else config.values_of_fit()
     write_files({file: yaml.safe_dump(values, sort_keys=False)})
     end_on_signals()
-    with process_group([sys.executable, "-m", "probes", step.kind, "-c", str(file)]) as process:
+    command = [sys.executable, "-m", "probes", step.kind, "-c", str(file), *import_words()]
+    with process_group(command) as process:
         status = process.wait()
     if status:
         raise UserError(f"{step.name} has failed; all it said is in {out / 'study.log'}")

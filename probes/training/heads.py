@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from llava_bidir.common.distributed import all_gather, rank_count
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import HINT
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -90,7 +91,7 @@ HEADS: dict[str, HeadFactory] = {
 
 
 def register_head(name: str, factory: HeadFactory) -> None:
-    """Add a probe head under a new name for `model.head`, from Python before a command runs.
+    """Add a probe head under a new name for `model.head`; commands get it by `--import FILE.py`.
 
     Args:
         name: Name of the head.
@@ -106,6 +107,13 @@ def register_head(name: str, factory: HeadFactory) -> None:
             f"head {name!r}: {factory!r} is not callable; expected a function (width, classes, grid)"
         )
     HEADS[name] = factory
+
+
+def factory_of(name: str) -> HeadFactory:
+    """Return the factory of a head; raise a UserError if there is none."""
+    if name not in HEADS:
+        raise UserError(f"model.head is {name!r}; expected one of {', '.join(HEADS)}; {HINT}")
+    return HEADS[name]
 
 
 class Probe(nn.Module):
@@ -133,7 +141,7 @@ class Probe(nn.Module):
     ):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
-        self.head = HEADS[head](width, classes, grid)
+        self.head = factory_of(head)(width, classes, grid)
         # for the error message
         self._name = head
         self._classes = classes

@@ -32,7 +32,7 @@ from probes.ops.quadrature import PreparedMasks
 from probes.run_config import ModelOptions
 from probes.tasks import Task
 
-from .heads import HEADS
+from .heads import factory_of
 from .scoring import compute_counts, score_batch
 from .site_probes import SiteProbes, load_probes
 from .write_run import RunRecord, save_run
@@ -59,8 +59,7 @@ class ProbeModule(LightningModule):
         **options,
     ):
         config = ModelOptions(**options)
-        if config.head not in HEADS:
-            raise UserError(f"model.head is {config.head!r}; expected one of {', '.join(HEADS)}")
+        factory_of(config.head)
         if not config.learning_rate > 0:
             raise UserError(f"model.learning_rate must be above 0, got {config.learning_rate}")
         super().__init__()

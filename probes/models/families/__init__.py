@@ -6,6 +6,7 @@ One :class:`.base.Family` per kind of MLLM, one :class:`.encoders.EncoderFamily`
 from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import HINT
 
 from .base import Family
 from .deepseek import DEEPSEEK
@@ -75,12 +76,12 @@ def family_of(config: PreTrainedConfig) -> Family | EncoderFamily:
     if _is_encoder(config):
         raise UserError(
             f"{kind} is a vision encoder that is not registered; registered: {', '.join(ENCODERS)}. Add it with "
-            "probes.register_family and a probes.EncoderFamily: class, layers, norm, tokens before the patches"
+            f"probes.register_family and a probes.EncoderFamily: class, layers, norm, tokens before the patches. {HINT}"
         )
     raise UserError(
         f"no MLLM or encoder family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the sequence "
         "of its LLM, add it with probes.register_family and a probes.Family: class, input and token size in pixels, "
-        "encoder width, adapter module"
+        f"encoder width, adapter module. {HINT}"
     )
 
 

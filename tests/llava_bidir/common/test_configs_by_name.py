@@ -8,7 +8,6 @@ import pytest
 from llava_bidir import cli as llava_bidir
 from llava_bidir.cli import main
 from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
-from llava_bidir.common.errors import UserError
 from probes import cli as probes
 
 ROOT = Path(__file__).parents[3]
@@ -80,9 +79,17 @@ def test_options_that_no_later_config_has_may_stand_anywhere(tmp_path):
     assert with_config_paths(again.split()) == again.split()
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UserError, match="there is no config 'stage3'.*ade20k.*stage2"):
-        find_config("stage3")
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        (llava_bidir, "fit -c stage1 -c clpi --data.annotations A --data.images B"),
+        (probes, "solve -c clpi"),
+    ],
+)
+def test_an_unknown_name_is_told_before_missing_options(package, words):
+    message = f"there is no config 'clpi' in {FOLDER}, and no such file; did you mean 'clip'?"
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        package.main(words.split())
 
 
 def test_configs_are_listed_printed_and_copied(tmp_path, capsys):

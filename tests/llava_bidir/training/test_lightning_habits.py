@@ -29,6 +29,9 @@ KEYS = {  # of a config: the error after its name
     "trainer: {callbacks: [{class_path: EarlyStoping}]}": (
         "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'EarlyStopping'?"
     ),
+    "trainer: {callbacks: {class_path: mycb.Hello}}": (
+        "trainer.callbacks: mycb cannot be imported: No module named 'mycb'; --import FILE.py registers your own"
+    ),
     "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.EarlyStoping}}": (
         "trainer.callbacks: there is no class 'EarlyStoping' in lightning.pytorch.callbacks; did you mean 'EarlyStop"
     ),

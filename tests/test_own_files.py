@@ -1,0 +1,210 @@
+"""`--import FILE.py`: what a file of one's own registers, in every command that meets its names."""
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import probe_runs
+import pytest
+import tiny_models
+import torch
+from processes import run_command
+
+import llava_bidir
+import llava_bidir.cli
+import probes.cli
+from llava_bidir.common import imports
+from probes.data.registry import DATASETS
+from probes.models.families import FAMILIES
+from probes.training.heads import HEADS
+
+MAIN = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
+IS_IMAGE = torch.tensor([[False, True, True, True, True, False]])
+REGISTRIES = (llava_bidir.IMAGE_ATTENTION, HEADS, DATASETS, FAMILIES)
+KNOWN = [set(names) for names in REGISTRIES]
+OWN = '''
+"""A mask (a block per row of the tiny model's 2 x 2 patches), a head, a layout and a callback."""
+import torch
+from lightning import Callback
+from torch import nn
+
+import llava_bidir
+import probes
+from probes.data.folder import FolderDataset
+
+
+def rows(is_image):
+    """Return one block per row of two patches."""
+    number = is_image.cumsum(-1) - 1  # of the image token
+    return torch.where(is_image, number.div(2, rounding_mode="floor"), -1)
+
+
+class Cosine(nn.Module):
+    def __init__(self, width, classes):
+        super().__init__()
+        self.directions = nn.Linear(width, classes, bias=False)
+
+    def forward(self, states):
+        normed = nn.functional.normalize(self.directions.weight, dim=-1)
+        return 10 * nn.functional.linear(nn.functional.normalize(states, dim=-1), normed)
+
+
+class Layout(FolderDataset):
+    def __init__(self, root, split):
+        super().__init__(root, split)
+
+
+class Hello(Callback):
+    def on_fit_start(self, trainer, module):
+        print("hello")
+
+
+llava_bidir.register_image_attention("rows", rows)
+probes.register_head("cosine", lambda width, classes, grid: Cosine(width, classes))
+probes.register_dataset("own", Layout)
+'''
+
+
+def forget(file: Path) -> None:
+    """Undo what the file has done to this process."""
+    for names, known in zip(REGISTRIES, KNOWN, strict=True):
+        for name in names.keys() - known:
+            del names[name]
+    sys.modules.pop(file.stem, None)
+    sys.path[:] = [folder for folder in sys.path if folder != str(file.parent)]
+    imports._files.clear()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("mine") / "own_parts.py"
+    file.write_text(OWN)
+    return file
+
+
+@pytest.fixture
+def call(own):
+    """Return a function that runs a command as a new process would, with the file or without."""
+
+    def run(program: str, *words, with_file: bool = True) -> None:
+        forget(own)
+        MAIN[program]([*map(str, words), *(["--import", str(own)] if with_file else ())])
+
+    yield run
+    forget(own)
+
+
+@pytest.fixture(scope="module")
+def trained(own, parts, conversations, tmp_path_factory) -> tuple[Path, str]:
+    """A run of `fit` under the mask, with the callback, in a process of its own; and what it has said."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    words = [*tiny_models.training_arguments(parts, conversations), "--model.image_attention"]
+    words += ["rows", "--trainer.callbacks+=own_parts.Hello", f"--import={own}", "--out", out]
+    done = run_command([sys.executable, "-m", "llava_bidir", "fit", *words])
+    return out, done.stdout + done.stderr
+
+
+def test_fit_takes_mask_and_callback_and_prints_commands_that_contain_the_file(trained, own):
+    run, said = trained
+    assert "hello" in said
+    assert f"Try: llava-bidir generate {run}/hf IMAGE PROMPT --import {own}\n" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llava-bidir generate {run}/hf {photo} sky --max-new-tokens 2",
+        "llava-bidir export {run} {out}",
+        "probes sites {run}/hf",
+        "probes mask {run}/hf",
+        "probes solve --model.mllm {run}/hf --data.root {data} --model.sites [layer_02] --out {out}",
+        "probes study rows={run}/hf {data} --arms trained --only solve --model.sites [layer_02] --out {out} "
+        "--trainer.accelerator cpu --trainer.devices 2",  # in processes of its own
+    ],
+)
+def test_commands_read_a_model_of_an_own_mask(
+    command,
+    trained,
+    call,
+    segmentation,
+    tmp_path,
+    capsys,
+):
+    words = command.format(
+        run=trained[0],
+        photo=segmentation / "images/validation/000.png",
+        data=segmentation,
+        out=tmp_path / "out",
+    ).split()
+    with pytest.raises(SystemExit) as stop:
+        call(*words, with_file=False)
+    assert "unknown image_attention 'rows'" in str(stop.value)
+    assert "--import FILE.py" in str(stop.value)
+    call(*words)
+    if words[1] in ("sites", "mask"):
+        assert "rows" in capsys.readouterr().out
+    if words[1] == "export":
+        assert (
+            "register_image_attention('rows', rows)" in (tmp_path / "out/attention.py").read_text()
+        )
+
+
+def test_segment_reads_probes_of_an_own_head_and_layout(
+    call,
+    checkpoints,
+    segmentation,
+    tmp_path,
+):
+    run = tmp_path / "run"
+    words = probe_runs.arguments(
+        checkpoints["causal"], segmentation, run, "--model.sites=[layer_02]"
+    )
+    for option, name in (("--model.head", "cosine"), ("--data.dataset", "own")):
+        words += [option, name]
+        with pytest.raises(SystemExit, match=f"{name}'; expected one of .*--import FILE.py"):
+            call("probes", *words, with_file=False)
+        if name == "cosine":
+            words = words[:-2]
+    call("probes", *words, "--model.head", "cosine")
+    photo = segmentation / "images/validation/000.png"
+    segment = ["segment", run, photo, "--out", tmp_path / "maps"]
+    with pytest.raises(
+        SystemExit, match="model.head is 'cosine'; expected one of .*--import FILE.py"
+    ):
+        call("probes", *segment, with_file=False)
+    call("probes", *segment)
+    assert (tmp_path / "maps/000.png").is_file()
+
+
+def test_a_model_of_an_own_family_names_the_option(tmp_path, call):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit, match="no MLLM or encoder family 'llama'.*--import FILE.py"):
+        call("probes", "sites", tmp_path)
+
+
+def test_a_spawned_process_finds_what_it_unpickles(own, call):
+    with pytest.raises(SystemExit):
+        call("probes", "--version")
+    rows = sys.modules["own_parts"].rows
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(rows, IS_IMAGE).result().tolist() == [[-1, 0, 0, 1, 1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("none.py", "expected a file NAME.py"),
+        ("own_parts.txt", "expected a file NAME.py"),
+        ("json.py", "there is a module 'json' already; rename the file"),
+    ],
+)
+def test_no_file_or_one_with_the_name_of_a_module_is_a_usage_error(file, why, tmp_path, capsys):
+    for name in ("own_parts.txt", "json.py"):
+        (tmp_path / name).write_text("")
+    path = list(sys.path)
+    with pytest.raises(SystemExit) as stop:
+        probes.cli.main(["sites", "M", "--import", str(tmp_path / file)])
+    sys.path[:] = path
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"probes: --import {tmp_path / file}: {why}")

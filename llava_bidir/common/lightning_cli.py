@@ -14,7 +14,15 @@ from jsonargparse import Namespace
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
@@ -31,7 +39,7 @@ from .progress import FirstEstimate, LogProgress
 from .run_events import LogBeforeSave, RunEvents
 from .training_folder import NoEmptyEvents, StartOfRun
 from .usage_errors import ShortUsageErrors
-from .when_to_save import SaveOnSignal
+from .when_to_save import SaveOnSignal, model_checkpoints
 
 CONFIGURABLE = (
     Accelerator,
@@ -44,6 +52,19 @@ CONFIGURABLE = (
     Profiler,
     Strategy,
 )
+SET_BATCHES = "batches and schedule follow from data.batch_size, and are recorded so"
+SETS_RATE = "the learning rate follows from model.learning_rate, and is recorded so"
+REFUSED = {  # callbacks: why
+    GradientAccumulationScheduler: SET_BATCHES,
+    BatchSizeFinder: SET_BATCHES,
+    LearningRateFinder: SETS_RATE,
+    StochasticWeightAveraging: SETS_RATE,
+    WeightAveraging: "its checkpoints have the average for the weights, so the run cannot be resumed",
+    Timer: (
+        "with it, or trainer.max_time, Lightning counts the epoch that is interrupted as complete, so the run could "
+        "not be resumed; use trainer.max_steps"
+    ),
+}
 # Where a logger of the user's writes: the folder of the run, unless it is given
 LOGGER_FOLDERS = ("trainer.logger.init_args.save_dir", "trainer.logger.save_dir")
 # Options of a command that reads the data of a config, on machines without the config's GPUs too.
@@ -79,7 +100,7 @@ class RunCLI(LightningCLI):
     Errors of libraries name the config.
 
     Raises:
-        UserError: A config contains a key twice, a value that Lightning rejects or `trainer.max_time`, or
+        UserError: A config contains a key twice, a value that Lightning rejects or a callback of `REFUSED`, or
             `--weights_only` is false.
     """
 
@@ -143,8 +164,13 @@ class RunCLI(LightningCLI):
         if to_log:
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        for callback in trainer.callbacks:
+            for kind, why in REFUSED.items():
+                if isinstance(callback, kind):
+                    name = type(callback).__name__
+                    raise UserError(f"the callback {name} is not supported: {why}")
         # loggers would put them into folders of their own
-        for callback in trainer.checkpoint_callbacks:
+        for callback in model_checkpoints(trainer):
             callback.dirpath = callback.dirpath or str(
                 Path(trainer.default_root_dir) / "checkpoints"
             )
@@ -166,11 +192,6 @@ class RunCLI(LightningCLI):
         if run.get("weights_only") is False:
             raise UserError(
                 "--weights_only false is not supported: checkpoints are never loaded as pickles"
-            )
-        if (run.get("trainer") or {}).get("max_time") is not None:
-            raise UserError(
-                "trainer.max_time is not supported: Lightning counts the epoch that it interrupts as complete, so the "
-                "run could not be resumed; use trainer.max_steps"
             )
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from a URL

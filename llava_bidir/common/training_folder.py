@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from .errors import UserError
 from .identity import run_identity
 from .rank_zero import decide_before_fit
 from .run_folder import EVENTS, RunFolder, RunPlan, begin_run, plan_run
@@ -26,8 +27,14 @@ def plan_training(
         advice_of: What to do where a setting differs from the finished run's, by setting.
 
     Raises:
-        UserError: See :func:`.run_folder.plan_run`.
+        UserError: No step would be made; and see :func:`.run_folder.plan_run`.
     """
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(cli.trainer, name) == 0:
+            raise UserError(
+                f"trainer.{name} is 0, so nothing would be trained; for a trial, use trainer.max_steps 1 and another "
+                "--out"
+            )
     overwrite = cli.config.get(str(cli.subcommand), cli.config)["overwrite"]
 
     def plan() -> RunPlan:

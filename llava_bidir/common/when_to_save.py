@@ -10,15 +10,18 @@ import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from .checkpoint_io import LAST, remove_superseded_last
+from .errors import UserError
 
 log = logging.getLogger(__name__)
 
+WITHIN_STEP = "within_step"  # key of checkpoints
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
 
 
@@ -33,15 +36,21 @@ def at_step_boundary(trainer: Trainer) -> bool:
     return not (epoch._should_accumulate() or epoch._is_training_done)
 
 
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the callbacks that save during training; other kinds of Checkpoint have none of their attributes."""
+    return [x for x in trainer.checkpoint_callbacks if isinstance(x, ModelCheckpoint)]
+
+
 class SaveAtStepBoundary(Callback):
     """Make every ModelCheckpoint that saves every n steps or minutes, or after a validation, wait for a step boundary.
 
     Without it, such a ModelCheckpoint also saves at the first micro-batch after a resume, where the number of steps is
-    still that of the checkpoint.
+    still that of the checkpoint. The final step has a checkpoint, too, also where no validation follows it.
     """
 
     def __init__(self):
         self.last_times: dict[ModelCheckpoint, float] = {}  # of those that wait for a boundary
+        self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let ModelCheckpoint remove the checkpoint that the run was resumed from when it has saved a newer one."""
@@ -64,7 +73,7 @@ class SaveAtStepBoundary(Callback):
         self.last_times.clear()
         if at_step_boundary(trainer):
             return
-        for callback in trainer.checkpoint_callbacks:
+        for callback in model_checkpoints(trainer):
             if not callback._every_n_epochs:  # the others save after a validation or an epoch
                 callback._last_global_step_saved = trainer.global_step
             if callback._last_time_checked is not None:
@@ -74,8 +83,41 @@ class SaveAtStepBoundary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the current step as saved after a validation within it (`trainer.val_check_interval`)."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
-            for callback in trainer.checkpoint_callbacks:
+            for callback in model_checkpoints(trainer):
                 callback._last_global_step_saved = trainer.global_step
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Note the step, and in the checkpoint of an exception whether it is within a step."""
+        self.saved_step = trainer.global_step
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        is_complete = batches % trainer.accumulate_grad_batches == 0
+        checkpoint[WITHIN_STEP] = not is_complete and batches < trainer.num_training_batches
+
+    def on_load_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Raise if the checkpoint lacks gradients that were accumulated."""
+        if checkpoint.get(WITHIN_STEP):
+            raise UserError(
+                "the checkpoint was saved within a step, whose gradients it lacks; resume another one"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save RUN/checkpoints/last.ckpt if the final step has no checkpoint, before the model is exported."""
+        if not trainer.checkpoint_callbacks or self.saved_step == trainer.global_step:
+            return
+        last = _checkpoints(trainer) / LAST
+        trainer.save_checkpoint(last)
+        for callback in model_checkpoints(trainer):
+            callback._last_checkpoint_saved = str(last)  # else one with save_last saves it again
 
 
 class SaveOnSignal(Callback):
@@ -116,7 +158,7 @@ class SaveOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note signals from now on; a ModelCheckpoint that keeps a last.ckpt replaces the one that is there."""
         last = _checkpoints(trainer) / LAST
-        for callback in trainer.checkpoint_callbacks:
+        for callback in model_checkpoints(trainer):
             if callback.save_last and last.exists() and last.parent == Path(callback.dirpath):
                 callback.last_model_path = str(last)  # else Lightning writes last-v1.ckpt beside it
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
@@ -165,7 +207,7 @@ class SaveOnSignal(Callback):
 
     def _remove_superseded(self, trainer: Trainer) -> None:
         """Remove an earlier last.ckpt if a checkpoint was saved since the last call."""
-        saved = [callback._last_checkpoint_saved for callback in trainer.checkpoint_callbacks]
+        saved = [callback._last_checkpoint_saved for callback in model_checkpoints(trainer)]
         if saved != self.saved and trainer.is_global_zero:
             remove_superseded_last(_checkpoints(trainer))
         self.saved = saved

@@ -17,7 +17,7 @@ from llava_bidir.common.run_folder import RunPlan, check_unfinished
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.run_process import run_process
 from llava_bidir.common.training_folder import plan_training
-from llava_bidir.common.when_to_save import SaveAtStepBoundary
+from llava_bidir.common.when_to_save import SaveAtStepBoundary, model_checkpoints
 from probes.run_config import RunConfig
 
 from .datamodule import ProbeDataModule
@@ -61,7 +61,7 @@ class ProbeCLI(RunCLI):
         """Add what `--ckpt_path last` and `--save_predictions` require."""
         trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
-        for callback in trainer.checkpoint_callbacks:
+        for callback in model_checkpoints(trainer):
             # `--ckpt_path last` requires it; else it would start from scratch
             callback.save_last = True
         if self.saves_predictions:
@@ -81,8 +81,8 @@ class ProbeCLI(RunCLI):
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        callback = self.trainer.checkpoint_callback
-        return Path(callback.dirpath) if callback else self.out / "checkpoints"
+        callbacks = model_checkpoints(self.trainer)
+        return Path(callbacks[0].dirpath) if callbacks else self.out / "checkpoints"
 
     def exclusive_run_lock(self) -> AbstractContextManager:
         """Return the lock of the run's folder; the first process holds it for all."""

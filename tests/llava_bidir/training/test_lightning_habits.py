@@ -1,12 +1,18 @@
 """What a user of LightningCLI types: it works, or one sentence says what there is instead."""
 
 import csv
+from pathlib import Path
 
+import probe_runs
 import pytest
 import tiny_models
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from llava_bidir.cli import main
+from llava_bidir.common.checkpoint_io import newest_checkpoint
+from llava_bidir.training.module import LlavaTraining
 
 ABSENT = {  # options: the beginning of the error
     "--model mymod.Mine": "--model selects no class: the model is always LlavaTraining",
@@ -135,3 +141,127 @@ def test_the_command_that_reads_data_explains_configs_too(conversations, tmp_pat
         main(["inspect", *words.split(), "-c", str(tmp_path / "mine.yaml")])
     error = capsys.readouterr().err
     assert f"{tmp_path}/mine.yaml: data.max_length: expected int, got long" in error
+
+
+# ---------------------------------------------------------------------------------------------------- callbacks
+SCHEDULER = ["GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"]
+REFUSED = [  # callback, its options: why
+    (SCHEDULER, "batches and schedule"),
+    (["BatchSizeFinder"], "batches and schedule"),
+    (["LearningRateFinder"], "the learning rate"),
+    (["StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"], "the learning rate"),
+    (["WeightAveraging"], "cannot be resumed"),
+    (["EMAWeightAveraging"], "cannot be resumed"),
+]
+
+
+@pytest.mark.parametrize(("words", "why"), REFUSED)
+def test_callbacks_that_a_run_cannot_record_or_resume_are_refused(
+    words, why, parts, conversations, tmp_path
+):
+    """The scheduler trained with batches of 32, recorded 16, and its rate ended at 65% of the peak."""
+    name, *options = words
+    more = [f"--trainer.callbacks+={name}", *options]
+    with pytest.raises(SystemExit, match=f"{name} is not supported: .*{why}"):
+        tiny_models.fit(parts, conversations, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_probes_refuse_them_too(checkpoints, segmentation, tmp_path):
+    name, *options = SCHEDULER
+    more = [f"--trainer.callbacks+={name}", *options]
+    with pytest.raises(SystemExit, match=f"{name} is not supported: batches"):
+        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+
+
+NOTHING = ("max_epochs", "max_steps", "limit_train_batches")
+
+
+@pytest.mark.parametrize("option", NOTHING)
+def test_a_run_without_a_step_is_refused(option, parts, conversations, tmp_path):
+    """It said "The trained model is RUN/hf", and there was none."""
+    with pytest.raises(SystemExit, match=f"trainer.{option} is 0, so nothing would be trained"):
+        tiny_models.fit(parts, conversations, tmp_path / "run", f"--trainer.{option}", "0")
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+@pytest.mark.parametrize("option", NOTHING)
+def test_probes_without_a_step_are_refused(option, checkpoints, segmentation, tmp_path):
+    """Their scores were those of untrained probes."""
+    more = (f"--trainer.{option}", "0")
+    with pytest.raises(SystemExit, match=f"trainer.{option} is 0, so nothing would be trained"):
+        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+VALIDATIONS = [  # three steps an epoch
+    "--trainer.val_check_interval 2",
+    "--trainer.check_val_every_n_epoch 2",
+    "--trainer.check_val_every_n_epoch 2 --trainer.max_epochs 3",
+    "--trainer.check_val_every_n_epoch 2 --trainer.callbacks+=ModelCheckpoint "
+    "--trainer.callbacks.save_last=true",
+]
+
+
+@pytest.mark.parametrize("options", VALIDATIONS)
+def test_the_final_step_has_a_checkpoint(
+    options, parts, conversations, tmp_path, caplog
+):
+    """Lightning saves after validations, where there are any: `export RUN` wrote older weights than RUN/hf."""
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *options.split())
+    main(["export", str(run), str(tmp_path / "exported")])
+    trained = load_file(run / "hf/model.safetensors")
+    for name, weight in load_file(tmp_path / "exported/model.safetensors").items():
+        assert weight.equal(trained[name]), name
+    words = [*options.split(), "--ckpt_path", "last"]
+    with caplog.at_level("INFO"):
+        tiny_models.fit(parts, conversations, tmp_path / "run", *words)
+    assert "this run is finished; nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize("options", VALIDATIONS[:3])
+def test_the_final_step_of_probes_has_a_checkpoint(options, checkpoints, segmentation, tmp_path):
+    words = [*options.split(), "--data.batch_size", "2"]
+    probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *words)
+    newest = newest_checkpoint(tmp_path / "run")
+    epochs = 3 if "max_epochs" in options else 1
+    assert torch.load(newest, weights_only=True)["global_step"] == 3 * epochs
+
+
+EXCEPTION = "--trainer.callbacks+=OnExceptionCheckpoint --trainer.callbacks.dirpath={}"
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_on_exception_checkpoint_is_resumed_exactly_or_refused(
+    micro_batch, parts, conversations, tmp_path, monkeypatch
+):
+    """It was an AttributeError, and a checkpoint within a step lacks the gradients of the step's beginning."""
+    words = "--data.micro_batch_size 2 --data.val_annotations null".split()
+    undisturbed = tiny_models.fit(parts, conversations, tmp_path / "undisturbed", *words)
+    words += EXCEPTION.format(tmp_path / "exception").split()
+    step = LlavaTraining.training_step
+
+    def fails(self, batch, batch_idx):
+        if batch_idx == 2 + micro_batch:
+            raise MemoryError
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(LlavaTraining, "training_step", fails)
+        tiny_models.fit(parts, conversations, tmp_path / "run", *words)
+    words += ["--ckpt_path", str(tmp_path / "exception/on_exception.ckpt")]
+    if micro_batch:
+        with pytest.raises(SystemExit, match="saved within a step, .*; resume another one"):
+            tiny_models.fit(parts, conversations, tmp_path / "run", *words)
+        return
+    run = tiny_models.fit(parts, conversations, tmp_path / "run", *words)
+    trained = load_file(undisturbed / "hf/model.safetensors")
+    for name, weight in load_file(run / "hf/model.safetensors").items():
+        assert weight.equal(trained[name]), name
+
+
+def test_probes_take_on_exception_checkpoint(checkpoints, segmentation, tmp_path):
+    words = EXCEPTION.format(tmp_path / "exception").split()
+    run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *words)
+    assert newest_checkpoint(Path(run.path)).name == "last.ckpt"

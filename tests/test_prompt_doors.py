@@ -1,7 +1,9 @@
 """One prompt at all doors, for tokenizers that add a BOS, have one and do not add it, have none, or add two tokens."""
 
+import itertools
 import json
 import shutil
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from transformers import AutoProcessor
 import probes
 from llava_bidir.commands.generate import answer, load, prompt_ids
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
+from llava_bidir.data.chat import render_chat
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode, token_upper_bound
 from llava_bidir.model.build import build_model, build_processor, prompt_template
+from llava_bidir.training.module import LlavaTraining
 from probes.lab.models import load_checkpoint
 
 pytestmark = pytest.mark.numerics
@@ -26,6 +30,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 BOS_FIRST = "{{ bos_token }}" + CHATML
+DATED = "\n{{ strftime_now('%d %b %Y') }}\n" + CHATML
 STARTS = {  # of the tokenizer
     "adds BOS": ["<s>"],
     "does not add its BOS": [],
@@ -40,8 +45,22 @@ CASES = [
     ("does not add its BOS", BOS_FIRST),
     ("has no BOS", None),
     ("has no BOS", CHATML),
+    ("has no BOS", DATED),
     ("adds two tokens", None),
 ]
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Each look at the clock of chat templates shows another day of another year."""
+    days = itertools.count(1)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 1) + timedelta(days=400 * next(days))
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
 
 
 def write_tokenizer(folder, kind: str, chat_template: str | None) -> None:
@@ -189,6 +208,21 @@ def test_states_are_those_of_the_prompt_of_training(checkpoint, photo):
     )
     expected = output.hidden_states[-1][:, ids[0] == processor.image_token_id]
     torch.testing.assert_close(mllm.states(pixels)["final_norm"], expected)
+
+
+def test_training_records_the_date_of_its_prompts(parts, tmp_path):
+    encoder, llm = parts
+    dated = shutil.copytree(llm, tmp_path / "llm")
+    write_tokenizer(dated, "has no BOS", DATED)
+    write_tokenizer(shutil.copytree(llm, tmp_path / "other"), "has no BOS", CHATML)
+    recorded = [
+        LlavaTraining(encoder, str(tmp_path / name), ["adapter"], template="chat").settings()
+        for name in ("llm", "other")
+    ]
+    assert recorded[0]["prompt_date"] == "2025-01-01"
+    (text, _) = render_chat(tiny_models.turns("sky", "wall"), load_tokenizer("llm", str(dated)))
+    assert text.startswith("\n01 Jan 2025\n")
+    assert "prompt_date" not in recorded[1]
 
 
 @pytest.mark.parametrize("kind", STARTS)

@@ -124,10 +124,19 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
 
     Released llava checkpoints use CLIP's processor, which crops. LLaVA-1.5 was evaluated on padded images, so their
     images are padded here. Source: LLaVA mm_utils.py process_images.
+
+    Raises:
+        UserError: There is no such checkpoint, or its model and its tokenizer take other ids for images.
     """
     read_pretrained("MODEL", AutoConfig, model)  # whose errors say more than those of the weights
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
+    index = loaded.config.image_token_id
+    if index != processor.image_token_id:
+        raise UserError(
+            f"MODEL: image_token_index of {model}/config.json is {index}, but the id of {IMAGE} in its tokenizer is "
+            f"{processor.image_token_id}; correct config.json"
+        )
     loaded.generation_config = greedy_config(loaded.generation_config, processor.tokenizer)
     images = processor.image_processor
     if images.do_pad is None:  # CLIP's processor has no such option

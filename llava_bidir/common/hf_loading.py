@@ -7,6 +7,7 @@ transformers or this package has the class of every supported model. The checks 
 import re
 import warnings
 from collections.abc import Iterable
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ MERGE = (
     "merge updates into the weights (peft: merge_and_unload) and save the result, or use the checkpoint in bfloat16, "
     "float16 or float32"
 )
+PROMPT_DATE = date(2025, 1, 1)
+_PARTS = "".join(
+    f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS"
+)
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}\n"
 CONVERTED = "Use the checkpoint's conversion to transformers' format, for LLaVA those of llava-hf"
 
 
@@ -64,7 +70,23 @@ def read_pretrained(
             return _read_config(path, **kwargs)
         loaded = reader.from_pretrained(path, trust_remote_code=False, **kwargs)
     _check_vocabulary(key, loaded, path)
+    for part in (loaded, getattr(loaded, "tokenizer", None)):
+        template = getattr(part, "chat_template", None)
+        if isinstance(template, dict):
+            part.chat_template = {name: with_fixed_date(text) for name, text in template.items()}
+        elif template:
+            part.chat_template = with_fixed_date(template)
     return loaded
+
+
+def with_fixed_date(template: str) -> str:
+    """Return a chat template with `PROMPT_DATE` for the date of the day, also where plain transformers renders it.
+
+    Prompts, and with them trained weights and states, would differ from day to day.
+    """
+    if "strftime_now" not in template or "macro strftime_now" in template:
+        return template
+    return FIXED_DATE + template
 
 
 def _read_config(path: str, **kwargs) -> "PreTrainedConfig":

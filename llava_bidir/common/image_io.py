@@ -32,21 +32,34 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
 
     Raises:
         OSError: The file is missing, not a regular file, or (UnidentifiedImageError) in none of the formats.
-        UserError: The image, padded to a square, exceeds the pixel limit of PIL, which raises DecompressionBombError at
-            twice the limit.
+        UserError: The image exceeds the pixel limit of PIL, which raises DecompressionBombError at twice the limit.
     """
     if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")  # reading a pipe or a device may never end
     image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
-    longest = max(image.size)
-    if limit and longest**2 > limit:  # padding makes a square of an image with a single row
+    if limit and image.width * image.height > limit:
         image.close()
         raise UserError(
-            f"it has {image.width:,} x {image.height:,} px; a square of that side exceeds the {limit:,} px of "
-            "PIL.Image.MAX_IMAGE_PIXELS. It may be a decompression bomb; resize or remove it"
+            f"it has {image.width:,} x {image.height:,} px, more than the {limit:,} of PIL.Image.MAX_IMAGE_PIXELS. It "
+            "may be a decompression bomb; resize or remove it"
         )
     return image
+
+
+def check_padded(image: Image.Image) -> None:
+    """Raise if the square that padding makes of an image, perhaps of a single row, exceeds the pixel limit of PIL.
+
+    Raises:
+        UserError: Names the size of the image and the limit.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    side = max(image.size)
+    if limit and side**2 > limit:
+        raise UserError(
+            f"an image of {image.width:,} x {image.height:,} px is padded to a square of {side:,} px, which exceeds "
+            f"the {limit:,} px of PIL.Image.MAX_IMAGE_PIXELS; resize it, or cut out a part"
+        )
 
 
 def png_bits(file: Path | BinaryIO) -> int:

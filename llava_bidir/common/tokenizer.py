@@ -99,5 +99,6 @@ def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBacken
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Sequence([markers, space, markers])
     # LlamaTokenizer would ignore all but vocabulary and merges when it reads an export's tokenizer.json.
-    settings = {**tokenizer.init_kwargs, "padding_side": tokenizer.padding_side}
+    kept = {name: getattr(tokenizer, name) for name in ("padding_side", "chat_template")}
+    settings = {**tokenizer.init_kwargs, **kept}
     return TokenizersBackend(tokenizer_object=backend, **settings)

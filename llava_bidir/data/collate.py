@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import trim_strip
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.image_io import check_padded, trim_strip
 
 from .conversation import CHAT, IGNORE_INDEX, PLAIN, encode
 
@@ -26,8 +26,10 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
 def to_pixels(processor: LlavaProcessor, images: list[Image.Image]) -> Tensor:
     """Return the pixels of images as the processor makes them, f[images, 3, H, W]."""
     image_processor = processor.image_processor
-    # it resizes whole images, also strips, and cuts out their middle
-    if not image_processor.do_pad:
+    if image_processor.do_pad:
+        for image in images:
+            check_padded(image)
+    else:  # it resizes whole images, also strips, and cuts out their middle
         images = [trim_strip(image) for image in images]
     return image_processor(images, return_tensors="pt")["pixel_values"]
 
@@ -138,14 +140,18 @@ class Collate:
         }
 
     def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
-        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image."""
+        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image.
+
+        Raises:
+            UserError: An image is too large to be padded; names its record.
+        """
         image_id = self.processor.image_token_id
-        images = [
-            sample["image"]
-            for sample, ids in zip(samples, rows, strict=True)
-            for _ in range(ids.count(image_id) // self.image_tokens)
-        ]
-        return to_pixels(self.processor, images) if images else None
+        pixels = []
+        for sample, ids in zip(samples, rows, strict=True):
+            if count := ids.count(image_id) // self.image_tokens:
+                with error_context(f"record {sample['id']!r}"):
+                    pixels += [to_pixels(self.processor, [sample["image"]])] * count
+        return torch.cat(pixels) if pixels else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """Return the prompt with each sample's first question, or its image, padded on the left for `generate`."""

@@ -21,6 +21,7 @@ from llava_bidir.common.distributed import decide_on_first
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import FiniteLogits
+from llava_bidir.common.hf_loading import FIXED_DATE, PROMPT_DATE
 from llava_bidir.common.identity import (
     Identity,
     check_same_identity,
@@ -396,6 +397,8 @@ class LlavaTraining(LightningModule):
         settings = {
             k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")
         }
+        if FIXED_DATE in (self.processor.chat_template or ""):
+            settings["prompt_date"] = str(PROMPT_DATE)
         return {"stage": "+".join(self.hparams.trainable), **settings}
 
     def progress(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ id of the hub.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import date
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf_loading import with_fixed_date
 from llava_bidir.common.tokenizer import load_tokenizer, start_ids
 from probes.ops.geometry import ResizeRule
 
@@ -45,12 +45,6 @@ PIXEL_SETTINGS = (
 MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
 OPTION = re.compile(r"^[ \t]*\(?(?P<letter>[A-Z])[.):].*$", re.MULTILINE)
 IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
-PROMPT_DATE = date(2025, 1, 1)
-# Replaces the function of templates with the date of the day: states would differ from day to day.
-_PARTS = "".join(
-    f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS"
-)
-FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}"
 
 
 def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
@@ -243,7 +237,7 @@ class Chat(NamedTuple):
         with error_context(f"chat template of {self.path}"):  # runs in jinja's sandbox
             return self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
-                chat_template=FIXED_DATE + self.template,
+                chat_template=with_fixed_date(self.template),
                 tokenize=False,
                 add_generation_prompt=bool(texts),
             )

@@ -83,10 +83,6 @@ REJECTED: dict[str, tuple[bytes, str]] = {
         png(12_000, 12_000),
         "12,000 x 12,000 px.*MAX_IMAGE_PIXELS.*decompression bomb",
     ),
-    "one_row_that_padding_makes_a_bomb.png": (
-        png(60_000, 1, data=bytes(60_001)),
-        "60,000 x 1 px; a square of",
-    ),
     "bomb_in_a_comment.png": (
         with_comment(80 << 20),
         "(?i)decompressed data too large|text memory",

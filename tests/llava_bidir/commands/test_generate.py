@@ -247,3 +247,22 @@ def test_all_answers_end_at_the_same_tokens(
         logits = torch.nn.functional.one_hot(torch.tensor([end]), 200).float()
         monkeypatch.setattr(type(mllm), "word_head", lambda *_, logits=logits: lambda _: logits)
         assert mllm.answer(pictures(0)[0], "wall", max_new_tokens=3) == ""
+
+
+def test_other_ids_of_images_in_model_and_tokenizer_are_named_or_change_nothing(
+    checkpoints, tmp_path
+):
+    """`generate` takes the tokenizer's id. `probes` takes the model's, which no text can have."""
+    stock = checkpoints["causal"]
+    path = shutil.copytree(stock, tmp_path / "hf")
+    config = json.loads((path / "config.json").read_text())
+    tokens = config["image_token_index"]
+    (path / "config.json").write_text(json.dumps(config | {"image_token_index": 5}))
+    pictures(0)[0].save(tmp_path / "x.png")
+    with pytest.raises(SystemExit, match=f"config.json is 5, but .*<image> in its .* is {tokens};"):
+        main(["generate", str(path), str(tmp_path / "x.png"), "name the sky"])
+    ours, expected = (probes.load(str(folder)) for folder in (path, stock))
+    pixels = expected.preprocess(pictures(0))
+    for site, states in expected.states(pixels).items():
+        assert torch.equal(ours.states(pixels)[site], states)
+    assert ours.answer(pictures(0)[0], "wall") == expected.answer(pictures(0)[0], "wall")

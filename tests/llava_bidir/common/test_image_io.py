@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_bidir.common.image_io import trim_strip
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.image_io import read_photo, trim_strip
 from llava_bidir.data.collate import to_pixels
 from probes.ops.geometry import Geometry, ResizeRule
 
@@ -48,6 +49,37 @@ def test_a_strip_whose_resized_length_is_rounded_is_shifted_by_less_than_a_32nd_
         worst.append(np.abs(trimmed - whole).max())
     assert max(worst) <= 2, "1/32 of 23 levels, and rounding"
     assert max(worst) > 0
+
+
+def square_of(entrance: str, way: str, image: Image.Image) -> np.ndarray:
+    """The model's square of an image, uint8[PX, PX, 3], by its way to make one."""
+    if entrance == "probes":
+        rule = ResizeRule(way, Image.Resampling.BICUBIC)
+        geometry = Geometry(grid=(2, 2), image_px=PX, covered_px=PX, rule=rule)
+        return np.asarray(geometry.place(image))
+    size = {"size": {"shortest_edge": PX}, "crop_size": {"height": PX, "width": PX}}
+    plain = {"do_normalize": False, "do_rescale": False}
+    processor = LlavaImageProcessorPil(do_pad=way == "pad", **size, **plain)
+    pixels = to_pixels(SimpleNamespace(image_processor=processor), [image])
+    return pixels[0].movedim(0, -1).numpy()
+
+
+@pytest.mark.parametrize("entrance", ["probes", "training and generate"])
+def test_a_photo_counts_as_many_pixels_as_are_decoded_or_made(entrance, tmp_path, monkeypatch):
+    """As 12,000 x 3,000 px under Pillow's limit: fewer in the file, more in a square of that side."""
+    wide = Image.fromarray(NOISE.integers(0, 256, (30, 120, 3), np.uint8))
+    wide.save(tmp_path / "wide.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    photo = read_photo(tmp_path / "wide.png")
+    expected = np.asarray(middle_of_the_whole(wide))
+    assert np.array_equal(square_of(entrance, "center_crop", photo), expected)
+    with pytest.raises(
+        UserError, match="120 x 30 px is padded to a square of 120 px, which exceeds"
+    ):
+        square_of(entrance, "pad", photo)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3599)
+    with pytest.raises(UserError, match="wide.png .*120 x 30 px, more than the 3,599 of"):
+        read_photo(tmp_path / "wide.png")
 
 
 @pytest.mark.parametrize("entrance", ["probes", "training and generate"])

@@ -74,6 +74,8 @@ class Family:
         shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
             of the prefix do not depend on the image.
         question_in_prefix: True if the question is a part of the block of the mask "prefix".
+        incomplete_sites: Number of sites, from "adapter" on, after which features of the image enter the LLM beside the
+            states there. These states cannot be replaced.
     """
 
     model_class: "str | type[PreTrainedModel]"
@@ -101,6 +103,7 @@ class Family:
     row_separator: str | None = None
     shared_prefix: bool = True
     question_in_prefix: bool = False
+    incomplete_sites: Callable[[PreTrainedConfig], int] = lambda config: 0
 
     has_llm = True
     parts = ("adapter", "llm")  # that can be random

@@ -97,10 +97,10 @@ def calls(frozen, images: list[Image.Image]) -> dict:
 
     functions = {
         "states": lambda model: model.states(pixels, sites),
-        "hook at the input": hooked(first),
-        "hook at a layer": hooked(middle),
         "random arm": random_arm,
     }
+    if frozen.model.config.model_type not in tiny_families.SEVERAL_WAYS_IN:
+        functions |= {"hook at the input": hooked(first), "hook at a layer": hooked(middle)}
     if takes_knockouts(frozen):
         functions["knockout"] = lambda model: model.states(pixels, sites, Knockout(blocked))
     if frozen.has_llm:

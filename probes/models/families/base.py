@@ -174,12 +174,6 @@ class Family:
         llm = decoder if match == "none" else decoder.layers
         return {"adapter": self.adapter_of(model), "llm": [llm]}
 
-    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
-        """Return where the modules of a random LLM are: a parent and the name in it."""
-        decoder = self.decoder_of(model)
-        names = [name for name, _ in decoder.named_children()] if match == "none" else ["layers"]
-        return [(decoder, name) for name in names]
-
 
 def find_model_class(model_class: "str | type[PreTrainedModel]") -> "type[PreTrainedModel]":
     """Return a class, or the one of a name: of transformers, or MODULE:NAME.

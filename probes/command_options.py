@@ -86,11 +86,9 @@ class LabOptions:
         mllm: Checkpoint directory or hub id, timm:NAME or FILE.py:FUNCTION, without probes: words and attention.
         port: Port of the page; 0 for any free one.
         host: Address to listen at, for other machines (default: 127.0.0.1).
-        save: Folder below which painted photos are saved as data folders and opened again.
     """
 
     runs: tuple[str, ...] = positional(default=())
     mllm: str | None = None
     port: int = 8899
     host: str | None = None
-    save: str = "runs/lab"

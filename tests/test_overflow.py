@@ -22,7 +22,6 @@ from llava_bidir.training.module import LlavaTraining
 from probes import Knockout
 from probes.cli import main
 from probes.models.matched_updates import match_updates, scale_layers
-from probes.models.random_init import random_layers
 
 LLAMA_LAYER_2 = "model.language_model.layers.1.mlp.down_proj.weight"
 DINO_LAYER_2 = "encoder.layer.1.mlp.fc2.weight"
@@ -141,11 +140,12 @@ def test_states_of_a_bare_encoder_that_overflow_are_refused(photo, tmp_path):
 
 
 @pytest.mark.parametrize("match", ["update", "permuted"])
-def test_random_layers_that_overflow_are_refused(match, mllm, photo):
+def test_random_layers_that_overflow_are_refused(match, planted, photo):
     pictures = [Image.open(photo)] if match == "update" else ()
+    control = {"untrained": ["llm"], "match": match, "match_images": pictures}
     with pytest.raises(UserError, match=LAYER_2):
-        with random_layers(mllm, match, match_images=pictures):
-            mllm.states(mllm.preprocess(photo))
+        mllm = probes.load(planted, device="cpu", **control)
+        mllm.states(mllm.preprocess(photo))
 
 
 def test_random_layers_that_overflow_while_they_are_matched_are_refused(
@@ -160,16 +160,6 @@ def test_random_layers_that_overflow_while_they_are_matched_are_refused(
     with scale_layers(mllm, scales):
         with pytest.raises(UserError, match=r"states at layer_02 are NaN or infinite"):
             match_updates(mllm, pixels, [0.1, 1e6, 0.1], scales)
-
-
-def test_taught_concepts_are_refused(mllm, photo):
-    patch = torch.arange(4).view(2, 2)
-    painted = {
-        "a": [(photo, patch == 0)],
-        "b": [(photo, patch == 3)],
-    }
-    with pytest.raises(UserError, match=LAYER_2):
-        mllm.teach(painted)
 
 
 def test_commands_that_read_states_end_with_the_site(planted, segmentation, photo, tmp_path):

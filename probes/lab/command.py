@@ -32,13 +32,13 @@ def run(options: LabOptions) -> None:
 
     with listen(options.host or "127.0.0.1", options.port) as listener:
         # In a thread that ends. If this one computed, OpenMP would keep threads for it beside those of the worker, and
-        # with more threads than cores they no longer spin: a stroke of the lab's brush took twice as long.
+        # with more threads than cores they no longer spin.
         with ThreadPoolExecutor(1) as pool:
 
             def load():
                 return load_checkpoint(options.mllm) if options.mllm else load_runs(options.runs)
 
-            session = Session(pool.submit(load).result(), options.save)
+            session = Session(pool.submit(load).result())
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()
@@ -64,17 +64,15 @@ def build_server(
     """Return the server of a session, for requests with the token to these hosts."""
     import uvicorn
 
-    from .connections import MAX_CONNECTIONS, LabProtocol
     from .server import build_app
 
     config = uvicorn.Config(
         build_app(session, worker, token, hosts),
-        http=LabProtocol,
+        http="h11",
         ws="none",
         lifespan="off",
         log_level="critical",  # the application prints its own errors
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=0,
     )
     return uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""Requests of the page as checked JSON: numbers, names of concepts and texts, but no paths, class paths or code.
+"""Requests of the page as checked JSON: numbers and texts, but no paths, class paths or code.
 
 A request names all that its answer depends on, and the server keeps no view. Two tabs cannot mix, and a link restores a
 view.
@@ -6,11 +6,10 @@ view.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_side import MAX_GRID_SIDE
-from probes.models.teach import BACKGROUND
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, le=2**31)]
@@ -21,10 +20,6 @@ Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_GRID_S
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]
 # far beyond VQA; the LLM's positions bound it, too
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
-# concepts, and photos whose states are read for a stroke
-MAX_CONCEPTS = 20
-MAX_PAINTED = 32
-MAX_PAINTED_PATCHES = 10_000  # of all photos; far beyond what is painted by hand
 MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
 
@@ -56,70 +51,12 @@ class Replace(_Request):
     by: PhotoKey | Literal["mean", "other_mask"]
 
 
-class PaintedPhoto(_Request):
-    """A photo and its patches that are painted as each concept."""
-
-    photo: PhotoKey
-    patches: tuple[Annotated[tuple[Index, ...], Field(max_length=MAX_GRID_SIDE**2)], ...]
-
-
-class Painting(_Request):
-    """Concepts that are painted on patches of photos; with `rest`, all other patches of these photos are background."""
-
-    concepts: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=60)], ...],
-        Field(max_length=MAX_CONCEPTS),
-    ]
-    photos: Annotated[tuple[PaintedPhoto, ...], Field(min_length=1, max_length=MAX_PAINTED)]
-    rest: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> "Painting":
-        if len({*self.concepts, *[BACKGROUND] * self.rest}) < len(self.concepts) + self.rest:
-            raise ValueError("two concepts have the same name")
-        if len({photo.photo for photo in self.photos}) < len(self.photos):
-            raise ValueError("a photo is listed twice")
-        for photo in self.photos:
-            if len(photo.patches) != len(self.concepts):
-                raise ValueError(
-                    f"{len(photo.patches)} lists of patches for {len(self.concepts)} concepts"
-                )
-            if len(set().union(*photo.patches)) < sum(map(len, photo.patches)):
-                raise ValueError("a patch is painted twice")
-        if (
-            sum(len(patches) for photo in self.photos for patches in photo.patches)
-            > MAX_PAINTED_PATCHES
-        ):
-            raise ValueError(f"more than {MAX_PAINTED_PATCHES} patches are painted")
-        return self
-
-
 class View(_Request):
-    """A photo, read by a model, with or without an intervention; by probes of a painting instead of the run's own."""
+    """A photo, read by a model, with or without an intervention."""
 
     photo: PhotoKey
     model: Index
     intervention: Annotated[Block | Replace, Field(discriminator="kind")] | None = None
-    painting: Painting | None = None
-
-
-class Teach(View):
-    """A painting, whose probes are scored under the intervention, or on states of a matched random LLM."""
-
-    painting: Painting
-    random: bool = False
-
-
-class Save(View):
-    """A painting to write as a data folder."""
-
-    painting: Painting
-
-
-class Open(View):
-    """A data folder to read, one of those that were listed."""
-
-    folder: Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}$")]
 
 
 class PatchWords(View):
@@ -154,17 +91,6 @@ class AnswerAttention(PhotoQuestion):
     answer: Text
     token: Index
     layer: Number
-
-
-class Export(View):
-    """A view to reproduce in Python, with the operation that reads the shown attention, if there is one."""
-
-    question: Annotated[str, Field(max_length=4000)] = ""
-    attention: Literal["attention", "answer_attention"] | None = None
-    layer: Number = 1
-    patch: Index = 0
-    answer: Annotated[str, Field(max_length=4000)] = ""
-    token: Index = 0
 
 
 def parse_request(kind: type[View], body: bytes) -> View:

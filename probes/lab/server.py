@@ -12,7 +12,6 @@ Every request needs the cookie, a Host that is no foreign name (DNS rebinding) a
 page's own Origin (cross-site posts) and Sec-Fetch-Site (browsers send the cookie from pages at other ports, too).
 """
 
-import asyncio
 import hmac
 import ipaddress
 import json
@@ -35,13 +34,9 @@ from .photos import encode
 from .requests import (
     AnswerAttention,
     Attention,
-    Export,
-    Open,
     PatchWords,
     PhotoQuestion,
-    Save,
     SiteView,
-    Teach,
     View,
     parse_request,
 )
@@ -50,7 +45,6 @@ from .worker import Job, Worker
 
 MAX_PHOTO_BYTES = 64 << 20  # a 50-megapixel JPEG of a camera has about 30 MB
 MAX_JSON_BYTES = 1 << 20  # 128 x 128 patch numbers have 100 KB
-BODY_S = 60  # for a body to arrive, so that slow clients do not hold connections
 # of a body's limit are read before it is refused: closing while a client still sends loses the answer
 READ_LIMITS = 4
 OPERATIONS: dict[str, type[View]] = {
@@ -61,10 +55,6 @@ OPERATIONS: dict[str, type[View]] = {
     "ask": PhotoQuestion,
     "attention": Attention,
     "answer_attention": AnswerAttention,
-    "snippet": Export,
-    "teach": Teach,
-    "save": Save,
-    "open": Open,
 }
 
 
@@ -91,9 +81,7 @@ class Guard:
         request = Request(scope)
         refusal = self._refusal(request)
         if refusal:
-            return await JSONResponse({"error": refusal}, 403, {"Connection": "close"})(
-                scope, receive, send
-            )
+            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
         if request.url.path == "/" and "token" in request.query_params:
             response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
             response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
@@ -225,7 +213,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """Return the body of a request.
 
     Raises:
-        Refused: It has more than `limit` bytes, or does not arrive in time.
+        Refused: It has more than `limit` bytes.
     """
     too_long = Refused(413, f"the body has more than {limit >> 20} MiB")
     length = request.headers.get("content-length", "0")
@@ -233,16 +221,12 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise too_long
     body = bytearray()
     size = 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                size += len(part)
-                if size > READ_LIMITS * limit:
-                    raise too_long
-                if size <= limit:
-                    body += part
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_S} s") from None
+    async for part in request.stream():
+        size += len(part)
+        if size > READ_LIMITS * limit:
+            raise too_long
+        if size <= limit:
+            body += part
     if size > limit:
         raise too_long
     return bytes(body)

@@ -7,14 +7,9 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A att
 """
 
 import base64
-import secrets
-import shlex
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from os.path import commonprefix
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,35 +18,26 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.data.palette import palette_of
 from probes.models.knockout import Knockout
 from probes.models.sites import layer_site
 from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
 from probes.tasks.segmentation import colorize_classes
 
-from .folders import list_folders, read_folder, write_folder
 from .models import LabModel, check_patches, example_questions, open_split
 from .photos import Photos, encode
 from .readout import most_probable, read_probe, token_text
 from .requests import (
     MAX_ANSWER_TOKENS,
-    MAX_CONCEPTS,
     AnswerAttention,
     Attention,
     Block,
-    Export,
-    Open,
     PatchWords,
     PhotoQuestion,
     Replace,
-    Save,
     SiteView,
-    Teach,
     View,
 )
-from .snippet import write_snippet
-from .teacher import Teacher
 from .worker import Job
 
 # per patch
@@ -65,19 +51,13 @@ class Session:
 
     Args:
         models: The models.
-        saved: Folder below which paintings are written and read.
     """
 
-    def __init__(self, models: list[LabModel], saved: str | Path = "runs/lab"):
+    def __init__(self, models: list[LabModel]):
         self.models = models
-        self.saved = Path(saved)
         dataset, self.palette, self.no_split = open_split(models[0])
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
-        self.teacher = Teacher(models, self.photos, self._read_states)
-        self.concept_palette = palette_of(SimpleNamespace(classes=range(MAX_CONCEPTS + 1))).tolist()
-        # of what the page keeps: a later lab has other photos under the same keys
-        self.key = secrets.token_hex(8)
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page is drawn from."""
@@ -89,25 +69,18 @@ class Session:
             "palette": self.palette,
             "images": 0 if dataset is None else len(dataset),
             "no_images": self.no_split,
-            "key": self.key,
             "questions": example_questions(self.models[0]),
-            "concept_palette": self.concept_palette,
-            "folders": list_folders(self.saved),
         }
 
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
         states = self._read_states(request, job)
-        heads = self._heads(request, job)
+        model = self._model(request)
+        heads = {site: partial(read_probe, probe) for site, probe in model.probes.items()}
         if not heads:
             return {"classes": None}
-        paint = request.painting
-        if paint is None:
-            count = len(self._model(request).classes)
-        else:
-            count = len(paint.concepts) + paint.rest
-        shown = min(TOP_CLASSES, count)
+        shown = min(TOP_CLASSES, len(model.classes))
         classes, probabilities = most_probable(states, heads, shown)
         return {
             "classes": _pack(classes[0], np.uint8),
@@ -230,51 +203,6 @@ class Session:
             "token": tokens[request.token],
         }
 
-    def snippet(self, request: Export, job: Job) -> dict[str, Any]:
-        """Return Python code that reproduces the view."""
-        self._check_intervention(request)
-        keys = [request.photo]
-        if isinstance(request.intervention, Replace) and request.intervention.by not in (
-            "mean",
-            "other_mask",
-        ):
-            keys.append(request.intervention.by)
-        if request.painting is not None:
-            self.teacher.paint(request)  # checks it
-            keys += [photo.photo for photo in request.painting.photos]
-        names = {key: self.photos.get(key).name for key in keys}
-        return {"python": write_snippet(self._model(request), request, names)}
-
-    def teach(self, request: Teach, job: Job) -> dict[str, Any]:
-        """Return the scores of a painting's probes by site; see :meth:`Teacher.score`."""
-        self._model(request)
-        return self.teacher.score(request, job)
-
-    def save(self, request: Save, job: Job) -> dict[str, Any]:
-        """Write a painting as a data folder and return its path, with the folders that there are."""
-        self._model(request)
-        self.teacher.paint(request)  # checks it
-        photos = [self.photos.get(photo.photo) for photo in request.painting.photos]
-        geometry = self.models[0].mllm.geometry
-        folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
-        command = shlex.join(["probes", "study", str(self.models[0].checkpoint), str(folder)])
-        command += f" --out {shlex.quote(f'runs/{folder.name}')}"
-        return {
-            "folder": str(folder),
-            "command": command,
-            "photos": len(photos),
-            "folders": list_folders(self.saved),
-        }
-
-    def open(self, request: Open, job: Job) -> dict[str, Any]:
-        """Return the painting in a data folder, with the names of its photos, which are kept as if uploaded."""
-        concepts, painted = read_folder(self.saved, request.folder, self.models[0].mllm.geometry)
-        photos = [
-            (self.photos.add(file.read_bytes(), file.name), file.name, patches)
-            for file, patches in painted
-        ]
-        return {"concepts": concepts, "photos": photos}
-
     # ----------------------------------------------------------------------------------------------- parts
     def _model(self, request: View) -> LabModel:
         if request.model >= len(self.models):
@@ -288,17 +216,6 @@ class Session:
 
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
         return self._model(request).mllm.preprocess([self._square(request, photo)])
-
-    def _heads(self, request: View, job: Job) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
-        model = self._model(request)
-        if request.painting is None:
-            return {site: partial(read_probe, probe) for site, probe in model.probes.items()}
-        probes = self.teacher.probes(request, job)
-        return {
-            site: lambda states, site=site: probes.logits(states.cpu(), site)
-            for site in model.sites
-        }
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -359,14 +276,6 @@ class Session:
                 return other
 
         return {site: lambda states: torch.where(patches[:, None], new(states), states)}
-
-    def _check_intervention(self, request: View) -> None:
-        change = request.intervention
-        model = self._model(request)
-        if isinstance(change, Block):
-            knockout_of(model, change)
-        elif change is not None:
-            _as_mask(model, change.patches)
 
     def _words(
         self, model: LabModel, states: dict[str, Tensor]

@@ -99,6 +99,7 @@ def text_states(
                 )
             )
         if hooks:
+            mllm.check_hooks(hooks)
             stack.enter_context(replaced_states(layers, hooks, mllm.image_positions))
         positions = stack.enter_context(decode_tree(mllm.decoder, masks, tokens, text))
         output = mllm.model.model(

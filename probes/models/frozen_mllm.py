@@ -6,7 +6,7 @@ the prompt before the image are cached if the model allows it.
 Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import cached_property, partial
@@ -150,6 +150,16 @@ class FrozenMLLM(FrozenModel):
     def final_norm(self) -> nn.Module:
         """The norm after the last layer of the LLM."""
         return self.family.norm_of(self.model)
+
+    def check_hooks(self, sites: Iterable[str]) -> None:
+        """Raise a UserError if features of the image enter the LLM after one of these sites, too."""
+        count = self.family.incomplete_sites(self.model.config)
+        if wrong := {*sites} & {*self.sites[1 : 1 + count]}:
+            kind = self.model.config.model_type
+            raise UserError(
+                f"hook at {min(wrong)!r}: features of the image enter the LLM of {kind} after it, too, and would stay; "
+                f"expected {self.sites[1 + count]} or a later layer"
+            )
 
     def clear_prefix_cache(self) -> None:
         """Drop the cached keys and values of the prompt; the next forward recomputes them."""

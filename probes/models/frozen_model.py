@@ -23,7 +23,6 @@ from .knockout import Knockout
 from .shared_layers import version
 from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
 from .steering import Replacement
-from .teach import Painted, Taught
 
 
 class Widths(dict[str, int]):
@@ -181,25 +180,6 @@ class FrozenModel(nn.Module):
         queries = [(image, every_token) for image in range(len(pixels))]
         weights = read_attention(self, pixels, sites, queries, knockout, hooks, average_heads)
         return {site: torch.stack([of_image[site] for of_image in weights]) for site in sites}
-
-    def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
-        """Return probes of painted concepts at all sites, with their scores and maps (teach.py).
-
-        ::
-
-            taught = mllm.teach({"road": [(image, patches), ...], "sky": [(image, other_patches), ...]})
-            taught.curve()                    # DataFrame: site, score, low, high, chance
-            taught.map(image, "layer_04")     # f32[concepts, h, w], probabilities
-
-        Args:
-            painted: Photos and painted patches bool[h, w] of each concept, or masks bool[H, W] of its pixels: a patch
-                is painted if more than half of it is. Other patches are unknown.
-            rest_is_background: Other patches of these photos are one more concept, "background".
-
-        Raises:
-            UserError: There are fewer than two concepts, or one has no patch, or a patch two concepts.
-        """
-        return Taught(self, painted, rest_is_background)
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Raise a UserError unless pixels are f[B, 3, H, W] as :meth:`preprocess` returns them."""

@@ -11,9 +11,8 @@ Matched controls replace the layers only. The prompt's embeddings and the final 
 read-out of the layers. Of a bare vision encoder, all controls do: its patch embeddings stay trained.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -170,55 +169,3 @@ def replace_weights(
         if pixels is not None:
             match_updates(mllm, pixels, updates, mllm.update_scales)
         return hooks.pop_all()
-
-
-@contextmanager
-def random_layers(
-    mllm: nn.Module,
-    match: str = "update",
-    draw: int = 0,
-    *,
-    match_images: Sequence[Image.Image] = (),
-) -> Iterator[None]:
-    """Give a model random layers while the context is open, and its trained weights back afterwards.
-
-    Inside, `mllm` is what ``probes.load(..., untrained=["llm"], match=match, draw=draw, ...)`` returns (of a bare
-    encoder: ``["encoder"]``), without loading a checkpoint again. The random weights are beside the trained ones, on
-    the same device. ::
-
-        for draw in range(3):
-            with random_layers(mllm, draw=draw, match_images=images):
-                states = mllm.states(pixels)
-
-    Args:
-        mllm: Trained model, from :func:`probes.load`.
-        match: How the random layers resemble the trained one: "none", "update" or "permuted" (random_init.py).
-        draw: Number of the draw.
-        match_images: Images on which "update" matches the layers' updates: training images.
-
-    Raises:
-        UserError: An argument is invalid, or the updates are matched already.
-    """
-    part = mllm.family.layers_part
-    check_matches(mllm.model.config, match)
-    check_control(mllm.family, [part], match, match_images, None)
-    if mllm.update_scales is not None:
-        raise UserError(
-            "the model has random layers already; leave their context, or load the trained model"
-        )
-    slots = [
-        (parent, name, getattr(parent, name))
-        for parent, name in mllm.family.random_slots(mllm.model, match)
-    ]
-    try:
-        for parent, name, trained in slots:
-            setattr(parent, name, deepcopy(trained))
-        mllm.model.tie_weights()
-        with replace_weights(mllm, [part], match, draw, 0, match_images, None):
-            yield
-    finally:
-        mllm.update_scales = None
-        for parent, name, trained in slots:
-            setattr(parent, name, trained)
-        mllm.model.tie_weights()
-        mllm.clear_prefix_cache()

@@ -46,6 +46,7 @@ def read_states(
 ) -> States:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     mllm.check_pixels(pixels)
+    mllm.check_hooks(hooks)
     wanted = single_sites(sites)
     rows = _check_rows(rows, len(pixels))
     shared = _shared_rows(mllm, knockout, rows, hooks)

@@ -181,7 +181,7 @@ class Geometry:
     def patches(self, mask: Tensor) -> Tensor:
         """Return what a mask of an image's pixels says of each token.
 
-        `patches(mask) > 0.5` are the patches of an object, to block or to paint.
+        `patches(mask) > 0.5` are the patches of an object.
 
         Args:
             mask: bool[H, W], the pixels of an object; or class indices, integers [H, W], 255 and negative ones

@@ -46,7 +46,7 @@ from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import run_effects
 from probes.evaluation.resampling import dataset_scores
 from probes.models.matched_updates import MATCH_IMAGES, layer_updates
-from probes.models.random_init import permute_weights, random_layers
+from probes.models.random_init import permute_weights, replace_weights
 from probes.models.sites import is_layer, last_layer
 from probes.ops.geometry import IGNORE_INDEX
 from probes.ops.pixel_counts import count
@@ -220,6 +220,16 @@ def edited(mllm: nn.Module, edit: Callable[[nn.ModuleList], None], seed: int) ->
         mllm.clear_prefix_cache()
 
 
+@contextmanager
+def matched(mllm: nn.Module, draw: int, images: list[Image.Image]) -> Iterator[None]:
+    """Give a model random layers with the updates of the present ones while the context is open."""
+    part = mllm.family.layers_part
+    with edited(mllm, lambda layers: None, 0):
+        with replace_weights(mllm, [part], "update", draw, 0, images, None):
+            yield
+    mllm.update_scales = None
+
+
 def entropy(mllm: nn.Module, pixels: Tensor) -> float:
     """Return the mean entropy of attention among image tokens, in nats."""
     weights = torch.stack([*mllm.attention(pixels, average_heads=False).values()])
@@ -242,7 +252,7 @@ def judge_subject(readout: Readout, number: int) -> dict[str, tuple[Estimate, di
     permuted = []
     for draw in range(3):
         seed = 100 * number + draw + 13
-        with random_layers(mllm, "update", seed, match_images=readout.match_images):
+        with matched(mllm, seed, readout.match_images):
             random.append(readout.numbers(site)[0])
         with edited(mllm, permute_weights, seed):
             permuted.append(readout.numbers(site)[0])

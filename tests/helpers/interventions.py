@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from stock_answers import Change
-from tiny_families import STOCK, WORDS
+from tiny_families import SEVERAL_WAYS_IN, STOCK, WORDS
 from torch import Tensor
 
 from probes import Knockout
@@ -97,6 +97,8 @@ def interventions(name: str, images: int) -> dict[str, tuple[dict, Change]]:
 def possible(name: str, images: int) -> dict[str, tuple[dict, Change]]:
     """Return the interventions that a family can take."""
     all_of_them = interventions(name, images)
-    if STOCK[name].masks:
-        return all_of_them
-    return {key: value for key, value in all_of_them.items() if key in ("none", "patched")}
+    if not STOCK[name].masks:
+        return {key: value for key, value in all_of_them.items() if key in ("none", "patched")}
+    if name in SEVERAL_WAYS_IN:
+        return {key: value for key, value in all_of_them.items() if "patched" not in key}
+    return all_of_them

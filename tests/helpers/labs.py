@@ -4,14 +4,18 @@ import http.client
 import json
 import threading
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import probe_runs
 import tiny_models
+import torch
+from PIL import Image
+from torch import Tensor
 
+import probes
 from probes.lab.models import load_runs
+from probes.lab.requests import View
 from probes.lab.session import Session
 
 TOKEN = "secret"
@@ -32,7 +36,37 @@ def fit_runs(checkpoints, folder) -> list[str]:
 
 
 def open_session(runs: list[str]) -> Session:
-    return Session(load_runs(runs), Path(runs[0]).parent / "saved")
+    return Session(load_runs(runs))
+
+
+def read_directly(session: Session, view: View, image: Image.Image | None = None) -> Tensor:
+    """Return the probabilities f[S, T, K] of a view by the Python API, of a photo of the split or of another image."""
+    model = session.models[view.model]
+    mllm = model.mllm
+    change = view.intervention
+
+    def pixels_of(photo: str) -> Tensor:
+        return mllm.preprocess(model.run.dataset()[int(photo.removeprefix("split:"))]["image"])
+
+    pixels = pixels_of(view.photo) if image is None else mllm.preprocess(image)
+    options = {}
+    if change is not None:
+        patches = torch.zeros(1, mllm.image_tokens, dtype=torch.bool)
+        patches[0, list(change.patches)] = True
+    if change is not None and change.kind == "block":
+        options["knockout"] = probes.Knockout(patches, change.layers)
+    elif change is not None:
+        other = pixels if change.by in ("mean", "other_mask") else pixels_of(change.by)
+        mask = model.other_mask if change.by == "other_mask" else mllm.image_attention
+        new = mllm.with_attention(mask).states(other, [change.site])[change.site]
+        if change.by == "mean":
+            new = new.mean(1, keepdim=True)
+        options["hooks"] = {
+            change.site: lambda states: torch.where(patches[..., None], new, states)
+        }
+    states = mllm.states(pixels, model.sites, **options)
+    logits = [probe(states[site].float())[0] for site, probe in model.run.probes().items()]
+    return torch.stack(logits).softmax(-1)
 
 
 @contextmanager

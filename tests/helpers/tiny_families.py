@@ -19,6 +19,7 @@ VOCABULARY = 128
 SIDE = 8  # tokens per side in families that accept images of any size
 IMAGE_ID = 99
 SUFFIX = [3, 4, 3]  # text after the image
+SEVERAL_WAYS_IN = ("gemma4", "qwen3_vl", "qwen3_vl_moe")  # hooks at early layers are refused
 MEAN = [0.5, 0.4, 0.3]
 STD = [0.5, 0.6, 0.7]
 HIGH_MEAN = [0.1, 0.2, 0.3]

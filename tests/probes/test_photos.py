@@ -51,16 +51,6 @@ def test_a_photo_is_a_path_an_image_or_a_list_of_these(mllm, turned):
     assert mllm.answer([turned, Image.open(turned)], "wall", max_new_tokens=4) == [alone, alone]
 
 
-def test_taught_photos_are_turned_as_they_are_read(mllm, turned):
-    left = torch.tensor([[True, False], [True, False]])
-    given = {"a": [(turned, left)], "b": [(Image.open(turned), ~left)]}
-    with pytest.warns(UserWarning, match="There is one photo"):
-        taught = mllm.teach(given)
-    assert [photo.size for photo in taught.photos] == [(20, 30)]
-    expected = taught.map(ImageOps.exif_transpose(Image.open(turned)), "layer_01")
-    assert torch.equal(taught.map(turned, "layer_01"), expected)
-
-
 def test_an_uploaded_photo_of_the_lab_is_turned(mllm, turned):
     photos = Photos([mllm.geometry])
     photo = photos.get(photos.add(turned.read_bytes(), "x.png"))
@@ -121,7 +111,6 @@ CALLS = {
         lambda m: m.answer_attention(m.preprocess(Image.new("RGB", (9, 9))), "wall", ["wall"]),
         r"answer must be one text, got \['wall'\]",
     ),
-    "concepts": (lambda m: m.teach([("sky", [])]), "expected {'road': .*, got list"),
     "an analysis": (
         lambda m: probes.study("model", "data", out="out", add="knockout.classes=sky"),
         "add must be a list such as .*, got 'knockout.classes=sky'",

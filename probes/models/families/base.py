@@ -74,6 +74,8 @@ class Family:
         shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
             of the prefix do not depend on the image.
         question_in_prefix: True if the question is a part of the block of the mask "prefix".
+        incomplete_sites: Number of sites, from "adapter" on, after which features of the image enter the LLM beside the
+            states there. These states cannot be replaced.
     """
 
     model_class: "str | type[PreTrainedModel]"
@@ -101,6 +103,7 @@ class Family:
     row_separator: str | None = None
     shared_prefix: bool = True
     question_in_prefix: bool = False
+    incomplete_sites: Callable[[PreTrainedConfig], int] = lambda config: 0
 
     has_llm = True
     parts = ("adapter", "llm")  # that can be random
@@ -170,12 +173,6 @@ class Family:
         decoder = self.decoder_of(model)
         llm = decoder if match == "none" else decoder.layers
         return {"adapter": self.adapter_of(model), "llm": [llm]}
-
-    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
-        """Return where the modules of a random LLM are: a parent and the name in it."""
-        decoder = self.decoder_of(model)
-        names = [name for name, _ in decoder.named_children()] if match == "none" else ["layers"]
-        return [(decoder, name) for name in names]
 
 
 def find_model_class(model_class: "str | type[PreTrainedModel]") -> "type[PreTrainedModel]":

@@ -137,7 +137,10 @@ def _kimi_merge(config: PreTrainedConfig) -> int:
     return square_side(config.vision_config.merge_kernel_size)
 
 
-_DEEPSTACK = {"adapter": ("visual.merger", "visual.deepstack_merger_list")}
+_DEEPSTACK = {
+    "adapter": ("visual.merger", "visual.deepstack_merger_list"),
+    "incomplete_sites": lambda config: 1 + len(config.vision_config.deepstack_visual_indexes),
+}
 _GLM = {"adapter": ("visual.downsample", "visual.merger"), "placeholder": "<|image|>"}
 
 DYNAMIC = {

@@ -208,11 +208,6 @@ class EncoderFamily:
         """Return the modules that random weights replace, by part; patch embeddings and final norm stay trained."""
         return {"encoder": [self.layers_of(model)]}
 
-    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
-        """Return where the modules that random weights replace are: a parent and the name in it."""
-        layers = self.layers_of(model)
-        return [(layers, name) for name, _ in layers.named_children()]
-
 
 _DINOV2 = {
     "layers": "encoder.layer",

@@ -71,6 +71,13 @@ def _split(patch: int, pixels: Tensor, is_image: Tensor) -> dict:
     }
 
 
+def _sites_before_own_inputs(config: PreTrainedConfig) -> int:
+    """Return the number of sites before a layer that has inputs of its own."""
+    text_config = config.get_text_config()
+    has_inputs = text_config.hidden_size_per_layer_input
+    return text_config.num_hidden_layers if has_inputs else 0
+
+
 GEMMA = {
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
@@ -102,7 +109,8 @@ GEMMA = {
         placeholder="<|image|>",
         image_start_text="<|image>",
         image_end_text="<image|>",
-        shared_prefix=False,  # layers have further inputs, computed from all ids
+        shared_prefix=False,  # layers have further inputs, computed from all ids and from the adapter's outputs
+        incomplete_sites=_sites_before_own_inputs,
     ),
     # No encoder: "encoder" are the embeddings of the patches with their positions.
     "gemma4_unified": Family(

@@ -78,15 +78,6 @@ class ModuleFamily(EncoderFamily):
         """Return the norm after the last layer."""
         return module_at(model.module, model.config.norm_name)
 
-    def random_slots(self, model: "PreTrainedModel", match: str) -> list[tuple[nn.Module, str]]:
-        """Return where the layers are: a parent and the name in it."""
-        slots = []
-        for path in model.config.layer_names:
-            above, _, name = path.rpartition(".")
-            parent = module_at(model.module, above) if above else model.module
-            slots.append((parent, name))
-        return slots
-
 
 def _extra_tokens(config: PreTrainedConfig) -> int:
     return config.extra_tokens

@@ -14,7 +14,7 @@ from PIL import Image
 
 from probes import Knockout
 from probes.lab.photos import encode
-from probes.lab.requests import Block, Export, PhotoQuestion, Replace, View
+from probes.lab.requests import Block, PhotoQuestion, Replace, View
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
@@ -23,21 +23,14 @@ pytestmark = pytest.mark.slow
 HOSTILE = "<img src=x onerror=window.hacked=1>.png"
 
 
-def probabilities(session, view: View) -> torch.Tensor:
-    """Return f[S, T, K] of the exported code, which test_session.py compares with the model."""
-    names: dict = {}
-    exec(session.snippet(Export(**view.model_dump()), labs.JOB)["python"], names)
-    return torch.stack(list(names["probabilities"].values()))
-
-
 def shown_numbers(tab) -> list[dict]:
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Numbers (CSV)").click()
     return list(csv.DictReader(io.StringIO(download.value.path().read_text())))
 
 
-def check_numbers(session, tab, views: list[View]) -> None:
-    """Compare the numbers of each panel with the exported code's, to the last bit."""
+def check_numbers(session, tab, views: list[View], image: Image.Image | None = None) -> None:
+    """Compare the numbers of each panel with the Python API's, to the last bit."""
     rows = shown_numbers(tab)
     sites = session.models[0].sites
     names = session.models[0].classes
@@ -45,7 +38,7 @@ def check_numbers(session, tab, views: list[View]) -> None:
     cells = len(sites) * grid[0] * grid[1]
     assert len(rows) == len(views) * cells
     for i, view in enumerate(views):
-        best = probabilities(session, view).topk(3)
+        best = labs.read_directly(session, view, image).topk(3)
         first = i * cells
         expected = zip(
             best.indices.flatten(0, 1).tolist(), best.values.flatten(0, 1).tolist(), strict=True
@@ -69,7 +62,7 @@ def views_of(photo: str, change=None) -> list[View]:
     ]
 
 
-def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(open_tab, session):
+def test_painting_blocking_and_walking_show_the_numbers_of_the_python_api(open_tab, session):
     tab = open_tab("#photo=split:1&site=layer_02")
     check_numbers(session, tab, views_of("split:1"))
     tab.get_by_role("radio", name="paint").check()
@@ -126,23 +119,14 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     assert tab.locator("#panels figure").count() == 2
 
 
-def test_a_photo_is_uploaded_and_a_link_restores_the_view(
-    open_tab,
-    session,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session):
     tab = open_tab()
-    monkeypatch.chdir(tmp_path)  # where the exported code opens it
-    content = encode(
-        Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8)), "PNG"
-    )
-    (tmp_path / HOSTILE).write_bytes(content)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8))
     tab.locator("#file").set_input_files(
         {
             "name": HOSTILE,
             "mimeType": "image/png",
-            "buffer": content,
+            "buffer": encode(image, "PNG"),
         }
     )
     tab.wait_for_selector("img.picture[src*=upload]")
@@ -150,7 +134,7 @@ def test_a_photo_is_uploaded_and_a_link_restores_the_view(
     assert tab.evaluate("window.hacked") is None
     assert tab.evaluate("photo.name") == HOSTILE
     key = address(tab)["photo"]
-    check_numbers(session, tab, views_of(key))
+    check_numbers(session, tab, views_of(key), image)
     tab.get_by_role("slider", name="Site").fill("3")
     tab.mouse.click(*point(tab, 2, panel=1))
     tab.get_by_role("radio", name="probability").check()
@@ -217,13 +201,6 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
         assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(
             f"Array.from(panels[{i}].weights)"
         )
-    tab.get_by_role("button", name="Python").click()
-    tab.wait_for_selector("#code:not([hidden])")
-    code = tab.inner_text("#code")
-    assert (
-        f"answer_attention(pixels, 'Sky?', {answer!r}, ['layer_02'], average_heads=False)" in code
-    )
-    assert f"attention = weights['layer_02'][0, :, {number}]" in code
     tab.mouse.click(*point(tab, 2))
     settle(tab)
     assert (
@@ -317,28 +294,20 @@ def test_everything_works_by_keyboard(open_tab):
     for _ in range(60):
         tab.keyboard.press("Tab")
         stops.add(tab.evaluate(f"{active}.id || {active}.name || {active}.className"))
-    expected = "file image square play site colours stage tool kind class clear first question png pdf python"
+    expected = "file image square play site colours stage tool kind class clear first question png pdf csv link"
     assert set(expected.split()) <= stops
     controls = "[...document.querySelectorAll('input, select, button')]"
     unnamed = f"{controls}.filter(x => !x.labels?.length && !x.ariaLabel && !x.textContent)"
     assert tab.evaluate(f"{unnamed}.map(x => x.id)") == []
 
 
-def test_picture_and_code(open_tab, session):
+def test_the_picture_holds_the_panels(open_tab):
     tab = open_tab("#photo=split:1&patches=1&panel=1")
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Picture (PNG)").click()
     picture = Image.open(download.value.path())
     assert picture.width > 800
     assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    tab.get_by_role("button", name="Python").click()
-    tab.wait_for_selector("#code:not([hidden])")
-    request = Export(
-        photo="split:1",
-        model=0,
-        intervention=Block(kind="block", patches=(1,)),
-    )
-    assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
 def test_hostile_addresses_show_defaults(open_tab, session):

@@ -1,37 +1,28 @@
-"""Operations of the lab, against the public API, and the Python code that it exports."""
+"""Operations of the lab, against the public API."""
 
 import base64
 import io
 import json
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import labs
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 
 import probes
 from llava_bidir.common.errors import UserError
-from probes.data.folder import FolderDataset
 from probes.lab.models import example_questions, load_checkpoint
 from probes.lab.photos import encode
 from probes.lab.requests import (
+    MAX_ANSWER_TOKENS,
     AnswerAttention,
     Attention,
     Block,
-    Export,
-    Open,
-    PaintedPhoto,
-    Painting,
     PatchWords,
     PhotoQuestion,
     Replace,
-    Save,
     SiteView,
-    Teach,
     View,
 )
 from probes.lab.session import Session, split_answer
@@ -100,55 +91,39 @@ def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def execute(session: Session, request: Export) -> dict:
-    names: dict = {}
-    exec(session.snippet(request, labs.JOB)["python"], names)
-    return names
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("model", [0, 1])
-def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
-    view = {
-        "photo": "split:1",
-        "model": model,
-        "intervention": CHANGES[change],
-    }
-    names = execute(session, Export(**view))
-    best = torch.stack(list(names["probabilities"].values())).topk(3)  # [S, T, k]
-    classes, shares = read(session, View(**view))
+def test_views_have_the_numbers_of_the_python_api(session, change, model):
+    view = View(photo="split:1", model=model, intervention=CHANGES[change])
+    best = labs.read_directly(session, view).topk(3)  # [S, T, k]
+    classes, shares = read(session, view)
     assert (classes == best.indices.permute(2, 0, 1).numpy()).all()
     assert (shares == best.values.permute(2, 0, 1).numpy()).all()
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_exported_code_opens_an_uploaded_photo_and_asks(
-    session,
-    tmp_path,
-    monkeypatch,
-    orientation,
-):
+def test_an_uploaded_photo_is_read_and_asked_as_the_python_api_does(session, orientation):
     """A phone's photo is turned by its EXIF tag, as viewers show it."""
-    monkeypatch.chdir(tmp_path)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)
+    image = Image.fromarray(pixels)
     file = io.BytesIO()
     image.getexif()[0x0112] = orientation
     image.save(file, "PNG", exif=image.getexif())
-    content = file.getvalue()
-    name = 'it\'s a "photo".png'
-    (tmp_path / name).write_bytes(content)
+    turned = Image.fromarray(np.rot90(pixels, -1) if orientation == 6 else pixels)
     view = {
-        "photo": session.photos.add(content, name),
+        "photo": session.photos.add(file.getvalue(), "photo.png"),
         "model": 1,
         "intervention": BLOCK,
     }
-    assert session.photos.get(view["photo"]).size == ((30, 50) if orientation == 6 else (50, 30))
-    question = "What is 'it'?"
-    names = execute(session, Export(**view, question=question))
+    assert session.photos.get(view["photo"]).size == turned.size
     _, shares = read(session, View(**view))
-    assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()
-    asked = session.ask(PhotoQuestion(**view, question=question), labs.JOB)
-    assert names["answer"] == asked["blocked"]["answer"]
+    expected = labs.read_directly(session, View(**view), turned)
+    assert (shares[0] == expected.amax(-1).numpy()).all()
+    asked = session.ask(PhotoQuestion(**view, question="What is 'it'?"), labs.JOB)
+    answer = session.models[1].mllm.answer(
+        turned, "What is 'it'?", hidden(*BLOCK.patches), MAX_ANSWER_TOKENS
+    )
+    assert asked["blocked"]["answer"] == answer
 
 
 def test_interventions_change_what_is_read(session):
@@ -197,32 +172,30 @@ def test_words_of_a_patch_are_those_of_the_map(session):
 
 
 @pytest.mark.parametrize("change", [None, BLOCK])
-def test_exported_code_gives_the_attention_of_the_page(session, change):
+def test_attention_is_that_of_the_python_api(session, change):
     view = {
         "photo": "split:1",
         "model": 1,
         "intervention": change,
         "layer": 2,
     }
-    names = execute(
-        session,
-        Export(
-            **view,
-            attention="attention",
-            patch=3,
-        ),
-    )
+    mllm = session.models[1].mllm
+    pixels = session._pixels(View(photo="split:1", model=1))
+    knockout = change and hidden(*change.patches)
+    (weights,) = mllm.attention(pixels, ["layer_02"], knockout, average_heads=False).values()
     result = session.attention(Attention(**view, patch=3), labs.JOB)
-    for direction, name in (("to", "attention_of_patch"), ("from", "attention_to_patch")):
-        assert numbers(result[direction], "<f4", -1).tolist() == names[name].flatten().tolist()
+    assert numbers(result["to"], "<f4", 4, 4).tolist() == weights[0, :, 3].tolist()
+    assert numbers(result["from"], "<f4", 4, 4).tolist() == weights[0, :, :, 3].tolist()
     word = view | {
         "question": "Sky?",
         "answer": "the sky",
         "token": 1,
     }
     result = session.answer_attention(AnswerAttention(**word), labs.JOB)
-    names = execute(session, Export(**word, attention="answer_attention"))
-    assert numbers(result["to"], "<f4", 4, 4).tolist() == names["attention"].tolist()
+    (weights,) = mllm.answer_attention(
+        pixels, "Sky?", "the sky", ["layer_02"], knockout, average_heads=False
+    ).values()
+    assert numbers(result["to"], "<f4", 4, 4).tolist() == weights[0, :, 1].tolist()
     with pytest.raises(UserError, match="token 99 does not exist"):
         session.answer_attention(AnswerAttention(**word | {"token": 99}), labs.JOB)
 
@@ -298,165 +271,8 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     assert session.read(View(**view), labs.JOB) == {"classes": None}
     words = session.words_of_patch(PatchWords(**view, patch=1), labs.JOB)["words"]
     assert len(words) == len(session.models[0].word_sites)
-    code = session.snippet(Export(**view, intervention=CHANGES["mean"]), labs.JOB)["python"]
-    assert "probes.load(" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
         session.pixel_map(SiteView(**view, site="layer_01"), labs.JOB)
-
-
-def painting(*photos: tuple, rest: bool = False) -> Painting:
-    """Paint patches of two concepts on photos of the split; by default on all five."""
-    photos = photos or (((0,), (3,)), ((1,), (2,)), ((0, 1), (2,)), ((0,), (1, 3)), ((2,), (0, 1)))
-    names = tuple(f"split:{i}" for i in range(5))
-    pairs = zip(names, photos, strict=False)
-    return Painting(
-        concepts=("road", "it's"),
-        photos=tuple(PaintedPhoto(photo=k, patches=p) for k, p in pairs),
-        rest=rest,
-    )
-
-
-@pytest.mark.parametrize("rest", [False, True])
-@pytest.mark.parametrize("change", [None, BLOCK])
-def test_exported_code_teaches_what_the_page_shows(session, change, rest):
-    view = {
-        "photo": "split:1",
-        "model": 0,
-        "intervention": change,
-        "painting": painting(rest=rest),
-    }
-    names = execute(session, Export(**view))
-    best = torch.stack(list(names["probabilities"].values())).topk(2 + rest)
-    result = session.read(View(**view), labs.JOB)
-    shares = numbers(
-        result["probabilities"],
-        "<f4",
-        2 + rest,
-        6,
-        4,
-    )
-    np.testing.assert_allclose(shares, best.values.permute(2, 0, 1).numpy(), atol=2e-3)
-    taught = names["taught"]
-    assert taught.concepts == ["road", "it's", *["background"] * rest]
-    curve = taught.curve(change and hidden(*change.patches))
-    scores = session.teach(Teach(**view), labs.JOB)
-    assert scores["chance"] == curve.chance[0]
-    assert scores["patches"] == len(taught.paint.patch)
-    shown = np.array(scores["scores"], dtype=float)
-    np.testing.assert_allclose(
-        shown, curve[["score", "low", "high"]].to_numpy(), atol=0.15
-    )  # one patch in 13 may flip
-
-
-@contextmanager
-def cancelled(mllm):
-    """As `Job.watched` after the client has left."""
-
-    def leave(*_):
-        raise InterruptedError
-
-    hook = mllm.decoder.layers[-1].register_forward_pre_hook(leave)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session):
-    request = {
-        "photo": "split:0",
-        "model": 1,
-        "painting": painting(),
-    }
-    view = View(
-        photo="split:0",
-        model=1,
-        intervention=BLOCK,
-    )
-    trained = session.teach(Teach(**request), labs.JOB)
-    before = read(session, view)
-    with pytest.raises(InterruptedError):
-        session.teach(
-            Teach(**request, random=True),
-            SimpleNamespace(**vars(labs.JOB) | {"watched": cancelled}),
-        )
-    for random in (False, True):
-        scores = random and session.teach(Teach(**request, random=True), labs.JOB)["scores"]
-        session._states.pop(view)
-        after = read(session, view)  # starts from the states of the trained weights
-        assert all((a == b).all() for a, b in zip(before, after, strict=True))
-    assert scores[:2] == trained["scores"][:2], "encoder and adapter are the same"
-
-
-def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "saved", tmp_path / "saved")
-    request = painting()
-    result = session.save(Save(**FIRST, painting=request), labs.JOB)
-    assert result["folder"] == str(tmp_path / "saved/001")
-    splits = [FolderDataset(result["folder"], split) for split in ("training", "validation")]
-    assert [len(split) for split in splits] == [3, 2]
-    assert splits[0].classes == ["road", "it's"]
-    # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
-    expected = np.full((24, 20), 255)
-    expected[:12, :10] = 0
-    expected[12:, 10:] = 1
-    assert (splits[0][0]["target"] == expected).all()
-    content = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*.*")}
-    again = session.save(Save(**FIRST, painting=painting(rest=True)), labs.JOB)
-    assert again["folders"][0] == "002"
-    assert all(file.read_bytes() == before for file, before in content.items()), (
-        "nothing saved is replaced"
-    )
-    expected[expected == 255] = 2
-    assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"] == expected).all()
-    opened = session.open(Open(**FIRST, folder="001"), labs.JOB)
-    assert opened["concepts"] == ["road", "it's"]
-    patches = {name: patches for _, name, patches in opened["photos"]}
-    assert patches == {
-        f"{i:02d}.png": [*map(list, photo.patches)] for i, photo in enumerate(request.photos, 1)
-    }
-    for key, _, _ in opened["photos"]:
-        assert session.photos.get(key).preview.size == (20, 24)
-
-
-@pytest.mark.parametrize(
-    ("classes", "images", "message"),
-    [(2, 33, "has 33 pictures"), (21, 1, "has 21 classes"), (2, 0, "no images")],
-)
-def test_folders_that_the_lab_cannot_paint_are_named(
-    session,
-    tmp_path,
-    monkeypatch,
-    classes,
-    images,
-    message,
-):
-    monkeypatch.setattr(session, "saved", tmp_path)
-    folder = tmp_path / "data"
-    tiny_models.write_segmentation(folder, images, 0, size=(8, 8))
-    for kind in ("images", "annotations"):
-        (folder / kind / "validation").rmdir()
-    names = [str(k) for k in range(classes)]
-    (folder / "classes.json").write_text(json.dumps({"classes": names}))
-    with pytest.raises(UserError, match=message):
-        session.open(Open(**FIRST, folder="data"), labs.JOB)
-
-
-def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
-    session = Session(load_checkpoint(str(checkpoints["causal"])), tmp_path)
-    photos = []
-    for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
-        key = session.photos.add(encode(Image.fromarray(pixels), "PNG"), f"{i}.png")
-        photos.append(PaintedPhoto(photo=key, patches=((0,), (3,))))
-    view = {
-        "photo": photos[0].photo,
-        "model": 0,
-        "painting": Painting(concepts=("a", "b"), photos=tuple(photos)),
-    }
-    result = session.read(View(**view), labs.JOB)
-    assert numbers(result["classes"], "u1", 2, 6, 4).max() == 1
-    assert "2 photos are too few" in session.teach(Teach(**view), labs.JOB)["note"]
 
 
 def test_questions_of_the_data_set_are_offered(

@@ -8,7 +8,6 @@ from PIL import Image
 import probes
 from llava_bidir.common.errors import UserError
 from probes.models.matched_updates import layer_updates
-from probes.models.random_init import random_layers
 
 timm = pytest.importorskip("timm", reason="timm is not installed; it is the extra 'timm'")
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -61,8 +60,9 @@ def test_states_and_pixels_are_those_of_timm(name, tmp_path):
         patches = of_layer[0] if isinstance(of_layer, tuple) else of_layer
         torch.testing.assert_close(states[f"layer_{i:02d}"], patches, rtol=1e-5, atol=1e-5)
     updates = layer_updates(encoder, pixels)
-    with random_layers(encoder, match_images=[photo]):
-        assert layer_updates(encoder, pixels) == pytest.approx(updates, rel=2e-3)
+    control = {"untrained": ["encoder"], "match": "update", "match_images": [photo]}
+    random = probes.load(path, device="cpu", **control)
+    assert layer_updates(random, pixels) == pytest.approx(updates, rel=2e-3)
 
 
 def test_another_side_interpolates_positions_as_timm_does(tmp_path):

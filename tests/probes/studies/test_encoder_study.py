@@ -17,11 +17,8 @@ from probes.cli import main
 from probes.lab.requests import (
     Attention,
     Block,
-    PaintedPhoto,
-    Painting,
     PatchWords,
     Replace,
-    Teach,
     View,
 )
 from probes.report.claims import evaluate_claims
@@ -204,7 +201,7 @@ def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tm
 
 
 def test_the_lab_opens_a_run_of_an_encoder(study):
-    """Without words and answers; blocking, replacing, attention and painted concepts as of an MLLM."""
+    """Without words and answers; blocking, replacing and attention as of an MLLM."""
     out, _ = study
     session = labs.open_session([str(out / "trained")])
     (model,) = session.describe()["models"]
@@ -233,15 +230,6 @@ def test_the_lab_opens_a_run_of_an_encoder(study):
     assert len(set(found)) == 3
     weights = session.attention(Attention(**view, layer=2, patch=5), labs.JOB)
     assert weights["to"] and weights["from"]
-    photos = tuple(PaintedPhoto(photo=f"split:{i}", patches=((0, 1), (30, 31))) for i in range(2))
-    painting = Painting(
-        concepts=("a", "b"),
-        photos=photos,
-        rest=False,
-    )
-    for random in (False, True):
-        request = Teach(**view, painting=painting, random=random)
-        assert len(session.teach(request, labs.JOB)["scores"]) == 5
     with pytest.raises(UserError, match="has no other mask"):
         change = replace("other_mask", "layer_01")
         session.read(View(**view, intervention=change), labs.JOB)
@@ -258,7 +246,6 @@ def test_the_lab_of_an_encoder_asks_nothing_and_has_no_words_of_mllms(study):
     assert hidden == 1
     words = {*re.findall(r"[a-z]+", re.sub(r"<[^>]*>", " ", shown).lower())}
     assert not words & {*WORDS_OF_MLLMS.lower().split()} - {"attention"}
-    assert "random layers" in shown
 
 
 @pytest.mark.parametrize(

@@ -552,7 +552,7 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(
     tmp_path,
     capsys,
 ):
-    """As of few photos painted in the lab, of which the probes are right everywhere."""
+    """As of few photos, of which the probes are right everywhere."""
     more = {
         "only": ["solve", "knockout", "report"],
         "add": ["knockout.min-patches=99"],

@@ -3,13 +3,13 @@
     git worktree add --detach DIR COMMIT
     make equal OTHER=DIR
 
-Both run the same commands side by side, with one thread each. Prints the largest difference of each kind of number and
-the keys that came or went; status 1 above a tolerance. CamVid needs LLAVA_BIDIR_TEST_DATA, a folder that has it.
+Both run the same commands, with one thread each. Prints the largest difference of each kind of number and the keys that
+came or went; status 1 above a tolerance. CamVid needs LLAVA_BIDIR_TEST_DATA, a folder that has it.
 """
 
 import argparse
-import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import task_runs
 import tiny_models
 import torch
@@ -41,14 +42,13 @@ import json
 from transformers import AutoTokenizer
 from llava_bidir.data.conversation import encode
 tokenizer = AutoTokenizer.from_pretrained("demo/assets/llm")
-turns = [record["conversations"] for record in json.load(open("demo/assets/dialogues.json"))[:300]]
-templates = ("plain", "vicuna_v1")
-ids = [encode(x, tokenizer, template=t, image_tokens=9, image_token_id=7) for x in turns for t in templates]
+files = {"plain": "captions", "vicuna_v1": "dialogues"}
+records = {template: json.load(open(f"demo/assets/{name}.json")) for template, name in files.items()}
+ids = {t: [encode(x["conversations"], tokenizer, t, 9, 7) for x in of_file] for t, of_file in records.items()}
 json.dump(ids, open("ids.json", "w"))
 """
 TOLERANCES = {
-    "ids": 0,
-    "integers": 0,
+    "integers": 0,  # ids of tokens, counts
     "verdicts": 0,
     "losses of training": 0,
     "weights of models": 0,
@@ -56,34 +56,29 @@ TOLERANCES = {
     "scores": 1e-6,  # fractions: 1e-4 points
     "tensors": 1e-6,  # of runs: probes, counts, effects
 }
-NAMES = ("claim", "image_attention", "model", "task", "site", "class", "a", "b", "name", "column")
+NAMES = "claim image_attention run model task of site metric class condition effect a b".split()
 VERDICTS = ("verdict", "conclusion", "site")
 APART = re.compile(r"wall_s|seconds|_per_s|memory|logs/|checkpoints/|manifest\.json")
 
 
 def run(checkout: Path, out: Path) -> None:
     """Run all commands in `out` with the code of a checkout."""
-    paths = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     out.mkdir(parents=True, exist_ok=True)
     for name, line in COMMANDS.items():
+        if name == "camvid" and not CAMVID.is_dir():
+            continue
         words = [sys.executable, *line.split()] + [ENCODE] * (name == "ids")
         with (out / f"{name}.log").open("w") as log:
-            subprocess.run(
-                words, cwd=out, env=os.environ | paths, stdout=log, stderr=log, check=True
-            )
-
-
-def label(item, i: int) -> str:
-    """Return the names of a dict, so that rows may come and go, or the place in the list."""
-    names = [str(item[name]) for name in NAMES if name in item] if isinstance(item, dict) else []
-    return ",".join(names) or str(i)
+            subprocess.run(words, cwd=out, env=environment, stdout=log, stderr=log, check=True)
 
 
 def flatten(value, key: str) -> Iterator[tuple[str, object]]:
-    """Yield the leaves of JSON by path."""
+    """Yield the leaves of JSON by path; a row of a list by its names, so that rows may come and go."""
     if isinstance(value, list):
-        labels = [label(item, i) for i, item in enumerate(value)]
-        value = {f"{n}#{labels[:i].count(n)}": value[i] for i, n in enumerate(labels)}
+        rows = [item if isinstance(item, dict) else {} for item in value]
+        names = [",".join(str(row[name]) for name in NAMES if name in row) for row in rows]
+        value = {f"{n}#{names[:i].count(n)}": value[i] for i, n in enumerate(names)}
     if isinstance(value, dict):
         for name, item in value.items():
             yield from flatten(item, f"{key}/{name}")
@@ -102,40 +97,32 @@ def read_file(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
         for tag in (tag for tag in events.Tags()["scalars"] if "loss" in tag):
             values = torch.tensor([event.value for event in events.Scalars(tag)])
             yield "losses of training", f"{Path(name).parent}/{tag}", values
-    elif path.suffix == ".json":
-        for key, value in flatten(json.loads(path.read_text(encoding="utf8")), name):
-            if path.name == "ids.json" or isinstance(value, int):
-                yield "ids" if path.name == "ids.json" else "integers", key, value
-            elif isinstance(value, float):
-                yield "scores", key, value
+    elif path.suffix in (".json", ".csv"):
+        is_json = path.suffix == ".json"
+        rows = json.loads(path.read_text()) if is_json else pd.read_csv(path).to_dict("records")
+        for key, value in flatten(rows, name):
+            if isinstance(value, int | float):
+                yield "integers" if isinstance(value, int) else "scores", key, value
             elif key.endswith(VERDICTS):
                 yield "verdicts", key, value
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf8") as file:
-            for key, value in flatten(list(csv.DictReader(file)), name):
-                if re.fullmatch(r"-?\d+\.\d*(e-?\d+)?", value or ""):
-                    yield "scores", key, float(value)
 
 
 def read_folder(out: Path) -> dict[str, tuple[str, object]]:
     """Return all that is compared in a folder: {key: (kind, value)}."""
-    found = {}
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        entries = read_file(path, str(path.relative_to(out)))
-        if not APART.search(str(path.relative_to(out))):
-            found |= {key: (kind, value) for kind, key, value in entries if not APART.search(key)}
-    return found
+    names = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file()]
+    entries = [x for name in names if not APART.search(name) for x in read_file(out / name, name)]
+    return {key: (kind, value) for kind, key, value in entries if not APART.search(key)}
 
 
 def difference(one, other) -> float:
     """Return the largest absolute difference of two values, infinite where they cannot be compared."""
-    if not isinstance(one, float | torch.Tensor):
-        return 0.0 if one == other else float("inf")
+    if isinstance(one, int | str):
+        return 0.0 if one == other else math.inf
     one, other = torch.as_tensor(one), torch.as_tensor(other)
     if one.shape != other.shape or one.dtype != other.dtype:
-        return float("inf")
-    unequal = ~torch.isclose(one, other, rtol=0, atol=0, equal_nan=True)
-    return (one.double() - other.double())[unequal].abs().max().item() if unequal.any() else 0.0
+        return math.inf
+    differs = ~torch.isclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return max((one[differs].double() - other[differs].double()).abs().tolist(), default=0.0)
 
 
 def main() -> int:
@@ -145,8 +132,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/equal"), help="folder of both runs")
     args = parser.parse_args()
     out = args.out.resolve()
-    if not CAMVID.is_dir():
-        COMMANDS.pop("camvid")
     if not (out / "data").exists():
         task_runs.write_targets(tiny_models.write_segmentation(out / "segmentation"), out / "data")
     folders = {HERE: out / "this", args.other.resolve(): out / "other"}
@@ -157,18 +142,15 @@ def main() -> int:
     for kind, most in TOLERANCES.items():
         keys = [key for key in this.keys() & other.keys() if this[key][0] == kind]
         found = [(difference(this[key][1], other[key][1]), key) for key in keys]
-        largest, key = max(found, default=(0.0, ""))
-        failed |= largest > most or not found
+        largest, key = max(found, default=(math.inf, "nothing to compare"))
+        failed |= largest > most
         print(
-            f"{kind:18} {len(found):9,} compared, largest difference {largest:.3g} (at most {most:g}) {key}"
+            f"{kind:18} {len(found):9,} compared, largest difference {largest:.3g} ({most:g}) {key}"
         )
     for title, keys in (("came", this.keys() - other.keys()), ("went", other.keys() - this.keys())):
-        patterns = Counter(re.sub(r"\d+", "#", key) for key in keys)
-        print(
-            f"keys that {title}: {len(keys):,}",
-            *(f"{n:8,} {p}" for p, n in patterns.most_common()),
-            sep="\n",
-        )
+        print(f"keys that {title}: {len(keys):,}")
+        for pattern, count in Counter(re.sub(r"\d+", "#", key) for key in keys).most_common():
+            print(f"{count:9,} {pattern}")
     return failed
 
 

@@ -1,7 +1,6 @@
 """The claims that a report judges: of the scores by layer, of the analyses, and of analyses outside this repository."""
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 
 from llava_bidir.common.errors import UserError
 
@@ -42,20 +41,8 @@ ANALYSIS_OF: dict[str, str] = {  # of each claim of an analysis
 }
 
 
-def load_registrations() -> None:
-    """Call the functions that installed packages name as entry points of the group "probes.analyses".
-
-    Each registers one analysis, of the name of its entry point, by :func:`register_analysis`.
-    """
-    for point in entry_points(group="probes.analyses"):
-        if point.name not in ANALYSIS_OF.values():
-            point.load()()
-
-
 def register_analysis(name: str, claims: Mapping[str, Claim]) -> None:
     """Add the claims of an analysis outside this repository, so that reports of this process judge them.
-
-    An installed package has reports of all processes do so, by an entry point (:func:`load_registrations`).
 
     The analysis writes the effect of each claim into the folder of each run (:func:`probes.write_effects`). A report
     then has the three columns of the claim: from trained probes, from solved ones, and beyond random models.

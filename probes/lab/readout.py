@@ -3,7 +3,7 @@
 Classes come from the site's probe. Words come from the logit lens: the LLM's final norm and output head on the states
 (`final_norm` is already normed). It treats states as the last layer's, so early layers read poorly.
 
-Shapes: C conditions, S sites, T patches, V vocabulary.
+Shapes: S sites, T patches.
 """
 
 from collections.abc import Callable
@@ -36,23 +36,14 @@ def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, 
 def most_probable(
     states: dict[str, Tensor], heads: dict[str, Head], count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the `count` most probable classes or words and their probabilities, [C, count, S, T] each."""
-    conditions, tokens = next(iter(states.values())).shape[:2]
-    ids = torch.zeros(
-        conditions,
-        count,
-        len(heads),
-        tokens,
-        dtype=torch.long,
-    )
-    probabilities = torch.zeros(ids.shape)
-    for s, (site, head) in enumerate(heads.items()):
-        for c in range(conditions):  # one at a time, since V is large
-            logits = head(states[site][c : c + 1])[0].float()
-            best = logits.softmax(-1).topk(count)
-            ids[c, :, s] = best.indices.mT.cpu()
-            probabilities[c, :, s] = best.values.mT.cpu()
-    return ids, probabilities
+    """Return the most probable classes or words and their probabilities, [count, S, T], of states f[1, T, d]."""
+    ids = []
+    probabilities = []
+    for site, head in heads.items():
+        best = head(states[site])[0].float().softmax(-1).topk(count)
+        ids.append(best.indices.mT.cpu())
+        probabilities.append(best.values.mT.cpu())
+    return torch.stack(ids, 1), torch.stack(probabilities, 1)
 
 
 def token_text(tokenizer, token: int) -> str:

@@ -83,8 +83,8 @@ class Session:
         shown = min(TOP_CLASSES, len(model.classes))
         classes, probabilities = most_probable(states, heads, shown)
         return {
-            "classes": _pack(classes[0], np.uint8),
-            "probabilities": _pack(probabilities[0], np.float32),
+            "classes": _pack(classes, np.uint8),
+            "probabilities": _pack(probabilities, np.float32),
         }
 
     def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
@@ -282,9 +282,9 @@ class Session:
     ) -> list[list[list[tuple[str, float]]]]:
         """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
         heads = {site: model.mllm.word_head(site) for site in states}
-        ids, probabilities = most_probable(states, heads, TOP_WORDS)  # [1, rank, S, T]
-        ids = ids[0].permute(2, 1, 0).tolist()
-        probabilities = probabilities[0].permute(2, 1, 0).tolist()
+        ids, probabilities = most_probable(states, heads, TOP_WORDS)  # [rank, S, T]
+        ids = ids.permute(2, 1, 0).tolist()
+        probabilities = probabilities.permute(2, 1, 0).tolist()
         words = []
         for patch in range(len(ids)):
             by_site = []

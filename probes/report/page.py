@@ -25,7 +25,6 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.claims import load_registrations
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.data.label_counts import notes_of_run
@@ -361,7 +360,6 @@ def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
 
 def run(options: ReportOptions) -> None:
     """Run `probes report`."""
-    load_registrations()
     runs, tasks = _expand_studies(options.runs, options.labels)
     folders = [folder for _, folder in map(_split_name, options.runs)]
     unfinished = [

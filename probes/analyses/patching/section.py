@@ -68,7 +68,7 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
                 f"patching_{mask}", f"Replaced states, {mask}",
                 "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
                 f"{patched['site'].replace('_', ' ')}, when the states of an object's tokens are replaced at one "
-                "layer. Look for the layers from which on they change nothing elsewhere: by then they have passed on what "
-                "others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
+                "layer. Look for the layers from which on they change nothing elsewhere: by then they have passed on "
+                "what others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
                 "Bands: 95% intervals over images, for all layers together.",
                 patching_figure(patched), "half")  # fmt: skip

@@ -125,21 +125,3 @@ def test_names_are_registered_once(registered):
     for name, message in (("mine", "registered already"), ("a b", "letters, digits")):
         with pytest.raises(ValueError, match=message):
             probes.register_analysis(name, {"other": claim})
-
-
-def test_an_installed_package_registers_its_analysis_by_an_entry_point(
-    registered, tmp_path, monkeypatch
-):
-    (tmp_path / "a_package.py").write_text(
-        "import probes\n\n\ndef register():\n"
-        "    claim = probes.Claim(+1, 'It is: a number', 'mine')\n"
-        "    probes.register_analysis('mine', {'mine': claim})\n"
-    )
-    info = tmp_path / "a_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[probes.analyses]\nmine = a_package:register\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for _ in range(2):  # once a report; a process can write several
-        registry.load_registrations()
-        assert registry.CLAIMS["mine"].name == "mine"

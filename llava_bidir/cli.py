@@ -7,12 +7,10 @@ from pathlib import Path
 
 import llava_bidir
 from llava_bidir.command_options import COMMANDS
+from llava_bidir.common import imports
 from llava_bidir.common.command_table import add_commands, run_chosen
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.imports import HELP as IMPORT_HELP
-from llava_bidir.common.imports import OPTION as IMPORT
-from llava_bidir.common.imports import take_imports
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
@@ -93,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {llava_bidir.__version__}"
     )
-    parser.add_argument(IMPORT, metavar="FILE.py", help=IMPORT_HELP)
+    parser.add_argument(imports.OPTION, metavar="FILE.py", help=imports.HELP)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, page in HELP.items():
         text = page.text.partition(". ")[0].removesuffix(".")
@@ -110,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("llava-bidir", argv):
-        argv = take_imports("llava-bidir", argv)
+        argv = imports.take_imports("llava-bidir", argv)
         if argv[1:] == ["--version"]:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv

@@ -5,11 +5,9 @@ import sys
 from importlib import import_module
 
 from llava_bidir import __version__
+from llava_bidir.common import imports
 from llava_bidir.common.command_table import Command, add_commands, run_chosen
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.imports import HELP as IMPORT_HELP
-from llava_bidir.common.imports import OPTION as IMPORT
-from llava_bidir.common.imports import take_imports
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 from probes.command_options import (
@@ -82,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Layerwise segmentation probes for frozen MLLMs and vision encoders (arXiv 2603.17228).",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument(IMPORT, metavar="FILE.py", help=IMPORT_HELP)
+    parser.add_argument(imports.OPTION, metavar="FILE.py", help=imports.HELP)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     text = "from a model and a folder of images and masks to a report: probes, random controls, analyses, verdicts"
     commands.add_parser("study", help=text, add_help=False)
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("probes", argv):
-        argv = take_imports("probes", argv)
+        argv = imports.take_imports("probes", argv)
         if argv[1:] == ["--version"]:
             argv = argv[1:]
         if not argv:

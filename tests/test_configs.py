@@ -245,10 +245,6 @@ def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
     data = build_cli([*argv, *more], run=False).datamodule
     assert data.num_classes == 21
     assert len(data.splits["training"]) == 2
-    with pytest.raises(
-        ValueError, match="data.options.background is 'clas'; expected one of ignore, class"
-    ):
-        build_cli([*argv, "--data.options.background", "clas"], run=False)
 
 
 @pytest.mark.parametrize("file", [file for file in PROBING if file.startswith("probes/")])

@@ -213,20 +213,16 @@ def drop(part: str):
     return weights(lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name])
 
 
-DEEP = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 DAMAGES = {  # damage: (function, error)
     "no config": (
         lambda directory: (directory / "config.json").unlink(),
         "contains no config.json",
     ),
     "not JSON": (content("config.json", b"{"), "config.json' is not a valid JSON"),
-    "deep JSON": (content("config.json", DEEP), "hf: RecursionError"),
-    "no kind": (content("config.json", b"{}"), "hf: Unrecognized model"),
     "unknown kind": (
         rewritten(model_type="nope"),
         "it requires code from the checkpoint, which is never executed",
     ),
-    "no heads": (rewritten(text_config__num_attention_heads=0), "ZeroDivisionError"),
     "no layers": (
         rewritten(text_config__num_hidden_layers=0),
         "layers of the LLM: 0; expected 1 or more",
@@ -239,7 +235,6 @@ DAMAGES = {  # damage: (function, error)
         rewritten(text_config__num_hidden_layers=2),
         r"has more layers than its config, in 9 tensors, e.g. .*layers.2",
     ),
-    "no patches": (rewritten(vision_config__patch_size=0), "config.json of .*ZeroDivisionError"),
     "image tokens without end": (
         rewritten(image_seq_length=10**8),
         "image_seq_length is 100000000, but .* has 4",
@@ -254,10 +249,6 @@ DAMAGES = {  # damage: (function, error)
     ),
     "weights cut short": (
         content("model.safetensors", b"\x08" + bytes(100)),
-        "hf: SafetensorError",
-    ),
-    "header without end": (
-        content("model.safetensors", (2**60).to_bytes(8, "little")),
         "hf: SafetensorError",
     ),
     "no LLM": (drop("language_model"), r"lacks \d+ tensors, e.g. "),
@@ -283,14 +274,9 @@ DAMAGES = {  # damage: (function, error)
         lambda directory: (directory / "tokenizer.json").unlink(),
         "contains no vocabulary",
     ),
-    "damaged tokenizer": (content("tokenizer.json", b'{"model": 3}'), "tokenizer: .*hf: "),
     "damaged processor": (
         content("processor_config.json", b"{"),
         "preprocessor_config.json of .*processor_config.json",
-    ),
-    "template that reaches for Python": (
-        content("chat_template.jinja", b"{{ ''.__class__.__mro__[1].__subclasses__() }}<image>"),
-        "chat template of .*SecurityError",
     ),
 }
 
@@ -312,7 +298,7 @@ def test_damaged_checkpoint_is_an_error_that_says_where(what, checkpoints, tmp_p
         ("llm", "not JSON", "config.json"),
         ("llm", "no vocabulary", "model.llm"),
         ("encoder", "no weights", "encoder contains no weights"),
-        ("encoder", "header without end", "encoder: SafetensorError"),
+        ("encoder", "weights cut short", "encoder: SafetensorError"),
         ("hf", "no adapter", "no tensor named multi_modal_projector"),
     ],
 )
@@ -333,7 +319,6 @@ def test_invalid_patch_size_is_an_error(parts, tmp_path):
 
     shutil.copytree(parts[0].path, tmp_path / "encoder")
     for size, message in (
-        (0, "ZeroDivisionError"),
         (-4, "make -2 a side"),
         (9, "make 0 a side of 8 px; expected 1"),
     ):

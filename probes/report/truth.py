@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import HINT
 from probes.results.finished_run import FinishedRun
 
 FILE = "truth.json"
@@ -35,7 +36,7 @@ def _check(truth: dict[str, Any], source: str, claims: Iterable[str]) -> dict[st
     for claim, value in truth.items():
         if claim not in known:
             raise UserError(
-                f"{source}: there is no claim {claim!r}; expected one of {', '.join(known)}"
+                f"{source}: there is no claim {claim!r}; expected one of {', '.join(known)}; {HINT}"
             )
         if value not in TRUTHS:
             raise UserError(f"{source}: {claim} must be {' or '.join(TRUTHS)}, got {value!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe_digest
+from llava_bidir.common.imports import HINT
 from llava_bidir.common.steps import Step, digest
 from probes.analyses import ANALYSES
 from probes.analyses.effects import effects_path
@@ -136,7 +137,7 @@ def check(study: StudyConfig) -> None:
     if data.dataset == "folder" and not Path(data.root).is_dir():
         layouts = ", ".join(DATASETS)
         raise UserError(
-            f"{data.root} is neither a folder of images and masks nor a layout ({layouts})"
+            f"{data.root} is neither a folder of images and masks nor a layout ({layouts}); {HINT}"
         )
     validation = open_split(data, "validation")
     check_classes(chosen_analyses(study, len(validation)), validation.classes)

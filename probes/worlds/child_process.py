@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import WATCH, process_group
 from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
 
@@ -41,7 +42,8 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
     started = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name} begins, see {log}", flush=True)
-    given = json.dumps([str(folder), [vars(step) for step in missing]], default=str)
+    given = [str(folder), [vars(step) for step in missing], import_words()]
+    given = json.dumps(given, default=str)
     command = [sys.executable, "-c", IN_CHILD_PROCESS, given, str(os.getpid())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
@@ -61,7 +63,7 @@ def run_in_child_process(out: Path, name: str, steps: Sequence[Step]) -> None:
 
 def run_given(given: str, mains: Mapping[str, Callable[[list[str]], None]]) -> None:
     """Run steps that `run_in_child_process` has given as JSON, each by the main function of its program, by name."""
-    folder, found = json.loads(given)
+    folder, found, imports = json.loads(given)
     folder = Path(folder)
     steps = [
         Step(
@@ -77,6 +79,6 @@ def run_given(given: str, mains: Mapping[str, Callable[[list[str]], None]]) -> N
 
     def run(step: Step) -> None:
         program, *words = command_now(step, folder)
-        mains[program](words)
+        mains[program]([*words, *imports])
 
     run_steps(steps, folder, run)

@@ -220,18 +220,19 @@ def test_a_step_is_left_out_with_the_one_that_it_follows(folder):
 def test_steps_of_another_process_are_recorded_one_by_one(folder):
     """As after a kill: what was finished is not done again."""
     steps = chain(folder)
-    given = json.dumps([str(folder), [vars(step) for step in steps]], default=str)
+    given = [str(folder), [vars(step) for step in steps], ["--import", "mine.py"]]
     ran = []
 
     def main(words: list[str]) -> None:
         name = words[words.index("--name") + 1]
         ran.append(name)
+        assert words[-2:] == ["--import", "mine.py"]
         if name == "b":
             raise SystemExit("llava-bidir: no memory")
         (folder / name).mkdir()
         (folder / name / "model").write_text(name)
 
     with pytest.raises(SystemExit, match="no memory"):
-        run_given(given, {"llava-bidir": main})
+        run_given(json.dumps(given, default=str), {"llava-bidir": main})
     assert ran == ["a", "b"]
     assert [step.name for step in find_missing(steps, folder)] == ["b", "c"]

@@ -8,7 +8,7 @@ import probes.cli
 MODEL_AND_DATA = "--model.mllm DIR --data.root DIR"
 RECORDS = "--data.annotations FILE --data.images DIR"
 # commands whose `--help` is short, and `--help-all` complete
-SHORT = {"llava-bidir": [*llava_bidir.cli.HELP], "probes": ["fit", "validate", "test"]}
+SHORT = {"llava-bidir": [*llava_bidir.cli.HELP], "probes": ["fit"]}
 PARSERS = {"llava-bidir": llava_bidir.cli.build_parser, "probes": probes.cli.build_parser}
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 

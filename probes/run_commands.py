@@ -1,6 +1,6 @@
-"""The commands of probe runs: fit, validate, test, solve, verify-data. Their options are those of `run_config.py`.
+"""The commands of probe runs: fit, solve, verify-data. Their options are those of `run_config.py`.
 
-LightningCLI parses `fit`, `validate` and `test`, as users of Lightning know it. Help, and errors about options, come
+LightningCLI parses `fit`, as users of Lightning know it. Help, and errors about options, come
 before it is imported.
 """
 
@@ -12,8 +12,6 @@ from llava_bidir.common import usage_errors
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import HELP, HELP_ALL
-
-SCORE = "probes test -c folder --model.mllm MODEL --data.root DATA --out runs/mine --ckpt_path last"
 
 
 class RunCommand(NamedTuple):
@@ -43,16 +41,6 @@ RUN_COMMANDS = {
         "random controls.",
         "probes solve --model.mllm MODEL --data.root DATA --out runs/mine",
     ),
-    "validate": RunCommand(
-        "score the probes of a checkpoint as they are",
-        "Score the probes of a checkpoint as they are.",
-        SCORE.replace("test", "validate"),
-    ),
-    "test": RunCommand(
-        "score the probes of a checkpoint, each at its best epoch, and write the files of the run",
-        "Score each probe of a checkpoint at its best epoch, and write the files.",
-        SCORE,
-    ),
     "verify-data": RunCommand(
         "read every image and target before training: -c ade20k --data.root DIR",
         "Read every image and target of both splits; exit with status 1 if any cannot be used. All other options are "
@@ -65,11 +53,7 @@ RUN_COMMANDS = {
 def main(argv: Sequence[str]) -> None:
     """Run one of the commands."""
     command, *words = argv
-    run = {"solve": solve, "verify-data": verify_data}.get(command)
-    if run is not None:
-        run(words)
-    else:
-        train_or_score(command, words)
+    {"fit": fit, "solve": solve, "verify-data": verify_data}[command](words)
 
 
 def _parser(command: str, **keywords):
@@ -110,9 +94,9 @@ def verify_data(words: Sequence[str]) -> None:
     verify(config.data, values.workers)
 
 
-def train_or_score(command: str, words: list[str]) -> None:
-    """Run `probes fit`, `validate` or `test`."""
-    parser = _parser(command, solver=False)
+def fit(words: Sequence[str]) -> None:
+    """Run `probes fit`."""
+    parser = _parser("fit", solver=False)
     if any(word in HELP for word in words):
         print(
             f"{parser.format_help()}\nAll options, with those of Lightning: {parser.prog} {HELP_ALL}"
@@ -124,4 +108,4 @@ def train_or_score(command: str, words: list[str]) -> None:
 
     from probes.training.cli import main as run_lightning
 
-    run_lightning([command, *words])
+    run_lightning(["fit", *words])

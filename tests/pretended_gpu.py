@@ -69,13 +69,17 @@ def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16], ids=str)
-def test_masks_of_any_integer_type_are_those_of_the_cpu(dtype):
+@pytest.mark.parametrize("pretend", [pretend_gpu, pretend_mps])
+def test_masks_of_any_integer_type_are_those_of_the_cpu(pretend, dtype):
+    device = "mps" if pretend is pretend_mps else "cuda"
     classes = 2 if dtype == torch.bool else 300
     target = torch.randint(0, 2, (2, 9, 11)).to(dtype)
     expected = probes.prepare_masks(target, classes, (3, 3), ignore_index=-1)
-    with pretend_gpu():
-        on_gpu = target.to("cuda")
-        masks = probes.prepare_masks(on_gpu, classes, (3, 3), ignore_index=-1).to("cpu")
+    with pretend():
+        on_gpu = target.to(device)
+        masks = probes.prepare_masks(on_gpu, classes, (3, 3), ignore_index=-1)
+        probes.upsampled_cross_entropy(torch.zeros(2, classes, 3, 3, device=device), masks)
+        masks = masks.to("cpu")
     assert torch.equal(masks.soft, expected.soft)
     assert torch.equal(masks.mass, expected.mass)
 
@@ -127,14 +131,35 @@ def test_float64_fails_on_a_pretended_mac_as_on_a_real_one():
 
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
 def test_a_mac_solves_on_its_cpu_what_its_gpu_reads(task, checkpoints, segmentation, tmp_path):
+    """Also where random layers are matched to the trained ones."""
     root = task_runs.write_targets(segmentation, tmp_path / "data")
+    more = ["--model.untrained", "[llm]", "--model.match", "update"] if task == "depth" else []
     for out in ("cpu", "auto"):
-        words = task_runs.arguments("solve", task, checkpoints["causal"], root, tmp_path / out, *SOLVE)
+        words = task_runs.arguments(
+            "solve", task, checkpoints["causal"], root, tmp_path / out, *SOLVE, *more
+        )
         with pretend_mps():
             main([*words, "--trainer.accelerator", out])
     on_cpu, on_mac = (load_file(tmp_path / out / "probes.safetensors") for out in ("cpu", "auto"))
     assert on_cpu.keys() == on_mac.keys()
     assert all(torch.equal(x, on_mac[name]) for name, x in on_cpu.items())
+
+
+def test_a_mac_solves_features_of_its_gpu():
+    features = torch.randn(4, 3, 3, 5, generator=torch.Generator().manual_seed(0))
+    masks = [x[..., 0] > 0.5 for x in features]
+    expected = probes.solve_features(features, masks, 2, folds=2)
+    with pretend_mps():
+        found = probes.solve_features(features.to("mps"), masks, 2, folds=2)
+        assert found.weight.device.type == "mps"
+        assert torch.equal(found.weight.cpu(), expected.weight)
+        found.predict(features.to("mps"), (9, 9))
+
+
+def test_probes_are_trained_on_a_mac(checkpoints, segmentation, tmp_path):
+    with pretend_mps():
+        fit(checkpoints["causal"], segmentation, tmp_path / "run", "--trainer.accelerator", "auto")
+    assert (tmp_path / "run" / "metrics.json").is_file()
 
 
 @pytest.mark.nightly

@@ -134,12 +134,6 @@ def test_probes(
     more = ["--data.batch_size", "2", *logger]
     run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *more)
     sites = set(run.sites)
-    assert names("images") == {"maps/truth", *(f"maps/{site}" for site in sites)}
-    assert all(
-        image.ndim == 3 and image.dtype == "uint8"
-        for _, images in SAID["images"]
-        for image in images
-    )
     assert {f"miou/{site}" for site in sites} <= names("metrics")
     assert SAID["settings"]
     assert (tmp_path / "run/config.yaml").is_file()

@@ -6,7 +6,7 @@ import llava_bidir.cli
 import probes.cli
 
 # commands whose `--help` is short, and `--help-all` complete
-SHORT = {"llava-bidir": [*llava_bidir.cli.HELP], "probes": ["fit", "validate", "test"]}
+SHORT = {"llava-bidir": [*llava_bidir.cli.HELP], "probes": ["fit"]}
 PARSERS = {"llava-bidir": llava_bidir.cli.build_parser, "probes": probes.cli.build_parser}
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 

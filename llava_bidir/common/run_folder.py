@@ -106,12 +106,6 @@ def begin_run(folder: Path, config: str, replaced: Sequence[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def check_unfinished(result: Path, overwrite: bool) -> None:
-    """Raise a UserError if `result` exists, unless it may be overwritten."""
-    if result.exists() and not overwrite:
-        raise UserError(f"{result} exists; use another --out, or `--overwrite true` to replace it")
-
-
 def _occupied(folder: Path, content: str) -> UserError:
     return UserError(
         f"{folder} holds {content}; add `--ckpt_path last` to resume it or `--overwrite true` to replace it, or "

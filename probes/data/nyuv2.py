@@ -6,19 +6,29 @@
 `extract_official_train_test_set_from_mat.py` of cleinc/bts writes them from nyu_depth_v2_labeled.mat and splits.mat.
 Depth is the sensor's (rawDepths), not inpainted. There are 795 training and 654 test images; these are the validation
 split. Source: Silberman et al., ECCV 2012. probe3d scores the same 654 images, but reads them from a pickled file.
+
+Of the test images, only rows 45 to 470 and columns 41 to 600 have a value: the crop of Eigen et al. (2014), in which
+BTS, AdaBins, DINOv2, DINOv3 and probe3d score.
 """
 
 from pathlib import Path
 
+import numpy as np
+from numpy import ndarray
+from PIL import Image
+
 from llava_bidir.common.errors import UserError
 
-from .depth import DepthDataset
+from .base import BadFile, File
+from .depth import DepthDataset, limit_depth
 from .file_layout import files_by_name, find_root, pair_files
 
 SPLITS = {"training": "train", "validation": "test"}
 SIZES = {"training": 795, "validation": 654}
 SCALE = 0.001  # BTS multiplies metres by 1000
 MAX_DEPTH = 10.0  # metres; probe3d and BTS leave out what is farther
+SHAPE = (480, 640)
+CROP = (slice(45, 471), slice(41, 601))
 
 
 class NYUv2Depth(DepthDataset):
@@ -43,6 +53,28 @@ class NYUv2Depth(DepthDataset):
             pair_files(images, depth, f"{root}, {split}", "depth map"), SCALE, MAX_DEPTH
         )
         self.official_size = SIZES[split]
+        self.is_cropped = split == "validation"
+
+    def identity(self) -> dict[str, str]:
+        """Return what the split is; the crop is a part of it."""
+        identity = super().identity()
+        if self.is_cropped:
+            identity["depth_values"] += ", in [45:471, 41:601]"
+        return identity
+
+    def read_target(self, image: Image.Image, image_file: File, depth_file: File) -> ndarray:
+        """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a BadFile."""
+        depth = super().read_target(image, image_file, depth_file)
+        if not self.is_cropped:
+            return depth
+        if depth.shape != SHAPE:
+            raise BadFile(
+                f"{depth_file} is {depth.shape[1]} x {depth.shape[0]} px; expected 640 x 480 px, of which a crop is "
+                "scored"
+            )
+        scored = np.full_like(depth, np.nan)
+        scored[CROP] = depth[CROP]
+        return limit_depth(scored, None, depth_file)
 
 
 def _by_number(files: dict[str, Path]) -> dict[str, Path]:

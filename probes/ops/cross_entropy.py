@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .bilinear import compute_dtype
 from .geometry import GridPlacement
-from .kernels import limit_on
+from .kernels import limit_on, sum_dtype
 from .quadrature import PreparedMasks, prepare_masks
 
 # Nodes per cell and axis for a mask that is prepared for one call: preparing it costs more than these.
@@ -66,8 +66,8 @@ def upsampled_cross_entropy(
 
     Args:
         logits: f[B, K, h, w] or f[P, B, K, h, w], finite, of any magnitude.
-        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`, or bool; or the result of `prepare_masks`, to which the
-            next three arguments were given.
+        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`, or bool; or the result of `prepare_masks`, to
+            which the next three arguments were given.
         ignore_index: Label of the pixels that are excluded.
         view: Position of the grid on the pixels of `target`. None: the grid covers them exactly.
         nodes: Nodes per cell and axis; None for all pixels.
@@ -185,7 +185,7 @@ def loss_and_gradient(
     n_probes, _, classes, h, w = logits.shape
     dtype = compute_dtype(logits)
     device = logits.device
-    totals = torch.zeros(n_probes, len(masks), dtype=torch.float64, device=device)
+    totals = torch.zeros(n_probes, len(masks), dtype=sum_dtype(device), device=device)
     grads = torch.empty(logits.shape, dtype=dtype, device=device) if needs_grad else None
     per_grid = classes * h * max(masks.mass.shape[2], w)  # before its rows become rows of nodes
     most = max(1, limit_on(device, CHUNK_NUMEL) // per_grid)  # grids in a chunk
@@ -228,7 +228,8 @@ def _integrate(
     # reading it would stall a GPU
     subtract_max = by_row.device.type != "cpu" or not by_row.amin() >= -SAFE_RANGE * BITS
     soft = soft.movedim(2, 0)[:, None]  # [h, 1, B, K, w]
-    loss = -(by_row * soft).sum((0, 3, 4), dtype=torch.float64)
+    wide = sum_dtype(by_row.device)
+    loss = -(by_row * soft).sum((0, 3, 4), dtype=wide)
     stretched = (by_row @ cols.T).flatten(1)  # [h, P * B * K * Mx]
     adjoint = torch.zeros_like(stretched) if needs_grad else None
     band = max(1, limit_on(by_row.device, CHUNK_NUMEL) // stretched.shape[1])
@@ -245,7 +246,7 @@ def _integrate(
             up.sub_(top).clamp_(min=-140)
         total = up.exp2_().sum(3)
         lse = total.log2() + top.squeeze(3) if subtract_max else total.log2()
-        loss += (lse * weight).sum((0, 3), dtype=torch.float64)
+        loss += (lse * weight).sum((0, 3), dtype=wide)
         if needs_grad:
             up *= (weight / total)[:, :, :, None]  # mass * softmax
             adjoint[tokens].addmm_(nodes.T, up.flatten(1))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .bilinear import bilinear_weights
 from .geometry import AxisExtent, GridPlacement, is_integer, label_tensor
+from .kernels import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class PreparedMasks:
     def to(self, device: torch.device | str) -> "PreparedMasks":
         """Return the masks on a device."""
         rules = tuple((rows.to(device), cols.to(device)) for rows, cols in self.rules)
-        tensors = {name: getattr(self, name).to(device) for name in ("mass", "soft", "pixels")}
-        return replace(self, rules=rules, **tensors)
+        return replace(
+            self,
+            mass=self.mass.to(device),
+            soft=self.soft.to(device),
+            pixels=self.pixels.to(device, sum_dtype(device)),
+            rules=rules,
+        )
 
     def groups(self) -> list[tuple[slice | list[int], Tensor, Tensor]]:
         """Return (images, rows f[My, h], cols f[Mx, w]) for each rule in use."""
@@ -163,7 +169,7 @@ def prepare_masks(
     return PreparedMasks(
         mass,
         soft,
-        labelled.sum((1, 2)).double(),
+        labelled.sum((1, 2)).to(sum_dtype(target.device)),
         ((rows, cols),),
         (0,) * len(target),
     )

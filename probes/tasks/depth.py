@@ -21,7 +21,8 @@ class Depth(ValueTask):
 
     Scores are computed for each image and averaged over images, as by probe3d (evals/utils/metrics.py) and DINOv2's
     evaluation (Monocular-Depth-Estimation-Toolbox): root mean square error in metres, mean |p - t| / t, mean
-    |log10 p - log10 t|, and the shares of pixels with max(p / t, t / p) below 1.25, 1.25^2 and 1.25^3.
+    |log10 p - log10 t|, and the shares of pixels with max(p / t, t / p) below 1.25, 1.25^2 and 1.25^3. Of NYUv2 they
+    are those of the pixels that these score, too: the layout `nyuv2` leaves out what is outside Eigen's crop.
 
     The loss is the scale-invariant log loss of AdaBins, as DINOv2's linear probes use it: with g = log p - log t, the
     root of var(g) + 0.15 mean(g)^2.

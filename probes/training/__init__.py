@@ -1,1 +1,1 @@
-"""Training of probes: `probes fit`, `validate`, `test` and `verify-data`."""
+"""Probes of a frozen model, trained and solved."""

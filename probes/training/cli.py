@@ -1,19 +1,17 @@
-"""The commands `probes fit | validate | test`: LightningCLI for a run of probes that are trained."""
+"""The command `probes fit`: LightningCLI for a run of probes that are trained."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoint_io import resolve_ckpt_path
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.interrupt import interrupt_says_what_is_saved
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer
-from llava_bidir.common.run_folder import RunPlan, check_unfinished
+from llava_bidir.common.run_folder import RunPlan
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.run_process import run_process
 from llava_bidir.common.training_folder import plan_training
@@ -22,7 +20,7 @@ from probes.run_config import RunConfig
 
 from .datamodule import ProbeDataModule
 from .module import ProbeModule
-from .prediction_callbacks import SavePredictions, ShowMaps
+from .prediction_files import save_predictions
 from .run_results import RESULTS, format_scores, run_folder, say_finished
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
@@ -39,10 +37,33 @@ WHY_REQUIRED = (
 )
 
 
+class SavePredictions(Callback):
+    """Write the predictions of each probe of its best epoch to RUN/predictions/SITE; see `save_predictions`."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs,
+        batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the predictions of a batch."""
+        names = trainer.datamodule.splits["validation"].names
+        folder = Path(trainer.default_root_dir) / "predictions"
+        save_predictions(pl_module.probes, outputs, batch, names, folder)
+
+
 class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     results = RESULTS
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the only command, with the arguments that are none of its options."""
+        return {"fit": RunCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and link those that data and model share."""
@@ -110,33 +131,6 @@ class ProbeCLI(RunCLI):
             say_finished(self.out, self.datamodule.name, self.saves_predictions)
         return plan
 
-    def test(self, ckpt_path: str | None = None, **kwargs) -> None:
-        """Score the probes of a checkpoint and write the files of the run.
-
-        Raises:
-            UserError: There is no checkpoint; the probes of an untrained module would be scored.
-        """
-        with self.exclusive_run_lock():
-            check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
-            self.trainer.test(ckpt_path=self._required_checkpoint(ckpt_path), **kwargs)
-
-    def validate(self, ckpt_path: str | None = None, **kwargs) -> None:
-        """Score the probes of a checkpoint as they are.
-
-        Raises:
-            UserError: There is no checkpoint.
-        """
-        self.trainer.validate(ckpt_path=self._required_checkpoint(ckpt_path), **kwargs)
-
-    def _required_checkpoint(self, ckpt_path: str | None) -> str:
-        checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
-        if checkpoint is None:
-            where = "; pass --ckpt_path FILE, or last"
-            if ckpt_path:
-                where = f": no valid one in {self.checkpoints}"
-            raise UserError(f"probes {self.subcommand} scores the probes of a checkpoint{where}")
-        return checkpoint
-
 
 def build_cli(
     args: list[str] | dict[str, Any],
@@ -152,13 +146,13 @@ def build_cli(
         parser_kwargs={"prog": prog, "allow_abbrev": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step"), ShowMaps(), SaveAtStepBoundary()],
+            "callbacks": [LearningRateMonitor("step"), SaveAtStepBoundary()],
         },
     )
 
 
 def main(argv: list[str]) -> None:
-    """Run `probes fit`, `validate` or `test`."""
+    """Run `probes fit` with words."""
     with run_process("high"):
         build_cli(argv)
 

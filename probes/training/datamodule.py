@@ -33,7 +33,7 @@ class ProbeDataModule(ProbeData, LightningDataModule):
         return int(epochs) if epochs.is_integer() else epochs
 
     def setup(self, stage: str) -> None:
-        """Read every image before training; `probes test` and the scores after `fit` read no image twice."""
+        """Read every image before training."""
         if stage == "fit":
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch

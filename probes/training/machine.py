@@ -67,11 +67,6 @@ class Machine:
         self.precision = precision
         self.progress = progress
 
-    @property
-    def solver_device(self) -> torch.device:
-        """Where probes are solved and scored: not on a Mac's GPU, which has no float64."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
     def run(self, function: Callable[[], None]) -> None:
         """Call a function in every process of the run."""
         if self.device.type == "cuda":
@@ -93,6 +88,11 @@ class Machine:
 
     def log_settings(self, out: Path, settings: Mapping[str, Any]) -> None:
         """Tell the loggers of the run its settings; there is none."""
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Return where states of a device are solved and scored: not on a Mac's GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def one_process(options: Mapping[str, Any]) -> Machine | None:

@@ -17,12 +17,7 @@ from torch import Tensor
 from llava_bidir.common.distributed import all_gather, decide_on_first
 from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import (
-    Identity,
-    check_same_identity,
-    check_same_model,
-    run_identity,
-)
+from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import PAD_INDEX
@@ -222,19 +217,6 @@ class ProbeModule(LightningModule):
         if self._trainer is not None and self.trainer.training:
             check_same_identity(
                 checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE
-            )
-        elif self.identity is not None:
-            check_same_model(
-                checkpoint.get("identity"), self.identity["model"], self.hparams, "the checkpoint"
-            )
-        saved = set(checkpoint["state_dict"])
-        expected = (
-            saved if self.probes is None else {f"heads.{key}" for key in self.heads.state_dict()}
-        )
-        if different := saved ^ expected:
-            raise UserError(
-                f"the checkpoint and this run differ in {len(different)} tensors, e.g. {min(different)}; use the "
-                "model.sites and model.head of the checkpoint"
             )
         self.best = checkpoint["best"]
         self.history = checkpoint["history"]

@@ -1,9 +1,9 @@
 """A GPU that computes on the CPU but keeps to a GPU's rules about where tensors are.
 
 In `with pretend_gpu():`, tensors can be moved to "cuda"; in `with pretend_mps():`, to "mps", which has no float64. They
-stay in CPU memory, and are remembered as being on the device. As on a real one, an operation on tensors of both devices fails, and so does `numpy()`. The numbers are real, so
-that a whole command can be tested without a GPU. What CUDA itself does is not tested: kernels, streams, memory, lower
-precision, synchronisation.
+stay in CPU memory, and are remembered as being on the device. As on a real one, an operation on tensors of both devices
+fails, and so does `numpy()`. The numbers are real, so that a whole command can be tested without a GPU. What the device
+itself does is not tested: kernels, streams, memory, lower precision, synchronisation.
 """
 
 import os

@@ -30,6 +30,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the dtype in which losses and pixels are summed: float64, which a Mac's GPU does not have."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def limit_on(device: torch.device, limits: dict[str, int]) -> int:
     """Return the limit of a device, from limits by type of device; accelerators without one have that of CUDA."""
     return limits.get(device.type, limits["cuda"])

@@ -15,6 +15,7 @@ from probes.data.samplers import assign_folds
 from probes.ops.geometry import GridPlacement, label_tensor
 from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 from probes.tasks import SEGMENTATION, TASKS
+from probes.training.machine import solver_device
 
 from .held_out import scored_masks
 from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
@@ -58,7 +59,7 @@ def solve_features(
 ) -> FeatureProbe:
     """Return the linear probe of features at the optimum, as `probes solve` has it for the sites of a model.
 
-    All is computed on the device of the features, which stay in memory.
+    All is computed on the device of the features, which stay in memory; of a Mac's GPU, on the CPU.
 
     Args:
         features: f[N, h, w, d], on a grid that covers each image.
@@ -86,9 +87,10 @@ def solve_features(
     if strength is not None and not strength > 0:
         raise UserError(f"strength must be above 0, got {strength}")
     grid = (features.shape[1], features.shape[2])
+    device = solver_device(features.device)
     tight = _prepare(masks, classes, grid, TIGHT_NODES)
-    loose = _prepare(masks, classes, grid, LOOSE_NODES, tight.soft).to(features.device)
-    tight = tight.to(features.device)
+    loose = _prepare(masks, classes, grid, LOOSE_NODES, tight.soft).to(device)
+    tight = tight.to(device)
     if not tight.pixels.sum() > 0:
         raise UserError("no mask has a labelled pixel: all are 255")
     fold_of = assign_folds(len(masks), folds)
@@ -99,7 +101,7 @@ def solve_features(
         prepare=lambda target: prepare_masks(target, classes, grid, TIGHT_NODES),
     )
     loss = TASKS[SEGMENTATION].loss
-    states = features.flatten(1, 2)
+    states = features.flatten(1, 2).to(device)
     problem = SiteProblem(loss, states, loose, tight, fold_of, scored)
     path, refinement = solve_site(problem, None if strength is None else [strength])
     solved = SolvedSite.of_points(path, problem.space, refinement.accepted.points)

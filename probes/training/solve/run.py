@@ -21,7 +21,7 @@ from probes.data.probe_data import ProbeData
 from probes.models.module_sources import source_identity
 from probes.run_config import SolverOptions
 from probes.tasks import Task
-from probes.training.machine import Machine
+from probes.training.machine import Machine, solver_device
 from probes.training.prediction_files import save_predictions
 from probes.training.scoring import compute_counts, score_batch
 from probes.training.site_probes import load_probes
@@ -101,7 +101,7 @@ def start_solver(run: SolveRun, data: ProbeData, machine: Machine) -> Solver:
     probes = load_probes(run.hparams, data, device, head="linear", feature_norm="batchnorm")
     probes.mllm.to(device)
     machine.convert_module(probes.mllm)
-    machine.convert_module(probes.heads.to(machine.solver_device).eval())
+    machine.convert_module(probes.heads.to(solver_device(device)).eval())
     reader = StateReader(probes, data, machine, masks=run.task.loss is not None)
     checkpoints = SolverCheckpoints(run.checkpoints, run.identity, run.resuming)
     return choose_solver(reader, run.options, checkpoints)

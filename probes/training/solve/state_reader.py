@@ -23,7 +23,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.batches import MaskPreparer
 from probes.data.probe_data import ProbeData
 from probes.ops.quadrature import PreparedMasks
-from probes.training.machine import Machine
+from probes.training.machine import Machine, solver_device
 from probes.training.site_probes import SiteProbes
 
 from .objective import TIGHT_NODES
@@ -50,7 +50,7 @@ class StateReader:
         self.probes = probes
         self.data = data
         self.machine = machine
-        self.device = machine.solver_device
+        self.device = solver_device(machine.device)
         mllm = probes.mllm
         self.prepare_masks = MaskPreparer(mllm.geometry, probes.channels, TIGHT_NODES)
         data.read_for(mllm, probes.sites, self.prepare_masks if masks else None)

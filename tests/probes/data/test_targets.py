@@ -171,7 +171,7 @@ def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path
     assert np.isfinite(sample["target"]).any()
 
 
-def test_nyuv2_is_the_official_split_with_depth_up_to_10_m(tmp_path):
+def test_nyuv2_is_the_official_split_with_depth_up_to_10_m_scored_in_eigens_crop(tmp_path):
     root = dataset_layouts.write_nyuv2(tmp_path / "official_splits", size=(480, 640))
     training, data = (
         open_dataset("nyuv2", str(tmp_path), split, task="depth")
@@ -180,12 +180,26 @@ def test_nyuv2_is_the_official_split_with_depth_up_to_10_m(tmp_path):
     assert (training.official_size, data.official_size) == (795, 654)
     assert training.names == ["00002", "00005", "00006"]
     assert data.names == ["00000", "00001"]
-    stored = raw(root / "test/kitchen/sync_depth_00001.png")
-    target = data[1]["target"]
-    assert (np.isnan(target) == ((stored == 0) | (stored > 10_000))).all()
-    np.testing.assert_allclose(
-        target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6
-    )
+    inside = np.zeros((480, 640), bool)
+    inside[45:471, 41:601] = True  # as dataset_loader of DINOv2's depth toolbox, eigen_crop
+    files = ("train/cafe/sync_depth_00002.png", "test/kitchen/sync_depth_00001.png")
+    scored = (np.ones_like(inside), inside)
+    for name, counts, sample in zip(files, scored, (training[0], data[1]), strict=True):
+        stored = raw(root / name)
+        target = sample["target"]
+        assert (np.isnan(target) == ((stored == 0) | (stored > 10_000) | ~counts)).all()
+        np.testing.assert_allclose(
+            target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6
+        )
+    values = [split.identity()["depth_values"] for split in (training, data)]
+    assert values[0] != values[1]
+
+
+def test_nyuv2_of_another_size_has_no_crop_to_be_scored_in(tmp_path):
+    dataset_layouts.write_nyuv2(tmp_path / "official_splits")
+    data = open_dataset("nyuv2", str(tmp_path), "validation", task="depth")
+    with pytest.raises(BadFile, match="sync_depth_00000.png is 9 x 6 px; expected 640 x 480 px"):
+        data[0]
 
 
 def test_batches_keep_targets_and_pad_with_no_value(root):

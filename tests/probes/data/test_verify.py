@@ -102,31 +102,6 @@ def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys
         main([*config, str(broken)])
 
 
-# the worker of a loader that an error has ended takes five seconds to exit
-@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
-def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(
-    workers, checkpoints, tmp_path
-):
-    root = tiny_models.write_segmentation(tmp_path / "data")
-    config = [
-        "-c",
-        "configs/demo/probes.yaml",
-        "--out",
-        str(tmp_path / "run"),
-        "--data.root",
-        str(root),
-    ]
-    config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
-    config += ["--model.sites", "[adapter]", "--data.cache_features", "false"]
-    main(["fit", *config, "--trainer.max_epochs", "1"])
-    (root / "images/validation/001.png").write_bytes(b"no picture")
-    with pytest.raises(
-        SystemExit,
-        match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is not[^\n]*$",
-    ):
-        main(["validate", *config, "--ckpt_path", "last"])
-
-
 def test_workers_find_what_one_process_finds(tmp_path):
     root = tiny_models.write_segmentation(tmp_path, training=80)
     for i in (3, 40, 79):

@@ -166,15 +166,8 @@ def together(
         options = ["--data.cache_features", cache]
         commands[name] = arguments(model, uneven, folder / name, *options)
     for name, workers in WORKERS.items():
-        test = arguments(
-            model,
-            uneven,
-            folder / name,
-            "--data.num_workers",
-            workers,
-            *last,
-        )
-        commands[name] = ["test", *test[1:]]
+        more = ["--data.num_workers", workers, *last]
+        commands[name] = arguments(model, uneven, folder / name, *more)
     commands["bad"] = arguments(model, bad, folder / "bad")
     commands["solve"] = solving.arguments(model, segmentation, folder / "solve")
     commands["solve by passes"] = solving.arguments(
@@ -252,7 +245,7 @@ def test_any_number_of_data_workers_counts_the_same_pixels(
 ):
     last = ["--ckpt_path", str(one / "checkpoints/last.ckpt")]
     more = ["--data.num_workers", workers, *last]
-    main(["test", *arguments(checkpoints["causal"], uneven, tmp_path, *more)[1:]])
+    main(arguments(checkpoints["causal"], uneven, tmp_path, *more))
     same_counts(one, tmp_path)
 
 

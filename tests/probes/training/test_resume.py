@@ -207,8 +207,6 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
     main([*command, *harmless, "--ckpt_path", "last"])  # nothing to do
     with pytest.raises(SystemExit, match="finished without predictions"):
         main([*command, "--ckpt_path", "last", "--save_predictions", "true"])
-    with pytest.raises(SystemExit, match="metrics.json exists"):
-        main(["test", *command[1:], "--ckpt_path", "last"])
     assert run_bytes(run) == before
 
     copy = shutil.copytree(run, tmp_path / "run")
@@ -219,43 +217,6 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
     assert not (copy / "predictions").exists()
     assert len(list((copy / "checkpoints").iterdir())) <= 2
     assert len(list(copy.glob("events*"))) == 1, "the earlier run's events are gone"
-
-
-@pytest.mark.parametrize("given", [(), ("--ckpt_path", "last")])
-@pytest.mark.parametrize("subcommand", ["test", "validate"])
-def test_without_a_checkpoint_there_is_nothing_to_score(subcommand, given, finished, tmp_path):
-    """It would write, or show, the scores of untrained probes."""
-    _, command = finished
-    with pytest.raises(SystemExit, match=f"probes {subcommand} scores the probes of a checkpoint"):
-        main([subcommand, *command[1:], "--out", str(tmp_path / "run"), *given])
-    assert not (tmp_path / "run/metrics.json").exists()
-
-
-def test_the_checkpoint_of_another_head_is_not_scored(unfinished):
-    folder, command = unfinished
-    command = [
-        "test",
-        *command[1:],
-        "--model.head",
-        "conv",
-        "--ckpt_path",
-        str(folder / "checkpoints/last.ckpt"),
-    ]
-    with pytest.raises(
-        SystemExit,
-        match=r"differ in 4 tensors, e.g. heads.adapter.head.bias; use the model.sites and",
-    ):
-        main(command)
-
-
-def test_a_checkpoint_is_scored_as_the_model_that_it_is_of(unfinished, tmp_path):
-    """Else the run would say that its probes were trained under another mask."""
-    folder, command = unfinished
-    command = ["test", *command[1:], "--out", str(tmp_path), "--ckpt_path"]
-    command += [str(folder / "checkpoints/last.ckpt"), "--model.image_attention", "bidirectional"]
-    with pytest.raises(SystemExit, match="was trained with model.image_attention="):
-        main(command)
-    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):

@@ -254,6 +254,68 @@ def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     assert "random1/knockout" not in said
 
 
+def test_a_folder_of_other_models_or_data_is_refused_before_any_work(
+    checkpoints, segmentation, tmp_path, capsys
+):
+    """Arms of the second model were solved beside those of the first, and no report could be made of either."""
+    data = tmp_path / "data"
+    shutil.copytree(segmentation, data)
+    out = tmp_path / "study"
+    causal, other = (str(checkpoints[mask]) for mask in ("causal", "bidirectional"))
+    little = [*OPTIONS[:-3], "--model.sites", "[adapter, layer_03]", "--strengths", "1e-1"]
+
+    def study(*models: str, more: tuple[str, ...] = (), arm: str = "trained") -> str:
+        words = [*models, str(data), "--out", str(out), *little, "--only", "solve", "--arms", arm]
+        main(["study", *words, *more])
+        return capsys.readouterr().out
+
+    study(causal)
+    before = run_bytes(out)
+    held = f"{out} holds a study of {causal}, and this one is of"
+    made_from = f"trained, of {causal} on {data}, belongs to a run with model.mllm/"
+    for dry in ((), ("--dry-run",)):
+        for models, message in (
+            ((f"a={causal}", f"b={other}"), f"{held} a={causal}, b={other}; choose another --out"),
+            ((f"a={causal}",), f"{held} a={causal}; choose another --out"),
+            ((other,), made_from),
+        ):
+            with pytest.raises(SystemExit, match=re.escape(message)):
+                study(*models, more=dry)
+        with pytest.raises(SystemExit, match=re.escape(made_from)):
+            study(other, arm="random0", more=dry)
+        assert study(causal, more=dry) == f"{out} is complete; nothing to do\n"
+    assert run_bytes(out) == before
+
+
+def test_a_study_whose_data_or_folder_were_moved_solves_nothing_again(
+    checkpoints, segmentation, tmp_path, capsys
+):
+    """By content, which is compared also for arms that are not solved yet."""
+
+    def study(place: str, arm: str) -> str:
+        probes.study(
+            checkpoints["causal"],
+            tmp_path / place / "data",
+            out=tmp_path / place / "study",
+            only=["solve"],
+            arms=[arm],
+            options=LITTLE_PROBES | {"model": {"sites": ["adapter", "layer_03"]}},
+            configs=["demo/probes"],
+        )
+        return capsys.readouterr().out
+
+    shutil.copytree(segmentation, tmp_path / "first/data")
+    study("first", "trained")
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert study("second", "trained") == f"{tmp_path / 'second/study'} is complete; nothing to do\n"
+    before = run_bytes(tmp_path / "second/study/trained")
+    masks = sorted((tmp_path / "second/data/annotations/training").iterdir())
+    masks[0].write_bytes(masks[1].read_bytes())
+    with pytest.raises(UserError, match="data.training_masks=.*choose another --out"):
+        study("second", "random0")
+    assert run_bytes(tmp_path / "second/study/trained") == before
+
+
 def test_a_dry_run_writes_nothing(
     checkpoints,
     segmentation,

@@ -211,6 +211,27 @@ def test_the_plot_has_the_labels_and_the_order_that_the_study_was_given(tmp_path
     ]
 
 
+def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(tmp_path):
+    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    layers = [f"layer_{i:02d}" for i in range(1, 13)]
+    deep = ["encoder", "adapter", *layers, "final_norm"]
+    runs = {
+        "other": ["adapter", *layers[:2], "final_norm"],
+        "deep": deep,
+        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
+    }
+    for name, sites in runs.items():
+        write = {"sites": sites, "encoder": name, "root": tmp_path}
+        probe_runs.write_run(tmp_path / name / "trained", [0.5] * len(sites), **write)
+    axes = probes.Study(tmp_path).plot().axes[0]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["encoder_03", *deep]
+    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
+    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
+    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}
+
+
 def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
     probe_runs.write_run(tmp_path / "trained", [0.6, 0.5, 0.6, 0.5], root=tmp_path)

@@ -236,37 +236,34 @@ def _how_made(step: Step, folder: Path) -> dict[str, Any]:
 def run_steps(
     missing: Sequence[Step],
     folder: Path,
-    run: Callable[[Step], Mapping[str, Any] | None],
+    run: Callable[[Step], None],
     *,
     log: Path | None = None,
     overwrite: bool = False,
-    after: Callable[[], None] | None = None,
 ) -> list[str]:
     """Run steps in order and record what became of each.
 
     Args:
         missing: Steps that are not done.
         folder: Folder of the records.
-        run: Runs a step and returns what else its record keeps; "failed" is why an optional step has failed. A raised
-            `NothingToMeasure` leaves the step out; any other error ends the work, unless the step is optional.
+        run: Runs a step. A raised `NothingToMeasure` leaves it out; any other error ends the work, unless the step is
+            optional.
         log: File for tracebacks of optional steps.
         overwrite: Delete the earlier result of a step that is left out or fails.
-        after: Called after each step that was run, when its record is written.
 
     Returns:
         What each optional step that failed has said.
     """
     with output_of_command() as output:
-        return _run_in_order(missing, folder, run, log, overwrite, after, output)
+        return _run_in_order(missing, folder, run, log, overwrite, output)
 
 
 def _run_in_order(
     missing: Sequence[Step],
     folder: Path,
-    run: Callable[[Step], Mapping[str, Any] | None],
+    run: Callable[[Step], None],
     log: Path | None,
     overwrite: bool,
-    after: Callable[[], None] | None,
     output: TextIO | None,
 ) -> list[str]:
     """Run steps as :func:`run_steps` does; `output` is where lines on their progress go, None for nowhere."""
@@ -289,9 +286,10 @@ def _run_in_order(
         started = time.perf_counter()
         before = _state(step, folder)
         made = _how_made(step, folder)
+        more: dict[str, Any] = {}
         try:
             with watched(watcher):
-                more = run(step) or {}
+                run(step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:
@@ -301,17 +299,14 @@ def _run_in_order(
         except Exception as error:
             if not step.optional:
                 raise
-            more = {"failed": _describe_failure(step, error, log)}
-        if "failed" in more:
+            more["failed"] = _describe_failure(step, error, log)
             if overwrite:
                 step.result.unlink(missing_ok=True)
             elif step.result.is_file():
-                more = {**more, "kept": made}
+                more["kept"] = made
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)
-        if after is not None:
-            after()
     return failed
 
 

@@ -5,6 +5,7 @@ why it has made nothing. Studies, the demo, the real model and calibrations are 
 """
 
 import json
+import os
 import resource
 import time
 import traceback
@@ -67,51 +68,101 @@ def _record_file(name: str, folder: Path) -> Path:
     return folder / "steps" / f"{name.replace('/', '.')}.json"
 
 
-def is_done(step: Step, folder: Path) -> bool:
-    """Return whether this call, from what is there now, has made the result or had none to make."""
+def why_missing(step: Step, folder: Path) -> str | None:
+    """Return None if this call, from what is there now, has made the result or had none to make.
+
+    Else return what has changed since it was last done, "" if it was not done before.
+    """
     record = read_record(step.name, folder)
     if step.why_left_out:
-        return record.get("left_out") == step.why_left_out
+        return None if record.get("left_out") == step.why_left_out else ""
+    if not record:
+        return ""
     if record.get("failed"):
-        return False
+        return "it has failed"
     if record.get("lacks"):  # an earlier plan left it out for a reason that is gone
-        return False
-    is_there = step.result.is_file() or bool(record.get("left_out"))
-    return is_there and all(record.get(key) == value for key, value in _state(step).items())
+        return f"the reason is gone that it was left out for: {record['lacks']}"
+    if not step.result.is_file() and not record.get("left_out"):
+        return f"{step.result} is gone"
+    now = _state(step, folder)
+    if record["config"] != now["config"]:
+        return _describe_difference(record["config"], now["config"])
+    for name in record["inputs"].keys() | now["inputs"].keys():
+        if record["inputs"].get(name) != now["inputs"].get(name):
+            return f"{name} has changed"
+    return None if record["result"] == now["result"] else f"{step.result} has changed"
+
+
+def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
+    """Return the first difference of two configs, of dataclasses or of the words of commands."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in before | now if before.get(key) != now.get(key))
+        return _describe_difference(before.get(key), now.get(key), key)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        at = next(i for i, value in enumerate(now) if value != before[i])
+        name = next((x for x in reversed(now[:at]) if str(x).startswith("--")), name)
+        return _describe_difference(before[at], now[at], name)
+    return f"{name} was {before}, and is {now}"
 
 
 def find_missing(
     steps: Sequence[Step],
     folder: Path,
-    must_repeat: Callable[[Step], bool] | None = None,
+    must_repeat: Callable[[Step], str] | None = None,
 ) -> list[Step]:
-    """Return the steps that are not done or read what other missing steps write.
+    """Return the steps that are not done or read what other missing steps write; print why one is done again.
 
     Args:
         steps: Each after those whose results it reads.
         folder: Folder of the records.
-        must_repeat: Says whether a finished step is done again nevertheless.
+        must_repeat: Says why a finished step is done again nevertheless, "" if it is not.
     """
     missing: list[Step] = []
+    reasons: dict[str, list[str]] = {}
+    written: dict[Path, str] = {}
     for step in steps:
-        written = {other.result for other in missing}
-        again = bool(written & set(step.reads.values())) or (must_repeat and must_repeat(step))
-        if again or not is_done(step, folder):
-            missing.append(step)
+        why = why_missing(step, folder)
+        if why is None:
+            read = next((written[file] for file in step.reads.values() if file in written), "")
+            why = f"it reads the result of {read}" if read else must_repeat and must_repeat(step)
+            if not why:
+                continue
+        missing.append(step)
+        written[step.result] = step.name
+        if why:
+            reasons.setdefault(why, []).append(step.name)
+    for why, names in reasons.items():
+        print(f"{', '.join(names)} again: {why}", flush=True)
     return missing
 
 
-def _state(step: Step) -> dict[str, Any]:
+def _state(step: Step, folder: Path) -> dict[str, Any]:
     return {
-        "config": as_json(step.config),
+        "config": as_json(step.config, folder),
         "inputs": step.inputs(),
         "result": digest(step.result),
     }
 
 
-def as_json(value: Any) -> Any:
-    """Return a value as a record has it after it was read back: dataclasses are objects, and paths are text."""
-    return json.loads(json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) else str(x)))
+def as_json(value: Any, folder: Path) -> Any:
+    """Return a value as a record has it after it was read back: dataclasses are objects, and paths are text.
+
+    Paths in `folder` and beside it are relative to it, so that records are true wherever the work is moved or copied.
+    """
+
+    def relative(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: relative(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [relative(value) for value in x]
+        for base in (folder, folder.resolve()):
+            beside = base.parent if base.parent.name else base
+            if isinstance(x, str) and (x == str(base) or x.startswith(f"{beside}{os.sep}")):
+                return os.path.relpath(x, base)
+        return x
+
+    text = json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) else str(x))
+    return relative(json.loads(text))
 
 
 def _write_record(
@@ -170,7 +221,7 @@ def command_now(step: Step, folder: Path) -> list[str]:
 def _is_outdated(step: Step, folder: Path) -> bool:
     """Return whether the result that is there was made by this call from other inputs."""
     made = _how_made(step, folder)
-    return made.get("config") == as_json(step.config) and made["inputs"] != step.inputs()
+    return made.get("config") == as_json(step.config, folder) and made["inputs"] != step.inputs()
 
 
 def _how_made(step: Step, folder: Path) -> dict[str, Any]:
@@ -185,37 +236,34 @@ def _how_made(step: Step, folder: Path) -> dict[str, Any]:
 def run_steps(
     missing: Sequence[Step],
     folder: Path,
-    run: Callable[[Step], Mapping[str, Any] | None],
+    run: Callable[[Step], None],
     *,
     log: Path | None = None,
     overwrite: bool = False,
-    after: Callable[[], None] | None = None,
 ) -> list[str]:
     """Run steps in order and record what became of each.
 
     Args:
         missing: Steps that are not done.
         folder: Folder of the records.
-        run: Runs a step and returns what else its record keeps; "failed" is why an optional step has failed. A raised
-            `NothingToMeasure` leaves the step out; any other error ends the work, unless the step is optional.
+        run: Runs a step. A raised `NothingToMeasure` leaves it out; any other error ends the work, unless the step is
+            optional.
         log: File for tracebacks of optional steps.
         overwrite: Delete the earlier result of a step that is left out or fails.
-        after: Called after each step that was run, when its record is written.
 
     Returns:
         What each optional step that failed has said.
     """
     with output_of_command() as output:
-        return _run_in_order(missing, folder, run, log, overwrite, after, output)
+        return _run_in_order(missing, folder, run, log, overwrite, output)
 
 
 def _run_in_order(
     missing: Sequence[Step],
     folder: Path,
-    run: Callable[[Step], Mapping[str, Any] | None],
+    run: Callable[[Step], None],
     log: Path | None,
     overwrite: bool,
-    after: Callable[[], None] | None,
     output: TextIO | None,
 ) -> list[str]:
     """Run steps as :func:`run_steps` does; `output` is where lines on their progress go, None for nowhere."""
@@ -236,11 +284,12 @@ def _run_in_order(
         later = [other.kind for other in missing[i + 1 :]]
         watcher = StepWatcher(step.name, step.kind, later, _mean_seconds(folder), output)
         started = time.perf_counter()
-        before = _state(step)
+        before = _state(step, folder)
         made = _how_made(step, folder)
+        more: dict[str, Any] = {}
         try:
             with watched(watcher):
-                more = run(step) or {}
+                run(step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:
@@ -250,17 +299,14 @@ def _run_in_order(
         except Exception as error:
             if not step.optional:
                 raise
-            more = {"failed": _describe_failure(step, error, log)}
-        if "failed" in more:
+            more["failed"] = _describe_failure(step, error, log)
             if overwrite:
                 step.result.unlink(missing_ok=True)
             elif step.result.is_file():
-                more = {**more, "kept": made}
+                more["kept"] = made
             failed.append(f"{step.name}: {more['failed']}")
             print(f"failed: {failed[-1]}", flush=True)
         _write_record(step, folder, before, time.perf_counter() - started, more)
-        if after is not None:
-            after()
     return failed
 
 
@@ -273,7 +319,7 @@ def _leave_out(
     """Record that a step was left out; a result from other inputs than are there now would be none of this work."""
     if overwrite or _is_outdated(step, folder):
         step.result.unlink(missing_ok=True)
-    _write_record(step, folder, _state(step), 0.0, {"left_out": reason})
+    _write_record(step, folder, _state(step, folder), 0.0, {"left_out": reason})
 
 
 def _describe_failure(step: Step, error: Exception, log: Path | None) -> str:

@@ -115,7 +115,7 @@ def read_scores(
     # the dataset, then its resamplings
     weights = torch.cat([torch.ones_like(weights[:1]), weights]).double()
     index = {site: sites.index(site) for site in (ENCODER, ADAPTER, PATCHES) if site in sites}
-    if PATCHES in sites and last in sites:  # a bare encoder
+    if last in sites:
         index[LAST_LAYER] = sites.index(last)
     vectors = {name: main_score(task, weights @ sums[i]) for name, i in index.items()}
     readings = {
@@ -159,7 +159,7 @@ def effects_by_row(
 
     Args:
         sites: Names of the sites.
-        last: The model's last layer, probed or not.
+        last: The last layer of a bare encoder, probed or not; None of a model with an LLM.
         strengths: The path.
         task: The task.
         path: The sums at the L solved strengths of each site, f[L, S, N, M].
@@ -193,7 +193,7 @@ def run_effects(
 
     Args:
         sites: Names of the sites.
-        last: The model's last layer, probed or not.
+        last: The last layer of a bare encoder, probed or not; None of a model with an LLM.
         task: The task.
         sums: Sums per image, f[S, N, M].
         weights: f[R, N], of the bootstrap.

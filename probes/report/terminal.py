@@ -88,6 +88,8 @@ def _format_sites(sites: Rows) -> list[str]:
 
 def _format_claims(claims: list[Entry], has_llm: bool) -> str:
     """Return the claims as a table for the terminal, with notes and reasons; the page has all columns."""
+    if not claims:
+        return "No claim can be judged from these sites."
     mask = ["attention"] if has_llm else []
     rows = [["claim", *mask, COLUMN_TITLES["optimum"].lower(), "beyond random", "conclusion"]]
     for claim in claims:

@@ -356,12 +356,6 @@ class FinishedRun:
         advice = "restore what was probed, or make the run again"
         check_same_identity({section: saved}, {section: now}, str(self.path), advice)
 
-    def check_unchanged(self) -> None:
-        """Raise a UserError if the model, the images or the masks are not those of the run any more."""
-        for split in ("training", "validation"):
-            self.dataset(split)
-        self._check_unchanged("model", self._model_identity)
-
     def _model_identity(self) -> dict[str, str]:
         """Return what identifies the model as it is now.
 

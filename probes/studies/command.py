@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if values.dry_run:
         from .estimate import print_estimate
 
-        print_estimate(config)
+        print_estimate(config, values.overwrite)
     else:
         from .run import run_study
 

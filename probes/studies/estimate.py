@@ -18,7 +18,7 @@ from probes.results.study import CONTROLS
 from .arms import arm_names, plan_arms
 from .config import StudyConfig
 from .plan import check, make_plan
-from .run import RUNS
+from .run import RUNS, find_work
 
 
 class Spread(NamedTuple):
@@ -34,10 +34,18 @@ SIMULATED = 20_000  # studies
 TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world, which yours need not")
 
 
-def print_estimate(study: StudyConfig) -> None:
-    """Print the steps, the time of a pass over the images, disk space, and the effect that can be detected."""
+def print_estimate(study: StudyConfig, overwrite: bool = False) -> None:
+    """Print the missing steps, the time of a pass over the images, disk space, and the effect that can be detected.
+
+    Raises:
+        UserError: The study cannot be run.
+    """
     check(study)
     steps = make_plan(study)
+    missing = find_work(study, steps, overwrite)
+    if not missing:
+        print(f"{study.out} is complete; nothing to do")
+        return
     left_out = [
         {
             "step": step.name,
@@ -47,13 +55,13 @@ def print_estimate(study: StudyConfig) -> None:
         for step in steps
         if step.why_left_out
     ]
-    steps = [step for step in steps if not step.why_left_out]
-    for step in steps:
+    missing = [step for step in missing if not step.why_left_out]
+    for step in missing:
         print(f"  {step.name}")
-    runs = [step for step in steps if step.kind in RUNS]
+    runs = [step for step in missing if step.kind in RUNS]
     arms = Counter(Path(step.name).name.rstrip("0123456789") for step in runs)
     kinds = ", ".join(f"{count} {arm}" for arm, count in arms.items())
-    print(f"{len(steps)} steps, {len(runs)} of them passes over the images: {kinds}")
+    print(f"{len(missing)} steps, {len(runs)} of them passes over the images: {kinds}")
     for line in describe_steps(left_out, LEFT_OUT):
         print(line)
     validation = open_split(study.probes.data, "validation")
@@ -64,9 +72,8 @@ def print_estimate(study: StudyConfig) -> None:
     else:
         masks = {arm.run.mask for arm in planned}
         print(describe_power(study, len(validation), len(masks)))
-    solved = [step.config for step in runs if step.kind == "solve"]
-    trained = [config for config in solved if not config.model.untrained]
-    if trained:
+    trained = [x.config for x in steps if x.kind == "solve" and not x.config.model.untrained]
+    if trained and any(step.kind == "solve" for step in runs):
         from probes.training.solve.command import dry_run
 
         dry_run(trained[0])

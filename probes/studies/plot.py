@@ -6,7 +6,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probes.analyses.style import COLOURS, curves, mask_colour
-from probes.models.sites import is_on_main_path
+from probes.models.sites import (
+    ADAPTER,
+    ENCODER,
+    is_encoder_layer,
+    is_layer,
+    is_on_main_path,
+    layer_number,
+)
 
 RANDOM = {
     "color": "lightgrey",
@@ -37,16 +44,29 @@ def plot_table(
     trained = [run for run in runs if run["weights"] == "trained"]
     trained.sort(key=lambda run: models.index(run["model"]))
     looks = {run["run"]: RANDOM for run in runs if run["weights"] != "trained"}
-    looks |= {run["run"]: _look(run, models, run["model"] in encoders) for run in trained}
+    seeds = table["seed"].nunique()
+    for run in trained:
+        look = _look(run, models, run["model"] in encoders)
+        look["label"] += f", seed {run['seed']}" * (seeds > 1)
+        looks[run["run"]] = look
     looks = {name: look | {"marker": "o", "ms": 3} for name, look in looks.items()}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in table.to_dict("records") if is_on_main_path(row["site"])]
-    curves(axes, rows, looks, x="site", by="run")
+    sites = sorted(filter(is_on_main_path, table["site"].unique()), key=_place)
+    rows = table[table["site"].isin(sites)].to_dict("records")
+    rows = [row | {"place": sites.index(row["site"])} for row in rows]
+    curves(axes, rows, looks, x="place", by="run")
     axes.set(ylabel=ylabel, title="grey: random weights")
-    axes.tick_params(axis="x", rotation=60)
+    axes.set_xticks(range(len(sites)), sites, rotation=60)
     axes.legend()
     return figure
+
+
+def _place(site: str) -> tuple[int, int]:
+    """Return where a site is from the pixels to the output, of models of any depth."""
+    kinds = (is_encoder_layer(site), site == ENCODER, site == ADAPTER, is_layer(site))
+    is_numbered = is_encoder_layer(site) or is_layer(site)
+    return [*kinds, True].index(True), layer_number(site) if is_numbered else 0
 
 
 def _look(run: dict[str, Any], models: list[str], is_encoder: bool) -> dict[str, Any]:

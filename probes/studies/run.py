@@ -23,15 +23,20 @@ import yaml
 from llava_bidir.common.arguments import check_is_list, check_is_text
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import NothingToMeasure, UserError
+from llava_bidir.common.identity import check_same_identity, named_identity
 from llava_bidir.common.imports import import_words
 from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, run_steps
 from probes.analyses.base import function_of
+from probes.data.registry import open_split, split_identity
+from probes.models.module_sources import source_identity
 from probes.report.terminal import format_results
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
-from probes.run_config import RunConfig
+from probes.results.steps import study_folder
+from probes.run_config import DataOptions, RunConfig
+from probes.tasks import SEGMENTATION
 
 from .config import StudyConfig, check_label
 from .parser import study_config
@@ -115,8 +120,7 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
     names = [*labels, *(study.arms or ())]
     part = "+".join(names).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        changed = _changed_runs(steps, overwrite)
-        missing = find_missing(steps, out, lambda step: step.name in changed)
+        missing = find_work(study, steps, overwrite)
         ready = _without_early_report(missing, out)
         failed = run_steps(
             ready,
@@ -141,6 +145,16 @@ def run_study(study: StudyConfig, overwrite: bool = False) -> None:
         )
 
 
+def find_work(study: StudyConfig, steps: list[Step], overwrite: bool) -> list[Step]:
+    """Return the steps of a study that are missing or were made from something else; print why one is done again.
+
+    Raises:
+        UserError: The folder holds results of other models, images or targets, which may not be overwritten.
+    """
+    changed = _changed_runs(study, overwrite)
+    return find_missing(steps, study.out, lambda step: changed.get(step.name, ""))
+
+
 def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     """Return the steps without the report if the trained model is not solved before it."""
     solved = [run.name for run in finished_runs(out)]
@@ -151,40 +165,58 @@ def _without_early_report(missing: list[Step], out: Path) -> list[Step]:
     return kept
 
 
-def _changed_runs(steps: list[Step], overwrite: bool) -> set[str]:
-    """Return the steps whose finished runs were made from other weights, images or targets than are there.
+def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
+    """Return how the folder's finished runs, by name, differ from the study in weights, images or targets, if they do.
 
     Raises:
-        UserError: There are some, and they may not be overwritten.
+        UserError: There are some, and they may not be overwritten, or the folder holds a study of other models.
     """
-    changed = set()
-    checked: dict[str, str | None] = {}  # by what runs were made from: what has changed since
-    for step in steps:
-        if step.kind not in RUNS or not step.result.is_file():
+    changed = {}
+    checked: dict[str, str] = {}  # by what runs were made from: the difference
+    held: dict[str, str] = {}  # models by label
+    for path in finished_runs(study.out):
+        if study_folder(path) not in (None, study.out):  # as in a demo's folder
             continue
-        run = open_run(step.result.parent)
+        run = open_run(path)
+        *_, label = ["", *path.relative_to(study.out).parts[:-1]]
+        if study_folder(path):
+            held.setdefault(label, run.manifest["config"]["mllm"])
+        if label not in study.models or run.task_name not in (SEGMENTATION, *study.tasks):
+            continue
         parts = [run.manifest["identity"][section] for section in ("data", "model")]
-        made_from = json.dumps([*_model_and_task(step), *parts])
+        made_from = json.dumps([label, run.task_name, *parts])
         if made_from not in checked:
-            checked[made_from] = _what_has_changed(run)
-        if (error := checked[made_from]) is not None:
-            if not overwrite:
-                raise UserError(f"{error}; or choose another --out, or --overwrite true")
-            changed.add(step.name)
+            checked[made_from] = _what_has_changed(run, study.models[label], study.probes.data)
+        if checked[made_from]:
+            changed[path.relative_to(study.out).as_posix()] = checked[made_from]
+    labels = held.keys() | study.models.keys()
+    if "" in labels and len(labels) > 1:  # a report would take one model for two
+        raise UserError(
+            f"{study.out} holds a study of {_describe_models(held)}, and this one is of "
+            f"{_describe_models(study.models)}; choose another --out"
+        )
+    if changed and not overwrite:
+        raise UserError(next(iter(changed.values())))
     return changed
 
 
-def _what_has_changed(run: FinishedRun) -> str | None:
-    """Return the error of a run whose model, images or targets have changed; None if they have not."""
+def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
+    """Return how model, images and targets differ from those that a run was made from; "" if they do not."""
+    now = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
+    for split in ("training", "validation"):
+        dataset = open_split(replace(data, task=run.task_name), split)
+        now["data"] |= split_identity(split, dataset)
+    saved = {section: run.manifest["identity"][section] for section in now}
+    source = f"{run.path}, of {run.manifest['config']['mllm']} on {run.manifest['data']['root']},"
     try:
-        run.check_unchanged()
+        check_same_identity(saved, now, source, "choose another --out, or --overwrite true")
     except UserError as error:
         return str(error)
-    return None
+    return ""
 
 
-def _model_and_task(step: Step) -> tuple[str, str]:
-    return step.config.model.mllm, step.config.data.task
+def _describe_models(models: dict[str, str]) -> str:
+    return ", ".join(f"{label}={path}" if label else path for label, path in models.items())
 
 
 # ---------------------------------------------------------------------------------------------------- one step
@@ -229,7 +261,10 @@ def _run_step(step: Step, config: Any, study: StudyConfig) -> None:
     if step.kind == "report":  # jobs of several arms may end together
         turn = exclusive_run_lock(study.out, "report-step", wait_s=REPORT_WAIT_S)
     with turn, _output_to(log_file):
-        print(f"{step.name}: probes {step.kind} with {json.dumps(as_json(config))}", flush=True)
+        print(
+            f"{step.name}: probes {step.kind} with {json.dumps(as_json(config, study.out))}",
+            flush=True,
+        )
         if step.kind in RUNS and uses_several_devices(study):
             _run_in_processes(step, config, study.out)
         else:

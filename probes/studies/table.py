@@ -12,7 +12,7 @@ from probes.analyses.base import table_row
 from probes.report.claim_table import HEADLINES, claim_rows
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
-from probes.results.study import given_labels, labels_of_models
+from probes.results.study import given_labels, labels_of_models, model_name
 
 if TYPE_CHECKING:  # pandas takes a second to import
     from matplotlib.figure import Figure
@@ -79,13 +79,13 @@ class Study:
         from .plot import plot_table
 
         table = self.table().query("metric == @metric and task == @task")
-        trained = table[table["weights"] == "trained"].drop_duplicates("run")
-        encoders = {
-            run["model"]
-            for run in trained.to_dict("records")
-            if not open_run(self.path / run["run"]).has_llm
-        }
-        return plot_table(table, metric, given_labels(self.path), encoders)
+        runs = {path: open_run(path) for path in finished_runs(self.path)}
+        given = given_labels(self.path)
+        names = {path: model_name(run) for path, run in runs.items()}  # as in the report
+        names |= labels_of_models(self.path, [*runs.values()], given)
+        table = table.assign(model=[names[self.path / run] for run in table["run"]])
+        encoders = {names[path] for path, run in runs.items() if not run.has_llm}
+        return plot_table(table, metric, given, encoders)
 
     def _repr_html_(self) -> str:
         return self.claims().to_html(index=False, float_format="{:.3f}".format)

@@ -187,7 +187,7 @@ def effects_of(
         sums_by_strength = task.sums(counted | path.counted)
     return run_effects(
         sites,
-        last_layer(probes.mllm.sites),
+        None if probes.mllm.has_llm else last_layer(probes.mllm.sites),
         task,
         task.sums(counted),
         weights,

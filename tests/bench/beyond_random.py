@@ -191,7 +191,7 @@ class Readout:
         sums = task.sums(counts._asdict())
         effects = run_effects(
             self.sites,
-            last_layer(mllm.sites),
+            None if mllm.has_llm else last_layer(mllm.sites),
             task,
             sums,
             self.weights,

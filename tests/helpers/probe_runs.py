@@ -288,7 +288,7 @@ def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
     """Return the effects of a run, computed from its counts."""
     return run_effects(
         run.sites,
-        run.last_layer,
+        None if run.has_llm else run.last_layer,
         run.task,
         run.sums,
         run.weights,

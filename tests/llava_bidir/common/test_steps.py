@@ -1,6 +1,9 @@
 """Steps are done once, and again if what they were made from has changed."""
 
 import json
+import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,14 @@ def chain(folder: Path, **options) -> list[Step]:
         )
         source = result
     return steps
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a call, as studies have them."""
+
+    out: Path
+    names: list[str]
 
 
 class Commands(list):
@@ -81,6 +92,55 @@ def test_what_was_made_from_something_changed_is_made_again(change, expected, fo
     run(steps, folder)
     change(folder)
     assert run(steps, folder) == expected
+
+
+@pytest.mark.parametrize("spelled", [Path, os.path.relpath])
+def test_work_that_was_moved_or_copied_is_done(spelled, tmp_path, monkeypatch):
+    """A copy of a finished demo was trained again: records had absolute paths."""
+    monkeypatch.chdir(tmp_path)
+
+    def steps(out: Path) -> list[Step]:
+        out = Path(spelled(out))
+        words = ("--out", f"{out}/b", "--data", f"{out}/data", "--same", "name", "--of", "/model")
+        config = Options(out / "b", [f"{out}/a"])
+        result = out / "b/result"
+        return [Step("b", words, result, kind="x"), Step("c", config, result, kind="x")]
+
+    out = tmp_path / "first/demo"
+    out.mkdir(parents=True)
+
+    def write(step: Step) -> None:
+        step.result.parent.mkdir(exist_ok=True)
+        step.result.write_text("made")
+
+    for logs in ("logs", ""):  # of the demo, and of a study
+        run_steps(steps(out), Path(spelled(out)) / logs, write)
+        assert "first" not in (out / logs / "steps/b.json").read_text()
+        shutil.copytree(out, tmp_path / "second/other", dirs_exist_ok=True)
+        copy = tmp_path / "second/other"
+        assert find_missing(steps(copy), Path(spelled(copy)) / logs) == []
+    other = replace(steps(out)[0], config=("--out", "/elsewhere"))
+    assert find_missing([other], out) == [other], "a path outside of the folder is an option"
+
+
+def test_a_step_that_is_done_again_says_why(folder, capsys):
+    first, second, third = chain(folder)
+
+    def said(*steps: Step) -> str:
+        find_missing(steps, folder, lambda step: "asked" * (step.name == "c"))
+        return capsys.readouterr().out
+
+    assert said(first, second) == "", "they were never done"
+    run([first, second, third], folder)
+    capsys.readouterr()
+    assert said(first, second, third) == "c again: asked\n"
+    other = replace(second, config=("llava-bidir", "fit", "--name", "x", "--ckpt_path", "last"))
+    assert said(first, other) == "b again: --name was b, and is x\n"
+    (folder / "data.json").write_text("second")
+    expected = ["a again: data.json has changed", "b again: it reads the result of a"]
+    assert said(first, second).splitlines() == expected
+    first.result.unlink()
+    assert said(first).startswith(f"a again: {first.result} is gone")
 
 
 def test_another_command_is_run_with_all_that_read_its_result(folder):

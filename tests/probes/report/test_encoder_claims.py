@@ -8,6 +8,7 @@ import pytest
 
 from probes.cli import main
 from probes.report.claims import evaluate_claims
+from probes.report.encoder_layers import best_layer, describe_best_layer
 from probes.report.page import write_report
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
@@ -60,6 +61,20 @@ def test_gains_are_over_the_patch_embeddings_and_the_last_layer(claims_of):
     assert claims["layer_gain"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_00"])
     assert claims["over_last"]["value"] == pytest.approx(miou["layer_02"] - miou["layer_03"])
     assert claims["over_last"]["conclusion"] == claims["layer_gain"]["conclusion"] == "supported"
+
+
+@pytest.mark.parametrize("kind", ["encoder", "mllm"])
+def test_a_last_layer_that_was_probed_without_the_patches_is_compared(write, kind):
+    """The page said that it was not probed, beside its score. No last layer of an LLM is compared."""
+    run = write("trained", PEAK[2:], solved=True, sites=SITES[2:], model_kind=kind)
+    claims = {claim["claim"]: claim for claim in evaluate_claims(*read_studies([run]))}
+    sites = ProbeRun(run).metrics["sites"]
+    assert list(claims) == ["over_last"] * (kind == "encoder")
+    if claims:
+        difference = sites[0]["miou"] - sites[1]["miou"]
+        assert claims["over_last"]["value"] == pytest.approx(difference)
+        best = best_layer(ProbeRun(run), list(claims.values()))
+        assert "not probed" not in describe_best_layer(best)
 
 
 def test_where_the_last_layer_is_the_best_none_reads_better(claims_of):

@@ -263,7 +263,9 @@ def test_commands_that_need_an_llm_say_so_of_an_encoder(study, command, capsys):
         main([*command, run])
 
 
-def test_the_final_norm_alone_has_a_page(parts, tmp_path):
+def test_the_final_norm_alone_has_a_page_and_no_table_of_claims(parts, tmp_path, capsys):
     options = (*OPTIONS, "--model.sites", "[final_norm]")
     run_study(study_of({"": parts[0]}, parts[1], tmp_path, draws=0, options=options))
     assert (tmp_path / "report/index.html").is_file()
+    said = capsys.readouterr().out
+    assert "No claim can be judged" in said and "conclusion" not in said

@@ -211,6 +211,27 @@ def test_the_plot_has_the_labels_and_the_order_that_the_study_was_given(tmp_path
     ]
 
 
+def test_the_plot_has_each_site_in_its_place_and_each_line_its_own_label(tmp_path):
+    """The final norm stood between layers, where lines folded back, and models of one folder's name had one label."""
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
+    layers = [f"layer_{i:02d}" for i in range(1, 13)]
+    deep = ["encoder", "adapter", *layers, "final_norm"]
+    runs = {
+        "other": ["adapter", *layers[:2], "final_norm"],
+        "deep": deep,
+        "shallow": ["encoder_03", "encoder", *layers[:6], "final_norm"],
+    }
+    for name, sites in runs.items():
+        write = {"sites": sites, "encoder": name, "root": tmp_path}
+        probe_runs.write_run(tmp_path / name / "trained", [0.5] * len(sites), **write)
+    axes = probes.Study(tmp_path).plot().axes[0]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["encoder_03", *deep]
+    lines = {line.get_label(): [*line.get_xdata()] for line in axes.get_lines()}
+    expected = {f"{x} + vicuna-7b-v1.5, causal, trained probes": sites for x, sites in runs.items()}
+    assert lines == {label: [*map(names.index, sites)] for label, sites in expected.items()}
+
+
 def test_a_model_has_its_name_whether_the_folder_is_a_path_or_a_string(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"classes": ["sky", "wall", "road"]}))
     probe_runs.write_run(tmp_path / "trained", [0.6, 0.5, 0.6, 0.5], root=tmp_path)
@@ -252,6 +273,68 @@ def test_a_second_call_does_nothing_and_a_new_draw_no_more(
     assert (out / "table.csv").is_file()
     assert "random0/knockout" in said
     assert "random1/knockout" not in said
+
+
+def test_a_folder_of_other_models_or_data_is_refused_before_any_work(
+    checkpoints, segmentation, tmp_path, capsys
+):
+    """Arms of the second model were solved beside those of the first, and no report could be made of either."""
+    data = tmp_path / "data"
+    shutil.copytree(segmentation, data)
+    out = tmp_path / "study"
+    causal, other = (str(checkpoints[mask]) for mask in ("causal", "bidirectional"))
+    little = [*OPTIONS[:-3], "--model.sites", "[adapter, layer_03]", "--strengths", "1e-1"]
+
+    def study(*models: str, more: tuple[str, ...] = (), arm: str = "trained") -> str:
+        words = [*models, str(data), "--out", str(out), *little, "--only", "solve", "--arms", arm]
+        main(["study", *words, *more])
+        return capsys.readouterr().out
+
+    study(causal)
+    before = run_bytes(out)
+    held = f"{out} holds a study of {causal}, and this one is of"
+    made_from = f"trained, of {causal} on {data}, belongs to a run with model.mllm/"
+    for dry in ((), ("--dry-run",)):
+        for models, message in (
+            ((f"a={causal}", f"b={other}"), f"{held} a={causal}, b={other}; choose another --out"),
+            ((f"a={causal}",), f"{held} a={causal}; choose another --out"),
+            ((other,), made_from),
+        ):
+            with pytest.raises(SystemExit, match=re.escape(message)):
+                study(*models, more=dry)
+        with pytest.raises(SystemExit, match=re.escape(made_from)):
+            study(other, arm="random0", more=dry)
+        assert study(causal, more=dry) == f"{out} is complete; nothing to do\n"
+    assert run_bytes(out) == before
+
+
+def test_a_study_whose_data_or_folder_were_moved_solves_nothing_again(
+    checkpoints, segmentation, tmp_path, capsys
+):
+    """By content, which is compared also for arms that are not solved yet."""
+
+    def study(place: str, arm: str) -> str:
+        probes.study(
+            checkpoints["causal"],
+            tmp_path / place / "data",
+            out=tmp_path / place / "study",
+            only=["solve"],
+            arms=[arm],
+            options=LITTLE_PROBES | {"model": {"sites": ["adapter", "layer_03"]}},
+            configs=["demo/probes"],
+        )
+        return capsys.readouterr().out
+
+    shutil.copytree(segmentation, tmp_path / "first/data")
+    study("first", "trained")
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert study("second", "trained") == f"{tmp_path / 'second/study'} is complete; nothing to do\n"
+    before = run_bytes(tmp_path / "second/study/trained")
+    masks = sorted((tmp_path / "second/data/annotations/training").iterdir())
+    masks[0].write_bytes(masks[1].read_bytes())
+    with pytest.raises(UserError, match="data.training_masks=.*choose another --out"):
+        study("second", "random0")
+    assert run_bytes(tmp_path / "second/study/trained") == before
 
 
 def test_a_dry_run_writes_nothing(

@@ -51,7 +51,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(run, "write_table", lambda out, labels: None)
     monkeypatch.setattr(run, "format_results", lambda results: "")
-    monkeypatch.setattr(run, "_changed_runs", lambda *_: set())
+    monkeypatch.setattr(run, "_changed_runs", lambda *_: {})
     return names
 
 

@@ -44,10 +44,9 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
-        message = str(error)
-        if re.match(r"Caught \w+ in DataLoader worker", message):  # torch prepends the traceback
-            message = re.split(r"\n[\w.]+: ", message)[-1].strip()
-        sys.exit(f"{program}: {message}")
+        # torch prepends the traceback of a worker
+        message = re.sub(r"(?s)Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", str(error))
+        sys.exit(f"{program}: {message.strip()}")
 
 
 @contextmanager

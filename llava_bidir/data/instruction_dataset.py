@@ -100,7 +100,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - problem: str, why the record cannot be trained on, "" if it can
 
     Raises:
-        UserError: The file cannot be read, or is not a JSON list with records.
+        UserError: The file cannot be read, is not a JSON list with records, or cannot be cached.
     """
     path = Path(path)
     check_annotations(path)
@@ -114,9 +114,15 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
             gen_kwargs=source,
             writer_batch_size=WRITER_BATCH_SIZE,
         )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise UserError(str(error.__cause__)) from None
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"the records of {path} cannot be cached in {datasets.config.HF_DATASETS_CACHE}: {cause}; set HF_HOME "
+                "to a folder with space that can be written"
+            ) from error
         raise
 
 

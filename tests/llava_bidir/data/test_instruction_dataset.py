@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import small_disks
 import tiny_models
 import torch
 from hypothesis import given
@@ -250,6 +251,20 @@ before, peaks = held(), []
 threading.Thread(target=watch, daemon=True).start()
 print(len(read_annotations(sys.argv[1])), max(peaks) - before)
 """
+
+
+@pytest.mark.parametrize("place", ["read-only", "full"])
+def test_records_that_cannot_be_cached_are_an_error_that_names_hf_home(
+    place, tmp_path, monkeypatch
+):
+    """It was a traceback of `datasets`."""
+    options = {"read-only": "ro", "full": "size=4k"}[place]
+    with small_disks.mounted(tmp_path / "home", options) as home:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+        text = record(image=None, conversations=turns("what", "a cat" * 5000))
+        message = f"cannot be cached in {home}/cache: .*; set HF_HOME to a folder"
+        with pytest.raises(ValueError, match=message):
+            read_annotations(write(tmp_path / "data.json", [text]))
 
 
 @pytest.mark.slow

@@ -62,8 +62,8 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ),
         ("probes verify-data --worker 2", "probes verify-data: ", "--workers"),
         (
-            f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one",
-            "argument --index: invalid int value",
+            f"llava-bidir verify-data -c stage2 -c clip {RECORDS} --show one",
+            "argument --show: invalid int value",
             None,
         ),
     ],

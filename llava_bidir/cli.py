@@ -34,11 +34,10 @@ ABSENT = {  # where a user of LightningCLI looks
     ),
 }
 MODULES = {
-    "inspect": "llava_bidir.commands.inspect_data",
     "verify-data": "llava_bidir.commands.verify_data",
 }
 DATA = {
-    "-c NAME": "config by name or path; later ones replace the values of earlier ones (`llava-bidir configs`)",
+    "-c NAME": "config by name or path; later ones replace the values of earlier ones",
     "--data.annotations FILE": "LLaVA's JSON with conversations",
     "--data.images DIR": "folder of the images",
 }
@@ -69,15 +68,10 @@ HELP["verify-data"] = ShortHelp(
     + OTHERS
     + ".",
     "llava-bidir verify-data -c stage2 -c clip --data.annotations mix.json --data.images IMAGES",
-    DATA | {"--decode": "also decode every image", "--json FILE": "write what is wrong to a file"},
-)
-HELP["inspect"] = ShortHelp(
-    "Show the tokens, labels and attention mask of records" + OTHERS + ".",
-    "llava-bidir inspect -c stage2 -c clip --data.annotations mix.json --data.images IMAGES --index 0 7",
     DATA
     | {
-        "--index I ...": "indices of the records (default: 0)",
-        "--json": "print one JSON object per line",
+        "--show I ...": "show tokens, labels and attention mask of these records instead",
+        "--json": "print JSON",
     },
 )
 

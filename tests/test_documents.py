@@ -93,7 +93,7 @@ OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[
 def takes_config(command: str) -> bool:
     """Whether LightningCLI parses the command."""
     words = shlex.split(command)
-    return len(words) > 1 and words[1] in "fit validate test solve verify-data inspect".split()
+    return len(words) > 1 and words[1] in "fit validate test solve verify-data".split()
 
 
 # ------------------------------------------------------------------------------------------------------ links

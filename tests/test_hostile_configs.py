@@ -124,7 +124,7 @@ def test_unknown_image_attention_is_one_line(arguments, tmp_path):
     message = r"^llava-bidir: model.image_attention: unknown image_attention 'nonsense'; registered: bidirectional, ca"
     more = f"--model.image_attention nonsense --out {tmp_path}".split()
     argv = [*arguments["llava_bidir"], *more]
-    for command in ("fit", "inspect"):
+    for command in ("fit", "verify-data"):
         with pytest.raises(SystemExit, match=message):
             llava_bidir.cli.main([command, *argv])
 

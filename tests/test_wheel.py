@@ -90,7 +90,8 @@ def test_configs_are_found_in_a_clone_on_a_system_without_links(built, tmp_path)
     link = tmp_path / "clone/llava_bidir/configs"
     link.unlink()
     link.write_text("../configs")  # as git writes it there
-    command = [sys.executable, "-m", "llava_bidir", "configs"]
+    code = "from llava_bidir.common.configs import config_names; print(*config_names())"
+    command = [sys.executable, "-c", code]
     variables = os.environ | {"PYTHONPATH": str(tmp_path / "clone")}
     assert "cluster/zero3" in run_command(command, cwd=tmp_path, env=variables).stdout
 

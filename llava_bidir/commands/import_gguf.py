@@ -1,16 +1,24 @@
-"""`llava-bidir import-gguf`: convert a GGUF file to a Hugging Face directory."""
+"""Convert a GGUF file to a Hugging Face directory: `python -m llava_bidir.commands.import_gguf FILE OUT`."""
 
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
-from llava_bidir.command_options import ImportGGUFOptions
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
@@ -27,6 +35,10 @@ YARN = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+PRE = "tokenizer.ggml.pre"
+# Names of GPT-2's splits of a text, which transformers' reader takes for any name that it does not know; SmolLM's has
+# each digit apart. Source: llama.cpp, src/llama-vocab.cpp.
+OF_GPT2 = ("gpt-2", "phi-2", "smollm")
 
 
 def import_gguf(file: Path, out: Path) -> None:
@@ -37,8 +49,8 @@ def import_gguf(file: Path, out: Path) -> None:
         out: Directory to write; it must not exist, or be empty.
 
     Raises:
-        UserError: The file is not GGUF, damaged, of another architecture, or has rotary positions, scales or caps that
-            cannot be kept, `out` contains files, or the package gguf is not installed.
+        UserError: The file is not GGUF, damaged, of another architecture, or has rotary positions, scales, caps or
+            splits of texts that cannot be kept, `out` contains files, or the package gguf is not installed.
     """
     if not is_gguf_available():
         raise UserError(
@@ -50,6 +62,7 @@ def import_gguf(file: Path, out: Path) -> None:
     count = sum(int(tensor.n_elements) for tensor in reader.tensors)
     source = {"path": str(file.parent), "gguf_file": file.name}
     tokenizer = read_pretrained(str(file), AutoTokenizer, **source)
+    _set_split(tokenizer, reader, file)
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     read = load_weights(str(file), AutoModelForCausalLM, **source, **options)
@@ -76,6 +89,32 @@ def _open(file: Path) -> "GGUFReader":
         raise UserError(f"{file} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}")
     with error_context(f"{file} is damaged; download it again"):
         return GGUFReader(file)
+
+
+def _set_split(tokenizer: PreTrainedTokenizerBase, reader: "GGUFReader", file: Path) -> None:
+    """Let a byte-level tokenizer split texts as its GGUF file says.
+
+    Raises:
+        UserError: The file does not say it, or names a split that is not known.
+    """
+    kind, name = (
+        reader.fields[key].contents() if key in reader.fields else None
+        for key in ("tokenizer.ggml.model", PRE)
+    )
+    if kind != "gpt2" or name in GGUF_PRE_TOKENIZER_SPLITS:
+        return
+    if name not in OF_GPT2:
+        raise UserError(
+            f"{file} has {PRE} {name!r}, so that texts would have other ids than in the model's training; expected one "
+            f"of {', '.join(sorted([*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2]))}. Use transformers' format"
+        )
+    if name == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
 
 
 def _apply_metadata(config: PreTrainedConfig, values: dict[str, Any], file: Path) -> None:
@@ -175,7 +214,10 @@ def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
         )
 
 
-def run(options: ImportGGUFOptions) -> None:
-    """Run `llava-bidir import-gguf`."""
-    import_gguf(options.file, options.out)
-    print(options.out)
+def main(words: list[str]) -> None:
+    """Import FILE to OUT."""
+    import_gguf(*map(Path, words))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

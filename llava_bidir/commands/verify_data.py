@@ -1,327 +1,182 @@
-"""`llava-bidir verify-data`: check every record and image of a training config before using GPU time.
+"""`llava-bidir verify-data`: encode every record and open every image of a training config before using GPU time.
 
-Tokenising is slow, so records that cannot exceed `data.max_length` by a bound on their tokens are not tokenised. Only
-image headers are read, unless `--decode` is set.
+`--show` prints what the model is fed with, without loading weights. Shapes: N sequence.
 """
 
-import functools
+import json
 import os
-from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import datasets
-from PIL import Image
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import LlamaConfig
 
-from llava_bidir.common.atomic_io import check_suffix, read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.loader_workers import usable_cores, worker_options
-from llava_bidir.common.usage_errors import ArgumentParser, natural
+from llava_bidir.common.loader_workers import worker_options
+from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, token_upper_bound
-from llava_bidir.data.image_folder import BadImage, ImageFolder, read_header, read_image
-from llava_bidir.data.instruction_dataset import (
-    LATE_IMAGES,
-    fingerprint,
-    has_first_answer,
-    image_names,
-    keys_like_image,
-    read_annotations,
-)
-from llava_bidir.data.json_stream import LOST
-from llava_bidir.data.shared_images import describe_shared, shared_images
+from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, usable_turns
+from llava_bidir.data.image_folder import BadImage, ImageFolder, read_image
+from llava_bidir.data.instruction_dataset import LATE_IMAGES, has_first_answer, read_annotations
+from llava_bidir.model.build import EXTRA_TOKENS, check_image_attention
+from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
 # Kinds of findings, and what training does with such records.
 KINDS = {
-    "broken": "the record cannot be trained on: `fit` stops",
-    "missing": "the image does not exist: `fit` stops",
-    "corrupt": "the image cannot be read or is too large: `fit` stops",
-    "outside": "a symlink leads out of data.images: `fit` stops, unless data.follow_links is true",
-    "renamed": "the image format differs from the suffix: read by its content, the first frame of an animation",
-    "too_long": "truncated to data.max_length",
-    "unsupervised": "no token to train on: the sample does not count",
-    "unanswered": "no first answer to compare with: `fit` and `validate` stop",
-    "unread_image": "the image is under a key that is not read: trained as text",
-    "placeholder_without_image": "there is no image: `<image>` is trained as ordinary text",
-    "image_without_placeholder": "no `<image>` in the text: the image is not shown",
-    "lost_characters": "the text has U+FFFD, or half of a surrogate pair, where a character was lost: trained as such",
-    "image_in_answer": "`<image>` in an answer: the image is shown there, too, as in LLaVA",
-    "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
+    "broken": "the record cannot be used: `fit` stops",
+    "image": "the image cannot be used: `fit` stops",
+    "truncated": "answers are cut off at data.max_length",
+    "not_shown": f"an image without {IMAGE}, or {IMAGE} without an image: trained as text",
+    "image_in_answer": f"{IMAGE} in an answer: the image is shown there, too, as in LLaVA",
+    "special_token": "an answer with the text of a special token: trained as that token, as in LLaVA",
 }
-# What is worth knowing, but no fault: it does not change the exit status.
-NOTES = {
-    "rotated": "EXIF orientation: trained as stored, as in LLaVA, while viewers show it turned",
-}
-RECORDS_PER_BATCH = 256
-EXAMPLES = 3  # printed findings per kind; the JSON contains all
+LISTED = 20  # findings of a kind in the text; the JSON has all
 
 
+@dataclass
 class RecordFindings(Dataset):
-    """Findings and notes per record: a list of {"index", "id", "kind", "detail"}.
+    """Findings by record: a list of {"index", "id", "kind", "detail"}.
 
     Args:
         records: From :func:`llava_bidir.data.instruction_dataset.read_annotations`.
         images: Folder of the records' images.
         collate: Encodes the records in training.
-        decode: Decode images instead of reading their headers.
         image_attention: Mask of the training.
         is_validation: The records are questions, whose first answers are compared.
     """
 
-    def __init__(
-        self,
-        records: datasets.Dataset,
-        images: ImageFolder,
-        collate: Collate,
-        decode: bool = False,
-        image_attention: str = "causal",
-        is_validation: bool = False,
-    ):
-        self.is_validation = is_validation
-        self.records = records
-        self.images = images
-        self.collate = collate
-        self.decode = decode
-        self.late_images = LATE_IMAGES.get(image_attention)
+    records: datasets.Dataset
+    images: ImageFolder
+    collate: Collate
+    image_attention: str = "causal"
+    is_validation: bool = False
+
+    def __post_init__(self):
+        added = self.collate.processor.tokenizer.added_tokens_decoder.values()
+        # those of ours are hidden from the tokenizer where they are text
+        self.special = {token.content for token in added if token.special} - {*EXTRA_TOKENS}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         record = self.records[index]
-        findings = self.check(record)
-        return [
-            {
-                "index": index,
-                "id": record["id"],
-                "kind": kind,
-                "detail": detail,
-            }
-            for kind, detail in findings
-        ]
-
-    def check(self, record: dict) -> list[tuple[str, str]]:
-        """Return (kind, detail) of each finding about a record."""
-        if record["problem"]:
-            return [("broken", record["problem"])]
-        if self.is_validation and not has_first_answer(record["conversations"]):
-            return [("unanswered", f"{record['answers']} answers that are not empty")]
-        findings = self.check_tokens(record) + check_placeholders(record)
-        lost = sum(turn["value"].count(LOST) for turn in record["conversations"])
-        if lost:
-            findings.append(("lost_characters", f"{lost} characters"))
-        if self.late_images and record[self.late_images]:
-            findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
-        if record["shown"]:  # training reads no other image
-            findings += check_image(self.images, record["image"], self.decode)
-        return findings
-
-    def check_tokens(self, record: dict) -> list[tuple[str, str]]:
-        """Return findings about the number of tokens and of supervised tokens."""
-        collate = self.collate
-        turns = record["conversations"]
-        tokenizer = self.collate.processor.tokenizer
-        has_image = record["shown"] > 0
-        # `plain` supervises at least a newline
-        is_supervised = collate.template == "plain" or record["answers"] > 0
-        findings = []
         try:
-            bound = token_upper_bound(
-                turns, tokenizer, collate.template, collate.image_tokens if has_image else None
-            )
-            if bound > collate.max_length:
-                ids, labels = collate.encode_untruncated(turns, has_image)
-                if len(ids) > collate.max_length:
-                    findings.append(("too_long", f"{len(ids)} tokens"))
-                is_supervised = any(
-                    label != IGNORE_INDEX for label in labels[1 : collate.max_length]
-                )
+            found = self.check(record)
         except UserError as error:
-            return [("broken", str(error))]
-        if not is_supervised:
-            findings.append(("unsupervised", f"{record['answers']} answers that are not empty"))
-        return findings
+            found = {"image" if isinstance(error, BadImage) else "broken": str(error)}
+        about = {"index": index, "id": record["id"]}
+        return [about | {"kind": kind, "detail": detail} for kind, detail in found.items()]
+
+    def check(self, record: dict) -> dict[str, str]:
+        """Return what is wrong with a record by kind; raise a UserError where `fit` would."""
+        turns = record["conversations"]
+        if record["problem"]:
+            raise UserError(record["problem"])
+        if self.is_validation and not has_first_answer(turns):
+            raise UserError("there is no first answer to compare with")
+        if record.get(LATE_IMAGES.get(self.image_attention)):
+            raise UserError(f"tokens before an image see the answer: {self.image_attention}")
+        shown = record["shown"] > 0
+        ids, labels = self.collate.encode_untruncated(turns, shown)
+        image = read_image(self.images.file(record["image"])) if shown else None
+        self.collate.pixels([record | {"image": image}], [ids])
+        answers = "\n".join(turn["value"] for turn in usable_turns(turns)[1::2])
+        special = sorted(token for token in self.special if token in answers)
+        cut = sum(label != IGNORE_INDEX for label in labels[self.collate.max_length :])
+        unshown = [] if shown else [record["image"]] + [IMAGE] * record["placeholders"]
+        found = {
+            "truncated": f"{cut} of {len(ids)} tokens" if cut else "",
+            "not_shown": " ".join(filter(None, unshown)),
+            "image_in_answer": IMAGE if shown and IMAGE in answers else "",
+            "special_token": " ".join(special),
+        }
+        return {kind: detail for kind, detail in found.items() if detail}
 
 
-def check_placeholders(record: dict) -> list[tuple[str, str]]:
-    """Return findings about images and `<image>` in the text that do not belong to each other."""
-    if record["in_answers"]:
-        return [("image_in_answer", f"{record['in_answers']} answers")]
-    if record["shown"]:
-        return []
-    if record["image"]:
-        return [
-            (
-                "image_without_placeholder",
-                f"{record['image']!r}; {record['placeholders']} in another spelling",
-            )
-        ]
-    unread = keys_like_image(record)
-    if unread:
-        return [
-            ("unread_image", f"key {', '.join(map(repr, unread))}; expected 'image' with one path")
-        ]
-    if record["placeholders"]:
-        return [("placeholder_without_image", f"{record['placeholders']} turns")]
-    return []
+def format_findings(file: dict[str, Any]) -> str:
+    """Return the number of findings of each kind in a file, and the first of them."""
+    lines = [f"{file['path']}: {file['records']:,} records, {len(file['findings']):,} findings"]
+    for kind, meaning in KINDS.items():
+        found = [finding for finding in file["findings"] if finding["kind"] == kind]
+        lines += [f"  {len(found):,} {kind}: {meaning}"] if found else []
+        lines += [f"    record {x['index']} ({x['id']!r}): {x['detail']}" for x in found[:LISTED]]
+        lines += ["    ...; --json lists all"] if found[LISTED:] else []
+    return "\n".join(lines)
 
 
-def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str, str]]:
-    """Return the findings about an image file; `decode` also detects truncated files."""
-    try:
-        path = images.file(name)
-        actual, tag = read_header(path)
-        if decode:
-            read_image(path)
-    except BadImage as error:
-        return [(error.kind, str(error))]
-    found = [] if tag == 1 else [("rotated", f"{path}: orientation {tag}")]
-    expected = _format_of_suffix(path.suffix.lower())
-    # MPO: a JPEG with further images
-    if expected not in (None, actual) and (expected, actual) != ("JPEG", "MPO"):
-        found.append(("renamed", f"{path}: {actual}, not {expected}"))
-    return found
+def show_record(record: dict, collate: Collate) -> dict[str, Any]:
+    """Return a record as {"id", "template", "input_ids", "labels", "image_spans": [[start, end]], "text"}."""
+    ids, labels = collate.encode(record | {"image": record["image"] if record["shown"] else None})
+    image_id = collate.processor.image_token_id
+    starts = [i for i, token in enumerate(ids) if token == image_id][:: collate.image_tokens]
+    spans = [[start, start + collate.image_tokens] for start in starts]
+    inside = {i for start, end in spans for i in range(start + 1, end)}
+    shown = {"id": record["id"], "template": collate.template, "input_ids": ids, "labels": labels}
+    text = collate.processor.tokenizer.decode([x for i, x in enumerate(ids) if i not in inside])
+    return shown | {"image_spans": spans, "text": text}
 
 
-@functools.cache
-def _format_of_suffix(suffix: str) -> str | None:
-    return Image.registered_extensions().get(suffix)
+def format_record(shown: dict[str, Any], collate: Collate, image_attention: str) -> str:
+    r"""Return a record of :func:`show_record` with supervised tokens in brackets, and the mask by segments."""
+    lines = [f"{shown['id']}  ({shown['template']}, {len(shown['input_ids'])} tokens)"]
+    is_image = torch.tensor([shown["input_ids"]]) == collate.processor.image_token_id
+    tokens = zip(shown["input_ids"], shown["labels"], is_image[0].tolist(), strict=True)
+    for (image, trained), group in groupby(tokens, key=lambda x: (x[2], x[1] != IGNORE_INDEX)):
+        ids = [token for token, *_ in group]
+        text = f"<{len(ids)} image tokens>" if image else collate.processor.tokenizer.decode(ids)
+        lines.append(f"  trained [{text}]" if trained else f"          {text}")
+    llm_config = LlamaConfig(attn_implementation="sdpa")  # the mask depends on the backend only
+    mask = build_mask(image_attention, llm_config, is_image)[0, 0]
+    lines += ["", "  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
+    lengths = is_image[0].unique_consecutive(return_counts=True)[1].tolist()
+    for i, rows in enumerate(mask.split(lengths)):
+        kind = "image" if bool(is_image[0, 0]) == (i % 2 == 0) else "text"
+        cells = " ".join(map(_cell, rows.split(lengths, dim=1)))
+        lines.append(f"  {kind:>5} {len(rows):>4}  {cells}")
+    return "\n".join(lines)
 
 
-def find_problems(dataset: RecordFindings, workers: int) -> list[dict[str, Any]]:
-    """Return the findings about all records, checked in `workers` processes; 0 checks in this process."""
-    loader = DataLoader(
-        dataset,
-        batch_size=RECORDS_PER_BATCH,
-        collate_fn=list,
-        **worker_options(workers),
-    )
-    with tqdm(total=len(dataset), unit=" records") as bar:
-        findings = []
-        for batch in loader:
-            findings += [finding for record in batch for finding in record]
-            bar.update(len(batch))
-    return findings
-
-
-def format_result(result: dict) -> str:
-    """Return the number of findings per kind and the first of each kind as text."""
-    lines = [f"{result['file']['path']}: {result['records']:,} records"]
-    for kind, meaning in (KINDS | NOTES).items():
-        if not result["counts"][kind]:
-            continue
-        lines.append(f"  {result['counts'][kind]:>9,} {kind}: {meaning}")
-        examples = [finding for finding in result["findings"] if finding["kind"] == kind][:EXAMPLES]
-        lines += [
-            f"            record {f['index']} (id {f['id']!r}): {f['detail']}" for f in examples
-        ]
-    if result["unread"]:
-        keys = ", ".join(f"{key} ({count:,})" for key, count in result["unread"].items())
-        lines.append(f"  keys that are not read: {keys}")
-    return "\n".join(lines if has_faults(result) else [*lines, "  no findings"])
-
-
-def has_faults(result: dict) -> bool:
-    """Return whether a file has findings; notes are none."""
-    return any(result["counts"][kind] for kind in KINDS)
-
-
-def unread_keys(records: datasets.Dataset) -> dict[str, int]:
-    """Return the number of records by key that is not read, most frequent first."""
-    counts: Counter[str] = Counter()
-    for value in records.data.column("unread").value_counts().to_pylist():
-        for key in value["values"].splitlines():
-            counts[key] += value["counts"]
-    return dict(counts.most_common())
-
-
-def describe_file(file: Path, records: datasets.Dataset, findings: list[dict]) -> dict[str, Any]:
-    """Return what was found in a file of annotations, an entry of "files" in the JSON."""
-    kinds = Counter(finding["kind"] for finding in findings)
-    return {
-        "file": fingerprint(file),
-        "records": len(records),
-        "counts": {kind: kinds[kind] for kind in KINDS | NOTES},
-        "unread": unread_keys(records),
-        "findings": findings,
-    }
-
-
-def check_json(file: Path) -> None:
-    """Raise unless `--json` is the name of a JSON file that does not exist, or of earlier findings.
-
-    Raises:
-        UserError: It is another file, for example the annotations.
-    """
-    check_suffix(file, ".json")
-    if not file.exists():
-        return
-    try:
-        found = read_json(file)
-    except UserError:
-        found = {}
-    if "files" not in found:
-        raise UserError(f"--json {file} exists and holds no findings; choose another file")
+def _cell(part: torch.Tensor) -> str:
+    """Return the character of a part bool[R, C] of a mask."""
+    patterns = {"#": torch.ones_like(part), ".": torch.zeros_like(part)}
+    patterns["\\"] = patterns["#"].tril()
+    return next((name for name, x in patterns.items() if torch.equal(part, x)), "?")
 
 
 def main(argv: list[str]) -> None:
-    """Run `llava-bidir verify-data`.
-
-    Raises:
-        SystemExit: With status 1 if there are findings.
-    """
-    parser = ArgumentParser(
-        prog="llava-bidir verify-data",
-        description="Check every record and image header of data.annotations and data.val_annotations. The exit status "
-        "is 1 if there are findings. All other options are those of `llava-bidir fit` (-c CONFIG ..., "
-        "--data.annotations ..., ...).",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write the findings to this file",
-    )
-    parser.add_argument(
-        "--workers",
-        type=natural,
-        default=usable_cores(),
-        help="number of processes",
-    )
-    parser.add_argument(
-        "--decode",
-        action="store_true",
-        help="decode every image, which also detects truncated files",
-    )
+    """Run `llava-bidir verify-data`; the exit status is 1 if there are findings."""
+    parser = ArgumentParser(prog="llava-bidir verify-data")
+    parser.add_argument("--show", type=int, nargs="+", default=[])
+    parser.add_argument("--json", action="store_true")
     args, config = parser.parse_known_args(argv[1:])
-    if args.json:
-        check_json(args.json)
     cli = build_data_cli(config, parser.prog)
     data = cli.datamodule
+    mask = cli.model.hparams.image_attention
+    check_image_attention(mask)
+    records = read_annotations(data.annotations)
+    for index in args.show:
+        if not 0 <= index < len(records):
+            raise UserError(f"--show {index}: {data.annotations} has records 0..{len(records) - 1}")
+        shown = show_record(records[index], data.collate)
+        print(json.dumps(shown) if args.json else format_record(shown, data.collate, mask))
+    if args.show:
+        return
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
-    results = []
-    shown: list[set[str]] = []
-    masks = {"annotations": cli.model.hparams.image_attention, "val_annotations": "causal"}
-    for key, mask in masks.items():
-        annotations = getattr(data, key)
-        if not annotations:
-            continue
-        records = read_annotations(annotations)
-        is_validation = key == "val_annotations"
-        dataset = RecordFindings(records, images, data.collate, args.decode, mask, is_validation)
-        findings = find_problems(dataset, args.workers)
-        results.append(describe_file(Path(annotations), records, findings))
-        print(format_result(results[-1]))
-        shown.append(image_names(records))
-    shared = shared_images(*shown, images.path) if len(shown) == 2 else {}
-    if shared:
-        print(describe_shared(shared, len(shown[1])))
-    if args.json:
-        write_files({args.json: {"files": results, "images_of_both": shared}})
-        print(args.json)
-    if any(map(has_faults, results)):
+    files = []
+    for path, *about in ((data.annotations, mask), (data.val_annotations, "causal", True)):
+        if path:
+            dataset = RecordFindings(read_annotations(path), images, data.collate, *about)
+            options = {"batch_size": 256, "collate_fn": list, **worker_options(data.num_workers)}
+            batches = tqdm(DataLoader(dataset, **options))
+            findings = [finding for batch in batches for record in batch for finding in record]
+            files.append({"path": str(path), "records": len(dataset), "findings": findings})
+    print(json.dumps({"files": files}) if args.json else "\n".join(map(format_findings, files)))
+    if any(file["findings"] for file in files):
         raise SystemExit(1)

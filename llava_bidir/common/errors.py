@@ -39,7 +39,7 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
                 advice += " to go on"
         print(f"{program}: interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `llava-bidir configs | head`
+    except BrokenPipeError:  # `probes sites MODEL | head`
         # else the interpreter complains at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

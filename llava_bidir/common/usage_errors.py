@@ -73,17 +73,6 @@ class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
         return []
 
 
-def natural(text: str) -> int:
-    """Return the number of an option that may be 0; the `type` of an argument.
-
-    Raises:
-        ArgumentTypeError: It is negative.
-    """
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
-    return int(text)
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name, with the known one that is most like it; "" without one."""
     meant = get_close_matches(word, [*known], 1)

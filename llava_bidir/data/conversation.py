@@ -95,26 +95,6 @@ def encode(
     return input_ids, labels
 
 
-def token_upper_bound(
-    turns: Sequence[Turn],
-    tokenizer,
-    template: str,
-    image_tokens: int | None,
-) -> int:
-    """Return an upper bound on the tokens that :func:`encode` returns, without tokenising.
-
-    Llama's tokenizer falls back to bytes, so each byte yields at most one token. Each piece of text may start with a
-    word-start marker. Arguments and errors are those of :func:`encode`.
-    """
-    if template == CHAT:
-        texts = [render_chat(_images_first(turns, image_tokens is not None), tokenizer)[0]]
-    else:
-        texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
-    images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
-    start = tokenizer.num_special_tokens_to_add()
-    return start + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
-
-
 def _pieces(
     turns: Sequence[Turn],
     tokenizer,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
@@ -20,7 +20,6 @@ from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, PLAIN, usable_turns
 from .instruction_dataset import Instructions, image_names, read_annotations
-from .shared_images import describe_shared, shared_images
 from .token_weighted_loader import StepLoader
 
 
@@ -86,7 +85,6 @@ class InstructionData(LightningDataModule):
             max_length = min(max_length, max_positions)
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
-        self.shared_images: dict[str, str] = {}  # of validation and training, on the first rank
 
     def prepare_data(self) -> None:
         """Convert the annotations once per node, before the other ranks need them."""
@@ -105,8 +103,6 @@ class InstructionData(LightningDataModule):
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             self.train.check_trainable()
-            if self.val_annotations and self.trainer.is_global_zero:
-                self._compare_images()
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),
@@ -129,14 +125,6 @@ class InstructionData(LightningDataModule):
             self.trainer.log_every_n_steps = min(
                 self.trainer.log_every_n_steps, self.steps_per_epoch
             )
-
-    def _compare_images(self) -> None:
-        """Warn of validation images that are trained on."""
-        asked = image_names(self.val.records)
-        trained = image_names(self.train.records)
-        self.shared_images = shared_images(trained, asked, Path(self.images))
-        if self.shared_images:
-            rank_zero_warn(describe_shared(self.shared_images, len(asked)))
 
     def _check_whole_steps(self) -> None:
         """Raise if `trainer.limit_train_batches` ends an epoch inside a step.

@@ -6,25 +6,19 @@ transparency is dropped. Images with an ambiguous value range or an excessive si
 
 import os
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from llava_bidir.common.configs import how_to_make
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import FORMATS, as_stored, check_depth, open_bounded, orientation
+from llava_bidir.common.image_io import FORMATS, as_stored, open_bounded
 
 PATH_MAX = 4096  # characters, the limit of Linux
 
 
 class BadImage(UserError):
-    """Image that cannot be used; `kind` is a key of :data:`llava_bidir.commands.verify_data.KINDS`."""
-
-    def __init__(self, message: str, kind: str = "corrupt"):
-        super().__init__(message)
-        self.kind = kind
+    """Image that cannot be used."""
 
 
 def check_name(name: str) -> None:
@@ -70,8 +64,7 @@ class ImageFolder:
         if not self.follow_links and not self._is_inside(path):
             raise BadImage(
                 f"image {path} is outside data.images: a symlink leads to {os.path.realpath(path)}; if you made this "
-                "link, set data.follow_links to true",
-                "outside",
+                "link, set data.follow_links to true"
             )
         return path
 
@@ -98,30 +91,12 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         BadImage: The image is missing, cannot be decoded, or is too large.
     """
-    with _open_image(path) as image:
-        return as_stored(image)
-
-
-def read_header(path: Path) -> tuple[str, int]:
-    """Return PIL's name of the format, and the EXIF orientation; raises like :func:`read_image`, but does not decode.
-
-    A tag after the pixels of a PNG, where few programs write it, is not seen.
-    """
-    with _open_image(path) as image:
-        decodes = image.format == "PNG" and "exif" not in image.info  # PIL reads on to find it
-        return image.format, 1 if decodes else orientation(image)
-
-
-@contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
-    """Yield the opened image; convert all errors, also of the block, into `BadImage`."""
     try:
+        # Deviates: LLaVA's conversion clips values of more than 8 bits at 255, which makes most images white
         with open_bounded(path) as image:
-            # Deviates: LLaVA's conversion clips such values at 255, which makes most images white
-            check_depth(image)
-            yield image
+            return as_stored(image)
     except FileNotFoundError:
-        raise BadImage(f"image {path} is missing", "missing") from None
+        raise BadImage(f"image {path} is missing") from None
     except UnidentifiedImageError:
         raise BadImage(
             f"image {path} cannot be read: it is not one of {', '.join(FORMATS)}"

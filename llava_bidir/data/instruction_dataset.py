@@ -16,7 +16,7 @@ As in LLaVA, these records are valid:
 - `<image>` without an image: it is text
 - `<image>` in an answer: the image is shown there, too
 
-`llava-bidir verify-data` lists the last three, and keys such as `images`, which are not read. JSON Lines are read, too.
+`llava-bidir verify-data` lists the last three. JSON Lines are read, too.
 
 Records that cannot be trained on keep a description of their `problem`, so that
 :mod:`llava_bidir.commands.verify_data` can report all of them at once.
@@ -51,7 +51,6 @@ FEATURES = datasets.Features(
     before_image=datasets.Value("int32"),
     between_images=datasets.Value("int32"),
     placeholders=datasets.Value("int32"),
-    in_answers=datasets.Value("int32"),
     unread=datasets.Value("string"),
     problem=datasets.Value("string"),
 )
@@ -70,9 +69,8 @@ COUNTS = (
     "before_image",
     "between_images",
     "placeholders",
-    "in_answers",
 )
-RULES = 4  # part of the cache key; increase it when the same file would be read differently
+RULES = 5  # part of the cache key; increase it when the same file would be read differently
 
 
 def check_annotations(path: str | Path) -> None:
@@ -95,7 +93,6 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - answers: number of answers that are not empty; only these are trained
         - before_image, between_images: number of those before the last `<image>`, and of those after the first one, too
         - placeholders: number of turns with `<image>`, also in other spellings such as `<Image>`
-        - in_answers: number of answers with `<image>` in records with an image
         - unread: str, other keys of the record, one a line
         - problem: str, why the record cannot be trained on, "" if it can
 
@@ -172,8 +169,6 @@ def _read_record(record: dict) -> dict:
     check_name(image)
     shown = [i for i, turn in enumerate(used) if image and IMAGE in turn["value"]]
 
-    in_answers = sum(IMAGE in turn["value"] for turn in used if turn["from"] == "gpt")
-
     def answered(turns):
         return sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
 
@@ -187,7 +182,6 @@ def _read_record(record: dict) -> dict:
         "before_image": answered(used[: shown[-1]]) if shown else 0,
         "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
         "placeholders": sum(bool(LIKE_PLACEHOLDER.search(turn["value"])) for turn in used),
-        "in_answers": in_answers if image else 0,
         "unread": "\n".join(" ".join(key.split())[:50] for key in record if key not in KEYS),
         "problem": "",
     }

@@ -12,7 +12,6 @@ import ijson
 from llava_bidir.common.errors import UserError
 
 LONGEST_LINE = 64 * 2**20  # bytes of a record of JSON Lines
-LOST = "\ufffd"  # stands for a character that was lost
 # An escape of JSON: a pair of surrogates, half of one, or any other
 ESCAPE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"

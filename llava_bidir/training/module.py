@@ -404,14 +404,11 @@ class LlavaTraining(LightningModule):
     def progress(self) -> dict[str, Any]:
         """Return the position in the run and the latest value of each metric that does not depend on timing."""
         timing = {f"train/{name}" for name in TIMING_METRICS}
-        shared = self.trainer.datamodule.shared_images
         return {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
-            # before the metrics, whose order a resumed run has from its checkpoint: files have the same bytes then
-            **({"val/images_also_in_training": len(shared)} if shared else {}),
             **self.metrics_before,
             **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
         }

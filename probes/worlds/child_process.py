@@ -15,9 +15,10 @@ from llava_bidir.common.steps import Step, command_now, find_missing, run_steps
 LOG_LINES = 20  # of a process that failed
 # Importing takes as long as many commands, so that several of them share a process.
 IN_CHILD_PROCESS = (
-    WATCH
-    + "import llava_bidir.cli, probes.cli; from probes.worlds.child_process import run_given; "
-    "run_given(sys.argv[1], {'llava-bidir': llava_bidir.cli.main, 'probes': probes.cli.main})"
+    WATCH + "import llava_bidir.cli, probes.cli; from importlib import import_module; "
+    "from probes.worlds.child_process import run_given; "
+    "run_given(sys.argv[1], {'llava-bidir': llava_bidir.cli.main, 'probes': probes.cli.main, "
+    "'python': lambda words: import_module(words[1]).main(words[2:])})"
 )
 
 

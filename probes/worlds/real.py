@@ -161,12 +161,12 @@ def write_models(out: Path) -> None:
     steps = []
     encoder = out / "encoder/config.json"
     if not encoder.is_file():
-        steps.append(make_step(out, ["llava-bidir", "import-dinov2", f"{out}/encoder"], encoder))
+        words = ["python", "-m", "llava_bidir.commands.import_dinov2", f"{out}/encoder"]
+        steps.append(make_step(out, words, encoder))
     llm = out / "llm/config.json"
     if not llm.is_file():
-        steps.append(
-            make_step(out, ["llava-bidir", "import-gguf", str(find_model()), f"{out}/llm"], llm)
-        )
+        words = ["python", "-m", "llava_bidir.commands.import_gguf", str(find_model())]
+        steps.append(make_step(out, [*words, f"{out}/llm"], llm))
     run_in_child_process(out, "models", steps)
 
 

@@ -1,4 +1,4 @@
-"""LLaVA's 665,298 records through opening, the checks of `verify-data`, the sampler and an epoch of the loader.
+"""LLaVA's 665,298 records through opening, the sampler and an epoch of the loader.
 
     python tests/bench/records.py --records 665298
 
@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,12 +23,10 @@ from memory import Watch, peak_mb
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from llava_bidir.commands.verify_data import RecordFindings, find_problems
 from llava_bidir.data.batch_samplers import BatchSampler
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
-from llava_bidir.data.image_folder import ImageFolder
-from llava_bidir.data.instruction_dataset import Instructions, read_annotations
+from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.data.token_weighted_loader import StepLoader
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
@@ -84,16 +81,6 @@ def opening(root: Path, workers: int) -> dict:
     }
 
 
-def checks(root: Path, workers: int) -> dict:
-    """The record checks of verify-data."""
-    dataset = RecordFindings(
-        read_annotations(root / "data.json"), ImageFolder(root), build_collate(root)
-    )
-    with Watch() as watch:
-        kinds = Counter(finding["kind"] for finding in find_problems(dataset, workers))
-    return watch.facts(len(dataset)) | {"findings": kinds}
-
-
 def sampler(root: Path, workers: int) -> dict:
     """The order of a whole epoch, in batches of one modality and similar length."""
     lengths = open_all(root).lengths()
@@ -130,7 +117,6 @@ def epoch(root: Path, workers: int) -> dict:
 PHASES = {
     "opening": opening,
     "opening again": opening,
-    "checks": checks,
     "sampler": sampler,
     "epoch": epoch,
 }
@@ -152,7 +138,7 @@ def main() -> None:
         "--workers",
         type=int,
         default=2,
-        help="processes of the checks and of the loader",
+        help="processes of the loader",
     )
     parser.add_argument(
         "--phases",

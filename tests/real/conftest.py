@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava_bidir.cli import main
+from llava_bidir.commands.import_gguf import import_gguf
 from llava_bidir.common.errors import UserError
 from probes.worlds.real import find_model
 
@@ -33,7 +34,7 @@ def gguf_file() -> Path:
 def llm(gguf_file, tmp_path_factory) -> Path:
     """The model as a directory."""
     out = tmp_path_factory.mktemp("llm") / "smollm2"
-    main(["import-gguf", str(gguf_file), str(out)])
+    import_gguf(gguf_file, out)
     return out
 
 

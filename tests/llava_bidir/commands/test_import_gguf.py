@@ -16,7 +16,6 @@ from transformers import (
     StableLmConfig,
 )
 
-from llava_bidir.cli import main
 from llava_bidir.commands import import_gguf
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
@@ -128,6 +127,7 @@ def write(
     architecture: str = "llama",
     extra: dict | None = None,
     metadata: dict | None = None,
+    pre: str | None = "gpt-2",
 ):
     """Write a tiny model with the writer of the package gguf, and return model and tokenizer."""
     raw = byte_level_bpe()
@@ -146,7 +146,8 @@ def write(
         add[type(value)](f"{architecture}.{key}", value)
     tokens = sorted(raw.get_vocab(), key=raw.get_vocab().get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([CONTROL if token in SPECIAL else NORMAL for token in tokens])
     writer.add_token_merges(
@@ -174,7 +175,7 @@ def write(
 @pytest.mark.parametrize("quantised", [True, False])
 def test_tensors_and_logits_are_those_of_the_file(quantised, tied, tmp_path):
     model, _ = write(tmp_path / "tiny.gguf", quantised, tied)
-    main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
+    import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
     stored = {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
@@ -218,14 +219,33 @@ def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
     )
 
 
+@pytest.mark.parametrize("pre", ["default", "starcoder", "deepseek-llm", None])
+def test_a_split_of_texts_that_is_not_known_is_refused_by_name(pre, tmp_path):
+    write(tmp_path / "tiny.gguf", pre=pre)
+    with pytest.raises(UserError, match=f"tiny.gguf has tokenizer.ggml.pre {pre!r}, so that texts"):
+        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_digits_are_apart_where_the_file_says_smollm(tmp_path):
+    """SmolLM2's own tokenizer.json has these two, in this order."""
+    _, raw = write(tmp_path / "tiny.gguf", pre="smollm")
+    own = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
+    backend = load_tokenizer("llm", str(tmp_path / "hf")).backend_tokenizer.pre_tokenizer
+    for text in ("x =  10", "  3", "a12 cats"):
+        parts = pre_tokenizers.Sequence(own).pre_tokenize_str(text)
+        assert backend.pre_tokenize_str(text) == parts != raw.pre_tokenizer.pre_tokenize_str(text)
+
+
 def test_nothing_is_replaced(tmp_path):
     write(tmp_path / "tiny.gguf")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/notes.txt").write_text("mine")
     with pytest.raises(
-        SystemExit, match="hf exists already and is not replaced; move it or choose another path"
+        UserError, match="hf exists already and is not replaced; move it or choose another path"
     ):
-        main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
+        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
 
 
@@ -238,8 +258,8 @@ def test_files_that_cannot_be_imported_are_errors_that_say_why(tmp_path):
     def failure(content: bytes | None = None) -> str:
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(SystemExit) as stop:
-            main(["import-gguf", str(file), str(out)])
+        with pytest.raises(UserError) as stop:
+            import_gguf.import_gguf(file, out)
         assert str(file) in str(stop.value)
         assert not out.exists()
         return str(stop.value)

@@ -44,7 +44,7 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
     [
         (llava_bidir, "fit --data.template plain -c {config}"),
         (llava_bidir, "verify-data --data.template=plain --config={config}"),
-        (llava_bidir, "inspect -c clip --model.lora.r 4 -c {config}"),
+        (llava_bidir, "verify-data -c clip --model.lora.r 4 -c {config}"),
         (llava_bidir, "validate --model.encoder clip.yaml -c {config}"),
         (llava_bidir, "test --trainer.callbacks+=EarlyStopping -c {config}"),
         (probes, "solve --data.template plain -c {config}"),
@@ -90,24 +90,6 @@ def test_an_unknown_name_is_told_before_missing_options(package, words):
     message = f"there is no config 'clpi' in {FOLDER}, and no such file; did you mean 'clip'?"
     with pytest.raises(SystemExit, match=re.escape(message)):
         package.main(words.split())
-
-
-def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
-    main(["configs"])
-    assert "demo/probes" in capsys.readouterr().out
-    main(["configs", "ade20k"])
-    assert capsys.readouterr().out == (ROOT / "configs/probes/ade20k.yaml").read_text()
-    main(["configs", "--copy", str(tmp_path)])
-    found = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.yaml")}
-    assert found == {file.relative_to(FOLDER) for file in FOLDER.rglob("*.yaml")}
-    with pytest.raises(SystemExit, match="exists"):
-        main(["configs", "clip", "--copy", str(tmp_path)])
-    own = tmp_path / "own.yaml"
-    own.write_text("")
-    with pytest.raises(
-        SystemExit, match="own.yaml is a file of your own; --copy takes a config by"
-    ):
-        main(["configs", str(own), "--copy", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,7 @@ def ask(parts, tmp_path):
         (tmp_path / "data.json").write_text(json.dumps([record]))
         records = read_annotations(tmp_path / "data.json")
         collate = Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")
-        findings = RecordFindings(
-            records, ImageFolder(tmp_path, **kwargs), collate, decode=True
-        ).check(records[0])
+        findings = RecordFindings(records, ImageFolder(tmp_path, **kwargs), collate)[0]
         try:
             return findings, Instructions(tmp_path / "data.json", tmp_path, **kwargs)[0]["image"]
         except ValueError as error:
@@ -52,7 +50,7 @@ def test_links_out_of_the_folder_are_errors_unless_allowed(ask, tmp_path, elsewh
     (tmp_path / "first").symlink_to(tmp_path / "coco")
     for name in ("file.png", "coco/train2017/private.png", "first/train2017/private.png"):
         findings, error = ask(name)
-        assert [kind for kind, _ in findings] == ["outside"]
+        assert [finding["kind"] for finding in findings] == ["image"]
         assert str(error).startswith(
             f"record 0 (id 'r'): image {tmp_path / name} is outside data.images: a symlink"
         )

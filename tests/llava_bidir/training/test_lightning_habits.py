@@ -138,7 +138,7 @@ def test_the_command_that_reads_data_explains_configs_too(conversations, tmp_pat
     (tmp_path / "mine.yaml").write_text("data: {max_length: long}")
     words = f"-c stage2 -c clip --data.annotations {conversations}/data.json --data.images {conversations}"
     with pytest.raises(SystemExit):
-        main(["inspect", *words.split(), "-c", str(tmp_path / "mine.yaml")])
+        main(["verify-data", *words.split(), "-c", str(tmp_path / "mine.yaml")])
     error = capsys.readouterr().err
     assert f"{tmp_path}/mine.yaml: data.max_length: expected int, got long" in error
 

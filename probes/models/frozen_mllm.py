@@ -53,8 +53,7 @@ class FrozenMLLM(FrozenModel):
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
     with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
-    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py). By name,
-    several of these side by side, "encoder_04+encoder_08".
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
@@ -236,7 +235,7 @@ class FrozenMLLM(FrozenModel):
         it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites).
+            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values).
         """
         self.check_sites([site])
         if not is_in_llm_space(site):

@@ -38,7 +38,7 @@ from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
 from .frozen_model import FrozenModel
 from .knockout import Knockout
-from .measured_mask import FORWARD, MeasuredMask, measure_mask
+from .measured_mask import MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
@@ -379,16 +379,13 @@ class FrozenMLLM(FrozenModel):
             self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
         )
 
-    def measured_mask(self, run: str = FORWARD) -> MeasuredMask:
+    def measured_mask(self) -> MeasuredMask:
         """Measure which tokens attend to which in each layer, in the model's own code; see measured_mask.py.
 
         Print the result, or read its `directions()` and `disagreements()` with config and family. Load the model in
         float32 for this.
-
-        Args:
-            run: What runs: "forward", or the first step of "generate" or of "generate with a static cache".
         """
-        return measure_mask(self, run)
+        return measure_mask(self)
 
     def _shares_prefix(self, masks: Masks | None) -> bool:
         """Return True if the prefix does not attend to the image, and so is the same for all images."""

@@ -192,7 +192,6 @@ def score_answers(
         text = TextTree.from_ids(
             [*map(mllm.chat.question_ids, some_questions)],
             mllm.chat.answer_ids(some_answers),
-            option_tokens(mllm, some_questions, knockout),
         )
         states, _ = text_states(mllm, pixels, text, knockout, hooks)
         scores.append(_score_text(mllm, states, text, len(some_questions) * len(some_answers)))
@@ -232,7 +231,6 @@ def attend_from_answer(
     text = TextTree.from_ids(
         [mllm.chat.question_ids(question)],
         mllm.chat.answer_ids([answer]),
-        option_tokens(mllm, [question], knockout),
     )
     weights: dict[str, list[Tensor]] = {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
@@ -270,8 +268,7 @@ def generate_answer(
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
     room = config.max_position_embeddings - mllm.ids.shape[1] - len(ids)
-    options = option_tokens(mllm, [question], knockout)
-    text = TextTree.from_ids([ids], (), options)
+    text = TextTree.from_ids([ids])
     effect = None
     if knockout and ANSWER in knockout.names("rows"):
         effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
@@ -284,7 +281,7 @@ def generate_answer(
         answer.append(token)
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        with _cut_step(mllm, ids, answer, options, knockout, effect):
+        with _cut_step(mllm, ids, answer, knockout, effect):
             # not the decoder's: some models embed the image's placeholder, if it is generated, in their own way
             output = mllm.model.model(
                 input_ids=torch.tensor([[token]], device=mllm.device),
@@ -304,7 +301,6 @@ def _cut_step(
     mllm: nn.Module,
     question: list[int],
     answer: list[int],
-    options: list[list[bool]],
     knockout: Knockout | None,
     effect: Tensor | None,
 ) -> Iterator[None]:
@@ -316,7 +312,7 @@ def _cut_step(
         yield
         return
     # the last token of an answer in a tree does not run, so one more is appended
-    text = TextTree.from_ids([question], [[*answer, 0]], options)
+    text = TextTree.from_ids([question], [[*answer, 0]])
     masks = last_rows(text_masks(mllm, 1, text, knockout), 1)
     layers = mllm.decoder.layers
     is_image = is_image_before(mllm, text)
@@ -324,24 +320,3 @@ def _cut_step(
     cut = knockout.apply(layers, masks, is_image, len(layers), sets, effect)
     with cut, decode_under(mllm.decoder, masks):
         yield
-
-
-def option_tokens(
-    mllm: nn.Module, questions: Sequence[str], knockout: Knockout | None
-) -> list[list[bool]]:
-    """Return which tokens of each question are options; [] if the knockout names neither these nor the question.
-
-    Raises:
-        UserError: The knockout names options, and a question has none.
-    """
-    named = set() if knockout is None else {*knockout.names("rows"), *knockout.names("columns")}
-    if not named & {"question", "options"}:
-        return []
-    tokens = [mllm.chat.is_option(question) for question in questions]
-    for question, flags in zip(questions, tokens, strict=True):
-        if "options" in named and not any(flags):
-            raise UserError(
-                f"the question has no options, which the knockout names: {question!r}; expected lines such as "
-                "'A. a cat'"
-            )
-    return tokens

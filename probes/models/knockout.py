@@ -8,8 +8,7 @@ rows and columns of the mask than image tokens. These have names::
     prefix    text before the image
     image     image tokens
     blocked   those of the image tokens that `blocked` names
-    question  text after the image, the template's words included, without the tokens of the two next sets
-    options   lines of the question with a letter, such as "A. a cat"
+    question  text after the image, the template's words included, without its last token
     last      last token before the answer, which predicts the answer's first token
     answer    tokens of the answer that predict further ones
 
@@ -33,7 +32,7 @@ IMAGE = "image"
 BLOCKED = "blocked"
 PREFIX = "prefix"
 ANSWER = "answer"
-TEXT_SETS = ("question", "options", "last", ANSWER)  # after the image
+TEXT_SETS = ("question", "last", ANSWER)  # after the image
 SETS = (PREFIX, IMAGE, BLOCKED, *TEXT_SETS)
 
 

@@ -43,7 +43,6 @@ PIXEL_SETTINGS = (
     "do_normalize",
 )
 MAX_ENLARGED = 8  # a processor's side before a crop or a thumbnail, in units of the side after
-OPTION = re.compile(r"^[ \t]*\(?(?P<letter>[A-Z])[.):].*$", re.MULTILINE)
 IMAGE_TOKENS = re.compile(r"<[^<>]+>|\[IMG\w*\]")
 
 
@@ -255,34 +254,6 @@ class Chat(NamedTuple):
         """Return the token ids between the image and the answer, as the stock processor tokenises them."""
         return self._continue(self.after_image(question))
 
-    def is_option(self, question: str) -> list[bool]:
-        """Return which tokens of `question_ids` are in lines of options, see :func:`option_lines`.
-
-        Raises:
-            UserError: There is such a line, and the template changes the question, or the tokenizer does not tell where
-                its tokens are in a text.
-        """
-        stripped = question.strip()
-        lines = option_lines(stripped)
-        if not lines:
-            return [False] * len(self.question_ids(question))
-        text = self._token_before + self.after_image(question)
-        begin = text.find(stripped, len(self._token_before))
-        if begin < 0:
-            raise UserError(
-                f"the chat template of {self.path} changes the question {question!r}, so that its options are not found"
-            )
-        lines = [(begin + first, begin + last) for first, last in lines]
-        if not self.tokenizer.is_fast:
-            raise UserError(
-                f"the tokenizer of {self.path} does not tell where tokens are in a text; expected a fast tokenizer"
-            )
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [
-            any(start < end and first < end and start < last for first, last in lines)
-            for start, end in encoded["offset_mapping"][1:]
-        ]
-
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of answers, after a space unless the prompt ends with white space."""
         space = "" if self.after_image("?")[-1:].isspace() else " "
@@ -299,18 +270,6 @@ class Chat(NamedTuple):
         if number not in (None, self.tokenizer.unk_token_id):
             return self.placeholder
         return self.tokenizer.eos_token
-
-
-def option_lines(question: str) -> list[tuple[int, int]]:
-    """Return start and end of the lines of a question that are options, "A. a cat", "(B) a dog", "C: a cow".
-
-    Their letters follow each other from A, and there are two or more: "Q: What is it?" is none.
-    """
-    lines: list[tuple[int, int]] = []
-    for match in OPTION.finditer(question):
-        if match["letter"] == chr(ord("A") + len(lines)):
-            lines.append(match.span())
-    return lines if len(lines) > 1 else []
 
 
 def read_chat(path: str, family: Family, **hub: Any) -> Chat:

@@ -39,12 +39,8 @@ class TextTree(NamedTuple):
         cls,
         questions: Sequence[list[int]],
         answers: Sequence[list[int]] = (),
-        options: Sequence[list[bool]] = (),
     ) -> "TextTree":
-        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run.
-
-        `options` says of each question's tokens whether they are options, () that none is.
-        """
+        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run."""
         ids = []
         positions = []
         ancestors = []
@@ -60,9 +56,9 @@ class TextTree(NamedTuple):
 
         for row, question in enumerate(questions):
             path = []
-            is_option = options[row] if options else [False] * len(question)
-            for token, name in zip(question, question_sets(is_option), strict=True):
-                path = grow(token, path, name)
+            for token in question[:-1]:
+                path = grow(token, path, "question")
+            path = grow(question[-1], path, "last")
             for number, answer in enumerate(answers, row * len(answers)):
                 branch = path
                 for i, token in enumerate(answer):
@@ -80,12 +76,6 @@ class TextTree(NamedTuple):
             targets,
             of_sets,
         )
-
-
-def question_sets(is_option: Sequence[bool]) -> list[str]:
-    """Return the set of each token of a question: "question", "options" or, of the last one, "last"."""
-    names = ["options" if flag else "question" for flag in is_option]
-    return [*names[:-1], "last"]
 
 
 def append_text(

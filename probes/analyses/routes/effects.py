@@ -19,7 +19,11 @@ from probes.analyses.sinks import describe_sinks, meets_sink
 from probes.evaluation.estimate import Estimate, estimate_text
 
 CONTRAST = "object - random"
-TARGETS = ("question", "last", "text")
+TARGETS = {  # sets of tokens of a knockout
+    "question": ("question",),
+    "last": ("last",),
+    "text": ("question", "last", "answer"),
+}
 SOURCES = ("image", "object", "random", CONTRAST)
 
 Tensors = dict[str, Tensor]  # content of routes.safetensors

@@ -6,7 +6,7 @@ Each question asks for the class at a place, its object, with one of the run's c
 A route is cut by a knockout with rows and columns of the prompt: no token of the target attends to a token of the
 source, in all layers, or in each window of K layers, whose first layers are a stride apart.
 
-    targets   question (with its options), last (token before the answer), text (question, last and answer)
+    targets   question, last (token before the answer), text (question, last and answer)
     sources   image, all image tokens; object, the patches at the place; random, as many random patches outside of the
               place as the object has, and some of its own where these are too few, averaged over draws
 
@@ -49,7 +49,7 @@ from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
 from . import RoutesOptions
-from .effects import answer_statistics, claimed_routes, print_routes, route_effects
+from .effects import TARGETS, answer_statistics, claimed_routes, print_routes, route_effects
 from .questions import (
     QuestionFile,
     first_questions,
@@ -194,15 +194,7 @@ def ask(
     patches = torch.cat([*sources.values()])
     blocked = patches.repeat_interleave(len(cut), 0)
     layers = cut.repeat(len(patches), 1)
-    of_question = ("question",)
-    if any(mllm.chat.is_option(question.text)):
-        of_question = ("question", "options")
-    targets = {
-        "question": of_question,
-        "last": ("last",),
-        "text": (*of_question, "last", "answer"),
-    }
-    for target, rows in targets.items():
+    for target, rows in TARGETS.items():
         scores = asked.cut(rows, layers, blocked)
         by_source = scores.unflatten(0, (-1, len(cut))).split(counts)
         for source, of_source in zip(sources, by_source, strict=True):

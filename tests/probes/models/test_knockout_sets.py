@@ -10,7 +10,6 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes import Knockout
 from probes.models.knockout import SETS
-from probes.models.prompt_and_pixels import option_lines
 
 pytestmark = pytest.mark.numerics
 
@@ -23,16 +22,14 @@ CUTS = [  # rows, columns, layers
     ("question", "blocked", [2]),
     ("last", "image", [1, 2]),
     ("last", "question", None),
-    ("last", "options", [2, 3]),
     ("last", "prefix", None),
-    ("options", "question", None),
     ("answer", "image", None),
     ("answer", "last", None),
     ("answer", "answer", [1]),
     ("image", "prefix", [1]),
     ("image", "image", None),
     ("blocked", "image", [1]),
-    (("question", "options", "last", "answer"), ("blocked", "prefix"), [1, 3]),
+    (("question", "last", "answer"), ("blocked", "prefix"), [1, 3]),
 ]
 BACKENDS = ["sdpa", "eager"]
 
@@ -61,8 +58,7 @@ def sets_of_tokens(mllm, answer: list[int]) -> list[set[str]]:
     names = [{"prefix"}] * prefix
     names += [{"image", "blocked"} if blocked else {"image"} for blocked in BLOCKED[0].tolist()]
     # the line's end, "name" in two, the|sky|\n; A|.|wall; \n; B|.|road; \n|of|this; ASSISTANT:
-    names += [{"question"}] * 7 + [{"options"}] * 3 + [{"question"}] + [{"options"}] * 3
-    names += [{"question"}] * 3 + [{"last"}]
+    names += [{"question"}] * 17 + [{"last"}]
     return names + [{"answer"}] * len(answer)
 
 
@@ -121,7 +117,7 @@ def test_log_probs_equal_the_mask_written_out(mllms, cut, mask):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cut", [CUTS[4], CUTS[8], CUTS[9], CUTS[10], CUTS[14]], ids=str)
+@pytest.mark.parametrize("cut", [CUTS[4], CUTS[6], CUTS[7], CUTS[8], CUTS[12]], ids=str)
 def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
     mllm = mllms("bidirectional", backend)
     knockout = Knockout(BLOCKED if "blocked" in str(cut) else None, cut[2], cut[0], cut[1])
@@ -143,7 +139,7 @@ def test_generation_with_a_cache_equals_uncached_forwards(mllms, cut, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
-@pytest.mark.parametrize("cut", [CUTS[0], *CUTS[11:14]], ids=str)
+@pytest.mark.parametrize("cut", [CUTS[0], *CUTS[9:12]], ids=str)
 def test_states_equal_the_mask_written_out_with_a_cached_prefix_and_without(
     mllms,
     cut,
@@ -218,7 +214,7 @@ def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
 
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [("image", "question"), ("question", "last"), ("options", "answer"), ("prefix", "image")],
+    [("image", "question"), ("question", "last"), ("question", "answer"), ("prefix", "image")],
 )
 def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms, rows, columns):
     pixels = tiny_models.pixels(1)
@@ -248,29 +244,3 @@ def test_names_that_do_not_fit_are_errors(mllms):
         mllm.states(pixels, knockout=Knockout(rows="last", columns="image"))
     with pytest.raises(UserError, match="leaves token 0 of image 0 .* without any token"):
         mllm.states(pixels, knockout=Knockout(rows=("prefix", "image"), columns="prefix"))
-    with pytest.raises(UserError, match="the question has no options"):
-        mllm.answer_log_probs(pixels, ["sky"], ANSWERS, Knockout(rows="last", columns="options"))
-
-
-@pytest.mark.parametrize(
-    ("question", "lines"),
-    [
-        ("Which is it?\nA. a cat\nB. a dog", ["A. a cat", "B. a dog"]),
-        ("Q: which is it?\n(A) a cat\n(B) a dog\nA: ", ["(A) a cat", "(B) a dog"]),
-        ("Q: what is it?", []),
-        ("A: what is it?", []),
-    ],
-    ids=["letters", "a question between others", "Q", "A alone"],
-)
-def test_options_are_lines_whose_letters_follow_each_other(question, lines):
-    assert [question[first:last] for first, last in option_lines(question)] == lines
-
-
-def test_words_of_the_template_after_the_last_option_are_none_of_it(mllms):
-    chat = mllms("causal").chat
-    question = "the sky\nA. wall\nB. road"
-    tokens = chat.tokenizer.convert_ids_to_tokens(chat.question_ids(question))
-    flags = chat.is_option(question)
-    last = max(i for i, is_option in enumerate(flags) if is_option)
-    assert tokens[last] == "▁road"
-    assert sum(flags) == 6  # A|.|wall, B|.|road

@@ -336,31 +336,29 @@ class FrozenMLLM(FrozenModel):
     def answer_log_probs(
         self,
         pixels: Tensor,
-        questions: str | Sequence[str],
+        question: str,
         answers: Sequence[str],
         knockout: Knockout | None = None,
         hooks: Mapping[str, Replacement] | None = None,
     ) -> Tensor:
-        """Return the log-probability of each answer to each question, f[B, A] or f[B, P, A], on the CPU.
+        """Return the log-probability of each answer to a question, f[B, A], on the CPU.
 
-        One forward computes all of them, except in PaliGemma and in models with layers without masks (answering.py).
+        One forward computes all of them, except in models with layers without masks (answering.py).
 
         It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
         is never the more probable of the two.
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
-            questions: Question, the first of its conversation, for f[B, A]; or a list of P such, for f[B, P, A].
-            answers: A answers to each of them.
+            question: Question, the first of its conversation.
+            answers: A answers to it.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
             hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
 
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
-        if isinstance(questions, str):
-            return score_answers(self, pixels, [questions], answers, knockout, hooks)[:, 0]
-        return score_answers(self, pixels, questions, answers, knockout, hooks)
+        return score_answers(self, pixels, question, answers, knockout, hooks)
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.

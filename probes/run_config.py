@@ -36,8 +36,7 @@ class ModelOptions:
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
         sites: Sites to probe; None for all outputs of layers but those of the encoder's own layers in an MLLM
             (encoder_00 ...), which are probed by name, or by all. Values, attention and MLP inside the layers
-            (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts; several sites side by
-            side are one, encoder_04+encoder_08.
+            (value_01, attn_01, mlp_01 ...) are probed by name, or with the others by all_parts.
         head: Kind of probe: linear (the paper), or another, see probes/training/heads.py; only linear ones are solved.
         feature_norm: Normalisation before the head: none (the paper), batchnorm or layernorm. Solved probes have
             batchnorm, and neither this nor the options of AdamW below.

@@ -104,7 +104,7 @@ def test_states_of_text_that_overflow_are_refused(mllm, photo):
     with pytest.raises(UserError, match=FINAL_NORM):
         mllm.answer(photo, QUESTION, CUT)
     with pytest.raises(UserError, match=FINAL_NORM):
-        mllm.answer_log_probs(pixels, [QUESTION], ["sky", "wall"])
+        mllm.answer_log_probs(pixels, QUESTION, ["sky", "wall"])
     with pytest.raises(UserError, match=FINAL_NORM):
         mllm.answer_attention(pixels, QUESTION, "wall", ["layer_03"])
 

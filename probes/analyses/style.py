@@ -98,7 +98,7 @@ def has_depth(site: str) -> bool:
     """Return whether a site is on the axis of depths.
 
     `final_norm` repeats the last layer. The encoder's own layers in an MLLM and the parts of layers have figures of
-    their own, and joined sites have no depth.
+    their own.
     """
     return site in (ENCODER, ADAPTER) or is_layer(site)
 

@@ -5,11 +5,10 @@ whose keys and values were computed under the cut. Generated tokens are text, so
 it reads the keys and values of the first forward from the cache, and the knockout holds in it. A knockout whose rows
 are the answer is the exception: it cuts each step.
 
-Questions and answers about an image share its forward as a tree (text_tree.py). There are two exceptions. Image tokens
-of PaliGemma attend to the question, so that each question has a forward of its own. Linear attention and convolutions
-have no mask, so that each answer to each question has one.
+Answers to a question share its forward as a tree (text_tree.py). Linear attention and convolutions have no mask: there
+each answer has a forward of its own.
 
-Shapes: B images, T image tokens, N tokens of prefix and image, P questions, A answers, Q tokens of text, d width.
+Shapes: B images, T image tokens, N tokens of prefix and image, A answers, Q tokens of text, d width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,45 +156,29 @@ def sets_after_image(mllm: nn.Module, text: TextTree) -> dict[str, Tensor]:
     return sets
 
 
-def share_forwards(
-    mllm: nn.Module,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    knockout: Knockout | None,
-) -> list[tuple[Sequence[str], Sequence[str]]]:
-    """Return the questions and answers of each forward, in the order of the scores."""
-    if mllm.attention_masks(1, knockout) is None:
-        return [([question], [answer]) for question in questions for answer in answers]
-    if question_is_in_block(mllm):
-        return [([question], answers) for question in questions]
-    return [(questions, answers)]
-
-
 @torch.no_grad()
 def score_answers(
     mllm: nn.Module,
     pixels: Tensor,
-    questions: Sequence[str],
+    question: str,
     answers: Sequence[str],
     knockout: Knockout | None,
     hooks: Hooks | None,
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
-    check_is_list("questions", questions, "['What is it?']")
+    check_is_text("question", question)
     check_is_list("answers", answers, "['cat', 'dog']")
-    for text in [*questions, *answers]:
-        check_is_text("each question and answer", text)
-    if not questions or not answers or not all(text.strip() for text in [*questions, *answers]):
-        raise UserError("got no question or answer, or an empty one; expected lists of texts")
+    for answer in answers:
+        check_is_text("each answer", answer)
+    if not answers or not all(text.strip() for text in [question, *answers]):
+        raise UserError("got no question or answer, or an empty one; expected a text and a list")
+    has_masks = mllm.attention_masks(1, knockout) is not None
     scores = []
-    for some_questions, some_answers in share_forwards(mllm, questions, answers, knockout):
-        text = TextTree.from_ids(
-            [*map(mllm.chat.question_ids, some_questions)],
-            mllm.chat.answer_ids(some_answers),
-        )
+    for share in [answers] if has_masks else [[answer] for answer in answers]:
+        text = TextTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids(share))
         states, _ = text_states(mllm, pixels, text, knockout, hooks)
-        scores.append(_score_text(mllm, states, text, len(some_questions) * len(some_answers)))
-    return torch.cat(scores, 1).view(len(pixels), len(questions), len(answers))
+        scores.append(_score_text(mllm, states, text, len(share)))
+    return torch.cat(scores, 1)
 
 
 def _score_text(
@@ -228,10 +211,7 @@ def attend_from_answer(
     check_is_text("answer", answer)
     if not (question.strip() and answer.strip()):
         raise UserError("the question or the answer is empty; expected texts")
-    text = TextTree.from_ids(
-        [mllm.chat.question_ids(question)],
-        mllm.chat.answer_ids([answer]),
-    )
+    text = TextTree.from_ids(mllm.chat.question_ids(question), mllm.chat.answer_ids([answer]))
     weights: dict[str, list[Tensor]] = {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
     image = mllm.is_image.cpu().nonzero().flatten()
@@ -268,7 +248,7 @@ def generate_answer(
     ids = mllm.chat.question_ids(question)
     ends = end_tokens(mllm.model.generation_config, mllm.chat.tokenizer)
     room = config.max_position_embeddings - mllm.ids.shape[1] - len(ids)
-    text = TextTree.from_ids([ids])
+    text = TextTree.from_ids(ids)
     effect = None
     if knockout and ANSWER in knockout.names("rows"):
         effect = torch.zeros(1, dtype=torch.bool, device=mllm.device)
@@ -312,7 +292,7 @@ def _cut_step(
         yield
         return
     # the last token of an answer in a tree does not run, so one more is appended
-    text = TextTree.from_ids([question], [[*answer, 0]])
+    text = TextTree.from_ids(question, [[*answer, 0]])
     masks = last_rows(text_masks(mllm, 1, text, knockout), 1)
     layers = mllm.decoder.layers
     is_image = is_image_before(mllm, text)

@@ -22,7 +22,6 @@ from .families.modules import MODULE_TYPE
 from .frozen_model import FrozenModel
 from .knockout import PREFIX, Knockout
 from .read_states import StopForward
-from .shared_layers import join_states, single_sites
 from .sites import FINAL_NORM, is_layer
 from .steering import Replacement, replaced_states
 
@@ -113,7 +112,6 @@ class FrozenEncoder(FrozenModel):
         sites = self.check_sites(sites)
         if not sites:
             return {}
-        wanted = single_sites(sites)
         self.check_pixels(pixels)
         if rows is not None:
             pixels = pixels[[int(row) for row in rows]]
@@ -126,12 +124,12 @@ class FrozenEncoder(FrozenModel):
             stack.enter_context(
                 replaced_states(self.layers, hooks, self.image_positions, input_site)
             )
-            recorded = stack.enter_context(self._recorded(wanted))
+            recorded = stack.enter_context(self._recorded(sites))
             with suppress(StopForward):
                 self.model(**self.family.inputs(self.model.config, pixels))
-        states = {site: recorded[site] for site in wanted}
+        states = {site: recorded[site] for site in sites}
         check_outputs("states", states)
-        return {site: join_states(states, site) for site in sites}
+        return states
 
     forward = states
 

@@ -38,7 +38,7 @@ from .families.encoder_layers import EncoderLayers, encoder_layers
 from .families.our_code import LogitHead
 from .frozen_model import FrozenModel
 from .knockout import Knockout
-from .measured_mask import FORWARD, MeasuredMask, measure_mask
+from .measured_mask import MeasuredMask, measure_mask
 from .prompt_and_pixels import Chat
 from .read_states import read_states
 from .shared_layers import DistinctRows
@@ -53,8 +53,7 @@ class FrozenMLLM(FrozenModel):
     "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder layers
     before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``). By name, or
     with "all", also the encoder's own layers, "encoder_00" ... (families/encoder_layers.py). By name, or with
-    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py). By name,
-    several of these side by side, "encoder_04+encoder_08".
+    "all_parts", also the parts of layers, "value_01", "attn_01", "mlp_01" ... (families/layer_parts.py).
 
     Attributes:
         prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
@@ -236,7 +235,7 @@ class FrozenMLLM(FrozenModel):
         it does so (Gemma), in our own models also scaled (Granite, Cohere).
 
         Raises:
-            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values, joined sites).
+            UserError: The site is unknown, or its states are not in the LLM's space (encoder, values).
         """
         self.check_sites([site])
         if not is_in_llm_space(site):
@@ -337,31 +336,29 @@ class FrozenMLLM(FrozenModel):
     def answer_log_probs(
         self,
         pixels: Tensor,
-        questions: str | Sequence[str],
+        question: str,
         answers: Sequence[str],
         knockout: Knockout | None = None,
         hooks: Mapping[str, Replacement] | None = None,
     ) -> Tensor:
-        """Return the log-probability of each answer to each question, f[B, A] or f[B, P, A], on the CPU.
+        """Return the log-probability of each answer to a question, f[B, A], on the CPU.
 
-        One forward computes all of them, except in PaliGemma and in models with layers without masks (answering.py).
+        One forward computes all of them, except in models with layers without masks (answering.py).
 
         It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
         is never the more probable of the two.
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
-            questions: Question, the first of its conversation, for f[B, A]; or a list of P such, for f[B, P, A].
-            answers: A answers to each of them.
+            question: Question, the first of its conversation.
+            answers: A answers to it.
             knockout: Attention knockout, of Eq. 1 or between other parts of the prompt.
             hooks: Functions by site that replace the states of the image tokens, as in :meth:`states`.
 
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
-        if isinstance(questions, str):
-            return score_answers(self, pixels, [questions], answers, knockout, hooks)[:, 0]
-        return score_answers(self, pixels, questions, answers, knockout, hooks)
+        return score_answers(self, pixels, question, answers, knockout, hooks)
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.
@@ -380,16 +377,13 @@ class FrozenMLLM(FrozenModel):
             self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype
         )
 
-    def measured_mask(self, run: str = FORWARD) -> MeasuredMask:
+    def measured_mask(self) -> MeasuredMask:
         """Measure which tokens attend to which in each layer, in the model's own code; see measured_mask.py.
 
         Print the result, or read its `directions()` and `disagreements()` with config and family. Load the model in
         float32 for this.
-
-        Args:
-            run: What runs: "forward", or the first step of "generate" or of "generate with a static cache".
         """
-        return measure_mask(self, run)
+        return measure_mask(self)
 
     def _shares_prefix(self, masks: Masks | None) -> bool:
         """Return True if the prefix does not attend to the image, and so is the same for all images."""

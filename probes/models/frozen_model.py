@@ -21,12 +21,12 @@ from .families.chosen_sites import all_sites, chosen_sites
 from .families.layer_parts import part_width
 from .knockout import Knockout
 from .shared_layers import version
-from .sites import is_joined, layer_around, layer_number, layer_site, members, part_of
+from .sites import layer_around, layer_number, layer_site, part_of
 from .steering import Replacement
 
 
 class Widths(dict[str, int]):
-    """Widths by site; those of parts and of joined sites are found when they are asked for."""
+    """Widths by site; those of parts are found when they are asked for."""
 
     def __init__(self, widths: Mapping[str, int], find: Callable[[str], int]):
         super().__init__(widths)
@@ -41,8 +41,8 @@ class FrozenModel(nn.Module):
 
     Attributes:
         has_llm: True for an MLLM, which has an adapter, a prompt and answers; False for a bare vision encoder.
-        sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, parts of layers and
-            joined sites, which are read by name.
+        sites: Names of the sites in forward order; without the encoder's own layers in an MLLM, and without parts
+            of layers, which are read by name.
         layers: The layers, whose inputs and outputs are `layer_sites`.
         widths: d per site, also of those that are read by name.
         grid: Rows and columns of patches, the same at all sites; `image_tokens`, T, is their product.
@@ -197,7 +197,7 @@ class FrozenModel(nn.Module):
 
     @cached_property
     def all_sites(self) -> list[str]:
-        """Names of all sites but joined ones in forward order; without those that cannot be read."""
+        """Names of all sites in forward order; without those that cannot be read."""
         return all_sites(self.family, self.model.config)
 
     def check_sites(self, sites: str | Sequence[str] | None) -> list[str]:
@@ -209,9 +209,7 @@ class FrozenModel(nn.Module):
         return chosen_sites(self.family, self.model.config, sites)
 
     def _find_width(self, site: str) -> int:
-        """Return the width of a part of a layer, or of a joined site."""
-        if is_joined(site):
-            return sum(self.widths[member] for member in members(site))
+        """Return the width of a part of a layer."""
         if part_of(site) is None or site not in self.all_sites:
             raise KeyError(site)
         width = self.widths[layer_around(site)]

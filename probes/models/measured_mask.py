@@ -6,16 +6,12 @@ to the block. Disturbing the input of each layer alone tells a layer that ignore
 an earlier layer has mixed. If the model is loaded under another mask among image tokens than its own, the forward is
 that of `probes`, which replaces the mask.
 
-transformers makes the masks of `generate` in other places than those of a forward, and again others for a static cache.
-The same is therefore measured in the first step of a generation, see `RUNS`.
-
 Blocks are the text before the image, four parts of the image in raster order, and the text after it. Which tokens have
 moved is decided by the movements of the layer themselves, see :func:`_threshold`.
 
 Shapes: N tokens, K blocks, d width, L layers.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,9 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.model_outputs import check_outputs
 
 from .attention_masks import as_list, build_decoder_masks, decode_under, is_allowed, supports_masks
@@ -48,10 +43,6 @@ DIRECTIONS = (
     "text to later text",
 )
 TEXT_AFTER = 8  # tokens
-FORWARD = "forward"
-GENERATE = "generate"
-STATIC = "generate with a static cache"
-RUNS = (FORWARD, GENERATE, STATIC)
 
 
 @dataclass(frozen=True)
@@ -124,21 +115,6 @@ class MeasuredMask:
                 lines.append(f"  {direction.name:<26}{measured:<10}{claimed}")
         return "\n".join(lines)
 
-    def differences(self, other: "MeasuredMask") -> list[str]:
-        """Return a sentence for each direction in which another measurement of the model has seen other pairs."""
-        sentences = []
-        for name, pairs in self._pairs().items():
-            own, others = self.moved[:, pairs], other.moved[:, pairs]
-            differing = (own != others).any(1).nonzero().flatten().tolist()
-            if not differing:
-                continue
-            layers = ", ".join(layer_site(i + 1) for i in differing)
-            shares = [
-                _format_share(moved[differing].float().mean().item()) for moved in (others, own)
-            ]
-            sentences.append(f"{name}: {shares[0]} instead of {shares[1]}, in {layers}")
-        return sentences
-
     def _pairs(self) -> dict[str, Tensor]:
         """Return the pairs of tokens and blocks of each direction, bool[N, K]."""
         before, *image, after = self.blocks
@@ -189,22 +165,16 @@ def _format_share(share: float) -> str:
 
 
 @torch.no_grad()
-def measure_mask(mllm: nn.Module, run: str = FORWARD, seed: int = 0) -> MeasuredMask:
+def measure_mask(mllm: nn.Module, seed: int = 0) -> MeasuredMask:
     """Measure which tokens attend to which in each layer of a :class:`FrozenMLLM`.
 
     Args:
         mllm: A loaded model, best in float32: differences must exceed the rounding of its dtype.
-        run: One of `RUNS`.
         seed: Seed of the image of noise and of the disturbances.
 
     Raises:
-        UserError: States are NaN or infinite, or the run is a generation, and the model is loaded under another mask
-            than its own.
+        UserError: States are NaN or infinite.
     """
-    if run != FORWARD and mllm.image_attention != mllm.own_image_attention:
-        raise UserError(
-            f"the mask of a generation is the model's own, {mllm.own_image_attention}; load it without image_attention"
-        )
     text = mllm.ids.new_full((1, TEXT_AFTER), _text_id(mllm.model.config))
     ids = torch.cat([mllm.ids, text], 1)
     is_image = ids == mllm.model.config.image_token_id
@@ -218,17 +188,6 @@ def measure_mask(mllm: nn.Module, run: str = FORWARD, seed: int = 0) -> Measured
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         for i, layer in enumerate(mllm.decoder.layers):
-            unused: dict[str, Cache] = {}
-
-            def keep_cache(
-                module,
-                args,
-                kwargs,
-                i=i,
-                unused=unused,
-            ):
-                """Copy the layer's part of the cache, to which the layer will add keys and values."""
-                unused |= {name: _copy_layer(x, i) for name, x in _caches(kwargs).items()}
 
             def disturb(
                 module,
@@ -236,20 +195,16 @@ def measure_mask(mllm: nn.Module, run: str = FORWARD, seed: int = 0) -> Measured
                 kwargs,
                 output,
                 i=i,
-                unused=unused,
             ):
                 clean = output[0] if isinstance(output, tuple) else output
                 check_outputs("states", {layer_site(i + 1): clean})
 
                 def run_again(states: Tensor) -> Tensor:
-                    caches = {name: _copy_layer(x, i) for name, x in unused.items()}
-                    return _run_again(module, states, args, kwargs | caches)
+                    return _run_again(module, states, args, kwargs)
 
                 states = args[0] if args else kwargs["hidden_states"]
                 moved[i] = _moved_tokens(run_again, states, clean, blocks, generator)
-                unused.clear()
 
-            stack.callback(layer.register_forward_pre_hook(keep_cache, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(disturb, with_kwargs=True).remove)
         if mllm.image_attention != mllm.own_image_attention:
             masks = build_decoder_masks(
@@ -258,15 +213,9 @@ def measure_mask(mllm: nn.Module, run: str = FORWARD, seed: int = 0) -> Measured
             stack.enter_context(decode_under(mllm.decoder, masks))
         inputs = mllm.family.inputs(mllm.model, pixels, is_image)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if run == FORWARD:
-            if "logits_to_keep" in signature(mllm.model.forward).parameters:
-                inputs["logits_to_keep"] = 1
-            mllm.model(**inputs, use_cache=False)
-        else:
-            cache = "static" if run == STATIC else None
-            mllm.model.generate(
-                **inputs, max_new_tokens=1, do_sample=False, cache_implementation=cache
-            )
+        if "logits_to_keep" in signature(mllm.model.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        mllm.model(**inputs, use_cache=False)
     kinds = _kinds_of_layers(text_config, len(moved))
     return MeasuredMask(
         mllm.image_attention,
@@ -291,20 +240,6 @@ def _blocks(is_image: Tensor) -> list[Tensor]:
     tokens = torch.arange(len(is_image))
     parts = [part for part in positions.chunk(IMAGE_BLOCKS) if len(part)]
     return [tokens[: positions[0]], *parts, tokens[-TEXT_AFTER:]]
-
-
-def _caches(kwargs: dict) -> dict[str, Cache]:
-    """Return the arguments of a layer that are a cache, by name."""
-    return {name: x for name, x in kwargs.items() if isinstance(x, Cache)}
-
-
-def _copy_layer(cache: Cache, layer: int) -> Cache:
-    """Return a cache with a copy of the keys and values of a layer; it shares those of the others."""
-    other = copy.copy(cache)
-    other.layers = list(cache.layers)
-    if layer < len(other.layers):  # else it is added when it is needed
-        other.layers[layer] = copy.deepcopy(other.layers[layer])
-    return other
 
 
 def _moved_tokens(

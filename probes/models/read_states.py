@@ -18,13 +18,10 @@ from .shared_layers import (
     DistinctRows,
     States,
     distinct_rows,
-    join_states,
     on_device,
     rows_by_site,
     shared_layers,
-    single_sites,
     skipped_layers,
-    split_states,
     unchanged_sites,
 )
 from .sites import ADAPTER, ENCODER, is_before_adapter, is_encoder_layer, layer_around, part_of
@@ -38,7 +35,7 @@ class StopForward(Exception):
 def read_states(
     mllm: nn.Module,
     pixels: Tensor,
-    sites: list[str],
+    wanted: list[str],
     knockout: Knockout | None,
     rows: Sequence[int] | None,
     hooks: Mapping[str, Replacement],
@@ -47,7 +44,6 @@ def read_states(
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     mllm.check_pixels(pixels)
     mllm.check_hooks(hooks)
-    wanted = single_sites(sites)
     rows = _check_rows(rows, len(pixels))
     shared = _shared_rows(mllm, knockout, rows, hooks)
     given = pixels
@@ -69,7 +65,6 @@ def read_states(
     skipped: list[str] = []
     only_image = mllm.prefix_is_shared and tokens == len(mllm.image_positions)
     if known is not None and shared is None and only_image:
-        known = split_states(known, sites, mllm.widths)
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:
@@ -111,7 +106,6 @@ def read_states(
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     states = {site: states[site].to(mllm.device) for site in wanted}
     check_outputs("states", states)
-    states = {site: join_states(states, site) for site in sites}
     changed = knockout or hooks or rows is not None
     return States(states.items(), mllm, None if changed else given)
 

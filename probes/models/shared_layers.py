@@ -10,7 +10,6 @@ Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, 
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from llava_bidir.common.errors import UserError
 
 from .knockout import Knockout
-from .sites import is_joined, layer_around, members
+from .sites import layer_around
 
 
 class DistinctRows(NamedTuple):
@@ -181,33 +180,6 @@ class States(dict[str, Tensor]):
             raise UserError(
                 "known states are of other weights, or of weights that have changed; read them again"
             )
-
-
-def single_sites(sites: Iterable[str]) -> list[str]:
-    """Return the sites with the members of joined ones in place of these, each once."""
-    return list(dict.fromkeys(member for site in sites for member in members(site)))
-
-
-def join_states(states: Mapping[str, Tensor], site: str) -> Tensor:
-    """Return the states f[B, T, d] of a site; of a joined one, those of its members side by side."""
-    if not is_joined(site):
-        return states[site]
-    return torch.cat([states[member] for member in members(site)], -1)
-
-
-def split_states(
-    states: Mapping[str, Tensor],
-    sites: Iterable[str],
-    widths: Mapping[str, int],
-) -> Mapping[str, Tensor]:
-    """Return known states with the members of those sites that are joined, which are parts of their tensors."""
-    split = copy(states)
-    for site in sites:
-        names = members(site)
-        sizes = [widths[name] for name in names]
-        if len(names) > 1 and site in states and states[site].shape[-1] == sum(sizes):
-            split |= dict(zip(names, states[site].split(sizes, -1), strict=True))
-    return split
 
 
 def unchanged_sites(

@@ -1,7 +1,7 @@
 """Names of the sites where states are read; imports nothing, since reports need them without a model.
 
 Sites of the main path follow each other from the pixels to the output: "encoder", "adapter", "layer_07". A part is
-inside a layer: "attn_07". A joined site is several of these side by side: "encoder_04+encoder_08".
+inside a layer: "attn_07".
 """
 
 ENCODER = "encoder"
@@ -12,7 +12,6 @@ ALL = "all"  # stands for every site of the main path, also for the encoder's ow
 ALL_PARTS = "all_parts"  # stands for these and for the parts of every layer
 VALUE = "value"
 PARTS = (VALUE, "attn", "mlp")  # of a layer, in forward order
-JOINT = "+"
 
 
 def layer_site(layer: int) -> str:
@@ -30,30 +29,20 @@ def layer_number(site: str) -> int:
     return int(site.rpartition("_")[2])
 
 
-def is_joined(site: str) -> bool:
-    """Return whether a site is several ones side by side."""
-    return JOINT in site
-
-
-def members(site: str) -> list[str]:
-    """Return the sites that a joined site consists of; of another site, itself."""
-    return site.split(JOINT)
-
-
 def part_of(site: str) -> str | None:
-    """Return which part of its layer a site is, one of `PARTS`; None for a site of the main path or a joined one."""
+    """Return which part of its layer a site is, one of `PARTS`; None for a site of the main path."""
     part, _, number = site.rpartition("_")
     return part if part in PARTS and number.isdecimal() else None
 
 
 def is_on_main_path(site: str) -> bool:
-    """Return whether a site is neither inside a layer nor joined."""
-    return part_of(site) is None and not is_joined(site)
+    """Return whether a site is not inside a layer."""
+    return part_of(site) is None
 
 
 def is_layer(site: str) -> bool:
     """Return whether a site is a layer of the LLM or, of a bare encoder, one of its layers."""
-    return site.startswith("layer_") and not is_joined(site)
+    return site.startswith("layer_")
 
 
 def last_layer(sites: list[str]) -> str | None:
@@ -68,20 +57,20 @@ def layer_around(site: str) -> str:
 
 def is_encoder_layer(site: str) -> bool:
     """Return whether a site is one of the encoder's own layers in an MLLM; of a bare encoder none is."""
-    return site.startswith(f"{ENCODER}_") and not is_joined(site)
+    return site.startswith(f"{ENCODER}_")
 
 
 def is_before_adapter(site: str) -> bool:
-    """Return whether a site of an MLLM is in its encoder, or is the encoder's output, or joins such sites only."""
-    return all(member == ENCODER or is_encoder_layer(member) for member in members(site))
+    """Return whether a site of an MLLM is in its encoder, or is the encoder's output."""
+    return site == ENCODER or is_encoder_layer(site)
 
 
 def is_in_llm_space(site: str) -> bool:
     """Return whether states at a site of an MLLM are vectors that its LLM's output head can read.
 
-    What attention and MLP add to the residual stream is in its space. Values and joined states are not.
+    What attention and MLP add to the residual stream is in its space. Values are not.
     """
-    return not (is_before_adapter(site) or part_of(site) == VALUE or is_joined(site))
+    return not (is_before_adapter(site) or part_of(site) == VALUE)
 
 
 def wants_all(sites: str | list[str] | None) -> bool:

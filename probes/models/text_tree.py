@@ -1,11 +1,11 @@
 """Text after the image as a tree of tokens, and its masks and positions in a forward.
 
-Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image. Each
-token attends to the prefix, the image, its own question and its own answer so far, and has the position that it would
-have alone. Two questions with two answers each::
+Answers to a question about an image share its forward. They are a tree of tokens in one row, after the image. Each
+token attends to the prefix, the image, the question and its own answer so far, and has the position that it would have
+alone. Two answers::
 
-    positions after the image   0 1 2 | 3 | 3 4 | 0 1 | 2 | 2 3
-    tokens                      question A, a, b; question B, a, b
+    positions after the image   0 1 2 | 3 | 3 4
+    tokens                      question, a, b
 
 Positions of prefix, image and the first token of the text are those of the model's own forward, in all dimensions that
 it has (time, rows and columns in Qwen and GLM). The other tokens of the text are counted from the first one.
@@ -31,16 +31,16 @@ class TextTree(NamedTuple):
     ids: Tensor  # long[Q]
     positions: Tensor  # long[Q], position after the image
     visible: Tensor  # bool[Q, Q], the text tokens that each one attends to
-    targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer p * A + a)
+    targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer)
     sets: dict[str, Tensor]  # bool[Q] by name of a set of a knockout
 
     @classmethod
     def from_ids(
         cls,
-        questions: Sequence[list[int]],
+        question: list[int],
         answers: Sequence[list[int]] = (),
     ) -> "TextTree":
-        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run."""
+        """Build the tree of all answers to a question. Last tokens of answers are predicted, but not run."""
         ids = []
         positions = []
         ancestors = []
@@ -54,17 +54,16 @@ class TextTree(NamedTuple):
             ancestors.append([*path, len(ids) - 1])
             return ancestors[-1]
 
-        for row, question in enumerate(questions):
-            path = []
-            for token in question[:-1]:
-                path = grow(token, path, "question")
-            path = grow(question[-1], path, "last")
-            for number, answer in enumerate(answers, row * len(answers)):
-                branch = path
-                for i, token in enumerate(answer):
-                    targets.append((branch[-1], token, number))
-                    if i + 1 < len(answer):
-                        branch = grow(token, branch, ANSWER)
+        path = []
+        for token in question[:-1]:
+            path = grow(token, path, "question")
+        path = grow(question[-1], path, "last")
+        for number, answer in enumerate(answers):
+            branch = path
+            for i, token in enumerate(answer):
+                targets.append((branch[-1], token, number))
+                if i + 1 < len(answer):
+                    branch = grow(token, branch, ANSWER)
         visible = torch.zeros(len(ids), len(ids), dtype=torch.bool)
         for i, path in enumerate(ancestors):
             visible[i, path] = True

@@ -44,8 +44,8 @@ def compare_masks(study: StudyRuns, permutations: int = RESAMPLINGS) -> Entry | 
     if study.pair() is None:
         return None
     causal, bidirectional = study.pair()
-    # Layers of the encoder come before all that the mask changes. Parts and joined sites would be further tests, and
-    # the correction for the number of sites harder on the layers.
+    # Layers of the encoder come before all that the mask changes. Parts would be further tests, and the
+    # correction for the number of sites harder on the layers.
     sites = [site for site in causal.sites if has_depth(site) and site in bidirectional.sites]
     groups = causal.groups
     of_causal = causal.site_scores()

@@ -14,11 +14,9 @@ from probes.models.sites import (
     ADAPTER,
     FINAL_NORM,
     PATCHES,
-    is_joined,
     is_layer,
     layer_around,
     layer_number,
-    members,
     part_of,
 )
 from probes.results.formatting import (
@@ -94,14 +92,11 @@ def _random_runs(
 
 
 def _random_part(site: str) -> str | None:
-    """Return what must be random for a site to have other states than the trained model's.
-
-    Of a joined site one member in the LLM is enough; else the adapter.
-    """
-    single = [layer_around(member) for member in members(site)]
-    if any(x == FINAL_NORM or (is_layer(x) and x != PATCHES) for x in single):
+    """Return what must be random for a site to have other states than the trained model's."""
+    around = layer_around(site)
+    if around == FINAL_NORM or (is_layer(around) and around != PATCHES):
         return "llm"
-    return "adapter" if ADAPTER in single else None
+    return "adapter" if site == ADAPTER else None
 
 
 def _compare(own: Estimate, others: Sequence[Sequence[Estimate]]) -> Entry:
@@ -173,8 +168,6 @@ def _is_beyond(row: Entry, sign: int) -> bool:
 
 def name_site(site: str) -> str:
     """Return the name of a site in a sentence: "layer 7", "the adapter", "the final norm", "the values of layer 7"."""
-    if is_joined(site):
-        return " joined with ".join(map(name_site, members(site)))
     if part := part_of(site):
         return f"the {PART_NAMES[part]} of layer {layer_number(site)}"
     if site == PATCHES:

@@ -28,7 +28,7 @@ from probes.models.families import EncoderFamily, Family, family_of, own_image_a
 from probes.models.families.chosen_sites import all_sites, chosen_sites
 from probes.models.families.modules import why_unmatched
 from probes.models.read_config import read_config
-from probes.models.sites import is_joined, layer_around, members
+from probes.models.sites import layer_around
 from probes.run_config import ModelOptions, RunConfig
 
 from .config import StudyConfig, StudyOptions
@@ -182,10 +182,9 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
 def probed_sites(
     model: ModelOptions, family: Family | EncoderFamily, config: PreTrainedConfig
 ) -> dict[str, str]:
-    """Return the sites that `model.sites` chooses, in forward order, joined ones last, and where each is complete.
+    """Return the sites that `model.sites` chooses, in forward order, and where each is complete.
 
-    A part is complete with its layer, a joined site with the last of its members: random weights from there on leave it
-    as it is.
+    A part is complete with its layer: random weights from there on leave it as it is.
 
     Raises:
         UserError: A site is unknown or cannot be read.
@@ -195,5 +194,4 @@ def probed_sites(
     except UserError as error:
         raise UserError(f"{model.mllm}: {error} (model.sites)") from error
     order = all_sites(family, config)
-    ordered = [*(site for site in order if site in chosen), *filter(is_joined, chosen)]
-    return {site: layer_around(max(members(site), key=order.index)) for site in ordered}
+    return {site: layer_around(site) for site in order if site in chosen}

@@ -54,9 +54,10 @@ def accuracies(run: ProbeRun) -> dict[str, Tensor]:
             right = labels[picture, asked]
             knockout = Knockout(torch.stack([torch.zeros_like(own), own, other]))
             read = probe(mllm.states(images, [site], knockout)[site].float())[:, asked]
-            said = mllm.answer_log_probs(
-                images, [ask_patch(int(i)) for i in asked], CLASSES, knockout
-            )
+            answers = [
+                mllm.answer_log_probs(images, ask_patch(int(i)), CLASSES, knockout) for i in asked
+            ]
+            said = torch.stack(answers, 1)
             for name, scores in zip(rows, (read, said), strict=True):
                 rows[name].append((scores.argmax(-1) == right).double().mean(1))
         for name, values in rows.items():

@@ -51,7 +51,9 @@ def score_differences(name: str, mllm: FrozenMLLM) -> dict[str, float]:
     answers = mllm.chat.answer_ids(ANSWERS)
     differences = {}
     for kind, (arguments, change) in possible(name, len(images)).items():
-        scores = mllm.answer_log_probs(pixels, [*QUESTIONS], ANSWERS, **arguments)
+        scores = torch.stack(
+            [mllm.answer_log_probs(pixels, text, ANSWERS, **arguments) for text in QUESTIONS], 1
+        )
         expected = [
             torch.stack([stock.score(question, answer, change) for answer in answers], -1)
             for question in QUESTIONS.values()

@@ -104,7 +104,7 @@ CALLS = {
         r"layers of a knockout must be a list such as \[1, 2\], got 2",
     ),
     "answers": (
-        lambda m: m.answer_log_probs(m.preprocess(Image.new("RGB", (9, 9))), ["wall"], "wall"),
+        lambda m: m.answer_log_probs(m.preprocess(Image.new("RGB", (9, 9))), "wall", "wall"),
         "answers must be a list such as .*, got 'wall'",
     ),
     "an answer": (

@@ -8,7 +8,6 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import (
     PARTS,
     is_encoder_layer,
-    members,
     part_of,
     wants_all,
     wants_all_parts,
@@ -37,7 +36,7 @@ def encoder_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> l
 
 
 def all_sites(family: Family | EncoderFamily, config: PreTrainedConfig) -> list[str]:
-    """Return all sites but joined ones in forward order; without encoder layers and values that cannot be read."""
+    """Return all sites in forward order; without encoder layers and values that cannot be read."""
     try:
         in_encoder = encoder_sites(family, config)
     except UserError:
@@ -59,8 +58,8 @@ def chosen_sites(
             for :func:`all_sites`.
 
     Raises:
-        UserError: A site is unknown, is a layer of an encoder whose layers cannot be read, is a part that its layer
-            does not have, or joins a site with itself.
+        UserError: A site is unknown, is a layer of an encoder whose layers cannot be read, or is a part that its
+            layer does not have.
     """
     own = family.sites(config)
     if sites is None:
@@ -71,17 +70,13 @@ def chosen_sites(
         return all_sites(family, config)
     if isinstance(sites, str):
         raise UserError(f"sites must be a list of names, or 'all', or 'all_parts'; got {sites!r}")
-    single = [member for site in sites for member in members(site)]
-    if any(map(is_encoder_layer, single)):
+    if any(map(is_encoder_layer, sites)):
         own = [*encoder_sites(family, config), *own]
-    parts = part_sites(family, config) if any(map(part_of, single)) else []
-    if unknown := set(single) - {*own, *parts}:
+    parts = part_sites(family, config) if any(map(part_of, sites)) else []
+    if unknown := set(sites) - {*own, *parts}:
         site = min(unknown)
         why = why_no_part(family, config, site)
         known = {part_of(part) for part in parts or part_sites(family, config)}
         inside = f", and {parts_text(known)}" if known else ""
         raise UserError(why or f"unknown site {site!r}; this model has {', '.join(own)}{inside}")
-    for site in sites:
-        if len(set(members(site))) < len(members(site)):
-            raise UserError(f"{site!r} joins a site with itself")
     return list(sites)

@@ -87,8 +87,8 @@ def test_routes_equal_a_loop_over_knockouts(measured):
             for source, patches in blocked.items():
                 for i, layers in enumerate((None, [1, 2], [2, 3])):
                     knockout = Knockout(patches[None], layers, rows)
-                    scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
-                    scores = scores[0, 0].log_softmax(-1)
+                    scores = mllm.answer_log_probs(pixels, question.text, CLASSES, knockout)
+                    scores = scores[0].log_softmax(-1)
                     found = tensors[f"right:{source} to {target}"][number, i]
                     torch.testing.assert_close(found, scores[question.right], rtol=0, atol=1e-4)
                     changed = scores.argmax() != tensors["none"][number].argmax()

@@ -53,8 +53,8 @@ def test_the_command_of_routes_asks_other_families(run, tmp_path):
         pixels = mllm.preprocess([Image.open(tmp_path / file.images[question.image])])
         cut = Knockout(rows=of_text, columns="image")
         for key, knockout in (("none", None), ("right:image to text", cut)):
-            scores = mllm.answer_log_probs(pixels, [question.text], CLASSES, knockout)
-            expected = scores[0, 0].log_softmax(-1)
+            scores = mllm.answer_log_probs(pixels, question.text, CLASSES, knockout)
+            expected = scores[0].log_softmax(-1)
             found = tensors[key][number]
             if knockout:
                 found, expected = found[0], expected[question.right]

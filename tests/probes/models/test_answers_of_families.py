@@ -61,7 +61,8 @@ def test_scores_equal_the_stock_forward_with_masks_and_states_written_out(name, 
     answers = read.chat.answer_ids(ANSWERS)
     scores = {}
     for kind, (arguments, change) in possible(name, len(images)).items():
-        scores[kind] = read.answer_log_probs(pixels, [*QUESTIONS], ANSWERS, **arguments)
+        alone = [read.answer_log_probs(pixels, text, ANSWERS, **arguments) for text in QUESTIONS]
+        scores[kind] = torch.stack(alone, 1)
         for row, question in enumerate(QUESTIONS.values()):
             for column, answer in enumerate(answers):
                 expected = stock.score(question, answer, change)
@@ -143,7 +144,7 @@ def test_layers_without_masks_take_no_knockout_and_have_no_weights(name, mllm):
     knockout = Knockout(rows="last", columns="image")
     message = "knockouts are not supported by (linear_attention|conv) layers"
     with pytest.raises(ValueError, match=message):
-        read.answer_log_probs(pixels, ["hello"], ["hello"], knockout)
+        read.answer_log_probs(pixels, "hello", ["hello"], knockout)
     with pytest.raises(ValueError, match=message):
         read.answer(pictures(name, 1), "hello", knockout)
     with pytest.raises(ValueError, match="attention cannot be read: layer 1 has linear attention"):

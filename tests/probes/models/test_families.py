@@ -444,7 +444,7 @@ def test_states_of_another_image_at_a_complete_site_leave_nothing_of_the_image(n
     for site in sites[:count]:
         for read in (
             frozen.states,
-            partial(frozen.answer_log_probs, questions="hello", answers=["sky"]),
+            partial(frozen.answer_log_probs, question="hello", answers=["sky"]),
         ):
             with pytest.raises(
                 ValueError,

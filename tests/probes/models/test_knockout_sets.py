@@ -98,7 +98,7 @@ def log_probs_by_hand(mllm, pixels, cut) -> torch.Tensor:
         state = states_by_hand(mllm, pixels, answer[:-1], cut)[-1]
         logits = mllm.model.lm_head(mllm.decoder.norm(state[0, -len(answer) :]))
         scores.append(logits.log_softmax(-1)[range(len(answer)), answer].sum())
-    return torch.stack(scores)[None, None]
+    return torch.stack(scores)[None]
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
@@ -108,11 +108,11 @@ def test_log_probs_equal_the_mask_written_out(mllms, cut, mask):
     knockout = Knockout(blocked, cut[2], cut[0], cut[1])
     pixels = tiny_models.pixels(1)
     expected = log_probs_by_hand(mllms(mask), pixels, cut)
-    plain = mllms(mask).answer_log_probs(pixels, [QUESTION], ANSWERS)
+    plain = mllms(mask).answer_log_probs(pixels, QUESTION, ANSWERS)
     tolerance = rounding(expected, 3)
     assert (plain - expected).abs().max() > 3 * tolerance["atol"], "the knockout matters"
     for backend in BACKENDS:
-        scores = mllms(mask, backend).answer_log_probs(pixels, [QUESTION], ANSWERS, knockout)
+        scores = mllms(mask, backend).answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
         torch.testing.assert_close(scores, expected, **tolerance)
 
 
@@ -204,10 +204,10 @@ def test_each_row_of_a_batch_has_its_own_layers_and_columns(mllms):
     blocked = torch.cat([BLOCKED, ~BLOCKED, ~BLOCKED])
     layers = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
     batch = mllm.answer_log_probs(
-        pixels.expand(3, -1, -1, -1), [QUESTION], ANSWERS, Knockout(blocked, layers, "last")
+        pixels.expand(3, -1, -1, -1), QUESTION, ANSWERS, Knockout(blocked, layers, "last")
     )
     alone = [Knockout(BLOCKED, None, "last"), Knockout(~BLOCKED, [2], "last"), None]
-    expected = [mllm.answer_log_probs(pixels, [QUESTION], ANSWERS, one) for one in alone]
+    expected = [mllm.answer_log_probs(pixels, QUESTION, ANSWERS, one) for one in alone]
     expected = torch.cat(expected)
     torch.testing.assert_close(batch, expected, **rounding(expected, 3))
 
@@ -220,11 +220,11 @@ def test_a_knockout_that_changes_no_allowed_pair_is_an_error(mllms, rows, column
     pixels = tiny_models.pixels(1)
     knockout = Knockout(rows=rows, columns=columns)
     with pytest.raises(UserError, match="changes nothing in row 0 .* no token of"):
-        mllms("causal").answer_log_probs(pixels, [QUESTION], ANSWERS, knockout)
+        mllms("causal").answer_log_probs(pixels, QUESTION, ANSWERS, knockout)
     blocked = torch.cat([BLOCKED, BLOCKED & False])
     with pytest.raises(UserError, match="changes nothing in row 1"):
         mllms("causal").answer_log_probs(
-            pixels.expand(2, -1, -1, -1), [QUESTION], ANSWERS, Knockout(blocked, None, "last")
+            pixels.expand(2, -1, -1, -1), QUESTION, ANSWERS, Knockout(blocked, None, "last")
         )
 
 
@@ -239,7 +239,7 @@ def test_names_that_do_not_fit_are_errors(mllms):
     with pytest.raises(UserError, match="neither rows nor columns name them"):
         Knockout(BLOCKED, rows="last", columns="image")
     with pytest.raises(UserError, match=r"blocked must be bool\[1, 4\].*no tensor"):
-        mllm.answer_log_probs(pixels, [QUESTION], ANSWERS, Knockout(rows="last"))
+        mllm.answer_log_probs(pixels, QUESTION, ANSWERS, Knockout(rows="last"))
     with pytest.raises(UserError, match="no text after the image runs here"):
         mllm.states(pixels, knockout=Knockout(rows="last", columns="image"))
     with pytest.raises(UserError, match="leaves token 0 of image 0 .* without any token"):

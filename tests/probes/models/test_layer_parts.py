@@ -1,4 +1,4 @@
-"""Sites inside a layer, and joined sites: equal to what plain hooks on the stock forward say, or refused.
+"""Sites inside a layer: equal to what plain hooks on the stock forward say, or refused.
 
 What attention adds is here the input of the norm before the MLP minus the input of the layer, so that no test reads the
 module that the package reads.
@@ -249,9 +249,8 @@ def test_values_that_are_not_of_one_token_are_refused(name, load):
     frozen = load(name)
     pixels = frozen.preprocess(photos(name, 1))
     layers, why = VALUES[name]
-    for site in ("value_01", "layer_02+value_01"):
-        with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
-            frozen.states(pixels, [site])
+    with pytest.raises(UserError, match=f"^layer 1 has {why}; leave out value_01$"):
+        frozen.states(pixels, ["value_01"])
     values = [site for site in frozen.states(pixels, "all_parts") if site.startswith("value_")]
     assert values == [f"value_{layer:02d}" for layer in layers]
 
@@ -284,7 +283,7 @@ def test_knockouts_rows_and_known_states_reach_parts(load):
         "mlp_02",
         "value_03",
         "attn_03",
-        "attn_02+layer_03",
+        "layer_03",
     ]
     plain = frozen.states(pixels, sites)
     blocked = torch.arange(36).expand(3, -1) % torch.tensor([[2], [3], [5]]) == 0
@@ -327,17 +326,15 @@ def test_the_logit_lens_reads_what_layers_add_but_no_values(load):
     sites = ("attn_02", "mlp_02")
     for site, logits in frozen.logit_lens({site: states[site] for site in sites}).items():
         assert torch.equal(logits, frozen.model.lm_head(norm(states[site])))
-    for site in ("value_02", "layer_01+layer_02"):
-        with pytest.raises(UserError, match="not in the LLM's space"):
-            frozen.logit_lens({site: torch.zeros(1, frozen.widths[site])})
+    with pytest.raises(UserError, match="not in the LLM's space"):
+        frozen.logit_lens({"value_02": states["value_02"]})
 
 
 def test_states_are_replaced_at_no_part(load):
     frozen = load("llava")
     pixels = frozen.preprocess(photos("llava"))
-    for site in ("attn_01", "layer_01+layer_02"):
-        with pytest.raises(UserError, match="expected adapter or layer_01, layer_02, layer_03"):
-            frozen.states(pixels, ["layer_02"], hooks={site: lambda states: states})
+    with pytest.raises(UserError, match="expected adapter or layer_01, layer_02, layer_03"):
+        frozen.states(pixels, ["layer_02"], hooks={"attn_01": lambda states: states})
 
 
 def test_a_layer_without_a_known_module_is_an_error_that_names_them():
@@ -399,39 +396,10 @@ def test_parts_of_a_bare_encoder_are_what_its_stock_layers_add(name, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ joined sites
-JOINED = {
-    "llava": ["encoder_01+encoder_02", "encoder+layer_02", "value_01+mlp_03+final_norm"],
-    "qwen2_vl": ["encoder_02+adapter", "layer_03+layer_01"],
-    "dinov2": ["layer_00+layer_03", "attn_02+final_norm"],
-}
-
-
-@pytest.mark.parametrize("name", JOINED)
-def test_joined_sites_are_states_side_by_side(name, load, tmp_path):
-    if name == "dinov2":
-        frozen = probes.load(tiny_encoders.STOCK[name].write(tmp_path / name), device="cpu")
-        pixels = frozen.preprocess(photos("llava"))
-    else:
-        frozen = load(name)
-        pixels = frozen.preprocess(photos(name))
-    single = frozen.states(pixels, "all_parts")
-    asked = [*JOINED[name], "layer_01"]
-    states = frozen.states(pixels, asked)
-    assert [*states] == asked
-    for site in JOINED[name]:
-        expected = torch.cat([single[member] for member in site.split("+")], -1)
-        assert torch.equal(states[site], expected)
-        assert frozen.widths[site] == expected.shape[-1]
-        assert torch.equal(frozen.states(pixels, [site])[site], expected)
-
-
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        ("layer_01+layer_01", "joins a site with itself"),
-        ("layer_01+layer_09", "unknown site 'layer_09'; this model has encoder, adapter, .*"),
-        ("layer_01+", "unknown site ''"),
+        ("layer_09", "unknown site 'layer_09'; this model has encoder, adapter, .*"),
         ("attn_04", "unknown site 'attn_04'; .* value_NN, attn_NN and mlp_NN inside layer_NN"),
         ("attn_00", "unknown site 'attn_00'"),
         ("mlp_2", "unknown site 'mlp_2'"),

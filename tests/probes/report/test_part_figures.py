@@ -1,4 +1,4 @@
-"""Reports of runs with parts of layers and joined sites: rows and a figure of their own, and nothing else changes."""
+"""Reports of runs with parts of layers: rows and a figure of their own, and nothing else changes."""
 
 import json
 
@@ -39,7 +39,6 @@ MORE = {
     "attn_01": 0.3,
     "mlp_02": 0.35,
     "value_03": 0.8,
-    "encoder+layer_02": 0.95,
 }
 MASKS = ("causal", "bidirectional")
 
@@ -72,7 +71,7 @@ def xs(axes) -> list[list[float]]:
 
 
 def test_curves_best_layers_tests_and_effects_are_those_without_parts(write, tmp_path):
-    """Although parts and joined sites read best."""
+    """Although parts read best."""
     (study,) = read_studies([write(mask, **MORE) for mask in MASKS])
     (reference,) = read_studies([write(mask) for mask in MASKS])
     for mask in MASKS:
@@ -88,7 +87,7 @@ def test_curves_best_layers_tests_and_effects_are_those_without_parts(write, tmp
     assert [entry["site"] for entry in results["paired"]["sites"]] == PLAIN[:-1]
     assert {row["site"] for row in results["sites"]} == {*PLAIN, *MORE}
     page = (tmp_path / "report/index.html").read_text()
-    assert "Best at the encoder joined with layer 2 under causal attention" in page
+    assert "Best at the values of layer 1 under causal attention" in page
     assert (tmp_path / "report/parts.csv").is_file()
 
 
@@ -112,7 +111,7 @@ def test_the_figure_of_parts_has_each_at_its_layer(write):
     assert not [*part_figures(reference)] and len([*part_figures(study)]) == 1
 
 
-def test_random_llms_are_compared_at_parts_and_joined_sites(write, tmp_path):
+def test_random_llms_are_compared_at_parts(write, tmp_path):
     path = write("causal", **MORE)
     out = tmp_path / "random"
     quality = {site: 0.2 for site in (*PLAIN[1:], *MORE)}
@@ -143,15 +142,12 @@ def test_random_llms_are_compared_at_parts_and_joined_sites(write, tmp_path):
 def test_names_in_sentences():
     assert name_site("value_07") == "the values of layer 7"
     assert name_site("attn_10") == "the attention output of layer 10"
-    assert name_site("encoder_04+mlp_02") == (
-        "the encoder's layer 4 joined with the MLP output of layer 2"
-    )
+    assert name_site("encoder_04") == "the encoder's layer 4"
     sites = [
         "layer_01",
         "value_02",
         "layer_02",
         "layer_03",
-        "layer_04+layer_05",
     ]
-    expected = "layers 1 to 3, the values of layer 2 and layer 4 joined with layer 5"
+    expected = "layers 1 to 3 and the values of layer 2"
     assert name_sites(sites) == expected

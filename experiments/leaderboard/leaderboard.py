@@ -1,8 +1,8 @@
 """Encoders by data set and layer: exact probes with intervals, and what published protocols say of the same states.
 
-    python tests/bench/leaderboard.py OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR ...]
+    python experiments/leaderboard/leaderboard.py OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR]
 
-DIR is what `llava-bidir import-dinov2 DIR` writes. tests/bench/efficientnet_lite.py names two packages to install. All
+DIR is what `llava-bidir import-dinov2 DIR` writes. efficientnet_lite.py names two packages to install. All
 rows have 8 x 8 tokens:
 
     dinov2     DINOv2-S at 112 px, all sites

@@ -1,6 +1,6 @@
 """Cover what held-out questions are about in their photos, and count the answers that are still right.
 
-    python tests/bench/answers_without_the_object.py MODEL QUESTIONS.json IMAGES [--batch-size 8]
+    python experiments/real/answers_without_the_object.py MODEL QUESTIONS.json IMAGES [--batch-size 8]
 
 MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `probes real --photos`. Each question is
 asked three times: about the photo, about it with the object covered in the photo's mean colour, and with as much

@@ -1,4 +1,4 @@
-"""A training step beside nanoVLM's, at the same widths: `python tests/bench/nanovlm.py CLONE`.
+"""A training step beside nanoVLM's, at the same widths: `python experiments/real/nanovlm.py CLONE`.
 
 CLONE is one of github.com/huggingface/nanoVLM. Both models have random weights: a frozen encoder like SigLIP's, of 12
 layers of width 384, 8 x 8 image tokens, and an LLM of the shape of SmolLM2-135M. Adapter and LLM train. The batch is

@@ -1,6 +1,6 @@
 """CPU time of a training step of `probes real`, by part and by number of image tokens.
 
-    python tests/bench/real_step.py ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
+    python experiments/real/real_step.py ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
 
 Prints the CPU seconds of 8 samples, two micro-batches with random pixels and ids: the encoder alone, stage 1, stage 2
 and its optimizer. CPU time, not wall time, so that a busy machine does not change it much.

@@ -1,8 +1,8 @@
 """Coverage of claims about the best layer (probes/evaluation/layer_effects.py), on studies whose truth is known.
 
-    python tests/bench/best_layer.py --studies 200 --images 100
+    python experiments/statistics/best_layer.py --studies 200 --images 100
 
-Populations of images (tests/bench/model_pairs.py) have an adapter and five layers of known accuracy, from which studies
+Populations of images (model_pairs.py) have an adapter and five layers of known accuracy, from which studies
 are drawn. A line for each population: the true recovery in points, and by method the mean error of the estimate, how
 often its 95% interval covers the truth, how often it is a point or more with an interval above 0, and its half width.
 

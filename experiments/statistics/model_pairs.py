@@ -1,6 +1,6 @@
 """Coverage and power of the comparison of two models on the same photos (probes/report/model_comparison.py).
 
-    python tests/bench/model_pairs.py --pairs 200 --images 100
+    python experiments/statistics/model_pairs.py --pairs 200 --images 100
 
 Populations of images have known differences of best layers. "all classes": each of eight classes is in each image, and
 one model is 2.6 points less accurate at every layer. "three of 20": each image has three classes, and the layers of a
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests/helpers"))
 
 from probe_runs import CLASSES_TASK, random_counts, sums_of
 

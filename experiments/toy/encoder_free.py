@@ -1,7 +1,7 @@
 """A model without an encoder whose LLM alone makes classes separable, and the same with its LLM's layers shuffled.
 
     probes demo-assets WORLD --world binding --scale 0.3
-    python tests/bench/encoder_free.py WORLD OUT
+    python experiments/toy/encoder_free.py WORLD OUT
 
 A tiny random Gemma 4 of the unified kind reads pictures of the binding world as embeddings of 6 x 6 pixels, under its
 bidirectional mask. Only the layers of its LLM are trained, on the class of each image token, which a linear head reads

@@ -1,7 +1,7 @@
 """How often planted effects are supported beside two, three, ... random LLMs, and two permuted ones.
 
     probes calibrate --studies planted --seeds 10 11 ...
-    python tests/bench/power.py --seeds 10 11 12
+    python experiments/toy/power.py --seeds 10 11 12
 
 Solves probes of the planted models of seeds that `probes calibrate` has made, beside as many draws as are asked for.
 Prints, for each claim that is true, its mean effect beyond random, and in how many seeds it is supported by draws.

@@ -159,7 +159,7 @@ def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before
-    power = f"tests/bench/power.py --out {tmp_path} --seeds 3 --draws 2".split()
+    power = f"experiments/toy/power.py --out {tmp_path} --seeds 3 --draws 2".split()
     done = run_command([sys.executable, *power], cwd=ROOT)
     rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
     assert [row.split()[:2] for row in rows[:2]] == [

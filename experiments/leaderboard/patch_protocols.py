@@ -1,6 +1,6 @@
 """What two protocols that know patches only say of the states of a solved run, scored on pixels.
 
-    python experiments/leaderboard/patch_protocols.py RUN ...
+    python -m experiments.leaderboard.patch_protocols RUN ...
 
 RUN is a finished run of `probes solve` that squashes its photos. Written to RUN/patch_protocols.json, mIoU by site:
 

@@ -1,8 +1,8 @@
 """Count the right answers of a checkpoint to questions from masks, by data set and kind of question.
 
-    python experiments/real/answers_by_kind.py MODEL QUESTIONS.json IMAGES [--batch-size 8]
+    python -m experiments.real.answers_by_kind MODEL QUESTIONS.json IMAGES [--batch-size 8]
 
-MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `probes real --photos`. An answer is right if
+MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `run.py --photos`. An answer is right if
 it is the expected word. Each question is asked about two photos with different right answers, so that a blind model is
 right in half. The interval is the normal one of a share of questions.
 """

@@ -1,8 +1,8 @@
 """Cover what held-out questions are about in their photos, and count the answers that are still right.
 
-    python experiments/real/answers_without_the_object.py MODEL QUESTIONS.json IMAGES [--batch-size 8]
+    python -m experiments.real.answers_without_the_object MODEL QUESTIONS.json IMAGES [--batch-size 8]
 
-MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `probes real --photos`. Each question is
+MODEL is a checkpoint of ours; QUESTIONS.json and IMAGES are those of `run.py --photos`. Each question is
 asked three times: about the photo, about it with the object covered in the photo's mean colour, and with as much
 covered elsewhere: the same pixels turned by half a circle about the photo's centre, without those of the object. The
 object is the place of the question; of "Is there any CLASS", asked where there is one, the pixels of the class in the
@@ -17,9 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from answers_by_kind import ask, parse_arguments, question_of, row_of
 from PIL import Image
 
+from experiments.real.answers_by_kind import ask, parse_arguments, question_of, row_of
 from llava_bidir.data.image_folder import read_image
 
 

@@ -1,6 +1,6 @@
 """Count at which layers the logit lens reads the word of a patch's class.
 
-    python experiments/real/class_words.py RUN [RUN ...] [--top 10]
+    python -m experiments.real.class_words RUN [RUN ...] [--top 10]
 
 RUN is a finished run of `probes solve` on an MLLM. A patch has the class of most of its labelled pixels. Its states at
 a site become words by the LLM's final norm and output head. Printed per site, as a share of the patches of the

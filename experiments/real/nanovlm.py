@@ -1,4 +1,4 @@
-"""A training step beside nanoVLM's, at the same widths: `python experiments/real/nanovlm.py CLONE`.
+"""A training step beside nanoVLM's, at the same widths: `python -m experiments.real.nanovlm CLONE`.
 
 CLONE is one of github.com/huggingface/nanoVLM. Both models have random weights: a frozen encoder like SigLIP's, of 12
 layers of width 384, 8 x 8 image tokens, and an LLM of the shape of SmolLM2-135M. Adapter and LLM train. The batch is
@@ -22,11 +22,11 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import real_step
 import torch
 from torch import nn
 from transformers import LlamaConfig, SiglipVisionConfig
 
+from experiments.real import real_step
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import set_trainable
 from llava_bidir.training.flops import count_flops

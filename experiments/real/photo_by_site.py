@@ -1,6 +1,6 @@
 """Draw what the probes of a run read in a photo, site by site, in one row: README's second picture.
 
-    python experiments/real/photo_by_site.py RUN PHOTO OUT.png SITE ...
+    python -m experiments.real.photo_by_site RUN PHOTO OUT.png SITE ...
 
 RUN is a finished run of `probes solve`. The classes that the maps show most have a colour each, all others are grey.
 """

@@ -1,4 +1,4 @@
-"""Photos and captions of one's own as the data of `probes real`.
+"""Photos and captions of one's own as the data of `run.py`.
 
 OUT/photos/NAME, OUT/photos/captions    links to the data sets and to the folder of the captions' photos
 OUT/photos/captions.json                stage 1: one caption of each photo
@@ -15,8 +15,7 @@ from typing import Any
 from llava_bidir.common.atomic_io import read_json, sha256, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.json_stream import read_records
-
-from .questions import build_records
+from probes.worlds.questions import build_records
 
 CAPTIONS = "captions"  # name of the link
 FILES = (CAPTIONS, "dialogues", "questions", "sources")

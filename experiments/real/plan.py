@@ -1,12 +1,11 @@
-"""How many steps `probes real` trains: as many as fit into the time, by that of a step on this machine."""
+"""How many steps `make real` trains: as many as fit into the time, by that of a step on this machine."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_bidir.common.atomic_io import read_json, write_files
-
-from .steps import MASKS
+from probes.worlds.steps import MASKS
 
 if TYPE_CHECKING:
     from torch import Tensor

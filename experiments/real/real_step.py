@@ -1,6 +1,6 @@
-"""CPU time of a training step of `probes real`, by part and by number of image tokens.
+"""CPU time of a training step of `make real`, by part and by number of image tokens.
 
-    python experiments/real/real_step.py ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
+    python -m experiments.real.real_step ENCODER LLM --sides 112 168 224 [--bfloat16] [--attention eager]
 
 Prints the CPU seconds of 8 samples, two micro-batches with random pixels and ids: the encoder alone, stage 1, stage 2
 and its optimizer. CPU time, not wall time, so that a busy machine does not change it much.
@@ -21,9 +21,7 @@ from llava_bidir.training.supervised_loss import supervised_loss
 SAMPLES = 4  # of a micro-batch
 MICRO_BATCHES = 2
 CAPTION_TOKENS = 15  # a sentence of Flickr8k
-DIALOGUE_TOKENS = (
-    92  # mean of the conversations that `probes real --photos` mixes, without the picture
-)
+DIALOGUE_TOKENS = 92  # mean of the conversations that `run.py --photos` mixes, without the picture
 ANSWER_TOKENS = 2  # of each question, with the end
 
 

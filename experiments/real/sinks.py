@@ -1,6 +1,6 @@
 """The first image token as an attention sink, and what cutting a sink off does to answers.
 
-    python experiments/real/sinks.py MODEL PHOTOS --windows 4-10 11-20 21-30
+    python -m experiments.real.sinks MODEL PHOTOS --windows 4-10 11-20 21-30
 
 Prints for the model as it is asked, and for an image without text before it, under both masks: the norm of the first
 image token in medians of the image's tokens and the number of tokens with ten medians, at some layers. Then the mean

@@ -1,6 +1,6 @@
 """Coverage of claims about the best layer (probes/evaluation/layer_effects.py), on studies whose truth is known.
 
-    python experiments/statistics/best_layer.py --studies 200 --images 100
+    python -m experiments.statistics.best_layer --studies 200 --images 100
 
 Populations of images (model_pairs.py) have an adapter and five layers of known accuracy, from which studies
 are drawn. A line for each population: the true recovery in points, and by method the mean error of the estimate, how
@@ -16,9 +16,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from model_pairs import FLAT, PEAKED, POPULATION, RESAMPLINGS, population
 from torch import Tensor
 
+from experiments.statistics.model_pairs import (
+    FLAT,
+    PEAKED,
+    POPULATION,
+    RESAMPLINGS,
+    population,
+)
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.evaluation.estimate import Estimate
 from probes.evaluation.layer_effects import (

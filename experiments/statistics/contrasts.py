@@ -1,6 +1,6 @@
 """Coverage and level of the intervals of knockout contrasts, by simulation.
 
-    python experiments/statistics/contrasts.py --studies 1000
+    python -m experiments.statistics.contrasts --studies 1000
 
 A study has pairs of classes, and twice as many patches with one kind of mistake as with the other. Whether a patch is
 still wrong depends on chance, on its image, on whether the class's own or other tokens are blocked, and on a shift of

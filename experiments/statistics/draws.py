@@ -1,6 +1,6 @@
 """Coverage and power of the interval beyond random draws, judged alone and with the spread pooled over masks.
 
-    python experiments/statistics/draws.py --studies 4000
+    python -m experiments.statistics.draws --studies 4000
 
 Prints, for studies whose trained model is like any random one: how often the 95% interval covers zero, and the effect
 whose interval would exclude zero in 80% of them, in points. The standard deviations are those of the toy world, in

@@ -1,7 +1,7 @@
 """Coverage of bootstrap intervals of mIoU with rare classes, for the rules that could be used.
 
-    python experiments/statistics/intervals.py                     # simulated populations of images
-    python experiments/statistics/intervals.py RUN --sites encoder adapter    # resampled from a finished run's counts
+    python -m experiments.statistics.intervals                     # simulated populations of images
+    python -m experiments.statistics.intervals RUN --sites encoder adapter    # resampled from a finished run's counts
 
 Prints, for studies of so many images: how often the 95% interval of the mIoU of a site, and that of the difference of
 two sites, covers the value of the population over the classes that the study's images have; how often that of the site

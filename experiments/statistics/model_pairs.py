@@ -1,6 +1,6 @@
 """Coverage and power of the comparison of two models on the same photos (probes/report/model_comparison.py).
 
-    python experiments/statistics/model_pairs.py --pairs 200 --images 100
+    python -m experiments.statistics.model_pairs --pairs 200 --images 100
 
 Populations of images have known differences of best layers. "all classes": each of eight classes is in each image, and
 one model is 2.6 points less accurate at every layer. "three of 20": each image has three classes, and the layers of a

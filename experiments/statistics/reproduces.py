@@ -1,6 +1,6 @@
 """How far a solved probe's mIoU depends on processor, threads, memory and processes.
 
-    python experiments/statistics/reproduces.py MODEL DATA --sites layer_05 layer_10 final_norm --out runs/reproduces
+    python -m experiments.statistics.reproduces MODEL DATA --sites layer_05 layer_10 final_norm --out runs/reproduces
 
 Each setting is a run of `probes solve` with its defaults, in a process of its own. Prints strengths and mIoU of each
 site by setting, and the largest difference at each site, in points.

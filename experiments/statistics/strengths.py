@@ -1,6 +1,6 @@
 """Does the strength with the lowest cross-entropy over folds have the highest mIoU on other photos?
 
-    python experiments/statistics/strengths.py ENCODER DATA ... --images 24 48 100 200 --subsets 2
+    python -m experiments.statistics.strengths ENCODER DATA ... --images 24 48 100 200 --subsets 2
 
 ENCODER is a DINOv2 in transformers' format, whose states before the last layer are probed; DATA are folder data sets.
 Each row is the mean over subsets of so many training photos: mIoU of the validation photos at the chosen strength, and

@@ -1,4 +1,6 @@
-"""`probes calibrate`: how often each verdict says yes where the truth is yes, and where it is no.
+"""How often each verdict says yes where the truth is yes, and where it is no.
+
+    python -m experiments.toy.calibrate --out runs/calibrate --seeds 0 1 2 [--studies planted weak ...]
 
 For each seed a toy world is drawn, models are planted (`probes plant`), and each is studied:
 
@@ -14,6 +16,7 @@ OUT/seedN/{assets,models,STUDY}, OUT/seedN/claims.json, OUT/calibration.csv, cal
 again: seeds and studies can be added, and jobs of different `--seeds` can share OUT.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -23,9 +26,12 @@ from typing import Any, NamedTuple
 
 import scipy.stats
 
+from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE, write_llm
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
+from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.steps import find_missing, run_steps
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
@@ -33,11 +39,8 @@ from probes.results.study import read_studies
 from probes.studies.config import StudyConfig
 from probes.studies.parser import study_config
 from probes.studies.run import run_study
-from probes.world_options import CalibrateOptions
-
-from .child_process import run_in_child_process
-from .random_llms import FAMILIES, OF_LANGUAGE
-from .steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
+from probes.worlds.child_process import run_in_child_process
+from probes.worlds.steps import MASKS, WEIGHTS, check_settings, make_step, to_words, training_steps
 
 LLM = ("trained", "random0", "random1", "permuted0", "permuted1")
 ADAPTER = ("trained", *(f"adapter{draw}" for draw in range(5)))
@@ -73,10 +76,7 @@ MODELS = {
     "random": PlantedModel("random", "planted"),
     **{f"merged{k}": PlantedModel("drop", "planted", ("--pairs", str(k))) for k in (0, 1, 3)},
     "language": PlantedModel("recovery", "", ("--steps", "0")),
-    **{
-        name: PlantedModel("random", "" if name in OF_LANGUAGE else "planted", ("--weights", name))
-        for name in DRAWN
-    },
+    **{name: PlantedModel("random", "" if name in OF_LANGUAGE else "planted") for name in DRAWN},
 }
 DESIGNS = {
     "planted": Design("planted", MASKS),
@@ -243,6 +243,7 @@ def _make_models(
     words = ["probes", "demo-assets", str(assets), *to_words(world)]
     run_in_child_process(folder, "world", [make_step(folder, words, drawn)])
     steps = []
+    llms = []
     for mask in MASKS:
         models = folder / "models" / mask
         options = {
@@ -261,24 +262,21 @@ def _make_models(
             if name not in studied | sources:
                 continue
             source = models / (model.source or "stage1")
-            words = [
-                "probes",
-                "plant",
-                model.what,
-                f"{source}/hf",
-                str(assets),
-                f"{models}/{name}/hf",
-            ]
-            words += [*model.options, "--seed", str(seed)]
-            steps.append(
-                make_step(
-                    folder,
-                    words,
-                    models / name / WEIGHTS,
-                    reads=[source / WEIGHTS, drawn],
-                )
+            if name in DRAWN:
+                words = ["random_llms", name, f"{source}/hf", f"{models}/{name}/hf", str(seed)]
+            else:
+                words = ["probes", "plant", model.what, f"{source}/hf", str(assets)]
+                words += [f"{models}/{name}/hf", *model.options, "--seed", str(seed)]
+            step = make_step(
+                folder,
+                words,
+                models / name / WEIGHTS,
+                reads=[source / WEIGHTS, drawn],
             )
+            (llms if name in DRAWN else steps).append(step)
     run_in_child_process(folder, "models", steps)
+    logs = folder / "logs"
+    run_steps(find_missing(llms, logs), logs, lambda step: write_llm(*step.config[1:]))
 
 
 def study_settings(
@@ -332,14 +330,22 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
     return row | {"supported": supported, "beyond_random_value": verdicts["beyond_random"]["value"]}
 
 
-def run(options: CalibrateOptions) -> None:
-    """Run `probes calibrate`."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    end_on_signals()
-    calibrate(
-        options.out,
-        options.seeds,
-        options.scale,
-        options.scenes,
-        options.studies,
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/calibrate"), help="of all seeds")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=range(10), help="the table has all in the folder"
     )
+    parser.add_argument("--scale", type=float, default=0.1, help="of `probes demo-assets`")
+    parser.add_argument("--scenes", type=int, choices=(2, 4), default=2, help="in a picture")
+    parser.add_argument("--studies", nargs="+", choices=DESIGNS, help="default: all")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with one_line_errors("calibrate"):
+        end_on_signals()
+        calibrate(options.out, options.seeds, options.scale, options.scenes, options.studies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """A knockout whose result is known: what look-alikes need is the cue of their own scene.
 
-    python experiments/toy/cues.py runs/demo/bidirectional/trained runs/demo/shuffled/trained
+    python -m experiments.toy.cues runs/demo/bidirectional/trained runs/demo/shuffled/trained
 
 RUNs are solved probes of a world with several scenes in a picture (`make demo`). For each picture and scene, the cues
 of that scene or those of the others are hidden from all image tokens. Then the probes of the best layer read the

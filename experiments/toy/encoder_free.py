@@ -1,7 +1,7 @@
 """A model without an encoder whose LLM alone makes classes separable, and the same with its LLM's layers shuffled.
 
     probes demo-assets WORLD --world binding --scale 0.3
-    python experiments/toy/encoder_free.py WORLD OUT
+    python -m experiments.toy.encoder_free WORLD OUT
 
 A tiny random Gemma 4 of the unified kind reads pictures of the binding world as embeddings of 6 x 6 pixels, under its
 bidirectional mask. Only the layers of its LLM are trained, on the class of each image token, which a linear head reads
@@ -27,7 +27,7 @@ from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.pixel_counts import patch_labels
 from probes.worlds.canvas import CLASSES
-from probes.worlds.random_llms import shuffle_weights
+from probes.worlds.plant import shuffle_weights
 from probes.worlds.tiny_models import train
 
 FAMILY = "gemma4_unified"

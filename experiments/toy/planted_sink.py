@@ -1,6 +1,6 @@
 """A sink is planted in the toy world, and no starvation: is the claim without this token rejected?
 
-    python experiments/toy/planted_sink.py DEMO OUT
+    python -m experiments.toy.planted_sink DEMO OUT
 
 DEMO is a folder of `probes demo`. The causal model of its stage 2, in which nothing is planted, is trained to write one
 large vector at the first image token from a layer on, whatever the image shows, and to keep the states of all other

@@ -1,9 +1,9 @@
 """How often planted effects are supported beside two, three, ... random LLMs, and two permuted ones.
 
-    probes calibrate --studies planted --seeds 10 11 ...
-    python experiments/toy/power.py --seeds 10 11 12
+    python -m experiments.toy.calibrate --studies planted --seeds 10 11 ...
+    python -m experiments.toy.power --seeds 10 11 12
 
-Solves probes of the planted models of seeds that `probes calibrate` has made, beside as many draws as are asked for.
+Solves probes of the planted models of seeds that `make calibrate` has made, beside as many draws as are asked for.
 Prints, for each claim that is true, its mean effect beyond random, and in how many seeds it is supported by draws.
 """
 
@@ -11,12 +11,12 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from experiments.toy.calibrate import DESIGNS, study_settings
 from probes.report.claims import evaluate_claims
 from probes.results.runs import finished_runs
 from probes.results.study import read_studies
 from probes.studies.arms import PERMUTED_DRAWS
 from probes.studies.run import run_study
-from probes.worlds.calibrate import DESIGNS, study_settings
 
 
 def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:
@@ -48,7 +48,7 @@ def main() -> None:
         type=Path,
         default=Path("runs/calibrate"),
         metavar="DIR",
-        help="of `probes calibrate`",
+        help="of `make calibrate`",
     )
     parser.add_argument(
         "--seeds",

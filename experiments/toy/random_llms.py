@@ -1,7 +1,7 @@
 """Layers that have learned nothing from pictures, in many ways: negatives on which the verdicts are tried.
 
 Draws of a study have one distribution of weights each. Whatever random layers do beyond them by their scale, spectrum
-or attention must not be taken for learning; `probes calibrate` counts how often it is.
+or attention must not be taken for learning; `make calibrate` counts how often it is.
 
     shuffled           the entries of each trained matrix in random order
     normal_0.02 ...    normal weights of this standard deviation, from the one of an initialisation to 16 times it
@@ -20,26 +20,16 @@ pictures.
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from probes.worlds.plant import plant_random, shuffle_weights
+
 SD = 0.08  # of normal weights with another property; four times that of an initialisation
 SCALES = (0.02, 0.04, 0.08, 0.16, 0.32)
 RANK = 8
-
-
-def shuffle_weights(layers: nn.ModuleList) -> None:
-    """Put the entries of each matrix into random order."""
-    for weight in matrices(layers):
-        order = torch.randperm(weight.numel())
-        shuffled = weight.flatten()[order]
-        weight.copy_(shuffled.view_as(weight))
-
-
-def matrices(layers: nn.Module) -> list[Tensor]:
-    """Return the weights that are not vectors."""
-    return [weight for weight in layers.parameters() if weight.ndim > 1]
 
 
 def draw_weights(draw: Callable[[Tensor], object], layers: nn.ModuleList) -> None:
@@ -142,9 +132,13 @@ OF_LANGUAGE = ("reordered", "exchanged")
 SEED_OF_DRAWS = 500_009
 
 
-def edit_layers(weights: str, layers: nn.ModuleList, seed: int) -> None:
+def edit_layers(weights: str, seed: int, layers: nn.ModuleList) -> None:
     """Replace the layers in place by those of one of :data:`FAMILIES`."""
-    rearranged = weights in ("shuffled", *OF_LANGUAGE)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed if rearranged else seed + SEED_OF_DRAWS)
-        FAMILIES[weights](layers)
+    torch.manual_seed(seed if weights in ("shuffled", *OF_LANGUAGE) else seed + SEED_OF_DRAWS)
+    FAMILIES[weights](layers)
+
+
+def write_llm(weights: str, model: str, out: str, seed: str) -> None:
+    """Write a copy of the checkpoint `model` with such layers."""
+    edit = partial(edit_layers, weights, int(seed))
+    plant_random(Path(model), Path(out), weights=weights, edit=edit, seed=int(seed))

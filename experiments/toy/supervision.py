@@ -1,6 +1,6 @@
 """Experiment 5 of the toy world: does an LLM that is trained on questions refine image tokens?
 
-    python experiments/toy/supervision.py --seeds 0 1 2
+    python -m experiments.toy.supervision --seeds 0 1 2
 
 The design is in experiments/toy/toy_results.md. For each seed and mask, a model after stage 1 is trained in four ways,
 with as many optimizer steps on the same pictures:

@@ -18,7 +18,7 @@ SCRIPTS = sorted([*HERE.glob("*.py"), *ROOT.glob("experiments/*/*.py")])
 
 
 def python(*words: object) -> str:
-    folders = (ROOT, HERE.parent / "helpers", HERE, ROOT / "experiments/statistics")
+    folders = (ROOT, HERE.parent / "helpers", HERE)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     return run_command([sys.executable, *map(str, words)], env=environment).stdout
 
@@ -90,7 +90,8 @@ def test_probes_by_passes_end_at_the_strength_and_score_of_all_in_memory(device,
 
 @pytest.mark.nightly
 def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():
-    code = "import sys, bench, draws, loss; loss.CASES = {'small': (5, 1, (96, 128))}; "
+    code = "import sys, bench, loss; from experiments.statistics import draws; "
+    code += "loss.CASES = {'small': (5, 1, (96, 128))}; "
     code += "loss.bench_loss(bench.paired, lambda step: 1.0, rounds=1); "
     code += "print('draws'); sys.argv[1:] = ['--studies', '50']; draws.main()"
     table, _, coverage = python("-c", code).partition("draws\n")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from experiments.real.run import find_model
 from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
-from probes.worlds.real import find_model
 
 STEPS = 3  # of each training
 

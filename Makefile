@@ -57,11 +57,11 @@ endif
 
 real: OUT := runs/real
 real: venv ## a real language model on the toy world in English, into runs/real (MINUTES=45, CONTROLS=yes, SEED=1, OUT=DIR)
-	@$(PY) -m probes real --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	@$(PY) -m experiments.real.run --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(CONTROLS),--controls --draws 3)
 
 calibrate: venv ## worlds with known truth: how often each verdict says yes, into runs/calibrate (SEEDS="0 1 2"; default: ten)
-	$(PY) -m probes calibrate $(if $(SEEDS),--seeds $(SEEDS))
+	$(PY) -m experiments.toy.calibrate $(if $(SEEDS),--seeds $(SEEDS))
 
 # ---------------------------------------------------------------------------------------------------- checks
 # Tests of a file share what they prepare, so that a file stays with one worker; long files come first (tests/conftest.py).

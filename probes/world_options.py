@@ -1,11 +1,11 @@
-"""The options of commands that make worlds and models and study them: demo, real, calibrate and their parts.
+"""The options of commands that make worlds and models and study them: demo and its parts.
 
 Nothing here imports torch.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -14,34 +14,6 @@ from llava_bidir.common.options import Count, Seed, flag, positional
 
 Scale = Annotated[float, pydantic.Field(ge=0.01, le=1000)]
 World = Literal["binding", "context"]
-# worlds/random_llms.py needs torch
-RandomLLM = Literal[
-    "shuffled",
-    "normal_0.02",
-    "normal_0.04",
-    "normal_0.08",
-    "normal_0.16",
-    "normal_0.32",
-    "orthogonal",
-    "uniform",
-    "sharp",
-    "flat",
-    "repeated",
-    "low_rank",
-    "reordered",
-    "exchanged",
-]
-# those of planted models, and of LLMs that have learned nothing; shuffled ones are called random
-CalibratedStudy = Literal[
-    "planted",
-    "weak",
-    "random",
-    "merged0",
-    "merged1",
-    "merged3",
-    "language",
-    *get_args(RandomLLM)[1:],
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +43,14 @@ class PlantOptions:
     """Options of `probes plant`.
 
     Args:
-        what: Recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle or
-            draw the layers of its LLM.
+        what: Recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle the
+            layers of its LLM.
         model: Exported directory (RUN/hf).
         world: Folder of demo-assets --world binding.
         out: Directory to write; replaces an earlier export.
         steps: Of recovery: optimizer steps on pictures alone.
         answer_steps: Of recovery: further steps in which questions about patches are trained, too.
         pairs: Of drop: pairs of classes to merge, up to 3; 0: none.
-        weights: Of random: the layers.
         seed: Seed of batches and questions.
     """
 
@@ -90,7 +61,6 @@ class PlantOptions:
     steps: Seed = 250
     answer_steps: Seed = 0
     pairs: Seed = 3
-    weights: RandomLLM = "shuffled"
     seed: Seed = 0
 
 
@@ -115,42 +85,6 @@ class DemoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealOptions:
-    """Options of `probes real`.
-
-    Args:
-        out: Folder of models, world, studies and reports.
-        seed: Seed of all random choices.
-        minutes: Minutes on two idle cores; a stage has as many steps as fit, from a measured one.
-        photos: Folder data sets with masks, instead of the toy world; questions are made from the masks.
-        captions: LLaVA's JSON with captions for --photos (default: lists of classes from the masks).
-        caption_images: Folder of the photos of --captions (default: that of the file).
-        hours: With --photos, instead of --minutes.
-        image_px: With --photos, side of the encoder's square, a multiple of 14 px (default: 112, 64 image tokens).
-        questions: With --photos, held-out questions about each data set (default: 200).
-        train_only: Train the models, and study none.
-        steps: Steps of stage 2, and of stage 1 as many (with photos, half as many again), instead of as many as fit.
-        draws: Draws of each kind of random LLM in the study.
-        controls: Also train and study what tells language from training: the model after stage 1, and one of random
-            weights; takes hours.
-    """
-
-    out: Path = Path("runs/real")
-    seed: Seed = 0
-    minutes: Annotated[float, pydantic.Field(ge=1, le=100_000)] = 45
-    photos: tuple[Path, ...] | None = None
-    captions: Path | None = None
-    caption_images: Path | None = None
-    hours: Annotated[float, pydantic.Field(ge=0.1, le=10_000)] | None = None
-    image_px: Count | None = None
-    questions: Count | None = None
-    train_only: bool = flag()
-    steps: Count | None = None
-    draws: Seed = 2
-    controls: bool = flag()
-
-
-@dataclass(frozen=True, kw_only=True)
 class QuestionsOptions:
     """Options of `probes questions`.
 
@@ -169,25 +103,6 @@ class QuestionsOptions:
     grid: Count = 4
     per_photo: Count = 6
     held_out: Count = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
-    """Options of `probes calibrate`.
-
-    Args:
-        out: Folder of all seeds.
-        seeds: Seeds to run; the table has all that are in the folder.
-        scale: Size of the world, see `probes demo-assets`.
-        scenes: Scenes in a picture: 2 or 4.
-        studies: Some of the studies: of planted models, or of LLMs that have learned nothing (default: all).
-    """
-
-    out: Path = Path("runs/calibrate")
-    seeds: tuple[Seed, ...] = tuple(range(10))
-    scale: Scale = 0.1
-    scenes: Literal[2, 4] = 2
-    studies: tuple[CalibratedStudy, ...] | None = None
 
 
 WORLD_COMMANDS = {
@@ -209,14 +124,6 @@ WORLD_COMMANDS = {
         ),
         DemoOptions,
     ),
-    "real": Command(
-        "probes.worlds.real:run",
-        (
-            "the demo with a real encoder (DINOv2-S) and a real language model "
-            "(SmolLM2-135M), on the toy world or on photos; again: only what is missing"
-        ),
-        RealOptions,
-    ),
     "questions": Command(
         "probes.worlds.questions:run",
         (
@@ -224,13 +131,5 @@ WORLD_COMMANDS = {
             "answer is right in half"
         ),
         QuestionsOptions,
-    ),
-    "calibrate": Command(
-        "probes.worlds.calibrate:run",
-        (
-            "plant effects in models of a toy world and count how often each verdict says "
-            "yes, where it should and not"
-        ),
-        CalibrateOptions,
     ),
 }

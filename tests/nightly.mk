@@ -11,7 +11,7 @@ nightly-tests: venv vqa-venv ## of these, the tests
 	DEMO=$(CURDIR)/$(NIGHTLY)/demo FAULTS=20 FAULTS_EACH=5 NUMBA_DISABLE_JIT=0 $(PYTEST) --durations=40 -m 'nightly and not gpu'
 
 nightly-calibration: venv ## of these, a seed of the calibration
-	$(PY) -m probes calibrate --seeds 0 --out $(NIGHTLY)/calibrate
+	$(PY) -m experiments.toy.calibrate --seeds 0 --out $(NIGHTLY)/calibrate
 
 # With torch of its own range, too: a CUDA build, unless TORCH_INDEX=URL has CPU builds. --no-config: pyproject.toml tells uv
 # that torch requires no packages of CUDA, which holds for the lock.

@@ -109,7 +109,7 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
 
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
     runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
-    done = run_command([sys.executable, "tests/bench/cues.py", *runs], cwd=ROOT)
+    done = run_command([sys.executable, "experiments/toy/cues.py", *runs], cwd=ROOT)
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     # a line each by run
     probes = found[::2]

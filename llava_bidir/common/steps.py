@@ -1,7 +1,7 @@
 """Steps of long work: each is done once, and again if what it was made from has changed.
 
 FOLDER/steps/NAME.json records of each step its config, hashes of what it read and wrote, its seconds and memory, or
-why it has made nothing. Studies, the demo, the real model and calibrations are made of such steps.
+why it has made nothing. Studies, the demo and experiments are made of such steps.
 """
 
 import json

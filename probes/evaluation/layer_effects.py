@@ -2,7 +2,8 @@
 
 The best layer of an effect is chosen by cross-validation over images: no image takes part in the choice of its own
 layer, so that the maximum over many layers is not biased upwards. Each resampling chooses anew. With the choice kept,
-intervals of layers that are about as good as each other are a third too narrow (`tests/bench/best_layer.py`).
+intervals of layers that are about as good as each other are a third too narrow
+(`experiments/statistics/best_layer.py`).
 
 A score is a function of sums over images, `sums` f[S, N, M], see :mod:`probes.tasks`. Scores are signed so that higher
 is better.

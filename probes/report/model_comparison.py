@@ -120,7 +120,7 @@ def difference_of_best(first: Sequence[Estimate], second: Sequence[Estimate]) ->
     The interval holds whichever are best: with bounds on all differences D of one score and another together, the
     difference of maxima, max min D, is between the max min of the lower bounds and that of the upper ones. An interval
     of the two that are best on these images says of equal models up to twice too often that they differ, and one of
-    layers that cross-validation has chosen up to six times (`tests/bench/model_pairs.py`).
+    layers that cross-validation has chosen up to six times (`experiments/statistics/model_pairs.py`).
 
     Args:
         first: Scores of one model's layers, from the same resamplings as those of the other's.

@@ -256,10 +256,10 @@ def interval_over_draws(
 
     The own interval of what :func:`compare_to_draws` returns covers images. The draws add Student's t. Their variance
     is pooled with `others`: the same claim under other masks or beyond other random weights, whose degrees of freedom
-    add up. It is never below that
-    of the own draws, so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell
-    would not (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and
-    Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
+    add up. It is never below that of the own draws, so that a mask with twice the spread keeps its level. Pooled over
+    claims as well, such a cell would not (`experiments/statistics/draws.py`: 91%). Both half widths are added as the
+    sides of a right angle; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws
+    that differ.
     """
     low, high = compared.ci95
     value = compared.value

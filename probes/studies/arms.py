@@ -11,7 +11,7 @@ The name of an arm says which:
 Of a bare vision encoder, `random` and `permuted` are the encoder's layers, and there are no other controls.
 
 A claim is compared with `random` and with `permuted` arms, and must hold beyond both: a model that has learned nothing
-can differ from all draws of one kind, e.g. by the scale of its weights (probes/worlds/beyond_random.md).
+can differ from all draws of one kind, e.g. by the scale of its weights (experiments/beyond_random/beyond_random.md).
 
 `--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
 """

@@ -27,7 +27,7 @@ BINDING_STEPS = ("solve", "fit", "starvation", "report")
 SITES = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
 PICTURES = f"pictures of {SCENES} scenes"
 # Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
-# cheap; two draws judged alone would find effects from four points only (probes/report/statistics.md).
+# cheap; two draws judged alone would find effects from four points only (experiments/statistics/statistics.md).
 ADAPTERS = tuple(f"adapter{draw}" for draw in range(5))
 ADAPTER_SITES = ["encoder", "adapter"]
 OTHERS = {

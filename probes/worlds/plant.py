@@ -3,7 +3,7 @@
     recovery    adapter and LLM are trained by a cross-entropy on their own image tokens, the class of each patch. Where
                 look-alikes need other patches, the LLM's layers then read better than the adapter.
     drop        the adapter loses the directions that tell pairs of classes apart, so that probes read less from it
-    random      the LLM's layers are shuffled or drawn, so that nothing that it does is learned (`random_llms.py`)
+    random      the entries of each matrix of the LLM's layers are shuffled, so that nothing that it does is learned
 
 The result is an ordinary checkpoint. Its training.json records what was `planted`, and the `truth` of claims by folder
 of pictures, which reports show beside the verdicts.
@@ -11,7 +11,7 @@ of pictures, which reports show beside the verdicts.
 Shapes: B batch, N tokens, T = 64 image tokens, K classes, d width of the encoder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from probes.world_options import PlantOptions
 from .binding import GRID
 from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
-from .random_llms import edit_layers
 from .tiny_models import normalize, train
 
 QUESTIONS = 8  # about each picture, where they are trained along
@@ -144,16 +143,28 @@ def plant_recovery(
     return losses
 
 
+def shuffle_weights(layers: nn.ModuleList) -> None:
+    """Put the entries of each matrix into random order."""
+    for weight in layers.parameters():
+        if weight.ndim > 1:
+            order = torch.randperm(weight.numel())
+            shuffled = weight.flatten()[order]
+            weight.copy_(shuffled.view_as(weight))
+
+
 def plant_random(
     model: Path,
     out: Path,
     *,
     weights: str = "shuffled",
+    edit: Callable[[nn.ModuleList], None] = shuffle_weights,
     seed: int = 0,
 ) -> None:
-    """Shuffle or draw the LLM's layers; `weights` is one of :data:`random_llms.FAMILIES`."""
+    """Replace the weights of the LLM's layers, by `edit` in place, so that nothing is learned; `weights` names them."""
     net, processor = _load(model)
-    edit_layers(weights, net.model.language_model.layers, seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        edit(net.model.language_model.layers)
     record = {"planted": "random", "seed": seed, "weights": weights}
     _save(
         net,
@@ -337,7 +348,7 @@ def run(options: PlantOptions) -> None:
     if options.what == "drop":
         plant_drop(options.model, options.world, options.out, pairs=options.pairs)
     elif options.what == "random":
-        plant_random(options.model, options.out, weights=options.weights, seed=options.seed)
+        plant_random(options.model, options.out, seed=options.seed)
     else:
         losses = plant_recovery(
             options.model,

@@ -1,4 +1,4 @@
-"""Steps of `probes demo`, `probes real` and `probes calibrate`: commands that make worlds and models."""
+"""Steps of `probes demo` and of experiments: commands that make worlds and models."""
 
 import os
 from collections.abc import Sequence

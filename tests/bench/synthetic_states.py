@@ -14,7 +14,7 @@ BATCH = 32
 class Synthetic:
     """States of Gaussian classes, drawn for each batch from its number; nothing is kept.
 
-    Shares, and how spectra fall, are about those of DINOv2-S on three data sets, as `describe_states.py` finds them.
+    Shares, and how spectra fall, are about those of DINOv2-S on three data sets.
     Images are 4 x 4 objects, each of a random class.
 
     Args:

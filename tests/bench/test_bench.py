@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is theirs to print, never to assert."""
+"""The benchmarks and experiments run; what they measure is theirs to print, never to assert."""
 
 import ast
 import importlib
@@ -13,15 +13,17 @@ import torch
 from processes import run_command
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SCRIPTS = sorted([*HERE.glob("*.py"), *ROOT.glob("experiments/*/*.py")])
 
 
 def python(*words: object) -> str:
-    folders = (HERE.parents[1], HERE.parent / "helpers", HERE)
+    folders = (ROOT, HERE.parent / "helpers", HERE)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     return run_command([sys.executable, *map(str, words)], env=environment).stdout
 
 
-@pytest.mark.parametrize("path", sorted(HERE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_what_a_script_imports_of_the_packages_is_there(path):
     """Most scripts run in no test."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -69,22 +71,6 @@ with pretend_gpu():
 
 
 @pytest.mark.slow
-def test_states_are_described_as_they_were_made(tmp_path):
-    """Shares of images and of objects 0.1 and 0.12, variances that fall, distances i^-0.7 from 1."""
-    python("-c", WRITE_STATES, 200, 100, tmp_path / "states.pt")
-    text = python(HERE / "describe_states.py", tmp_path / "states.pt")
-    rows = {line[:20].strip(): line[20:].split() for line in text.splitlines()[1:]}
-    assert rows["axes"] == ["1-1", "2-3", "4-10", "11-30", "31-64", "all"]
-    found = {name: [float(x) for x in values] for name, values in rows.items() if name != "axes"}
-    assert found["of image"][-1] == pytest.approx(0.1, abs=0.02)
-    assert found["of class in image"][-1] == pytest.approx(0.22, abs=0.02)
-    assert found["variance"][-1] == pytest.approx(1)
-    assert found["variance"][0] > 5 * found["variance"][3], "channels are mixtures of all axes"
-    total = sum(i**-0.7 for i in range(1, 65))
-    assert found["distance^2"][-1] == pytest.approx(total, rel=0.1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_probes_by_passes_end_at_the_strength_and_score_of_all_in_memory(device, tmp_path):
     python("-c", WRITE_STATES, 40, 8, tmp_path / "states.pt")
@@ -104,7 +90,8 @@ def test_probes_by_passes_end_at_the_strength_and_score_of_all_in_memory(device,
 
 @pytest.mark.nightly
 def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():
-    code = "import sys, bench, draws, loss; loss.CASES = {'small': (5, 1, (96, 128))}; "
+    code = "import sys, bench, loss; from experiments.statistics import draws; "
+    code += "loss.CASES = {'small': (5, 1, (96, 128))}; "
     code += "loss.bench_loss(bench.paired, lambda step: 1.0, rounds=1); "
     code += "print('draws'); sys.argv[1:] = ['--studies', '50']; draws.main()"
     table, _, coverage = python("-c", code).partition("draws\n")

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from experiments.real.run import find_model
 from llava_bidir.cli import main
 from llava_bidir.commands.import_gguf import import_gguf
 from llava_bidir.common.errors import UserError
-from probes.worlds.real import find_model
 
 STEPS = 3  # of each training
 

@@ -1,4 +1,4 @@
-"""`probes real` from the plan to the reports, on two layers of the model and a world of a hundredth."""
+"""`make real` from the plan to the reports, on two layers of the model and a world of a hundredth."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from run_bytes import run_bytes
 from transformers import Dinov2Config, Dinov2Model
 
-from probes.cli import main
-from probes.worlds import real, real_plan
+from experiments.real import plan as real_plan
+from experiments.real import run as real
 
 pytestmark = [pytest.mark.real, pytest.mark.nightly]
 
@@ -47,14 +47,14 @@ def command(out, monkeypatch):
     monkeypatch.setattr(real, "SCALE", 0.01)
     monkeypatch.setattr(real, "SITES", ["encoder", "adapter", "layer_01", "layer_02"])
     options = ["--minutes", "1", "--controls", "--draws", "1"]
-    return ["real", "--out", str(out), *options], out
+    return ["--out", str(out), *options], out
 
 
 def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_to_do(
     command, capsys
 ):
     words, out = command
-    main(words)
+    real.main(words)
     assert f"{STEPS} steps of stage 1, {STEPS} of stage 2" in capsys.readouterr().out
     plan = json.loads((out / "plan.json").read_text())
     assert (plan["precision"], plan["steps"]) == ("32-true", STEPS)
@@ -74,7 +74,7 @@ def test_it_trains_and_studies_the_model_and_its_controls_and_then_has_nothing_t
         assert {"adapter_drop", "recovery"} <= claims
 
     before = run_bytes(out)
-    main(words)
+    real.main(words)
     assert "begins" not in capsys.readouterr().out, "no model is trained again"
     after = run_bytes(out)
     changed = {file for file in before | after if before.get(file) != after.get(file)}
@@ -96,8 +96,8 @@ def photos(tmp_path) -> Path:
 
 def test_photos_are_trained_on_once(out, photos, capsys):
     options = f"--photos {photos} --captions {photos}/captions.json --image-px 28 --questions 8"
-    words = f"real --out {out} --steps 3 --train-only {options}".split()
-    main(words)
+    words = f"--out {out} --steps 3 --train-only {options}".split()
+    real.main(words)
     assert "4 steps of stage 1, 3 of stage 2" in capsys.readouterr().out
     for mask in MASKS:
         folder = out / "tuned" / mask / "stage2"
@@ -108,6 +108,6 @@ def test_photos_are_trained_on_once(out, photos, capsys):
         assert (config["image_seq_length"], config["image_attention"]) == (4, mask)
         assert {file.name for file in (folder / "steps").iterdir()} == {"1"}
     before = run_bytes(out)
-    main(words)
+    real.main(words)
     assert "begins" not in capsys.readouterr().out, "no model is trained again"
     assert run_bytes(out) == before

@@ -26,11 +26,11 @@ from transformers import (
     AutoTokenizer,
 )
 
+from experiments.real.language import perplexity
 from llava_bidir.cli import main
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
 from llava_bidir.model.build import build_processor
 from llava_bidir.training.cli import build_cli
-from probes.worlds.language import perplexity
 
 pytestmark = pytest.mark.real
 

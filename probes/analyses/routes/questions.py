@@ -138,7 +138,7 @@ def read_question_image(folder: Path, name: str) -> Image.Image:
     """Return an image of a question file as RGB; raise a UserError if it is not usable.
 
     It must be in the folder, readable, and upright as stored. A link in the folder may lead elsewhere: whoever made the
-    folder made it, as `probes real --photos` does for each data set. A name alone must not.
+    folder made it, as `experiments/real` does for each data set. A name alone must not.
     """
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):

@@ -99,7 +99,7 @@ def test_an_unknown_name_is_told_before_missing_options(package, words):
             "fit -c demo/stage1",
             "no file runs/demo/assets/captions.json; run `probes demo` first",
         ),
-        ("fit -c real/stage1", "no file runs/real/.*; run `probes real` first"),
+        ("fit -c real/stage1", "no file runs/real/.*; run `make real` first"),
     ],
 )
 def test_a_config_of_a_demo_that_is_not_there_says_how_to_make_it(

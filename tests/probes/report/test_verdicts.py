@@ -166,7 +166,7 @@ OTHERS = [
     [HARDEST, *(pytest.param(*case, marks=pytest.mark.nightly) for case in OTHERS)],
 )
 def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
-    """Judged alone, and with the draws under another mask; tests/bench/draws.py has more cases."""
+    """Judged alone, and with the draws under another mask; experiments/statistics/draws.py has more cases."""
     generator = torch.Generator().manual_seed(draws)
     truth = 0.1
     covered = 0

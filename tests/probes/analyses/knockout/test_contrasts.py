@@ -6,10 +6,10 @@ import numpy as np
 import probe_runs
 import pytest
 import torch
-from bench.contrasts import simulate as simulate_cases
-from bench.contrasts import study
 from knockouts import CLASSES, N, simulate, write_knockout
 
+from experiments.statistics.contrasts import simulate as simulate_cases
+from experiments.statistics.contrasts import study
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.contrasts import (
     EFFECTS,

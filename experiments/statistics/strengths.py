@@ -1,0 +1,183 @@
+"""Does the strength with the lowest cross-entropy over folds have the highest mIoU on other photos?
+
+    python -m experiments.statistics.strengths ENCODER DATA ... --images 24 48 100 200 --subsets 2
+
+ENCODER is a DINOv2 in transformers' format, whose states before the last layer are probed; DATA are folder data sets.
+Each row is the mean over subsets of so many training photos: mIoU of the validation photos at the chosen strength, and
+in points what half a decade stronger, half a decade weaker, and a decade weaker have more; then in how many subsets the
+half decade weaker is better. Cross-entropy on the validation photos at the same strengths is below each row.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from probes.data.batches import MaskPreparer
+from probes.data.folder import FolderDataset
+from probes.data.samplers import assign_folds
+from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.geometry import Geometry
+from probes.ops.pixel_counts import Counts, count
+from probes.tasks import SEGMENTATION, TASKS
+from probes.training.solve.held_out import scored_masks
+from probes.training.solve.objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
+from probes.training.solve.refinement import start_refinement
+
+GRID = (16, 16)
+GEOMETRY = Geometry(GRID, 224, 224)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+LOSS = TASKS[SEGMENTATION].loss
+FOLDS = 4
+STEPS = {
+    "stronger": 0.5,
+    "chosen": 0.0,
+    "weaker": -0.5,
+    "a decade weaker": -1.0,
+}  # decades
+
+
+@torch.inference_mode()
+def read_states(
+    encoder: torch.nn.Module, dataset: FolderDataset, images: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the patch tokens f[N, T, d] before the last layer, and the masks uint8[H, W]."""
+    states = []
+    targets = []
+    for i in images:
+        sample = dataset[i]
+        square = torch.frombuffer(
+            bytearray(GEOMETRY.place(sample["image"]).tobytes()), dtype=torch.uint8
+        )
+        pixels = square.view(1, 224, 224, 3).permute(0, 3, 1, 2) / 255
+        hidden = encoder((pixels - MEAN) / STD, output_hidden_states=True).hidden_states[-2]
+        states.append(hidden[0, -GRID[0] * GRID[1] :].clone())
+        targets.append(torch.from_numpy(sample["target"]))
+    return torch.stack(states).clone(), targets
+
+
+def score(
+    problem: SiteProblem,
+    points: Tensor,
+    states: Tensor,
+    targets: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return mIoU f[R] and cross-entropy per pixel f[R] of probes f[R, K, d + 1]."""
+    weights = problem.space.to_states(points[..., :-1]).float()
+    x = states - problem.space.mean.float()
+    classes = points.shape[1]
+    parts: list[Counts] = []
+    loss = 0
+    pixels = 0
+    for state, target in zip(x, targets, strict=True):
+        logits = torch.einsum("td,rkd->rkt", state, weights) + points[..., -1:].float()
+        logits = logits.unflatten(-1, GRID)[:, None]
+        view = GEOMETRY.view(tuple(target.shape))
+        parts.append(count(logits, target[None], view, by_token=False))
+        masks = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)([target])
+        loss = loss + loss_and_gradient(logits, masks, needs_grad=False)[0].sum(1)
+        pixels += int((target != 255).sum())
+    axis_of_images = {
+        "intersection": 1,
+        "predicted": 1,
+        "labelled": 0,
+        "patch_right": 1,
+        "patch_valid": 0,
+    }
+    counts = Counts(
+        **{k: torch.cat([getattr(p, k) for p in parts], axis) for k, axis in axis_of_images.items()}
+    )
+    task = TASKS["segmentation"]
+    scores = task.dataset_scores(task.sums(counts._asdict()).sum(1))
+    return scores["miou"], loss / pixels
+
+
+def solve(states: Tensor, targets: list[Tensor], classes: int) -> tuple[SiteProblem, float, Tensor]:
+    """Return the problem, the chosen strength, and the probes f[R, K, d + 1] at `STEPS` from it."""
+    loose, tight = (
+        MaskPreparer(GEOMETRY, classes, nodes)(targets) for nodes in (LOOSE_NODES, TIGHT_NODES)
+    )
+    fold_of = assign_folds(len(states), FOLDS, None)
+    prepare = MaskPreparer(GEOMETRY, classes, TIGHT_NODES)
+    scored = scored_masks(tight, fold_of, lambda i: targets[i], prepare)
+    problem = SiteProblem(
+        LOSS,
+        states,
+        loose,
+        tight,
+        fold_of,
+        scored,
+    )
+    path, _ = start_refinement(problem)
+    chosen = path.strengths[path.chosen]
+    given = [
+        chosen * 10**step for step in STEPS.values()
+    ]  # from strong to weak, as the solver has them
+    _, refinement = start_refinement(problem, given)
+    return problem, chosen, refinement.points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("encoder")
+    parser.add_argument("data", nargs="+")
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[24, 48, 100, 200],
+    )
+    parser.add_argument("--subsets", type=int, default=2)
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=1000,
+        help="most validation photos",
+    )
+    args = parser.parse_args()
+    encoder = AutoModel.from_pretrained(args.encoder).eval()
+    print(
+        "data, photos: strength, mIoU at it; stronger, weaker, a decade weaker; weaker is better in"
+    )
+    for root in args.data:
+        training, validation = (FolderDataset(root, split) for split in ("training", "validation"))
+        classes = len(training.classes)
+        most = min(len(training), args.subsets * max(args.images))
+        states, targets = read_states(
+            encoder, training, [i * len(training) // most for i in range(most)]
+        )
+        count_of = min(len(validation), args.validation)
+        validated = read_states(
+            encoder, validation, [i * len(validation) // count_of for i in range(count_of)]
+        )
+        for images in [n for n in args.images if n <= most]:
+            rows = []
+            strengths = []
+            start = time.process_time()
+            for subset in range(args.subsets if args.subsets * images <= most else 1):
+                chosen = [i * most // images + subset for i in range(images)]
+                problem, strength, points = solve(
+                    states[chosen], [targets[i] for i in chosen], classes
+                )
+                rows.append(torch.stack(score(problem, points, *validated)))
+                strengths.append(f"{strength:.2g}")
+            miou, loss = torch.stack(rows).mean(0)
+            gains = ", ".join(f"{100 * (x - miou[1]):+5.2f}" for x in (miou[0], miou[2], miou[3]))
+            better = sum(row[0, 2] > row[0, 1] for row in rows)
+            name = root.rstrip("/").rpartition("/")[2]
+            print(
+                f"{name:<15} {images:4d}: {'/'.join(strengths):<16} {100 * miou[1]:5.1f}; {gains}; "
+                f"{better} of {len(rows)}   ({time.process_time() - start:.0f} CPU-s)"
+            )
+            differences = ", ".join(f"{x - loss[1]:+.4f}" for x in loss[[0, 2, 3]])
+            print(f"{'cross-entropy':<37} {loss[1]:6.4f}; {differences}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

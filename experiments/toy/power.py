@@ -1,0 +1,84 @@
+"""How often planted effects are supported beside two, three, ... random LLMs, and two permuted ones.
+
+    python -m experiments.toy.calibrate --studies planted --seeds 10 11 ...
+    python -m experiments.toy.power --seeds 10 11 12
+
+Solves probes of the planted models of seeds that `make calibrate` has made, beside as many draws as are asked for.
+Prints, for each claim that is true, its mean effect beyond random, and in how many seeds it is supported by draws.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from experiments.toy.calibrate import DESIGNS, study_settings
+from probes.report.claims import evaluate_claims
+from probes.results.runs import finished_runs
+from probes.results.study import read_studies
+from probes.studies.arms import PERMUTED_DRAWS
+from probes.studies.run import run_study
+
+
+def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:
+    """Return whether each planted claim is supported, and its effect beyond random, by claim and number of draws."""
+    permuted = [f"permuted{draw}" for draw in range(PERMUTED_DRAWS)]
+    random = [f"random{draw}" for draw in range(draws)]
+    out = folder / "power"
+    design = DESIGNS["planted"]._replace(arms=("trained", *random, *permuted))
+    run_study(study_settings(folder, out, seed, design, fit=False))
+    found = {}
+    for number in range(2, draws + 1):
+        names = ("trained", *random[:number], *permuted)
+        runs = [str(run) for run in finished_runs(out) if run.name in names]
+        for claim in evaluate_claims(read_studies(runs)[0]):
+            if claim.get("truth") == "planted":
+                name = f"{claim['claim']} ({claim['image_attention']})"
+                found[name, number] = (
+                    claim["supported"],
+                    claim["verdicts"]["beyond_random"]["value"],
+                )
+    return found
+
+
+def main() -> None:
+    """Print a row for each claim."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/calibrate"),
+        metavar="DIR",
+        help="of `make calibrate`",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="N",
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=5,
+        metavar="D",
+    )
+    args = parser.parse_args()
+    rows = defaultdict(list)
+    for seed in args.seeds:
+        for key, found in study(args.out / f"seed{seed}", seed, args.draws).items():
+            rows[key].append(found)
+    print(
+        "claim                            effect  supported beside "
+        + ", ".join(map(str, range(2, args.draws + 1)))
+    )
+    for claim in dict.fromkeys(claim for claim, _ in rows):
+        by_draws = [rows[claim, number] for number in range(2, args.draws + 1)]
+        effect = sum(value for _, value in by_draws[-1]) / len(args.seeds)
+        print(
+            f"{claim:<32} {100 * effect:+6.1f}  {', '.join(str(sum(yes for yes, _ in row)) for row in by_draws)}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Experiments in small; test_bench.py checks what all of them import, and tests/real runs the real model's."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from processes import run_command
+
+from experiments.toy import calibrate
+from experiments.toy.calibrate import COLUMNS, DESIGNS, MODELS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.nightly
+def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
+    """The smallest world and two steps: what is planted is too weak to be found, but each claim has its truth."""
+    few = {"recovery": ("--steps", "2")}
+    short = {
+        name: model._replace(options=few.get(model.what, model.options))
+        for name, model in MODELS.items()
+    }
+    monkeypatch.setattr(calibrate, "MODELS", short)
+    some = {
+        name: DESIGNS[name] for name in ("planted", "random", "orthogonal", "merged0", "merged1")
+    }
+    monkeypatch.setattr(calibrate, "DESIGNS", some)
+    calibrate.calibrate(tmp_path, [3], scale=0.01)
+    rows = pd.read_csv(tmp_path / "calibration.csv")
+    assert set(rows["study"]) == set(some)
+    assert set(rows["of"]) == {1}
+    assert set(rows["column"]) == set(COLUMNS)
+    truth = rows.groupby(["study", "truth"]).claim.unique().apply(sorted).to_dict()
+    recovery = ["recovery (bidirectional)", "recovery (causal)"]
+    assert (
+        truth["planted", "planted"]
+        == truth["random", "absent"]
+        == recovery + ["starvation", "starvation_first_row"]
+    )
+    assert truth["merged0", "absent"] == truth["merged1", "planted"] == ["adapter_drop"]
+    before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
+    calibrate.calibrate(tmp_path, [3], scale=0.01)
+    assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before
+    assert truth["orthogonal", "absent"] == recovery[:1]
+    power = f"-m experiments.toy.power --out {tmp_path} --seeds 3 --draws 2".split()
+    done = run_command([sys.executable, *power], cwd=ROOT)
+    rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
+    assert [row.split()[:2] for row in rows[:2]] == [
+        ["recovery", "(causal)"],
+        ["recovery", "(bidirectional)"],
+    ]

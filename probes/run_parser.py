@@ -22,9 +22,7 @@ from .run_config import DataOptions, ModelOptions, RunConfig, SolverOptions
 SECTIONS = {"model": ModelOptions, "data": DataOptions}
 REQUIRED = ("model.mllm", "data.root")
 OPTIONS_OF_FIT = Path(__file__).with_name("options.txt")  # as LightningCLI has them
-CONFIG_HELP = (
-    "config by name or path; later ones replace the values of earlier ones"
-)
+CONFIG_HELP = "config by name or path; later ones replace the values of earlier ones"
 TRAINER_HELP = "an option of Lightning's Trainer, such as devices, accelerator or precision"
 
 

@@ -1,7 +1,7 @@
-"""Write files and folders atomically: after a kill, a full disk or a power cut the previous version is intact.
+"""Write files and folders atomically: after a kill or on a full disk the previous version is intact.
 
-Data is written under a name that ends in .partial and flushed to disk before it is renamed, since a file system may
-keep a name and lose the contents. The new name is flushed too. Permissions follow the umask; safetensors ignores it.
+Data is written under a name that ends in .partial, which is then renamed. Permissions follow the umask; safetensors
+ignores it.
 """
 
 import hashlib
@@ -10,12 +10,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from .errors import UserError, error_context
 from .run_lock import exclusive_run_lock
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
-ADVICE = "fix this and run the same command again"
 
 
 def partial_path(path: Path) -> Path:
@@ -35,23 +31,17 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails.
-
-    Raises:
-        UserError: The operating system reports an error, such as a full or read-only disk.
-    """
+    """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails."""
     partial = partial_path(path)
-    with wrap_os_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)  # it may be a link to a file that is not ours
-            yield partial
-            _finish(partial, _new_file_mode())
-            partial.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)  # frees the space on a full disk
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # it may be a link to a file that is not ours
+        yield partial
+        _set_mode(partial, _new_file_mode())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # frees the space on a full disk
+        raise
 
 
 @contextmanager
@@ -63,7 +53,7 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
         marker: Name of a file in the folder. An existing folder without this file is not replaced.
 
     Raises:
-        UserError: `path` is something else, another process writes it, or the operating system reports an error.
+        UserError: `path` is something else, or another process writes it.
     """
     partial = partial_path(path)
     is_empty = path.is_dir() and not any(path.iterdir())
@@ -71,7 +61,7 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
         raise UserError(
             f"{path} exists and contains no {marker}, so it is not replaced; move it or choose another path"
         )
-    with exclusive_run_lock(path.parent, path.name), wrap_os_errors(path):
+    with exclusive_run_lock(path.parent, path.name):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -83,7 +73,7 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
 
 def commit_directory(path: Path) -> None:
-    """Flush the folder `path`.partial to disk and rename it to `path`.
+    """Rename the folder `path`.partial to `path`.
 
     A folder cannot replace another one in a single step. The old folder is renamed first and deleted last, so that a
     complete folder exists at every moment.
@@ -91,33 +81,28 @@ def commit_directory(path: Path) -> None:
     partial = partial_path(path)
     replaced = path.with_name(path.name + REPLACED)
     mode = _new_file_mode()
-    with ThreadPoolExecutor(16) as pool:  # flushes of many small files wait in parallel
-        list(pool.map(lambda path: _finish(path, mode), [*partial.rglob("*"), partial]))
+    for file in partial.rglob("*"):
+        _set_mode(file, mode)
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
     partial.rename(path)
-    _sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_files(contents: Mapping[Path, Any]) -> None:
     """Write files that belong together; readers see a complete version of each file.
 
-    All files are flushed to disk before the first one is renamed. The last file does not exist while the others are
-    renamed, so its presence shows that all files are of the same version.
+    All files are complete before the first one is renamed. The last file does not exist while the others are renamed,
+    so its presence shows that all files are of the same version.
 
     Args:
         contents: Content by path: tensors by name for .safetensors, or these and the metadata; a JSON value for .json,
             else text or bytes. NaN becomes null, since JSON has no NaN and readers other than Python's fail at it. A
             function is called with the SHA-256 of the other files by name, and returns the content.
-
-    Raises:
-        UserError: A file cannot be written, for example on a full disk. The previous files are unchanged.
     """
     *others, last = contents
     partials = {path: partial_path(path) for path in contents}
-    path = last
     try:
         for path in sorted(contents, key=lambda path: callable(contents[path])):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +116,11 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             last.unlink(missing_ok=True)
         for path, partial in partials.items():
             partial.replace(path)
-        for folder in {path.parent for path in contents}:
-            _sync(folder)  # flushes the names
-    except (OSError, SafetensorError) as error:
+    except BaseException:
         for partial in partials.values():
             with suppress(OSError):
                 partial.unlink()  # frees the space on a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; {ADVICE}") from None
+        raise
 
 
 def check_suffix(path: Path, suffix: str) -> None:
@@ -175,7 +157,7 @@ def _write(path: Path, suffix: str, content: Any) -> None:
     else:
         text = json.dumps(_null_for_nan(content), indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-    _finish(path, _new_file_mode())
+    _set_mode(path, _new_file_mode())
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -193,46 +175,11 @@ def _new_file_mode() -> int:
     return 0o666 & ~umask
 
 
-def _finish(path: Path, mode: int) -> None:
-    """Set the permissions of a file, and wait until the file or folder is on disk."""
+def _set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file."""
     if path.is_file():
         with suppress(PermissionError):  # some mounts have fixed permissions
             path.chmod(mode)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def wrap_os_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the operating system into a `UserError` that names `path`; other errors pass through."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        reason = _os_error_text(error)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {path}: {reason}; {ADVICE}") from error
-
-
-def _os_error_text(error: BaseException | None) -> str | None:
-    """Return the message of the OS error behind `error`, None if there is none; Rust and C++ code quote it as text."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return str(error)
-        if "(os error " in str(error) or "iostream error" in str(error):
-            return str(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None
 
 
 def sha256(path: Path) -> str:

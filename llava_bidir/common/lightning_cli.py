@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
@@ -35,9 +35,8 @@ from .config_errors import explain_class, explain_parser_error
 from .configs import check_unique_keys, configs_in, read_values
 from .errors import UserError
 from .expected_messages import hide_expected_messages
-from .progress import FirstEstimate, LogProgress
-from .run_events import LogBeforeSave, RunEvents
-from .training_folder import NoEmptyEvents, StartOfRun
+from .progress import LogProgress
+from .training_folder import StartOfRun
 from .usage_errors import ShortUsageErrors
 from .when_to_save import SaveOnSignal, model_checkpoints
 
@@ -152,7 +151,12 @@ class RunCLI(LightningCLI):
             return self._get(self.config_init, key)
 
         if setting("trainer.logger") is None:
-            kwargs["logger"] = RunEvents(setting("out"))
+            kwargs["logger"] = TensorBoardLogger(
+                setting("out"),
+                name="",
+                version="",
+                default_hp_metric=False,
+            )
         given = setting("trainer.plugins") or []
         given = given if isinstance(given, list) else [given]
         plugins = [*given, AtomicCheckpointIO()]
@@ -174,12 +178,8 @@ class RunCLI(LightningCLI):
             callback.dirpath = callback.dirpath or str(
                 Path(trainer.default_root_dir) / "checkpoints"
             )
-        saving = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)  # they are the last
-        trainer.callbacks.insert(saving, LogBeforeSave())
-        trainer.callbacks.append(NoEmptyEvents(Path(trainer.default_root_dir)))
         if to_log:
             trainer.callbacks.append(LogProgress())
-        trainer.callbacks.append(FirstEstimate())
         trainer.callbacks.append(SaveOnSignal(requeue))  # after those that count batches
         return trainer
 

@@ -43,8 +43,8 @@ def worker_options(workers: int) -> dict[str, Any]:
 def prepare_worker(worker: int) -> None:
     """Leave Ctrl-C to the main process, and let it know of a batch that cannot be passed on.
 
-    The main process may need more batches of its step; a terminal sends Ctrl-C to all. Batches wait in /dev/shm. Where it
-    is full, the queue only prints the error, and the main process would wait for ever.
+    The main process may need more batches of its step; a terminal sends Ctrl-C to all. Batches wait in /dev/shm. Where
+    it is full, the queue only prints the error, and the main process would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Queue._on_queue_feeder_error = _send_error

@@ -11,8 +11,6 @@ from .step_progress import format_duration, tell
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two lines within an epoch
-WORTH_SAYING = 120.0  # seconds that a run takes at least, if it is estimated after its first batch
-DAY = 24 * 3600.0
 
 
 class LogProgress(Callback):
@@ -66,43 +64,6 @@ class LogProgress(Callback):
 def logs_progress(trainer: Trainer) -> bool:
     """Return whether progress is logged as lines."""
     return any(isinstance(callback, LogProgress) for callback in trainer.callbacks)
-
-
-class FirstEstimate(Callback):
-    """Say after the first batch how long the run will take, if that is minutes; it may be an hour to the first step."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.started: float | None = time.monotonic()
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs,
-        batch,
-        batch_idx: int,
-    ) -> None:
-        """Log once."""
-        if self.started is None:
-            return
-        seconds = time.monotonic() - self.started
-        self.started = None
-        left = batches_left(trainer, batch_idx)
-        if not trainer.is_global_zero or left is None or left * seconds < WORTH_SAYING:
-            return
-        accumulated = trainer.accumulate_grad_batches
-        if accumulated > 1:
-            of_step = f", a step of {accumulated} about {format_duration(seconds * accumulated)}"
-        else:
-            of_step = ""
-        text = f"the first batch took {seconds:.1f} s{of_step}: about {format_duration(left * seconds)} left"
-        if left * seconds > DAY:
-            text += (
-                ". This run takes more than a day on this machine; trainer.max_steps, a smaller data.batch_size or a "
-                "smaller model shorten it"
-            )
-        log.info(text)
 
 
 def total_steps(trainer: Trainer) -> int | None:

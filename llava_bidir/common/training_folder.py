@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import SummaryWriter
 
 from .errors import UserError
 from .identity import run_identity
 from .rank_zero import decide_before_fit
-from .run_folder import EVENTS, RunFolder, RunPlan, begin_run, plan_run
+from .run_folder import RunFolder, RunPlan, begin_run, plan_run
 
 
 def plan_training(
@@ -49,38 +51,6 @@ def plan_training(
     return run
 
 
-class NoEmptyEvents(Callback):
-    """Delete the event files of TensorBoard of a run that ends with an error before its first batch.
-
-    Lightning opens them before it sets up data and model. TensorBoard would mix those of failed starts with the run's.
-
-    Args:
-        folder: Folder of the run.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.before = set(folder.glob(EVENTS))
-        self.has_begun = False
-
-    def on_train_batch_end(self, *args, **kwargs) -> None:
-        """Keep the files from now on."""
-        self.has_begun = True
-
-    on_validation_batch_end = on_test_batch_end = on_train_batch_end
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Delete the files that this process has opened, unless it has done a batch."""
-        if self.has_begun or not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            logger.finalize("failed")
-        for file in set(self.folder.glob(EVENTS)) - self.before:
-            file.unlink()
-
-
 class StartOfRun(SaveConfigCallback):
     """Write config.yaml, and delete the results of the run that is replaced, once training starts.
 
@@ -98,9 +68,15 @@ class StartOfRun(SaveConfigCallback):
         """Do nothing: Lightning would write config.yaml before the model is built."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write config.yaml and delete `replaced`."""
+        """Write config.yaml, delete `replaced`, and hide from TensorBoard the steps that a resumed run repeats."""
         # trainer.log_dir is the logger's, not the run's
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             begin_run(folder, self.parser.dump(self.config, skip_none=False), self.replaced)
         self.replaced = []
+        for logger in trainer.loggers:
+            # as its `purge_step`, which has to be known before the checkpoint is read
+            if isinstance(getattr(logger, "experiment", None), SummaryWriter):
+                started = SessionLog(status=SessionLog.START)
+                event = Event(step=trainer.global_step, session_log=started)
+                logger.experiment.file_writer.add_event(event)

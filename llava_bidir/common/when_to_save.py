@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from .checkpoint_io import LAST, remove_superseded_last
+from .checkpoint_io import LAST
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,6 @@ class SaveAtStepBoundary(Callback):
 class SaveOnSignal(Callback):
     """After a signal, save RUN/checkpoints/last.ckpt at the next step boundary, and end the run.
 
-    The file is the run's newest checkpoint, or is not there: a resumed run removes it when it has saved a newer one.
-
     Ctrl-C (SIGINT), in a run of one process. A second one ends it at once. Several processes cannot agree on a step
     unless they talk to each other after each one, as they do on Slurm.
 
@@ -145,7 +143,6 @@ class SaveOnSignal(Callback):
     def __init__(self, on_slurm: bool = False):
         self.on_slurm = on_slurm
         self.received: set[int] = set()
-        self.saved: list[str] = []  # the latest checkpoint of each ModelCheckpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ignore SIGUSR1 outside training, when there is nothing to save.
@@ -184,7 +181,6 @@ class SaveOnSignal(Callback):
         batch_idx: int,
     ) -> None:
         """Save and end the run if this process, on Slurm any rank, received a signal."""
-        self._remove_superseded(trainer)
         if not at_step_boundary(trainer):
             return
         agree = trainer.strategy.reduce_boolean_decision
@@ -193,6 +189,7 @@ class SaveOnSignal(Callback):
             stops = agree(stops, all=False)
         if not stops:
             return
+        trainer._logger_connector.update_train_step_metrics()  # Lightning logs after its callbacks
         trainer.save_checkpoint(_checkpoints(trainer) / LAST)
         if signal.SIGINT in self.received:
             raise KeyboardInterrupt
@@ -205,16 +202,8 @@ class SaveOnSignal(Callback):
             trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)
 
-    def _remove_superseded(self, trainer: Trainer) -> None:
-        """Remove an earlier last.ckpt if a checkpoint was saved since the last call."""
-        saved = [callback._last_checkpoint_saved for callback in model_checkpoints(trainer)]
-        if saved != self.saved and trainer.is_global_zero:
-            remove_superseded_last(_checkpoints(trainer))
-        self.saved = saved
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove an earlier last.ckpt if there is a newer checkpoint, and give Ctrl-C back if it was taken."""
-        self._remove_superseded(trainer)
+        """Give Ctrl-C back if it was taken."""
         if signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,22 +2,24 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from llava_bidir.common.logged_media import log_images, log_table, media_loggers
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_mask
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 from .deepspeed_strategy import gather_parameters
 from .fsdp2_strategy import FSDP2
 from .module import SHOWN
 from .read_checkpoint import rebuild
+
+COLUMNS = ("image", "record", "question", "expected", "answered")
 
 
 class LogLearningRate(LearningRateMonitor):
@@ -44,7 +46,7 @@ class LogLearningRate(LearningRateMonitor):
 
 
 class ShowAnswers(Callback):
-    """Log the first validation images with question, expected and given answer, and the attention mask of the first."""
+    """Log the first validation images with question, expected and given answer to TensorBoard."""
 
     def __init__(self):
         self.rows: list[list[str]] = []
@@ -63,32 +65,36 @@ class ShowAnswers(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log the samples of the batch that are among the first."""
-        if not media_loggers(trainer):
+        writer = _tensorboard(trainer)
+        if writer is None:
             return
-        if not self.rows:
-            self._log_mask(trainer, pl_module, batch["prompts"])
         first = len(self.rows)
         tokenizer = pl_module.processor.tokenizer
         self.rows += _rows(batch, outputs, tokenizer, first)[: SHOWN - first]
         added = range(len(self.rows) - first)
         for i, pixels in _first_images(batch, added, pl_module.processor):
-            log_images(trainer, f"validation/images/{first + i}", pixels)
+            name = f"validation/images/{first + i}"
+            writer.add_images(name, pixels, _step(trainer), dataformats="NHWC")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the table, whose first column has the numbers of the images."""
-        columns = ["image", "record", "question", "expected", "answered"]
-        log_table(trainer, "validation/answers", columns, self.rows)
+        writer = _tensorboard(trainer)
+        if writer is not None:
+            lines = (f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * 5, *self.rows))
+            writer.add_text("validation/answers", "\n".join(lines), _step(trainer))
 
-    def _log_mask(self, trainer: Trainer, pl_module: LightningModule, prompts: dict) -> None:
-        """Log the mask of the first prompt: white where a row (query) attends to a column (key)."""
-        config = pl_module.model.config
-        llm_config = copy(config.get_text_config())
-        llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
-        is_image = prompts["input_ids"][:1] == config.image_token_id
-        padding = prompts["attention_mask"][:1]
-        mask = build_mask(config.image_attention, llm_config, is_image, padding)
-        pixels = _as_bytes(mask.float().expand(-1, 3, -1, -1))
-        log_images(trainer, "validation/attention_mask", pixels)
+
+def _tensorboard(trainer: Trainer) -> SummaryWriter | None:
+    """Return what writes to TensorBoard, on the first process, if it is among the loggers."""
+    for logger in trainer.loggers:
+        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    return None
+
+
+def _step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs metrics now: that of the latest loss, for a validation after it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _rows(

@@ -31,13 +31,12 @@ from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
 from .resume import how_to_train_on
 from .throughput import Throughput
-from .validation_plan import ValidationPlan
 
 
 class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
-    results = ("hf", "nonfinite", "steps")  # the last: models exported on the way
+    results = ("hf", "steps")  # the last: models exported on the way
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --out, --overwrite and --throughput, and link the data to the model's processor."""
@@ -120,7 +119,6 @@ class TrainingCLI(RunCLI):
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     callbacks = [
-        ValidationPlan(),
         LogLearningRate(),
         LossMonitor(),
         ShowAnswers(),

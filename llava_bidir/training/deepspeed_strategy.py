@@ -32,7 +32,7 @@ from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.modeling_utils import local_torch_dtype
 
-from llava_bidir.common.atomic_io import partial_path, wrap_os_errors
+from llava_bidir.common.atomic_io import partial_path
 from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_manifest
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.imports import imports_as_text
@@ -151,11 +151,10 @@ class ZeRO(DeepSpeedStrategy):
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
         manifest = {**self._layout(), "trained": sorted(self.lightning_module.trainable_names())}
-        with wrap_os_errors(path):
-            # ends with a barrier
-            super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)
-            if self.is_global_zero:
-                commit_checkpoint_directory(path, manifest)
+        # ends with a barrier
+        super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)
+        if self.is_global_zero:
+            commit_checkpoint_directory(path, manifest)
         self.barrier()
 
     def load_checkpoint(

@@ -7,8 +7,8 @@ adapter, word embeddings, head and norms. Tied embeddings are thereby in one uni
 With precision bf16-mixed, weights are gathered in bf16 from sharded fp32 masters, and gradients are summed in fp32.
 
 Checkpoints are the files of one process and DDP: rank 0 writes complete tensors, and each rank reads its shards. So a
-run resumes on any number of devices, also without FSDP2. Rank 0 needs host memory for trained weights and two moments,
-82 GB for 6.8 billion weights; ZeRO writes shards. While the model is built, each rank has all of it in host memory.
+run also resumes without FSDP2. Rank 0 needs host memory for trained weights and two moments, 82 GB for 6.8 billion
+weights; ZeRO writes shards. While the model is built, each rank has all of it in host memory.
 """
 
 from collections.abc import Iterator

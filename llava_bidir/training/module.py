@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
@@ -44,7 +43,7 @@ from llava_bidir.model.lora import Lora, add_lora
 
 from .flops import ModelFlops, count_flops
 from .optim import build_optimizer, build_schedule
-from .resume import how_to_train_on, rescale_progress
+from .resume import how_to_train_on
 from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
@@ -422,10 +421,7 @@ class LlavaTraining(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save trainable weights only (frozen ones are reloaded from their source), and the unit of the position."""
-        checkpoint["samples_at_a_time"] = (
-            self.trainer.datamodule.micro_batch_size * self.trainer.world_size
-        )
+        """Save trainable weights only; frozen ones are reloaded from their source."""
         checkpoint["progress"] = self.progress()
         checkpoint["identity"] = self.identity
         trained = self.trainable_names()
@@ -445,9 +441,12 @@ class LlavaTraining(LightningModule):
                     RESUME_ADVICE,
                     how_to_train_on(folder, self.hparams.trainable),
                 )
-            self._tell_changed_average(checkpoint)
-            samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
-            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
+            devices = checkpoint["progress"]["devices"]
+            if devices != self.trainer.world_size:
+                raise UserError(
+                    f"the checkpoint is of a run on {devices} devices, and this one has {self.trainer.world_size}: "
+                    "resume it on as many"
+                )
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         elif self._trainer is not None:
             files = decide_on_first(lambda: named_identity(self.models()))
@@ -460,16 +459,6 @@ class LlavaTraining(LightningModule):
                 f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "
                 f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
                 "model"
-            )
-
-    def _tell_changed_average(self, checkpoint: dict[str, Any]) -> None:
-        """Warn if LLaVA's average of the loss is over micro-batches of another size from here on."""
-        before = checkpoint["samples_at_a_time"] // checkpoint["progress"]["devices"]
-        now = self.trainer.datamodule.micro_batch_size
-        if self.hparams.loss_average == "llava" and now != before:
-            rank_zero_warn(
-                f"data.micro_batch_size was {before} and is {now}: model.loss_average llava is over the tokens of each "
-                "micro-batch, so that the loss changes slightly (model.loss_average tokens does not depend on it)"
             )
 
 

@@ -12,8 +12,6 @@ from .flops import ModelFlops, peak_flops
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
 TIMING_METRICS = "samples_per_s tokens_per_s step_s data_share memory_gb mfu".split()
-COUNTED = (*TIMING_METRICS, "padding_share", "text_only_share")
-MFU = "train/mfu"
 
 
 class Throughput(Callback):
@@ -47,15 +45,6 @@ class Throughput(Callback):
                 self.flops = pl_module.count_flops()
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
-
-    def logged_metrics(self, trainer: Trainer) -> list[str]:
-        """Return the names of the metrics that it logs on the trainer's device."""
-        device = trainer.strategy.root_device
-        absent = {
-            "mfu": self._peak(trainer, device) is None,
-            "memory_gb": device.type != "cuda",
-        }
-        return [f"train/{name}" for name in COUNTED if not absent.get(name)]
 
     def _peak(self, trainer: Trainer, device: torch.device) -> float | None:
         if self.peak_tflops is not None:

@@ -308,7 +308,7 @@ def sum_in_fp32(strategy, precision):
 
 
 def resume_elsewhere(strategy, precision):
-    """Resume `without_dropout` from SPEC["resume"], perhaps on another number of processes."""
+    """Resume `without_dropout` from SPEC["resume"], a checkpoint of another strategy."""
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
 
 
@@ -405,7 +405,7 @@ class FaultInSave(Fault):
 def reject(strategy, precision):
     """Resume from SPEC["resume"], which does not fit this strategy."""
     try:
-        fit(strategy, precision, llm="dropout_llm", resume=SPEC["resume"][strategy])
+        resume_elsewhere(strategy, precision)
     except ValueError as error:
         return {"message": str(error)}
 

@@ -88,34 +88,3 @@ def test_a_last_step_that_is_shorter_is_not_begun_after_the_epoch():
     assert progress.batches_left(trainer, 4) == 6
     assert progress.total_steps(trainer_at(5, 2, -1, batches=5)) == 6
     assert progress.total_steps(trainer_at(5, -1, -1)) is None
-
-
-@pytest.mark.parametrize(
-    ("steps", "seconds", "expected"),
-    [
-        (3, 200.0, "the first batch took 200.0 s, a step of 8 about 0:26:40: about 1:16:40 left"),
-        (60, 200.0, "This run takes more than a day on this machine"),
-        (3, 1.0, None),
-    ],
-)
-def test_the_first_batch_says_how_long_the_run_takes(
-    steps,
-    seconds,
-    expected,
-    monkeypatch,
-    caplog,
-):
-    trainers = [trainer_at(done, 1, steps, accumulated=8) for done in (1, 2, 3)]
-    lines = lines_of(
-        progress.FirstEstimate(),
-        trainers,
-        monkeypatch,
-        caplog,
-        seconds,
-    )
-    if expected is None:
-        assert lines == []
-    else:
-        assert len(lines) == 1
-        assert expected in lines[0]
-        assert ("more than a day" in lines[0]) == (steps == 60)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -83,6 +82,7 @@ def replace_llm_config(folder: Path) -> None:
 CHANGES = {  # key of the identity that changes: options, or a change of files
     "settings.model.image_attention": ["--model.image_attention", "bidirectional"],
     "settings.model.adapter_learning_rate": ["--model.adapter_learning_rate", "0.5"],
+    "settings.data.micro_batch_size": ["--data.micro_batch_size", "2"],
     "settings.trainer.max_epochs": ["--trainer.max_epochs", "2"],
     "settings.trainer.precision": ["--trainer.precision", "bf16-mixed"],
     "data.annotations": replace_answers,
@@ -248,22 +248,6 @@ def test_micro_batches_are_not_given_twice(parts, conversations, tmp_path):
         )
 
 
-@pytest.mark.parametrize("average", ["llava", "tokens"])
-def test_micro_batches_of_another_size_are_told_where_they_change_the_loss(
-    average, parts, conversations, tmp_path
-):
-    command = ["fit", *copied_parts(tmp_path, parts, conversations), "--out", str(tmp_path / "run")]
-    command += ["--model.loss_average", average]
-    main(command)
-    shutil.rmtree(tmp_path / "run/hf")  # as if it had been killed before the export
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        main([*command, "--ckpt_path", "last", "--data.micro_batch_size", "2"])
-    messages = [str(warning.message) for warning in said]
-    told = [text for text in messages if "data.micro_batch_size was 4 and is 2" in text]
-    assert len(told) == (1 if average == "llava" else 0)
-
-
 def test_without_a_checkpoint_there_is_nothing_to_validate(finished, tmp_path):
     """The weights before training were validated as if they were the last ones."""
     _, (_, *options) = finished
@@ -297,15 +281,13 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
     longer = [*command, "--trainer.max_epochs", "2"]
     with pytest.raises(SystemExit, match="run holds checkpoints of an unfinished run, e.g. "):
         main(command)
-    for left in ("hf", "nonfinite"):
-        shutil.copytree(finished[0] / "hf", folder / left)
+    shutil.copytree(finished[0] / "hf", folder / "hf")
     with monkeypatch.context() as patch:
         export = "llava_bidir.training.callbacks.export_hf"
         patch.setattr(export, lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             main([*longer, "--overwrite", "true"])
     assert not (folder / "hf").exists()
-    assert not (folder / "nonfinite").exists()
     assert checkpoint(folder), "one of the new run, none of the other"
     main([*longer, "--ckpt_path", "last"])
     ours, replaced = (

@@ -1,4 +1,4 @@
-"""Validation of captions; when validation runs is said, and callbacks that wait in vain are an error before a step."""
+"""Validation of captions: their loss, and three images with question and answer."""
 
 import json
 
@@ -13,8 +13,6 @@ from llava_bidir.cli import main
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.training.read_checkpoint import read_checkpoint
-
-STOPPING = '{"class_path": "EarlyStopping", "init_args": {"monitor": "%s"}}'
 
 
 @pytest.fixture(scope="module")
@@ -70,74 +68,3 @@ def test_three_images_are_shown_with_question_and_answer(micro_batch_size, stage
     expected = [[str(i), x["id"], x["conversations"][1]["value"]] for i, x in enumerate(records)]
     assert [[number, name, answer] for number, name, _, answer, _ in cells] == expected
     assert np.unique([events.Images(tag)[0].encoded_image_string for tag in shown]).size == 3
-
-
-LINES = {  # options: the line
-    "": "validation: 4 captions, first after step 2 of 2",
-    "--trainer.max_epochs 2 --trainer.val_check_interval 3": (
-        "validation: 4 captions, first after step 2 of 4"
-    ),
-    "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2": (
-        "validation: 4 captions, first after step 4 of 4"
-    ),
-    "--trainer.max_steps 1": (
-        "validation: none, since it would first run after step 2, and the run has 1; `--trainer.val_check_interval 2` "
-        "validates earlier (in micro-batches, 2 a step)"
-    ),
-    "--trainer.limit_val_batches 0": "validation: none, since trainer.limit_val_batches is 0",
-    "--data.val_annotations null": "validation: none, since data.val_annotations is not set",
-}
-
-
-@pytest.mark.parametrize("options", LINES)
-def test_when_validation_runs_is_said_at_the_start_and_is_true(options, stage_1, caplog):
-    with caplog.at_level("INFO"):
-        run = stage_1("--trainer.log_every_n_steps", "1", *options.split())
-    lines = [line for line in caplog.messages if line.startswith("validation:")]
-    assert lines == [LINES[options]]
-    scalars = EventAccumulator(str(run)).Reload()
-    has_run = "val/loss" in scalars.Tags()["scalars"]
-    assert has_run == ("none" not in lines[0])
-    if has_run:
-        words = lines[0].split()
-        first = int(words[words.index("step") + 1])
-        assert scalars.Scalars("val/loss")[0].step == first - 1
-
-
-@pytest.mark.parametrize(
-    ("metric", "options", "why"),
-    [
-        ("val/loss", "--data.val_annotations null", "validation does not run: data.val_annotat"),
-        ("val/loss", "--trainer.max_steps 1", "validation does not run: it would first run after"),
-        ("val/answer_accuracy", "", "this stage logs train/loss, .*, val/loss"),
-        ("val_loss", "", "this stage logs train/loss, .*, val/loss"),
-        ("train/mfu", "", "the peak of this device is not known; --throughput.peak_tflops sets it"),
-        ("train/memory_gb", "", "this stage logs train/loss, .*, val/loss"),
-    ],
-)
-def test_a_callback_that_waits_in_vain_is_an_error_before_the_first_step(
-    metric,
-    options,
-    why,
-    stage_1,
-    tmp_path,
-):
-    """Of a metric that stage 1 lacks: it trained an epoch, then threw 50 lines and left nothing."""
-    message = f"^llava-bidir: EarlyStopping waits for '{metric}', but {why}"
-    with pytest.raises(SystemExit, match=message):
-        stage_1(*options.split(), f"--trainer.callbacks+={STOPPING % metric}")
-    assert not (tmp_path / "run/config.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("metric", "options"),
-    [
-        ("val/loss", ""),
-        ("train/loss", ""),
-        ("lr-AdamW/adapter", ""),
-        ("train/mfu", "--throughput.peak_tflops 1"),
-    ],
-)
-def test_a_callback_that_waits_for_a_logged_metric_is_no_error(metric, options, stage_1):
-    run = stage_1(*options.split(), f"--trainer.callbacks+={STOPPING % metric}")
-    assert (run / "hf/training.json").is_file()

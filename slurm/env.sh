@@ -41,7 +41,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${SPLIT=}"                                          # yes: a job for each arm; controls start after the trained model
 : "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
-: "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
+: "${VQA:=--batch-size 16}"
 
 # ---------------------------------------------------------------------------------------------------- GPU hours of the plan
 : "${REHEARSAL:=runs/rehearsal/rehearsal.json}"        # measured by `probes rehearse --out runs/rehearsal` on the cluster's GPUs

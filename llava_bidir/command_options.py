@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from llava_bidir.common.command_table import Command
 from llava_bidir.common.options import Count, flag, positional
 
-# vqa/benchmarks.py needs numpy
+# vqa/scores.py needs numpy
 Benchmark = Literal[
     "gqa",
     "mmbench",
@@ -21,9 +21,7 @@ Benchmark = Literal[
     "textvqa",
     "textvqa_ocr",
     "vizwiz",
-    "toy",
 ]
-TABLE_1 = get_args(Benchmark)[:-1]  # all but the toy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +68,14 @@ class VQAOptions:
         tasks: Benchmarks to run.
         batch_size: Number of questions per batch on each device.
         devices: Number of processes, one per GPU.
-        data: Folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub.
         python: Python of the environment made by `make vqa-venv`.
     """
 
     model: str = positional()
     out: Path
-    tasks: tuple[Benchmark, ...] = TABLE_1
+    tasks: tuple[Benchmark, ...] = get_args(Benchmark)
     batch_size: Count = 1
     devices: Count = 1
-    data: Path | None = None
     python: Path = Path(".venv-vqa/bin/python")
 
 
@@ -108,7 +104,7 @@ COMMANDS = {
         GenerateOptions,
     ),
     "vqa": Command(
-        "llava_bidir.vqa.run:run",
+        "llava_bidir.vqa.harness:run",
         "run the benchmarks of Table 1 with lmms-eval in its environment",
         VQAOptions,
     ),

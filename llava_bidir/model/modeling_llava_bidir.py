@@ -27,11 +27,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import PrefixChange, WeightTransform
-from transformers.masking_utils import (
-    create_causal_mask,
-    find_packed_sequence_indices,
-    packed_sequence_mask_function,
-)
+from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 
@@ -116,33 +112,28 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         Such a mask is 4D, boolean (True = attend) or additive, a BlockMask of flex attention, or a dict of masks by
         kind of layer.
 
-        Without an `attention_mask` and a cache, `position_ids` that do not count up by 1 begin a new sample, which
-        attends to no other sample of its row.
+        Without an `attention_mask`, `position_ids` have to count up by 1: rows of several samples are refused.
         """
         cache = past_key_values if cache is None else cache
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
-        tokens = inputs_embeds if input_ids is None else input_ids
-        samples = None
-        if attention_mask is None:
-            samples = self._samples(tokens, position_ids, cache, kwargs)
-        if _is_padding_mask(attention_mask) and (
-            samples or (has_images and self.config.image_attention != "causal")
-        ):
+        if attention_mask is None and position_ids is not None and position_ids.ndim == 2:
+            several = (
+                "position_ids restart within a row; pass one sample per row, or an attention_mask"
+            )
+            torch_compilable_check((position_ids.diff() == 1).all(), several)
+        is_masked = has_images and self.config.image_attention != "causal"
+        if is_masked and _is_padding_mask(attention_mask):
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
                 cache is None or cache.get_seq_length() == 0,
                 f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of "
                 "a prompt in the first forward, since image tokens attend to later image tokens",
             )
-            is_image = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-            if has_images:
-                is_image = self._is_image(input_ids, inputs_embeds)
             attention_mask = build_masks(
                 self.config.image_attention,
                 self.config.get_text_config(),
-                is_image,
+                self._is_image(input_ids, inputs_embeds),
                 attention_mask,
-                samples=samples,
                 cache=cache,
                 dtype=self.dtype,
             )
@@ -205,41 +196,6 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             return masks
         blocked = torch.finfo(self.dtype).min
         return torch.zeros_like(masks, dtype=self.dtype).masked_fill(~masks, blocked)
-
-    def _samples(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        options: dict,
-    ) -> list[list[int]] | None:
-        """Return the lengths of the samples packed into each row, None where a row is one sample.
-
-        transformers joins the samples as soon as there is a cache, and the LLM makes one by default. So none is made
-        for packed rows: "use_cache" in `options` is set to False.
-
-        Raises:
-            ValueError: Positions restart, and the caller passes or asks for a cache.
-        """
-        if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
-            return None
-        if cache is not None or options.get("use_cache"):
-            torch_compilable_check(
-                (position_ids.diff() > 0).all(),
-                "position_ids restart within a row, so it has several samples, and a cache would join them; pass "
-                "use_cache=False, or an attention_mask if the row is one sample, or one sample per row to generate",
-            )
-            return None
-        backend = self.config.get_text_config()._attn_implementation
-        is_flash = "flash_attention" in backend and len(tokens) == 1
-        if self.config.image_attention == "causal" and (is_flash or torch.compiler.is_compiling()):
-            # Without a cache, these two see the samples themselves. A branch on positions would break the graph.
-            options["use_cache"] = False
-            return None
-        samples = _sample_lengths(position_ids.expand(tokens.shape[:2]))
-        if samples is not None:
-            options["use_cache"] = False
-        return samples
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the model by the same names of weights whether it was built, or loaded from a file with other names.
@@ -333,18 +289,13 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
 
 
-def check_layers(name: str, text_config: PreTrainedConfig, packed: bool = False) -> None:
-    """Raise ValueError if a mask other than "causal", or one of packed rows, does not reach all layers of a decoder."""
+def check_layers(name: str, text_config: PreTrainedConfig) -> None:
+    """Raise ValueError if a mask other than "causal" does not reach all layers of a decoder."""
     others = sorted({*layer_kinds(text_config)} - {FULL, SLIDING})
-    layers = f"{text_config.model_type} has {', '.join(others)} layers, which take no mask"
     if others and name != "causal":
         raise ValueError(
-            f"image_attention={name!r}: {layers}, so image tokens would stay causal in them; use "
-            "image_attention='causal' or another LLM"
-        )
-    if others and packed:
-        raise ValueError(
-            f"position_ids restart within a row: {layers}, so its samples would mix in them; pass one sample per row"
+            f"image_attention={name!r}: {text_config.model_type} has {', '.join(others)} layers, which take no mask, "
+            "so image tokens would stay causal in them; use image_attention='causal' or another LLM"
         )
 
 
@@ -356,7 +307,7 @@ def build_masks(
     **kwargs,
 ):
     """Return the LLM's mask, or a dict of masks by kind of layer if it has several; see :func:`build_mask`."""
-    check_layers(name, text_config, packed=kwargs.get("samples") is not None)
+    check_layers(name, text_config)
     kinds = layer_kinds(text_config)
     masks = {
         kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs)
@@ -372,7 +323,6 @@ def build_mask(
     padding: Tensor | None = None,
     *,
     kind: str = FULL,
-    samples: list[list[int]] | None = None,
     cache: Cache | None = None,
     dtype: torch.dtype = torch.float32,
 ):
@@ -385,8 +335,6 @@ def build_mask(
         padding: 0/1 [B, N], 0 at padding on either side; None without padding.
         kind: FULL, or SLIDING for layers that attend no further back than their window, also among image tokens
             (Gemma 3's masks).
-        samples: Lengths of the samples packed into each row, which add up to N; they do not attend to each other. None
-            for one sample per row.
         cache: The empty cache to be filled, if any. Its size sets the mask's last axis.
         dtype: Dtype of an additive mask.
 
@@ -394,18 +342,16 @@ def build_mask(
         ValueError: The backend cannot apply the mask.
     """
     if text_config._attn_implementation not in MASKED_BACKENDS:
-        lost = f"image_attention={name!r} would silently run as causal"
-        if samples is not None:
-            lost = "samples packed into a row would attend to each other"
         raise ValueError(
             f"attn_implementation={text_config._attn_implementation!r} ignores masks, so "
-            f"{lost}; use one of {', '.join(MASKED_BACKENDS)}: "
+            f"image_attention={name!r} would silently run as causal; use one of {', '.join(MASKED_BACKENDS)}: "
             "from_pretrained(..., attn_implementation='sdpa')"
         )
     if kind == SLIDING and text_config._attn_implementation == "flex_attention":
         raise ValueError(
             "flex_attention is not supported with sliding windows; use attn_implementation='sdpa'"
         )
+    block_ids = block_ids_of(name)
     windows = cache.is_sliding if cache is not None and kind == SLIDING else []
     mask = create_causal_mask(
         text_config,
@@ -413,9 +359,7 @@ def build_mask(
         torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),
         padding,
         cache,
-        and_mask_function=samples
-        and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
-        block_sequence_ids=_block_ids(name, is_image, samples),
+        block_sequence_ids=block_ids and block_ids(is_image),
         # layers of a kind have caches of one size
         layer_idx=windows.index(True) if True in windows else None,
         allow_is_causal_skip=False,
@@ -430,36 +374,6 @@ def build_mask(
             ~near, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         )
     return mask
-
-
-def _sample_lengths(position_ids: Tensor) -> list[list[int]] | None:
-    """Return the lengths of the samples in each row, which begin where positions restart; None for one per row."""
-    numbers = find_packed_sequence_indices(position_ids)
-    return None if numbers is None else [row.bincount().tolist() for row in numbers]
-
-
-def _sample_numbers(samples: list[list[int]], device: torch.device) -> Tensor:
-    """Return long[B, N], equal numbers at the tokens of a sample: [[2, 3]] gives [[0, 0, 1, 1, 1]]."""
-    rows = [
-        torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(row)])
-        for row in samples
-    ]
-    return torch.stack(rows)
-
-
-def _block_ids(name: str, is_image: Tensor, samples: list[list[int]] | None) -> Tensor | None:
-    """Return the block ids long[B, N] of a mask, None for causal; a packed sample has the ids that it has alone."""
-    block_ids = block_ids_of(name)
-    if block_ids is None or samples is None:
-        return block_ids and block_ids(is_image)
-    count = max(map(len, samples))
-    rows = []
-    for row, lengths in zip(is_image, samples, strict=True):
-        parts = [block_ids(part[None])[0] for part in row.split(lengths)]
-        rows.append(
-            torch.cat([torch.where(part < 0, -1, part * count + i) for i, part in enumerate(parts)])
-        )
-    return torch.stack(rows)
 
 
 # Weight files use the names of llava checkpoints. Without this mapping, transformers would not find the LLM head of a

@@ -1,139 +1,115 @@
-"""Run tasks of lmms-eval in its environment: `python -m llava_bidir.vqa.harness REQUEST`, started by run.py.
+"""`llava-bidir vqa`: ask a checkpoint the questions of Table 1, by lmms-eval in its own environment.
 
-REQUEST is a JSON object: "model" is a checkpoint directory, "benchmarks" a list of names, "out" the folder of results,
-"batch_size" the questions per batch, "info" a dict to store with the results, "package" the folder of llava_bidir.
-If "local" is true, a dataset ORG/NAME is read from that folder below the working directory instead of the hub.
-
-Under `torchrun` every process answers a share of the items. The first one collects and writes them.
+:func:`run` starts :func:`main` there; under torchrun each process answers a share of the items, and the first one
+writes them. A finished task has TASK.json with its scores and settings, and TASK.jsonl with one line per item.
 """
 
-import ast
 import json
 import os
-import re
 import sys
-import time
 from argparse import Namespace
-from contextlib import suppress
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import patch
 
+from llava_bidir.command_options import VQAOptions
+from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.identity import describe_digest, model_identity
+from llava_bidir.common.process_group import end_on_signals, process_group
+from llava_bidir.common.run_lock import exclusive_run_lock
 
-from .benchmarks import BENCHMARKS, Benchmark
-from .result_files import PACKAGE, ItemError, error_file, pinned_versions, write_results
-from .scores import Item
+from .scores import BENCHMARKS, Benchmark, Item
+from .table1 import write_tables
+
+MODULE = "llava_bidir.vqa.harness"
+# rows of Table 1 by the encoder's model type
+ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 
-def main(request: dict) -> None:
-    """Run the benchmarks of a request one by one and write the results of each.
+def run(options: VQAOptions) -> None:
+    """Run the tasks that are not finished, and write the table.
 
     Raises:
-        Exception: Any error. Its message, with the task and the item, is also written to the error file.
+        UserError: lmms-eval failed, or OUT has results of another checkpoint.
     """
-    out = Path(request["out"])
-    name = "setting up"
-    try:
-        check_environment(request["package"])
-        import torch.distributed as dist
-        from lmms_eval.models import get_model  # may be missing, so check_environment comes first
-        from lmms_eval.utils import load_yaml_config
+    from transformers import AutoConfig
 
-        model = get_model("llava_bidir").create_from_arg_string(
-            f"pretrained={request['model']}", {"batch_size": request["batch_size"]}
-        )
-        for name in request["benchmarks"]:
-            start = time.monotonic()
-            config_file = find_config(BENCHMARKS[name])
-            if request["local"]:
-                check_local_data(load_yaml_config(str(config_file))["dataset_path"])
-            results = run_benchmark(BENCHMARKS[name], model, out, config_file)
-            if results is not None:
-                run_info = {"device": str(model.device), "dtype": str(model.model.dtype)}
-                info = request["info"] | run_info | {"seconds": round(time.monotonic() - start, 1)}
-                write_results(out, name, *collect_results(name, results, info))
-        if dist.is_initialized():
-            # threads of its that outlive the interpreter would abort the process
-            dist.destroy_process_group()
-    except Exception as error:
-        # the harness reads data five times
-        cause = error.__cause__ if type(error).__name__ == "RetryError" else error
-        kind = "" if isinstance(cause, (ItemError, UserError)) else f"{type(cause).__name__}: "
-        error_file(out).write_text(f"{name}: {kind}{str(cause).strip()}\n")
-        raise
-
-
-def check_environment(package: str) -> None:
-    """Raise a UserError unless packages have their pinned versions and llava_bidir is that in the folder `package`."""
-    found = installed_versions()
-    for name, pinned in pinned_versions().items():
-        if found.get(name, "").partition("+")[0] != pinned:  # without the local part, e.g. "+cu130"
-            what = f"{name} {found.get(name)} instead of {pinned}"
-            raise UserError(
-                f"the harness's environment has {what}; recreate it with `make vqa-venv`"
-            )
-    if package != str(PACKAGE):
-        raise UserError(
-            f"the harness's environment has another llava_bidir, at {PACKAGE}; run `make vqa-venv` again"
-        )
+    config = read_pretrained("MODEL", AutoConfig, options.model)
+    encoder = config.vision_config.model_type
+    info = {
+        "model": options.model,
+        "image_attention": read_image_attention(config),
+        "encoder": ENCODERS.get(encoder, encoder),
+        "fingerprint": describe_digest(model_identity("MODEL", options.model)).split()[-1],
+        "batch_size": options.batch_size,
+    }
+    files = {name: options.out / f"{name}.json" for name in options.tasks}
+    with exclusive_run_lock(options.out):
+        end_on_signals()
+        for file in filter(Path.exists, files.values()):
+            if read_json(file)["fingerprint"] != info["fingerprint"]:
+                raise UserError(f"{file} is of another checkpoint; choose another --out")
+        if pending := [name for name, file in files.items() if not file.exists()]:
+            if not options.python.is_file():
+                raise UserError(f"{options.python} does not exist; `make vqa-venv` makes it")
+            ranks = f"torch.distributed.run --standalone --nproc-per-node {options.devices} -m"
+            request = json.dumps([str(options.out), pending, info])
+            start = ranks.split() if options.devices > 1 else []
+            command = [str(options.python), "-m", *start, MODULE, request]
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            with process_group(command, env=environment) as process:
+                process.wait()
+        if missing := [name for name, file in files.items() if not file.exists()]:
+            raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
+    print(write_tables([options.out], options.out))
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the installed version of each pinned package. Missing packages are left out."""
-    versions = {}
-    for package in pinned_versions():
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+def read_image_attention(config) -> str:
+    """Return the attention mask of a checkpoint.
+
+    Raises:
+        UserError: It is no LLaVA, or a stock `llava` that names a mask, which transformers would ignore.
+    """
+    mask = getattr(config, "image_attention", "causal")
+    if config.model_type != "llava_bidir" and (config.model_type, mask) != ("llava", "causal"):
+        expected = "expected a llava_bidir, or a causal llava"
+        raise UserError(f"MODEL is a {config.model_type} under the mask {mask!r}; {expected}")
+    return mask
 
 
-def find_config(benchmark: Benchmark) -> Path:
-    """Return the YAML file of a task, of this package or of the harness."""
-    import lmms_eval.tasks
+def main(out: Path, names: list[str], info: dict) -> None:
+    """Run tasks in lmms-eval's environment."""
+    import torch.distributed as dist
 
-    ours = f"tasks/{benchmark.task}.yaml"
-    theirs = f"*/{benchmark.task}.yaml"
-    (path,) = [
-        *Path(__file__).parent.glob(ours),
-        *Path(lmms_eval.tasks.__file__).parent.glob(theirs),
-    ]
-    return path
+    from .lmms_model import LlavaBidir
 
-
-def check_local_data(path: str) -> None:
-    """Raise a UserError if the working directory lacks the folder of a task's "dataset_path"."""
-    # else it is a format, whose files the benchmark names
-    if "/" in path and not Path(path).is_dir():
-        raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
+    model = LlavaBidir(info["model"], info["batch_size"])
+    info |= {"dtype": str(model.model.dtype), "lmms_eval": version("lmms_eval")}
+    for name in names:
+        results = run_benchmark(BENCHMARKS[name], model, out)
+        if results is not None:
+            write_results(out, name, results, info)
+    if dist.is_initialized():  # threads of its that outlive the interpreter would abort the process
+        dist.destroy_process_group()
 
 
-def run_benchmark(
-    benchmark: Benchmark,
-    model,
-    out: Path,
-    config_file: Path,
-) -> dict | None:
-    """Return the results of the harness with all samples, None in all processes but the first."""
+def run_benchmark(benchmark: Benchmark, model, out: Path) -> dict | None:
+    """Return the results of lmms-eval with all samples, None in all processes but the first."""
     import lmms_eval.tasks
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.utils import load_yaml_config
 
-    config = load_yaml_config(str(config_file))
-    overrides = {
-        **benchmark.overrides,
-        # no spreadsheets for submission to a server: Excel rejects some answers
-        "metric_list": [
-            metric for metric in config["metric_list"] if metric["metric"] != "submission"
-        ],
-    }
+    (file,) = Path(lmms_eval.tasks.__file__).parent.glob(f"*/{benchmark.task}.yaml")
+    metrics = load_yaml_config(str(file))["metric_list"]
+    # no spreadsheets for submission to a server: Excel rejects some answers
+    metrics = [metric for metric in metrics if metric["metric"] != "submission"]
+    # one folder only: indexing all tasks takes longer than a small task
+    folder = {"include_path": str(file.parent), "include_defaults": False}
     return simple_evaluate(
         model=model,
-        tasks=[{"task": benchmark.task, **overrides}],
-        # one folder only: indexing all tasks takes longer than a small task
-        task_manager=lmms_eval.tasks.TaskManager(
-            include_path=str(config_file.parent), include_defaults=False
-        ),
+        tasks=[{"task": benchmark.task, "metric_list": metrics, **benchmark.overrides}],
+        task_manager=lmms_eval.tasks.TaskManager(**folder),
         batch_size=model.batch_size,
         bootstrap_iters=0,
         # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order
@@ -142,67 +118,43 @@ def run_benchmark(
     )
 
 
-def collect_results(name: str, results: dict, info: dict) -> tuple[dict, list[Item]]:
-    """Return the info and the items of a benchmark from the results of the harness."""
+def write_results(out: Path, name: str, results: dict, info: dict) -> None:
+    """Write both files of a task; raise a UserError if an item has no result or several, or scores differ."""
     benchmark = BENCHMARKS[name]
-    samples = sorted(results["samples"][benchmark.task], key=lambda sample: sample["doc_id"])
-    scores = results["results"][benchmark.task]
-    info = {
-        "benchmark": name,
-        "task": benchmark.task,
-        **info,
-        "documents": results["n-samples"][benchmark.task]["original"],
-        "harness": {
-            title: scores[f"{c.metric},none"] / c.scale
-            for title, c in benchmark.columns.items()
-            if c.metric
-        },
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "versions": installed_versions(),
-    }
-    return info, [to_item(benchmark, sample) for sample in samples]
+    items = [to_item(benchmark, sample) for sample in results["samples"][benchmark.task]]
+    items.sort(key=lambda item: item["item"])
+    count = results["n-samples"][benchmark.task]["original"]
+    if [item["item"] for item in items] != list(range(count)):
+        raise UserError(f"{name}: {len(items)} results are not one for each of {count} items")
+    scores = {title: column.terms(items).score() for title, column in benchmark.columns.items()}
+    for title, (metric, _, scale, *_) in benchmark.columns.items():
+        theirs = results["results"][benchmark.task][f"{metric},none"] / scale
+        if abs(scores[title] - theirs) > 1e-5 * max(1, abs(theirs)):  # MMMU has five places
+            raise UserError(f"{name}: lmms-eval has {title} {theirs}, the items {scores[title]}")
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    about = {"benchmark": name, "scores": scores, "items": count, **info}
+    write_files({out / f"{name}.jsonl": lines, out / f"{name}.json": about})
 
 
 def to_item(benchmark: Benchmark, sample: dict) -> Item:
-    """Convert a sample of the harness."""
-    unit = benchmark.unit_of(sample["doc"])
+    """Convert a sample of lmms-eval."""
+    doc = sample["doc"]
+    unit = benchmark.unit_of(doc)
     return {
         "item": sample["doc_id"],
         "unit": sample["doc_id"] if unit is None else unit,
-        "group": sample["doc"][benchmark.group_key] if benchmark.group_key else None,
+        "group": doc[benchmark.group_key] if benchmark.group_key else None,
         "question": sample["arguments"][0],
         "answer": sample["filtered_resps"][0],
-        # the VQA tasks' target is the word "answer"
-        "target": str(sample["doc"].get("answers", sample["target"])),
+        "target": str(doc.get("answers", sample["target"])),  # the VQA tasks' is the word "answer"
         "right": rate_answer(benchmark, sample),
-        **({"guessed": True} if is_guessed(benchmark, sample) else {}),
     }
 
 
-def is_guessed(benchmark: Benchmark, sample: dict) -> bool:
-    """Return True if the harness found no option in an answer of MMMU, and drew one, or of MMBench."""
-    if benchmark.task == "mmbench_en_dev_static":
-        from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
-
-        answer = sample["gpt_eval_score"]
-        letters = "".join(mmbench_evaluator.build_choices(answer))
-        # Without a letter that stands alone, the harness takes the last capital in a word: "Car" is an answer C.
-        is_named = re.search(rf"\b[{letters}]\b", answer["prediction"])
-        return not (is_named or mmbench_evaluator.prefetch_answer(answer))
-    if benchmark.task != "mmmu_val" or sample["doc"]["question_type"] != "multiple-choice":
-        return False
-    from lmms_eval.tasks.mmmu.utils import get_multi_choice_info, parse_multi_choice_response
-
-    names, letters = get_multi_choice_info(ast.literal_eval(sample["doc"]["options"]))
-    with patch("random.choice", return_value=None):
-        return parse_multi_choice_response(sample["filtered_resps"][0], letters, names) is None
-
-
 def rate_answer(benchmark: Benchmark, sample: dict) -> float:
-    """Return the correctness of an answer, 0..1, by the rule of the harness."""
-    metric, *_ = (
-        sample[column.metric] for column in benchmark.columns.values() if column.metric in sample
-    )
+    """Return the correctness of an answer, 0..1, by the rule of lmms-eval."""
+    names = (column.metric for column in benchmark.columns.values())
+    metric = next(sample[name] for name in names if name in sample)
     if benchmark.task == "mmmu_val":
         from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
@@ -211,12 +163,11 @@ def rate_answer(benchmark: Benchmark, sample: dict) -> float:
         import pandas
         from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
-        answers = {metric["index"]: metric["answer"]}
-        return float(
-            mmbench_evaluator.eval_sub_data(pandas.DataFrame([metric]), answers, static_only=True)
-        )
+        row, answers = pandas.DataFrame([metric]), {metric["index"]: metric["answer"]}
+        return float(mmbench_evaluator.eval_sub_data(row, answers, static_only=True))
     return float(metric["score"] if isinstance(metric, dict) else metric)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    folder, *request = json.loads(sys.argv[1])
+    main(Path(folder), *request)

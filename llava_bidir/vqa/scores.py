@@ -1,12 +1,11 @@
-"""Scores of Table 1 from the items of a task, on the dataset, resampled, and with two models' answers exchanged.
+"""The benchmarks of Table 1, and their scores: on the dataset, resampled, and with two models' answers exchanged.
 
 A score is a sum of ratios over units. A unit is drawn and exchanged as a whole: an image with all its questions, or a
-question with all orders of its options. result_files.py compares the score with the harness's own.
-
-Shapes: R resamplings, U units, G groups.
+question with all orders of its options. Shapes: R resamplings, U units, G groups.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,21 +15,14 @@ from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights, p_value
 
 SWAPS = 10_000
 Item = dict[str, Any]  # as `harness.to_item` writes it
+Count = Callable[[list[Item]], tuple[float, float]]
 
 
 class ScoreTerms(NamedTuple):
-    """Terms of a score, which is the sum over g of sum_u num[u, g] / sum_u den[u, g].
-
-    Args:
-        num: f[U, G].
-        den: f[U, G].
-        units: Names of the units.
-        strata: i64[U]. A unit is resampled within its stratum.
-    """
+    """Numerators and denominators f[U, G] of a score, and strata i64[U], within which units are resampled."""
 
     num: np.ndarray
     den: np.ndarray
-    units: list
     strata: np.ndarray
 
     def score(self) -> float:
@@ -39,23 +31,16 @@ class ScoreTerms(NamedTuple):
 
     def resampled_scores(self, resamplings: int = RESAMPLINGS, seed: int = 0) -> torch.Tensor:
         """Return scores f[R]. Two models with the same units and seed are resampled together."""
-        weights = np.empty((resamplings, len(self.units)))
-        for stratum in np.unique(self.strata):
-            members = self.strata == stratum
-            weights[:, members] = bootstrap_weights(
-                int(members.sum()), resamplings, seed + int(stratum)
-            )
+        weights = np.empty((resamplings, len(self.num)))
+        for stratum, count in enumerate(np.bincount(self.strata).tolist()):
+            drawn = bootstrap_weights(count, resamplings, seed + stratum)
+            weights[:, self.strata == stratum] = drawn
         return torch.from_numpy(sum_ratios(weights @ self.num, weights @ self.den))
 
 
-def swap_test(
-    a: ScoreTerms,
-    b: ScoreTerms,
-    swaps: int = SWAPS,
-    seed: int = 0,
-) -> float:
+def swap_test(a: ScoreTerms, b: ScoreTerms, swaps: int = SWAPS, seed: int = 0) -> float:
     """Return the two-sided p-value of equal scores: the models' answers are exchanged, unit by unit, at random."""
-    swapped = random_swaps(len(a.units), swaps, seed).double().numpy()
+    swapped = random_swaps(len(a.num), swaps, seed).double().numpy()
     num = swapped @ (b.num - a.num)
     den = swapped @ (b.den - a.den)
     scores_a = sum_ratios(a.num.sum(0) + num, a.den.sum(0) + den)
@@ -68,75 +53,100 @@ def sum_ratios(num: np.ndarray, den: np.ndarray) -> np.ndarray:
     return np.divide(num, den, out=np.zeros_like(num, dtype=float), where=den != 0).sum(-1)
 
 
-def accuracy_terms(items: list[Item]) -> ScoreTerms:
-    """Return the terms of the share of correct items."""
-    return _terms(items, lambda unit: (sum(item["right"] for item in unit), len(unit)))
+def accuracy(unit: list[Item]) -> tuple[float, float]:
+    """Return the number of correct items and of all."""
+    return sum(item["right"] for item in unit), len(unit)
 
 
-def circular_terms(items: list[Item]) -> ScoreTerms:
-    """Return the terms of MMBench's CircularEval: all orders of a question's options must be answered correctly."""
-    return _terms(items, lambda unit: (all(item["right"] for item in unit), 1))
+def circular(unit: list[Item]) -> tuple[float, float]:
+    """Return 1 if all orders of a question's options are answered correctly (MMBench's CircularEval), else 0; and 1."""
+    return all(item["right"] for item in unit), 1
 
 
-def clean_answer(item: Item) -> str:
-    """Return an answer as lmms-eval's pope compares it."""
-    return item["answer"].strip().lower()
+def mme_points(unit: list[Item]) -> tuple[float, float]:
+    """Return an image's 100 * (accuracy + whether both items are correct), and 1."""
+    return 100 * (sum(item["right"] for item in unit) / len(unit) + circular(unit)[0]), 1
 
 
-def f1_terms(items: list[Item]) -> ScoreTerms:
+def f1(unit: list[Item]) -> tuple[float, float]:
     """Return the terms of the F1 of "yes". Other answers than yes and no are left out, as in lmms-eval's pope."""
-    return _terms(items, lambda unit: _count_f1(unit, ("yes", "no")))
+    pairs = [(item["answer"].strip().lower(), item["target"].strip().lower()) for item in unit]
+    hits = 2 * pairs.count(("yes", "yes"))
+    return hits, hits + pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
 
 
-def f1_of_all_terms(items: list[Item]) -> ScoreTerms:
-    """Return the terms of the F1 of "yes" over all questions: other answers than yes and no miss a yes, too."""
-    return _terms(items, lambda unit: _count_f1(unit, {clean_answer(item) for item in unit}))
+class Column(NamedTuple):
+    """A column of Table 1.
+
+    Args:
+        metric: Name of the metric in lmms-eval.
+        count: Function from the items of a unit to the terms of the score.
+        scale: Value of lmms-eval for a score of 1.
+        paper: Name in paper.json, None if the paper has no such column.
+        categories: Categories whose scores are summed to points; else the score is read as percent.
+    """
+
+    metric: str
+    count: Count = accuracy
+    scale: float = 1
+    paper: str | None = None
+    categories: str = ""
+
+    def terms(self, items: list[Item]) -> ScoreTerms:
+        """Return the terms of the score of items."""
+        units = {}
+        for item in items:
+            if not self.categories or item["group"] in self.categories.split():
+                units.setdefault((item["group"], item["unit"]), []).append(item)
+        groups = sorted({group for group, _ in units})
+        strata = np.array([groups.index(group) for group, _ in units])
+        terms = np.array([self.count(unit) for unit in units.values()], float)
+        num, den = terms.T[..., None] * np.eye(len(groups))[strata]
+        return ScoreTerms(num, den, strata)
 
 
-def _count_f1(unit: list[Item], answers: Iterable[str]) -> tuple[int, int]:
-    """Return the numerator and denominator of the F1 of "yes" over the items with one of the answers."""
-    pairs = [(clean_answer(item), item["target"].strip().lower()) for item in unit]
-    hits = pairs.count(("yes", "yes"))
-    false_alarms = pairs.count(("yes", "no"))
-    misses = sum(pairs.count((answer, "yes")) for answer in answers if answer != "yes")
-    return 2 * hits, 2 * hits + false_alarms + misses
+@dataclass(frozen=True)
+class Benchmark:
+    """A task of lmms-eval: its name, columns by title, the unit and category of a record, and changed settings."""
+
+    task: str
+    columns: dict[str, Column]
+    unit_of: Callable[[dict], Any] = lambda record: None  # each item alone
+    group_key: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def yes_ratio_terms(items: list[Item]) -> ScoreTerms:
-    """Return the terms of the share of "yes" among the answers; lmms-eval's yes ratio is that of the targets."""
-    return _terms(
-        items, lambda unit: ([clean_answer(item) for item in unit].count("yes"), len(unit))
-    )
-
-
-def mme_terms(categories: list[str]) -> Callable[[list[Item]], ScoreTerms]:
-    """Return a function for the sum over categories of 100 * (accuracy + share of images with both items correct)."""
-
-    def terms(items: list[Item]) -> ScoreTerms:
-        units = {key: unit for key, unit in group_by_unit(items).items() if key[0] in categories}
-        present = sorted({category for category, _ in units})
-        num, den = np.zeros((2, len(units), len(present)))
-        for row, ((category, _), unit) in enumerate(units.items()):
-            right = [item["right"] for item in unit]
-            column = present.index(category)
-            num[row, column] = 100 * (sum(right) / len(right) + all(right))
-            den[row, column] = 1
-        return ScoreTerms(
-            num, den, list(units), np.array([present.index(category) for category, _ in units])
-        )
-
-    return terms
-
-
-def group_by_unit(items: Iterable[Item]) -> dict[Any, list[Item]]:
-    """Return the items of each (group, unit)."""
-    units = {}
-    for item in items:
-        units.setdefault((item["group"], item["unit"]), []).append(item)
-    return units
-
-
-def _terms(items: list[Item], count: Callable[[list[Item]], tuple[float, float]]) -> ScoreTerms:
-    units = group_by_unit(items)
-    num, den = np.array([count(unit) for unit in units.values()], float).T
-    return ScoreTerms(num[:, None], den[:, None], list(units), np.zeros(len(units), int))
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
+MME = {
+    "MME-P": Column("mme_perception_score", mme_points, 1, "MME_P", PERCEPTION),
+    "MME-C": Column("mme_cognition_score", mme_points, 1, "MME_C", COGNITION),
+}
+# The paper does not name the measure. Its number is compared with accuracy; LLaVA-1.5 reports F1.
+POPE = {"POPE": Column("pope_accuracy", paper="POPE"), "POPE F1": Column("pope_f1_score", f1)}
+MMBENCH = {"MMBench": Column("gpt_eval_score", circular, 100, "MMB")}
+PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
+WITH_OCR = {"lmms_eval_specific_kwargs": {"default": PROMPT | {"ocr": True}}}
+EXACT = {
+    "GQA": "GQA",
+    "SQA-I": "SQA_I",
+    "TextVQA": "TextVQA",
+    "TextVQA OCR": None,
+    "VizWiz": "VizWiz",
+}
+GQA, SQA, VQA, OCR, VIZWIZ = (
+    {title: Column("exact_match", paper=paper)} for title, paper in EXACT.items()
+)
+BENCHMARKS: dict[str, Benchmark] = {
+    "gqa": Benchmark("gqa", GQA, lambda r: r["imageId"]),
+    # parses letters by rule; the task without _static asks GPT or guesses
+    "mmbench": Benchmark("mmbench_en_dev_static", MMBENCH, lambda r: int(r["index"]) % 1_000_000),
+    "mme": Benchmark("mme", MME, lambda r: r["question_id"], "category"),
+    "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", paper="MMMU")}, lambda r: r["id"]),
+    "pope": Benchmark("pope", POPE, lambda r: r["image_source"]),
+    "scienceqa": Benchmark("scienceqa_img", SQA),
+    "textvqa": Benchmark("textvqa_val", VQA, lambda r: r["image_id"]),
+    # the prompt of LLaVA-1.5, with the OCR tokens of the dataset
+    "textvqa_ocr": Benchmark("textvqa_val", OCR, lambda r: r["image_id"], overrides=WITH_OCR),
+    "vizwiz": Benchmark("vizwiz_vqa_val", VIZWIZ, lambda r: r["question_id"]),
+}

@@ -1,12 +1,11 @@
 """Synthetic results of `llava-bidir vqa`, for tests without a harness."""
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import numpy as np
 
-from llava_bidir.vqa.benchmarks import BENCHMARKS
-from llava_bidir.vqa.result_files import pinned_versions, write_results
+from llava_bidir.common.atomic_io import write_files
 
 ANSWERS = {
     "mmbench": "AB",
@@ -22,7 +21,6 @@ def write(
     right: np.ndarray,
     mask: str = "causal",
     encoder: str = "clip",
-    answers: Sequence[str] | None = None,
     **info,
 ) -> Path:
     """Write a finished task with two questions per unit, whose targets alternate between two words.
@@ -33,10 +31,8 @@ def write(
         right: bool[items], the correctness of each item.
         mask: Image attention of the model.
         encoder: Name of the model's encoder.
-        answers: Answer of each item, by default one of the two words.
         info: More settings of the task.
     """
-    columns = BENCHMARKS[name].columns
     words = ANSWERS.get(name, ("sky", "wall"))
     categories = ("existence", "code_reasoning")
     items = []
@@ -49,20 +45,15 @@ def write(
             "question": f"question {i}",
             "target": words[i % 2],
         }
-        answer = answers[i] if answers else words[i % 2 if r else 1 - i % 2]
+        answer = words[i % 2 if r else 1 - i % 2]
         items.append(item | {"answer": answer, "right": float(r)})
-    results = {
-        "benchmark": name,
+    about = {
         "model": f"{encoder}-{mask}",
         "encoder": encoder,
         "image_attention": mask,
         "fingerprint": f"{encoder}{mask}",
-        "documents": len(items),
-        "versions": pinned_versions(),
-        "data": "here",
-        "harness": {
-            title: column.terms(items).score() for title, column in columns.items() if column.metric
-        },
+        "dtype": "torch.float32",
     }
-    write_results(out, name, results | info, items)
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    write_files({out / f"{name}.jsonl": lines, out / f"{name}.json": about | info})
     return out

@@ -11,8 +11,8 @@ import torch
 from processes import run_command
 
 ROOT = Path(__file__).parents[1]
-# These tell time and host, in their names too. So does, by design, what the pipeline leaves out: `report --timings`
-# (wall_s in results.json, the page's first line) and verify-data.json (seconds, records/s).
+# These tell time and host, in their names too. So does, by design, what the pipeline leaves out: verify-data.json
+# (seconds, records/s).
 APART = "events.out.tfevents.*"
 
 

@@ -1,7 +1,7 @@
 """Evaluate the paper's claims, each as one number with a 95% interval and a verdict in three columns (verdicts.py).
 
 The numbers are those of measure.py; of drop and recovery at the optimum, those of strengths.py. What a column
-lacks for a verdict, and the command that gives it, says remedies.py.
+lacks for a verdict says missing.py.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from probes.results.study import CONTROLS, StudyRuns
 from probes.tasks import SEGMENTATION
 
 from .measure import KNOCKOUT, measure_study, random_part
-from .remedies import Case, why_no_draws, why_unconverged, why_untested
+from .missing import Case, why_no_draws, why_no_optimum, why_no_paper, why_unconverged
 from .strengths import path_rows
 from .truth import read_truth
 from .verdicts import (
@@ -86,7 +86,7 @@ def _paper_column(case: Case) -> Entry:
     measured = case.main.paper.json()
     if not CLAIMS[case.claim].reads_probes:
         return column(case.sign, **measured)
-    if reason := why_untested("paper", case):
+    if reason := why_no_paper(case):
         return untested(reason, **measured, probes="solved")
     solved = case.study.solved.get(case.mask)
     is_same_effect = case.solved is not None
@@ -105,7 +105,7 @@ def _optimum_column(case: Case) -> Entry:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
     number = case.solved and case.solved.judged
     measured = number.json() if number and not case.path else {}
-    if reason := why_untested("optimum", case):
+    if reason := why_no_optimum(case):
         return untested(reason, **measured)
     margin = case.study.task.margin
     if case.path:

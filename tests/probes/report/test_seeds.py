@@ -141,7 +141,7 @@ def test_report_joins_runs_of_several_seeds(tmp_path):
         judged = "does not hold" if entry["claim"] == "recovery_trained" else "holds"
         assert entry["verdicts"]["paper"]["verdict"] == judged
         assert entry["conclusion"] == "untested"
-        assert "seed 0: no solved probes: run `probes solve" in entry["reason"]
+        assert "seed 0: no solved probes under causal attention" in entry["reason"]
 
 
 @pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])

@@ -105,7 +105,7 @@ ENTRANCES = {
     "photo in the lab": lambda path, _: upload(path),
 }
 # How entrances call other formats and modes, and links to elsewhere
-REFUSALS = "it is not (one of )?(BMP|PNG)|has mode '|is outside data.images|loop.jpg is missing"
+REFUSALS = "it is not (one of )?(BMP|PNG)|has mode '|is outside data.images"
 MASK = "mask of a data set"
 UPLOAD = "photo in the lab"
 HOSTILE = [

@@ -126,9 +126,11 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     images are padded here. Source: LLaVA mm_utils.py process_images.
 
     Raises:
-        UserError: There is no such checkpoint, or its model and its tokenizer take other ids for images.
+        UserError: There is no such checkpoint, it is no LLaVA, its mask would be ignored, or its model and its
+            tokenizer take other ids for images.
     """
-    read_pretrained("MODEL", AutoConfig, model)  # whose errors say more than those of the weights
+    # first, since these errors say more than those of the weights
+    read_image_attention(read_pretrained("MODEL", AutoConfig, model))
     loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
     index = loaded.config.image_token_id
@@ -144,6 +146,19 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
         settings = {name: getattr(images, name) for name in names}
         processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
     return loaded, processor
+
+
+def read_image_attention(config) -> str:
+    """Return the attention mask of a checkpoint.
+
+    Raises:
+        UserError: It is no LLaVA, or a stock `llava` that names a mask, which transformers would ignore.
+    """
+    mask = getattr(config, "image_attention", "causal")
+    if config.model_type != "llava_bidir" and (config.model_type, mask) != ("llava", "causal"):
+        expected = "expected a llava_bidir, or a causal llava"
+        raise UserError(f"MODEL is a {config.model_type} under the mask {mask!r}; {expected}")
+    return mask
 
 
 def answer(

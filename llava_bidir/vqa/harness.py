@@ -35,6 +35,8 @@ def run(options: VQAOptions) -> None:
     """
     from transformers import AutoConfig
 
+    from llava_bidir.commands.generate import read_image_attention
+
     config = read_pretrained("MODEL", AutoConfig, options.model)
     encoder = config.vision_config.model_type
     info = {
@@ -63,19 +65,6 @@ def run(options: VQAOptions) -> None:
         if missing := [name for name, file in files.items() if not file.exists()]:
             raise UserError(f"lmms-eval has no results of {', '.join(missing)}; see above")
     print(write_tables([options.out], options.out))
-
-
-def read_image_attention(config) -> str:
-    """Return the attention mask of a checkpoint.
-
-    Raises:
-        UserError: It is no LLaVA, or a stock `llava` that names a mask, which transformers would ignore.
-    """
-    mask = getattr(config, "image_attention", "causal")
-    if config.model_type != "llava_bidir" and (config.model_type, mask) != ("llava", "causal"):
-        expected = "expected a llava_bidir, or a causal llava"
-        raise UserError(f"MODEL is a {config.model_type} under the mask {mask!r}; {expected}")
-    return mask
 
 
 def main(out: Path, names: list[str], info: dict) -> None:

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from llava_bidir.commands.generate import answer, load
 from llava_bidir.common.errors import error_context
 
-from .harness import read_image_attention
-
 MANIFEST = ModelManifest("llava_bidir", simple_class_path="llava_bidir.vqa.lmms_model.LlavaBidir")
 MAX_NEW_TOKENS = 128  # default for tasks that set none. Source: LLaVA eval/model_vqa_loader.py
 
@@ -31,7 +29,6 @@ class LlavaBidir(lmms):
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.model, self.processor = load(pretrained, dtype)
-        read_image_attention(self.model.config)
         self.model.to(self.device)
 
     @torch.no_grad()

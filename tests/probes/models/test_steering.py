@@ -73,6 +73,14 @@ def test_equals_a_hook_on_the_stock_model(mllm, pixels, site):
     )
 
 
+def test_states_of_another_image_at_the_adapter_leave_nothing_of_the_image(mllm, pixels):
+    """As `test_families.py` measures it in other families."""
+    assert mllm.family.incomplete_sites(mllm.model.config) == 0
+    expected = mllm.states(pixels)["final_norm"].flip(0)
+    swapped = mllm.states(pixels, hooks={"adapter": lambda states: states.flip(0)})["final_norm"]
+    torch.testing.assert_close(swapped, expected, **rounding(expected, 4))
+
+
 def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
     blocked = torch.tensor([[False, True, False, False]] * 2)
     together = mllm.states(

@@ -238,18 +238,16 @@ class Metrics(BaseModel):
             self._check_classes()
             scores = list(TASKS[SEGMENTATION].scores)
             loss = "cv_cross_entropy"
-            of_path = [*scores, "cross_entropy"]
         else:
             if not self.scores:
                 raise ValueError("scores: Field required")
             scores = list(self.scores)
             loss = "cv_loss"
-            of_path = scores
         highest = 1 if self.task == SEGMENTATION else math.inf
         for site in self.sites:
             for name in scores:
                 _check_score(site, name, highest)
-        _check_path(self.path, self.sites, loss, of_path)
+        _check_path(self.path, self.sites, loss, scores)
         return self
 
     def _check_classes(self) -> None:

@@ -18,6 +18,7 @@ from run_bytes import run_bytes
 from solving import STRENGTHS, arguments
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.step_progress import watched
 from probes.cli import main
 from probes.evaluation.effect_file import read_effect_file
 from probes.evaluation.strengths import CONVERGED
@@ -28,7 +29,8 @@ from probes.training.site_probes import SiteProbes
 from probes.training.solve.by_passes import PassSolver
 from probes.training.solve.in_memory import MemorySolver
 from probes.training.solve.path_scores import PathScores
-from probes.training.solve.solver import SolverCheckpoints
+from probes.training.solve.solver import SolverCheckpoints, in_workers
+from probes.training.solve.state_reader import follow
 from probes.training.solve.strength_path import HELD_OUT_GAIN
 
 pytestmark = pytest.mark.numerics
@@ -99,6 +101,21 @@ def test_writes_the_files_of_a_fit(run):
         assert all(certificate["converged"] for certificate in entry["certificates"])
         best = int(np.argmin(entry["cv_cross_entropy"]))
         assert entry["chosen"] == entry["lowest"] == [0.1, 0.01][best]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_and_sites_are_told_one_by_one(threads, monkeypatch, capsys):
+    """Also those that are solved by several processes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    told = []
+    with watched(lambda *progress: told.append(progress) or "about 1 min left"):
+        assert [*follow("abc", 3, "pass 2", hidden=False)] == ["a", "b", "c"]
+        found = dict(in_workers(str.upper, ["x", "y"], torch.device("cpu")))
+    assert found == {"x": "X", "y": "Y"}
+    passes = [("pass 2", i, 3) for i in (1, 2, 3)]
+    assert told == [*passes, ("solving sites", 1, 2), ("solving sites", 2, 2)]
+    shown = capsys.readouterr().err
+    assert "pass 2: 100%" in shown and "solving sites: 100%" in shown
 
 
 def test_effects_are_written_as_the_counts_say(run):

@@ -373,8 +373,8 @@ class FinishedRun:
         from probes.models.load import load
 
         self._check_unchanged("model", self._model_identity)
-        names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
-        settings = {name: config[name] for name in names} | {"image_px": config.get("image_px")}
+        names = "dtype image_px image_resize prefix match draw update_scales seed".split()
+        settings = {name: config[name] for name in names}
         return load(
             config["mllm"],
             config["image_attention"],

@@ -72,7 +72,6 @@ class _ProbeSettings(BaseModel, extra="allow"):
 class _Data(TypedDict):
     root: str
     dataset: str
-    task: NotRequired[str]
     options: dict[str, Any]
     fingerprint: str
     labels: NotRequired[dict[str, dict[str, Any]]]  # by split, see probes/data/label_counts.py
@@ -98,7 +97,7 @@ class ModelConfig(TypedDict):
     match: str
     draw: int
     update_scales: list[Number] | None
-    image_px: NotRequired[int | None]
+    image_px: int | None
 
 
 # the part of a checkpoint's training.json that reports use

@@ -264,7 +264,6 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
-            **({} if data.task == SEGMENTATION else {"task": data.task}),
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
             **_data_notes(data),

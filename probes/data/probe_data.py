@@ -62,11 +62,7 @@ class ProbeData:
     ):
         super().__init__()  # of LightningDataModule, in a run that trains
         config = DataOptions(root=root, **options)
-        # without the task, the identity of a segmentation run is that of a version that had no other tasks
-        hyperparameters = asdict(config) | {"seed": seed}
-        if config.task == SEGMENTATION:
-            del hyperparameters["task"]
-        self.settings = hyperparameters
+        self.settings = asdict(config) | {"seed": seed}
 
         self.splits = {split: open_split(config, split) for split in ("training", "validation")}
         self.root = root

@@ -39,14 +39,14 @@ class Strengths:
 
     @property
     def solved(self) -> list[list[int]]:
-        """Indices of the R solved strengths of each site: the rows of path.safetensors."""
+        """Indices of the R solved strengths of each site."""
         return [
             [i for i, value in enumerate(site[self.score]) if value is not None]
             for site in self.sites
         ]
 
     def neighbours(self) -> dict[str, Tensor]:
-        """Return the rows "stronger", "chosen" and "weaker": the index i64[S] into path.safetensors at each site.
+        """Return the rows "stronger", "chosen" and "weaker": the index i64[S] into `solved` at each site.
 
         A site whose choice is at the end of its path has no neighbour there and keeps its choice. A row in which all
         sites do is left out.

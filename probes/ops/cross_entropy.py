@@ -52,8 +52,8 @@ def upsampled_cross_entropy(
 
     For each probe, equals `F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear"), target,
     ignore_index=ignore_index)`, except that a batch without valid pixels has loss 0 and zero gradient instead of NaN.
-    The error falls with the number of nodes: README.md has numbers, and :func:`quadrature_error` estimates it for given
-    logits. `nodes=None` is exact, and as slow as the mask is large.
+    The error falls with the number of nodes: README.md has numbers. `nodes=None` is exact, and as slow as the mask is
+    large.
 
     To train a linear head on the patch features of any encoder, f[B, K, h, w] from a 1 x 1 convolution::
 
@@ -109,23 +109,6 @@ def upsampled_cross_entropy(
     if reduction == "mean":
         losses = losses / masks.pixels.sum().clamp(min=1).to(losses.dtype)
     return losses if logits.ndim == 5 else losses[0]
-
-
-def quadrature_error(
-    logits: Tensor,
-    target: Tensor,
-    nodes: int,
-    **options,
-) -> Tensor:
-    """Return an estimate of the loss's error with `nodes` nodes, in nats per pixel: the change by one more node.
-
-    Args:
-        logits, target, options: As for :func:`upsampled_cross_entropy`.
-        nodes: Nodes per cell and axis.
-    """
-    few = upsampled_cross_entropy(logits.detach(), target, nodes=nodes, **options)
-    more = upsampled_cross_entropy(logits.detach(), target, nodes=nodes + 1, **options)
-    return (few - more).abs()
 
 
 ImageLoss = Callable[[Tensor, PreparedMasks, bool], tuple[Tensor, Tensor | None]]

@@ -3,13 +3,12 @@
     RUN/metrics.json          scores per site with intervals; "task" and "scores" of another task than segmentation
     RUN/counts.safetensors    what the task counts of each image, from which the scores are computed (probes/tasks)
     RUN/effects.safetensors   effects with their resamplings, from which a report evaluates claims
-    RUN/path.safetensors      the same counts at the solved strengths of regularisation, of `probes solve`
     RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
     RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
 
 Files are written atomically, metrics.json last: it marks the run as finished.
 
-Axes: S sites, N images, M sums per image, R solved strengths of each site.
+Axes: S sites, N images, M sums per image.
 """
 
 import hashlib
@@ -299,20 +298,6 @@ class FinishedRun:
             values += dataset_scores(self.task, sums)[score].tolist()
         return {site: Estimate(*own) for site, *own in zip(self.sites, values, drawn, strict=True)}
 
-    def sums_by_strength(self) -> torch.Tensor:
-        """Return the sums per image at each row of solved strengths, strong to weak, [R, S, N, M].
-
-        A row has another strength at each site; see `strengths`.
-
-        Raises:
-            UserError: The probes were not solved, or the file is damaged.
-        """
-        prefix = f"{self.path_kind}/"
-        counted = self._read("path.safetensors")
-        return self.task.sums(
-            self._tensors | {name.removeprefix(prefix): x for name, x in counted.items()}
-        )
-
     @property
     def is_solved(self) -> bool:
         """True if the run was made by `probes solve`."""
@@ -388,8 +373,8 @@ class FinishedRun:
         from probes.models.load import load
 
         self._check_unchanged("model", self._model_identity)
-        names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
-        settings = {name: config[name] for name in names} | {"image_px": config.get("image_px")}
+        names = "dtype image_px image_resize prefix match draw update_scales seed".split()
+        settings = {name: config[name] for name in names}
         return load(
             config["mllm"],
             config["image_attention"],

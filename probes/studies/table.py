@@ -151,7 +151,7 @@ def _rows(run: FinishedRun, name: str, model: str | None) -> Iterator[dict[str, 
             yield common | table_row(site["site"], "iou", iou, **{"class": cls})
     for site in run.site_strengths if run.is_solved else ():
         for key, values in site.items():
-            if key in ("cv_cross_entropy", "cv_loss", "cross_entropy", "miou", "pacc"):
+            if key in ("cv_cross_entropy", "cv_loss", "miou", "pacc"):
                 for strength, value in zip(site["strengths"], values, strict=True):
                     if value is not None:
                         yield common | table_row(

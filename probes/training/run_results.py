@@ -17,7 +17,6 @@ RESULTS = (
     "manifest.json",
     "counts.safetensors",
     "effects.safetensors",
-    "path.safetensors",
     "probes.safetensors",
 )
 

@@ -72,7 +72,6 @@ class _ProbeSettings(BaseModel, extra="allow"):
 class _Data(TypedDict):
     root: str
     dataset: str
-    task: NotRequired[str]
     options: dict[str, Any]
     fingerprint: str
     labels: NotRequired[dict[str, dict[str, Any]]]  # by split, see probes/data/label_counts.py
@@ -98,7 +97,7 @@ class ModelConfig(TypedDict):
     match: str
     draw: int
     update_scales: list[Number] | None
-    image_px: NotRequired[int | None]
+    image_px: int | None
 
 
 # the part of a checkpoint's training.json that reports use
@@ -238,18 +237,16 @@ class Metrics(BaseModel):
             self._check_classes()
             scores = list(TASKS[SEGMENTATION].scores)
             loss = "cv_cross_entropy"
-            of_path = [*scores, "cross_entropy"]
         else:
             if not self.scores:
                 raise ValueError("scores: Field required")
             scores = list(self.scores)
             loss = "cv_loss"
-            of_path = scores
         highest = 1 if self.task == SEGMENTATION else math.inf
         for site in self.sites:
             for name in scores:
                 _check_score(site, name, highest)
-        _check_path(self.path, self.sites, loss, of_path)
+        _check_path(self.path, self.sites, loss, scores)
         return self
 
     def _check_classes(self) -> None:

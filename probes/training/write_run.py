@@ -95,10 +95,6 @@ def save_run(
     effects = effects_of(probes, counted, record.path, weights, groups)
     tensors = counted if groups is None else counted | {"group": groups}
     files = {out / "counts.safetensors": tensors}
-    if record.path:
-        files[out / "path.safetensors"] = {
-            f"{record.path.path_kind}/{name}": x for name, x in record.path.counted.items()
-        }
     files[out / EFFECTS_FILE] = effect_file(effects)
     files[out / "probes.safetensors"] = probes.heads.state_dict()
     about = manifest(probes, record, data).model_dump(exclude_unset=True)
@@ -268,7 +264,6 @@ def manifest(probes: SiteProbes, record: RunRecord, data: ProbeData) -> Manifest
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
-            **({} if data.task == SEGMENTATION else {"task": data.task}),
             "options": data.options,
             "fingerprint": describe_digest(record.identity["data"]),
             **_data_notes(data),

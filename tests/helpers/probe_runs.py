@@ -34,6 +34,7 @@ STRENGTHS = {
     False: [1.0, 0.1, 0.01, 0.001, 0.0001],
 }  # by site == "encoder"
 ROWS = ("stronger", "chosen", "weaker")
+BY_STRENGTH = "by_strength.safetensors"  # of written runs alone
 SETTINGS = {
     "head": "linear",
     "feature_norm": "batchnorm",
@@ -278,14 +279,20 @@ def data_identity(root: Path) -> dict[str, str]:
     return found
 
 
+def sums_by_strength(run: FinishedRun) -> torch.Tensor:
+    """Return the sums per image of a written run at each row of solved strengths, strong to weak, [R, S, N, M]."""
+    return load_file(run.path / BY_STRENGTH)["sums"]
+
+
 def counts_by_strength(run: ProbeRun) -> list[Counts]:
     """Return the counts of each row of solved strengths, strong to weak, without those by patch."""
-    right, predicted, labelled = run.sums_by_strength().unflatten(-1, (3, -1)).unbind(-2)
+    right, predicted, labelled = sums_by_strength(run).unflatten(-1, (3, -1)).unbind(-2)
     return [Counts(*row, None, None) for row in zip(right, predicted, labelled[:, 0], strict=True)]
 
 
 def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
-    """Return the effects of a run, computed from its counts."""
+    """Return the effects of a run, computed from its counts; of a written one, also those of each row of strengths."""
+    is_written = (run.path / BY_STRENGTH).is_file()
     return run_effects(
         run.sites,
         None if run.has_llm else run.last_layer,
@@ -293,8 +300,8 @@ def effects_of_counts(run: FinishedRun) -> dict[str, Estimate]:
         run.sums,
         run.weights,
         run.groups,
-        strengths=run.strengths if run.is_solved else None,
-        path=run.sums_by_strength() if run.is_solved else None,
+        strengths=run.strengths if is_written else None,
+        path=sums_by_strength(run) if is_written else None,
         counts=run.counts if isinstance(run, ProbeRun) else None,
         columns=run.metrics["grid"][1],
     )
@@ -332,18 +339,13 @@ def write_solved(
     right, predicted = (
         torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted")
     )
-    loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
-    tensors = {
-        "intersection": right.int(),
-        "predicted": predicted.int(),
-        "cross_entropy": loss,
-    }
+    counted = {"intersection": right, "predicted": predicted, "labelled": labelled}
     sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}
         strengths = STRENGTHS[entry["site"] == "encoder"]
         site = entry["site"]
-        scores = dict.fromkeys(("miou", "pacc", "cross_entropy"), [None, 0.5, 0.5, 0.5, None])
+        scores = dict.fromkeys(("miou", "pacc"), [None, 0.5, 0.5, 0.5, None])
         certificates = [
             None,
             *(
@@ -364,10 +366,7 @@ def write_solved(
         "optimum": {"sites": sites},
     }
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
-    save_file(
-        {f"optimum/{name}": x.contiguous() for name, x in tensors.items()},
-        path / "path.safetensors",
-    )
+    save_file({"sums": CLASSES_TASK.sums(counted)}, path / BY_STRENGTH)
     write_effects(path)
     return str(path)
 
@@ -385,11 +384,8 @@ def remove_layers(path: Path) -> Path:
     if solved := metrics.get("path"):
         (instrument,) = solved.keys() & {"optimum", "closed_form"}
         solved[instrument]["sites"] = [solved[instrument]["sites"][i] for i in kept]
-        tensors = load_file(path / "path.safetensors")
-        save_file(
-            {name: x[:, kept].contiguous() for name, x in tensors.items()},
-            path / "path.safetensors",
-        )
+        rows = load_file(path / BY_STRENGTH)["sums"][:, kept]
+        save_file({"sums": rows.contiguous()}, path / BY_STRENGTH)
     (path / "metrics.json").write_text(json.dumps(metrics))
     write_effects(path)
     return path

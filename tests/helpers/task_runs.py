@@ -127,6 +127,6 @@ def write_depth_run(
     (path / "metrics.json").write_text(json.dumps(metrics))
     save_file({"sums": sums}, path / "counts.safetensors")
     along_path = sums.expand(len(DEPTH_STRENGTHS), *sums.shape).contiguous()
-    save_file({"closed_form/sums": along_path}, path / "path.safetensors")
+    save_file({"sums": along_path}, path / probe_runs.BY_STRENGTH)
     probe_runs.write_effects(path)
     return path

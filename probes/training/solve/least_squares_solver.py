@@ -23,9 +23,9 @@ from probes.ops.normal_equations import normal_equations
 
 from .least_squares import LEAST_SQUARES_STRENGTHS, LeastSquaresMoments, solve_least_squares
 from .moments import packed_size
-from .site_progress import follow
 from .solved_site import SolvedSite
 from .solver import Solver, tensors_of
+from .state_reader import follow
 
 SAVE_SECONDS = 600  # between two files of moments
 

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.data.batches import MaskPreparer, group_by_size
+from probes.data.batches import group_by_size
 from probes.evaluation.image_metrics import TaskMetric
 from probes.evaluation.resampling import dataset_scores
-from probes.ops.cross_entropy import SCORE_NODES, loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.pixel_counts import count
-from probes.ops.quadrature import PreparedMasks
 from probes.tasks import SEGMENTATION, TASKS
 from probes.training.site_probes import SiteProbes
 
@@ -26,7 +24,7 @@ SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 6
 
 
 class PathMetric(TaskMetric):
-    """Counts per image of the classes by some probes, and the summed losses of all probes.
+    """Counts per image of the classes by some probes.
 
     Args:
         counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
@@ -34,22 +32,14 @@ class PathMetric(TaskMetric):
     """
 
     def __init__(self, counted: list[int], images: int, geometry: Geometry):
-        super().__init__(TASKS[SEGMENTATION], images, geometry, (*COUNTED, "cross_entropy"))
+        super().__init__(TASKS[SEGMENTATION], images, geometry, COUNTED)
         self.counted = counted
 
-    def update(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        index: Tensor,
-        masks: PreparedMasks,
-    ) -> None:
-        """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
+    def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
+        """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B]."""
         view = self.geometry.view(tuple(target.shape[-2:]))
         counts = count(logits[self.counted], target, view, by_token=False)
-        kept = {name: getattr(counts, name).to(torch.int32) for name in COUNTED}
-        loss, _ = loss_and_gradient(logits, masks, needs_grad=False)
-        self.add(index, kept | {"cross_entropy": loss[..., None]})
+        self.add(index, {name: getattr(counts, name).to(torch.int32) for name in COUNTED})
 
 
 class PathScores:
@@ -92,11 +82,7 @@ class PathScores:
         )
         logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
         for images, target in group_by_size(batch["target"][part]):
-            masks = []
-            if self.probes.task.name == SEGMENTATION:
-                prepare = MaskPreparer(mllm.geometry, self.probes.channels, SCORE_NODES)
-                masks = [prepare(target)]
-            self.metric.update(logits[:, images], target, index[images], *masks)
+            self.metric.update(logits[:, images], target, index[images])
 
     def _parts(self, images: int) -> list[slice]:
         """Return parts of a batch that have at most `SCORE_BYTES` of logits, or one image each."""
@@ -106,7 +92,7 @@ class PathScores:
         return [slice(start, start + size) for start in range(0, images, size)]
 
     def results(self, counted: dict[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Return the sites' entries of metrics.json["path"], and the tensors [R, S, ...] of path.safetensors.
+        """Return the sites' entries of metrics.json["path"], and what is counted at their strengths, [R, S, ...].
 
         Args:
             counted: What the task counts of the chosen probes.
@@ -118,10 +104,7 @@ class PathScores:
             loss_name = "cv_cross_entropy"
             for name in COUNTED:
                 tensors[name] = self._merge(tensors[name], counted[name]).int()
-            tensors["cross_entropy"] = tensors["cross_entropy"].squeeze(-1)
         scores = dataset_scores(task, task.sums(counted | tensors))
-        if task.name == SEGMENTATION:
-            scores["cross_entropy"] = tensors["cross_entropy"].sum(1) / counted["labelled"].sum()
         entries = []
         for i, (site, solved) in enumerate(self.solved.items()):
             of_site = {name: self._by_site(x)[:, i].tolist() for name, x in scores.items()}

@@ -15,7 +15,6 @@ from probes.ops.lbfgs import MEMORY, Minimum, Objective, Pair, minimise
 
 from .moments import SiteSpace
 from .objective import LOOSE_NODES, TIGHT_NODES, SiteProblem
-from .site_progress import count_minimisation
 from .strength_path import FoldSearch, StrengthPath
 
 # Of the probes of all images. At 5e-7, half the evaluations are enough for certificates, but mIoU moves by 0.07 points
@@ -199,9 +198,7 @@ class Refinement:
             nodes,
             points,
         )
-        minimum = minimise(objective, points, guess, self.tolerance, pairs=self.pairs, known=known)
-        count_minimisation()
-        return minimum
+        return minimise(objective, points, guess, self.tolerance, pairs=self.pairs, known=known)
 
     def _certify(self, decrease: Tensor) -> None:
         """Set the certificates of the accepted points, from the decreases f64[R] that are expected of another step."""

@@ -20,9 +20,8 @@ from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import assign_folds
 from probes.run_config import SolverOptions
 
-from .site_progress import SiteProgress
 from .solved_site import SolvedSite
-from .state_reader import StateReader
+from .state_reader import StateReader, follow
 
 
 class SolverCheckpoints:
@@ -188,33 +187,28 @@ def in_workers(
         if threads > 1
         else {}
     )
-    progress = SiteProgress(len(sites))
     results = iter(
         DataLoader(
-            _Results(work, sites, progress),
+            _Results(work, sites),
             batch_size=None,
             collate_fn=lambda result: result,
             **processes,
         )
     )
     # after the workers are forked: a thread of this process that holds a lock would leave it locked in them
-    with progress.shown("solving sites", hidden=rank() > 0):
-        for i, (site, result) in enumerate(zip(sites, results, strict=True)):
-            progress.end(i)
-            yield site, result
+    solved = zip(sites, results, strict=True)
+    yield from follow(solved, len(sites), "solving sites", hidden=rank() > 0)
 
 
 class _Results(Dataset):
     """The result of some work for each site, done when it is asked for."""
 
-    def __init__(self, work: Callable[[str], Any], sites: list[str], progress: SiteProgress):
+    def __init__(self, work: Callable[[str], Any], sites: list[str]):
         self.work = work
         self.sites = sites
-        self.progress = progress
 
     def __len__(self) -> int:
         return len(self.sites)
 
     def __getitem__(self, index: int) -> Any:
-        self.progress.begin(index)
         return self.work(self.sites[index])

@@ -6,20 +6,24 @@ Legend: B images of a batch, T tokens, d width.
 """
 
 import errno
+import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from llava_bidir.common.distributed import rank, rank_count
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.step_progress import format_duration, tell
 from probes.data.batches import MaskPreparer
 from probes.data.probe_data import ProbeData
 from probes.ops.quadrature import PreparedMasks
@@ -27,7 +31,13 @@ from probes.training.machine import Machine, solver_device
 from probes.training.site_probes import SiteProbes
 
 from .objective import TIGHT_NODES
-from .site_progress import follow, log_pass
+
+log = logging.getLogger(__name__)
+
+BAR_S = 5.0  # between two drawings of a bar
+LINE_S = 10.0  # between two lines of a log
+
+Item = TypeVar("Item")
 
 
 class StateReader:
@@ -113,6 +123,28 @@ class StateReader:
         if self.machine.progress == "lines" and rank() == 0:
             return follow(log_pass(loader), count, label, hidden=True)
         return follow(loader, count, label, hidden=rank() > 0 or self.machine.progress != "bar")
+
+
+def follow(items: Iterable[Item], count: int, label: str, hidden: bool) -> Iterator[Item]:
+    """Yield so many items, show a bar unless it is hidden, and tell who watches the step."""
+    with tqdm(total=count, desc=label, disable=hidden, mininterval=BAR_S) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.set_postfix_str(tell(label, done, count), refresh=False)
+            bar.update()
+
+
+def log_pass(batches: Sized) -> Iterator:
+    """Yield batches of a pass; log some of them, with the rate and the time left."""
+    started = last = time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        now = time.monotonic()
+        if now - last >= LINE_S or done == len(batches):
+            last = now
+            rate = done / max(now - started, 1e-9)
+            left = format_duration((len(batches) - done) / rate)
+            log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
 
 
 def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

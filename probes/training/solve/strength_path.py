@@ -33,7 +33,6 @@ from .objective import (
     half_decade,
     half_decades,
 )
-from .site_progress import count_minimisation
 
 PATH_STRENGTHS = half_decades(2, WEAKEST)  # 0.1 to 1e-8
 STRONGER = half_decades(STRONGEST, 1)[::-1]  # 0.3 to 1000, if 0.1 is the best of those
@@ -249,9 +248,7 @@ class FoldSearch:
             nodes,
             start,
         )
-        minimum = minimise(objective, start, guess, tolerance, pairs=self.pairs)
-        count_minimisation()
-        return minimum
+        return minimise(objective, start, guess, tolerance, pairs=self.pairs)
 
     def _carry_pairs(self, strengths: Tensor) -> None:
         """Bring the pairs to the penalties of strengths f64[P]."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probes.data.batches import MaskPreparer
 from probes.ops import bilinear
 from probes.ops import cross_entropy as loss_module
-from probes.ops.cross_entropy import quadrature_error, upsampled_cross_entropy
+from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.geometry import AxisExtent, Geometry, GridPlacement, ResizeRule
 from probes.ops.quadrature import axis_rule, join_masks, prepare_masks
 
@@ -164,7 +164,6 @@ def test_the_error_falls_with_the_number_of_nodes(noise, most):
         )
         errors.append((found - expected).abs().item())
         assert errors[-1] < limit, nodes
-        assert quadrature_error(logits, target, nodes).item() < 3 * limit
     assert errors[-1] < errors[0] / 30
 
 

@@ -112,10 +112,10 @@ def test_an_effect_below_the_margin_is_no_finding(segmentation, tmp_path):
     sums = FinishedRun(run).sums.clone()
     sums[..., 1] = torch.tensor([0.5, 0.805, 0.8, 0.9, 0.9])[:, None]
     for name, kept in (
-        ("counts", {"sums": sums}),
-        ("path", {"closed_form/sums": sums.expand(4, *sums.shape)}),
+        ("counts.safetensors", sums),
+        (probe_runs.BY_STRENGTH, sums.expand(4, *sums.shape)),
     ):
-        save_file({key: x.contiguous() for key, x in kept.items()}, run / f"{name}.safetensors")
+        save_file({"sums": kept.contiguous()}, run / name)
     probe_runs.write_effects(run)
     (entry,) = results_of(run)
     (recovery,) = (claim for claim in entry["claims"] if claim["claim"] == "recovery")

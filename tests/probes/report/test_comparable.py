@@ -28,8 +28,6 @@ def keep_sites(run: str, kept: list[str]) -> None:
     for name in ("intersection", "predicted", "patch_right"):
         counts[name] = counts[name][indices].contiguous()
     save_file(counts, path / "counts.safetensors")
-    rows = load_file(path / "path.safetensors")
-    save_file({k: x[:, indices].contiguous() for k, x in rows.items()}, path / "path.safetensors")
 
 
 def edit_manifest(run: str, section: str, **values) -> None:

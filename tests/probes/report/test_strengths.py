@@ -229,9 +229,7 @@ def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, floa
     metrics = json.loads((path / "metrics.json").read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         own = strengths.get(entry["site"], strengths["others"])
-        entry |= dict.fromkeys(
-            ("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(own)
-        )
+        entry |= dict.fromkeys(("miou", "pacc", "cv_cross_entropy"), [0.5] * len(own))
         entry |= {"strengths": own, "certificates": [{"converged": True}] * len(own)}
         entry |= dict.fromkeys(("chosen", "lowest"), chosen.get(entry["site"], chosen["others"]))
     (path / "metrics.json").write_text(json.dumps(metrics))
@@ -396,17 +394,6 @@ def test_a_path_with_other_lists_is_named(
     )
     with pytest.raises(ValueError, match=f"metrics.json.*{message}.*; make the run again"):
         ProbeRun(tmp_path / "run")
-
-
-def test_unreadable_or_absent_path_is_named(paths, tmp_path):
-    shutil.copytree(paths["solved"], tmp_path / "run")
-    (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
-    with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
-        ProbeRun(tmp_path / "run").sums_by_strength()
-    with pytest.raises(
-        ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"
-    ):
-        ProbeRun(paths["sgd"]).sums_by_strength()
 
 
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):

@@ -127,7 +127,7 @@ def test_the_trained_arm_is_a_run_of_solve(
         for name in (
             "metrics.json",
             "counts.safetensors",
-            "path.safetensors",
+            "effects.safetensors",
             "probes.safetensors",
         ):
             made = (finished / "bidirectional" / arm / name).read_bytes()
@@ -607,7 +607,7 @@ def test_kills_change_no_result(
     for file in finished.rglob("*"):
         if file.name in (
             "probes.safetensors",
-            "path.safetensors",
+            "effects.safetensors",
             "metrics.json",
             "knockout.json",
             "starvation.json",

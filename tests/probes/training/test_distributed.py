@@ -277,18 +277,15 @@ def test_two_processes_solve_by_passes_as_one(
 ):
     main(solving.arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED))
     run = together[0] / "solve by passes"
-    ours, theirs = (
-        load_file(path / "path.safetensors")["optimum/cross_entropy"] for path in (run, tmp_path)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
     ours, theirs = (metrics(path)["path"]["optimum"]["sites"][0] for path in (run, tmp_path))
+    assert ours["pacc"] == pytest.approx(theirs["pacc"], abs=0.005)
     assert ours["cv_cross_entropy"] == pytest.approx(theirs["cv_cross_entropy"], abs=1e-3)
 
 
 @pytest.mark.distributed
 def test_processes_keep_the_states_of_their_own_images_on_the_disk(together):
     """Each has looked at the same images before the first pass, those of the other process, too."""
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
         of_model = together[0] / "solve by passes" / name
         of_disk = together[0] / "solve with a disk" / name
         assert of_disk.read_bytes() == of_model.read_bytes(), name
@@ -331,7 +328,7 @@ def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_byte
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
     assert not (out / "metrics.json").exists()
     two_ranks.run({"resumed": [*command, "--ckpt_path", "last"]}, tmp_path, HANGING_S)
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
         undisturbed = together[0] / "solve by passes" / name
         assert (out / name).read_bytes() == undisturbed.read_bytes(), name
 
@@ -340,10 +337,8 @@ def test_a_pass_in_which_one_of_two_processes_is_killed_resumes_to_the_same_byte
 def test_two_processes_solve_the_closed_form_of_one(together, task_runs):
     run = together[0] / "normals"
     alone = task_runs["normals"]
-    ours, theirs = (
-        load_file(path / "path.safetensors")["closed_form/sums"] for path in (run, alone.path)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(FinishedRun(run).site_strengths, alone.site_strengths, strict=True):
+        assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-2)
     torch.testing.assert_close(FinishedRun(run).sums, alone.sums, rtol=1e-2, atol=1e-1)
 
 

@@ -113,7 +113,7 @@ def test_both_machines_solve_the_same_probes_to_the_last_bit(
         main(words)
     assert used == [LightningMachine]
     runs = [ProbeRun(tmp_path / name) for name in arguments]
-    for name in ("probes", "path", "counts", "effects"):
+    for name in ("probes", "counts", "effects"):
         own, other = (load_file(run.path / f"{name}.safetensors") for run in runs)
         assert own.keys() == other.keys()
         assert all(torch.equal(x, other[key]) for key, x in own.items()), name

@@ -18,7 +18,7 @@ from probes.training.solve.state_reader import StateFile
 CPU = torch.device("cpu")
 # two sites of six images, of which four have their states in memory
 PASSES = ["--model.sites", "[encoder, adapter]", "--sample-images", "4", "--passes", "3"]
-BYTES = ("probes.safetensors", "path.safetensors", "counts.safetensors")
+BYTES = ("probes.safetensors", "effects.safetensors", "counts.safetensors")
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         patch.setattr(LeastSquaresSolver, "add", die)
         main(command)
     main([*command, "--ckpt_path", "last"])
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+    for name in ("probes.safetensors", "effects.safetensors", "counts.safetensors"):
         assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name
 
 

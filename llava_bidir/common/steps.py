@@ -87,22 +87,25 @@ def why_missing(step: Step, folder: Path) -> str | None:
     now = _state(step, folder)
     if record["config"] != now["config"]:
         return _describe_difference(record["config"], now["config"])
-    for name in record["inputs"].keys() | now["inputs"].keys():
-        if record["inputs"].get(name) != now["inputs"].get(name):
-            return f"{name} has changed"
+    if record["inputs"] != now["inputs"]:
+        return f"{_first_changed(record['inputs'], now['inputs'])} has changed"
     return None if record["result"] == now["result"] else f"{step.result} has changed"
 
 
 def _describe_difference(before: Any, now: Any, name: str = "a setting") -> str:
     """Return the first difference of two configs, of dataclasses or of the words of commands."""
     if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in before | now if before.get(key) != now.get(key))
+        key = _first_changed(before, now)
         return _describe_difference(before.get(key), now.get(key), key)
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         at = next(i for i, value in enumerate(now) if value != before[i])
         name = next((x for x in reversed(now[:at]) if str(x).startswith("--")), name)
         return _describe_difference(before[at], now[at], name)
     return f"{name} was {before}, and is {now}"
+
+
+def _first_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return next(key for key in {**before, **now} if before.get(key, "") != now.get(key, ""))
 
 
 def find_missing(

@@ -180,7 +180,7 @@ def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
         run = open_run(path)
         *_, label = ["", *path.relative_to(study.out).parts[:-1]]
         if study_folder(path):
-            held.setdefault(label, run.manifest["config"]["mllm"])
+            held.setdefault(label, run.metrics["mllm"])
         if label not in study.models or run.task_name not in (SEGMENTATION, *study.tasks):
             continue
         parts = [run.manifest["identity"][section] for section in ("data", "model")]
@@ -207,7 +207,7 @@ def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
         dataset = open_split(replace(data, task=run.task_name), split)
         now["data"] |= split_identity(split, dataset)
     saved = {section: run.manifest["identity"][section] for section in now}
-    source = f"{run.path}, of {run.manifest['config']['mllm']} on {run.manifest['data']['root']},"
+    source = f"{run.path}, of {run.metrics['mllm']} on {run.manifest['data']['root']},"
     try:
         check_same_identity(saved, now, source, "choose another --out, or --overwrite true")
     except UserError as error:

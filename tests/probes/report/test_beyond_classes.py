@@ -317,17 +317,6 @@ def test_runs_without_the_causal_best_layer_are_reported_without_starvation(
     assert json.loads((tmp_path / "out/results.json").read_text())["starvation"] is None
 
 
-def test_two_equal_draws_are_an_error(folders, segmentation, tmp_path):
-    metrics = {"untrained": ["llm"], "match": "update"}
-    runs = [folders["depth"]]
-    for draw in (0, 1):
-        path = tmp_path / f"draw{draw}"
-        more = {"metrics": metrics | {"draw": draw}}
-        runs.append(str(write_depth_run(path, RMSE, segmentation, seed=1, **more)))
-    with pytest.raises(SystemExit, match="draw0 and .*draw1 have the same probes"):
-        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", *runs])
-
-
 def test_trained_probes_are_not_compared_with_solved_ones(folders, segmentation, tmp_path):
     draws = random_draws(tmp_path, segmentation, RMSE, ["llm"])
     for folder in draws:

@@ -172,21 +172,6 @@ def test_page_and_terminal_of_an_encoder_have_no_words_of_mllms(study):
         assert not found
 
 
-def test_a_second_call_has_nothing_to_do(study, parts, capsys):
-    out, _ = study
-    arms = ("trained", "random0", "random1", "permuted0", "permuted1")
-    run_study(
-        study_of(
-            {"": parts[0]},
-            parts[1],
-            out,
-            arms=arms,
-            options=OPTIONS,
-        )
-    )
-    assert "nothing to do" in capsys.readouterr().out
-
-
 def test_arms_of_an_llm_and_unusable_sides_are_refused_before_any_work(parts, tmp_path):
     with pytest.raises(
         UserError, match="arm 'adapter0' needs an LLM, and the model is a vision encoder"

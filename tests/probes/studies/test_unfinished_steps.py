@@ -335,15 +335,6 @@ def test_a_dry_run_of_few_photos_ends_well(
     assert ("one batch" in caplog.text) == (only == "solve")
 
 
-def test_an_option_without_its_value_is_an_error_before_any_work(
-    checkpoints, segmentation, tmp_path, capsys
-):
-    words = ["--draws", "0", "--only", "solve", "--trainer.devices"]
-    with pytest.raises(SystemExit):
-        run_study(checkpoints, segmentation, tmp_path, words)
-    assert "trainer.devices" in capsys.readouterr().err
-
-
 def test_an_option_that_an_analysis_does_not_have_is_an_error_before_any_work(settings, ran):
     with pytest.raises(UserError, match="no option 'clases'; did you mean 'classes'"):
         run.run_study(settings({"": "causal"}, add=("knockout.clases=sky",)))

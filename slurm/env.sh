@@ -40,7 +40,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${ARMS:=trained random0 random1 permuted0 permuted1 adapter0 adapter1}" # fewer than two draws of each: no verdict beyond random models
 : "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
-: "${VQA:=--batch-size 16}"
+: "${VQA:=--batch-size 16}"                            # options of `llava-bidir vqa`
 
 # ---------------------------------------------------------------------------------------------------- derived
 if [[ -d $LAYOUT ]]; then SEGMENTATION=$LAYOUT; fi

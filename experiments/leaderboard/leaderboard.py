@@ -2,8 +2,8 @@
 
     python -m experiments.leaderboard.leaderboard OUT --dinov2 DIR --data camvid labelmefacade msrc [--mllm NAME=DIR]
 
-DIR is what `python -m llava_bidir.commands.import_dinov2 DIR` writes. efficientnet_lite.py names two packages to install. All
-rows have 8 x 8 tokens:
+DIR is what `python -m experiments.real.import_dinov2 DIR` writes. efficientnet_lite.py names two packages to install.
+All rows have 8 x 8 tokens:
 
     dinov2     DINOv2-S at 112 px, all sites
     lite0      EfficientNet-Lite0 at 128 px, its blocks at stride 16

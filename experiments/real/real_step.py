@@ -79,8 +79,8 @@ def step(model, batch: dict, bfloat16: bool) -> None:
 def main() -> None:
     """Print a row of seconds for each side of the encoder's square."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("encoder", help="DINOv2, from llava_bidir.commands.import_dinov2")
-    parser.add_argument("llm", help="language model, from llava_bidir.commands.import_gguf")
+    parser.add_argument("encoder", help="DINOv2, from experiments.real.import_dinov2")
+    parser.add_argument("llm", help="language model, from experiments.real.import_gguf")
     parser.add_argument(
         "--sides",
         type=int,

@@ -162,11 +162,11 @@ def write_models(out: Path) -> None:
     steps = []
     encoder = out / "encoder/config.json"
     if not encoder.is_file():
-        words = ["python", "-m", "llava_bidir.commands.import_dinov2", f"{out}/encoder"]
+        words = ["python", "-m", "experiments.real.import_dinov2", f"{out}/encoder"]
         steps.append(make_step(out, words, encoder))
     llm = out / "llm/config.json"
     if not llm.is_file():
-        words = ["python", "-m", "llava_bidir.commands.import_gguf", str(find_model())]
+        words = ["python", "-m", "experiments.real.import_gguf", str(find_model())]
         steps.append(make_step(out, [*words, f"{out}/llm"], llm))
     run_in_child_process(out, "models", steps)
 

@@ -26,12 +26,11 @@ from typing import Any, NamedTuple
 
 import scipy.stats
 
-from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE, write_llm
+from experiments.toy.random_llms import FAMILIES, OF_LANGUAGE
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.common.steps import find_missing, run_steps
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.runs import finished_runs
@@ -243,7 +242,6 @@ def _make_models(
     words = ["probes", "demo-assets", str(assets), *to_words(world)]
     run_in_child_process(folder, "world", [make_step(folder, words, drawn)])
     steps = []
-    llms = []
     for mask in MASKS:
         models = folder / "models" / mask
         options = {
@@ -262,21 +260,22 @@ def _make_models(
             if name not in studied | sources:
                 continue
             source = models / (model.source or "stage1")
+            target = models / name
             if name in DRAWN:
-                words = ["random_llms", name, f"{source}/hf", f"{models}/{name}/hf", str(seed)]
+                words = ["python", "-m", "experiments.toy.random_llms", name]
+                words += [f"{source}/hf", f"{target}/hf", str(seed)]
             else:
                 words = ["probes", "plant", model.what, f"{source}/hf", str(assets)]
-                words += [f"{models}/{name}/hf", *model.options, "--seed", str(seed)]
-            step = make_step(
-                folder,
-                words,
-                models / name / WEIGHTS,
-                reads=[source / WEIGHTS, drawn],
+                words += [f"{target}/hf", *model.options, "--seed", str(seed)]
+            steps.append(
+                make_step(
+                    folder,
+                    words,
+                    target / WEIGHTS,
+                    reads=[source / WEIGHTS, drawn],
+                )
             )
-            (llms if name in DRAWN else steps).append(step)
     run_in_child_process(folder, "models", steps)
-    logs = folder / "logs"
-    run_steps(find_missing(llms, logs), logs, lambda step: write_llm(*step.config[1:]))
 
 
 def study_settings(

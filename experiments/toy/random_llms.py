@@ -138,7 +138,8 @@ def edit_layers(weights: str, seed: int, layers: nn.ModuleList) -> None:
     FAMILIES[weights](layers)
 
 
-def write_llm(weights: str, model: str, out: str, seed: str) -> None:
-    """Write a copy of the checkpoint `model` with such layers."""
+def main(words: list[str]) -> None:
+    """Write a copy of a checkpoint with other layers: WEIGHTS MODEL OUT SEED."""
+    weights, model, out, seed = words
     edit = partial(edit_layers, weights, int(seed))
     plant_random(Path(model), Path(out), weights=weights, edit=edit, seed=int(seed))

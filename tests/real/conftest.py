@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from experiments.real.import_gguf import import_gguf
 from experiments.real.run import find_model
 from llava_bidir.cli import main
-from llava_bidir.commands.import_gguf import import_gguf
 from llava_bidir.common.errors import UserError
 
 STEPS = 3  # of each training

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import probes
-from llava_bidir.commands.import_dinov2 import find_file, import_dinov2
+from experiments.real.import_dinov2 import find_file, import_dinov2
 from llava_bidir.common.errors import UserError
 
 pytestmark = pytest.mark.real

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 import probes.cli
 
 ROOT = Path(__file__).parents[2]
-VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
-JOBS = 2 * 3 + 1 + (2 if VQA_PYTHON.exists() else 0)  # of one encoder
+JOBS = 2 * 3 + 1  # of one encoder
 PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
@@ -38,8 +37,6 @@ def settings(tmp_path_factory) -> dict[str, str]:
     }
     (folder / "clip.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
-    pictures = [record for record in json.loads(Path(data).read_text()) if "image" in record]
-    (folder / "questions.json").write_text(json.dumps(pictures[:4]))
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     return {
         "GRES": "",
@@ -61,8 +58,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "SEGMENTATION": segmentation,
         "ARMS": "trained random0 random1 permuted0 permuted1",
         "STUDY": f"{PROBES} --fit --add knockout.draws=1",
-        "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
-        "VQA": f"--tasks toy --data {folder} --batch-size 4",
+        "VQA_PYTHON": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
 
@@ -231,6 +227,4 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
             for arm in ("trained", "random1", "probes")
         )
     assert (tmp_path / "clip/bidirectional/trained/starvation.json").is_file()
-    if VQA_PYTHON.exists():
-        assert (tmp_path / "clip-bidirectional/vqa/table1.json").is_file()
     assert shell("slurm/submit.sh", settings) == "", "nothing is left to submit"

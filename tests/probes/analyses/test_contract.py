@@ -254,9 +254,3 @@ def test_states_replace_no_file(checkpoints, tmp_path):
     assert out.read_bytes() == b"weights"
     main([*command, "--overwrite", "true"])
     assert len(out.read_bytes()) > 1000
-
-
-def test_overwrite_is_true_or_false(capsys):
-    with pytest.raises(SystemExit):
-        main(["knockout", "--probes", "RUN", "--classes", "sky", "--overwrite", "yes"])
-    assert "--overwrite: invalid choice: 'yes' (choose from" in capsys.readouterr().err

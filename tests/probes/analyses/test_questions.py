@@ -56,7 +56,6 @@ def arguments(run: ProbeRun, questions, out) -> list[str]:
     [
         ("[]", "has no question with an entry in 'regions'"),
         ("{}", "0.conversations Field required"),  # one record, as in JSON Lines
-        ('"sky"', "Input should be a valid"),
         (
             [record("a.png", (BOXES[0], "sea"))],
             "record 0: class 'sea' is none of the probes': sky, wall, road",
@@ -73,8 +72,6 @@ def arguments(run: ProbeRun, questions, out) -> list[str]:
             ],
             "record 0: a question with a region has no text",
         ),
-        ([record("a.png", ([0, 0, 2, 1], "sky"))], "less than or equal to 1"),
-        ([record("a.png", ([0, 0, 1], "sky"))], "at least 4 items"),
         (
             [record("a.png", ([0.5, 0.5, 0.25, 0.25], "sky"))],
             "record 0: the box .* ends before it starts",

@@ -193,8 +193,9 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(
     assert not (tmp_path / "out/pope.json").exists()
 
 
-def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd):
+def test_a_cut_image_ends_the_run_by_name(checkpoints, data, tmp_path, capfd, monkeypatch):
     """lmms-eval has it filled with grey."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # whose cache tells folders by their names
     pictures = shutil.copytree(data, tmp_path / "data")
     file = pictures / lmms_datasets.ORGANISATION / "POPE/default.parquet"
     rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path))

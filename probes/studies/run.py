@@ -30,7 +30,6 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.steps import Step, as_json, find_missing, must_replace, run_steps
 from probes.analyses.base import function_of
 from probes.data.registry import open_split, split_identity
-from probes.models.module_sources import source_identity
 from probes.report.terminal import format_results
 from probes.results.finished_run import FinishedRun
 from probes.results.runs import finished_runs, open_run
@@ -202,6 +201,8 @@ def _changed_runs(study: StudyConfig, overwrite: bool) -> dict[str, str]:
 
 def _what_has_changed(run: FinishedRun, model: str, data: DataOptions) -> str:
     """Return how model, images and targets differ from those that a run was made from; "" if they do not."""
+    from probes.models.module_sources import source_identity  # imports transformers' models
+
     now = {"model": named_identity({"mllm": source_identity(model)}), "data": {}}
     for split in ("training", "validation"):
         dataset = open_split(replace(data, task=run.task_name), split)

@@ -80,7 +80,7 @@ def count(paths: Iterable[Path]) -> tuple[int, int]:
 
 # The ratchet (CONTRIBUTING.md): most tokens and Python files of each part; commits only lower them.
 MOST = {
-    "llava_bidir": (55_339, 88),
+    "llava_bidir": (55_317, 88),
     "probes/models": (42_994, 42),
     "probes/analyses": (28_716, 47),
     "probes/report": (29_330, 28),

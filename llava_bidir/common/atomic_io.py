@@ -37,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)  # it may be a link to a file that is not ours
         yield partial
-        _set_mode(partial, _new_file_mode())
+        _set_mode(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)  # frees the space on a full disk
@@ -80,9 +80,8 @@ def commit_directory(path: Path) -> None:
     """
     partial = partial_path(path)
     replaced = path.with_name(path.name + REPLACED)
-    mode = _new_file_mode()
     for file in partial.rglob("*"):
-        _set_mode(file, mode)
+        _set_mode(file)
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
@@ -157,7 +156,7 @@ def _write(path: Path, suffix: str, content: Any) -> None:
     else:
         text = json.dumps(_null_for_nan(content), indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-    _set_mode(path, _new_file_mode())
+    _set_mode(path)
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -168,18 +167,13 @@ def _null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _new_file_mode() -> int:
-    """Return the permissions of a new file under the umask of the process. Call it in one thread at a time."""
+def _set_mode(path: Path) -> None:
+    """Give a file the permissions of other new files. Call it in one thread at a time."""
     umask = os.umask(0o077)  # it cannot be read without being set
     os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _set_mode(path: Path, mode: int) -> None:
-    """Set the permissions of a file."""
     if path.is_file():
         with suppress(PermissionError):  # some mounts have fixed permissions
-            path.chmod(mode)
+            path.chmod(0o666 & ~umask)
 
 
 def sha256(path: Path) -> str:

@@ -64,8 +64,6 @@ def bilinear_weights(
     Without `extent` it equals `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, also downwards.
     The tensor is cached; do not modify it.
     """
-    if min(n_in, n_out) < 1:
-        raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
     # a tensor cached during validation must be usable in training
     with torch.inference_mode(False):
         nodes, fractions = axis_nodes(n_in, n_out, extent)
@@ -160,14 +158,7 @@ def upsampled_argmax(
 
     Equals `F.interpolate(logits, size, mode="bilinear").argmax(-3)` up to ties, in the memory of one chunk. `view` is
     the position of the grid on the pixels; None: the grid covers them exactly.
-
-    Raises:
-        ValueError: `logits` has fewer than three axes, or one of the last three is empty.
     """
-    if logits.ndim < 3 or 0 in logits.shape[-3:]:
-        raise ValueError(
-            f"expected logits [..., K, h, w] without empty axes, got {list(logits.shape)}"
-        )
     *leading, classes, h, w = logits.shape
     size = tuple(size)
     dtype = compute_dtype(logits)

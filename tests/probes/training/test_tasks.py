@@ -9,7 +9,6 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 from task_runs import arguments, write_targets
 
@@ -287,26 +286,6 @@ def test_predict_gives_the_saved_prediction(task, runs, root):
         ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3
     )
     assert run.task.colorize(ours).shape == (24, 20, 3)
-
-
-def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(
-    runs,
-    checkpoints,
-    root,
-    tmp_path,
-):
-    shutil.copytree(runs["depth"].path, tmp_path / "run")
-    before = run_bytes(tmp_path / "run")
-    command = arguments(
-        "solve",
-        "normals",
-        checkpoints["causal"],
-        root,
-        tmp_path / "run",
-    )
-    with pytest.raises(SystemExit, match="task|depth"):
-        main([*command, "--ckpt_path", "last"])
-    assert run_bytes(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("command", ["solve", "fit"])

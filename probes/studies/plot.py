@@ -30,7 +30,7 @@ def plot_table(
 ) -> Figure:
     """Draw the trained models of a table with their intervals, and the random ones in grey.
 
-    Several models have a colour each; the masks of one model have those of masks.
+    Several models have a colour for each of their masks; those of one model have the colours of masks.
 
     Args:
         table: Rows of :meth:`Study.table` of one metric and task.
@@ -44,9 +44,10 @@ def plot_table(
     trained = [run for run in runs if run["weights"] == "trained"]
     trained.sort(key=lambda run: models.index(run["model"]))
     looks = {run["run"]: RANDOM for run in runs if run["weights"] != "trained"}
+    kinds = list(dict.fromkeys((run["model"], run["mask"]) for run in trained))
     seeds = table["seed"].nunique()
     for run in trained:
-        look = _look(run, models, run["model"] in encoders)
+        look = _look(run, kinds, run["model"] in encoders)
         look["label"] += f", seed {run['seed']}" * (seeds > 1)
         looks[run["run"]] = look
     looks = {name: look | {"marker": "o", "ms": 3} for name, look in looks.items()}
@@ -58,7 +59,7 @@ def plot_table(
     curves(axes, rows, looks, x="place", by="run")
     axes.set(ylabel=ylabel, title="grey: random weights")
     axes.set_xticks(range(len(sites)), sites, rotation=60)
-    axes.legend()
+    figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 
@@ -69,10 +70,10 @@ def _place(site: str) -> tuple[int, int]:
     return [*kinds, True].index(True), layer_number(site) if is_numbered else 0
 
 
-def _look(run: dict[str, Any], models: list[str], is_encoder: bool) -> dict[str, Any]:
-    """Return how the curve of a trained model is drawn."""
-    several = len(models) > 1
-    colour = COLOURS[models.index(run["model"]) % len(COLOURS)]
+def _look(run: dict[str, Any], kinds: list[tuple[str, str]], is_encoder: bool) -> dict[str, Any]:
+    """Return how the curve of a trained model is drawn; `kinds` are all models and masks."""
+    several = len({model for model, _ in kinds}) > 1
+    colour = COLOURS[kinds.index((run["model"], run["mask"])) % len(COLOURS)]
     if not (several or is_encoder):
         colour = mask_colour(run["mask"])
     words = [run["model"]] * several

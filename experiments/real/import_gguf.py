@@ -1,5 +1,6 @@
 """Convert a GGUF file to a Hugging Face directory: `python -m experiments.real.import_gguf FILE OUT`."""
 
+import argparse
 import re
 import sys
 import warnings
@@ -216,7 +217,10 @@ def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
 
 def main(words: list[str]) -> None:
     """Import FILE to OUT."""
-    import_gguf(*map(Path, words))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    import_gguf(**vars(parser.parse_args(words)))
 
 
 if __name__ == "__main__":

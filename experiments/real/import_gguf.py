@@ -1,7 +1,7 @@
 """Convert a GGUF file to a Hugging Face directory: `python -m experiments.real.import_gguf FILE OUT`."""
 
+import argparse
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,10 +214,13 @@ def _check_all_used(file: Path, model: PreTrainedModel, count: int) -> None:
         )
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Import FILE to OUT."""
-    import_gguf(*map(Path, words))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    import_gguf(**vars(parser.parse_args(words)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,7 +12,7 @@ SCALARS = ("train/loss", "train/grad_norm", "val/loss", "val/answer_accuracy")
 
 
 def write_loss_curves(out: Path, runs: dict[str, Path]) -> None:
-    """Write rows of training, step, name and value to the CSV file `out`, which stays as it is if they are there.
+    """Write rows of training, step, name and value to the CSV file `out`.
 
     Args:
         out: File to write.
@@ -25,8 +25,7 @@ def write_loss_curves(out: Path, runs: dict[str, Path]) -> None:
         for name, curve in read_curves(folder).items():
             for step, value in curve:
                 table.writerow((training, step, name.removeprefix("train/"), f"{value:.6g}"))
-    if not out.is_file() or out.read_text(encoding="utf-8") != text.getvalue():
-        write_files({out: text.getvalue()})
+    write_files({out: text.getvalue()})
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -228,7 +228,7 @@ def main() -> None:
         return
     found = {}
     for side in SIDES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        command = [sys.executable, "-m", "experiments.real.nanovlm", *sys.argv[1:], "--side", side]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.real.plan import MICRO_BATCHES, PATCH_PX, make_plan
+from experiments.real.plan import MICRO_BATCHES, make_plan
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError, one_line_errors
 from llava_bidir.common.process_group import end_on_signals
@@ -127,14 +127,10 @@ def check_arguments(options: argparse.Namespace) -> None:
         if getattr(options, key) and not options.photos:
             option = key.replace("_", "-")
             raise UserError(f"--{option} needs --photos DIR ..., a folder data set with masks")
-    if options.caption_images and not options.captions:
-        raise UserError("--caption-images is the folder of the photos of --captions FILE")
     if options.photos:
         from experiments.real.photos import check_paths
 
         check_paths(options.photos, options.captions, options.caption_images)
-    if options.image_px and options.image_px % PATCH_PX:
-        raise UserError(f"--image-px is {options.image_px}; expected a multiple of {PATCH_PX}")
 
 
 def settings(options: argparse.Namespace) -> dict:

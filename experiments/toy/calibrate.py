@@ -337,7 +337,7 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=range(10), help="the table has all in the folder"
     )
     parser.add_argument("--scale", type=float, default=0.1, help="of `probes demo-assets`")
-    parser.add_argument("--scenes", type=int, choices=(2, 4), default=2, help="in a picture")
+    parser.add_argument("--scenes", type=int, default=2, help="in a picture: 2 or 4")
     parser.add_argument("--studies", nargs="+", choices=DESIGNS, help="default: all")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

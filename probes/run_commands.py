@@ -53,7 +53,11 @@ RUN_COMMANDS = {
 def main(argv: Sequence[str]) -> None:
     """Run one of the commands."""
     command, *words = argv
-    {"fit": fit, "solve": solve, "verify-data": verify_data}[command](words)
+    {
+        "fit": fit,
+        "solve": solve,
+        "verify-data": verify_data,
+    }[command](words)
 
 
 def _parser(command: str, **keywords):

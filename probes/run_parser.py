@@ -70,7 +70,12 @@ class RunParser(ShortUsageErrors, jsonargparse.ArgumentParser):
         self.add_argument("--trainer.NAME", default=SUPPRESS, help=TRAINER_HELP)
         for name in self.options_of_fit:
             if name.startswith("--trainer.") and not name.endswith((".help", "+")):
-                self.add_argument(name, type=Any, default=SUPPRESS, help=SUPPRESS)
+                self.add_argument(
+                    name,
+                    type=Any,
+                    default=SUPPRESS,
+                    help=SUPPRESS,
+                )
 
     def _add_fields(
         self,

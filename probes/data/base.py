@@ -161,7 +161,12 @@ class SegmentationDataset(ImageDataset):
         super().__init__(files, classes, palette, groups)
         self._lookup = lookup
 
-    def read_target(self, image: Image.Image, image_file: File, mask_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        mask_file: File,
+    ) -> ndarray:
         """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names the file."""
         mask = open_image(mask_file, ("PNG",))
         check_sizes(image, mask.size, image_file, mask_file, self.target_name)

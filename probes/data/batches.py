@@ -69,7 +69,12 @@ class PreprocessedDataset(Dataset):
         prepare: Prepares the mask for the loss, as "masks"; None to leave it.
     """
 
-    def __init__(self, dataset: Dataset, preprocess: Callable, prepare: MaskPreparer | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocess: Callable,
+        prepare: MaskPreparer | None = None,
+    ):
         self.dataset = dataset
         self.preprocess = preprocess
         self.prepare = prepare

@@ -43,7 +43,12 @@ class InstanceBoundaries(ImageDataset):
     def __init__(self, files: dict[str, tuple]):
         super().__init__(files, CLASSES)
 
-    def read_target(self, image: Image.Image, image_file: File, ids_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        ids_file: File,
+    ) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a BadFile that names the file."""
         ids = open_image(ids_file, ("PNG",))
         check_sizes(image, ids.size, image_file, ids_file, self.target_name)
@@ -86,7 +91,12 @@ class ClassBoundaries(ImageDataset):
         """Return the checksums of its images or masks."""
         return self._dataset.digests(part)
 
-    def read_target(self, image: Image.Image, image_file: File, mask_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        mask_file: File,
+    ) -> ndarray:
         """Return the boundaries, uint8[H, W], or raise a BadFile that names the file."""
         labels = self._dataset.read_target(image, image_file, mask_file)
         return find_boundaries(labels, labels == IGNORE_INDEX)

@@ -43,7 +43,12 @@ class DepthDataset(ImageDataset):
         """Return what the split is: its images, depth maps, and how their values are read."""
         return super().identity() | {"depth_values": f"x {self.scale}, at most {self.max_depth} m"}
 
-    def read_target(self, image: Image.Image, image_file: File, depth_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        depth_file: File,
+    ) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
         depth = read_16_bit(depth_file).astype(np.float32)
         depth[depth == 0] = np.nan

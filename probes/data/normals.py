@@ -35,7 +35,12 @@ class NormalsDataset(ImageDataset):
     def __init__(self, files: dict[str, tuple]):
         super().__init__(files, [])
 
-    def read_target(self, image: Image.Image, image_file: File, normals_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        normals_file: File,
+    ) -> ndarray:
         """Return the normals, float32[H, W, 3], NaN where there is no value, or raise a BadFile."""
         encoded = open_image(normals_file, ("PNG",))
         check_sizes(image, encoded.size, image_file, normals_file, self.target_name)

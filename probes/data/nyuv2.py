@@ -62,7 +62,12 @@ class NYUv2Depth(DepthDataset):
             identity["depth_values"] += ", in [45:471, 41:601]"
         return identity
 
-    def read_target(self, image: Image.Image, image_file: File, depth_file: File) -> ndarray:
+    def read_target(
+        self,
+        image: Image.Image,
+        image_file: File,
+        depth_file: File,
+    ) -> ndarray:
         """Return the depth, float32[480, 640] in metres, NaN where there is no value, or raise a BadFile."""
         depth = super().read_target(image, image_file, depth_file)
         if not self.is_cropped:

@@ -163,7 +163,12 @@ class ProbeData:
         """Images per batch of a rank."""
         return math.ceil(self.batch_size / rank_count())
 
-    def read_for(self, mllm: "FrozenMLLM", sites: list[str], prepare: MaskPreparer | None) -> None:
+    def read_for(
+        self,
+        mllm: "FrozenMLLM",
+        sites: list[str],
+        prepare: MaskPreparer | None,
+    ) -> None:
         """Set what images are read for; before the first loader.
 
         Args:

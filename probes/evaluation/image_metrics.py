@@ -38,7 +38,12 @@ class TaskMetric:
         """Forget all images."""
         self.kept: dict[str, list[Tensor]] = {name: [] for name in ("index", *self.names)}
 
-    def update(self, outputs: Tensor, target: Tensor, index: Tensor) -> None:
+    def update(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        index: Tensor,
+    ) -> None:
         """Add images: `outputs` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
         self.add(index, self.task.count(outputs, target, self.geometry))
 

@@ -69,12 +69,22 @@ class Refused(Exception):
 class Guard:
     """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
 
-    def __init__(self, app: ASGIApp, token: str, hosts: set[str]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str,
+        hosts: set[str],
+    ):
         self.app = app
         self.token = token
         self.hosts = hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         """Answer a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)

@@ -86,7 +86,10 @@ class Knockout:
         return self.names("rows") == (IMAGE,) and self.names("columns") == (BLOCKED,)
 
     def cut(
-        self, mask: Tensor, is_image: Tensor, text: Mapping[str, Tensor] | None = None
+        self,
+        mask: Tensor,
+        is_image: Tensor,
+        text: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the mask without the pairs of rows and columns.
 

@@ -135,7 +135,12 @@ class MeasuredMask:
             pairs["text to earlier text"][:] = False
         return {name: of_name for name, of_name in pairs.items() if of_name.any()}
 
-    def _direction(self, name: str, pairs: Tensor, kind: str) -> Direction:
+    def _direction(
+        self,
+        name: str,
+        pairs: Tensor,
+        kind: str,
+    ) -> Direction:
         """Compare what was measured with what is claimed, for the layers of one kind."""
         layers = [i for i, other in enumerate(self.kinds) if other == kind]
         moved = self.moved[layers][:, pairs]  # bool[layers, pairs]

@@ -47,7 +47,12 @@ def _outputs(
     with ExitStack() as stack:
         for i, module in enumerate(modules):
 
-            def hook(_, args: tuple, output: Tensor | tuple, i: int = i) -> None:
+            def hook(
+                _,
+                args: tuple,
+                output: Tensor | tuple,
+                i: int = i,
+            ) -> None:
                 record(i, args, first_output(output))
 
             stack.callback(module.register_forward_hook(hook).remove)

@@ -235,7 +235,10 @@ class Geometry:
         return int((resized - self.image_px) / 2)
 
     def _on_canvas(
-        self, image: Image.Image, size: tuple[int, int], corner: tuple[int, int]
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        corner: tuple[int, int],
     ) -> Image.Image:
         """Return a canvas of the padding's colour with the image's left top at `corner`."""
         if image.size == size:

@@ -88,7 +88,11 @@ def why_no_optimum(case: Case) -> str:
         return ""
     runs = [case.study.solved[mask] for mask in case.masks]
     if case.claim == "recovery_trained":
-        runs += case.study.where(arm=UNTRAINED, mask=case.mask, solved=True)[:1]
+        runs += case.study.where(
+            arm=UNTRAINED,
+            mask=case.mask,
+            solved=True,
+        )[:1]
     return why_unconverged(runs, case.claim)
 
 

@@ -273,7 +273,11 @@ def comparisons_in_points(entries: Sequence[Entry]) -> list[Entry]:
         ):
             for x in numbers:
                 at = entry["best"] if of == "class" else x
-                row = about | {"of": of, "a": entry["first"], "b": entry["second"]}
+                row = about | {
+                    "of": of,
+                    "a": entry["first"],
+                    "b": entry["second"],
+                }
                 row |= {"site_a": at["site"], "site_b": at["second_site"]}
                 row |= {key: x[key] for key in ("class", "p_corrected") if key in x}
                 ci95 = [100 * bound for bound in x["ci95"]]

@@ -35,7 +35,11 @@ from .verdicts import MARGIN, compare_to_draws, interval_over_draws
 
 WORSE = "worse than random models"
 BETTER = "better than random models"
-PART_NAMES = {"value": "values", "attn": "attention output", "mlp": "MLP output"}
+PART_NAMES = {
+    "value": "values",
+    "attn": "attention output",
+    "mlp": "MLP output",
+}
 
 
 def site_rows(study: StudyRuns) -> Rows:

@@ -42,7 +42,12 @@ class Weights(NamedTuple):
     # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
     sites: slice
 
-    def apply(self, model: ModelOptions, draw: int, sites: list[str]) -> ModelOptions:
+    def apply(
+        self,
+        model: ModelOptions,
+        draw: int,
+        sites: list[str],
+    ) -> ModelOptions:
         """Return the options of a model with these weights, whose changed sites are probed."""
         if not self.parts:
             return model

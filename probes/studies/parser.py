@@ -47,7 +47,12 @@ def build_command_parser() -> RunParser:
     text = "print the steps, time, disk and detectable effect"
     parser.add_argument("--dry-run", action="store_true", help=text)
     text = "replace results that other settings, models or images have made"
-    parser.add_argument("--overwrite", type=bool, default=False, help=text)
+    parser.add_argument(
+        "--overwrite",
+        type=bool,
+        default=False,
+        help=text,
+    )
     return parser
 
 
@@ -77,7 +82,12 @@ def probe_config(
         if values.data.root is None:
             parser.error("the following arguments are required: --data.root")
         where = {"dataset": data, "name": values.data.name or data}
-    return parser.run_config(values, model=model, data=where, ckpt_path="last")
+    return parser.run_config(
+        values,
+        model=model,
+        data=where,
+        ckpt_path="last",
+    )
 
 
 def study_config(

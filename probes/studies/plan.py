@@ -101,7 +101,11 @@ def _report(study: StudyConfig, steps: Sequence[Step]) -> Step:
     results = {step.name: step.result for step in steps}
     return ReportStep(
         "report",
-        ReportOptions(runs=(str(study.out),), out=out, labels=tuple(filter(None, study.models))),
+        ReportOptions(
+            runs=(str(study.out),),
+            out=out,
+            labels=tuple(filter(None, study.models)),
+        ),
         out / "results.json",
         kind="report",
         reads=results | {TRUTH_FILE: Path(study.probes.data.root) / TRUTH_FILE},

@@ -59,7 +59,10 @@ class Task(ABC):
 
     @abstractmethod
     def training_losses(
-        self, outputs: Tensor, targets: PreparedMasks | Sequence[Tensor], geometry: Geometry
+        self,
+        outputs: Tensor,
+        targets: PreparedMasks | Sequence[Tensor],
+        geometry: Geometry,
     ) -> tuple[Tensor, Tensor]:
         """Return the sums f[P] whose mean `probes fit` minimises, and the number of pixels or images that are summed.
 
@@ -70,7 +73,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+    def count(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        geometry: Geometry,
+    ) -> dict[str, Tensor]:
         """Return what is kept of each image, by the names of `counted`: [P, B, ...], or [B, n] if equal for all probes.
 
         Args:
@@ -89,7 +97,10 @@ class Task(ABC):
 
     @abstractmethod
     def predict_pixels(
-        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
+        self,
+        outputs: Tensor,
+        size: tuple[int, int],
+        view: GridPlacement,
     ) -> np.ndarray:
         """Return the prediction for each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
 
@@ -140,7 +151,10 @@ class ValueTask(Task):
         """
 
     def training_losses(
-        self, outputs: Tensor, targets: Sequence[Tensor], geometry: Geometry
+        self,
+        outputs: Tensor,
+        targets: Sequence[Tensor],
+        geometry: Geometry,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed losses of images f[P], and the number of images that have a value."""
         images = outputs.new_zeros(())
@@ -178,7 +192,12 @@ class ValueTask(Task):
         return sums
 
     @torch.no_grad()
-    def count(self, outputs: Tensor, target: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+    def count(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        geometry: Geometry,
+    ) -> dict[str, Tensor]:
         """Return the sums of each image, f32[P, B, M]."""
         view = geometry.view(tuple(target.shape[1:3]))
         sums = [
@@ -187,7 +206,12 @@ class ValueTask(Task):
         ]
         return {"sums": torch.stack(sums, -2).float()}
 
-    def _sums_in_chunks(self, outputs: Tensor, target: Tensor, view: GridPlacement) -> Tensor:
+    def _sums_in_chunks(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        view: GridPlacement,
+    ) -> Tensor:
         """Return the sums of an image f[P, M] from outputs f[P, K, h, w], some probes at a time."""
         pixels = limit_on(target.device, PIXELS_AT_ONCE)
         probes_at_once = max(1, pixels // target.numel())
@@ -205,7 +229,10 @@ class ValueTask(Task):
 
     @torch.no_grad()
     def predict_pixels(
-        self, outputs: Tensor, size: tuple[int, int], view: GridPlacement
+        self,
+        outputs: Tensor,
+        size: tuple[int, int],
+        view: GridPlacement,
     ) -> np.ndarray:
         """Return the prediction for each pixel, f32[..., H, W] or f32[..., H, W, 3]."""
         return self.predict(upsample(outputs, size, view)).float().cpu().numpy()

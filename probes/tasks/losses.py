@@ -25,7 +25,10 @@ class Loss(ABC):
 
     @abstractmethod
     def of_images(
-        self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+        self,
+        logits: Tensor,
+        masks: PreparedMasks,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss of upsampled logits, summed over the pixels of each image, f64[P, B], and its gradient.
 
@@ -37,7 +40,10 @@ class Loss(ABC):
 
     @abstractmethod
     def of_pixels(
-        self, logits: Tensor, labels: Tensor, needs_grad: bool = True
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss f[...] at single pixels, and its gradient f[..., K].
 
@@ -90,13 +96,19 @@ class CrossEntropy(Loss):
     """The paper's loss: minus the logarithm of the probability of a pixel's class."""
 
     def of_images(
-        self, logits: Tensor, masks: PreparedMasks, needs_grad: bool = True
+        self,
+        logits: Tensor,
+        masks: PreparedMasks,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return :func:`probes.ops.cross_entropy.loss_and_gradient`."""
         return loss_and_gradient(logits, masks, needs_grad)
 
     def of_pixels(
-        self, logits: Tensor, labels: Tensor, needs_grad: bool = True
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        needs_grad: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return -log p of the label, and p - onehot(label)."""
         log_probability = logits.log_softmax(-1)

@@ -10,9 +10,21 @@ from probes.results.probe_run import ProbeRun
 from .rates import read_knockout, select_cases
 
 LOOKS = {  # of the conditions
-    "none": {"color": "#444444", "label": "no blocking", "band": True},
-    "incorrect": {"color": "#CC3311", "label": "wrong class blocked", "band": True},
-    "correct": {"color": "#0072B2", "label": "correct class blocked", "band": True},
+    "none": {
+        "color": "#444444",
+        "label": "no blocking",
+        "band": True,
+    },
+    "incorrect": {
+        "color": "#CC3311",
+        "label": "wrong class blocked",
+        "band": True,
+    },
+    "correct": {
+        "color": "#0072B2",
+        "label": "correct class blocked",
+        "band": True,
+    },
     "random_incorrect": {
         "color": "#EE9988",
         "label": "as many random patches (wrong)",

@@ -264,7 +264,12 @@ def complete_options(options: PatchingOptions, run: ProbeRun) -> PatchingOptions
         raise UserError(
             f"--layers {wrong[0]} is not before the read-out {site}; expected 0 to {len(before) - 1}"
         )
-    return replace(options, site=site, mask=mask, layers=layers)
+    return replace(
+        options,
+        site=site,
+        mask=mask,
+        layers=layers,
+    )
 
 
 def _site(layer: int) -> str:

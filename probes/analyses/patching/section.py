@@ -47,7 +47,12 @@ def patching_figure(results: dict[str, Any]) -> FigureData:
 def effect_rows(results: dict[str, Any]) -> Rows:
     """Return the effects of patching.json in nats, one row per group of patches and layer."""
     return [
-        {"patches": group, "layer": place["layer"], "value": place["value"]} | bounds(place["ci95"])
+        {
+            "patches": group,
+            "layer": place["layer"],
+            "value": place["value"],
+        }
+        | bounds(place["ci95"])
         for group in GROUPS
         for place in results.get(group, ())
     ]

@@ -148,7 +148,12 @@ class Asked:
         scores = self.mllm.answer_log_probs(self.pixels, self.text, self.classes)
         return scores[0].log_softmax(-1)
 
-    def cut(self, rows: tuple[str, ...], layers: Tensor, blocked: Tensor) -> Tensor:
+    def cut(
+        self,
+        rows: tuple[str, ...],
+        layers: Tensor,
+        blocked: Tensor,
+    ) -> Tensor:
         """Return the same under R knockouts, f[R, K], in layers bool[R, L] and of patches bool[R, T]."""
         scores = []
         for start in range(0, len(layers), self.batch_size):

@@ -168,11 +168,20 @@ def _draw(
                 )
                 continue
             points = [
-                {"layer": middle, "value": window["value"], "curve": f"from {source}"}
+                {
+                    "layer": middle,
+                    "value": window["value"],
+                    "curve": f"from {source}",
+                }
                 | bounds(window["ci95"])
                 for middle, window in zip(middles, windows, strict=True)
             ]
-            look = {"color": colour, "marker": "o", "ms": 3, "band": True}
+            look = {
+                "color": colour,
+                "marker": "o",
+                "ms": 3,
+                "band": True,
+            }
             curves(ax, points, {f"from {source}": look}, x="layer")
             shifted = end + 0.12 * number
             ax.plot([shifted] * 2, effect["all"]["ci95"], color=colour, lw=1.3)

@@ -58,7 +58,11 @@ def starvation(
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
-        "options": {"seed": seed, "by_class": by_class, "sinks": sinks},
+        "options": {
+            "seed": seed,
+            "by_class": by_class,
+            "sinks": sinks,
+        },
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],

@@ -38,7 +38,12 @@ def part_figures(study: StudyRuns) -> Figures:
 
 def part_curves(runs: dict[str, ProbeRun]) -> FigureData:
     """Draw mIoU by layer, one panel per mask and one curve per part, with intervals."""
-    figure, axes = new_panels(len(runs), height=3.4, columns=2, sharey=True)
+    figure, axes = new_panels(
+        len(runs),
+        height=3.4,
+        columns=2,
+        sharey=True,
+    )
     looks = {}
     for (name, marker), colour in zip(CURVES.values(), COLOURS, strict=False):
         looks[name] = TRAINED | {"color": colour, "marker": marker}

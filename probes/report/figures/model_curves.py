@@ -115,7 +115,13 @@ def encoders_by_dataset(studies: list[StudyRuns]) -> FigureData:
         ax.set_title(dataset, fontsize=10)
         ax.set_xlabel("depth: layer / last layer")
     lines = [
-        Line2D([], [], color=look["color"], marker=look["marker"], label=model + kinds[model])
+        Line2D(
+            [],
+            [],
+            color=look["color"],
+            marker=look["marker"],
+            label=model + kinds[model],
+        )
         for model, look in looks.items()
     ]
     figure.legend(

@@ -254,7 +254,10 @@ class PassSolver(Solver):
         return AxisRange.of(space, inputs), FoldSearch(problem).solve(self.options.strengths)
 
     def _start(
-        self, space: SiteSpace, null_gradient: Tensor, solution: PathSolution
+        self,
+        space: SiteSpace,
+        null_gradient: Tensor,
+        solution: PathSolution,
     ) -> PassRefinement:
         """Return the refinement of what was found on the sample."""
         path = solution.path

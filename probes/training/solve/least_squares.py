@@ -42,7 +42,12 @@ class LeastSquaresMoments(Moments):
     square: Tensor
 
     @classmethod
-    def zeros(cls, pivot: Tensor, folds: int, channels: int) -> "LeastSquaresMoments":
+    def zeros(
+        cls,
+        pivot: Tensor,
+        folds: int,
+        channels: int,
+    ) -> "LeastSquaresMoments":
         """Return empty moments on the device of `pivot`."""
         sums = Moments.zeros(pivot, folds, channels + 1)
         square = torch.zeros(folds, channels, dtype=torch.float64, device=pivot.device)
@@ -90,7 +95,12 @@ class LeastSquaresMoments(Moments):
                     f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
                 )
 
-    def squared_error(self, fold: int, weights: Tensor, bias: Tensor) -> Tensor:
+    def squared_error(
+        self,
+        fold: int,
+        weights: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
         """Return the summed squared error f64[R] of probes in a fold.
 
         Args:

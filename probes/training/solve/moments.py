@@ -45,7 +45,12 @@ class Moments:
     second: Tensor
 
     @classmethod
-    def zeros(cls, pivot: Tensor, folds: int, classes: int) -> "Moments":
+    def zeros(
+        cls,
+        pivot: Tensor,
+        folds: int,
+        classes: int,
+    ) -> "Moments":
         """Return empty moments on the device of `pivot`."""
 
         def new(*shape):
@@ -55,7 +60,12 @@ class Moments:
         return cls(pivot, new(classes), new(classes, width), new(packed_size(width)))
 
     @torch.no_grad()
-    def update(self, states: Tensor, labels: Tensor, fold: int) -> None:
+    def update(
+        self,
+        states: Tensor,
+        labels: Tensor,
+        fold: int,
+    ) -> None:
         """Add the states f[n, d] of tokens with soft labels f64[n, K] to a fold."""
         labels = labels.to(self.count.device)
         x = states.to(self.pivot) - self.pivot
@@ -64,7 +74,12 @@ class Moments:
             self.first[fold] += labels.T.float() @ x
         self.add_products(x, x * labels.sum(1, keepdim=True).float(), fold)
 
-    def add_products(self, x: Tensor, weighted: Tensor, fold: int) -> None:
+    def add_products(
+        self,
+        x: Tensor,
+        weighted: Tensor,
+        fold: int,
+    ) -> None:
         """Add x^T weighted, symmetric, to Q of a fold; both are f[n, d]."""
         with full_precision():
             for start, block in row_blocks(self.second[fold], x.shape[1]):

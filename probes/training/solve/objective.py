@@ -119,7 +119,12 @@ class FoldProblem:
         curvature = by_logits[:, None] * self.space.input_spectrum
         return 1 / (curvature + self.space.ridge(strengths))
 
-    def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
+    def objective(
+        self,
+        strengths: Tensor,
+        left_out: Sequence[int | None],
+        nodes: int,
+    ) -> Objective:
         """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
 
         Args:

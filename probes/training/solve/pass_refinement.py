@@ -152,7 +152,12 @@ class PassRefinement:
             self.probes.held_out.shape[1],
         )
 
-    def accept_losses(self, value: Tensor, gradient: Tensor, held_out: Tensor) -> None:
+    def accept_losses(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        held_out: Tensor,
+    ) -> None:
         """Take what a pass has found at the points, without penalties.
 
         Args:

@@ -44,7 +44,11 @@ class PassSums:
         self.scored = points.new_zeros(())  # pixels that test folds
 
     def add(
-        self, states: Tensor, masks: PreparedMasks, scored: PreparedMasks, folds: list[int]
+        self,
+        states: Tensor,
+        masks: PreparedMasks,
+        scored: PreparedMasks,
+        folds: list[int],
     ) -> None:
         """Add images of states f[B, T, d].
 
@@ -62,7 +66,11 @@ class PassSums:
             self._add_fold(inputs[images], masks[images], scored[images], fold)
 
     def _add_fold(
-        self, inputs: Tensor, masks: PreparedMasks, scored: PreparedMasks, fold: int
+        self,
+        inputs: Tensor,
+        masks: PreparedMasks,
+        scored: PreparedMasks,
+        fold: int,
     ) -> None:
         used = [g for g, left_out in enumerate(self.left_out) if left_out != fold]
         points = self.points[:, used]

@@ -31,11 +31,21 @@ class PathMetric(TaskMetric):
         images, geometry: As for `TaskMetric`.
     """
 
-    def __init__(self, counted: list[int], images: int, geometry: Geometry):
+    def __init__(
+        self,
+        counted: list[int],
+        images: int,
+        geometry: Geometry,
+    ):
         super().__init__(TASKS[SEGMENTATION], images, geometry, COUNTED)
         self.counted = counted
 
-    def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        index: Tensor,
+    ) -> None:
         """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B]."""
         view = self.geometry.view(tuple(target.shape[-2:]))
         counts = count(logits[self.counted], target, view, by_token=False)
@@ -74,7 +84,12 @@ class PathScores:
         for part in self._parts(len(batch["index"])):
             self._add_part(states, batch, part)
 
-    def _add_part(self, states: dict[str, Tensor], batch: dict[str, Any], part: slice) -> None:
+    def _add_part(
+        self,
+        states: dict[str, Tensor],
+        batch: dict[str, Any],
+        part: slice,
+    ) -> None:
         mllm = self.probes.mllm
         index = batch["index"][part]
         logits = torch.stack(

@@ -104,7 +104,12 @@ class SolvedSite:
         logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + bias
         return logits.unflatten(-1, grid)
 
-    def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
+    def entry(
+        self,
+        site: str,
+        scores: dict[str, list[float]],
+        loss_name: str,
+    ) -> dict[str, Any]:
         """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
 
         Args:

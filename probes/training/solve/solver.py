@@ -33,7 +33,12 @@ class SolverCheckpoints:
         resuming: Files of a killed run may be read.
     """
 
-    def __init__(self, folder: Path, identity: Identity | None, resuming: bool):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity | None,
+        resuming: bool,
+    ):
         self.folder = folder
         self.identity = identity
         self.resuming = resuming
@@ -92,7 +97,12 @@ class Solver:
     most_passes = 1  # over the training images
     keeps_states = False  # of all images on the disk
 
-    def __init__(self, reader: StateReader, options: SolverOptions, checkpoints: SolverCheckpoints):
+    def __init__(
+        self,
+        reader: StateReader,
+        options: SolverOptions,
+        checkpoints: SolverCheckpoints,
+    ):
         self.reader = reader
         self.options = options
         self.checkpoints = checkpoints

@@ -125,9 +125,19 @@ class StateReader:
         return follow(loader, count, label, hidden=rank() > 0 or self.machine.progress != "bar")
 
 
-def follow(items: Iterable[Item], count: int, label: str, hidden: bool) -> Iterator[Item]:
+def follow(
+    items: Iterable[Item],
+    count: int,
+    label: str,
+    hidden: bool,
+) -> Iterator[Item]:
     """Yield so many items, show a bar unless it is hidden, and tell who watches the step."""
-    with tqdm(total=count, desc=label, disable=hidden, mininterval=BAR_S) as bar:
+    with tqdm(
+        total=count,
+        desc=label,
+        disable=hidden,
+        mininterval=BAR_S,
+    ) as bar:
         for done, item in enumerate(items, 1):
             yield item
             bar.set_postfix_str(tell(label, done, count), refresh=False)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from .atomic_io import read_json, sha256, write_files
 from .errors import NothingToMeasure, UserError
@@ -257,19 +257,6 @@ def run_steps(
     Returns:
         What each optional step that failed has said.
     """
-    with output_of_command() as output:
-        return _run_in_order(missing, folder, run, log, overwrite, output)
-
-
-def _run_in_order(
-    missing: Sequence[Step],
-    folder: Path,
-    run: Callable[[Step], None],
-    log: Path | None,
-    overwrite: bool,
-    output: TextIO | None,
-) -> list[str]:
-    """Run steps as :func:`run_steps` does; `output` is where lines on their progress go, None for nowhere."""
     failed: list[str] = []
     for i, step in enumerate(missing):
         if step.why_left_out:
@@ -285,14 +272,15 @@ def _run_in_order(
         left = describe_time_left(missing[i:], folder)
         print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
         later = [other.kind for other in missing[i + 1 :]]
-        watcher = StepWatcher(step.name, step.kind, later, _mean_seconds(folder), output)
         started = time.perf_counter()
         before = _state(step, folder)
         made = _how_made(step, folder)
         more: dict[str, Any] = {}
         try:
-            with watched(watcher):
-                run(step)
+            with output_of_command() as lines:
+                seconds = _mean_seconds(folder)
+                with watched(StepWatcher(step.name, step.kind, later, seconds, lines)):
+                    run(step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without the advice to resume a run of its own
         except NothingToMeasure as error:

@@ -114,7 +114,7 @@ def test_training_config_is_instantiated(
 def test_options_for_photos_are_instantiated_upon_both_stages(parts, conversations, encoders):
     for stage in ("real/stage1.yaml", "real/stage2.yaml"):
         cli = instantiate([stage, *UPON_REAL], parts, conversations, encoders / "dinov2")
-        assert cli.datamodule.hparams.follow_links
+        assert cli.model.hparams.compile
 
 
 @pytest.mark.parametrize("cluster", CLUSTER)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_bidir.commands.generate import answer, load
+from llava_bidir.common.image_io import read_image
 from llava_bidir.common.training_record import read_training
-from llava_bidir.data.image_folder import read_image
 from probes.worlds.english import CAPTION, KIND
 
 TEXT = """\

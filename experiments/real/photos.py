@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_bidir.common.atomic_io import read_json, sha256, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.data.json_stream import read_records
+from llava_bidir.data.instruction_dataset import read_records
 from probes.worlds.questions import build_records
 
 CAPTIONS = "captions"  # name of the link

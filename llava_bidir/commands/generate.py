@@ -1,8 +1,9 @@
 """`llava-bidir generate`: answer questions about photos."""
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from PIL import Image
@@ -17,105 +18,36 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_bidir.command_options import GenerateOptions
-from llava_bidir.common.arguments import check_is_list
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.greedy import FiniteLogits, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
-from llava_bidir.common.image_io import is_photo, read_photo
+from llava_bidir.common.image_io import SUFFIXES, read_photo
 from llava_bidir.common.tokenizer import start_ids
-from llava_bidir.data.collate import pad, to_pixels
+from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 from llava_bidir.model.build import own_prompt, prompt_template
 
 
-def generate(
-    model: str,
-    photos: Sequence[Path],
-    prompts: Sequence[str],
-    max_new_tokens: int = 256,
-    dtype: str = "auto",
-) -> Iterator[list[str]]:
-    """Return the greedy answers to all prompts about each photo, one photo at a time, as they are ready.
-
-    A single answer is also streamed to the terminal. Answers that were cut are named on stderr.
-
-    Args:
-        model: Directory or hub id of a checkpoint, ours or transformers' llava.
-        photos: Files of the photos. Each is asked about by itself, turned as its EXIF tag says.
-        prompts: Questions about each photo.
-        max_new_tokens: Maximum tokens per answer.
-        dtype: "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
-
-    Raises:
-        UserError: A photo cannot be read; all are looked at before the model is loaded.
-    """
-    check_is_list("photos", photos, "['a.jpg', 'b.jpg']")
-    check_is_list("prompts", prompts, "['What is it?']")
-    for photo in photos:
-        read_photo(photo)
-    return _answers_by_photo(
-        model,
-        photos,
-        list(prompts),
-        max_new_tokens,
-        dtype,
-    )
+def is_photo(word: str) -> bool:
+    """Return whether a word is a file, or is named like a picture: a mistyped name is no question."""
+    return os.path.isfile(word) or word.lower().endswith(SUFFIXES)
 
 
-def _answers_by_photo(
-    model: str,
-    photos: Sequence[Path],
-    prompts: list[str],
-    max_new_tokens: int,
-    dtype: str,
-) -> Iterator[list[str]]:
-    loaded, processor = load(model, dtype)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    streamer = None
-    if len(photos) == len(prompts) == 1:
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for photo in photos:
-        images = [[read_photo(photo)]] * len(prompts)
-        answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
-        for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
-            if cut_at is not None:
-                if cut_at == max_new_tokens:
-                    limit = "--max-new-tokens"
-                else:
-                    limit = "the LLM has no positions left"
-                about = f" about {photo}" if len(photos) > 1 else ""
-                print(
-                    f"the answer to {prompt!r}{about} was cut after {cut_at} tokens ({limit})",
-                    file=sys.stderr,
-                )
-        yield [text for text, _ in answers]
-
-
-def photos_and_prompts(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the photos and the questions of a command line, `IMAGE ... PROMPT ...`.
-
-    The first word is a photo. So is each further one that is an existing picture, or has the suffix of one: a mistyped
-    name is an error and not a question.
+def photos_and_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the photos and the questions of a command line, `IMAGE ... PROMPT ...`; the first word is a photo.
 
     Raises:
         UserError: There is no question, or a photo follows a question.
     """
-    photos = [Path(words[0])]
-    prompts: list[str] = []
-    for word in words[1:]:
-        if not is_photo(word):
-            prompts.append(word)
-        elif prompts:
-            raise UserError(
-                f"photo {word!r} follows the question {prompts[-1]!r}; expected all photos before it"
-            )
-        else:
-            photos.append(Path(word))
+    photos = [words[0], *takewhile(is_photo, words[1:])]
+    prompts = [*words[len(photos) :]]
     if not prompts:
         raise UserError(
             f"there is no question after {photos[-1]}; expected MODEL IMAGE ... PROMPT ..."
         )
+    for late in filter(is_photo, prompts):
+        raise UserError(f"photo {late!r} follows a question; expected all photos before")
     return photos, prompts
 
 
@@ -197,7 +129,6 @@ def answer_and_tell_cut(
     Raises:
         UserError: A prompt exceeds the LLM's positions, or logits are NaN or infinite.
     """
-    check_is_list("questions", questions, "['What is it?']")
     tokenizer = processor.tokenizer
     positions = model.config.get_text_config().max_position_embeddings
     image_tokens = model.config.image_seq_length
@@ -217,7 +148,8 @@ def answer_and_tell_cut(
         "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
     }
     if all_images := [image for own_images in images for image in own_images]:
-        inputs["pixel_values"] = to_pixels(processor, all_images).to(model.dtype)
+        pixels = processor.image_processor(all_images, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixels.to(model.dtype)
     output = model.generate(
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         do_sample=False,
@@ -270,13 +202,26 @@ def prompt_ids(
 
 
 def run(options: GenerateOptions) -> None:
-    """Run `llava-bidir generate`."""
+    """Run `llava-bidir generate`; a single answer is streamed, and answers that were cut are named on stderr."""
     photos, prompts = photos_and_prompts(options.words)
-    answers = generate(options.model, photos, prompts, options.max_new_tokens, options.dtype)
-    for photo, own_answers in zip(photos, answers, strict=True):
-        if len(photos) == len(prompts) == 1:
-            continue  # streamed
+    images = [read_photo(photo) for photo in photos]  # errors come before the model is loaded
+    model, processor = load(options.model, options.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    streamer = None
+    if len(photos) == len(prompts) == 1:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for photo, image in zip(photos, images, strict=True):
+        shown = [[image]] * len(prompts)
+        answers = answer_and_tell_cut(
+            model, processor, prompts, shown, options.max_new_tokens, streamer
+        )
         if len(photos) > 1:
             print(photo)
-        for prompt, text in zip(prompts, own_answers, strict=True):
-            print(f"{prompt}\n    {text}", flush=True)
+        for prompt, (text, cut_at) in zip(prompts, answers, strict=True):
+            if streamer is None:
+                print(f"{prompt}\n    {text}", flush=True)
+            if cut_at is not None:
+                wanted = cut_at == options.max_new_tokens
+                limit = "--max-new-tokens" if wanted else "the LLM has no positions left"
+                told = f"the answer to {prompt!r} was cut after {cut_at} tokens ({limit})"
+                print(told, file=sys.stderr)

@@ -28,7 +28,7 @@ Identity = dict[str, dict[str, Any]]
 # paths of the second list lead to is compared by content. All other settings of model and data are compared.
 MAY_CHANGE = {
     "model": ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens"),
-    "data": ("cache_features", "follow_links", "name", "num_workers"),
+    "data": ("cache_features", "name", "num_workers"),
 }
 PATHS = {
     "model": ("adapter", "encoder.path", "llm", "mllm"),

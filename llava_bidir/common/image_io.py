@@ -2,19 +2,18 @@
 
 There are two rules, by where an image comes from:
 
-- A person's photo (:func:`read_photo`, :func:`upright`) is turned as its EXIF tag says and viewers show it. These are
-  the photos that commands such as `llava-bidir generate` take, and those given to Python functions.
-- An image of a data set (:func:`as_stored`) is read as stored, because its masks match the stored pixels, and because
+- A person's photo (:func:`read_photo`) is turned as its EXIF tag says and viewers show it. These are the photos that
+  commands such as `llava-bidir generate` take, and those given to Python functions.
+- An image of a data set (:func:`read_image`) is read as stored, because its masks match the stored pixels, and because
   LLaVA trains on stored pixels. These are training records, benchmarks, and images with masks or boxes.
 """
 
-import os
-import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import IOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import UserError
 
@@ -22,7 +21,6 @@ from .errors import UserError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
-LONGEST_STRIP = 16  # length of a strip that is resized, in units of its shorter side
 
 PhotoLike = str | Path | Image.Image
 
@@ -31,11 +29,9 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     """Open an image and read its header only.
 
     Raises:
-        OSError: The file is missing, not a regular file, or (UnidentifiedImageError) in none of the formats.
+        OSError: The file is missing, or (UnidentifiedImageError) in none of the formats.
         UserError: The image exceeds the pixel limit of PIL, which raises DecompressionBombError at twice the limit.
     """
-    if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError("it is not a regular file")  # reading a pipe or a device may never end
     image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
@@ -45,21 +41,6 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
             "may be a decompression bomb; resize or remove it"
         )
     return image
-
-
-def check_padded(image: Image.Image) -> None:
-    """Raise if the square that padding makes of an image, perhaps of a single row, exceeds the pixel limit of PIL.
-
-    Raises:
-        UserError: Names the size of the image and the limit.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    side = max(image.size)
-    if limit and side**2 > limit:
-        raise UserError(
-            f"an image of {image.width:,} x {image.height:,} px is padded to a square of {side:,} px, which exceeds "
-            f"the {limit:,} px of PIL.Image.MAX_IMAGE_PIXELS; resize it, or cut out a part"
-        )
 
 
 def png_bits(file: Path | BinaryIO) -> int:
@@ -125,87 +106,40 @@ def as_stored(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def read_photo(file: str | Path | BinaryIO) -> Image.Image:
-    """Return a person's photo as upright RGB.
+def read_image(
+    file: str | Path | BinaryIO,
+    convert: Callable[[Image.Image], Image.Image] = as_stored,
+) -> Image.Image:
+    """Return an image as RGB, with the pixels as stored or otherwise converted.
 
     Raises:
-        UserError: Names the file, which is missing, too large, or cannot be decoded.
+        UserError: Names the file, which is missing, too large, deeper than 8 bits, or cannot be decoded.
     """
-    file = Path(file) if isinstance(file, str) else file
     try:
         with open_bounded(file) as image:
-            return upright(image)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; expected a photo") from None
-    except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise UserError(f"{file} cannot be read as an image: it is not one of {formats}") from None
+            return convert(image)
     # decoders fail in many ways on malformed files: IndexError, struct.error, ...
     except Exception as error:
-        raise UserError(
-            f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
-        ) from None
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{file} cannot be read as an image: {reason}") from None
 
 
-def is_photo(word: str) -> bool:
-    """Return whether a word of a command line is an existing picture, or is named like one."""
-    if Path(word).suffix.lower() in SUFFIXES:
-        return True
-    try:
-        open_bounded(Path(word)).close()
-    except Exception:  # no file, or a file of another kind
-        return False
-    return True
-
-
-def as_photo(photo: PhotoLike) -> Image.Image:
-    """Return one photo, a path or a PIL image, as upright RGB.
+def read_photo(photo: PhotoLike | BinaryIO) -> Image.Image:
+    """Return a person's photo, a file or a PIL image, as upright RGB.
 
     Raises:
-        UserError: It is of another type, or cannot be read.
+        UserError: It is of another type, or cannot be read (:func:`read_image`).
     """
     if isinstance(photo, Image.Image):
         return upright(photo)
-    if isinstance(photo, str | Path):
-        return read_photo(photo)
-    kind = type(photo).__name__
-    raise UserError(
-        f"expected the path of a photo or a PIL image, got {kind}; `Image.fromarray` makes one of an array"
-    )
+    if not isinstance(photo, str | Path | IOBase):
+        kind = type(photo).__name__
+        raise UserError(f"expected the path of a photo, a PIL image or a list of these, got {kind}")
+    return read_image(photo, upright)
 
 
 def read_photos(photos: PhotoLike | Sequence[PhotoLike]) -> list[Image.Image]:
-    """Return photos as upright RGB.
-
-    Args:
-        photos: Path or PIL image of a photo, or a list of these.
-
-    Raises:
-        UserError: There is none, one is of another type, or it cannot be read.
-    """
-    if isinstance(photos, str | Path | Image.Image):
+    """Return one photo or several as :func:`read_photo` does."""
+    if not isinstance(photos, list | tuple):
         photos = [photos]
-    if not isinstance(photos, Sequence):
-        raise UserError(
-            f"expected the path of a photo, a PIL image or a list of these, got {type(photos).__name__}"
-        )
-    if not photos:
-        raise UserError("got an empty list of photos; expected at least one")
-    return [as_photo(photo) for photo in photos]
-
-
-def trim_strip(image: Image.Image) -> Image.Image:
-    """Return the middle of an image that is more than `LONGEST_STRIP` times as long as wide; others as they are.
-
-    "center_crop" resizes the whole image before it cuts the middle out: the pixels that it makes grow with the length,
-    3 GB for 3,000 x 1 px. What is cut off here is a multiple of the shorter side, so that the middle stays on the same
-    pixels. If the shorter side divides the resized length, the result is equal, else shifted by less than 1/32 px.
-    """
-    shorter = min(image.size)
-    excess = max(image.size) - LONGEST_STRIP * shorter
-    cut = max(excess, 0) // (2 * shorter) * shorter
-    if not cut:
-        return image
-    if image.width > image.height:
-        return image.crop((cut, 0, image.width - cut, image.height))
-    return image.crop((0, cut, image.width, image.height - cut))
+    return [read_photo(photo) for photo in photos]

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.image_io import check_padded, trim_strip
 
-from .conversation import CHAT, IGNORE_INDEX, PLAIN, encode
+from .conversation import CHAT, IGNORE_INDEX, IMAGE, PLAIN, Turn, encode, usable_turns
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -21,17 +19,6 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     return torch.tensor(
         [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
     )
-
-
-def to_pixels(processor: LlavaProcessor, images: list[Image.Image]) -> Tensor:
-    """Return the pixels of images as the processor makes them, f[images, 3, H, W]."""
-    image_processor = processor.image_processor
-    if image_processor.do_pad:
-        for image in images:
-            check_padded(image)
-    else:  # it resizes whole images, also strips, and cuts out their middle
-        images = [trim_strip(image) for image in images]
-    return image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -50,6 +37,7 @@ class Collate:
         image_tokens: T, image tokens per image.
         template: "plain", "vicuna_v1" or "chat", see :func:`.conversation.encode`.
         max_length: Longer sequences are truncated, image tokens included. Source: LLaVA llava_arch.py:273.
+        image_attention: Mask of the model.
 
     Raises:
         UserError: The LLM has no chat template for "chat", or answers cannot be found in its text.
@@ -59,6 +47,7 @@ class Collate:
     image_tokens: int
     template: str
     max_length: int = 2048
+    image_attention: str = "causal"
 
     def __post_init__(self):
         if self.template == CHAT and self.processor is not None:  # fails here, not at each record
@@ -69,40 +58,51 @@ class Collate:
             encode(turns, self.processor.tokenizer, CHAT, None)
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of a sample, truncated to `max_length`.
-
-        Raises:
-            UserError: The sample cannot be encoded; names it.
-        """
-        try:
-            ids, labels = self.encode_untruncated(
-                sample["conversations"], sample["image"] is not None
-            )
-        except UserError as error:
-            raise UserError(f"record {sample['id']!r}: {error}") from None
+        """Return token ids and labels of a sample as :meth:`encode_untruncated`, truncated to `max_length`."""
+        ids, labels = self.encode_untruncated(sample)
         return ids[: self.max_length], labels[: self.max_length]
 
-    def encode_untruncated(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of a conversation without truncation.
+    def encode_untruncated(self, sample: dict) -> tuple[list[int], list[int]]:
+        """Return token ids and labels of a sample without truncation.
 
         Raises:
-            UserError: The conversation cannot be encoded, or truncation would remove image tokens.
+            UserError: The sample cannot be encoded, truncation would remove image tokens, or tokens would see the
+                answer that they predict; names the sample.
         """
-        tokenizer = self.processor.tokenizer
         image_id = self.processor.image_token_id
-        ids, labels = encode(
-            turns,
-            tokenizer,
-            self.template,
-            self.image_tokens if has_image else None,
-            image_id,
-        )
-        if image_id in ids[self.max_length :]:
-            raise UserError(
-                f"its image ends after token {self.max_length}, the limit by data.max_length or by the LLM's "
-                "positions; increase it, or shorten the text before the image"
+        with error_context(f"record {sample['id']!r}"):
+            ids, labels = encode(
+                sample["conversations"],
+                self.processor.tokenizer,
+                self.template,
+                None if sample["image"] is None else self.image_tokens,
+                image_id,
             )
+            if image_id in ids[self.max_length :]:
+                raise UserError(
+                    f"its image ends after token {self.max_length}, the limit by data.max_length or by the LLM's "
+                    "positions; increase it, or shorten the text before the image"
+                )
+            if sample["image"] is not None:
+                self._check_mask(usable_turns(sample["conversations"]))
         return ids, labels
+
+    def _check_mask(self, turns: list[Turn]) -> None:
+        """Raise a UserError if tokens see the answer that they predict, through an image after it.
+
+        Under `prefix`, all tokens up to the last image attend to each other; under `bidirectional`, an image before the
+        answer attends to one after it. Other masks are not checked.
+        """
+        shown = [i for i, turn in enumerate(turns) if IMAGE in turn["value"]]
+        first = {"prefix": 0, "bidirectional": min(shown, default=0)}.get(self.image_attention)
+        if first is None or not shown:
+            return
+        if any(turn["value"] for turn in turns[first : shown[-1]] if turn["from"] == "gpt"):
+            raise UserError(
+                "an image follows an answer. Under model.image_attention "
+                f"{self.image_attention}, tokens that predict the answer would see it; remove the record, or split it "
+                "before the image"
+            )
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         """Return a batch for the training step.
@@ -140,17 +140,12 @@ class Collate:
         }
 
     def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
-        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image.
-
-        Raises:
-            UserError: An image is too large to be padded; names its record.
-        """
-        image_id = self.processor.image_token_id
+        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image."""
         pixels = []
         for sample, ids in zip(samples, rows, strict=True):
-            if count := ids.count(image_id) // self.image_tokens:
-                with error_context(f"record {sample['id']!r}"):
-                    pixels += [to_pixels(self.processor, [sample["image"]])] * count
+            if count := ids.count(self.processor.image_token_id) // self.image_tokens:
+                own = self.processor.image_processor(sample["image"], return_tensors="pt")
+                pixels += [own["pixel_values"]] * count
         return torch.cat(pixels) if pixels else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:

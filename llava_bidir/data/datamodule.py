@@ -18,8 +18,8 @@ from llava_bidir.common.loader_workers import limit_workers, worker_options
 
 from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
-from .conversation import IGNORE_INDEX, PLAIN, usable_turns
-from .instruction_dataset import Instructions, image_names, read_annotations
+from .conversation import IGNORE_INDEX, PLAIN
+from .instruction_dataset import Instructions, read_annotations
 from .token_weighted_loader import StepLoader
 
 
@@ -37,7 +37,6 @@ class InstructionData(LightningDataModule):
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Maximum number of tokens per sequence, image tokens included; not more than `max_positions`.
         num_workers: Data loader processes per device, at most one per core.
-        follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
         processor: Tokenizer and image processor; linked from the model by the command line.
         image_tokens: T, image tokens per image; linked from the model by the command line.
@@ -57,7 +56,6 @@ class InstructionData(LightningDataModule):
         group_by_length: bool = False,
         max_length: int = 2048,
         num_workers: int = 4,
-        follow_links: bool = False,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
@@ -65,17 +63,12 @@ class InstructionData(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor", "max_positions"])
-        for key, least in (
-            ("batch_size", 1),
-            ("micro_batch_size", 1),
-            ("max_length", 1),
-        ):
-            if self.hparams[key] is None or self.hparams[key] < least:
-                raise UserError(f"data.{key} must be at least {least}, got {self.hparams[key]}")
+        for key in ("batch_size", "micro_batch_size", "max_length"):
+            if self.hparams[key] < 1:
+                raise UserError(f"data.{key} must be at least 1, got {self.hparams[key]}")
         self.annotations = annotations
         self.images = images
         self.val_annotations = val_annotations
-        self.follow_links = follow_links
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.group_by_length = group_by_length
@@ -94,14 +87,14 @@ class InstructionData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the datasets and set the gradient accumulation."""
         if self.val_annotations:
-            self.val = Instructions(self.val_annotations, self.images, self.follow_links)
+            self.val = Instructions(self.val_annotations, self.images)
             self.val.check_answers()
         elif stage != "fit":
             raise UserError(
                 "data.val_annotations is not set, so there are no questions to validate with"
             )
         if stage == "fit":
-            self.train = Instructions(self.annotations, self.images, self.follow_links)
+            self.train = Instructions(self.annotations, self.images)
             self.train.check_trainable()
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
@@ -198,10 +191,7 @@ class InstructionData(LightningDataModule):
 
         A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
         """
-        records = [
-            {**sample, "conversations": usable_turns(sample["conversations"])}
-            for sample, _ in samples
-        ]
+        records = [sample for sample, _ in samples]
         count = sum(is_counted for _, is_counted in samples)
         batch = self.collate(records)
         batch["labels"][count:] = IGNORE_INDEX
@@ -231,12 +221,12 @@ class InstructionData(LightningDataModule):
         for key in ("annotations", "val_annotations"):
             if path := getattr(self, key):
                 file = Path(path)
-                records = Instructions(path, self.images, self.follow_links)
+                records = read_annotations(path)
                 identity[key] = (
                     f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
                 )
-                images |= image_names(records.records)
-        names = sorted(images)
+                images |= {*records.unique("image")}
+        names = sorted(images - {""})
         identity["images"] = describe_digest([names, file_sizes(self.images, names)], len(names))
         return identity
 

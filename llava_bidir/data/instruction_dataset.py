@@ -17,13 +17,12 @@ As in LLaVA, these records are valid:
 - `<image>` in an answer: the image is shown there, too
 
 `llava-bidir verify-data` lists the last three. JSON Lines are read, too.
-
-Records that cannot be trained on keep a description of their `problem`, so that
-:mod:`llava_bidir.commands.verify_data` can report all of them at once.
 """
 
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from llava_bidir.common.configs import how_to_make
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.image_io import read_image
 
 from .conversation import IMAGE, usable_turns
-from .image_folder import BadImage, ImageFolder, check_name, read_image
-from .json_stream import read_records
 
 FEATURES = datasets.Features(
     id=datasets.Value("string"),
@@ -46,37 +44,14 @@ FEATURES = datasets.Features(
         {"from": datasets.Value("string"), "value": datasets.Value("string")}
     ),
     words=datasets.Value("int32"),
-    shown=datasets.Value("int32"),
-    answers=datasets.Value("int32"),
-    before_image=datasets.Value("int32"),
-    between_images=datasets.Value("int32"),
-    placeholders=datasets.Value("int32"),
-    unread=datasets.Value("string"),
-    problem=datasets.Value("string"),
 )
-# By mask, the column of answers that tokens before them see: under `prefix`, all tokens up to the last image attend to
-# each other; under `bidirectional`, an image before the answer attends to one after it. Other masks are not checked.
-LATE_IMAGES = {"prefix": "before_image", "bidirectional": "between_images"}
-KEYS = ("id", "image", "conversations")  # of a record that are read
-# in keys that were meant as `image`
-LIKE_IMAGE = re.compile("image|img|photo|picture|video", re.IGNORECASE)
-LIKE_PLACEHOLDER = re.compile(r"<\s*image\s*>", re.IGNORECASE)
-WRITER_BATCH_SIZE = 200  # records in memory during the conversion
-COUNTS = (
-    "words",
-    "shown",
-    "answers",
-    "before_image",
-    "between_images",
-    "placeholders",
-)
-RULES = 5  # part of the cache key; increase it when the same file would be read differently
+RULES = 6  # part of the cache key; increase it when the same file would be read differently
 
 
 def check_annotations(path: str | Path) -> None:
     """Raise a UserError if there is no such file."""
     if not os.path.isfile(path):
-        raise UserError(f"data.annotations: no file {path}{how_to_make(Path(path))}")
+        raise UserError(f"data.annotations: no file {path}{how_to_make(path)}")
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -87,73 +62,58 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
 
         - id: str
         - image: str, "" for text-only records
-        - conversations: list of {from, value}
+        - conversations: list of {from, value}, the turns from the first question on
         - words: number of words in all turns, the length that LLaVA's sampler uses
-        - shown: number of turns with `<image>`, 0 for text-only records
-        - answers: number of answers that are not empty; only these are trained
-        - before_image, between_images: number of those before the last `<image>`, and of those after the first one, too
-        - placeholders: number of turns with `<image>`, also in other spellings such as `<Image>`
-        - unread: str, other keys of the record, one a line
-        - problem: str, why the record cannot be trained on, "" if it can
 
     Raises:
-        UserError: The file cannot be read, is not a JSON list with records, or cannot be cached.
+        UserError: A record cannot be trained on, or the file cannot be read or cached.
     """
-    path = Path(path)
     check_annotations(path)
     datasets.disable_progress_bars()
+    file = os.stat(path)
     # size and modification time are part of the cache key, so that an edited file is read again
-    source = {**fingerprint(path), "rules": RULES}
-    try:
-        return datasets.Dataset.from_generator(
-            _records,
-            features=FEATURES,
-            gen_kwargs=source,
-            writer_batch_size=WRITER_BATCH_SIZE,
-        )
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from None
-        if isinstance(cause, OSError):
-            raise UserError(
-                f"the records of {path} cannot be cached in {datasets.config.HF_DATASETS_CACHE}: {cause}; set HF_HOME "
-                "to a folder with space that can be written"
-            ) from error
-        raise
-
-
-def fingerprint(path: Path) -> dict[str, str | int]:
-    """Return {"path", "size", "modified"}, which changes when the file is edited."""
-    file = path.stat()
-    return {
-        "path": str(path.resolve()),
+    source = {
+        "path": os.path.realpath(path),
         "size": file.st_size,
         "modified": file.st_mtime_ns,
+        "rules": RULES,
     }
+    try:
+        return datasets.Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(
+            f"{path} cannot be converted in {datasets.config.HF_DATASETS_CACHE} (HF_HOME): {cause}"
+        ) from error
 
 
-def _records(
-    path: str,
-    size: int,
-    modified: int,
-    rules: int,
-):
-    for record in read_records(Path(path)):
-        try:
-            yield _read_record(record)
-        except (UserError, RecursionError) as error:  # deep nesting cannot be printed
-            empty = {"image": "", "conversations": []}
-            empty |= dict.fromkeys(COUNTS, 0)
-            yield {
-                **empty,
-                "unread": "",
-                "id": _record_id(record),
-                "problem": str(error),
-            }
+def read_records(path: str | Path) -> list[Any]:
+    """Return the records of a UTF-8 file, a JSON list or JSON Lines.
+
+    Raises:
+        UserError: Names the file and the place where it is malformed.
+    """
+    with error_context(path):
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        if text.startswith("{"):  # JSON Lines, in which a line break is between records only
+            text = "[" + re.sub(r"\s*\n\s*", ",\n", text) + "]"
+        records = json.loads(text)
+        if not isinstance(records, list) or not records:
+            raise UserError("expected records, as in a JSON list [{...}, ...]")
+        return records
 
 
-def _read_record(record: dict) -> dict:
+def _rows(path: str, **_: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file; the other arguments are the key of the cache."""
+    for number, record in enumerate(read_records(path)):
+        with error_context(f"{path}: record {number}"):
+            row = _read_record(record)
+        yield row
+
+
+def _read_record(record: Any) -> dict[str, Any]:
     """Return the record as a row.
 
     Raises:
@@ -161,51 +121,21 @@ def _read_record(record: dict) -> dict:
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError("expected an object with a list 'conversations'")
-    turns = record["conversations"]
-    used = usable_turns(turns)
-    image = "" if record.get("image") is None else record["image"]
-    if not isinstance(image, str):
-        raise UserError(f"'image' must be the path of one image, got {str(image)[:80]!r}")
-    check_name(image)
-    shown = [i for i, turn in enumerate(used) if image and IMAGE in turn["value"]]
-
-    def answered(turns):
-        return sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
-
+    image = record.get("image") or ""
+    if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
+        raise UserError(f"'image' must be the path of one image inside data.images, got {image!r}")
+    turns = usable_turns(record["conversations"])
     return {
-        "id": _record_id(record),
+        "id": str(record.get("id", "")),
         "image": image,
         "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in turns],
-        "words": sum(len(turn["value"].split()) for turn in turns),
-        "shown": len(shown),
-        "answers": answered(used),
-        "before_image": answered(used[: shown[-1]]) if shown else 0,
-        "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
-        "placeholders": sum(bool(LIKE_PLACEHOLDER.search(turn["value"])) for turn in used),
-        "unread": "\n".join(" ".join(key.split())[:50] for key in record if key not in KEYS),
-        "problem": "",
+        "words": sum(len(turn["value"].split()) for turn in record["conversations"]),
     }
 
 
-def _record_id(record: Any) -> str:
-    value = record.get("id") if isinstance(record, dict) else None
-    return str(value)[:200] if isinstance(value, str | int | float) else ""
-
-
-def keys_like_image(record: dict) -> list[str]:
-    """Return the keys of a record that are not read, but were probably meant as `image`."""
-    return [key for key in record["unread"].splitlines() if LIKE_IMAGE.search(key)]
-
-
-def has_first_answer(turns: list[dict]) -> bool:
-    """Return whether the first question of a conversation has an answer that is not empty."""
-    return any(turn["value"] for turn in usable_turns(turns)[1:2])
-
-
-def image_names(records: datasets.Dataset) -> set[str]:
-    """Return the paths of all images that records show, relative to their folder."""
-    shown = pc.greater(records.data.column("shown"), 0)
-    return set(records.data.column("image").filter(shown).unique().to_pylist())
+def shows_image(record: dict[str, Any]) -> bool:
+    """Return whether the model is shown the image of a record."""
+    return bool(record["image"]) and any(IMAGE in x["value"] for x in record["conversations"])
 
 
 class Instructions(Dataset):
@@ -217,34 +147,27 @@ class Instructions(Dataset):
     Args:
         annotations: LLaVA JSON file.
         images: Folder that image paths are relative to.
-        follow_links: See :class:`.image_folder.ImageFolder`.
 
     Raises:
-        UserError: Some records cannot be trained on; the message has their number and the first of them.
+        UserError: There is no such folder, or as :func:`read_annotations`.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
+    def __init__(self, annotations: str | Path, images: str | Path):
         self.annotations = annotations
         self.records = read_annotations(annotations)
-        self.images = ImageFolder(images, follow_links)
-        bad = np.flatnonzero(self._column("problem", lambda column: pc.not_equal(column, "")))
-        if len(bad):
-            rows = [(i, self.records[i]) for i in bad[:3].tolist()]
-            first = "; ".join(f"record {i} (id {row['id']!r}): {row['problem']}" for i, row in rows)
-            raise UserError(
-                f"{annotations}: {len(bad)} of {len(self)} records cannot be trained on. {first}. "
-                "Fix or remove them; `llava-bidir verify-data` lists all"
-            )
+        self.images = Path(images)
+        if not self.images.is_dir():
+            raise UserError(f"data.images: no folder {images}{how_to_make(images)}")
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        try:
-            image = read_image(self.images.file(record["image"])) if record["shown"] else None
-        except BadImage as error:
-            raise UserError(f"record {index} (id {record['id']!r}): {error}") from None
+        image = None
+        if shows_image(record):
+            with error_context(f"record {index} (id {record['id']!r})"):
+                image = read_image(self.images / record["image"])
         return {
             "id": record["id"] or f"number {index}",
             "image": image,
@@ -252,88 +175,41 @@ class Instructions(Dataset):
         }
 
     def check_answers(self) -> None:
-        """Raise if the first answer of a record is missing or empty; validation compares with it.
-
-        Raises:
-            UserError: Names the number of such records and the first.
-        """
-        without = [
-            number
-            for number, turns in enumerate(self.records["conversations"])
-            if not has_first_answer(turns)
-        ]
-        if without:
-            name = self.records[int(without[0])]["id"]
-            raise UserError(
-                f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, e.g. "
-                f"record {without[0]} (id {name!r}); remove them from data.val_annotations"
-            )
+        """Raise a UserError if a first question has no answer; validation compares with it."""
+        for number, turns in enumerate(self.records["conversations"]):
+            if not has_first_answer(turns):
+                raise UserError(
+                    f"{self.annotations}: record {number} has no first answer to compare with"
+                )
 
     def check_trainable(self) -> None:
-        """Raise if no record has an answer to train on, or if all images that the text refers to are missing.
-
-        Raises:
-            UserError: Names the number of records and the first of them.
-        """
-        if not self._column("answers").any():
-            raise UserError(
-                f"{self.annotations}: none of {len(self)} records has an answer to train on; expected a turn from "
-                "'gpt' with text"
-            )
-        without = np.flatnonzero(self._column("placeholders"))
-        if len(without) and not self._column("shown").any():
-            first = self.records[int(without[0])]
-            keys = ", ".join(map(repr, keys_like_image(first))) or "no key for it"
-            raise UserError(
-                f"{self.annotations}: no record shows an image, but {len(without)} of {len(self)} have {IMAGE} in "
-                f"their text. Expected the key 'image' with one path, and {IMAGE} in a question; record {without[0]} "
-                f"(id {first['id']!r}) has {repr('image') if first['image'] else keys}. `llava-bidir verify-data` "
-                "lists all"
-            )
-
-    def check_mask(self, image_attention: str) -> None:
-        """Raise if tokens can see the answer that they predict, through an image after it (`LATE_IMAGES`).
-
-        Raises:
-            UserError: Names the number of such records and the first.
-        """
-        column = LATE_IMAGES.get(image_attention)
-        found = np.flatnonzero(self._column(column)) if column else []
-        if len(found):
-            name = self.records[int(found[0])]["id"]
-            raise UserError(
-                f"{self.annotations}: in {len(found)} of {len(self)} records an image follows an answer, e.g. record "
-                f"{found[0]} (id {name!r}). Under model.image_attention {image_attention}, tokens that predict the "
-                "answer would see it; remove these records, or split them before the image"
-            )
-
-    def _column(self, name: str, function=lambda column: column) -> np.ndarray:
-        """Return a column, or a function of it, without creating Python objects."""
-        return function(self.records.data.column(name)).to_numpy()
+        """Raise a UserError if texts refer to images, but no record shows one."""
+        if any(map(shows_image, self.records)):
+            return
+        for number, record in enumerate(self.records):
+            if any(IMAGE in turn["value"].lower() for turn in record["conversations"]):
+                raise UserError(
+                    f"{self.annotations}: no record shows an image, but record {number} has {IMAGE} in its text; "
+                    f"expected the key 'image' with one path, and {IMAGE} in a question"
+                )
 
     def lengths(self) -> np.ndarray:
         """Return words per record, int32, negative without an image. Source: LLaVA train.py modality_lengths."""
-        words = np.maximum(self._column("words"), 1)  # 0 has no sign
-        return np.where(self._text_only(), -words, words).astype(np.int32)
-
-    def _text_only(self) -> np.ndarray:
-        return self._column("image", lambda column: pc.equal(column, ""))
+        table = self.records.data
+        words = np.maximum(table.column("words").to_numpy(), 1)  # 0 has no sign
+        text_only = pc.equal(table.column("image"), "").to_numpy()
+        return np.where(text_only, -words, words).astype(np.int32)
 
     def summary(self, image_tokens: int, max_length: int) -> str:
-        """Return one line about all records without tokenising; a text has at least as many tokens as words."""
-        text_only = self._text_only()
-        shown = self._column("shown")
-        stray = ((self._column("placeholders") > 0) & (shown == 0)).sum()
-        min_tokens = self._column("words") + shown * image_tokens
-        unshown = (~text_only & (shown == 0)).sum()
-        unanswered = (self._column("answers") == 0).sum()
-        too_long = (min_tokens > max_length).sum()
-        parts = [
-            f"{len(self):,} records: {text_only.sum():,} text only",
-            f"{unshown:,} with an image but no {IMAGE}",
-            f"{unanswered:,} without an answer to train on",
-            f"at least {too_long:,} longer than {max_length:,} tokens, which are truncated",
-        ]
-        if stray:
-            parts.append(f"{stray:,} with {IMAGE} in their text but no image that is shown")
-        return ", ".join(parts)
+        """Return one line about all records, without tokenising: a word is a token or more."""
+        lengths = self.lengths()
+        min_tokens = np.where(lengths > 0, lengths + image_tokens, -lengths)
+        return (
+            f"{len(self):,} records: {(lengths < 0).sum():,} text only, about {(min_tokens > max_length).sum():,} "
+            f"longer than {max_length:,} tokens, which are truncated"
+        )
+
+
+def has_first_answer(turns: list[dict]) -> bool:
+    """Return whether the first question of a conversation has an answer that is not empty."""
+    return any(turn["value"] for turn in turns[1:2])

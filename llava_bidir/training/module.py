@@ -150,14 +150,10 @@ class LlavaTraining(LightningModule):
         return {key: path for key, path in paths.items() if path is not None}
 
     def setup(self, stage: str) -> None:
-        """Check the data, and compute the identity of a run that is not started by the command line.
-
-        Raises:
-            UserError: Records would show their answers to the tokens that predict them, see `Instructions.check_mask`.
-        """
+        """Name the mask to the data, and compute the identity of a run that is not started by the command line."""
         data = self.trainer.datamodule
-        if stage == "fit" and isinstance(data, InstructionData):
-            data.train.check_mask(self.hparams.image_attention)
+        if isinstance(data, InstructionData):
+            data.collate.image_attention = self.hparams.image_attention
         if stage == "fit" and self.identity is None and hasattr(data, "identity"):
 
             def compute():

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import check_padded, to_rgb, trim_strip
+from llava_bidir.common.image_io import to_rgb
 
 RESIZES = ("squash", "pad", "center_crop", "letterbox")
 IGNORE_INDEX = 255  # label of a pixel that counts nowhere
@@ -153,11 +153,8 @@ class Geometry:
         """Return the image as the model's square, [image_px, image_px]."""
         image = to_rgb(image)
         if self.resize == "pad":
-            check_padded(image)
             side = max(image.size)
             image = self._on_canvas(image, (side, side), _padding(image.size))
-        if self.resize == "center_crop":
-            image = trim_strip(image)
         if self.rule.before_thumbnail is not None:
             image = self._enlarged(image)
         resized = [self._resized(length, image.size) for length in image.size]

@@ -28,7 +28,7 @@ from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
-from llava_bidir.common.image_io import PhotoLike, as_photo
+from llava_bidir.common.image_io import PhotoLike, read_photo
 from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.effect_file import EFFECTS_FILE, read_effect_file
 from probes.evaluation.estimate import Estimate
@@ -456,7 +456,7 @@ class FinishedRun:
     def predict_sites(self, image: PhotoLike, sites: list[str]) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         check_is_list("sites", sites, "['adapter']")
-        photo = as_photo(image)
+        photo = read_photo(image)
         logits = self.logits(photo, [*map(self.check_site, sites)])
         size = (photo.height, photo.width)
         return self.task.predict_pixels(logits, size, self.geometry.view(size))

@@ -1,11 +1,8 @@
 """Hostile and broken image files, with the expected error or image."""
 
 import io
-import os
 import struct
 import zlib
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -97,19 +94,4 @@ VALID: dict[str, bytes] = {
     "gif_called.jpg": encoded(noise(), "GIF"),
     "turned.jpg": encoded(noise(), "JPEG", exif=EXIF_TURNED),
     "broken_exif.jpg": encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
-}
-
-
-def directory(path: Path) -> None:
-    path.mkdir()
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-# name: (how a path that is not a regular file is made, error)
-NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "directory.jpg": (directory, "not a regular file"),
-    "pipe.jpg": (pipe, "not a regular file"),
 }

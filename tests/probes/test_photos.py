@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 import probes
 from llava_bidir.common.errors import UserError
-from llava_bidir.data.image_folder import read_image
+from llava_bidir.common.image_io import read_image
 from probes.analyses.routes.questions import read_question_image
 from probes.data.base import open_image, read_rgb
 from probes.lab.photos import Photos
@@ -78,13 +78,12 @@ BLOCKED = torch.tensor([[True, False, False, False]])
 CALLS = {
     "a missing photo": (
         lambda m: m.answer("photo.jpg", "wall"),
-        "photo.jpg is missing; expected a photo",
+        "photo.jpg cannot be read as an image",
     ),
     "an array": (
         lambda m: m.preprocess(np.zeros((8, 8, 3), np.uint8)),
         "a PIL image or a list of these, got ndarray",
     ),
-    "no photo": (lambda m: m.preprocess([]), "empty list of photos"),
     "questions": (
         lambda m: m.answer(Image.new("RGB", (9, 9)), ["wall"]),
         r"question must be one text, got \['wall'\]",

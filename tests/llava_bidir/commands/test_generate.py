@@ -185,9 +185,9 @@ def test_several_photos_are_each_asked_and_no_photo_is_a_question(
     for words, message in {
         (photos[0], photos[1]): "there is no question after .*b.png",
         (photos[0], tmp_path / "nameless"): "there is no question after .*nameless",
-        (photos[0], "lost.JPG", "wall"): "lost.JPG is missing; expected a photo",
-        (photos[0], "wall", photos[1]): "photo '.*b.png' follows the question 'wall'",
-        ("what is it?", "wall"): "what is it[?] is missing",
+        (photos[0], "lost.JPG", "wall"): "lost.JPG cannot be read as an image: .*No such file",
+        (photos[0], "wall", photos[1]): "photo '.*b.png' follows a question",
+        ("what is it?", "wall"): "what is it[?] cannot be read",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run(*words)
@@ -197,7 +197,8 @@ def test_a_photo_is_asked_about_as_viewers_show_it(asked, tmp_path, monkeypatch)
     monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
     seen = []
     monkeypatch.setattr(
-        "llava_bidir.commands.generate.to_pixels", lambda _, images: seen.extend(images) or 1 / 0
+        "llava_bidir.commands.generate.answer_and_tell_cut",
+        lambda model, processor, prompts, images, *_: seen.extend(images[0]) or 1 / 0,
     )
     stored = pictures(0)[0]
     stored.getexif()[0x0112] = 6

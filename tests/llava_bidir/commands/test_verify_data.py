@@ -11,8 +11,7 @@ from tiny_models import turns
 import llava_bidir.cli
 from llava_bidir.commands.verify_data import KINDS, LISTED, RecordFindings
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.image_folder import ImageFolder
-from llava_bidir.data.instruction_dataset import read_annotations
+from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 
 FINE = {"image": "a.png", "conversations": turns("<image>\nname", "wall")}
@@ -23,19 +22,15 @@ RECORDS = {
     "our words are text": {"conversations": turns("name", "the <pad>")},
     "no answer": {"image": "a.png", "conversations": turns("<image>\nname", "")},
     "a long question is cut": {"conversations": turns("name", "sky", "name " * 120)},
-    "broken": {"conversations": turns("name", "wall") + turns("a")[:1] + turns("b")},
     "broken: an answer is seen": {"image": "a.png", "conversations": TWICE},
-    "image is missing": FINE | {"image": "none.png"},
-    "image is none": FINE | {"image": "no.png"},
-    "image is cut": FINE | {"image": "cut.jpg"},
-    "image is a link": FINE | {"image": "link.png"},
+    "broken: image is missing": FINE | {"image": "none.png"},
+    "broken: image is none": FINE | {"image": "no.png"},
+    "broken: image is cut": FINE | {"image": "cut.jpg"},
     "truncated": {"conversations": turns("name", "wall " * 120)},
     "truncated by a question": {"conversations": turns("name " * 120, "wall")},
     "not_shown: another key": {"images": ["a.png"], "conversations": turns("<image>\n", "wall")},
     "not_shown: no key": {"conversations": turns("<Image>\nname", "wall")},
     "not_shown: no <image>": {"image": "none.png", "conversations": turns("name", "wall")},
-    "image_in_answer": FINE | {"conversations": turns("<image>\n", "The tag <image> is HTML.")},
-    "special_token": {"conversations": turns("name", "With </s> in Llama.")},
 }
 FOUND = {id_: id_.partition(" ")[0].strip(":") for id_ in [*RECORDS][5:]}
 
@@ -44,9 +39,6 @@ FOUND = {id_: id_.partition(" ")[0].strip(":") for id_ in [*RECORDS][5:]}
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     Image.new("RGB", (9, 7), "red").save(root / "a.png")
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
-    Image.new("RGB", (9, 7), "red").save(elsewhere)
-    (root / "link.png").symlink_to(elsewhere)
     (root / "no.png").write_bytes(b"no image")
     Image.effect_noise((64, 64), 90).convert("RGB").save(root / "cut.jpg")
     (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:1200])
@@ -56,8 +48,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def kinds(folder, parts, template="vicuna_v1", name="data.json", **about) -> dict[str, list[str]]:
-    collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, max_length=100)
-    records = RecordFindings(read_annotations(folder / name), ImageFolder(folder), collate, **about)
+    collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, 100, "prefix")
+    records = RecordFindings(Instructions(folder / name, folder), collate, **about)
     found = [finding for i in range(len(records)) for finding in records[i]]
     by_id = {finding["id"]: [] for finding in found}
     for finding in found:
@@ -67,7 +59,7 @@ def kinds(folder, parts, template="vicuna_v1", name="data.json", **about) -> dic
 
 def test_each_kind_is_found_at_its_records_and_nothing_else(folder, parts):
     assert {*FOUND.values()} == {*KINDS}
-    found = kinds(folder, parts, image_attention="prefix")
+    found = kinds(folder, parts)
     assert found == {id_: [kind] for id_, kind in FOUND.items()}
 
 
@@ -88,14 +80,6 @@ def test_template_plain_requires_an_image(folder, parts):
     found = kinds(folder, parts, "plain")
     assert "fine" not in found
     assert found["text"] == ["broken"]
-
-
-def test_a_photo_too_large_for_padding_is_found(folder, parts, monkeypatch):
-    """As `fit` would, where the square is made."""
-    Image.new("RGB", (40, 10)).save(folder / "wide.png")
-    (folder / "wide.json").write_text(json.dumps([FINE | {"id": "w", "image": "wide.png"}]))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert kinds(folder, parts, name="wide.json") == {"w": ["broken"]}
 
 
 def run(parts, folder, capsys, more: str = "") -> tuple[int, str]:
@@ -121,7 +105,6 @@ def test_command_lists_everything_and_fails(folder, parts, capsys):
     assert status == 1
     assert file["records"] == len(RECORDS)
     assert {finding["id"]: finding["kind"] for finding in file["findings"]} == FOUND
-    assert file["findings"][-1]["detail"] == "</s>"
 
 
 def test_a_clean_file_is_status_0_and_a_long_list_says_that_it_is_cut(parts, tmp_path, capsys):

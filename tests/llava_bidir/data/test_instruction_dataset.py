@@ -4,8 +4,7 @@ import json
 import os
 import re
 import shutil
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 import datasets
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from json_values import json_values, text
 from PIL import Image
-from processes import run_command
 from tiny_models import turns
 
 from llava_bidir.data.collate import Collate
@@ -24,11 +22,12 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions, read_annotations
 from llava_bidir.model.build import build_model, build_processor
 
-ROOT = Path(__file__).parents[3]
-
 
 def write(path, records) -> str:
-    path.write_text(records if isinstance(records, str) else json.dumps(records))
+    if isinstance(records, bytes):
+        path.write_bytes(records)
+    else:
+        path.write_text(records if isinstance(records, str) else json.dumps(records))
     return str(path)
 
 
@@ -55,54 +54,55 @@ def test_edited_file_is_read_again(tmp_path):
 
 
 NO_LIST = "expected an object with a list 'conversations'"
-OUTSIDE = "'image' must be a relative path inside data.images"
+OUTSIDE = "record 0: 'image' must be the path of one image inside data.images, got"
 BROKEN = {  # message: content of the file
-    "is not a JSON list of records": "{not json",
-    f"1 of 1 records .* {NO_LIST}": {"a": 1},
-    rf"1 of 1 records .* record 0 \(id '1'\): {NO_LIST}": [{"id": 1}],
-    r"1 of 2 records .* record 1 \(id ''\): expected an object": [record(), "text"],
-    rf"record 0 \(id '7'\): {OUTSIDE}": [record(image="../a.png")],
-    f"{OUTSIDE}.* got '/etc/passwd'": [record(image="/etc/passwd")],
-    "'image' must be the path of one image": [record(image=["a.png", "b.png"])],
+    "Expecting property name .*: line 1 column 3": "{not json",
+    "Expecting ':' delimiter: line 2 column 18": '[{"id": 1},\n{"conversations" 2}]',
+    "Expecting property name .*: line 3 column 2": '{"id": 1}\n{"id": 2}\n{id: 3}',
+    "expected records, as in a JSON list": "[]",
+    f"record 0: {NO_LIST}": {"a": 1},
+    f"record 1: {NO_LIST}": [record(), "text"],
+    f"{OUTSIDE} '../a.png'": [record(image="../a.png")],
+    f"{OUTSIDE} '/etc/passwd'": [record(image="/etc/passwd")],
+    rf"{OUTSIDE} \['a.png', 'b.png'\]": [record(image=["a.png", "b.png"])],
     "needs at least one human turn": [record(conversations=[])],
+    "a turn needs 'from': 'human' or 'gpt'": [record(conversations=[{"from": "bot"}])],
+    "a turn needs text in 'value'": [record(conversations=[{"from": "human", "value": 1}])],
+    "codec can't decode byte": b'[{"id": "\xe9"}]',
 }
-BROKEN_TURNS = {  # message: conversation
-    r"id '7'\): a turn needs 'from': 'human' or 'gpt'": [{"from": "bot", "value": "x"}],
-    "turn 2 is from 'gpt', expected 'human'": turns("q", "a") + turns("b", first="gpt"),
-    "a turn needs text in 'value'": [{"from": "human", "value": {"a": 1}}],
-}
-BROKEN |= {text: [record(conversations=said)] for text, said in BROKEN_TURNS.items()}
 
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_file_names_file_and_record(message, tmp_path):
     path = write(tmp_path / "data.json", BROKEN[message])
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=f"data.json: .*{message}"):
         Instructions(path, tmp_path)
-    assert "data.json" in str(error.value)
+
+
+def test_json_lines_are_read_as_the_list(tmp_path):
+    records = [record(id="\u2028 caf\u00e9"), record(id=8)]
+    lines = "\ufeff\n" + "\r\n\n".join(json.dumps(x, ensure_ascii=False) for x in records) + "\n"
+    (tmp_path / "data.json").write_text(lines, encoding="utf8")
+    expected = read_annotations(write(tmp_path / "list.json", records))
+    assert read_annotations(tmp_path / "data.json")[:] == expected[:]
 
 
 @pytest.mark.parametrize(
-    ("conversations", "shown", "answers"),
+    ("conversations", "shown"),
     [
-        (turns("<image>\nwhat", ""), 1, 0),
-        (turns("hello", "<image> what", "a cat", first="gpt"), 1, 1),
-        (turns("<image> and <image>", "two", "<image> again", "three"), 2, 2),
-        (turns("what", "a cat"), 0, 1),
+        (turns("<image>\nwhat", ""), True),
+        (turns("<image> hello", "what", "a cat", first="gpt"), False),
+        (turns("hello", "<image> what", "a cat", first="gpt"), True),
+        (turns("<image> and <image>", "two", "<image> again", "three"), True),
+        (turns("what", "a cat"), False),
     ],
 )
-def test_what_llava_trains_on_loads(
-    conversations,
-    shown,
-    answers,
-    tmp_path,
-):
+def test_what_llava_trains_on_loads(conversations, shown, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     data = Instructions(
         write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path
     )
-    assert (data.records["shown"][0], data.records["answers"][0]) == (shown, answers)
-    assert (data[0]["image"] is None) == (shown == 0)
+    assert (data[0]["image"] is not None) == shown
 
 
 CONVERSATIONS = {
@@ -129,7 +129,8 @@ def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
     model = build_model(*parts, processor, image_attention=mask).eval()
     for parameter in model.model.language_model.parameters():
         parameter.data *= 4  # two layers of attention must not vanish
-    batch = Collate(processor, tiny_models.TOKENS, "vicuna_v1")([data[0]])
+    collate = Collate(processor, tiny_models.TOKENS, "vicuna_v1")
+    batch = collate([data[0]])
     predicts = int(batch["predicts"][0])
     others = batch["input_ids"].clone()
     others[0, predicts + 1] += 1
@@ -138,17 +139,13 @@ def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
             model(input_ids=ids, pixel_values=batch["pixel_values"]).logits
             for ids in (batch["input_ids"], others)
         ]
-    if torch.equal(logits[0][0, predicts], logits[1][0, predicts]):
-        data.check_mask(mask)
-    else:
-        with pytest.raises(
-            ValueError, match=rf"1 of 1 records an image follows an answer, e.g. record 0 .*{mask}"
-        ):
-            data.check_mask(mask)
-    expected = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}.get(
-        conversation, set()
-    )
-    assert (mask in expected) != torch.equal(logits[0][0, predicts], logits[1][0, predicts])
+    is_seen = not torch.equal(logits[0][0, predicts], logits[1][0, predicts])
+    collate.image_attention = mask
+    message = f"record '7': an image follows an answer.* model.image_attention {mask}"
+    with pytest.raises(ValueError, match=message) if is_seen else nullcontext():
+        collate([data[0]])
+    leaks = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}
+    assert is_seen == (mask in leaks.get(conversation, ()))
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -158,11 +155,11 @@ def test_missing_folder_is_named(tmp_path):
 
 
 def test_broken_file_leaves_no_cache(pictures):
-    whole = json.dumps([record()] * 1000)
-    with pytest.raises(ValueError, match="after 999 records"):
-        read_annotations(write(pictures / "data.json", whole[:-3]))
+    whole = json.dumps([record()] * 999)
+    with pytest.raises(ValueError, match="record 999: expected an object"):
+        read_annotations(write(pictures / "data.json", whole[:-1] + ", 7]"))
     assert [*pictures.rglob("*.arrow")] == [], "the converted part is not a dataset"
-    assert len(read_annotations(write(pictures / "data.json", whole))) == 1000
+    assert len(read_annotations(write(pictures / "data.json", whole))) == 999
     assert [*pictures.rglob("*.arrow")]
 
 
@@ -211,10 +208,7 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
     try:
         data = Instructions(write(pictures / "data.json", records), pictures)
     except ValueError as error:
-        assert len(str(error)) < 2000
-        assert re.search(
-            r"data.json.*(record \d \(id '|contains no records)", str(error), re.DOTALL
-        )
+        assert re.search(r"data.json: (record \d: |expected records)", str(error))
         return
     assert len(data) == len(records)
     assert (data.lengths() != 0).all()
@@ -234,25 +228,6 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
         assert (sample["image"] is None) == (collate.processor.image_token_id not in ids)
 
 
-READING = """
-import re, sys, threading, time
-from pathlib import Path
-from llava_bidir.data.instruction_dataset import read_annotations
-
-def held():  # MiB of its own, without the pages of mapped files, which the system takes back as it likes
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
-
-def watch():
-    while True:
-        peaks.append(held())
-        time.sleep(0.02)
-
-before, peaks = held(), []
-threading.Thread(target=watch, daemon=True).start()
-print(len(read_annotations(sys.argv[1])), max(peaks) - before)
-"""
-
-
 @pytest.mark.parametrize("place", ["read-only", "full"])
 def test_records_that_cannot_be_cached_are_an_error_that_names_hf_home(
     place, tmp_path, monkeypatch
@@ -262,31 +237,9 @@ def test_records_that_cannot_be_cached_are_an_error_that_names_hf_home(
     with small_disks.mounted(tmp_path / "home", options) as home:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
         text = record(image=None, conversations=turns("what", "a cat" * 5000))
-        message = f"cannot be cached in {home}/cache: .*; set HF_HOME to a folder"
+        message = rf"data.json cannot be converted in {home}/cache \(HF_HOME\): .*"
         with pytest.raises(ValueError, match=message):
             read_annotations(write(tmp_path / "data.json", [text]))
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    """HOSTILE_MIB=2048 has it read a file of that size, which takes minutes and twice the space."""
-    size = int(os.environ.get("HOSTILE_MIB", 64)) << 20
-    text = json.dumps(
-        record(conversations=turns("<image>\nwhat", *["a cat " * 40] * 3), image="a/b.png")
-    )
-    count = size // (len(text) + 1)
-    with (tmp_path / "big.json").open("w") as file:
-        file.write("[" + text)
-        for _ in range(count - 1):
-            file.write("," + text)
-        file.write("]")
-    environment = os.environ | {
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
-    run = run_command([sys.executable, "-c", READING, tmp_path / "big.json"], env=environment)
-    records, grown = map(int, run.stdout.split())
-    assert records == count and grown < 80, f"MiB, for a file of {size >> 20}"
 
 
 ASKED = "<image>\nwhat"
@@ -307,26 +260,10 @@ def test_placeholders_without_any_image_are_refused_before_training(name, tmp_pa
     unshown = record(**UNSHOWN[name])
     text = record(image=None, conversations=turns("what", "a cat"))
     data = Instructions(write(tmp_path / "data.json", [text, unshown]), tmp_path)
-    found = {
-        "a list": "has 'images'",
-        "no key": "has no key for it",
-        "another spelling": "has 'image'",
-    }
-    message = "no record shows an image, but 1 of 2 have <image> in their text.* record 1 "
-    with pytest.raises(ValueError, match=message + r"\(id '7'\) " + found[name]):
+    with pytest.raises(ValueError, match="no record shows an image, but record 1 has <image> in"):
         data.check_trainable()
     with pytest.raises(ValueError, match="no record shows an image"):
         InstructionData(str(tmp_path / "data.json"), str(tmp_path)).setup("fit")
-    assert "1 with <image> in their text but no image that is shown" in data.summary(4, 99)
     shown = record(conversations=turns(ASKED, "cat"))
     Instructions(write(tmp_path / "data.json", [shown, unshown]), tmp_path).check_trainable()
     Instructions(write(tmp_path / "data.json", [text]), tmp_path).check_trainable()
-
-
-def test_records_without_any_answer_are_refused_before_training(tmp_path):
-    empty = record(conversations=turns(ASKED, ""))
-    data = Instructions(write(tmp_path / "data.json", [empty, empty]), tmp_path)
-    with pytest.raises(ValueError, match="none of 2 records has an answer to train on"):
-        data.check_trainable()
-    one = record(conversations=turns(ASKED, "", "again", "cat"))
-    Instructions(write(tmp_path / "data.json", [empty, one]), tmp_path).check_trainable()

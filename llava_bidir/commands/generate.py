@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_bidir.command_options import GenerateOptions
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.greedy import FiniteLogits, greedy_config
+from llava_bidir.common.greedy import FiniteLogits, end_tokens, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import SUFFIXES, read_photo
 from llava_bidir.common.tokenizer import start_ids
@@ -160,12 +160,9 @@ def answer_and_tell_cut(
         logits_processor=[FiniteLogits()],
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
-    ends = model.generation_config.eos_token_id  # one, several or None
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=output.device).view(
-        -1
-    )
+    ends = {*end_tokens(model.generation_config, tokenizer)}
     cut = [
-        None if torch.isin(ids, ends).any() else limit
+        None if ends.intersection(ids.tolist()) else limit
         for ids, limit in zip(answers, limits, strict=True)
     ]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -221,7 +218,5 @@ def run(options: GenerateOptions) -> None:
             if streamer is None:
                 print(f"{prompt}\n    {text}", flush=True)
             if cut_at is not None:
-                wanted = cut_at == options.max_new_tokens
-                limit = "--max-new-tokens" if wanted else "the LLM has no positions left"
-                told = f"the answer to {prompt!r} was cut after {cut_at} tokens ({limit})"
+                told = f"the answer to {prompt!r} was cut after {cut_at} tokens"
                 print(told, file=sys.stderr)

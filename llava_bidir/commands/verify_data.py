@@ -19,23 +19,20 @@ from llava_bidir.common.loader_workers import worker_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE
-from llava_bidir.data.instruction_dataset import Instructions, has_first_answer
+from llava_bidir.data.instruction_dataset import Instructions, has_first_answer, refers_to_image
 from llava_bidir.model.build import check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
-# Kinds of findings, and what training does with such records.
-KINDS = {
-    "broken": "the record cannot be used: `fit` stops",
-    "truncated": "answers are cut off at data.max_length",
-    "not_shown": f"an image without {IMAGE}, or {IMAGE} without an image: trained as text",
-}
-LISTED = 20  # findings of a kind in the text; the JSON has all
+LISTED = 20  # findings in the text; the JSON has all
 
 
 @dataclass
 class RecordFindings(Dataset):
     """Findings by record: a list of {"index", "id", "kind", "detail"}.
+
+    The kinds are "broken" (`fit` stops), "truncated" (answers, by data.max_length) and "not_shown": an image without
+    `<image>`, or `<image>` without an image, which are trained as text.
 
     Args:
         data: The records and their images.
@@ -68,21 +65,18 @@ class RecordFindings(Dataset):
         found = {}
         if cut := sum(label != IGNORE_INDEX for label in labels[self.collate.max_length :]):
             found["truncated"] = f"{cut} of {len(ids)} tokens"
-        refers = any(IMAGE in turn["value"].lower() for turn in record["conversations"])
-        if sample["image"] is None and (record["image"] or refers):
+        if sample["image"] is None and (record["image"] or refers_to_image(record)):
             found["not_shown"] = record["image"] or IMAGE
         return found
 
 
 def format_findings(file: dict[str, Any]) -> str:
-    """Return the number of findings of each kind in a file, and the first of them."""
-    lines = [f"{file['path']}: {file['records']:,} records, {len(file['findings']):,} findings"]
-    for kind, meaning in KINDS.items():
-        found = [finding for finding in file["findings"] if finding["kind"] == kind]
-        lines += [f"  {len(found):,} {kind}: {meaning}"] if found else []
-        lines += [f"    record {x['index']} ({x['id']!r}): {x['detail']}" for x in found[:LISTED]]
-        lines += ["    ...; --json lists all"] if found[LISTED:] else []
-    return "\n".join(lines)
+    """Return the number of findings in a file, and the first of them by kind."""
+    found = sorted(file["findings"], key=lambda x: x["kind"])
+    lines = [f"{file['path']}: {file['records']:,} records, {len(found):,} findings"]
+    lines += [f"  {x['kind']}: record {x['index']} ({x['id']!r}): {x['detail']}" for x in found]
+    more = ["  ...; --json lists all"] if found[LISTED:] else []
+    return "\n".join(lines[: LISTED + 1] + more)
 
 
 def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
@@ -90,11 +84,15 @@ def show_record(sample: dict, collate: Collate) -> dict[str, Any]:
     ids, labels = collate.encode(sample)
     image_id = collate.processor.image_token_id
     starts = [i for i, token in enumerate(ids) if token == image_id][:: collate.image_tokens]
-    spans = [[start, start + collate.image_tokens] for start in starts]
-    inside = {i for start, end in spans for i in range(start + 1, end)}
-    shown = {"id": sample["id"], "template": collate.template, "input_ids": ids, "labels": labels}
-    text = collate.processor.tokenizer.decode([x for i, x in enumerate(ids) if i not in inside])
-    return shown | {"image_spans": spans, "text": text}
+    kept = [token for i, token in enumerate(ids) if token != image_id or i in starts]
+    return {
+        "id": sample["id"],
+        "template": collate.template,
+        "input_ids": ids,
+        "labels": labels,
+        "image_spans": [[start, start + collate.image_tokens] for start in starts],
+        "text": collate.processor.tokenizer.decode(kept),
+    }
 
 
 def format_record(shown: dict[str, Any], collate: Collate, image_attention: str) -> str:

@@ -9,7 +9,7 @@ There are two rules, by where an image comes from:
 """
 
 from collections.abc import Callable, Sequence
-from io import IOBase
+from io import BytesIO, IOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,16 +43,10 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     return image
 
 
-def png_bits(file: Path | BinaryIO) -> int:
+def png_bits(file: Path | BytesIO) -> int:
     """Return the bits per pixel and channel of a PNG file, which are in its header; PIL scales grey ones below 8."""
-    if isinstance(file, Path):
-        with file.open("rb") as stream:
-            return stream.read(25)[24]
-    position = file.tell()
-    file.seek(0)
-    header = file.read(25)
-    file.seek(position)
-    return header[24]
+    content = file.getbuffer() if isinstance(file, BytesIO) else file.read_bytes()
+    return content[24]
 
 
 def orientation(image: Image.Image) -> int:
@@ -63,47 +57,33 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def check_depth(image: Image.Image) -> None:
-    """Raise if an image has more than 8 bits per channel; PIL would clip such values at 255.
+def as_stored(image: Image.Image) -> Image.Image:
+    """Return an image of a data set as RGB without transparency, with the pixels as stored.
+
+    A TIFF is the exception: Pillow turns it as its orientation tag says while it decodes it. The result has no EXIF
+    tag, so that :func:`upright` does not turn it later.
 
     Raises:
-        UserError: The mode does not define white.
+        UserError: It has more than 8 bits per channel; PIL would clip such values at 255.
     """
     if image.mode.startswith(("I", "F")):
         raise UserError(
             f"mode {image.mode!r}, more than 8 bits per channel, does not define white; save the image with 8 bits"
         )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image as RGB without transparency; raise a UserError as :func:`check_depth`."""
-    check_depth(image)
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Return a person's photo as RGB, turned as its EXIF tag says; the result has no tag.
 
     Raises:
-        UserError: As :func:`check_depth`.
+        UserError: As :func:`as_stored`.
     """
     if orientation(image) in range(2, 9):
         image = ImageOps.exif_transpose(image)
     return as_stored(image)
-
-
-def as_stored(image: Image.Image) -> Image.Image:
-    """Return an image of a data set as RGB, with the pixels as stored.
-
-    A TIFF is the exception: Pillow turns it as its orientation tag says while it decodes it. The result has no EXIF
-    tag, so that :func:`upright` does not turn it later.
-
-    Raises:
-        UserError: As :func:`check_depth`.
-    """
-    rgb = to_rgb(image)
-    rgb.info = {}
-    return rgb
 
 
 def read_image(

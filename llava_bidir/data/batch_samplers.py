@@ -133,8 +133,6 @@ class BatchSampler:
                 f"data.batch_size {batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
                 f"{world_size} devices; change one of them"
             )
-        if not len(lengths):
-            raise UserError("data.annotations contains no records")
         self.lengths = np.asarray(lengths, np.int32)
         self.global_batch_size = batch_size
         self.micro_batch_size = micro_batch_size

@@ -9,7 +9,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError, error_context
 
-from .conversation import CHAT, IGNORE_INDEX, IMAGE, PLAIN, Turn, encode, usable_turns
+from .conversation import IGNORE_INDEX, IMAGE, PLAIN, Turn, encode, usable_turns
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -38,9 +38,6 @@ class Collate:
         template: "plain", "vicuna_v1" or "chat", see :func:`.conversation.encode`.
         max_length: Longer sequences are truncated, image tokens included. Source: LLaVA llava_arch.py:273.
         image_attention: Mask of the model.
-
-    Raises:
-        UserError: The LLM has no chat template for "chat", or answers cannot be found in its text.
     """
 
     processor: LlavaProcessor
@@ -48,14 +45,6 @@ class Collate:
     template: str
     max_length: int = 2048
     image_attention: str = "causal"
-
-    def __post_init__(self):
-        if self.template == CHAT and self.processor is not None:  # fails here, not at each record
-            texts = ["What is it?", "A cat.", "Why?", "It purrs."]
-            turns = [
-                {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)
-            ]
-            encode(turns, self.processor.tokenizer, CHAT, None)
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a sample as :meth:`encode_untruncated`, truncated to `max_length`."""

@@ -8,12 +8,11 @@ preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.tokenizer import start_ids
 
-from .chat import render_chat, supervised_tokens
+from .chat import ROLES, render_chat, supervised_tokens
 
 IGNORE_INDEX = -100
 PLAIN = "plain"  # the template of captions, stage 1
@@ -29,13 +28,7 @@ SYSTEM = (
 )
 
 Turn = dict[str, str]
-
-
-class Piece(NamedTuple):
-    """A piece of text and whether it is a training target."""
-
-    text: str
-    supervised: bool
+Piece = tuple[str, bool]  # text, and whether it is a training target
 
 
 def encode(
@@ -74,14 +67,21 @@ def encode(
         UserError: Unknown template or role, roles out of order, a turn without text, turns that do not fit `plain`, or
             a chat template in which answers cannot be found.
     """
+    turns = usable_turns(turns)
+    if image_tokens is not None:
+        turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
     if template == CHAT:
-        return _encode_chat(
-            _images_first(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id
+        return _encode_chat(turns, tokenizer, image_tokens, image_token_id)
+    if template not in TEMPLATES:
+        raise UserError(
+            f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
         )
+    if template == PLAIN and image_tokens is None:
+        raise UserError("template 'plain' requires an image")
     input_ids = start_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises text before, between and after images separately
-    for text, supervised in _pieces(turns, tokenizer, template, image_tokens is not None):
+    for text, supervised in TEMPLATES[template](turns, tokenizer.eos_token):
         for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
@@ -93,31 +93,6 @@ def encode(
                 labels += tokens if supervised else [IGNORE_INDEX] * len(tokens)
                 continues = True
     return input_ids, labels
-
-
-def _pieces(
-    turns: Sequence[Turn],
-    tokenizer,
-    template: str,
-    has_image: bool,
-) -> list[Piece]:
-    """Return the conversation's text under a template, each `<image>` moved to the front of its turn."""
-    if template not in TEMPLATES:
-        raise UserError(
-            f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}"
-        )
-    turns = _images_first(turns, has_image)
-    if template == PLAIN and not has_image:
-        raise UserError("template 'plain' requires an image")
-    return TEMPLATES[template](turns, tokenizer.eos_token)
-
-
-def _images_first(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Return the usable turns (`usable_turns`), each `<image>` at the front of its turn."""
-    turns = usable_turns(turns)
-    if not has_image:
-        return turns
-    return [{**turn, "value": _image_first(turn["value"])} for turn in turns]
 
 
 def _encode_chat(
@@ -175,10 +150,10 @@ def usable_turns(turns: Sequence[Turn]) -> list[Turn]:
     """
     turns = list(turns)
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
-            raise UserError(f"a turn needs 'from': 'human' or 'gpt', got {str(turn)[:80]!r}")
-        if not isinstance(turn.get("value"), str):
-            raise UserError(f"a turn needs text in 'value', got {str(turn)[:80]!r}")
+        is_known = isinstance(turn, dict) and turn.get("from") in ROLES
+        if not is_known or not isinstance(turn.get("value"), str):
+            expected = "'from': 'human' or 'gpt', and text in 'value'"
+            raise UserError(f"a turn needs {expected}, got {str(turn)[:80]!r}")
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]  # LLaVA train.py:425
     for i, turn in enumerate(turns):
@@ -205,7 +180,7 @@ def _plain(turns: list[Turn], eos: str) -> list[Piece]:
         raise UserError(
             f"template 'plain' requires one question with {IMAGE} and one caption, got {len(turns)} turns"
         )
-    return [Piece(IMAGE, False), Piece(turns[1]["value"] + "\n", True)]
+    return [(IMAGE, False), (turns[1]["value"] + "\n", True)]
 
 
 def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
@@ -218,9 +193,9 @@ def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
     for question, answer in zip(turns[::2], [*turns[1::2], {"value": ""}], strict=False):
         text = question["value"]
         user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
-        pieces.append(Piece(user if pieces else f"{SYSTEM} {user}", False))
+        pieces.append((user if pieces else f"{SYSTEM} {user}", False))
         if answer["value"]:
-            pieces.append(Piece(f" {answer['value']}{eos}", True))
+            pieces.append((f" {answer['value']}{eos}", True))
     return pieces
 
 

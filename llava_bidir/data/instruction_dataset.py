@@ -16,7 +16,7 @@ As in LLaVA, these records are valid:
 - `<image>` without an image: it is text
 - `<image>` in an answer: the image is shown there, too
 
-`llava-bidir verify-data` lists the last three. JSON Lines are read, too.
+`llava-bidir verify-data` lists images without `<image>` and the reverse. JSON Lines are read, too.
 """
 
 import json
@@ -138,6 +138,11 @@ def shows_image(record: dict[str, Any]) -> bool:
     return bool(record["image"]) and any(IMAGE in x["value"] for x in record["conversations"])
 
 
+def refers_to_image(record: dict[str, Any]) -> bool:
+    """Return whether a record has `<image>` in its text, also in another spelling such as `<Image>`."""
+    return any(IMAGE in turn["value"].lower() for turn in record["conversations"])
+
+
 class Instructions(Dataset):
     """Dataset of records with their image: {"id", "image": PIL or None, "conversations"}.
 
@@ -187,7 +192,7 @@ class Instructions(Dataset):
         if any(map(shows_image, self.records)):
             return
         for number, record in enumerate(self.records):
-            if any(IMAGE in turn["value"].lower() for turn in record["conversations"]):
+            if refers_to_image(record):
                 raise UserError(
                     f"{self.annotations}: no record shows an image, but record {number} has {IMAGE} in its text; "
                     f"expected the key 'image' with one path, and {IMAGE} in a question"

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.image_io import to_rgb
+from llava_bidir.common.image_io import as_stored
 
 RESIZES = ("squash", "pad", "center_crop", "letterbox")
 IGNORE_INDEX = 255  # label of a pixel that counts nowhere
@@ -151,7 +151,7 @@ class Geometry:
 
     def place(self, image: Image.Image) -> Image.Image:
         """Return the image as the model's square, [image_px, image_px]."""
-        image = to_rgb(image)
+        image = as_stored(image)
         if self.resize == "pad":
             side = max(image.size)
             image = self._on_canvas(image, (side, side), _padding(image.size))

@@ -130,5 +130,3 @@ def test_batch_that_does_not_divide_is_an_error():
         ValueError, match="batch_size 128 is not a multiple of data.micro_batch_size 16 x 3 devices"
     ):
         BatchSampler(LENGTHS, 128, 16, world_size=3)
-    with pytest.raises(ValueError, match="contains no records"):
-        BatchSampler([], 8, 4)

@@ -66,8 +66,8 @@ BROKEN = {  # message: content of the file
     f"{OUTSIDE} '/etc/passwd'": [record(image="/etc/passwd")],
     rf"{OUTSIDE} \['a.png', 'b.png'\]": [record(image=["a.png", "b.png"])],
     "needs at least one human turn": [record(conversations=[])],
-    "a turn needs 'from': 'human' or 'gpt'": [record(conversations=[{"from": "bot"}])],
-    "a turn needs text in 'value'": [record(conversations=[{"from": "human", "value": 1}])],
+    "a turn needs 'from': 'human' or 'gpt', and text": [record(conversations=[{"from": "bot"}])],
+    "and text in 'value', got": [record(conversations=[{"from": "human", "value": 1}])],
     "codec can't decode byte": b'[{"id": "\xe9"}]',
 }
 

@@ -23,7 +23,7 @@ from llava_bidir.common.greedy import FiniteLogits, end_tokens, greedy_config
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.common.image_io import SUFFIXES, read_photo
 from llava_bidir.common.tokenizer import start_ids
-from llava_bidir.data.collate import pad
+from llava_bidir.data.collate import pad_prompts
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 from llava_bidir.model.build import own_prompt, prompt_template
@@ -143,10 +143,7 @@ def answer_and_tell_cut(
         raise UserError(f"a prompt has {longest} tokens, but {limit}; shorten it")
     # per row, so that an answer does not depend on the other rows of its batch
     limits = [min(max_new_tokens, positions - len(row)) for row in rows]
-    inputs = {
-        "input_ids": pad(rows, tokenizer.pad_token_id, "left"),
-        "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
-    }
+    inputs = pad_prompts(rows, tokenizer.pad_token_id)
     if all_images := [image for own_images in images for image in own_images]:
         pixels = processor.image_processor(all_images, return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(model.dtype)

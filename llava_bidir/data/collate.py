@@ -9,7 +9,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError, error_context
 
-from .conversation import IGNORE_INDEX, IMAGE, PLAIN, Turn, encode, usable_turns
+from .conversation import IGNORE_INDEX, IMAGE, Turn, encode, usable_turns
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -19,6 +19,14 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     return torch.tensor(
         [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
     )
+
+
+def pad_prompts(rows: list[list[int]], value: int) -> dict[str, Tensor]:
+    """Return token ids and their mask for `generate`, padded on the left."""
+    return {
+        "input_ids": pad(rows, value, "left"),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
+    }
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -139,21 +147,15 @@ class Collate:
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """Return the prompt with each sample's first question, or its image, padded on the left for `generate`."""
-        questions = samples
-        if self.template == PLAIN:  # which has no prompt without a caption
-            encoded = [self.encode(sample) for sample in samples]
-            rows = [
-                [x for x, label in zip(*row, strict=True) if label == IGNORE_INDEX]
-                for row in encoded
-            ]
-        else:
-            questions = [
-                {**sample, "conversations": sample["conversations"][:1]} for sample in samples
-            ]
-            rows = [self.encode(question)[0] for question in questions]
-        batch = {
-            "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
-            "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
-        }
+        unanswered = {"from": "gpt", "value": ""}
+        questions = [
+            {**sample, "conversations": [sample["conversations"][0], unanswered]}
+            for sample in samples
+        ]
+        rows = [  # plain trains the end of an empty caption
+            [x for x, label in zip(*self.encode(question), strict=True) if label == IGNORE_INDEX]
+            for question in questions
+        ]
+        batch = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
         pixels = self.pixels(questions, rows)
         return batch if pixels is None else {**batch, "pixel_values": pixels}

@@ -8,7 +8,7 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import LlavaProcessor
 
 from llava_bidir.common.epoch_length import batches_per_epoch
@@ -174,14 +174,13 @@ class InstructionData(LightningDataModule):
         if not self.val_annotations:
             return []
         ranks = self.trainer.world_size
-        rank = self.trainer.global_rank
-        padded_count = math.ceil(len(self.val) / ranks) * ranks
-        share = [
-            (i, True) if i < len(self.val) else (0, False) for i in range(rank, padded_count, ranks)
-        ]
-        samples = _PaddedSubset(self.val, share)
+        count = len(self.val)
+        share = range(self.trainer.global_rank, math.ceil(count / ranks) * ranks, ranks)
+        samples = Subset(self.val, [i if i < count else 0 for i in share])
         return self._loader(
-            samples, batch_size=self.micro_batch_size, collate_fn=self.collate_questions
+            StackDataset(samples, [i < count for i in share]),
+            batch_size=self.micro_batch_size,
+            collate_fn=self.collate_questions,
         )
 
     test_dataloader = val_dataloader
@@ -239,18 +238,3 @@ class InstructionData(LightningDataModule):
     def load_state_dict(self, state: dict) -> None:
         """Restore the position in the epoch."""
         self.trained_micro_batches = state["trained_micro_batches"]
-
-
-class _PaddedSubset(Dataset):
-    """Samples by index, and for each whether it is counted or padding."""
-
-    def __init__(self, samples: Instructions, share: list[tuple[int, bool]]):
-        self.samples = samples
-        self.share = share
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-    def __getitem__(self, index: int) -> tuple[dict, bool]:
-        position, is_counted = self.share[index]
-        return self.samples[position], is_counted

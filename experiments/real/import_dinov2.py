@@ -54,15 +54,11 @@ def import_dinov2(file: Path, out: Path) -> None:
 
     Args:
         file: ONNX graph whose weights "backbone.*" are a DINOv2 under transformers' names.
-        out: Directory to write; it must not exist, or be empty.
+        out: Directory to write.
 
     Raises:
-        UserError: The file is no such graph or damaged, `out` contains files, or the package onnx is not installed.
+        UserError: The file is no such graph or damaged.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise UserError("import-dinov2 needs the package onnx; install it with `pip install onnx`")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already and is not replaced; move it or choose another path")
     import onnx  # an optional dependency
 
     with error_context(f"{file} cannot be read as ONNX"):

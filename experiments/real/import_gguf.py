@@ -4,7 +4,7 @@ import argparse
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import pre_tokenizers
@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
 from llava_bidir.common.atomic_io import atomic_directory
@@ -26,15 +25,9 @@ from llava_bidir.common.hf_loading import load_weights, read_pretrained
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-MAGIC = b"GGUF"
-# Metadata that changes what a model computes and that transformers' reader leaves out, or reads for some architectures
+# Metadata that changes what a model computes; transformers' reader leaves it out, but for the first two
 SENSITIVE = re.compile(r"rope\.|softcap|(logit|residual|embedding|attention)[._]scale$")
-SCALING = "rope.scaling."
-YARN = {
-    "original_context_length": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-}
+READ = ("rope.freq_base", "rope.dimension_count")
 PRE = "tokenizer.ggml.pre"
 # Names of GPT-2's splits of a text, which transformers' reader takes for any name that it does not know; SmolLM's has
 # each digit apart. Source: llama.cpp, src/llama-vocab.cpp.
@@ -46,19 +39,16 @@ def import_gguf(file: Path, out: Path) -> None:
 
     Args:
         file: GGUF file of an architecture that transformers reads, quantised or not.
-        out: Directory to write; it must not exist, or be empty.
+        out: Directory to write.
 
     Raises:
-        UserError: The file is not GGUF, damaged, of another architecture, or has rotary positions, scales, caps or
-            splits of texts that cannot be kept, `out` contains files, or the package gguf is not installed.
+        UserError: The file is damaged, of another architecture, or has rotary positions, scales, caps or splits of
+            texts that cannot be kept.
     """
-    if not is_gguf_available():
-        raise UserError(
-            "import-gguf needs the package gguf; install it with `pip install 'llava-bidir[gguf]'`"
-        )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already and is not replaced; move it or choose another path")
-    reader = _open(file)
+    from gguf import GGUFReader  # an optional dependency
+
+    with error_context(f"{file} cannot be read"):
+        reader = GGUFReader(file)
     count = sum(int(tensor.n_elements) for tensor in reader.tensors)
     source = {"path": str(file.parent), "gguf_file": file.name}
     tokenizer = read_pretrained(str(file), AutoTokenizer, **source)
@@ -66,29 +56,12 @@ def import_gguf(file: Path, out: Path) -> None:
     # "float32" holds the values of every type of GGUF as they are
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     read = load_weights(str(file), AutoModelForCausalLM, **source, **options)
-    _apply_metadata(read.config, _read_sensitive(reader), file)
+    _check_metadata(read.config, reader, file)
     model = _without_quantization(read)
     _check_all_used(file, model, count)
     with atomic_directory(out, marker="config.json") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def _open(file: Path) -> "GGUFReader":
-    """Return a reader of a GGUF file's metadata and tensors; parsing a large vocabulary takes seconds.
-
-    Raises:
-        UserError: It is not a GGUF file, or it is damaged.
-    """
-    from gguf import GGUFReader  # an optional dependency
-
-    with error_context(f"{file} cannot be read"):
-        with file.open("rb") as stream:
-            start = stream.read(len(MAGIC))
-    if start != MAGIC:
-        raise UserError(f"{file} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}")
-    with error_context(f"{file} is damaged; download it again"):
-        return GGUFReader(file)
 
 
 def _set_split(tokenizer: PreTrainedTokenizerBase, reader: "GGUFReader", file: Path) -> None:
@@ -117,75 +90,20 @@ def _set_split(tokenizer: PreTrainedTokenizerBase, reader: "GGUFReader", file: P
         )
 
 
-def _apply_metadata(config: PreTrainedConfig, values: dict[str, Any], file: Path) -> None:
-    """Set rotary positions, scales and soft caps of a config to those in the metadata of a GGUF file.
-
-    Args:
-        config: Config by transformers' reader.
-        values: Of :func:`_read_sensitive`; those that the config holds are removed.
-        file: For errors.
-
-    Raises:
-        UserError: The config has no place for one of them.
-    """
-    for key in [key for key in values if "rope." not in key and hasattr(config, key)]:
-        setattr(config, key, float(values.pop(key)))
-    if parameters := getattr(config, "rope_parameters", None):
-        _apply_rope(values, config, parameters)
-    if values:
-        found = ", ".join(f"{key} = {value}" for key, value in sorted(values.items()))
+def _check_metadata(config: PreTrainedConfig, reader: "GGUFReader", file: Path) -> None:
+    """Raise a UserError if transformers would compute without rotary parameters, scales or caps of a GGUF file."""
+    prefix = reader.fields["general.architecture"].contents() + "."
+    lost = [
+        f"{key.removeprefix(prefix)} = {field.contents()}"
+        for key, field in reader.fields.items()
+        if key.startswith(prefix) and SENSITIVE.search(key) and not key.endswith(READ)
+    ]
+    if lost:
+        found = ", ".join(lost)
         raise UserError(
             f"{file} has {found} in its metadata, which transformers' {config.model_type} would compute without; "
             "import a checkpoint in transformers' format instead"
         )
-
-
-def _read_sensitive(reader: "GGUFReader") -> dict[str, Any]:
-    """Return the sensitive values in the metadata of a GGUF file, by keys without the architecture."""
-    fields = reader.fields
-    prefix = fields["general.architecture"].contents() + "."
-    return {
-        key.removeprefix(prefix): field.contents()
-        for key, field in fields.items()
-        if key.startswith(prefix) and SENSITIVE.search(key)
-    }
-
-
-def _apply_rope(values: dict[str, Any], config: PreTrainedConfig, parameters: dict) -> None:
-    """Set the rotary parameters of a config to those of a GGUF file, and remove from `values` what they hold.
-
-    As in llama.cpp, a factor without a type is linear, and layers with a sliding window have no scaling.
-    """
-    main = parameters.get("full_attention", parameters)
-    bases = {"rope.freq_base": main, "rope.freq_base_swa": parameters.get("sliding_attention")}
-    for key, part in bases.items():
-        if key in values and part is not None:
-            part["rope_theta"] = float(values.pop(key))
-    # where kinds of layers differ, transformers knows their sizes by the model type
-    if main is not parameters or values.get("rope.dimension_count") == _rotary_size(config, main):
-        values.pop("rope.dimension_count", None)
-        if main is not parameters:
-            values.pop("rope.dimension_count_swa", None)
-    values.pop(SCALING + "finetuned", None)  # tells of the training only
-    kind = values.get(SCALING + "type", "linear")
-    factor = float(values.get(SCALING + "factor", 0)) or 1.0
-    if kind not in ("none", "linear", "yarn"):
-        return
-    used = {
-        name: values.pop(SCALING + key) for key, name in YARN.items() if SCALING + key in values
-    }
-    for key in ("type", "factor"):
-        values.pop(SCALING + key, None)
-    if kind != "none" and factor != 1:
-        main |= {"rope_type": kind, "factor": factor}
-        main |= used if kind == "yarn" else {}
-
-
-def _rotary_size(config: PreTrainedConfig, parameters: dict) -> int:
-    """Return the number of dimensions of a head that are rotated."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
-    return getattr(config, "rotary_dim", None) or int(size * (share or 1.0))
 
 
 def _without_quantization(read: PreTrainedModel) -> PreTrainedModel:

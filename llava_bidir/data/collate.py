@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError, error_context
@@ -14,11 +15,8 @@ from .conversation import IGNORE_INDEX, IMAGE, Turn, encode, usable_turns
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     """Return rows of unequal length as long[B, N], padded with `value` on one side."""
-    width = max(len(row) for row in rows)
-    fill = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor(
-        [row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)]
-    )
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def pad_prompts(rows: list[list[int]], value: int) -> dict[str, Tensor]:

@@ -16,11 +16,10 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe_digest, file_sizes
 from llava_bidir.common.loader_workers import limit_workers, worker_options
 
-from .batch_samplers import BatchSampler
+from .batch_samplers import BatchSampler, StepLoader
 from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, PLAIN
 from .instruction_dataset import Instructions, read_annotations
-from .token_weighted_loader import StepLoader
 
 
 class InstructionData(LightningDataModule):

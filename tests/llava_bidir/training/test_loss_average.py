@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from lightning import Trainer
 from tolerances import rounding
 
+from llava_bidir.data.batch_samplers import StepLoader
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.data.token_weighted_loader import StepLoader
 from llava_bidir.model.build import build_processor
 from llava_bidir.training.module import LlavaTraining
 

@@ -422,16 +422,15 @@ def test_settings_that_do_not_fit_are_errors(
             run()
 
 
-def test_records_that_show_their_answers_stop_the_run_before_a_model_is_built(parts, tmp_path):
+def test_records_that_show_their_answers_stop_the_run(parts, tmp_path):
     tiny_models.write_conversations(tmp_path)
     records = json.loads((tmp_path / "data.json").read_text())
     late = tiny_models.turns("name", "sky", "<image>\nname", "wall")
     records[0]["conversations"] = late
     (tmp_path / "data.json").write_text(json.dumps(records))
     built = module(parts, image_attention="prefix")
-    with pytest.raises(ValueError, match="in 1 of 12 records an image follows an answer"):
+    with pytest.raises(ValueError, match="record 'r0': an image follows an answer"):
         trainer(tmp_path).fit(built, datamodule=data(tmp_path, parts))
-    assert built.model is None
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -465,7 +464,7 @@ def test_validation_asks_the_first_question_and_rejects_records_without_an_answe
     assert batch["answers"] == ["wall"]
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     assert torch.equal(batch["prompts"]["input_ids"], plain["prompts"]["input_ids"])
-    message = r"val.json: 1 of 2 records have no answer .* record 1 \(id 'r1'\)"
+    message = "val.json: record 1 has no first answer to compare with"
     empty = {"from": "gpt", "value": ""}
     # the first answer is compared, so that a later one does not help
     later = [asked, empty, asked, answered]

@@ -116,7 +116,7 @@ MUTATIONS = [
         "end of the answer not trained",
         "stage 2, float64",
         "data/conversation.py",
-        "pieces.append(Piece(f\" {answer['value']}{eos}\", True))",
-        "pieces += [Piece(f\" {answer['value']}\", True), Piece(eos, False)]",
+        "pieces.append((f\" {answer['value']}{eos}\", True))",
+        "pieces += [(f\" {answer['value']}\", True), (eos, False)]",
     ),
 ]
